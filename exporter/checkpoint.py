@@ -1,0 +1,238 @@
+"""Read and write model_dir: a multi-exit checkpoint in the Hugging Face layout.
+
+Checkpoints of PABEE, F-PABEE, PCEE-BERT and EPEE training code load as they are: without
+our block in `config.json` there is one exit per layer, pooled at the first token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import ModelError
+from ..runtime.manifest import ProblemType
+from .backbones import build_encoder, family_of
+from .multi_exit import MultiExitConfig, MultiExitModel, Pooling
+
+logger = logging.getLogger(__name__)
+
+CONFIG_BLOCK = "fpabee"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TRAIN_HINT = "train one with scripts/train.py --backbone ... --train ... --output model_dir"
+
+
+def resolve_model_dir(source: str | Path) -> Path:
+    """The folder of a model: a local folder, or a model hub's id, which is downloaded.
+
+    Raises:
+        ModelError: neither a folder nor an id that the hub can serve.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
+        raise ModelError(f"model_dir {source} does not exist", _TRAIN_HINT)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source} is not a local folder, and the model hub does not give it: {reason}",
+            "check the name and the network, or give a local folder",
+        ) from error
+
+
+def load_checkpoint(
+    source: str | Path,
+    problem_type: ProblemType | None = None,
+    attention: str | None = "eager",
+) -> MultiExitModel:
+    """Load a multi-exit model in eval mode, in float32.
+
+    Args:
+        source: a model_dir or a hub id.
+        problem_type: the task, if the checkpoint does not name it.
+        attention: Hugging Face's attention implementation.
+
+    Raises:
+        ModelError: missing or damaged files, an unsupported family, no exit heads, heads
+            that do not fit, weights that are missing or not finite.
+    """
+    folder = resolve_model_dir(source)
+    config = load_config(folder)
+    family = family_of(config.model_type)
+    weights = _load_weights(folder)
+    exit_config = _exit_config(folder, config, weights, problem_type)
+    model = MultiExitModel(build_encoder(config, attention), exit_config)
+    _fill(model, weights, folder, family.prefix)
+    return cast(MultiExitModel, model.eval())
+
+
+def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`; the tokenizer is the caller's."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    exits = model.exit_config
+    config = model.backbone.config
+    config.id2label = dict(enumerate(exits.labels))
+    config.label2id = {label: index for index, label in enumerate(exits.labels)}
+    config.problem_type = exits.problem_type.value
+    config.architectures = [f"{type(model.backbone).__name__}MultiExit"]
+    setattr(config, CONFIG_BLOCK, {"exits": list(exits.exits), "pooling": exits.pooling.value})
+    config.save_pretrained(folder)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+
+
+def load_config(folder: Path) -> Any:
+    """The Hugging Face configuration of a folder.
+
+    Raises:
+        ModelError: missing or damaged, or a family that is not supported.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json", _TRAIN_HINT)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content["model_type"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{path} is not the configuration of a model: {type(error).__name__}: {error}",
+            "copy config.json again from where the model was trained",
+        ) from error
+    family_of(str(model_type))
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{path} is not a valid configuration: {error}",
+            "copy config.json again from where the model was trained",
+        ) from error
+
+
+def _load_weights(folder: Path) -> dict[str, Tensor]:
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", _TRAIN_HINT)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # weights_only: a pickle from a stranger must not run code.
+        return cast(dict[str, Tensor], torch.load(path, map_location="cpu", weights_only=True))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read: {reason}",
+            "copy the file again, or save it with safetensors",
+        ) from error
+
+
+def _exit_config(
+    folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
+) -> MultiExitConfig:
+    heads = sorted(
+        int(match[1]) for name in weights if (match := re.fullmatch(r"classifiers\.(\d+)\.weight", name))
+    )
+    if not heads:
+        raise ModelError(
+            f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
+            _TRAIN_HINT,
+        )
+    layers = int(config.num_hidden_layers)
+    block = getattr(config, CONFIG_BLOCK, None) or {}
+    try:
+        exits = tuple(int(layer) for layer in block.get("exits", range(1, layers + 1)))
+        pooling = Pooling(block.get("pooling", Pooling.CLS.value))
+        named = ProblemType(config.problem_type) if config.problem_type else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
+            "expected exits: [layers], pooling: cls or mean, problem_type: "
+            f"{' or '.join(kind.value for kind in ProblemType)}",
+        ) from error
+    if heads != list(range(len(exits))):
+        missing = sorted(set(range(len(exits))) - set(heads))
+        found = f"head(s) {missing} are missing" if missing else f"there are {len(heads)} heads"
+        raise ModelError(
+            f"{folder}: {found}; expected one classifier for each of the {len(exits)} exits",
+            "copy the weights again, or train again",
+        )
+    labels = _labels(folder, config, int(weights["classifiers.0.weight"].shape[0]))
+    return MultiExitConfig(
+        exits=exits,
+        labels=labels,
+        problem_type=_agreed(folder, named, problem_type),
+        pooling=pooling,
+    )
+
+
+def _agreed(folder: Path, named: ProblemType | None, asked: ProblemType | None) -> ProblemType:
+    if named and asked and named is not asked:
+        raise ModelError(
+            f"{folder} was trained for {named.value}, but --problem-type says {asked.value}",
+            "leave out --problem-type",
+        )
+    return named or asked or ProblemType.SINGLE_LABEL
+
+
+def _labels(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
+    labels = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+    if len(labels) != outputs:
+        raise ModelError(
+            f"{folder / 'config.json'} names {len(labels)} labels, but the heads give {outputs}",
+            "make id2label list every label of the heads in order",
+        )
+    if len(set(labels)) != len(labels):
+        raise ModelError(
+            f"{folder / 'config.json'} names a label twice: {list(labels)}",
+            "make the names in id2label distinct",
+        )
+    return labels
+
+
+def _fill(
+    model: MultiExitModel, weights: dict[str, Tensor], folder: Path, prefix: str
+) -> None:
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights, first {missing[0]!r}",
+            f"expected the encoder under {prefix!r}. and classifiers.N; copy the weights again",
+        )
+    for name, value in expected.items():
+        found = weights[name]
+        if found.shape != value.shape:
+            raise ModelError(
+                f"{folder}: weight {name} has shape {tuple(found.shape)}, "
+                f"but config.json asks for {tuple(value.shape)}",
+                "use the config.json and the weights of the same model",
+            )
+        if not torch.isfinite(found).all():
+            raise ModelError(
+                f"{folder}: weight {name} holds NaN or infinity",
+                "the training diverged: train again, with a smaller learning rate",
+            )
+    unused = sorted(name for name in set(weights) - set(expected) if "position_ids" not in name)
+    if unused:
+        logger.warning("%s: weights that no exit uses are left out: %s", folder, ", ".join(unused))
+    model.load_state_dict({name: weights[name].float() for name in expected})

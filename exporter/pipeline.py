@@ -1,0 +1,297 @@
+"""Export: adapt the backbone, cut at the exits, write ONNX, verify, write the manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..runtime.encoding import Text, TextEncoder
+from ..runtime.engine import Engine
+from ..runtime.errors import ArtifactError, ModelError
+from ..runtime.exit_rules import FPabee, Measure
+from ..runtime.manifest import (
+    MANIFEST_NAME,
+    REFERENCE_NAME,
+    SCHEMA_VERSION,
+    VERIFICATION_NAME,
+    Manifest,
+    Model,
+    ProblemType,
+    Target,
+    Task,
+    sha256_of,
+    write_manifest,
+)
+from ..runtime.text_io import read_rows
+from . import segments
+from .checkpoint import load_checkpoint, resolve_model_dir
+from .multi_exit import MultiExitModel
+from .tokenizer import save_tokenizer
+from .verify import BUILT_IN_TEXTS, Parity, check_chain, check_graphs, reference_logits
+
+# Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
+# classes, a mean probability of 0.98). It stands until the user calibrates.
+DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
+
+FP32_TARGET = "onnxruntime-fp32"
+
+# What the logits of one row may differ by between batches, at least (DESIGN.md: fp32 1e-5).
+_LEAST_TOLERANCE = 1e-5
+
+_SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
+_MAX_REFERENCE_ROWS = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Settings of an export.
+
+    Attributes:
+        exits: exit numbers to keep, counted from 1; None keeps all.
+        problem_type: the task, for checkpoints that do not name it.
+        max_length: longest sequence in tokens; None: what the model takes.
+        verify_data: more texts to verify with (.txt or .jsonl).
+        force: replace an engines folder that is there.
+    """
+
+    exits: tuple[int, ...] | None = None
+    problem_type: ProblemType | None = None
+    max_length: int | None = None
+    verify_data: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        folder: the engines folder.
+        manifest: its manifest.
+        parity: how close it is to the PyTorch model.
+        size: bytes of the folder.
+    """
+
+    folder: Path
+    manifest: Manifest
+    parity: Parity
+    size: int
+
+
+def export(
+    model_dir: str | Path,
+    output: str | Path = "engines",
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Compile a trained multi-exit model into an engines folder.
+
+    Args:
+        model_dir: a folder in the layout of DESIGN.md, or a model hub's id.
+        output: the folder to write.
+        options: see `ExportOptions`.
+        progress: called with (what, done, total).
+
+    Raises:
+        ModelError: model_dir is missing, damaged, or cannot be compiled.
+        ArtifactError: the output folder exists, or cannot be written.
+        VerificationError: the segments miss the bar; nothing is left behind.
+    """
+    options = options or ExportOptions()
+    target = Path(output)
+    _check_output(target, options.force)
+    source = resolve_model_dir(model_dir)
+    model = load_checkpoint(source, options.problem_type)
+    texts = _verification_texts(options)
+    report = progress or (lambda what, done, total: None)
+    with _staging(target) as folder:
+        manifest, parity = _write(folder, source, model, texts, options, report)
+        _publish(folder, target)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return ExportResult(target, manifest, parity, size)
+
+
+def _write(
+    folder: Path,
+    source: Path,
+    model: MultiExitModel,
+    texts: Sequence[Text],
+    options: ExportOptions,
+    report: Progress,
+) -> tuple[Manifest, Parity]:
+    exits = _chosen_exits(model, options.exits)
+    tokenizer = save_tokenizer(source, model, folder, options.max_length)
+    cut = segments.cut(model, exits)
+    graphs = {}
+    for number, (name, module) in enumerate(cut.modules.items()):
+        report(name, number, len(cut.modules))
+        inputs = segments.input_specs(model, module, tokenizer.inputs)
+        outputs = segments.output_specs(model, module)
+        path = folder / "onnx" / "fp32" / f"{name}.onnx"
+        segments.export_graph(module, inputs, outputs, path, model.backbone.max_positions())
+        graphs[name] = segments.graph_record(folder, path, inputs, outputs)
+    report("verify", len(cut.modules), len(cut.modules))
+    rows = TextEncoder(folder, tokenizer).encode(texts)
+    logits = reference_logits(model, rows)[[number - 1 for number in exits]]
+    _write_reference(folder, texts, logits)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        fpabee_version=__version__,
+        versions={name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
+        model=_model_record(source, model, cut),
+        task=Task(
+            problem_type=model.exit_config.problem_type, labels=model.exit_config.labels
+        ),
+        tokenizer=tokenizer,
+        graphs=graphs,
+        segments=cut.segments,
+        targets={FP32_TARGET: _target(_LEAST_TOLERANCE)},
+        default_target=FP32_TARGET,
+        default_rule=DEFAULT_RULE.to_dict(),
+    )
+    write_manifest(folder, manifest)
+    differences = check_graphs(model, cut, manifest, folder, rows)
+    with Engine.load(folder) as engine:
+        parity = check_chain(engine, texts, logits, differences)
+    (folder / VERIFICATION_NAME).write_text(json.dumps(parity.to_dict(), indent=2) + "\n")
+    tolerance = max(_LEAST_TOLERANCE, parity.max_logit_difference)
+    manifest = _replace(
+        manifest,
+        targets={FP32_TARGET: _target(tolerance)},
+        files={name: sha256_of(folder / name) for name in (REFERENCE_NAME, VERIFICATION_NAME)},
+    )
+    write_manifest(folder, manifest)
+    return manifest, parity
+
+
+def _replace(manifest: Manifest, **changes: object) -> Manifest:
+    import msgspec
+
+    return msgspec.structs.replace(manifest, **changes)
+
+
+def _target(tolerance: float) -> Target:
+    return Target(
+        backend="onnxruntime",
+        precision="fp32",
+        versions={"onnxruntime": _onnxruntime_version()},
+        tolerance=tolerance,
+        row_invariant=True,
+    )
+
+
+def _onnxruntime_version() -> str:
+    from ..runtime.backends.onnxruntime import check_installed
+
+    check_installed()
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def _model_record(source: Path, model: MultiExitModel, cut: segments.Cut) -> Model:
+    return Model(
+        model_type=model.backbone.model_type,
+        layers=cut.segments[-1].layer,
+        hidden_size=int(model.backbone.config.hidden_size),
+        shared_layers=model.backbone.shared_layers,
+        pooling=model.exit_config.pooling.value,
+        source_sha256={
+            name: sha256_of(source / name) for name in _SOURCES if (source / name).is_file()
+        },
+    )
+
+
+def _chosen_exits(model: MultiExitModel, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    count = len(model.exit_config.exits)
+    exits = asked or tuple(range(1, count + 1))
+    if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
+        raise ModelError(
+            f"--exits {','.join(map(str, exits))} does not fit a model with {count} exits",
+            f"give ascending exit numbers between 1 and {count}",
+        )
+    return exits
+
+
+def _verification_texts(options: ExportOptions) -> list[Text]:
+    texts = list(BUILT_IN_TEXTS)
+    if options.verify_data is not None:
+        texts += [row.content for row in read_rows(options.verify_data)]
+    return texts
+
+
+def _write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
+    kept = min(len(texts), _MAX_REFERENCE_ROWS)
+    # Texts as UTF-8 JSON bytes: an object array would have to be unpickled.
+    content = json.dumps(list(texts[:kept]), ensure_ascii=False).encode()
+    np.savez(
+        folder / REFERENCE_NAME,
+        texts=np.frombuffer(content, np.uint8),
+        logits=logits[:, :kept],
+    )
+
+
+def _check_output(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtifactError(
+            f"{target} exists and is not an engines folder; it will not be replaced",
+            "give another folder with -o",
+        )
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise ArtifactError(
+            f"{target} already holds an engines folder", "replace it with --force"
+        )
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target, gone afterwards unless published."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write in {target.parent}: {error.strerror}",
+            "give a writable folder with -o",
+        ) from error
+    folder = Path(name)
+    try:
+        yield folder
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {target}: {error.strerror}", "check the free space and permissions"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    folder.chmod(0o777 & ~_umask())
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.replace(old)
+        folder.replace(target)
+        shutil.rmtree(old)
+    else:
+        folder.replace(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

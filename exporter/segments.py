@@ -1,0 +1,298 @@
+"""Cut a multi-exit model into ONNX graphs, one segment per exit.
+
+A segment is one graph: the layers from the exit before, and the head. Where layers share
+their weights (ALBERT), the shared block is stored once and a segment is a list of calls:
+the embeddings first, the block once per layer, then the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..runtime.manifest import (
+    ATTENTION_BIAS,
+    HIDDEN_STATES,
+    LOGITS,
+    NEXT,
+    Graph,
+    Segment,
+    TensorSpec,
+    sha256_of,
+)
+from .backbones import Block, Embeddings
+from .multi_exit import Head, MultiExitModel, Pooling
+
+OPSET = 20
+
+_EXAMPLE = {"batch": 3, "sequence": 7}
+
+
+class GraphModule(nn.Module):
+    """A stretch of the model: optionally the embeddings, some blocks, optionally a head.
+
+    Args:
+        embeddings: for the first stretch.
+        blocks: the layers to run.
+        head: the exit at its end.
+        is_last: whether nothing follows, so that hidden states need not leave.
+    """
+
+    def __init__(
+        self,
+        embeddings: Embeddings | None,
+        blocks: Sequence[Block],
+        head: Head | None,
+        is_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.is_last = is_last
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether the attention bias is read."""
+        return len(self.blocks) > 0 or (
+            self.head is not None and self.head.pooling is Pooling.MEAN
+        )
+
+    @property
+    def gives_hidden(self) -> bool:
+        """Whether hidden states leave."""
+        return not self.is_last and (self.embeddings is not None or len(self.blocks) > 0)
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name, see `TensorSpec` in the manifest."""
+        bias = inputs.get(ATTENTION_BIAS)
+        outputs = {}
+        if self.embeddings is not None:
+            hidden_states, carried = self.embeddings(
+                inputs["input_ids"], inputs.get("token_type_ids")
+            )
+            outputs = {NEXT + name: value for name, value in carried.items()}
+        else:
+            hidden_states = inputs[HIDDEN_STATES]
+            carried = {
+                name: value
+                for name, value in inputs.items()
+                if name not in (HIDDEN_STATES, ATTENTION_BIAS)
+            }
+        for block in self.blocks:
+            hidden_states = block(hidden_states, bias, **carried)
+        if self.gives_hidden:
+            outputs[NEXT + HIDDEN_STATES] = hidden_states
+        if self.head is not None:
+            outputs[LOGITS] = self.head(hidden_states, bias)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a model is cut: graphs by name, and the segments that call them."""
+
+    modules: dict[str, GraphModule]
+    segments: tuple[Segment, ...]
+
+
+def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
+    """Cut a model at chosen exits.
+
+    Args:
+        model: the model, in eval mode.
+        exits: exit numbers to keep, counted from 1, ascending.
+    """
+    layers = [model.exit_config.exits[number - 1] for number in exits]
+    heads = [model.parts[2][number - 1] for number in exits]
+    if model.backbone.shared_layers:
+        return _cut_shared(model, layers, heads)
+    embeddings, blocks, _ = model.parts
+    modules, segments = {}, []
+    start = 0
+    for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
+        name = f"segment_{number:02d}"
+        modules[name] = GraphModule(
+            embeddings if number == 1 else None,  # type: ignore[arg-type]
+            blocks[start:layer],
+            head,
+            is_last=number == len(layers),
+        ).eval()
+        segments.append(Segment(exit=number, layer=layer, calls=(name,)))
+        start = layer
+    return Cut(modules, tuple(segments))
+
+
+def _cut_shared(model: MultiExitModel, layers: Sequence[int], heads: Sequence[Head]) -> Cut:
+    embeddings, blocks, _ = model.parts
+    names: dict[int, str] = {}
+    modules = {"embeddings": GraphModule(embeddings, (), None).eval()}  # type: ignore[arg-type]
+    block_names = []
+    for block in blocks[: layers[-1]]:
+        name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
+        modules.setdefault(name, GraphModule(None, [block], None).eval())
+        block_names.append(name)
+    segments = []
+    start = 0
+    for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
+        head_name = f"head_{number:02d}"
+        modules[head_name] = GraphModule(None, (), head, is_last=True).eval()
+        first = ["embeddings"] if number == 1 else []
+        calls = (*first, *block_names[start:layer], head_name)
+        segments.append(Segment(exit=number, layer=layer, calls=calls))
+        start = layer
+    return Cut(modules, tuple(segments))
+
+
+def input_specs(
+    model: MultiExitModel, module: GraphModule, tokenizer_inputs: Sequence[str]
+) -> list[TensorSpec]:
+    """The inputs of a graph."""
+    hidden = int(model.backbone.config.hidden_size)
+    specs = []
+    if module.embeddings is not None:
+        names = ["input_ids"]
+        if model.backbone.token_types and "token_type_ids" in tokenizer_inputs:
+            names.append("token_type_ids")
+        specs += [TensorSpec(name=n, dtype="int64", shape=("batch", "sequence")) for n in names]
+    else:
+        specs.append(
+            TensorSpec(name=HIDDEN_STATES, dtype="float32", shape=("batch", "sequence", hidden))
+        )
+    if module.needs_bias:
+        specs.append(
+            TensorSpec(name=ATTENTION_BIAS, dtype="float32", shape=("batch", 1, 1, "sequence"))
+        )
+    if module.embeddings is None and len(module.blocks):
+        specs += _carried_specs(model, "")
+    return specs
+
+
+def output_specs(model: MultiExitModel, module: GraphModule) -> list[TensorSpec]:
+    """The outputs of a graph."""
+    hidden = int(model.backbone.config.hidden_size)
+    specs = _carried_specs(model, NEXT) if module.embeddings is not None else []
+    if module.gives_hidden:
+        shape = ("batch", "sequence", hidden)
+        specs.append(TensorSpec(name=NEXT + HIDDEN_STATES, dtype="float32", shape=shape))
+    if module.head is not None:
+        labels = len(model.exit_config.labels)
+        specs.append(TensorSpec(name=LOGITS, dtype="float32", shape=("batch", labels)))
+    return specs
+
+
+def _carried_specs(model: MultiExitModel, prefix: str) -> list[TensorSpec]:
+    return [
+        TensorSpec(name=prefix + name, dtype="float32", shape=shape)
+        for name, shape in model.backbone.carried.items()
+    ]
+
+
+def export_graph(
+    module: GraphModule,
+    inputs: list[TensorSpec],
+    outputs: list[TensorSpec],
+    path: Path,
+    max_positions: int,
+) -> None:
+    """Write one ONNX file: opset 20, dynamic batch and sequence, the same bytes every time."""
+    # torch.export assumes at least 2 of each; the ONNX graph that comes out has no such limit.
+    dims = {
+        "batch": torch.export.Dim("batch", min=2),
+        "sequence": torch.export.Dim("sequence", min=2, max=max_positions),
+    }
+    shapes = {
+        spec.name: {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+        for spec in inputs
+    }
+    with _quiet(), torch.no_grad():
+        # Captured here, since torch.onnx.export would take the dictionary for keywords.
+        captured = torch.export.export(
+            module, (_example(inputs),), dynamic_shapes={"inputs": shapes}, strict=False
+        )
+        program = torch.onnx.export(
+            captured,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _name_dimensions(proto, inputs)
+    _strip(proto)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def graph_record(
+    folder: Path, path: Path, inputs: list[TensorSpec], outputs: list[TensorSpec]
+) -> Graph:
+    """What the manifest says of a written graph."""
+    return Graph(
+        file=path.relative_to(folder).as_posix(),
+        sha256=sha256_of(path),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+    )
+
+
+def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
+    example = {}
+    for spec in inputs:
+        shape = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
+        dtype = torch.int64 if spec.dtype == "int64" else torch.float32
+        example[spec.name] = torch.zeros(shape, dtype=dtype)
+    return example
+
+
+def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
+    """Call the symbolic dimensions `batch` and `sequence` instead of s32 and s41."""
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    names = {
+        dimension.dim_param: size
+        for value, spec in zip(proto.graph.input, inputs, strict=True)
+        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True)
+        if isinstance(size, str)
+    }
+    for value in values:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in names:
+                dimension.dim_param = names[dimension.dim_param]
+
+
+def _strip(proto: Any) -> None:
+    """Drop what differs from run to run or names files of this machine."""
+    nodes = [*proto.graph.node, *(node for f in proto.functions for node in f.node)]
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    onnx.checker.check_model(proto)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter out of our output."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

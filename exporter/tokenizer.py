@@ -1,0 +1,69 @@
+"""Make `tokenizer.json` of any Hugging Face tokenizer, and say what the runtime must know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import ModelError
+from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec, sha256_of
+from .multi_exit import MultiExitModel
+
+# transformers gives 1e30 where a tokenizer has no limit.
+_NO_LIMIT = 10**6
+
+
+def save_tokenizer(
+    source: Path, model: MultiExitModel, folder: Path, max_length: int | None
+) -> TokenizerSpec:
+    """Write the tokenizer of a model_dir into an engines folder.
+
+    Args:
+        source: the model_dir; slow tokenizers are converted.
+        model: for the longest sequence that it takes.
+        folder: the engines folder.
+        max_length: a limit in tokens; default: the tokenizer's and the model's.
+
+    Raises:
+        ModelError: no tokenizer, or one that cannot be converted, or an impossible limit.
+    """
+    tokenizer = _load(source)
+    limit = model.backbone.max_positions()
+    if tokenizer.model_max_length < _NO_LIMIT:
+        limit = min(limit, int(tokenizer.model_max_length))
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length is not None and not special < max_length <= model.backbone.max_positions():
+        raise ModelError(
+            f"max_length {max_length} is impossible for this model",
+            f"give {special + 1} to {model.backbone.max_positions()} tokens",
+        )
+    path = folder / TOKENIZER_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(path), pretty=False)
+    pad = tokenizer.pad_token_id
+    return TokenizerSpec(
+        file=TOKENIZER_NAME,
+        sha256=sha256_of(path),
+        max_length=max_length or limit,
+        pad_id=int(pad if pad is not None else model.backbone.config.pad_token_id or 0),
+        pad_type_id=int(tokenizer.pad_token_type_id),
+        inputs=tuple(tokenizer.model_input_names),
+    )
+
+
+def _load(source: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"{source} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"the tokenizer of {source} ({type(tokenizer).__name__}) has no fast version",
+            "convert it to tokenizer.json and put that into the folder",
+        )
+    return tokenizer

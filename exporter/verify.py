@@ -1,0 +1,241 @@
+"""Check that exported segments give what the PyTorch model gives.
+
+Every export runs this: each graph against its module, on the inputs that the PyTorch model
+feeds it, then the chain, in the runtime that users run, against the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..runtime.encoding import EncodedRow, Text
+from ..runtime.engine import Engine
+from ..runtime.errors import VerificationError
+from ..runtime.exit_rules import ExitRule, Pabee, simulate
+from ..runtime.manifest import (
+    ATTENTION_BIAS,
+    HIDDEN_STATES,
+    MASK_FILL,
+    NEXT,
+    Manifest,
+    ProblemType,
+)
+from .multi_exit import MultiExitModel
+from .segments import Cut
+
+FP32_TOLERANCE = 1e-4
+
+_BATCH = 8
+
+BUILT_IN_TEXTS: tuple[Text, ...] = (
+    "",
+    "yes",
+    "What a film.",
+    "play the latest album by the band and turn the lights down",
+    "It is not that the plot is bad, but nobody could call it good either.",
+    "Ünïcode — naïve café, 東京 で 会いましょう 😀",
+    "12:45, 3.14 % & $99 <html> [UNK] [SEP] user@example.org https://example.org/?q=1",
+    ("The cat sat on the mat.", "A cat was sitting."),
+    ("", "The first text of this pair is empty."),
+    ("He left early, or so they say.", ""),
+    "set an alarm for six in the morning and remind me to water the plants " * 4,
+    "the quick brown fox jumps over the lazy dog " * 40,
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close one export is to its model.
+
+    Attributes:
+        rows: texts compared.
+        graphs: largest absolute difference of any output, for each graph.
+        max_logit_difference: largest absolute difference of a logit of the chain.
+        label_agreement: share of (row, exit) with the same predicted labels, among those
+            whose logits are not within tolerance of a tie.
+        exit_agreement: share of rows with the same exit, among those whose scores are not
+            within tolerance of a threshold.
+        near_ties: rows left out of either share.
+        passed: whether everything is within the bar.
+    """
+
+    rows: int
+    graphs: dict[str, float]
+    max_logit_difference: float
+    label_agreement: float
+    exit_agreement: float
+    near_ties: int
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """For verification.json."""
+        return asdict(self)
+
+
+def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> NDArray[np.float32]:
+    """Logits `[exits, rows, labels]` of the PyTorch model, in padded batches."""
+    batches = []
+    for batch in _batches(rows, model):
+        ids, mask, types = batch
+        with torch.no_grad():
+            batches.append(model(ids, mask, types if model.backbone.token_types else None).numpy())
+    return np.concatenate(batches, axis=1).astype(np.float32)
+
+
+def check_graphs(
+    model: MultiExitModel, cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
+) -> dict[str, float]:
+    """Largest output difference of each graph against its module, on the model's own inputs.
+
+    Raises:
+        VerificationError: a graph misses the bar; the first one is named.
+    """
+    import onnxruntime as ort
+
+    from ..runtime.backends.onnxruntime import session_options
+
+    sessions: dict[str, Any] = {}
+    worst = dict.fromkeys(cut.modules, 0.0)
+    for ids, mask, types in _batches(rows, model):
+        state = {
+            "input_ids": ids,
+            "token_type_ids": types,
+            ATTENTION_BIAS: (1.0 - mask[:, None, None, :].float()) * MASK_FILL,
+        }
+        for name in [name for segment in cut.segments for name in segment.calls]:
+            graph = manifest.graphs[name]
+            if name not in sessions:
+                path = str(folder / graph.file)
+                sessions[name] = ort.InferenceSession(
+                    path, session_options(), providers=["CPUExecutionProvider"]
+                )
+            inputs = {spec.name: state[spec.name] for spec in graph.inputs}
+            with torch.no_grad():
+                expected = cut.modules[name](inputs)
+            names = [spec.name for spec in graph.outputs]
+            found = sessions[name].run(names, {key: v.numpy() for key, v in inputs.items()})
+            for key, value in zip(names, found, strict=True):
+                # Hidden states of padding are never read: compare the real tokens.
+                real = mask.numpy().astype(bool) if key == NEXT + HIDDEN_STATES else slice(None)
+                difference = float(np.abs(value - expected[key].numpy())[real].max())
+                worst[name] = max(worst[name], difference)
+            if not worst[name] <= FP32_TOLERANCE:
+                raise VerificationError(
+                    f"{name} differs from its PyTorch module by {worst[name]:.2e}; "
+                    f"the bar is {FP32_TOLERANCE:.0e}",
+                    "nothing was written; please report this with your model's config.json",
+                )
+            state |= {key.removeprefix(NEXT): value for key, value in expected.items()}
+    return worst
+
+
+def check_chain(
+    engine: Engine,
+    texts: Sequence[Text],
+    expected: NDArray[np.float32],
+    graphs: dict[str, float],
+    tolerance: float = FP32_TOLERANCE,
+) -> Parity:
+    """Compare the chain with the PyTorch model's logits.
+
+    Args:
+        engine: the export, loaded.
+        texts: the texts compared.
+        expected: `[exits, rows, labels]` of the PyTorch model.
+        graphs: what `check_graphs` gave, for the record.
+        tolerance: the bar for the largest logit difference.
+
+    Raises:
+        VerificationError: the chain misses the bar.
+    """
+    # Once in groups of the engine's own making, once a text at a time: both must agree.
+    together = engine.trace(texts).logits
+    alone = np.concatenate([engine.trace([text]).logits for text in texts[:_BATCH]], axis=1)
+    difference = max(
+        _largest(together, expected), _largest(alone, expected[:, : alone.shape[1]])
+    )
+    problem_type = engine.manifest.task.problem_type
+    ties = _near_ties(expected, problem_type, tolerance)
+    same = _answers(together, problem_type) == _answers(expected, problem_type)
+    same = same if same.ndim == 2 else same.all(axis=-1)
+    exits_same, unsure = _exit_agreement(together, expected, engine.rule, problem_type, tolerance)
+    sure_labels, sure_exits = same[~ties], exits_same[~unsure]
+    parity = Parity(
+        rows=len(texts),
+        graphs=graphs,
+        max_logit_difference=difference,
+        label_agreement=float(sure_labels.mean()) if sure_labels.size else 1.0,
+        exit_agreement=float(sure_exits.mean()) if sure_exits.size else 1.0,
+        near_ties=int((ties.any(axis=0) | unsure).sum()),
+        passed=bool(difference <= tolerance and sure_labels.all() and sure_exits.all()),
+    )
+    if not parity.passed:
+        worst = np.abs(together - expected).max(axis=(1, 2))
+        bad = int(np.argmax(~(worst <= tolerance))) + 1
+        raise VerificationError(
+            f"the chain differs from the PyTorch model from exit {bad} on: logits by "
+            f"{difference:.2e} (bar {tolerance:.0e}), labels agree for "
+            f"{parity.label_agreement:.2%}, exits for {parity.exit_agreement:.2%}",
+            "nothing was written; please report this with your model's config.json",
+        )
+    return parity
+
+
+def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.abs(found - expected).max()) if found.size else 0.0
+
+
+def _answers(logits: NDArray[np.float32], problem_type: ProblemType) -> NDArray[Any]:
+    if problem_type is ProblemType.SINGLE_LABEL:
+        return np.asarray(logits.argmax(axis=-1))
+    return np.asarray(logits > 0)
+
+
+def _near_ties(
+    logits: NDArray[np.float32], problem_type: ProblemType, tolerance: float
+) -> NDArray[np.bool_]:
+    """`[exits, rows]`: where a difference within tolerance can change the labels."""
+    if problem_type is ProblemType.MULTI_LABEL or logits.shape[-1] == 1:
+        return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
+    top = np.sort(logits, axis=-1)
+    return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
+
+
+def _exit_agreement(
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    rule: ExitRule,
+    problem_type: ProblemType,
+    tolerance: float,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Rows with the same exit, and rows whose exit is too close to call."""
+    one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
+    threshold = getattr(rule, "threshold", None)
+    if threshold is None or isinstance(rule, Pabee):
+        unsure = _near_ties(expected, problem_type, tolerance).any(axis=0)
+    else:
+        # A score moves by at most a few times what the logits move.
+        unsure = (np.abs(two.scores - threshold) <= 10 * tolerance).any(axis=0)
+    return one.exits == two.exits, unsure
+
+
+def _batches(
+    rows: Sequence[EncodedRow], model: MultiExitModel
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    for start in range(0, len(rows), _BATCH):
+        part = rows[start : start + _BATCH]
+        shape = (len(part), max(len(row) for row in part))
+        ids = np.full(shape, model.backbone.config.pad_token_id or 0, np.int64)
+        mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for number, row in enumerate(part):
+            ids[number, : len(row)] = row.input_ids
+            types[number, : len(row)] = row.token_type_ids
+            mask[number, : len(row)] = 1
+        yield torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types)

@@ -1,0 +1,1 @@
+"""The runtime: run an engines folder."""

@@ -1,0 +1,100 @@
+"""Cut rows into groups, and decide when undecided rows of several groups are joined.
+
+Pure functions of lengths and measured times; no backend in sight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Limits
+
+RowNumbers = NDArray[np.intp]
+
+
+def cut_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
+    """Groups of rows of like length, longest first, within the token budget.
+
+    Args:
+        lengths: `[rows]` tokens of each row.
+        limits: what the backend runs well.
+
+    Returns:
+        Row numbers of each group, ascending in length within it.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    groups = []
+    start = 0
+    while start < len(order):
+        padded = limits.bucket(1, int(lengths[order[start]])).sequence
+        size = min(max(1, limits.group_tokens // padded), limits.max_batch)
+        groups.append(order[start : start + size])
+        start += size
+    return groups
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Measured time of a middle segment by padded tokens of a group.
+
+    Attributes:
+        tokens: ascending sizes that were measured.
+        seconds: time of one segment at each size.
+        copy_seconds: time of joining groups, per token.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+    copy_seconds: float
+
+    def __call__(self, tokens: int) -> float:
+        """Seconds at a size: linear between measurements, and in proportion beyond them."""
+        if tokens > self.tokens[-1]:
+            return self.seconds[-1] * tokens / self.tokens[-1]
+        return float(np.interp(tokens, self.tokens, self.seconds))
+
+
+def plan_joins(
+    lengths: Sequence[Sequence[int]], limits: Limits, cost: CostCurve
+) -> list[list[int]]:
+    """Which neighbouring groups to join before the next segment.
+
+    Joining pays if the joined group's segment is faster than the groups' own by more than
+    the copy takes.
+
+    Args:
+        lengths: the row lengths of each group, in the order of the groups.
+        limits: what the backend runs.
+        cost: its measured times.
+
+    Returns:
+        Group numbers of each new group; every group appears once, in order.
+    """
+    plan: list[list[int]] = []
+    rows, longest = 0, 0
+    for number, group in enumerate(lengths):
+        joined_rows, joined_longest = rows + len(group), max(longest, *group)
+        joined = _tokens(joined_rows, joined_longest, limits)
+        fits = joined_rows <= limits.max_batch and joined <= max(
+            limits.group_tokens, limits.bucket(1, joined_longest).sequence
+        )
+        if plan and fits:
+            apart = cost(_tokens(rows, longest, limits)) + cost(
+                _tokens(len(group), max(group), limits)
+            )
+            if cost(joined) + cost.copy_seconds * joined < apart:
+                plan[-1].append(number)
+                rows, longest = joined_rows, joined_longest
+                continue
+        plan.append([number])
+        rows, longest = len(group), max(group)
+    return plan
+
+
+def _tokens(rows: int, longest: int, limits: Limits) -> int:
+    bucket = limits.bucket(rows, longest)
+    return bucket.batch * bucket.sequence

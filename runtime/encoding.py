@@ -1,0 +1,103 @@
+"""Texts to token ids, with the tokenizer that the artifact holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from .errors import ArtifactError, InputError
+from .manifest import ATTENTION_BIAS, TokenizerSpec, verified
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One tokenized row.
+
+    Attributes:
+        input_ids: `[tokens]` int64.
+        token_type_ids: `[tokens]` int64.
+        truncated: whether the text had more tokens than the model takes.
+    """
+
+    input_ids: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64]
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def model_input(self, name: str) -> NDArray[np.int64] | float:
+        """The row's values of a model input; the attention bias is 0 on real tokens."""
+        if name == ATTENTION_BIAS:
+            return 0.0
+        return self.input_ids if name == "input_ids" else self.token_type_ids
+
+
+class TextEncoder:
+    """Tokenizes rows, truncated to the model's longest sequence.
+
+    Args:
+        folder: the engines folder.
+        spec: the tokenizer's part of the manifest.
+        max_length: a shorter limit than the spec's, in tokens.
+
+    Raises:
+        ArtifactError: the tokenizer is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
+        path = verified(folder, spec.file, spec.sha256)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        # The library raises the bare Exception for a file that it cannot parse.
+        except Exception as error:
+            raise ArtifactError(
+                f"{path} is not a tokenizer: {error}", "export the model again with fpabee-export"
+            ) from error
+        self._uses_types = "token_type_ids" in spec.inputs
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(min(spec.max_length, max_length or spec.max_length))
+
+    def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """Tokenize texts or pairs.
+
+        Raises:
+            InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+        """
+        for number, text in enumerate(texts, start=1):
+            _check(text, number)
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        return [
+            EncodedRow(
+                np.asarray(encoding.ids, np.int64),
+                np.asarray(encoding.type_ids, np.int64)
+                if self._uses_types
+                else np.zeros(len(encoding.ids), np.int64),
+                bool(encoding.overflowing),
+            )
+            for encoding in encodings
+        ]
+
+
+def _check(text: object, number: int) -> None:
+    parts = (text,) if isinstance(text, str) else text
+    is_row = isinstance(parts, tuple) and len(parts) in (1, 2)
+    if not is_row or not all(isinstance(part, str) for part in parts):  # type: ignore[attr-defined]
+        raise InputError(
+            f"text {number} is a {type(text).__name__}", "give a string, or a pair of strings"
+        )
+    for part in parts:  # type: ignore[attr-defined]
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text {number} is not Unicode: {error.reason} at character {error.start + 1}",
+                "decode the file as UTF-8, or replace the character",
+            ) from error

@@ -1,0 +1,358 @@
+"""The engine: an engines folder, loaded and ready to classify texts."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import Backend
+from .batching import CostCurve
+from .encoding import EncodedRow, Text, TextEncoder
+from .errors import ArtifactError, BackendError, RuleError
+from .execution import Chain, Regroup, WindowResult
+from .exit_rules import Answers, Budget, Decider, ExitRule
+from .manifest import Manifest, ProblemType, Target, read_manifest
+
+# A window holds the hidden states of all its rows twice: what a segment reads and writes.
+_WINDOW_BYTES = 256 * 2**20
+# Texts that are tokenized in one call, so that memory stays flat on long lines too.
+_CHUNK_TEXTS = 256
+_CHUNK_CHARACTERS = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one row.
+
+    Attributes:
+        labels: the predicted label, or for multi-label the predicted labels (may be none).
+        scores: the probability of each predicted label.
+        exit: the exit that answered, counted from 1.
+        layer: encoder layers that ran.
+        probabilities: of all labels, in the order of `Engine.labels`.
+        truncated: whether the text had more tokens than the model takes.
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    exit: int
+    layer: int
+    probabilities: tuple[float, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the chain gave for some rows.
+
+    Attributes:
+        logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach.
+        exits: `[rows]` exit of each row, counted from 1.
+        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
+        lengths: `[rows]` tokens of each row.
+    """
+
+    logits: NDArray[np.float32]
+    exits: Answers
+    predictions: Answers
+    lengths: NDArray[np.intp]
+
+
+class Engine:
+    """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: str,
+        backend: Backend[Any],
+        rule: ExitRule,
+        regroup: Regroup = Regroup.AUTO,
+        max_length: int | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._target = target
+        self._backend = backend
+        self._rule = rule
+        self._regroup = regroup
+        self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
+        self._limits = backend.limits()
+        self._local = threading.local()
+        self._cost: CostCurve | None = None
+        self._cost_lock = threading.Lock()
+        self._closed = False
+        width = 4 * manifest.model.hidden_size * 2
+        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // width)
+        # Refuses a rule that does not fit the model now, not at the first text.
+        self._decider(0, rule)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        target: str | None = None,
+        operating_point: str | None = None,
+        threads: int | None = None,
+        *,
+        rule: ExitRule | None = None,
+        regroup: Regroup = Regroup.AUTO,
+        preload: bool = False,
+        max_length: int | None = None,
+    ) -> Engine:
+        """Load an engines folder.
+
+        Args:
+            path: the folder that `fpabee-export` wrote.
+            target: a built target; default: the manifest's.
+            operating_point: a calibrated rule of the manifest, by name.
+            threads: CPU threads; the process-wide pool keeps the first engine's number.
+            rule: a rule of your own, instead of an operating point.
+            regroup: whether undecided rows of several groups are joined.
+            preload: load all segments now, instead of when first needed.
+            max_length: truncate texts to fewer tokens than the model takes.
+
+        Raises:
+            ArtifactError: missing, damaged, or of another version.
+            BackendError: the target cannot run here.
+            RuleError: the operating point or rule does not exist or does not fit.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        name = target or manifest.default_target
+        if name not in manifest.targets:
+            raise BackendError(
+                f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
+                "choose one with --target, or build it with fpabee-export",
+            )
+        chosen = rule or _rule_of(manifest, name, operating_point)
+        backend = _open_backend(folder, manifest, manifest.targets[name], threads)
+        if preload:
+            backend.preload()
+        return cls(folder, manifest, name, backend, chosen, regroup, max_length)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the folder says of itself."""
+        return self._manifest
+
+    @property
+    def target(self) -> str:
+        """The target in use."""
+        return self._target
+
+    @property
+    def rule(self) -> ExitRule:
+        """The rule that applies when a call names none."""
+        return self._rule
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of the logits."""
+        return self._manifest.task.labels
+
+    def predict(
+        self, texts: Sequence[Text], *, rule: ExitRule | None = None, full_depth: bool = False
+    ) -> list[Prediction]:
+        """Classify texts.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+            rule: instead of the engine's.
+            full_depth: run every layer for every row.
+
+        Returns:
+            One prediction a text, in their order.
+
+        Raises:
+            InputError: something is neither a text nor a pair.
+            RuleError: the rule does not fit the model.
+        """
+        return list(self.stream(texts, rule=rule, full_depth=full_depth))
+
+    def stream(
+        self, texts: Iterable[Text], *, rule: ExitRule | None = None, full_depth: bool = False
+    ) -> Iterator[Prediction]:
+        """Classify any number of texts in flat memory; arguments as in `predict`."""
+        for rows, result in self._windows(texts, self._chosen(rule, full_depth)):
+            yield from self._predictions(rows, result)
+
+    def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
+        """The logits of every exit.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+            rule: stop rows by this rule and leave NaN at exits not reached; default: run
+                every row to full depth.
+
+        Returns:
+            The trace, rows in the order of the texts.
+        """
+        windows = list(self._windows(texts, rule or self._chosen(None, True)))
+        results = [result for _, result in windows]
+        if not results:
+            empty = WindowResult(
+                np.zeros(0, np.int64),
+                np.zeros((len(self._manifest.segments), 0, len(self.labels)), np.float32),
+                np.zeros((0, len(self.labels))),
+                np.zeros((0, len(self.labels)) if self._multi_label else 0, np.int64),
+            )
+            results = [empty]
+        return Trace(
+            logits=np.concatenate([result.logits for result in results], axis=1),
+            exits=np.concatenate([result.exits for result in results]),
+            predictions=np.concatenate([result.answers for result in results]),
+            lengths=np.array([len(row) for rows, _ in windows for row in rows], np.intp),
+        )
+
+    def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """Tokenize texts as the engine does."""
+        return self._encoder.encode(texts)
+
+    def close(self) -> None:
+        """Free the segments; the engine cannot be used afterwards."""
+        self._closed = True
+        self._backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _multi_label(self) -> bool:
+        return self._manifest.task.problem_type is ProblemType.MULTI_LABEL
+
+    def _chosen(self, rule: ExitRule | None, full_depth: bool) -> ExitRule:
+        return Budget(exit=len(self._manifest.segments)) if full_depth else rule or self._rule
+
+    def _decider(self, rows: int, rule: ExitRule) -> Decider:
+        task = self._manifest.task
+        return Decider(rule, task.problem_type, rows, len(self._manifest.segments), task.cuts)
+
+    def _chain(self) -> Chain[Any]:
+        if self._closed:
+            raise BackendError("this engine is closed", "load it again with Engine.load")
+        chain: Chain[Any] | None = getattr(self._local, "chain", None)
+        if chain is None:
+            chain = Chain(
+                self._backend.open(),
+                self._limits,
+                len(self._manifest.segments),
+                len(self.labels),
+            )
+            self._local.chain = chain
+        return chain
+
+    def _windows(
+        self, texts: Iterable[Text], rule: ExitRule
+    ) -> Iterator[tuple[list[EncodedRow], WindowResult]]:
+        self._decider(0, rule)
+        window: list[EncodedRow] = []
+        tokens = 0
+        for chunk in _chunks(texts):
+            for row in self._encoder.encode(chunk):
+                window.append(row)
+                tokens += len(row)
+                if tokens >= self._window_tokens:
+                    yield window, self._run(window, rule)
+                    window, tokens = [], 0
+        if window:
+            yield window, self._run(window, rule)
+
+    def _run(self, rows: list[EncodedRow], rule: ExitRule) -> WindowResult:
+        chain = self._chain()
+        many = sum(len(row) for row in rows) > self._limits.group_tokens
+        cost = self._cost_curve(chain) if many else None
+        return chain.run(rows, self._decider(len(rows), rule), cost)
+
+    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
+        if self._regroup is Regroup.NEVER:
+            return None
+        if self._regroup is Regroup.ALWAYS:
+            return CostCurve((1, self._limits.group_tokens), (1.0, 1.0), 0.0)
+        with self._cost_lock:
+            if self._cost is None:
+                self._cost = chain.measure()
+            return self._cost
+
+    def _predictions(
+        self, rows: list[EncodedRow], result: WindowResult
+    ) -> Iterator[Prediction]:
+        layers = self._manifest.exit_layers
+        probabilities = result.probabilities.tolist()
+        for number, row in enumerate(rows):
+            answer = result.answers[number]
+            chosen = np.flatnonzero(answer) if self._multi_label else [int(answer)]
+            exit_number = int(result.exits[number])
+            yield Prediction(
+                labels=tuple(self.labels[index] for index in chosen),
+                scores=tuple(probabilities[number][index] for index in chosen),
+                exit=exit_number,
+                layer=layers[exit_number - 1],
+                probabilities=tuple(probabilities[number]),
+                truncated=row.truncated,
+            )
+
+
+def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    iterator = iter(texts)
+    for first in iterator:
+        chunk, characters = [first], _characters(first)
+        for text in itertools.islice(iterator, _CHUNK_TEXTS - 1):
+            chunk.append(text)
+            characters += _characters(text)
+            if characters >= _CHUNK_CHARACTERS:
+                break
+        yield chunk
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _rule_of(manifest: Manifest, target: str, operating_point: str | None) -> ExitRule:
+    if operating_point is None:
+        return ExitRule.from_dict(manifest.default_rule)
+    point = manifest.operating_points.get(operating_point)
+    if point is None:
+        known = ", ".join(manifest.operating_points) or "none yet"
+        raise RuleError(
+            f"there is no operating point {operating_point!r}; there are: {known}",
+            "leave it out, or give a rule",
+        )
+    if point.target != target:
+        raise RuleError(
+            f"operating point {operating_point!r} was measured on {point.target}, not on {target}",
+            f"use it with --target {point.target}, or give a rule",
+        )
+    return ExitRule.from_dict(point.rule)
+
+
+def _open_backend(
+    folder: Path, manifest: Manifest, target: Target, threads: int | None
+) -> Backend[Any]:
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}", "give at least 1")
+    if target.backend == "onnxruntime":
+        from .backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(folder, manifest, target, threads)
+    raise ArtifactError(
+        f"the manifest names backend {target.backend!r}, which this fpabee does not have",
+        "pip install -U fpabee, or choose another --target",
+    )

@@ -1,0 +1,60 @@
+"""The errors of fpabee.
+
+    FpabeeError                 everything a user can mend; exit code 1
+    |-- ModelError              model_dir: missing, damaged, or not a multi-exit model
+    |-- ArtifactError           engines folder: missing, damaged, or of another version
+    |-- InputError              texts and labels to read, and results to write
+    |-- RuleError               an exit rule that does not exist or does not fit
+    |-- BackendError            what an inference library cannot do here
+    |   `-- MissingExtraError   an optional package is not installed
+    `-- VerificationError       exported segments do not reproduce the PyTorch model
+
+Every message says what was found, what was expected, and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class FpabeeError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        message: what was found and what was expected.
+        hint: what to do or to run.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} -> {self.hint}" if self.hint else self.message
+
+
+class ModelError(FpabeeError):
+    """The model_dir is missing, damaged, or not a multi-exit model that can be compiled."""
+
+
+class ArtifactError(FpabeeError):
+    """The engines folder is missing, damaged, or was written by another version."""
+
+
+class InputError(FpabeeError):
+    """Texts or labels cannot be read, or results cannot be written."""
+
+
+class RuleError(FpabeeError):
+    """An exit rule does not exist, lacks a setting, or does not fit the model."""
+
+
+class BackendError(FpabeeError):
+    """The inference library cannot do here what was asked."""
+
+
+class MissingExtraError(BackendError):
+    """An optional package is not installed."""
+
+
+class VerificationError(FpabeeError):
+    """The exported segments do not reproduce the PyTorch model."""

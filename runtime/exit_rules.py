@@ -1,0 +1,496 @@
+"""Exit rules: after each exit, which rows stop. Pure numpy, per row, at any batch size.
+
+Every rule has one shape: at each exit a row may give a *sign* that its answer is settled;
+it stops after `patience` signs in a row. Some rules also stop at once on confidence. The
+`score` is what a rule compares with its threshold.
+
+Sources: F-PABEE (arXiv 2305.11916), PABEE (2006.04152), DeeBERT (2004.12993), Shallow-Deep
+Networks (1810.07052), COSEE (2412.13236), PCEE-BERT, FastBERT (2004.02178), EPEE
+(2503.02053). Logarithms are natural, and their arguments are clamped at 1e-12.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RuleError
+from .manifest import ProblemType
+
+Floats = NDArray[np.floating[Any]]
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Answers = NDArray[np.int64]
+
+_TINY = 1e-12
+
+
+def _log(values: Array) -> Array:
+    return np.log(np.maximum(values, _TINY))
+
+
+def _cross_entropy(p: Array, q: Array) -> Array:
+    return np.asarray(-(p * _log(q)).sum(axis=-1))
+
+
+def _divergence(p: Array, q: Array) -> Array:
+    return np.maximum((p * (_log(p) - _log(q))).sum(axis=-1), 0.0)
+
+
+def _jensen_shannon(p: Array, q: Array) -> Array:
+    m = (p + q) / 2
+    return (_divergence(p, m) + _divergence(q, m)) / 2
+
+
+class Measure(str, Enum):
+    """Similarity of the distributions p, q of two neighbouring exits (F-PABEE eq. 5-12)."""
+
+    KD = "kd"
+    """Cross-entropy -sum p log q."""
+    REKD = "rekd"
+    """Reversed cross-entropy -sum q log p."""
+    SYMKD = "symkd"
+    """kd + rekd."""
+    JSKD = "jskd"
+    """Entropy of the mean distribution: small only if both agree and are confident."""
+    KL = "kl"
+    """Kullback-Leibler divergence sum p log(p/q)."""
+    REKL = "rekl"
+    """Reversed Kullback-Leibler divergence."""
+    SYMKL = "symkl"
+    """kl + rekl."""
+    JSD = "jsd"
+    """Jensen-Shannon divergence: also small if both are equally uninformed."""
+
+
+_MEASURES: dict[Measure, Callable[[Array, Array], Array]] = {
+    Measure.KD: _cross_entropy,
+    Measure.REKD: lambda p, q: _cross_entropy(q, p),
+    Measure.SYMKD: lambda p, q: _cross_entropy(p, q) + _cross_entropy(q, p),
+    Measure.JSKD: lambda p, q: _cross_entropy((p + q) / 2, (p + q) / 2),
+    Measure.KL: _divergence,
+    Measure.REKL: lambda p, q: _divergence(q, p),
+    Measure.SYMKL: lambda p, q: _divergence(p, q) + _divergence(q, p),
+    Measure.JSD: _jensen_shannon,
+}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one exit says about some rows.
+
+    Attributes:
+        logits: `[rows, labels]` float64.
+        distributions: `[rows, labels]` softmax, or `[rows, labels, 2]`: both outcomes of
+            each label's binary problem, so that single-label measures apply per label.
+        answers: `[rows]` class indices, or `[rows, labels]` of 0 and 1.
+    """
+
+    logits: Array
+    distributions: Array
+    answers: Answers
+
+    @classmethod
+    def of(
+        cls, logits: Floats, problem_type: ProblemType, cuts: Sequence[float] = ()
+    ) -> Outputs:
+        """Outputs of logits `[rows, labels]`; `cuts` are per-label decision probabilities."""
+        z = logits.astype(np.float64)
+        if problem_type is ProblemType.SINGLE_LABEL:
+            powers = np.exp(z - z.max(axis=-1, keepdims=True))
+            return cls(z, powers / powers.sum(axis=-1, keepdims=True), z.argmax(axis=-1))
+        # Both outcomes directly from the logit: 1 - p would lose the small one.
+        small = np.exp(-np.abs(z))
+        low, high = small / (1 + small), 1 / (1 + small)
+        positive = np.where(z >= 0, high, low)
+        both = np.stack([positive, np.where(z >= 0, low, high)], axis=-1)
+        cut = np.asarray(cuts, np.float64) if len(cuts) else 0.5
+        return cls(z, both, (positive > cut).astype(np.int64))
+
+    @property
+    def probabilities(self) -> Array:
+        """`[rows, labels]`: softmax, or the probability of each label."""
+        return self.distributions if self.answers.ndim == 1 else self.distributions[..., 0]
+
+    def take(self, rows: NDArray[np.intp]) -> Outputs:
+        """The outputs of some of the rows."""
+        return Outputs(self.logits[rows], self.distributions[rows], self.answers[rows])
+
+    def entropy(self) -> Array:
+        """Entropy `[rows]` in nats; multi-label: the sum of the binary entropies."""
+        return _per_row(_cross_entropy(self.distributions, self.distributions))
+
+    def normalised_entropy(self) -> Array:
+        """Entropy over its largest value, `[rows]`; multi-label: the mean over labels."""
+        outcomes = self.distributions.shape[-1]
+        problems = 1 if self.answers.ndim == 1 else self.distributions.shape[-2]
+        return self.entropy() / (problems * math.log(max(2, outcomes)))
+
+    def unchanged(self, earlier: Outputs) -> Mask:
+        """Rows `[rows]` whose answer is that of the earlier exit."""
+        same = self.answers == earlier.answers
+        return np.asarray(same if same.ndim == 1 else same.all(axis=-1))
+
+
+def _per_row(values: Array) -> Array:
+    """Sum over labels, if there is one value per label."""
+    return values if values.ndim == 1 else values.sum(axis=-1)
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What a rule sees at one exit: scores (None: it has none), signs, immediate stops."""
+
+    scores: Array | None
+    settled: Mask
+    at_once: Mask | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule:
+    """Base of the rules.
+
+    Attributes:
+        min_exit: stopping is allowed from this exit on; signs count from exit 1.
+        max_exit: a row that gets here stops; None is the last exit.
+    """
+
+    name: ClassVar[str]
+
+    min_exit: int = 1
+    max_exit: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("min_exit", "max_exit", "patience", "exit"):
+            value = getattr(self, field, None)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise RuleError(f"{self.name}: {field} is {value!r}", "give a whole number from 1")
+        threshold = getattr(self, "threshold", 0.0)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise RuleError(f"{self.name}: threshold is {threshold!r}", "give a number")
+        if math.isnan(threshold):
+            raise RuleError(f"{self.name}: threshold is NaN", "give a number")
+        if self.max_exit is not None and self.max_exit < self.min_exit:
+            raise RuleError(
+                f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
+                "give a larger max_exit",
+            )
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Scores and signs of rows at an exit (from 1); `earlier` is None at exit 1."""
+        raise NotImplementedError
+
+    @property
+    def signs_needed(self) -> int:
+        """How many signs in a row stop a row."""
+        return int(getattr(self, "patience", 1))
+
+    def to_dict(self) -> dict[str, str | int | float | None]:
+        """Name and settings, as in the manifest."""
+        settings = {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in dataclasses.asdict(self).items()
+            if not (key == "max_exit" and value is None) and not (key == "min_exit" and value == 1)
+        }
+        return {"name": self.name, **settings}
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> ExitRule:
+        """The rule that a dictionary with `name` and settings describes.
+
+        Raises:
+            RuleError: unknown rule or setting, a setting missing or of a wrong value.
+        """
+        given = dict(settings)
+        name = given.pop("name", None)
+        kind = RULES.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        unknown = sorted(set(given) - set(fields))
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        missing = sorted(set(required) - set(given))
+        if unknown or missing:
+            what = f"does not take {', '.join(unknown)}" if unknown else f"needs {missing[0]}"
+            raise RuleError(f"rule {name} {what}", f"its settings are: {', '.join(fields)}")
+        if "measure" in given:
+            try:
+                given["measure"] = Measure(given["measure"])
+            except ValueError:
+                raise RuleError(
+                    f"measure {given['measure']!r} does not exist",
+                    f"choose from {', '.join(m.value for m in Measure)}",
+                ) from None
+        return kind(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(ExitRule):
+    """Every row stops at one exit ("Budgeted-Exit" in the paper's Table 1)."""
+
+    name: ClassVar[str] = "budget"
+
+    exit: int
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Settled from the given exit on."""
+        return Signs(None, np.full(len(now.logits), exit_number >= self.exit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FPabee(ExitRule):
+    """F-PABEE: neighbouring distributions similar `patience` times in a row."""
+
+    name: ClassVar[str] = "fpabee"
+
+    threshold: float
+    measure: Measure = Measure.JSKD
+    patience: int = 1
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: the measure, summed over labels. Settled: strictly below the threshold."""
+        if earlier is None:
+            return Signs(None, np.zeros(len(now.logits), np.bool_))
+        measure = _MEASURES[self.measure]
+        scores = _per_row(measure(earlier.distributions, now.distributions))
+        return Signs(scores, scores < self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pabee(ExitRule):
+    """PABEE: the answer stays the same `patience` times in a row."""
+
+    name: ClassVar[str] = "pabee"
+
+    patience: int
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: 0 if the answer is that of the exit before, else 1."""
+        if earlier is None:
+            return Signs(None, np.zeros(len(now.logits), np.bool_))
+        same = now.unchanged(earlier)
+        return Signs(1.0 - same, same)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropy(ExitRule):
+    """BranchyNet, DeeBERT: entropy below the threshold, in nats, not normalised."""
+
+    name: ClassVar[str] = "entropy"
+
+    threshold: float
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: entropy; multi-label: the sum of the binary entropies."""
+        scores = now.entropy()
+        return Signs(scores, scores < self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confidence(ExitRule):
+    """Shallow-Deep Networks, RightTool: largest probability above the threshold."""
+
+    name: ClassVar[str] = "confidence"
+
+    threshold: float
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: max p; multi-label: the least of max(p, 1-p) over labels."""
+        best = now.distributions.max(axis=-1)
+        scores = best if best.ndim == 1 else best.min(axis=-1)
+        return Signs(scores, scores > self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy(ExitRule):
+    """COSEE: 1/(1 + sum exp z) below the threshold (temperature 1)."""
+
+    name: ClassVar[str] = "energy"
+
+    threshold: float
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: 1/(1 + sum exp z), computed without overflow."""
+        top = np.maximum(now.logits.max(axis=-1), 0.0)
+        total = np.exp(now.logits - top[:, None]).sum(axis=-1)
+        scores = np.exp(-top) / (np.exp(-top) + total)
+        return Signs(scores, scores < self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pcee(ExitRule):
+    """PCEE-BERT: normalised entropy below the threshold `patience` times (FastBERT: once)."""
+
+    name: ClassVar[str] = "pcee"
+
+    threshold: float
+    patience: int = 1
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: normalised entropy; signs count from exit 1."""
+        scores = now.normalised_entropy()
+        return Signs(scores, scores < self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epee(ExitRule):
+    """EPEE: normalised entropy below the threshold, or the answer unchanged `patience` times."""
+
+    name: ClassVar[str] = "epee"
+
+    threshold: float
+    patience: int
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: normalised entropy. Settled: the answer is unchanged."""
+        scores = now.normalised_entropy()
+        same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
+        return Signs(scores, same, scores < self.threshold)
+
+
+RULES: dict[str, type[ExitRule]] = {
+    rule.name: rule
+    for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
+}
+
+
+class Decider:
+    """Applies a rule to rows that may come in any grouping, one exit after another.
+
+    Args:
+        rule: the rule.
+        problem_type: the task.
+        rows: number of rows.
+        exits: number of exits of the model.
+        cuts: multi-label decision cuts, see `Task.cuts`.
+
+    Raises:
+        RuleError: the rule names an exit that the model does not have.
+    """
+
+    def __init__(
+        self,
+        rule: ExitRule,
+        problem_type: ProblemType,
+        rows: int,
+        exits: int,
+        cuts: Sequence[float] = (),
+    ) -> None:
+        for field in ("exit", "min_exit", "max_exit"):
+            value = getattr(rule, field, None)
+            if value is not None and value > exits:
+                raise RuleError(
+                    f"rule {rule.name}: {field} is {value}, but the model has {exits} exits",
+                    f"give at most {exits}",
+                )
+        self._rule = rule
+        self._problem_type = problem_type
+        self._cuts = cuts
+        self._last = rule.max_exit or exits
+        self._count = np.zeros(rows, np.int64)
+        self._earlier: Outputs | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether answers are `[rows, labels]`."""
+        return self._problem_type is ProblemType.MULTI_LABEL
+
+    def decide(
+        self, exit_number: int, rows: NDArray[np.intp], logits: Floats
+    ) -> tuple[Mask, Outputs, Array | None]:
+        """Decide for some rows at an exit.
+
+        Args:
+            exit_number: from 1; each row must see every exit in turn until it stops.
+            rows: `[n]` row numbers.
+            logits: `[n, labels]` of these rows at this exit.
+
+        Returns:
+            Which rows stop `[n]`, their outputs, and their scores `[n]` or None.
+        """
+        now = Outputs.of(logits, self._problem_type, self._cuts)
+        if self._earlier is None:
+            self._earlier = _empty_like(now, len(self._count))
+        earlier = self._earlier.take(rows) if exit_number > 1 else None
+        signs = self._rule.signs(exit_number, earlier, now)
+        count = np.where(signs.settled, self._count[rows] + 1, 0)
+        self._count[rows] = count
+        self._earlier.distributions[rows] = now.distributions
+        self._earlier.answers[rows] = now.answers
+        stops = count >= self._rule.signs_needed
+        if signs.at_once is not None:
+            stops |= signs.at_once
+        if exit_number < self._rule.min_exit:
+            stops[:] = False
+        if exit_number >= self._last:
+            stops[:] = True
+        return stops, now, signs.scores
+
+
+def _empty_like(outputs: Outputs, rows: int) -> Outputs:
+    return Outputs(
+        np.zeros((rows, *outputs.logits.shape[1:])),
+        np.zeros((rows, *outputs.distributions.shape[1:])),
+        np.zeros((rows, *outputs.answers.shape[1:]), np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a rule does with a trace.
+
+    Attributes:
+        exits: `[rows]` exit of each row, counted from 1.
+        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
+        scores: `[exits, rows]` float64, NaN where the rule has none.
+    """
+
+    exits: Answers
+    predictions: Answers
+    scores: Array
+
+
+def simulate(
+    logits: Floats,
+    rule: ExitRule,
+    problem_type: ProblemType | str,
+    cuts: Sequence[float] = (),
+) -> Simulation:
+    """Apply a rule to a trace: exactly the exits of a live run that gave these logits.
+
+    Args:
+        logits: `[exits, rows, labels]`.
+        rule: the rule.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+        cuts: multi-label decision cuts; none means 0.5.
+
+    Raises:
+        RuleError: the logits are not of that shape, or the rule does not fit.
+    """
+    if logits.ndim != 3 or logits.shape[0] == 0:
+        raise RuleError(
+            f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]"
+        )
+    exits, rows, labels = logits.shape
+    task = ProblemType(problem_type)
+    decider = Decider(rule, task, rows, exits, cuts)
+    all_rows = np.arange(rows)
+    chosen = np.zeros(rows, np.int64)
+    shape = (rows,) if task is ProblemType.SINGLE_LABEL else (rows, labels)
+    predictions = np.zeros(shape, np.int64)
+    scores = np.full((exits, rows), np.nan)
+    for number in range(1, exits + 1):
+        stops, outputs, exit_scores = decider.decide(number, all_rows, logits[number - 1])
+        if exit_scores is not None:
+            scores[number - 1] = exit_scores
+        new = stops & (chosen == 0)
+        chosen[new] = number
+        predictions[new] = outputs.answers[new]
+    return Simulation(chosen, predictions, scores)

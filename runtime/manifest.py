@@ -1,0 +1,382 @@
+"""The artifact on disk: what an engines folder is. The only module that touches its JSON.
+
+    manifest.json            the only file any code trusts, written last, atomically
+    tokenizer/tokenizer.json
+    onnx/<precision>/*.onnx  portable source of every target
+    targets/<target>/        built files, where a backend needs any
+    reference.npz            texts and fp32 logits of the PyTorch model
+    verification.json        parity of the export
+
+Hashes find damage, not malice. Nothing in the folder is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import msgspec
+
+from .errors import ArtifactError
+
+SCHEMA_VERSION = "1.0"
+MANIFEST_NAME = "manifest.json"
+REFERENCE_NAME = "reference.npz"
+VERIFICATION_NAME = "verification.json"
+TOKENIZER_NAME = "tokenizer/tokenizer.json"
+
+# A graph output with this prefix replaces the carried tensor of the rest of its name.
+NEXT = "next_"
+HIDDEN_STATES = "hidden_states"
+ATTENTION_BIAS = "attention_bias"
+LOGITS = "logits"
+
+# The additive attention bias on padding: finite in fp16, unlike -inf.
+MASK_FILL = -1e4
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class ProblemType(str, Enum):
+    """The task, in the words of Hugging Face's `problem_type`."""
+
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
+
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model predicts.
+
+    Attributes:
+        problem_type: single-label or multi-label.
+        labels: names in the order of the logits.
+        cuts: multi-label: a label is predicted if its probability is above its cut; empty
+            means 0.5 for all.
+    """
+
+    problem_type: ProblemType
+    labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    cuts: tuple[Annotated[float, msgspec.Meta(ge=0, le=1)], ...] = ()
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the segments come from.
+
+    Attributes:
+        model_type: encoder family as Hugging Face calls it.
+        layers: encoder layers up to the last exit.
+        hidden_size: width of the hidden states.
+        shared_layers: whether all layers are one block (ALBERT).
+        pooling: what the exit heads see: `cls` or `mean`.
+        source_sha256: hash of each source file of the export.
+    """
+
+    model_type: str
+    layers: Count
+    hidden_size: Count
+    shared_layers: bool
+    pooling: str
+    source_sha256: dict[str, Sha256]
+
+
+class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How texts become model inputs.
+
+    Attributes:
+        file: tokenizer.json of the `tokenizers` library.
+        sha256: its hash.
+        max_length: longest sequence in tokens, special tokens included.
+        pad_id: token id on padding.
+        pad_type_id: token type id on padding.
+        inputs: names of the model inputs the tokenizer makes.
+    """
+
+    file: str
+    sha256: Sha256
+    max_length: Count
+    pad_id: Index
+    pad_type_id: Index = 0
+    inputs: tuple[str, ...]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One input or output of a graph; `batch` and `sequence` are the symbolic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Graph(msgspec.Struct, frozen=True, kw_only=True):
+    """One ONNX graph."""
+
+    file: str
+    sha256: Sha256
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """The way from one exit to the next.
+
+    Attributes:
+        exit: number of the exit at its end, counted from 1.
+        layer: encoder layers that have run when it ends.
+        calls: names of the graphs to run in order. One, or with shared layers the block
+            once per layer and then the head.
+    """
+
+    exit: Count
+    layer: Count
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+
+
+class BuiltFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a target, and the ONNX file it was built from."""
+
+    file: str
+    sha256: Sha256
+    onnx_sha256: Sha256
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to run the segments: backend, precision, and device where built for one.
+
+    Attributes:
+        backend: inference library.
+        precision: numeric format of the weights and activations.
+        device: device class the files are bound to; empty if none.
+        versions: library versions it was built or verified with.
+        files: built file of each graph; empty where the ONNX itself is run.
+        tolerance: largest difference in logits from the PyTorch model in fp32, measured.
+        row_invariant: whether a row's logits are independent of its neighbours.
+    """
+
+    backend: str
+    precision: str
+    device: str = ""
+    versions: dict[str, str] = {}
+    files: dict[str, BuiltFile] = {}
+    tolerance: Annotated[float, msgspec.Meta(ge=0)]
+    row_invariant: bool = True
+
+
+class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A named rule with its settings, bound to the target it was measured on."""
+
+    target: str
+    rule: dict[str, str | int | float | None]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """An engines folder. Paths in it are relative POSIX paths."""
+
+    schema_version: str
+    fpabee_version: str
+    versions: dict[str, str]
+    model: Model
+    task: Task
+    tokenizer: TokenizerSpec
+    graphs: dict[str, Graph]
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1)]
+    targets: dict[str, Target]
+    default_target: str
+    default_rule: dict[str, str | int | float | None]
+    operating_points: dict[str, OperatingPoint] = {}
+    files: dict[str, Sha256] = {}
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layer of each exit."""
+        return tuple(segment.layer for segment in self.segments)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of an engines folder.
+
+    Raises:
+        ArtifactError: no engines folder, damaged, inconsistent, or a newer schema.
+    """
+    raw = _read_bytes(folder)
+    try:
+        version = str(msgspec.json.decode(raw, type=_Version).schema_version)
+        _check_version(version)
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}",
+            "export the model again with fpabee-export",
+        ) from error
+    _check_consistency(folder, manifest)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically, keeping fields of the old one that this version lacks.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    new = msgspec.to_builtins(manifest)
+    if (folder / MANIFEST_NAME).is_file():
+        old = msgspec.json.decode(_read_bytes(folder))
+        new = _with_unknown_fields(old, new, Manifest)
+    text = msgspec.json.format(msgspec.json.encode(new), indent=2) + b"\n"
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".manifest-", delete=False) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(folder / MANIFEST_NAME)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {folder / MANIFEST_NAME}: {error.strerror}",
+            "check the folder's permissions and free space",
+        ) from error
+
+
+def resolve(folder: Path, relative: str) -> Path:
+    """The path of a file of the artifact.
+
+    Raises:
+        ArtifactError: the path leaves the folder, or the file is not there.
+    """
+    pure = PurePosixPath(relative)
+    path = folder / pure
+    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in relative or not relative
+    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{folder / MANIFEST_NAME} names {relative!r}, which is outside the engines folder",
+            "do not use this folder; export the model again with fpabee-export",
+        )
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} is missing, though the manifest names it",
+            "copy the whole engines folder again, or export again with fpabee-export",
+        )
+    return path
+
+
+def verified(folder: Path, relative: str, sha256: str) -> Path:
+    """The path of a file of the artifact whose hash is that of the manifest.
+
+    Raises:
+        ArtifactError: missing, outside the folder, or damaged.
+    """
+    path = resolve(folder, relative)
+    found = sha256_of(path)
+    if found != sha256:
+        raise ArtifactError(
+            f"{path} is damaged: sha256 {found[:12]}..., expected {sha256[:12]}...",
+            "copy the engines folder again, or export again with fpabee-export",
+        )
+    return path
+
+
+class _Version(msgspec.Struct):
+    schema_version: str
+
+
+def _read_bytes(folder: Path) -> bytes:
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"engines folder {folder} does not exist",
+            "make one with: fpabee-export model_dir -o engines/",
+        )
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}",
+            "make one with: fpabee-export model_dir -o engines/",
+        )
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{path} has {path.stat().st_size} bytes, more than any manifest",
+            "export the model again with fpabee-export",
+        )
+    return path.read_bytes()
+
+
+def _check_version(version: str) -> None:
+    if not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
+        raise ArtifactError(
+            f"schema_version {version!r} is not of the form major.minor",
+            "export the model again with fpabee-export",
+        )
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise ArtifactError(
+            f"the engines folder has schema {version}; this fpabee reads {SCHEMA_VERSION}",
+            f"install the fpabee that wrote it: pip install 'fpabee>={version}', "
+            "or export again with this one",
+        )
+
+
+def _check_consistency(folder: Path, manifest: Manifest) -> None:
+    problem = _inconsistency(manifest)
+    if problem:
+        raise ArtifactError(
+            f"{folder / MANIFEST_NAME} is damaged: {problem}",
+            "export the model again with fpabee-export",
+        )
+
+
+def _inconsistency(manifest: Manifest) -> str:
+    for number, segment in enumerate(manifest.segments, start=1):
+        if segment.exit != number:
+            return f"segment {number} says it ends at exit {segment.exit}"
+        for call in segment.calls:
+            if call not in manifest.graphs:
+                return f"segment {number} calls graph {call!r}, which is not listed"
+    layers = manifest.exit_layers
+    if list(layers) != sorted(set(layers)) or layers[-1] > manifest.model.layers:
+        return f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
+    if manifest.default_target not in manifest.targets:
+        return f"the default target {manifest.default_target!r} is not listed"
+    labels = manifest.task.labels
+    if len(set(labels)) != len(labels):
+        return "a label name appears twice"
+    if manifest.task.cuts and len(manifest.task.cuts) != len(labels):
+        return f"{len(manifest.task.cuts)} cuts for {len(labels)} labels"
+    return ""
+
+
+def _with_unknown_fields(old: Any, new: Any, kind: Any) -> Any:
+    """`new`, plus those fields of `old` that records of type `kind` do not have."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        kept = {key: value for key, value in old.items() if key not in fields}
+        merged = {
+            key: _with_unknown_fields(old[key], value, fields[key]) if key in old else value
+            for key, value in new.items()
+        }
+        return merged | kept
+    arguments = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type)]
+    inner = arguments[-1] if arguments else None
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {
+            key: _with_unknown_fields(old[key], value, inner) if key in old else value
+            for key, value in new.items()
+        }
+    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        return [_with_unknown_fields(a, b, inner) for a, b in zip(old, new, strict=True)]
+    return new

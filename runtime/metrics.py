@@ -1,0 +1,97 @@
+"""Scores of predictions against true labels, in numpy only (checked against scikit-learn)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .manifest import ProblemType
+
+Labels = NDArray[np.int64]
+
+
+def encode_labels(
+    rows: Sequence[Sequence[str]], names: Sequence[str], problem_type: ProblemType
+) -> Labels:
+    """Label names to numbers.
+
+    Args:
+        rows: the label names of each row.
+        names: all label names, in the order of the logits.
+        problem_type: the task.
+
+    Returns:
+        Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1.
+
+    Raises:
+        InputError: a name that the model does not have, or not exactly one where one is due.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    encoded = np.zeros((len(rows), len(names)), np.int64)
+    for number, row in enumerate(rows):
+        unknown = [name for name in row if name not in index]
+        if unknown:
+            raise InputError(
+                f"row {number + 1} has label {unknown[0]!r}, which the model does not know",
+                f"the model's labels are: {', '.join(names)}",
+            )
+        if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
+            raise InputError(
+                f"row {number + 1} has {len(row)} labels, but the task is single-label",
+                'give one "label" a row, or choose --problem-type multi_label_classification',
+            )
+        encoded[number, [index[name] for name in row]] = 1
+    return encoded.argmax(axis=1) if problem_type is ProblemType.SINGLE_LABEL else encoded
+
+
+def evaluate(predicted: Labels, expected: Labels, labels: int) -> dict[str, float]:
+    """All scores of one set of predictions.
+
+    Args:
+        predicted: `[rows]` class indices, or `[rows, labels]` of 0 and 1.
+        expected: the truth, in the same form.
+        labels: number of labels of the model.
+
+    Returns:
+        Single-label: `accuracy`, `macro_f1` (over labels that occur), `matthews`.
+        Multi-label: `exact_match`, `micro_f1`, `macro_f1`.
+    """
+    if predicted.ndim == 2:
+        return _multi_label(predicted, expected)
+    confusion = np.zeros((labels, labels), np.int64)
+    np.add.at(confusion, (expected, predicted), 1)
+    hits = np.diag(confusion)
+    of_truth, of_prediction = confusion.sum(axis=1), confusion.sum(axis=0)
+    occurs = (of_truth + of_prediction) > 0
+    return {
+        "accuracy": float(hits.sum() / max(1, len(expected))),
+        "macro_f1": float(_f1(hits, of_truth + of_prediction)[occurs].mean()),
+        "matthews": _matthews(confusion),
+    }
+
+
+def _multi_label(predicted: Labels, expected: Labels) -> dict[str, float]:
+    hits = (predicted & expected).sum(axis=0)
+    total = predicted.sum(axis=0) + expected.sum(axis=0)
+    return {
+        "exact_match": float((predicted == expected).all(axis=1).mean()),
+        "micro_f1": float(_f1(hits.sum(), total.sum())),
+        "macro_f1": float(_f1(hits, total).mean()),
+    }
+
+
+def _f1(hits: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.float64]:
+    """F1 = 2 TP / (2 TP + FP + FN); 0 where a label never occurs."""
+    return np.asarray(2.0 * hits / np.maximum(total, 1))
+
+
+def _matthews(confusion: Labels) -> float:
+    """Matthews correlation for any number of classes (Gorodkin 2004, R_K)."""
+    counts = confusion.astype(np.float64)
+    rows, of_truth, of_prediction = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
+    covariance = np.trace(counts) * rows - of_truth @ of_prediction
+    spread = (rows**2 - of_truth @ of_truth) * (rows**2 - of_prediction @ of_prediction)
+    return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0

@@ -1,0 +1,349 @@
+#!/usr/bin/env python
+"""Train a multi-exit classifier: every exit at once, with the loss of F-PABEE.
+
+    python scripts/train.py --backbone DIR_OR_HUB_ID --train train.jsonl --dev dev.jsonl \
+        --output model_dir
+
+Files are JSON lines (.gz too) with `text`, optionally `text_pair`, and `label` or `labels`;
+a `datasets` name is written `NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
+`fpabee-export` reads, and `training.json` with the scores of every exit.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from fpabee.exporter.backbones import build_encoder, family_of
+from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
+from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.runtime.errors import FpabeeError, InputError
+from fpabee.runtime.manifest import ProblemType
+from fpabee.runtime.metrics import encode_labels, evaluate
+from fpabee.runtime.text_io import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one training run."""
+
+    backbone: str
+    train: str
+    dev: str
+    test: str | None
+    output: Path
+    problem_type: ProblemType
+    epochs: float
+    lr: float
+    head_lr: float
+    batch_size: int
+    max_length: int
+    pooling: Pooling
+    exits: tuple[int, ...] | None
+    exit_weights: str
+    random_init: bool
+    seed: int
+    bf16: bool
+    resume: bool
+
+
+class MultiExitTrainer(Trainer):  # type: ignore[misc]
+    """Trainer with the loss over all exits, and a learning rate of its own for the heads."""
+
+    def __init__(self, *, options: Options, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = options
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Weighted loss over the exits; the outputs are logits `[rows, exits, labels]`."""
+        labels = inputs.pop("labels")
+        logits = model(**inputs)
+        loss = exit_loss(logits, labels, self.options.problem_type, self.options.exit_weights)
+        return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with the head learning rate on the pooler and the classifiers."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            is_head = name.startswith("classifiers.") or ".pooler." in name
+            groups.setdefault((is_head, name in decayed), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            {
+                "params": parameters,
+                "lr": self.options.head_lr if is_head else self.options.lr,
+                "weight_decay": 0.01 if decays else 0.0,
+            }
+            for (is_head, decays), parameters in groups.items()
+        )
+        return self.optimizer
+
+
+def exit_loss(logits: Tensor, labels: Tensor, problem_type: ProblemType, weights: str) -> Tensor:
+    """Weighted mean of the exits' losses (F-PABEE, eq. 13: weight j for exit j).
+
+    Args:
+        logits: `[exits, rows, labels]`.
+        labels: `[rows]` int64, or `[rows, labels]` of 0 and 1 for multi-label.
+        problem_type: cross-entropy, or binary cross-entropy with logits.
+        weights: `linear` as in the paper, or `uniform`.
+    """
+    exits = logits.shape[0]
+    weight = torch.arange(1, exits + 1) if weights == "linear" else torch.ones(exits)
+    if problem_type is ProblemType.SINGLE_LABEL:
+        losses = [functional.cross_entropy(exit_logits, labels) for exit_logits in logits]
+    else:
+        losses = [
+            functional.binary_cross_entropy_with_logits(exit_logits, labels.float())
+            for exit_logits in logits
+        ]
+    return (torch.stack(losses) * weight.to(logits.device)).sum() / weight.sum()
+
+
+def load_rows(source: str) -> list[Row]:
+    """Rows of a file, or of a `datasets` name `NAME[/CONFIG]:SPLIT`."""
+    if Path(source).exists() or ":" not in source:
+        rows = list(read_rows(source))
+    else:
+        rows = list(_hub_rows(source))
+    for number, row in enumerate(rows, start=1):
+        if not row.labels:
+            raise InputError(
+                f"{source}, row {number} has no label", 'add "label" or "labels" to every row'
+            )
+    return rows
+
+
+def _hub_rows(source: str) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    name, split = source.rsplit(":", 1)
+    parts = name.split("/")
+    data = load_dataset("/".join(parts[:2]), *parts[2:], split=split)
+    text = next(key for key in ("text", "sentence", "sentence1", "premise") if key in data.features)
+    pair = next(
+        (k for k in ("text_pair", "sentence2", "hypothesis") if k in data.features), None
+    )
+    names = getattr(data.features["label"], "names", None)
+    for item in data:
+        label = names[item["label"]] if names else str(item["label"])
+        yield Row(item[text], item[pair] if pair else None, (label,))
+
+
+def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
+    """The labels of the task: `labels.json` beside the training file, or those that occur."""
+    listed = Path(train).parent / "labels.json"
+    if Path(train).is_file() and listed.is_file():
+        return tuple(json.loads(listed.read_text(encoding="utf-8")))
+    return tuple(sorted({label for row in rows for label in row.labels or ()}))
+
+
+def features(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+    options: Options,
+) -> list[dict[str, Any]]:
+    """Tokenized rows with encoded labels."""
+    pairs = [row.text_pair or "" for row in rows] if rows[0].text_pair is not None else None
+    encoded = tokenizer(
+        [row.text for row in rows], pairs, truncation=True, max_length=options.max_length
+    )
+    targets = encode_labels([row.labels or () for row in rows], labels, options.problem_type)
+    return [
+        {name: encoded[name][index] for name in encoded} | {"labels": target.tolist()}
+        for index, target in enumerate(targets)
+    ]
+
+
+def exit_scores(logits: np.ndarray[Any, Any], labels: Any, options: Options) -> list[dict[str, float]]:
+    """Scores of every exit.
+
+    Args:
+        logits: `[rows, exits, labels]`.
+        labels: `[rows]`, or `[rows, labels]` of 0 and 1.
+        options: names the task.
+    """
+    count = logits.shape[-1]
+    scores = []
+    for exit_logits in logits.transpose(1, 0, 2):
+        if options.problem_type is ProblemType.SINGLE_LABEL:
+            predicted = exit_logits.argmax(axis=-1)
+        else:
+            predicted = (exit_logits > 0).astype(np.int64)
+        scores.append(evaluate(predicted, np.asarray(labels), count))
+    return scores
+
+
+def build_model(options: Options, labels: tuple[str, ...]) -> tuple[MultiExitModel, Any]:
+    """The model to train, and its tokenizer."""
+    folder = resolve_model_dir(options.backbone)
+    config = load_config(folder)
+    family_of(config.model_type)
+    if options.random_init:
+        encoder = build_encoder(config, attention=None)
+    else:
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
+    exit_config = MultiExitConfig(exits, labels, options.problem_type, options.pooling)
+    return MultiExitModel(encoder, exit_config), AutoTokenizer.from_pretrained(folder)
+
+
+def train(options: Options, console: Console) -> dict[str, Any]:
+    """Train, evaluate and save; returns what stands in `training.json`."""
+    set_seed(options.seed)
+    rows = {"train": load_rows(options.train), "dev": load_rows(options.dev)}
+    if options.test:
+        rows["test"] = load_rows(options.test)
+    labels = label_names(rows["train"], options.train)
+    model, tokenizer = build_model(options, labels)
+    data = {name: features(part, tokenizer, labels, options) for name, part in rows.items()}
+    steps = -(-len(data["train"]) // options.batch_size) * options.epochs
+    checkpoints = options.output / "checkpoints"
+    trainer = MultiExitTrainer(
+        options=options,
+        model=model,
+        args=_arguments(options, checkpoints, int(0.06 * steps)),
+        train_dataset=cast(Any, data["train"]),
+        eval_dataset=cast(Any, data["dev"]),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda prediction: _metrics(prediction, options),
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last if options.resume else None)
+    seconds = time.perf_counter() - started
+
+    save_checkpoint(model, options.output)
+    tokenizer.save_pretrained(options.output)
+    scores = {}
+    for name in [part for part in ("dev", "test") if part in data]:
+        prediction = trainer.predict(cast(Any, data[name]))
+        scores[name] = exit_scores(prediction.predictions, prediction.label_ids, options)
+        _print_scores(console, name, scores[name], model.exit_config.exits)
+    report = {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "rows": {name: len(part) for name, part in rows.items()},
+        "labels": labels,
+        "exits": model.exit_config.exits,
+        "train_seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "scores": scores,
+    }
+    (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return report
+
+
+def _arguments(options: Options, checkpoints: Path, warmup_steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=options.lr,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=50,
+        report_to="none",
+        seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        remove_unused_columns=False,
+    )
+
+
+def _metrics(prediction: EvalPrediction, options: Options) -> dict[str, float]:
+    scores = exit_scores(cast(Any, prediction.predictions), prediction.label_ids, options)
+    main = next(iter(scores[-1]))
+    return {f"{main}_exit_{number}": row[main] for number, row in enumerate(scores, start=1)}
+
+
+def _print_scores(
+    console: Console, name: str, scores: list[dict[str, float]], layers: tuple[int, ...]
+) -> None:
+    table = Table("exit", "layer", *scores[0], title=f"{name}: scores of every exit")
+    for number, (layer, row) in enumerate(zip(layers, scores, strict=True), start=1):
+        table.add_row(str(number), str(layer), *(f"{value:.4f}" for value in row.values()))
+    console.print(table)
+
+
+def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else None
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of layers such as 2,4,6") from None
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--backbone", required=True, help="Folder, hub id, or another model_dir.")
+@click.option("--train", required=True, help="Training rows.")
+@click.option("--dev", required=True, help="Rows that are scored after every epoch.")
+@click.option("--test", help="Rows that are scored once, at the end.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="model_dir.")
+@click.option("--problem-type", type=click.Choice([kind.value for kind in ProblemType]),
+              default=ProblemType.SINGLE_LABEL.value)
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=3.0)
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=5e-5,
+              help="Learning rate of the encoder.")
+@click.option("--head-lr", type=click.FloatRange(min=0, min_open=True), default=1e-3,
+              help="Learning rate of the pooler and the classifiers.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32)
+@click.option("--max-length", type=click.IntRange(min=4), default=128, help="In tokens.")
+@click.option("--pooling", type=click.Choice([kind.value for kind in Pooling]), default="mean")
+@click.option("--exits", callback=_layers, help="Layers with an exit; default: every layer.")
+@click.option("--exit-weights", type=click.Choice(["linear", "uniform"]), default="linear")
+@click.option("--random-init", is_flag=True, help="Ignore the backbone's weights.")
+@click.option("--seed", type=int, default=42)
+@click.option("--bf16", is_flag=True, help="bfloat16 autocast.")
+@click.option("--resume", is_flag=True, help="Go on from the last finished epoch.")
+def main(problem_type: str, pooling: str, **settings: Any) -> None:
+    """Train a classifier with an exit after every layer (or after chosen ones)."""
+    console = Console()
+    options = Options(
+        problem_type=ProblemType(problem_type), pooling=Pooling(pooling), **settings
+    )
+    try:
+        report = train(options, console)
+    except FpabeeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    console.print(f"{options.output}: trained in {report['train_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
