@@ -1,1 +1,68 @@
-"""The runtime: run an engines folder."""
+"""The runtime: run an engines folder. Needs numpy, tokenizers and one inference library.
+
+    from fpabee.runtime import Engine
+
+    with Engine.load("engines/") as engine:
+        for prediction in engine.predict(["turn on the lights"]):
+            print(prediction.labels, prediction.scores, prediction.exit)
+"""
+
+from .engine import Engine, Prediction, Trace
+from .errors import (
+    ArtifactError,
+    BackendError,
+    FpabeeError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    RuleError,
+    VerificationError,
+)
+from .execution import Regroup
+from .exit_rules import (
+    RULES,
+    Budget,
+    Confidence,
+    Energy,
+    Entropy,
+    Epee,
+    ExitRule,
+    FPabee,
+    Measure,
+    Pabee,
+    Pcee,
+    Simulation,
+    simulate,
+)
+from .manifest import Manifest, ProblemType, read_manifest
+
+__all__ = [
+    "RULES",
+    "ArtifactError",
+    "BackendError",
+    "Budget",
+    "Confidence",
+    "Energy",
+    "Engine",
+    "Entropy",
+    "Epee",
+    "ExitRule",
+    "FPabee",
+    "FpabeeError",
+    "InputError",
+    "Manifest",
+    "Measure",
+    "MissingExtraError",
+    "ModelError",
+    "Pabee",
+    "Pcee",
+    "Prediction",
+    "ProblemType",
+    "Regroup",
+    "RuleError",
+    "Simulation",
+    "Trace",
+    "VerificationError",
+    "read_manifest",
+    "simulate",
+]

@@ -203,7 +203,7 @@ class Engine:
                 np.zeros(0, np.int64),
                 np.zeros((len(self._manifest.segments), 0, len(self.labels)), np.float32),
                 np.zeros((0, len(self.labels))),
-                np.zeros((0, len(self.labels)) if self._multi_label else 0, np.int64),
+                np.zeros((0, len(self.labels)) if self.multi_label else 0, np.int64),
             )
             results = [empty]
         return Trace(
@@ -234,7 +234,8 @@ class Engine:
         self.close()
 
     @property
-    def _multi_label(self) -> bool:
+    def multi_label(self) -> bool:
+        """Whether a row may have any number of labels."""
         return self._manifest.task.problem_type is ProblemType.MULTI_LABEL
 
     def _chosen(self, rule: ExitRule | None, full_depth: bool) -> ExitRule:
@@ -297,7 +298,7 @@ class Engine:
         probabilities = result.probabilities.tolist()
         for number, row in enumerate(rows):
             answer = result.answers[number]
-            chosen = np.flatnonzero(answer) if self._multi_label else [int(answer)]
+            chosen = np.flatnonzero(answer) if self.multi_label else [int(answer)]
             exit_number = int(result.exits[number])
             yield Prediction(
                 labels=tuple(self.labels[index] for index in chosen),

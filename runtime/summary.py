@@ -1,0 +1,124 @@
+"""A running tally of predictions: depth, exits, truncation, scores. Flat in memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .engine import Engine, Prediction
+from .errors import InputError
+from .exit_rules import ExitRule
+from .metrics import encode_labels, evaluate
+from .text_io import Row
+
+
+class Summary:
+    """Tally of a run.
+
+    Args:
+        engine: the engine in use.
+        rule: the rule in use; None for full depth.
+        metrics: whether to score against the rows' labels.
+    """
+
+    def __init__(self, engine: Engine, rule: ExitRule | None, metrics: bool) -> None:
+        self.rows = 0
+        self._engine = engine
+        self._rule = rule
+        self._metrics = metrics
+        self._exits: Counter[int] = Counter()
+        self._truncated = 0
+        self._empty = 0
+        self._started = time.perf_counter()
+        # Small integers only: a million rows of labels are a few megabytes.
+        self._expected: list[int | bytes] = []
+        self._predicted: list[int | bytes] = []
+
+    def add(self, row: Row, prediction: Prediction) -> None:
+        """Count one row.
+
+        Raises:
+            InputError: metrics are asked for and the row has no usable label.
+        """
+        self.rows += 1
+        self._exits[prediction.exit] += 1
+        self._truncated += prediction.truncated
+        self._empty += not row.text
+        if self._metrics:
+            if row.labels is None:
+                raise InputError(
+                    f"line {row.line} has no label, which --metrics needs",
+                    'add "label" or "labels" to every row, or leave out --metrics',
+                )
+            self._expected.append(self._encode(row.labels, row.line))
+            self._predicted.append(self._encode(prediction.labels, row.line))
+
+    def _encode(self, labels: tuple[str, ...], line: int) -> int | bytes:
+        manifest = self._engine.manifest
+        try:
+            encoded = encode_labels([labels], manifest.task.labels, manifest.task.problem_type)
+        except InputError as error:
+            message = error.message.replace("row 1", f"line {line}")
+            raise InputError(message, error.hint) from error
+        return encoded[0].astype(np.uint8).tobytes() if encoded.ndim == 2 else int(encoded[0])
+
+    def scores(self) -> dict[str, float]:
+        """Scores of the rows so far."""
+        count = len(self._engine.labels)
+        expected, predicted = (
+            np.frombuffer(b"".join(rows), np.uint8).reshape(-1, count).astype(np.int64)  # type: ignore[arg-type]
+            if self._engine.multi_label
+            else np.array(rows, np.int64)
+            for rows in (self._expected, self._predicted)
+        )
+        return evaluate(predicted, expected, count)
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean number of layers that ran for a row."""
+        layers = self._engine.manifest.exit_layers
+        total = sum(layers[number - 1] * count for number, count in self._exits.items())
+        return total / max(1, self.rows)
+
+    def print(self, console: Console, calibrated: bool) -> None:
+        """Print the summary."""
+        seconds = time.perf_counter() - self._started
+        layers = self._engine.manifest.model.layers
+        rule = "full depth" if self._rule is None else _describe(self._rule)
+        console.print(
+            f"{self.rows} rows in {seconds:.1f} s ({self.rows / seconds:.0f} rows/s) on "
+            f"{self._engine.target}, {rule}"
+        )
+        console.print(
+            f"mean depth {self.mean_depth:.2f} of {layers} layers, "
+            f"saving {1 - self.mean_depth / layers:.1%}; "
+            f"{self._truncated} truncated, {self._empty} empty"
+        )
+        table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
+        for number, layer in enumerate(self._engine.manifest.exit_layers, start=1):
+            count = self._exits[number]
+            share = count / max(1, self.rows)
+            bar = "█" * round(30 * share)
+            table.add_row(str(number), str(layer), str(count), f"{share:.1%}", bar)
+        console.print(table)
+        if self._metrics:
+            self.print_metrics(console)
+        if not calibrated and self._rule is not None:
+            console.print(
+                "The rule is not calibrated for your data: compare --metrics with and without "
+                "--full-depth on labelled rows, and set --threshold."
+            )
+
+    def print_metrics(self, console: Console) -> None:
+        """Print the scores."""
+        console.print(", ".join(f"{name} {value:.4f}" for name, value in self.scores().items()))
+
+
+def _describe(rule: ExitRule) -> str:
+    settings = dict(rule.to_dict())
+    name = settings.pop("name")
+    return f"rule {name} (" + ", ".join(f"{k} {v}" for k, v in settings.items()) + ")"
