@@ -16,7 +16,6 @@ from ..runtime.errors import ModelError
 from ..runtime.manifest import MASK_FILL
 
 
-
 def attention_bias(attention_mask: Tensor) -> Tensor:
     """Additive attention bias `[rows, 1, 1, sequence]` float32 of a 0/1 mask `[rows, sequence]`."""
     return (1.0 - attention_mask[:, None, None, :].float()) * MASK_FILL
@@ -47,7 +46,8 @@ class Block(nn.Module):
         """Hidden states `[rows, sequence, hidden]` after this layer."""
         output = self.layer(hidden_states, attention_bias, **carried)
         # Which of the two depends on the family: MPNet's layers give (hidden, attentions...).
-        return output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 class Backbone:
@@ -215,4 +215,5 @@ def build_encoder(config: Any, attention: str | None = "eager") -> Any:
     from transformers import AutoModel
 
     family_of(config.model_type)
-    return AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    build: Any = AutoModel.from_config
+    return build(config, attn_implementation=attention, dtype=torch.float32)

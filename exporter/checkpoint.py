@@ -75,7 +75,7 @@ def load_checkpoint(
     exit_config = _exit_config(folder, config, weights, problem_type)
     model = MultiExitModel(build_encoder(config, attention), exit_config)
     _fill(model, weights, folder, family.prefix)
-    return cast(MultiExitModel, model.eval())
+    return model.eval()
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
@@ -150,7 +150,9 @@ def _exit_config(
     folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
 ) -> MultiExitConfig:
     heads = sorted(
-        int(match[1]) for name in weights if (match := re.fullmatch(r"classifiers\.(\d+)\.weight", name))
+        int(match[1])
+        for name in weights
+        if (match := re.fullmatch(r"classifiers\.(\d+)\.weight", name))
     )
     if not heads:
         raise ModelError(
@@ -209,9 +211,7 @@ def _labels(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
     return labels
 
 
-def _fill(
-    model: MultiExitModel, weights: dict[str, Tensor], folder: Path, prefix: str
-) -> None:
+def _fill(model: MultiExitModel, weights: dict[str, Tensor], folder: Path, prefix: str) -> None:
     expected = model.state_dict()
     missing = sorted(set(expected) - set(weights))
     if missing:

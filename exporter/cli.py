@@ -25,15 +25,25 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model_dir")
-@click.option("-o", "--output", default="engines", type=click.Path(path_type=Path),
-              help="Folder to write.")
+@click.option(
+    "-o", "--output", default="engines", type=click.Path(path_type=Path), help="Folder to write."
+)
 @click.option("--exits", callback=_numbers, help="Exits to keep, such as 2,4,6. Default: all.")
-@click.option("--problem-type", type=click.Choice([kind.value for kind in ProblemType]),
-              help="For checkpoints that do not name their task.")
-@click.option("--max-length", type=click.IntRange(min=1),
-              help="Longest sequence in tokens. Default: what the model takes.")
-@click.option("--verify-data", type=click.Path(path_type=Path),
-              help="More texts to verify with (.txt or .jsonl).")
+@click.option(
+    "--problem-type",
+    type=click.Choice([kind.value for kind in ProblemType]),
+    help="For checkpoints that do not name their task.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Longest sequence in tokens. Default: what the model takes.",
+)
+@click.option(
+    "--verify-data",
+    type=click.Path(path_type=Path),
+    help="More texts to verify with (.txt or .jsonl).",
+)
 @click.option("--force", is_flag=True, help="Replace an engines folder that is there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -51,7 +61,10 @@ def main(
     )
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         console=console,
     )
     shown: AbstractContextManager[Any] = nullcontext() if quiet else bar
@@ -64,13 +77,17 @@ def main(
         result = export(model_dir, output, options, progress)
     manifest, parity = result.manifest, result.parity
     if as_json:
-        click.echo(json.dumps({
-            "folder": str(result.folder),
-            "segments": len(manifest.segments),
-            "targets": list(manifest.targets),
-            "bytes": result.size,
-            "verification": parity.to_dict(),
-        }))
+        click.echo(
+            json.dumps(
+                {
+                    "folder": str(result.folder),
+                    "segments": len(manifest.segments),
+                    "targets": list(manifest.targets),
+                    "bytes": result.size,
+                    "verification": parity.to_dict(),
+                }
+            )
+        )
         return
     click.echo(
         f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..runtime.distributions import Measure
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError
-from ..runtime.exit_rules import FPabee, Measure
+from ..runtime.exit_rules import FPabee
 from ..runtime.manifest import (
     MANIFEST_NAME,
     REFERENCE_NAME,
@@ -152,9 +153,7 @@ def _write(
         fpabee_version=__version__,
         versions={name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         model=_model_record(source, model, cut),
-        task=Task(
-            problem_type=model.exit_config.problem_type, labels=model.exit_config.labels
-        ),
+        task=Task(problem_type=model.exit_config.problem_type, labels=model.exit_config.labels),
         tokenizer=tokenizer,
         graphs=graphs,
         segments=cut.segments,
@@ -194,7 +193,7 @@ def _target(tolerance: float) -> Target:
 
 
 def _onnxruntime_version() -> str:
-    from ..runtime.backends.onnxruntime import check_installed
+    from ..runtime.backends.onnxruntime_session import check_installed
 
     check_installed()
     import onnxruntime
@@ -253,9 +252,7 @@ def _check_output(target: Path, force: bool) -> None:
             "give another folder with -o",
         )
     if not force and target.is_dir() and any(target.iterdir()):
-        raise ArtifactError(
-            f"{target} already holds an engines folder", "replace it with --force"
-        )
+        raise ArtifactError(f"{target} already holds an engines folder", "replace it with --force")
 
 
 @contextmanager

@@ -64,9 +64,7 @@ class GraphModule(nn.Module):
     @property
     def needs_bias(self) -> bool:
         """Whether the attention bias is read."""
-        return len(self.blocks) > 0 or (
-            self.head is not None and self.head.pooling is Pooling.MEAN
-        )
+        return len(self.blocks) > 0 or (self.head is not None and self.head.pooling is Pooling.MEAN)
 
     @property
     def gives_hidden(self) -> bool:

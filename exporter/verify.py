@@ -99,7 +99,7 @@ def check_graphs(
     """
     import onnxruntime as ort
 
-    from ..runtime.backends.onnxruntime import session_options
+    from ..runtime.backends.onnxruntime_session import session_options
 
     sessions: dict[str, Any] = {}
     worst = dict.fromkeys(cut.modules, 0.0)
@@ -158,9 +158,7 @@ def check_chain(
     # Once in groups of the engine's own making, once a text at a time: both must agree.
     together = engine.trace(texts).logits
     alone = np.concatenate([engine.trace([text]).logits for text in texts[:_BATCH]], axis=1)
-    difference = max(
-        _largest(together, expected), _largest(alone, expected[:, : alone.shape[1]])
-    )
+    difference = max(_largest(together, expected), _largest(alone, expected[:, : alone.shape[1]]))
     problem_type = engine.manifest.task.problem_type
     ties = _near_ties(expected, problem_type, tolerance)
     same = _answers(together, problem_type) == _answers(expected, problem_type)
@@ -219,11 +217,11 @@ def _exit_agreement(
     one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
     threshold = getattr(rule, "threshold", None)
     if threshold is None or isinstance(rule, Pabee):
-        unsure = _near_ties(expected, problem_type, tolerance).any(axis=0)
+        close = _near_ties(expected, problem_type, tolerance)
     else:
         # A score moves by at most a few times what the logits move.
-        unsure = (np.abs(two.scores - threshold) <= 10 * tolerance).any(axis=0)
-    return one.exits == two.exits, unsure
+        close = np.abs(two.scores - threshold) <= 10 * tolerance
+    return np.equal(one.exits, two.exits), np.asarray(close.any(axis=0))
 
 
 def _batches(

@@ -1,12 +1,13 @@
 """The runtime: run an engines folder. Needs numpy, tokenizers and one inference library.
 
-    from fpabee.runtime import Engine
+from fpabee.runtime import Engine
 
-    with Engine.load("engines/") as engine:
-        for prediction in engine.predict(["turn on the lights"]):
-            print(prediction.labels, prediction.scores, prediction.exit)
+with Engine.load("engines/") as engine:
+    for prediction in engine.predict(["turn on the lights"]):
+        print(prediction.labels, prediction.scores, prediction.exit)
 """
 
+from .distributions import Measure
 from .engine import Engine, Prediction, Trace
 from .errors import (
     ArtifactError,
@@ -28,7 +29,6 @@ from .exit_rules import (
     Epee,
     ExitRule,
     FPabee,
-    Measure,
     Pabee,
     Pcee,
     Simulation,

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import __version__
+from .distributions import Measure
 from .engine import Engine, Prediction
 from .errors import FpabeeError, InputError
-from .exit_rules import RULES, ExitRule, Measure
+from .exit_rules import RULES, ExitRule
 from .summary import Summary
 from .text_io import Row, TextFormat, read_rows
 
@@ -54,8 +55,11 @@ def rule_options(function: F) -> F:
     """Options that describe an exit rule; `chosen_rule` reads them."""
     options = [
         click.option("--rule", type=click.Choice(list(RULES)), help="Exit rule."),
-        click.option("--measure", type=click.Choice([m.value for m in Measure]),
-                     help="Similarity measure of fpabee."),
+        click.option(
+            "--measure",
+            type=click.Choice([m.value for m in Measure]),
+            help="Similarity measure of fpabee.",
+        ),
         click.option("--threshold", type=float, help="Threshold of the rule."),
         click.option("--patience", type=click.IntRange(min=1), help="Signs in a row to stop."),
         click.option("--exit", type=click.IntRange(min=1), help="The exit of budget."),
@@ -80,10 +84,17 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
 
 @click.command(context_settings={"show_default": True})
 @click.argument("engines", type=click.Path(path_type=Path))
-@click.option("--input", "source", required=True,
-              help=".txt (a text a line), .jsonl (objects with text, text_pair), or - for stdin.")
-@click.option("--input-format", type=click.Choice([f.value for f in TextFormat]),
-              help="Default: by the file's name.")
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    help=".txt (a text a line), .jsonl (objects with text, text_pair), or - for stdin.",
+)
+@click.option(
+    "--input-format",
+    type=click.Choice([f.value for f in TextFormat]),
+    help="Default: by the file's name.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="File to write. Default: stdout.")
 @click.option("--target", help="A built target. Default: the folder's.")
 @click.option("--operating-point", help="A calibrated rule of the folder, by name.")
@@ -120,9 +131,7 @@ def main(
         raise click.UsageError("--operating-point names a whole rule: give no rule options with it")
     if full_depth and (operating_point or overrides):
         raise click.UsageError("--full-depth runs every layer: give no rule with it")
-    with Engine.load(
-        engines, target, operating_point, threads, max_length=max_length
-    ) as engine:
+    with Engine.load(engines, target, operating_point, threads, max_length=max_length) as engine:
         chosen = chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else chosen, metrics)
         rows = read_rows(source, TextFormat(input_format) if input_format else None)
@@ -207,8 +216,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[Summary], None]]:
         yield lambda summary: None
         return
     bar = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-        console=Console(stderr=True), transient=True,
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
     started = time.perf_counter()
     with bar:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend
+from .backends.base import Backend, Limits
 from .batching import CostCurve
+from .distributions import Answers
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import ArtifactError, BackendError, RuleError
 from .execution import Chain, Regroup, WindowResult
-from .exit_rules import Answers, Budget, Decider, ExitRule
+from .exit_rules import Budget, Decider, ExitRule
 from .manifest import Manifest, ProblemType, Target, read_manifest
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
@@ -217,6 +218,22 @@ class Engine:
         """Tokenize texts as the engine does."""
         return self._encoder.encode(texts)
 
+    @property
+    def limits(self) -> Limits:
+        """The shapes that the target runs."""
+        return self._limits
+
+    def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> WindowResult:
+        """Run tokenized rows (see `encode`) as one window.
+
+        Raises:
+            RuleError: the rule does not fit the model.
+        """
+        chain = self._chain()
+        many = sum(len(row) for row in rows) > self._limits.group_tokens
+        cost = self._cost_curve(chain) if many else None
+        return chain.run(rows, self._decider(len(rows), rule), cost)
+
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""
         self._closed = True
@@ -270,16 +287,10 @@ class Engine:
                 window.append(row)
                 tokens += len(row)
                 if tokens >= self._window_tokens:
-                    yield window, self._run(window, rule)
+                    yield window, self.run_encoded(window, rule)
                     window, tokens = [], 0
         if window:
-            yield window, self._run(window, rule)
-
-    def _run(self, rows: list[EncodedRow], rule: ExitRule) -> WindowResult:
-        chain = self._chain()
-        many = sum(len(row) for row in rows) > self._limits.group_tokens
-        cost = self._cost_curve(chain) if many else None
-        return chain.run(rows, self._decider(len(rows), rule), cost)
+            yield window, self.run_encoded(window, rule)
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
         if self._regroup is Regroup.NEVER:
@@ -291,9 +302,7 @@ class Engine:
                 self._cost = chain.measure()
             return self._cost
 
-    def _predictions(
-        self, rows: list[EncodedRow], result: WindowResult
-    ) -> Iterator[Prediction]:
+    def _predictions(self, rows: list[EncodedRow], result: WindowResult) -> Iterator[Prediction]:
         layers = self._manifest.exit_layers
         probabilities = result.probabilities.tolist()
         for number, row in enumerate(rows):

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from .backends.base import Bucket, Execution, H, Limits
 from .batching import CostCurve, RowNumbers, cut_groups, plan_joins
+from .distributions import Answers, Array
 from .encoding import EncodedRow
 from .errors import BackendError
-from .exit_rules import Answers, Array, Decider
+from .exit_rules import Decider
 from .manifest import LOGITS
 
 _PROBE_TOKENS = (32, 128, 512, 1024)
@@ -63,9 +64,7 @@ class Chain(Generic[H]):
         labels: number of labels.
     """
 
-    def __init__(
-        self, execution: Execution[H], limits: Limits, segments: int, labels: int
-    ) -> None:
+    def __init__(self, execution: Execution[H], limits: Limits, segments: int, labels: int) -> None:
         self._execution = execution
         self._limits = limits
         self._segments = segments
@@ -84,7 +83,9 @@ class Chain(Generic[H]):
         """
         lengths = np.array([len(row) for row in rows], np.intp)
         result = _empty_result(self._segments, len(rows), self._labels, decider)
-        groups = [self._begin(rows, numbers, lengths) for numbers in cut_groups(lengths, self._limits)]
+        groups = [
+            self._begin(rows, numbers, lengths) for numbers in cut_groups(lengths, self._limits)
+        ]
         for segment in range(self._segments):
             going = []
             for group in groups:

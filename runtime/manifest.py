@@ -53,7 +53,6 @@ class ProblemType(str, Enum):
     MULTI_LABEL = "multi_label_classification"
 
 
-
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     """What the model predicts.
 

@@ -145,7 +145,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
 def _parse(line: str, number: int, name: str) -> Row:
     where = f"{name}, line {number}"
     if not line.strip():
-        raise InputError(f"{where} is empty", "a line is a JSON object with a \"text\" field")
+        raise InputError(f"{where} is empty", 'a line is a JSON object with a "text" field')
     try:
         content = msgspec.json.decode(line.encode())
     except (msgspec.DecodeError, RecursionError) as error:
@@ -160,7 +160,8 @@ def _parse(line: str, number: int, name: str) -> Row:
     pair = content.get("text_pair")
     if pair is not None and not isinstance(pair, str):
         raise InputError(
-            f'{where}: "text_pair" is a {type(pair).__name__}', "expected a string, or no such field"
+            f'{where}: "text_pair" is a {type(pair).__name__}',
+            "expected a string, or no such field",
         )
     fields = {key: value for key, value in content.items() if key not in _RESERVED}
     return Row(content["text"], pair, _labels(content, where), fields, number)

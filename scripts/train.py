@@ -37,8 +37,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
     set_seed,
+    trainer_utils,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from fpabee.exporter.backbones import build_encoder, family_of
 from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
@@ -73,7 +73,7 @@ class Options:
     resume: bool
 
 
-class MultiExitTrainer(Trainer):  # type: ignore[misc]
+class MultiExitTrainer(Trainer):
     """Trainer with the loss over all exits, and a learning rate of its own for the heads."""
 
     def __init__(self, *, options: Options, **kwargs: Any) -> None:
@@ -81,7 +81,11 @@ class MultiExitTrainer(Trainer):  # type: ignore[misc]
         self.options = options
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Weighted loss over the exits; the outputs are logits `[rows, exits, labels]`."""
         labels = inputs.pop("labels")
@@ -91,9 +95,10 @@ class MultiExitTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with the head learning rate on the pooler and the classifiers."""
-        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = cast(torch.nn.Module, self.model)
+        decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained.named_parameters():
             is_head = name.startswith("classifiers.") or ".pooler." in name
             groups.setdefault((is_head, name in decayed), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
@@ -149,9 +154,7 @@ def _hub_rows(source: str) -> Iterable[Row]:
     parts = name.split("/")
     data = load_dataset("/".join(parts[:2]), *parts[2:], split=split)
     text = next(key for key in ("text", "sentence", "sentence1", "premise") if key in data.features)
-    pair = next(
-        (k for k in ("text_pair", "sentence2", "hypothesis") if k in data.features), None
-    )
+    pair = next((k for k in ("text_pair", "sentence2", "hypothesis") if k in data.features), None)
     names = getattr(data.features["label"], "names", None)
     for item in data:
         label = names[item["label"]] if names else str(item["label"])
@@ -184,7 +187,9 @@ def features(
     ]
 
 
-def exit_scores(logits: np.ndarray[Any, Any], labels: Any, options: Options) -> list[dict[str, float]]:
+def exit_scores(
+    logits: np.ndarray[Any, Any], labels: Any, options: Options
+) -> list[dict[str, float]]:
     """Scores of every exit.
 
     Args:
@@ -237,7 +242,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda prediction: _metrics(prediction, options),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = _last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last if options.resume else None)
     seconds = time.perf_counter() - started
@@ -247,7 +252,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
     scores = {}
     for name in [part for part in ("dev", "test") if part in data]:
         prediction = trainer.predict(cast(Any, data[name]))
-        scores[name] = exit_scores(prediction.predictions, prediction.label_ids, options)
+        scores[name] = exit_scores(cast(Any, prediction.predictions), prediction.label_ids, options)
         _print_scores(console, name, scores[name], model.exit_config.exits)
     report = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
@@ -261,6 +266,12 @@ def train(options: Options, console: Console) -> dict[str, Any]:
     (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    find: Any = trainer_utils.get_last_checkpoint
+    found: str | None = find(str(folder))
+    return found
 
 
 def _arguments(options: Options, checkpoints: Path, warmup_steps: int) -> TrainingArguments:
@@ -315,13 +326,24 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--dev", required=True, help="Rows that are scored after every epoch.")
 @click.option("--test", help="Rows that are scored once, at the end.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="model_dir.")
-@click.option("--problem-type", type=click.Choice([kind.value for kind in ProblemType]),
-              default=ProblemType.SINGLE_LABEL.value)
+@click.option(
+    "--problem-type",
+    type=click.Choice([kind.value for kind in ProblemType]),
+    default=ProblemType.SINGLE_LABEL.value,
+)
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=3.0)
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=5e-5,
-              help="Learning rate of the encoder.")
-@click.option("--head-lr", type=click.FloatRange(min=0, min_open=True), default=1e-3,
-              help="Learning rate of the pooler and the classifiers.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5e-5,
+    help="Learning rate of the encoder.",
+)
+@click.option(
+    "--head-lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-3,
+    help="Learning rate of the pooler and the classifiers.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32)
 @click.option("--max-length", type=click.IntRange(min=4), default=128, help="In tokens.")
 @click.option("--pooling", type=click.Choice([kind.value for kind in Pooling]), default="mean")
@@ -334,9 +356,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 def main(problem_type: str, pooling: str, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""
     console = Console()
-    options = Options(
-        problem_type=ProblemType(problem_type), pooling=Pooling(pooling), **settings
-    )
+    options = Options(problem_type=ProblemType(problem_type), pooling=Pooling(pooling), **settings)
     try:
         report = train(options, console)
     except FpabeeError as error:

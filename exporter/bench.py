@@ -1,0 +1,366 @@
+"""Time the chain against one full graph and against plain PyTorch, interleaved.
+
+A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts.
+For every unit all variants run one after another, so that a machine whose speed drifts
+treats them alike; a unit's time is the median of its repeats, and speed-ups are ratios of
+the sums over units. Tokenization is left out everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.backends.onnxruntime_session import session_options
+from ..runtime.batching import cut_groups
+from ..runtime.encoding import EncodedRow, Text
+from ..runtime.engine import Engine
+from ..runtime.exit_rules import Budget, Decider, ExitRule
+from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
+from .merge import merge_chain
+
+FULL_GRAPH = "full graph"
+FULL_DEPTH = "chain, full depth"
+WITH_RULE = "chain, rule"
+PADDED_32 = "full graph, padded 32"
+PYTORCH = "PyTorch, rule"
+
+_WINDOW = 256
+_FILE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        rule: the exit rule.
+        repeats: times each unit is run.
+        shapes: (rows, tokens) of the synthetic batches.
+        max_rows: texts of the file that are used.
+        max_single: texts of the file that are also run one at a time.
+        model_dir: the PyTorch model, to time the same rule in plain PyTorch.
+        threads: CPU threads for all variants.
+    """
+
+    rule: ExitRule
+    repeats: int = 5
+    shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (32, 32), (32, 128))
+    max_rows: int = 2000
+    max_single: int = 200
+    model_dir: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one variant over the units of a workload, in milliseconds a unit."""
+
+    total_s: float
+    median_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Results of one workload.
+
+    Attributes:
+        name: what was run.
+        units: how many units.
+        rows: how many rows in all.
+        timings: by variant.
+        mean_depth: layers that ran for a row under the rule.
+        theoretical: speed-up of the rule in layers, weighted by tokens.
+    """
+
+    name: str
+    units: int
+    rows: int
+    timings: dict[str, Timing]
+    mean_depth: float
+    theoretical: float
+
+    def speedup(self, variant: str, baseline: str = FULL_GRAPH) -> float:
+        """Baseline time over the variant's."""
+        return self.timings[baseline].total_s / self.timings[variant].total_s
+
+    @property
+    def realised_share(self) -> float:
+        """Realised over theoretical speed-up."""
+        return self.speedup(WITH_RULE) / self.theoretical
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All workloads, and the machine they ran on."""
+
+    engines: str
+    target: str
+    rule: dict[str, Any]
+    layers: int
+    hardware: str
+    versions: dict[str, str]
+    workloads: list[Workload] = field(default_factory=list)
+
+
+Variants = dict[str, Callable[[Sequence[EncodedRow]], None]]
+
+
+class _Runner:
+    """The variants, ready to be run on encoded rows."""
+
+    def __init__(self, folder: Path, engine: Engine, options: BenchOptions) -> None:
+        import onnxruntime as ort
+
+        self.engine = engine
+        self.rule = options.rule
+        self.limits = engine.limits
+        proto = merge_chain(folder, engine.manifest)
+        self._full = ort.InferenceSession(
+            proto.SerializeToString(),
+            session_options(options.threads),
+            providers=["CPUExecutionProvider"],
+        )
+        self._inputs = [value.name for value in self._full.get_inputs()]
+        self._torch = _load_torch(options.model_dir, options.threads)
+
+    @property
+    def has_torch(self) -> bool:
+        return self._torch is not None
+
+    def full_graph(self, rows: Sequence[EncodedRow]) -> None:
+        """The full graph over the groups that the chain starts with."""
+        lengths = np.array([len(row) for row in rows], np.intp)
+        for numbers in cut_groups(lengths, self.limits):
+            self._run_full([rows[number] for number in numbers])
+
+    def padded(self, rows: Sequence[EncodedRow]) -> None:
+        """The full graph over padded batches in file order."""
+        for start in range(0, len(rows), _FILE_BATCH):
+            self._run_full(rows[start : start + _FILE_BATCH])
+
+    def full_depth(self, rows: Sequence[EncodedRow]) -> None:
+        """The chain, every layer for every row."""
+        self.engine.run_encoded(rows, Budget(exit=len(self.engine.manifest.segments)))
+
+    def with_rule(self, rows: Sequence[EncodedRow]) -> None:
+        """The chain with the rule."""
+        self.engine.run_encoded(rows, self.rule)
+
+    def pytorch(self, rows: Sequence[EncodedRow]) -> None:
+        """The same rule in PyTorch, as published: a batch goes on until its last row stops."""
+        for start in range(0, len(rows), _FILE_BATCH):
+            self._run_torch(rows[start : start + _FILE_BATCH])
+
+    def exits(self, rows: Sequence[EncodedRow]) -> Any:
+        """Exit of each row under the rule."""
+        return self.engine.run_encoded(rows, self.rule).exits
+
+    def _run_full(self, rows: Sequence[EncodedRow]) -> None:
+        import onnxruntime as ort
+
+        # Bound like the chain's segments, so that neither side copies more than the other.
+        binding = self._full.io_binding()
+        for name, value in _padded(rows, self._inputs).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_output(self._full.get_outputs()[0].name, "cpu")
+        self._full.run_with_iobinding(binding)
+        binding.copy_outputs_to_cpu()
+
+    def _run_torch(self, rows: Sequence[EncodedRow]) -> None:
+        import torch
+
+        model = self._torch
+        arrays = _padded(rows, ["input_ids", "token_type_ids", ATTENTION_BIAS])
+        ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
+        task = self.engine.manifest.task
+        embeddings, blocks, heads = model.parts
+        layers = model.exit_config.exits
+        decider = Decider(self.rule, task.problem_type, len(rows), len(layers), task.cuts)
+        everyone, done, number = np.arange(len(rows)), np.zeros(len(rows), bool), 0
+        with torch.inference_mode():
+            hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
+            for layer, block in enumerate(blocks, start=1):
+                hidden = block(hidden, bias, **carried)
+                if layer == layers[number]:
+                    logits = heads[number](hidden, bias).numpy()
+                    number += 1
+                    done |= decider.decide(number, everyone, logits)[0]
+                    if done.all() or number == len(layers):
+                        return
+
+
+def run_bench(
+    folder: str | Path,
+    texts: Sequence[Text],
+    options: BenchOptions,
+    progress: Callable[[str], None] = lambda what: None,
+) -> BenchReport:
+    """Measure an engines folder on texts.
+
+    Args:
+        folder: the engines folder.
+        texts: the texts of the file workloads; also the source of the synthetic batches.
+        options: what to measure.
+        progress: called with what is being measured.
+    """
+    with Engine.load(folder, threads=options.threads, preload=True) as engine:
+        runner = _Runner(Path(folder), engine, options)
+        rows = engine.encode(texts[: options.max_rows])
+        report = BenchReport(
+            engines=str(folder),
+            target=engine.target,
+            rule=options.rule.to_dict(),
+            layers=engine.manifest.model.layers,
+            hardware=hardware_line(options.threads),
+            versions=_versions(),
+        )
+        for batch, tokens in options.shapes:
+            name = f"{batch} x {tokens} tokens"
+            progress(name)
+            units = _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
+            report.workloads.append(_measure(name, units, runner, options.repeats, _in_groups))
+        progress("file, one text at a time")
+        single = [[row] for row in _spread(rows, options.max_single)]
+        name = f"file, batch 1 ({len(single)} texts)"
+        report.workloads.append(_measure(name, single, runner, options.repeats, _in_groups))
+        progress("file, whole")
+        windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
+        name = f"file, all {len(rows)} texts"
+        report.workloads.append(_measure(name, windows, runner, options.repeats, _as_file))
+    return report
+
+
+def hardware_line(threads: int | None) -> str:
+    """Processor, threads and system, for the line beside a table."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    count = threads or len(os.sched_getaffinity(0))
+    return f"{name}, {count} threads, {platform.system()}"
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+
+    return {
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _in_groups(runner: _Runner) -> Variants:
+    variants: Variants = {
+        FULL_GRAPH: runner.full_graph,
+        FULL_DEPTH: runner.full_depth,
+        WITH_RULE: runner.with_rule,
+    }
+    return variants | ({PYTORCH: runner.pytorch} if runner.has_torch else {})
+
+
+def _as_file(runner: _Runner) -> Variants:
+    return _in_groups(runner) | {PADDED_32: runner.padded}
+
+
+def _measure(
+    name: str,
+    units: Sequence[Sequence[EncodedRow]],
+    runner: _Runner,
+    repeats: int,
+    choose: Callable[[_Runner], Variants],
+) -> Workload:
+    variants = choose(runner)
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    layers = np.array(runner.engine.manifest.exit_layers)
+    depth = weighted = tokens = 0.0
+    for unit in units:
+        ran = layers[runner.exits(unit) - 1]
+        lengths = np.array([len(row) for row in unit])
+        depth += float(ran.sum())
+        weighted += float((ran * lengths).sum())
+        tokens += float(lengths.sum())
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
+        for run in variants.values():
+            run(unit)
+        for _ in range(repeats):
+            for variant, run in variants.items():
+                started = time.perf_counter()
+                run(unit)
+                times[variant].append(time.perf_counter() - started)
+        for variant, values in times.items():
+            seconds[variant].append(statistics.median(values))
+    rows = sum(len(unit) for unit in units)
+    return Workload(
+        name=name,
+        units=len(units),
+        rows=rows,
+        timings={variant: _timing(values) for variant, values in seconds.items()},
+        mean_depth=depth / rows,
+        theoretical=float(layers[-1]) * tokens / weighted,
+    )
+
+
+def _timing(seconds: list[float]) -> Timing:
+    milliseconds = np.array(seconds) * 1e3
+    return Timing(
+        total_s=float(milliseconds.sum() / 1e3),
+        median_ms=float(np.median(milliseconds)),
+        p95_ms=float(np.percentile(milliseconds, 95)),
+    )
+
+
+def _synthetic(
+    rows: Sequence[EncodedRow], batch: int, tokens: int, units: int
+) -> list[list[EncodedRow]]:
+    """Batches of one exact length, of real token ids: a row is repeated or cut to fit."""
+    chosen = _spread(rows, batch * units)
+    resized = [
+        EncodedRow(np.resize(row.input_ids, tokens), np.resize(row.token_type_ids, tokens), False)
+        for row in chosen
+    ]
+    return [resized[start : start + batch] for start in range(0, len(resized), batch)]
+
+
+def _spread(rows: Sequence[EncodedRow], count: int) -> list[EncodedRow]:
+    """`count` rows, evenly spread over all of them (repeated if there are fewer)."""
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _padded(rows: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, Any]:
+    shape = (len(rows), max(len(row) for row in rows))
+    arrays: dict[str, Any] = {}
+    for name in names:
+        if name == ATTENTION_BIAS:
+            arrays[name] = np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32)
+        else:
+            arrays[name] = np.zeros(shape, np.int64)
+        for number, row in enumerate(rows):
+            arrays[name][number, ..., : len(row)] = row.model_input(name)
+    return arrays
+
+
+def _load_torch(model_dir: str | None, threads: int | None) -> Any:
+    if model_dir is None:
+        return None
+    from .extras import require
+
+    require("export")
+    import torch
+
+    from .checkpoint import load_checkpoint
+
+    if threads:
+        torch.set_num_threads(threads)
+    return load_checkpoint(model_dir, attention=None)

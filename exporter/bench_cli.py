@@ -1,0 +1,100 @@
+"""`fpabee-bench`: is the chain as fast as its layer counts promise, on this machine?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration import threshold_for_depth
+from ..runtime.cli import chosen_rule, exits_with_one_line, rule_options, version_option
+from ..runtime.engine import Engine
+from ..runtime.text_io import read_rows
+from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
+from .extras import require
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.option("--input", "source", required=True, help="Texts (.txt or .jsonl).")
+@rule_options
+@click.option(
+    "--depth",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Choose the threshold whose mean depth is this share of the layers.",
+)
+@click.option("--model-dir", help="The PyTorch model: time the same rule there too.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5)
+@click.option("--max-rows", type=click.IntRange(min=1), default=2000)
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@version_option
+@exits_with_one_line
+def main(
+    engines: Path,
+    source: str,
+    rule: str | None,
+    depth: float | None,
+    as_json: bool,
+    model_dir: str | None,
+    repeats: int,
+    max_rows: int,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Time ENGINES on the texts of --input against one full graph, interleaved."""
+    require("bench")
+    texts = [row.content for row in read_rows(source)]
+    with Engine.load(engines, threads=threads) as engine:
+        chosen = chosen_rule(engine.rule, rule, settings)
+        if depth is not None:
+            logits = engine.trace(texts[:max_rows]).logits
+            layers = engine.manifest.exit_layers
+            wish = depth * layers[-1]
+            kind = engine.manifest.task.problem_type
+            chosen = threshold_for_depth(logits, chosen, kind, layers, wish)
+    options = BenchOptions(chosen, repeats, max_rows=max_rows, model_dir=model_dir, threads=threads)
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        report = run_bench(engines, texts, options, lambda what: status.update(what))
+    if as_json:
+        click.echo(json.dumps(to_dict(report)))
+    else:
+        print_report(report, Console())
+
+
+def to_dict(report: BenchReport) -> dict[str, Any]:
+    """The report with its derived figures, for JSON."""
+    content = dataclasses.asdict(report)
+    for entry, workload in zip(content["workloads"], report.workloads, strict=True):
+        entry["full_depth_over_full_graph"] = 1 / workload.speedup(FULL_DEPTH)
+        entry["realised"] = workload.speedup(WITH_RULE)
+        entry["realised_over_theoretical"] = workload.realised_share
+    return content
+
+
+def print_report(report: BenchReport, console: Console) -> None:
+    """The report as a table: one line for each workload and variant."""
+    table = Table("workload", "variant", "median ms", "p95 ms", "x full graph", "theory", "share")
+    for workload in report.workloads:
+        for variant, timing in workload.timings.items():
+            is_rule = variant == WITH_RULE
+            table.add_row(
+                workload.name if variant == FULL_GRAPH else "",
+                variant,
+                f"{timing.median_ms:.1f}",
+                f"{timing.p95_ms:.1f}",
+                f"{workload.speedup(variant):.2f}",
+                f"{workload.theoretical:.2f}" if is_rule else "",
+                f"{workload.realised_share:.3f}" if is_rule else "",
+            )
+        table.add_section()
+    console.print(table)
+    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
+    console.print(f"{report.target}, rule {report.rule}")
+    console.print(f"{report.hardware}; {versions}")

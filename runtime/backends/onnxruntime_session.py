@@ -1,0 +1,111 @@
+"""ONNX Runtime sessions that share one process-wide thread pool and one arena."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from ..errors import MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+
+class _Environment:
+    """The process-wide thread pool and arena, set up before our first session."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ready = False
+        self._threads: int | None = None
+        self._shared = True
+
+    def prepare(self, threads: int | None) -> bool:
+        """Set up once; returns whether sessions use the process-wide pool."""
+        import onnxruntime as ort
+
+        with self._lock:
+            if self._ready:
+                if threads not in (None, self._threads):
+                    logger.warning(
+                        "threads=%s has no effect: this process already runs ONNX Runtime "
+                        "with threads=%s",
+                        threads,
+                        self._threads,
+                    )
+                return self._shared
+            self._threads = threads or _usable_cores()
+            try:
+                ort.set_global_thread_pool_sizes(self._threads, 1)
+            except RuntimeError as error:
+                self._shared = "already been created" in str(error)
+                logger.warning(
+                    "ONNX Runtime was set up by the application before fpabee: %s",
+                    "its process-wide thread pool is used"
+                    if self._shared
+                    else "every segment gets a thread pool of its own, without spinning",
+                )
+            info = ort.OrtMemoryInfo(
+                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+            )
+            ort.create_and_register_allocator(info, None)
+            self._ready = True
+            return self._shared
+
+
+_environment = _Environment()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Session options of the process-wide pool and arena, which are set up if need be.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed, or twice.
+    """
+    check_installed()
+    import onnxruntime as ort
+
+    shared = _environment.prepare(threads)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Shapes vary from group to group: patterns of earlier shapes only cost memory.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    if shared:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def check_installed() -> None:
+    """Check that exactly one ONNX Runtime package is installed.
+
+    Raises:
+        MissingExtraError: none, or two that overwrite each other.
+    """
+    from importlib import metadata
+
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    if not found:
+        raise MissingExtraError("ONNX Runtime is not installed", "pip install 'fpabee[cpu]'")
+    if len(found) > 1:
+        raise MissingExtraError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
+            "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'",
+        )

@@ -1,0 +1,201 @@
+"""Tiny random models of every family, and their engines folders: no hub, no downloads."""
+
+from __future__ import annotations
+
+import shutil
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.runtime.manifest import ProblemType
+
+FAMILIES = ("bert", "albert", "mpnet")
+# fmt: off
+WORDS = (
+    "the", "a", "it", "is", "not", "but", "and", "good", "bad", "film", "plot", "music", "play",
+    "stop", "turn", "on", "off", "light", "lights", "weather", "rain", "sun", "set", "alarm",
+    "morning", "evening", "book", "table", "flight", "to", "from", "london", "call", "mum",
+)
+# fmt: on
+
+_SEED = 20240607
+_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class _Tiny:
+    """What sets a tiny model apart."""
+
+    specials: dict[str, str]  # role to token, in the order of their ids
+    labels: tuple[str, ...]
+    problem_type: ProblemType
+    pooling: str
+    token_types: bool
+    config: dict[str, Any]
+
+
+_TINY = {
+    "bert": _Tiny(
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        ("music", "weather", "alarm", "travel"),
+        ProblemType.SINGLE_LABEL,
+        "mean",
+        True,
+        {"intermediate_size": 64, "max_position_embeddings": _POSITIONS},
+    ),
+    "albert": _Tiny(
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        ("no", "perhaps", "yes"),
+        ProblemType.SINGLE_LABEL,
+        "cls",
+        True,
+        {
+            "embedding_size": 16,
+            "intermediate_size": 64,
+            "max_position_embeddings": _POSITIONS,
+        },
+    ),
+    "mpnet": _Tiny(
+        {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"},
+        ("food", "staff", "price", "place", "other"),
+        ProblemType.MULTI_LABEL,
+        "mean",
+        False,
+        {"intermediate_size": 64, "max_position_embeddings": _POSITIONS + 2},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: _make_model(family, root / family) for family in FAMILIES}
+
+
+class _Engines(Mapping[str, Path]):
+    """Engines folders by family, each exported when first asked for: that takes seconds."""
+
+    def __init__(self, models: Mapping[str, Path], root: Path) -> None:
+        self._models = models
+        self._root = root
+
+    def __getitem__(self, family: str) -> Path:
+        from fpabee.exporter import export
+
+        folder = self._root / family
+        return folder if folder.is_dir() else export(self._models[family], folder).folder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+
+@pytest.fixture(scope="session")
+def engines(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
+    """The engines folder of each tiny model. Read-only: use `engine_copy` to damage one."""
+    return _Engines(tiny_models, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def engine_copy(engines: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Copies an engines folder, so that a test may damage it."""
+
+    def copy(family: str = "bert", name: str = "engines") -> Path:
+        return Path(shutil.copytree(engines[family], tmp_path / name))
+
+    return copy
+
+
+def _make_model(family: str, folder: Path) -> Path:
+    import torch
+    from transformers import AutoConfig
+
+    from fpabee.exporter.backbones import build_encoder
+    from fpabee.exporter.checkpoint import save_checkpoint
+    from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
+
+    tiny = _TINY[family]
+    vocabulary = _vocabulary(tiny)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.15,
+        bos_token_id=vocabulary[tiny.specials["cls"]],
+        pad_token_id=vocabulary[tiny.specials["pad"]],
+        eos_token_id=vocabulary[tiny.specials["sep"]],
+        **tiny.config,
+    )
+    exits = MultiExitConfig((1, 2, 3), tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED + FAMILIES.index(family))
+        model = MultiExitModel(build_encoder(config), exits)
+        _spread(model)
+    save_checkpoint(model, folder)
+    _save_tokenizer(tiny, vocabulary, folder)
+    return folder
+
+
+def _spread(model: Any) -> None:
+    """Weights that make rows stop at different exits: every word tells, and exits are akin."""
+    import torch
+    from torch.nn import init
+
+    for name, weight in model.named_parameters():
+        if name.endswith("word_embeddings.weight"):
+            init.normal_(weight, std=1.0)
+        elif name.endswith("bias"):
+            init.normal_(weight, std=0.1)
+    akin = init.normal_(model.classifiers[0].weight.detach().clone(), std=1.0)
+    for classifier in model.classifiers:
+        init.normal_(classifier.weight, std=0.3)
+        classifier.weight.data += akin
+    with torch.no_grad():
+        ids = torch.randint(4, 4 + len(WORDS), (64, 12))
+        ids[:, 0] = model.backbone.config.bos_token_id
+        logits = model.eval()(ids, torch.ones_like(ids))
+        for classifier, mean in zip(model.classifiers, logits.mean(dim=1), strict=True):
+            classifier.bias -= mean
+
+
+def _vocabulary(tiny: _Tiny) -> dict[str, int]:
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [*characters, *(f"##{character}" for character in characters)]
+    # "a" is a word and a character.
+    every = dict.fromkeys([*tiny.specials.values(), *WORDS, *pieces])
+    return {piece: index for index, piece in enumerate(every)}
+
+
+def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    begin, end = tiny.specials["cls"], tiny.specials["sep"]
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=tiny.specials["unk"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pair = "{0} $A {1} $B:1 {1}:1" if tiny.token_types else "{0} $A {1} {1} $B {1}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=pair.format(begin, end),
+        special_tokens=[(begin, vocabulary[begin]), (end, vocabulary[end])],
+    )
+    types = ["token_type_ids"] if tiny.token_types else []
+    fast: Any = PreTrainedTokenizerFast
+    fast(
+        tokenizer_object=tokenizer,
+        model_max_length=_POSITIONS,
+        model_input_names=["input_ids", *types, "attention_mask"],
+        **{f"{role}_token": token for role, token in tiny.specials.items()},
+    ).save_pretrained(folder)

@@ -1,0 +1,341 @@
+"""The training script: its loss, its scores, and one very small run."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, TrainingArguments
+
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.multi_exit import MultiExitConfig, Pooling
+from fpabee.runtime.errors import InputError
+from fpabee.runtime.manifest import ProblemType
+from fpabee.runtime.text_io import Row
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "pabee_bert"
+SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[ModuleType]:
+    """The script as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "train", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def options(train: ModuleType, **changes: Any) -> Any:
+    settings = {
+        "backbone": "none",
+        "train": "none",
+        "dev": "none",
+        "test": None,
+        "output": Path("none"),
+        "problem_type": SINGLE,
+        "epochs": 1.0,
+        "lr": 0.25,
+        "head_lr": 0.5,
+        "batch_size": 8,
+        "max_length": 16,
+        "pooling": Pooling.MEAN,
+        "exits": None,
+        "exit_weights": "linear",
+        "random_init": True,
+        "seed": 1,
+        "bf16": False,
+        "resume": False,
+    }
+    return train.Options(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration and a tokenizer, but no weights."""
+    folder = tmp_path_factory.mktemp("backbone")
+    BertConfig(
+        vocab_size=800,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    ).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / name, folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with train.jsonl.gz (24 rows) and dev.jsonl (8 rows)."""
+    words = ("good film", "bad film", "a film")
+    rows = [{"text": words[i % 3] * (1 + i % 4), "label": words[i % 3][:3]} for i in range(24)]
+    write_rows(tmp_path / "train.jsonl.gz", rows)
+    write_rows(tmp_path / "dev.jsonl", rows[:8])
+    return tmp_path
+
+
+@pytest.fixture
+def run(train: ModuleType, backbone: Path, data: Path) -> Run:
+    """Runs the command on that data; arguments given later win."""
+
+    def call(*more: str, random_init: bool = True) -> Result:
+        arguments = [
+            "--backbone",
+            str(backbone),
+            "--train",
+            str(data / "train.jsonl.gz"),
+            "--dev",
+            str(data / "dev.jsonl"),
+            "--output",
+            str(data / "model"),
+            "--epochs",
+            "1",
+            "--batch-size",
+            "8",
+            "--max-length",
+            "16",
+            *more,
+        ]
+        arguments += ["--random-init"] if random_init else []
+        return CliRunner().invoke(train.main, arguments)
+
+    return call
+
+
+def test_loss_weights_exit_j_by_j(train: ModuleType) -> None:
+    logits = torch.randn(3, 5, 4, generator=torch.manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1, 2, 2])
+    losses = [
+        np.mean([-torch.log_softmax(row, -1)[label] for row, label in zip(rows, labels)])  # noqa: B905
+        for rows in logits
+    ]
+    linear = (1 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 6
+    assert train.exit_loss(logits, labels, SINGLE, "linear").item() == pytest.approx(linear)
+    uniform = train.exit_loss(logits, labels, SINGLE, "uniform").item()
+    assert uniform == pytest.approx(np.mean(losses))
+
+
+def test_multi_label_loss_is_binary_cross_entropy_over_all_labels(train: ModuleType) -> None:
+    logits = torch.randn(2, 5, 3, generator=torch.manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    p = 1 / (1 + np.exp(-logits.numpy()))
+    y = labels.numpy()
+    losses = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(axis=(1, 2))
+    found = train.exit_loss(logits, labels, MULTI, "linear").item()
+    assert found == pytest.approx((losses[0] + 2 * losses[1]) / 3)
+
+
+def test_pooler_and_classifiers_have_the_learning_rate_of_heads(
+    train: ModuleType, backbone: Path, tmp_path: Path
+) -> None:
+    settings = options(train, backbone=str(backbone))
+    model, _ = train.build_model(settings, ("a", "b"))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = train.MultiExitTrainer(options=settings, model=model, args=arguments)
+    groups = trainer.create_optimizer().param_groups
+    of = {id(value): group for group in groups for value in group["params"]}
+    by_name = {name: of[id(value)] for name, value in model.named_parameters()}
+    heads = {name for name in by_name if "pooler" in name or "classifiers" in name}
+    assert len(heads) == 6
+    assert {by_name[name]["lr"] for name in heads} == {0.5}
+    assert {by_name[name]["lr"] for name in by_name.keys() - heads} == {0.25}
+    assert sum(len(group["params"]) for group in groups) == len(by_name)
+    assert by_name["classifiers.0.weight"]["weight_decay"] > 0
+    undecayed = {name for name, group in by_name.items() if group["weight_decay"] == 0}
+    assert undecayed == {name for name in by_name if name.endswith("bias") or "LayerNorm" in name}
+
+
+def test_exit_scores_are_those_of_each_exit(train: ModuleType) -> None:
+    right, wrong = [0.0, 2.0], [2.0, 0.0]
+    logits = np.array([[right, right], [wrong, right], [wrong, right], [wrong, wrong]])
+    scores = train.exit_scores(logits, np.array([1, 1, 1, 1]), options(train))
+    assert [score["accuracy"] for score in scores] == [0.25, 0.75]
+
+
+def test_multi_label_exit_scores_cut_at_one_half(train: ModuleType) -> None:
+    logits = np.array([[[0.1, -0.1]], [[-0.1, -3.0]]])
+    labels = np.array([[1, 0], [1, 0]])
+    (score,) = train.exit_scores(logits, labels, options(train, problem_type=MULTI))
+    assert score["exact_match"] == 0.5
+    assert score["micro_f1"] == pytest.approx(2 / 3)
+
+
+def test_label_names_are_those_that_occur_or_those_listed(
+    train: ModuleType, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "train.jsonl", [{"text": "x", "label": "b"}])
+    rows = [Row("x", labels=("b",)), Row("y", labels=("a", "b"))]
+    assert train.label_names(rows, str(path)) == ("a", "b")
+    (tmp_path / "labels.json").write_text('["z", "b", "a"]')
+    assert train.label_names(rows, str(path)) == ("z", "b", "a")
+
+
+def test_features_are_those_of_each_row_alone(train: ModuleType, backbone: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    rows = [Row("one", labels=("a",)), Row("two", "three", ("b",)), Row("x " * 99, labels=("a",))]
+    first, second, third = train.features(rows, tokenizer, ("a", "b"), options(train))
+    assert first["input_ids"] == tokenizer("one")["input_ids"]
+    assert second["input_ids"] == tokenizer("two", "three")["input_ids"]
+    assert len(third["input_ids"]) == 16
+    assert [first["labels"], second["labels"]] == [0, 1]
+
+
+def test_multi_label_rows_may_have_no_label_at_all(train: ModuleType, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "labels": []}])
+    assert [row.labels for row in train.load_rows(str(path))] == [()]
+
+
+def test_row_without_label_is_named(train: ModuleType, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y"}])
+    with pytest.raises(InputError, match="row 2 has no label"):
+        train.load_rows(str(path))
+
+
+def test_run_writes_a_model_that_loads_and_scores_of_every_exit(
+    train: ModuleType, run: Run, data: Path
+) -> None:
+    result = run("--test", str(data / "dev.jsonl"), "--lr", "0.001")
+    assert result.exit_code == 0, result.output
+    report = json.loads((data / "model" / "training.json").read_text())
+    assert report["rows"] == {"train": 24, "dev": 8, "test": 8}
+    assert report["exits"] == [1, 2]
+    assert set(report["scores"]) == {"dev", "test"}
+    for scores in report["scores"].values():
+        assert [set(score) for score in scores] == [{"accuracy", "macro_f1", "matthews"}] * 2
+    assert "dev: scores of every exit" in result.stdout
+    model = load_checkpoint(data / "model")
+    assert model.exit_config == MultiExitConfig((1, 2), ("a f", "bad", "goo"), SINGLE, Pooling.MEAN)
+    tokenizer = AutoTokenizer.from_pretrained(data / "model")
+    rows = list(train.read_rows(data / "dev.jsonl"))
+    encoded = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**encoded).argmax(dim=-1)
+    truth = torch.tensor([model.exit_config.labels.index(row.labels[0]) for row in rows])
+    accuracies = (predicted == truth).float().mean(dim=1)
+    assert [score["accuracy"] for score in report["scores"]["dev"]] == pytest.approx(
+        accuracies.tolist()
+    )
+    assert sorted(path.name for path in (data / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    ]
+
+
+def test_multi_label_run_on_the_encoder_of_another_model_dir(run: Run, data: Path) -> None:
+    rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
+    path = str(write_rows(data / "multi.jsonl", rows))
+    arguments = [
+        "--backbone",
+        str(GOLDEN),
+        "--train",
+        path,
+        "--dev",
+        path,
+        "--exits",
+        "2,6",
+        "--pooling",
+        "cls",
+        "--problem-type",
+        MULTI.value,
+        "--lr",
+        "1e-9",
+    ]
+    result = run(*arguments, random_init=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((data / "model" / "training.json").read_text())
+    scores = report["scores"]["dev"]
+    assert [set(score) for score in scores] == [{"exact_match", "micro_f1", "macro_f1"}] * 2
+    model, backbone = load_checkpoint(data / "model"), load_checkpoint(GOLDEN)
+    assert model.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
+    name = "bert.encoder.layer.5.output.dense.weight"
+    weight, original = (each.state_dict()[name] for each in (model, backbone))
+    torch.testing.assert_close(weight, original, rtol=0, atol=1e-6)
+
+
+def test_resumed_run_ends_like_one_that_was_not_interrupted(
+    train: ModuleType, run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = data / "whole", data / "broken"
+    assert run("--epochs", "2", "--output", str(whole)).exit_code == 0
+    steps: list[int] = []
+    loss = train.MultiExitTrainer.compute_loss
+
+    def counted(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            steps.append(self.state.global_step)
+            if len(steps) == 5:
+                raise InputError("the power fails in the second epoch")
+        return loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(train.MultiExitTrainer, "compute_loss", counted)
+    assert run("--epochs", "2", "--output", str(broken)).exit_code == 1
+    assert not (broken / "training.json").exists()
+    result = run("--epochs", "2", "--output", str(broken), "--resume")
+    assert result.exit_code == 0, result.output
+    assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "goes on after the last finished epoch"
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--backbone", "missing_folder"], "missing_folder does not exist"),
+        (["--exits", "1,3"], "do not fit an encoder of 2 layers"),
+        (["--problem-type", "single_label_classification", "--train", "two.jsonl"], "2 labels"),
+        (["--train", "none.jsonl"], "row 1 has no label"),
+        (["--dev", "other.jsonl"], "'other', which the model does not know"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(
+    run: Run, data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(data)
+    write_rows(data / "two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
+    write_rows(data / "none.jsonl", [{"text": "x"}])
+    write_rows(data / "other.jsonl", [{"text": "x", "label": "other"}])
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (data / "model").exists()
+
+
+@pytest.mark.parametrize("flag", ["--exits=a", "--epochs=0", "--exit-weights=square", "--typo"])
+def test_usage_errors_exit_2(run: Run, flag: str) -> None:
+    assert run(flag).exit_code == 2
