@@ -44,7 +44,8 @@ class BenchOptions:
     Attributes:
         rule: the exit rule.
         repeats: times each unit is run.
-        shapes: (rows, tokens) of the synthetic batches.
+        shapes: (rows, tokens) of the synthetic batches; those longer than the target
+            takes are left out.
         max_rows: texts of the file that are used.
         max_single: texts of the file that are also run one at a time.
         model_dir: the PyTorch model, to time the same rule in plain PyTorch.
@@ -224,7 +225,8 @@ def run_bench(
             hardware=hardware_line(options.threads),
             versions=_versions(),
         )
-        for batch, tokens in options.shapes:
+        fitting = [s for s in options.shapes if s[1] <= engine.limits.max_sequence]
+        for batch, tokens in fitting:
             name = f"{batch} x {tokens} tokens"
             progress(name)
             units = _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)

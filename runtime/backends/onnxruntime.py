@@ -30,7 +30,7 @@ from ..manifest import (
     verified,
 )
 from .base import Bucket, Limits, Rows
-from .onnxruntime_session import check_installed, session_options
+from .onnxruntime_session import check_installed, first_line, ort_errors, session_options
 
 _POOL_BYTES = 512 * 2**20
 _MAX_BINDINGS = 1024
@@ -173,9 +173,9 @@ class OnnxRuntimeBackend:
         options = session_options(self._threads)
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise ArtifactError(
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {_first_line(error)}",
+                f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}",
                 "update it: pip install -U 'fpabee[cpu]', or export again with fpabee-export",
             ) from error
 
@@ -269,10 +269,10 @@ class OnnxRuntimeExecution:
                 self._bindings.popitem(last=False)
         try:
             session.run_with_iobinding(known[0])
-        except _ort_errors() as error:
+        except ort_errors() as error:
             raise BackendError(
                 f"ONNX Runtime failed in {name} at shape {list(inputs[0].array.shape)}: "
-                f"{_first_line(error)}",
+                f"{first_line(error)}",
                 "check the free memory; if the folder was copied, export again",
             ) from error
 
@@ -321,24 +321,3 @@ def _gather(
             target[inside] = source[number][inside]
         part[(slice(None), *inside[:-1], slice(width, None))] = fill
     out[position:] = fill
-
-
-def _ort_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "ModelRequiresCompilation",
-        "NoModel",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-    )
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

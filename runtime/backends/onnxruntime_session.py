@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -36,22 +37,44 @@ class _Environment:
                     )
                 return self._shared
             self._threads = threads or _usable_cores()
-            try:
-                ort.set_global_thread_pool_sizes(self._threads, 1)
-            except RuntimeError as error:
-                self._shared = "already been created" in str(error)
-                logger.warning(
-                    "ONNX Runtime was set up by the application before fpabee: %s",
-                    "its process-wide thread pool is used"
-                    if self._shared
-                    else "every segment gets a thread pool of its own, without spinning",
-                )
+            self._shared = self._set_pool(self._threads)
             info = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
             ort.create_and_register_allocator(info, None)
             self._ready = True
             return self._shared
+
+    def _set_pool(self, threads: int) -> bool:
+        import onnxruntime as ort
+
+        # Once there is a process-wide pool, ONNX Runtime refuses sessions with a pool of
+        # their own: an application that makes sessions owns its threads, so leave them be.
+        reason = "the application made ONNX Runtime sessions"
+        if not _sessions_alive(ort.InferenceSession):
+            try:
+                ort.set_global_thread_pool_sizes(threads, 1)
+            except ort_errors() as error:
+                if "already been created" in str(error):
+                    logger.warning(
+                        "the application set up ONNX Runtime's process-wide thread pool before "
+                        "fpabee: it is used, threads=%s has no effect",
+                        threads,
+                    )
+                    return True
+                reason = f"ONNX Runtime refuses a process-wide pool ({first_line(error)})"
+            else:
+                return True
+        logger.warning(
+            "%s before fpabee: every segment gets a thread pool of its own, without spinning",
+            reason,
+        )
+        return False
+
+
+def _sessions_alive(kind: type) -> bool:
+    """Whether this process holds sessions; ONNX Runtime itself cannot be asked."""
+    return any(issubclass(type(item), kind) for item in gc.get_objects())
 
 
 _environment = _Environment()
@@ -82,7 +105,7 @@ def session_options(threads: int | None = None) -> Any:
     if shared:
         options.use_per_session_threads = False
     else:
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads or _usable_cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
@@ -109,3 +132,27 @@ def check_installed() -> None:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
             "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'",
         )
+
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its own exceptions share no base, and some are bare."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "ModelRequiresCompilation",
+        "NoModel",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    own = tuple(getattr(state, name) for name in names if hasattr(state, name))
+    return (*own, RuntimeError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

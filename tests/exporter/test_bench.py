@@ -1,0 +1,123 @@
+"""The baseline graph is the same model, and the report says what was run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+
+from fpabee.exporter.bench import (
+    FULL_DEPTH,
+    FULL_GRAPH,
+    PADDED_32,
+    PYTORCH,
+    WITH_RULE,
+    BenchOptions,
+    run_bench,
+)
+from fpabee.exporter.bench_cli import main
+from fpabee.exporter.merge import merge_chain
+from fpabee.runtime import Budget, Engine, FPabee, read_manifest
+from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL
+
+TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+def test_merged_graph_gives_the_last_exit(engines: Mapping[str, Path], family: str) -> None:
+    folder = engines[family]
+    proto = merge_chain(folder, read_manifest(folder))
+    session = ort.InferenceSession(
+        proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
+    )
+    with Engine.load(folder) as engine:
+        rows = engine.encode(TEXTS)
+        expected = engine.trace(TEXTS).logits[-1]
+    shape = (len(rows), max(map(len, rows)))
+    feed = {
+        "input_ids": np.zeros(shape, np.int64),
+        "token_type_ids": np.zeros(shape, np.int64),
+        ATTENTION_BIAS: np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32),
+    }
+    for number, row in enumerate(rows):
+        for name, array in feed.items():
+            array[number, ..., : len(row)] = row.model_input(name)
+    names = [value.name for value in session.get_inputs()]
+
+    (logits,) = session.run(None, {name: feed[name] for name in names})
+
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_merged_graph_has_one_head_and_shares_albert_weights(engines: Mapping[str, Path]) -> None:
+    bert = merge_chain(engines["bert"], read_manifest(engines["bert"]))
+    albert = merge_chain(engines["albert"], read_manifest(engines["albert"]))
+
+    assert [node.op_type for node in bert.graph.node].count("Tanh") == 1
+    names = [tensor.name for tensor in albert.graph.initializer]
+    assert len(names) == len(set(names))
+    assert {name.split("/")[0] for name in names} == {"embeddings", "block_01", "head_03"}
+
+
+def test_report(engines: Mapping[str, Path], tiny_models: Mapping[str, Path]) -> None:
+    options = BenchOptions(
+        FPabee(threshold=0.5),
+        repeats=1,
+        shapes=((1, 8), (4, 8)),
+        max_single=2,
+        model_dir=str(tiny_models["bert"]),
+    )
+
+    report = run_bench(engines["bert"], TEXTS * 3, options)
+
+    names = [workload.name for workload in report.workloads]
+    assert names == [
+        "1 x 8 tokens",
+        "4 x 8 tokens",
+        "file, batch 1 (2 texts)",
+        "file, all 12 texts",
+    ]
+    assert set(report.workloads[0].timings) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE, PYTORCH}
+    assert PADDED_32 in report.workloads[-1].timings
+    for workload in report.workloads:
+        assert 1 <= workload.theoretical <= 3
+        assert all(timing.total_s > 0 for timing in workload.timings.values())
+
+
+def test_theory_is_weighted_by_tokens(engines: Mapping[str, Path]) -> None:
+    options = BenchOptions(Budget(exit=1), repeats=1, shapes=(), max_single=1)
+
+    report = run_bench(engines["bert"], TEXTS, options)
+
+    assert [workload.theoretical for workload in report.workloads] == [3.0, 3.0]
+    assert [workload.mean_depth for workload in report.workloads] == [1.0, 1.0]
+
+
+def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--depth", "0.7"]
+
+    result = CliRunner().invoke(main, [*command, "--json"])
+
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["rule"]["name"] == "fpabee"
+    assert report["workloads"][0]["realised"] > 0
+
+
+def test_command_refuses_a_missing_folder(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a\n")
+
+    result = CliRunner().invoke(main, [str(tmp_path / "none"), "--input", str(texts)])
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "fpabee-export" in result.stderr

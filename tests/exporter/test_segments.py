@@ -1,0 +1,242 @@
+"""How a model is cut, and what stands in the ONNX files."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from transformers import AlbertConfig
+
+from fpabee.exporter import segments
+from fpabee.exporter.backbones import build_encoder
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel
+from fpabee.runtime.manifest import Manifest, TensorSpec, read_manifest
+
+FAMILIES = ("bert", "albert", "mpnet")
+WIDTH, INNER = 32, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An engines folder with its graphs parsed."""
+
+    manifest: Manifest
+    files: dict[str, Path]
+    graphs: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Exported:
+    return load(engines[request.param])
+
+
+def load(folder: Path) -> Exported:
+    manifest = read_manifest(folder)
+    files = {name: folder / graph.file for name, graph in manifest.graphs.items()}
+    return Exported(manifest, files, {name: onnx.load(path) for name, path in files.items()})
+
+
+def specs(values: Any) -> list[TensorSpec]:
+    """Inputs or outputs of a graph as the manifest describes them."""
+    names = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
+    return [
+        TensorSpec(
+            name=value.name,
+            dtype=names[value.type.tensor_type.elem_type],
+            shape=tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    ]
+
+
+def messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and all messages inside it."""
+    yield message
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for child in value if hasattr(value, "__len__") else [value]:
+                yield from messages(child)
+
+
+def wide_weights(proto: Any) -> int:
+    """How many weights of a feed-forward part, two a layer, a graph holds."""
+    weights = [w for w in proto.graph.initializer if "embeddings" not in w.name]
+    return sum(tuple(w.dims) in ((WIDTH, INNER), (INNER, WIDTH)) for w in weights)
+
+
+def test_graphs_are_valid_and_of_opset_20(exported: Exported) -> None:
+    for proto in exported.graphs.values():
+        onnx.checker.check_model(proto, full_check=True)
+        assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
+
+
+def test_inputs_and_outputs_are_those_of_the_manifest(exported: Exported) -> None:
+    for name, proto in exported.graphs.items():
+        graph = exported.manifest.graphs[name]
+        assert specs(proto.graph.input) == list(graph.inputs)
+        assert specs(proto.graph.output) == list(graph.outputs)
+
+
+def test_only_batch_and_sequence_are_dynamic(exported: Exported) -> None:
+    dims = {
+        size
+        for graph in exported.manifest.graphs.values()
+        for spec in (*graph.inputs, *graph.outputs)
+        for size in spec.shape
+        if isinstance(size, str)
+    }
+    assert dims == {"batch", "sequence"}
+
+
+def test_nothing_in_the_files_tells_of_this_machine(exported: Exported) -> None:
+    here = [str(Path(place)).encode() for place in (Path(__file__).parents[2], sys.prefix)]
+    for path in exported.files.values():
+        content = path.read_bytes()
+        for trace in (b"site-packages", b"modeling_", b"Traceback", b"pkg.torch", *here):
+            assert trace not in content
+    for proto in exported.graphs.values():
+        for message in messages(proto):
+            fields = {descriptor.name for descriptor, _ in message.ListFields()}
+            assert not fields & {"metadata_props", "doc_string"}
+
+
+@pytest.mark.parametrize(("family", "name"), [("mpnet", "segment_02"), ("albert", "head_01")])
+def test_the_same_graph_has_the_same_bytes(
+    family: str,
+    name: str,
+    engines: Mapping[str, Path],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    manifest = read_manifest(engines[family])
+    model = load_checkpoint(tiny_models[family])
+    module = segments.cut(model, (1, 2, 3)).modules[name]
+    path = tmp_path / "again.onnx"
+    segments.export_graph(
+        module,
+        segments.input_specs(model, module, manifest.tokenizer.inputs),
+        segments.output_specs(model, module),
+        path,
+        model.backbone.max_positions(),
+    )
+    assert path.read_bytes() == (engines[family] / manifest.graphs[name].file).read_bytes()
+
+
+def test_what_a_graph_reads_an_earlier_one_gave(exported: Exported) -> None:
+    carried = {"input_ids", "token_type_ids", "attention_bias"}
+    for segment in exported.manifest.segments:
+        for number, call in enumerate(segment.calls):
+            graph = exported.manifest.graphs[call]
+            assert {spec.name for spec in graph.inputs} <= carried
+            given = {spec.name for spec in graph.outputs}
+            carried |= {name.removeprefix("next_") for name in given if name.startswith("next_")}
+            assert ("logits" in given) is (number == len(segment.calls) - 1)
+
+
+def test_the_last_segment_gives_logits_alone(exported: Exported) -> None:
+    last = exported.manifest.graphs[exported.manifest.segments[-1].calls[-1]]
+    assert [spec.name for spec in last.outputs] == ["logits"]
+    assert last.outputs[0].shape == ("batch", len(exported.manifest.task.labels))
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_each_segment_holds_its_own_layer_and_nothing_else(
+    family: str, engines: Mapping[str, Path]
+) -> None:
+    exported = load(engines[family])
+    assert [segment.calls for segment in exported.manifest.segments] == [
+        ("segment_01",),
+        ("segment_02",),
+        ("segment_03",),
+    ]
+    assert [segment.layer for segment in exported.manifest.segments] == [1, 2, 3]
+    embeddings = [
+        any("embeddings" in weight.name for weight in proto.graph.initializer)
+        for proto in exported.graphs.values()
+    ]
+    assert embeddings == [True, False, False]
+    assert [wide_weights(proto) for proto in exported.graphs.values()] == [2, 2, 2]
+
+
+def test_position_bias_is_computed_once(engines: Mapping[str, Path]) -> None:
+    manifest = read_manifest(engines["mpnet"])
+    bias = TensorSpec(name="position_bias", dtype="float32", shape=(1, 4, "sequence", "sequence"))
+    first, *later = manifest.graphs.values()
+    assert "next_position_bias" in [spec.name for spec in first.outputs]
+    for graph in later:
+        assert bias in graph.inputs
+        assert "next_position_bias" not in [spec.name for spec in graph.outputs]
+
+
+def test_a_shared_block_is_stored_once_and_called_for_each_layer(
+    engines: Mapping[str, Path],
+) -> None:
+    exported = load(engines["albert"])
+    assert [segment.calls for segment in exported.manifest.segments] == [
+        ("embeddings", "block_01", "head_01"),
+        ("block_01", "head_02"),
+        ("block_01", "head_03"),
+    ]
+    holds = {name: wide_weights(proto) for name, proto in exported.graphs.items()}
+    heads = {"head_01": 0, "head_02": 0, "head_03": 0}
+    assert holds == {"embeddings": 0, "block_01": 2, **heads}
+
+
+def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
+    engines: Mapping[str, Path], golden_engines: dict[str, Path]
+) -> None:
+    first = {
+        name: [spec.name for spec in next(iter(read_manifest(folder).graphs.values())).inputs]
+        for name, folder in {**engines, **golden_engines}.items()
+    }
+    assert first == {
+        "bert": ["input_ids", "token_type_ids", "attention_bias"],
+        "albert": ["input_ids", "token_type_ids"],
+        "mpnet": ["input_ids", "attention_bias"],
+        "pabee_bert": ["input_ids", "attention_bias"],
+        "fpabee_albert": ["input_ids"],
+    }
+
+
+def test_cut_at_fewer_exits_joins_their_layers(tiny_models: dict[str, Path]) -> None:
+    cut = segments.cut(load_checkpoint(tiny_models["bert"]), (2,))
+    assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [(1, 2, ("segment_01",))]
+    (module,) = cut.modules.values()
+    assert len(module.blocks) == 2
+    assert module.embeddings is not None
+    assert not module.gives_hidden
+
+
+def test_shared_cut_at_fewer_exits_calls_the_block_more_often(
+    tiny_models: dict[str, Path],
+) -> None:
+    cut = segments.cut(load_checkpoint(tiny_models["albert"]), (1, 3))
+    assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [
+        (1, 1, ("embeddings", "block_01", "head_01")),
+        (2, 3, ("block_01", "block_01", "head_02")),
+    ]
+
+
+def test_groups_of_shared_layers_are_stored_once_each() -> None:
+    config = AlbertConfig(
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=4,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_groups=2,
+    )
+    model = MultiExitModel(build_encoder(config), MultiExitConfig((3, 4), ("a", "b"))).eval()
+    cut = segments.cut(model, (1, 2))
+    assert list(cut.modules) == ["embeddings", "block_01", "block_02", "head_01", "head_02"]
+    assert [segment.calls for segment in cut.segments] == [
+        ("embeddings", "block_01", "block_01", "block_02", "head_01"),
+        ("block_02", "head_02"),
+    ]

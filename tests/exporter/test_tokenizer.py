@@ -1,0 +1,136 @@
+"""Tokenizers of all kinds become a tokenizer.json that gives the same tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.multi_exit import MultiExitModel
+from fpabee.exporter.tokenizer import save_tokenizer
+from fpabee.runtime.encoding import Text, TextEncoder
+from fpabee.runtime.errors import ModelError
+from fpabee.runtime.manifest import sha256_of
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pabee_bert"
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s", ".")
+TEXTS: tuple[Text, ...] = ("", "A good film.", ("good", "films"), "Ünï 東京 😀", "film " * 99)
+
+
+@pytest.fixture(scope="module")
+def model() -> MultiExitModel:
+    return load_checkpoint(GOLDEN)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model_dir with a tokenizer, to be changed."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_vocabulary(folder: Path) -> None:
+    """The files of a tokenizer as BERT's authors published it."""
+    without_tokenizer(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 32}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def with_slow_class(folder: Path) -> None:
+    with_vocabulary(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
+
+
+def as_it_is(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [as_it_is, with_vocabulary])
+def test_tokens_are_those_of_the_model_dir(
+    change: Callable[[Path], None], source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    change(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    spec = save_tokenizer(source, model, tmp_path / "out", None)
+    rows = TextEncoder(tmp_path / "out", spec).encode(TEXTS)
+    for row, text in zip(rows, TEXTS, strict=True):
+        pair = (text, None) if isinstance(text, str) else text
+        expected = tokenizer(*pair, truncation=True)
+        assert row.input_ids.tolist() == expected["input_ids"]
+        types = expected.get("token_type_ids", [0] * len(row))
+        assert row.token_type_ids.tolist() == types
+    assert [row.truncated for row in rows] == [False, False, False, False, True]
+
+
+def test_the_runtime_is_told_what_it_must_know(
+    source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    with_vocabulary(source)
+    spec = save_tokenizer(source, model, tmp_path, None)
+    assert spec.max_length == 32, "the tokenizer's limit is below the model's 64"
+    assert spec.pad_id == 0
+    assert spec.inputs == ("input_ids", "token_type_ids", "attention_mask")
+    assert spec.sha256 == sha256_of(tmp_path / spec.file)
+
+
+def test_limit_of_the_model_holds_where_the_tokenizer_has_none(
+    source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    assert save_tokenizer(source, model, tmp_path, None).max_length == 64
+
+
+@pytest.mark.parametrize("length", [4, 17, 64])
+def test_max_length_that_the_model_takes(
+    length: int, source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    spec = save_tokenizer(source, model, tmp_path, length)
+    assert spec.max_length == length
+    (row,) = TextEncoder(tmp_path, spec).encode(["film " * 99])
+    assert len(row) == length
+
+
+@pytest.mark.parametrize("length", [1, 3, 65])
+def test_impossible_max_length_is_refused_with_the_range(
+    length: int, source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=f"max_length {length} .*give 4 to 64 tokens"):
+        save_tokenizer(source, model, tmp_path, length)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "none": (without_tokenizer, "no tokenizer"),
+    "configuration only": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
+    "not JSON": (lambda f: (f / "tokenizer.json").write_text("{") and None, "no tokenizer"),
+    "empty object": (lambda f: (f / "tokenizer.json").write_text("{}") and None, "no tokenizer"),
+    "configuration is a list": (
+        lambda f: (f / "tokenizer_config.json").write_text("[]") and None,
+        "no tokenizer",
+    ),
+    "no fast version": (with_slow_class, "EsmTokenizer.* has no fast version"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_missing_or_damaged_tokenizer_is_refused(
+    damage: str, source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    change, message = DAMAGE[damage]
+    change(source)
+    with pytest.raises(ModelError, match=message) as caught:
+        save_tokenizer(source, model, tmp_path / "out", None)
+    assert "tokenizer.json" in caught.value.hint
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""The shape of the project: links, public names, and a README that cannot rot."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGES = ("exporter", "runtime", "calibration")
+COMMANDS = {
+    "fpabee-export": "fpabee.exporter.cli",
+    "fpabee-run": "fpabee.runtime.cli",
+    "fpabee-bench": "fpabee.exporter.bench_cli",
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_links_resolve_to_the_packages(package: str) -> None:
+    link = ROOT / "src" / "fpabee" / package
+
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / package
+    assert (link / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_sorted_and_exist(package: str) -> None:
+    module = importlib.import_module(f"fpabee.{package}")
+
+    names = module.__all__
+    # Constants first, then classes, then functions: the order that ruff keeps.
+    assert len(names) == len(set(names))
+    assert all(getattr(module, name) is not None for name in names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_one_way(package: str) -> None:
+    allowed = {"exporter": PACKAGES, "calibration": PACKAGES[1:], "runtime": ("runtime",)}
+    for path in (ROOT / package).rglob("*.py"):
+        depth = len(path.relative_to(ROOT / package).parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level > depth and node.module:
+                target = node.module.split(".")[0]
+                assert target not in set(PACKAGES) - set(allowed[package]), f"{path}: {target}"
+
+
+@pytest.mark.parametrize("package", ["fpabee.runtime", "fpabee.calibration", "fpabee.exporter"])
+def test_importing_loads_no_heavy_library(package: str) -> None:
+    code = (
+        f"import sys, {package}\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_options_exist() -> None:
+    """Every option of our commands in the README is one that the command has."""
+    text = README.replace("\\\n", " ")
+    seen = set()
+    for line in text.splitlines():
+        for part in line.strip().split("|"):
+            words = shlex.split(part, comments=True) if re.match(r" *fpabee-\w", part) else []
+            if not words or words[0] not in COMMANDS:
+                continue
+            command = importlib.import_module(COMMANDS[words[0]]).main
+            assert isinstance(command, click.Command)
+            known = {name for option in command.params for name in option.opts}
+            used = {word for word in words[1:] if word.startswith("-") and word != "-"}
+            assert used <= known, f"{words[0]} has no {sorted(used - known)}"
+            seen.add(words[0])
+    assert seen == set(COMMANDS)
+
+
+def test_readme_names_files_that_exist() -> None:
+    names = re.findall(r"`((?:exporter|runtime|calibration|scripts)/[\w./]+)`", README)
+    names += re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_readme_python_runs(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "engines").symlink_to(engines["bert"])
+    (tmp_path / "texts.txt").write_text("turn on the light\n")
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(code, "README.md", "exec"), {})
