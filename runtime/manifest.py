@@ -215,16 +215,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: no engines folder, damaged, inconsistent, or a newer schema.
     """
-    raw = _read_bytes(folder)
-    try:
-        version = str(msgspec.json.decode(raw, type=_Version).schema_version)
-        _check_version(version)
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}",
-            "export the model again with fpabee-export",
-        ) from error
+    manifest = _decode(folder, _read_bytes(folder))
     _check_consistency(folder, manifest)
     return manifest
 
@@ -235,10 +226,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: the folder cannot be written.
     """
-    new = msgspec.to_builtins(manifest)
+    new = _plain(manifest)
     if (folder / MANIFEST_NAME).is_file():
-        old = msgspec.json.decode(_read_bytes(folder))
-        new = _with_unknown_fields(old, new, Manifest)
+        raw = _read_bytes(folder)
+        new = _graft(msgspec.json.decode(raw), _plain(_decode(folder, raw)), new)
     text = msgspec.json.format(msgspec.json.encode(new), indent=2) + b"\n"
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".manifest-", delete=False) as file:
@@ -290,6 +281,17 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
             "copy the engines folder again, or export again with fpabee-export",
         )
     return path
+
+
+def _decode(folder: Path, raw: bytes) -> Manifest:
+    try:
+        _check_version(msgspec.json.decode(raw, type=_Version).schema_version)
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}",
+            "export the model again with fpabee-export",
+        ) from error
 
 
 class _Version(msgspec.Struct):
@@ -359,23 +361,26 @@ def _inconsistency(manifest: Manifest) -> str:
     return ""
 
 
-def _with_unknown_fields(old: Any, new: Any, kind: Any) -> Any:
-    """`new`, plus those fields of `old` that records of type `kind` do not have."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-        kept = {key: value for key, value in old.items() if key not in fields}
-        merged = {
-            key: _with_unknown_fields(old[key], value, fields[key]) if key in old else value
-            for key, value in new.items()
-        }
-        return merged | kept
-    arguments = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type)]
-    inner = arguments[-1] if arguments else None
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {
-            key: _with_unknown_fields(old[key], value, inner) if key in old else value
-            for key, value in new.items()
-        }
-    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
-        return [_with_unknown_fields(a, b, inner) for a, b in zip(old, new, strict=True)]
+def _plain(manifest: Manifest) -> Any:
+    """The manifest as the dictionaries and lists that stand on disk."""
+    return msgspec.json.decode(msgspec.json.encode(manifest))
+
+
+def _graft(raw: Any, known: Any, new: Any) -> Any:
+    """`new`, plus what `raw` holds and this version does not know.
+
+    Args:
+        raw: the old content as it stands on disk.
+        known: the same content after reading, so without unknown fields.
+        new: the content to write.
+    """
+    if isinstance(raw, dict) and isinstance(known, dict) and isinstance(new, dict):
+        merged = {key: value for key, value in raw.items() if key not in known}
+        for key, value in new.items():
+            both = key in raw and key in known
+            merged[key] = _graft(raw[key], known[key], value) if both else value
+        return merged
+    lists = isinstance(raw, list) and isinstance(known, list) and isinstance(new, list)
+    if lists and len(raw) == len(known) == len(new):
+        return [_graft(*items) for items in zip(raw, known, new, strict=True)]
     return new

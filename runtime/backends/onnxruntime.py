@@ -45,6 +45,7 @@ class _Buffer:
 
     array: NDArray[Any]
     value: Any
+    key: tuple[tuple[int, ...], str]
 
 
 class _Pool:
@@ -65,12 +66,11 @@ class _Pool:
             self._free_bytes -= buffer.array.nbytes
             return buffer
         array = np.empty(shape, dtype)
-        return _Buffer(array, ort.OrtValue.ortvalue_from_numpy(array))
+        return _Buffer(array, ort.OrtValue.ortvalue_from_numpy(array), key)
 
     def give(self, buffer: _Buffer) -> None:
-        key = (buffer.array.shape, buffer.array.dtype.name)
-        self._free.setdefault(key, []).append(buffer)
-        self._free.move_to_end(key)
+        self._free.setdefault(buffer.key, []).append(buffer)
+        self._free.move_to_end(buffer.key)
         self._free_bytes += buffer.array.nbytes
         while self._free_bytes > _POOL_BYTES:
             oldest, buffers = next(iter(self._free.items()))
