@@ -98,3 +98,7 @@ def print_report(report: BenchReport, console: Console) -> None:
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
     console.print(f"{report.target}, rule {report.rule}")
     console.print(f"{report.hardware}; {versions}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""Make the README's table: run `fpabee-bench` and write its report as Markdown.
+
+    python scripts/bench.py engines/ --input test.jsonl --depth 0.5 --model-dir model_dir \
+        --metrics --readme README.md
+
+Takes the options of `fpabee-bench`; `--readme FILE` puts the table between the markers
+`<!-- bench:begin -->` and `<!-- bench:end -->` instead of printing it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fpabee.exporter.bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, PYTORCH, WITH_RULE
+from fpabee.runtime import Engine, ExitRule
+from fpabee.runtime.metrics import encode_labels, evaluate
+from fpabee.runtime.text_io import read_rows
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def table(report: dict[str, Any], scores: dict[str, dict[str, float]], title: str) -> str:
+    """The report as Markdown, with the hardware and the command's settings below it."""
+    lines = [
+        "| workload | full graph | chain, full depth | chain + rule | speed-up | theory | share "
+        "| PyTorch, same rule |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workload in report["workloads"]:
+        timings = workload["timings"]
+        cells = [_milliseconds(timings.get(v)) for v in (FULL_GRAPH, FULL_DEPTH, WITH_RULE)]
+        cells[1] += f" ({workload['full_depth_over_full_graph']:.2f}x)"
+        cells += [
+            f"**{workload['realised']:.2f}x**",
+            f"{workload['theoretical']:.2f}x",
+            f"{workload['realised_over_theoretical']:.3f}",
+            _milliseconds(timings.get(PYTORCH)),
+        ]
+        lines.append(f"| {workload['name']} | " + " | ".join(cells) + " |")
+    last = report["workloads"][-1]
+    today = last["timings"][PADDED_32]["total_s"] / last["timings"][WITH_RULE]["total_s"]
+    settings = ", ".join(f"{key} {value}" for key, value in report["rule"].items())
+    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    lines += ["", f"Median milliseconds a unit (a batch, a text, or 256 texts). {title}"]
+    lines += [
+        f"Rule: {settings}; mean depth {last['mean_depth']:.2f} of {report['layers']} layers on "
+        f"the file. Against one full graph over padded batches of 32 in file order, as people "
+        f"run it today, the file takes **{today:.1f}x** less time."
+    ]
+    if scores:
+        parts = [
+            f"{name} {value:.4f} with the rule, {scores['full'][name]:.4f} at full depth"
+            for name, value in scores["rule"].items()
+        ]
+        lines.append("Scores: " + "; ".join(parts) + ".")
+    lines.append(f"{report['hardware']}; {versions}; {report['target']}.")
+    return "\n".join(lines)
+
+
+def label_scores(engines: Path, source: str, rule: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The main score of a labelled file, with the rule and at full depth."""
+    rows = list(read_rows(source))
+    with Engine.load(engines) as engine:
+        task = engine.manifest.task
+        expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
+        texts = [row.content for row in rows]
+        runs = {"rule": ExitRule.from_dict(rule), "full": None}
+        scores = {}
+        for name, chosen in runs.items():
+            predicted = engine.trace(texts, rule=chosen).predictions
+            main, value = next(iter(evaluate(predicted, expected, len(task.labels)).items()))
+            scores[name] = {main: value}
+    return scores
+
+
+def _milliseconds(timing: dict[str, float] | None) -> str:
+    return "" if timing is None else f"{timing['median_ms']:.1f}"
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.option("--input", "source", required=True, help="Texts (.txt or .jsonl).")
+@click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
+@click.option("--title", default="", help="What was run, for the line below the table.")
+@click.option("--readme", type=click.Path(path_type=Path), help="File with the markers.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(
+    engines: Path,
+    source: str,
+    metrics: bool,
+    title: str,
+    readme: Path | None,
+    options: tuple[str, ...],
+) -> None:
+    """Bench ENGINES with fpabee-bench's OPTIONS and write a Markdown table."""
+    program = [sys.executable, "-m", "fpabee.exporter.bench_cli"]
+    command = [*program, str(engines), "--input", source, "--json", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    report = json.loads(done.stdout)
+    scores = label_scores(engines, source, report["rule"]) if metrics else {}
+    text = table(report, scores, title)
+    if readme is None:
+        click.echo(text)
+        return
+    content = readme.read_text(encoding="utf-8")
+    before, rest = content.split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
