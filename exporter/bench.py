@@ -232,7 +232,7 @@ def run_bench(
             units = _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
             report.workloads.append(_measure(name, units, runner, options.repeats, _in_groups))
         progress("file, one text at a time")
-        single = [[row] for row in _spread(rows, options.max_single)]
+        single = [[row] for row in _spread(rows, min(options.max_single, len(rows)))]
         name = f"file, batch 1 ({len(single)} texts)"
         report.workloads.append(_measure(name, single, runner, options.repeats, _in_groups))
         progress("file, whole")

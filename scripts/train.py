@@ -283,7 +283,6 @@ def _arguments(options: Options, checkpoints: Path, warmup_steps: int) -> Traini
         learning_rate=options.lr,
         warmup_steps=warmup_steps,
         lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,

@@ -57,7 +57,7 @@ def as_it_is(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [as_it_is, with_vocabulary])
 def test_tokens_are_those_of_the_model_dir(
-    change: Callable[[Path], None], source: Path, model: MultiExitModel, tmp_path: Path
+    change: Callable[[Path], object], source: Path, model: MultiExitModel, tmp_path: Path
 ) -> None:
     change(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -111,13 +111,13 @@ def test_impossible_max_length_is_refused_with_the_range(
         save_tokenizer(source, model, tmp_path, length)
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (without_tokenizer, "no tokenizer"),
     "configuration only": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
-    "not JSON": (lambda f: (f / "tokenizer.json").write_text("{") and None, "no tokenizer"),
-    "empty object": (lambda f: (f / "tokenizer.json").write_text("{}") and None, "no tokenizer"),
+    "not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "no tokenizer"),
+    "empty object": (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer"),
     "configuration is a list": (
-        lambda f: (f / "tokenizer_config.json").write_text("[]") and None,
+        lambda f: (f / "tokenizer_config.json").write_text("[]"),
         "no tokenizer",
     ),
     "no fast version": (with_slow_class, "EsmTokenizer.* has no fast version"),

@@ -1,0 +1,245 @@
+"""`fpabee-export`: what goes to stdout, what to stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from fpabee import __version__
+from fpabee.exporter import segments
+from fpabee.exporter.cli import main
+from fpabee.runtime.manifest import read_manifest
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_one_error(result: Result, message: str) -> None:
+    """Exit code 1, nothing on stdout, and one line that says what is wrong and what to do."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert " -> " in line
+
+
+@pytest.fixture
+def bert(tiny_models: dict[str, Path], ready_graphs: None) -> Path:
+    """The tiny BERT, whose graphs need not be made again."""
+    return tiny_models["bert"]
+
+
+@pytest.fixture
+def copy(tiny_models: dict[str, Path], ready_graphs: None, tmp_path: Path) -> Path:
+    """A copy of the tiny BERT, to be damaged."""
+    return Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
+
+
+def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    result = run(bert, "-o", folder)
+    assert result.exit_code == 0, result.output
+    made, verified, after = result.stdout.splitlines()
+    assert made.startswith(f"{folder}: 3 segments, ")
+    assert made.endswith("target onnxruntime-fp32")
+    assert "12 texts" in verified
+    assert verified.endswith("labels agree 100.00%, exits agree 100.00%")
+    assert after == f"next: fpabee-run {folder} --input texts.txt"
+    assert "verify" in result.stderr, "progress goes to stderr"
+
+
+def test_output_is_engines_in_the_current_folder(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(bert, "--quiet").exit_code == 0
+    assert read_manifest(tmp_path / "engines").model.model_type == "bert"
+
+
+def test_json_is_one_object_and_quiet_is_quiet(bert: Path, tmp_path: Path) -> None:
+    result = run(bert, "-o", tmp_path / "engines", "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    (line,) = result.stdout.splitlines()
+    content = json.loads(line)
+    assert content["folder"] == str(tmp_path / "engines")
+    assert content["segments"] == 3
+    assert content["targets"] == ["onnxruntime-fp32"]
+    assert content["bytes"] > 0
+    record = json.loads((tmp_path / "engines" / "verification.json").read_text())
+    assert content["verification"] == record
+
+
+def test_options_reach_the_export(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"problem_type": None}))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\ntwo\n")
+    result = run(
+        copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
+        texts, "--problem-type", "multi_label_classification", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["verification"]["rows"] == 14
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.tokenizer.max_length == 12
+    assert manifest.task.problem_type.value == "multi_label_classification"
+
+
+def test_force_replaces_an_engines_folder(bert: Path, engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("albert")
+    assert_one_error(run(bert, "-o", folder, "--quiet"), "replace it with --force")
+    assert run(bert, "-o", folder, "--force", "--quiet").exit_code == 0
+    assert read_manifest(folder).model.model_type == "bert"
+
+
+def test_failed_verification_is_one_line_and_leaves_nothing(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = segments.export_graph
+
+    def wrong(module: Any, inputs: Any, outputs: Any, path: Path, positions: int) -> None:
+        right(module, inputs, outputs, path, positions)
+        if path.name == "segment_02.onnx":
+            proto = onnx.load(path)
+            weight = next(w for w in proto.graph.initializer if w.name == "head.classifier.bias")
+            values = onnx.numpy_helper.to_array(weight) + np.float32(0.01)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+            onnx.save(proto, path)
+
+    monkeypatch.setattr(segments, "export_graph", wrong)
+    result = run(bert, "-o", tmp_path / "engines", "--quiet")
+    assert_one_error(result, "segment_02 differs from its PyTorch module by 1.00e-02")
+    assert list(tmp_path.iterdir()) == []
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return apply
+
+
+def unsupported(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "does not exist"),
+    "plain classifier": (
+        change_weights(lambda w: [w.pop(n) for n in list(w) if n.startswith("classifiers.")]),
+        "is not a multi-exit model",
+    ),
+    "unsupported family": (unsupported, "'gpt2' is not supported"),
+    "NaN": (
+        change_weights(lambda w: w["classifiers.1.bias"].fill_(torch.nan)),
+        "classifiers.1.bias holds NaN",
+    ),
+    "missing head": (
+        change_weights(lambda w: [w.pop(f"classifiers.1.{kind}") for kind in ("weight", "bias")]),
+        "head(s) [1] are missing",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
+    "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_model_dir_is_one_line_and_leaves_nothing(
+    damage: str, copy: Path, tmp_path: Path
+) -> None:
+    change, message = DAMAGE[damage]
+    change(copy)
+    assert_one_error(run(copy, "-o", tmp_path / "out" / "engines", "--quiet"), message)
+    assert not (tmp_path / "out" / "engines").exists()
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exits", "1,4"], "does not fit a model with 3 exits"),
+        (["--max-length", "65"], "give 4 to 64 tokens"),
+        (["--problem-type", "multi_label_classification"], "leave out --problem-type"),
+        (["--verify-data", "missing.txt"], "missing.txt does not exist"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(
+    arguments: list[str], message: str, bert: Path, tmp_path: Path
+) -> None:
+    assert_one_error(run(bert, "-o", tmp_path / "engines", "--quiet", *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["model", "--exits", "a"],
+        ["model", "--exits", "1,,2"],
+        ["model", "--max-length", "0"],
+        ["model", "--problem-type", "regression"],
+        ["model", "--typo"],
+        ["model", "another"],
+    ],
+)
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage:" in result.stderr
+
+
+def test_help_and_version() -> None:
+    assert "an engines folder" in run("--help").stdout
+    assert run("--version").stdout.endswith(f"version {__version__}\n")
+
+
+def test_missing_package_says_what_to_install(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = util.find_spec
+
+    def without_onnx(name: str, package: str | None = None) -> Any:
+        return None if name == "onnx" else find(name, package)
+
+    monkeypatch.setattr(util, "find_spec", without_onnx)
+    result = run(bert, "-o", tmp_path / "engines")
+    assert_one_error(result, "needs onnx, not installed here -> pip install 'fpabee[export,cpu]'")
+
+
+def test_the_command_writes_one_line_and_nothing_of_its_libraries(
+    copy: Path, tmp_path: Path
+) -> None:
+    change_weights(lambda weights: weights["classifiers.1.bias"].fill_(torch.nan))(copy)
+    command = "from fpabee.exporter.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", command, str(copy), "-o", str(tmp_path / "engines")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("load ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")

@@ -1,0 +1,114 @@
+"""Groups hold every row once and stay within the budget; joins keep every group once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpabee.runtime.backends.base import Bucket, Limits
+from fpabee.runtime.batching import CostCurve, cut_groups, plan_joins
+
+row_lengths = st.lists(st.integers(1, 64), max_size=60)
+some_limits = st.builds(
+    Limits,
+    max_batch=st.sampled_from([1, 3, 8, 32]),
+    max_sequence=st.just(64),
+    group_tokens=st.sampled_from([1, 50, 200, 5000]),
+    batch_sizes=st.sampled_from([(), (1, 2, 4, 8, 16, 32)]),
+    sequence_lengths=st.sampled_from([(), (16, 32, 64)]),
+)
+curves = st.builds(
+    CostCurve,
+    tokens=st.just((32, 128, 512)),
+    seconds=st.tuples(*[st.floats(1e-6, 1.0)] * 3).map(lambda s: tuple(sorted(s))),
+    copy_seconds=st.sampled_from([0.0, 1e-9, 1e-3]),
+)
+
+
+def padded(bucket: Bucket) -> int:
+    return bucket.batch * bucket.sequence
+
+
+def groups_of(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
+    cut = cut_groups(np.array(lengths, np.intp), limits)
+    return [[lengths[row] for row in group] for group in cut]
+
+
+@given(row_lengths, some_limits)
+def test_every_row_is_in_one_group(lengths: list[int], limits: Limits) -> None:
+    groups = cut_groups(np.array(lengths, np.intp), limits)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(len(group) for group in groups)
+
+
+@given(row_lengths, some_limits)
+def test_groups_keep_to_the_budget_and_are_of_like_length(
+    lengths: list[int], limits: Limits
+) -> None:
+    groups = groups_of(lengths, limits)
+    for group in groups:
+        assert len(group) <= limits.max_batch
+        bucket = limits.bucket(len(group), max(group))
+        assert len(group) == 1 or padded(bucket) <= limits.group_tokens
+    descending = [length for group in groups for length in sorted(group, reverse=True)]
+    assert descending == sorted(lengths, reverse=True)
+
+
+def test_groups_are_as_large_as_the_budget_allows() -> None:
+    limits = Limits(max_batch=3, max_sequence=64, group_tokens=40)
+    assert [len(group) for group in groups_of([50, 20, 20, 5, 5, 5, 5], limits)] == [1, 2, 3, 1]
+
+
+@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), curves)
+def test_joins_keep_every_group_once_and_in_order(
+    groups: list[list[int]], curve: CostCurve
+) -> None:
+    limits = Limits(max_batch=12, max_sequence=64, group_tokens=200)
+    plan = plan_joins(groups, limits, curve)
+    assert [number for part in plan for number in part] == list(range(len(groups)))
+    for part in plan:
+        rows = [length for number in part for length in groups[number]]
+        assert len(part) == 1 or len(rows) <= limits.max_batch
+        assert len(part) == 1 or padded(limits.bucket(len(rows), max(rows))) <= limits.group_tokens
+
+
+def test_joins_fill_groups_where_every_call_costs_the_same() -> None:
+    limits = Limits(max_batch=4, max_sequence=64, group_tokens=1000)
+    constant = CostCurve((1, 1000), (1.0, 1.0), 0.0)
+    assert plan_joins([[5], [5, 4], [4], [4], [4, 3]], limits, constant) == [[0, 1, 2], [3, 4]]
+
+
+def test_joins_do_not_pay_where_time_goes_with_tokens() -> None:
+    limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
+    proportional = CostCurve((1, 1000), (0.001, 1.0), 1e-6)
+    groups = [[8, 8], [8], [8, 8, 8]]
+    assert plan_joins(groups, limits, proportional) == [[0], [1], [2]]
+
+
+def test_joins_weigh_the_copy() -> None:
+    limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
+    groups = [[8], [8]]
+    # Two calls of 8 tokens take 2 s, one of 16 takes 1 s and the copy.
+    assert plan_joins(groups, limits, CostCurve((8, 16), (1.0, 1.0), 0.9 / 16)) == [[0, 1]]
+    assert plan_joins(groups, limits, CostCurve((8, 16), (1.0, 1.0), 1.1 / 16)) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"), [(1, 1.0), (32, 1.0), (80, 2.0), (128, 3.0), (256, 6.0)]
+)
+def test_cost_is_linear_between_measurements_and_proportional_beyond(
+    tokens: int, seconds: float
+) -> None:
+    assert CostCurve((32, 128), (1.0, 3.0), 0.0)(tokens) == pytest.approx(seconds)
+
+
+def test_buckets_round_up_to_the_steps_and_leave_what_is_beyond() -> None:
+    limits = Limits(64, 64, 100, batch_sizes=(1, 4), sequence_lengths=(16, 64))
+    assert limits.bucket(1, 16) == Bucket(1, 16)
+    assert limits.bucket(2, 17) == Bucket(4, 64)
+    assert limits.bucket(5, 65) == Bucket(5, 65)
+    assert Limits(64, 64, 100).bucket(3, 17) == Bucket(3, 17)

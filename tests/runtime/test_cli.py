@@ -1,0 +1,531 @@
+"""`fpabee-run`: results on stdout, all else on stderr, and errors that say how to mend them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, read_manifest, text_io
+from fpabee.runtime.cli import main
+from fpabee.runtime.manifest import MANIFEST_NAME, OperatingPoint, write_manifest
+
+TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in this process; stdout is taken at its file descriptor."""
+
+    def run(*arguments: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Result(int(caught.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(text + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def bert(engines: Mapping[str, Path]) -> Path:
+    return engines["bert"]
+
+
+def check_refused(result: Result, *says: str) -> None:
+    """One line on stderr, nothing on stdout, exit code 1."""
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert result.err.endswith("\n")
+    assert "Traceback" not in result.err
+    message, arrow, hint = result.err.partition(" -> ")
+    assert arrow
+    assert hint.strip()
+    for part in says:
+        assert part in message or part in hint
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source)
+    with Engine.load(bert) as engine:
+        predictions = engine.predict(TEXTS)
+    expected = [
+        {
+            "index": index,
+            "label": prediction.labels[0],
+            "score": pytest.approx(prediction.scores[0], abs=1e-5),
+            "exit": prediction.exit,
+            "layer": prediction.layer,
+        }
+        for index, prediction in enumerate(predictions)
+    ]
+    expected[-1]["truncated"] = True
+    assert result.code == 0
+    assert result.records == expected
+
+
+def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:
+    result = run(engines["mpnet"], "--input", source, "--full-depth")
+    with Engine.load(engines["mpnet"]) as engine:
+        predictions = engine.predict(TEXTS, full_depth=True)
+    assert len({prediction.labels for prediction in predictions}) > 1
+    for record, prediction in zip(result.records, predictions, strict=True):
+        assert record["labels"] == list(prediction.labels)
+        assert record["scores"] == pytest.approx(prediction.scores, abs=1e-5)
+        assert (record["exit"], record["layer"]) == (3, 3)
+
+
+def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        {"text": "the film", "text_pair": "a bad plot", "id": "ü7", "extra": {"a": [1, None]}},
+        {"text": "the film", "id": 10**30, "label": "music"},
+    )
+    plain, with_text = run(bert, "--input", source), run(bert, "--input", source, "--with-text")
+    with Engine.load(bert) as engine:
+        pair, single = engine.predict([("the film", "a bad plot"), "the film"])
+    first, second = plain.records
+    assert (first["id"], first["extra"], second["id"]) == ("ü7", {"a": [1, None]}, 10**30)
+    assert "ü7" in plain.out
+    assert first["score"] == pytest.approx(pair.scores[0], abs=1e-5)
+    assert second["score"] == pytest.approx(single.scores[0], abs=1e-5)
+    assert second["label"] == single.labels[0]
+    assert not {"text", "text_pair", "labels"} & (first.keys() | second.keys())
+    assert [r["text"] for r in with_text.records] == ["the film", "the film"]
+    assert [r.get("text_pair") for r in with_text.records] == ["a bad plot", None]
+
+
+def test_our_results_are_not_hidden_by_fields_of_the_input(
+    run: Run, bert: Path, tmp_path: Path
+) -> None:
+    taken = {"index": "theirs", "score": "theirs", "exit": "theirs", "layer": "theirs"}
+    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"text": "rain", **taken})
+    _, record = run(bert, "--input", source).records
+    assert record["index"] == 1
+    assert "theirs" not in record.values()
+
+
+def test_all_scores(run: Run, bert: Path, source: Path) -> None:
+    for record in run(bert, "--input", source, "--all-scores").records:
+        scores = record["all_scores"]
+        assert list(scores) == ["music", "weather", "alarm", "travel"]
+        assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+        assert max(scores, key=scores.get) == record["label"]
+        assert scores[record["label"]] == record["score"]
+
+
+def test_standard_input(run: Run, bert: Path, source: Path) -> None:
+    from_file = run(bert, "--input", source, "--quiet")
+    as_text = run(bert, "--input", "-", "--quiet", stdin=source.read_bytes())
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    as_json = run(bert, "--input", "-", "--quiet", stdin=lines)
+    said = run(bert, "--input", "-", "--input-format", "txt", "--quiet", stdin=lines)
+    assert from_file == as_text == as_json
+    assert from_file.err == ""
+    assert len(said.records) == len(TEXTS)
+    assert said.out != from_file.out
+
+
+def test_compressed_input(run: Run, bert: Path, source: Path) -> None:
+    packed = source.with_name("texts.txt.gz")
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    assert run(bert, "--input", packed).out == run(bert, "--input", source).out
+
+
+def test_output_file(run: Run, bert: Path, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    to_file = run(bert, "--input", source, "--output", output, "--quiet")
+    assert to_file == Result(0, "", "")
+    assert output.read_text(encoding="utf-8") == run(bert, "--input", source).out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.txt"]
+
+
+def test_a_failed_run_leaves_the_output_file_as_it_was(
+    run: Run, bert: Path, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"no": "text"})
+    output = tmp_path / "out.jsonl"
+    check_refused(run(bert, "--input", source, "--output", output), "line 2")
+    assert not output.exists()
+    output.write_text("old")
+    check_refused(run(bert, "--input", source, "--output", output), "line 2")
+    assert output.read_text() == "old"
+
+
+@pytest.mark.parametrize("output", ["nowhere/out.jsonl", "folder", "in.txt/out.jsonl"])
+def test_an_output_that_cannot_be_written(
+    run: Run, bert: Path, tmp_path: Path, output: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "in.txt").write_text("the\n")
+    result = run(bert, "--input", tmp_path / "in.txt", "--output", tmp_path / output)
+    check_refused(result, "cannot write", "give another --output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], None),
+        (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
+        (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
+        (["--rule", "entropy", "--threshold", "1.1"], Entropy(threshold=1.1)),
+        (
+            ["--rule", "entropy", "--threshold", "1.1", "--min-exit", "2"],
+            Entropy(threshold=1.1, min_exit=2),
+        ),
+        (
+            ["--rule", "fpabee", "--measure", "jsd", "--threshold", "0.2", "--max-exit", "2"],
+            FPabee(measure=Measure.JSD, threshold=0.2, max_exit=2),
+        ),
+        # Without --rule, the folder's rule with what is given changed.
+        (["--threshold", "1.2"], FPabee(threshold=1.2)),
+    ],
+    ids=str,
+)
+def test_rules(run: Run, bert: Path, source: Path, options: list[str], rule: Any) -> None:
+    result = run(bert, "--input", source, *options)
+    with Engine.load(bert) as engine:
+        predictions = engine.predict(TEXTS, rule=rule)
+    assert [(r["exit"], r["label"]) for r in result.records] == [
+        (p.exit, p.labels[0]) for p in predictions
+    ]
+
+
+def test_full_depth(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--full-depth")
+    assert [record["exit"] for record in result.records] == [3] * len(TEXTS)
+    assert "full depth" in result.err
+    assert "calibrated" not in result.err
+
+
+def test_operating_point(run: Run, engine_copy: Callable[..., Path], source: Path) -> None:
+    folder = engine_copy("bert")
+    manifest = read_manifest(folder)
+    point = OperatingPoint(target=manifest.default_target, rule=Budget(exit=1).to_dict())
+    write_manifest(folder, msgspec.structs.replace(manifest, operating_points={"fast": point}))
+    result = run(folder, "--input", source, "--operating-point", "fast")
+    assert {record["exit"] for record in result.records} == {1}
+    assert "calibrated" not in result.err
+    refused = run(folder, "--input", source, "--operating-point", "slow")
+    check_refused(refused, "there is no operating point 'slow'; there are: fast")
+
+
+def test_max_length(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--max-length", "4")
+    assert [record.get("truncated", False) for record in result.records] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert "3 truncated" in result.err
+
+
+def test_summary(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--rule", "budget", "--exit", "2", "--threads", "1")
+    assert "5 rows in" in result.err
+    assert "onnxruntime-fp32, rule budget (exit 2)" in result.err
+    assert "mean depth 2.00 of 3 layers, saving 33.3%" in result.err
+    assert "1 truncated, 1 empty" in result.err
+    histogram = [line.split()[:4] for line in result.err.splitlines()[-5:-1]]
+    assert ["2", "2", "5", "100.0%"] in histogram
+    assert ["3", "3", "0", "0.0%"] in histogram
+    assert "not calibrated" in result.err.replace("\n", " ")
+
+
+def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
+    with Engine.load(bert) as engine:
+        found = [p.labels[0] for p in engine.predict(TEXTS, full_depth=True)]
+    truth = [*found[:3], "weather", "alarm"]
+    rows = [{"text": t, "label": label} for t, label in zip(TEXTS, truth, strict=True)]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    result = run(bert, "--input", source, "--metrics", "--full-depth", "--quiet")
+    assert result.code == 0
+    assert result.err == (
+        f"accuracy {accuracy_score(truth, found):.4f}, "
+        f"macro_f1 {f1_score(truth, found, average='macro', zero_division=0):.4f}, "
+        f"matthews {matthews_corrcoef(truth, found):.4f}\n"
+    )
+    assert "accuracy" in run(bert, "--input", source, "--metrics").err
+    assert "accuracy" not in run(bert, "--input", source).err
+
+
+def test_multi_label_metrics(run: Run, engines: Mapping[str, Path], tmp_path: Path) -> None:
+    with Engine.load(engines["mpnet"]) as engine:
+        found = [list(p.labels) for p in engine.predict(TEXTS, full_depth=True)]
+    rows = [{"text": text, "labels": names} for text, names in zip(TEXTS, found, strict=True)]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    result = run(engines["mpnet"], "--input", source, "--metrics", "--full-depth", "--quiet")
+    assert result.err.startswith("exact_match 1.0000, micro_f1 1.0000, macro_f1 ")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "a"}, ("line 1 has no label", "leave out --metrics")),
+        ({"text": "a", "label": "sport"}, ("line 1 has label 'sport'", "music, weather")),
+        ({"text": "a", "labels": ["music", "alarm"]}, ("line 1 has 2 labels",)),
+    ],
+)
+def test_metrics_need_labels_that_the_model_knows(
+    run: Run, bert: Path, tmp_path: Path, row: dict[str, Any], says: tuple[str, ...]
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", row, {"text": "b", "label": "music"})
+    check_refused(run(bert, "--input", source, "--metrics"), *says)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "Missing option '--input'"),
+        (["--input", "x.txt", "--rule", "berxit"], "berxit"),
+        (["--input", "x.txt", "--measure", "cosine"], "cosine"),
+        (["--input", "x.txt", "--patience", "0"], "--patience"),
+        (["--input", "x.txt", "--threads", "0"], "--threads"),
+        (["--input", "x.txt", "--threshold", "high"], "--threshold"),
+        (["--input", "x.txt", "--max-length", "0"], "--max-length"),
+        (["--input", "x.txt", "--input-format", "csv"], "--input-format"),
+        (["--input", "x.txt", "--full-depth", "--rule", "pabee"], "--full-depth"),
+        (["--input", "x.txt", "--full-depth", "--operating-point", "a"], "--full-depth"),
+        (["--input", "x.txt", "--operating-point", "a", "--patience", "1"], "--operating-point"),
+        (["--input", "x.txt", "--verbose"], "--verbose"),
+    ],
+)
+def test_usage_errors(run: Run, bert: Path, options: list[str], says: str) -> None:
+    result = run(bert, *options)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage:" in result.err
+    assert says in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rule", "budget"], ("rule budget needs exit", "its settings are: ")),
+        (["--rule", "pabee", "--patience", "1", "--threshold", "1"], ("does not take threshold",)),
+        (["--rule", "budget", "--exit", "4"], ("the model has 3 exits", "give at most 3")),
+        (["--threshold", "nan"], ("threshold is NaN", "give a number")),
+        (["--min-exit", "3", "--max-exit", "2"], ("max_exit 2 is before min_exit 3",)),
+        (["--target", "x"], ("has no target 'x'; it has onnxruntime-fp32", "--target")),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(
+    run: Run, bert: Path, source: Path, options: list[str], says: tuple[str, ...]
+) -> None:
+    check_refused(run(bert, "--input", source, *options), *says)
+
+
+def test_a_max_length_without_room_for_a_token(run: Run, bert: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("the film\n")
+    check_refused(run(bert, "--input", source, "--max-length", "1"), "max_length")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("in.txt", None, ("in.txt does not exist", ".txt or .jsonl file, or -")),
+        ("in.csv", b"a\n", ("cannot tell the format", "rename the file")),
+        ("in.txt", b"", ("in.txt has no rows", "at least one line")),
+        ("in.jsonl", b"", ("in.jsonl has no rows", "at least one line")),
+        ("in.txt", b"good\n\xff\xfe\n", ("line 2 is not UTF-8", "iconv -f")),
+        ("in.jsonl", b'{"text": "a"}\n{"text": \n', ("line 2 is not JSON", '{"text": "..."}')),
+        ("in.jsonl", b'{"text": "a"}\n\n', ("line 2 is empty", '"text" field')),
+        ("in.jsonl", b'{"texts": "a"}\n', ('no string field "text"', '{"text": "..."}')),
+        ("in.txt", b"good\n" + b"a" * 2000 + b"\n", ("line 2 is longer than", "split it")),
+        ("in.txt.gz", b"good\n", ("cannot be read", "copy the file again")),
+    ],
+)
+def test_bad_input(
+    run: Run,
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes | None,
+    says: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(text_io, "MAX_LINE_BYTES", 1000)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    check_refused(run(bert, "--input", tmp_path / name), *says)
+
+
+def test_bad_standard_input(run: Run, bert: Path) -> None:
+    check_refused(run(bert, "--input", "-"), "standard input has no rows")
+    refused = run(bert, "--input", "-", stdin=b'{"text": "a"}\n{\n')
+    check_refused(refused, "standard input, line 2 is not JSON")
+
+
+def _change(folder: Path, how: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text(encoding="utf-8"))
+    how(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _escape(folder: Path) -> None:
+    file = folder / "onnx" / "fp32" / "segment_01.onnx"
+    outside = folder.parent / "segment_01.onnx"
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / MANIFEST_NAME).unlink(), ("has no manifest.json", "fpabee-export")),
+        (lambda f: (f / MANIFEST_NAME).write_text("{"), ("is damaged", "fpabee-export")),
+        (
+            lambda f: _change(f, lambda m: m.update(schema_version="2.3")),
+            ("has schema 2.3", "pip install 'fpabee>=2.3'"),
+        ),
+        (
+            lambda f: _change(f, lambda m: m["tokenizer"].update(file="../tokenizer.json")),
+            ("outside the engines folder", "do not use this folder"),
+        ),
+        (_escape, ("outside the engines folder", "do not use this folder")),
+        (
+            lambda f: (f / "tokenizer" / "tokenizer.json").unlink(),
+            ("tokenizer.json is missing", "copy the whole engines folder again"),
+        ),
+        (
+            lambda f: (f / "onnx" / "fp32" / "segment_01.onnx").unlink(),
+            ("segment_01.onnx is missing", "copy the whole engines folder again"),
+        ),
+        (
+            lambda f: _flip(f / "tokenizer" / "tokenizer.json"),
+            ("tokenizer.json is damaged", "copy the engines folder again"),
+        ),
+        (
+            lambda f: _flip(f / "onnx" / "fp32" / "segment_03.onnx"),
+            ("segment_03.onnx is damaged", "copy the engines folder again"),
+        ),
+        (
+            lambda f: _change(f, lambda m: m.update(default_rule={"name": "newer"})),
+            ("exit rule 'newer' does not exist", "choose from"),
+        ),
+    ],
+    ids=[
+        "no manifest",
+        "damaged manifest",
+        "newer schema",
+        "path leaves the folder",
+        "link leaves the folder",
+        "no tokenizer",
+        "no segment",
+        "flipped byte in the tokenizer",
+        "flipped byte in a late segment",
+        "unknown default rule",
+    ],
+)
+def test_bad_engines_folder(
+    run: Run,
+    engine_copy: Callable[..., Path],
+    source: Path,
+    damage: Callable[[Path], object],
+    says: tuple[str, ...],
+) -> None:
+    folder = engine_copy("bert")
+    damage(folder)
+    check_refused(run(folder, "--input", source), *says)
+
+
+def test_missing_engines_folder(run: Run, source: Path, tmp_path: Path) -> None:
+    refused = run(tmp_path / "nowhere", "--input", source)
+    check_refused(refused, "does not exist", "fpabee-export model_dir -o engines/")
+    refused = run(source, "--input", source)
+    check_refused(refused, "fpabee-export model_dir -o engines/")
+
+
+def test_a_bug_keeps_its_traceback(
+    run: Run, bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Engine, "stream", bug)
+    with pytest.raises(ZeroDivisionError):
+        main([str(bert), "--input", str(source)])
+
+
+COMMAND = [sys.executable, "-c", "from fpabee.runtime.cli import main; main()"]
+
+
+def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "é", "id": "東京"})
+    done = subprocess.run(
+        [*COMMAND, bert, "--input", source, "--with-text"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    record = json.loads(done.stdout.decode("utf-8"))
+    assert (record["id"], record["text"]) == ("東京", "é")
+    assert b"1 rows in" in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(bert: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("rain\n" * 3000)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*COMMAND, bert, "--input", source, "--quiet"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

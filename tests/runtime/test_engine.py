@@ -1,0 +1,485 @@
+"""The engine: batching, order, padding and threads never change an answer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fpabee.runtime import (
+    ArtifactError,
+    BackendError,
+    Budget,
+    Confidence,
+    Energy,
+    Engine,
+    Entropy,
+    Epee,
+    ExitRule,
+    FPabee,
+    InputError,
+    Measure,
+    Pabee,
+    Pcee,
+    Prediction,
+    Regroup,
+    RuleError,
+    Simulation,
+    Trace,
+    read_manifest,
+    simulate,
+)
+from fpabee.runtime import engine as engine_module
+from fpabee.runtime.backends import onnxruntime
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.manifest import OperatingPoint, write_manifest
+
+FAMILIES = ("bert", "albert", "mpnet")
+RULES: tuple[ExitRule, ...] = (
+    *(FPabee(threshold=1.2, measure=measure) for measure in Measure),
+    FPabee(threshold=3.0, patience=2),
+    Pabee(patience=1),
+    Pabee(patience=1, min_exit=3),
+    Entropy(threshold=1.1),
+    Entropy(threshold=2.5, max_exit=2),
+    Confidence(threshold=0.55),
+    Energy(threshold=0.2),
+    Pcee(threshold=0.8, patience=2),
+    Epee(threshold=0.7, patience=1),
+    Budget(exit=2),
+)
+# The project's promise for fp32 logits, and what that may do to a score or margin.
+LOGIT_TOLERANCE = 1e-5
+SCORE_TOLERANCE = 1e-4
+
+Rows = list[Text]
+Floats = NDArray[np.float64]
+
+
+def _texts() -> Rows:
+    words = ("the", "a", "it", "not", "good", "bad", "film", "plot", "music", "play", "rain")
+    choose = random.Random(3)
+    texts: Rows = [" ".join(choose.choices(words, k=choose.randint(1, 28))) for _ in range(40)]
+    texts += [(str(texts[n]), str(texts[n + 1])) for n in range(8)]
+    return [*texts, "", ("", ""), ("the", ""), "é 東京 😀", "the film " * 100]
+
+
+TEXTS = _texts()
+
+
+class Case:
+    """An engine of one family, and what every text gives alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = Engine.load(folder)
+        self.task = self.engine.manifest.task.problem_type
+        self.alone = np.concatenate([self.engine.trace([text]).logits for text in TEXTS], axis=1)
+
+    def simulate(self, logits: Any, rule: ExitRule) -> Simulation:
+        return simulate(logits, rule, self.task)
+
+    def near(self, rule: ExitRule) -> NDArray[np.bool_]:
+        """Texts whose exit may differ: a score or margin within tolerance of its threshold."""
+        threshold = getattr(rule, "threshold", None)
+        near = np.zeros(len(TEXTS), np.bool_)
+        if threshold is not None:
+            scores = self.simulate(self.alone, rule).scores
+            with np.errstate(invalid="ignore"):
+                near |= (np.abs(scores - threshold) <= SCORE_TOLERANCE).any(axis=0)
+        if isinstance(rule, (Pabee, Epee)):
+            near |= (self.margins() <= 2 * LOGIT_TOLERANCE).any(axis=0)
+        return near
+
+    def margins(self) -> Floats:
+        """Logits between the answer and the next one, `[exits, rows]`."""
+        if self.engine.multi_label:
+            return np.asarray(np.abs(self.alone).min(axis=-1), np.float64)
+        top = np.sort(self.alone, axis=-1)
+        margins: Floats = (top[..., -1] - top[..., -2]).astype(np.float64)
+        return margins
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Case]:
+    case = Case(engines[request.param])
+    yield case
+    case.engine.close()
+
+
+@pytest.fixture(scope="module")
+def bert(engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(engines["bert"]) as engine:
+        yield engine
+
+
+@contextmanager
+def tuned(
+    folder: Path,
+    *,
+    group_tokens: int = 1024,
+    max_batch: int = 256,
+    window_tokens: int = 1,
+    chunk: int = 256,
+    regroup: Regroup = Regroup.AUTO,
+) -> Iterator[Engine]:
+    """An engine with groups and windows of its own size; a window is a group at least."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "_GROUP_TOKENS", group_tokens)
+        patch.setattr(onnxruntime, "_MAX_BATCH", max_batch)
+        width = 8 * read_manifest(folder).model.hidden_size
+        patch.setattr(engine_module, "_WINDOW_BYTES", window_tokens * width)
+        patch.setattr(engine_module, "_CHUNK_TEXTS", chunk)
+        with Engine.load(folder, regroup=regroup) as engine:
+            yield engine
+
+
+def reached(trace: Trace) -> NDArray[np.bool_]:
+    """Exits that rows reached, `[exits, rows]`."""
+    return np.arange(1, len(trace.logits) + 1)[:, None] <= trace.exits
+
+
+def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
+    """A live run against each row alone; returns how many exits differ, all near ties."""
+    ran = reached(trace)
+    assert (np.isnan(trace.logits).all(axis=-1) == ~ran).all()
+    difference = np.abs(trace.logits - case.alone[:, numbers])[ran]
+    assert difference.max(initial=0.0) <= LOGIT_TOLERANCE
+    expected = case.simulate(case.alone, rule)
+    near = case.near(rule)[numbers]
+    differ = trace.exits != expected.exits[numbers]
+    assert not (differ & ~near).any()
+    alike = ~differ & (case.margins()[expected.exits - 1, range(len(TEXTS))] > 1e-4)[numbers]
+    np.testing.assert_array_equal(trace.predictions[alike], expected.predictions[numbers][alike])
+    return int(differ.sum())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    numbers=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=60),
+    rule=st.sampled_from(RULES),
+    group_tokens=st.sampled_from([1, 40, 150, 1024]),
+    max_batch=st.sampled_from([1, 3, 256]),
+    window_tokens=st.sampled_from([1, 300, 10**6]),
+    chunk=st.sampled_from([1, 7, 256]),
+    regroup=st.sampled_from([Regroup.ALWAYS, Regroup.NEVER]),
+)
+def test_a_row_gives_what_it_gives_alone(
+    case: Case, numbers: list[int], rule: ExitRule, regroup: Regroup, **sizes: int
+) -> None:
+    with tuned(case.folder, regroup=regroup, **sizes) as engine:
+        trace = engine.trace([TEXTS[number] for number in numbers], rule=rule)
+        check(case, trace, numbers, rule)
+        simulated = case.simulate(trace.logits, rule)
+        np.testing.assert_array_equal(simulated.exits, trace.exits)
+        np.testing.assert_array_equal(simulated.predictions, trace.predictions)
+
+
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: "-".join(map(str, rule.to_dict().values()))
+)
+def test_exits_differ_only_near_a_threshold_and_such_rows_are_few(
+    case: Case, rule: ExitRule
+) -> None:
+    numbers = list(range(len(TEXTS)))
+    random.Random(1).shuffle(numbers)
+    with tuned(case.folder, group_tokens=200, regroup=Regroup.ALWAYS) as engine:
+        trace = engine.trace([TEXTS[number] for number in numbers], rule=rule)
+    near = int(case.near(rule).sum())
+    assert near <= 2
+    assert check(case, trace, numbers, rule) <= near
+
+
+def test_the_rules_of_these_tests_use_every_exit(case: Case) -> None:
+    exits = [case.simulate(case.alone, rule).exits for rule in RULES]
+    assert set(np.concatenate(exits).tolist()) == {1, 2, 3}
+    mixed = [len(set(row.tolist())) > 1 for row in exits]
+    assert sum(mixed) >= 5
+
+
+def test_regrouping_by_measured_cost_changes_no_answer(case: Case) -> None:
+    numbers = list(range(len(TEXTS))) * 4
+    rule = Entropy(threshold=1.1)
+    with tuned(case.folder, group_tokens=128, regroup=Regroup.AUTO) as engine:
+        check(case, engine.trace([TEXTS[n] for n in numbers], rule=rule), numbers, rule)
+
+
+def test_full_depth_runs_every_layer(case: Case) -> None:
+    trace = case.engine.trace(TEXTS)
+    assert trace.logits.dtype == np.float32
+    np.testing.assert_allclose(trace.logits, case.alone, atol=LOGIT_TOLERANCE)
+    assert (trace.exits == 3).all()
+    full = case.engine.predict(TEXTS, full_depth=True)
+    assert {(prediction.exit, prediction.layer) for prediction in full} == {(3, 3)}
+
+
+def test_predictions_say_what_the_trace_says(case: Case) -> None:
+    rule = Confidence(threshold=0.55)
+    trace = case.engine.trace(TEXTS, rule=rule)
+    predictions = case.engine.predict(TEXTS, rule=rule)
+    assert [p.exit for p in predictions] == trace.exits.tolist()
+    for row, prediction in enumerate(predictions):
+        z = trace.logits[prediction.exit - 1, row].astype(np.float64)
+        if case.engine.multi_label:
+            p = 1 / (1 + np.exp(-z))
+            chosen = [n for n, value in enumerate(z) if value > 0]
+        else:
+            p = np.exp(z) / np.exp(z).sum()
+            chosen = [int(z.argmax())]
+        assert prediction.labels == tuple(case.engine.labels[n] for n in chosen)
+        assert prediction.probabilities == pytest.approx(p.tolist(), abs=1e-9)
+        assert prediction.scores == tuple(prediction.probabilities[n] for n in chosen)
+        assert prediction.layer == prediction.exit
+
+
+def test_lengths_and_truncation_are_reported(case: Case) -> None:
+    lengths = case.engine.trace(TEXTS).lengths.tolist()
+    assert lengths == [len(row) for row in case.engine.encode(TEXTS)]
+    cut = [prediction.truncated for prediction in case.engine.predict(TEXTS)]
+    assert cut[-1]
+    assert lengths[-1] == max(lengths) == 64
+    assert not any(cut[:-1])
+
+
+def test_a_pair_is_not_its_texts_joined(case: Case) -> None:
+    texts: Rows = [("good film", "bad plot"), "good film bad plot", ("bad plot", "good film")]
+    logits = case.engine.trace(texts).logits
+    apart = np.abs(logits[:, [0, 0, 1]] - logits[:, [1, 2, 2]]).max(axis=(0, 2))
+    assert (apart > 1e-3).all()
+
+
+def test_no_texts_give_no_predictions(case: Case) -> None:
+    engine = case.engine
+    assert engine.predict([]) == []
+    assert list(engine.stream(iter(()))) == []
+    for trace in (engine.trace([]), engine.trace([], rule=Pabee(patience=1))):
+        labels = len(engine.labels)
+        assert trace.logits.shape == (3, 0, labels)
+        assert trace.exits.shape == trace.lengths.shape == (0,)
+        assert trace.predictions.shape == ((0, labels) if engine.multi_label else (0,))
+
+
+def test_four_threads_agree_with_one(case: Case) -> None:
+    rule = Entropy(threshold=1.1)
+    lists = [random.Random(seed).sample(TEXTS, 30) for seed in range(4)]
+    with tuned(case.folder, group_tokens=100, regroup=Regroup.AUTO) as engine:
+        start = threading.Barrier(4)
+
+        def work(texts: Rows) -> list[Prediction]:
+            start.wait()
+            return [p for _ in range(3) for p in engine.predict(texts, rule=rule)]
+
+        # Segments are loaded, and the costs measured, by whichever thread comes first.
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(work, lists))
+    near = {TEXTS[n] for n in np.flatnonzero(case.near(rule))}
+    for texts, found in zip(lists, together, strict=True):
+        alone = case.engine.predict(texts, rule=rule)
+        for text, one, other in zip(texts * 3, alone * 3, found, strict=True):
+            if text not in near:
+                assert (other.labels, other.exit) == (one.labels, one.exit)
+                assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("regroup", Regroup)
+def test_streams_read_no_further_than_a_window_ahead(
+    engines: Mapping[str, Path], regroup: Regroup
+) -> None:
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        for number in range(300):
+            read += 1
+            yield "the film " * (number % 5)
+
+    sizes = {"group_tokens": 50, "window_tokens": 100, "chunk": 4}
+    with tuned(engines["bert"], regroup=regroup, **sizes) as engine:
+        ahead = []
+        for given_back, _ in enumerate(engine.stream(texts())):
+            ahead.append(read - given_back)
+    assert len(ahead) == read == 300
+    # A window of 100 tokens holds at most 50 rows of 2; the chunk of 4 texts may be read.
+    assert max(ahead) <= 54
+    assert ahead[0] < 50
+
+
+def test_long_texts_are_read_in_small_chunks(bert: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_CHUNK_CHARACTERS", 100)
+    sizes: list[int] = []
+    encode = bert._encoder.encode
+
+    def recording(texts: Rows) -> Any:
+        sizes.append(len(texts))
+        return encode(texts)
+
+    monkeypatch.setattr(bert._encoder, "encode", recording)
+    assert len(bert.predict(["a" * 40] * 7 + [("a" * 60, "a" * 60)] * 2)) == 9
+    assert sizes == [3, 3, 2, 1]
+
+
+def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"]) as engine:
+        assert engine.predict(["the"])
+    for call in (engine.predict, engine.trace):
+        with pytest.raises(BackendError, match=r"this engine is closed.*Engine\.load"):
+            call(["the"])
+    engine.close()
+
+
+def test_what_is_not_a_text_is_refused(bert: Engine) -> None:
+    with pytest.raises(InputError, match="text 2 is a int"):
+        bert.predict(["the", 5])  # type: ignore[list-item]
+
+
+def test_a_rule_that_does_not_fit_is_refused_at_once(
+    bert: Engine, engines: Mapping[str, Path]
+) -> None:
+    rule = Budget(exit=4)
+    for call in (
+        lambda: Engine.load(engines["bert"], rule=rule),
+        lambda: bert.predict([], rule=rule),
+        lambda: bert.trace(["the"], rule=rule),
+    ):
+        with pytest.raises(RuleError, match="exit is 4, but the model has 3 exits"):
+            call()
+
+
+def test_the_rule_is_the_calls_or_the_engines_or_the_folders(
+    bert: Engine, engines: Mapping[str, Path]
+) -> None:
+    assert bert.rule == ExitRule.from_dict(bert.manifest.default_rule)
+    with Engine.load(engines["bert"], rule=Budget(exit=2)) as engine:
+        assert engine.rule == Budget(exit=2)
+        assert [p.exit for p in engine.predict(["the"])] == [2]
+        assert [p.exit for p in engine.predict(["the"], rule=Budget(exit=1))] == [1]
+        assert [p.exit for p in engine.predict(["the"], full_depth=True)] == [3]
+
+
+def test_operating_points(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    manifest = read_manifest(folder)
+    here = manifest.default_target
+    rule = Budget(exit=1).to_dict()
+    points = {
+        "fast": OperatingPoint(target=here, rule=rule),
+        "elsewhere": OperatingPoint(target="other", rule=rule),
+    }
+    with pytest.raises(RuleError, match="there is no operating point 'fast'; there are: none yet"):
+        Engine.load(folder, operating_point="fast")
+    write_manifest(folder, msgspec.structs.replace(manifest, operating_points=points))
+    with Engine.load(folder, operating_point="fast") as engine:
+        assert [p.exit for p in engine.predict(["the"])] == [1]
+    with pytest.raises(RuleError, match="'slow'; there are: fast, elsewhere"):
+        Engine.load(folder, operating_point="slow")
+    with pytest.raises(RuleError, match=f"measured on other, not on {here}"):
+        Engine.load(folder, operating_point="elsewhere")
+
+
+def test_multi_label_cuts_of_the_manifest_are_applied(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("mpnet")
+    manifest = read_manifest(folder)
+    cuts = (0.0, 1.0, 0.5, 0.2, 0.8)
+    task = msgspec.structs.replace(manifest.task, cuts=cuts)
+    write_manifest(folder, msgspec.structs.replace(manifest, task=task))
+    rule = Pabee(patience=1)
+    with Engine.load(folder, rule=rule) as engine:
+        predictions = engine.predict(TEXTS)
+        trace = engine.trace(TEXTS, rule=rule)
+    for prediction in predictions:
+        above = [p > cut for p, cut in zip(prediction.probabilities, cuts, strict=True)]
+        assert prediction.labels == tuple(np.array(task.labels)[above].tolist())
+    simulated = simulate(trace.logits, rule, task.problem_type, cuts)
+    np.testing.assert_array_equal(simulated.exits, trace.exits)
+    np.testing.assert_array_equal(simulated.predictions, trace.predictions)
+    plain = simulate(trace.logits, rule, task.problem_type)
+    assert (plain.predictions != simulated.predictions).any()
+
+
+def test_an_unknown_target_is_refused(engines: Mapping[str, Path]) -> None:
+    with pytest.raises(BackendError, match="has no target 'x'; it has onnxruntime-fp32"):
+        Engine.load(engines["bert"], "x")
+
+
+def test_a_backend_of_a_newer_version_is_refused(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    manifest = read_manifest(folder)
+    name = manifest.default_target
+    target = msgspec.structs.replace(manifest.targets[name], backend="abacus")
+    write_manifest(folder, msgspec.structs.replace(manifest, targets={name: target}))
+    with pytest.raises(ArtifactError, match=r"backend 'abacus'.*pip install -U fpabee"):
+        Engine.load(folder)
+
+
+def test_threads_must_be_positive(engines: Mapping[str, Path]) -> None:
+    with pytest.raises(BackendError, match="threads is 0"):
+        Engine.load(engines["bert"], threads=0)
+
+
+def test_a_shorter_max_length_truncates(engines: Mapping[str, Path], bert: Engine) -> None:
+    with Engine.load(engines["bert"], max_length=4) as engine:
+        (short,) = engine.predict(["the film is not good"], full_depth=True)
+    (same,) = bert.predict(["the film"], full_depth=True)
+    assert short.truncated
+    assert short.probabilities == pytest.approx(same.probabilities, abs=1e-5)
+
+
+def test_segments_are_loaded_when_rows_get_there(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    (folder / read_manifest(folder).graphs["segment_03"].file).unlink()
+    with Engine.load(folder) as engine:
+        assert [p.exit for p in engine.predict(TEXTS, rule=Budget(exit=2))] == [2] * len(TEXTS)
+        with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
+            engine.predict(TEXTS, full_depth=True)
+    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
+        Engine.load(folder, preload=True)
+
+
+def test_other_threads_than_the_first_engines_are_said_to_have_no_effect_once(
+    engines: Mapping[str, Path], bert: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    bert.predict(["the"])
+    with caplog.at_level(logging.WARNING), Engine.load(engines["bert"], threads=99) as engine:
+        engine.predict(["the"], full_depth=True)
+        engine.predict(["the"])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("threads=99 has no effect")
+
+
+def test_predicting_needs_no_torch_transformers_or_onnx(engines: Mapping[str, Path]) -> None:
+    code = (
+        "import sys\n"
+        "from fpabee.runtime import Engine\n"
+        "with Engine.load(sys.argv[1]) as engine:\n"
+        "    assert len(engine.predict(['the', ('a', 'film')])) == 2\n"
+        "    assert engine.trace(['the']).logits.shape == (3, 1, 4)\n"
+        "print(*sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(engines["bert"])],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["onnxruntime"]
+
+
+def test_probabilities_of_one_row_sum_to_one(bert: Engine) -> None:
+    for prediction in bert.predict(TEXTS):
+        assert math.fsum(prediction.probabilities) == pytest.approx(1.0, abs=1e-9)

@@ -1,0 +1,345 @@
+"""The artifact: what is read, what is refused, and what a rewrite keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fpabee.runtime.errors import ArtifactError
+from fpabee.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    BuiltFile,
+    Graph,
+    Manifest,
+    Model,
+    OperatingPoint,
+    ProblemType,
+    Segment,
+    Target,
+    Task,
+    TensorSpec,
+    TokenizerSpec,
+    read_manifest,
+    resolve,
+    sha256_of,
+    verified,
+    write_manifest,
+)
+
+Json = dict[str, Any]
+Change = Callable[[Json], object]
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """A manifest that uses every record there is."""
+    digest = "0" * 64
+    hidden = TensorSpec(name="hidden_states", dtype="float32", shape=("batch", "sequence", 8))
+    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", 2))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        fpabee_version="0.1.0",
+        versions={"torch": "2.9"},
+        model=Model(
+            model_type="bert",
+            layers=2,
+            hidden_size=8,
+            shared_layers=False,
+            pooling="mean",
+            source_sha256={"config.json": digest},
+        ),
+        task=Task(problem_type=ProblemType.MULTI_LABEL, labels=("no", "да"), cuts=(0.5, 0.25)),
+        tokenizer=TokenizerSpec(
+            file="tokenizer/tokenizer.json",
+            sha256=digest,
+            max_length=16,
+            pad_id=0,
+            inputs=("input_ids",),
+        ),
+        graphs={
+            name: Graph(file=f"{name}.onnx", sha256=digest, inputs=(hidden,), outputs=(logits,))
+            for name in ("one", "two")
+        },
+        segments=(
+            Segment(exit=1, layer=1, calls=("one",)),
+            Segment(exit=2, layer=2, calls=("one", "two")),
+        ),
+        targets={
+            "tensorrt-fp16-sm87": Target(
+                backend="tensorrt",
+                precision="fp16",
+                device="sm87",
+                versions={"tensorrt": "10.3"},
+                files={"one": BuiltFile(file="one.plan", sha256=digest, onnx_sha256=digest)},
+                tolerance=0.01,
+                row_invariant=False,
+            )
+        },
+        default_target="tensorrt-fp16-sm87",
+        default_rule={"name": "pabee", "patience": 1},
+        operating_points={
+            "fast": OperatingPoint(
+                target="tensorrt-fp16-sm87", rule={"name": "entropy", "threshold": 0.25}
+            )
+        },
+        files={"reference.npz": digest},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, manifest: Manifest) -> Path:
+    """A folder that holds the manifest."""
+    write_manifest(tmp_path, manifest)
+    return tmp_path
+
+
+def change(folder: Path, how: Change) -> None:
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text(encoding="utf-8"))
+    how(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def content_of(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(folder)
+    assert caught.value.hint
+    return str(caught.value)
+
+
+def test_a_manifest_comes_back_as_it_was_written(folder: Path, manifest: Manifest) -> None:
+    assert read_manifest(folder) == manifest
+    assert manifest.exit_layers == (1, 2)
+    assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
+
+
+def test_writing_again_changes_no_byte(folder: Path) -> None:
+    before = (folder / MANIFEST_NAME).read_bytes()
+    write_manifest(folder, read_manifest(folder))
+    assert (folder / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        (),
+        ("model",),
+        ("task",),
+        ("tokenizer",),
+        ("graphs", "two"),
+        ("graphs", "two", "inputs", 0),
+        ("segments", 1),
+        ("targets", "tensorrt-fp16-sm87"),
+        ("targets", "tensorrt-fp16-sm87", "files", "one"),
+        ("operating_points", "fast"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_newer_minor_version_survive_a_rewrite(
+    folder: Path, where: tuple[str | int, ...]
+) -> None:
+    def record(content: Any) -> Any:
+        for key in where:
+            content = content[key]
+        return content
+
+    change(folder, lambda content: content.update(schema_version="1.7"))
+    change(folder, lambda content: record(content).update(novelty={"a": [1, 2]}))
+    manifest = read_manifest(folder)
+    changed = msgspec.structs.replace(manifest, fpabee_version="0.9.9")
+    write_manifest(folder, changed)
+    content = content_of(folder)
+    assert record(content)["novelty"] == {"a": [1, 2]}
+    assert (content["schema_version"], content["fpabee_version"]) == ("1.7", "0.9.9")
+    assert read_manifest(folder) == changed
+
+
+def test_what_is_removed_does_not_come_back(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    write_manifest(folder, msgspec.structs.replace(manifest, operating_points={}, files={}))
+    assert content_of(folder)["operating_points"] == {}
+    assert content_of(folder)["files"] == {}
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(ArtifactError, match=r"cannot write .*manifest.json"):
+        write_manifest(tmp_path / "nowhere", manifest)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "nowhere")
+    assert "does not exist" in message
+    assert "fpabee-export model_dir -o engines/" in message
+
+
+def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    assert "it has no manifest.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [
+        ("2.0", "pip install 'fpabee>=2.0'"),
+        ("0.9", "this fpabee reads 1.0"),
+        ("1", "not of the form major.minor"),
+        ("1.x", "not of the form major.minor"),
+        ("", "not of the form major.minor"),
+        (1.0, "is damaged"),
+        (None, "is damaged"),
+    ],
+)
+def test_other_schema_versions(folder: Path, version: Any, says: str) -> None:
+    # Checked before all else: a newer manifest may have any shape.
+    (folder / MANIFEST_NAME).write_text(json.dumps({"schema_version": version, "graphs": 7}))
+    assert says in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"not JSON",
+        b"[]",
+        b"{}",
+        b'{"schema_version": "1.0"}',
+        b'{"schema_version": "1.0", "x": NaN}',
+        b'{"schema_version": "1.\xff"}',
+        b'{"schema_version": "1.0", "x": "\xff"}',
+        b'{"schema_version": "1.0", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b"[" * 100_000,
+    ],
+    ids=lambda raw: repr(raw[:40]),
+)
+def test_damaged_json(folder: Path, raw: bytes) -> None:
+    (folder / MANIFEST_NAME).write_bytes(raw)
+    message = refusal(folder)
+    assert "is damaged" in message
+    assert "fpabee-export" in message
+    assert "\n" not in message
+
+
+def test_an_endless_manifest_is_not_read(folder: Path) -> None:
+    with (folder / MANIFEST_NAME).open("ab") as file:
+        file.truncate(17 * 2**20)
+    assert "more than any manifest" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (lambda m: m.pop("task"), "task"),
+        (lambda m: m.update(segments={}), "segments"),
+        (lambda m: m.update(segments=[]), "segments"),
+        (lambda m: m["segments"][0].update(exit="1"), "exit"),
+        (lambda m: m["segments"][0].update(exit=2), "segment 1 says it ends at exit 2"),
+        (lambda m: m["segments"][0].update(calls=[]), "calls"),
+        (lambda m: m["segments"][0].update(calls=["x"]), "calls graph 'x', which is not listed"),
+        (lambda m: m["segments"][0].update(layer=2), "do not ascend to 2"),
+        (lambda m: m["segments"][1].update(layer=3), "do not ascend to 2"),
+        (lambda m: m["model"].update(layers=-1), "layers"),
+        (lambda m: m["model"].update(hidden_size=10**12), "hidden_size"),
+        (lambda m: m["task"].update(labels=[]), "labels"),
+        (lambda m: m["task"].update(labels=["a", "a"]), "a label name appears twice"),
+        (lambda m: m["task"].update(labels=[1, 2]), "labels"),
+        (lambda m: m["task"].update(problem_type="regression"), "problem_type"),
+        (lambda m: m["task"].update(cuts=[0.5]), "1 cuts for 2 labels"),
+        (lambda m: m["task"].update(cuts=[0.5, 1.5]), "cuts"),
+        (lambda m: m["task"].update(cuts=[0.5, float("nan")]), "malformed"),
+        (lambda m: m["tokenizer"].update(sha256="0" * 63), "sha256"),
+        (lambda m: m["tokenizer"].update(sha256="G" * 64), "sha256"),
+        (lambda m: m["tokenizer"].update(max_length=0), "max_length"),
+        (lambda m: m["tokenizer"].update(pad_id=-1), "pad_id"),
+        (lambda m: m["graphs"]["one"].update(inputs=[{"name": "x"}]), "inputs"),
+        (lambda m: m.update(default_target="other"), "default target 'other' is not listed"),
+        (lambda m: m.update(default_rule={"name": ["x"]}), "default_rule"),
+        (lambda m: m["targets"]["tensorrt-fp16-sm87"].update(tolerance=-1), "tolerance"),
+        (lambda m: m["targets"]["tensorrt-fp16-sm87"].update(tolerance="a"), "tolerance"),
+    ],
+)
+def test_wrong_content_is_named(folder: Path, how: Change, says: str) -> None:
+    change(folder, how)
+    message = refusal(folder)
+    assert "is damaged" in message
+    assert says in message
+
+
+def test_a_file_with_the_right_hash_is_found(folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "a.onnx").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(folder / "onnx" / "a.onnx") == digest
+    assert verified(folder, "onnx/a.onnx", digest) == folder / "onnx" / "a.onnx"
+
+
+def test_a_flipped_byte_is_found(folder: Path) -> None:
+    path = folder / "a.onnx"
+    path.write_bytes(bytes(3 * 2**20))
+    digest = sha256_of(path)
+    with path.open("r+b") as file:
+        file.seek(2**21)
+        file.write(b"\1")
+    with pytest.raises(ArtifactError, match=r"a\.onnx is damaged: sha256 .*copy"):
+        verified(folder, "a.onnx", digest)
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"a\.onnx is missing.*copy the whole"):
+        resolve(folder, "a.onnx")
+
+
+@pytest.mark.parametrize(
+    "relative",
+    [
+        "",
+        ".",
+        "..",
+        "../outside.onnx",
+        "onnx/../../outside.onnx",
+        "/etc/hostname",
+        "..\\outside.onnx",
+        "a\0b",
+        "a" * 5000,
+    ],
+    ids=lambda relative: repr(relative[:20]),
+)
+def test_a_path_that_leaves_the_folder_or_is_no_file(folder: Path, relative: str) -> None:
+    inner = folder / "engines"
+    inner.mkdir()
+    (folder / "outside.onnx").write_bytes(b"x")
+    with pytest.raises(ArtifactError):
+        resolve(inner, relative)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(folder: Path) -> None:
+    inner = folder / "engines"
+    inner.mkdir()
+    (folder / "outside.onnx").write_bytes(b"x")
+    (inner / "a.onnx").symlink_to("../outside.onnx")
+    with pytest.raises(ArtifactError, match="outside the engines folder"):
+        resolve(inner, "a.onnx")
+    (inner / "sub").symlink_to("..")
+    with pytest.raises(ArtifactError, match="outside the engines folder"):
+        resolve(inner, "sub/outside.onnx")
+
+
+def test_a_link_to_itself_is_refused(folder: Path) -> None:
+    (folder / "a.onnx").symlink_to("a.onnx")
+    with pytest.raises(ArtifactError):
+        resolve(folder, "a.onnx")
+
+
+def test_a_link_within_the_folder_and_to_the_folder_is_followed(folder: Path) -> None:
+    (folder / "a.onnx").write_bytes(b"x")
+    (folder / "b.onnx").symlink_to("a.onnx")
+    (folder / "engines").symlink_to(".")
+    assert resolve(folder / "engines", "b.onnx").read_bytes() == b"x"
