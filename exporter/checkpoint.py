@@ -40,12 +40,16 @@ def resolve_model_dir(source: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
         raise ModelError(f"model_dir {source} does not exist", _TRAIN_HINT)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(str(source)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = _first_line(error)
         raise ModelError(
             f"{source} is not a local folder, and the model hub does not give it: {reason}",
             "check the name and the network, or give a local folder",
@@ -73,7 +77,16 @@ def load_checkpoint(
     family = family_of(config.model_type)
     weights = _load_weights(folder)
     exit_config = _exit_config(folder, config, weights, problem_type)
-    model = MultiExitModel(build_encoder(config, attention), exit_config)
+    try:
+        encoder = build_encoder(config, attention)
+    # What a configuration that does not fit raises depends on the setting.
+    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} describes no encoder that can be built: "
+            f"{type(error).__name__}: {_first_line(error)}",
+            "copy config.json again from where the model was trained",
+        ) from error
+    model = MultiExitModel(encoder, exit_config)
     _fill(model, weights, folder, family.prefix)
     return model.eval()
 
@@ -101,6 +114,7 @@ def load_config(folder: Path) -> Any:
     Raises:
         ModelError: missing or damaged, or a family that is not supported.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -117,9 +131,9 @@ def load_config(folder: Path) -> Any:
     family_of(str(model_type))
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise ModelError(
-            f"{path} is not a valid configuration: {error}",
+            f"{path} is not a valid configuration: {' '.join(str(error).split())}",
             "copy config.json again from where the model was trained",
         ) from error
 
@@ -133,17 +147,29 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", _TRAIN_HINT)
+    hint = "copy the file again, or save the state dict with safetensors"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # weights_only: a pickle from a stranger must not run code.
-        return cast(dict[str, Tensor], torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{path} cannot be read: {reason}",
-            "copy the file again, or save it with safetensors",
-        ) from error
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Not torch's own words: they advise to load the file without this protection.
+        raise ModelError(f"{path} cannot be read: it holds more than weights", hint) from error
+    # Bytes that are no pickle raise almost anything (KeyError, IndexError, ...).
+    except (SafetensorError, RuntimeError, LookupError, ValueError, EOFError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {_first_line(error)}", hint) from error
+    named = isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    )
+    if not named:
+        raise ModelError(f"{path} is not a state dict of names and tensors", hint)
+    return cast(dict[str, Tensor], weights)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _exit_config(
@@ -178,7 +204,14 @@ def _exit_config(
             f"{folder}: {found}; expected one classifier for each of the {len(exits)} exits",
             "copy the weights again, or train again",
         )
-    labels = _labels(folder, config, int(weights["classifiers.0.weight"].shape[0]))
+    first = weights["classifiers.0.weight"]
+    if first.ndim != 2:
+        raise ModelError(
+            f"{folder}: weight classifiers.0.weight has shape {tuple(first.shape)}; "
+            "expected (labels, hidden size)",
+            "copy the weights again, or train again",
+        )
+    labels = _labels(folder, config, int(first.shape[0]))
     return MultiExitConfig(
         exits=exits,
         labels=labels,

@@ -22,7 +22,6 @@ from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError
 from ..runtime.exit_rules import FPabee
 from ..runtime.manifest import (
-    MANIFEST_NAME,
     REFERENCE_NAME,
     SCHEMA_VERSION,
     VERIFICATION_NAME,
@@ -31,6 +30,7 @@ from ..runtime.manifest import (
     ProblemType,
     Target,
     Task,
+    is_engines_folder,
     sha256_of,
     write_manifest,
 )
@@ -112,7 +112,8 @@ def export(
         VerificationError: the segments miss the bar; nothing is left behind.
     """
     options = options or ExportOptions()
-    target = Path(output)
+    # Resolved, so that a link or the current folder is replaced and not what names it.
+    target = Path(output).resolve()
     _check_output(target, options.force)
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
@@ -122,7 +123,7 @@ def export(
         manifest, parity = _write(folder, source, model, texts, options, report)
         _publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return ExportResult(target, manifest, parity, size)
+    return ExportResult(Path(output), manifest, parity, size)
 
 
 def _write(
@@ -246,12 +247,13 @@ def _write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.flo
 def _check_output(target: Path, force: bool) -> None:
     if not target.exists():
         return
-    if not (target / MANIFEST_NAME).is_file() and (not target.is_dir() or any(target.iterdir())):
+    is_free = target.is_dir() and not any(target.iterdir())
+    if not is_free and not is_engines_folder(target):
         raise ArtifactError(
             f"{target} exists and is not an engines folder; it will not be replaced",
             "give another folder with -o",
         )
-    if not force and target.is_dir() and any(target.iterdir()):
+    if not force and not is_free:
         raise ArtifactError(f"{target} already holds an engines folder", "replace it with --force")
 
 
@@ -279,13 +281,17 @@ def _staging(target: Path) -> Iterator[Path]:
 
 def _publish(folder: Path, target: Path) -> None:
     folder.chmod(0o777 & ~_umask())
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        target.replace(old)
+    if not target.exists():
         folder.replace(target)
-        shutil.rmtree(old)
-    else:
+        return
+    old = folder.with_name(folder.name + "-old")
+    target.replace(old)
+    try:
         folder.replace(target)
+    except OSError:
+        old.replace(target)
+        raise
+    shutil.rmtree(old)
 
 
 def _umask() -> int:

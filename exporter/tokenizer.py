@@ -37,6 +37,13 @@ def save_tokenizer(
             f"max_length {max_length} is impossible for this model",
             f"give {special + 1} to {model.backbone.max_positions()} tokens",
         )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.backbone.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {source} gives token ids up to {largest}, but the model knows "
+            f"{model.backbone.config.vocab_size} tokens",
+            "use the tokenizer that the model was trained with",
+        )
     path = folder / TOKENIZER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.save(str(path), pretty=False)
@@ -56,11 +63,18 @@ def _load(source: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"{source} has no tokenizer that can be read: {str(error).splitlines()[0]}",
             "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
         ) from error
+    files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    # Without any, transformers makes an empty tokenizer that knows no word.
+    if not any((source / name).is_file() for name in files):
+        raise ModelError(
+            f"{source} has no tokenizer: none of {', '.join(sorted(files))} is there",
+            "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
+        )
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             f"the tokenizer of {source} ({type(tokenizer).__name__}) has no fast version",

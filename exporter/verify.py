@@ -125,7 +125,8 @@ def check_graphs(
                 # Hidden states of padding are never read: compare the real tokens.
                 real = mask.numpy().astype(bool) if key == NEXT + HIDDEN_STATES else slice(None)
                 difference = float(np.abs(value - expected[key].numpy())[real].max())
-                worst[name] = max(worst[name], difference)
+                # Unlike max(), keeps NaN: it must fail.
+                worst[name] = float(np.maximum(worst[name], difference))
             if not worst[name] <= FP32_TOLERANCE:
                 raise VerificationError(
                     f"{name} differs from its PyTorch module by {worst[name]:.2e}; "
@@ -158,7 +159,15 @@ def check_chain(
     # Once in groups of the engine's own making, once a text at a time: both must agree.
     together = engine.trace(texts).logits
     alone = np.concatenate([engine.trace([text]).logits for text in texts[:_BATCH]], axis=1)
-    difference = max(_largest(together, expected), _largest(alone, expected[:, : alone.shape[1]]))
+    differences = _largest(together, expected)
+    differences = np.maximum(differences, _largest(alone, expected[:, : alone.shape[1]]))
+    difference = float(differences.max())
+    if not np.isfinite(difference):
+        bad = int(np.argmax(~np.isfinite(differences))) + 1
+        raise VerificationError(
+            f"the chain gives NaN or infinity from exit {bad} on, the PyTorch model does not",
+            "nothing was written; please report this with your model's config.json",
+        )
     problem_type = engine.manifest.task.problem_type
     ties = _near_ties(expected, problem_type, tolerance)
     same = _answers(together, problem_type) == _answers(expected, problem_type)
@@ -175,8 +184,7 @@ def check_chain(
         passed=bool(difference <= tolerance and sure_labels.all() and sure_exits.all()),
     )
     if not parity.passed:
-        worst = np.abs(together - expected).max(axis=(1, 2))
-        bad = int(np.argmax(~(worst <= tolerance))) + 1
+        bad = int(np.argmax(~(differences <= tolerance))) + 1
         raise VerificationError(
             f"the chain differs from the PyTorch model from exit {bad} on: logits by "
             f"{difference:.2e} (bar {tolerance:.0e}), labels agree for "
@@ -186,8 +194,9 @@ def check_chain(
     return parity
 
 
-def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    return float(np.abs(found - expected).max()) if found.size else 0.0
+def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest absolute difference at each exit; NaN where one is not a number."""
+    return np.asarray(np.abs(found - expected).max(axis=(1, 2), initial=0.0))
 
 
 def _answers(logits: NDArray[np.float32], problem_type: ProblemType) -> NDArray[Any]:

@@ -220,6 +220,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def is_engines_folder(folder: Path) -> bool:
+    """Whether a folder holds a manifest of ours, of any version, damaged inside or not."""
+    try:
+        content = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically, keeping fields of the old one that this version lacks.
 

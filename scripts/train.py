@@ -140,7 +140,7 @@ def load_rows(source: str) -> list[Row]:
     else:
         rows = list(_hub_rows(source))
     for number, row in enumerate(rows, start=1):
-        if not row.labels:
+        if row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label", 'add "label" or "labels" to every row'
             )
@@ -176,9 +176,11 @@ def features(
     options: Options,
 ) -> list[dict[str, Any]]:
     """Tokenized rows with encoded labels."""
-    pairs = [row.text_pair or "" for row in rows] if rows[0].text_pair is not None else None
+    # Row by row as the engine does: a text alone is not a pair with an empty text.
     encoded = tokenizer(
-        [row.text for row in rows], pairs, truncation=True, max_length=options.max_length
+        [row.text if row.text_pair is None else (row.text, row.text_pair) for row in rows],
+        truncation=True,
+        max_length=options.max_length,
     )
     targets = encode_labels([row.labels or () for row in rows], labels, options.problem_type)
     return [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.runtime import Entropy, FPabee, Pabee, ProblemType, RuleError, simulate
@@ -9,9 +10,9 @@ from fpabee.runtime import Entropy, FPabee, Pabee, ProblemType, RuleError, simul
 LAYERS = (2, 4, 6, 8)
 
 
-def _logits() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _logits() -> NDArray[np.float64]:
     sharpness = np.array([0.5, 1.0, 2.0, 4.0])[:, None, None]
-    return np.random.default_rng(3).normal(size=(4, 300, 3)) * sharpness
+    return np.asarray(np.random.default_rng(3).normal(size=(4, 300, 3)) * sharpness)
 
 
 @pytest.mark.parametrize("depth", [3.0, 5.0, 7.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -40,7 +41,7 @@ def test_merged_graph_gives_the_last_exit(engines: Mapping[str, Path], family: s
         rows = engine.encode(TEXTS)
         expected = engine.trace(TEXTS).logits[-1]
     shape = (len(rows), max(map(len, rows)))
-    feed = {
+    feed: dict[str, Any] = {
         "input_ids": np.zeros(shape, np.int64),
         "token_type_ids": np.zeros(shape, np.int64),
         ATTENTION_BIAS: np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32),

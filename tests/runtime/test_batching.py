@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.base import Bucket, Limits
@@ -45,6 +45,7 @@ def test_every_row_is_in_one_group(lengths: list[int], limits: Limits) -> None:
     assert all(len(group) for group in groups)
 
 
+@example([1, 1, 1], Limits(4, 64, group_tokens=50, batch_sizes=(1, 2, 4), sequence_lengths=(16,)))
 @given(row_lengths, some_limits)
 def test_groups_keep_to_the_budget_and_are_of_like_length(
     lengths: list[int], limits: Limits
