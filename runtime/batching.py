@@ -30,8 +30,12 @@ def cut_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
     groups = []
     start = 0
     while start < len(order):
-        padded = limits.bucket(1, int(lengths[order[start]])).sequence
-        size = min(max(1, limits.group_tokens // padded), limits.max_batch)
+        longest = int(lengths[order[start]])
+        padded = limits.bucket(1, longest).sequence
+        size = min(max(1, limits.group_tokens // padded), limits.max_batch, len(order) - start)
+        # A batch that is itself padded up may exceed the budget: take the step below it.
+        while size > 1 and _tokens(size, longest, limits) > limits.group_tokens:
+            size = max((step for step in limits.batch_sizes if step < size), default=1)
         groups.append(order[start : start + size])
         start += size
     return groups

@@ -79,6 +79,9 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
     """
     given = {key: value for key, value in settings.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
+    if given.get("measure", base.get("measure")) != base.get("measure"):
+        # Thresholds of two measures are on different scales.
+        base.pop("threshold", None)
     return ExitRule.from_dict(base | given)
 
 
@@ -176,7 +179,8 @@ def _record(
         record |= {"labels": list(prediction.labels), "scores": scores}
     else:
         record |= {"label": prediction.labels[0], "score": scores[0]}
-    record |= {"exit": prediction.exit, "layer": prediction.layer}
+    # Once more the index: a field of the input must not hide a result.
+    record |= {"index": index, "exit": prediction.exit, "layer": prediction.layer}
     if prediction.truncated:
         record["truncated"] = True
     if all_scores:
@@ -201,6 +205,9 @@ def _writer(output: Path | None) -> Iterator[IO[str]]:
         with partial.open("w", encoding="utf-8") as stream:
             yield stream
         partial.replace(output)
+    except FpabeeError as error:
+        hint = f"{error.hint}; rows done so far are in {partial}"
+        raise type(error)(error.message, hint) from error
     except OSError as error:
         raise InputError(
             f"cannot write {output}: {error.strerror}",

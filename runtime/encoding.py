@@ -50,6 +50,7 @@ class TextEncoder:
 
     Raises:
         ArtifactError: the tokenizer is missing or damaged.
+        InputError: `max_length` leaves no room for text.
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
@@ -63,7 +64,14 @@ class TextEncoder:
             ) from error
         self._uses_types = "token_type_ids" in spec.inputs
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(min(spec.max_length, max_length or spec.max_length))
+        limit = spec.max_length if max_length is None else min(spec.max_length, max_length)
+        special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
+        if limit <= special:
+            raise InputError(
+                f"max_length {limit} leaves no room for text beside {special} special tokens",
+                f"give {special + 1} to {spec.max_length} tokens",
+            )
+        self._tokenizer.enable_truncation(limit)
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs.
@@ -87,13 +95,13 @@ class TextEncoder:
 
 
 def _check(text: object, number: int) -> None:
-    parts = (text,) if isinstance(text, str) else text
-    is_row = isinstance(parts, tuple) and len(parts) in (1, 2)
-    if not is_row or not all(isinstance(part, str) for part in parts):  # type: ignore[attr-defined]
-        raise InputError(
-            f"text {number} is a {type(text).__name__}", "give a string, or a pair of strings"
-        )
-    for part in parts:  # type: ignore[attr-defined]
+    is_pair = isinstance(text, tuple) and len(text) == 2
+    parts = text if isinstance(text, tuple) and is_pair else (text,)
+    for part in parts:
+        if not isinstance(part, str):
+            raise InputError(
+                f"text {number} is a {type(text).__name__}", "give a string, or a pair of strings"
+            )
         try:
             part.encode()
         except UnicodeEncodeError as error:

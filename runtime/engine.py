@@ -332,7 +332,9 @@ def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def _characters(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text))
+    """Size of a text or a pair; what is neither is refused when it is encoded."""
+    parts = text if isinstance(text, tuple) else (text,)
+    return sum(len(part) for part in parts if isinstance(part, str))
 
 
 def _rule_of(manifest: Manifest, target: str, operating_point: str | None) -> ExitRule:

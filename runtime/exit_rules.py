@@ -51,14 +51,16 @@ class ExitRule:
 
     def __post_init__(self) -> None:
         for field in ("min_exit", "max_exit", "patience", "exit"):
-            value = getattr(self, field, None)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            value = getattr(self, field, 1)
+            if field == "max_exit" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RuleError(f"{self.name}: {field} is {value!r}", "give a whole number from 1")
         threshold = getattr(self, "threshold", 0.0)
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise RuleError(f"{self.name}: threshold is {threshold!r}", "give a number")
-        if math.isnan(threshold):
-            raise RuleError(f"{self.name}: threshold is NaN", "give a number")
+        if not math.isfinite(threshold):
+            raise RuleError(f"{self.name}: threshold is {threshold}", "give a finite number")
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
                 f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",

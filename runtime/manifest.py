@@ -263,12 +263,18 @@ def resolve(folder: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
     path = folder / pure
     leaves = pure.is_absolute() or ".." in pure.parts or "\\" in relative or not relative
-    if leaves or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leaves = leaves or not path.resolve().is_relative_to(folder.resolve())
+        is_file = path.is_file()
+    # No path at all: a null byte, too long, or a link to itself.
+    except (ValueError, OSError, RuntimeError):
+        leaves, is_file = True, False
+    if leaves:
         raise ArtifactError(
             f"{folder / MANIFEST_NAME} names {relative!r}, which is outside the engines folder",
             "do not use this folder; export the model again with fpabee-export",
         )
-    if not path.is_file():
+    if not is_file:
         raise ArtifactError(
             f"{path} is missing, though the manifest names it",
             "copy the whole engines folder again, or export again with fpabee-export",

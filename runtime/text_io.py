@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -120,7 +121,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
     for number in itertools.count(1):
         try:
             raw = stream.readline(MAX_LINE_BYTES + 1)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"{name}, line {number}: cannot be read: {error}", "copy the file again"
             ) from error

@@ -47,7 +47,8 @@ class Limits:
 
     def bucket(self, rows: int, longest: int) -> Bucket:
         """The smallest shape that holds `rows` rows of at most `longest` tokens."""
-        return Bucket(_at_least(rows, self.batch_sizes), _at_least(longest, self.sequence_lengths))
+        sequence = _at_least(max(1, longest), self.sequence_lengths)
+        return Bucket(_at_least(rows, self.batch_sizes), sequence)
 
 
 def _at_least(value: int, steps: tuple[int, ...]) -> int:

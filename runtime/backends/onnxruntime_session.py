@@ -20,6 +20,7 @@ class _Environment:
         self._lock = threading.Lock()
         self._ready = False
         self._threads: int | None = None
+        self._refused: set[int | None] = set()
         self._shared = True
 
     def prepare(self, threads: int | None) -> bool:
@@ -28,7 +29,8 @@ class _Environment:
 
         with self._lock:
             if self._ready:
-                if threads not in (None, self._threads):
+                if threads not in (None, self._threads, *self._refused):
+                    self._refused.add(threads)
                     logger.warning(
                         "threads=%s has no effect: this process already runs ONNX Runtime "
                         "with threads=%s",

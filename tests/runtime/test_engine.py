@@ -296,6 +296,48 @@ def test_four_threads_agree_with_one(case: Case) -> None:
                 assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
 
 
+def test_every_thread_has_an_execution_of_its_own(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users: list[tuple[int, int]] = []
+    enqueue = onnxruntime.OnnxRuntimeExecution.enqueue
+
+    def recording(self: Any, *arguments: Any) -> Any:
+        users.append((id(self), threading.get_ident()))
+        return enqueue(self, *arguments)
+
+    monkeypatch.setattr(onnxruntime.OnnxRuntimeExecution, "enqueue", recording)
+    with Engine.load(engines["bert"]) as engine:
+        start = threading.Barrier(4)
+
+        def work(_: int) -> None:
+            start.wait()
+            engine.predict(["rain"])
+            engine.predict(["the film"])
+            start.wait()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    pairs = set(users)
+    assert len(pairs) == len({thread for _, thread in pairs}) == 4
+    assert len({execution for execution, _ in pairs}) == 4
+
+
+def test_windows_hold_the_tokens_they_may(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tuned(engines["bert"], group_tokens=50, window_tokens=100, chunk=7) as engine:
+        run, sizes = engine.run_encoded, list[int]()
+
+        def recording(rows: Any, rule: ExitRule) -> Any:
+            sizes.append(len(rows))
+            return run(rows, rule)
+
+        monkeypatch.setattr(engine, "run_encoded", recording)
+        engine.predict(["the bad film"] * 45)
+    assert sizes == [20, 20, 5]
+
+
 @pytest.mark.parametrize("regroup", Regroup)
 def test_streams_read_no_further_than_a_window_ahead(
     engines: Mapping[str, Path], regroup: Regroup
