@@ -22,6 +22,7 @@ def threshold_for_depth(
     problem_type: ProblemType,
     exit_layers: Sequence[int],
     depth: float,
+    cuts: Sequence[float] = (),
 ) -> ExitRule:
     """The rule with the threshold whose mean depth is closest to a wish.
 
@@ -31,18 +32,19 @@ def threshold_for_depth(
         problem_type: the task.
         exit_layers: the layer of each exit.
         depth: the mean depth wanted, in layers.
+        cuts: multi-label decision cuts, see `Task.cuts`.
 
     Raises:
         RuleError: the rule has no threshold.
     """
     if not hasattr(rule, "threshold"):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
-    scores = simulate(logits, rule, problem_type).scores
+    scores = simulate(logits, rule, problem_type, cuts).scores
     quantiles = np.linspace(0.0, 1.0, _CANDIDATES)
     layers = np.asarray(exit_layers)
 
     def miss(candidate: ExitRule) -> float:
-        exits = simulate(logits, candidate, problem_type).exits
+        exits = simulate(logits, candidate, problem_type, cuts).exits
         return abs(float(layers[exits - 1].mean()) - depth)
 
     candidates = [

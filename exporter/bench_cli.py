@@ -14,6 +14,7 @@ from rich.table import Table
 from ..calibration import threshold_for_depth
 from ..runtime.cli import chosen_rule, exits_with_one_line, rule_options, version_option
 from ..runtime.engine import Engine
+from ..runtime.exit_rules import takes_threshold
 from ..runtime.text_io import read_rows
 from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 from .extras import require
@@ -51,13 +52,15 @@ def main(
     require("bench")
     texts = [row.content for row in read_rows(source)]
     with Engine.load(engines, threads=threads) as engine:
+        if depth is not None and takes_threshold(rule or engine.rule.name):
+            settings["threshold"] = 0.0  # replaced below
         chosen = chosen_rule(engine.rule, rule, settings)
         if depth is not None:
             logits = engine.trace(texts[:max_rows]).logits
             layers = engine.manifest.exit_layers
             wish = depth * layers[-1]
-            kind = engine.manifest.task.problem_type
-            chosen = threshold_for_depth(logits, chosen, kind, layers, wish)
+            task = engine.manifest.task
+            chosen = threshold_for_depth(logits, chosen, task.problem_type, layers, wish, task.cuts)
     options = BenchOptions(chosen, repeats, max_rows=max_rows, model_dir=model_dir, threads=threads)
     console = Console(stderr=True)
     with console.status("measuring") as status:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 CONFIG_BLOCK = "fpabee"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Not the copies for other frameworks that many repositories hold.
+_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS]
 _TRAIN_HINT = "train one with scripts/train.py --backbone ... --train ... --output model_dir"
 
 
@@ -47,7 +49,7 @@ def resolve_model_dir(source: str | Path) -> Path:
     )
 
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = _first_line(error)
         raise ModelError(

@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from ..runtime.manifest import LOGITS, NEXT, Manifest, verified
 
 
@@ -20,6 +18,8 @@ def merge_chain(folder: Path, manifest: Manifest) -> Any:
         folder: the engines folder.
         manifest: its manifest.
     """
+    import onnx
+
     parts = {
         name: onnx.load(verified(folder, graph.file, graph.sha256))
         for name, graph in manifest.graphs.items()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..runtime.distributions import Measure
+from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError
@@ -28,8 +29,11 @@ from ..runtime.manifest import (
     Manifest,
     Model,
     ProblemType,
+    Range,
+    Shapes,
     Target,
     Task,
+    Verification,
     is_engines_folder,
     sha256_of,
     write_manifest,
@@ -52,6 +56,7 @@ _LEAST_TOLERANCE = 1e-5
 
 _SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
 _MAX_REFERENCE_ROWS = 256
+_MAX_BATCH = 256
 
 Progress = Callable[[str, int, int], None]
 
@@ -115,12 +120,19 @@ def export(
     # Resolved, so that a link or the current folder is replaced and not what names it.
     target = Path(output).resolve()
     _check_output(target, options.force)
+    check_installed()  # verification needs a runtime: say so before the long part
     source = resolve_model_dir(model_dir)
+    if source.resolve().is_relative_to(target):
+        raise ArtifactError(
+            f"{target} holds the model itself, which would be replaced",
+            "give another folder with -o",
+        )
     model = load_checkpoint(source, options.problem_type)
     texts = _verification_texts(options)
     report = progress or (lambda what, done, total: None)
     with _staging(target) as folder:
         manifest, parity = _write(folder, source, model, texts, options, report)
+        _check_output(target, options.force)  # again: it may have appeared meanwhile
         _publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, parity, size)
@@ -156,6 +168,7 @@ def _write(
         model=_model_record(source, model, cut),
         task=Task(problem_type=model.exit_config.problem_type, labels=model.exit_config.labels),
         tokenizer=tokenizer,
+        shapes=_shapes(tokenizer.max_length),
         graphs=graphs,
         segments=cut.segments,
         targets={FP32_TARGET: _target(_LEAST_TOLERANCE)},
@@ -171,10 +184,23 @@ def _write(
     manifest = _replace(
         manifest,
         targets={FP32_TARGET: _target(tolerance)},
+        verification=Verification(
+            rows=parity.rows,
+            max_logit_difference=parity.max_logit_difference,
+            label_agreement=parity.label_agreement,
+            exit_agreement=parity.exit_agreement,
+        ),
         files={name: sha256_of(folder / name) for name in (REFERENCE_NAME, VERIFICATION_NAME)},
     )
     write_manifest(folder, manifest)
     return manifest, parity
+
+
+def _shapes(max_length: int) -> Shapes:
+    return Shapes(
+        batch=Range(min=1, opt=32, max=_MAX_BATCH),
+        sequence=Range(min=1, opt=min(64, max_length), max=max_length),
+    )
 
 
 def _replace(manifest: Manifest, **changes: object) -> Manifest:
@@ -194,9 +220,6 @@ def _target(tolerance: float) -> Target:
 
 
 def _onnxruntime_version() -> str:
-    from ..runtime.backends.onnxruntime_session import check_installed
-
-    check_installed()
     import onnxruntime
 
     return str(onnxruntime.__version__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from .backends.base import Backend, Limits
 from .batching import CostCurve
 from .distributions import Answers
 from .encoding import EncodedRow, Text, TextEncoder
-from .errors import ArtifactError, BackendError, RuleError
+from .errors import ArtifactError, BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
 from .exit_rules import Budget, Decider, ExitRule
-from .manifest import Manifest, ProblemType, Target, read_manifest
+from .manifest import NEXT, Manifest, ProblemType, Target, read_manifest
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
 _WINDOW_BYTES = 256 * 2**20
@@ -91,8 +92,8 @@ class Engine:
         self._cost: CostCurve | None = None
         self._cost_lock = threading.Lock()
         self._closed = False
-        width = 4 * manifest.model.hidden_size * 2
-        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // width)
+        per_token = _bytes_per_token(manifest, self._limits)
+        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
         # Refuses a rule that does not fit the model now, not at the first text.
         self._decider(0, rule)
 
@@ -237,6 +238,8 @@ class Engine:
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""
         self._closed = True
+        # The threads' executions hold sessions and buffers.
+        self._local = threading.local()
         self._backend.close()
 
     def __enter__(self) -> Engine:
@@ -279,6 +282,8 @@ class Engine:
     def _windows(
         self, texts: Iterable[Text], rule: ExitRule
     ) -> Iterator[tuple[list[EncodedRow], WindowResult]]:
+        if isinstance(texts, str):
+            raise InputError("the texts are one string", "give a list: engine.predict([text])")
         self._decider(0, rule)
         window: list[EncodedRow] = []
         tokens = 0
@@ -293,7 +298,7 @@ class Engine:
             yield window, self.run_encoded(window, rule)
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
-        if self._regroup is Regroup.NEVER:
+        if self._regroup is Regroup.NEVER or len(self._manifest.segments) == 1:
             return None
         if self._regroup is Regroup.ALWAYS:
             return CostCurve((1, self._limits.group_tokens), (1.0, 1.0), 0.0)
@@ -317,6 +322,22 @@ class Engine:
                 probabilities=tuple(probabilities[number]),
                 truncated=row.truncated,
             )
+
+
+def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
+    """Memory of a token of a window: what segment 1 hands on, read and written at once.
+
+    Taken for the longest rows, where a position bias weighs most.
+    """
+    sequence = limits.max_sequence
+    sizes = {"batch": max(1, limits.group_tokens // sequence), "sequence": sequence}
+    total = 0
+    for name in manifest.segments[0].calls:
+        for spec in manifest.graphs[name].outputs:
+            if spec.name.startswith(NEXT):
+                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+                total += math.prod(shape) * np.dtype(spec.dtype).itemsize
+    return max(1, 2 * total // (sizes["batch"] * sequence))
 
 
 def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:

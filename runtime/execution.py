@@ -19,7 +19,9 @@ from .errors import BackendError
 from .exit_rules import Decider
 from .manifest import LOGITS
 
-_PROBE_TOKENS = (32, 128, 512, 1024)
+_PROBE_ROWS = (1, 4, 16)
+_PROBE_LENGTH = 32
+_PROBE_REPEATS = 3
 
 
 class Regroup(str, Enum):
@@ -142,15 +144,14 @@ class Chain(Generic[H]):
         return _Group(numbers, self._execution.regroup(hiddens, keeps, bucket))
 
     def measure(self) -> CostCurve:
-        """Measure a middle segment and the joining of groups, in about a tenth of a second."""
-        sizes = [t for t in _PROBE_TOKENS if t // 32 <= self._limits.max_batch]
-        sequence = min(32, self._limits.max_sequence)
-        seconds = []
-        for tokens in sizes:
-            bucket = self._limits.bucket(tokens // 32, sequence)
-            seconds.append(min(self._time_segment(bucket) for _ in range(3)))
-        largest = self._limits.bucket(sizes[-1] // 32, sequence)
-        copy = min(self._time_copy(largest) for _ in range(3)) / sizes[-1]
+        """Measure a middle segment and the joining of groups: some thousand tokens' work."""
+        sequence = min(_PROBE_LENGTH, self._limits.max_sequence)
+        buckets = [
+            self._limits.bucket(min(rows, self._limits.max_batch), sequence) for rows in _PROBE_ROWS
+        ]
+        sizes = [bucket.batch * bucket.sequence for bucket in buckets]
+        seconds = [self._time_segment(bucket) for bucket in buckets]
+        copy = min(self._time_copy(buckets[-1]) for _ in range(_PROBE_REPEATS)) / sizes[-1]
         return CostCurve(tuple(sizes), tuple(seconds), copy)
 
     def _probe(self, bucket: Bucket) -> H:
@@ -164,14 +165,16 @@ class Chain(Generic[H]):
 
     def _time_segment(self, bucket: Bucket) -> float:
         hidden = self._probe(bucket)
-        if self._segments == 1:
-            return 0.0
-        started = time.perf_counter()
-        hidden, pending = self._execution.enqueue(1, hidden)
-        pending.result()
-        seconds = time.perf_counter() - started
+        # The last segment hands nothing on that could be fed to it again.
+        repeats = _PROBE_REPEATS if self._segments > 2 else 1
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            hidden, pending = self._execution.enqueue(1, hidden)
+            pending.result()
+            times.append(time.perf_counter() - started)
         self._execution.release(hidden)
-        return seconds
+        return min(times)
 
     def _time_copy(self, bucket: Bucket) -> float:
         hidden = self._probe(bucket)

@@ -103,7 +103,8 @@ class ExitRule:
         missing = sorted(set(required) - set(given))
         if unknown or missing:
             what = f"does not take {', '.join(unknown)}" if unknown else f"needs {missing[0]}"
-            raise RuleError(f"rule {name} {what}", f"its settings are: {', '.join(fields)}")
+            give = "" if unknown else f"give {missing[0]}; "
+            raise RuleError(f"rule {name} {what}", f"{give}its settings are: {', '.join(fields)}")
         if "measure" in given:
             try:
                 given["measure"] = Measure(given["measure"])
@@ -242,6 +243,11 @@ class Epee(ExitRule):
 RULES: dict[str, type[ExitRule]] = {
     rule.name: rule for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
 }
+
+
+def takes_threshold(name: str) -> bool:
+    """Whether a rule has a threshold."""
+    return any(field.name == "threshold" for field in dataclasses.fields(RULES[name]))
 
 
 class Decider:

@@ -125,6 +125,30 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
 
 
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """Smallest, typical and largest size of a dimension."""
+
+    min: Count
+    opt: Count
+    max: Count
+
+
+class Shapes(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes that the graphs are for: rows in a batch, tokens in a row."""
+
+    batch: Range
+    sequence: Range
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """What the export's verification found; `verification.json` has the rest."""
+
+    rows: int
+    max_logit_difference: float
+    label_agreement: float
+    exit_agreement: float
+
+
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """The way from one exit to the next.
 
@@ -186,12 +210,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     model: Model
     task: Task
     tokenizer: TokenizerSpec
+    shapes: Shapes
     graphs: dict[str, Graph]
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1)]
     targets: dict[str, Target]
     default_target: str
     default_rule: dict[str, str | int | float | None]
     operating_points: dict[str, OperatingPoint] = {}
+    verification: Verification | None = None
     files: dict[str, Sha256] = {}
 
     @property
@@ -300,7 +326,8 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
 
 def _decode(folder: Path, raw: bytes) -> Manifest:
     try:
-        _check_version(msgspec.json.decode(raw, type=_Version).schema_version)
+        versions = msgspec.json.decode(raw, type=_Version)
+        _check_version(versions.schema_version, versions.fpabee_version)
         return msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ArtifactError(
@@ -311,6 +338,7 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
 
 class _Version(msgspec.Struct):
     schema_version: str
+    fpabee_version: str = ""
 
 
 def _read_bytes(folder: Path) -> bytes:
@@ -333,16 +361,17 @@ def _read_bytes(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def _check_version(version: str) -> None:
+def _check_version(version: str, fpabee_version: str) -> None:
     if not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
         raise ArtifactError(
             f"schema_version {version!r} is not of the form major.minor",
             "export the model again with fpabee-export",
         )
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        written_by = f"=={fpabee_version}" if re.fullmatch(r"[\w.]+", fpabee_version) else ""
         raise ArtifactError(
             f"the engines folder has schema {version}; this fpabee reads {SCHEMA_VERSION}",
-            f"install the fpabee that wrote it: pip install 'fpabee>={version}', "
+            f"install the fpabee that wrote it: pip install 'fpabee{written_by}', "
             "or export again with this one",
         )
 

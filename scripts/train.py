@@ -5,7 +5,7 @@
         --output model_dir
 
 Files are JSON lines (.gz too) with `text`, optionally `text_pair`, and `label` or `labels`;
-a `datasets` name is written `NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
+a `datasets` name is written `OWNER/NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
 `fpabee-export` reads, and `training.json` with the scores of every exit.
 """
 
@@ -47,6 +47,10 @@ from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
 from fpabee.runtime.text_io import Row, read_rows
+
+
+_TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
+_PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: ProblemType, weights
 
 
 def load_rows(source: str) -> list[Row]:
-    """Rows of a file, or of a `datasets` name `NAME[/CONFIG]:SPLIT`."""
+    """Rows of a file, or of a `datasets` name `OWNER/NAME[/CONFIG]:SPLIT`."""
     if Path(source).exists() or ":" not in source:
         rows = list(read_rows(source))
     else:
@@ -153,8 +157,14 @@ def _hub_rows(source: str) -> Iterable[Row]:
     name, split = source.rsplit(":", 1)
     parts = name.split("/")
     data = load_dataset("/".join(parts[:2]), *parts[2:], split=split)
-    text = next(key for key in ("text", "sentence", "sentence1", "premise") if key in data.features)
-    pair = next((k for k in ("text_pair", "sentence2", "hypothesis") if k in data.features), None)
+    text = next((key for key in _TEXT_COLUMNS if key in data.features), None)
+    pair = next((key for key in _PAIR_COLUMNS if key in data.features), None)
+    if text is None or "label" not in data.features:
+        raise InputError(
+            f"{source} has the columns {', '.join(data.features)}; expected label and one of "
+            f"{', '.join(_TEXT_COLUMNS)}",
+            "write it as JSON lines with text and label",
+        )
     names = getattr(data.features["label"], "names", None)
     for item in data:
         label = names[item["label"]] if names else str(item["label"])
@@ -245,6 +255,12 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         compute_metrics=lambda prediction: _metrics(prediction, options),
     )
     last = _last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    if options.resume and last is None:
+        raise InputError(
+            f"{checkpoints} holds no finished epoch to resume from", "leave out --resume"
+        )
+    if not options.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last if options.resume else None)
     seconds = time.perf_counter() - started

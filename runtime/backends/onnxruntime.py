@@ -27,13 +27,15 @@ from ..manifest import (
     Manifest,
     Target,
     TensorSpec,
+    resolve,
     verified,
 )
 from .base import Bucket, Limits, Rows
 from .onnxruntime_session import check_installed, first_line, ort_errors, session_options
 
-_POOL_BYTES = 512 * 2**20
-_MAX_BINDINGS = 1024
+_POOL_BYTES = 256 * 2**20
+# A binding keeps its buffers alive; one that many bindings share counts for each of them.
+_BINDING_BYTES = 256 * 2**20
 # Measured on two cores: fewer tokens waste matrix kernels, more leave the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
@@ -121,6 +123,10 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._closed = False
+        # Whether all files are there is asked now; each is hashed when its segment loads.
+        for name in manifest.graphs:
+            resolve(folder, self._file(name)[0])
         self.live = _live_tensors(manifest)
         self.specs = {name: spec for live in self.live for name, spec in live.items()}
         self.padding = {
@@ -131,7 +137,9 @@ class OnnxRuntimeBackend:
 
     def limits(self) -> Limits:
         """Any shape up to the model's longest sequence."""
-        return Limits(_MAX_BATCH, self._manifest.tokenizer.max_length, _GROUP_TOKENS)
+        shapes = self._manifest.shapes
+        rows = min(_MAX_BATCH, shapes.batch.max)
+        return Limits(rows, shapes.sequence.max, _GROUP_TOKENS)
 
     def open(self) -> OnnxRuntimeExecution:
         """A new execution, for one thread."""
@@ -144,7 +152,9 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """Drop the sessions."""
-        self._sessions.clear()
+        with self._lock:
+            self._closed = True
+            self._sessions.clear()
 
     def calls(self, segment: int) -> tuple[str, ...]:
         """Graphs of a segment in order."""
@@ -159,17 +169,20 @@ class OnnxRuntimeBackend:
         session = self._sessions.get(name)
         if session is None:
             with self._lock:
+                if self._closed:
+                    raise BackendError("this engine is closed", "load it again with Engine.load")
                 session = self._sessions.get(name) or self._load(name)
                 self._sessions[name] = session
         return session
 
+    def _file(self, name: str) -> tuple[str, str]:
+        file = self._target.files.get(name) or self._manifest.graphs[name]
+        return file.file, file.sha256
+
     def _load(self, name: str) -> Any:
         import onnxruntime as ort
 
-        built = self._target.files.get(name)
-        graph = self._manifest.graphs[name]
-        file, sha256 = (built.file, built.sha256) if built else (graph.file, graph.sha256)
-        path = verified(self._folder, file, sha256)
+        path = verified(self._folder, *self._file(name))
         options = session_options(self._threads)
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -189,6 +202,7 @@ class OnnxRuntimeExecution:
         self._bindings: OrderedDict[tuple[str, tuple[int, ...]], tuple[Any, list[_Buffer]]] = (
             OrderedDict()
         )
+        self._binding_bytes = 0
 
     def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> CpuHidden:
         """Pad token ids and make the attention bias."""
@@ -265,8 +279,12 @@ class OnnxRuntimeExecution:
             # The buffers are kept with their binding, so that their ids stay theirs.
             known = (binding, [*inputs, *outputs])
             self._bindings[key] = known
-            if len(self._bindings) > _MAX_BINDINGS:
-                self._bindings.popitem(last=False)
+            self._binding_bytes += _size(known[1])
+            while self._binding_bytes > _BINDING_BYTES and len(self._bindings) > 1:
+                _, (_, buffers) = self._bindings.popitem(last=False)
+                self._binding_bytes -= _size(buffers)
+        else:
+            self._bindings.move_to_end(key)
         try:
             session.run_with_iobinding(known[0])
         except ort_errors() as error:
@@ -275,6 +293,10 @@ class OnnxRuntimeExecution:
                 f"{first_line(error)}",
                 "check the free memory; if the folder was copied, export again",
             ) from error
+
+
+def _size(buffers: Sequence[_Buffer]) -> int:
+    return sum(buffer.array.nbytes for buffer in buffers)
 
 
 def _live_tensors(manifest: Manifest) -> list[dict[str, TensorSpec]]:

@@ -29,7 +29,7 @@ class _Environment:
 
         with self._lock:
             if self._ready:
-                if threads not in (None, self._threads, *self._refused):
+                if self._shared and threads not in (None, self._threads, *self._refused):
                     self._refused.add(threads)
                     logger.warning(
                         "threads=%s has no effect: this process already runs ONNX Runtime "
@@ -38,13 +38,16 @@ class _Environment:
                         self._threads,
                     )
                 return self._shared
-            self._threads = threads or _usable_cores()
+            self._threads = threads or usable_cores()
             self._shared = self._set_pool(self._threads)
             info = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
-            ort.create_and_register_allocator(info, None)
             self._ready = True
+            try:
+                ort.create_and_register_allocator(info, None)
+            except ort_errors() as error:
+                logger.warning("ONNX Runtime keeps its arena as it is: %s", first_line(error))
             return self._shared
 
     def _set_pool(self, threads: int) -> bool:
@@ -82,7 +85,8 @@ def _sessions_alive(kind: type) -> bool:
 _environment = _Environment()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
@@ -107,7 +111,7 @@ def session_options(threads: int | None = None) -> Any:
     if shared:
         options.use_per_session_threads = False
     else:
-        options.intra_op_num_threads = threads or _usable_cores()
+        options.intra_op_num_threads = threads or usable_cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 

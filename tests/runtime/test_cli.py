@@ -345,9 +345,11 @@ def test_usage_errors(run: Run, bert: Path, options: list[str], says: str) -> No
     ("options", "says"),
     [
         (["--rule", "budget"], ("rule budget needs exit", "its settings are: ")),
+        # The folder's threshold is for another measure.
+        (["--measure", "jsd"], ("rule fpabee needs threshold",)),
         (["--rule", "pabee", "--patience", "1", "--threshold", "1"], ("does not take threshold",)),
         (["--rule", "budget", "--exit", "4"], ("the model has 3 exits", "give at most 3")),
-        (["--threshold", "nan"], ("threshold is NaN", "give a number")),
+        (["--threshold", "nan"], ("threshold is nan", "give a finite number")),
         (["--min-exit", "3", "--max-exit", "2"], ("max_exit 2 is before min_exit 3",)),
         (["--target", "x"], ("has no target 'x'; it has onnxruntime-fp32", "--target")),
     ],
@@ -529,3 +531,18 @@ def test_a_reader_that_stops_early_is_no_error(bert: Path, tmp_path: Path) -> No
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_midway_keeps_the_rows_done_and_names_them(
+    run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpabee.runtime.engine._CHUNK_TEXTS", 1)
+    monkeypatch.setattr("fpabee.runtime.engine._WINDOW_BYTES", 1)
+    monkeypatch.setattr("fpabee.runtime.backends.onnxruntime._GROUP_TOKENS", 1)
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "rain"}\n{"text": "sun"}\n{"text": 5}\n')
+    result = run(bert, "--input", source, "--output", tmp_path / "out.jsonl")
+    partial = tmp_path / "out.jsonl.partial"
+    check_refused(result, "line 3", f"rows done so far are in {partial}")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert [json.loads(line)["index"] for line in partial.read_text().splitlines()] == [0, 1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -387,6 +389,44 @@ def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
 def test_what_is_not_a_text_is_refused(bert: Engine) -> None:
     with pytest.raises(InputError, match="text 2 is a int"):
         bert.predict(["the", 5])  # type: ignore[list-item]
+
+
+def test_one_string_is_not_taken_for_a_list_of_characters(bert: Engine) -> None:
+    for call in (bert.predict, bert.trace):
+        with pytest.raises(InputError, match=r"one string.*engine\.predict\(\[text\]\)"):
+            call("turn on the light")
+
+
+def test_a_missing_late_segment_is_refused_at_load(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    (folder / "onnx" / "fp32" / "segment_03.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
+        Engine.load(folder)
+
+
+def test_memory_of_bindings_is_bounded(engines: Mapping[str, Path]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "_BINDING_BYTES", 600_000)
+        patch.setattr(onnxruntime, "_POOL_BYTES", 100_000)
+        with Engine.load(engines["bert"]) as engine:
+            expected = engine.trace(["the " * n for n in range(1, 40)]).logits
+            execution = engine._chain()._execution
+            held = [buffer for _, part in execution._bindings.values() for buffer in part]
+            assert sum(buffer.array.nbytes for buffer in held) <= 600_000
+            assert execution._binding_bytes == sum(buffer.array.nbytes for buffer in held)
+            assert execution._pool._free_bytes <= 100_000
+    with Engine.load(engines["bert"]) as engine:
+        usual = engine.trace(["the " * n for n in range(1, 40)]).logits
+    np.testing.assert_allclose(expected, usual, atol=1e-5)
+
+
+def test_closing_frees_the_sessions(engines: Mapping[str, Path]) -> None:
+    engine = Engine.load(engines["bert"])
+    engine.predict(["the"])
+    session = weakref.ref(engine._backend.session("segment_01"))  # type: ignore[attr-defined]
+    engine.close()
+    gc.collect()
+    assert session() is None
 
 
 def test_a_rule_that_does_not_fit_is_refused_at_once(

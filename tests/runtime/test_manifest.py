@@ -12,19 +12,22 @@ import pytest
 
 from fpabee.runtime.errors import ArtifactError
 from fpabee.runtime.manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
     BuiltFile,
     Graph,
+    MANIFEST_NAME,
     Manifest,
     Model,
     OperatingPoint,
     ProblemType,
+    Range,
+    SCHEMA_VERSION,
     Segment,
+    Shapes,
     Target,
     Task,
     TensorSpec,
     TokenizerSpec,
+    Verification,
     read_manifest,
     resolve,
     sha256_of,
@@ -61,6 +64,10 @@ def manifest() -> Manifest:
             max_length=16,
             pad_id=0,
             inputs=("input_ids",),
+        ),
+        shapes=Shapes(batch=Range(min=1, opt=8, max=32), sequence=Range(min=1, opt=16, max=16)),
+        verification=Verification(
+            rows=12, max_logit_difference=1e-6, label_agreement=1.0, exit_agreement=1.0
         ),
         graphs={
             name: Graph(file=f"{name}.onnx", sha256=digest, inputs=(hidden,), outputs=(logits,))
