@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..runtime.distributions import Measure
 from ..runtime.backends.onnxruntime_session import check_installed
+from ..runtime.distributions import Measure
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError

@@ -48,7 +48,6 @@ from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
 from fpabee.runtime.text_io import Row, read_rows
 
-
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
 _PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
 

@@ -430,7 +430,7 @@ def _escape(folder: Path) -> None:
         (lambda f: (f / MANIFEST_NAME).write_text("{"), ("is damaged", "fpabee-export")),
         (
             lambda f: _change(f, lambda m: m.update(schema_version="2.3")),
-            ("has schema 2.3", "pip install 'fpabee>=2.3'"),
+            ("has schema 2.3", "pip install 'fpabee==0.1.0'"),
         ),
         (
             lambda f: _change(f, lambda m: m["tokenizer"].update(file="../tokenizer.json")),

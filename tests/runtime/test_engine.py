@@ -523,12 +523,12 @@ def test_a_shorter_max_length_truncates(engines: Mapping[str, Path], bert: Engin
 
 def test_segments_are_loaded_when_rows_get_there(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy("bert")
-    (folder / read_manifest(folder).graphs["segment_03"].file).unlink()
+    (folder / read_manifest(folder).graphs["segment_03"].file).write_bytes(b"damaged")
     with Engine.load(folder) as engine:
         assert [p.exit for p in engine.predict(TEXTS, rule=Budget(exit=2))] == [2] * len(TEXTS)
-        with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
+        with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):
             engine.predict(TEXTS, full_depth=True)
-    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
+    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):
         Engine.load(folder, preload=True)
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from fpabee.runtime.errors import ArtifactError
 from fpabee.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
     BuiltFile,
     Graph,
-    MANIFEST_NAME,
     Manifest,
     Model,
     OperatingPoint,
     ProblemType,
     Range,
-    SCHEMA_VERSION,
     Segment,
     Shapes,
     Target,
@@ -196,7 +196,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "says"),
     [
-        ("2.0", "pip install 'fpabee>=2.0'"),
+        ("2.0", "pip install 'fpabee==3.4.5'"),
         ("0.9", "this fpabee reads 1.0"),
         ("1", "not of the form major.minor"),
         ("1.x", "not of the form major.minor"),
@@ -207,7 +207,9 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
 )
 def test_other_schema_versions(folder: Path, version: Any, says: str) -> None:
     # Checked before all else: a newer manifest may have any shape.
-    (folder / MANIFEST_NAME).write_text(json.dumps({"schema_version": version, "graphs": 7}))
+    (folder / MANIFEST_NAME).write_text(
+        json.dumps({"schema_version": version, "fpabee_version": "3.4.5", "graphs": 7})
+    )
     assert says in refusal(folder)
 
 
