@@ -410,7 +410,7 @@ def test_memory_of_bindings_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(onnxruntime, "_POOL_BYTES", 100_000)
         with Engine.load(engines["bert"]) as engine:
             expected = engine.trace(["the " * n for n in range(1, 40)]).logits
-            execution = engine._chain()._execution
+            execution: Any = engine._chain()._execution
             held = [buffer for _, part in execution._bindings.values() for buffer in part]
             assert sum(buffer.array.nbytes for buffer in held) <= 600_000
             assert execution._binding_bytes == sum(buffer.array.nbytes for buffer in held)
