@@ -22,11 +22,11 @@ from ..runtime.exit_rules import ExitRule, Pabee, simulate
 from ..runtime.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
-    MASK_FILL,
     NEXT,
     Manifest,
     ProblemType,
 )
+from .backbones import attention_bias
 from .multi_exit import MultiExitModel
 from .segments import Cut
 
@@ -107,7 +107,7 @@ def check_graphs(
         state = {
             "input_ids": ids,
             "token_type_ids": types,
-            ATTENTION_BIAS: (1.0 - mask[:, None, None, :].float()) * MASK_FILL,
+            ATTENTION_BIAS: attention_bias(mask),
         }
         for name in [name for segment in cut.segments for name in segment.calls]:
             graph = manifest.graphs[name]
