@@ -24,15 +24,19 @@ def attention_bias(attention_mask: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     """Token ids to the first hidden states, and to what the layers need besides them."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
-        self.embeddings: nn.Module = encoder.get_submodule("embeddings")
+        self.embeddings = embeddings
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states `[rows, sequence, hidden]`, and carried tensors by name."""
         return self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids), {}
+
+    def frozen(self, max_positions: int) -> Embeddings:
+        """The same with what no text changes computed ahead: less to do in a segment."""
+        return self
 
 
 class Block(nn.Module):
@@ -79,7 +83,7 @@ class Backbone:
 
     def embeddings(self) -> Embeddings:
         """The embeddings, as a module of token ids."""
-        return Embeddings(self.encoder)
+        return Embeddings(self.encoder.embeddings)
 
     def layers(self) -> list[nn.Module]:
         """The encoder layers in depth order; a shared layer is listed once per call."""
@@ -103,9 +107,9 @@ class Bert(Backbone):
 
 
 class _AlbertEmbeddings(Embeddings):
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__(encoder)
-        self.mapping: nn.Module = encoder.get_submodule("encoder.embedding_hidden_mapping_in")
+    def __init__(self, embeddings: nn.Module, mapping: nn.Module) -> None:
+        super().__init__(embeddings)
+        self.mapping = mapping
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
@@ -121,7 +125,8 @@ class Albert(Backbone):
 
     def embeddings(self) -> Embeddings:
         """The embeddings and their mapping to the hidden size."""
-        return _AlbertEmbeddings(self.encoder)
+        mapping = self.encoder.encoder.embedding_hidden_mapping_in
+        return _AlbertEmbeddings(self.encoder.embeddings, mapping)
 
     def layers(self) -> list[nn.Module]:
         """One entry per call: the same group appears several times."""
@@ -136,15 +141,21 @@ class Albert(Backbone):
 
 
 class _MPNetEmbeddings(Embeddings):
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__(encoder)
-        self.position_bias = _PositionBias(encoder.get_submodule("encoder"))
+    def __init__(self, embeddings: nn.Module, position_bias: nn.Module) -> None:
+        super().__init__(embeddings)
+        self.position_bias = position_bias
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_states = self.embeddings(input_ids)
         return hidden_states, {"position_bias": self.position_bias(hidden_states)}
+
+    def frozen(self, max_positions: int) -> Embeddings:
+        longest = torch.zeros(1, max_positions, 1)
+        with torch.no_grad():
+            table = _PositionBiasTable(self.position_bias(longest))
+        return _MPNetEmbeddings(self.embeddings, table)
 
 
 class _PositionBias(nn.Module):
@@ -162,6 +173,26 @@ class _PositionBias(nn.Module):
         return bias
 
 
+class _PositionBiasTable(nn.Module):
+    """The same by distance: looked up, where computing it takes forty small operations.
+
+    Args:
+        longest: `[1, heads, positions, positions]`, the bias of the longest sequence.
+    """
+
+    def __init__(self, longest: Tensor) -> None:
+        super().__init__()
+        self.positions = longest.shape[-1]
+        # Distance key - query, from 1 - positions on: the first column, then the first row.
+        by_distance = torch.cat([longest[0, :, 1:, 0].flip(-1), longest[0, :, 0, :]], dim=-1)
+        self.register_buffer("by_distance", by_distance)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        positions = torch.arange(hidden_states.shape[1])
+        distance = positions[None, :] - positions[:, None] + self.positions - 1
+        return self.get_buffer("by_distance")[:, distance][None]
+
+
 class MPNet(Backbone):
     """MPNet: the first segment computes a relative position bias that every layer adds."""
 
@@ -176,7 +207,7 @@ class MPNet(Backbone):
 
     def embeddings(self) -> Embeddings:
         """The embeddings, and the position bias `[1, heads, sequence, sequence]`."""
-        return _MPNetEmbeddings(self.encoder)
+        return _MPNetEmbeddings(self.encoder.embeddings, _PositionBias(self.encoder.encoder))
 
     def max_positions(self) -> int:
         """Positions start after the padding index, as in RoBERTa."""

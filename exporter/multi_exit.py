@@ -1,8 +1,8 @@
 """The multi-exit model: an encoder with a classifier after chosen layers.
 
 State-dict layout (that of PABEE, F-PABEE, PCEE-BERT and EPEE training code): the encoder
-under its usual prefix, the pooler inside it, `classifiers.{i}.weight/bias` for exit i
-from 0.
+under its usual prefix, the pooler inside it (without use in `Pooling.MEAN`), and
+`classifiers.{i}.weight/bias` for exit i from 0.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from ..runtime.errors import ModelError
 from ..runtime.manifest import ProblemType
-from .backbones import Backbone, Block, attention_bias, family_of
+from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
 
 
 class Pooling(str, Enum):
     """What an exit's classifier sees of the hidden states."""
 
     CLS = "cls"
-    """The first token (PABEE)."""
+    """The first token, through a dense layer with tanh that all exits share (PABEE)."""
     MEAN = "mean"
-    """The mean over real tokens: early exits learn far more with it."""
+    """The mean over real tokens: early exits learn far more with it, and cost far less."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,44 @@ class MultiExitConfig:
             )
 
 
-class Head(nn.Module):
-    """Exit head: pool, shared dense + tanh, linear classifier."""
+def token_weights(attention_bias: Tensor) -> Tensor:
+    """Weights `[rows, 1, sequence]` that make a sum over tokens the mean over real ones.
 
-    def __init__(
-        self, pooler: nn.Linear, classifier: nn.Linear, pooling: Pooling, dropout: float
-    ) -> None:
+    Args:
+        attention_bias: `[rows, 1, 1, sequence]`, 0 on real tokens and MASK_FILL on padding.
+    """
+    # So its softmax is 1/n on the n real tokens, and 0 on padding.
+    return torch.softmax(attention_bias.squeeze(1), dim=-1)
+
+
+class Head(nn.Module):
+    """Exit head: pool the hidden states, then a linear classifier.
+
+    Args:
+        classifier: hidden size to labels.
+        pooler: the dense layer of `Pooling.CLS`; None is `Pooling.MEAN`.
+        dropout: before the classifier, in training.
+    """
+
+    def __init__(self, classifier: nn.Linear, pooler: nn.Linear | None, dropout: float) -> None:
         super().__init__()
         self.pooler = pooler
         self.classifier = classifier
         self.dropout = nn.Dropout(dropout)
-        self.pooling = pooling
 
-    def forward(self, hidden_states: Tensor, attention_bias: Tensor) -> Tensor:
-        """Logits `[rows, labels]` of hidden states `[rows, sequence, hidden]`."""
-        if self.pooling is Pooling.CLS:
-            pooled = hidden_states[:, 0]
+    def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
+        """Logits `[rows, labels]`.
+
+        Args:
+            hidden_states: `[rows, sequence, hidden]`.
+            token_weights: see `token_weights`; only `Pooling.MEAN` reads them.
+        """
+        if self.pooler is not None:
+            pooled = torch.tanh(self.pooler(hidden_states[:, 0]))
         else:
-            # The bias is 0 on real tokens and MASK_FILL on padding.
-            real = (attention_bias[:, 0, 0, :, None] > -1.0).to(hidden_states.dtype)
-            pooled = (hidden_states * real).sum(dim=1) / real.sum(dim=1).clamp(min=1.0)
-        logits: Tensor = self.classifier(self.dropout(torch.tanh(self.pooler(pooled))))
+            assert token_weights is not None
+            pooled = (token_weights @ hidden_states).squeeze(1)
+        logits: Tensor = self.classifier(self.dropout(pooled))
         return logits
 
 
@@ -120,12 +137,11 @@ class MultiExitModel(nn.Module):
         dropout = getattr(self.backbone.config, "classifier_dropout", None)
         if dropout is None:
             dropout = getattr(self.backbone.config, "hidden_dropout_prob", 0.0)
-        return Head(
-            self.backbone.pooler(), classifier, self.exit_config.pooling, float(dropout or 0.0)
-        )
+        pooler = self.backbone.pooler() if self.exit_config.pooling is Pooling.CLS else None
+        return Head(classifier, pooler, float(dropout or 0.0))
 
     @property
-    def parts(self) -> tuple[nn.Module, tuple[Block, ...], tuple[Head, ...]]:
+    def parts(self) -> tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]]:
         """Embeddings, one block per layer, one head per exit: what segments are cut from."""
         return self._parts
 
@@ -154,11 +170,12 @@ class MultiExitModel(nn.Module):
         """
         embeddings, blocks, heads = self._parts
         bias = attention_bias(attention_mask)
+        weights = token_weights(bias)
         hidden_states, carried = embeddings(input_ids, token_type_ids)
         head_of = dict(zip(self.exit_config.exits, heads, strict=True))
         logits = []
         for layer, block in enumerate(blocks[: self.exit_config.exits[-1]], start=1):
             hidden_states = block(hidden_states, bias, **carried)
             if layer in head_of:
-                logits.append(head_of[layer](hidden_states, bias).float())
+                logits.append(head_of[layer](hidden_states, weights).float())
         return torch.stack(logits)

@@ -31,9 +31,10 @@ from ..runtime.manifest import (
     sha256_of,
 )
 from .backbones import Block, Embeddings
-from .multi_exit import Head, MultiExitModel, Pooling
+from .multi_exit import Head, MultiExitModel, Pooling, token_weights
 
 OPSET = 20
+TOKEN_WEIGHTS = "token_weights"
 
 _EXAMPLE = {"batch": 3, "sequence": 7}
 
@@ -45,6 +46,7 @@ class GraphModule(nn.Module):
         embeddings: for the first stretch.
         blocks: the layers to run.
         head: the exit at its end.
+        pooling: what the heads of the model see.
         is_last: whether nothing follows, so that hidden states need not leave.
     """
 
@@ -53,6 +55,7 @@ class GraphModule(nn.Module):
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
         head: Head | None,
+        pooling: Pooling,
         is_last: bool = False,
     ) -> None:
         super().__init__()
@@ -60,11 +63,22 @@ class GraphModule(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.is_last = is_last
+        self.mean = pooling is Pooling.MEAN
 
     @property
     def needs_bias(self) -> bool:
         """Whether the attention bias is read."""
-        return len(self.blocks) > 0 or (self.head is not None and self.head.pooling is Pooling.MEAN)
+        return len(self.blocks) > 0 or (self.mean and self.embeddings is not None)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the token weights are read; the first stretch makes them for all heads."""
+        return self.mean and self.head is not None and self.embeddings is None
+
+    @property
+    def gives_weights(self) -> bool:
+        """Whether token weights leave."""
+        return self.mean and self.embeddings is not None and not self.is_last
 
     @property
     def gives_hidden(self) -> bool:
@@ -74,25 +88,30 @@ class GraphModule(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, see `TensorSpec` in the manifest."""
         bias = inputs.get(ATTENTION_BIAS)
+        weights = inputs.get(TOKEN_WEIGHTS)
         outputs = {}
         if self.embeddings is not None:
             hidden_states, carried = self.embeddings(
                 inputs["input_ids"], inputs.get("token_type_ids")
             )
             outputs = {NEXT + name: value for name, value in carried.items()}
+            if self.mean:
+                weights = token_weights(inputs[ATTENTION_BIAS])
+            if self.gives_weights:
+                outputs[NEXT + TOKEN_WEIGHTS] = weights
         else:
             hidden_states = inputs[HIDDEN_STATES]
             carried = {
                 name: value
                 for name, value in inputs.items()
-                if name not in (HIDDEN_STATES, ATTENTION_BIAS)
+                if name not in (HIDDEN_STATES, ATTENTION_BIAS, TOKEN_WEIGHTS)
             }
         for block in self.blocks:
             hidden_states = block(hidden_states, bias, **carried)
         if self.gives_hidden:
             outputs[NEXT + HIDDEN_STATES] = hidden_states
         if self.head is not None:
-            outputs[LOGITS] = self.head(hidden_states, bias)
+            outputs[LOGITS] = self.head(hidden_states, weights)
         return outputs
 
 
@@ -115,15 +134,17 @@ def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
     heads = [model.parts[2][number - 1] for number in exits]
     if model.backbone.shared_layers:
         return _cut_shared(model, layers, heads)
-    embeddings, blocks, _ = model.parts
+    blocks = model.parts[1]
+    embeddings = model.parts[0].frozen(model.backbone.max_positions())
     modules, segments = {}, []
     start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
         name = f"segment_{number:02d}"
         modules[name] = GraphModule(
-            embeddings if number == 1 else None,  # type: ignore[arg-type]
+            embeddings if number == 1 else None,
             blocks[start:layer],
             head,
+            model.exit_config.pooling,
             is_last=number == len(layers),
         ).eval()
         segments.append(Segment(exit=number, layer=layer, calls=(name,)))
@@ -132,19 +153,21 @@ def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
 
 
 def _cut_shared(model: MultiExitModel, layers: Sequence[int], heads: Sequence[Head]) -> Cut:
-    embeddings, blocks, _ = model.parts
+    blocks = model.parts[1]
+    embeddings = model.parts[0].frozen(model.backbone.max_positions())
+    pooling = model.exit_config.pooling
     names: dict[int, str] = {}
-    modules = {"embeddings": GraphModule(embeddings, (), None).eval()}  # type: ignore[arg-type]
+    modules = {"embeddings": GraphModule(embeddings, (), None, pooling).eval()}
     block_names = []
     for block in blocks[: layers[-1]]:
         name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
-        modules.setdefault(name, GraphModule(None, [block], None).eval())
+        modules.setdefault(name, GraphModule(None, [block], None, pooling).eval())
         block_names.append(name)
     segments = []
     start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
         head_name = f"head_{number:02d}"
-        modules[head_name] = GraphModule(None, (), head, is_last=True).eval()
+        modules[head_name] = GraphModule(None, (), head, pooling, is_last=True).eval()
         first = ["embeddings"] if number == 1 else []
         calls = (*first, *block_names[start:layer], head_name)
         segments.append(Segment(exit=number, layer=layer, calls=calls))
@@ -171,6 +194,8 @@ def input_specs(
         specs.append(
             TensorSpec(name=ATTENTION_BIAS, dtype="float32", shape=("batch", 1, 1, "sequence"))
         )
+    if module.needs_weights:
+        specs.append(_weights_spec(""))
     if module.embeddings is None and len(module.blocks):
         specs += _carried_specs(model, "")
     return specs
@@ -180,6 +205,8 @@ def output_specs(model: MultiExitModel, module: GraphModule) -> list[TensorSpec]
     """The outputs of a graph."""
     hidden = int(model.backbone.config.hidden_size)
     specs = _carried_specs(model, NEXT) if module.embeddings is not None else []
+    if module.gives_weights:
+        specs.append(_weights_spec(NEXT))
     if module.gives_hidden:
         shape = ("batch", "sequence", hidden)
         specs.append(TensorSpec(name=NEXT + HIDDEN_STATES, dtype="float32", shape=shape))
@@ -194,6 +221,10 @@ def _carried_specs(model: MultiExitModel, prefix: str) -> list[TensorSpec]:
         TensorSpec(name=prefix + name, dtype="float32", shape=shape)
         for name, shape in model.backbone.carried.items()
     ]
+
+
+def _weights_spec(prefix: str) -> TensorSpec:
+    return TensorSpec(name=prefix + TOKEN_WEIGHTS, dtype="float32", shape=("batch", 1, "sequence"))
 
 
 def export_graph(

@@ -357,8 +357,8 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option(
     "--head-lr",
     type=click.FloatRange(min=0, min_open=True),
-    default=1e-3,
-    help="Learning rate of the pooler and the classifiers.",
+    help="Learning rate of the heads; default: 5e-3, or 1e-3 with --pooling cls, whose dense "
+    "layer is more than a linear classifier.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32)
 @click.option("--max-length", type=click.IntRange(min=4), default=128, help="In tokens.")
@@ -369,10 +369,15 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--seed", type=int, default=42)
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast.")
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch.")
-def main(problem_type: str, pooling: str, **settings: Any) -> None:
+def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""
     console = Console()
-    options = Options(problem_type=ProblemType(problem_type), pooling=Pooling(pooling), **settings)
+    options = Options(
+        problem_type=ProblemType(problem_type),
+        pooling=Pooling(pooling),
+        head_lr=head_lr or (5e-3 if pooling == Pooling.MEAN.value else 1e-3),
+        **settings,
+    )
     try:
         report = train(options, console)
     except FpabeeError as error:

@@ -53,11 +53,11 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
     logits = []
     for layer, classifier in zip(model.exit_config.exits, model.classifiers, strict=True):
         if model.exit_config.pooling is Pooling.CLS:
-            pooled = hidden[layer][:, 0]
+            pooled = torch.tanh(pooler(hidden[layer][:, 0]))
         else:
             rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
             pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
-        logits.append(classifier(torch.tanh(pooler(pooled))))
+        logits.append(classifier(pooled))
     return torch.stack(logits)
 
 

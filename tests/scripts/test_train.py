@@ -276,6 +276,7 @@ def test_multi_label_run_on_the_encoder_of_another_model_dir(run: Run, data: Pat
     report = json.loads((data / "model" / "training.json").read_text())
     scores = report["scores"]["dev"]
     assert [set(score) for score in scores] == [{"exact_match", "micro_f1", "macro_f1"}] * 2
+    assert report["options"]["head_lr"] == 1e-3
     model, backbone = load_checkpoint(data / "model"), load_checkpoint(GOLDEN)
     assert model.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
     name = "bert.encoder.layer.5.output.dense.weight"
