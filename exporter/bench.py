@@ -42,7 +42,8 @@ class BenchOptions:
 
     Attributes:
         rule: the exit rule.
-        repeats: times each unit is run.
+        repeats: times each unit is run at most.
+        max_seconds: of a workload, after which its units are run only once.
         shapes: (rows, tokens) of the synthetic batches; those longer than the target
             takes are left out.
         max_rows: texts of the file that are used.
@@ -53,6 +54,7 @@ class BenchOptions:
 
     rule: ExitRule
     repeats: int = 5
+    max_seconds: float = 120.0
     shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (32, 32), (32, 128))
     max_rows: int = 2000
     max_single: int = 100
@@ -112,7 +114,7 @@ class BenchReport:
     workloads: list[Workload] = field(default_factory=list)
 
 
-Variants = dict[str, Callable[[Sequence[EncodedRow]], None]]
+Variants = dict[str, Callable[[Sequence[EncodedRow]], Any]]
 
 
 class _Runner:
@@ -152,18 +154,14 @@ class _Runner:
         """The chain, every layer for every row."""
         self.engine.run_encoded(rows, Budget(exit=len(self.engine.manifest.segments)))
 
-    def with_rule(self, rows: Sequence[EncodedRow]) -> None:
-        """The chain with the rule."""
-        self.engine.run_encoded(rows, self.rule)
+    def with_rule(self, rows: Sequence[EncodedRow]) -> Any:
+        """The chain with the rule; gives the exit of each row."""
+        return self.engine.run_encoded(rows, self.rule).exits
 
     def pytorch(self, rows: Sequence[EncodedRow]) -> None:
         """The same rule in PyTorch, as published: a batch goes on until its last row stops."""
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_torch(rows[start : start + _FILE_BATCH])
-
-    def exits(self, rows: Sequence[EncodedRow]) -> Any:
-        """Exit of each row under the rule."""
-        return self.engine.run_encoded(rows, self.rule).exits
 
     def _run_full(self, rows: Sequence[EncodedRow]) -> None:
         import onnxruntime as ort
@@ -179,23 +177,28 @@ class _Runner:
     def _run_torch(self, rows: Sequence[EncodedRow]) -> None:
         import torch
 
+        from .multi_exit import token_weights
+
         model = self._torch
         arrays = _padded(rows, ["input_ids", "token_type_ids", ATTENTION_BIAS])
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         task = self.engine.manifest.task
         embeddings, blocks, heads = model.parts
         layers = model.exit_config.exits
-        decider = Decider(self.rule, task.problem_type, len(rows), len(layers), task.cuts)
-        everyone, done, number = np.arange(len(rows)), np.zeros(len(rows), bool), 0
+        decider = Decider(self.rule, task.problem_type, len(layers), task.cuts)
+        progress, done, number = decider.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
+            weights = token_weights(bias)
             hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
             for layer, block in enumerate(blocks, start=1):
                 hidden = block(hidden, bias, **carried)
                 if layer == layers[number]:
-                    logits = heads[number](hidden, bias).numpy()
+                    logits = heads[number](hidden, weights).numpy()
                     number += 1
-                    done |= decider.decide(number, everyone, logits)[0]
-                    if done.all() or number == len(layers):
+                    stops, _ = decider.decide(number, progress, logits)
+                    if stops is not None:
+                        done |= stops
+                    if done.all():
                         return
 
 
@@ -229,15 +232,15 @@ def run_bench(
             name = f"{batch} x {tokens} tokens"
             progress(name)
             units = _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
-            report.workloads.append(_measure(name, units, runner, options.repeats, _in_groups))
+            report.workloads.append(_measure(name, units, runner, options, _in_groups))
         progress("file, one text at a time")
         single = [[row] for row in _spread(rows, min(options.max_single, len(rows)))]
         name = f"file, batch 1 ({len(single)} texts)"
-        report.workloads.append(_measure(name, single, runner, options.repeats, _in_groups))
+        report.workloads.append(_measure(name, single, runner, options, _in_groups))
         progress("file, whole")
         windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
         name = f"file, all {len(rows)} texts"
-        report.workloads.append(_measure(name, windows, runner, options.repeats, _as_file))
+        report.workloads.append(_measure(name, windows, runner, options, _as_file))
     return report
 
 
@@ -279,7 +282,7 @@ def _measure(
     name: str,
     units: Sequence[Sequence[EncodedRow]],
     runner: _Runner,
-    repeats: int,
+    options: BenchOptions,
     choose: Callable[[_Runner], Variants],
 ) -> Workload:
     variants = choose(runner)
@@ -287,24 +290,28 @@ def _measure(
     every: dict[str, list[float]] = {variant: [] for variant in variants}
     layers = np.array(runner.engine.manifest.exit_layers)
     depth = weighted = tokens = 0.0
-    for unit in units:
-        ran = layers[runner.exits(unit) - 1]
-        lengths = np.array([len(row) for row in unit])
-        depth += float(ran.sum())
-        weighted += float((ran * lengths).sum())
-        tokens += float(lengths.sum())
+    for run in variants.values():  # loads segments, prepares bindings, measures the cost curve
+        run(units[0])
+    begun = time.perf_counter()
+    for number, unit in enumerate(units, start=1):
         times: dict[str, list[float]] = {variant: [] for variant in variants}
-        if unit is units[0]:
-            for run in variants.values():
-                run(unit)
-        for _ in range(repeats):
+        results: dict[str, Any] = {}
+        for repeat in range(options.repeats):
+            share = options.max_seconds * number / len(units)
+            if repeat and time.perf_counter() - begun > share:
+                break
             for variant, run in variants.items():
                 started = time.perf_counter()
-                run(unit)
+                results[variant] = run(unit)
                 times[variant].append(time.perf_counter() - started)
         for variant, values in times.items():
             seconds[variant].append(statistics.median(values))
             every[variant] += values
+        ran = layers[results[WITH_RULE] - 1]
+        lengths = np.array([len(row) for row in unit])
+        depth += float(ran.sum())
+        weighted += float((ran * lengths).sum())
+        tokens += float(lengths.sum())
     rows = sum(len(unit) for unit in units)
     return Workload(
         name=name,

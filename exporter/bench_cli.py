@@ -20,6 +20,17 @@ from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport,
 from .extras import require
 
 
+def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
+    try:
+        shapes = [part.split("x") for part in value.split(",") if part]
+        pairs = tuple((int(rows), int(tokens)) for rows, tokens in shapes)
+    except ValueError:
+        pairs = ((0, 0),)
+    if any(rows < 1 or tokens < 1 for rows, tokens in pairs):
+        raise click.BadParameter(f"{value!r} is not a list such as 1x32,32x128")
+    return pairs
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.option("--input", "source", required=True, help="Texts (.txt or .jsonl).")
@@ -31,6 +42,18 @@ from .extras import require
 )
 @click.option("--model-dir", help="The PyTorch model: time the same rule there too.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    help="Per workload; after it the rest is run only once.",
+)
+@click.option(
+    "--shapes",
+    callback=_shapes,
+    default="1x32,1x128,32x32,32x128",
+    help="Synthetic batches, ROWSxTOKENS; none: ''.",
+)
 @click.option("--max-rows", type=click.IntRange(min=1), default=2000)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -44,6 +67,8 @@ def main(
     as_json: bool,
     model_dir: str | None,
     repeats: int,
+    max_seconds: float,
+    shapes: tuple[tuple[int, int], ...],
     max_rows: int,
     threads: int | None,
     **settings: Any,
@@ -61,7 +86,9 @@ def main(
             wish = depth * layers[-1]
             task = engine.manifest.task
             chosen = threshold_for_depth(logits, chosen, task.problem_type, layers, wish, task.cuts)
-    options = BenchOptions(chosen, repeats, max_rows=max_rows, model_dir=model_dir, threads=threads)
+    options = BenchOptions(
+        chosen, repeats, max_seconds, shapes, max_rows, model_dir=model_dir, threads=threads
+    )
     console = Console(stderr=True)
     with console.status("measuring") as status:
         report = run_bench(engines, texts, options, lambda what: status.update(what))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,24 +22,47 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Answers = NDArray[np.int64]
 
-_TINY = 1e-12
+TINY = 1e-12
+"""What arguments of logarithms are clamped at."""
+
+
+class Primitives(Protocol):
+    """What the measures are made of, for distributions in one representation."""
+
+    def mean(self, p: Any, q: Any) -> Any:
+        """The mean distribution."""
+
+    def cross_entropy(self, p: Any, q: Any) -> Any:
+        """-sum p log q."""
+
+    def divergence(self, p: Any, q: Any) -> Any:
+        """Sum p log(p/q), never negative."""
+
+
+class _Arrays:
+    """Primitives of arrays of distributions along the last axis."""
+
+    def mean(self, p: Array, q: Array) -> Array:
+        return (p + q) / 2
+
+    def cross_entropy(self, p: Array, q: Array) -> Array:
+        return -_sum(p * _log(q))
+
+    def divergence(self, p: Array, q: Array) -> Array:
+        return np.maximum(_sum(p * (_log(p) - _log(q))), 0.0)
+
+
+ARRAYS = _Arrays()
+"""Primitives of arrays `[..., outcomes]`."""
+
+
+def _sum(values: Array) -> Array:
+    # The ufunc itself: `values.sum` calls it through two Python functions.
+    return np.asarray(np.add.reduce(values, axis=-1))
 
 
 def _log(values: Array) -> Array:
-    return np.log(np.maximum(values, _TINY))
-
-
-def _cross_entropy(p: Array, q: Array) -> Array:
-    return np.asarray(-(p * _log(q)).sum(axis=-1))
-
-
-def _divergence(p: Array, q: Array) -> Array:
-    return np.asarray(np.maximum((p * (_log(p) - _log(q))).sum(axis=-1), 0.0))
-
-
-def _jensen_shannon(p: Array, q: Array) -> Array:
-    m = (p + q) / 2
-    return (_divergence(p, m) + _divergence(q, m)) / 2
+    return np.log(np.maximum(values, TINY))
 
 
 class Measure(str, Enum):
@@ -63,71 +86,113 @@ class Measure(str, Enum):
     """Jensen-Shannon divergence: also small if both are equally uninformed."""
 
 
-MEASURES: dict[Measure, Callable[[Array, Array], Array]] = {
-    Measure.KD: _cross_entropy,
-    Measure.REKD: lambda p, q: _cross_entropy(q, p),
-    Measure.SYMKD: lambda p, q: _cross_entropy(p, q) + _cross_entropy(q, p),
-    Measure.JSKD: lambda p, q: _cross_entropy((p + q) / 2, (p + q) / 2),
-    Measure.KL: _divergence,
-    Measure.REKL: lambda p, q: _divergence(q, p),
-    Measure.SYMKL: lambda p, q: _divergence(p, q) + _divergence(q, p),
+def _jensen_shannon(use: Primitives, p: Any, q: Any) -> Any:
+    m = use.mean(p, q)
+    return (use.divergence(p, m) + use.divergence(q, m)) / 2
+
+
+def _mean_entropy(use: Primitives, p: Any, q: Any) -> Any:
+    m = use.mean(p, q)
+    return use.cross_entropy(m, m)
+
+
+MEASURES: dict[Measure, Callable[[Primitives, Any, Any], Any]] = {
+    Measure.KD: lambda use, p, q: use.cross_entropy(p, q),
+    Measure.REKD: lambda use, p, q: use.cross_entropy(q, p),
+    Measure.SYMKD: lambda use, p, q: use.cross_entropy(p, q) + use.cross_entropy(q, p),
+    Measure.JSKD: _mean_entropy,
+    Measure.KL: lambda use, p, q: use.divergence(p, q),
+    Measure.REKL: lambda use, p, q: use.divergence(q, p),
+    Measure.SYMKL: lambda use, p, q: use.divergence(p, q) + use.divergence(q, p),
     Measure.JSD: _jensen_shannon,
 }
+"""Score of two neighbouring distributions: `MEASURES[measure](primitives, p, q)`."""
 
 
-@dataclass(frozen=True)
 class Outputs:
-    """What one exit says about some rows.
+    """What one exit says about some rows; all but the logits is computed when first read.
+
+    Args:
+        logits: `[rows, labels]`.
+        problem_type: the task.
+        cuts: multi-label decision cuts, see `Task.cuts`; none means 0.5.
 
     Attributes:
         logits: `[rows, labels]` float64.
-        distributions: `[rows, labels]` softmax, or `[rows, labels, 2]`: both outcomes of
-            each label's binary problem, so that single-label measures apply per label.
-        answers: `[rows]` class indices, or `[rows, labels]` of 0 and 1.
     """
 
-    logits: Array
-    distributions: Array
-    answers: Answers
+    def __init__(
+        self, logits: Floats, problem_type: ProblemType, cuts: Sequence[float] = ()
+    ) -> None:
+        self.logits: Array = logits.astype(np.float64, copy=False)
+        self._problem_type = problem_type
+        self._cuts = cuts
 
-    @classmethod
-    def of(cls, logits: Floats, problem_type: ProblemType, cuts: Sequence[float] = ()) -> Outputs:
-        """Outputs of logits `[rows, labels]`; `cuts` are per-label decision probabilities."""
-        z = logits.astype(np.float64)
-        if problem_type is ProblemType.SINGLE_LABEL:
-            powers = np.exp(z - z.max(axis=-1, keepdims=True))
-            return cls(z, powers / powers.sum(axis=-1, keepdims=True), z.argmax(axis=-1))
+    @cached_property
+    def distributions(self) -> Array:
+        """`[rows, labels]` softmax, or `[rows, labels, 2]`.
+
+        The latter are both outcomes of each label's binary problem, so that single-label
+        measures apply per label.
+        """
+        z = self.logits
+        if self._problem_type is ProblemType.SINGLE_LABEL:
+            powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+            powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+            return powers
         # Both outcomes directly from the logit: 1 - p would lose the small one.
         small = np.exp(-np.abs(z))
         low, high = small / (1 + small), 1 / (1 + small)
-        positive = np.where(z >= 0, high, low)
-        both = np.stack([positive, np.where(z >= 0, low, high)], axis=-1)
-        cut = np.asarray(cuts, np.float64) if len(cuts) else 0.5
-        return cls(z, both, (positive > cut).astype(np.int64))
+        return np.stack([np.where(z >= 0, high, low), np.where(z >= 0, low, high)], axis=-1)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """`[rows]` class indices, or `[rows, labels]` of 0 and 1."""
+        if self._problem_type is ProblemType.SINGLE_LABEL:
+            return np.asarray(self.logits.argmax(axis=-1))
+        cut = np.asarray(self._cuts, np.float64) if len(self._cuts) else 0.5
+        return (self.probabilities > cut).astype(np.int64)
 
     @property
     def probabilities(self) -> Array:
         """`[rows, labels]`: softmax, or the probability of each label."""
-        return self.distributions if self.answers.ndim == 1 else self.distributions[..., 0]
+        single = self._problem_type is ProblemType.SINGLE_LABEL
+        return self.distributions if single else self.distributions[..., 0]
 
-    def take(self, rows: NDArray[np.intp]) -> Outputs:
+    def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
         """The outputs of some of the rows."""
-        return Outputs(self.logits[rows], self.distributions[rows], self.answers[rows])
+        taken = Outputs(self.logits[rows], self._problem_type, self._cuts)
+        for name in _COMPUTED & vars(self).keys():
+            vars(taken)[name] = vars(self)[name][rows]
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence[Outputs]) -> Outputs:
+        """The outputs of several groups of rows, of which there is at least one."""
+        first = parts[0]
+        logits = np.concatenate([part.logits for part in parts])
+        joined = Outputs(logits, first._problem_type, first._cuts)
+        for name in _COMPUTED.intersection(*(vars(part) for part in parts)):
+            vars(joined)[name] = np.concatenate([vars(part)[name] for part in parts])
+        return joined
 
     def entropy(self) -> Array:
         """Entropy `[rows]` in nats; multi-label: the sum of the binary entropies."""
-        return per_row(_cross_entropy(self.distributions, self.distributions))
+        return per_row(ARRAYS.cross_entropy(self.distributions, self.distributions))
 
     def normalised_entropy(self) -> Array:
         """Entropy over its largest value, `[rows]`; multi-label: the mean over labels."""
         outcomes = self.distributions.shape[-1]
-        problems = 1 if self.answers.ndim == 1 else self.distributions.shape[-2]
+        problems = 1 if self.distributions.ndim == 2 else self.distributions.shape[-2]
         return self.entropy() / (problems * math.log(max(2, outcomes)))
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Rows `[rows]` whose answer is that of the earlier exit."""
         same = self.answers == earlier.answers
         return np.asarray(same if same.ndim == 1 else same.all(axis=-1))
+
+
+_COMPUTED = frozenset({"distributions", "answers"})
 
 
 def per_row(values: Array) -> Array:

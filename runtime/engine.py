@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .backends.base import Backend, Limits
 from .batching import CostCurve
-from .distributions import Answers
+from .distributions import Answers, Outputs
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import ArtifactError, BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
@@ -95,7 +95,7 @@ class Engine:
         per_token = _bytes_per_token(manifest, self._limits)
         self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
         # Refuses a rule that does not fit the model now, not at the first text.
-        self._decider(0, rule)
+        self._decider(rule)
 
     @classmethod
     def load(
@@ -201,17 +201,12 @@ class Engine:
         windows = list(self._windows(texts, rule or self._chosen(None, True)))
         results = [result for _, result in windows]
         if not results:
-            empty = WindowResult(
-                np.zeros(0, np.int64),
-                np.zeros((len(self._manifest.segments), 0, len(self.labels)), np.float32),
-                np.zeros((0, len(self.labels))),
-                np.zeros((0, len(self.labels)) if self.multi_label else 0, np.int64),
-            )
-            results = [empty]
+            shape = (len(self._manifest.segments), 0, len(self.labels))
+            results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
         return Trace(
             logits=np.concatenate([result.logits for result in results], axis=1),
             exits=np.concatenate([result.exits for result in results]),
-            predictions=np.concatenate([result.answers for result in results]),
+            predictions=np.concatenate([self._outputs(result).answers for result in results]),
             lengths=np.array([len(row) for rows, _ in windows for row in rows], np.intp),
         )
 
@@ -233,7 +228,7 @@ class Engine:
         chain = self._chain()
         many = sum(len(row) for row in rows) > self._limits.group_tokens
         cost = self._cost_curve(chain) if many else None
-        return chain.run(rows, self._decider(len(rows), rule), cost)
+        return chain.run(rows, self._decider(rule), cost)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""
@@ -261,9 +256,13 @@ class Engine:
     def _chosen(self, rule: ExitRule | None, full_depth: bool) -> ExitRule:
         return Budget(exit=len(self._manifest.segments)) if full_depth else rule or self._rule
 
-    def _decider(self, rows: int, rule: ExitRule) -> Decider:
+    def _decider(self, rule: ExitRule) -> Decider:
         task = self._manifest.task
-        return Decider(rule, task.problem_type, rows, len(self._manifest.segments), task.cuts)
+        return Decider(rule, task.problem_type, len(self._manifest.segments), task.cuts)
+
+    def _outputs(self, result: WindowResult) -> Outputs:
+        task = self._manifest.task
+        return result.outputs(task.problem_type, task.cuts)
 
     def _chain(self) -> Chain[Any]:
         if self._closed:
@@ -284,7 +283,7 @@ class Engine:
     ) -> Iterator[tuple[list[EncodedRow], WindowResult]]:
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        self._decider(0, rule)
+        self._decider(rule)
         window: list[EncodedRow] = []
         tokens = 0
         for chunk in _chunks(texts):
@@ -309,9 +308,10 @@ class Engine:
 
     def _predictions(self, rows: list[EncodedRow], result: WindowResult) -> Iterator[Prediction]:
         layers = self._manifest.exit_layers
-        probabilities = result.probabilities.tolist()
+        outputs = self._outputs(result)
+        probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
-            answer = result.answers[number]
+            answer = outputs.answers[number]
             chosen = np.flatnonzero(answer) if self.multi_label else [int(answer)]
             exit_number = int(result.exits[number])
             yield Prediction(

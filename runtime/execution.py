@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from .backends.base import Bucket, Execution, H, Limits
 from .batching import CostCurve, RowNumbers, cut_groups, plan_joins
-from .distributions import Answers, Array
+from .distributions import Answers, Array, Outputs
 from .encoding import EncodedRow
 from .errors import BackendError
-from .exit_rules import Decider
-from .manifest import LOGITS
+from .exit_rules import Decider, Progress
+from .manifest import LOGITS, ProblemType
+from .one_row import OneRow
 
 _PROBE_ROWS = (1, 4, 16)
 _PROBE_LENGTH = 32
@@ -40,20 +41,28 @@ class WindowResult:
     Attributes:
         exits: `[rows]` exit of each row, counted from 1.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
-        probabilities: `[rows, labels]` float64 at its exit.
-        answers: `[rows]` class indices, or `[rows, labels]` of 0 and 1.
     """
 
     exits: Answers
     logits: NDArray[np.float32]
-    probabilities: Array
-    answers: Answers
+
+    def outputs(self, problem_type: ProblemType, cuts: Sequence[float] = ()) -> Outputs:
+        """The outputs of each row at its exit."""
+        return Outputs(self.logits[self.exits - 1, np.arange(len(self.exits))], problem_type, cuts)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Group(Generic[H]):
+    """Rows that run together; `keep` holds the positions that go on, None for all."""
+
     rows: RowNumbers
     hidden: H
+    progress: Progress
+    keep: RowNumbers | None = None
+
+    @property
+    def going(self) -> RowNumbers:
+        return self.rows if self.keep is None else self.rows[self.keep]
 
 
 class Chain(Generic[H]):
@@ -83,65 +92,89 @@ class Chain(Generic[H]):
             cost: when given, undecided rows of several groups are joined where it says
                 that this pays.
         """
+        if len(rows) == 1:
+            return self._run_one(rows[0], OneRow(decider))
         lengths = np.array([len(row) for row in rows], np.intp)
-        result = _empty_result(self._segments, len(rows), self._labels, decider)
+        exits = np.zeros(len(rows), np.int64)
+        seen: list[tuple[int, RowNumbers, Array]] = []
         groups = [
-            self._begin(rows, numbers, lengths) for numbers in cut_groups(lengths, self._limits)
+            self._begin(rows, numbers, lengths, decider)
+            for numbers in cut_groups(lengths, self._limits)
         ]
         for segment in range(self._segments):
-            going = []
+            changed = False
             for group in groups:
-                hidden, pending = self._execution.enqueue(segment, group.hidden)
-                logits = np.asarray(pending.result()[LOGITS])
-                keep = _settle(result, decider, segment, group.rows, logits)
-                going.append((group.rows, hidden, keep))
-            groups = self._next_groups(going, lengths, cost)
-            if not groups:
-                break
-        return result
+                group.hidden, pending = self._execution.enqueue(segment, group.hidden)
+                logits = pending.result()[LOGITS].astype(np.float64)
+                seen.append((segment, group.rows, logits))
+                stops, _ = decider.decide(segment + 1, group.progress, logits)
+                if stops is not None:
+                    exits[group.rows[stops]] = segment + 1
+                    group.keep = np.flatnonzero(~stops)
+                    changed = True
+            if changed:
+                groups = self._next_groups(groups, lengths, cost)
+                if not groups:
+                    break
+        return WindowResult(exits, _logits(seen, self._segments, len(rows), self._labels))
 
-    def _begin(
-        self, rows: Sequence[EncodedRow], numbers: RowNumbers, lengths: NDArray[np.intp]
-    ) -> _Group[H]:
-        longest = int(lengths[numbers].max())
+    def _run_one(self, row: EncodedRow, one: OneRow) -> WindowResult:
+        hidden = self._execution.begin([row], self._bucket(1, len(row)))
+        history: list[list[float]] = []
+        for segment in range(self._segments):
+            hidden, pending = self._execution.enqueue(segment, hidden)
+            history.append(pending.result()[LOGITS][0].tolist())
+            if one.stops(history[-1]):
+                break
+        self._execution.release(hidden)
+        logits = np.full((self._segments, 1, self._labels), np.nan, np.float32)
+        logits[: len(history), 0] = history
+        return WindowResult(np.array([len(history)], np.int64), logits)
+
+    def _bucket(self, rows: int, longest: int) -> Bucket:
         if longest > self._limits.max_sequence:
             raise BackendError(
                 f"a row has {longest} tokens; this target takes {self._limits.max_sequence}",
                 "load the engine with a smaller max_length, or build the target for longer rows",
             )
-        bucket = self._limits.bucket(len(numbers), longest)
-        encoded = [rows[number] for number in numbers]
-        return _Group(numbers, self._execution.begin(encoded, bucket))
+        return self._limits.bucket(rows, longest)
+
+    def _begin(
+        self,
+        rows: Sequence[EncodedRow],
+        numbers: RowNumbers,
+        lengths: NDArray[np.intp],
+        decider: Decider,
+    ) -> _Group[H]:
+        bucket = self._bucket(len(numbers), int(lengths[numbers].max()))
+        hidden = self._execution.begin([rows[number] for number in numbers], bucket)
+        return _Group(numbers, hidden, decider.start(len(numbers)))
 
     def _next_groups(
-        self,
-        going: list[tuple[RowNumbers, H, RowNumbers]],
-        lengths: NDArray[np.intp],
-        cost: CostCurve | None,
+        self, groups: list[_Group[H]], lengths: NDArray[np.intp], cost: CostCurve | None
     ) -> list[_Group[H]]:
         alive = []
-        for rows, hidden, keep in going:
-            if len(keep):
-                alive.append((rows, hidden, keep))
+        for group in groups:
+            if group.keep is None or len(group.keep):
+                alive.append(group)
             else:
-                self._execution.release(hidden)
-        plan = [[number] for number in range(len(alive))]
-        if cost is not None and len(alive) > 1:
-            plan = plan_joins(
-                [lengths[rows[keep]].tolist() for rows, _, keep in alive], self._limits, cost
-            )
+                self._execution.release(group.hidden)
+        if cost is None or len(alive) < 2:
+            return [self._join([group], lengths) for group in alive]
+        plan = plan_joins([lengths[group.going].tolist() for group in alive], self._limits, cost)
         return [self._join([alive[number] for number in part], lengths) for part in plan]
 
-    def _join(
-        self, parts: list[tuple[RowNumbers, H, RowNumbers]], lengths: NDArray[np.intp]
-    ) -> _Group[H]:
-        numbers = np.concatenate([rows[keep] for rows, _, keep in parts])
+    def _join(self, parts: list[_Group[H]], lengths: NDArray[np.intp]) -> _Group[H]:
+        if len(parts) == 1 and parts[0].keep is None:
+            return parts[0]
+        numbers = np.concatenate([part.going for part in parts])
         bucket = self._limits.bucket(len(numbers), int(lengths[numbers].max()))
-        hiddens = [hidden for _, hidden, _ in parts]
-        if len(parts) == 1 and bucket == hiddens[0].bucket and len(numbers) == hiddens[0].rows:
-            return _Group(numbers, hiddens[0])
-        keeps = [keep for _, _, keep in parts]
-        return _Group(numbers, self._execution.regroup(hiddens, keeps, bucket))
+        keeps = [np.arange(len(p.rows)) if p.keep is None else p.keep for p in parts]
+        hidden = self._execution.regroup([part.hidden for part in parts], keeps, bucket)
+        progress = Progress.join(
+            [part.progress.take(keep) for part, keep in zip(parts, keeps, strict=True)]
+        )
+        return _Group(numbers, hidden, progress)
 
     def measure(self) -> CostCurve:
         """Measure a middle segment and the joining of groups: some thousand tokens' work."""
@@ -186,27 +219,11 @@ class Chain(Generic[H]):
         return seconds
 
 
-def _empty_result(exits: int, rows: int, labels: int, decider: Decider) -> WindowResult:
-    return WindowResult(
-        exits=np.zeros(rows, np.int64),
-        logits=np.full((exits, rows, labels), np.nan, np.float32),
-        probabilities=np.zeros((rows, labels)),
-        answers=np.zeros((rows, labels) if decider.multi_label else (rows,), np.int64),
-    )
-
-
-def _settle(
-    result: WindowResult,
-    decider: Decider,
-    segment: int,
-    rows: RowNumbers,
-    logits: NDArray[np.float32],
-) -> RowNumbers:
-    """Record what an exit says; returns the positions in the group that go on."""
-    result.logits[segment, rows] = logits
-    stops, outputs, _ = decider.decide(segment + 1, rows, logits)
-    stopped = rows[stops]
-    result.exits[stopped] = segment + 1
-    result.probabilities[stopped] = outputs.probabilities[stops]
-    result.answers[stopped] = outputs.answers[stops]
-    return np.flatnonzero(~stops)
+def _logits(
+    seen: Sequence[tuple[int, RowNumbers, Array]], exits: int, rows: int, labels: int
+) -> NDArray[np.float32]:
+    """What every exit gave to every row, in one array."""
+    logits = np.full((exits, rows, labels), np.nan, np.float32)
+    for segment, numbers, values in seen:
+        logits[segment, numbers] = values
+    return logits

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .distributions import MEASURES, Answers, Array, Floats, Mask, Measure, Outputs, per_row
+from .distributions import ARRAYS, MEASURES, Answers, Array, Floats, Mask, Measure, Outputs, per_row
 from .errors import RuleError
 from .manifest import ProblemType
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Signs:
     """What a rule sees at one exit: scores (None: it has none), signs, immediate stops."""
 
@@ -67,9 +67,14 @@ class ExitRule:
                 "give a larger max_exit",
             )
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Scores and signs of rows at an exit (from 1); `earlier` is None at exit 1."""
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Scores and signs of rows at an exit; `earlier` is None at exit 1."""
         raise NotImplementedError
+
+    @property
+    def signs_from(self) -> int:
+        """The first exit that can give a sign; those before it are not asked."""
+        return 1
 
     @property
     def signs_needed(self) -> int:
@@ -124,9 +129,14 @@ class Budget(ExitRule):
 
     exit: int
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Settled from the given exit on."""
-        return Signs(None, np.full(len(now.logits), exit_number >= self.exit))
+    @property
+    def signs_from(self) -> int:
+        """The given exit."""
+        return self.exit
+
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Settled."""
+        return Signs(None, np.ones(len(now.logits), np.bool_))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +149,16 @@ class FPabee(ExitRule):
     measure: Measure = Measure.JSKD
     patience: int = 1
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    @property
+    def signs_from(self) -> int:
+        """Exit 2: it takes two to compare."""
+        return 2
+
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: the measure, summed over labels. Settled: strictly below the threshold."""
-        if earlier is None:
-            return Signs(None, np.zeros(len(now.logits), np.bool_))
+        assert earlier is not None
         measure = MEASURES[self.measure]
-        scores = per_row(measure(earlier.distributions, now.distributions))
+        scores = per_row(measure(ARRAYS, earlier.distributions, now.distributions))
         return Signs(scores, scores < self.threshold)
 
 
@@ -156,10 +170,14 @@ class Pabee(ExitRule):
 
     patience: int
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    @property
+    def signs_from(self) -> int:
+        """Exit 2: it takes two to compare."""
+        return 2
+
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: 0 if the answer is that of the exit before, else 1."""
-        if earlier is None:
-            return Signs(None, np.zeros(len(now.logits), np.bool_))
+        assert earlier is not None
         same = now.unchanged(earlier)
         return Signs(np.where(same, 0.0, 1.0), same)
 
@@ -172,7 +190,7 @@ class Entropy(ExitRule):
 
     threshold: float
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: entropy; multi-label: the sum of the binary entropies."""
         scores = now.entropy()
         return Signs(scores, scores < self.threshold)
@@ -186,7 +204,7 @@ class Confidence(ExitRule):
 
     threshold: float
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: max p; multi-label: the least of max(p, 1-p) over labels."""
         best = now.distributions.max(axis=-1)
         scores = best if best.ndim == 1 else best.min(axis=-1)
@@ -201,7 +219,7 @@ class Energy(ExitRule):
 
     threshold: float
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: 1/(1 + sum exp z), computed without overflow."""
         top = np.maximum(now.logits.max(axis=-1), 0.0)
         total = np.exp(now.logits - top[:, None]).sum(axis=-1)
@@ -218,7 +236,7 @@ class Pcee(ExitRule):
     threshold: float
     patience: int = 1
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: normalised entropy; signs count from exit 1."""
         scores = now.normalised_entropy()
         return Signs(scores, scores < self.threshold)
@@ -233,7 +251,7 @@ class Epee(ExitRule):
     threshold: float
     patience: int
 
-    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: normalised entropy. Settled: the answer is unchanged."""
         scores = now.normalised_entropy()
         same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
@@ -250,15 +268,48 @@ def takes_threshold(name: str) -> bool:
     return any(field.name == "threshold" for field in dataclasses.fields(RULES[name]))
 
 
+class Progress:
+    """What a rule remembers of a group of rows from one exit to the next.
+
+    Args:
+        signs: `[rows]` int64, signs in a row so far.
+        earlier: outputs of the exit before; None before exit 1.
+    """
+
+    __slots__ = ("earlier", "signs")
+
+    def __init__(self, signs: Answers, earlier: Outputs | None = None) -> None:
+        self.signs = signs
+        self.earlier = earlier
+
+    def take(self, rows: NDArray[np.intp]) -> Progress:
+        """That of some of the rows."""
+        earlier = None if self.earlier is None else self.earlier.take(rows)
+        return Progress(self.signs[rows], earlier)
+
+    @staticmethod
+    def join(parts: Sequence[Progress]) -> Progress:
+        """That of several groups, all of them past the same exit."""
+        earlier = [part.earlier for part in parts if part.earlier is not None]
+        return Progress(
+            np.concatenate([part.signs for part in parts]),
+            Outputs.join(earlier) if earlier else None,
+        )
+
+
 class Decider:
-    """Applies a rule to rows that may come in any grouping, one exit after another.
+    """Applies a rule to groups of rows, one exit after another.
 
     Args:
         rule: the rule.
         problem_type: the task.
-        rows: number of rows.
         exits: number of exits of the model.
         cuts: multi-label decision cuts, see `Task.cuts`.
+
+    Attributes:
+        rule: the rule.
+        problem_type: the task.
+        last: the exit at which every row stops.
 
     Raises:
         RuleError: the rule names an exit that the model does not have.
@@ -268,7 +319,6 @@ class Decider:
         self,
         rule: ExitRule,
         problem_type: ProblemType,
-        rows: int,
         exits: int,
         cuts: Sequence[float] = (),
     ) -> None:
@@ -279,56 +329,50 @@ class Decider:
                     f"rule {rule.name}: {field} is {value}, but the model has {exits} exits",
                     f"give at most {exits}",
                 )
-        self._rule = rule
-        self._problem_type = problem_type
+        self.rule = rule
+        self.problem_type = problem_type
+        self.last = rule.max_exit or exits
         self._cuts = cuts
-        self._last = rule.max_exit or exits
-        self._count = np.zeros(rows, np.int64)
-        self._earlier: Outputs | None = None
+        self._signs_from = rule.signs_from
+        self._signs_needed = rule.signs_needed
 
-    @property
-    def multi_label(self) -> bool:
-        """Whether answers are `[rows, labels]`."""
-        return self._problem_type is ProblemType.MULTI_LABEL
+    def start(self, rows: int) -> Progress:
+        """The progress of a group of rows before exit 1."""
+        return Progress(np.zeros(rows, np.int64))
 
     def decide(
-        self, exit_number: int, rows: NDArray[np.intp], logits: Floats
-    ) -> tuple[Mask, Outputs, Array | None]:
-        """Decide for some rows at an exit.
+        self, exit_number: int, progress: Progress, logits: Floats
+    ) -> tuple[Mask | None, Array | None]:
+        """Decide for the rows of a group at an exit, and note it in their progress.
 
         Args:
-            exit_number: from 1; each row must see every exit in turn until it stops.
-            rows: `[n]` row numbers.
-            logits: `[n, labels]` of these rows at this exit.
+            exit_number: from 1; a group sees every exit in turn.
+            progress: that of the group's rows.
+            logits: `[rows, labels]` of these rows at this exit.
 
         Returns:
-            Which rows stop `[n]`, their outputs, and their scores `[n]` or None.
+            Which rows stop `[rows]`, None if none does, and their scores `[rows]` or None.
         """
-        now = Outputs.of(logits, self._problem_type, self._cuts)
-        if self._earlier is None:
-            self._earlier = _empty_like(now, len(self._count))
-        earlier = self._earlier.take(rows) if exit_number > 1 else None
-        signs = self._rule.signs(exit_number, earlier, now)
-        count = np.where(signs.settled, self._count[rows] + 1, 0)
-        self._count[rows] = count
-        self._earlier.distributions[rows] = now.distributions
-        self._earlier.answers[rows] = now.answers
-        stops = count >= self._rule.signs_needed
-        if signs.at_once is not None:
-            stops |= signs.at_once
-        if exit_number < self._rule.min_exit:
-            stops[:] = False
-        if exit_number >= self._last:
-            stops[:] = True
-        return stops, now, signs.scores
+        now = Outputs(logits, self.problem_type, self._cuts)
+        earlier, progress.earlier = progress.earlier, now
+        stops, scores = None, None
+        if exit_number >= self._signs_from:
+            signs = self.rule.signs(earlier, now)
+            stops, scores = self._count(progress, signs), signs.scores
+        if exit_number >= self.last:
+            return np.ones(len(logits), np.bool_), scores
+        if stops is None or exit_number < self.rule.min_exit or not np.count_nonzero(stops):
+            return None, scores
+        return stops, scores
 
-
-def _empty_like(outputs: Outputs, rows: int) -> Outputs:
-    return Outputs(
-        np.zeros((rows, *outputs.logits.shape[1:])),
-        np.zeros((rows, *outputs.distributions.shape[1:])),
-        np.zeros((rows, *outputs.answers.shape[1:]), np.int64),
-    )
+    def _count(self, progress: Progress, signs: Signs) -> Mask:
+        """Which rows have enough signs."""
+        enough = signs.settled
+        if self._signs_needed > 1:
+            progress.signs += 1
+            progress.signs *= signs.settled
+            enough = progress.signs >= self._signs_needed
+        return enough if signs.at_once is None else enough | signs.at_once
 
 
 @dataclass(frozen=True)
@@ -367,17 +411,18 @@ def simulate(
         raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
     exits, rows, labels = logits.shape
     task = ProblemType(problem_type)
-    decider = Decider(rule, task, rows, exits, cuts)
-    all_rows = np.arange(rows)
+    decider = Decider(rule, task, exits, cuts)
+    progress = decider.start(rows)
     chosen = np.zeros(rows, np.int64)
     shape = (rows,) if task is ProblemType.SINGLE_LABEL else (rows, labels)
     predictions = np.zeros(shape, np.int64)
     scores = np.full((exits, rows), np.nan)
     for number in range(1, exits + 1):
-        stops, outputs, exit_scores = decider.decide(number, all_rows, logits[number - 1])
+        stops, exit_scores = decider.decide(number, progress, logits[number - 1])
         if exit_scores is not None:
             scores[number - 1] = exit_scores
-        new = stops & (chosen == 0)
-        chosen[new] = number
-        predictions[new] = outputs.answers[new]
+        if stops is not None and progress.earlier is not None:
+            new = stops & (chosen == 0)
+            chosen[new] = number
+            predictions[new] = progress.earlier.answers[new]
     return Simulation(chosen, predictions, scores)

@@ -74,7 +74,11 @@ class Pending(Protocol):
     """Head outputs that may still be computed."""
 
     def result(self) -> Mapping[str, NDArray[Any]]:
-        """Wait for the outputs by name (`logits` `[rows, labels]` float32): yours to keep."""
+        """Wait for the outputs by name (`logits` `[rows, labels]` float32).
+
+        They may be views of memory that is written again when the group's next segment but
+        one is enqueued, or when the group is released.
+        """
 
 
 class Execution(Protocol[H]):

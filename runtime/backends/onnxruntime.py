@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from ..manifest import (
     ATTENTION_BIAS,
     MASK_FILL,
     NEXT,
-    Graph,
     Manifest,
     Target,
     TensorSpec,
@@ -31,73 +30,156 @@ from ..manifest import (
     verified,
 )
 from .base import Bucket, Limits, Rows
-from .onnxruntime_session import check_installed, first_line, ort_errors, session_options
+from .onnxruntime_session import (
+    DISABLED_OPTIMIZERS,
+    check_installed,
+    first_line,
+    ort_errors,
+    session_options,
+)
 
-_POOL_BYTES = 256 * 2**20
-# A binding keeps its buffers alive; one that many bindings share counts for each of them.
-_BINDING_BYTES = 256 * 2**20
+# Buffer sets that no group uses are kept up to this size: about what a cache holds. A
+# larger store would hand out cold memory where the allocator hands out warm.
+_FREE_BYTES = 32 * 2**20
 # Measured on two cores: fewer tokens waste matrix kernels, more leave the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
 
 
-@dataclass(slots=True, eq=False)
-class _Buffer:
-    """Host memory that numpy and ONNX Runtime both see."""
-
-    array: NDArray[Any]
-    value: Any
-    key: tuple[tuple[int, ...], str]
+_BufferName = tuple[str, int]
 
 
-class _Pool:
-    """Buffers by shape and type; the last given back is the first taken: it is warm."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A graph's run within a segment: which buffer each input and output is in.
 
-    def __init__(self) -> None:
-        self._free: OrderedDict[tuple[tuple[int, ...], str], list[_Buffer]] = OrderedDict()
-        self._free_bytes = 0
+    A tensor that segments write more than once (`next_X` replaces `X`) has two buffers that
+    take turns: `(X, 0)` and `(X, 1)`. Whose turn it is is known before anything runs.
+    """
 
-    def take(self, shape: tuple[int, ...], dtype: str) -> _Buffer:
-        import onnxruntime as ort
+    graph: str
+    inputs: tuple[tuple[str, _BufferName], ...]
+    outputs: tuple[tuple[str, _BufferName], ...]
 
-        key = (shape, dtype)
-        free = self._free.get(key)
-        if free:
-            self._free.move_to_end(key)
-            buffer = free.pop()
-            self._free_bytes -= buffer.array.nbytes
-            return buffer
-        array = np.empty(shape, dtype)
-        return _Buffer(array, ort.OrtValue.ortvalue_from_numpy(array), key)
 
-    def give(self, buffer: _Buffer) -> None:
-        self._free.setdefault(buffer.key, []).append(buffer)
-        self._free.move_to_end(buffer.key)
-        self._free_bytes += buffer.array.nbytes
-        while self._free_bytes > _POOL_BYTES:
-            oldest, buffers = next(iter(self._free.items()))
-            if buffers:
-                self._free_bytes -= buffers.pop().array.nbytes
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A segment's calls, and where its live inputs are before them."""
+
+    live: Mapping[str, _BufferName]
+    calls: tuple[Call, ...]
+
+
+class _Buffers:
+    """The memory of one group at one padded shape, with prepared bindings over it."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.nbytes = 0
+        self._backend = backend
+        self._values: dict[_BufferName, tuple[NDArray[Any], Any]] = {}
+        self._prepared: dict[int, tuple[list[_Run], _Ready]] = {}
+
+    def array(self, buffer: _BufferName) -> NDArray[Any]:
+        """A buffer as an array; its memory is taken when first asked for."""
+        return self._buffer(buffer)[0]
+
+    def prepared(self, segment: int) -> tuple[list[_Run], _Ready]:
+        """What runs a segment over these buffers, and its outputs."""
+        known = self._prepared.get(segment)
+        if known is None:
+            known = self._prepared[segment] = self._prepare(segment)
+        return known
+
+    def _buffer(self, buffer: _BufferName) -> tuple[NDArray[Any], Any]:
+        known = self._values.get(buffer)
+        if known is None:
+            import onnxruntime as ort
+
+            spec = self._backend.specs[buffer[0]]
+            array = np.empty(_shape(spec, self.bucket), spec.dtype)
+            known = self._values[buffer] = (array, ort.OrtValue.ortvalue_from_numpy(array))
+            self.nbytes += array.nbytes
+        return known
+
+    def _prepare(self, segment: int) -> tuple[list[_Run], _Ready]:
+        runs: list[_Run] = []
+        outputs = {}
+        for call in self._backend.stages[segment].calls:
+            session = self._backend.session(call.graph)
+            binding = session.io_binding()
+            for name, buffer in call.inputs:
+                binding.bind_ortvalue_input(name, self._buffer(buffer)[1])
+            for name, buffer in call.outputs:
+                array, value = self._buffer(buffer)
+                binding.bind_ortvalue_output(name, value)
+                if not name.startswith(NEXT):
+                    outputs[name] = array
+            runs.append((call.graph, session.run_with_iobinding, binding))
+        return runs, _Ready(outputs)
+
+
+_Run = tuple[str, Callable[[Any], None], Any]
+
+
+class _Store:
+    """Buffers that no group uses, by shape; the least recently used shapes are dropped."""
+
+    def __init__(self, backend: OnnxRuntimeBackend) -> None:
+        self._backend = backend
+        self._free: OrderedDict[Bucket, list[_Buffers]] = OrderedDict()
+        self.nbytes = 0
+
+    def take(self, bucket: Bucket) -> _Buffers:
+        free = self._free.get(bucket)
+        if not free:
+            return _Buffers(self._backend, bucket)
+        buffers = free.pop()
+        self.nbytes -= buffers.nbytes
+        return buffers
+
+    def give(self, buffers: _Buffers) -> None:
+        self._free.setdefault(buffers.bucket, []).append(buffers)
+        self._free.move_to_end(buffers.bucket)
+        self.nbytes += buffers.nbytes
+        while self.nbytes > _FREE_BYTES:
+            oldest, free = next(iter(self._free.items()))
+            if free:
+                self.nbytes -= free.pop(0).nbytes
             else:
                 del self._free[oldest]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CpuHidden:
-    """Tensors of a group by name."""
+    """A group between two segments."""
 
     rows: int
-    bucket: Bucket
-    tensors: Mapping[str, _Buffer]
+    buffers: _Buffers
+    segment: int
+    """The segment that runs next, from 0."""
+
+    @property
+    def bucket(self) -> Bucket:
+        """Padded shape."""
+        return self.buffers.bucket
 
 
-@dataclass(frozen=True, slots=True)
 class _Ready:
-    outputs: Mapping[str, NDArray[Any]]
+    """Outputs that are there: the CPU has run by the time `enqueue` returns."""
+
+    __slots__ = ("_outputs",)
+
+    def __init__(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+        self._outputs = outputs
 
     def result(self) -> Mapping[str, NDArray[Any]]:
-        """The outputs: the CPU has run by the time `enqueue` returns."""
-        return self.outputs
+        """The outputs by name."""
+        return self._outputs
+
+    def first(self, rows: int) -> _Ready:
+        """The outputs without the padding rows."""
+        return _Ready({name: array[:rows] for name, array in self._outputs.items()})
 
 
 class OnnxRuntimeBackend:
@@ -127,8 +209,8 @@ class OnnxRuntimeBackend:
         # Whether all files are there is asked now; each is hashed when its segment loads.
         for name in manifest.graphs:
             resolve(folder, self._file(name)[0])
-        self.live = _live_tensors(manifest)
-        self.specs = {name: spec for live in self.live for name, spec in live.items()}
+        self.specs = _specs(manifest)
+        self.stages = plan_buffers(manifest)
         self.padding = {
             "input_ids": manifest.tokenizer.pad_id,
             "token_type_ids": manifest.tokenizer.pad_type_id,
@@ -156,14 +238,6 @@ class OnnxRuntimeBackend:
             self._closed = True
             self._sessions.clear()
 
-    def calls(self, segment: int) -> tuple[str, ...]:
-        """Graphs of a segment in order."""
-        return self._manifest.segments[segment].calls
-
-    def graph(self, name: str) -> Graph:
-        """Inputs and outputs of a graph."""
-        return self._manifest.graphs[name]
-
     def session(self, name: str) -> Any:
         """The session of a graph, loaded on first use."""
         session = self._sessions.get(name)
@@ -185,7 +259,12 @@ class OnnxRuntimeBackend:
         path = verified(self._folder, *self._file(name))
         options = session_options(self._threads)
         try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=DISABLED_OPTIMIZERS,
+            )
         except ort_errors() as error:
             raise ArtifactError(
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}",
@@ -194,123 +273,99 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeExecution:
-    """Runs segments over pooled buffers with prepared bindings."""
+    """Runs segments over buffers that are used again and again, with prepared bindings."""
 
     def __init__(self, backend: OnnxRuntimeBackend) -> None:
         self._backend = backend
-        self._pool = _Pool()
-        self._bindings: OrderedDict[tuple[str, tuple[int, ...]], tuple[Any, list[_Buffer]]] = (
-            OrderedDict()
-        )
-        self._binding_bytes = 0
+        self._store = _Store(backend)
 
     def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> CpuHidden:
         """Pad token ids and make the attention bias."""
-        live = self._backend.live[0]
-        tensors = {
-            name: self._pool.take(_shape(spec, bucket), spec.dtype) for name, spec in live.items()
-        }
-        for name, buffer in tensors.items():
-            buffer.array[...] = self._backend.padding[name]
+        buffers = self._store.take(bucket)
+        for name, buffer in self._backend.stages[0].live.items():
+            array = buffers.array(buffer)
+            array[...] = self._backend.padding[name]
             for number, row in enumerate(encoded):
-                buffer.array[number, ..., : len(row)] = row.model_input(name)
-        return CpuHidden(len(encoded), bucket, tensors)
+                array[number, ..., : len(row)] = row.model_input(name)
+        return CpuHidden(len(encoded), buffers, 0)
 
     def enqueue(self, segment: int, hidden: CpuHidden) -> tuple[CpuHidden, _Ready]:
         """Run a segment's graphs one after another."""
-        tensors = dict(hidden.tensors)
-        results: dict[str, NDArray[Any]] = {}
-        for name in self._backend.calls(segment):
-            graph = self._backend.graph(name)
-            outputs = {
-                spec.name: self._pool.take(_shape(spec, hidden.bucket), spec.dtype)
-                for spec in graph.outputs
-            }
-            self._run(name, [tensors[spec.name] for spec in graph.inputs], list(outputs.values()))
-            for output, buffer in outputs.items():
-                if output.startswith(NEXT):
-                    replaced = tensors.get(output[len(NEXT) :])
-                    tensors[output[len(NEXT) :]] = buffer
-                    if replaced is not None:
-                        self._pool.give(replaced)
-                else:
-                    results[output] = buffer.array[: hidden.rows].copy()
-                    self._pool.give(buffer)
-        live = self._backend.live[segment + 1]
-        for name in [name for name in tensors if name not in live]:
-            self._pool.give(tensors.pop(name))
-        return CpuHidden(hidden.rows, hidden.bucket, tensors), _Ready(results)
+        runs, ready = hidden.buffers.prepared(segment)
+        for graph, run, binding in runs:
+            try:
+                run(binding)
+            except ort_errors() as error:
+                raise BackendError(
+                    f"ONNX Runtime failed in {graph} at {hidden.bucket}: {first_line(error)}",
+                    "check the free memory; if the folder was copied, export again",
+                ) from error
+        hidden.segment = segment + 1
+        return hidden, ready if hidden.rows == hidden.bucket.batch else ready.first(hidden.rows)
 
     def regroup(
         self, hiddens: Sequence[CpuHidden], rows: Sequence[Rows], bucket: Bucket
     ) -> CpuHidden:
         """Copy rows into new buffers."""
-        specs = self._backend.specs
-        longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence)
-        tensors = {}
-        for name, source in longest.tensors.items():
-            spec = specs[name]
-            buffer = self._pool.take(_shape(spec, bucket), spec.dtype)
+        segment = hiddens[0].segment
+        longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence).buffers
+        buffers = self._store.take(bucket)
+        for name, buffer in self._backend.stages[segment].live.items():
+            spec = self._backend.specs[name]
+            array = buffers.array(buffer)
             if "batch" in spec.shape:
-                _gather(spec, buffer.array, [h.tensors[name].array for h in hiddens], rows)
+                _gather(spec, array, [h.buffers.array(buffer) for h in hiddens], rows)
             else:
-                buffer.array[...] = source.array[_crop(spec, bucket)]
-            tensors[name] = buffer
+                array[...] = longest.array(buffer)[_crop(spec, bucket)]
         for hidden in hiddens:
             self.release(hidden)
-        return CpuHidden(sum(len(part) for part in rows), bucket, tensors)
+        return CpuHidden(sum(len(part) for part in rows), buffers, segment)
 
     def release(self, hidden: CpuHidden) -> None:
-        """Give the buffers back to the pool."""
-        for buffer in hidden.tensors.values():
-            self._pool.give(buffer)
-
-    def _run(self, name: str, inputs: list[_Buffer], outputs: list[_Buffer]) -> None:
-        key = (name, tuple(id(buffer) for buffer in (*inputs, *outputs)))
-        session = self._backend.session(name)
-        known = self._bindings.get(key)
-        if known is None:
-            graph = self._backend.graph(name)
-            binding = session.io_binding()
-            for spec, buffer in zip(graph.inputs, inputs, strict=True):
-                binding.bind_ortvalue_input(spec.name, buffer.value)
-            for spec, buffer in zip(graph.outputs, outputs, strict=True):
-                binding.bind_ortvalue_output(spec.name, buffer.value)
-            # The buffers are kept with their binding, so that their ids stay theirs.
-            known = (binding, [*inputs, *outputs])
-            self._bindings[key] = known
-            self._binding_bytes += _size(known[1])
-            while self._binding_bytes > _BINDING_BYTES and len(self._bindings) > 1:
-                _, (_, buffers) = self._bindings.popitem(last=False)
-                self._binding_bytes -= _size(buffers)
-        else:
-            self._bindings.move_to_end(key)
-        try:
-            session.run_with_iobinding(known[0])
-        except ort_errors() as error:
-            raise BackendError(
-                f"ONNX Runtime failed in {name} at shape {list(inputs[0].array.shape)}: "
-                f"{first_line(error)}",
-                "check the free memory; if the folder was copied, export again",
-            ) from error
+        """Keep the buffers for the next group of their shape."""
+        self._store.give(hidden.buffers)
 
 
-def _size(buffers: Sequence[_Buffer]) -> int:
-    return sum(buffer.array.nbytes for buffer in buffers)
+def plan_buffers(manifest: Manifest) -> list[Stage]:
+    """For every segment, which buffer each tensor of each call is in."""
+    turn: dict[str, int] = {}
+    planned = []
+    for segment, live in zip(manifest.segments, _live_tensors(manifest), strict=True):
+        before = {name: (name, turn.setdefault(name, 0)) for name in live}
+        calls = []
+        for name in segment.calls:
+            graph = manifest.graphs[name]
+            inputs = tuple((spec.name, (spec.name, turn[spec.name])) for spec in graph.inputs)
+            outputs = []
+            for spec in graph.outputs:
+                tensor = spec.name.removeprefix(NEXT)
+                turn[tensor] = 1 - turn.get(tensor, 1)
+                outputs.append((spec.name, (tensor, turn[tensor])))
+            calls.append(Call(name, inputs, tuple(outputs)))
+        planned.append(Stage(before, tuple(calls)))
+    return planned
 
 
-def _live_tensors(manifest: Manifest) -> list[dict[str, TensorSpec]]:
-    """For each segment, and after the last, the tensors that it or a later one reads."""
-    live: list[dict[str, TensorSpec]] = [{}]
+def _live_tensors(manifest: Manifest) -> list[set[str]]:
+    """For each segment, the tensors from before it that it or a later one reads."""
+    live: list[set[str]] = []
+    needed: set[str] = set()
     for segment in reversed(manifest.segments):
-        needed = dict(live[0])
         for name in reversed(segment.calls):
             graph = manifest.graphs[name]
-            for spec in graph.outputs:
-                needed.pop(spec.name.removeprefix(NEXT), None)
-            needed |= {spec.name: spec for spec in graph.inputs}
-        live.insert(0, needed)
+            needed -= {spec.name.removeprefix(NEXT) for spec in graph.outputs}
+            needed |= {spec.name for spec in graph.inputs}
+        live.insert(0, set(needed))
     return live
+
+
+def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """Every tensor between and around graphs, by the name it is carried under."""
+    return {
+        spec.name.removeprefix(NEXT): spec
+        for graph in manifest.graphs.values()
+        for spec in (*graph.inputs, *graph.outputs)
+    }
 
 
 def _shape(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
+from fpabee.exporter import bench
 from fpabee.exporter.bench import (
     FULL_DEPTH,
     FULL_GRAPH,
@@ -60,7 +61,8 @@ def test_merged_graph_has_one_head_and_shares_albert_weights(engines: Mapping[st
     bert = merge_chain(engines["bert"], read_manifest(engines["bert"]))
     albert = merge_chain(engines["albert"], read_manifest(engines["albert"]))
 
-    assert [node.op_type for node in bert.graph.node].count("Tanh") == 1
+    # Every graph has one Gemm per head and none elsewhere.
+    assert [node.op_type for node in bert.graph.node].count("Gemm") == 1
     names = [tensor.name for tensor in albert.graph.initializer]
     assert len(names) == len(set(names))
     assert {name.split("/")[0] for name in names} == {"embeddings", "block_01", "head_03"}
@@ -105,7 +107,7 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
     texts.write_text("\n".join(TEXTS))
     command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--depth", "0.7"]
 
-    result = CliRunner().invoke(main, [*command, "--json"])
+    result = CliRunner().invoke(main, [*command, "--shapes", "2x8", "--json"])
 
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -122,3 +124,28 @@ def test_command_refuses_a_missing_folder(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "fpabee-export" in result.stderr
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 1), (1000.0, 3)])
+def test_units_are_repeated_while_there_is_time(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    counts: list[int] = []
+    count = bench._timing
+
+    def noted(medians: list[float], every: list[float]) -> bench.Timing:
+        counts.append(len(every))
+        return count(medians, every)
+
+    monkeypatch.setattr(bench, "_timing", noted)
+    options = BenchOptions(Budget(exit=1), 3, seconds, shapes=(), max_single=2)
+    run_bench(engines["bert"], TEXTS, options)
+    assert counts == [2 * times] * 3 + [times] * 4
+
+
+@pytest.mark.parametrize("shapes", ["32", "0x8", "ax8", "8x8x8"])
+def test_command_refuses_what_is_no_shape(shapes: str, tmp_path: Path) -> None:
+    command = [str(tmp_path), "--input", "-", "--shapes", shapes]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert shapes in result.stderr

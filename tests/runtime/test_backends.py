@@ -62,23 +62,31 @@ class Chain:
         steps = []
         for segment in range(self.segments):
             hidden, pending = self.execution.enqueue(segment, hidden)
-            tensors = {name: buffer.array.copy() for name, buffer in hidden.tensors.items()}
-            steps.append((pending.result()["logits"], tensors))
+            tensors = {name: array.copy() for name, array in self.tensors(hidden).items()}
+            steps.append((pending.result()["logits"].copy(), tensors))
         self.execution.release(hidden)
         return steps
+
+    def tensors(self, hidden: CpuHidden) -> Tensors:
+        """What later segments read, in the group's buffers."""
+        if hidden.segment == self.segments:
+            return {}
+        live = self.backend.stages[hidden.segment].live
+        return {name: hidden.buffers.array(buffer) for name, buffer in live.items()}
 
     def check_tensors(self, hidden: CpuHidden, numbers: list[int], after: int) -> None:
         """The tensors of a group are those of its rows, run alone."""
         assert hidden.rows == len(numbers)
+        tensors = self.tensors(hidden)
         for position, number in enumerate(numbers):
             length = len(self.rows[number])
             for name, expected in self.alone[number][after][1].items():
-                found = hidden.tensors[name].array
+                found = tensors[name]
                 row = found[position] if self.batched[name] else found[0]
                 inside = tuple(slice(size) for size in expected.shape[1:])
                 np.testing.assert_allclose(row[inside], expected[0], atol=1e-5, err_msg=name)
-            if ATTENTION_BIAS in hidden.tensors:
-                padding = hidden.tensors[ATTENTION_BIAS].array[position, ..., length:]
+            if ATTENTION_BIAS in tensors:
+                padding = tensors[ATTENTION_BIAS][position, ..., length:]
                 assert (padding == np.float32(MASK_FILL)).all()
 
 
@@ -151,15 +159,13 @@ def test_rows_differ_so_that_a_mix_up_shows(chain: Chain) -> None:
         assert apart[~np.eye(len(TEXTS), dtype=bool)].min() > 1e-3
 
 
-def test_results_are_the_callers_to_keep(chain: Chain) -> None:
-    bucket = Bucket(2, 24)
-    first, pending = chain.execution.enqueue(0, chain.begin([3, 4], bucket))
+def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
+    hidden, pending = chain.execution.enqueue(0, chain.begin([3, 4]))
     kept = pending.result()["logits"]
     before = kept.copy()
-    chain.execution.release(first)
-    second, _ = chain.execution.enqueue(0, chain.begin([5, 6], bucket))
-    chain.execution.release(second)
+    hidden, _ = chain.execution.enqueue(1, hidden)
     np.testing.assert_array_equal(kept, before)
+    chain.execution.release(hidden)
 
 
 def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
@@ -175,25 +181,22 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
             execution.release(hidden)
 
 
-def test_what_no_later_segment_reads_is_dropped(chain: Chain) -> None:
+def test_only_what_later_segments_read_is_carried(chain: Chain) -> None:
     hidden, _ = chain.execution.enqueue(0, chain.begin([3]))
-    assert "input_ids" not in hidden.tensors
-    assert "hidden_states" in hidden.tensors
-    for segment in range(1, chain.segments):
-        hidden, _ = chain.execution.enqueue(segment, hidden)
-    assert hidden.tensors == {}
+    assert "input_ids" not in chain.tensors(hidden)
+    assert "hidden_states" in chain.tensors(hidden)
 
 
 def test_mpnet_carries_its_position_bias(engines: Mapping[str, Path]) -> None:
     chain = Chain(engines["mpnet"])
     assert not chain.batched["position_bias"]
     hidden, _ = chain.execution.enqueue(0, chain.begin([3, 7]))
-    whole = hidden.tensors["position_bias"].array.copy()
+    whole = chain.tensors(hidden)["position_bias"].copy()
     assert np.ptp(whole) > 0
     length = len(chain.rows[3])
     cropped = chain.execution.regroup([hidden], [np.array([0])], Bucket(1, length))
     expected = whole[..., :length, :length]
-    np.testing.assert_array_equal(cropped.tensors["position_bias"].array, expected)
+    np.testing.assert_array_equal(chain.tensors(cropped)["position_bias"], expected)
     chain.backend.close()
 
 

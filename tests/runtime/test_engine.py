@@ -404,20 +404,20 @@ def test_a_missing_late_segment_is_refused_at_load(engine_copy: Callable[..., Pa
         Engine.load(folder)
 
 
-def test_memory_of_bindings_is_bounded(engines: Mapping[str, Path]) -> None:
+def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
+    texts = ["the " * n for n in range(1, 40)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "_BINDING_BYTES", 600_000)
-        patch.setattr(onnxruntime, "_POOL_BYTES", 100_000)
+        patch.setattr(onnxruntime, "_FREE_BYTES", 100_000)
         with Engine.load(engines["bert"]) as engine:
-            expected = engine.trace(["the " * n for n in range(1, 40)]).logits
+            found = [engine.trace([text]).logits for text in texts]
             execution: Any = engine._chain()._execution
-            held = [buffer for _, part in execution._bindings.values() for buffer in part]
-            assert sum(buffer.array.nbytes for buffer in held) <= 600_000
-            assert execution._binding_bytes == sum(buffer.array.nbytes for buffer in held)
-            assert execution._pool._free_bytes <= 100_000
+            store = execution._store
+            free = [buffers for part in store._free.values() for buffers in part]
+            assert 0 < store.nbytes <= 100_000
+            assert store.nbytes == sum(buffers.nbytes for buffers in free)
     with Engine.load(engines["bert"]) as engine:
-        usual = engine.trace(["the " * n for n in range(1, 40)]).logits
-    np.testing.assert_allclose(expected, usual, atol=1e-5)
+        usual = engine.trace(texts).logits
+    np.testing.assert_allclose(np.concatenate(found, axis=1), usual, atol=1e-5)
 
 
 def test_closing_frees_the_sessions(engines: Mapping[str, Path]) -> None:

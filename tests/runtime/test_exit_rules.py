@@ -30,7 +30,7 @@ from fpabee.runtime import (
     RuleError,
     simulate,
 )
-from fpabee.runtime.exit_rules import Decider
+from fpabee.runtime.exit_rules import Decider, Progress
 
 GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
@@ -211,20 +211,29 @@ def test_any_grouping_of_the_rows_decides_alike(
     logits: Logits, task: ProblemType, rule: ExitRule, random: Any
 ) -> None:
     exits, rows, _ = logits.shape
-    decider = Decider(rule, task, rows, exits)
+    decider = Decider(rule, task, exits)
     found = np.zeros(rows, np.int64)
-    going = list(range(rows))
+    groups = [(np.arange(rows), decider.start(rows))]
     for number in range(1, exits + 1):
-        random.shuffle(going)
-        left = []
-        while going:
-            size = random.randint(1, len(going))
-            group, going = np.array(going[:size]), going[size:]
-            stopped, _, _ = decider.decide(number, group, logits[number - 1, group])
+        # Deal all rows out into new groups, whatever groups they came from.
+        everyone = np.concatenate([group for group, _ in groups])
+        progress = Progress.join([part for _, part in groups])
+        order = list(range(len(everyone)))
+        random.shuffle(order)
+        groups = []
+        while order:
+            size = random.randint(1, len(order))
+            taken, order = np.array(order[:size]), order[size:]
+            group, part = everyone[taken], progress.take(taken)
+            stopped, _ = decider.decide(number, part, logits[number - 1, group])
+            stopped = np.zeros(size, np.bool_) if stopped is None else stopped
             found[group[stopped]] = number
-            left += group[~stopped].tolist()
-        going = left
-    assert going == []
+            left = np.flatnonzero(~stopped)
+            if len(left):
+                groups.append((group[left], part.take(left)))
+        if not groups:
+            break
+    assert groups == []
     np.testing.assert_array_equal(found, simulate(logits, rule, task).exits)
 
 
