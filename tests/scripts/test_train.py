@@ -235,7 +235,8 @@ def test_run_writes_a_model_that_loads_and_scores_of_every_exit(
     assert model.exit_config == MultiExitConfig((1, 2), ("a f", "bad", "goo"), SINGLE, Pooling.MEAN)
     tokenizer = AutoTokenizer.from_pretrained(data / "model")
     rows = list(train.read_rows(data / "dev.jsonl"))
-    encoded = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
+    settings: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 16}
+    encoded = tokenizer([row.text for row in rows], **settings, return_tensors="pt")
     with torch.no_grad():
         predicted = model(**encoded).argmax(dim=-1)
     truth = torch.tensor([model.exit_config.labels.index(row.labels[0]) for row in rows])
