@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,47 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.manifest import ProblemType
+from .extend import ExtendOptions, extend
 from .extras import require
+from .formats import Half
+from .targets.tensorrt import PlanOptions
 
 
 def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in value.split(",")) if value else None
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of exits such as 2,4,6") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 2,4,6") from None
+
+
+def _three(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
+    numbers = _numbers(context, parameter, value) or ()
+    if len(numbers) != 3 or list(numbers) != sorted(numbers) or numbers[0] < 1:
+        raise click.BadParameter(f"{value!r} is not a smallest, typical and largest size")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Compute capabilities such as `8.6` of `86` or `8.6`."""
+    parts = [part.strip().replace(".", "") for part in value.split(",")]
+    if not all(part.isdigit() and len(part) > 1 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of compute capabilities such as 86,89")
+    return tuple(f"{part[:-1]}.{part[-1]}" for part in parts)
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("model_dir")
+@click.argument("model_dir", required=False)
 @click.option(
-    "-o", "--output", default="engines", type=click.Path(path_type=Path), help="Folder to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write. Default: engines.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    help="Add to this engines folder instead, from the graphs it holds. Needs no torch.",
 )
 @click.option("--exits", callback=_numbers, help="Exits to keep, such as 2,4,6. Default: all.")
 @click.option(
@@ -45,56 +73,192 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     help="More texts to verify with (.txt or .jsonl).",
 )
 @click.option("--force", is_flag=True, help="Replace an engines folder that is there.")
+@click.option("--fp16", is_flag=True, help="Also write fp16, and build it where possible.")
+@click.option("--bf16", is_flag=True, help="Also write bf16, and build it where possible.")
+@click.option(
+    "--keep-fp32",
+    multiple=True,
+    metavar="NODE|auto",
+    help="Keep a node (GRAPH:NODE) in fp32, or all that overflow.",
+)
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Build for this one, or fail. Default: those that can be built here.",
+)
+@click.option(
+    "--sm",
+    "compute_capabilities",
+    callback=_capabilities,
+    default="86,89,120",
+    help="GPUs to build tensorrt-rtx plans for.",
+)
+@click.option("--batch", callback=_three, default="1,8,32", help="Rows: least, typical, most.")
+@click.option(
+    "--sequence", callback=_three, default="16,64,128", help="Tokens: least, typical, most."
+)
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder.")
+@click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory, in MiB.")
+@click.option("--version-compatible", is_flag=True, help="Plans for later TensorRT versions.")
+@click.option("--hardware-compatible", is_flag=True, help="Plans for Ampere and later GPUs.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Builds at a time.")
+@click.option("--resume", is_flag=True, help="Keep plans that are already built.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @version_option
 @exits_with_one_line
 def main(
-    model_dir: str, output: Path, quiet: bool, as_json: bool, problem_type: str | None, **rest: Any
+    model_dir: str | None,
+    output: Path | None,
+    source: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compile MODEL_DIR, a trained multi-exit model or a hub id, into an engines folder."""
+    if (model_dir is None) == (source is None):
+        raise click.UsageError("give either MODEL_DIR or --from an engines folder")
+    fresh = {name: settings.pop(name) for name in ("exits", "problem_type", "max_length", "force")}
+    if source is not None and (output is not None or any(fresh.values())):
+        raise click.UsageError("--from adds to a folder: what was exported stays as it is")
+    wanted = _extend_options(settings)
+    if wanted.keep_fp32 and not wanted.precisions:
+        raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
+    shown = _Shown(quiet)
+    content: dict[str, Any] = {}
+    lines: list[str] = []
+    if model_dir is not None:
+        folder, content, lines = _export(model_dir, output, fresh, wanted.verify_data, shown)
+    else:
+        assert source is not None
+        folder = source
+    if wanted.precisions or wanted.backends or source is not None:
+        if not as_json:
+            click.echo("\n".join(lines), nl=bool(lines))
+            lines = []
+        more, added = _extend(folder, wanted, shown)
+        content |= more
+        lines += added
+    click.echo(json.dumps({"folder": str(folder), **content}) if as_json else "\n".join(lines))
+    if not as_json:
+        click.echo(f"next: fpabee-run {folder} --input texts.txt")
+
+
+class _Shown:
+    """Progress on stderr: a bar on a terminal, else a line for each new thing."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._last = ""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        task = self._bar.add_task("load", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            self._bar.update(task, description=what, completed=done, total=total)
+            if self._bar.disable and what != self._last:
+                self._console.print(f"{what} {done}/{total}", highlight=False, soft_wrap=True)
+            self._last = what
+
+        return progress
+
+    def __exit__(self, *_: object) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.stop()
+
+
+def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
+    workspace = settings["workspace"]
+    return ExtendOptions(
+        precisions=tuple(half for half in Half if settings[half.value]),
+        backends=settings["backends"] or None,
+        keep_fp32=settings["keep_fp32"],
+        verify_data=settings["verify_data"],
+        plans=PlanOptions(
+            batch=settings["batch"],
+            sequence=settings["sequence"],
+            compute_capabilities=settings["compute_capabilities"],
+            version_compatible=settings["version_compatible"],
+            hardware_compatible=settings["hardware_compatible"],
+            optimization_level=settings["optimization_level"],
+            workspace=None if workspace is None else workspace * 2**20,
+        ),
+        jobs=settings["jobs"],
+        resume=settings["resume"],
+    )
+
+
+def _export(
+    model_dir: str,
+    output: Path | None,
+    fresh: dict[str, Any],
+    verify_data: Path | None,
+    shown: _Shown,
+) -> tuple[Path, dict[str, Any], list[str]]:
     require("export")
     from .pipeline import ExportOptions, export
 
+    problem_type = fresh.pop("problem_type")
     options = ExportOptions(
-        problem_type=ProblemType(problem_type) if problem_type else None, **rest
+        problem_type=ProblemType(problem_type) if problem_type else None,
+        verify_data=verify_data,
+        **fresh,
     )
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    shown: AbstractContextManager[Any] = nullcontext() if quiet else bar
-    with shown:
-        task = bar.add_task("load", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        result = export(model_dir, output, options, progress)
+    with shown as progress:
+        result = export(model_dir, output or "engines", options, progress)
     manifest, parity = result.manifest, result.parity
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "folder": str(result.folder),
-                    "segments": len(manifest.segments),
-                    "targets": list(manifest.targets),
-                    "bytes": result.size,
-                    "verification": parity.to_dict(),
-                }
-            )
-        )
-        return
-    click.echo(
+    content = {
+        "segments": len(manifest.segments),
+        "targets": list(manifest.targets),
+        "bytes": result.size,
+        "verification": parity.to_dict(),
+    }
+    lines = [
         f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "
-        f"target {manifest.default_target}"
-    )
-    click.echo(
+        f"target {manifest.default_target}",
         f"verified on {parity.rows} texts: logits within {parity.max_logit_difference:.1e}, "
-        f"labels agree {parity.label_agreement:.2%}, exits agree {parity.exit_agreement:.2%}"
-    )
-    click.echo(f"next: fpabee-run {result.folder} --input texts.txt")
+        f"labels agree {parity.label_agreement:.2%}, exits agree {parity.exit_agreement:.2%}",
+    ]
+    return result.folder, content, lines
+
+
+def _extend(
+    folder: Path, options: ExtendOptions, shown: _Shown
+) -> tuple[dict[str, Any], list[str]]:
+    with shown as progress:
+        result = extend(folder, options, progress)
+    lines = []
+    for check in result.checks:
+        lines.append(
+            f"{check.precision}: emulated on {check.rows} texts, {check.agreement}"
+            + (f", {len(check.kept)} nodes kept in fp32" if check.kept else "")
+        )
+    for name in result.built:
+        target = result.manifest.targets[name]
+        where = ", ".join(target.compute_capabilities)
+        ran = (
+            "not run here" if target.tolerance is None else f"logits within {target.tolerance:.1e}"
+        )
+        lines.append(f"built {name} for compute capability {where} ({ran})")
+    for left in result.not_built:
+        lines.append(f"not built: {left.target}: {left.reason}\n  there: {left.command}")
+    content = {
+        "targets": list(result.manifest.targets),
+        "precisions": [check.to_dict() for check in result.checks],
+        "built": list(result.built),
+        "not_built": [asdict(left) for left in result.not_built],
+    }
+    return content, lines

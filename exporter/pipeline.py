@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .. import __version__
 from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.distributions import Measure
@@ -42,6 +39,7 @@ from ..runtime.text_io import read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .multi_exit import MultiExitModel
+from .reference import write_reference
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, Parity, check_chain, check_graphs, reference_logits
 
@@ -55,7 +53,6 @@ FP32_TARGET = "onnxruntime-fp32"
 _LEAST_TOLERANCE = 1e-5
 
 _SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
-_MAX_REFERENCE_ROWS = 256
 _MAX_BATCH = 256
 
 Progress = Callable[[str, int, int], None]
@@ -160,7 +157,7 @@ def _write(
     report("verify", len(cut.modules), len(cut.modules))
     rows = TextEncoder(folder, tokenizer).encode(texts)
     logits = reference_logits(model, rows)[[number - 1 for number in exits]]
-    _write_reference(folder, texts, logits)
+    write_reference(folder, texts, logits)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         fpabee_version=__version__,
@@ -254,17 +251,6 @@ def _verification_texts(options: ExportOptions) -> list[Text]:
     if options.verify_data is not None:
         texts += [row.content for row in read_rows(options.verify_data)]
     return texts
-
-
-def _write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
-    kept = min(len(texts), _MAX_REFERENCE_ROWS)
-    # Texts as UTF-8 JSON bytes: an object array would have to be unpickled.
-    content = json.dumps(list(texts[:kept]), ensure_ascii=False).encode()
-    np.savez(
-        folder / REFERENCE_NAME,
-        texts=np.frombuffer(content, np.uint8),
-        logits=logits[:, :kept],
-    )
 
 
 def _check_output(target: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ the embeddings first, the block once per layer, then the head.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -37,6 +38,8 @@ OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
 
 _EXAMPLE = {"batch": 3, "sequence": 7}
+# Where the exporter notes the modules that a node comes from, outermost first.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class GraphModule(nn.Module):
@@ -260,6 +263,7 @@ def export_graph(
     assert program is not None
     proto = program.model_proto
     _name_dimensions(proto, inputs)
+    _name_nodes(proto)
     _strip(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -299,6 +303,18 @@ def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in names:
                 dimension.dim_param = names[dimension.dim_param]
+
+
+def _name_nodes(proto: Any) -> None:
+    """Call nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
+
+    Messages name nodes, and what is in a head is told by its name.
+    """
+    for node in proto.graph.node:
+        scopes = next((item.value for item in node.metadata_props if item.key == _SCOPES), "['']")
+        modules = [scope for scope in ast.literal_eval(scopes)[:-1] if "hook" not in scope]
+        own = node.name.removeprefix("node_")
+        node.name = f"{modules[-1]}/{own}" if modules and modules[-1] else own
 
 
 def _strip(proto: Any) -> None:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
-from ..runtime.exit_rules import ExitRule, Pabee, simulate
 from ..runtime.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
     NEXT,
     Manifest,
-    ProblemType,
 )
+from .agreement import answers, exit_agreement, largest, near_ties
 from .backbones import attention_bias
 from .multi_exit import MultiExitModel
 from .segments import Cut
@@ -159,8 +158,8 @@ def check_chain(
     # Once in groups of the engine's own making, once a text at a time: both must agree.
     together = engine.trace(texts).logits
     alone = np.concatenate([engine.trace([text]).logits for text in texts[:_BATCH]], axis=1)
-    differences = _largest(together, expected)
-    differences = np.maximum(differences, _largest(alone, expected[:, : alone.shape[1]]))
+    differences = largest(together, expected)
+    differences = np.maximum(differences, largest(alone, expected[:, : alone.shape[1]]))
     difference = float(differences.max())
     if not np.isfinite(difference):
         bad = int(np.argmax(~np.isfinite(differences))) + 1
@@ -169,10 +168,10 @@ def check_chain(
             "nothing was written; please report this with your model's config.json",
         )
     problem_type = engine.manifest.task.problem_type
-    ties = _near_ties(expected, problem_type, tolerance)
-    same = _answers(together, problem_type) == _answers(expected, problem_type)
+    ties = near_ties(expected, problem_type, tolerance)
+    same = answers(together, problem_type) == answers(expected, problem_type)
     same = same if same.ndim == 2 else same.all(axis=-1)
-    exits_same, unsure = _exit_agreement(together, expected, engine.rule, problem_type, tolerance)
+    exits_same, unsure = exit_agreement(together, expected, engine.rule, problem_type, tolerance)
     sure_labels, sure_exits = same[~ties], exits_same[~unsure]
     parity = Parity(
         rows=len(texts),
@@ -192,45 +191,6 @@ def check_chain(
             "nothing was written; please report this with your model's config.json",
         )
     return parity
-
-
-def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest absolute difference at each exit; NaN where one is not a number."""
-    return np.asarray(np.abs(found - expected).max(axis=(1, 2), initial=0.0))
-
-
-def _answers(logits: NDArray[np.float32], problem_type: ProblemType) -> NDArray[Any]:
-    if problem_type is ProblemType.SINGLE_LABEL:
-        return np.asarray(logits.argmax(axis=-1))
-    return np.asarray(logits > 0)
-
-
-def _near_ties(
-    logits: NDArray[np.float32], problem_type: ProblemType, tolerance: float
-) -> NDArray[np.bool_]:
-    """`[exits, rows]`: where a difference within tolerance can change the labels."""
-    if problem_type is ProblemType.MULTI_LABEL or logits.shape[-1] == 1:
-        return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
-    top = np.sort(logits, axis=-1)
-    return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
-
-
-def _exit_agreement(
-    found: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    rule: ExitRule,
-    problem_type: ProblemType,
-    tolerance: float,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Rows with the same exit, and rows whose exit is too close to call."""
-    one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
-    threshold = getattr(rule, "threshold", None)
-    if threshold is None or isinstance(rule, Pabee):
-        close = _near_ties(expected, problem_type, tolerance)
-    else:
-        # A score moves by at most a few times what the logits move.
-        close = np.abs(two.scores - threshold) <= 10 * tolerance
-    return np.equal(one.exits, two.exits), np.asarray(close.any(axis=0))
 
 
 def _batches(

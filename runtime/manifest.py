@@ -181,8 +181,13 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         device: device class the files are bound to; empty if none.
         versions: library versions it was built or verified with.
         files: built file of each graph; empty where the ONNX itself is run.
-        tolerance: largest difference in logits from the PyTorch model in fp32, measured.
+        tolerance: largest difference in logits from the PyTorch model in fp32, measured;
+            None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
+        compute_capabilities: those of the GPUs that the files run on, such as `8.6`.
+        profiles: the shapes that the files take, by length; empty: any.
+        batch_sizes: the batch sizes to pad to; empty: any.
+        sequence_lengths: the lengths to pad to; empty: any.
     """
 
     backend: str
@@ -190,8 +195,12 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
-    tolerance: Annotated[float, msgspec.Meta(ge=0)]
+    tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
     row_invariant: bool = True
+    compute_capabilities: tuple[str, ...] = ()
+    profiles: tuple[Shapes, ...] = ()
+    batch_sizes: tuple[Count, ...] = ()
+    sequence_lengths: tuple[Count, ...] = ()
 
 
 class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +228,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     operating_points: dict[str, OperatingPoint] = {}
     verification: Verification | None = None
     files: dict[str, Sha256] = {}
+    precisions: dict[str, dict[str, Graph]] = {}
+
+    def graphs_in(self, precision: str) -> dict[str, Graph]:
+        """The graphs in a precision.
+
+        Raises:
+            ArtifactError: the folder has none in it.
+        """
+        if precision == "fp32":
+            return self.graphs
+        if precision not in self.precisions:
+            raise ArtifactError(
+                f"the engines folder has no {precision} graphs; it has "
+                f"{', '.join(['fp32', *self.precisions])}",
+                f"write them: fpabee-export --from ENGINES --{precision}",
+            )
+        return self.precisions[precision]
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -397,6 +423,14 @@ def _inconsistency(manifest: Manifest) -> str:
         return f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
     if manifest.default_target not in manifest.targets:
         return f"the default target {manifest.default_target!r} is not listed"
+    for precision, graphs in manifest.precisions.items():
+        if graphs.keys() != manifest.graphs.keys():
+            return f"its {precision} graphs are not those of fp32"
+    for name, target in manifest.targets.items():
+        if target.precision != "fp32" and target.precision not in manifest.precisions:
+            return f"target {name} is in {target.precision}, of which there are no graphs"
+        if target.files and target.files.keys() != manifest.graphs.keys():
+            return f"target {name} does not have one file for each graph"
     labels = manifest.task.labels
     if len(set(labels)) != len(labels):
         return "a label name appears twice"

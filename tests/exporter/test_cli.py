@@ -243,3 +243,63 @@ def test_the_command_writes_one_line_and_nothing_of_its_libraries(
     errors = [line for line in result.stderr.splitlines() if not line.startswith("load ")]
     assert len(errors) == 1
     assert errors[0].startswith("error: ")
+
+
+def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    folder = tmp_path / "engines"
+    result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32")
+    assert result.exit_code == 0, result.output
+    assert "fp16: emulated on 12 texts" in result.stdout
+    assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here)" in result.stdout
+    assert f"fpabee-export --from {folder} --backend tensorrt --fp16" in result.stdout
+    manifest = read_manifest(folder)
+    assert set(manifest.targets) >= {"onnxruntime-fp32", "tensorrt-rtx-fp16"}
+    assert manifest.default_target == "onnxruntime-fp32"
+
+
+def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    folder = engine_copy("albert")
+    before = read_manifest(folder)
+    result = run("--from", folder, "--backend", "tensorrt-rtx", "--sm", "8.9,120", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["built"] == ["tensorrt-rtx-fp32"]
+    assert read_manifest(folder).graphs == before.graphs
+    assert read_manifest(folder).targets["tensorrt-rtx-fp32"].compute_capabilities == (
+        "8.9",
+        "12.0",
+    )
+
+
+def test_a_backend_that_cannot_build_here_is_an_error(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    before = (folder / "manifest.json").read_bytes()
+    assert_one_error(run("--from", folder, "--backend", "tensorrt"), "tensorrt")
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_from_needs_an_engines_folder(tmp_path: Path) -> None:
+    assert_one_error(run("--from", tmp_path, "--fp16"), "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either MODEL_DIR or --from"),
+        (["model", "--from", "engines"], "either MODEL_DIR or --from"),
+        (["--from", "engines", "--exits", "1,2"], "what was exported stays"),
+        (["--from", "engines", "-o", "other"], "what was exported stays"),
+        (["model", "--keep-fp32", "auto"], "needs a precision"),
+        (["model", "--fp16", "--sm", "x"], "compute capabilities"),
+        (["model", "--fp16", "--batch", "1,2"], "smallest, typical and largest"),
+        (["model", "--fp16", "--sequence", "64,32,128"], "smallest, typical and largest"),
+        (["model", "--backend", "none"], "none"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr

@@ -90,6 +90,7 @@ def test_manifest_says_where_the_model_comes_from_and_what_it_does(
     target = manifest.targets[manifest.default_target]
     assert manifest.default_target == "onnxruntime-fp32"
     assert (target.backend, target.precision, target.row_invariant) == ("onnxruntime", "fp32", True)
+    assert target.tolerance is not None
     assert 1e-5 <= target.tolerance <= 1e-4
 
 

@@ -1,0 +1,129 @@
+"""How far two sets of logits of the same rows agree: values, labels and exits. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.exit_rules import ExitRule, Pabee, simulate
+from ..runtime.manifest import ProblemType
+
+LABEL_BAR = 0.999
+EXIT_BAR = 0.99
+"""What a target in another precision than fp32 must reach."""
+
+# Logits this close are a tie that rounding may break either way.
+_TIES = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.08, "int8": 0.25}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a target in some precision agrees with the fp32 model.
+
+    Attributes:
+        difference: largest absolute difference of a logit; NaN if one is not a number.
+        labels: share of (exit, row) with the same labels, near ties left out.
+        exits: share of rows with the same exit, near ties left out.
+        near_ties: rows that were left out of either share.
+        first_bad: the first exit whose logits are not numbers or whose labels differ, from 1;
+            None if there is none.
+    """
+
+    difference: float
+    labels: float
+    exits: float
+    near_ties: int
+    first_bad: int | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether labels and exits reach their bars."""
+        return (
+            bool(np.isfinite(self.difference))
+            and self.labels >= LABEL_BAR
+            and self.exits >= EXIT_BAR
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.difference:.2e}, labels agree for {self.labels:.2%} "
+            f"(bar {LABEL_BAR:.1%}), exits for {self.exits:.2%} (bar {EXIT_BAR:.0%})"
+        )
+
+
+def agree(
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    rule: ExitRule,
+    problem_type: ProblemType,
+    precision: str,
+) -> Agreement:
+    """Compare a target with the fp32 model.
+
+    Args:
+        found: `[exits, rows, labels]` of the target.
+        expected: the same of the model.
+        rule: whose exits are compared.
+        problem_type: the task.
+        precision: of the target; says what is a tie.
+    """
+    tie = _TIES[precision]
+    finite = np.isfinite(found)
+    logits = np.where(finite, found, 0.0).astype(np.float32)
+    ties = near_ties(expected, problem_type, tie)
+    same = answers(logits, problem_type) == answers(expected, problem_type)
+    same = (same if same.ndim == 2 else same.all(axis=-1)) & finite.all(axis=-1)
+    exits, unsure = exit_agreement(logits, expected, rule, problem_type, tie)
+    exits &= finite.all(axis=(0, 2))
+    wrong = (~finite.all(axis=-1) | (~same & ~ties)).any(axis=1)
+    counted = ~ties | ~finite.all(axis=-1)
+    return Agreement(
+        difference=float(largest(found, expected).max()),
+        labels=float(same[counted].mean()) if counted.any() else 1.0,
+        exits=float(exits[~unsure].mean()) if (~unsure).any() else 1.0,
+        near_ties=int((ties.any(axis=0) | unsure).sum()),
+        first_bad=int(np.argmax(wrong)) + 1 if wrong.any() else None,
+    )
+
+
+def largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest absolute difference at each exit; NaN where one is not a number."""
+    return np.asarray(np.abs(found - expected).max(axis=(1, 2), initial=0.0))
+
+
+def answers(logits: NDArray[np.float32], problem_type: ProblemType) -> NDArray[Any]:
+    """Predicted labels: `[exits, rows]`, or `[exits, rows, labels]`."""
+    if problem_type is ProblemType.SINGLE_LABEL:
+        return np.asarray(logits.argmax(axis=-1))
+    return np.asarray(logits > 0)
+
+
+def near_ties(
+    logits: NDArray[np.float32], problem_type: ProblemType, tolerance: float
+) -> NDArray[np.bool_]:
+    """`[exits, rows]`: where a difference within tolerance can change the labels."""
+    if problem_type is ProblemType.MULTI_LABEL or logits.shape[-1] == 1:
+        return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
+    top = np.sort(logits, axis=-1)
+    return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
+
+
+def exit_agreement(
+    found: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    rule: ExitRule,
+    problem_type: ProblemType,
+    tolerance: float,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Rows with the same exit, and rows whose exit is too close to call."""
+    one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
+    threshold = getattr(rule, "threshold", None)
+    if threshold is None or isinstance(rule, Pabee):
+        close = near_ties(expected, problem_type, tolerance)
+    else:
+        # A score moves by at most a few times what the logits move.
+        close = np.abs(two.scores - threshold) <= 10 * tolerance
+    return np.equal(one.exits, two.exits), np.asarray(close.any(axis=0))

@@ -1,0 +1,214 @@
+"""Add precisions and built targets to an engines folder that is there. Torch-free.
+
+The folder stays usable at any moment: new files come first, the manifest last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..runtime.errors import ArtifactError, BackendError, FpabeeError
+from ..runtime.exit_rules import ExitRule
+from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
+from ..runtime.text_io import read_rows
+from .extras import require
+from .formats import Half
+from .target_check import can_run, check_target
+from .targets.tensorrt import RTX, TENSORRT, PlanOptions, build_target, why_not
+
+if TYPE_CHECKING:
+    from .half import HalfReport
+
+BACKENDS = (RTX, TENSORRT)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExtendOptions:
+    """What to add to an engines folder.
+
+    Attributes:
+        precisions: half precisions to write graphs in.
+        backends: targets that must be built; None: those that can be built here, for each
+            precision asked for.
+        keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
+        verify_data: texts to check half precision with (.txt or .jsonl).
+        plans: how TensorRT plans are built.
+        jobs: builds at a time.
+        resume: keep plans that are already built.
+    """
+
+    precisions: tuple[Half, ...] = ()
+    backends: tuple[str, ...] | None = None
+    keep_fp32: tuple[str, ...] = ()
+    verify_data: Path | None = None
+    plans: PlanOptions = field(default_factory=PlanOptions)
+    jobs: int = 1
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """A target that could not be built here, and the command that builds it."""
+
+    target: str
+    reason: str
+    command: str
+
+
+@dataclass(frozen=True)
+class ExtendResult:
+    """What was added.
+
+    Attributes:
+        manifest: the folder's manifest now.
+        checks: what half precision does to the model, for each precision that was written.
+        built: names of the targets that were built.
+        not_built: targets that were left, and how to build them.
+    """
+
+    manifest: Manifest
+    checks: tuple[HalfReport, ...]
+    built: tuple[str, ...]
+    not_built: tuple[NotBuilt, ...]
+
+
+def extend(
+    folder: str | Path,
+    options: ExtendOptions,
+    progress: Progress = lambda what, done, total: None,
+) -> ExtendResult:
+    """Add precisions and targets to an engines folder.
+
+    Args:
+        folder: the engines folder.
+        options: see `ExtendOptions`.
+        progress: called with (what, done, total).
+
+    Raises:
+        ArtifactError: no engines folder, damaged, or one that cannot be written.
+        VerificationError: the model does not survive a precision, or a plan is not in it.
+        BackendError: a backend that was asked for cannot build here, or failed.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    for backend in options.backends or ():
+        error = why_not(backend)
+        if error:
+            raise error
+    try:
+        return _extend(path, manifest, options, progress)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {error.filename or path}: {error.strerror}",
+            "check the folder's permissions and free space",
+        ) from error
+
+
+def _extend(
+    path: Path, manifest: Manifest, options: ExtendOptions, progress: Progress
+) -> ExtendResult:
+    texts = [row.content for row in read_rows(options.verify_data)] if options.verify_data else []
+    rule = ExitRule.from_dict(manifest.default_rule)
+    checks = []
+    for half in options.precisions:
+        is_there = half.value in manifest.precisions
+        if is_there and not options.keep_fp32 and not options.verify_data:
+            continue
+        require("half")
+        from .half import add_half
+
+        manifest, report = add_half(path, manifest, half, rule, options.keep_fp32, texts, progress)
+        manifest = _with_onnxruntime(_without_stale(manifest, half.value), half)
+        write_manifest(path, manifest)
+        checks.append(report)
+    built, not_built = [], []
+    asked = tuple(half.value for half in options.precisions)
+    precisions = asked or tuple(manifest.precisions) or ("fp32",)
+    for backend in BACKENDS if options.backends is None else options.backends:
+        error = why_not(backend)
+        for precision in precisions:
+            if error:
+                not_built.append(_not_built(path, backend, precision, error))
+                continue
+            plans, jobs, resume = options.plans, options.jobs, options.resume
+            before = manifest
+            manifest, name = build_target(
+                path, manifest, backend, precision, plans, jobs, resume, progress
+            )
+            write_manifest(path, manifest)
+            if can_run(manifest.targets[name]):
+                progress(f"verify {name}", 0, 1)
+                manifest = _verified(path, before, manifest, name)
+            built.append(name)
+    return ExtendResult(manifest, tuple(checks), tuple(built), tuple(not_built))
+
+
+def drop_graphs(folder: Path) -> None:
+    """Delete the portable source of the targets, on devices that are short of space.
+
+    Raises:
+        ArtifactError: a target runs the ONNX graphs themselves.
+    """
+    manifest = read_manifest(folder)
+    users = [name for name, target in manifest.targets.items() if not target.files]
+    built = [name for name, target in manifest.targets.items() if target.files]
+    if not built:
+        raise ArtifactError(
+            f"{folder} has no built target: {', '.join(users)} run the ONNX graphs themselves",
+            "build one first: fpabee-export --from ENGINES --backend tensorrt",
+        )
+    targets = {name: manifest.targets[name] for name in built}
+    default = manifest.default_target if manifest.default_target in built else built[0]
+    write_manifest(
+        folder, msgspec.structs.replace(manifest, targets=targets, default_target=default)
+    )
+    shutil.rmtree(folder / "onnx")
+
+
+def _with_onnxruntime(manifest: Manifest, half: Half) -> Manifest:
+    """ONNX Runtime runs half precision as it is, on a CUDA device."""
+    if half is not Half.FP16:
+        return manifest
+    target = Target(backend="onnxruntime", precision=half.value, device="cuda", tolerance=None)
+    targets = {**manifest.targets, f"onnxruntime-{half.value}-cuda": target}
+    return msgspec.structs.replace(manifest, targets=targets)
+
+
+def _without_stale(manifest: Manifest, precision: str) -> Manifest:
+    """Without the targets that were built from other graphs than those of now."""
+    graphs = manifest.graphs_in(precision)
+    targets = {
+        name: target
+        for name, target in manifest.targets.items()
+        if target.precision != precision
+        or all(file.onnx_sha256 == graphs[g].sha256 for g, file in target.files.items())
+    }
+    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
+    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
+
+
+def _verified(path: Path, before: Manifest, manifest: Manifest, name: str) -> Manifest:
+    """The manifest with the target's measured tolerance; a target that fails is taken out."""
+    try:
+        checked = check_target(path, manifest, name)
+    except FpabeeError:
+        write_manifest(path, before)
+        raise
+    write_manifest(path, checked)
+    return checked
+
+
+def _not_built(path: Path, backend: str, precision: str, error: BackendError) -> NotBuilt:
+    flag = "" if precision == "fp32" else f" --{precision}"
+    command = f"fpabee-export --from {path} --backend {backend}{flag}"
+    if backend == RTX:
+        command = f"{error.hint} && {command}"
+    return NotBuilt(f"{backend}-{precision}", error.message, command)

@@ -1,0 +1,339 @@
+"""Write an engines folder's graphs in half precision, after checking that they survive it.
+
+The check runs the emulation of `precision.emulate` over real texts: what overflows, and
+where first, whether labels and exits stay. It needs neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.encoding import EncodedRow, Text, TextEncoder
+from ..runtime.errors import VerificationError
+from ..runtime.exit_rules import ExitRule
+from ..runtime.manifest import (
+    ATTENTION_BIAS,
+    LOGITS,
+    MASK_FILL,
+    NEXT,
+    Graph,
+    Manifest,
+    TensorSpec,
+    sha256_of,
+    verified,
+)
+from .agreement import Agreement, agree
+from .formats import Half
+from .precision import ABS_MAX, Plan, emulate, largest_weight, lower, plan
+from .reference import read_reference
+
+AUTO = "auto"
+
+_BATCH = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class HalfReport:
+    """What half precision does to a model, by emulation.
+
+    Attributes:
+        precision: the format.
+        rows: texts that were run.
+        kept: nodes and tensors kept in fp32 on request, as `GRAPH:NAME`.
+        max_abs: for each graph, its node with the largest |x|, and that value.
+        overflows: nodes whose values the format cannot hold, in order of execution.
+        agreement: with the fp32 model.
+    """
+
+    precision: str
+    rows: int
+    kept: tuple[str, ...]
+    max_abs: dict[str, tuple[str, float]]
+    overflows: tuple[str, ...]
+    agreement: Agreement
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model survives the format."""
+        return not self.overflows and self.agreement.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def add_half(
+    folder: Path,
+    manifest: Manifest,
+    half: Half,
+    rule: ExitRule,
+    keep: Sequence[str] = (),
+    texts: Sequence[Text] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[Manifest, HalfReport]:
+    """Check a format and write the graphs in it to `onnx/<format>/`.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest; the one with the new graphs is returned, not written.
+        half: the format.
+        rule: whose exits must stay.
+        keep: what stays in fp32: `auto`, or node names, as `GRAPH:NODE` or alone for every
+            graph that has them.
+        texts: more texts to check with than those of `reference.npz`.
+        progress: called with (what, done, total).
+
+    Raises:
+        VerificationError: the model does not survive the format.
+        ModelError: a weight does not fit it.
+    """
+    import onnx
+
+    protos = {
+        name: onnx.load(verified(folder, graph.file, graph.sha256))
+        for name, graph in manifest.graphs.items()
+    }
+    known, logits = read_reference(folder, manifest)
+    chain = _Emulation(folder, manifest, protos, half, progress)
+    rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *texts])
+    kept = _resolve(keep, protos)
+    expected = logits
+    if texts or AUTO in keep:
+        fp32 = chain.run(rows, {name: Plan(frozenset(), frozenset()) for name in protos})
+        expected = np.concatenate([logits, fp32.logits[:, len(known) :]], axis=1)
+        if AUTO in keep:
+            for name, names in _too_large(protos, fp32.abs_max, half).items():
+                kept[name] |= names
+    plans = {name: plan(proto, kept[name]) for name, proto in protos.items()}
+    found = chain.run(rows, plans)
+    report = _report(manifest, half, rule, found, expected, plans)
+    listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
+    report = replace(report, kept=listed)
+    if not report.passed:
+        raise VerificationError(_what_failed(report), _how_to_mend(report, half, keep))
+    graphs = {}
+    for number, (name, proto) in enumerate(protos.items()):
+        progress(f"{half.value} {name}", number, len(protos))
+        path = folder / "onnx" / half.value / f"{name}.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lower(proto, half, plans[name]).SerializeToString(deterministic=True))
+        graphs[name] = _record(folder, path, manifest.graphs[name], half, plans[name])
+    precisions = {**manifest.precisions, half.value: graphs}
+    return msgspec.structs.replace(manifest, precisions=precisions), report
+
+
+@dataclass(frozen=True)
+class _Run:
+    logits: NDArray[np.float32]
+    abs_max: dict[str, dict[str, float]]
+
+
+class _Emulation:
+    """Runs the chain through ONNX Runtime with every rounding in place."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        protos: dict[str, Any],
+        half: Half,
+        progress: Progress,
+    ) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._protos = protos
+        self._half = half
+        self._progress = progress
+
+    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Plan]) -> _Run:
+        """Logits of every exit, and the largest |x| of every node before rounding."""
+        segments = self._manifest.segments
+        names = [call for segment in segments for call in segment.calls]
+        # One graph in memory at a time: the state of all batches waits between two.
+        states = list(self._inputs(rows))
+        worst: dict[str, dict[str, float]] = {}
+        logits: list[list[NDArray[np.float32]]] = []
+        session, loaded = None, ""
+        for number, name in enumerate(names):
+            self._progress(f"check {self._half.value}", number, len(names))
+            if name != loaded:
+                session, loaded = self._session(name, plans[name]), name
+            assert session is not None
+            outputs = [value.name for value in session.get_outputs()]
+            wanted = [value.name for value in session.get_inputs()]
+            graph_worst = worst.setdefault(name, {})
+            for state in states:
+                with np.errstate(all="ignore"):
+                    values = session.run(outputs, {key: state[key] for key in wanted})
+                for output, value in zip(outputs, values, strict=True):
+                    if output.startswith(ABS_MAX):
+                        node = output.removeprefix(ABS_MAX)
+                        # Unlike max(), keeps NaN.
+                        seen = np.maximum(graph_worst.get(node, 0.0), value)
+                        graph_worst[node] = float(seen)
+                    else:
+                        state[output.removeprefix(NEXT)] = value
+            if any(spec.name == LOGITS for spec in self._manifest.graphs[name].outputs):
+                logits.append([state[LOGITS] for state in states])
+        return _Run(np.stack([np.concatenate(part) for part in logits]), worst)
+
+    def _session(self, name: str, chosen: Plan) -> Any:
+        import onnxruntime as ort
+
+        from ..runtime.backends.onnxruntime_session import session_options
+
+        options = session_options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        proto = emulate(self._protos[name], self._half, chosen)
+        return ort.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def _inputs(self, rows: Sequence[EncodedRow]) -> Iterator[dict[str, NDArray[Any]]]:
+        padding = {
+            "input_ids": self._manifest.tokenizer.pad_id,
+            "token_type_ids": self._manifest.tokenizer.pad_type_id,
+        }
+        for start in range(0, len(rows), _BATCH):
+            part = rows[start : start + _BATCH]
+            shape = (len(part), max(len(row) for row in part))
+            state: dict[str, NDArray[Any]] = {
+                name: np.full(shape, value, np.int64) for name, value in padding.items()
+            }
+            state[ATTENTION_BIAS] = np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32)
+            for name, array in state.items():
+                for number, row in enumerate(part):
+                    array[number, ..., : len(row)] = row.model_input(name)
+            yield state
+
+
+def _resolve(keep: Sequence[str], protos: dict[str, Any]) -> dict[str, set[str]]:
+    kept: dict[str, set[str]] = {name: set() for name in protos}
+    for wish in keep:
+        if wish == AUTO:
+            continue
+        graph, _, node = wish.rpartition(":")
+        names = {
+            name
+            for name, proto in protos.items()
+            if graph in ("", name) and node in _names_of(proto)
+        }
+        if not names:
+            example = next(iter(protos.values())).graph.node[-1].name
+            raise VerificationError(
+                f"--keep-fp32 {wish}: no graph has such a node or tensor",
+                f"names look like segment_01:{example}; or give auto",
+            )
+        for name in names:
+            kept[name].add(node)
+    return kept
+
+
+def _names_of(proto: Any) -> set[str]:
+    ends = (*proto.graph.input, *proto.graph.output)
+    return {node.name for node in proto.graph.node} | {v.name.removeprefix(NEXT) for v in ends}
+
+
+def _too_large(
+    protos: dict[str, Any], abs_max: dict[str, dict[str, float]], half: Half
+) -> dict[str, set[str]]:
+    """Nodes that make or read values beyond half the format's range, and such tensors."""
+    limit = half.largest / 2
+    large: dict[str, set[str]] = {}
+    carried: set[str] = set()
+    for name, proto in protos.items():
+        values = {
+            output
+            for node in proto.graph.node
+            if abs_max[name].get(node.name, 0.0) > limit
+            for output in node.output
+        } | {tensor.name for tensor in proto.graph.initializer if largest_weight(tensor) > limit}
+        carried |= {v.name.removeprefix(NEXT) for v in proto.graph.output if v.name in values}
+        large[name] = {
+            node.name
+            for node in proto.graph.node
+            if values.intersection((*node.input, *node.output))
+        }
+    # A tensor between two graphs has one type, and what reads it must be able to hold it.
+    for name, proto in protos.items():
+        large[name] |= carried
+        large[name] |= {n.name for n in proto.graph.node if carried.intersection(n.input)}
+    return large
+
+
+def _report(
+    manifest: Manifest,
+    half: Half,
+    rule: ExitRule,
+    found: _Run,
+    expected: NDArray[np.float32],
+    plans: dict[str, Plan],
+) -> HalfReport:
+    overflows = tuple(
+        f"{name}:{node}"
+        for name, nodes in found.abs_max.items()
+        for node, value in nodes.items()
+        if node in plans[name].nodes and not value <= half.largest
+    )
+    worst = {name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()}
+    return HalfReport(
+        precision=half.value,
+        rows=expected.shape[1],
+        kept=(),
+        max_abs=worst,
+        overflows=overflows,
+        agreement=agree(found.logits, expected, rule, manifest.task.problem_type, half.value),
+    )
+
+
+def _size(item: tuple[str, float]) -> float:
+    return np.inf if np.isnan(item[1]) else item[1]
+
+
+def _what_failed(report: HalfReport) -> str:
+    if report.overflows:
+        first = report.overflows[0]
+        graph, node = first.split(":", 1)
+        more = len(report.overflows) - 1
+        return (
+            f"{report.precision} overflows first in {graph} at {node}"
+            + (f" and then at {more} more nodes" if more else "")
+            + f" (largest value seen: {report.max_abs[graph][1]:.3g})"
+        )
+    return (
+        f"{report.precision} changes answers from segment {report.agreement.first_bad} on: "
+        f"{report.agreement} of {report.rows} texts"
+    )
+
+
+def _how_to_mend(report: HalfReport, half: Half, keep: Collection[str]) -> str:
+    if report.overflows and AUTO not in keep:
+        return f"keep what overflows in fp32: --keep-fp32 {AUTO}"
+    if half is Half.FP16:
+        return "try --bf16, or name nodes to keep with --keep-fp32"
+    return "stay with fp32, or name nodes to keep with --keep-fp32"
+
+
+def _record(folder: Path, path: Path, graph: Graph, half: Half, chosen: Plan) -> Graph:
+    def specs(old: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        dtype = "float16" if half is Half.FP16 else "bfloat16"
+        return tuple(
+            msgspec.structs.replace(spec, dtype=dtype) if spec.name in chosen.tensors else spec
+            for spec in old
+        )
+
+    return Graph(
+        file=path.relative_to(folder).as_posix(),
+        sha256=sha256_of(path),
+        inputs=specs(graph.inputs),
+        outputs=specs(graph.outputs),
+    )

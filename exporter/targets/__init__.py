@@ -1,0 +1,1 @@
+"""Built targets: what a backend needs besides the ONNX graphs."""

@@ -1,0 +1,185 @@
+"""Build one TensorRT plan: a process of its own, so that a failed build spoils no other.
+
+    python -m fpabee.exporter.targets.plan_worker < request.json > result.json
+
+One adapter for `tensorrt` (10.3 to 11) and `tensorrt_rtx` (1.5 on): every class used here is
+in both, and what only one has is asked for by attribute. Networks are always strongly
+typed: the precision is the graph's. Imports neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}
+
+
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build.
+
+    Attributes:
+        module: `tensorrt` or `tensorrt_rtx`.
+        onnx: the graph.
+        plan: the file to write.
+        profiles: for each optimization profile, by input name its smallest, typical and
+            largest shape.
+        compute_capabilities: GPUs to build for, such as `8.6`; empty: the one that is here.
+        workspace: most scratch memory in bytes; None: no limit.
+        optimization_level: 0 to 5; None: the library's.
+        version_compatible: a plan that later versions of the library can run.
+        hardware_compatible: a plan for Ampere and everything after it.
+        timing_cache: file to read and to add to.
+    """
+
+    module: str
+    onnx: str
+    plan: str
+    profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
+    compute_capabilities: list[str] = []
+    workspace: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    timing_cache: str | None = None
+
+
+class PlanResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What was built.
+
+    Attributes:
+        error: why there is no plan; empty if there is one.
+        seconds: time of parsing and building.
+        size: bytes of the plan.
+        dtypes: type of each input and output, as the network has it.
+        layers: layer types with their output formats, where the library tells.
+    """
+
+    error: str = ""
+    seconds: float = 0.0
+    size: int = 0
+    dtypes: dict[str, str] = {}
+    layers: str = ""
+
+
+def build_plan(request: PlanRequest) -> PlanResult:
+    """Build a plan and write it; errors come back in the result."""
+    trt = importlib.import_module(request.module)
+    log = _Log.over(trt)
+    started = time.perf_counter()
+    builder = trt.Builder(log)
+    network = builder.create_network(_creation_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    # From the file, so that external data beside it is found.
+    if not parser.parse_from_file(request.onnx):
+        errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
+    config = builder.create_builder_config()
+    problem = _configure(trt, builder, config, request)
+    if problem:
+        return PlanResult(error=problem)
+    cache = _timing_cache(trt, config, request.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        return PlanResult(error=log.last or "the builder gave no plan and no reason")
+    path = Path(request.plan)
+    path.write_bytes(memoryview(plan))
+    if cache is not None and request.timing_cache:
+        Path(request.timing_cache).write_bytes(memoryview(cache.serialize()))
+    return PlanResult(
+        seconds=time.perf_counter() - started,
+        size=path.stat().st_size,
+        dtypes=_dtypes(network),
+        layers=_layers(trt, log, plan),
+    )
+
+
+def _creation_flags(trt: Any) -> int:
+    # Version 10 must be told; later ones know no other kind.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:
+    for shapes in request.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (low, typical, high) in shapes.items():
+            profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
+        config.add_optimization_profile(profile)
+    if request.compute_capabilities:
+        config.num_compute_capabilities = len(request.compute_capabilities)
+        for number, capability in enumerate(request.compute_capabilities):
+            name = "SM" + capability.replace(".", "")
+            value = getattr(trt.ComputeCapability, name, None)
+            if value is None or not config.set_compute_capability(value, number):
+                return f"{request.module} {trt.__version__} cannot build for {name}"
+    if request.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
+    if request.optimization_level is not None:
+        config.builder_optimization_level = request.optimization_level
+    if request.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if request.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return ""
+
+
+def _timing_cache(trt: Any, config: Any, path: str | None) -> Any:
+    """The shared timing cache; None where the library has none (RTX compiles on the device)."""
+    if path is None or trt.__name__ == "tensorrt_rtx":
+        return None
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _dtypes(network: Any) -> dict[str, str]:
+    tensors = [network.get_input(number) for number in range(network.num_inputs)]
+    tensors += [network.get_output(number) for number in range(network.num_outputs)]
+    return {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
+
+
+def _layers(trt: Any, log: Any, plan: Any) -> str:
+    """What the inspector says; only where the plan can be loaded, on a GPU."""
+    if trt.__name__ == "tensorrt_rtx":
+        return ""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        return ""
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+class _Log:
+    """Makes a logger that keeps the last error: the only place where builders say why."""
+
+    @staticmethod
+    def over(trt: Any) -> Any:
+        class Log(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.last = ""
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    self.last = message
+
+        return Log()
+
+
+def main() -> None:
+    """Read a request from stdin, build, write the result to stdout."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=PlanRequest)
+    result = build_plan(request)
+    sys.stdout.buffer.write(msgspec.json.encode(result))
+
+
+if __name__ == "__main__":
+    main()

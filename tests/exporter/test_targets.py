@@ -1,0 +1,200 @@
+"""Plans of TensorRT for RTX, really built here, and what is refused before or after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fpabee.exporter.formats import Half
+from fpabee.exporter.half import add_half
+from fpabee.exporter.targets import tensorrt
+from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
+from fpabee.exporter.targets.tensorrt import RTX, TENSORRT, PlanOptions, build_target
+from fpabee.runtime import BackendError, FPabee, MissingExtraError, VerificationError
+from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.manifest import Manifest, read_manifest, sha256_of, write_manifest
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6",))
+
+
+@pytest.fixture
+def half(engine_copy: Callable[..., Path]) -> Callable[..., tuple[Path, Manifest]]:
+    """Engines folders with fp16 graphs."""
+
+    def make(family: str = "bert") -> tuple[Path, Manifest]:
+        folder = engine_copy(family)
+        manifest, _ = add_half(folder, read_manifest(folder), Half.FP16, FPabee(threshold=0.5))
+        write_manifest(folder, manifest)
+        return folder, manifest
+
+    return make
+
+
+def damage(folder: Path, manifest: Manifest, name: str) -> Manifest:
+    """The manifest with a graph that no parser takes, rightly hashed."""
+    graph = manifest.precisions["fp16"][name]
+    (folder / graph.file).write_bytes(b"no graph")
+    broken = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
+    graphs = {**manifest.precisions["fp16"], name: broken}
+    return msgspec.structs.replace(manifest, precisions={"fp16": graphs})
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+def test_every_graph_becomes_one_plan(
+    family: str, half: Callable[..., tuple[Path, Manifest]]
+) -> None:
+    folder, before = half(family)
+    seen: list[tuple[int, int]] = []
+    manifest, name = build_target(
+        folder,
+        before,
+        RTX,
+        "fp16",
+        SMALL,
+        progress=lambda _, done, total: seen.append((done, total)),
+    )
+    assert name == "tensorrt-rtx-fp16"
+    target = manifest.targets[name]
+    graphs = manifest.precisions["fp16"]
+    assert target.files.keys() == graphs.keys()
+    for graph, file in target.files.items():
+        assert (folder / file.file).stat().st_size > 1000
+        assert sha256_of(folder / file.file) == file.sha256
+        assert file.onnx_sha256 == graphs[graph].sha256
+    assert seen == [(number, len(graphs)) for number in range(len(graphs) + 1)]
+    assert target.compute_capabilities == ("8.6",)
+    assert target.tolerance is None
+    assert [(p.sequence.min, p.sequence.max) for p in target.profiles] == [(8, 16), (17, 32)]
+    assert target.batch_sizes == (1, 2, 4)
+    assert target.sequence_lengths == (8, 16, 24, 32)
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+
+
+def test_resume_builds_only_what_is_missing(
+    half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = half()
+    first, name = build_target(folder, manifest, RTX, "fp16", SMALL, jobs=2)
+    (folder / first.targets[name].files["segment_02"].file).unlink()
+    built: list[str] = []
+    worker = tensorrt._run_worker
+
+    def noted(request: PlanRequest) -> PlanResult:
+        built.append(Path(request.plan).stem)
+        return worker(request)
+
+    monkeypatch.setattr(tensorrt, "_run_worker", noted)
+    again, _ = build_target(folder, manifest, RTX, "fp16", SMALL, resume=True)
+    assert built == ["segment_02"]
+    for graph in ("segment_01", "segment_03"):
+        assert again.targets[name].files[graph] == first.targets[name].files[graph]
+    other = dataclasses.replace(SMALL, batch=(1, 1, 2))
+    build_target(folder, manifest, RTX, "fp16", other, resume=True)
+    assert len(built) == 4, "plans of other shapes are not these"
+
+
+def test_one_failed_segment_leaves_the_others(half: Callable[..., tuple[Path, Manifest]]) -> None:
+    folder, manifest = half()
+    broken = damage(folder, manifest, "segment_02")
+    with pytest.raises(BackendError) as caught:
+        build_target(folder, broken, RTX, "fp16", SMALL)
+    message = str(caught.value)
+    assert "1 of 3 plans" in message
+    assert "segment_02: parser" in message
+    assert "--resume" in message
+    plans = folder / "targets" / "tensorrt-rtx-fp16"
+    assert sorted(p.name for p in plans.glob("*.plan")) == ["segment_01.plan", "segment_03.plan"]
+
+
+def test_a_plan_in_fp32_is_refused(half: Callable[..., tuple[Path, Manifest]]) -> None:
+    folder, manifest = half()
+    wrong = msgspec.structs.replace(manifest, precisions={"fp16": dict(manifest.graphs)})
+    graphs = manifest.precisions["fp16"]
+    files = {
+        name: msgspec.structs.replace(
+            graph, file=wrong.graphs[name].file, sha256=wrong.graphs[name].sha256
+        )
+        for name, graph in graphs.items()
+    }
+    silent = msgspec.structs.replace(manifest, precisions={"fp16": files})
+    with pytest.raises(VerificationError, match=r"segment_01\.plan is not in fp16: its .* float32"):
+        build_target(folder, silent, RTX, "fp16", SMALL)
+    assert not list((folder / "targets").rglob("*.plan"))
+
+
+def test_a_plan_as_large_as_fp32_is_refused(
+    tmp_path: Path, half: Callable[..., tuple[Path, Manifest]]
+) -> None:
+    _, manifest = half()
+    graph = manifest.precisions["fp16"]["segment_02"]
+    dtypes = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
+    fp32, plan = tmp_path / "a.onnx", tmp_path / "a.plan"
+    fp32.write_bytes(bytes(8 * 2**20))
+    plan.write_bytes(b"plan")
+    tensorrt._check_precision(plan, graph, PlanResult(size=5 * 2**20, dtypes=dtypes), "fp16", fp32)
+    with pytest.raises(VerificationError, match=r"7\.0 MiB, as much as fp32"):
+        tensorrt._check_precision(
+            plan, graph, PlanResult(size=7 * 2**20, dtypes=dtypes), "fp16", fp32
+        )
+    assert not plan.exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "message"),
+    [
+        ("fp16", "9.0", r"no support for compute capability 9\.0.*--backend tensorrt"),
+        ("fp16", "8.7", r"no support for compute capability 8\.7"),
+        ("fp32", "7.5", r"no fp32 matrix products on compute capability 7\.5.*--fp16"),
+    ],
+)
+def test_gpus_that_cannot_be_built_for_are_refused(
+    precision: str, capability: str, message: str, half: Callable[..., tuple[Path, Manifest]]
+) -> None:
+    folder, manifest = half()
+    options = dataclasses.replace(SMALL, compute_capabilities=(capability,))
+    with pytest.raises(BackendError, match=message):
+        build_target(folder, manifest, RTX, precision, options)
+
+
+def test_fp32_builds_for_ampere(half: Callable[..., tuple[Path, Manifest]]) -> None:
+    folder, manifest = half()
+    built, name = build_target(folder, manifest, RTX, "fp32", SMALL)
+    assert built.targets[name].precision == "fp32"
+
+
+def test_shapes_must_ascend(half: Callable[..., tuple[Path, Manifest]]) -> None:
+    folder, manifest = half()
+    with pytest.raises(BackendError, match="does not ascend"):
+        build_target(folder, manifest, RTX, "fp16", dataclasses.replace(SMALL, batch=(4, 2, 8)))
+
+
+def test_shapes_end_where_the_model_ends(half: Callable[..., tuple[Path, Manifest]]) -> None:
+    folder, manifest = half()
+    long = dataclasses.replace(SMALL, sequence=(16, 128, 512))
+    built, name = build_target(folder, manifest, RTX, "fp16", long)
+    assert built.targets[name].sequence_lengths[-1] == manifest.tokenizer.max_length == 64
+
+
+def test_tensorrt_needs_the_device(
+    half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = half()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt\]'"):
+        build_target(folder, manifest, TENSORRT, "fp16", SMALL)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(tensorrt, "cuda_device", lambda: CudaDevice(error="there is no GPU"))
+    with pytest.raises(BackendError, match=r"builds on the GPU.*there is no GPU.*on the device"):
+        build_target(folder, manifest, TENSORRT, "fp16", SMALL)
+
+
+def test_a_worker_that_dies_says_how(tmp_path: Path) -> None:
+    request = PlanRequest(module="no_such_module", onnx="x", plan="y", profiles=[])
+    assert "no_such_module" in tensorrt._run_worker(request).error
