@@ -8,7 +8,6 @@ so that segments reuse the same warm memory; and prepared IO bindings over poole
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..manifest import (
     verified,
 )
 from .base import Bucket, Limits, Rows
+from .buffers import BufferName, Store, carried_specs, crop_of, plan_buffers, shape_of
 from .onnxruntime_session import (
     DISABLED_OPTIMIZERS,
     check_installed,
@@ -46,30 +46,6 @@ _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
 
 
-_BufferName = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A graph's run within a segment: which buffer each input and output is in.
-
-    A tensor that segments write more than once (`next_X` replaces `X`) has two buffers that
-    take turns: `(X, 0)` and `(X, 1)`. Whose turn it is is known before anything runs.
-    """
-
-    graph: str
-    inputs: tuple[tuple[str, _BufferName], ...]
-    outputs: tuple[tuple[str, _BufferName], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A segment's calls, and where its live inputs are before them."""
-
-    live: Mapping[str, _BufferName]
-    calls: tuple[Call, ...]
-
-
 class _Buffers:
     """The memory of one group at one padded shape, with prepared bindings over it."""
 
@@ -77,12 +53,15 @@ class _Buffers:
         self.bucket = bucket
         self.nbytes = 0
         self._backend = backend
-        self._values: dict[_BufferName, tuple[NDArray[Any], Any]] = {}
+        self._values: dict[BufferName, tuple[NDArray[Any], Any]] = {}
         self._prepared: dict[int, tuple[list[_Run], _Ready]] = {}
 
-    def array(self, buffer: _BufferName) -> NDArray[Any]:
+    def array(self, buffer: BufferName) -> NDArray[Any]:
         """A buffer as an array; its memory is taken when first asked for."""
         return self._buffer(buffer)[0]
+
+    def free(self) -> None:
+        """Memory goes with the object."""
 
     def prepared(self, segment: int) -> tuple[list[_Run], _Ready]:
         """What runs a segment over these buffers, and its outputs."""
@@ -91,13 +70,13 @@ class _Buffers:
             known = self._prepared[segment] = self._prepare(segment)
         return known
 
-    def _buffer(self, buffer: _BufferName) -> tuple[NDArray[Any], Any]:
+    def _buffer(self, buffer: BufferName) -> tuple[NDArray[Any], Any]:
         known = self._values.get(buffer)
         if known is None:
             import onnxruntime as ort
 
             spec = self._backend.specs[buffer[0]]
-            array = np.empty(_shape(spec, self.bucket), spec.dtype)
+            array = np.empty(shape_of(spec, self.bucket), spec.dtype)
             known = self._values[buffer] = (array, ort.OrtValue.ortvalue_from_numpy(array))
             self.nbytes += array.nbytes
         return known
@@ -120,34 +99,6 @@ class _Buffers:
 
 
 _Run = tuple[str, Callable[[Any], None], Any]
-
-
-class _Store:
-    """Buffers that no group uses, by shape; the least recently used shapes are dropped."""
-
-    def __init__(self, backend: OnnxRuntimeBackend) -> None:
-        self._backend = backend
-        self._free: OrderedDict[Bucket, list[_Buffers]] = OrderedDict()
-        self.nbytes = 0
-
-    def take(self, bucket: Bucket) -> _Buffers:
-        free = self._free.get(bucket)
-        if not free:
-            return _Buffers(self._backend, bucket)
-        buffers = free.pop()
-        self.nbytes -= buffers.nbytes
-        return buffers
-
-    def give(self, buffers: _Buffers) -> None:
-        self._free.setdefault(buffers.bucket, []).append(buffers)
-        self._free.move_to_end(buffers.bucket)
-        self.nbytes += buffers.nbytes
-        while self.nbytes > _FREE_BYTES:
-            oldest, free = next(iter(self._free.items()))
-            if free:
-                self.nbytes -= free.pop(0).nbytes
-            else:
-                del self._free[oldest]
 
 
 @dataclass(slots=True, eq=False)
@@ -209,7 +160,7 @@ class OnnxRuntimeBackend:
         # Whether all files are there is asked now; each is hashed when its segment loads.
         for name in manifest.graphs:
             resolve(folder, self._file(name)[0])
-        self.specs = _specs(manifest)
+        self.specs = carried_specs(manifest.graphs_in(target.precision))
         self.stages = plan_buffers(manifest)
         self.padding = {
             "input_ids": manifest.tokenizer.pad_id,
@@ -277,7 +228,7 @@ class OnnxRuntimeExecution:
 
     def __init__(self, backend: OnnxRuntimeBackend) -> None:
         self._backend = backend
-        self._store = _Store(backend)
+        self._store = Store(lambda bucket: _Buffers(backend, bucket), _FREE_BYTES)
 
     def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> CpuHidden:
         """Pad token ids and make the attention bias."""
@@ -316,7 +267,7 @@ class OnnxRuntimeExecution:
             if "batch" in spec.shape:
                 _gather(spec, array, [h.buffers.array(buffer) for h in hiddens], rows)
             else:
-                array[...] = longest.array(buffer)[_crop(spec, bucket)]
+                array[...] = longest.array(buffer)[crop_of(spec, bucket)]
         for hidden in hiddens:
             self.release(hidden)
         return CpuHidden(sum(len(part) for part in rows), buffers, segment)
@@ -324,59 +275,6 @@ class OnnxRuntimeExecution:
     def release(self, hidden: CpuHidden) -> None:
         """Keep the buffers for the next group of their shape."""
         self._store.give(hidden.buffers)
-
-
-def plan_buffers(manifest: Manifest) -> list[Stage]:
-    """For every segment, which buffer each tensor of each call is in."""
-    turn: dict[str, int] = {}
-    planned = []
-    for segment, live in zip(manifest.segments, _live_tensors(manifest), strict=True):
-        before = {name: (name, turn.setdefault(name, 0)) for name in live}
-        calls = []
-        for name in segment.calls:
-            graph = manifest.graphs[name]
-            inputs = tuple((spec.name, (spec.name, turn[spec.name])) for spec in graph.inputs)
-            outputs = []
-            for spec in graph.outputs:
-                tensor = spec.name.removeprefix(NEXT)
-                turn[tensor] = 1 - turn.get(tensor, 1)
-                outputs.append((spec.name, (tensor, turn[tensor])))
-            calls.append(Call(name, inputs, tuple(outputs)))
-        planned.append(Stage(before, tuple(calls)))
-    return planned
-
-
-def _live_tensors(manifest: Manifest) -> list[set[str]]:
-    """For each segment, the tensors from before it that it or a later one reads."""
-    live: list[set[str]] = []
-    needed: set[str] = set()
-    for segment in reversed(manifest.segments):
-        for name in reversed(segment.calls):
-            graph = manifest.graphs[name]
-            needed -= {spec.name.removeprefix(NEXT) for spec in graph.outputs}
-            needed |= {spec.name for spec in graph.inputs}
-        live.insert(0, set(needed))
-    return live
-
-
-def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
-    """Every tensor between and around graphs, by the name it is carried under."""
-    return {
-        spec.name.removeprefix(NEXT): spec
-        for graph in manifest.graphs.values()
-        for spec in (*graph.inputs, *graph.outputs)
-    }
-
-
-def _shape(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:
-    sizes = {"batch": bucket.batch, "sequence": bucket.sequence}
-    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
-
-
-def _crop(spec: TensorSpec, bucket: Bucket) -> tuple[slice, ...]:
-    return tuple(
-        slice(bucket.sequence) if size == "sequence" else slice(None) for size in spec.shape
-    )
 
 
 def _gather(
