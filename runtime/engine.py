@@ -21,7 +21,7 @@ from .encoding import EncodedRow, Text, TextEncoder
 from .errors import ArtifactError, BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
 from .exit_rules import Budget, Decider, ExitRule
-from .manifest import NEXT, Manifest, ProblemType, Target, read_manifest
+from .manifest import NEXT, Manifest, ProblemType, read_manifest
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
 _WINDOW_BYTES = 256 * 2**20
@@ -136,7 +136,7 @@ class Engine:
                 "choose one with --target, or build it with fpabee-export",
             )
         chosen = rule or _rule_of(manifest, name, operating_point)
-        backend = _open_backend(folder, manifest, manifest.targets[name], threads)
+        backend = _open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
         return cls(folder, manifest, name, backend, chosen, regroup, max_length)
@@ -376,15 +376,18 @@ def _rule_of(manifest: Manifest, target: str, operating_point: str | None) -> Ex
     return ExitRule.from_dict(point.rule)
 
 
-def _open_backend(
-    folder: Path, manifest: Manifest, target: Target, threads: int | None
-) -> Backend[Any]:
+def _open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}", "give at least 1")
+    target = manifest.targets[name]
     if target.backend == "onnxruntime":
         from .backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(folder, manifest, target, threads)
+    if target.backend in ("tensorrt", "tensorrt-rtx"):
+        from .backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(folder, manifest, target, name)
     raise ArtifactError(
         f"the manifest names backend {target.backend!r}, which this fpabee does not have",
         "pip install -U fpabee, or choose another --target",

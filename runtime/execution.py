@@ -41,10 +41,12 @@ class WindowResult:
     Attributes:
         exits: `[rows]` exit of each row, counted from 1.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
+        wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 
     exits: Answers
     logits: NDArray[np.float32]
+    wasted: int = 0
 
     def outputs(self, problem_type: ProblemType, cuts: Sequence[float] = ()) -> Outputs:
         """The outputs of each row at its exit."""
@@ -63,6 +65,38 @@ class _Group(Generic[H]):
     @property
     def going(self) -> RowNumbers:
         return self.rows if self.keep is None else self.rows[self.keep]
+
+
+class _Seen:
+    """What the exits of a window have said so far."""
+
+    def __init__(self, exits: int, rows: int, labels: int) -> None:
+        self.wasted = 0
+        self._exits = np.zeros(rows, np.int64)
+        self._logits: list[tuple[int, RowNumbers, Array]] = []
+        self._shape = (exits, rows, labels)
+
+    def decide(
+        self,
+        decider: Decider,
+        segment: int,
+        rows: RowNumbers,
+        progress: Progress,
+        logits: Array,
+    ) -> NDArray[np.bool_] | None:
+        """Note an exit of some rows; returns which of them stop, None if none does."""
+        self._logits.append((segment, rows, logits))
+        stops, _ = decider.decide(segment + 1, progress, logits)
+        if stops is not None:
+            self._exits[rows[stops]] = segment + 1
+        return stops
+
+    def result(self) -> WindowResult:
+        """All of it, in the order of the rows."""
+        logits = np.full(self._shape, np.nan, np.float32)
+        for segment, rows, values in self._logits:
+            logits[segment, rows] = values
+        return WindowResult(self._exits, logits, self.wasted)
 
 
 class Chain(Generic[H]):
@@ -95,41 +129,97 @@ class Chain(Generic[H]):
         if len(rows) == 1:
             return self._run_one(rows[0], OneRow(decider))
         lengths = np.array([len(row) for row in rows], np.intp)
-        exits = np.zeros(len(rows), np.int64)
-        seen: list[tuple[int, RowNumbers, Array]] = []
         groups = [
             self._begin(rows, numbers, lengths, decider)
             for numbers in cut_groups(lengths, self._limits)
         ]
+        seen = _Seen(self._segments, len(rows), self._labels)
+        if self._execution.lookahead and len(groups) == 1:
+            self._run_ahead(groups[0], lengths, decider, seen)
+        else:
+            self._run_stages(groups, lengths, decider, cost, seen)
+        return seen.result()
+
+    def _run_stages(
+        self,
+        groups: list[_Group[H]],
+        lengths: NDArray[np.intp],
+        decider: Decider,
+        cost: CostCurve | None,
+        seen: _Seen,
+    ) -> None:
+        """Segment by segment: enqueue all groups, then read and decide one after another."""
         for segment in range(self._segments):
-            changed = False
+            pendings = []
             for group in groups:
                 group.hidden, pending = self._execution.enqueue(segment, group.hidden)
+                pendings.append(pending)
+            changed = False
+            for group, pending in zip(groups, pendings, strict=True):
                 logits = pending.result()[LOGITS].astype(np.float64)
-                seen.append((segment, group.rows, logits))
-                stops, _ = decider.decide(segment + 1, group.progress, logits)
+                stops = seen.decide(decider, segment, group.rows, group.progress, logits)
                 if stops is not None:
-                    exits[group.rows[stops]] = segment + 1
                     group.keep = np.flatnonzero(~stops)
                     changed = True
             if changed:
                 groups = self._next_groups(groups, lengths, cost)
                 if not groups:
+                    return
+
+    def _run_ahead(
+        self, group: _Group[H], lengths: NDArray[np.intp], decider: Decider, seen: _Seen
+    ) -> None:
+        """One group: each segment is enqueued before the exit before it is read.
+
+        So the device never waits for the rule, and a row that stops has run one segment in
+        vain, which is counted.
+        """
+        rows, hidden, progress = group.rows, group.hidden, group.progress
+        hidden, pending = self._execution.enqueue(0, hidden)
+        # Where the rows are: in the outputs to be read next, and in the hidden states.
+        read_at = hidden_at = np.arange(len(rows))
+        for segment in range(self._segments):
+            ahead, ahead_at = pending, hidden_at
+            is_last = segment + 1 == self._segments
+            if not is_last:
+                hidden, ahead = self._execution.enqueue(segment + 1, hidden)
+            logits = pending.result()[LOGITS][read_at].astype(np.float64)
+            stops = seen.decide(decider, segment, rows, progress, logits)
+            if stops is not None:
+                seen.wasted += 0 if is_last else int(np.count_nonzero(stops))
+                keep = np.flatnonzero(~stops)
+                if not len(keep):
                     break
-        return WindowResult(exits, _logits(seen, self._segments, len(rows), self._labels))
+                rows, progress = rows[keep], progress.take(keep)
+                hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
+                bucket = self._bucket(len(rows), int(lengths[rows].max()))
+                if bucket != hidden.bucket and segment + 2 < self._segments:
+                    hidden = self._execution.regroup([hidden], [hidden_at], bucket)
+                    hidden_at = np.arange(len(rows))
+            pending, read_at = ahead, ahead_at
+        self._execution.release(hidden)
 
     def _run_one(self, row: EncodedRow, one: OneRow) -> WindowResult:
-        hidden = self._execution.begin([row], self._bucket(1, len(row)))
+        execution = self._execution
+        hidden = execution.begin([row], self._bucket(1, len(row)))
+        hidden, pending = execution.enqueue(0, hidden)
         history: list[list[float]] = []
-        for segment in range(self._segments):
-            hidden, pending = self._execution.enqueue(segment, hidden)
+        wasted = 0
+        for segment in range(1, self._segments + 1):
+            ahead = pending
+            if execution.lookahead and segment < self._segments:
+                hidden, ahead = execution.enqueue(segment, hidden)
             history.append(pending.result()[LOGITS][0].tolist())
             if one.stops(history[-1]):
+                wasted = int(ahead is not pending)
                 break
-        self._execution.release(hidden)
+            if not execution.lookahead:
+                hidden, ahead = execution.enqueue(segment, hidden)
+            pending = ahead
+        execution.release(hidden)
         logits = np.full((self._segments, 1, self._labels), np.nan, np.float32)
         logits[: len(history), 0] = history
-        return WindowResult(np.array([len(history)], np.int64), logits)
+        return WindowResult(np.array([len(history)], np.int64), logits, wasted)
 
     def _bucket(self, rows: int, longest: int) -> Bucket:
         if longest > self._limits.max_sequence:
@@ -217,13 +307,3 @@ class Chain(Generic[H]):
         seconds = time.perf_counter() - started
         self._execution.release(hidden)
         return seconds
-
-
-def _logits(
-    seen: Sequence[tuple[int, RowNumbers, Array]], exits: int, rows: int, labels: int
-) -> NDArray[np.float32]:
-    """What every exit gave to every row, in one array."""
-    logits = np.full((exits, rows, labels), np.nan, np.float32)
-    for segment, numbers, values in seen:
-        logits[segment, numbers] = values
-    return logits

@@ -84,6 +84,13 @@ class Pending(Protocol):
 class Execution(Protocol[H]):
     """Runs segments for one thread. Not thread-safe."""
 
+    @property
+    def lookahead(self) -> bool:
+        """Whether `enqueue` returns before the segment has run.
+
+        Then the next one is enqueued before this one's exit is read.
+        """
+
     def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> H:
         """Put a group's tokens where segment 1 reads them."""
 

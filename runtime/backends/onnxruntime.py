@@ -226,6 +226,8 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeExecution:
     """Runs segments over buffers that are used again and again, with prepared bindings."""
 
+    lookahead = False
+
     def __init__(self, backend: OnnxRuntimeBackend) -> None:
         self._backend = backend
         self._store = Store(lambda bucket: _Buffers(backend, bucket), _FREE_BYTES)

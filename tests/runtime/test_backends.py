@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from numpy.typing import NDArray
 
 from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.backends.base import Bucket
-from fpabee.runtime.backends.onnxruntime import (
-    CpuHidden,
-    OnnxRuntimeBackend,
-    OnnxRuntimeExecution,
-)
+from fpabee.runtime.backends.buffers import shape_of
+from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fpabee.runtime.backends.tensorrt import TensorRtBackend
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
 
+from .trt_double import Double, install
+
 FAMILIES = ("bert", "albert", "mpnet")
+BACKENDS = ("onnxruntime", "tensorrt")
 TEXTS = (
     "",
     "the",
@@ -42,17 +44,22 @@ Logits = NDArray[np.float32]
 class Chain:
     """A backend, the rows of `TEXTS`, and what each gives when run alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, double: Double | None = None) -> None:
         manifest = read_manifest(folder)
-        target = manifest.targets[manifest.default_target]
-        self.backend = OnnxRuntimeBackend(folder, manifest, target)
+        self.double = double
+        self.backend: Any
+        if double is None:
+            self.backend = backend_of(folder)
+        else:
+            target = manifest.targets[double.target]
+            self.backend = TensorRtBackend(folder, manifest, target, double.target)
         self.execution = self.backend.open()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
         self.batched = {name: "batch" in spec.shape for name, spec in self.backend.specs.items()}
         self.alone = [self.run_alone(row) for row in self.rows]
 
-    def begin(self, numbers: list[int], bucket: Bucket | None = None) -> CpuHidden:
+    def begin(self, numbers: list[int], bucket: Bucket | None = None) -> Any:
         rows = [self.rows[number] for number in numbers]
         return self.execution.begin(rows, bucket or Bucket(len(rows), max(map(len, rows))))
 
@@ -67,14 +74,24 @@ class Chain:
         self.execution.release(hidden)
         return steps
 
-    def tensors(self, hidden: CpuHidden) -> Tensors:
+    def tensors(self, hidden: Any) -> Tensors:
         """What later segments read, in the group's buffers."""
         if hidden.segment == self.segments:
             return {}
         live = self.backend.stages[hidden.segment].live
-        return {name: hidden.buffers.array(buffer) for name, buffer in live.items()}
+        if self.double is None:
+            return {name: hidden.buffers.array(buffer) for name, buffer in live.items()}
+        self.double.cuda.synchronize(self.execution.stream)
+        tensors = {}
+        for name, buffer in live.items():
+            spec = self.backend.specs[name]
+            shape = shape_of(spec, hidden.bucket)
+            size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+            memory = self.double.cuda.view(hidden.buffers.pointer(buffer), size)
+            tensors[name] = memory.view(spec.dtype).reshape(shape)
+        return tensors
 
-    def check_tensors(self, hidden: CpuHidden, numbers: list[int], after: int) -> None:
+    def check_tensors(self, hidden: Any, numbers: list[int], after: int) -> None:
         """The tensors of a group are those of its rows, run alone."""
         assert hidden.rows == len(numbers)
         tensors = self.tensors(hidden)
@@ -90,11 +107,28 @@ class Chain:
                 assert (padding == np.float32(MASK_FILL)).all()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def chain(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Chain]:
-    chain = Chain(engines[request.param])
-    yield chain
-    chain.backend.close()
+@pytest.fixture(scope="module", params=[f"{f} {b}" for f in FAMILIES for b in BACKENDS])
+def chain(
+    request: pytest.FixtureRequest,
+    engines: Mapping[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Chain]:
+    """Every family on every backend that exists here; TensorRT's driver is a double."""
+    family, kind = request.param.split()
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "onnxruntime":
+            chain = Chain(engines[family])
+        else:
+            folder = tmp_path_factory.mktemp(kind) / "engines"
+            shutil.copytree(engines[family], folder)
+            chain = Chain(folder, install(patch, folder))
+        yield chain
+        chain.backend.close()
+        if chain.double is not None:
+            cuda = chain.double.cuda
+            assert cuda.memory_of == {}, "device memory was not given back"
+            for handles in (cuda.streams, cuda.events, cuda.graphs):
+                assert len(handles) == 0
 
 
 def numbers_of(least: int = 1) -> st.SearchStrategy[list[int]]:
@@ -170,7 +204,7 @@ def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
 
 def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
     bucket = Bucket(2, 64)
-    fresh: OnnxRuntimeExecution = chain.backend.open()
+    fresh = chain.backend.open()
     for execution in (fresh, chain.execution):
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)

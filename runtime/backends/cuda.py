@@ -1,0 +1,179 @@
+"""The CUDA calls that a backend makes: memory, streams, events, graphs. Torch-free.
+
+This is the boundary that tests replace: nothing else talks to the driver. Pointers and
+handles are numbers; every call that fails says what was asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError, MissingExtraError
+
+
+class Cuda:
+    """CUDA's runtime library on the first device, through `cuda-bindings`.
+
+    Raises:
+        MissingExtraError: `cuda-bindings` is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from cuda.bindings import runtime
+        except ImportError as error:
+            raise MissingExtraError(
+                "cuda-bindings is not installed", "pip install 'fpabee[tensorrt]'"
+            ) from error
+        self._runtime: Any = runtime
+        self._check(runtime.cudaSetDevice(0))
+
+    def malloc(self, size: int) -> int:
+        """Device memory of `size` bytes.
+
+        Raises:
+            BackendError: there is not enough.
+        """
+        status, pointer = self._runtime.cudaMalloc(size)
+        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+            free, total = self.memory()
+            raise BackendError(
+                f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
+                f"{total / 2**20:.0f} MiB are free",
+                "use smaller batches or fewer threads, or close what else uses the GPU",
+            )
+        self._check((status,))
+        return int(pointer)
+
+    def free(self, pointer: int) -> None:
+        """Give device memory back."""
+        self._check(self._runtime.cudaFree(pointer))
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total device memory in bytes."""
+        free, total = self._check(self._runtime.cudaMemGetInfo())
+        return int(free), int(total)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
+        """Host memory that the device copies to and from while the host goes on.
+
+        It is given back when the last view of the array is gone.
+        """
+        count = int(np.prod(shape))
+        size = max(1, count * dtype.itemsize)
+        (pointer,) = self._check(
+            self._runtime.cudaHostAlloc(size, self._runtime.cudaHostAllocDefault)
+        )
+        memory = (ctypes.c_uint8 * size).from_address(int(pointer))
+        weakref.finalize(memory, self._runtime.cudaFreeHost, int(pointer))
+        array = np.ctypeslib.as_array(memory).view(np.uint8)[: count * dtype.itemsize]
+        return PinnedArray(array.view(dtype).reshape(shape), int(pointer))
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Copy bytes, in the stream's order, between any two places."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
+
+    def copy_rows(
+        self,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        rows: int,
+        stream: int,
+    ) -> None:
+        """Copy `rows` pieces of `width` bytes that lie a pitch apart."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self._check(
+            self._runtime.cudaMemcpy2DAsync(
+                target, target_pitch, source, source_pitch, width, rows, kind, stream
+            )
+        )
+
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        """Set device memory to zero."""
+        self._check(self._runtime.cudaMemsetAsync(pointer, 0, size, stream))
+
+    def stream(self) -> int:
+        """A stream of its own, which does not wait for the default one."""
+        flag = self._runtime.cudaStreamNonBlocking
+        return int(self._check(self._runtime.cudaStreamCreateWithFlags(flag))[0])
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for everything in a stream."""
+        self._check(self._runtime.cudaStreamSynchronize(stream))
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back."""
+        self._check(self._runtime.cudaStreamDestroy(stream))
+
+    def event(self) -> int:
+        """A mark that a stream can be waited for at."""
+        flag = self._runtime.cudaEventDisableTiming
+        return int(self._check(self._runtime.cudaEventCreateWithFlags(flag))[0])
+
+    def record(self, event: int, stream: int) -> None:
+        """Put the mark where the stream is now."""
+        self._check(self._runtime.cudaEventRecord(event, stream))
+
+    def wait(self, event: int) -> None:
+        """Wait until the mark is reached; at once if it was never recorded."""
+        self._check(self._runtime.cudaEventSynchronize(event))
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event back."""
+        self._check(self._runtime.cudaEventDestroy(event))
+
+    def begin_capture(self, stream: int) -> None:
+        """Note what is put into the stream from here on, instead of running it."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
+
+    def end_capture(self, stream: int) -> int:
+        """What was noted, as one thing to launch."""
+        (graph,) = self._check(self._runtime.cudaStreamEndCapture(stream))
+        (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
+        self._check(self._runtime.cudaGraphDestroy(graph))
+        return int(executable)
+
+    def launch(self, executable: int, stream: int) -> None:
+        """Run a captured graph."""
+        self._check(self._runtime.cudaGraphLaunch(executable, stream))
+
+    def destroy_graph(self, executable: int) -> None:
+        """Give a captured graph back."""
+        self._check(self._runtime.cudaGraphExecDestroy(executable))
+
+    def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+        status, *values = result
+        if int(status) != 0:
+            _, text = self._runtime.cudaGetErrorString(status)
+            raise BackendError(
+                f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
+                "check the driver with nvidia-smi, and that no other program holds the GPU",
+            )
+        return tuple(values)
+
+
+class PinnedArray:
+    """Pinned host memory as an array, and its address."""
+
+    __slots__ = ("array", "pointer")
+
+    def __init__(self, array: NDArray[Any], pointer: int) -> None:
+        self.array = array
+        self.pointer = pointer
+
+
+@functools.cache
+def cuda() -> Cuda:
+    """The library, loaded once."""
+    return Cuda()
