@@ -1,9 +1,10 @@
 """Time the chain against one full graph and against plain PyTorch, interleaved.
 
 A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts.
-For every unit all variants run one after another, so that a machine whose speed drifts
-treats them alike; a unit's time is the median of its repeats, and speed-ups are ratios of
-the sums over units. Tokenization is left out everywhere.
+For every unit the variants run one after another, so that a machine whose speed drifts
+treats them alike; only PyTorch comes after them, since its threads would slow its
+neighbour. A unit's time is the median of its repeats, and speed-ups are ratios of the sums
+over units. Tokenization is left out everywhere.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PADDED_32 = "full graph, padded 32"
 PYTORCH = "PyTorch, rule"
 
 _WINDOW = 256
+# How long idle threads of PyTorch may keep a core busy.
+_SPIN_SECONDS = 0.3
 _FILE_BATCH = 32
 
 
@@ -292,18 +295,22 @@ def _measure(
     depth = weighted = tokens = 0.0
     for run in variants.values():  # loads segments, prepares bindings, measures the cost curve
         run(units[0])
+    time.sleep(_SPIN_SECONDS)
     begun = time.perf_counter()
     for number, unit in enumerate(units, start=1):
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         results: dict[str, Any] = {}
+        until = begun + options.max_seconds * number / len(units)
+        together = {name: run for name, run in variants.items() if name != PYTORCH}
         for repeat in range(options.repeats):
-            share = options.max_seconds * number / len(units)
-            if repeat and time.perf_counter() - begun > share:
+            if repeat and time.perf_counter() > until:
                 break
-            for variant, run in variants.items():
+            for variant, run in together.items():
                 started = time.perf_counter()
                 results[variant] = run(unit)
                 times[variant].append(time.perf_counter() - started)
+        if PYTORCH in variants:
+            times[PYTORCH] = _alone(variants[PYTORCH], unit, len(times[FULL_GRAPH]))
         for variant, values in times.items():
             seconds[variant].append(statistics.median(values))
             every[variant] += values
@@ -321,6 +328,19 @@ def _measure(
         mean_depth=depth / rows,
         theoretical=float(layers[-1]) * tokens / weighted,
     )
+
+
+def _alone(
+    run: Callable[[Sequence[EncodedRow]], Any], unit: Sequence[EncodedRow], repeats: int
+) -> list[float]:
+    """Times of what must not run beside the others: PyTorch's threads spin on when it is done."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run(unit)
+        times.append(time.perf_counter() - started)
+    time.sleep(_SPIN_SECONDS)
+    return times
 
 
 def _timing(seconds: list[float], every: list[float]) -> Timing:

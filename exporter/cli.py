@@ -75,6 +75,12 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option("--force", is_flag=True, help="Replace an engines folder that is there.")
 @click.option("--fp16", is_flag=True, help="Also write fp16, and build it where possible.")
 @click.option("--bf16", is_flag=True, help="Also write bf16, and build it where possible.")
+@click.option("--int8", is_flag=True, help="Also write int8 for TensorRT, and build it.")
+@click.option(
+    "--calibration-data",
+    type=click.Path(path_type=Path),
+    help="Texts (.txt or .jsonl) like those to classify, for the ranges of --int8.",
+)
 @click.option(
     "--keep-fp32",
     multiple=True,
@@ -126,6 +132,8 @@ def main(
     wanted = _extend_options(settings)
     if wanted.keep_fp32 and not wanted.precisions:
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
+    if settings["int8"] != (wanted.int8_data is not None):
+        raise click.UsageError("--int8 and --calibration-data go together")
     shown = _Shown(quiet)
     content: dict[str, Any] = {}
     lines: list[str] = []
@@ -134,7 +142,7 @@ def main(
     else:
         assert source is not None
         folder = source
-    if wanted.precisions or wanted.backends or source is not None:
+    if wanted.precisions or wanted.int8_data or wanted.backends or source is not None:
         if not as_json:
             click.echo("\n".join(lines), nl=bool(lines))
             lines = []
@@ -184,6 +192,7 @@ def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
     workspace = settings["workspace"]
     return ExtendOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
+        int8_data=settings["calibration_data"],
         backends=settings["backends"] or None,
         keep_fp32=settings["keep_fp32"],
         verify_data=settings["verify_data"],

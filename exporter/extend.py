@@ -36,6 +36,7 @@ class ExtendOptions:
 
     Attributes:
         precisions: half precisions to write graphs in.
+        int8_data: texts (.txt or .jsonl) for int8 ranges; None: no int8.
         backends: targets that must be built; None: those that can be built here, for each
             precision asked for.
         keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
@@ -46,6 +47,7 @@ class ExtendOptions:
     """
 
     precisions: tuple[Half, ...] = ()
+    int8_data: Path | None = None
     backends: tuple[str, ...] | None = None
     keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
@@ -129,8 +131,18 @@ def _extend(
         manifest = _with_onnxruntime(_without_stale(manifest, half.value), half)
         write_manifest(path, manifest)
         checks.append(report)
+    if options.int8_data is not None:
+        require("half")
+        from .int8 import INT8, add_int8
+
+        texts = [row.content for row in read_rows(options.int8_data)]
+        manifest, report = add_int8(path, manifest, rule, texts, progress)
+        manifest = _without_stale(manifest, INT8)
+        write_manifest(path, manifest)
+        checks.append(report)
     built, not_built = [], []
     asked = tuple(half.value for half in options.precisions)
+    asked += ("int8",) if options.int8_data is not None else ()
     precisions = asked or tuple(manifest.precisions) or ("fp32",)
     for backend in BACKENDS if options.backends is None else options.backends:
         error = why_not(backend)

@@ -6,7 +6,7 @@ where first, whether labels and exits stay. It needs neither torch nor a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..calibration.activations import padded_inputs
 from ..runtime.encoding import EncodedRow, Text, TextEncoder
 from ..runtime.errors import VerificationError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import (
-    ATTENTION_BIAS,
     LOGITS,
-    MASK_FILL,
     NEXT,
     Graph,
     Manifest,
@@ -103,19 +102,19 @@ def add_half(
         for name, graph in manifest.graphs.items()
     }
     known, logits = read_reference(folder, manifest)
-    chain = _Emulation(folder, manifest, protos, half, progress)
+    chain = Emulation(folder, manifest, protos, half, progress)
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *texts])
     kept = _resolve(keep, protos)
     expected = logits
     if texts or AUTO in keep:
-        fp32 = chain.run(rows, {name: Plan(frozenset(), frozenset()) for name in protos})
+        fp32 = chain.run(rows, chain.exact)
         expected = np.concatenate([logits, fp32.logits[:, len(known) :]], axis=1)
         if AUTO in keep:
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
     plans = {name: plan(proto, kept[name]) for name, proto in protos.items()}
     found = chain.run(rows, plans)
-    report = _report(manifest, half, rule, found, expected, plans)
+    report = report_of(manifest, half.value, rule, found, expected, plans, half)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
     report = replace(report, kept=listed)
     if not report.passed:
@@ -126,18 +125,20 @@ def add_half(
         path = folder / "onnx" / half.value / f"{name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(lower(proto, half, plans[name]).SerializeToString(deterministic=True))
-        graphs[name] = _record(folder, path, manifest.graphs[name], half, plans[name])
+        graphs[name] = record_of(folder, path, manifest.graphs[name], half, plans[name])
     precisions = {**manifest.precisions, half.value: graphs}
     return msgspec.structs.replace(manifest, precisions=precisions), report
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """Logits `[exits, rows, labels]`, and by graph and node the largest |x| before rounding."""
+
     logits: NDArray[np.float32]
     abs_max: dict[str, dict[str, float]]
 
 
-class _Emulation:
+class Emulation:
     """Runs the chain through ONNX Runtime with every rounding in place."""
 
     def __init__(
@@ -154,12 +155,17 @@ class _Emulation:
         self._half = half
         self._progress = progress
 
-    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Plan]) -> _Run:
+    @property
+    def exact(self) -> dict[str, Plan]:
+        """Plans that lower nothing."""
+        return {name: Plan(frozenset(), frozenset()) for name in self._protos}
+
+    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Plan]) -> Run:
         """Logits of every exit, and the largest |x| of every node before rounding."""
         segments = self._manifest.segments
         names = [call for segment in segments for call in segment.calls]
         # One graph in memory at a time: the state of all batches waits between two.
-        states = list(self._inputs(rows))
+        states = list(padded_inputs(rows, self._manifest.tokenizer, _BATCH))
         worst: dict[str, dict[str, float]] = {}
         logits: list[list[NDArray[np.float32]]] = []
         session, loaded = None, ""
@@ -184,7 +190,7 @@ class _Emulation:
                         state[output.removeprefix(NEXT)] = value
             if any(spec.name == LOGITS for spec in self._manifest.graphs[name].outputs):
                 logits.append([state[LOGITS] for state in states])
-        return _Run(np.stack([np.concatenate(part) for part in logits]), worst)
+        return Run(np.stack([np.concatenate(part) for part in logits]), worst)
 
     def _session(self, name: str, chosen: Plan) -> Any:
         import onnxruntime as ort
@@ -197,23 +203,6 @@ class _Emulation:
         return ort.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-
-    def _inputs(self, rows: Sequence[EncodedRow]) -> Iterator[dict[str, NDArray[Any]]]:
-        padding = {
-            "input_ids": self._manifest.tokenizer.pad_id,
-            "token_type_ids": self._manifest.tokenizer.pad_type_id,
-        }
-        for start in range(0, len(rows), _BATCH):
-            part = rows[start : start + _BATCH]
-            shape = (len(part), max(len(row) for row in part))
-            state: dict[str, NDArray[Any]] = {
-                name: np.full(shape, value, np.int64) for name, value in padding.items()
-            }
-            state[ATTENTION_BIAS] = np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32)
-            for name, array in state.items():
-                for number, row in enumerate(part):
-                    array[number, ..., : len(row)] = row.model_input(name)
-            yield state
 
 
 def _resolve(keep: Sequence[str], protos: dict[str, Any]) -> dict[str, set[str]]:
@@ -270,14 +259,16 @@ def _too_large(
     return large
 
 
-def _report(
+def report_of(
     manifest: Manifest,
-    half: Half,
+    precision: str,
     rule: ExitRule,
-    found: _Run,
+    found: Run,
     expected: NDArray[np.float32],
     plans: dict[str, Plan],
+    half: Half,
 ) -> HalfReport:
+    """What an emulation says of a precision, whose floats are in `half`."""
     overflows = tuple(
         f"{name}:{node}"
         for name, nodes in found.abs_max.items()
@@ -286,12 +277,12 @@ def _report(
     )
     worst = {name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()}
     return HalfReport(
-        precision=half.value,
+        precision=precision,
         rows=expected.shape[1],
         kept=(),
         max_abs=worst,
         overflows=overflows,
-        agreement=agree(found.logits, expected, rule, manifest.task.problem_type, half.value),
+        agreement=agree(found.logits, expected, rule, manifest.task.problem_type, precision),
     )
 
 
@@ -323,7 +314,17 @@ def _how_to_mend(report: HalfReport, half: Half, keep: Collection[str]) -> str:
     return "stay with fp32, or name nodes to keep with --keep-fp32"
 
 
-def _record(folder: Path, path: Path, graph: Graph, half: Half, chosen: Plan) -> Graph:
+def record_of(folder: Path, path: Path, graph: Graph, half: Half, chosen: Plan) -> Graph:
+    """The record of a lowered graph.
+
+    Args:
+        folder: the engines folder.
+        path: the file that was written.
+        graph: the record in fp32.
+        half: the format.
+        chosen: what was lowered.
+    """
+
     def specs(old: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         dtype = "float16" if half is Half.FP16 else "bfloat16"
         return tuple(

@@ -380,6 +380,10 @@ def _open_backend(folder: Path, manifest: Manifest, name: str, threads: int | No
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}", "give at least 1")
     target = manifest.targets[name]
+    if target.backend == "onnxruntime" and target.device == "cuda":
+        from .backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(folder, manifest, target)
     if target.backend == "onnxruntime":
         from .backends.onnxruntime import OnnxRuntimeBackend
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -93,9 +94,12 @@ def test_readme_names_files_that_exist() -> None:
 def test_readme_python_runs(
     engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     (tmp_path / "engines").symlink_to(engines["bert"])
     (tmp_path / "texts.txt").write_text("turn on the light\n")
     monkeypatch.chdir(tmp_path)
 
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["classify"]("the film", 5.0) in names["engine"].labels
+    names["engine"].close()

@@ -8,7 +8,8 @@ import os
 import threading
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import BackendError, MissingExtraError
+from .cuda_probe import cuda_device
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,31 @@ def check_installed() -> None:
         raise MissingExtraError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
             "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'",
+        )
+
+
+def check_device(device: str) -> None:
+    """Check that ONNX Runtime can run on a device: none is the CPU, or `cuda`.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed, or twice.
+        BackendError: it has no CUDA provider, or there is no GPU.
+    """
+    check_installed()
+    if device != "cuda":
+        return
+    import onnxruntime as ort
+
+    found = cuda_device()
+    if found.error:
+        raise BackendError(
+            f"this target needs an NVIDIA GPU, and here {found.error}",
+            "choose another target: --target onnxruntime-fp32",
+        )
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} as installed here has no CUDA provider",
+            "pip uninstall -y onnxruntime && pip install 'fpabee[gpu]'",
         )
 
 

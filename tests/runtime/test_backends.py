@@ -18,14 +18,14 @@ from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.buffers import shape_of
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from fpabee.runtime.backends.tensorrt import TensorRtBackend
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
+from fpabee.runtime.engine import _open_backend
 from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
 
-from .trt_double import Double, install
+from .trt_double import Double, install, install_cuda_provider
 
 FAMILIES = ("bert", "albert", "mpnet")
-BACKENDS = ("onnxruntime", "tensorrt")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt")
 TEXTS = (
     "",
     "the",
@@ -51,8 +51,7 @@ class Chain:
         if double is None:
             self.backend = backend_of(folder)
         else:
-            target = manifest.targets[double.target]
-            self.backend = TensorRtBackend(folder, manifest, target, double.target)
+            self.backend = _open_backend(folder, manifest, double.target, None)
         self.execution = self.backend.open()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
@@ -113,7 +112,7 @@ def chain(
     engines: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Chain]:
-    """Every family on every backend that exists here; TensorRT's driver is a double."""
+    """Every family on every backend that exists; the CUDA driver is a double."""
     family, kind = request.param.split()
     with pytest.MonkeyPatch.context() as patch:
         if kind == "onnxruntime":
@@ -121,7 +120,8 @@ def chain(
         else:
             folder = tmp_path_factory.mktemp(kind) / "engines"
             shutil.copytree(engines[family], folder)
-            chain = Chain(folder, install(patch, folder))
+            add = install if kind == "tensorrt" else install_cuda_provider
+            chain = Chain(folder, add(patch, folder))
         yield chain
         chain.backend.close()
         if chain.double is not None:
@@ -271,4 +271,5 @@ def test_a_file_that_is_no_graph_says_how_to_mend_it(engine_copy: Callable[..., 
 def test_limits_are_those_of_the_model(chain: Chain) -> None:
     limits = chain.backend.limits()
     assert limits.max_sequence == 64
-    assert limits.bucket(3, 17) == Bucket(3, 17)
+    padded = 32 if chain.backend.__class__.__name__ == "OnnxRuntimeCudaBackend" else 17
+    assert limits.bucket(3, 17) == Bucket(3, padded)

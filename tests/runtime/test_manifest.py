@@ -73,6 +73,12 @@ def manifest() -> Manifest:
             name: Graph(file=f"{name}.onnx", sha256=digest, inputs=(hidden,), outputs=(logits,))
             for name in ("one", "two")
         },
+        precisions={
+            "fp16": {
+                name: Graph(file=f"{name}.16", sha256=digest, inputs=(hidden,), outputs=(logits,))
+                for name in ("one", "two")
+            }
+        },
         segments=(
             Segment(exit=1, layer=1, calls=("one",)),
             Segment(exit=2, layer=2, calls=("one", "two")),
@@ -83,7 +89,10 @@ def manifest() -> Manifest:
                 precision="fp16",
                 device="sm87",
                 versions={"tensorrt": "10.3"},
-                files={"one": BuiltFile(file="one.plan", sha256=digest, onnx_sha256=digest)},
+                files={
+                    name: BuiltFile(file=f"{name}.plan", sha256=digest, onnx_sha256=digest)
+                    for name in ("one", "two")
+                },
                 tolerance=0.01,
                 row_invariant=False,
             )
@@ -260,6 +269,12 @@ def test_an_endless_manifest_is_not_read(folder: Path) -> None:
         (lambda m: m["task"].update(labels=[]), "labels"),
         (lambda m: m["task"].update(labels=["a", "a"]), "a label name appears twice"),
         (lambda m: m["task"].update(labels=[1, 2]), "labels"),
+        (lambda m: m["precisions"]["fp16"].pop("one"), "fp16 graphs are not those of fp32"),
+        (lambda m: m["precisions"].clear(), "is in fp16, of which there are no graphs"),
+        (
+            lambda m: m["targets"]["tensorrt-fp16-sm87"]["files"].pop("one"),
+            "does not have one file for each graph",
+        ),
         (lambda m: m["task"].update(problem_type="regression"), "problem_type"),
         (lambda m: m["task"].update(cuts=[0.5]), "1 cuts for 2 labels"),
         (lambda m: m["task"].update(cuts=[0.5, 1.5]), "cuts"),

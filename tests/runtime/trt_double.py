@@ -25,7 +25,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends import tensorrt
+from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
 from fpabee.runtime.backends.cuda import Cuda, PinnedArray
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.onnxruntime_session import session_options
@@ -381,6 +381,78 @@ class FakeEngine:
         context = FakeContext(self._trt, self._plan)
         self._trt.contexts.append(context)
         return context
+
+
+class FakeBinding:
+    """An IO binding: what is where."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, tuple[int, Any, list[int]]] = {}
+        self.outputs: dict[str, tuple[int, Any, list[int]]] = {}
+
+    def bind_input(
+        self, name: str, device: str, number: int, dtype: Any, shape: list[int], pointer: int
+    ) -> None:
+        assert (device, number) == ("cuda", 0)
+        self.inputs[name] = (pointer, dtype, shape)
+
+    def bind_output(
+        self, name: str, device: str, number: int, dtype: Any, shape: list[int], pointer: int
+    ) -> None:
+        assert (device, number) == ("cuda", 0)
+        self.outputs[name] = (pointer, dtype, shape)
+
+
+class FakeCudaSession:
+    """A session of ONNX Runtime's CUDA provider, which runs in a stream of the double."""
+
+    def __init__(self, cuda: FakeCuda, path: Path, stream: int) -> None:
+        self._cuda = cuda
+        self._stream = stream
+        self._session = ort.InferenceSession(
+            str(path), session_options(), providers=["CPUExecutionProvider"]
+        )
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self) -> FakeBinding:
+        return FakeBinding()
+
+    def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self._cuda.put(self._stream, lambda: self._run(binding))
+
+    def _run(self, binding: FakeBinding) -> None:
+        feed = {name: self._array(*place) for name, place in binding.inputs.items()}
+        names = list(binding.outputs)
+        for name, value in zip(names, self._session.run(names, feed), strict=True):
+            self._array(*binding.outputs[name])[...] = value
+
+    def _array(self, pointer: int, dtype: Any, shape: list[int]) -> NDArray[Any]:
+        memory = self._cuda.view(pointer, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.asarray(memory.view(dtype).reshape(shape))
+
+
+def install_cuda_provider(
+    patch: pytest.MonkeyPatch, folder: Path, precision: str = "fp32"
+) -> Double:
+    """Add a target of ONNX Runtime's CUDA provider, and let the double run it."""
+    manifest = read_manifest(folder)
+    name = f"onnxruntime-{precision}-cuda"
+    target = Target(backend="onnxruntime", precision=precision, device="cuda", tolerance=None)
+    write_manifest(
+        folder, msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
+    )
+    cuda = FakeCuda()
+    patch.setattr(onnxruntime_cuda, "cuda", lambda: cuda)
+    patch.setattr(onnxruntime_cuda, "check_device", lambda device: None)
+    patch.setattr(
+        onnxruntime_cuda,
+        "create_session",
+        lambda path, stream, *entries: FakeCudaSession(cuda, path, stream),
+    )
+    return Double(folder, name, cuda, FakeTensorRt(cuda, {}))
 
 
 @dataclass
