@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.manifest import ProblemType
-from .extend import ExtendOptions, extend
+from .extend import ExtendOptions, drop_graphs, extend
 from .extras import require
 from .formats import Half
 from .targets.tensorrt import PlanOptions
@@ -111,6 +111,11 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option("--hardware-compatible", is_flag=True, help="Plans for Ampere and later GPUs.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Builds at a time.")
 @click.option("--resume", is_flag=True, help="Keep plans that are already built.")
+@click.option(
+    "--no-onnx",
+    is_flag=True,
+    help="Drop the ONNX graphs at the end, on devices short of space: only plans remain.",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @version_option
@@ -134,6 +139,8 @@ def main(
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
     if settings["int8"] != (wanted.int8_data is not None):
         raise click.UsageError("--int8 and --calibration-data go together")
+    if settings["no_onnx"] and source is None:
+        raise click.UsageError("--no-onnx goes with --from, on the device")
     shown = _Shown(quiet)
     content: dict[str, Any] = {}
     lines: list[str] = []
@@ -147,6 +154,9 @@ def main(
             click.echo("\n".join(lines), nl=bool(lines))
             lines = []
         more, added = _extend(folder, wanted, shown)
+        if settings["no_onnx"]:
+            drop_graphs(folder)
+            added.append("the ONNX graphs are dropped: other targets need a new export")
         content |= more
         lines += added
     click.echo(json.dumps({"folder": str(folder), **content}) if as_json else "\n".join(lines))

@@ -6,6 +6,8 @@ Buffers, regrouping and CUDA graphs are in `device.py`.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import threading
 from collections.abc import Mapping
 from importlib import metadata, util
@@ -26,6 +28,8 @@ from .buffers import carried_specs, plan_buffers
 from .cuda import cuda
 from .cuda_probe import cuda_device
 from .device import DeviceExecution, Place
+
+logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -53,6 +57,41 @@ class PlanRunner:
         """Let the context use shared memory."""
         context = self._context
         context.set_device_memory(pointer, size)
+
+
+class RuntimeCache:
+    """What TensorRT for RTX compiled for this GPU, kept beside the plans from run to run.
+
+    Args:
+        path: the file; it is not part of the artifact, and its absence only costs time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+
+    def config(self, engine: Any, strategy: Any) -> Any:
+        """A configuration of an engine's contexts that uses the cache."""
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        if self._cache is None:
+            self._cache = runtime_config.create_runtime_cache()
+            if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
+                logger.warning("%s is of another GPU or release: it is made anew", self._path)
+        runtime_config.set_runtime_cache(self._cache)
+        return runtime_config
+
+    def save(self) -> None:
+        """Write the cache; a folder that cannot be written is said once."""
+        if self._cache is None:
+            return
+        content = bytes(self._cache.serialize())
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(self._path)
+        except OSError as error:
+            logger.warning("%s cannot be kept: %s", self._path, error.strerror)
 
 
 class TensorRtBackend:
@@ -87,8 +126,17 @@ class TensorRtBackend:
         self._lock = threading.Lock()
         self._executions: list[DeviceExecution] = []
         self._closed = False
-        for file in target.files.values():
-            resolve(folder, file.file)
+        self._compiled = None
+        if target.backend == "tensorrt-rtx":
+            self._compiled = RuntimeCache(folder / "targets" / name / "runtime.cache")
+        graphs = manifest.graphs_in(target.precision)
+        for graph_name, file in target.files.items():
+            path = resolve(folder, file.file)
+            if file.onnx_sha256 != graphs[graph_name].sha256:
+                raise ArtifactError(
+                    f"{path} was built from another graph than the one in the folder",
+                    rebuild(target),
+                )
         self.padding: dict[str, float] = {
             "input_ids": manifest.tokenizer.pad_id,
             "token_type_ids": manifest.tokenizer.pad_type_id,
@@ -120,8 +168,10 @@ class TensorRtBackend:
             self.engine(name)
 
     def close(self) -> None:
-        """Give all device memory back and drop the plans."""
+        """Give all device memory back, keep what the device compiled, and drop the plans."""
         with self._lock:
+            if self._compiled is not None and not self._closed:
+                self._compiled.save()
             self._closed = True
             for execution in self._executions:
                 execution.close()
@@ -193,7 +243,11 @@ class TensorRtBackend:
         """A context of a graph, whose scratch memory is the execution's."""
         engine = self.engine(name)
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.create_execution_context(strategy)
+        if self._compiled is None:
+            context = engine.create_execution_context(strategy)
+        else:
+            with self._lock:
+                context = engine.create_execution_context(self._compiled.config(engine, strategy))
         if context is None:
             raise BackendError(
                 f"{self._name}: no execution context for {name}: {self._log.last}",

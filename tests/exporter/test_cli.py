@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from fpabee import __version__
 from fpabee.exporter import segments
 from fpabee.exporter.cli import main
+from fpabee.exporter.extend import drop_graphs
+from fpabee.runtime import ArtifactError
 from fpabee.runtime.manifest import read_manifest
 
 
@@ -273,6 +275,23 @@ def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path])
     )
 
 
+def test_graphs_can_be_dropped_where_plans_remain(engine_copy: Callable[..., Path]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    folder = engine_copy()
+    result = run("--from", folder, "--backend", "tensorrt-rtx", "--sm", "86", "--no-onnx")
+    assert result.exit_code == 0, result.output
+    assert not (folder / "onnx").exists()
+    manifest = read_manifest(folder)
+    assert list(manifest.targets) == [manifest.default_target] == ["tensorrt-rtx-fp32"]
+
+
+def test_graphs_that_are_run_are_not_dropped(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    with pytest.raises(ArtifactError, match="no built target: onnxruntime-fp32"):
+        drop_graphs(folder)
+    assert (folder / "onnx").is_dir()
+
+
 def test_a_backend_that_cannot_build_here_is_an_error(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     before = (folder / "manifest.json").read_bytes()
@@ -292,6 +311,9 @@ def test_from_needs_an_engines_folder(tmp_path: Path) -> None:
         (["--from", "engines", "--exits", "1,2"], "what was exported stays"),
         (["--from", "engines", "-o", "other"], "what was exported stays"),
         (["model", "--keep-fp32", "auto"], "needs a precision"),
+        (["model", "--no-onnx"], "goes with --from"),
+        (["model", "--int8"], "go together"),
+        (["model", "--calibration-data", "a.txt"], "go together"),
         (["model", "--fp16", "--sm", "x"], "compute capabilities"),
         (["model", "--fp16", "--batch", "1,2"], "smallest, typical and largest"),
         (["model", "--fp16", "--sequence", "64,32,128"], "smallest, typical and largest"),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -294,6 +295,51 @@ def test_the_cuda_provider_needs_a_gpu_and_its_package(
         load(made)
 
 
+def test_rtx_keeps_what_the_device_compiled(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.99")
+    made = double(backend="tensorrt-rtx", versions={"tensorrt_rtx": "10.99"})
+    cache = made.folder / "targets" / made.target / "runtime.cache"
+    for contexts in (3, 6):
+        with load(made) as engine:
+            engine.trace(["rain"])
+        assert cache.read_bytes() == b"compiled %d" % contexts
+    cache.write_bytes(b"of another release")
+    with load(made) as engine:
+        engine.trace(["rain"])
+    assert "runtime.cache is of another GPU or release" in caplog.text
+    assert cache.read_bytes() == b"compiled 3"
+
+
+def test_a_plan_of_another_graph_is_refused(double: Callable[..., Double]) -> None:
+    made = double()
+    manifest = read_manifest(made.folder)
+    target = manifest.targets[made.target]
+    other = msgspec.structs.replace(target.files["segment_02"], onnx_sha256="0" * 64)
+    files = {**target.files, "segment_02": other}
+    targets = {**manifest.targets, made.target: msgspec.structs.replace(target, files=files)}
+    write_manifest(made.folder, msgspec.structs.replace(manifest, targets=targets))
+    with pytest.raises(ArtifactError, match=r"segment_02\.plan was built from another graph"):
+        load(made)
+
+
+def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
+    driver._runtime = runtime
+    good, full = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorMemoryAllocation
+    monkeypatch.setattr(runtime, "cudaMalloc", lambda size: (full, 0))
+    monkeypatch.setattr(runtime, "cudaMemGetInfo", lambda: (good, 3 << 20, 8 << 30))
+    with pytest.raises(BackendError, match=r"no room for 64\.0 MiB: 3 of 8192 MiB are free"):
+        driver.malloc(64 << 20)
+    monkeypatch.setattr(runtime, "cudaGetErrorString", lambda status: (good, b"launch failed"))
+    broken = runtime.cudaError_t.cudaErrorLaunchFailure
+    monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
+    with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
+        driver.synchronize(1)
+
+
 def test_every_cuda_name_exists() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     source = Path(cuda_module.__file__).read_text(encoding="utf-8")
@@ -319,6 +365,8 @@ def test_every_cuda_name_exists() -> None:
         ("profile", "IOptimizationProfile"),
         ("inspector", "EngineInspector"),
         ("cache", "ITimingCache"),
+        ("_cache", "IRuntimeCache"),
+        ("runtime_config", "IRuntimeConfig"),
     ],
 )
 def test_every_tensorrt_name_exists(variable: str, kind: str) -> None:

@@ -369,6 +369,42 @@ class FakeRuntime:
         )
 
 
+class FakeRuntimeCache:
+    """What was compiled: the number of contexts that were ever made with it."""
+
+    def __init__(self) -> None:
+        self.content = 0
+
+    def serialize(self) -> bytes:
+        return b"compiled %d" % self.content
+
+    def deserialize(self, content: bytes) -> bool:
+        if not content.startswith(b"compiled "):
+            return False
+        self.content = int(content.split()[1])
+        return True
+
+
+class FakeRuntimeConfig:
+    """How contexts are made."""
+
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self._trt = trt
+        self.strategy: Any = None
+        self.cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        cache.content += 1
+        return True
+
+
 class FakeEngine:
     """Makes contexts."""
 
@@ -376,8 +412,14 @@ class FakeEngine:
         self._trt = trt
         self._plan = plan
 
-    def create_execution_context(self, strategy: Any) -> FakeContext:
-        assert strategy is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig(self._trt)
+
+    def create_execution_context(self, how: Any) -> FakeContext:
+        if isinstance(how, FakeRuntimeConfig):
+            assert how.cache is not None
+            how = how.strategy
+        assert how is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = FakeContext(self._trt, self._plan)
         self._trt.contexts.append(context)
         return context
