@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.decider import simulate
 from ..runtime.errors import RuleError
-from ..runtime.exit_rules import ExitRule, simulate
+from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import ProblemType
 
 _CANDIDATES = 200

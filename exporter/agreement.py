@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.exit_rules import ExitRule, Pabee, simulate
+from ..runtime.decider import simulate
+from ..runtime.exit_rules import Epee, ExitRule, Pabee
 from ..runtime.manifest import ProblemType
 
 # What a target in another precision than fp32 must reach: labels, exits. int8 is another
@@ -123,10 +125,23 @@ def exit_agreement(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Rows with the same exit, and rows whose exit is too close to call."""
     one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
-    threshold = getattr(rule, "threshold", None)
-    if threshold is None or isinstance(rule, Pabee):
-        close = near_ties(expected, problem_type, tolerance)
-    else:
-        # A score moves by at most a few times what the logits move.
-        close = np.abs(two.scores - threshold) <= 10 * tolerance
-    return np.equal(one.exits, two.exits), np.asarray(close.any(axis=0))
+    # A score moves by at most a few times what the logits move.
+    low, high = (
+        simulate(expected, _shifted(rule, by), problem_type).exits
+        for by in (-10 * tolerance, 10 * tolerance)
+    )
+    unsure = np.not_equal(low, high)
+    if isinstance(rule, (Pabee, Epee)):
+        unsure |= near_ties(expected, problem_type, tolerance).any(axis=0)
+    return np.equal(one.exits, two.exits), np.asarray(unsure)
+
+
+def _shifted(rule: ExitRule, by: float) -> ExitRule:
+    """The rule with its thresholds moved; exits in between lie between those of two such."""
+    moved: dict[str, Any] = {}
+    for field in ("threshold", "agreement"):
+        value = getattr(rule, field, None)
+        if value is not None:
+            is_one = isinstance(value, float | int)
+            moved[field] = value + by if is_one else tuple(number + by for number in value)
+    return dataclasses.replace(rule, **moved)

@@ -21,9 +21,10 @@ import numpy as np
 
 from ..runtime.backends.onnxruntime_session import session_options, usable_cores
 from ..runtime.batching import cut_groups
+from ..runtime.decider import Decider
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
-from ..runtime.exit_rules import Budget, Decider, ExitRule
+from ..runtime.exit_rules import Budget, ExitRule
 from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
 from .merge import merge_chain
 

@@ -7,6 +7,7 @@ with Engine.load("engines/") as engine:
         print(prediction.labels, prediction.scores, prediction.exit)
 """
 
+from .decider import Simulation, simulate
 from .distributions import Measure
 from .engine import Engine, Prediction, Trace
 from .errors import (
@@ -24,6 +25,7 @@ from .exit_rules import (
     RULES,
     Budget,
     Confidence,
+    Either,
     Energy,
     Entropy,
     Epee,
@@ -31,8 +33,6 @@ from .exit_rules import (
     FPabee,
     Pabee,
     Pcee,
-    Simulation,
-    simulate,
 )
 from .manifest import Manifest, ProblemType, read_manifest
 
@@ -42,6 +42,7 @@ __all__ = [
     "BackendError",
     "Budget",
     "Confidence",
+    "Either",
     "Energy",
     "Engine",
     "Entropy",

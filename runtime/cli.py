@@ -21,7 +21,7 @@ from .. import __version__
 from .distributions import Measure
 from .engine import Engine, Prediction
 from .errors import FpabeeError, InputError
-from .exit_rules import RULES, ExitRule
+from .exit_rules import RULES, ExitRule, Threshold
 from .summary import Summary
 from .text_io import Row, TextFormat, read_rows
 
@@ -48,7 +48,31 @@ def exits_with_one_line(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-_RULE_OPTIONS = ("measure", "threshold", "patience", "exit", "min_exit", "max_exit")
+_RULE_OPTIONS = (
+    "measure",
+    "threshold",
+    "agreement",
+    "patience",
+    "exit",
+    "min_exit",
+    "max_exit",
+)
+
+
+class _ThresholdType(click.ParamType[Threshold]):
+    """One number, or one for each exit: `0.1` or `0.1,0.2,0.3`."""
+
+    name = "number[,number...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Threshold:
+        """Numbers of the text on the command line."""
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number, nor a list such as 0.1,0.2", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
 
 
 def rule_options(function: F) -> F:
@@ -60,7 +84,12 @@ def rule_options(function: F) -> F:
             type=click.Choice([m.value for m in Measure]),
             help="Similarity measure of fpabee.",
         ),
-        click.option("--threshold", type=float, help="Threshold of the rule."),
+        click.option(
+            "--threshold",
+            type=_ThresholdType(),
+            help="Threshold of the rule: one, or one for each exit with commas.",
+        ),
+        click.option("--agreement", type=float, help="Threshold of either's measure."),
         click.option("--patience", type=click.IntRange(min=1), help="Signs in a row to stop."),
         click.option("--exit", type=click.IntRange(min=1), help="The exit of budget."),
         click.option("--min-exit", type=click.IntRange(min=1), help="No row stops before it."),
@@ -100,7 +129,9 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
 )
 @click.option("--output", type=click.Path(path_type=Path), help="File to write. Default: stdout.")
 @click.option("--target", help="A built target. Default: the folder's.")
-@click.option("--operating-point", help="A calibrated rule of the folder, by name.")
+@click.option(
+    "--operating-point", help="A calibrated rule of the target, by name. Default: the target's."
+)
 @rule_options
 @click.option("--full-depth", is_flag=True, help="Run every layer for every row.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Truncate to fewer tokens.")
@@ -146,7 +177,8 @@ def main(
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
                 advance(summary)
         if not quiet:
-            summary.print(Console(stderr=True, highlight=False), calibrated=bool(operating_point))
+            point = None if overrides or full_depth else engine.operating_point
+            summary.print(Console(stderr=True, highlight=False), point)
         elif metrics:
             summary.print_metrics(Console(stderr=True, highlight=False))
 

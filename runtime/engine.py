@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from .backends.base import Backend, Limits
 from .batching import CostCurve
+from .decider import Decider
 from .distributions import Answers, Outputs
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import ArtifactError, BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
-from .exit_rules import Budget, Decider, ExitRule
+from .exit_rules import Budget, ExitRule
 from .manifest import NEXT, Manifest, ProblemType, read_manifest
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
@@ -78,13 +79,16 @@ class Engine:
         target: str,
         backend: Backend[Any],
         rule: ExitRule,
+        operating_point: str | None = None,
         regroup: Regroup = Regroup.AUTO,
         max_length: int | None = None,
     ) -> None:
+        self._folder = folder
         self._manifest = manifest
         self._target = target
         self._backend = backend
-        self._rule = rule
+        # Together, so that a thread never sees the rule of one point with the name of another.
+        self._in_use = (operating_point, rule)
         self._regroup = regroup
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
         self._limits = backend.limits()
@@ -115,7 +119,8 @@ class Engine:
         Args:
             path: the folder that `fpabee-export` wrote.
             target: a built target; default: the manifest's.
-            operating_point: a calibrated rule of the manifest, by name.
+            operating_point: a calibrated rule of the target, by name; default: the target's
+                default, or the cautious rule of a folder that is not calibrated.
             threads: CPU threads; the process-wide pool keeps the first engine's number.
             rule: a rule of your own, instead of an operating point.
             regroup: whether undecided rows of several groups are joined.
@@ -135,11 +140,12 @@ class Engine:
                 f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
                 "choose one with --target, or build it with fpabee-export",
             )
-        chosen = rule or _rule_of(manifest, name, operating_point)
+        point = None if rule else _point_of(folder, manifest, name, operating_point)
+        chosen = rule or _rule_of(manifest, name, point)
         backend = _open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
-        return cls(folder, manifest, name, backend, chosen, regroup, max_length)
+        return cls(folder, manifest, name, backend, chosen, point, regroup, max_length)
 
     @property
     def manifest(self) -> Manifest:
@@ -154,7 +160,23 @@ class Engine:
     @property
     def rule(self) -> ExitRule:
         """The rule that applies when a call names none."""
-        return self._rule
+        return self._in_use[1]
+
+    @property
+    def operating_point(self) -> str | None:
+        """The calibrated point whose rule applies; None: a rule of your own, or no calibration."""
+        return self._in_use[0]
+
+    def use(self, operating_point: str) -> None:
+        """Switch to another operating point of the target, for calls that begin from now on.
+
+        Raises:
+            RuleError: the target has no such point.
+        """
+        point = _point_of(self._folder, self._manifest, self._target, operating_point)
+        rule = _rule_of(self._manifest, self._target, point)
+        self._decider(rule)
+        self._in_use = (point, rule)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -254,7 +276,7 @@ class Engine:
         return self._manifest.task.problem_type is ProblemType.MULTI_LABEL
 
     def _chosen(self, rule: ExitRule | None, full_depth: bool) -> ExitRule:
-        return Budget(exit=len(self._manifest.segments)) if full_depth else rule or self._rule
+        return Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
 
     def _decider(self, rule: ExitRule) -> Decider:
         task = self._manifest.task
@@ -358,22 +380,30 @@ def _characters(text: Text) -> int:
     return sum(len(part) for part in parts if isinstance(part, str))
 
 
-def _rule_of(manifest: Manifest, target: str, operating_point: str | None) -> ExitRule:
-    if operating_point is None:
-        return ExitRule.from_dict(manifest.default_rule)
-    point = manifest.operating_points.get(operating_point)
+def _point_of(folder: Path, manifest: Manifest, target: str, name: str | None) -> str | None:
+    """The operating point to run: the one that is named, or the target's default."""
+    points = manifest.targets[target].operating_points
+    if name is None:
+        return manifest.targets[target].default_operating_point or None
+    if name in points:
+        return name
+    elsewhere = [other for other, t in manifest.targets.items() if name in t.operating_points]
+    if elsewhere:
+        raise RuleError(
+            f"operating point {name!r} was measured on {', '.join(elsewhere)}, not on {target}",
+            f"calibrate it here: fpabee-calibrate {folder} --data DATA --target {target}",
+        )
+    raise RuleError(
+        f"target {target} has no operating point {name!r}; it has: "
+        f"{', '.join(points) or 'none yet'}",
+        f"make points: fpabee-calibrate {folder} --data DATA --target {target}",
+    )
+
+
+def _rule_of(manifest: Manifest, target: str, point: str | None) -> ExitRule:
     if point is None:
-        known = ", ".join(manifest.operating_points) or "none yet"
-        raise RuleError(
-            f"there is no operating point {operating_point!r}; there are: {known}",
-            "leave it out, or give a rule",
-        )
-    if point.target != target:
-        raise RuleError(
-            f"operating point {operating_point!r} was measured on {point.target}, not on {target}",
-            f"use it with --target {point.target}, or give a rule",
-        )
-    return ExitRule.from_dict(point.rule)
+        return ExitRule.from_dict(manifest.default_rule)
+    return ExitRule.from_dict(manifest.targets[target].operating_points[point].rule)
 
 
 def _open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from .backends.base import Bucket, Execution, H, Limits
 from .batching import CostCurve, RowNumbers, cut_groups, plan_joins
+from .decider import Decider, Progress
 from .distributions import Answers, Array, Outputs
 from .encoding import EncodedRow
 from .errors import BackendError
-from .exit_rules import Decider, Progress
 from .manifest import LOGITS, ProblemType
 from .one_row import OneRow
 

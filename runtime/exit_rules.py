@@ -2,7 +2,7 @@
 
 Every rule has one shape: at each exit a row may give a *sign* that its answer is settled;
 it stops after `patience` signs in a row. Some rules also stop at once on confidence. The
-`score` is what a rule compares with its threshold.
+`score` is what a rule compares with its threshold, which is one number or one for each exit.
 
 Sources: F-PABEE (arXiv 2305.11916), PABEE (2006.04152), DeeBERT (2004.12993), Shallow-Deep
 Networks (1810.07052), COSEE (2412.13236), PCEE-BERT, FastBERT (2004.02178), EPEE
@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .distributions import ARRAYS, MEASURES, Answers, Array, Floats, Mask, Measure, Outputs, per_row
+from .distributions import ARRAYS, MEASURES, Array, Mask, Measure, Outputs, per_row
 from .errors import RuleError
-from .manifest import ProblemType
+from .operating_point import RuleSettings
+
+Threshold = float | tuple[float, ...]
+"""One threshold for all exits, or one for each: the last exit stops every row whatever it is."""
 
 
 @dataclass(slots=True)
@@ -56,19 +58,36 @@ class ExitRule:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RuleError(f"{self.name}: {field} is {value!r}", "give a whole number from 1")
-        threshold = getattr(self, "threshold", 0.0)
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise RuleError(f"{self.name}: threshold is {threshold!r}", "give a number")
-        if not math.isfinite(threshold):
-            raise RuleError(f"{self.name}: threshold is {threshold}", "give a finite number")
+        for field in ("threshold", "agreement"):
+            self._check_threshold(field, getattr(self, field, 0.0))
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
                 f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
                 "give a larger max_exit",
             )
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Scores and signs of rows at an exit; `earlier` is None at exit 1."""
+    def _check_threshold(self, field: str, value: Any) -> None:
+        numbers = value if isinstance(value, tuple) and field == "threshold" else (value,)
+        for number in numbers or (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                hint = "give a number" + (", or one for each exit" if field == "threshold" else "")
+                raise RuleError(f"{self.name}: {field} is {value!r}", hint)
+            if not math.isfinite(number):
+                raise RuleError(f"{self.name}: {field} is {value}", "give a finite number")
+
+    def threshold_at(self, exit_number: int) -> float:
+        """The threshold of an exit, counted from 1; only for rules that have one."""
+        threshold: Threshold = vars(self)["threshold"]
+        return threshold[exit_number - 1] if isinstance(threshold, tuple) else threshold
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Scores and signs of rows at an exit.
+
+        Args:
+            exit_number: from 1.
+            earlier: outputs of the exit before; None at exit 1.
+            now: outputs of this exit.
+        """
         raise NotImplementedError
 
     @property
@@ -81,7 +100,7 @@ class ExitRule:
         """How many signs in a row stop a row."""
         return int(getattr(self, "patience", 1))
 
-    def to_dict(self) -> dict[str, str | int | float | None]:
+    def to_dict(self) -> RuleSettings:
         """Name and settings, as in the manifest."""
         settings = {
             key: value.value if isinstance(value, Enum) else value
@@ -118,6 +137,8 @@ class ExitRule:
                     f"measure {given['measure']!r} does not exist",
                     f"choose from {', '.join(m.value for m in Measure)}",
                 ) from None
+        if isinstance(given.get("threshold"), list):
+            given["threshold"] = tuple(given["threshold"])
         return kind(**given)
 
 
@@ -134,7 +155,7 @@ class Budget(ExitRule):
         """The given exit."""
         return self.exit
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Settled."""
         return Signs(None, np.ones(len(now.logits), np.bool_))
 
@@ -145,7 +166,7 @@ class FPabee(ExitRule):
 
     name: ClassVar[str] = "fpabee"
 
-    threshold: float
+    threshold: Threshold
     measure: Measure = Measure.JSKD
     patience: int = 1
 
@@ -154,12 +175,12 @@ class FPabee(ExitRule):
         """Exit 2: it takes two to compare."""
         return 2
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: the measure, summed over labels. Settled: strictly below the threshold."""
         assert earlier is not None
         measure = MEASURES[self.measure]
         scores = per_row(measure(ARRAYS, earlier.distributions, now.distributions))
-        return Signs(scores, scores < self.threshold)
+        return Signs(scores, scores < self.threshold_at(exit_number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +196,7 @@ class Pabee(ExitRule):
         """Exit 2: it takes two to compare."""
         return 2
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: 0 if the answer is that of the exit before, else 1."""
         assert earlier is not None
         same = now.unchanged(earlier)
@@ -188,12 +209,12 @@ class Entropy(ExitRule):
 
     name: ClassVar[str] = "entropy"
 
-    threshold: float
+    threshold: Threshold
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: entropy; multi-label: the sum of the binary entropies."""
         scores = now.entropy()
-        return Signs(scores, scores < self.threshold)
+        return Signs(scores, scores < self.threshold_at(exit_number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +223,13 @@ class Confidence(ExitRule):
 
     name: ClassVar[str] = "confidence"
 
-    threshold: float
+    threshold: Threshold
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: max p; multi-label: the least of max(p, 1-p) over labels."""
         best = now.distributions.max(axis=-1)
         scores = best if best.ndim == 1 else best.min(axis=-1)
-        return Signs(scores, scores > self.threshold)
+        return Signs(scores, scores > self.threshold_at(exit_number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +238,14 @@ class Energy(ExitRule):
 
     name: ClassVar[str] = "energy"
 
-    threshold: float
+    threshold: Threshold
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: 1/(1 + sum exp z), computed without overflow."""
         top = np.maximum(now.logits.max(axis=-1), 0.0)
         total = np.exp(now.logits - top[:, None]).sum(axis=-1)
         scores = np.exp(-top) / (np.exp(-top) + total)
-        return Signs(scores, scores < self.threshold)
+        return Signs(scores, scores < self.threshold_at(exit_number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +254,13 @@ class Pcee(ExitRule):
 
     name: ClassVar[str] = "pcee"
 
-    threshold: float
+    threshold: Threshold
     patience: int = 1
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: normalised entropy; signs count from exit 1."""
         scores = now.normalised_entropy()
-        return Signs(scores, scores < self.threshold)
+        return Signs(scores, scores < self.threshold_at(exit_number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,181 +269,49 @@ class Epee(ExitRule):
 
     name: ClassVar[str] = "epee"
 
-    threshold: float
+    threshold: Threshold
     patience: int
 
-    def signs(self, earlier: Outputs | None, now: Outputs) -> Signs:
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Score: normalised entropy. Settled: the answer is unchanged."""
         scores = now.normalised_entropy()
         same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
-        return Signs(scores, same, scores < self.threshold)
+        return Signs(scores, same, scores < self.threshold_at(exit_number))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Either(ExitRule):
+    """Sure enough now, or in agreement with the exits before: DeeBERT's sign or F-PABEE's.
+
+    A row stops if its entropy is below `threshold`, or if neighbouring distributions were
+    similar (`measure` below `agreement`) `patience` times in a row.
+    """
+
+    name: ClassVar[str] = "either"
+
+    threshold: Threshold
+    agreement: float
+    measure: Measure = Measure.JSKD
+    patience: int = 1
+
+    def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
+        """Score: entropy, as in `entropy`. Settled: the measure is below `agreement`."""
+        scores = now.entropy()
+        if earlier is None:
+            similar = np.zeros(len(scores), np.bool_)
+        else:
+            measure = MEASURES[self.measure]
+            distance = per_row(measure(ARRAYS, earlier.distributions, now.distributions))
+            similar = distance < self.agreement
+        return Signs(scores, similar, scores < self.threshold_at(exit_number))
 
 
 RULES: dict[str, type[ExitRule]] = {
-    rule.name: rule for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
+    rule.name: rule
+    for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Budget)
 }
 
 
 def takes_threshold(name: str) -> bool:
     """Whether a rule has a threshold."""
     return any(field.name == "threshold" for field in dataclasses.fields(RULES[name]))
-
-
-class Progress:
-    """What a rule remembers of a group of rows from one exit to the next.
-
-    Args:
-        signs: `[rows]` int64, signs in a row so far.
-        earlier: outputs of the exit before; None before exit 1.
-    """
-
-    __slots__ = ("earlier", "signs")
-
-    def __init__(self, signs: Answers, earlier: Outputs | None = None) -> None:
-        self.signs = signs
-        self.earlier = earlier
-
-    def take(self, rows: NDArray[np.intp]) -> Progress:
-        """That of some of the rows."""
-        earlier = None if self.earlier is None else self.earlier.take(rows)
-        return Progress(self.signs[rows], earlier)
-
-    @staticmethod
-    def join(parts: Sequence[Progress]) -> Progress:
-        """That of several groups, all of them past the same exit."""
-        earlier = [part.earlier for part in parts if part.earlier is not None]
-        return Progress(
-            np.concatenate([part.signs for part in parts]),
-            Outputs.join(earlier) if earlier else None,
-        )
-
-
-class Decider:
-    """Applies a rule to groups of rows, one exit after another.
-
-    Args:
-        rule: the rule.
-        problem_type: the task.
-        exits: number of exits of the model.
-        cuts: multi-label decision cuts, see `Task.cuts`.
-
-    Attributes:
-        rule: the rule.
-        problem_type: the task.
-        last: the exit at which every row stops.
-
-    Raises:
-        RuleError: the rule names an exit that the model does not have.
-    """
-
-    def __init__(
-        self,
-        rule: ExitRule,
-        problem_type: ProblemType,
-        exits: int,
-        cuts: Sequence[float] = (),
-    ) -> None:
-        for field in ("exit", "min_exit", "max_exit"):
-            value = getattr(rule, field, None)
-            if value is not None and value > exits:
-                raise RuleError(
-                    f"rule {rule.name}: {field} is {value}, but the model has {exits} exits",
-                    f"give at most {exits}",
-                )
-        self.rule = rule
-        self.problem_type = problem_type
-        self.last = rule.max_exit or exits
-        self._cuts = cuts
-        self._signs_from = rule.signs_from
-        self._signs_needed = rule.signs_needed
-
-    def start(self, rows: int) -> Progress:
-        """The progress of a group of rows before exit 1."""
-        return Progress(np.zeros(rows, np.int64))
-
-    def decide(
-        self, exit_number: int, progress: Progress, logits: Floats
-    ) -> tuple[Mask | None, Array | None]:
-        """Decide for the rows of a group at an exit, and note it in their progress.
-
-        Args:
-            exit_number: from 1; a group sees every exit in turn.
-            progress: that of the group's rows.
-            logits: `[rows, labels]` of these rows at this exit.
-
-        Returns:
-            Which rows stop `[rows]`, None if none does, and their scores `[rows]` or None.
-        """
-        now = Outputs(logits, self.problem_type, self._cuts)
-        earlier, progress.earlier = progress.earlier, now
-        stops, scores = None, None
-        if exit_number >= self._signs_from:
-            signs = self.rule.signs(earlier, now)
-            stops, scores = self._count(progress, signs), signs.scores
-        if exit_number >= self.last:
-            return np.ones(len(logits), np.bool_), scores
-        if stops is None or exit_number < self.rule.min_exit or not np.count_nonzero(stops):
-            return None, scores
-        return stops, scores
-
-    def _count(self, progress: Progress, signs: Signs) -> Mask:
-        """Which rows have enough signs."""
-        enough = signs.settled
-        if self._signs_needed > 1:
-            progress.signs += 1
-            progress.signs *= signs.settled
-            enough = progress.signs >= self._signs_needed
-        return enough if signs.at_once is None else enough | signs.at_once
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What a rule does with a trace.
-
-    Attributes:
-        exits: `[rows]` exit of each row, counted from 1.
-        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
-        scores: `[exits, rows]` float64, NaN where the rule has none.
-    """
-
-    exits: Answers
-    predictions: Answers
-    scores: Array
-
-
-def simulate(
-    logits: Floats,
-    rule: ExitRule,
-    problem_type: ProblemType | str,
-    cuts: Sequence[float] = (),
-) -> Simulation:
-    """Apply a rule to a trace: exactly the exits of a live run that gave these logits.
-
-    Args:
-        logits: `[exits, rows, labels]`.
-        rule: the rule.
-        problem_type: `single_label_classification` or `multi_label_classification`.
-        cuts: multi-label decision cuts; none means 0.5.
-
-    Raises:
-        RuleError: the logits are not of that shape, or the rule does not fit.
-    """
-    if logits.ndim != 3 or logits.shape[0] == 0:
-        raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
-    exits, rows, labels = logits.shape
-    task = ProblemType(problem_type)
-    decider = Decider(rule, task, exits, cuts)
-    progress = decider.start(rows)
-    chosen = np.zeros(rows, np.int64)
-    shape = (rows,) if task is ProblemType.SINGLE_LABEL else (rows, labels)
-    predictions = np.zeros(shape, np.int64)
-    scores = np.full((exits, rows), np.nan)
-    for number in range(1, exits + 1):
-        stops, exit_scores = decider.decide(number, progress, logits[number - 1])
-        if exit_scores is not None:
-            scores[number - 1] = exit_scores
-        if stops is not None and progress.earlier is not None:
-            new = stops & (chosen == 0)
-            chosen[new] = number
-            predictions[new] = progress.earlier.answers[new]
-    return Simulation(chosen, predictions, scores)

@@ -158,7 +158,11 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "precisions": ["fp32", *manifest.precisions],
         "rule": manifest.default_rule,
         "default_target": manifest.default_target,
-        "operating_points": list(manifest.operating_points),
+        "operating_points": {
+            name: list(target.operating_points)
+            for name, target in manifest.targets.items()
+            if target.operating_points
+        },
     }
 
 

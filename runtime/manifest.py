@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .errors import ArtifactError
+from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
 SCHEMA_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
@@ -41,9 +42,7 @@ MASK_FILL = -1e4
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class ProblemType(str, Enum):
@@ -188,6 +187,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         profiles: the shapes that the files take, by length; empty: any.
         batch_sizes: the batch sizes to pad to; empty: any.
         sequence_lengths: the lengths to pad to; empty: any.
+        operating_points: calibrated rules by name; they hold for this target only.
+        default_operating_point: the one that runs when none is named; empty: the manifest's
+            default rule.
     """
 
     backend: str
@@ -201,13 +203,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()
-
-
-class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A named rule with its settings, bound to the target it was measured on."""
-
-    target: str
-    rule: dict[str, str | int | float | None]
+    operating_points: dict[str, OperatingPoint] = {}
+    default_operating_point: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,8 +221,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1)]
     targets: dict[str, Target]
     default_target: str
-    default_rule: dict[str, str | int | float | None]
-    operating_points: dict[str, OperatingPoint] = {}
+    default_rule: RuleSettings
     verification: Verification | None = None
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
@@ -429,6 +425,9 @@ def _inconsistency(manifest: Manifest) -> str:
     for name, target in manifest.targets.items():
         if target.precision != "fp32" and target.precision not in manifest.precisions:
             return f"target {name} is in {target.precision}, of which there are no graphs"
+        default = target.default_operating_point
+        if default and default not in target.operating_points:
+            return f"target {name} has no operating point {default!r}, its default"
         if target.files and target.files.keys() != manifest.graphs.keys():
             return f"target {name} does not have one file for each graph"
     labels = manifest.task.labels

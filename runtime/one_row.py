@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .decider import Decider
 from .distributions import MEASURES, TINY
-from .exit_rules import Budget, Decider, FPabee
+from .exit_rules import Budget, FPabee
 from .manifest import ProblemType
 
 # Far above the rounding of the two computations, far below what settings tell apart.
@@ -88,9 +89,10 @@ class OneRow:
             return False
         measure = MEASURES[rule.measure]
         pairs = zip(earlier, self._earlier, strict=True)
-        distance = sum([measure(_FLOATS, p, q) for p, q in pairs]) - rule.threshold
+        threshold = rule.threshold_at(exit_number)
+        distance = sum([measure(_FLOATS, p, q) for p, q in pairs]) - threshold
         # Not `<`: a score that is not a number is nobody's sign here.
-        return distance < 0 if abs(distance) > _MARGIN * (1 + abs(rule.threshold)) else None
+        return distance < 0 if abs(distance) > _MARGIN * (1 + abs(threshold)) else None
 
     def _distributions(self, logits: Sequence[float]) -> tuple[_Distribution, ...]:
         """The softmax, or both outcomes of each label."""

@@ -84,14 +84,16 @@ class Summary:
         total = sum(layers[number - 1] * count for number, count in self._exits.items())
         return total / max(1, self.rows)
 
-    def print(self, console: Console, calibrated: bool) -> None:
-        """Print the summary."""
+    def print(self, console: Console, operating_point: str | None) -> None:
+        """Print the summary; `operating_point` is the calibrated one in use, if one is."""
         seconds = time.perf_counter() - self._started
         layers = self._engine.manifest.model.layers
         rule = "full depth" if self._rule is None else _describe(self._rule)
+        rule = f"operating point {operating_point}: {rule}" if operating_point else rule
         console.print(
             f"{self.rows} rows in {seconds:.1f} s ({self.rows / seconds:.0f} rows/s) on "
-            f"{self._engine.target}, {rule}"
+            f"{self._engine.target}, {rule}",
+            soft_wrap=True,
         )
         console.print(
             f"mean depth {self.mean_depth:.2f} of {layers} layers, "
@@ -107,10 +109,11 @@ class Summary:
         console.print(table)
         if self._metrics:
             self.print_metrics(console)
-        if not calibrated and self._rule is not None:
+        if operating_point is None and self._rule is not None:
             console.print(
-                "The rule is not calibrated for your data: compare --metrics with and without "
-                "--full-depth on labelled rows, and set --threshold."
+                f"The rule is not calibrated for your data on {self._engine.target}: run "
+                "fpabee-calibrate on labelled rows.",
+                soft_wrap=True,
             )
 
     def print_metrics(self, console: Console) -> None:

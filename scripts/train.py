@@ -16,7 +16,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +70,7 @@ class Options:
     pooling: Pooling
     exits: tuple[int, ...] | None
     exit_weights: str
+    distill: float
     random_init: bool
     seed: int
     bf16: bool
@@ -93,7 +94,10 @@ class MultiExitTrainer(Trainer):
         """Weighted loss over the exits; the outputs are logits `[rows, exits, labels]`."""
         labels = inputs.pop("labels")
         logits = model(**inputs)
-        loss = exit_loss(logits, labels, self.options.problem_type, self.options.exit_weights)
+        options = self.options
+        loss = exit_loss(
+            logits, labels, options.problem_type, options.exit_weights, options.distill
+        )
         return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -115,7 +119,9 @@ class MultiExitTrainer(Trainer):
         return self.optimizer
 
 
-def exit_loss(logits: Tensor, labels: Tensor, problem_type: ProblemType, weights: str) -> Tensor:
+def exit_loss(
+    logits: Tensor, labels: Tensor, problem_type: ProblemType, weights: str, distill: float = 0.0
+) -> Tensor:
     """Weighted mean of the exits' losses (F-PABEE, eq. 13: weight j for exit j).
 
     Args:
@@ -123,16 +129,22 @@ def exit_loss(logits: Tensor, labels: Tensor, problem_type: ProblemType, weights
         labels: `[rows]` int64, or `[rows, labels]` of 0 and 1 for multi-label.
         problem_type: cross-entropy, or binary cross-entropy with logits.
         weights: `linear` as in the paper, or `uniform`.
+        distill: share of the earlier exits' loss whose target is what the last exit says
+            instead of the label (self-distillation as in FastBERT, 2004.02178).
     """
     exits = logits.shape[0]
     weight = torch.arange(1, exits + 1) if weights == "linear" else torch.ones(exits)
     if problem_type is ProblemType.SINGLE_LABEL:
-        losses = [functional.cross_entropy(exit_logits, labels) for exit_logits in logits]
+        hard = functional.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+        soft = logits[-1].detach().softmax(dim=-1)
+        loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     else:
-        losses = [
-            functional.binary_cross_entropy_with_logits(exit_logits, labels.float())
-            for exit_logits in logits
-        ]
+        hard, soft = labels.to(logits.dtype), logits[-1].detach().sigmoid()
+        loss = functional.binary_cross_entropy_with_logits
+    # Both losses are linear in their target.
+    taught = (1 - distill) * hard + distill * soft
+    losses = [loss(exit_logits, taught) for exit_logits in logits[:-1]]
+    losses.append(loss(logits[-1], hard))
     return (torch.stack(losses) * weight.to(logits.device)).sum() / weight.sum()
 
 
@@ -365,6 +377,12 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--pooling", type=click.Choice([kind.value for kind in Pooling]), default="mean")
 @click.option("--exits", callback=_layers, help="Layers with an exit; default: every layer.")
 @click.option("--exit-weights", type=click.Choice(["linear", "uniform"]), default="linear")
+@click.option(
+    "--distill",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of the earlier exits' loss that is to agree with the last exit.",
+)
 @click.option("--random-init", is_flag=True, help="Ignore the backbone's weights.")
 @click.option("--seed", type=int, default=42)
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast.")

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from fpabee.runtime.manifest import ProblemType
+from fpabee.runtime.exit_rules import ExitRule
+from fpabee.runtime.manifest import ProblemType, read_manifest, write_manifest
+from fpabee.runtime.operating_point import OperatingPoint
 
 FAMILIES = ("bert", "albert", "mpnet")
 # fmt: off
@@ -113,6 +116,43 @@ def engine_copy(engines: Mapping[str, Path], tmp_path: Path) -> Callable[..., Pa
         return Path(shutil.copytree(engines[family], tmp_path / name))
 
     return copy
+
+
+def _point(rule: ExitRule) -> OperatingPoint:
+    """An operating point with made-up figures."""
+    return OperatingPoint(
+        rule=rule.to_dict(),
+        wish="drop at most 0.5 points",
+        metric="accuracy",
+        score=0.9,
+        full_depth_score=0.9,
+        drop_interval=(-0.4, 0.4),
+        held_out="5-fold cross-fitting",
+        rows=100,
+        data_sha256="0" * 64,
+        mean_depth=1.0,
+        exits=(100, 0, 0),
+        theoretical_speedup=3.0,
+        estimated_speedup=2.9,
+    )
+
+
+@pytest.fixture
+def set_points() -> Callable[..., None]:
+    """Gives a folder's target (by default the default one) operating points: name to rule."""
+
+    def write(folder: Path, target: str = "", default: str = "", **rules: ExitRule) -> None:
+        manifest = read_manifest(folder)
+        name = target or manifest.default_target
+        changed = msgspec.structs.replace(
+            manifest.targets[name],
+            operating_points={point: _point(rule) for point, rule in rules.items()},
+            default_operating_point=default,
+        )
+        targets = {**manifest.targets, name: changed}
+        write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+
+    return write
 
 
 def _make_model(family: str, folder: Path) -> Path:

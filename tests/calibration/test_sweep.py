@@ -34,7 +34,7 @@ def test_other_settings_are_kept() -> None:
 
     assert isinstance(found, FPabee)
     assert (found.patience, found.min_exit) == (2, 3)
-    assert found.threshold > 0
+    assert found.threshold_at(1) > 0
 
 
 def test_a_rule_without_threshold_is_refused() -> None:

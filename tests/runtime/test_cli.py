@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, read_manifest, text_io
+from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, text_io
 from fpabee.runtime.cli import main
-from fpabee.runtime.manifest import MANIFEST_NAME, OperatingPoint, write_manifest
+from fpabee.runtime.manifest import MANIFEST_NAME
 
 TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
 
@@ -240,16 +239,30 @@ def test_full_depth(run: Run, bert: Path, source: Path) -> None:
     assert "calibrated" not in result.err
 
 
-def test_operating_point(run: Run, engine_copy: Callable[..., Path], source: Path) -> None:
+def test_operating_point(
+    run: Run, engine_copy: Callable[..., Path], set_points: Callable[..., None], source: Path
+) -> None:
     folder = engine_copy("bert")
-    manifest = read_manifest(folder)
-    point = OperatingPoint(target=manifest.default_target, rule=Budget(exit=1).to_dict())
-    write_manifest(folder, msgspec.structs.replace(manifest, operating_points={"fast": point}))
+    set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
     result = run(folder, "--input", source, "--operating-point", "fast")
     assert {record["exit"] for record in result.records} == {1}
+    assert "operating point fast: rule budget (exit 1)" in result.err
     assert "calibrated" not in result.err
+    result = run(folder, "--input", source)
+    assert {record["exit"] for record in result.records} == {3}
+    assert "operating point safe" in result.err
+    result = run(folder, "--input", source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
+    assert "not calibrated" in result.err
     refused = run(folder, "--input", source, "--operating-point", "slow")
-    check_refused(refused, "there is no operating point 'slow'; there are: fast")
+    check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
+
+
+def test_a_threshold_for_each_exit(run: Run, bert: Path, source: Path) -> None:
+    options = ("--input", source, "--rule", "entropy", "--threshold")
+    result = run(bert, *options, "0,9,9")
+    assert {record["exit"] for record in result.records} == {2}
+    refused = run(bert, *options, "0,9")
+    check_refused(refused, "has 2 thresholds, but the model has 3 exits")
 
 
 def test_max_length(run: Run, bert: Path, source: Path) -> None:

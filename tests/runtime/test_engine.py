@@ -49,7 +49,7 @@ from fpabee.runtime import (
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.manifest import OperatingPoint, write_manifest
+from fpabee.runtime.manifest import write_manifest
 
 FAMILIES = ("bert", "albert", "mpnet")
 RULES: tuple[ExitRule, ...] = (
@@ -453,24 +453,41 @@ def test_the_rule_is_the_calls_or_the_engines_or_the_folders(
         assert [p.exit for p in engine.predict(["the"], full_depth=True)] == [3]
 
 
-def test_operating_points(engine_copy: Callable[..., Path]) -> None:
+def test_operating_points(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy("bert")
+    with pytest.raises(RuleError, match="has no operating point 'fast'; it has: none yet"):
+        Engine.load(folder, operating_point="fast")
+    set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
+    with Engine.load(folder) as engine:
+        assert engine.operating_point == "safe"
+        assert [p.exit for p in engine.predict(["the"])] == [3]
+        engine.use("fast")
+        assert (engine.operating_point, engine.rule) == ("fast", Budget(exit=1))
+        assert [p.exit for p in engine.predict(["the"])] == [1]
+        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe.*fpabee-calibrate"):
+            engine.use("slow")
+        assert engine.operating_point == "fast"
+    with Engine.load(folder, rule=Budget(exit=2)) as engine:
+        assert (engine.operating_point, engine.rule) == (None, Budget(exit=2))
+
+
+def test_a_point_of_another_target_is_refused(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
     folder = engine_copy("bert")
     manifest = read_manifest(folder)
     here = manifest.default_target
-    rule = Budget(exit=1).to_dict()
-    points = {
-        "fast": OperatingPoint(target=here, rule=rule),
-        "elsewhere": OperatingPoint(target="other", rule=rule),
-    }
-    with pytest.raises(RuleError, match="there is no operating point 'fast'; there are: none yet"):
+    targets = {**manifest.targets, "other": manifest.targets[here]}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+    set_points(folder, target="other", default="fast", fast=Budget(exit=1))
+    command = f"fpabee-calibrate {folder} --data DATA --target {here}"
+    with pytest.raises(RuleError, match=f"measured on other, not on {here}.*{command}"):
         Engine.load(folder, operating_point="fast")
-    write_manifest(folder, msgspec.structs.replace(manifest, operating_points=points))
-    with Engine.load(folder, operating_point="fast") as engine:
-        assert [p.exit for p in engine.predict(["the"])] == [1]
-    with pytest.raises(RuleError, match="'slow'; there are: fast, elsewhere"):
-        Engine.load(folder, operating_point="slow")
-    with pytest.raises(RuleError, match=f"measured on other, not on {here}"):
-        Engine.load(folder, operating_point="elsewhere")
+    with Engine.load(folder) as engine:
+        assert engine.operating_point is None
+        assert engine.rule == ExitRule.from_dict(manifest.default_rule)
 
 
 def test_multi_label_cuts_of_the_manifest_are_applied(engine_copy: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from fpabee.runtime import (
     RULES,
     Budget,
     Confidence,
+    Either,
     Energy,
     Entropy,
     Epee,
@@ -30,7 +31,7 @@ from fpabee.runtime import (
     RuleError,
     simulate,
 )
-from fpabee.runtime.exit_rules import Decider, Progress
+from fpabee.runtime.decider import Decider, Progress
 
 GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
@@ -57,6 +58,13 @@ rules: st.SearchStrategy[ExitRule] = st.one_of(
     st.builds(Energy, threshold=st.floats(0.0, 1.0), min_exit=first_exits),
     st.builds(Pcee, threshold=st.floats(0.0, 1.5), patience=patiences, min_exit=first_exits),
     st.builds(Epee, threshold=st.floats(0.0, 1.5), patience=patiences, min_exit=first_exits),
+    st.builds(
+        Either,
+        threshold=st.floats(0.0, 1.5),
+        agreement=st.floats(0.0, 1.5),
+        patience=patiences,
+        min_exit=first_exits,
+    ),
     st.builds(Budget, exit=st.integers(1, 2)),
 )
 
@@ -107,7 +115,7 @@ def test_golden_vector(vector: dict[str, Any]) -> None:
 
 def test_golden_vectors_cover_every_rule_and_measure() -> None:
     assert len(GOLDEN) == 270
-    assert {vector["rule"]["name"] for vector in GOLDEN} == set(RULES)
+    assert {vector["rule"]["name"] for vector in GOLDEN} == set(RULES) - {"either"}
     measures = {vector["rule"].get("measure") for vector in GOLDEN} - {None}
     assert measures == {measure.value for measure in Measure}
 
@@ -146,6 +154,56 @@ def test_epee_stops_at_once_on_entropy_or_on_a_settled_answer(
     pcee = simulate(logits, Pcee(threshold=threshold), task)
     np.testing.assert_array_equal(epee.exits, np.minimum(pabee.exits, pcee.exits))
     np.testing.assert_array_equal(epee.scores, pcee.scores)
+
+
+@given(traces(), tasks, st.floats(0.0, 1.5), st.floats(0.0, 1.5), patiences)
+def test_either_is_entropy_or_fpabee_whichever_comes_first(
+    logits: Logits, task: ProblemType, threshold: float, agreement: float, patience: int
+) -> None:
+    rule = Either(threshold=threshold, agreement=agreement, patience=patience)
+    either = simulate(logits, rule, task)
+    entropy = simulate(logits, Entropy(threshold=threshold), task)
+    fpabee = simulate(logits, FPabee(threshold=agreement, patience=patience), task)
+    np.testing.assert_array_equal(either.exits, np.minimum(entropy.exits, fpabee.exits))
+    np.testing.assert_array_equal(either.scores, entropy.scores)
+
+
+@given(traces(), tasks, st.sampled_from(sorted(RULES)), st.data())
+def test_a_threshold_for_each_exit_is_compared_at_its_exit(
+    logits: Logits, task: ProblemType, name: str, data: st.DataObject
+) -> None:
+    if "threshold" not in _EXAMPLES[name]:
+        return
+    each = tuple(data.draw(st.lists(thresholds, min_size=len(logits), max_size=len(logits))))
+    rule = ExitRule.from_dict({"name": name, **_EXAMPLES[name], "threshold": list(each)})
+    decider = Decider(rule, task, len(logits))
+    progress = decider.start(logits.shape[1])
+    stopped = np.zeros(logits.shape[1], np.bool_)
+    for number, threshold in enumerate(each, start=1):
+        # The same exit under the rule that has this threshold everywhere.
+        one = Decider(dataclasses.replace(rule, threshold=threshold), task, len(logits))  # type: ignore[call-arg]
+        signs, earlier = progress.signs.copy(), progress.earlier
+        found, _ = decider.decide(number, progress, logits[number - 1])
+        expected, _ = one.decide(number, Progress(signs, earlier), logits[number - 1])
+        np.testing.assert_array_equal(found, expected)
+        stopped |= np.zeros_like(stopped) if found is None else found
+    assert stopped.all()
+    assert ExitRule.from_dict(rule.to_dict()) == rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"name": "entropy", "threshold": []}, "threshold is"),
+        ({"name": "entropy", "threshold": [0.1, "x"]}, "one for each exit"),
+        ({"name": "entropy", "threshold": [0.1, float("nan")]}, "finite"),
+        ({"name": "either", "threshold": 0.1, "agreement": [0.1, 0.2]}, "agreement is"),
+        ({"name": "entropy", "threshold": [0.1, 0.2]}, "2 thresholds, but the model has 3 exits"),
+    ],
+)
+def test_thresholds_that_do_not_fit_are_refused(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuleError, match=message):
+        Decider(ExitRule.from_dict(rule), SINGLE, 3)
 
 
 @given(traces(), tasks, rules, st.integers(1, 6), st.integers(0, 5))
@@ -275,6 +333,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "energy": {"threshold": 0.1},
     "pcee": {"threshold": 0.5, "patience": 2},
     "epee": {"threshold": 0.5, "patience": 2},
+    "either": {"threshold": 0.5, "agreement": 0.3},
 }
 
 

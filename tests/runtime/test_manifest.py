@@ -18,7 +18,6 @@ from fpabee.runtime.manifest import (
     Graph,
     Manifest,
     Model,
-    OperatingPoint,
     ProblemType,
     Range,
     Segment,
@@ -34,6 +33,7 @@ from fpabee.runtime.manifest import (
     verified,
     write_manifest,
 )
+from fpabee.runtime.operating_point import Certificate, OperatingPoint
 
 Json = dict[str, Any]
 Change = Callable[[Json], object]
@@ -95,15 +95,30 @@ def manifest() -> Manifest:
                 },
                 tolerance=0.01,
                 row_invariant=False,
+                operating_points={
+                    "fast": OperatingPoint(
+                        rule={"name": "entropy", "threshold": (0.25, 0.5)},
+                        wish="drop at most 2 points",
+                        metric="accuracy",
+                        score=0.9,
+                        full_depth_score=0.91,
+                        drop_interval=(0.1, 1.9),
+                        held_out="test.jsonl",
+                        rows=100,
+                        data_sha256=digest,
+                        mean_depth=1.5,
+                        exits=(50, 50),
+                        theoretical_speedup=1.33,
+                        estimated_speedup=1.3,
+                        certificate=Certificate(
+                            risk_of="drop", risk=1.0, confidence=95.0, rows=100
+                        ),
+                    )
+                },
             )
         },
         default_target="tensorrt-fp16-sm87",
         default_rule={"name": "pabee", "patience": 1},
-        operating_points={
-            "fast": OperatingPoint(
-                target="tensorrt-fp16-sm87", rule={"name": "entropy", "threshold": 0.25}
-            )
-        },
         files={"reference.npz": digest},
     )
 
@@ -157,7 +172,7 @@ def test_writing_again_changes_no_byte(folder: Path) -> None:
         ("segments", 1),
         ("targets", "tensorrt-fp16-sm87"),
         ("targets", "tensorrt-fp16-sm87", "files", "one"),
-        ("operating_points", "fast"),
+        ("targets", "tensorrt-fp16-sm87", "operating_points", "fast"),
     ],
     ids=str,
 )
@@ -182,8 +197,10 @@ def test_fields_of_a_newer_minor_version_survive_a_rewrite(
 
 def test_what_is_removed_does_not_come_back(folder: Path) -> None:
     manifest = read_manifest(folder)
-    write_manifest(folder, msgspec.structs.replace(manifest, operating_points={}, files={}))
-    assert content_of(folder)["operating_points"] == {}
+    ((name, target),) = manifest.targets.items()
+    without = {name: msgspec.structs.replace(target, operating_points={})}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=without, files={}))
+    assert content_of(folder)["targets"][name]["operating_points"] == {}
     assert content_of(folder)["files"] == {}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime import Budget, ExitRule, FPabee, Measure, ProblemType, simulate
-from fpabee.runtime.exit_rules import Decider
+from fpabee.runtime.decider import Decider
 from fpabee.runtime.one_row import OneRow
 
 from .test_exit_rules import Logits, rules, tasks, traces

@@ -1,0 +1,69 @@
+"""Operating points: the part of the manifest that calibration writes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
+"""An exit rule as `ExitRule.to_dict` writes it."""
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """A guarantee on new rows from the same source, see `calibration.risk`.
+
+    Attributes:
+        risk_of: `disagreement` with full depth, or `drop` of the score.
+        risk: the bound on its expectation, in points.
+        confidence: probability over the calibration rows that the bound holds, in percent.
+        rows: rows that the bound was tested on; others ordered the settings.
+    """
+
+    risk_of: str
+    risk: float
+    confidence: float
+    rows: Count
+
+
+class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A named rule with its settings, and what it was measured to give on its target.
+
+    Attributes:
+        rule: name and settings.
+        wish: what was asked for, such as `drop at most 0.5 points`.
+        metric: name of the score.
+        score: with the rule, on rows that did not choose it.
+        full_depth_score: of the last exit on the same rows.
+        drop_interval: 95 % interval of the drop in points (paired bootstrap).
+        held_out: which rows those were: cross-fitted parts, or another file.
+        rows: how many.
+        data_sha256: hash of the rows that chose the rule.
+        mean_depth: layers that ran for a row.
+        exits: rows that stopped at each exit.
+        theoretical_speedup: full depth over this, in layers weighted by tokens.
+        estimated_speedup: the same in measured times of the segments.
+        measured_speedup: by batch size, ratio of run times on the target.
+        versions: libraries that measured it.
+        certificate: a bound on the risk, if one was asked for.
+    """
+
+    rule: RuleSettings
+    wish: str
+    metric: str
+    score: float
+    full_depth_score: float
+    drop_interval: tuple[float, float]
+    held_out: str
+    rows: Count
+    data_sha256: Sha256
+    mean_depth: Annotated[float, msgspec.Meta(ge=0)]
+    exits: tuple[int, ...]
+    theoretical_speedup: float
+    estimated_speedup: float
+    measured_speedup: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    certificate: Certificate | None = None
