@@ -1,8 +1,24 @@
-"""Calibration: what a rule would do on a trace, over many settings at once.
+"""Calibration: choose thresholds with a stated risk, on the user's own rows.
 
+A trace at full depth is taken once; every rule and setting is then a simulation of it.
 Stands on the runtime only: no torch, transformers or onnx.
 """
 
+from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
+from .outcome import Outcome
+from .risk import Bound, RiskOf
+from .select import Wish
 from .sweep import threshold_for_depth
 
-__all__ = ["threshold_for_depth"]
+__all__ = [
+    "DEFAULT_WISHES",
+    "Bound",
+    "Calibration",
+    "CalibrationOptions",
+    "Outcome",
+    "Point",
+    "RiskOf",
+    "Wish",
+    "calibrate",
+    "threshold_for_depth",
+]

@@ -1,4 +1,4 @@
-"""Simulate rules over many settings on one trace: no model runs again."""
+"""What every threshold of a rule would do on a trace, all at once: no model runs again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,59 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.decider import simulate
+from ..runtime.distributions import Answers, Array
 from ..runtime.errors import RuleError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import ProblemType
+from .scoring import Rows
+from .stopping import Family, StopScores
 
-_CANDIDATES = 200
+
+class Sweep:
+    """Sums over rows at every threshold of a family.
+
+    As a threshold rises, a row moves from the last exit to earlier ones, each time at a known
+    threshold. So a sum over rows, at all thresholds, is a cumulative histogram of what the
+    moves change.
+
+    Args:
+        family: the rule.
+        grid: thresholds of its stop scores, ascending.
+    """
+
+    def __init__(self, family: Family, grid: Array) -> None:
+        self.family = family
+        self.grid = grid
+        # The first threshold of the grid at which a row stops at an exit or before.
+        self._reached = np.minimum.accumulate(
+            np.searchsorted(grid, family.scores, side="right"), axis=0
+        )
+
+    def sums(self, values: Array, parts: NDArray[np.intp] | None = None) -> Array:
+        """Sums over rows, for each part of them.
+
+        Args:
+            values: `[exits, rows, terms]`, of a row that stops at an exit.
+            parts: `[rows]` the part of each row, from 0; None: all are one.
+
+        Returns:
+            `[parts, thresholds, terms]`.
+        """
+        change = values.copy()
+        change[:-1] -= values[1:]
+        count = 1 if parts is None else int(parts.max()) + 1
+        size = len(self.grid) + 1
+        where = self._reached if parts is None else self._reached + parts * size
+        columns = [
+            np.bincount(where.ravel(), change[..., term].ravel(), minlength=count * size)
+            for term in range(values.shape[2])
+        ]
+        moves = np.stack(columns, axis=-1).reshape(count, size, -1)
+        return np.asarray(np.cumsum(moves, axis=1)[:, :-1])
+
+    def exits(self, threshold: int) -> Answers:
+        """The exit `[rows]` of each row at a threshold of the grid, by its number."""
+        return np.asarray((self._reached <= threshold).argmax(axis=0) + 1)
 
 
 def threshold_for_depth(
@@ -40,16 +87,10 @@ def threshold_for_depth(
     """
     if not hasattr(rule, "threshold"):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
-    scores = simulate(logits, rule, problem_type, cuts).scores
-    quantiles = np.linspace(0.0, 1.0, _CANDIDATES)
-    layers = np.asarray(exit_layers)
-
-    def miss(candidate: ExitRule) -> float:
-        exits = simulate(logits, candidate, problem_type, cuts).exits
-        return abs(float(layers[exits - 1].mean()) - depth)
-
-    candidates = [
-        dataclasses.replace(rule, threshold=float(f"{value:.4g}"))  # type: ignore[call-arg]
-        for value in np.unique(np.nanquantile(scores, quantiles))
-    ]
-    return min(candidates, key=miss)
+    lengths = np.ones(logits.shape[1], np.intp)
+    rows = Rows(logits.astype(np.float32), lengths, None, problem_type, tuple(cuts))
+    family = StopScores(rows).family(dataclasses.replace(rule, threshold=0.0))  # type: ignore[call-arg]
+    sweep = Sweep(family, family.grid)
+    layers = np.repeat(np.asarray(exit_layers, np.float64)[:, None], len(rows), axis=1)
+    misses = np.abs(sweep.sums(layers[..., None])[0, :, 0] / len(rows) - depth)
+    return family.with_threshold(float(sweep.grid[misses.argmin()]))

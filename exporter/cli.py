@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.manifest import ProblemType
+from ..runtime.shown import Shown
 from .extend import ExtendOptions, drop_graphs, extend
 from .extras import require
 from .formats import Half
@@ -141,7 +139,7 @@ def main(
         raise click.UsageError("--int8 and --calibration-data go together")
     if settings["no_onnx"] and source is None:
         raise click.UsageError("--no-onnx goes with --from, on the device")
-    shown = _Shown(quiet)
+    shown = Shown(quiet)
     content: dict[str, Any] = {}
     lines: list[str] = []
     if model_dir is not None:
@@ -162,40 +160,6 @@ def main(
     click.echo(json.dumps({"folder": str(folder), **content}) if as_json else "\n".join(lines))
     if not as_json:
         click.echo(f"next: fpabee-run {folder} --input texts.txt")
-
-
-class _Shown:
-    """Progress on stderr: a bar on a terminal, else a line for each new thing."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            disable=quiet or not self._console.is_terminal,
-        )
-        self._last = ""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        self._bar.start()
-        task = self._bar.add_task("load", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            self._bar.update(task, description=what, completed=done, total=total)
-            if self._bar.disable and what != self._last:
-                self._console.print(f"{what} {done}/{total}", highlight=False, soft_wrap=True)
-            self._last = what
-
-        return progress
-
-    def __exit__(self, *_: object) -> None:
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._bar.stop()
 
 
 def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
@@ -225,7 +189,7 @@ def _export(
     output: Path | None,
     fresh: dict[str, Any],
     verify_data: Path | None,
-    shown: _Shown,
+    shown: Shown,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     require("export")
     from .pipeline import ExportOptions, export
@@ -254,9 +218,7 @@ def _export(
     return result.folder, content, lines
 
 
-def _extend(
-    folder: Path, options: ExtendOptions, shown: _Shown
-) -> tuple[dict[str, Any], list[str]]:
+def _extend(folder: Path, options: ExtendOptions, shown: Shown) -> tuple[dict[str, Any], list[str]]:
     with shown as progress:
         result = extend(folder, options, progress)
     lines = []

@@ -277,12 +277,27 @@ class Chain(Generic[H]):
         copy = min(self._time_copy(buckets[-1]) for _ in range(_PROBE_REPEATS)) / sizes[-1]
         return CostCurve(tuple(sizes), tuple(seconds), copy)
 
-    def _probe(self, bucket: Bucket) -> H:
+    def time_segments(self, rows: int, tokens: int) -> list[float]:
+        """Seconds of each segment on a group of rows, its head's answer included."""
+        hidden = self._padding(self._bucket(rows, tokens))
+        times = []
+        for segment in range(self._segments):
+            started = time.perf_counter()
+            hidden, pending = self._execution.enqueue(segment, hidden)
+            pending.result()
+            times.append(time.perf_counter() - started)
+        self._execution.release(hidden)
+        return times
+
+    def _padding(self, bucket: Bucket) -> H:
+        """A group of rows of the first token, before segment 1."""
         row = EncodedRow(
             np.zeros(bucket.sequence, np.int64), np.zeros(bucket.sequence, np.int64), False
         )
-        hidden = self._execution.begin([row] * bucket.batch, bucket)
-        hidden, pending = self._execution.enqueue(0, hidden)
+        return self._execution.begin([row] * bucket.batch, bucket)
+
+    def _probe(self, bucket: Bucket) -> H:
+        hidden, pending = self._execution.enqueue(0, self._padding(bucket))
         pending.result()
         return hidden
 

@@ -1,0 +1,426 @@
+"""Calibrate: trace labelled rows once, choose operating points, write them into the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from .. import __version__
+from ..runtime.distributions import Measure
+from ..runtime.encoding import EncodedRow
+from ..runtime.engine import Engine
+from ..runtime.errors import InputError
+from ..runtime.exit_rules import RULES, Budget, ExitRule
+from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
+from ..runtime.operating_point import Certificate, OperatingPoint
+from ..runtime.text_io import Row, read_rows
+from .costs import CostModel, head_shares, measure_costs, measure_speedup
+from .cuts import TunedCuts, tune_cuts, with_cuts
+from .outcome import Outcome, exits_of, outcome
+from .risk import Bound, RiskOf, control
+from .scoring import AGREEMENT, METRICS, Rows, Scorer
+from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing, Wish
+from .stopping import StopScores, families
+from .trace import Progress, data_sha256, trace_rows
+
+DEFAULT_WISHES = {
+    "safe": Wish(max_drop=0.5, surely=True),
+    "balanced": Wish(max_drop=0.5),
+    "fast": Wish(max_drop=2.0),
+}
+"""The operating points that come when nothing is wished for; `balanced` becomes the default."""
+
+SHOWN_RULES = ("fpabee", "pabee", "entropy")
+"""Rules whose best is always reported."""
+
+LEAST_ROWS = 10 * PARTS
+"""Fewer rows are refused."""
+
+_FITTED_RULES = ("entropy", "energy", "fpabee")
+_FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate for.
+
+    Attributes:
+        wishes: operating points by name.
+        bound: a guarantee instead of wishes; then `name` names the one point.
+        name: of the point of a bound.
+        default: the point that runs when none is named.
+        metric: see `scoring.METRICS`; None: accuracy, exact match, or agreement if unlabelled.
+        rules: exit rules to choose from; empty: all.
+        measures: similarity measures of `fpabee` and `either`.
+        target: a built target; None: the manifest's default.
+        test: more rows, which points are reported on instead of being cross-fitted.
+        unlabelled: leave labels aside and hold the rule against full depth.
+        tune_cuts: also choose decision cuts (multi-label).
+        batch_size: rows at a time that times are measured at and chosen by.
+        output: folder for traces; None: `calibration/` in the engines folder.
+        threads: CPU threads.
+        seed: of all random parts.
+    """
+
+    wishes: dict[str, Wish] = field(default_factory=lambda: dict(DEFAULT_WISHES))
+    bound: Bound | None = None
+    name: str = "risk"
+    default: str = "balanced"
+    metric: str | None = None
+    rules: tuple[str, ...] = ()
+    measures: tuple[Measure, ...] = tuple(Measure)
+    target: str | None = None
+    test: Path | None = None
+    unlabelled: bool = False
+    tune_cuts: bool = False
+    batch_size: int = 32
+    output: Path | None = None
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operating point.
+
+    Attributes:
+        name: its name.
+        wish: what was asked for.
+        kind: the kind of its rule, see `select.Candidate.kind`.
+        rule: the rule.
+        chosen_on: what it gives on the rows that chose it.
+        held_out: what it gives on others.
+        measured: speed-up on the target, by batch size.
+        certificate: a bound on the risk, if one was asked for.
+    """
+
+    name: str
+    wish: str
+    kind: str
+    rule: ExitRule
+    chosen_on: Outcome
+    held_out: Outcome
+    measured: dict[str, float]
+    certificate: Certificate | None = None
+
+    @property
+    def optimism(self) -> float:
+        """Points by which the drop looks smaller on the rows that chose the rule."""
+        return self.held_out.drop - self.chosen_on.drop
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The best setting of one kind of rule, for the wish of the default point."""
+
+    kind: str
+    rule: ExitRule
+    held_out: Outcome
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        folder: the engines folder.
+        target: the target that was calibrated.
+        held_out: which rows points are reported on.
+        rows: the rows that chose, with their trace.
+        texts: the rows as they were read.
+        points: the operating points.
+        default: the one that runs when none is named.
+        contenders: the best of every kind of rule, for the wish of the default point.
+        costs: measured times, by batch size.
+        selector: all settings.
+        cuts: tuned decision cuts.
+        layers: the layer of each exit.
+    """
+
+    folder: Path
+    target: str
+    held_out: str
+    rows: Rows
+    texts: Sequence[Row]
+    points: tuple[Point, ...]
+    default: str
+    contenders: tuple[Contender, ...]
+    costs: tuple[CostModel, ...]
+    selector: Selector
+    cuts: TunedCuts | None
+    layers: tuple[int, ...]
+
+
+def calibrate(
+    folder: str | Path,
+    data: str | Path,
+    options: CalibrationOptions | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Calibration:
+    """Choose operating points of a target and write them into the manifest.
+
+    Args:
+        folder: the engines folder.
+        data: labelled rows from the source that will be classified.
+        options: see `CalibrationOptions`.
+        progress: called with (what, done, total).
+
+    Raises:
+        InputError: rows that cannot be used, or a wish that cannot be granted; the manifest
+            stays as it is.
+        ArtifactError: the folder is damaged, or cannot be written.
+        BackendError: the target cannot run here.
+    """
+    path, chosen = Path(folder), options or CalibrationOptions()
+    rows = list(read_rows(data))
+    test = list(read_rows(chosen.test)) if chosen.test else None
+    with Engine.load(path, target=chosen.target, threads=chosen.threads) as engine:
+        session = _Session(engine, path, chosen, progress)
+        result = session.run(rows, test)
+    write_manifest(path, _with_points(read_manifest(path), result, data_sha256(rows)))
+    return result
+
+
+class _Session:
+    """One calibration."""
+
+    def __init__(
+        self, engine: Engine, folder: Path, options: CalibrationOptions, progress: Progress
+    ) -> None:
+        self.engine = engine
+        self.folder = folder
+        self.options = options
+        self.progress = progress
+        self.layers = engine.manifest.exit_layers
+        kinds = METRICS[engine.manifest.task.problem_type]
+        disagreement = options.bound is not None and options.bound.risk_of is RiskOf.DISAGREEMENT
+        if options.unlabelled or disagreement:
+            self.metric = options.metric or AGREEMENT
+        else:
+            self.metric = options.metric or kinds[0]
+        self.costs: tuple[CostModel, ...] = ()
+        target = engine.manifest.targets[engine.target]
+        if options.bound is not None and not target.row_invariant:
+            raise InputError(
+                f"on target {engine.target} a row's answer depends on its neighbours, so no risk "
+                "of a row can be bounded",
+                "choose another --target, or wish for --max-drop",
+            )
+
+    def run(self, rows: Sequence[Row], test: Sequence[Row] | None) -> Calibration:
+        """Trace, measure, choose, report."""
+        seen = self._trace(rows)
+        _check_rows(seen)
+        held = None if test is None else self._trace(test)
+        cuts = None
+        if self.options.tune_cuts:
+            default = METRICS[seen.problem_type][0]
+            cuts = tune_cuts(seen, default if self.metric == AGREEMENT else self.metric)
+            seen = with_cuts(seen, cuts.cuts)
+            held = None if held is None else with_cuts(held, cuts.cuts)
+        self.costs = self._measure(seen)
+        weighing = Weighing(seen, self.metric, self.costs[-1].row_costs(seen.lengths))
+        self.progress("sweep", 0, 1)
+        started = time.perf_counter()
+        selector = self._selector(weighing)
+        self.progress(f"sweep: {time.perf_counter() - started:.1f} s", 1, 1)
+        encoded = self.engine.encode([row.content for row in rows])
+        asked = self._asked()
+        points = []
+        for number, (name, wish) in enumerate(asked.items()):
+            self.progress(f"choose {name}", number, len(asked))
+            points.append(self._point(name, wish, selector, held, encoded))
+        default = self.options.default if self.options.default in asked else points[0].name
+        contenders = self._contenders(selector, asked[default], held)
+        return Calibration(
+            folder=self.folder,
+            target=self.engine.target,
+            held_out=self._held_out_name(),
+            rows=seen,
+            texts=rows,
+            points=tuple(points),
+            default=default,
+            contenders=contenders,
+            costs=self.costs,
+            selector=selector,
+            cuts=cuts,
+            layers=self.layers,
+        )
+
+    def _held_out_name(self) -> str:
+        if self.options.test is not None:
+            return self.options.test.name
+        return "rows of the test" if self.options.bound else f"{PARTS}-fold cross-fitting"
+
+    def _trace(self, rows: Sequence[Row]) -> Rows:
+        place = self.options.output or self.folder / "calibration"
+        labels = not self.options.unlabelled
+        return trace_rows(self.engine, rows, place, labels, self.progress)
+
+    def _measure(self, rows: Rows) -> tuple[CostModel, ...]:
+        models = []
+        sizes = sorted({1, self.options.batch_size})
+        for number, batch in enumerate(sizes):
+            self.progress(f"time segments, batch {batch}", number, len(sizes))
+            models.append(measure_costs(self.engine, rows.lengths, batch))
+        manifest = self.engine.manifest
+        target = manifest.targets[self.engine.target]
+        if target.backend == "onnxruntime" and not target.device and target.precision == "fp32":
+            middle = models[0].lengths[len(models[0].lengths) // 2]
+            shares = head_shares(self.folder, manifest, middle)
+            models[0] = dataclasses.replace(models[0], head_shares=shares)
+        return tuple(models)
+
+    def _selector(self, weighing: Weighing) -> Selector:
+        names = self.options.rules or tuple(RULES)
+        shown = dict.fromkeys([*names, *SHOWN_RULES])
+        stop = StopScores(weighing.rows)
+        firsts = range(1, max(2, weighing.rows.exits))
+        swept = families(stop, list(shown), self.options.measures, firsts)
+        fitted = families(
+            stop,
+            [name for name in _FITTED_RULES if name in names],
+            [measure for measure in _FITTED_MEASURES if measure in self.options.measures],
+            patiences=[1],
+        )
+        return Selector(weighing, list(swept), list(fitted), self.options.seed)
+
+    def _asked(self) -> dict[str, Wish | Bound]:
+        if self.options.bound is not None:
+            return {self.options.name: self.options.bound}
+        return dict(self.options.wishes)
+
+    def _kinds(self, selector: Selector) -> list[str]:
+        """What may be chosen from; other kinds are there to be shown beside it."""
+        names = self.options.rules or tuple(RULES)
+        return [kind for kind in selector.kinds if kind.removesuffix(PER_EXIT) in names]
+
+    def _point(
+        self,
+        name: str,
+        wish: Wish | Bound,
+        selector: Selector,
+        held: Rows | None,
+        encoded: Sequence[EncodedRow],
+    ) -> Point:
+        rows, kinds = selector.weighing.rows, self._kinds(selector)
+        certificate = None
+        if isinstance(wish, Bound):
+            found = control(selector, kinds, wish)
+            candidate, certificate = found.candidate, found.certificate
+            tested = rows.take(found.tested)
+            judged = self._outcome(tested if held is None else held, candidate.rule)
+        else:
+            candidate = selector.choose(wish, kinds) or Candidate(Budget(exit=rows.exits))
+            judged = self._held_out(candidate, wish, kinds, selector, held)
+        measured = {
+            str(model.batch): measure_speedup(self.engine, encoded, candidate.rule, model.batch)
+            for model in self.costs
+        }
+        on_all = self._outcome(rows, candidate.rule)
+        wished = str(wish)
+        return Point(
+            name, wished, candidate.kind, candidate.rule, on_all, judged, measured, certificate
+        )
+
+    def _held_out(
+        self,
+        candidate: Candidate,
+        wish: Wish,
+        kinds: Collection[str],
+        selector: Selector,
+        held: Rows | None,
+    ) -> Outcome:
+        """What a choice gives on rows that did not make it."""
+        if held is not None:
+            return self._outcome(held, candidate.rule)
+        rows = selector.weighing.rows
+        costs = self.costs[-1].row_costs(rows.lengths)
+        exits = selector.held_out(wish, kinds)
+        return outcome(selector.weighing.scorer, exits, rows.lengths, costs, self.layers)
+
+    def _outcome(self, rows: Rows, rule: ExitRule) -> Outcome:
+        scorer, costs = Scorer(rows, self.metric), self.costs[-1].row_costs(rows.lengths)
+        return outcome(scorer, exits_of(rule, rows), rows.lengths, costs, self.layers)
+
+    def _contenders(
+        self, selector: Selector, wish: Wish | Bound, held: Rows | None
+    ) -> tuple[Contender, ...]:
+        """The best of every kind of rule, the fastest first."""
+        if isinstance(wish, Bound):
+            wish = Wish(max_drop=100 * wish.risk)
+        found = []
+        for number, kind in enumerate(selector.kinds):
+            self.progress(f"compare {kind}", number, len(selector.kinds))
+            try:
+                candidate = selector.choose(wish, [kind])
+                if candidate is not None:
+                    judged = self._held_out(candidate, wish, [kind], selector, held)
+                    found.append(Contender(kind, candidate.rule, judged))
+            except InputError:  # not as fast as was wished for
+                continue
+        return tuple(sorted(found, key=lambda contender: -contender.held_out.estimated))
+
+
+def _check_rows(rows: Rows) -> None:
+    """Refuse rows that nothing can be learnt from."""
+    if len(rows) < LEAST_ROWS:
+        raise InputError(
+            f"{len(rows)} rows are too few to choose on one part and judge on another",
+            f"give at least {LEAST_ROWS}; a few hundred tell half a point from chance",
+        )
+    if rows.expected is not None and len(np.unique(rows.expected, axis=0)) < 2:
+        raise InputError(
+            "all rows have the same label, so any rule that says it looks perfect",
+            "give rows of every label, as they will come",
+        )
+
+
+def _with_points(manifest: Manifest, result: Calibration, data: str) -> Manifest:
+    """The manifest with the points; new cuts are for every target, so others lose theirs."""
+    targets = dict(manifest.targets)
+    task = manifest.task
+    cuts = result.rows.cuts
+    if cuts != task.cuts:
+        task = msgspec.structs.replace(task, cuts=cuts)
+        targets = {name: _without_points(target) for name, target in targets.items()}
+    target = targets[result.target]
+    points = {point.name: _record(point, result, target, data) for point in result.points}
+    targets[result.target] = msgspec.structs.replace(
+        target,
+        operating_points={**target.operating_points, **points},
+        default_operating_point=result.default,
+    )
+    return msgspec.structs.replace(manifest, targets=targets, task=task)
+
+
+def _without_points(target: Target) -> Target:
+    return msgspec.structs.replace(target, operating_points={}, default_operating_point="")
+
+
+def _record(point: Point, result: Calibration, target: Target, data: str) -> OperatingPoint:
+    held_out = point.held_out
+    return OperatingPoint(
+        rule=point.rule.to_dict(),
+        wish=point.wish,
+        metric=held_out.metric,
+        score=held_out.score,
+        full_depth_score=held_out.full_depth_score,
+        drop_interval=held_out.interval,
+        held_out=result.held_out,
+        rows=held_out.rows,
+        data_sha256=data,
+        mean_depth=held_out.mean_depth,
+        exits=held_out.exits,
+        theoretical_speedup=held_out.theoretical,
+        estimated_speedup=held_out.estimated,
+        measured_speedup={size: round(ratio, 3) for size, ratio in point.measured.items()},
+        versions={**target.versions, "fpabee": __version__},
+        certificate=point.certificate,
+    )

@@ -1,0 +1,254 @@
+"""`fpabee-calibrate`: from what a user can afford to an operating point."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..runtime.cli import exits_with_one_line, version_option
+from ..runtime.distributions import Measure
+from ..runtime.exit_rules import RULES, ExitRule
+from ..runtime.shown import Shown
+from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
+from .outcome import Outcome
+from .risk import Bound, RiskOf
+from .scoring import METRICS
+from .select import Wish
+
+_METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics})
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("engines", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Labelled rows like those to come (.jsonl, .gz too).",
+)
+@click.option(
+    "--test",
+    type=click.Path(path_type=Path),
+    help="Labelled rows to report on. Default: parts of --data, cross-fitted.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    help="Largest drop of the metric in points. Default: three points, see below.",
+)
+@click.option("--speedup", type=click.FloatRange(min=1), help="Least speed-up.")
+@click.option("--risk", type=float, help="Bound the loss on new rows, in points.")
+@click.option("--confidence", type=float, default=95.0, help="Of --risk, in percent.")
+@click.option(
+    "--risk-of",
+    type=click.Choice([kind.value for kind in RiskOf]),
+    default=RiskOf.DROP.value,
+    help="Drop of the metric, or disagreement with full depth.",
+)
+@click.option("--metric", type=click.Choice(_METRICS), help="Default: accuracy or exact_match.")
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    type=click.Choice(["auto", *RULES]),
+    help="Choose among these. Default: auto, whatever wins.",
+)
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    type=click.Choice(["all", *(measure.value for measure in Measure)]),
+    help="Similarity measures to try. Default: all.",
+)
+@click.option("--target", help="A built target. Default: the folder's.")
+@click.option("--name", help="Of the point. Default: after the wish, such as drop-0.5.")
+@click.option("--unlabelled", is_flag=True, help="Hold the rule against full depth; no labels.")
+@click.option("--tune-cuts", is_flag=True, help="Also choose each label's cut (multi-label).")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Rows at a time in use.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for trace and report.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+@click.option("--seed", type=int, default=0)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@version_option
+@exits_with_one_line
+def main(
+    engines: Path,
+    data: Path,
+    name: str | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Choose operating points of ENGINES on the rows of --data, and write them into it.
+
+    Without a wish there will be three: safe (the upper 95 % bound of the drop is at most 0.5
+    points), balanced (the estimated drop is at most 0.5, the default) and fast (at most 2).
+    """
+    options = _options(name, settings)
+    with Shown(quiet) as progress:
+        result = calibrate(engines, data, options, progress)
+    if as_json:
+        click.echo(json.dumps(to_dict(result)))
+        return
+    console = Console(highlight=False)
+    # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
+    _print(result, console if console.is_terminal else Console(highlight=False, width=160))
+    click.echo(f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}")
+
+
+def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
+    """What the flags ask for.
+
+    Raises:
+        click.UsageError: flags that do not go together.
+    """
+    asked = [flag for flag in ("max_drop", "speedup", "risk") if settings[flag] is not None]
+    if len(asked) > 1:
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in asked)
+        raise click.UsageError(f"{flags}: give one wish at a time; each makes a point of its own")
+    if name is not None and not asked:
+        raise click.UsageError("--name names one point: give --max-drop, --speedup or --risk")
+    bound, wishes = None, dict(DEFAULT_WISHES)
+    default = "balanced"
+    if settings["risk"] is not None:
+        risk, confidence = settings["risk"] / 100, settings["confidence"] / 100
+        bound = Bound(risk, confidence, RiskOf(settings["risk_of"]))
+        default = name or f"risk-{settings['risk']:g}"
+    elif asked:
+        short = {"max_drop": "drop", "speedup": "speedup"}[asked[0]]
+        default = name or f"{short}-{settings[asked[0]]:g}"
+        wishes = {default: Wish(max_drop=settings["max_drop"], speedup=settings["speedup"])}
+    rules = () if "auto" in settings["rules"] else tuple(settings["rules"])
+    measures = tuple(Measure(m) for m in settings["measures"] if m != "all")
+    return CalibrationOptions(
+        wishes=wishes,
+        bound=bound,
+        name=default,
+        default=default,
+        metric=settings["metric"],
+        rules=rules,
+        measures=tuple(Measure) if "all" in settings["measures"] or not measures else measures,
+        target=settings["target"],
+        test=settings["test"],
+        unlabelled=settings["unlabelled"],
+        tune_cuts=settings["tune_cuts"],
+        batch_size=settings["batch_size"],
+        output=settings["output"],
+        threads=settings["threads"],
+        seed=settings["seed"],
+    )
+
+
+def to_dict(result: Calibration) -> dict[str, Any]:
+    """The result for JSON."""
+    return {
+        "target": result.target,
+        "rows": len(result.rows),
+        "held_out": result.held_out,
+        "default": result.default,
+        "points": [_point(point) for point in result.points],
+        "contenders": [
+            {"kind": c.kind, "rule": c.rule.to_dict(), "held_out": asdict(c.held_out)}
+            for c in result.contenders
+        ],
+        "segment_seconds": [asdict(model) for model in result.costs],
+        "cuts": None if result.cuts is None else asdict(result.cuts),
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    certificate = point.certificate
+    return {
+        "name": point.name,
+        "wish": point.wish,
+        "kind": point.kind,
+        "rule": point.rule.to_dict(),
+        "chosen_on": asdict(point.chosen_on),
+        "held_out": asdict(point.held_out),
+        "optimism": point.optimism,
+        "measured_speedup": point.measured,
+        "certificate": None
+        if certificate is None
+        else {
+            name: getattr(certificate, name) for name in ("risk_of", "risk", "confidence", "rows")
+        },
+    }
+
+
+def _print(result: Calibration, console: Console) -> None:
+    metric = result.points[0].held_out.metric
+    layers = result.layers[-1]
+    full = result.points[0].held_out.full_depth_score
+    console.print(
+        f"{result.target}: chosen on {len(result.rows)} rows, judged on {result.held_out}; "
+        f"{metric} {full:.4f} at full depth"
+    )
+    sizes = list(result.points[0].measured)
+    table = Table("point", "rule", metric, "drop (95 %)", "optimism", "depth", "layers", "times")
+    for size in sizes:
+        table.add_column(f"measured, batch {size}")
+    for point in result.points:
+        held = point.held_out
+        table.add_row(
+            point.name + (" (default)" if point.name == result.default else ""),
+            short(point.rule),
+            f"{held.score:.4f}",
+            _drop(held),
+            f"{point.optimism:+.2f}",
+            f"{held.mean_depth:.2f} of {layers}",
+            f"{held.theoretical:.2f}x",
+            f"{held.estimated:.2f}x",
+            *(f"{point.measured[size]:.2f}x" for size in sizes),
+        )
+    console.print(table)
+    for point in result.points:
+        if point.certificate is not None:
+            console.print(f"{point.name}: {point.wish}, tested on {point.certificate.rows} rows")
+    wish = next(point.wish for point in result.points if point.name == result.default)
+    table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=f"{wish}:")
+    for contender in result.contenders:
+        held = contender.held_out
+        table.add_row(
+            short(contender.rule),
+            f"{held.score:.4f}",
+            _drop(held),
+            f"{held.mean_depth:.2f} of {layers}",
+            f"{held.theoretical:.2f}x",
+            f"{held.estimated:.2f}x",
+        )
+    console.print(table)
+    if result.cuts is not None:
+        cuts = result.cuts
+        kept = "kept" if cuts.cuts else "not kept: 0.5 for all is as good"
+        console.print(
+            f"cuts: {cuts.metric} {cuts.before:.4f} -> {cuts.after:.4f} (cross-fitted), {kept}"
+        )
+
+
+def _drop(held: Outcome) -> str:
+    return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
+
+
+def short(rule: ExitRule) -> str:
+    """A rule in few words: `fpabee jskd 0.13, patience 2`."""
+    settings = dict(rule.to_dict())
+    words = [str(settings.pop("name")), str(settings.pop("measure", ""))]
+    threshold = settings.pop("threshold", None)
+    if isinstance(threshold, tuple):
+        words.append("threshold per exit")
+    elif threshold is not None:
+        words.append(f"{threshold:.4g}")
+    rest = [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
+    rest = [text for text in rest if text != "patience 1"]
+    return ", ".join([" ".join(word for word in words if word), *rest])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Measured time of every segment on a target, and what a row costs that stops at an exit."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.distributions import Array
+from ..runtime.encoding import EncodedRow
+from ..runtime.engine import Engine
+from ..runtime.exit_rules import Budget, ExitRule
+from ..runtime.manifest import Manifest, verified
+
+_QUANTILES = (0.1, 0.5, 0.9)
+_REPEATS = 5
+# Rows that a speed-up is measured on, one by one or in windows, as far as the seconds go.
+_SINGLE_ROWS = 48
+_WINDOW_ROWS = 128
+_WINDOWS = 2
+_MOST_SECONDS = 10.0
+# How the exporter names the nodes of a head, also after ONNX Runtime has fused some.
+_HEAD = "head"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of each segment for a row, by the length of the row.
+
+    Attributes:
+        batch: rows at a time.
+        lengths: tokens a row, ascending, that were measured.
+        seconds: `[segments, lengths]` for one row; the head is part of its segment.
+        head_shares: `[segments]` of that, the share of the head; empty: not measured.
+    """
+
+    batch: int
+    lengths: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    head_shares: tuple[float, ...] = ()
+
+    def row_costs(self, lengths: NDArray[np.intp]) -> Array:
+        """`[exits, rows]` seconds until each exit, for rows of some lengths in tokens."""
+        each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
+        return np.cumsum(np.array(each), axis=0)
+
+
+def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
+    """Time every segment at the lengths of some rows.
+
+    Args:
+        engine: the engine; its target is what is timed.
+        lengths: `[rows]` tokens of the rows in question.
+        batch: rows at a time; less where a group of so many would be split.
+    """
+    sizes = sorted({max(1, int(size)) for size in np.quantile(lengths, _QUANTILES)})
+    columns = []
+    for tokens in sizes:
+        rows = min(batch, engine.limits.max_batch, max(1, engine.limits.group_tokens // tokens))
+        runs = [engine.time_segments(rows, tokens) for _ in range(_REPEATS + 1)][1:]
+        columns.append(np.median(np.array(runs), axis=0) / rows)
+    seconds = np.stack(columns, axis=1)
+    return CostModel(batch, tuple(sizes), tuple(tuple(map(float, row)) for row in seconds))
+
+
+def head_shares(folder: Path, manifest: Manifest, tokens: int) -> tuple[float, ...]:
+    """Share of each segment's time that its head takes, by ONNX Runtime's profile on the CPU.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        tokens: length of the row it is measured on.
+    """
+    spent = {name: _profile(folder, manifest, name, tokens) for name in manifest.graphs}
+    shares = []
+    for segment in manifest.segments:
+        head, total = np.sum([spent[call] for call in segment.calls], axis=0)
+        shares.append(float(head / total))
+    return tuple(shares)
+
+
+def _profile(folder: Path, manifest: Manifest, name: str, tokens: int) -> tuple[float, float]:
+    """Microseconds of a graph's head, and of all of it."""
+    import onnxruntime as ort
+
+    from ..runtime.backends.onnxruntime_session import DISABLED_OPTIMIZERS, session_options
+
+    graph = manifest.graphs[name]
+    sizes = {"batch": 1, "sequence": tokens}
+    feed: dict[str, Any] = {}
+    for spec in graph.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        feed[spec.name] = np.zeros(shape, spec.dtype)
+    with tempfile.TemporaryDirectory() as place:
+        options = session_options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(place) / "profile")
+        session = ort.InferenceSession(
+            str(verified(folder, graph.file, graph.sha256)),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=DISABLED_OPTIMIZERS,
+        )
+        for _ in range(_REPEATS):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    times = [
+        (event["name"].removeprefix("fused ").startswith(_HEAD), event["dur"])
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    return sum(dur for is_head, dur in times if is_head), sum(dur for _, dur in times)
+
+
+def measure_speedup(
+    engine: Engine, rows: Sequence[EncodedRow], rule: ExitRule, batch: int
+) -> float:
+    """Run time at full depth over run time with a rule, interleaved on the target.
+
+    Args:
+        engine: the engine.
+        rows: tokenized rows.
+        rule: the rule.
+        batch: rows at a time; above 1 they run in windows, as files do.
+    """
+    size, most = (1, _SINGLE_ROWS) if batch == 1 else (_WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS)
+    chosen = [rows[number * len(rows) // most] for number in range(most)]
+    chosen = chosen if most < len(rows) else list(rows)
+    variants = {"full": Budget(exit=len(engine.manifest.segments)), "rule": rule}
+    total = dict.fromkeys(variants, 0.0)
+    begun = time.perf_counter()
+    for start in range(0, len(chosen), size):
+        unit = chosen[start : start + size]
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for repeat in range(1 + (_REPEATS if size == 1 else 2)):
+            for name, variant in variants.items():
+                started = time.perf_counter()
+                engine.run_encoded(unit, variant)
+                if repeat:
+                    times[name].append(time.perf_counter() - started)
+        for name, values in times.items():
+            total[name] += statistics.median(values)
+        if time.perf_counter() - begun > _MOST_SECONDS:
+            break
+    return total["full"] / total["rule"]

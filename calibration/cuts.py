@@ -1,0 +1,95 @@
+"""Per-label decision cuts of multi-label models: a label is predicted above its cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runtime.distributions import Array, Outputs
+from ..runtime.errors import InputError
+from ..runtime.manifest import ProblemType
+from ..runtime.metrics import Labels, evaluate
+from .scoring import Rows
+
+_CUTS = np.round(np.arange(0.1, 0.901, 0.05), 2)
+_ROUNDS = 3
+_PARTS = 5
+
+
+@dataclass(frozen=True)
+class TunedCuts:
+    """Cuts, and what they are worth on rows that did not choose them.
+
+    Attributes:
+        cuts: one for each label; empty if 0.5 for all is at least as good there.
+        metric: the score they were chosen by.
+        before: the score at full depth with 0.5 for all.
+        after: with tuned cuts, cross-fitted.
+    """
+
+    cuts: tuple[float, ...]
+    metric: str
+    before: float
+    after: float
+
+
+def tune_cuts(rows: Rows, metric: str, seed: int = 0) -> TunedCuts:
+    """Choose a cut for each label by the score at full depth.
+
+    Args:
+        rows: the rows, with labels.
+        metric: `exact_match`, `micro_f1` or `macro_f1`.
+        seed: of the parts for cross-fitting.
+
+    Raises:
+        InputError: the task is single-label, or the rows have no labels.
+    """
+    if rows.problem_type is not ProblemType.MULTI_LABEL or rows.expected is None:
+        raise InputError(
+            "cuts are for multi-label models with labelled rows",
+            "leave out --tune-cuts, or give labelled multi-label data",
+        )
+    probabilities = Outputs(rows.logits[-1], rows.problem_type).probabilities
+    expected = rows.expected
+    parts = np.random.default_rng(seed).permutation(np.arange(len(rows)) % _PARTS)
+    predicted = np.empty_like(expected)
+    for part in range(_PARTS):
+        here = parts == part
+        cuts = _search(probabilities[~here], expected[~here], metric)
+        predicted[here] = probabilities[here] > cuts
+    before = _score((probabilities > 0.5).astype(np.int64), expected, metric)
+    after = _score(predicted, expected, metric)
+    chosen = _search(probabilities, expected, metric) if after > before else ()
+    return TunedCuts(tuple(float(cut) for cut in chosen), metric, before, after)
+
+
+def with_cuts(rows: Rows, cuts: tuple[float, ...]) -> Rows:
+    """The same rows under other cuts."""
+    return dataclasses.replace(rows, cuts=cuts)
+
+
+def _search(probabilities: Array, expected: Labels, metric: str) -> Array:
+    """Label by label, and again: the cut with the best score; 0.5 unless another is better."""
+    labels = expected.shape[1]
+    cuts = np.full(labels, 0.5)
+    predicted = (probabilities > cuts).astype(np.int64)
+    best = _score(predicted, expected, metric)
+    for _ in range(_ROUNDS):
+        before = cuts.copy()
+        for label in range(labels):
+            # From 0.5 outwards, so that ties stay close to it.
+            for cut in sorted(_CUTS, key=lambda value: abs(value - 0.5)):
+                tried = predicted.copy()
+                tried[:, label] = probabilities[:, label] > cut
+                score = _score(tried, expected, metric)
+                if score > best + 1e-12:
+                    best, predicted, cuts[label] = score, tried, cut
+        if np.array_equal(before, cuts):
+            break
+    return cuts
+
+
+def _score(predicted: Labels, expected: Labels, metric: str) -> float:
+    return evaluate(predicted, expected, expected.shape[1])[metric]

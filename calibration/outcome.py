@@ -1,0 +1,96 @@
+"""What a rule gives on some rows: score, drop with its interval, depth, speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.decider import simulate
+from ..runtime.distributions import Answers, Array
+from ..runtime.exit_rules import ExitRule
+from .scoring import Rows, Scorer
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule gave on some rows.
+
+    Attributes:
+        metric: name of the score.
+        score: with the rule.
+        full_depth_score: at the last exit.
+        drop: the difference in points.
+        interval: 95 % interval of the drop (paired bootstrap).
+        mean_depth: in layers.
+        exits: rows that stopped at each exit.
+        theoretical: speed-up in layers, weighted by tokens.
+        estimated: speed-up in measured times of the segments.
+        rows: how many rows.
+    """
+
+    metric: str
+    score: float
+    full_depth_score: float
+    drop: float
+    interval: tuple[float, float]
+    mean_depth: float
+    exits: tuple[int, ...]
+    theoretical: float
+    estimated: float
+    rows: int
+
+
+def outcome(
+    scorer: Scorer, exits: Answers, lengths: NDArray[np.intp], costs: Array, layers: Sequence[int]
+) -> Outcome:
+    """What rows that stop at given exits give.
+
+    Args:
+        scorer: the metric of the rows.
+        exits: `[rows]`, counted from 1.
+        lengths: `[rows]` tokens.
+        costs: `[exits, rows]` time until an exit.
+        layers: the layer of each exit.
+    """
+    ran = np.asarray(layers)[exits - 1]
+    score, full = scorer.score(exits), scorer.full_depth
+    return Outcome(
+        metric=scorer.metric,
+        score=score,
+        full_depth_score=full,
+        drop=100 * (full - score),
+        interval=drop_interval(scorer, exits),
+        mean_depth=float(ran.mean()),
+        exits=tuple(int(n) for n in np.bincount(exits - 1, minlength=len(layers))),
+        theoretical=float(layers[-1] * lengths.sum() / (ran * lengths).sum()),
+        estimated=float(costs[-1].sum() / costs[exits - 1, np.arange(len(exits))].sum()),
+        rows=len(exits),
+    )
+
+
+def drop_interval(
+    scorer: Scorer, exits: Answers, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the drop in points: rows are drawn again, with both of their answers."""
+    rows = len(exits)
+    generator = np.random.default_rng(seed)
+    full, early = scorer.sums[-1], scorer.at(exits)
+    if scorer.is_row_mean:
+        kinds, counts = np.unique(full[:, 0] - early[:, 0], return_counts=True)
+        drawn = generator.multinomial(rows, counts / rows, _RESAMPLES)
+        drops = drawn @ kinds / rows
+    else:
+        weights = generator.multinomial(rows, np.full(rows, 1 / rows), _RESAMPLES)
+        drops = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
+    low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
+    return float(100 * low), float(100 * high)
+
+
+def exits_of(rule: ExitRule, rows: Rows) -> Answers:
+    """The exits `[rows]` of rows under a rule: those of a live run with the same logits."""
+    return simulate(rows.logits, rule, rows.problem_type, rows.cuts).exits

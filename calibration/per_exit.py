@@ -1,0 +1,93 @@
+"""Fit a threshold for each exit.
+
+One threshold for all exits treats a score at exit 2 like the same score at exit 9, though
+an early exit is less reliable at the same score, and saves more. What is fitted is a
+*price* of a lost row, in time: every threshold lies where stopping is worth it at that
+price, given what becomes of the row if it goes on. One number moves all thresholds, so a
+list of prices is a path of settings, as a list of thresholds is.
+
+With the thresholds of later exits known, the best one of an exit is found on one sorted
+list of its rows. Going from the last exit to the first and again until nothing changes is
+coordinate descent on time + price x expected losses. Expected losses (`losses.py`), not
+observed ones, are what keeps it from fitting the luck of a few rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.distributions import Array
+from ..runtime.exit_rules import ExitRule
+from .stopping import Family
+
+_PRICES = 30
+_ROUNDS = 6
+
+
+def fit_path(family: Family, costs: Array, losses: Array) -> Iterator[ExitRule]:
+    """Rules with a threshold for each exit, from cheap losses to dear ones.
+
+    Args:
+        family: the rule; one that counts no streaks, or patience 1.
+        costs: `[exits, rows]` of a row that stops at an exit.
+        losses: `[exits, rows]` expected.
+    """
+    seen = set()
+    total = costs[-1].mean()
+    order = np.argsort(family.scores, axis=1, kind="stable")
+    for price in np.geomspace(0.3, 300.0, _PRICES) * total:
+        thresholds = _descend(family.scores, order, costs + price * losses)
+        rule = family.with_threshold([float(f"{value:.4g}") for value in thresholds])
+        if rule not in seen:
+            seen.add(rule)
+            yield rule
+
+
+def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
+    """Thresholds `[exits]` that make the sum of `totals` at the exits small.
+
+    Args:
+        scores: `[exits, rows]` stop scores.
+        order: `[exits, rows]` what sorts them.
+        totals: `[exits, rows]` what a row that stops at an exit adds to the sum.
+    """
+    exits, rows = scores.shape
+    never = _below(scores)
+    thresholds = never.copy()
+    stops = np.zeros((exits, rows), np.bool_)
+    stops[-1] = True
+    for _ in range(_ROUNDS):
+        before = thresholds.copy()
+        ahead = totals[-1].copy()  # what a row adds that goes on
+        for number in range(exits - 2, -1, -1):
+            gone = np.logical_or.reduce(stops[:number], axis=0)
+            queue = order[number][~np.broadcast_to(gone, rows)[order[number]]]
+            queue = queue[np.isfinite(scores[number][queue])]
+            thresholds[number] = never[number]
+            if len(queue):
+                sums = np.cumsum((totals[number] - ahead)[queue])
+                best = int(sums.argmin())
+                if sums[best] < 0:
+                    thresholds[number] = _between(scores[number][queue], best)
+            stops[number] = scores[number] < thresholds[number]
+            ahead = np.where(stops[number], totals[number], ahead)
+        if np.array_equal(before, thresholds):
+            break
+    thresholds[-1] = thresholds[-2] if exits > 1 else 0.0
+    return thresholds
+
+
+def _below(scores: Array) -> Array:
+    """A threshold for each exit that stops no row: just below its lowest finite score."""
+    lowest = np.where(np.isfinite(scores), scores, np.inf).min(axis=1)
+    return np.where(np.isfinite(lowest), np.minimum(lowest, 0.0) - 1e-3, 0.0)
+
+
+def _between(ascending: Array, last: int) -> float:
+    """A threshold between a score and the next one."""
+    here = float(ascending[last])
+    there = float(ascending[last + 1]) if last + 1 < len(ascending) else here + 1e-3
+    return (here + there) / 2

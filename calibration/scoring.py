@@ -1,0 +1,183 @@
+"""Metrics as sums over rows, so that a sweep over thresholds is a handful of histograms.
+
+Every metric here is a function of sums over rows of a few numbers per (exit, row): for
+accuracy whether the answer is right, for an F1 hits and predictions of each label. Which
+metrics are means over rows matters to risk control and to the interval of a drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.distributions import Answers, Array, Outputs
+from ..runtime.errors import InputError
+from ..runtime.manifest import ProblemType
+from ..runtime.metrics import evaluate
+
+AGREEMENT = "agreement"
+"""Share of rows whose answer is that of full depth: needs no labels."""
+
+ROW_MEANS = ("accuracy", "exact_match", AGREEMENT)
+"""Metrics that are means over rows of 0 or 1."""
+
+METRICS = {
+    ProblemType.SINGLE_LABEL: ("accuracy", "macro_f1", "matthews", AGREEMENT),
+    ProblemType.MULTI_LABEL: ("exact_match", "micro_f1", "macro_f1", AGREEMENT),
+}
+"""The metrics of each task; the first is the default."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A trace of some rows at full depth, with their labels.
+
+    Attributes:
+        logits: `[exits, rows, labels]` float32.
+        lengths: `[rows]` tokens.
+        expected: `[rows]` class indices, `[rows, labels]` of 0 and 1, or None: no labels.
+        problem_type: the task.
+        cuts: multi-label decision cuts; none means 0.5.
+    """
+
+    logits: NDArray[np.float32]
+    lengths: NDArray[np.intp]
+    expected: Answers | None
+    problem_type: ProblemType
+    cuts: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.logits.shape[1])
+
+    @property
+    def exits(self) -> int:
+        """Number of exits."""
+        return int(self.logits.shape[0])
+
+    def take(self, numbers: NDArray[np.intp]) -> Rows:
+        """Some of the rows."""
+        expected = None if self.expected is None else self.expected[numbers]
+        logits, lengths = self.logits[:, numbers], self.lengths[numbers]
+        return Rows(logits, lengths, expected, self.problem_type, self.cuts)
+
+    def keep_exits(self, numbers: Sequence[int]) -> Rows:
+        """Some of the exits, counted from 1: the trace of a model that has only these."""
+        logits = self.logits[[number - 1 for number in numbers]]
+        return Rows(logits, self.lengths, self.expected, self.problem_type, self.cuts)
+
+    def answers(self) -> Answers:
+        """`[exits, rows]`, or `[exits, rows, labels]` for multi-label."""
+        return np.stack([Outputs(z, self.problem_type, self.cuts).answers for z in self.logits])
+
+
+class Scorer:
+    """One metric of rows that stop at given exits.
+
+    Args:
+        rows: the rows.
+        metric: its name, see `METRICS`.
+
+    Attributes:
+        metric: the name.
+        sums: `[exits, rows, terms]` float64, what is summed over rows.
+        full_depth: the metric at the last exit.
+
+    Raises:
+        InputError: the task has no such metric, or it needs labels and there are none.
+    """
+
+    def __init__(self, rows: Rows, metric: str) -> None:
+        known = METRICS[rows.problem_type]
+        if metric not in known:
+            raise InputError(
+                f"metric {metric!r} does not exist for this task", f"choose from {', '.join(known)}"
+            )
+        if rows.expected is None and metric != AGREEMENT:
+            raise InputError(
+                f"metric {metric} needs labels, and the rows have none",
+                'add "label" or "labels" to every row, or give --unlabelled',
+            )
+        self.metric = metric
+        self.answers = rows.answers()
+        self._labels = rows.logits.shape[2]
+        self._count = len(rows)
+        expected = self.answers[-1] if metric == AGREEMENT else rows.expected
+        assert expected is not None
+        self.expected = expected
+        self.sums = self._sums()
+        self.full_depth = float(self.value(self.sums[-1].sum(axis=0), self._count))
+
+    @property
+    def is_row_mean(self) -> bool:
+        """Whether the metric is a mean over rows of 0 or 1."""
+        return self.metric in ROW_MEANS
+
+    def right(self) -> NDArray[np.bool_]:
+        """`[exits, rows]`: whether the answer is exactly right; with agreement, that of the end."""
+        same = self.answers == self.expected
+        return np.asarray(same if same.ndim == 2 else same.all(axis=-1))
+
+    def value(self, sums: Array, rows: float) -> Array:
+        """The metric of sums.
+
+        Args:
+            sums: `[..., terms]`.
+            rows: how many rows were summed.
+
+        Returns:
+            `[...]` float64.
+        """
+        if self.is_row_mean:
+            return np.asarray(sums[..., 0] / rows)
+        if self.metric == "micro_f1":
+            hits, total = sums[..., 0], sums[..., 1]
+            return np.asarray(2 * hits / np.maximum(total, 1))
+        hits, predicted, truth = np.split(sums, 3, axis=-1)
+        if self.metric == "matthews":
+            return _matthews(hits, predicted, truth, rows)
+        f1 = 2 * hits / np.maximum(predicted + truth, 1)
+        if self.answers.ndim == 3:
+            return np.asarray(f1.mean(axis=-1))
+        # Over the labels that occur, as `evaluate` has it.
+        occurs = predicted + truth > 0
+        return np.asarray(f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
+
+    def at(self, exits: Answers) -> Array:
+        """The terms `[rows, terms]` of rows that stop at given exits, counted from 1."""
+        return np.asarray(self.sums[exits - 1, np.arange(len(exits))])
+
+    def score(self, exits: Answers) -> float:
+        """The metric of rows that stop at given exits, by the code that scores any run."""
+        predicted = self.answers[exits - 1, np.arange(len(exits))]
+        name = {AGREEMENT: ROW_MEANS[self.answers.ndim - 2]}.get(self.metric, self.metric)
+        return evaluate(predicted, self.expected, self._labels)[name]
+
+    def _sums(self) -> Array:
+        if self.is_row_mean:
+            return self.right()[..., None].astype(np.float64)
+        marks = self._marks(self.answers)
+        truth = np.broadcast_to(self._marks(self.expected), marks.shape)
+        hits = marks * truth
+        if self.metric == "micro_f1":
+            return np.stack([hits.sum(axis=-1), (marks + truth).sum(axis=-1)], axis=-1)
+        return np.concatenate([hits, marks, truth], axis=-1)
+
+    def _marks(self, answers: Answers) -> Array:
+        """`[..., labels]` of 0 and 1."""
+        if self.answers.ndim == 3:
+            return answers.astype(np.float64)
+        return np.eye(self._labels)[answers]
+
+
+def _matthews(hits: Array, predicted: Array, truth: Array, rows: float) -> Array:
+    """Matthews correlation of counts by label (Gorodkin 2004, R_K)."""
+    covariance = hits.sum(axis=-1) * rows - (predicted * truth).sum(axis=-1)
+    squared = float(rows) ** 2
+    spread = (squared - np.square(truth).sum(axis=-1)) * (
+        squared - np.square(predicted).sum(axis=-1)
+    )
+    safe = np.where(spread > 0, spread, 1.0)
+    return np.asarray(np.where(spread > 0, covariance / np.sqrt(safe), 0.0))

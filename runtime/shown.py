@@ -1,0 +1,46 @@
+"""Progress of the commands, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Shown:
+    """Progress on stderr: a bar on a terminal, else a line for each new thing.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._last = ""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        task = self._bar.add_task("load", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            self._bar.update(task, description=what, completed=done, total=total)
+            if self._bar.disable and what != self._last:
+                self._console.print(f"{what} {done}/{total}", highlight=False, soft_wrap=True)
+            self._last = what
+
+        return progress
+
+    def __exit__(self, *_: object) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.stop()
