@@ -27,7 +27,7 @@ from ..runtime.errors import InputError
 from ..runtime.operating_point import Certificate
 from .outcome import exits_of
 from .scoring import Scorer
-from .select import ALL, PARTS, Candidate, Selector
+from .select import ALL, PARTS, Candidate, Selector, Settings
 
 # Settings that are tested one after another, at most.
 _SEQUENCE = 100
@@ -196,11 +196,7 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
         InputError: no setting passes; says how many rows would be needed.
     """
     settings = selector.settings(kinds, _ORDERING)
-    front = settings.front()
-    # Full depth needs no certificate.
-    front = front[settings.costs[front] < settings.full_cost * (1 - 1e-9)]
-    steps = np.linspace(0, len(front) - 1, min(len(front), _SEQUENCE)).round().astype(np.intp)
-    path = [settings.candidate(int(number)) for number in front[steps]]
+    path = [settings.candidate(int(number)) for number in path_of(settings)]
     tested = selector.rows_of(ALL - _ORDERING)
     rows = selector.weighing.rows.take(tested)
     each = losses(selector.weighing.scorer, bound.risk_of)[:, tested]
@@ -218,6 +214,17 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
         rows=len(tested),
     )
     return Controlled(path[last], tested, certificate)
+
+
+def path_of(settings: Settings) -> NDArray[np.intp]:
+    """Numbers of settings from cautious to aggressive: those that no other beats, thinned out.
+
+    Full depth is left out: it needs no certificate.
+    """
+    front = settings.front()
+    front = front[settings.costs[front] < settings.full_cost * (1 - 1e-9)]
+    steps = np.linspace(0, len(front) - 1, min(len(front), _SEQUENCE)).round().astype(np.intp)
+    return np.asarray(front[steps])
 
 
 def _too_few(bound: Bound, rows: int, least: float) -> str:

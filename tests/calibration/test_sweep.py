@@ -1,42 +1,101 @@
+"""Sweeps: every setting gives the exits of `simulate`, and sums of what rows give there."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.runtime import Entropy, FPabee, Pabee, ProblemType, RuleError, simulate
+from fpabee.calibration.scoring import METRICS, Rows, Scorer
+from fpabee.calibration.stopping import StopScores, families
+from fpabee.calibration.sweep import Sweep
+from fpabee.runtime import (
+    RULES,
+    Entropy,
+    FPabee,
+    Measure,
+    Pabee,
+    ProblemType,
+    RuleError,
+    simulate,
+)
 
-LAYERS = (2, 4, 6, 8)
+LAYERS = (2, 4, 6, 8, 10, 12)
 
 
-def _logits() -> NDArray[np.float64]:
-    sharpness = np.array([0.5, 1.0, 2.0, 4.0])[:, None, None]
-    return np.asarray(np.random.default_rng(3).normal(size=(4, 300, 3)) * sharpness)
+@pytest.mark.parametrize("task", ProblemType)
+def test_every_family_stops_rows_where_simulate_does(
+    make_rows: Callable[..., Rows], task: ProblemType
+) -> None:
+    rows = make_rows(count=200, problem_type=task)
+    generator = np.random.default_rng(1)
+    seen = set()
+    for family in families(StopScores(rows), list(RULES), list(Measure), first_exits=(1, 3)):
+        sweep = Sweep(family, family.grid)
+        seen.add(family.rule.name)
+        for number in {0, len(family.grid) - 1, int(generator.integers(len(family.grid)))}:
+            rule = family.with_threshold(float(family.grid[number]))
+            expected = simulate(rows.logits, rule, task).exits
+            np.testing.assert_array_equal(sweep.exits(number), expected, err_msg=str(rule))
+    assert seen == set(RULES)
 
 
-@pytest.mark.parametrize("depth", [3.0, 5.0, 7.0])
-def test_mean_depth_is_the_wish(depth: float) -> None:
-    logits = _logits()
+@pytest.mark.parametrize("task", ProblemType)
+def test_sums_are_those_of_the_rows_at_their_exits(
+    make_rows: Callable[..., Rows], task: ProblemType
+) -> None:
+    rows = make_rows(problem_type=task)
+    scorer = Scorer(rows, METRICS[task][1])
+    parts = np.arange(len(rows)) % 3
+    family = StopScores(rows).family(FPabee(threshold=0.0, patience=2))
+    sweep = Sweep(family, family.grid)
+    sums = sweep.sums(scorer.sums, parts)
+    for number in range(0, len(sweep.grid), 17):
+        terms = scorer.at(sweep.exits(number))
+        for part in range(3):
+            np.testing.assert_allclose(sums[part, number], terms[parts == part].sum(axis=0))
+    np.testing.assert_allclose(sums.sum(axis=0), sweep.sums(scorer.sums)[0])
 
+
+def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
+    make_rows: Callable[..., Rows],
+) -> None:
+    rows = make_rows()
+    for name in ("entropy", "confidence", "energy"):
+        (family,) = families(StopScores(rows), [name], [])
+        sweep = Sweep(family, family.grid)
+        assert (sweep.exits(0) == rows.exits).all()
+        assert (sweep.exits(len(family.grid) - 1) == 1).all()
+
+
+def test_every_patience_and_min_exit_is_a_family(make_rows: Callable[..., Rows]) -> None:
+    stop = StopScores(make_rows(count=50))
+    found = [f.rule for f in families(stop, ["fpabee"], list(Measure), first_exits=range(1, 6))]
+    assert len(set(found)) == len(found) == 8 * 5 * 5
+
+
+@pytest.mark.parametrize("depth", [4.0, 7.0, 10.0])
+def test_mean_depth_is_the_wish(make_rows: Callable[..., Rows], depth: float) -> None:
+    rows = make_rows()
     rule = threshold_for_depth(
-        logits, Entropy(threshold=0.0), ProblemType.SINGLE_LABEL, LAYERS, depth
+        rows.logits, Entropy(threshold=0.0), rows.problem_type, LAYERS, depth
     )
+    exits = simulate(rows.logits, rule, rows.problem_type).exits
+    assert np.array(LAYERS)[exits - 1].mean() == pytest.approx(depth, abs=0.15)
 
-    exits = simulate(logits, rule, ProblemType.SINGLE_LABEL).exits
-    assert np.array(LAYERS)[exits - 1].mean() == pytest.approx(depth, abs=0.1)
 
-
-def test_other_settings_are_kept() -> None:
+def test_other_settings_are_kept(make_rows: Callable[..., Rows]) -> None:
+    rows = make_rows()
     rule = FPabee(threshold=0.0, patience=2, min_exit=3)
-
-    found = threshold_for_depth(_logits(), rule, ProblemType.SINGLE_LABEL, LAYERS, 7.0)
-
+    found = threshold_for_depth(rows.logits, rule, rows.problem_type, LAYERS, 10.0)
     assert isinstance(found, FPabee)
     assert (found.patience, found.min_exit) == (2, 3)
     assert found.threshold_at(1) > 0
 
 
-def test_a_rule_without_threshold_is_refused() -> None:
+def test_a_rule_without_threshold_is_refused(make_rows: Callable[..., Rows]) -> None:
+    rows = make_rows()
     with pytest.raises(RuleError, match="has no threshold"):
-        threshold_for_depth(_logits(), Pabee(patience=1), ProblemType.SINGLE_LABEL, LAYERS, 5.0)
+        threshold_for_depth(rows.logits, Pabee(patience=1), rows.problem_type, LAYERS, 5.0)
