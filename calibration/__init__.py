@@ -4,10 +4,10 @@ A trace at full depth is taken once; every rule and setting is then a simulation
 Stands on the runtime only: no torch, transformers or onnx.
 """
 
+from ..runtime.operating_point import Wish
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
 from .outcome import Outcome
 from .risk import Bound, RiskOf
-from .select import Wish
 from .sweep import threshold_for_depth
 
 __all__ = [

@@ -18,14 +18,14 @@ from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import RULES, Budget, ExitRule
 from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
-from ..runtime.operating_point import Certificate, OperatingPoint
+from ..runtime.operating_point import Certificate, OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
 from .costs import CostModel, head_shares, measure_costs, measure_speedup
 from .cuts import TunedCuts, tune_cuts, with_cuts
 from .outcome import Outcome, exits_of, outcome
 from .risk import Bound, RiskOf, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer
-from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing, Wish
+from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing
 from .stopping import StopScores, families
 from .trace import Progress, data_sha256, trace_rows
 
@@ -101,7 +101,7 @@ class Point:
     """
 
     name: str
-    wish: str
+    wish: Wish | Bound
     kind: str
     rule: ExitRule
     chosen_on: Outcome
@@ -159,7 +159,7 @@ class Calibration:
 
 def calibrate(
     folder: str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[Row],
     options: CalibrationOptions | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Calibration:
@@ -167,7 +167,7 @@ def calibrate(
 
     Args:
         folder: the engines folder.
-        data: labelled rows from the source that will be classified.
+        data: labelled rows from the source that will be classified, or a file of them.
         options: see `CalibrationOptions`.
         progress: called with (what, done, total).
 
@@ -178,7 +178,7 @@ def calibrate(
         BackendError: the target cannot run here.
     """
     path, chosen = Path(folder), options or CalibrationOptions()
-    rows = list(read_rows(data))
+    rows = list(read_rows(data) if isinstance(data, str | Path) else data)
     test = list(read_rows(chosen.test)) if chosen.test else None
     with Engine.load(path, target=chosen.target, threads=chosen.threads) as engine:
         session = _Session(engine, path, chosen, progress)
@@ -324,9 +324,8 @@ class _Session:
             for model in self.costs
         }
         on_all = self._outcome(rows, candidate.rule)
-        wished = str(wish)
         return Point(
-            name, wished, candidate.kind, candidate.rule, on_all, judged, measured, certificate
+            name, wish, candidate.kind, candidate.rule, on_all, judged, measured, certificate
         )
 
     def _held_out(
@@ -408,7 +407,7 @@ def _record(point: Point, result: Calibration, target: Target, data: str) -> Ope
     held_out = point.held_out
     return OperatingPoint(
         rule=point.rule.to_dict(),
-        wish=point.wish,
+        wish=point.wish if isinstance(point.wish, Wish) else None,
         metric=held_out.metric,
         score=held_out.score,
         full_depth_score=held_out.full_depth_score,

@@ -14,12 +14,12 @@ from rich.table import Table
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.distributions import Measure
 from ..runtime.exit_rules import RULES, ExitRule
+from ..runtime.operating_point import Wish
 from ..runtime.shown import Shown
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
 from .outcome import Outcome
 from .risk import Bound, RiskOf
 from .scoring import METRICS
-from .select import Wish
 
 _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics})
 
@@ -167,7 +167,7 @@ def _point(point: Point) -> dict[str, Any]:
     certificate = point.certificate
     return {
         "name": point.name,
-        "wish": point.wish,
+        "wish": str(point.wish),
         "kind": point.kind,
         "rule": point.rule.to_dict(),
         "chosen_on": asdict(point.chosen_on),

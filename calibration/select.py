@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..runtime.distributions import Answers, Array
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import ExitRule
+from ..runtime.operating_point import Wish
 from .losses import expected_losses, observed_losses, shrunk, upper_bound
 from .outcome import drop_interval, exits_of
 from .per_exit import fit_path
@@ -31,27 +32,6 @@ _TRIED = 60
 
 # What is summed over rows for every setting.
 _COST, _OBSERVED, _EXPECTED, _SQUARES, _LOST, _WON, _METRIC = range(7)
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user can afford: a drop, or a time.
-
-    Attributes:
-        max_drop: largest drop of the metric in points; None: a speed-up is wished for.
-        surely: whether the upper 95 % bound must hold it, instead of the estimate.
-        speedup: least estimated speed-up.
-    """
-
-    max_drop: float | None = None
-    surely: bool = False
-    speedup: float | None = None
-
-    def __str__(self) -> str:
-        if self.max_drop is None:
-            return f"at least {self.speedup:g} times as fast"
-        bound = ", by its upper 95 % bound" if self.surely else ""
-        return f"drop at most {self.max_drop:g} points{bound}"
 
 
 class Weighing:

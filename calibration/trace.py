@@ -1,7 +1,8 @@
 """The trace of labelled rows: every exit of every row, run once and kept.
 
 A trace is stored beside the artifact, `calibration/trace-TARGET-DATA.npz`, and used again as
-long as the texts, the target's files and the tokenizer are the same.
+long as the texts, the target's files and the tokenizer are the same. It holds the rows too,
+so that exits can be placed later by what they say.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -81,15 +84,57 @@ def trace_rows(
                     'add "label" or "labels" to every row, or give --unlabelled',
                 )
         expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
-    texts = data_sha256(rows, labels=False)
-    artifact = artifact_sha256(manifest, engine.target)
-    path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
-    kept = _read(path, texts, artifact)
-    if kept is None:
-        kept = _run(engine, rows, progress)
-        _write(path, texts, artifact, *kept)
-    logits, lengths = kept
-    return Rows(logits, lengths, expected, task.problem_type, task.cuts)
+    key = _Key(data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target))
+    path = _path(folder, engine.target, key)
+    kept = _read(path, key)
+    if kept is None or data_sha256(kept.rows) != data_sha256(rows):
+        logits, lengths = (
+            _run(engine, rows, progress) if kept is None else (kept.logits, kept.lengths)
+        )
+        kept = StoredTrace(list(rows), logits, lengths)
+        _write(path, key, kept)
+    return Rows(kept.logits, kept.lengths, expected, task.problem_type, task.cuts)
+
+
+def stored_rows(folder: Path, manifest: Manifest, target: str, data: str) -> list[Row] | None:
+    """The rows that a calibration kept.
+
+    Args:
+        folder: where traces are kept.
+        manifest: of the engines folder.
+        target: that was calibrated.
+        data: hash of the rows, see `data_sha256`.
+
+    Returns:
+        The rows; None if their trace is not there, or is of another artifact.
+    """
+    artifact = artifact_sha256(manifest, target)
+    for path in sorted(folder.glob(f"trace-{target}-*.npz")):
+        kept = _read(path, _Key(None, artifact))
+        if kept is not None and data in (data_sha256(kept.rows), data_sha256(kept.rows, False)):
+            return kept.rows
+    return None
+
+
+@dataclass(frozen=True)
+class StoredTrace:
+    """What a trace file holds: the rows, their logits at every exit, their lengths."""
+
+    rows: list[Row]
+    logits: NDArray[np.float32]
+    lengths: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """Which texts (None: any) and which artifact a trace is of."""
+
+    texts: str | None
+    artifact: str
+
+
+def _path(folder: Path, target: str, key: _Key) -> Path:
+    return folder / f"trace-{target}-{(key.texts or '')[:12]}.npz"
 
 
 def _run(
@@ -110,32 +155,40 @@ def _run(
     return logits, np.concatenate([part.lengths for part in parts])
 
 
-def _read(
-    path: Path, texts: str, artifact: str
-) -> tuple[NDArray[np.float32], NDArray[np.intp]] | None:
-    """A kept trace; None if there is none, or if it is of other rows or another artifact."""
+def _read(path: Path, key: _Key) -> StoredTrace | None:
+    """A kept trace; None if there is none, or if it is of other texts or another artifact."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            if str(content["texts"]) != texts or str(content["artifact"]) != artifact:
+            if key.texts not in (None, str(content["texts"])):
                 return None
-            return content["logits"], content["lengths"]
+            if str(content["artifact"]) != key.artifact:
+                return None
+            rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
+            logits, lengths = content["logits"], content["lengths"]
     # Damaged, or of an older format: it is made anew.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+    return StoredTrace([Row(*row, {}, line) for line, row in enumerate(rows, 1)], logits, lengths)
 
 
-def _write(
-    path: Path,
-    texts: str,
-    artifact: str,
-    logits: NDArray[np.float32],
-    lengths: NDArray[np.intp],
-) -> None:
+_StoredRow = tuple[str, str | None, tuple[str, ...] | None]
+
+
+def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
+    # As UTF-8 JSON bytes: an object array would have to be unpickled.
+    rows = msgspec.json.encode([(row.text, row.text_pair, row.labels) for row in trace.rows])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, logits=logits, lengths=lengths, texts=texts, artifact=artifact)
+            np.savez(
+                file,
+                rows=np.frombuffer(rows, np.uint8),
+                logits=trace.logits,
+                lengths=trace.lengths,
+                texts=key.texts or "",
+                artifact=key.artifact,
+            )
         partial.replace(path)
     except OSError as error:
         raise ArtifactError(

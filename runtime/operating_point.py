@@ -29,12 +29,32 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     rows: Count
 
 
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user can afford: a drop, or a time.
+
+    Attributes:
+        max_drop: largest drop of the metric in points; None: a speed-up is wished for.
+        surely: whether the upper 95 % bound must hold it, instead of the estimate.
+        speedup: least estimated speed-up.
+    """
+
+    max_drop: float | None = None
+    surely: bool = False
+    speedup: float | None = None
+
+    def __str__(self) -> str:
+        if self.max_drop is None:
+            return f"at least {self.speedup:g} times as fast"
+        bound = ", by its upper 95 % bound" if self.surely else ""
+        return f"drop at most {self.max_drop:g} points{bound}"
+
+
 class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A named rule with its settings, and what it was measured to give on its target.
 
     Attributes:
         rule: name and settings.
-        wish: what was asked for, such as `drop at most 0.5 points`.
+        wish: what was asked for; None: what the certificate says.
         metric: name of the score.
         score: with the rule, on rows that did not choose it.
         full_depth_score: of the last exit on the same rows.
@@ -52,7 +72,7 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rule: RuleSettings
-    wish: str
+    wish: Wish | None
     metric: str
     score: float
     full_depth_score: float

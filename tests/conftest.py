@@ -14,7 +14,7 @@ import pytest
 
 from fpabee.runtime.exit_rules import ExitRule
 from fpabee.runtime.manifest import ProblemType, read_manifest, write_manifest
-from fpabee.runtime.operating_point import OperatingPoint
+from fpabee.runtime.operating_point import OperatingPoint, Wish
 
 FAMILIES = ("bert", "albert", "mpnet")
 # fmt: off
@@ -122,7 +122,7 @@ def _point(rule: ExitRule) -> OperatingPoint:
     """An operating point with made-up figures."""
     return OperatingPoint(
         rule=rule.to_dict(),
-        wish="drop at most 0.5 points",
+        wish=Wish(max_drop=0.5),
         metric="accuracy",
         score=0.9,
         full_depth_score=0.9,

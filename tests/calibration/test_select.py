@@ -10,9 +10,10 @@ import pytest
 from fpabee.calibration.outcome import drop_interval, exits_of, outcome
 from fpabee.calibration.per_exit import fit_path
 from fpabee.calibration.scoring import Rows, Scorer
-from fpabee.calibration.select import ALL, Selector, Weighing, Wish
+from fpabee.calibration.select import ALL, Selector, Weighing
 from fpabee.calibration.stopping import StopScores, families
 from fpabee.runtime import RULES, InputError, Measure, ProblemType, simulate
+from fpabee.runtime.operating_point import Wish
 
 Make = Callable[..., Rows]
 

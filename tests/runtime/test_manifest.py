@@ -33,7 +33,7 @@ from fpabee.runtime.manifest import (
     verified,
     write_manifest,
 )
-from fpabee.runtime.operating_point import Certificate, OperatingPoint
+from fpabee.runtime.operating_point import Certificate, OperatingPoint, Wish
 
 Json = dict[str, Any]
 Change = Callable[[Json], object]
@@ -98,7 +98,7 @@ def manifest() -> Manifest:
                 operating_points={
                     "fast": OperatingPoint(
                         rule={"name": "entropy", "threshold": (0.25, 0.5)},
-                        wish="drop at most 2 points",
+                        wish=Wish(max_drop=2.0),
                         metric="accuracy",
                         score=0.9,
                         full_depth_score=0.91,
