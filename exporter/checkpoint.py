@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..runtime.errors import ModelError
 from ..runtime.manifest import ProblemType
 from .backbones import build_encoder, family_of
-from .multi_exit import MultiExitConfig, MultiExitModel, Pooling
+from .multi_exit import LastHead, MultiExitConfig, MultiExitModel, Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def resolve_model_dir(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ModelError(
             f"{source} is not a local folder, and the model hub does not give it: {reason}",
             "check the name and the network, or give a local folder",
@@ -85,7 +86,7 @@ def load_checkpoint(
     except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
         raise ModelError(
             f"{folder / 'config.json'} describes no encoder that can be built: "
-            f"{type(error).__name__}: {_first_line(error)}",
+            f"{type(error).__name__}: {first_line(error)}",
             "copy config.json again from where the model was trained",
         ) from error
     model = MultiExitModel(encoder, exit_config)
@@ -104,7 +105,10 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     config.label2id = {label: index for index, label in enumerate(exits.labels)}
     config.problem_type = exits.problem_type.value
     config.architectures = [f"{type(model.backbone).__name__}MultiExit"]
-    setattr(config, CONFIG_BLOCK, {"exits": list(exits.exits), "pooling": exits.pooling.value})
+    block: dict[str, Any] = {"exits": list(exits.exits), "pooling": exits.pooling.value}
+    if exits.last_head is not None:
+        block["last_head"] = asdict(exits.last_head) | {"pooling": exits.last_head.pooling.value}
+    setattr(config, CONFIG_BLOCK, block)
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -160,7 +164,7 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} cannot be read: it holds more than weights", hint) from error
     # Bytes that are no pickle raise almost anything (KeyError, IndexError, ...).
     except (SafetensorError, RuntimeError, LookupError, ValueError, EOFError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {_first_line(error)}", hint) from error
+        raise ModelError(f"{path} cannot be read: {first_line(error)}", hint) from error
     named = isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     )
@@ -169,7 +173,8 @@ def _load_weights(folder: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], weights)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -192,8 +197,9 @@ def _exit_config(
     try:
         exits = tuple(int(layer) for layer in block.get("exits", range(1, layers + 1)))
         pooling = Pooling(block.get("pooling", Pooling.CLS.value))
+        last_head = _last_head(block.get("last_head"))
         named = ProblemType(config.problem_type) if config.problem_type else None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
             "expected exits: [layers], pooling: cls or mean, problem_type: "
@@ -213,16 +219,36 @@ def _exit_config(
             "expected (labels, hidden size)",
             "copy the weights again, or train again",
         )
-    labels = _labels(folder, config, int(first.shape[0]))
+    labels = label_names(folder, config, int(first.shape[0]))
     return MultiExitConfig(
         exits=exits,
         labels=labels,
-        problem_type=_agreed(folder, named, problem_type),
+        problem_type=agreed_problem_type(folder, named, problem_type),
         pooling=pooling,
+        last_head=last_head,
     )
 
 
-def _agreed(folder: Path, named: ProblemType | None, asked: ProblemType | None) -> ProblemType:
+def _last_head(block: Any) -> LastHead | None:
+    from transformers.activations import ACT2FN
+
+    if block is None:
+        return None
+    eps = block.get("norm_eps")
+    head = LastHead(Pooling(block["pooling"]), block["activation"], eps and float(eps))
+    if head.activation not in ACT2FN:
+        raise ValueError(f"unknown activation {head.activation!r}")
+    return head
+
+
+def agreed_problem_type(
+    folder: Path, named: ProblemType | None, asked: ProblemType | None
+) -> ProblemType:
+    """The task that a checkpoint names or a caller asks for.
+
+    Raises:
+        ModelError: they contradict each other.
+    """
     if named and asked and named is not asked:
         raise ModelError(
             f"{folder} was trained for {named.value}, but --problem-type says {asked.value}",
@@ -231,7 +257,12 @@ def _agreed(folder: Path, named: ProblemType | None, asked: ProblemType | None) 
     return named or asked or ProblemType.SINGLE_LABEL
 
 
-def _labels(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
+def label_names(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
+    """The labels that a configuration names, in order.
+
+    Raises:
+        ModelError: not as many as there are outputs, or not distinct.
+    """
     labels = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
     if len(labels) != outputs:
         raise ModelError(

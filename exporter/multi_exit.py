@@ -2,7 +2,9 @@
 
 State-dict layout (that of PABEE, F-PABEE, PCEE-BERT and EPEE training code): the encoder
 under its usual prefix, the pooler inside it (without use in `Pooling.MEAN`), and
-`classifiers.{i}.weight/bias` for exit i from 0.
+`classifiers.{i}.weight/bias` for exit i from 0. Of our own: `pooler.dense`, the pooler of
+families whose encoder has none, and `last_head.dense` and `last_head.norm` of a last exit that
+was a plain classifier's head.
 """
 
 from __future__ import annotations
@@ -29,6 +31,24 @@ class Pooling(str, Enum):
 
 
 @dataclass(frozen=True)
+class LastHead:
+    """What the head of the last exit does before its linear classifier, where it is of its own.
+
+    It pools, then has a dense layer, an activation and perhaps a layer norm: the head of a
+    plain classifier that became a multi-exit model.
+
+    Attributes:
+        pooling: what the dense layer sees.
+        activation: after the dense layer, as `transformers` calls it.
+        norm_eps: of the layer norm after the activation; None: there is none.
+    """
+
+    pooling: Pooling
+    activation: str
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
 class MultiExitConfig:
     """What makes an encoder a multi-exit classifier.
 
@@ -37,12 +57,14 @@ class MultiExitConfig:
         labels: label names in the order of the logits.
         problem_type: single-label or multi-label classification.
         pooling: what the heads see.
+        last_head: the last exit's head, if it is not like the others.
     """
 
     exits: tuple[int, ...]
     labels: tuple[str, ...]
     problem_type: ProblemType = ProblemType.SINGLE_LABEL
     pooling: Pooling = Pooling.CLS
+    last_head: LastHead | None = None
 
     def validate(self, layers: int) -> None:
         """Check the exits against an encoder's depth.
@@ -72,20 +94,61 @@ def token_weights(attention_bias: Tensor) -> Tensor:
     return torch.softmax(attention_bias.squeeze(1), dim=-1)
 
 
+class Transform(nn.Module):
+    """What a head does between pooling and its classifier: dense layer, activation, norm.
+
+    Args:
+        dense: hidden size to hidden size.
+        activation: as `transformers` calls it.
+        norm: after the activation.
+    """
+
+    def __init__(
+        self, dense: nn.Linear, activation: str = "tanh", norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.dense = dense
+        self.activation = ACT2FN[activation]
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`[rows, hidden]` from `[rows, hidden]`."""
+        transformed: Tensor = self.norm(self.activation(self.dense(pooled)))
+        return transformed
+
+
 class Head(nn.Module):
-    """Exit head: pool the hidden states, then a linear classifier.
+    """Exit head: norm and pool the hidden states, transform them, then a linear classifier.
 
     Args:
         classifier: hidden size to labels.
-        pooler: the dense layer of `Pooling.CLS`; None is `Pooling.MEAN`.
+        pooling: how hidden states are pooled.
+        pooler: between pooling and the classifier.
+        norm: before pooling.
         dropout: before the classifier, in training.
     """
 
-    def __init__(self, classifier: nn.Linear, pooler: nn.Linear | None, dropout: float) -> None:
+    def __init__(
+        self,
+        classifier: nn.Linear,
+        pooling: Pooling,
+        pooler: Transform | None = None,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.pooler = pooler
+        self.pooling = pooling
+        self.norm = nn.Identity() if norm is None else norm
+        self.pooler = nn.Identity() if pooler is None else pooler
         self.classifier = classifier
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def mean(self) -> bool:
+        """Whether token weights are read."""
+        return self.pooling is Pooling.MEAN
 
     def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
         """Logits `[rows, labels]`.
@@ -94,12 +157,12 @@ class Head(nn.Module):
             hidden_states: `[rows, sequence, hidden]`.
             token_weights: see `token_weights`; only `Pooling.MEAN` reads them.
         """
-        if self.pooler is not None:
-            pooled = torch.tanh(self.pooler(hidden_states[:, 0]))
-        else:
+        if self.mean:
             assert token_weights is not None
-            pooled = (token_weights @ hidden_states).squeeze(1)
-        logits: Tensor = self.classifier(self.dropout(pooled))
+            pooled = (token_weights @ self.norm(hidden_states)).squeeze(1)
+        else:
+            pooled = self.norm(hidden_states[:, 0])
+        logits: Tensor = self.classifier(self.dropout(self.pooler(pooled)))
         return logits
 
 
@@ -107,7 +170,7 @@ class MultiExitModel(nn.Module):
     """An encoder with one classifier per exit.
 
     Args:
-        encoder: a Hugging Face encoder with a pooler (see `backbones`).
+        encoder: a Hugging Face encoder (see `backbones`).
         config: exits, labels, task and pooling.
 
     Raises:
@@ -125,20 +188,39 @@ class MultiExitModel(nn.Module):
         self.classifiers = nn.ModuleList(
             nn.Linear(hidden, len(config.labels)) for _ in config.exits
         )
+        own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)}) if own_pooler else None
+        self.last_head = self._last_head(hidden)
         # Views of modules registered above; tuples keep them out of the state dict.
         self._parts = (
             self.backbone.embeddings(),
-            tuple(Block(layer) for layer in layers),
-            tuple(self._head(classifier) for classifier in self.classifiers),
+            tuple(self.backbone.blocks()),
+            tuple(self._head(number) for number in range(len(config.exits))),
         )
 
-    def _head(self, classifier: nn.Module) -> Head:
+    def _last_head(self, hidden: int) -> nn.ModuleDict | None:
+        form = self.exit_config.last_head
+        if form is None:
+            return None
+        parts: dict[str, nn.Module] = {"dense": nn.Linear(hidden, hidden)}
+        if form.norm_eps is not None:
+            parts["norm"] = nn.LayerNorm(hidden, eps=form.norm_eps)
+        return nn.ModuleDict(parts)
+
+    def _head(self, number: int) -> Head:
+        classifier = self.classifiers[number]
         assert isinstance(classifier, nn.Linear)
-        dropout = getattr(self.backbone.config, "classifier_dropout", None)
-        if dropout is None:
-            dropout = getattr(self.backbone.config, "hidden_dropout_prob", 0.0)
-        pooler = self.backbone.pooler() if self.exit_config.pooling is Pooling.CLS else None
-        return Head(classifier, pooler, float(dropout or 0.0))
+        norm, dropout = self.backbone.norm(), self.backbone.head_dropout()
+        pooling, pooler = self.exit_config.pooling, None
+        form = self.exit_config.last_head
+        if form is not None and self.last_head is not None and number + 1 == len(self.classifiers):
+            pooling = form.pooling
+            after = self.last_head["norm"] if form.norm_eps is not None else None
+            pooler = Transform(_linear(self.last_head["dense"]), form.activation, after)
+        elif pooling is Pooling.CLS:
+            dense = self.pooler["dense"] if self.pooler else self.backbone.pooler()
+            pooler = Transform(_linear(dense))
+        return Head(classifier, pooling, pooler, norm, dropout)
 
     @property
     def parts(self) -> tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]]:
@@ -150,6 +232,11 @@ class MultiExitModel(nn.Module):
         super().train(mode)
         for head in self._parts[2]:
             head.train(mode)
+        # An encoder that does not learn needs no dropout.
+        if not any(
+            weight.requires_grad for block in self._parts[1] for weight in block.parameters()
+        ):
+            self.backbone.encoder.eval()
         return self
 
     def forward(
@@ -171,7 +258,8 @@ class MultiExitModel(nn.Module):
         embeddings, blocks, heads = self._parts
         bias = attention_bias(attention_mask)
         weights = token_weights(bias)
-        hidden_states, carried = embeddings(input_ids, token_type_ids)
+        types = token_type_ids if self.backbone.token_types else None
+        hidden_states, carried = embeddings(input_ids, types)
         head_of = dict(zip(self.exit_config.exits, heads, strict=True))
         logits = []
         for layer, block in enumerate(blocks[: self.exit_config.exits[-1]], start=1):
@@ -179,3 +267,8 @@ class MultiExitModel(nn.Module):
             if layer in head_of:
                 logits.append(head_of[layer](hidden_states, weights).float())
         return torch.stack(logits)
+
+
+def _linear(module: nn.Module | None) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..runtime.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
     LOGITS,
+    MASK_FILL,
     NEXT,
     Graph,
     Segment,
@@ -32,7 +34,7 @@ from ..runtime.manifest import (
     sha256_of,
 )
 from .backbones import Block, Embeddings
-from .multi_exit import Head, MultiExitModel, Pooling, token_weights
+from .multi_exit import Head, MultiExitModel, token_weights
 
 OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
@@ -49,7 +51,7 @@ class GraphModule(nn.Module):
         embeddings: for the first stretch.
         blocks: the layers to run.
         head: the exit at its end.
-        pooling: what the heads of the model see.
+        mean: whether any head of the model takes the mean over tokens.
         is_last: whether nothing follows, so that hidden states need not leave.
     """
 
@@ -58,7 +60,7 @@ class GraphModule(nn.Module):
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
         head: Head | None,
-        pooling: Pooling,
+        mean: bool,
         is_last: bool = False,
     ) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class GraphModule(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.is_last = is_last
-        self.mean = pooling is Pooling.MEAN
+        self.mean = mean
 
     @property
     def needs_bias(self) -> bool:
@@ -76,7 +78,7 @@ class GraphModule(nn.Module):
     @property
     def needs_weights(self) -> bool:
         """Whether the token weights are read; the first stretch makes them for all heads."""
-        return self.mean and self.head is not None and self.embeddings is None
+        return self.head is not None and self.head.mean and self.embeddings is None
 
     @property
     def gives_weights(self) -> bool:
@@ -137,8 +139,10 @@ def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
     heads = [model.parts[2][number - 1] for number in exits]
     if model.backbone.shared_layers:
         return _cut_shared(model, layers, heads)
-    blocks = model.parts[1]
-    embeddings = model.parts[0].frozen(model.backbone.max_positions())
+    positions = model.backbone.max_positions()
+    embeddings = model.parts[0].frozen(positions)
+    blocks = [block.frozen(positions) for block in model.parts[1][: layers[-1]]]
+    mean = any(head.mean for head in heads)
     modules, segments = {}, []
     start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
@@ -147,7 +151,7 @@ def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
             embeddings if number == 1 else None,
             blocks[start:layer],
             head,
-            model.exit_config.pooling,
+            mean,
             is_last=number == len(layers),
         ).eval()
         segments.append(Segment(exit=number, layer=layer, calls=(name,)))
@@ -158,19 +162,19 @@ def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
 def _cut_shared(model: MultiExitModel, layers: Sequence[int], heads: Sequence[Head]) -> Cut:
     blocks = model.parts[1]
     embeddings = model.parts[0].frozen(model.backbone.max_positions())
-    pooling = model.exit_config.pooling
+    mean = any(head.mean for head in heads)
     names: dict[int, str] = {}
-    modules = {"embeddings": GraphModule(embeddings, (), None, pooling).eval()}
+    modules = {"embeddings": GraphModule(embeddings, (), None, mean).eval()}
     block_names = []
     for block in blocks[: layers[-1]]:
         name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
-        modules.setdefault(name, GraphModule(None, [block], None, pooling).eval())
+        modules.setdefault(name, GraphModule(None, [block], None, mean).eval())
         block_names.append(name)
     segments = []
     start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
         head_name = f"head_{number:02d}"
-        modules[head_name] = GraphModule(None, (), head, pooling, is_last=True).eval()
+        modules[head_name] = GraphModule(None, (), head, mean, is_last=True).eval()
         first = ["embeddings"] if number == 1 else []
         calls = (*first, *block_names[start:layer], head_name)
         segments.append(Segment(exit=number, layer=layer, calls=calls))
@@ -264,6 +268,7 @@ def export_graph(
     proto = program.model_proto
     _name_dimensions(proto, inputs)
     _name_nodes(proto)
+    _bound_fills(proto)
     _strip(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -315,6 +320,16 @@ def _name_nodes(proto: Any) -> None:
         modules = [scope for scope in ast.literal_eval(scopes)[:-1] if "hook" not in scope]
         own = node.name.removeprefix("node_")
         node.name = f"{modules[-1]}/{own}" if modules and modules[-1] else own
+
+
+def _bound_fills(proto: Any) -> None:
+    """Where a model masks scores with the lowest float, use MASK_FILL: fp16 can hold it too."""
+    lowest = np.finfo(np.float32).min
+    for tensor in proto.graph.initializer:
+        is_number = tensor.data_type == onnx.TensorProto.FLOAT and not tensor.dims
+        if is_number and onnx.numpy_helper.to_array(tensor) <= lowest:
+            fill = np.array(MASK_FILL, np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(fill, tensor.name))
 
 
 def _strip(proto: Any) -> None:

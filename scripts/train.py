@@ -7,6 +7,10 @@
 Files are JSON lines (.gz too) with `text`, optionally `text_pair`, and `label` or `labels`;
 a `datasets` name is written `OWNER/NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
 `fpabee-export` reads, and `training.json` with the scores of every exit.
+
+`--from-classifier DIR_OR_HUB_ID` in place of `--backbone` adds exits to a plain classifier
+(`AutoModelForSequenceClassification`): it keeps its labels and its head, and the other exits
+learn what it says of the training texts, which need no labels.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +46,7 @@ from transformers import (
 
 from fpabee.exporter.backbones import build_encoder, family_of
 from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
+from fpabee.exporter.from_classifier import Classifier
 from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
 from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.manifest import ProblemType
@@ -70,11 +75,13 @@ class Options:
     pooling: Pooling
     exits: tuple[int, ...] | None
     exit_weights: str
-    distill: float
     random_init: bool
     seed: int
     bf16: bool
     resume: bool
+    from_classifier: str | None = None
+    freeze_encoder: bool = False
+    distill: float = 0.0
 
 
 class MultiExitTrainer(Trainer):
@@ -106,17 +113,21 @@ class MultiExitTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for name, parameter in trained.named_parameters():
-            is_head = name.startswith("classifiers.") or ".pooler." in name
-            groups.setdefault((is_head, name in decayed), []).append(parameter)
+            groups.setdefault((is_head(name), name in decayed), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
             {
                 "params": parameters,
-                "lr": self.options.head_lr if is_head else self.options.lr,
+                "lr": self.options.head_lr if in_head else self.options.lr,
                 "weight_decay": 0.01 if decays else 0.0,
             }
-            for (is_head, decays), parameters in groups.items()
+            for (in_head, decays), parameters in groups.items()
         )
         return self.optimizer
+
+
+def is_head(name: str) -> bool:
+    """Whether a weight belongs to the exits and not to the encoder."""
+    return name.startswith(("classifiers.", "pooler.", "last_head.")) or ".pooler." in name
 
 
 def exit_loss(
@@ -126,7 +137,8 @@ def exit_loss(
 
     Args:
         logits: `[exits, rows, labels]`.
-        labels: `[rows]` int64, or `[rows, labels]` of 0 and 1 for multi-label.
+        labels: `[rows]` int64, or `[rows, labels]` of 0 and 1 for multi-label; for either also
+            probabilities `[rows, labels]`.
         problem_type: cross-entropy, or binary cross-entropy with logits.
         weights: `linear` as in the paper, or `uniform`.
         distill: share of the earlier exits' loss whose target is what the last exit says
@@ -135,7 +147,9 @@ def exit_loss(
     exits = logits.shape[0]
     weight = torch.arange(1, exits + 1) if weights == "linear" else torch.ones(exits)
     if problem_type is ProblemType.SINGLE_LABEL:
-        hard = functional.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+        soft_labels = labels.dtype.is_floating_point
+        hard = labels if soft_labels else functional.one_hot(labels, logits.shape[-1])
+        hard = hard.to(logits.dtype)
         soft = logits[-1].detach().softmax(dim=-1)
         loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     else:
@@ -148,14 +162,14 @@ def exit_loss(
     return (torch.stack(losses) * weight.to(logits.device)).sum() / weight.sum()
 
 
-def load_rows(source: str) -> list[Row]:
+def load_rows(source: str, labelled: bool = True) -> list[Row]:
     """Rows of a file, or of a `datasets` name `OWNER/NAME[/CONFIG]:SPLIT`."""
     if Path(source).exists() or ":" not in source:
         rows = list(read_rows(source))
     else:
         rows = list(_hub_rows(source))
     for number, row in enumerate(rows, start=1):
-        if row.labels is None:
+        if labelled and row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label", 'add "label" or "labels" to every row'
             )
@@ -195,19 +209,22 @@ def features(
     tokenizer: PreTrainedTokenizerBase,
     labels: tuple[str, ...],
     options: Options,
+    teacher: Classifier | None = None,
 ) -> list[dict[str, Any]]:
-    """Tokenized rows with encoded labels."""
+    """Tokenized rows with encoded labels, or with the probabilities that a teacher gives them."""
     # Row by row as the engine does: a text alone is not a pair with an empty text.
     encoded = tokenizer(
         [row.text if row.text_pair is None else (row.text, row.text_pair) for row in rows],
         truncation=True,
         max_length=options.max_length,
     )
-    targets = encode_labels([row.labels or () for row in rows], labels, options.problem_type)
-    return [
-        {name: encoded[name][index] for name in encoded} | {"labels": target.tolist()}
-        for index, target in enumerate(targets)
-    ]
+    inputs = [{name: encoded[name][index] for name in encoded} for index in range(len(rows))]
+    if teacher:
+        targets = teacher.soft_labels(inputs, DataCollatorWithPadding(tokenizer))
+    else:
+        given = [row.labels or () for row in rows]
+        targets = encode_labels(given, labels, options.problem_type).tolist()
+    return [row | {"labels": target} for row, target in zip(inputs, targets, strict=True)]
 
 
 def exit_scores(
@@ -245,15 +262,36 @@ def build_model(options: Options, labels: tuple[str, ...]) -> tuple[MultiExitMod
     return MultiExitModel(encoder, exit_config), AutoTokenizer.from_pretrained(folder)
 
 
+def teacher_of(options: Options) -> Classifier | None:
+    """The classifier that gets exits, if there is one."""
+    if options.from_classifier is None:
+        return None
+    # Single-label is the default, and so not asked for.
+    multi = options.problem_type is ProblemType.MULTI_LABEL
+    return Classifier(options.from_classifier, options.problem_type if multi else None)
+
+
 def train(options: Options, console: Console) -> dict[str, Any]:
     """Train, evaluate and save; returns what stands in `training.json`."""
     set_seed(options.seed)
-    rows = {"train": load_rows(options.train), "dev": load_rows(options.dev)}
+    teacher = teacher_of(options)
+    rows = {"train": load_rows(options.train, teacher is None), "dev": load_rows(options.dev)}
     if options.test:
         rows["test"] = load_rows(options.test)
-    labels = label_names(rows["train"], options.train)
-    model, tokenizer = build_model(options, labels)
-    data = {name: features(part, tokenizer, labels, options) for name, part in rows.items()}
+    if teacher:
+        options = replace(options, problem_type=teacher.problem_type)
+        model = teacher.multi_exit(options.exits, options.pooling)
+        tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
+    else:
+        model, tokenizer = build_model(options, label_names(rows["train"], options.train))
+    if options.freeze_encoder:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and is_head(name))
+    labels = model.exit_config.labels
+    data = {
+        name: features(part, tokenizer, labels, options, teacher if name == "train" else None)
+        for name, part in rows.items()
+    }
     steps = -(-len(data["train"]) // options.batch_size) * options.epochs
     checkpoints = options.output / "checkpoints"
     trainer = MultiExitTrainer(
@@ -349,7 +387,12 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--backbone", required=True, help="Folder, hub id, or another model_dir.")
+@click.option("--backbone", help="Folder, hub id, or another model_dir.")
+@click.option(
+    "--from-classifier",
+    help="In place of --backbone: a plain classifier (folder or hub id) that gets exits.",
+)
+@click.option("--freeze-encoder", is_flag=True, help="Train the exits alone.")
 @click.option("--train", required=True, help="Training rows.")
 @click.option("--dev", required=True, help="Rows that are scored after every epoch.")
 @click.option("--test", help="Rows that are scored once, at the end.")
@@ -390,6 +433,11 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""
     console = Console()
+    if bool(settings["backbone"]) is bool(settings["from_classifier"]):
+        raise click.UsageError("give either --backbone or --from-classifier")
+    if settings["from_classifier"] and settings["random_init"]:
+        raise click.UsageError("--from-classifier keeps weights that --random-init would ignore")
+    settings["backbone"] = settings["backbone"] or settings["from_classifier"]
     options = Options(
         problem_type=ProblemType(problem_type),
         pooling=Pooling(pooling),

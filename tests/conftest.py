@@ -16,7 +16,6 @@ from fpabee.runtime.exit_rules import ExitRule
 from fpabee.runtime.manifest import ProblemType, read_manifest, write_manifest
 from fpabee.runtime.operating_point import OperatingPoint, Wish
 
-FAMILIES = ("bert", "albert", "mpnet")
 # fmt: off
 WORDS = (
     "the", "a", "it", "is", "not", "but", "and", "good", "bad", "film", "plot", "music", "play",
@@ -41,6 +40,16 @@ class _Tiny:
     config: dict[str, Any]
 
 
+_ROBERTA_LIKE = _Tiny(
+    {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"},
+    ("left", "right"),
+    ProblemType.SINGLE_LABEL,
+    "mean",
+    False,
+    {"intermediate_size": 64, "max_position_embeddings": _POSITIONS + 2, "type_vocab_size": 1},
+)
+# The first three differ most in structure: most tests run over these. All of them are held
+# against Hugging Face's forward pass, and most are exported, in tests/exporter/.
 _TINY = {
     "bert": _Tiny(
         {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
@@ -70,6 +79,60 @@ _TINY = {
         False,
         {"intermediate_size": 64, "max_position_embeddings": _POSITIONS + 2},
     ),
+    "roberta": _ROBERTA_LIKE,
+    "xlm-roberta": _ROBERTA_LIKE,
+    "camembert": _ROBERTA_LIKE,
+    "electra": _Tiny(
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        ("real", "replaced", "unsure"),
+        ProblemType.SINGLE_LABEL,
+        "mean",
+        True,
+        {
+            "embedding_size": 16,
+            "intermediate_size": 64,
+            "max_position_embeddings": _POSITIONS,
+        },
+    ),
+    "distilbert": _Tiny(
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        ("small", "fast"),
+        ProblemType.MULTI_LABEL,
+        "cls",
+        False,
+        {"hidden_dim": 64, "max_position_embeddings": _POSITIONS},
+    ),
+    "deberta-v2": _Tiny(
+        {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"},
+        ("entailment", "neutral", "contradiction"),
+        ProblemType.SINGLE_LABEL,
+        "mean",
+        True,  # the tokenizer names them, the model has none
+        {
+            "intermediate_size": 64,
+            "max_position_embeddings": _POSITIONS,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": "p2c|c2p",
+            "position_biased_input": False,
+            "conv_kernel_size": 3,
+        },
+    ),
+    "modernbert": _Tiny(
+        {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"},
+        ("old", "new", "both"),
+        ProblemType.SINGLE_LABEL,
+        "cls",
+        False,
+        {
+            "intermediate_size": 64,
+            "max_position_embeddings": _POSITIONS,
+            "local_attention": 8,
+        },
+    ),
 }
 
 
@@ -77,7 +140,7 @@ _TINY = {
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
     root = tmp_path_factory.mktemp("models")
-    return {family: _make_model(family, root / family) for family in FAMILIES}
+    return {family: _make_model(family, root / family) for family in _TINY}
 
 
 class _Engines(Mapping[str, Path]):
@@ -175,11 +238,13 @@ def _make_model(family: str, folder: Path) -> Path:
         bos_token_id=vocabulary[tiny.specials["cls"]],
         pad_token_id=vocabulary[tiny.specials["pad"]],
         eos_token_id=vocabulary[tiny.specials["sep"]],
+        cls_token_id=vocabulary[tiny.specials["cls"]],
+        sep_token_id=vocabulary[tiny.specials["sep"]],
         **tiny.config,
     )
     exits = MultiExitConfig((1, 2, 3), tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED + FAMILIES.index(family))
+        torch.manual_seed(_SEED + list(_TINY).index(family))
         model = MultiExitModel(build_encoder(config), exits)
         _spread(model)
     save_checkpoint(model, folder)
@@ -193,7 +258,7 @@ def _spread(model: Any) -> None:
     from torch.nn import init
 
     for name, weight in model.named_parameters():
-        if name.endswith("word_embeddings.weight"):
+        if name.endswith(("word_embeddings.weight", "tok_embeddings.weight")):
             init.normal_(weight, std=1.0)
         elif name.endswith("bias"):
             init.normal_(weight, std=0.1)

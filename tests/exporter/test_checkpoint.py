@@ -317,7 +317,7 @@ CONFIG: dict[str, tuple[Change, str]] = {
     "no family": (write("config.json", b"{}"), "config.json is not the configuration"),
     "unsupported family": (
         change_config(model_type="gpt2"),
-        "'gpt2' is not supported; supported: albert, bert, mpnet",
+        "'gpt2' is not supported; supported: albert, bert, camembert",
     ),
     "labels too few": (
         change_config(id2label={"0": "a", "1": "b"}),

@@ -15,7 +15,18 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
 from fpabee.runtime.errors import ModelError
 
-FAMILIES = ("bert", "albert", "mpnet")
+FAMILIES = (
+    "bert",
+    "albert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "distilbert",
+    "deberta-v2",
+    "modernbert",
+)
 LENGTHS = (9, 4, 1, 7)
 
 
@@ -26,6 +37,8 @@ def with_config(model: MultiExitModel, **changes: Any) -> MultiExitModel:
     new = MultiExitModel(model.backbone.encoder, MultiExitConfig(**settings))
     for layer, head in zip(new.exit_config.exits, new.classifiers, strict=True):
         head.load_state_dict(model.classifiers[old.exits.index(layer)].state_dict())
+    if new.pooler is not None and model.pooler is not None:
+        new.pooler.load_state_dict(model.pooler.state_dict())
     return new.eval()
 
 
@@ -47,13 +60,17 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
     encoder = model.get_submodule(model.backbone.prefix)
     # ALBERT reports every layer of a group, while an exit sits after the whole group.
     step = getattr(encoder.config, "inner_group_num", 1)
-    hidden = encoder(**inputs, output_hidden_states=True).hidden_states[::step]
-    pooler = getattr(encoder.pooler, "dense", encoder.pooler)
-    assert isinstance(pooler, nn.Linear)
+    output = encoder(**inputs, output_hidden_states=True)
+    hidden = list(output.hidden_states[::step])
+    norm = getattr(encoder, "final_norm", lambda states: states)
+    hidden = [*map(norm, hidden[:-1]), output.last_hidden_state]
+    pooler = getattr(encoder, "pooler", model.pooler)
+    dense = pooler if isinstance(pooler, nn.Linear) else getattr(pooler, "dense", None)
     logits = []
     for layer, classifier in zip(model.exit_config.exits, model.classifiers, strict=True):
         if model.exit_config.pooling is Pooling.CLS:
-            pooled = torch.tanh(pooler(hidden[layer][:, 0]))
+            assert isinstance(dense, nn.Linear)
+            pooled = torch.tanh(dense(hidden[layer][:, 0]))
         else:
             rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
             pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
@@ -172,5 +189,5 @@ def test_exits_from_the_first_to_the_last_layer_are_fine() -> None:
 
 
 def test_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ModelError, match="'gpt2' is not supported; supported: albert, bert, mpnet"):
+    with pytest.raises(ModelError, match="'gpt2' is not supported; supported: albert, bert, cam"):
         family_of("gpt2")

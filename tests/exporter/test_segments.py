@@ -18,7 +18,16 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel
 from fpabee.runtime.manifest import Manifest, TensorSpec, read_manifest
 
-FAMILIES = ("bert", "albert", "mpnet")
+FAMILIES = (
+    "bert",
+    "albert",
+    "mpnet",
+    "roberta",
+    "electra",
+    "distilbert",
+    "deberta-v2",
+    "modernbert",
+)
 WIDTH, INNER = 32, 64
 
 
@@ -106,7 +115,15 @@ def test_nothing_in_the_files_tells_of_this_machine(exported: Exported) -> None:
             assert not fields & {"metadata_props", "doc_string"}
 
 
-@pytest.mark.parametrize(("family", "name"), [("mpnet", "segment_02"), ("albert", "head_01")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mpnet", "segment_02"),
+        ("albert", "head_01"),
+        ("deberta-v2", "segment_01"),
+        ("modernbert", "segment_02"),
+    ],
+)
 def test_the_same_graph_has_the_same_bytes(
     family: str,
     name: str,
@@ -145,7 +162,7 @@ def test_the_last_segment_gives_logits_alone(exported: Exported) -> None:
     assert last.outputs[0].shape == ("batch", len(exported.manifest.task.labels))
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2", "distilbert"])
 def test_each_segment_holds_its_own_layer_and_nothing_else(
     family: str, engines: Mapping[str, Path]
 ) -> None:
@@ -174,6 +191,23 @@ def test_position_bias_is_computed_once(engines: Mapping[str, Path]) -> None:
         assert "next_position_bias" not in [spec.name for spec in graph.outputs]
 
 
+def test_rotary_positions_are_computed_once(engines: Mapping[str, Path]) -> None:
+    manifest = read_manifest(engines["modernbert"])
+    rotary = TensorSpec(name="rotary", dtype="float32", shape=(4, "sequence", 8))
+    first, *later = manifest.graphs.values()
+    assert "next_rotary" in [spec.name for spec in first.outputs]
+    assert all(rotary in graph.inputs for graph in later)
+    for graph in load(engines["modernbert"]).graphs.values():
+        assert not {"Cos", "Sin"} & {node.op_type for node in graph.graph.node}
+
+
+def test_no_graph_holds_a_number_that_fp16_cannot(exported: Exported) -> None:
+    for proto in exported.graphs.values():
+        for tensor in proto.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                assert abs(onnx.numpy_helper.to_array(tensor)).max() < 65504
+
+
 def test_a_shared_block_is_stored_once_and_called_for_each_layer(
     engines: Mapping[str, Path],
 ) -> None:
@@ -193,12 +227,17 @@ def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
 ) -> None:
     first = {
         name: [spec.name for spec in next(iter(read_manifest(folder).graphs.values())).inputs]
-        for name, folder in {**engines, **golden_engines}.items()
+        for name, folder in {**{n: engines[n] for n in FAMILIES}, **golden_engines}.items()
     }
     assert first == {
         "bert": ["input_ids", "token_type_ids", "attention_bias"],
         "albert": ["input_ids", "token_type_ids"],
         "mpnet": ["input_ids", "attention_bias"],
+        "roberta": ["input_ids", "attention_bias"],
+        "electra": ["input_ids", "token_type_ids", "attention_bias"],
+        "distilbert": ["input_ids", "attention_bias"],
+        "deberta-v2": ["input_ids", "attention_bias"],  # the tokenizer does, the model does not
+        "modernbert": ["input_ids", "attention_bias"],
         "pabee_bert": ["input_ids", "attention_bias"],
         "fpabee_albert": ["input_ids"],
     }

@@ -45,7 +45,7 @@ def damage(folder: Path, manifest: Manifest, name: str) -> Manifest:
     return msgspec.structs.replace(manifest, precisions={"fp16": graphs})
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "deberta-v2"])
 def test_every_graph_becomes_one_plan(
     family: str, half: Callable[..., tuple[Path, Manifest]]
 ) -> None:

@@ -6,16 +6,26 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CamembertTokenizer,
+    DebertaV2Tokenizer,
+    DistilBertTokenizer,
+    RobertaTokenizer,
+    XLMRobertaTokenizer,
+)
 
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.multi_exit import MultiExitModel
 from fpabee.exporter.tokenizer import save_tokenizer
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
-from fpabee.runtime.manifest import sha256_of
+from fpabee.runtime.manifest import TokenizerSpec, sha256_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pabee_bert"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s", ".")
@@ -55,21 +65,70 @@ def as_it_is(folder: Path) -> None:
     pass
 
 
+def check_tokens(source: Path, model: MultiExitModel, folder: Path) -> TokenizerSpec:
+    """The runtime must give the tokens of the tokenizer in a model_dir."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    spec = save_tokenizer(source, model, folder, None)
+    rows = TextEncoder(folder, spec).encode(TEXTS)
+    for row, text in zip(rows, TEXTS, strict=True):
+        pair = (text, None) if isinstance(text, str) else text
+        expected = tokenizer(*pair, truncation=True, max_length=spec.max_length)
+        assert row.input_ids.tolist() == expected["input_ids"]
+        types = expected.get("token_type_ids", [0] * len(row))
+        assert row.token_type_ids.tolist() == types
+    assert [row.truncated for row in rows] == [False, False, False, False, True]
+    return spec
+
+
 @pytest.mark.parametrize("change", [as_it_is, with_vocabulary])
 def test_tokens_are_those_of_the_model_dir(
     change: Callable[[Path], object], source: Path, model: MultiExitModel, tmp_path: Path
 ) -> None:
     change(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    spec = save_tokenizer(source, model, tmp_path / "out", None)
-    rows = TextEncoder(tmp_path / "out", spec).encode(TEXTS)
-    for row, text in zip(rows, TEXTS, strict=True):
-        pair = (text, None) if isinstance(text, str) else text
-        expected = tokenizer(*pair, truncation=True)
-        assert row.input_ids.tolist() == expected["input_ids"]
-        types = expected.get("token_type_ids", [0] * len(row))
-        assert row.token_type_ids.tolist() == types
-    assert [row.truncated for row in rows] == [False, False, False, False, True]
+    check_tokens(source, model, tmp_path / "out")
+
+
+WORD_PIECES = {piece: index for index, piece in enumerate(VOCABULARY)}
+# All bytes would be more than the tiny models know.
+BYTES = [character for character in sorted(ByteLevel.alphabet()) if character <= "~"]
+MERGES: Any = [("f", "i"), ("Ġ", "fi")]
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+BPE = {piece: index for index, piece in enumerate([*SPECIALS, *BYTES, "Ġ", "fi", "Ġfi"])}
+
+
+def unigrams(*specials: str) -> list[tuple[str, float]]:
+    words = [("▁A", -2.0), ("▁good", -2.0), ("▁film", -2.0), ("▁", -3.0)]
+    return [
+        *((token, 0.0) for token in specials),
+        *words,
+        *((letter, -5.0) for letter in "adfgilmnos."),
+    ]
+
+
+OF_FAMILIES: dict[str, Callable[[], Any]] = {
+    "roberta": lambda: RobertaTokenizer(vocab=BPE, merges=MERGES),
+    "xlm-roberta": lambda: XLMRobertaTokenizer(vocab=unigrams(*SPECIALS)),
+    "camembert": lambda: CamembertTokenizer(
+        vocab=unigrams(*SPECIALS), additional_special_tokens=[]
+    ),
+    "electra": lambda: BertTokenizer(vocab=WORD_PIECES),
+    "distilbert": lambda: DistilBertTokenizer(vocab=WORD_PIECES),
+    "deberta-v2": lambda: DebertaV2Tokenizer(vocab=unigrams("[PAD]", "[CLS]", "[SEP]", "[UNK]")),
+}
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_tokens_are_those_of_the_familys_own_tokenizer(
+    family: str, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = OF_FAMILIES[family]()
+    tokenizer.save_pretrained(tmp_path / "source")
+    model = load_checkpoint(tiny_models[family])
+    spec = check_tokens(tmp_path / "source", model, tmp_path / "out")
+    assert spec.max_length == model.backbone.max_positions() == 64
+    assert spec.pad_id == tokenizer.pad_token_id == model.backbone.config.pad_token_id
+    has_types = family in ("electra", "deberta-v2")
+    assert ("token_type_ids" in spec.inputs) is has_types
 
 
 def test_the_runtime_is_told_what_it_must_know(

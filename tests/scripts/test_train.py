@@ -143,6 +143,34 @@ def test_loss_weights_exit_j_by_j(train: ModuleType) -> None:
     assert uniform == pytest.approx(np.mean(losses))
 
 
+@pytest.mark.parametrize("task", [SINGLE, MULTI])
+def test_distilled_exits_learn_from_the_last_one(train: ModuleType, task: ProblemType) -> None:
+    logits = torch.randn(3, 5, 4, generator=torch.manual_seed(0), dtype=torch.float64)
+    logits.requires_grad_()
+    hard = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
+    labels = torch.tensor([0, 3, 1, 2, 2]) if task is SINGLE else hard
+    last = logits[-1].detach()
+    soft = last.softmax(-1) if task is SINGLE else last.sigmoid()
+
+    def loss(exit_logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if task is SINGLE:
+            return -(target * torch.log_softmax(exit_logits, -1)).sum(-1).mean()
+        p = exit_logits.sigmoid()
+        return -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+
+    taught = 0.3 * soft + 0.7 * hard
+    expected = (
+        loss(logits[0], taught) + 2 * loss(logits[1], taught) + 3 * loss(logits[2], hard)
+    ) / 6
+    found = train.exit_loss(logits, labels, task, "linear", 0.3)
+    assert found.item() == pytest.approx(expected.item())
+    # The last exit is taught by labels alone: nothing flows back through what it teaches.
+    found.backward()
+    wanted = torch.autograd.grad(loss(logits[-1], hard) / 2, logits)[0][-1]
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[-1], wanted)
+
+
 def test_multi_label_loss_is_binary_cross_entropy_over_all_labels(train: ModuleType) -> None:
     logits = torch.randn(2, 5, 3, generator=torch.manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]])

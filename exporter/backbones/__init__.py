@@ -1,0 +1,76 @@
+"""One small adapter per encoder family: where its embeddings, layers and head are.
+
+An adapter holds no modelling code: it only names and calls the modules of the installed
+`transformers`. To add a family, subclass `Backbone` and say how its parts are reached, add it
+to `_FAMILIES`, and add a tiny model to `tests/conftest.py` and to the lists of families in
+`tests/exporter/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...runtime.errors import ModelError
+from .base import Backbone, Block, ClassifierParts, Embeddings, attention_bias
+from .bert import Albert, Bert, Camembert, DistilBert, Electra, Roberta, XlmRoberta
+from .deberta import DebertaV2
+from .modernbert import ModernBert
+from .mpnet import MPNet
+
+__all__ = [
+    "Backbone",
+    "Block",
+    "ClassifierParts",
+    "Embeddings",
+    "attention_bias",
+    "build_encoder",
+    "family_of",
+]
+
+_FAMILIES: dict[str, type[Backbone]] = {
+    family.model_type: family
+    for family in (
+        Albert,
+        Bert,
+        Camembert,
+        DebertaV2,
+        DistilBert,
+        Electra,
+        MPNet,
+        ModernBert,
+        Roberta,
+        XlmRoberta,
+    )
+}
+
+
+def family_of(model_type: str) -> type[Backbone]:
+    """The adapter of a family.
+
+    Raises:
+        ModelError: no adapter for this family.
+    """
+    if model_type not in _FAMILIES:
+        raise ModelError(
+            f"the encoder family {model_type!r} is not supported; "
+            f"supported: {', '.join(sorted(_FAMILIES))}",
+            "train on a backbone of one of these families, or add an adapter to exporter/backbones",
+        )
+    return _FAMILIES[model_type]
+
+
+def build_encoder(config: Any, attention: str | None = "eager") -> Any:
+    """A randomly initialised Hugging Face encoder in float32.
+
+    Args:
+        config: a `PretrainedConfig` of a supported family.
+        attention: Hugging Face's attention implementation; export needs `eager`. None takes
+            the fastest that the family has.
+    """
+    from transformers import AutoModel
+
+    family_of(config.model_type)
+    build: Any = AutoModel.from_config
+    return build(config, attn_implementation=attention, dtype=torch.float32)

@@ -1,0 +1,141 @@
+"""BERT and its relatives: absolute positions, layers that take the attention bias as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Backbone, ClassifierParts, Embeddings
+
+
+class Bert(Backbone):
+    """BERT."""
+
+    model_type = "bert"
+    prefix = "bert"
+
+    def pooler(self) -> nn.Linear | None:
+        """The pooler's dense layer."""
+        dense: nn.Linear = self.encoder.pooler.dense
+        return dense
+
+    def classifier_parts(self) -> ClassifierParts:
+        """The pooler is part of the encoder."""
+        return ClassifierParts(dense="bert.pooler.dense")
+
+
+class Roberta(Backbone):
+    """RoBERTa: positions are counted from the padding index on."""
+
+    model_type = "roberta"
+    prefix = "roberta"
+
+    def pooler(self) -> nn.Linear | None:
+        """The pooler's dense layer."""
+        dense: nn.Linear = self.encoder.pooler.dense
+        return dense
+
+    def max_positions(self) -> int:
+        """Positions start after the padding index."""
+        return int(self.config.max_position_embeddings) - int(self.config.pad_token_id) - 1
+
+
+class XlmRoberta(Roberta):
+    """XLM-RoBERTa: RoBERTa with another tokenizer."""
+
+    model_type = "xlm-roberta"
+
+
+class Camembert(Roberta):
+    """CamemBERT: RoBERTa with another tokenizer."""
+
+    model_type = "camembert"
+
+
+class _MappedEmbeddings(Embeddings):
+    """Embeddings that are narrower than the layers, and their mapping to the hidden size."""
+
+    def __init__(self, embeddings: nn.Module, mapping: nn.Module) -> None:
+        super().__init__(embeddings)
+        self.mapping = mapping
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.mapping(self.embeddings(input_ids, token_type_ids)), {}
+
+
+class Albert(Backbone):
+    """ALBERT: its layers share their weights, in one group or several."""
+
+    model_type = "albert"
+    prefix = "albert"
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings and their mapping to the hidden size."""
+        mapping = self.encoder.encoder.embedding_hidden_mapping_in
+        return _MappedEmbeddings(self.encoder.embeddings, mapping)
+
+    def layers(self) -> list[nn.Module]:
+        """One entry per call: the same group appears several times."""
+        groups = self.encoder.encoder.albert_layer_groups
+        count = self.config.num_hidden_layers
+        return [groups[index * len(groups) // count] for index in range(count)]
+
+    def pooler(self) -> nn.Linear | None:
+        """ALBERT's pooler is the dense layer itself."""
+        dense: nn.Linear = self.encoder.pooler
+        return dense
+
+    def classifier_parts(self) -> ClassifierParts:
+        """The pooler is part of the encoder."""
+        return ClassifierParts(dense="albert.pooler")
+
+
+class Electra(Backbone):
+    """ELECTRA: BERT without a pooler, and in its small sizes with narrow embeddings."""
+
+    model_type = "electra"
+    prefix = "electra"
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings, mapped to the hidden size where they are narrower."""
+        mapping = getattr(self.encoder, "embeddings_project", None)
+        if mapping is None:
+            return Embeddings(self.encoder.embeddings)
+        return _MappedEmbeddings(self.encoder.embeddings, mapping)
+
+    def classifier_parts(self) -> ClassifierParts:
+        """As RoBERTa's, with another activation."""
+        return ClassifierParts("classifier.dense", "classifier.out_proj", activation="gelu")
+
+
+class _UntypedEmbeddings(Embeddings):
+    """Embeddings of families that know no token types."""
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.embeddings(input_ids), {}
+
+
+class DistilBert(Backbone):
+    """DistilBERT: no token types, no pooler."""
+
+    model_type = "distilbert"
+    prefix = "distilbert"
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings."""
+        return _UntypedEmbeddings(self.encoder.embeddings)
+
+    def layers(self) -> list[nn.Module]:
+        """Its encoder is called `transformer`."""
+        return list(self.encoder.transformer.layer)
+
+    def head_dropout(self) -> float:
+        """Has a name of its own."""
+        return float(self.config.seq_classif_dropout)
+
+    def classifier_parts(self) -> ClassifierParts:
+        """Two layers of the model itself."""
+        return ClassifierParts(dense="pre_classifier", activation="relu")

@@ -1,0 +1,108 @@
+"""DeBERTa-v2 and v3: attention over contents and over relative positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Backbone, Block, ClassifierParts
+
+
+class _RelativePositions(nn.Module):
+    """What the layers know of relative positions: the same for every row and layer."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        # Registered alone, so that an exported segment does not hold other layers' weights.
+        self.relative_attention = encoder.relative_attention
+        if self.relative_attention:
+            self.rel_embeddings = encoder.rel_embeddings
+            self.position_buckets = encoder.position_buckets
+            self.max_relative_positions = encoder.max_relative_positions
+        self.norm_rel_ebd = encoder.norm_rel_ebd
+        if "layer_norm" in self.norm_rel_ebd:
+            self.LayerNorm = encoder.LayerNorm
+        self._positions = type(encoder).get_rel_pos
+        self._embeddings = type(encoder).get_rel_embedding
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Position ids `[1, sequence, sequence]` int64, and embeddings `[ids, hidden]`."""
+        return self._positions(self, hidden_states), self._embeddings(self)
+
+
+class _RelativePositionsTable(nn.Module):
+    """The same by distance: looked up, where computing it takes a dozen small operations.
+
+    Args:
+        longest: `[1, positions, positions]`, the ids of the longest sequence.
+        embeddings: `[ids, hidden]`.
+    """
+
+    def __init__(self, longest: Tensor, embeddings: Tensor) -> None:
+        super().__init__()
+        self.positions = longest.shape[-1]
+        # Distance query - key, from 1 - positions on: the first row, then the first column.
+        by_distance = torch.cat([longest[0, 0, 1:].flip(-1), longest[0, :, 0]])
+        self.register_buffer("by_distance", by_distance)
+        self.register_buffer("embeddings", embeddings)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(hidden_states.shape[1])
+        distance = positions[:, None] - positions[None, :] + self.positions - 1
+        return self.get_buffer("by_distance")[distance][None], self.get_buffer("embeddings")
+
+
+class _DebertaBlock(Block):
+    """A layer; the first may have a convolution over the embeddings beside it."""
+
+    def __init__(self, layer: nn.Module, positions: nn.Module, conv: nn.Module | None) -> None:
+        super().__init__(layer)
+        self.positions = positions
+        self.conv = conv
+
+    def forward(self, hidden_states: Tensor, attention_bias: Tensor, **carried: Tensor) -> Tensor:
+        ids, embeddings = self.positions(hidden_states)
+        real = attention_bias == 0
+        # Whether tokens are real, not what is added to scores; padding may look at the rest.
+        after: Tensor = self.layer(
+            hidden_states, real, relative_pos=ids, rel_embeddings=embeddings
+        )[0]
+        if self.conv is None:
+            return after
+        mask = real[:, 0, 0, :].to(hidden_states.dtype)
+        # What a real token at the end sees beside it is nothing, however long the padding.
+        convolved: Tensor = self.conv(hidden_states * mask[:, :, None], after, mask)
+        return convolved
+
+    def frozen(self, max_positions: int) -> Block:
+        with torch.no_grad():
+            ids, embeddings = self.positions(torch.zeros(1, max_positions, 1))
+        if ids is None:
+            return self
+        return _DebertaBlock(self.layer, _RelativePositionsTable(ids, embeddings), self.conv)
+
+
+class DebertaV2(Backbone):
+    """DeBERTa-v2 and v3, which share their model type.
+
+    Relative positions have no end, but one was chosen in training: `max_positions`.
+    """
+
+    model_type = "deberta-v2"
+    prefix = "deberta"
+
+    def blocks(self) -> list[Block]:
+        """Every layer looks up relative positions by itself: a table is cheap to hold."""
+        encoder = self.encoder.encoder
+        positions = _RelativePositions(encoder)
+        first, *others = self.layers()
+        return [
+            _DebertaBlock(first, positions, encoder.conv),
+            *(_DebertaBlock(layer, positions, None) for layer in others),
+        ]
+
+    def classifier_parts(self) -> ClassifierParts:
+        """A pooler that is not part of the encoder."""
+        return ClassifierParts(dense="pooler.dense", activation=self.config.pooler_hidden_act)

@@ -1,0 +1,149 @@
+"""ModernBERT: rotary positions, and layers that only look at their neighbourhood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.errors import ModelError
+from ...runtime.manifest import MASK_FILL
+from .base import Backbone, Block, ClassifierParts, Embeddings
+
+ROTARY = "rotary"
+
+# Kinds of rotary positions that depend on the length of the text.
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+class _ModernBertEmbeddings(Embeddings):
+    def __init__(self, embeddings: nn.Module, rotary: nn.Module) -> None:
+        super().__init__(embeddings)
+        self.rotary = rotary
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_states = self.embeddings(input_ids)
+        return hidden_states, {ROTARY: self.rotary(hidden_states)}
+
+    def frozen(self, max_positions: int) -> Embeddings:
+        with torch.no_grad():
+            longest = self.rotary(torch.zeros(1, max_positions, 1))
+        return _ModernBertEmbeddings(self.embeddings, _RotaryTable(longest))
+
+
+class _Rotary(nn.Module):
+    """Cosines and sines of the rotary positions, of all kinds of layers.
+
+    Args:
+        embedding: makes those of one kind.
+        kinds: the kinds of layers.
+    """
+
+    def __init__(self, embedding: nn.Module, kinds: tuple[str, ...]) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.kinds = kinds
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[2 * kinds, sequence, head size]`: a cosine and a sine for each kind."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        return torch.cat(
+            [part for kind in self.kinds for part in self.embedding(hidden_states, positions, kind)]
+        )
+
+
+class _RotaryTable(nn.Module):
+    """The same, looked up in those of the longest sequence: half precision cannot compute them."""
+
+    def __init__(self, longest: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("longest", longest)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.get_buffer("longest")[:, torch.arange(hidden_states.shape[1])]
+
+
+class _ModernBertBlock(Block):
+    """A layer.
+
+    Args:
+        layer: the layer.
+        kind: which of the kinds of rotary positions is its own.
+        reach: how far it looks in either direction; None: over the whole text.
+    """
+
+    def __init__(self, layer: nn.Module, kind: int, reach: int | None) -> None:
+        super().__init__(layer)
+        self.kind = kind
+        self.reach = reach
+
+    def forward(self, hidden_states: Tensor, attention_bias: Tensor, **carried: Tensor) -> Tensor:
+        cosine, sine = carried[ROTARY][2 * self.kind :][:2, None]
+        bias = attention_bias
+        if self.reach is not None:
+            positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            near = (positions[:, None] - positions[None, :]).abs() <= self.reach
+            # Not a sum of two biases, which half precision could not hold.
+            bias = torch.where(near, bias, MASK_FILL)
+        hidden: Tensor = self.layer(
+            hidden_states, attention_mask=bias, position_embeddings=(cosine, sine)
+        )
+        return hidden
+
+
+class ModernBert(Backbone):
+    """ModernBERT: the first segment gives rotary positions, and every exit the final norm."""
+
+    model_type = "modernbert"
+    prefix = "model"
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__(encoder)
+        self._kinds = tuple(sorted(set(self.config.layer_types)))
+        for kind in self._kinds:
+            rope = self.config.rope_parameters[kind]["rope_type"]
+            if rope in _BY_LENGTH:
+                raise ModelError(
+                    f"the rotary positions of this model are of type {rope!r}, which depend on "
+                    "the length of the text",
+                    "use a model whose rope_parameters in config.json have another rope_type",
+                )
+        size = int(self.config.hidden_size) // int(self.config.num_attention_heads)
+        self.carried = {ROTARY: (2 * len(self._kinds), "sequence", size)}
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings, and the rotary positions `[2 * kinds, sequence, head size]`."""
+        rotary = _Rotary(self.encoder.rotary_emb, self._kinds)
+        return _ModernBertEmbeddings(self.encoder.embeddings, rotary)
+
+    def layers(self) -> list[nn.Module]:
+        """They stand in the model itself."""
+        return list(self.encoder.layers)
+
+    def blocks(self) -> list[Block]:
+        """Which layers look at their neighbourhood only, the configuration says."""
+        return [
+            _ModernBertBlock(
+                layer,
+                self._kinds.index(kind),
+                int(self.config.sliding_window) if kind == "sliding_attention" else None,
+            )
+            for layer, kind in zip(self.layers(), self.config.layer_types, strict=True)
+        ]
+
+    def norm(self) -> nn.Module | None:
+        """Layers add to the hidden states and never scale them: exits do."""
+        norm: nn.Module = self.encoder.final_norm
+        return norm
+
+    def classifier_parts(self) -> ClassifierParts:
+        """What its configuration says of the classifier."""
+        return ClassifierParts(
+            dense="head.dense",
+            activation=self.config.classifier_activation,
+            norm="head.norm",
+            pooling=self.config.classifier_pooling,
+        )

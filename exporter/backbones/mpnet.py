@@ -1,0 +1,80 @@
+"""MPNet: a relative position bias, made once, that every layer adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Embeddings
+from .bert import Roberta
+
+
+class _MPNetEmbeddings(Embeddings):
+    def __init__(self, embeddings: nn.Module, position_bias: nn.Module) -> None:
+        super().__init__(embeddings)
+        self.position_bias = position_bias
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_states = self.embeddings(input_ids)
+        return hidden_states, {"position_bias": self.position_bias(hidden_states)}
+
+    def frozen(self, max_positions: int) -> Embeddings:
+        longest = torch.zeros(1, max_positions, 1)
+        with torch.no_grad():
+            table = _PositionBiasTable(self.position_bias(longest))
+        return _MPNetEmbeddings(self.embeddings, table)
+
+
+class _PositionBias(nn.Module):
+    """The relative position bias of MPNet: the same for every row, so computed for one."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        # Registered alone, so that an exported segment does not hold the layers' weights.
+        self.relative_attention_bias = encoder.relative_attention_bias
+        self._compute = type(encoder).compute_position_bias
+        self.relative_position_bucket = type(encoder).relative_position_bucket
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        bias: Tensor = self._compute(self, hidden_states[:1])
+        return bias
+
+
+class _PositionBiasTable(nn.Module):
+    """The same by distance: looked up, where computing it takes forty small operations.
+
+    Args:
+        longest: `[1, heads, positions, positions]`, the bias of the longest sequence.
+    """
+
+    def __init__(self, longest: Tensor) -> None:
+        super().__init__()
+        self.positions = longest.shape[-1]
+        # Distance key - query, from 1 - positions on: the first column, then the first row.
+        by_distance = torch.cat([longest[0, :, 1:, 0].flip(-1), longest[0, :, 0, :]], dim=-1)
+        self.register_buffer("by_distance", by_distance)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        positions = torch.arange(hidden_states.shape[1])
+        distance = positions[None, :] - positions[:, None] + self.positions - 1
+        return self.get_buffer("by_distance")[:, distance][None]
+
+
+class MPNet(Roberta):
+    """MPNet: the first segment computes a relative position bias that every layer adds."""
+
+    model_type = "mpnet"
+    prefix = "mpnet"
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__(encoder)
+        heads = int(self.config.num_attention_heads)
+        self.carried = {"position_bias": (1, heads, "sequence", "sequence")}
+
+    def embeddings(self) -> Embeddings:
+        """The embeddings, and the position bias `[1, heads, sequence, sequence]`."""
+        return _MPNetEmbeddings(self.encoder.embeddings, _PositionBias(self.encoder.encoder))
