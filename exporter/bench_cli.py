@@ -33,7 +33,7 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
 
 @click.command(context_settings={"show_default": True})
 @click.argument("engines", type=click.Path(path_type=Path))
-@click.option("--input", "source", required=True, help="Texts (.txt or .jsonl).")
+@click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
 @rule_options
 @click.option(
     "--depth",

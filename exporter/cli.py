@@ -68,7 +68,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option(
     "--verify-data",
     type=click.Path(path_type=Path),
-    help="More texts to verify with (.txt or .jsonl).",
+    help="More texts to verify with, in any format of fpabee-run.",
 )
 @click.option("--force", is_flag=True, help="Replace an engines folder that is there.")
 @click.option("--fp16", is_flag=True, help="Also write fp16, and build it where possible.")
@@ -77,7 +77,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option(
     "--calibration-data",
     type=click.Path(path_type=Path),
-    help="Texts (.txt or .jsonl) like those to classify, for the ranges of --int8.",
+    help="Texts like those to classify, for the ranges of --int8.",
 )
 @click.option(
     "--keep-fp32",

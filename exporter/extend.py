@@ -36,11 +36,11 @@ class ExtendOptions:
 
     Attributes:
         precisions: half precisions to write graphs in.
-        int8_data: texts (.txt or .jsonl) for int8 ranges; None: no int8.
+        int8_data: texts (any format of `read_rows`) for int8 ranges; None: no int8.
         backends: targets that must be built; None: those that can be built here, for each
             precision asked for.
         keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
-        verify_data: texts to check half precision with (.txt or .jsonl).
+        verify_data: texts to check half precision with (any format of `read_rows`).
         plans: how TensorRT plans are built.
         jobs: builds at a time.
         resume: keep plans that are already built.

@@ -66,7 +66,7 @@ class ExportOptions:
         exits: exit numbers to keep, counted from 1; None keeps all.
         problem_type: the task, for checkpoints that do not name it.
         max_length: longest sequence in tokens; None: what the model takes.
-        verify_data: more texts to verify with (.txt or .jsonl).
+        verify_data: more texts to verify with (any format of `read_rows`).
         force: replace an engines folder that is there.
     """
 

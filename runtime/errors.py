@@ -4,6 +4,7 @@
     |-- ModelError              model_dir: missing, damaged, or not a multi-exit model
     |-- ArtifactError           engines folder: missing, damaged, or of another version
     |-- InputError              texts and labels to read, and results to write
+    |   `-- RowError            one row of an input; the rows after it can be read
     |-- RuleError               an exit rule that does not exist or does not fit
     |-- BackendError            what an inference library cannot do here
     |   `-- MissingExtraError   an optional package is not installed
@@ -42,6 +43,10 @@ class ArtifactError(FpabeeError):
 
 class InputError(FpabeeError):
     """Texts or labels cannot be read, or results cannot be written."""
+
+
+class RowError(InputError):
+    """One row of an input cannot be read; the rows after it can."""
 
 
 class RuleError(FpabeeError):

@@ -1,4 +1,4 @@
-"""A running tally of predictions: depth, exits, truncation, scores. Flat in memory."""
+"""A running tally of predictions: depth, exits, truncation, bad rows, scores. Flat in memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .engine import Engine, Prediction
-from .errors import InputError
+from .errors import InputError, RowError
 from .exit_rules import ExitRule
 from .metrics import encode_labels, evaluate
+from .records import Record
 from .text_io import Row
 
 
@@ -27,6 +28,8 @@ class Summary:
 
     def __init__(self, engine: Engine, rule: ExitRule | None, metrics: bool) -> None:
         self.rows = 0
+        self.errors = 0
+        self.standing = 0
         self._engine = engine
         self._rule = rule
         self._metrics = metrics
@@ -44,25 +47,52 @@ class Summary:
         Raises:
             InputError: metrics are asked for and the row has no usable label.
         """
+        self._count(row, prediction.exit, prediction.labels, prediction.truncated)
+
+    def add_record(self, row: Row, record: Record) -> None:
+        """Count a row that an earlier run has written."""
+        labels = record["labels"] if self._engine.multi_label else [record["label"]]
+        self._count(row, record["exit"], tuple(labels), "truncated" in record)
+        self.standing += 1
+
+    def add_error(self) -> None:
+        """Count a row that could not be read."""
         self.rows += 1
-        self._exits[prediction.exit] += 1
-        self._truncated += prediction.truncated
+        self.errors += 1
+
+    def why_not(self, row: Row) -> RowError | None:
+        """Why a row cannot be scored, where metrics are asked for."""
+        if not self._metrics:
+            return None
+        try:
+            self._expected_label(row)
+        except InputError as error:
+            return RowError(error.message, error.hint)
+        return None
+
+    def _count(self, row: Row, exit_number: int, labels: tuple[str, ...], truncated: bool) -> None:
+        self.rows += 1
+        self._exits[exit_number] += 1
+        self._truncated += truncated
         self._empty += not row.text
         if self._metrics:
-            if row.labels is None:
-                raise InputError(
-                    f"line {row.line} has no label, which --metrics needs",
-                    'add "label" or "labels" to every row, or leave out --metrics',
-                )
-            self._expected.append(self._encode(row.labels, row.line))
-            self._predicted.append(self._encode(prediction.labels, row.line))
+            self._expected.append(self._expected_label(row))
+            self._predicted.append(self._encode(labels, row))
 
-    def _encode(self, labels: tuple[str, ...], line: int) -> int | bytes:
+    def _expected_label(self, row: Row) -> int | bytes:
+        if row.labels is None:
+            raise InputError(
+                f"{_where(row)} has no label, which --metrics needs",
+                'add "label" or "labels" to every row, or leave out --metrics',
+            )
+        return self._encode(row.labels, row)
+
+    def _encode(self, labels: tuple[str, ...], row: Row) -> int | bytes:
         manifest = self._engine.manifest
         try:
             encoded = encode_labels([labels], manifest.task.labels, manifest.task.problem_type)
         except InputError as error:
-            message = error.message.replace("row 1", f"line {line}")
+            message = error.message.replace("row 1", _where(row), 1)
             raise InputError(message, error.hint) from error
         return encoded[0].astype(np.uint8).tobytes() if encoded.ndim == 2 else int(encoded[0])
 
@@ -82,16 +112,17 @@ class Summary:
         """Mean number of layers that ran for a row."""
         layers = self._engine.manifest.exit_layers
         total = sum(layers[number - 1] * count for number, count in self._exits.items())
-        return total / max(1, self.rows)
+        return total / max(1, self.rows - self.errors)
 
     def print(self, console: Console, operating_point: str | None) -> None:
         """Print the summary; `operating_point` is the calibrated one in use, if one is."""
         seconds = time.perf_counter() - self._started
+        done = self.rows - self.standing
         layers = self._engine.manifest.model.layers
         rule = "full depth" if self._rule is None else _describe(self._rule)
         rule = f"operating point {operating_point}: {rule}" if operating_point else rule
         console.print(
-            f"{self.rows} rows in {seconds:.1f} s ({self.rows / seconds:.0f} rows/s) on "
+            f"{self.rows} rows in {seconds:.1f} s ({done / seconds:.0f} rows/s) on "
             f"{self._engine.target}, {rule}",
             soft_wrap=True,
         )
@@ -100,10 +131,11 @@ class Summary:
             f"saving {1 - self.mean_depth / layers:.1%}; "
             f"{self._truncated} truncated, {self._empty} empty"
         )
+        self._print_parts(console)
         table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
         for number, layer in enumerate(self._engine.manifest.exit_layers, start=1):
             count = self._exits[number]
-            share = count / max(1, self.rows)
+            share = count / max(1, self.rows - self.errors)
             bar = "█" * round(30 * share)
             table.add_row(str(number), str(layer), str(count), f"{share:.1%}", bar)
         console.print(table)
@@ -116,9 +148,19 @@ class Summary:
                 soft_wrap=True,
             )
 
+    def _print_parts(self, console: Console) -> None:
+        if self.standing:
+            console.print(f"{self.standing} rows were done by an earlier run")
+        if self.errors:
+            console.print(f"{self.errors} rows could not be read: their records are errors")
+
     def print_metrics(self, console: Console) -> None:
         """Print the scores."""
         console.print(", ".join(f"{name} {value:.4f}" for name, value in self.scores().items()))
+
+
+def _where(row: Row) -> str:
+    return row.where or f"line {row.line}"
 
 
 def _describe(rule: ExitRule) -> str:

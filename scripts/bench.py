@@ -86,7 +86,7 @@ def _milliseconds(timing: dict[str, float] | None) -> str:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("engines", type=click.Path(path_type=Path))
-@click.option("--input", "source", required=True, help="Texts (.txt or .jsonl).")
+@click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
 @click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
 @click.option("--title", default="", help="What was run, for the line below the table.")
 @click.option("--readme", type=click.Path(path_type=Path), help="File with the markers.")

@@ -204,9 +204,16 @@ def test_result_tells_of_the_folder(bert: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_verify_data_is_verified_too(bert: Path, tmp_path: Path) -> None:
-    data = tmp_path / "more.jsonl"
-    data.write_text('{"text": "good film"}\n{"text": "rain", "text_pair": "sun"}\n')
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("more.jsonl", '{"text": "good film"}\n{"text": "rain", "text_pair": "sun"}\n'),
+        ("more.csv", "text_pair,text\n,good film\nsun,rain\n"),
+    ],
+)
+def test_verify_data_is_verified_too(bert: Path, tmp_path: Path, name: str, content: str) -> None:
+    data = tmp_path / name
+    data.write_text(content)
     result = export(bert, tmp_path / "engines", ExportOptions(verify_data=data))
     assert result.parity.rows == len(BUILT_IN_TEXTS) + 2
     with np.load(result.folder / "reference.npz") as reference:

@@ -3,84 +3,31 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, text_io
+from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee
 from fpabee.runtime.cli import main
 from fpabee.runtime.manifest import MANIFEST_NAME
+from fpabee.runtime.text_io import lines as lines_module
+
+from .running import Result, Run, check_refused, write_lines
 
 TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run of the command gave."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process; stdout is taken at its file descriptor."""
-
-    def run(*arguments: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return Result(int(caught.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "texts.txt"
     path.write_text("".join(text + "\n" for text in TEXTS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def bert(engines: Mapping[str, Path]) -> Path:
-    return engines["bert"]
-
-
-def check_refused(result: Result, *says: str) -> None:
-    """One line on stderr, nothing on stdout, exit code 1."""
-    assert (result.code, result.out) == (1, "")
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    assert result.err.endswith("\n")
-    assert "Traceback" not in result.err
-    message, arrow, hint = result.err.partition(" -> ")
-    assert arrow
-    assert hint.strip()
-    for part in says:
-        assert part in message or part in hint
-
-
-def write_lines(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
 
 
@@ -340,7 +287,7 @@ def test_metrics_need_labels_that_the_model_knows(
         (["--input", "x.txt", "--threads", "0"], "--threads"),
         (["--input", "x.txt", "--threshold", "high"], "--threshold"),
         (["--input", "x.txt", "--max-length", "0"], "--max-length"),
-        (["--input", "x.txt", "--input-format", "csv"], "--input-format"),
+        (["--input", "x.txt", "--input-format", "xml"], "--input-format"),
         (["--input", "x.txt", "--full-depth", "--rule", "pabee"], "--full-depth"),
         (["--input", "x.txt", "--full-depth", "--operating-point", "a"], "--full-depth"),
         (["--input", "x.txt", "--operating-point", "a", "--patience", "1"], "--operating-point"),
@@ -383,8 +330,8 @@ def test_a_max_length_without_room_for_a_token(run: Run, bert: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("in.txt", None, ("in.txt does not exist", ".txt or .jsonl file, or -")),
-        ("in.csv", b"a\n", ("cannot tell the format", "rename the file")),
+        ("in.txt", None, ("in.txt does not exist", ".parquet file, or - for stdin")),
+        ("in.xls", b"a\n", ("cannot tell the format", "rename the file")),
         ("in.txt", b"", ("in.txt has no rows", "at least one line")),
         ("in.jsonl", b"", ("in.jsonl has no rows", "at least one line")),
         ("in.txt", b"good\n\xff\xfe\n", ("line 2 is not UTF-8", "iconv -f")),
@@ -404,7 +351,7 @@ def test_bad_input(
     content: bytes | None,
     says: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(text_io, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 1000)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     check_refused(run(bert, "--input", tmp_path / name), *says)
@@ -530,28 +477,31 @@ def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:
     assert b"1 rows in" in done.stderr
 
 
-def test_a_reader_that_stops_early_is_no_error(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output_format", ["jsonl", "csv"])
+def test_a_reader_that_stops_early_is_no_error(
+    bert: Path, tmp_path: Path, output_format: str
+) -> None:
     source = tmp_path / "in.txt"
-    source.write_text("rain\n" * 3000)
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(
-        [*COMMAND, bert, "--input", source, "--quiet"],
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+    source.write_text("rain\n" * 9000)
+    command = [*COMMAND, str(bert), "--input", str(source), "--quiet"]
+    command += ["--output-format", output_format]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # As head does: more is written than a pipe holds, and nobody reads on.
+        head = subprocess.run(
+            ["head", "-n", "2"], stdin=process.stdout, capture_output=True, check=True
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert len(head.stdout.splitlines()) == 2
 
 
 def test_an_error_midway_keeps_the_rows_done_and_names_them(
     run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpabee.runtime.engine._CHUNK_TEXTS", 1)
-    monkeypatch.setattr("fpabee.runtime.engine._WINDOW_BYTES", 1)
-    monkeypatch.setattr("fpabee.runtime.backends.onnxruntime._GROUP_TOKENS", 1)
+    monkeypatch.setattr("fpabee.runtime.run.BLOCK_ROWS", 1)
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "rain"}\n{"text": "sun"}\n{"text": 5}\n')
     result = run(bert, "--input", source, "--output", tmp_path / "out.jsonl")

@@ -369,3 +369,14 @@ def test_bad_input_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize("flag", ["--exits=a", "--epochs=0", "--exit-weights=square", "--typo"])
 def test_usage_errors_exit_2(run: Run, flag: str) -> None:
     assert run(flag).exit_code == 2
+
+
+def test_rows_of_tables_are_read_too(train: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text('text,text_pair,label\n"a, b",c,yes\nd,,no\n')
+    assert train.load_rows(str(tmp_path / "train.csv")) == [
+        Row("a, b", "c", ("yes",), line=2),
+        Row("d", None, ("no",), line=3),
+    ]
+    (tmp_path / "train.tsv").write_text("text\tlabels\na\tx|y\n")
+    (row,) = train.load_rows(str(tmp_path / "train.tsv"))
+    assert row.labels == ("x", "y")

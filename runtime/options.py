@@ -1,0 +1,177 @@
+"""Options that several commands share, and how their errors are shown."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .. import __version__
+from .distributions import Measure
+from .errors import FpabeeError
+from .exit_rules import RULES, ExitRule, Threshold
+from .outputs import INTERRUPTED
+from .text_io import LABEL_SEPARATOR, Columns, TextFormat
+from .writers import OutputFormat
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+version_option = click.version_option(__version__, package_name="fpabee")
+
+RULE_OPTIONS = (
+    "measure",
+    "threshold",
+    "agreement",
+    "patience",
+    "exit",
+    "min_exit",
+    "max_exit",
+)
+
+
+class _ThresholdType(click.ParamType[Threshold]):
+    """One number, or one for each exit: `0.1` or `0.1,0.2,0.3`."""
+
+    name = "number[,number...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Threshold:
+        """Numbers of the text on the command line."""
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number, nor a list such as 0.1,0.2", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
+def exits_with_one_line(function: F) -> F:
+    """Turn our errors into one line on stderr and exit code 1; bugs keep their traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except FpabeeError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except BrokenPipeError:
+            # The reader (such as head) has seen enough: not an error of ours.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def rule_options(function: F) -> F:
+    """Options that describe an exit rule; `chosen_rule` reads them."""
+    options = [
+        click.option("--rule", type=click.Choice(list(RULES)), help="Exit rule."),
+        click.option(
+            "--measure",
+            type=click.Choice([m.value for m in Measure]),
+            help="Similarity measure of fpabee.",
+        ),
+        click.option(
+            "--threshold",
+            type=_ThresholdType(),
+            help="Threshold of the rule: one, or one for each exit with commas.",
+        ),
+        click.option("--agreement", type=float, help="Threshold of either's measure."),
+        click.option("--patience", type=click.IntRange(min=1), help="Signs in a row to stop."),
+        click.option("--exit", type=click.IntRange(min=1), help="The exit of budget."),
+        click.option("--min-exit", type=click.IntRange(min=1), help="No row stops before it."),
+        click.option("--max-exit", type=click.IntRange(min=1), help="Every row stops there."),
+    ]
+    return _with(options, function)
+
+
+def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -> ExitRule:
+    """The rule that the options describe: a named one, or the default with changes.
+
+    Raises:
+        RuleError: a setting that the rule does not take, or one that it needs is missing.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    base = default.to_dict() if name in (None, default.name) else {"name": name}
+    if given.get("measure", base.get("measure")) != base.get("measure"):
+        # Thresholds of two measures are on different scales.
+        base.pop("threshold", None)
+    return ExitRule.from_dict(base | given)
+
+
+def input_options(function: F) -> F:
+    """Options that say what is read and how; `chosen_columns` takes those of columns."""
+    options = [
+        click.option(
+            "--input",
+            "sources",
+            required=True,
+            multiple=True,
+            help="A .txt (a text a line), .jsonl, .csv, .tsv or .parquet file with text, "
+            "text_pair, label; also .gz; - for stdin. May be repeated.",
+        ),
+        click.option(
+            "--input-format",
+            type=click.Choice([f.value for f in TextFormat]),
+            help="Default: by the file's name.",
+        ),
+        click.option("--text-column", default="text", help="Field of the text."),
+        click.option("--text-pair-column", help="Field of the second text. Default: text_pair."),
+        click.option("--label-column", help="Field of true labels. Default: labels or label."),
+        click.option(
+            "--label-separator",
+            help=f"Between labels in a cell. Default: {LABEL_SEPARATOR} in a column labels.",
+        ),
+        click.option("--no-quotes", is_flag=True, help='In .csv and .tsv, " does not quote.'),
+    ]
+    return _with(options, function)
+
+
+def chosen_columns(settings: dict[str, Any]) -> Columns:
+    """The columns that the options name; takes those options out of the settings."""
+    return Columns(
+        text=settings.pop("text_column"),
+        text_pair=settings.pop("text_pair_column"),
+        label=settings.pop("label_column"),
+        separator=settings.pop("label_separator") or None,
+        quotes=not settings.pop("no_quotes"),
+    )
+
+
+def output_options(function: F) -> F:
+    """Options that say where results go and what becomes of a run that is interrupted."""
+    options = [
+        click.option(
+            "--output", type=click.Path(path_type=Path), help="File to write. Default: stdout."
+        ),
+        click.option(
+            "--output-format",
+            type=click.Choice([f.value for f in OutputFormat]),
+            help="Default: by the file's name, or JSON lines.",
+        ),
+        click.option(
+            "--resume", is_flag=True, help="Go on with the rows that stand in OUTPUT.partial."
+        ),
+        click.option(
+            "--on-error",
+            type=click.Choice(["stop", "skip"]),
+            default="stop",
+            help="A row that cannot be read: stop, or write its error in its place.",
+        ),
+    ]
+    return _with(options, function)

@@ -1,0 +1,129 @@
+"""Parquet, through pyarrow: the extra `parquet`. Read in small batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import InputError, MissingExtraError, RowError
+from .rows import Columns, Row
+
+_BATCH_ROWS = 1024
+_BUFFER_BYTES = 2**20
+
+
+def load_pyarrow() -> tuple[Any, Any]:
+    """The modules `pyarrow` and `pyarrow.parquet`.
+
+    Raises:
+        MissingExtraError: they are not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            "Parquet needs pyarrow, not installed here", "pip install 'fpabee[parquet]'"
+        ) from error
+    return pyarrow, parquet
+
+
+def parquet_rows(
+    path: Path, columns: Columns, progress: Callable[[float], None]
+) -> Iterator[Row | RowError]:
+    """A row for each row of a Parquet file.
+
+    Args:
+        path: the file.
+        columns: which columns are text and labels; the others are passed through.
+        progress: told the share of the rows that has been read.
+
+    Raises:
+        InputError: the file is damaged, or lacks a column or has it in another type.
+        MissingExtraError: pyarrow is not installed.
+    """
+    pyarrow, parquet = load_pyarrow()
+    try:
+        # Without the buffer, a row group of a million rows is read at once.
+        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+            columns.check(file.schema_arrow.names, str(path))
+            _check_types(pyarrow, file.schema_arrow, columns, path)
+            names = _class_names(file.schema_arrow, columns)
+            total = max(1, file.metadata.num_rows)
+            number = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for start in range(batch.num_rows):
+                    number += 1
+                    yield _row(batch, start, columns, names, f"{path}, row {number}", number)
+                progress(number / total)
+    except (pyarrow.ArrowException, OSError) as error:
+        line = " ".join(str(error).split())
+        raise InputError(
+            f"{path} cannot be read as Parquet: {line}", "copy the file again"
+        ) from error
+
+
+def _row(
+    batch: Any, at: int, columns: Columns, names: dict[str, list[str]], where: str, number: int
+) -> Row | RowError:
+    try:
+        content = {
+            name: _plain(column[at].as_py())
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        for name, known in names.items():
+            if isinstance(content[name], int) and 0 <= content[name] < len(known):
+                content[name] = known[content[name]]
+        return columns.row(content, where, number, table=True)
+    except UnicodeDecodeError as error:
+        return RowError(f"{where} is not UTF-8: {error.reason}", "write the file again")
+    except RowError as error:
+        return error
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: dates, decimals and the like as strings, bytes in base64."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
+
+
+def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> None:
+    for name in (columns.text, columns.pair_name):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        kind = getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind
+        types = pyarrow.types
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)) and (
+            str(kind) != "string_view"
+        ):
+            raise InputError(
+                f'{path}: the column "{name}" is {kind}, not a string',
+                "choose another with --text-column or --text-pair-column",
+            )
+
+
+def _class_names(schema: Any, columns: Columns) -> dict[str, list[str]]:
+    """Names of numbered labels, which the `datasets` library keeps beside the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {name: features.get(name, {}).get("names") for name in columns.label_names}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
+    return {
+        name: [str(part) for part in known]
+        for name, known in found.items()
+        if isinstance(known, list) and name in schema.names
+    }

@@ -1,0 +1,167 @@
+"""What a row is, and how one is made of named values, whatever file they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from ..errors import InputError, RowError
+
+T = TypeVar("T")
+
+LABEL_SEPARATOR = "|"
+"""Between the labels of a cell of a column `labels`, in and out."""
+
+_TEXT_PAIR = "text_pair"
+_LABELS = ("labels", "label")
+
+
+class TextFormat(str, Enum):
+    """How an input is read."""
+
+    TEXT = "txt"
+    JSON_LINES = "jsonl"
+    CSV = "csv"
+    TSV = "tsv"
+    PARQUET = "parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of an input file.
+
+    Attributes:
+        text: the text, or the first of a pair.
+        text_pair: the second of a pair.
+        labels: the true label names, if the file has them.
+        fields: any other fields, to be passed through.
+        line: line number, counted from 1; in Parquet the number of the row.
+        where: file and line, for messages.
+    """
+
+    text: str
+    text_pair: str | None = None
+    labels: tuple[str, ...] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    line: int = 0
+    where: str = field(default="", compare=False)
+
+    @property
+    def content(self) -> str | tuple[str, str]:
+        """What the engine takes: a text or a pair."""
+        return self.text if self.text_pair is None else (self.text, self.text_pair)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which fields or columns of an input are text and labels.
+
+    Attributes:
+        text: of the text.
+        text_pair: of the second text; default: `text_pair`, where there is one.
+        label: of the true label or labels; default: `labels` or `label`, where there is one.
+        separator: splits a string into labels; default: `|` in a column `labels` of a table.
+        quotes: whether `"` quotes a cell of CSV and TSV; else it is a character like others.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str | None = None
+    separator: str | None = None
+    quotes: bool = True
+
+    @property
+    def pair_name(self) -> str:
+        """The name of the second text."""
+        return self.text_pair or _TEXT_PAIR
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Where labels may stand; the first that has a value counts."""
+        return _LABELS if self.label is None else (self.label,)
+
+    def splits(self, name: str) -> str | None:
+        """What splits a cell of this label column of a table; None: it is one name."""
+        return self.separator or (LABEL_SEPARATOR if name == "labels" else None)
+
+    def check(self, names: Collection[str], where: str) -> None:
+        """Check that a table has the columns.
+
+        Raises:
+            InputError: the text column, or one that was asked for by name, is not there.
+        """
+        wanted = {"--text-column": self.text}
+        if self.text_pair is not None:
+            wanted["--text-pair-column"] = self.text_pair
+        if self.label is not None:
+            wanted["--label-column"] = self.label
+        for option, name in wanted.items():
+            if name not in names:
+                raise InputError(
+                    f'{where} has no column "{name}"; it has: {", ".join(names)}',
+                    f"name the column with {option}",
+                )
+
+    def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
+        """A row of named values.
+
+        Args:
+            content: values by name.
+            where: file and line, for messages.
+            number: the line.
+            table: whether a string in a column `labels` is split.
+
+        Raises:
+            RowError: the text is no string, or the pair or labels are not what they should be.
+        """
+        text = content.get(self.text)
+        if not isinstance(text, str):
+            raise RowError(
+                f'{where} has no string field "{self.text}"',
+                f'expected an object such as {{"{self.text}": "..."}}, or --text-column',
+            )
+        pair = content.get(self.pair_name)
+        if pair is not None and not isinstance(pair, str):
+            raise RowError(
+                f'{where}: "{self.pair_name}" is a {type(pair).__name__}',
+                "expected a string, or no such field",
+            )
+        used = (self.text, self.pair_name, *self.label_names)
+        fields = {name: value for name, value in content.items() if name not in used}
+        return Row(text, pair, self._labels(content, where, table), fields, number, where)
+
+    def _labels(
+        self, content: Mapping[str, Any], where: str, table: bool
+    ) -> tuple[str, ...] | None:
+        for name in self.label_names:
+            value = content.get(name)
+            if value is None:
+                continue
+            separator = self.splits(name) if table else self.separator
+            if separator is not None and isinstance(value, str):
+                return tuple(part.strip() for part in value.split(separator) if part.strip())
+            is_list = isinstance(value, list)
+            if name == "labels" and not is_list:
+                raise RowError(f'{where}: "labels" is not a list of names', 'such as ["a", "b"]')
+            if isinstance(value, dict) or (is_list and name == "label"):
+                raise RowError(f'{where}: "{name}" is not a name', 'such as "positive"')
+            if any(isinstance(part, (dict, list)) for part in (value if is_list else ())):
+                raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
+            return tuple(str(part) for part in (value if is_list else [value]))
+        return None
+
+
+def parsed(lines: Iterator[T], parse: Callable[[T], Row | None]) -> Iterator[Row | RowError]:
+    """What is made of each line; the error in place of a row that cannot be read."""
+    while True:
+        try:
+            row = parse(next(lines))
+        except StopIteration:
+            return
+        except RowError as error:
+            yield error
+            continue
+        if row is not None:
+            yield row
