@@ -134,7 +134,9 @@ def test_loss_weights_exit_j_by_j(train: ModuleType) -> None:
     logits = torch.randn(3, 5, 4, generator=torch.manual_seed(0), dtype=torch.float64)
     labels = torch.tensor([0, 3, 1, 2, 2])
     losses = [
-        np.mean([-torch.log_softmax(row, -1)[label] for row, label in zip(rows, labels)])  # noqa: B905
+        np.mean(
+            [-torch.log_softmax(row, -1)[label] for row, label in zip(rows, labels, strict=True)]
+        )
         for rows in logits
     ]
     linear = (1 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 6
