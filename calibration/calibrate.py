@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ from ..runtime.exit_rules import RULES, Budget, ExitRule
 from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
 from ..runtime.operating_point import Certificate, OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
-from .costs import CostModel, head_shares, measure_costs, measure_speedup
+from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
 from .cuts import TunedCuts, tune_cuts, with_cuts
 from .outcome import Outcome, exits_of, outcome
 from .risk import Bound, RiskOf, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer
-from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing
-from .stopping import StopScores, families
+from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing, every_setting
 from .trace import Progress, data_sha256, trace_rows
 
 DEFAULT_WISHES = {
@@ -41,9 +39,6 @@ SHOWN_RULES = ("fpabee", "pabee", "entropy")
 
 LEAST_ROWS = 10 * PARTS
 """Fewer rows are refused."""
-
-_FITTED_RULES = ("entropy", "energy", "fpabee")
-_FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
 
 
 @dataclass(frozen=True)
@@ -269,27 +264,14 @@ class _Session:
         for number, batch in enumerate(sizes):
             self.progress(f"time segments, batch {batch}", number, len(sizes))
             models.append(measure_costs(self.engine, rows.lengths, batch))
-        manifest = self.engine.manifest
-        target = manifest.targets[self.engine.target]
-        if target.backend == "onnxruntime" and not target.device and target.precision == "fp32":
-            middle = models[0].lengths[len(models[0].lengths) // 2]
-            shares = head_shares(self.folder, manifest, middle)
-            models[0] = dataclasses.replace(models[0], head_shares=shares)
+        models[0] = with_head_shares(
+            models[0], self.folder, self.engine.manifest, self.engine.target
+        )
         return tuple(models)
 
     def _selector(self, weighing: Weighing) -> Selector:
-        names = self.options.rules or tuple(RULES)
-        shown = dict.fromkeys([*names, *SHOWN_RULES])
-        stop = StopScores(weighing.rows)
-        firsts = range(1, max(2, weighing.rows.exits))
-        swept = families(stop, list(shown), self.options.measures, firsts)
-        fitted = families(
-            stop,
-            [name for name in _FITTED_RULES if name in names],
-            [measure for measure in _FITTED_MEASURES if measure in self.options.measures],
-            patiences=[1],
-        )
-        return Selector(weighing, list(swept), list(fitted), self.options.seed)
+        names = dict.fromkeys([*(self.options.rules or RULES), *SHOWN_RULES])
+        return every_setting(weighing, list(names), self.options.measures, self.options.seed)
 
     def _asked(self) -> dict[str, Wish | Bound]:
         if self.options.bound is not None:

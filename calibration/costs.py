@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -52,6 +53,24 @@ class CostModel:
         each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
         return np.cumsum(np.array(each), axis=0)
 
+    def keep_exits(self, numbers: Sequence[int]) -> CostModel:
+        """What the segments between some exits would take, without the heads in between.
+
+        Args:
+            numbers: the exits that are kept, counted from 1, ascending.
+        """
+        seconds = np.array(self.seconds)
+        heads = seconds * np.array(self.head_shares or [0.0] * len(seconds))[:, None]
+        kept, shares, start = [], [], 0
+        for number in numbers:
+            total = seconds[start:number].sum(axis=0) - heads[start : number - 1].sum(axis=0)
+            kept.append(tuple(map(float, total)))
+            shares.append(float(heads[number - 1].sum() / total.sum()))
+            start = number
+        return CostModel(
+            self.batch, self.lengths, tuple(kept), tuple(shares) if self.head_shares else ()
+        )
+
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
     """Time every segment at the lengths of some rows.
@@ -69,6 +88,15 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
         columns.append(np.median(np.array(runs), axis=0) / rows)
     seconds = np.stack(columns, axis=1)
     return CostModel(batch, tuple(sizes), tuple(tuple(map(float, row)) for row in seconds))
+
+
+def with_head_shares(model: CostModel, folder: Path, manifest: Manifest, target: str) -> CostModel:
+    """The model with the heads' shares, where the target lets them be measured."""
+    chosen = manifest.targets[target]
+    if chosen.backend != "onnxruntime" or chosen.device or chosen.precision != "fp32":
+        return model
+    middle = model.lengths[len(model.lengths) // 2]
+    return dataclasses.replace(model, head_shares=head_shares(folder, manifest, middle))
 
 
 def head_shares(folder: Path, manifest: Manifest, tokens: int) -> tuple[float, ...]:
@@ -131,23 +159,40 @@ def measure_speedup(
         rule: the rule.
         batch: rows at a time; above 1 they run in windows, as files do.
     """
+    full = Budget(exit=len(engine.manifest.segments))
+    return time_ratio((engine, full), (engine, rule), rows, batch)
+
+
+def time_ratio(
+    slow: tuple[Engine, ExitRule],
+    fast: tuple[Engine, ExitRule],
+    rows: Sequence[EncodedRow],
+    batch: int,
+) -> float:
+    """Run time of an engine with a rule over that of another, interleaved.
+
+    Args:
+        slow: the one whose time is divided.
+        fast: the one that divides it.
+        rows: tokenized rows, which both take.
+        batch: rows at a time; above 1 they run in windows, as files do.
+    """
     size, most = (1, _SINGLE_ROWS) if batch == 1 else (_WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS)
     chosen = [rows[number * len(rows) // most] for number in range(most)]
     chosen = chosen if most < len(rows) else list(rows)
-    variants = {"full": Budget(exit=len(engine.manifest.segments)), "rule": rule}
-    total = dict.fromkeys(variants, 0.0)
+    totals = [0.0, 0.0]
     begun = time.perf_counter()
     for start in range(0, len(chosen), size):
         unit = chosen[start : start + size]
-        times: dict[str, list[float]] = {name: [] for name in variants}
+        times: tuple[list[float], list[float]] = ([], [])
         for repeat in range(1 + (_REPEATS if size == 1 else 2)):
-            for name, variant in variants.items():
+            for number, (engine, rule) in enumerate((slow, fast)):
                 started = time.perf_counter()
-                engine.run_encoded(unit, variant)
+                engine.run_encoded(unit, rule)
                 if repeat:
-                    times[name].append(time.perf_counter() - started)
-        for name, values in times.items():
-            total[name] += statistics.median(values)
+                    times[number].append(time.perf_counter() - started)
+        for number, values in enumerate(times):
+            totals[number] += statistics.median(values)
         if time.perf_counter() - begun > _MOST_SECONDS:
             break
-    return total["full"] / total["rule"]
+    return totals[0] / totals[1]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Answers, Array
+from ..runtime.distributions import Answers, Array, Measure
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.operating_point import Wish
@@ -17,7 +17,7 @@ from .losses import expected_losses, observed_losses, shrunk, upper_bound
 from .outcome import drop_interval, exits_of
 from .per_exit import fit_path
 from .scoring import AGREEMENT, Rows, Scorer
-from .stopping import Family
+from .stopping import Family, StopScores, families
 from .sweep import Sweep
 
 PARTS = 5
@@ -29,6 +29,9 @@ PER_EXIT = " per exit"
 ALL = frozenset(range(PARTS))
 # Of settings that wish for a sure bound on a metric without a formula, how many are tried.
 _TRIED = 60
+
+_FITTED_RULES = ("entropy", "energy", "fpabee")
+_FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
 
 # What is summed over rows for every setting.
 _COST, _OBSERVED, _EXPECTED, _SQUARES, _LOST, _WON, _METRIC = range(7)
@@ -277,6 +280,29 @@ class Selector:
         sweep = self._sweeps[which]
         threshold = float(sweep.grid[number - self._starts[which]])
         return Candidate(sweep.family.with_threshold(threshold))
+
+
+def every_setting(
+    weighing: Weighing, rules: Sequence[str], measures: Sequence[Measure], seed: int = 0
+) -> Selector:
+    """All settings of some rules, with a threshold for each exit where that may win.
+
+    Args:
+        weighing: the rows and what they cost.
+        rules: names of exit rules.
+        measures: similarity measures of `fpabee` and `either`.
+        seed: of the parts that rows are dealt into.
+    """
+    stop = StopScores(weighing.rows)
+    firsts = range(1, max(2, weighing.rows.exits))
+    swept = families(stop, rules, measures, firsts)
+    fitted = families(
+        stop,
+        [name for name in _FITTED_RULES if name in rules],
+        [measure for measure in _FITTED_MEASURES if measure in measures],
+        patiences=[1],
+    )
+    return Selector(weighing, list(swept), list(fitted), seed)
 
 
 def _stops(family: Family, rule: ExitRule) -> Answers:

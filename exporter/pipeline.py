@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +12,11 @@ from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.distributions import Measure
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
-from ..runtime.errors import ArtifactError, ModelError
+from ..runtime.errors import ArtifactError
 from ..runtime.exit_rules import FPabee
 from ..runtime.manifest import (
     REFERENCE_NAME,
     SCHEMA_VERSION,
-    VERIFICATION_NAME,
     Manifest,
     Model,
     ProblemType,
@@ -30,27 +24,23 @@ from ..runtime.manifest import (
     Shapes,
     Target,
     Task,
-    Verification,
-    is_engines_folder,
     sha256_of,
     write_manifest,
 )
 from ..runtime.text_io import read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
+from .keep_exits import check_exits
 from .multi_exit import MultiExitModel
+from .output import check_output, publish, staging
+from .parity import FP32_TARGET, LEAST_TOLERANCE, Parity, check_chain, with_parity
 from .reference import write_reference
 from .tokenizer import save_tokenizer
-from .verify import BUILT_IN_TEXTS, Parity, check_chain, check_graphs, reference_logits
+from .verify import BUILT_IN_TEXTS, check_graphs, reference_logits
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
 # classes, a mean probability of 0.98). It stands until the user calibrates.
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
-
-FP32_TARGET = "onnxruntime-fp32"
-
-# What the logits of one row may differ by between batches, at least (DESIGN.md: fp32 1e-5).
-_LEAST_TOLERANCE = 1e-5
 
 _SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
 _MAX_BATCH = 256
@@ -116,7 +106,7 @@ def export(
     options = options or ExportOptions()
     # Resolved, so that a link or the current folder is replaced and not what names it.
     target = Path(output).resolve()
-    _check_output(target, options.force)
+    check_output(target, options.force)
     check_installed()  # verification needs a runtime: say so before the long part
     source = resolve_model_dir(model_dir)
     if source.resolve().is_relative_to(target):
@@ -127,10 +117,10 @@ def export(
     model = load_checkpoint(source, options.problem_type)
     texts = _verification_texts(options)
     report = progress or (lambda what, done, total: None)
-    with _staging(target) as folder:
+    with staging(target) as folder:
         manifest, parity = _write(folder, source, model, texts, options, report)
-        _check_output(target, options.force)  # again: it may have appeared meanwhile
-        _publish(folder, target)
+        check_output(target, options.force)  # again: it may have appeared meanwhile
+        publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, parity, size)
 
@@ -168,27 +158,16 @@ def _write(
         shapes=_shapes(tokenizer.max_length),
         graphs=graphs,
         segments=cut.segments,
-        targets={FP32_TARGET: _target(_LEAST_TOLERANCE)},
+        targets={FP32_TARGET: _target()},
         default_target=FP32_TARGET,
         default_rule=DEFAULT_RULE.to_dict(),
+        files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
     )
     write_manifest(folder, manifest)
     differences = check_graphs(model, cut, manifest, folder, rows)
     with Engine.load(folder) as engine:
         parity = check_chain(engine, texts, logits, differences)
-    (folder / VERIFICATION_NAME).write_text(json.dumps(parity.to_dict(), indent=2) + "\n")
-    tolerance = max(_LEAST_TOLERANCE, parity.max_logit_difference)
-    manifest = _replace(
-        manifest,
-        targets={FP32_TARGET: _target(tolerance)},
-        verification=Verification(
-            rows=parity.rows,
-            max_logit_difference=parity.max_logit_difference,
-            label_agreement=parity.label_agreement,
-            exit_agreement=parity.exit_agreement,
-        ),
-        files={name: sha256_of(folder / name) for name in (REFERENCE_NAME, VERIFICATION_NAME)},
-    )
+    manifest = with_parity(folder, manifest, FP32_TARGET, parity)
     write_manifest(folder, manifest)
     return manifest, parity
 
@@ -200,18 +179,12 @@ def _shapes(max_length: int) -> Shapes:
     )
 
 
-def _replace(manifest: Manifest, **changes: object) -> Manifest:
-    import msgspec
-
-    return msgspec.structs.replace(manifest, **changes)
-
-
-def _target(tolerance: float) -> Target:
+def _target() -> Target:
     return Target(
         backend="onnxruntime",
         precision="fp32",
         versions={"onnxruntime": _onnxruntime_version()},
-        tolerance=tolerance,
+        tolerance=LEAST_TOLERANCE,
         row_invariant=True,
     )
 
@@ -238,11 +211,7 @@ def _model_record(source: Path, model: MultiExitModel, cut: segments.Cut) -> Mod
 def _chosen_exits(model: MultiExitModel, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     count = len(model.exit_config.exits)
     exits = asked or tuple(range(1, count + 1))
-    if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
-        raise ModelError(
-            f"--exits {','.join(map(str, exits))} does not fit a model with {count} exits",
-            f"give ascending exit numbers between 1 and {count}",
-        )
+    check_exits(exits, count)
     return exits
 
 
@@ -251,59 +220,3 @@ def _verification_texts(options: ExportOptions) -> list[Text]:
     if options.verify_data is not None:
         texts += [row.content for row in read_rows(options.verify_data)]
     return texts
-
-
-def _check_output(target: Path, force: bool) -> None:
-    if not target.exists():
-        return
-    is_free = target.is_dir() and not any(target.iterdir())
-    if not is_free and not is_engines_folder(target):
-        raise ArtifactError(
-            f"{target} exists and is not an engines folder; it will not be replaced",
-            "give another folder with -o",
-        )
-    if not force and not is_free:
-        raise ArtifactError(f"{target} already holds an engines folder", "replace it with --force")
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone afterwards unless published."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write in {target.parent}: {error.strerror}",
-            "give a writable folder with -o",
-        ) from error
-    folder = Path(name)
-    try:
-        yield folder
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {target}: {error.strerror}", "check the free space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, target: Path) -> None:
-    folder.chmod(0o777 & ~_umask())
-    if not target.exists():
-        folder.replace(target)
-        return
-    old = folder.with_name(folder.name + "-old")
-    target.replace(old)
-    try:
-        folder.replace(target)
-    except OSError:
-        old.replace(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

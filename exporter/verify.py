@@ -1,13 +1,12 @@
 """Check that exported segments give what the PyTorch model gives.
 
 Every export runs this: each graph against its module, on the inputs that the PyTorch model
-feeds it, then the chain, in the runtime that users run, against the whole model.
+feeds it; then `parity` holds the chain, in the runtime that users run, against the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from ..runtime.encoding import EncodedRow, Text
-from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
 from ..runtime.manifest import (
     ATTENTION_BIAS,
@@ -24,12 +22,10 @@ from ..runtime.manifest import (
     NEXT,
     Manifest,
 )
-from .agreement import answers, exit_agreement, largest, near_ties
 from .backbones import attention_bias
 from .multi_exit import MultiExitModel
+from .parity import FP32_TOLERANCE
 from .segments import Cut
-
-FP32_TOLERANCE = 1e-4
 
 _BATCH = 8
 
@@ -47,35 +43,6 @@ BUILT_IN_TEXTS: tuple[Text, ...] = (
     "set an alarm for six in the morning and remind me to water the plants " * 4,
     "the quick brown fox jumps over the lazy dog " * 40,
 )
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How close one export is to its model.
-
-    Attributes:
-        rows: texts compared.
-        graphs: largest absolute difference of any output, for each graph.
-        max_logit_difference: largest absolute difference of a logit of the chain.
-        label_agreement: share of (row, exit) with the same predicted labels, among those
-            whose logits are not within tolerance of a tie.
-        exit_agreement: share of rows with the same exit, among those whose scores are not
-            within tolerance of a threshold.
-        near_ties: rows left out of either share.
-        passed: whether everything is within the bar.
-    """
-
-    rows: int
-    graphs: dict[str, float]
-    max_logit_difference: float
-    label_agreement: float
-    exit_agreement: float
-    near_ties: int
-    passed: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """For verification.json."""
-        return asdict(self)
 
 
 def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> NDArray[np.float32]:
@@ -134,63 +101,6 @@ def check_graphs(
                 )
             state |= {key.removeprefix(NEXT): value for key, value in expected.items()}
     return worst
-
-
-def check_chain(
-    engine: Engine,
-    texts: Sequence[Text],
-    expected: NDArray[np.float32],
-    graphs: dict[str, float],
-    tolerance: float = FP32_TOLERANCE,
-) -> Parity:
-    """Compare the chain with the PyTorch model's logits.
-
-    Args:
-        engine: the export, loaded.
-        texts: the texts compared.
-        expected: `[exits, rows, labels]` of the PyTorch model.
-        graphs: what `check_graphs` gave, for the record.
-        tolerance: the bar for the largest logit difference.
-
-    Raises:
-        VerificationError: the chain misses the bar.
-    """
-    # Once in groups of the engine's own making, once a text at a time: both must agree.
-    together = engine.trace(texts).logits
-    alone = np.concatenate([engine.trace([text]).logits for text in texts[:_BATCH]], axis=1)
-    differences = largest(together, expected)
-    differences = np.maximum(differences, largest(alone, expected[:, : alone.shape[1]]))
-    difference = float(differences.max())
-    if not np.isfinite(difference):
-        bad = int(np.argmax(~np.isfinite(differences))) + 1
-        raise VerificationError(
-            f"the chain gives NaN or infinity from exit {bad} on, the PyTorch model does not",
-            "nothing was written; please report this with your model's config.json",
-        )
-    problem_type = engine.manifest.task.problem_type
-    ties = near_ties(expected, problem_type, tolerance)
-    same = answers(together, problem_type) == answers(expected, problem_type)
-    same = same if same.ndim == 2 else same.all(axis=-1)
-    exits_same, unsure = exit_agreement(together, expected, engine.rule, problem_type, tolerance)
-    sure_labels, sure_exits = same[~ties], exits_same[~unsure]
-    parity = Parity(
-        rows=len(texts),
-        graphs=graphs,
-        max_logit_difference=difference,
-        label_agreement=float(sure_labels.mean()) if sure_labels.size else 1.0,
-        exit_agreement=float(sure_exits.mean()) if sure_exits.size else 1.0,
-        near_ties=int((ties.any(axis=0) | unsure).sum()),
-        passed=bool(difference <= tolerance and sure_labels.all() and sure_exits.all()),
-    )
-    if not parity.passed:
-        bad = int(np.argmax(~(differences <= tolerance))) + 1
-        raise VerificationError(
-            f"the chain differs from the PyTorch model from exit {bad} on: logits by "
-            f"{difference:.2e} (bar {tolerance:.0e}), labels agree for "
-            f"{parity.label_agreement:.2%}, exits for {parity.exit_agreement:.2%}",
-            "nothing was written; please report this with your model's config.json",
-        )
-    return parity
 
 
 def _batches(
