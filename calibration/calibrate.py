@@ -199,6 +199,11 @@ class _Session:
             self.metric = options.metric or AGREEMENT
         else:
             self.metric = options.metric or kinds[0]
+        if len(self.layers) == 1:
+            raise InputError(
+                "the model has one exit, so every row runs all of it and nothing is to choose",
+                "export it with more exits, or train some with scripts/train.py",
+            )
         self.costs: tuple[CostModel, ...] = ()
         target = engine.manifest.targets[engine.target]
         if options.bound is not None and not target.row_invariant:

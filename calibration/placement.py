@@ -110,6 +110,8 @@ class _Search:
         """What exits can give."""
         rows = self.rows.keep_exits(exits)
         costs = self.costs.keep_exits(exits).row_costs(rows.lengths)
+        if len(exits) == 1:
+            return Step(exits, Budget(exit=1), float(costs[-1].mean()), 0.0)
         weighing = Weighing(rows, self.metric, costs)
         selector = every_setting(weighing, [self.name], self.measures)
         try:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from ..runtime.cli import exits_with_one_line, version_option
-from ..runtime.manifest import ProblemType
+from ..runtime.manifest import ProblemType, read_manifest
 from ..runtime.shown import Shown
+from . import placement_shown
 from .extend import ExtendOptions, drop_graphs, extend
 from .extras import require
 from .formats import Half
+from .placement import PlacementOptions, place_exits
 from .targets.tensorrt import PlanOptions
+
+AUTO = "auto"
 
 
 def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -23,6 +28,12 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
         return tuple(int(part) for part in value.split(",")) if value else None
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 2,4,6") from None
+
+
+def _exits(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | str | None:
+    return AUTO if value == AUTO else _numbers(context, parameter, value)
 
 
 def _three(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
@@ -54,7 +65,20 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     type=click.Path(path_type=Path),
     help="Add to this engines folder instead, from the graphs it holds. Needs no torch.",
 )
-@click.option("--exits", callback=_numbers, help="Exits to keep, such as 2,4,6. Default: all.")
+@click.option(
+    "--exits",
+    callback=_exits,
+    metavar="N,N,...|auto",
+    help="Exits to keep, such as 2,4,6. Default: all. With --from and -o: into a new folder; "
+    "auto chooses them for an operating point.",
+)
+@click.option(
+    "--operating-point", help="Whose wish --exits auto serves. Default: the target's default."
+)
+@click.option(
+    "--target", help="Whose points and times --exits auto goes by. Default: the folder's."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for --from --exits.")
 @click.option(
     "--problem-type",
     type=click.Choice([kind.value for kind in ProblemType]),
@@ -77,7 +101,8 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option(
     "--calibration-data",
     type=click.Path(path_type=Path),
-    help="Texts like those to classify, for the ranges of --int8.",
+    help="Rows like those to classify: for the ranges of --int8, or labelled for --from "
+    "--exits, if the folder no longer has those that calibrated it.",
 )
 @click.option(
     "--keep-fp32",
@@ -129,9 +154,36 @@ def main(
     """Compile MODEL_DIR, a trained multi-exit model or a hub id, into an engines folder."""
     if (model_dir is None) == (source is None):
         raise click.UsageError("give either MODEL_DIR or --from an engines folder")
-    fresh = {name: settings.pop(name) for name in ("exits", "problem_type", "max_length", "force")}
+    exits = settings.pop("exits")
+    place = {name: settings.pop(name) for name in ("operating_point", "target", "threads")}
+    fresh = {name: settings.pop(name) for name in ("problem_type", "max_length", "force")}
+    if source is not None and exits is not None:
+        if output is None:
+            raise click.UsageError("--from with --exits writes a new folder: name it with -o")
+        if fresh["problem_type"] or fresh["max_length"]:
+            raise click.UsageError("--from takes the task and the length from the folder")
+        others = ("fp16", "bf16", "int8", "keep_fp32", "backends", "no_onnx", "verify_data")
+        if any(settings[name] for name in others):
+            raise click.UsageError(
+                "--exits keeps the precisions and targets that are there; add others to the new "
+                "folder, with a second --from"
+            )
+        options = PlacementOptions(
+            exits=None if exits == AUTO else exits,
+            data=settings["calibration_data"],
+            force=fresh["force"],
+            extend=_extend_options(settings | {"calibration_data": None}),
+            **place,
+        )
+        _place(source, output, options, Shown(quiet), as_json)
+        return
+    if exits == AUTO or any(place.values()):
+        raise click.UsageError(
+            "exits are placed by what calibration found: --from ENGINES --exits auto -o NEW"
+        )
     if source is not None and (output is not None or any(fresh.values())):
         raise click.UsageError("--from adds to a folder: what was exported stays as it is")
+    fresh["exits"] = exits
     wanted = _extend_options(settings)
     if wanted.keep_fp32 and not wanted.precisions:
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
@@ -160,6 +212,22 @@ def main(
     click.echo(json.dumps({"folder": str(folder), **content}) if as_json else "\n".join(lines))
     if not as_json:
         click.echo(f"next: fpabee-run {folder} --input texts.txt")
+
+
+def _place(
+    source: Path, output: Path, options: PlacementOptions, shown: Shown, as_json: bool
+) -> None:
+    """Keep some exits of an engines folder, in a new one."""
+    with shown as progress:
+        result = place_exits(source, output, options, progress)
+    if as_json:
+        click.echo(json.dumps({"folder": str(output), **placement_shown.to_dict(result)}))
+        return
+    console = Console(highlight=False)
+    # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
+    wide = console if console.is_terminal else Console(highlight=False, width=160)
+    placement_shown.show(result, wide, len(read_manifest(source).segments))
+    click.echo(f"next: fpabee-run {output} --input texts.txt")
 
 
 def _extend_options(settings: dict[str, Any]) -> ExtendOptions:

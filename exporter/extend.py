@@ -140,7 +140,7 @@ def _extend(
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)
-    built, not_built = [], []
+    built, left = [], []
     asked = tuple(half.value for half in options.precisions)
     asked += ("int8",) if options.int8_data is not None else ()
     precisions = asked or tuple(manifest.precisions) or ("fp32",)
@@ -148,19 +148,33 @@ def _extend(
         error = why_not(backend)
         for precision in precisions:
             if error:
-                not_built.append(_not_built(path, backend, precision, error))
+                left.append(not_built(path, backend, precision, error))
                 continue
-            plans, jobs, resume = options.plans, options.jobs, options.resume
-            before = manifest
-            manifest, name = build_target(
-                path, manifest, backend, precision, plans, jobs, resume, progress
-            )
-            write_manifest(path, manifest)
-            if can_run(manifest.targets[name]):
-                progress(f"verify {name}", 0, 1)
-                manifest = _verified(path, before, manifest, name)
+            manifest, name = add_target(path, manifest, backend, precision, options, progress)
             built.append(name)
-    return ExtendResult(manifest, tuple(checks), tuple(built), tuple(not_built))
+    return ExtendResult(manifest, tuple(checks), tuple(built), tuple(left))
+
+
+def add_target(
+    path: Path,
+    manifest: Manifest,
+    backend: str,
+    precision: str,
+    options: ExtendOptions,
+    progress: Progress,
+) -> tuple[Manifest, str]:
+    """Build a target, verify it where it can run, and write it into the manifest.
+
+    Returns:
+        The manifest with the target, and the target's name.
+    """
+    plans, jobs, resume = options.plans, options.jobs, options.resume
+    built, name = build_target(path, manifest, backend, precision, plans, jobs, resume, progress)
+    write_manifest(path, built)
+    if can_run(built.targets[name]):
+        progress(f"verify {name}", 0, 1)
+        built = _verified(path, manifest, built, name)
+    return built, name
 
 
 def drop_graphs(folder: Path) -> None:
@@ -218,7 +232,8 @@ def _verified(path: Path, before: Manifest, manifest: Manifest, name: str) -> Ma
     return checked
 
 
-def _not_built(path: Path, backend: str, precision: str, error: BackendError) -> NotBuilt:
+def not_built(path: Path, backend: str, precision: str, error: BackendError) -> NotBuilt:
+    """What is left to be done for a target that cannot be built here."""
     flag = "" if precision == "fp32" else f" --{precision}"
     command = f"fpabee-export --from {path} --backend {backend}{flag}"
     if backend == RTX:

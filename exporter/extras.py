@@ -9,6 +9,7 @@ from ..runtime.errors import MissingExtraError
 _PACKAGES = {
     "export": ("torch", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
     "bench": ("onnx",),
+    "merge": ("onnx", "onnxruntime"),
     "half": ("onnx", "onnxruntime"),
 }
 

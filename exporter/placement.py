@@ -1,0 +1,336 @@
+"""Place exits: a new engines folder with those that pay, calibrated again. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..calibration.calibrate import CalibrationOptions, calibrate
+from ..calibration.costs import measure_costs, time_ratio, with_head_shares
+from ..calibration.placement import Placement, choose_exits
+from ..calibration.risk import Bound, RiskOf
+from ..calibration.scoring import AGREEMENT
+from ..calibration.trace import Progress, stored_rows, trace_rows
+from ..runtime.distributions import Measure
+from ..runtime.engine import Engine
+from ..runtime.errors import ArtifactError, FpabeeError, InputError
+from ..runtime.exit_rules import ExitRule
+from ..runtime.manifest import Manifest, read_manifest
+from ..runtime.operating_point import OperatingPoint, Wish
+from ..runtime.text_io import Row, read_rows
+from .extend import ExtendOptions, NotBuilt, add_target, not_built
+from .extras import require
+from .keep_exits import check_exits, keep_exits
+from .output import check_output, publish, staging
+from .parity import Parity
+from .targets.tensorrt import RTX, why_not
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """How exits are placed.
+
+    Attributes:
+        exits: those to keep, counted from 1; None: chosen for an operating point.
+        operating_point: whose wish and kind of rule exits are chosen for; None: the target's
+            default.
+        target: whose points and times count; None: the manifest's default.
+        data: labelled rows (any format of `read_rows`); None: those that calibrated the points.
+        force: replace an engines folder that is there.
+        threads: CPU threads.
+        extend: how plans are built again.
+    """
+
+    exits: tuple[int, ...] | None = None
+    operating_point: str | None = None
+    target: str | None = None
+    data: Path | None = None
+    force: bool = False
+    threads: int | None = None
+    extend: ExtendOptions = field(default_factory=ExtendOptions)
+
+
+@dataclass(frozen=True)
+class Again:
+    """An operating point before and after.
+
+    Attributes:
+        before: with all exits.
+        after: with those kept, on the same rows.
+        faster: run time with the old exits over that with the new ones, by batch size,
+            measured on the target.
+    """
+
+    before: OperatingPoint
+    after: OperatingPoint
+    faster: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An operating point that does not hold for the new exits.
+
+    Attributes:
+        target: of the old folder.
+        point: its name there.
+        reason: why it could not be made again.
+        command: what makes it again.
+    """
+
+    target: str
+    point: str
+    reason: str
+    command: str
+
+
+@dataclass(frozen=True)
+class PlacementResult:
+    """What was made.
+
+    Attributes:
+        folder: the new engines folder.
+        manifest: its manifest.
+        exits: the old numbers of the exits that were kept.
+        parity: how close the new chain is to the PyTorch model.
+        placement: how exits were chosen; None: they were given.
+        points: the operating points that were calibrated again, by name.
+        lost: those that were not.
+        built: targets that were built again.
+        not_built: targets that were not, and how to.
+    """
+
+    folder: Path
+    manifest: Manifest
+    exits: tuple[int, ...]
+    parity: Parity
+    placement: Placement | None
+    points: dict[str, Again]
+    lost: tuple[Lost, ...]
+    built: tuple[str, ...]
+    not_built: tuple[NotBuilt, ...]
+
+
+def place_exits(
+    source: str | Path,
+    output: str | Path,
+    options: PlacementOptions,
+    progress: Progress = lambda what, done, total: None,
+) -> PlacementResult:
+    """Write an engines folder with fewer exits, and calibrate its operating points again.
+
+    Args:
+        source: the engines folder to start from; it stays as it is.
+        output: the folder to write.
+        options: see `PlacementOptions`.
+        progress: called with (what, done, total).
+
+    Raises:
+        ModelError: exits that the model does not have.
+        RuleError: the operating point does not exist.
+        InputError: exits are to be chosen, but there is no operating point, or no rows.
+        ArtifactError: a folder is damaged, exists, or cannot be written.
+        VerificationError: the new chain does not reproduce the PyTorch model.
+        BackendError: the target cannot run here.
+    """
+    require("merge")
+    old, new = Path(source), Path(output).resolve()
+    manifest = read_manifest(old)
+    if new == old.resolve():
+        raise ArtifactError(f"{old} cannot be written over itself", "give another folder with -o")
+    check_output(new, options.force)
+    if options.exits is not None:
+        check_exits(options.exits, len(manifest.segments))
+    with Engine.load(
+        old, options.target, options.operating_point, threads=options.threads
+    ) as engine:
+        placement = None
+        exits = options.exits
+        if exits is None:
+            placement = _choose(engine, old, options, progress)
+            exits = placement.exits
+        progress("merge", 0, len(exits))
+        with staging(new) as folder:
+            kept, parity = keep_exits(old, manifest, exits, folder)
+            publish(folder, new)
+        kept, built, left = _rebuild(new, manifest, kept, options.extend, progress)
+        points, lost = _calibrate(engine, old, new, options, progress)
+    return PlacementResult(
+        folder=Path(output),
+        manifest=read_manifest(new),
+        exits=exits,
+        parity=parity,
+        placement=placement,
+        points=points,
+        lost=tuple(lost),
+        built=tuple(built),
+        not_built=tuple(left),
+    )
+
+
+def _choose(
+    engine: Engine, folder: Path, options: PlacementOptions, progress: Progress
+) -> Placement:
+    target = engine.manifest.targets[engine.target]
+    name = engine.operating_point
+    if name is None:
+        raise InputError(
+            f"target {engine.target} has no operating point to place exits for",
+            f"make points: fpabee-calibrate {folder} --data DATA --target {engine.target}",
+        )
+    point = target.operating_points[name]
+    rows = _rows(engine, folder, point, options)
+    if rows is None:
+        raise InputError(
+            f"the rows that calibrated {name!r} are not in {folder / 'calibration'}",
+            "give labelled rows with --calibration-data, or calibrate again with fpabee-calibrate",
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        # Rows that were not kept are not kept now either.
+        place = folder / "calibration" if options.data is None else Path(temporary)
+        seen = trace_rows(engine, rows, place, not _is_unlabelled(point, rows), progress)
+    progress("time segments", 0, 1)
+    costs = measure_costs(engine, seen.lengths, _batch(point))
+    costs = with_head_shares(costs, folder, engine.manifest, engine.target)
+    rule = ExitRule.from_dict(point.rule)
+    return choose_exits(seen, point.metric, _wish(point), rule, costs, progress)
+
+
+def _rows(
+    engine: Engine, folder: Path, point: OperatingPoint, options: PlacementOptions
+) -> list[Row] | None:
+    if options.data is not None:
+        return list(read_rows(options.data))
+    place = folder / "calibration"
+    return stored_rows(place, engine.manifest, engine.target, point.data_sha256)
+
+
+def _is_unlabelled(point: OperatingPoint, rows: Sequence[Row]) -> bool:
+    return point.metric == AGREEMENT and any(row.labels is None for row in rows)
+
+
+def _batch(point: OperatingPoint) -> int:
+    """The batch size that the point was chosen for."""
+    return max((int(size) for size in point.measured_speedup), default=1)
+
+
+def _wish(point: OperatingPoint) -> Wish:
+    """What exits are chosen by; a bound on the risk is tested again on what is left."""
+    if point.wish is not None:
+        return point.wish
+    assert point.certificate is not None
+    return Wish(max_drop=point.certificate.risk)
+
+
+def _rebuild(
+    folder: Path, old: Manifest, manifest: Manifest, options: ExtendOptions, progress: Progress
+) -> tuple[Manifest, list[str], list[NotBuilt]]:
+    """Build again what the old folder had built, as far as this machine can."""
+    built, left = [], []
+    for target in old.targets.values():
+        if not target.files:
+            continue
+        error = why_not(target.backend)
+        if error is not None:
+            left.append(not_built(folder, target.backend, target.precision, error))
+            continue
+        plans = options.plans
+        if target.backend == RTX:
+            capabilities = target.compute_capabilities
+            plans = dataclasses.replace(plans, compute_capabilities=capabilities)
+        changed = dataclasses.replace(options, plans=plans)
+        manifest, name = add_target(
+            folder, manifest, target.backend, target.precision, changed, progress
+        )
+        built.append(name)
+    return manifest, built, left
+
+
+def _calibrate(
+    engine: Engine, old: Path, new: Path, options: PlacementOptions, progress: Progress
+) -> tuple[dict[str, Again], list[Lost]]:
+    """Make the target's operating points again; name those of other targets."""
+    points: dict[str, Again] = {}
+    lost: list[Lost] = []
+    for name, target in engine.manifest.targets.items():
+        command = f"fpabee-calibrate {new} --data DATA --target {name}"
+        if name != engine.target:
+            reason = "it was measured on another target"
+            lost += [Lost(name, point, reason, command) for point in target.operating_points]
+            continue
+        if name not in read_manifest(new).targets:
+            reason = "the target is not built here"
+            lost += [Lost(name, point, reason, command) for point in target.operating_points]
+            continue
+        for group in _groups(target.operating_points, target.default_operating_point):
+            try:
+                points |= _calibrate_group(engine, old, new, group, options, progress)
+            except FpabeeError as error:
+                lost += [Lost(name, point, error.message, command) for point in group]
+    return points, lost
+
+
+def _groups(points: dict[str, OperatingPoint], default: str) -> Iterator[dict[str, OperatingPoint]]:
+    """Points that one calibration can make; the one with the default comes last, to stay it."""
+    groups: dict[tuple[str, ...], dict[str, OperatingPoint]] = {}
+    for name, point in points.items():
+        alone = name if point.wish is None else ""
+        key = (point.metric, point.data_sha256, str(_batch(point)), alone)
+        groups.setdefault(key, {})[name] = point
+    yield from sorted(groups.values(), key=lambda group: default in group)
+
+
+def _calibrate_group(
+    engine: Engine,
+    old: Path,
+    new: Path,
+    group: dict[str, OperatingPoint],
+    options: PlacementOptions,
+    progress: Progress,
+) -> dict[str, Again]:
+    first = next(iter(group.values()))
+    rows = _rows(engine, old, first, options)
+    if rows is None:
+        raise InputError(
+            f"its rows are not in {old / 'calibration'}", "give them with --calibration-data"
+        )
+    target = engine.manifest.targets[engine.target]
+    rules = [ExitRule.from_dict(point.rule) for point in group.values()]
+    measures = [getattr(rule, "measure", None) for rule in rules]
+    default = target.default_operating_point
+    wished = CalibrationOptions(
+        wishes={name: point.wish for name, point in group.items() if point.wish is not None},
+        bound=_bound(first),
+        name=next(iter(group)),
+        default=default if default in group else next(iter(group)),
+        metric=first.metric,
+        rules=tuple(dict.fromkeys(rule.name for rule in rules)),
+        measures=tuple(dict.fromkeys(m for m in measures if m is not None)) or tuple(Measure),
+        target=engine.target,
+        unlabelled=_is_unlabelled(first, rows),
+        batch_size=_batch(first),
+        threads=options.threads,
+    )
+    calibrate(new, rows, wished, progress)
+    made = read_manifest(new).targets[engine.target].operating_points
+    encoded = engine.encode([row.content for row in rows])
+    points = {}
+    with Engine.load(new, engine.target, threads=options.threads) as after:
+        for name, point in group.items():
+            one = engine, ExitRule.from_dict(point.rule)
+            two = after, ExitRule.from_dict(made[name].rule)
+            faster = {}
+            for size in made[name].measured_speedup:
+                progress(f"compare {name}, batch {size}", 0, 1)
+                faster[size] = round(time_ratio(one, two, encoded, int(size)), 3)
+            points[name] = Again(point, made[name], faster)
+    return points
+
+
+def _bound(point: OperatingPoint) -> Bound | None:
+    if point.wish is not None or point.certificate is None:
+        return None
+    risk, confidence = point.certificate.risk / 100, point.certificate.confidence / 100
+    return Bound(risk, confidence, RiskOf(point.certificate.risk_of))

@@ -1,0 +1,113 @@
+"""What `fpabee-export --from ENGINES --exits` says of its result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration.cli import short
+from ..runtime.exit_rules import ExitRule
+from ..runtime.operating_point import OperatingPoint
+from .placement import PlacementResult
+
+
+def to_dict(result: PlacementResult) -> dict[str, Any]:
+    """The result for JSON."""
+    placement = result.placement
+    return {
+        "exits": list(result.exits),
+        "layers": list(result.manifest.exit_layers),
+        "verification": result.parity.to_dict(),
+        "steps": None
+        if placement is None
+        else [
+            {
+                "exits": list(step.exits),
+                "rule": None if step.rule is None else step.rule.to_dict(),
+                "seconds": None if step.rule is None else step.seconds,
+                "drop": None if step.rule is None else step.drop,
+            }
+            for step in placement.steps
+        ],
+        "points": {
+            name: {
+                "before": msgspec.to_builtins(point.before),
+                "after": msgspec.to_builtins(point.after),
+                "faster": point.faster,
+            }
+            for name, point in result.points.items()
+        },
+        "not_valid_any_more": [asdict(lost) for lost in result.lost],
+        "built": list(result.built),
+        "not_built": [asdict(left) for left in result.not_built],
+    }
+
+
+def show(result: PlacementResult, console: Console, exits_before: int) -> None:
+    """Print the result for people."""
+    kept, layers = len(result.exits), ", ".join(map(str, result.manifest.exit_layers))
+    size = sum(path.stat().st_size for path in result.folder.rglob("*") if path.is_file())
+    console.print(
+        f"{result.folder}: {kept} of {exits_before} exits kept, after layers {layers}; "
+        f"{size / 2**20:.0f} MiB, target {result.manifest.default_target}"
+    )
+    console.print(
+        f"verified on {result.parity.rows} texts: logits within "
+        f"{result.parity.max_logit_difference:.1e} of the PyTorch model"
+    )
+    if result.placement is not None:
+        console.print(_steps(result))
+    if result.points:
+        console.print(_points(result))
+    for lost in result.lost:
+        console.print(
+            f"not valid any more: {lost.point} of {lost.target}: {lost.reason}\n  {lost.command}"
+        )
+    for name in result.built:
+        console.print(f"built {name} again")
+    for left in result.not_built:
+        console.print(f"not built: {left.target}: {left.reason}\n  there: {left.command}")
+
+
+def _steps(result: PlacementResult) -> Table:
+    """The best that each number of exits can do, by simulation."""
+    assert result.placement is not None
+    table = Table("exits", "kept", "rule", "time a row (ms)", "drop", title="Exits tried:")
+    for step in result.placement.steps:
+        chosen = " (chosen)" if step.exits == result.exits else ""
+        numbers = ["-", "-", "-"]
+        if step.rule is not None:
+            numbers = [short(step.rule), f"{1000 * step.seconds:.3f}", f"{step.drop:+.2f}"]
+        table.add_row(f"{len(step.exits)}{chosen}", ",".join(map(str, step.exits)), *numbers)
+    return table
+
+
+def _points(result: PlacementResult) -> Table:
+    sizes = list(next(iter(result.points.values())).faster)
+    table = Table("point", "", "rule", "score", "drop (95 %)", "depth", "times", title="Points:")
+    for size in sizes:
+        table.add_column(f"speed-up, batch {size}")
+    for name, point in result.points.items():
+        for when, record in (("before", point.before), ("after", point.after)):
+            table.add_row(name if when == "before" else "", when, *_row(record, sizes))
+        ratios = [f"{point.faster[size]:.2f}x" for size in sizes]
+        table.add_row("", "new over old", "", "", "", "", "", *ratios, end_section=True)
+    return table
+
+
+def _row(point: OperatingPoint, sizes: list[str]) -> list[str]:
+    low, high = point.drop_interval
+    drop = 100 * (point.full_depth_score - point.score)
+    measured = [point.measured_speedup.get(size) for size in sizes]
+    return [
+        short(ExitRule.from_dict(point.rule)),
+        f"{point.metric} {point.score:.4f}",
+        f"{drop:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{point.mean_depth:.2f}",
+        f"{point.estimated_speedup:.2f}x",
+        *("-" if ratio is None else f"{ratio:.2f}x" for ratio in measured),
+    ]
