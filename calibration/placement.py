@@ -111,13 +111,15 @@ class _Search:
         rows = self.rows.keep_exits(exits)
         costs = self.costs.keep_exits(exits).row_costs(rows.lengths)
         if len(exits) == 1:
-            return Step(exits, Budget(exit=1), float(costs[-1].mean()), 0.0)
+            is_fast = self.wish.max_drop is not None or self.wish.speedup == 1
+            full_depth = Step(exits, Budget(exit=1), float(costs[-1].mean()), 0.0)
+            return full_depth if is_fast else _refused(exits)
         weighing = Weighing(rows, self.metric, costs)
         selector = every_setting(weighing, [self.name], self.measures)
         try:
             chosen = selector.choose(self.wish, selector.kinds)
         except InputError:  # not as fast as was wished for
-            return Step(exits, None, np.inf, np.inf)
+            return _refused(exits)
         rule = Budget(exit=len(exits)) if chosen is None else chosen.rule
         stops, every = exits_of(rule, rows), np.arange(len(rows))
         sums = weighing.terms[stops - 1, every].sum(axis=0)
@@ -135,3 +137,7 @@ class _Search:
         if self.wish.max_drop is None:
             return step.drop <= best[0] and step.seconds <= best[1] * (1 + _TIE)
         return step.seconds <= best[0] * (1 + _TIE)
+
+
+def _refused(exits: tuple[int, ...]) -> Step:
+    return Step(exits, None, np.inf, np.inf)
