@@ -134,6 +134,7 @@ class Calibration:
         held_out: which rows points are reported on.
         rows: the rows that chose, with their trace.
         texts: the rows as they were read.
+        test: the rows that points are reported on, with their trace; None: cross-fitted.
         points: the operating points.
         default: the one that runs when none is named.
         contenders: the best of every kind of rule, for the wish of the default point.
@@ -148,6 +149,7 @@ class Calibration:
     held_out: str
     rows: Rows
     texts: Sequence[Row]
+    test: Rows | None
     points: tuple[Point, ...]
     default: str
     contenders: tuple[Contender, ...]
@@ -244,6 +246,7 @@ class _Session:
             held_out=self._held_out_name(),
             rows=seen,
             texts=rows,
+            test=held,
             points=tuple(points),
             default=default,
             contenders=contenders,

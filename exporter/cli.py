@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from ..runtime.cli import exits_with_one_line, version_option
+from ..runtime.extras import require
 from ..runtime.manifest import ProblemType
 from ..runtime.shown import Shown
 from .extend import ExtendOptions, drop_graphs, extend
-from .extras import require
 from .formats import Half
 from .targets.tensorrt import PlanOptions
 
