@@ -57,15 +57,12 @@ def write_report(
     progress("report: draw", 0, 1)
     pictures = draw(report)
     page = render(report, content, pictures)
-    files: dict[str, bytes | None] = {
-        **{f"{name}.csv": _csv(records) if records else None for name, records in content.items()},
-        **{
-            f"{name}.png": None if picture is None else picture.png
-            for name, picture in pictures.items()
-        },
-        "report.json": _json({"summary": summary(report), **content}),
-        PAGE_NAME: page.encode(),
-    }
+    files: dict[str, bytes | None] = {"report.json": _json({"summary": summary(report), **content})}
+    for name, records in content.items():
+        files[f"{name}.csv"] = _csv(records) if records else None
+    for name, picture in pictures.items():
+        files[f"{name}.png"] = None if picture is None else picture.png
+    files[PAGE_NAME] = page.encode()
     _write(Path(folder), files)
     progress("report: draw", 1, 1)
     return Path(folder) / PAGE_NAME
@@ -96,8 +93,10 @@ def _csv(records: Sequence[Record]) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """A value of a table as CSV has it: nothing for none, names joined."""
-    return _SEPARATOR.join(value) if isinstance(value, tuple) else value
+    """A value of a table as CSV has it: nothing for none, names joined, six digits."""
+    if isinstance(value, tuple):
+        return _SEPARATOR.join(value)
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _json(content: dict[str, Any]) -> bytes:

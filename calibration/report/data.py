@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any
 
 from ...runtime.distributions import Measure
@@ -14,6 +15,8 @@ from ...runtime.inspect import environment
 from ...runtime.manifest import Manifest, read_manifest
 from ..calibrate import Calibration, Contender, Point
 from ..outcome import Outcome
+from ..scoring import Scorer
+from ..select import PARTS
 from ..trace import Progress, data_sha256
 from ..words import rule_in_words
 from .exits import Bin, ExitScore, SegmentTime, exit_scores, reliability, segment_times
@@ -69,10 +72,12 @@ class Report:
         """Name of the score."""
         return self.result.selector.weighing.scorer.metric
 
-    @property
+    @cached_property
     def full_depth(self) -> float:
         """The score at full depth of the rows that the curves are judged on."""
-        return self.result.points[0].held_out.full_depth_score
+        test = self.result.test
+        own = self.result.selector.weighing.scorer
+        return own.full_depth if test is None else Scorer(test, self.metric).full_depth
 
 
 def gather(result: Calibration, texts: bool, progress: Progress) -> Report:
@@ -127,6 +132,7 @@ def summary(report: Report) -> Record:
         "rows": len(result.rows),
         "labelled": result.rows.expected is not None,
         "held_out": result.held_out,
+        "curves_held_out": result.held_out if result.test else f"{PARTS}-fold cross-fitting",
         "held_out_rows": result.points[0].held_out.rows,
         "data_sha256": data_sha256(result.texts),
         "default": result.default,

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from ..calibrate import SHOWN_RULES
 from .data import Report
@@ -40,6 +40,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "grid.color": "#E4E4E4",
@@ -251,8 +252,9 @@ def _depths(report: Report) -> Figure:
         shares = np.array(held.exits) / held.rows
         bars = axes.bar(layers, shares, color=_BLUE, width=0.7)
         axes.bar_label(bars, [f"{100 * s:.0f} %" if s else "" for s in shares], fontsize=8)
-        axes.axvline(held.mean_depth, color=_RED, linestyle="--", linewidth=1.4)
-        axes.set_title(f"{_clipped(point.name)}: mean depth {held.mean_depth:.2f} (dashed)")
+        above = axes.get_xaxis_transform()
+        axes.plot(held.mean_depth, 1.0, "v", color=_RED, transform=above, clip_on=False)
+        axes.set_title(f"{_clipped(point.name)}: mean depth {held.mean_depth:.2f} (▼)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         axes.margins(y=0.18)
         axes.grid(axis="x", visible=False)
@@ -292,6 +294,8 @@ def _exits(report: Report) -> Figure:
     axes.axhline(values[-1], color="black", linewidth=1)
     axes.set_xticks(layers)
     axes.margins(x=0.06, y=0.12)
+    if values.min() >= 0:
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set_xlabel("layer of the exit at which all rows stop")
     axes.set_ylabel(report.metric)
     return figure
@@ -389,16 +393,18 @@ def _segments(report: Report) -> Figure:
     for axes, model in zip(panels, costs, strict=True):
         middle = len(model.lengths) // 2
         times = 1e3 * np.array(model.seconds)[:, middle]
-        shares = np.array(model.head_shares) if model.head_shares else np.zeros(len(times))
-        axes.bar(layers, times, color=_BLUE, width=0.7, label="segment")
+        bars = axes.bar(layers, times, color=_BLUE, width=0.7)
+        title = f"batch {model.batch}, {model.lengths[middle]} tokens"
         if model.head_shares:
-            axes.bar(layers, times * shares, color=_ORANGE, width=0.7, label="of it, the head")
-        axes.set_title(f"batch {model.batch}, {model.lengths[middle]} tokens")
+            heads = times * np.array(model.head_shares)
+            axes.bar(layers, heads, color=_ORANGE, width=0.7)
+            labels = [f"{100 * share:.1f} %" for share in model.head_shares]
+            axes.bar_label(bars, labels, fontsize=7)
+            title += "; above: share of the head (orange)"
+        axes.set_title(title)
         axes.set_xticks(layers)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer of the exit at the segment's end")
         axes.set_ylabel("milliseconds a row")
         axes.set_ylim(bottom=0)
         axes.grid(axis="x", visible=False)
-        axes.legend(loc="lower right", frameon=True)
     return figure
