@@ -7,6 +7,7 @@ Stands on the runtime only: no torch, transformers or onnx.
 from ..runtime.operating_point import Wish
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
 from .outcome import Outcome
+from .report import write_report
 from .risk import Bound, RiskOf
 from .sweep import threshold_for_depth
 
@@ -21,4 +22,5 @@ __all__ = [
     "Wish",
     "calibrate",
     "threshold_for_depth",
+    "write_report",
 ]

@@ -129,6 +129,7 @@ class Calibration:
         held_out: which rows points are reported on.
         rows: the rows that chose, with their trace.
         texts: the rows as they were read.
+        test: the rows that points are reported on, with their trace; None: cross-fitted.
         points: the operating points.
         default: the one that runs when none is named.
         contenders: the best of every kind of rule, for the wish of the default point.
@@ -143,6 +144,7 @@ class Calibration:
     held_out: str
     rows: Rows
     texts: Sequence[Row]
+    test: Rows | None
     points: tuple[Point, ...]
     default: str
     contenders: tuple[Contender, ...]
@@ -199,11 +201,6 @@ class _Session:
             self.metric = options.metric or AGREEMENT
         else:
             self.metric = options.metric or kinds[0]
-        if len(self.layers) == 1:
-            raise InputError(
-                "the model has one exit, so every row runs all of it and nothing is to choose",
-                "export it with more exits, or train some with scripts/train.py",
-            )
         self.costs: tuple[CostModel, ...] = ()
         target = engine.manifest.targets[engine.target]
         if options.bound is not None and not target.row_invariant:
@@ -244,6 +241,7 @@ class _Session:
             held_out=self._held_out_name(),
             rows=seen,
             texts=rows,
+            test=held,
             points=tuple(points),
             default=default,
             contenders=contenders,

@@ -13,13 +13,15 @@ from rich.table import Table
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.distributions import Measure
-from ..runtime.exit_rules import RULES, ExitRule
+from ..runtime.exit_rules import RULES
+from ..runtime.extras import require
 from ..runtime.operating_point import Wish
 from ..runtime.shown import Shown
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
-from .outcome import Outcome
+from .report import write_report
 from .risk import Bound, RiskOf
 from .scoring import METRICS
+from .words import drop_in_words, rule_in_words
 
 _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics})
 
@@ -71,7 +73,11 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
 @click.option("--unlabelled", is_flag=True, help="Hold the rule against full depth; no labels.")
 @click.option("--tune-cuts", is_flag=True, help="Also choose each label's cut (multi-label).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Rows at a time in use.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for trace and report.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the trace.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Folder for a page about it all, with texts."
+)
+@click.option("--no-texts", is_flag=True, help="Leave the rows' texts out of the report.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @click.option("--seed", type=int, default=0)
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -82,6 +88,8 @@ def main(
     engines: Path,
     data: Path,
     name: str | None,
+    report: Path | None,
+    no_texts: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -92,15 +100,26 @@ def main(
     points), balanced (the estimated drop is at most 0.5, the default) and fast (at most 2).
     """
     options = _options(name, settings)
+    if no_texts and report is None:
+        raise click.UsageError("--no-texts is about a report: give --report")
+    if report is not None:
+        require("plot")
     with Shown(quiet) as progress:
         result = calibrate(engines, data, options, progress)
+    # The report comes last: what it may fail at is no matter for the calibration.
     if as_json:
         click.echo(json.dumps(to_dict(result)))
-        return
-    console = Console(highlight=False)
-    # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
-    _print(result, console if console.is_terminal else Console(highlight=False, width=160))
-    click.echo(f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}")
+    else:
+        console = Console(highlight=False)
+        # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
+        _print(result, console if console.is_terminal else Console(highlight=False, width=160))
+        click.echo(
+            f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}"
+        )
+    if report is not None:
+        with Shown(quiet) as progress:
+            page = write_report(result, report, texts=not no_texts, progress=progress)
+        click.echo(f"report: {page}", err=as_json)
 
 
 def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
@@ -198,9 +217,9 @@ def _print(result: Calibration, console: Console) -> None:
         held = point.held_out
         table.add_row(
             point.name + (" (default)" if point.name == result.default else ""),
-            short(point.rule),
+            rule_in_words(point.rule),
             f"{held.score:.4f}",
-            _drop(held),
+            drop_in_words(held),
             f"{point.optimism:+.2f}",
             f"{held.mean_depth:.2f} of {layers}",
             f"{held.theoretical:.2f}x",
@@ -216,9 +235,9 @@ def _print(result: Calibration, console: Console) -> None:
     for contender in result.contenders:
         held = contender.held_out
         table.add_row(
-            short(contender.rule),
+            rule_in_words(contender.rule),
             f"{held.score:.4f}",
-            _drop(held),
+            drop_in_words(held),
             f"{held.mean_depth:.2f} of {layers}",
             f"{held.theoretical:.2f}x",
             f"{held.estimated:.2f}x",
@@ -230,24 +249,6 @@ def _print(result: Calibration, console: Console) -> None:
         console.print(
             f"cuts: {cuts.metric} {cuts.before:.4f} -> {cuts.after:.4f} (cross-fitted), {kept}"
         )
-
-
-def _drop(held: Outcome) -> str:
-    return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
-
-
-def short(rule: ExitRule) -> str:
-    """A rule in few words: `fpabee jskd 0.13, patience 2`."""
-    settings = dict(rule.to_dict())
-    words = [str(settings.pop("name")), str(settings.pop("measure", ""))]
-    threshold = settings.pop("threshold", None)
-    if isinstance(threshold, tuple):
-        words.append("threshold per exit")
-    elif threshold is not None:
-        words.append(f"{threshold:.4g}")
-    rest = [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
-    rest = [text for text in rest if text != "patience 1"]
-    return ", ".join([" ".join(word for word in words if word), *rest])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -161,6 +163,23 @@ class Selector:
         """Names of the kinds of rules there are, see `Candidate.kind`."""
         fitted = [family.rule.name + PER_EXIT for family in self._fitted]
         return tuple(dict.fromkeys([*map(str, self._kinds), *fitted]))
+
+    def narrowed(self, keep: Callable[[Candidate], bool]) -> Selector:
+        """The same rows and parts with fewer settings; thresholds are not looked at."""
+        kept = [keep(Candidate(family.rule)) for family in self._families]
+        sizes = [len(sweep.grid) for sweep in self._sweeps]
+        settings = np.repeat(kept, sizes)
+        other = copy.copy(self)
+        other._families = list(compress(self._families, kept))
+        other._fitted = [family for family in self._fitted if keep(Candidate(family.rule, True))]
+        other._sweeps = list(compress(self._sweeps, kept))
+        other._starts = np.cumsum([0, *compress(sizes, kept)])
+        other._kinds, other._sums = self._kinds[settings], self._sums[:, settings]
+        other._paths = {}
+        for using, (candidates, sums) in self._paths.items():
+            fitted = [keep(candidate) for candidate in candidates]
+            other._paths[using] = list(compress(candidates, fitted)), sums[np.array(fitted, bool)]
+        return other
 
     def choose(
         self, wish: Wish, kinds: Collection[str], using: frozenset[int] = ALL

@@ -134,6 +134,8 @@ class StopScores:
     def agreements(self, measure: Measure) -> list[float]:
         """Thresholds of `either` to try: from rows that hardly differ to those that often do."""
         scores = self._scores(FPabee(threshold=0.0, measure=measure))[1:]
+        if not scores.size:  # one exit has no neighbour
+            return []
         shares = np.linspace(0, 0.75, _AGREEMENTS + 1)[1:]
         values = np.unique([float(f"{value:.4g}") for value in np.quantile(scores, shares)])
         return [float(value) for value in values]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .extras import require
+from ..runtime.extras import require
 
 if TYPE_CHECKING:
     from .pipeline import ExportOptions, ExportResult, export

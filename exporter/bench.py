@@ -386,7 +386,7 @@ def _padded(rows: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, Any]:
 def _load_torch(model_dir: str | None, threads: int | None) -> Any:
     if model_dir is None:
         return None
-    from .extras import require
+    from ..runtime.extras import require
 
     require("export")
     import torch

@@ -15,9 +15,9 @@ from ..calibration import threshold_for_depth
 from ..runtime.cli import chosen_rule, exits_with_one_line, rule_options, version_option
 from ..runtime.engine import Engine
 from ..runtime.exit_rules import takes_threshold
+from ..runtime.extras import require
 from ..runtime.text_io import read_rows
 from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
-from .extras import require
 
 
 def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:

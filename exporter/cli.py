@@ -11,11 +11,11 @@ import click
 from rich.console import Console
 
 from ..runtime.cli import exits_with_one_line, version_option
+from ..runtime.extras import require
 from ..runtime.manifest import ProblemType, read_manifest
 from ..runtime.shown import Shown
 from . import placement_shown
 from .extend import ExtendOptions, drop_graphs, extend
-from .extras import require
 from .formats import Half
 from .placement import PlacementOptions, place_exits
 from .targets.tensorrt import PlanOptions

@@ -15,9 +15,9 @@ import msgspec
 
 from ..runtime.errors import ArtifactError, BackendError, FpabeeError
 from ..runtime.exit_rules import ExitRule
+from ..runtime.extras import require
 from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
 from ..runtime.text_io import read_rows
-from .extras import require
 from .formats import Half
 from .target_check import can_run, check_target
 from .targets.tensorrt import RTX, TENSORRT, PlanOptions, build_target, why_not

@@ -18,11 +18,11 @@ from ..runtime.distributions import Measure
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, FpabeeError, InputError
 from ..runtime.exit_rules import ExitRule
+from ..runtime.extras import require
 from ..runtime.manifest import Manifest, read_manifest
 from ..runtime.operating_point import OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
 from .extend import ExtendOptions, NotBuilt, add_target, not_built
-from .extras import require
 from .keep_exits import check_exits, keep_exits
 from .output import check_output, publish, staging
 from .parity import Parity

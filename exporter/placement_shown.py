@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration.cli import short
+from ..calibration.words import rule_in_words
 from ..runtime.exit_rules import ExitRule
 from ..runtime.operating_point import OperatingPoint
 from .placement import PlacementResult
@@ -81,7 +81,7 @@ def _steps(result: PlacementResult) -> Table:
         chosen = " (chosen)" if step.exits == result.exits else ""
         numbers = ["-", "-", "-"]
         if step.rule is not None:
-            numbers = [short(step.rule), f"{1000 * step.seconds:.3f}", f"{step.drop:+.2f}"]
+            numbers = [rule_in_words(step.rule), f"{1000 * step.seconds:.3f}", f"{step.drop:+.2f}"]
         table.add_row(f"{len(step.exits)}{chosen}", ",".join(map(str, step.exits)), *numbers)
     return table
 
@@ -104,7 +104,7 @@ def _row(point: OperatingPoint, sizes: list[str]) -> list[str]:
     drop = 100 * (point.full_depth_score - point.score)
     measured = [point.measured_speedup.get(size) for size in sizes]
     return [
-        short(ExitRule.from_dict(point.rule)),
+        rule_in_words(ExitRule.from_dict(point.rule)),
         f"{point.metric} {point.score:.4f}",
         f"{drop:+.2f} ({low:+.2f} to {high:+.2f})",
         f"{point.mean_depth:.2f}",

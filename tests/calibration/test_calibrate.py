@@ -301,3 +301,15 @@ def test_a_folder_that_cannot_be_written_is_said(folder: Path, data: Path, tmp_p
 )
 def test_flags_that_do_not_go_together(folder: Path, options: tuple[Any, ...]) -> None:
     assert run(folder, "--data", "x", *options).exit_code == 2
+
+
+def test_a_report_is_written_last_and_costs_no_calibration(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run(folder, "--data", data, "--report", tmp_path / "file", *QUICK)
+    assert result.exit_code == 1
+    assert "cannot write the report" in result.stderr
+    assert "balanced (default)" in result.stdout
+    assert read_manifest(folder).targets["onnxruntime-fp32"].operating_points
+    assert run(folder, "--data", data, "--no-texts", *QUICK).exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_an_exit_that_breaks_the_agreement_goes(rows: Rows) -> None:
 def test_exits_go_one_by_one_to_the_last(rows: Rows) -> None:
     steps = choose_exits(rows, "accuracy", Wish(max_drop=1.0), Pabee(patience=1), COSTS).steps
     assert [len(step.exits) for step in steps] == [6, 5, 4, 3, 2, 1]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert set(after.exits) < set(before.exits)
     assert steps[-1].exits == (EXITS,)
     assert steps[-1].drop == 0.0

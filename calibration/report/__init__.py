@@ -1,0 +1,103 @@
+"""The report of a calibration: one HTML page, and all of it as PNG, CSV and JSON beside it.
+
+Needs the extra `plot`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import ArtifactError
+from ...runtime.extras import require
+from ..calibrate import Calibration
+from ..trace import Progress
+from .data import Record, gather, summary, tables
+
+PAGE_NAME = "report.html"
+"""The page; all it shows is in the file itself."""
+
+_SEPARATOR = "|"
+
+
+def write_report(
+    result: Calibration,
+    folder: str | Path,
+    *,
+    texts: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> Path:
+    """Write the report of a calibration into a folder.
+
+    Files of an earlier report are replaced; others are left alone. The page is written last.
+
+    Args:
+        result: the calibration.
+        folder: where to write; it is made if it is not there.
+        texts: whether the report shows the rows' texts, and the files hold them.
+        progress: called with (what, done, total).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+        ArtifactError: the folder cannot be written, or the engines folder is damaged.
+    """
+    require("plot")
+    from .html import render
+    from .plots import draw
+
+    report = gather(result, texts, progress)
+    content = tables(report)
+    progress("report: draw", 0, 1)
+    pictures = draw(report)
+    page = render(report, content, pictures)
+    files: dict[str, bytes | None] = {"report.json": _json({"summary": summary(report), **content})}
+    for name, records in content.items():
+        files[f"{name}.csv"] = _csv(records) if records else None
+    for name, picture in pictures.items():
+        files[f"{name}.png"] = None if picture is None else picture.png
+    files[PAGE_NAME] = page.encode()
+    _write(Path(folder), files)
+    progress("report: draw", 1, 1)
+    return Path(folder) / PAGE_NAME
+
+
+def _write(folder: Path, files: dict[str, bytes | None]) -> None:
+    """Write files; those without content are not of this report, and an old one goes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / name).write_bytes(content)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write the report into {folder}: {error.strerror}",
+            "the operating points are in the manifest; give --report another folder",
+        ) from error
+
+
+def _csv(records: Sequence[Record]) -> bytes:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(records[0])
+    writer.writerows([_cell(value) for value in record.values()] for record in records)
+    return file.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    """A value of a table as CSV has it: nothing for none, names joined, six digits."""
+    if isinstance(value, tuple):
+        return _SEPARATOR.join(value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"

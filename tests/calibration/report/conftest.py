@@ -1,0 +1,122 @@
+"""Calibrations of synthetic traces: nothing runs, and their figures are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpabee.calibration import DEFAULT_WISHES, Bound, Calibration, Point, RiskOf
+from fpabee.calibration.calibrate import Contender
+from fpabee.calibration.costs import CostModel
+from fpabee.calibration.outcome import Outcome, exits_of, outcome
+from fpabee.calibration.scoring import METRICS, Rows, Scorer
+from fpabee.calibration.select import Candidate, Selector, Weighing
+from fpabee.calibration.stopping import StopScores, families
+from fpabee.runtime import Budget, Measure, ProblemType, read_manifest
+from fpabee.runtime.operating_point import Certificate, Wish
+from fpabee.runtime.text_io import Row
+
+NAMES = ("fpabee", "pabee", "entropy", "budget")
+
+
+def _rows(rows: Rows, names: tuple[str, ...]) -> list[Row]:
+    found = []
+    for number in range(len(rows)):
+        labels = None
+        if rows.expected is not None:
+            truth = np.atleast_1d(rows.expected[number])
+            single = rows.problem_type is ProblemType.SINGLE_LABEL
+            labels = tuple(names[i] for i in (truth if single else np.flatnonzero(truth)))
+        found.append(Row(f"text {number}", None, labels, {}, number + 1))
+    return found
+
+
+@pytest.fixture
+def make_calibration(
+    engines: Mapping[str, Path], make_rows: Callable[..., Rows]
+) -> Callable[..., Calibration]:
+    """Makes a calibration of one of the tiny engines folders, as `calibrate` would."""
+
+    def make(
+        family: str = "bert",
+        *,
+        count: int = 150,
+        metric: str = "",
+        unlabelled: bool = False,
+        with_test: bool = False,
+        bound: Bound | None = None,
+        name: str = "risk",
+        exits: int = 3,
+    ) -> Calibration:
+        manifest = read_manifest(engines[family])
+        task = manifest.task
+        layers = manifest.exit_layers[:exits]
+        shape: dict[str, Any] = {"exits": exits, "labels": len(task.labels)}
+        rows = make_rows(count, problem_type=task.problem_type, **shape)
+        test = make_rows(90, problem_type=task.problem_type, seed=1, **shape) if with_test else None
+        texts = _rows(rows, task.labels)
+        if unlabelled:
+            metric = "agreement"
+            rows = Rows(rows.logits, rows.lengths, None, rows.problem_type)
+            texts = [Row(row.text, None, None, {}, row.line) for row in texts]
+        metric = metric or METRICS[task.problem_type][0]
+        costs = tuple(
+            CostModel(batch, (5, 20, 39), ((batch, 2.0, 3.0),) * exits, shares)
+            for batch, shares in ((1, (0.25,) * exits), (32, ()))
+        )
+        weighing = Weighing(rows, metric, costs[-1].row_costs(rows.lengths))
+        stop = StopScores(rows)
+        swept = list(families(stop, NAMES, [Measure.JSKD, Measure.KL]))
+        fitted = list(families(stop, ["entropy"], [], patiences=[1]))
+        selector = Selector(weighing, swept, fitted)
+
+        def judged(chosen: Candidate, some: Rows) -> Outcome:
+            times = costs[-1].row_costs(some.lengths)
+            stops = exits_of(chosen.rule, some)
+            return outcome(Scorer(some, metric), stops, some.lengths, times, layers)
+
+        asked: dict[str, Wish | Bound] = {name: bound} if bound else dict(DEFAULT_WISHES)
+        points, contenders = [], []
+        for point, wish in asked.items():
+            plain = wish if isinstance(wish, Wish) else Wish(max_drop=100 * wish.risk)
+            chosen = selector.choose(plain, selector.kinds) or Candidate(Budget(exit=exits))
+            certificate = None
+            if isinstance(wish, Bound):
+                certificate = Certificate(risk_of="drop", risk=5.0, confidence=95.0, rows=90)
+            own = judged(chosen, rows)
+            held = judged(chosen, rows if test is None else test)
+            speeds = {"1": 1.5, "32": 1.25}
+            points.append(
+                Point(point, wish, chosen.kind, chosen.rule, own, held, speeds, certificate)
+            )
+        for kind in selector.kinds:
+            best = selector.choose(Wish(max_drop=2.0), [kind])
+            if best is not None:
+                contenders.append(Contender(kind, best.rule, judged(best, rows)))
+        return Calibration(
+            folder=engines[family],
+            target=manifest.default_target,
+            held_out="test.jsonl" if with_test else "5-fold cross-fitting",
+            rows=rows,
+            texts=texts,
+            test=test,
+            points=tuple(points),
+            default=name if bound else "balanced",
+            contenders=tuple(contenders),
+            costs=costs,
+            selector=selector,
+            cuts=None,
+            layers=layers,
+        )
+
+    return make
+
+
+@pytest.fixture
+def certified() -> Bound:
+    """A guarantee instead of wishes."""
+    return Bound(0.05, 0.95, RiskOf.DROP)

@@ -1,0 +1,77 @@
+"""Exits by themselves: scores, reliability, times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fpabee.calibration import Calibration
+from fpabee.calibration.outcome import exits_of, outcome
+from fpabee.calibration.report.exits import exit_scores, reliability, segment_times
+from fpabee.runtime import Budget
+from fpabee.runtime.distributions import Outputs
+
+Make = Callable[..., Calibration]
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_an_exit_scores_as_a_budget_does(make_calibration: Make, family: str) -> None:
+    result = make_calibration(family)
+    rows, weighing = result.rows, result.selector.weighing
+    for score in exit_scores(result, []):
+        exits = exits_of(Budget(exit=score.exit), rows)
+        found = outcome(weighing.scorer, exits, rows.lengths, weighing.costs, result.layers)
+        assert (score.score, score.drop) == pytest.approx((found.score, found.drop))
+        assert (score.low, score.high) == found.interval
+        assert score.speedup == pytest.approx(found.estimated)
+        assert score.layer == found.mean_depth
+
+
+def test_reliability_of_answers(make_calibration: Make) -> None:
+    result = make_calibration(count=400)
+    bins = reliability(result)
+    scores = exit_scores(result, bins)
+    for score, logits in zip(scores, result.rows.logits, strict=True):
+        outputs = Outputs(logits, result.rows.problem_type)
+        sure = outputs.probabilities.max(axis=1)
+        right = outputs.answers == result.rows.expected
+        mine = [bin for bin in bins if bin.exit == score.exit]
+        assert sum(bin.count for bin in mine) == 400
+        error = 0.0
+        for bin in mine:
+            here = (sure > bin.low) & (sure <= bin.high)
+            assert bin.count == here.sum()
+            if bin.count:
+                assert bin.probability == pytest.approx(sure[here].mean())
+                assert bin.correct == pytest.approx(right[here].mean())
+                error += abs(sure[here].sum() - right[here].sum()) / 400
+        assert score.calibration_error == pytest.approx(error)
+
+
+def test_reliability_of_labels_one_by_one(make_calibration: Make) -> None:
+    result = make_calibration("mpnet")
+    assert result.rows.expected is not None
+    bins = [bin for bin in reliability(result) if bin.exit == 2]
+    assert sum(bin.count for bin in bins) == result.rows.expected.size
+    held = sum(bin.count * bin.correct for bin in bins if bin.correct is not None)
+    assert held == pytest.approx(result.rows.expected.sum())
+    low = Outputs(result.rows.logits[1], result.rows.problem_type).probabilities <= 0.1
+    assert bins[0].correct == pytest.approx(result.rows.expected[low].mean())
+
+
+def test_without_labels_there_is_no_reliability(make_calibration: Make) -> None:
+    result = make_calibration(unlabelled=True)
+    assert reliability(result) == []
+    assert [score.calibration_error for score in exit_scores(result, [])] == [None] * 3
+
+
+def test_times_are_those_of_the_cost_model(make_calibration: Make) -> None:
+    times = segment_times(make_calibration())
+    assert len(times) == 2 * 3 * 3
+    first = times[0]
+    assert (first.batch, first.exit, first.tokens) == (1, 1, 5)
+    assert (first.milliseconds, first.head_share) == (1000.0, 0.25)
+    assert np.unique([t.milliseconds for t in times if t.batch == 32]).tolist() == [2e3, 3e3, 32e3]
+    assert {t.head_share for t in times if t.batch == 32} == {None}

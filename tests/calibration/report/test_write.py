@@ -1,0 +1,283 @@
+"""The files of a report: what they hold, and what they must not."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+from fpabee.calibration import Bound, Calibration, write_report
+from fpabee.calibration.report import plots
+from fpabee.runtime import ArtifactError, MissingExtraError
+from fpabee.runtime.text_io import Row
+
+Make = Callable[..., Calibration]
+
+TABLES = [
+    "points",
+    "contenders",
+    "fronts",
+    "measures",
+    "depths",
+    "exits",
+    "reliability",
+    "patience",
+    "segments",
+    "rows",
+]
+PICTURES = [
+    "speedup",
+    "rules",
+    "measures",
+    "depths",
+    "exits",
+    "reliability",
+    "patience",
+    "segments",
+]
+ODD = ("<script>alert(1)</script> & 'x'", "مرحبا بالعالم", "x" * 5000, "", "one\ntwo", "$a_b$")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not drawn, which takes seconds."""
+    monkeypatch.setattr(plots, "_saved", lambda figure: plots.Picture(b"<svg/>", b"png"))
+
+
+class Page(HTMLParser):
+    """What a page holds: tags with their attributes, ids, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def with_texts(result: Calibration, texts: tuple[str, ...]) -> Calibration:
+    rows = [
+        dataclasses.replace(row, text=texts[number % len(texts)], text_pair="the pair")
+        for number, row in enumerate(result.texts)
+    ]
+    return dataclasses.replace(result, texts=rows)
+
+
+def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: Path) -> None:
+    result = make_calibration()
+    page = write_report(result, tmp_path / "a" / "report")
+    assert page == tmp_path / "a" / "report" / "report.html"
+    files = {f"{name}.csv" for name in TABLES} | {f"{name}.png" for name in PICTURES}
+    assert {path.name for path in page.parent.iterdir()} == files | {"report.html", "report.json"}
+    content = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
+    assert set(content) == {"summary", *TABLES}
+    assert content["summary"]["rows"] == 150
+    assert content["summary"]["full_depth_score"] == result.points[0].held_out.full_depth_score
+    for name in TABLES:
+        rows = table(page.parent, name)
+        assert [list(row) for row in rows[:1]] == [list(content[name][0])]
+        assert len(rows) == len(content[name])
+    for point, row, stored in zip(
+        result.points, table(page.parent, "points"), content["points"], strict=True
+    ):
+        held = point.held_out
+        assert (row["name"], row["wish"], row["kind"]) == (point.name, str(point.wish), point.kind)
+        assert json.loads(row["settings"])["name"] == point.rule.name
+        assert stored["drop"] == held.drop
+        assert float(row["drop"]) == pytest.approx(held.drop, rel=1e-5)
+        assert float(row["optimism"]) == pytest.approx(point.optimism, rel=1e-5)
+        assert float(row["measured_speedup_batch_32"]) == 1.25
+        counts = [r["rows"] for r in table(page.parent, "depths") if r["point"] == point.name]
+        assert tuple(map(int, counts)) == held.exits
+    first = table(page.parent, "rows")[0]
+    assert first["text"] == "text 0"
+    assert first["labels"] == "|".join(result.texts[0].labels or ())
+    assert int(first["exit_fast"]) in (1, 2, 3)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({}, ["single-label, 4 labels", "150 labelled rows", "ECE"]),
+        ({"with_test": True}, ["90 held-out rows (test.jsonl)"]),
+        ({"family": "mpnet"}, ["multi-label, 5 labels", "all labels pooled"]),
+        ({"family": "mpnet", "metric": "micro_f1"}, ["0.01 of the score"]),
+        ({"unlabelled": True}, ["150 unlabelled rows", "It takes labels to say"]),
+        ({"family": "mpnet", "unlabelled": True}, ["by definition"]),
+        ({"exits": 1}, ["1 exit after layer 1", "no neighbouring exits", "patient with"]),
+    ],
+    ids=str,
+)
+def test_every_section_is_there(
+    make_calibration: Make, tmp_path: Path, case: dict[str, Any], words: list[str]
+) -> None:
+    result = make_calibration(**case)
+    page = Page(write_report(result, tmp_path).read_text(encoding="utf-8"))
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    sections = [
+        "points",
+        "speedup",
+        "measures",
+        "patience",
+        "depths",
+        "exits",
+        "reliability",
+        "times",
+        "rows",
+    ]
+    assert ids == set(sections)
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    assert links <= {f"#{name}" for name in sections}
+    for word in (*words, *(point.name for point in result.points)):
+        assert word in page.text
+    pictures = sum(tag == "img" for tag, _ in page.tags)
+    missing = 2 if case.get("exits") == 1 else 1 if case.get("unlabelled") else 0
+    assert pictures == len(list(tmp_path.glob("*.png"))) == len(PICTURES) - missing
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_fetches_nothing_and_escapes_texts(make_calibration: Make, tmp_path: Path) -> None:
+    result = with_texts(make_calibration(), ODD)
+    text = write_report(result, tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "style", "onerror", "action"):
+            value = attributes.get(name)
+            allowed = {"img": "data:image/svg+xml;base64,", "a": "#"}
+            assert value is None or value.startswith(allowed[tag]), (tag, name)
+    assert re.findall(r"url\(|@import|https?://", text) == []
+    assert "<script>alert(1)</script> & 'x'" in page.text
+    assert "(5,000 characters)" in page.text
+    assert "x" * 500 not in text
+    assert "the pair" in page.text
+    assert "(empty)" in page.text
+    # In the files texts are whole.
+    assert {row["text"] for row in table(tmp_path, "rows")} == set(ODD)
+
+
+def test_names_may_hold_anything(make_calibration: Make, certified: Bound, tmp_path: Path) -> None:
+    name = "$x_{<b>&天気" + "y" * 60
+    result = make_calibration(bound=certified, name=name)
+    page = Page(write_report(result, tmp_path).read_text(encoding="utf-8"))
+    assert name in page.text
+    assert "drop at most 5 points with 95 % confidence" in page.text
+    assert "tested on 90 rows" in page.text
+    assert "not certified" in page.text
+    (row,) = table(tmp_path, "points")
+    assert row["certificate"].endswith("95 % confidence, tested on 90 rows")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_texts_are_left_out_everywhere(make_calibration: Make, tmp_path: Path) -> None:
+    result = with_texts(make_calibration(), ("hushhush",))
+    page = write_report(result, tmp_path, texts=False)
+    assert "without the texts" in page.read_text(encoding="utf-8")
+    for path in tmp_path.iterdir():
+        assert b"hushhush" not in path.read_bytes()
+        assert b"the pair" not in path.read_bytes()
+    assert "text" not in table(tmp_path, "rows")[0]
+    # An index of rows is still of use.
+    assert table(tmp_path, "rows")[7]["line"] == "8"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rows_shown_are_limited_and_counted(make_calibration: Make, tmp_path: Path) -> None:
+    result = make_calibration(count=400)
+    text = write_report(result, tmp_path).read_text(encoding="utf-8")
+    full = [int(n) for n in re.findall(r"ran all layers: (\d+) of 400", text)]
+    stops = table(tmp_path, "rows")
+    names = [point.name for point in result.points]
+    assert full == [sum(row[f"exit_{name}"] == "3" for row in stops) for name in names]
+    assert max(full) > 40
+    tables = re.findall(r'<table class="rows">.*?</table>', text, re.DOTALL)
+    assert max(shown.count("<tr>") for shown in tables) == 40 + 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_old_files_of_ours_are_replaced_and_others_left(
+    make_calibration: Make, tmp_path: Path
+) -> None:
+    for name in ("reliability.csv", "reliability.png", "points.csv", "mine.txt"):
+        (tmp_path / name).write_text("of old")
+    write_report(make_calibration(unlabelled=True), tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "of old"
+    assert "of old" not in (tmp_path / "points.csv").read_text()
+    assert not list(tmp_path.glob("reliability.*"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_that_cannot_be_written(make_calibration: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match=r"cannot write the report into .*in the manifest"):
+        write_report(make_calibration(), tmp_path / "file")
+
+
+def test_a_missing_extra_is_said(
+    make_calibration: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = make_calibration()
+    find = util.find_spec
+    monkeypatch.setattr(
+        util, "find_spec", lambda name, *more: None if name == "jinja2" else find(name, *more)
+    )
+    with pytest.raises(MissingExtraError, match=r"needs jinja2.*pip install 'fpabee\[plot\]'"):
+        write_report(result, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_figures_are_the_same_bytes_and_nothing_global_is_touched(
+    make_calibration: Make, tmp_path: Path
+) -> None:
+    before, backend = dict(mpl.rcParams), mpl.get_backend()
+    result = make_calibration("mpnet", unlabelled=True)
+    first, again = (write_report(result, tmp_path / name).parent for name in "ab")
+    assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
+    pictures = sorted(path.name for path in first.glob("*.png"))
+    assert pictures == sorted(f"{name}.png" for name in PICTURES if name != "reliability")
+    for name in pictures:
+        assert (first / name).read_bytes().startswith(b"\x89PNG")
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_pyplot_is_not_loaded() -> None:
+    code = (
+        "import sys, fpabee.calibration.report.plots\n"
+        "assert 'matplotlib' in sys.modules\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rows_from_python_have_no_line(make_calibration: Make, tmp_path: Path) -> None:
+    result = make_calibration()
+    rows = [Row(row.text, None, row.labels) for row in result.texts]
+    write_report(dataclasses.replace(result, texts=rows), tmp_path)
+    assert [row["line"] for row in table(tmp_path, "rows")][:3] == ["1", "2", "3"]
