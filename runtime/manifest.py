@@ -207,6 +207,22 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     default_operating_point: str = ""
 
 
+class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
+    """A target that could not be built where the folder was made.
+
+    Attributes:
+        backend: inference library.
+        precision: of the graphs to build.
+        reason: why it could not be built.
+        command: what builds it where it can be, with ENGINES for the folder.
+    """
+
+    backend: str
+    precision: str
+    reason: str
+    command: str
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """An engines folder. Paths in it are relative POSIX paths."""
 
@@ -225,6 +241,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     verification: Verification | None = None
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
+    not_built: dict[str, NotBuilt] = {}
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:
         """The graphs in a precision.

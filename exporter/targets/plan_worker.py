@@ -17,6 +17,9 @@ from typing import Any
 
 import msgspec
 
+from ..formats import in_head
+
+_TURING = "7.5"
 _DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}
 
 
@@ -79,6 +82,8 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
+    if _TURING in request.compute_capabilities:
+        _lower_heads(trt, network)
     config = builder.create_builder_config()
     problem = _configure(trt, builder, config, request)
     if problem:
@@ -103,6 +108,29 @@ def _creation_flags(trt: Any) -> int:
     # Version 10 must be told; later ones know no other kind.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def _lower_heads(trt: Any, network: Any) -> None:
+    """Compute the matrix products of exit heads in fp16: RTX has no others for Turing."""
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    for layer in layers:
+        is_product = layer.type == trt.LayerType.MATRIX_MULTIPLY
+        if not (is_product and in_head(layer.name)):
+            continue
+        product = layer.get_output(0)
+        readers = [
+            (reader, number)
+            for reader in layers
+            for number in range(reader.num_inputs)
+            if reader.get_input(number) is not None
+            and reader.get_input(number).name == product.name
+        ]
+        for number in range(layer.num_inputs):
+            lowered = network.add_cast(layer.get_input(number), trt.DataType.HALF)
+            layer.set_input(number, lowered.get_output(0))
+        exact = network.add_cast(product, trt.DataType.FLOAT)
+        for reader, number in readers:
+            reader.set_input(number, exact.get_output(0))
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:

@@ -298,7 +298,7 @@ def check_target(target: Target, name: str) -> None:
             rebuild(target),
         )
     built = target.versions.get(module, "unknown")
-    here = _version(module)
+    here = library_version(module)
     if built != here:
         raise BackendError(
             f"target {name} was built by {module} {built}; here is {here}, which cannot load it",
@@ -306,13 +306,19 @@ def check_target(target: Target, name: str) -> None:
         )
 
 
+def build_command(backend: str, precision: str) -> str:
+    """The command that builds the plans of a precision, with ENGINES for the folder."""
+    flag = "" if precision == "fp32" else f" --{precision}"
+    return f"fpabee-export --from ENGINES --backend {backend}{flag}"
+
+
 def rebuild(target: Target) -> str:
-    """The command that builds a target on this machine."""
-    flag = "" if target.precision == "fp32" else f" --{target.precision}"
-    return f"build it here: fpabee-export --from ENGINES --backend {target.backend}{flag}"
+    """How to build a target on this machine."""
+    return f"build it here: {build_command(target.backend, target.precision)}"
 
 
-def _version(module: str) -> str:
+def library_version(module: str) -> str:
+    """The version of `tensorrt` or `tensorrt_rtx`; it is loaded only if no package says it."""
     for name in metadata.packages_distributions().get(module, []):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))

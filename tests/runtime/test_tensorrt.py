@@ -199,7 +199,7 @@ def test_target_is_checked_before_a_plan_is_loaded(
         with pytest.raises(BackendError, match=message):
             load(made)
     monkeypatch.setattr(tensorrt, "cuda_device", lambda: CudaDevice("a double", "8.6"))
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.3.0")
+    monkeypatch.setattr(tensorrt, "library_version", lambda module: "10.3.0")
     with pytest.raises(BackendError, match=r"built by tensorrt 10\.99; here is 10\.3\.0.*build it"):
         load(made)
     monkeypatch.delitem(sys.modules, "tensorrt")
@@ -233,7 +233,7 @@ def test_a_damaged_plan_is_not_loaded(double: Callable[..., Double]) -> None:
 def test_rtx_asks_whether_a_plan_is_valid_here(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.99")
+    monkeypatch.setattr(tensorrt, "library_version", lambda module: "10.99")
     made = double(backend="tensorrt-rtx", versions={"tensorrt_rtx": "10.99"})
     with load(made) as engine:
         assert len(engine.predict(["rain"])) == 1
@@ -298,7 +298,7 @@ def test_the_cuda_provider_needs_a_gpu_and_its_package(
 def test_rtx_keeps_what_the_device_compiled(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.99")
+    monkeypatch.setattr(tensorrt, "library_version", lambda module: "10.99")
     made = double(backend="tensorrt-rtx", versions={"tensorrt_rtx": "10.99"})
     cache = made.folder / "targets" / made.target / "runtime.cache"
     for contexts in (3, 6):
