@@ -184,6 +184,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
         compute_capabilities: those of the GPUs that the files run on, such as `8.6`.
+        hardware_compatible: whether they also run on Ampere and every later GPU.
+        version_compatible: whether they also run with later versions of the library.
         profiles: the shapes that the files take, by length; empty: any.
         batch_sizes: the batch sizes to pad to; empty: any.
         sequence_lengths: the lengths to pad to; empty: any.
@@ -200,6 +202,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
     row_invariant: bool = True
     compute_capabilities: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    version_compatible: bool = False
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()

@@ -240,6 +240,8 @@ def _target(
         files=files,
         tolerance=None,
         compute_capabilities=capabilities,
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
         profiles=options.profiles(),
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,
