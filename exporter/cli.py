@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.extras import require
+from ..runtime.inspect import not_built_lines
 from ..runtime.manifest import ProblemType, read_manifest
 from ..runtime.shown import Shown
 from . import placement_shown
 from .extend import ExtendOptions, drop_graphs, extend
 from .formats import Half
 from .placement import PlacementOptions, place_exits
-from .targets.tensorrt import PlanOptions
+from .targets.options import PlanOptions
 
 AUTO = "auto"
 
@@ -187,8 +188,10 @@ def main(
     wanted = _extend_options(settings)
     if wanted.keep_fp32 and not wanted.precisions:
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
-    if settings["int8"] != (wanted.int8_data is not None):
-        raise click.UsageError("--int8 and --calibration-data go together")
+    if wanted.int8_data is not None and not wanted.int8:
+        raise click.UsageError("--calibration-data goes with --int8")
+    if wanted.int8 and wanted.int8_data is None and source is None:
+        raise click.UsageError("--int8 needs --calibration-data")
     if settings["no_onnx"] and source is None:
         raise click.UsageError("--no-onnx goes with --from, on the device")
     shown = Shown(quiet)
@@ -199,7 +202,7 @@ def main(
     else:
         assert source is not None
         folder = source
-    if wanted.precisions or wanted.int8_data or wanted.backends or source is not None:
+    if wanted.precisions or wanted.int8 or wanted.backends or source is not None:
         if not as_json:
             click.echo("\n".join(lines), nl=bool(lines))
             lines = []
@@ -234,6 +237,7 @@ def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
     workspace = settings["workspace"]
     return ExtendOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
+        int8=settings["int8"],
         int8_data=settings["calibration_data"],
         backends=settings["backends"] or None,
         keep_fp32=settings["keep_fp32"],
@@ -302,12 +306,11 @@ def _extend(folder: Path, options: ExtendOptions, shown: Shown) -> tuple[dict[st
             "not run here" if target.tolerance is None else f"logits within {target.tolerance:.1e}"
         )
         lines.append(f"built {name} for compute capability {where} ({ran})")
-    for left in result.not_built:
-        lines.append(f"not built: {left.target}: {left.reason}\n  there: {left.command}")
+    lines += not_built_lines(result.not_built, folder)
     content = {
         "targets": list(result.manifest.targets),
         "precisions": [check.to_dict() for check in result.checks],
         "built": list(result.built),
-        "not_built": [asdict(left) for left in result.not_built],
+        "not_built": msgspec.to_builtins(result.not_built),
     }
     return content, lines

@@ -6,21 +6,31 @@ The folder stays usable at any moment: new files come first, the manifest last.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..runtime.errors import ArtifactError, BackendError, FpabeeError
+from ..runtime.backends.tensorrt import build_command
+from ..runtime.errors import ArtifactError, FpabeeError, InputError, MissingExtraError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
-from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
+from ..runtime.manifest import (
+    BuiltFile,
+    Manifest,
+    NotBuilt,
+    Target,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 from ..runtime.text_io import read_rows
-from .formats import Half
+from .formats import INT8, Half
 from .target_check import can_run, check_target
-from .targets.tensorrt import RTX, TENSORRT, PlanOptions, build_target, why_not
+from .targets.options import RTX, TENSORRT, TURING, PlanOptions
+from .targets.tensorrt import build_target, why_not
 
 if TYPE_CHECKING:
     from .half import HalfReport
@@ -36,7 +46,8 @@ class ExtendOptions:
 
     Attributes:
         precisions: half precisions to write graphs in.
-        int8_data: texts (any format of `read_rows`) for int8 ranges; None: no int8.
+        int8: whether int8 is asked for.
+        int8_data: texts (any format of `read_rows`) for int8 ranges; None: the graphs are there.
         backends: targets that must be built; None: those that can be built here, for each
             precision asked for.
         keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
@@ -47,6 +58,7 @@ class ExtendOptions:
     """
 
     precisions: tuple[Half, ...] = ()
+    int8: bool = False
     int8_data: Path | None = None
     backends: tuple[str, ...] | None = None
     keep_fp32: tuple[str, ...] = ()
@@ -57,15 +69,6 @@ class ExtendOptions:
 
 
 @dataclass(frozen=True)
-class NotBuilt:
-    """A target that could not be built here, and the command that builds it."""
-
-    target: str
-    reason: str
-    command: str
-
-
-@dataclass(frozen=True)
 class ExtendResult:
     """What was added.
 
@@ -73,13 +76,13 @@ class ExtendResult:
         manifest: the folder's manifest now.
         checks: what half precision does to the model, for each precision that was written.
         built: names of the targets that were built.
-        not_built: targets that were left, and how to build them.
+        not_built: targets that were left, and how to build them; also in the manifest.
     """
 
     manifest: Manifest
     checks: tuple[HalfReport, ...]
     built: tuple[str, ...]
-    not_built: tuple[NotBuilt, ...]
+    not_built: dict[str, NotBuilt]
 
 
 def extend(
@@ -127,32 +130,41 @@ def _extend(
         require("half")
         from .half import add_half
 
-        manifest, report = add_half(path, manifest, half, rule, options.keep_fp32, texts, progress)
+        turing = half is Half.FP16 and TURING in options.plans.compute_capabilities
+        manifest, report = add_half(
+            path, manifest, half, rule, options.keep_fp32, texts, progress, turing=turing
+        )
         manifest = _with_onnxruntime(_without_stale(manifest, half.value), half)
         write_manifest(path, manifest)
         checks.append(report)
     if options.int8_data is not None:
         require("half")
-        from .int8 import INT8, add_int8
+        from .int8 import add_int8
 
         texts = [row.content for row in read_rows(options.int8_data)]
         manifest, report = add_int8(path, manifest, rule, texts, progress)
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)
-    built, left = [], []
+    elif options.int8 and INT8 not in manifest.precisions:
+        raise InputError(
+            f"{path} has no int8 graphs, whose ranges come from texts",
+            "give texts like those to classify: --int8 --calibration-data FILE",
+        )
+    built: list[str] = []
+    not_built: dict[str, NotBuilt] = {}
     asked = tuple(half.value for half in options.precisions)
-    asked += ("int8",) if options.int8_data is not None else ()
+    asked += (INT8,) if options.int8 else ()
     precisions = asked or tuple(manifest.precisions) or ("fp32",)
     for backend in BACKENDS if options.backends is None else options.backends:
-        error = why_not(backend)
         for precision in precisions:
-            if error:
-                left.append(not_built(path, backend, precision, error))
-                continue
             manifest, name = add_target(path, manifest, backend, precision, options, progress)
-            built.append(name)
-    return ExtendResult(manifest, tuple(checks), tuple(built), tuple(left))
+            if name is None:
+                label = _label(backend, precision)
+                not_built[label] = manifest.not_built[label]
+            else:
+                built.append(name)
+    return ExtendResult(manifest, tuple(checks), tuple(built), not_built)
 
 
 def add_target(
@@ -162,14 +174,32 @@ def add_target(
     precision: str,
     options: ExtendOptions,
     progress: Progress,
-) -> tuple[Manifest, str]:
+) -> tuple[Manifest, str | None]:
     """Build a target, verify it where it can run, and write it into the manifest.
 
     Returns:
-        The manifest with the target, and the target's name.
+        The manifest, and the target's name; None if this machine cannot build it, which the
+        manifest then notes.
+
+    Raises:
+        BackendError: the build failed.
+        VerificationError: the plan does not reproduce the model.
     """
+    label, error = _label(backend, precision), why_not(backend)
+    if error:
+        noted = _noting(manifest, {label: _not_built(backend, precision, error)})
+        write_manifest(path, noted)
+        return noted, None
     plans, jobs, resume = options.plans, options.jobs, options.resume
-    built, name = build_target(path, manifest, backend, precision, plans, jobs, resume, progress)
+    try:
+        built, name = build_target(
+            path, manifest, backend, precision, plans, jobs, resume, progress
+        )
+    except FpabeeError as failure:
+        left = {label: _not_built(backend, precision, failure, " --resume")}
+        write_manifest(path, _noting(_without_changed(path, manifest), left))
+        raise
+    built = _noting(built, {}, built=label)
     write_manifest(path, built)
     if can_run(built.targets[name]):
         progress(f"verify {name}", 0, 1)
@@ -211,12 +241,29 @@ def _with_onnxruntime(manifest: Manifest, half: Half) -> Manifest:
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:
     """Without the targets that were built from other graphs than those of now."""
     graphs = manifest.graphs_in(precision)
-    targets = {
-        name: target
-        for name, target in manifest.targets.items()
-        if target.precision != precision
-        or all(file.onnx_sha256 == graphs[g].sha256 for g, file in target.files.items())
-    }
+    return _only(
+        manifest,
+        lambda target: (
+            target.precision != precision
+            or all(file.onnx_sha256 == graphs[g].sha256 for g, file in target.files.items())
+        ),
+    )
+
+
+def _without_changed(path: Path, manifest: Manifest) -> Manifest:
+    """Without the targets whose files a build that failed has written over."""
+
+    def is_whole(file: BuiltFile) -> bool:
+        return (path / file.file).is_file() and sha256_of(path / file.file) == file.sha256
+
+    return _only(manifest, lambda target: all(map(is_whole, target.files.values())))
+
+
+def _only(manifest: Manifest, keep: Callable[[Target], bool]) -> Manifest:
+    """The manifest with some of its targets; as it is if none would be left."""
+    targets = {name: target for name, target in manifest.targets.items() if keep(target)}
+    if not targets:
+        return manifest
     default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
     return msgspec.structs.replace(manifest, targets=targets, default_target=default)
 
@@ -232,10 +279,20 @@ def _verified(path: Path, before: Manifest, manifest: Manifest, name: str) -> Ma
     return checked
 
 
-def not_built(path: Path, backend: str, precision: str, error: BackendError) -> NotBuilt:
-    """What is left to be done for a target that cannot be built here."""
-    flag = "" if precision == "fp32" else f" --{precision}"
-    command = f"fpabee-export --from {path} --backend {backend}{flag}"
-    if backend == RTX:
+def _label(backend: str, precision: str) -> str:
+    """What the manifest calls a target that is not built."""
+    return f"{backend}-{precision}"
+
+
+def _not_built(backend: str, precision: str, error: FpabeeError, how: str = "") -> NotBuilt:
+    command = build_command(backend, precision) + how
+    if isinstance(error, MissingExtraError) and backend == RTX:
         command = f"{error.hint} && {command}"
-    return NotBuilt(f"{backend}-{precision}", error.message, command)
+    return NotBuilt(backend=backend, precision=precision, reason=error.message, command=command)
+
+
+def _noting(manifest: Manifest, left: Mapping[str, NotBuilt], built: str = "") -> Manifest:
+    """The manifest with targets noted as not built, and one that is built now no longer."""
+    notes = {**manifest.not_built, **left}
+    notes.pop(built, None)
+    return msgspec.structs.replace(manifest, not_built=notes)

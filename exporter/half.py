@@ -78,6 +78,8 @@ def add_half(
     keep: Sequence[str] = (),
     texts: Sequence[Text] = (),
     progress: Progress = lambda what, done, total: None,
+    *,
+    turing: bool = False,
 ) -> tuple[Manifest, HalfReport]:
     """Check a format and write the graphs in it to `onnx/<format>/`.
 
@@ -90,6 +92,8 @@ def add_half(
             graph that has them.
         texts: more texts to check with than those of `reference.npz`.
         progress: called with (what, done, total).
+        turing: check it as plans for compute capability 7.5 compute it, with the heads'
+            matrix products in the format too; the graphs are the same.
 
     Raises:
         VerificationError: the model does not survive the format.
@@ -113,8 +117,9 @@ def add_half(
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
     plans = {name: plan(proto, kept[name]) for name, proto in protos.items()}
-    found = chain.run(rows, plans)
-    report = report_of(manifest, half.value, rule, found, expected, plans, half)
+    checked = {name: plan(proto, kept[name], turing) for name, proto in protos.items()}
+    found = chain.run(rows, checked)
+    report = report_of(manifest, half.value, rule, found, expected, checked, half)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
     report = replace(report, kept=listed)
     if not report.passed:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from .formats import in_head
+
 
 def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
     """Write a graph with symmetric Q/DQ around every product with a weight, heads left out.
@@ -40,7 +42,7 @@ def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self._feeds, None)
 
-    heads = [node.name for node in onnx.load(source).graph.node if node.name.startswith("head")]
+    heads = [node.name for node in onnx.load(source).graph.node if in_head(node.name)]
     with tempfile.TemporaryDirectory() as temporary:
         quantized = Path(temporary) / "quantized.onnx"
         quantize_static(

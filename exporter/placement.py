@@ -19,14 +19,14 @@ from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, FpabeeError, InputError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
-from ..runtime.manifest import Manifest, read_manifest
+from ..runtime.manifest import Manifest, NotBuilt, read_manifest
 from ..runtime.operating_point import OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
-from .extend import ExtendOptions, NotBuilt, add_target, not_built
+from .extend import ExtendOptions, add_target
 from .keep_exits import check_exits, keep_exits
 from .output import check_output, publish, staging
 from .parity import Parity
-from .targets.tensorrt import RTX, why_not
+from .targets.options import RTX
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class PlacementResult:
         points: the operating points that were calibrated again, by name.
         lost: those that were not.
         built: targets that were built again.
-        not_built: targets that were not, and how to.
+        not_built: targets that could not be, and how to.
     """
 
     folder: Path
@@ -110,7 +110,7 @@ class PlacementResult:
     points: dict[str, Again]
     lost: tuple[Lost, ...]
     built: tuple[str, ...]
-    not_built: tuple[NotBuilt, ...]
+    not_built: dict[str, NotBuilt]
 
 
 def place_exits(
@@ -155,7 +155,7 @@ def place_exits(
         with staging(new) as folder:
             kept, parity = keep_exits(old, manifest, exits, folder)
             publish(folder, new)
-        kept, built, left = _rebuild(new, manifest, kept, options.extend, progress)
+        kept, built = _rebuild(new, manifest, kept, options.extend, progress)
         points, lost = _calibrate(engine, old, new, options, progress)
     return PlacementResult(
         folder=Path(output),
@@ -166,7 +166,7 @@ def place_exits(
         points=points,
         lost=tuple(lost),
         built=tuple(built),
-        not_built=tuple(left),
+        not_built=kept.not_built,
     )
 
 
@@ -226,15 +226,11 @@ def _wish(point: OperatingPoint) -> Wish:
 
 def _rebuild(
     folder: Path, old: Manifest, manifest: Manifest, options: ExtendOptions, progress: Progress
-) -> tuple[Manifest, list[str], list[NotBuilt]]:
+) -> tuple[Manifest, list[str]]:
     """Build again what the old folder had built, as far as this machine can."""
-    built, left = [], []
+    built = []
     for target in old.targets.values():
         if not target.files:
-            continue
-        error = why_not(target.backend)
-        if error is not None:
-            left.append(not_built(folder, target.backend, target.precision, error))
             continue
         plans = options.plans
         if target.backend == RTX:
@@ -244,8 +240,9 @@ def _rebuild(
         manifest, name = add_target(
             folder, manifest, target.backend, target.precision, changed, progress
         )
-        built.append(name)
-    return manifest, built, left
+        if name is not None:
+            built.append(name)
+    return manifest, built
 
 
 def _calibrate(

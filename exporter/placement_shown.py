@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..calibration.words import rule_in_words
 from ..runtime.exit_rules import ExitRule
+from ..runtime.inspect import not_built_lines
 from ..runtime.operating_point import OperatingPoint
 from .placement import PlacementResult
 
@@ -43,7 +44,7 @@ def to_dict(result: PlacementResult) -> dict[str, Any]:
         },
         "not_valid_any_more": [asdict(lost) for lost in result.lost],
         "built": list(result.built),
-        "not_built": [asdict(left) for left in result.not_built],
+        "not_built": msgspec.to_builtins(result.not_built),
     }
 
 
@@ -69,8 +70,8 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         )
     for name in result.built:
         console.print(f"built {name} again")
-    for left in result.not_built:
-        console.print(f"not built: {left.target}: {left.reason}\n  there: {left.command}")
+    for line in not_built_lines(result.not_built, result.folder):
+        console.print(line)
 
 
 def _steps(result: PlacementResult) -> Table:

@@ -22,12 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..runtime.errors import ModelError
 from ..runtime.manifest import LOGITS, NEXT
-from .formats import Half
+from .formats import Half, in_head
 
 _FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Log", "Exp"})
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
 # What only moves or inspects values takes them in whatever precision they come.
 _ANY_OPS = frozenset({"Shape", "Size", "Identity"})
-_HEAD = "head"
 _ONNX_TYPE = {Half.FP16: TensorProto.FLOAT16, Half.BF16: TensorProto.BFLOAT16}
 _FP32_TENSORS = ("token_weights", LOGITS)
 
@@ -48,20 +48,22 @@ class Plan:
     tensors: frozenset[str]
 
 
-def plan(proto: Any, keep: Collection[str] = ()) -> Plan:
+def plan(proto: Any, keep: Collection[str] = (), head_products: bool = False) -> Plan:
     """Choose what of an fp32 graph is lowered.
 
     Args:
         proto: the graph.
         keep: more nodes, inputs and outputs that stay in fp32, by name. A carried tensor is
             named without its prefix: `hidden_states` keeps `next_hidden_states` too.
+        head_products: lower the matrix products of exit heads too, as plans for compute
+            capability 7.5 do.
     """
     floats = _float_values(proto)
     nodes = frozenset(
         node.name
         for node in proto.graph.node
         if node.op_type not in _FP32_OPS | _ANY_OPS
-        and node.name.split("/")[0].split(".")[0] != _HEAD
+        and (not in_head(node.name) or (head_products and node.op_type in _PRODUCTS))
         and node.name not in keep
         and floats.intersection((*node.input, *node.output))
     )
@@ -153,28 +155,45 @@ def emulate(proto: Any, half: Half, chosen: Plan) -> Any:
     result.CopyFrom(proto)
     graph = result.graph
     del graph.node[:], graph.value_info[:]
+    # What nodes read in place of a value: those in half precision, and the others.
+    low = {name: name for name in chosen.tensors}
+    exact: dict[str, str] = {}
     for tensor in graph.initializer:
         users = [node for node in proto.graph.node if tensor.name in node.input]
         if tensor.name in floats and users and all(node.name in chosen.nodes for node in users):
             with np.errstate(over="ignore"):  # what does not fit shows as infinity
                 rounded = _rounded(tensor, half).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
-    exact: dict[str, str] = {}
+            low[tensor.name] = tensor.name
+
+    def round_trip(source: str, target: str) -> None:
+        between = f"{target}/{half.value}"
+        graph.node.append(_cast(source, between, _ONNX_TYPE[half]))
+        graph.node.append(_cast(between, target, TensorProto.FLOAT))
+
+    def in_low(name: str) -> str:
+        if name in floats and name not in low:
+            low[name] = f"{name}/rounded"
+            round_trip(name, low[name])
+        return low.get(name, name)
+
     for original in proto.graph.node:
+        is_low = original.name in chosen.nodes
+        inputs = [in_low(name) if is_low else exact.get(name, name) for name in original.input]
         node = graph.node.add()
         node.CopyFrom(original)
-        inputs = [exact.get(name, name) for name in node.input]
         del node.input[:]
         node.input.extend(inputs)
         outputs = [name for name in original.output if name in floats]
         for name in outputs:
-            if node.name not in chosen.nodes and name not in chosen.tensors:
+            if not is_low and name not in chosen.tensors:
                 continue
             unrounded = f"{name}/exact"
             node.output[list(original.output).index(name)] = unrounded
-            graph.node.append(_cast(unrounded, f"{name}/{half.value}", _ONNX_TYPE[half]))
-            graph.node.append(_cast(f"{name}/{half.value}", name, TensorProto.FLOAT))
-            if node.name not in chosen.nodes:  # only what leaves the graph is rounded
+            round_trip(unrounded, name)
+            if is_low:
+                low[name] = name
+            else:  # only what leaves the graph is rounded
                 exact[name] = unrounded
         if outputs:
             first = node.output[list(original.output).index(outputs[0])]

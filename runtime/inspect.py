@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +19,7 @@ from .. import __version__
 from .backends.cuda_probe import cuda_device
 from .cli import exits_with_one_line, version_option
 from .errors import ArtifactError, BackendError, FpabeeError
-from .manifest import Manifest, Target, read_manifest, resolve
+from .manifest import Manifest, NotBuilt, Target, read_manifest, resolve
 
 _PACKAGES = (
     "numpy",
@@ -63,6 +65,15 @@ def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
             size, why_not = 0, str(error)
         states.append(TargetState(name, size, why_not, target.tolerance))
     return states
+
+
+def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
+    """What a folder lacks, why, and the command that builds it, two lines each."""
+    lines = []
+    for name, note in left.items():
+        command = note.command.replace("ENGINES", str(folder))
+        lines += [f"not built: {name}: {note.reason}", f"  there: {command}"]
+    return lines
 
 
 def environment() -> dict[str, str]:
@@ -136,6 +147,7 @@ def main(engines: Path | None, show_env: bool, as_json: bool) -> None:
         manifest = read_manifest(engines)
         content |= _describe(manifest)
         content["targets"] = [asdict(state) for state in target_states(engines, manifest)]
+        content["not_built"] = msgspec.to_builtins(manifest.not_built)
     if as_json:
         click.echo(json.dumps(content))
         return
@@ -144,6 +156,8 @@ def main(engines: Path | None, show_env: bool, as_json: bool) -> None:
         console.print(f"{name}: {value}", markup=False)
     if engines is not None:
         _print(console, content)
+        for line in not_built_lines(manifest.not_built, engines):
+            console.print(line, markup=False)
 
 
 def _describe(manifest: Manifest) -> dict[str, Any]:

@@ -184,6 +184,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
         compute_capabilities: those of the GPUs that the files run on, such as `8.6`.
+        hardware_compatible: whether they also run on Ampere and every later GPU.
+        version_compatible: whether they also run with later versions of the library.
         profiles: the shapes that the files take, by length; empty: any.
         batch_sizes: the batch sizes to pad to; empty: any.
         sequence_lengths: the lengths to pad to; empty: any.
@@ -200,11 +202,29 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
     row_invariant: bool = True
     compute_capabilities: tuple[str, ...] = ()
+    hardware_compatible: bool = False
+    version_compatible: bool = False
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()
     operating_points: dict[str, OperatingPoint] = {}
     default_operating_point: str = ""
+
+
+class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
+    """A target that could not be built where the folder was made.
+
+    Attributes:
+        backend: inference library.
+        precision: of the graphs to build.
+        reason: why it could not be built.
+        command: what builds it where it can be, with ENGINES for the folder.
+    """
+
+    backend: str
+    precision: str
+    reason: str
+    command: str
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +245,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     verification: Verification | None = None
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
+    not_built: dict[str, NotBuilt] = {}
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:
         """The graphs in a precision.

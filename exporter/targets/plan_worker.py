@@ -10,6 +10,7 @@ typed: the precision is the graph's. Imports neither torch nor onnx.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 import msgspec
 
+from ..formats import in_head
+
+_TURING = "7.5"
 _DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}
 
 
@@ -79,6 +83,8 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
+    if _TURING in request.compute_capabilities:
+        _lower_heads(trt, network)
     config = builder.create_builder_config()
     problem = _configure(trt, builder, config, request)
     if problem:
@@ -90,12 +96,12 @@ def build_plan(request: PlanRequest) -> PlanResult:
     path = Path(request.plan)
     path.write_bytes(memoryview(plan))
     if cache is not None and request.timing_cache:
-        Path(request.timing_cache).write_bytes(memoryview(cache.serialize()))
+        _keep(cache, config, Path(request.timing_cache))
     return PlanResult(
         seconds=time.perf_counter() - started,
         size=path.stat().st_size,
         dtypes=_dtypes(network),
-        layers=_layers(trt, log, plan),
+        layers=_layers(trt, log, plan, request.version_compatible),
     )
 
 
@@ -103,6 +109,29 @@ def _creation_flags(trt: Any) -> int:
     # Version 10 must be told; later ones know no other kind.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def _lower_heads(trt: Any, network: Any) -> None:
+    """Compute the matrix products of exit heads in fp16: RTX has no others for Turing."""
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    for layer in layers:
+        is_product = layer.type == trt.LayerType.MATRIX_MULTIPLY
+        if not (is_product and in_head(layer.name)):
+            continue
+        product = layer.get_output(0)
+        readers = [
+            (reader, number)
+            for reader in layers
+            for number in range(reader.num_inputs)
+            if reader.get_input(number) is not None
+            and reader.get_input(number).name == product.name
+        ]
+        for number in range(layer.num_inputs):
+            lowered = network.add_cast(layer.get_input(number), trt.DataType.HALF)
+            layer.set_input(number, lowered.get_output(0))
+        exact = network.add_cast(product, trt.DataType.FLOAT)
+        for reader, number in readers:
+            reader.set_input(number, exact.get_output(0))
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:
@@ -135,9 +164,23 @@ def _timing_cache(trt: Any, config: Any, path: str | None) -> Any:
     if path is None or trt.__name__ == "tensorrt_rtx":
         return None
     file = Path(path)
-    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    for content in (file.read_bytes() if file.is_file() else b"", b""):
+        cache = config.create_timing_cache(content)
+        # What another version or GPU timed is refused: then it is timed anew.
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
+
+
+def _keep(cache: Any, config: Any, file: Path) -> None:
+    """Write the timing cache, with what other builds have added to it meanwhile."""
+    if file.is_file():
+        newer = config.create_timing_cache(file.read_bytes())
+        if newer is not None:
+            cache.combine(newer, ignore_mismatch=False)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(memoryview(cache.serialize()))
+    temporary.replace(file)
 
 
 def _dtypes(network: Any) -> dict[str, str]:
@@ -146,11 +189,13 @@ def _dtypes(network: Any) -> dict[str, str]:
     return {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
 
 
-def _layers(trt: Any, log: Any, plan: Any) -> str:
+def _layers(trt: Any, log: Any, plan: Any, version_compatible: bool) -> str:
     """What the inspector says; only where the plan can be loaded, on a GPU."""
     if trt.__name__ == "tensorrt_rtx":
         return ""
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = version_compatible
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return ""
     inspector = engine.create_engine_inspector()

@@ -42,14 +42,18 @@ class Cuda:
         """
         status, pointer = self._runtime.cudaMalloc(size)
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
-            free, total = self.memory()
-            raise BackendError(
-                f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
-                f"{total / 2**20:.0f} MiB are free",
-                "use smaller batches or fewer threads, or close what else uses the GPU",
-            )
+            raise self.no_room(size)
         self._check((status,))
         return int(pointer)
+
+    def no_room(self, size: int) -> BackendError:
+        """The error that `size` bytes of device memory are not free."""
+        free, total = self.memory()
+        return BackendError(
+            f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
+            f"{total / 2**20:.0f} MiB are free",
+            "use smaller batches or fewer threads, or close what else uses the GPU",
+        )
 
     def free(self, pointer: int) -> None:
         """Give device memory back."""

@@ -48,6 +48,9 @@ class Runner(Protocol):
     def run(self) -> None:
         """Put the graph into the stream."""
 
+    def can_capture(self) -> bool:
+        """Whether its next run can be part of a CUDA graph."""
+
     def scratch_bytes(self) -> int:
         """Scratch memory it needs; 0 if it brings its own."""
 
@@ -63,14 +66,12 @@ class DeviceBackend(Protocol):
         stages: which buffer holds what.
         specs: every carried tensor.
         padding: value of padding for each input of segment 1.
-        captures: whether runs can be captured as CUDA graphs.
     """
 
     cuda: Cuda
     stages: list[Stage]
     specs: dict[str, TensorSpec]
     padding: dict[str, float]
-    captures: bool
 
     def check_bucket(self, bucket: Bucket) -> None:
         """Raise `BackendError` for a shape that is not run."""
@@ -262,7 +263,7 @@ class DeviceExecution:
         self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
-        elif step.runs == 0 or not self.backend.captures:
+        elif step.runs == 0 or not all(runner.can_capture() for runner in step.runners):
             # A first run may allocate, which no graph may hold.
             self._run(step)
         else:

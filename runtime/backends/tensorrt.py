@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping
 from importlib import metadata, util
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _HEADER_BYTES = 64
+_AMPERE = 8
 
 
 class PlanRunner:
@@ -47,6 +49,12 @@ class PlanRunner:
         """Put the plan into the stream."""
         context = self._context
         _must(context.execute_async_v3(self._stream), "TensorRT could not start a segment")
+
+    def can_capture(self) -> bool:
+        """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
+        context = self._context
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._stream))
 
     def scratch_bytes(self) -> int:
         """What the context needs at its shapes."""
@@ -108,8 +116,6 @@ class TensorRtBackend:
         BackendError: no GPU, or one that the plans are not for, or another library version.
     """
 
-    captures = True
-
     def __init__(self, folder: Path, manifest: Manifest, target: Target, name: str) -> None:
         check_target(target, name)
         self.cuda = cuda()
@@ -122,6 +128,8 @@ class TensorRtBackend:
         self._name = name
         self._log = _logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
+        # Such a plan brings the library code that runs it.
+        self._runtime.engine_host_code_allowed = target.version_compatible
         self._engines: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._executions: list[DeviceExecution] = []
@@ -249,9 +257,11 @@ class TensorRtBackend:
             with self._lock:
                 context = engine.create_execution_context(self._compiled.config(engine, strategy))
         if context is None:
+            free, total = self.cuda.memory()
             raise BackendError(
-                f"{self._name}: no execution context for {name}: {self._log.last}",
-                "check the free device memory with nvidia-smi",
+                f"{self._name}: no execution context for {name}: {self._log.last}; "
+                f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
+                "use fewer threads, or close what else uses the GPU",
             )
         return context
 
@@ -268,6 +278,8 @@ class TensorRtBackend:
                 )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            if self.cuda.memory()[0] < len(plan):
+                raise self.cuda.no_room(len(plan))
             raise ArtifactError(f"{path} cannot be loaded: {self._log.last}", rebuild(self._target))
         return engine
 
@@ -291,28 +303,45 @@ def check_target(target: Target, name: str) -> None:
             f"target {name} needs an NVIDIA GPU, and here {device.error}",
             "choose another target: --target onnxruntime-fp32",
         )
-    if device.compute_capability not in target.compute_capabilities:
+    if not _is_for(target, device.compute_capability):
         raise BackendError(
             f"target {name} is for compute capability {', '.join(target.compute_capabilities)}; "
             f"this {device.name} has {device.compute_capability}",
             rebuild(target),
         )
     built = target.versions.get(module, "unknown")
-    here = _version(module)
-    if built != here:
+    here = library_version(module)
+    if built != here and not (target.version_compatible and _is_later(here, built)):
         raise BackendError(
             f"target {name} was built by {module} {built}; here is {here}, which cannot load it",
             f"{rebuild(target)}, or pip install {module}=={built}",
         )
 
 
+def _is_for(target: Target, compute_capability: str) -> bool:
+    if compute_capability in target.compute_capabilities:
+        return True
+    return target.hardware_compatible and int(compute_capability.split(".")[0]) >= _AMPERE
+
+
+def _is_later(here: str, built: str) -> bool:
+    numbers = [[int(part) for part in re.findall(r"\d+", version)] for version in (here, built)]
+    return numbers[0] > numbers[1]
+
+
+def build_command(backend: str, precision: str) -> str:
+    """The command that builds the plans of a precision, with ENGINES for the folder."""
+    flag = "" if precision == "fp32" else f" --{precision}"
+    return f"fpabee-export --from ENGINES --backend {backend}{flag}"
+
+
 def rebuild(target: Target) -> str:
-    """The command that builds a target on this machine."""
-    flag = "" if target.precision == "fp32" else f" --{target.precision}"
-    return f"build it here: fpabee-export --from ENGINES --backend {target.backend}{flag}"
+    """How to build a target on this machine."""
+    return f"build it here: {build_command(target.backend, target.precision)}"
 
 
-def _version(module: str) -> str:
+def library_version(module: str) -> str:
+    """The version of `tensorrt` or `tensorrt_rtx`; it is loaded only if no package says it."""
     for name in metadata.packages_distributions().get(module, []):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))

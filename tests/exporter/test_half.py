@@ -123,3 +123,14 @@ def test_reference_is_what_the_model_says(engines: Mapping[str, Path]) -> None:
     with Engine.load(folder) as engine:
         np.testing.assert_allclose(engine.trace(texts).logits, logits, atol=1e-4)
         assert isinstance(engine.rule, ExitRule)
+
+
+def test_a_check_for_turing_is_stricter_and_writes_the_same(
+    engine_copy: Callable[..., Path],
+) -> None:
+    folder = engine_copy()
+    before = read_manifest(folder)
+    usual, report = add_half(folder, before, Half.FP16, RULE)
+    turing, stricter = add_half(folder, before, Half.FP16, RULE, turing=True)
+    assert usual.precisions == turing.precisions
+    assert stricter.agreement.difference != report.agreement.difference

@@ -19,7 +19,7 @@ from fpabee.exporter import keep_exits as keep_exits_module
 from fpabee.exporter.cli import main
 from fpabee.exporter.extend import ExtendOptions, extend
 from fpabee.exporter.merge import merge_graphs
-from fpabee.exporter.targets.tensorrt import RTX, PlanOptions
+from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.runtime import Engine, FPabee, read_manifest
 from fpabee.runtime.manifest import Target, write_manifest
 from fpabee.runtime.text_io import Row

@@ -34,12 +34,19 @@ def types_of(proto: Any) -> dict[str, int]:
     return types | {tensor.name: tensor.data_type for tensor in inferred.initializer}
 
 
-def small(op: str, factor: float, name: str = "body/op") -> Any:
-    """`y = op(x, factor)` of one float."""
-    weight = numpy_helper.from_array(np.array([factor], np.float32), "w")
-    node = helper.make_node(op, ["x", "w"], ["y"], name=name)
-    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xy"]
-    graph = helper.make_graph([node], "small", value[:1], value[1:], [weight])
+def small(op: str, factor: float, name: str = "body/op", again: float | None = None) -> Any:
+    """`y = op(x, factor)` of one float; with `again`, `y = op(op(x, factor), again)`."""
+    weights = {"w": factor} if again is None else {"w": factor, "v": again}
+    tensors = [numpy_helper.from_array(np.array([w], np.float32), n) for n, w in weights.items()]
+    nodes = [helper.make_node(op, ["x", "w"], ["y"], name=name)]
+    if again is not None:
+        nodes = [
+            helper.make_node(op, ["x", "w"], ["z"], name=name),
+            helper.make_node(op, ["z", "v"], ["y"], name="body/again"),
+        ]
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xyz"]
+    inner = value[2:] if again is not None else []
+    graph = helper.make_graph(nodes, "small", value[:1], value[1:2], tensors, value_info=inner)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -131,6 +138,16 @@ def test_emulation_overflows_like_the_format() -> None:
     assert run(emulate(proto, Half.BF16, plan(proto)), 70.0)["y"] == pytest.approx(70000, rel=0.01)
 
 
+def test_emulation_rounds_what_fp32_nodes_hand_on() -> None:
+    """`lower` casts there: what an fp32 node makes may be too much for its reader."""
+    proto = small("Mul", 1000.0, again=1e-3)
+    chosen = plan(proto, keep=["body/op"])
+    assert chosen.nodes == {"body/again"}
+    found = run(emulate(proto, Half.FP16, chosen), 70.0)
+    assert found[f"{ABS_MAX}body/op"] == 70000.0
+    assert found[f"{ABS_MAX}body/again"] == np.inf
+
+
 def test_emulation_leaves_fp32_nodes_alone() -> None:
     proto = small("Mul", 1 / 3, "head/op")
     found = run(emulate(proto, Half.FP16, Plan(frozenset(), frozenset())), 3.0)
@@ -142,3 +159,12 @@ def test_a_weight_that_does_not_fit_is_named() -> None:
     with pytest.raises(ModelError, match=r"weight w holds 1e\+05.*fp16.*--bf16"):
         lower(proto, Half.FP16, plan(proto))
     lower(proto, Half.BF16, plan(proto))
+
+
+def test_products_of_heads_are_lowered_on_request(engines: Mapping[str, Path]) -> None:
+    proto = graphs_of(engines["bert"])["segment_02"]
+    usual, turing = plan(proto), plan(proto, head_products=True)
+    more = {node.name: node for node in proto.graph.node if node.name in turing.nodes - usual.nodes}
+    assert len(more) >= 2, "pooler and classifier"
+    assert {node.op_type for node in more.values()} <= {"MatMul", "Gemm"}
+    assert usual.tensors == turing.tensors

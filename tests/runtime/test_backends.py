@@ -22,10 +22,10 @@ from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.engine import _open_backend
 from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
 
-from .trt_double import Double, install, install_cuda_provider
+from .device_double import Double, install, install_cuda_provider
 
 FAMILIES = ("bert", "albert", "mpnet", "modernbert")
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 TEXTS = (
     "",
     "the",
@@ -121,8 +121,11 @@ def chain(
         else:
             folder = tmp_path_factory.mktemp(kind) / "engines"
             shutil.copytree(engines[family], folder)
-            add = install if kind == "tensorrt" else install_cuda_provider
-            chain = Chain(folder, add(patch, folder))
+            if kind == "onnxruntime-cuda":
+                double = install_cuda_provider(patch, folder)
+            else:
+                double = install(patch, folder, backend=kind)
+            chain = Chain(folder, double)
         yield chain
         chain.backend.close()
         if chain.double is not None:

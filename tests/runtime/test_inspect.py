@@ -14,7 +14,7 @@ from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.inspect import main, target_states
 from fpabee.runtime.manifest import read_manifest
 
-from .trt_double import install
+from .device_double import install
 
 
 def run(*arguments: object) -> Result:

@@ -33,7 +33,9 @@ from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
 from fpabee.runtime.manifest import write_manifest
 
-from .trt_double import SCRATCH, Double, FakeCudaSession, install, install_cuda_provider
+from .device_double import Double, install, install_cuda_provider
+from .ort_cuda_double import FakeCudaSession
+from .trt_double import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
@@ -199,7 +201,7 @@ def test_target_is_checked_before_a_plan_is_loaded(
         with pytest.raises(BackendError, match=message):
             load(made)
     monkeypatch.setattr(tensorrt, "cuda_device", lambda: CudaDevice("a double", "8.6"))
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.3.0")
+    monkeypatch.setattr(tensorrt, "library_version", lambda module: "10.3.0")
     with pytest.raises(BackendError, match=r"built by tensorrt 10\.99; here is 10\.3\.0.*build it"):
         load(made)
     monkeypatch.delitem(sys.modules, "tensorrt")
@@ -211,7 +213,7 @@ def test_a_plan_that_does_not_load_says_why_and_what_to_run(
     double: Callable[..., Double],
 ) -> None:
     made = double()
-    made.trt.plans = {}
+    made.trt.plans = lambda content: None
     with (
         load(made) as engine,
         pytest.raises(
@@ -233,11 +235,10 @@ def test_a_damaged_plan_is_not_loaded(double: Callable[..., Double]) -> None:
 def test_rtx_asks_whether_a_plan_is_valid_here(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.99")
-    made = double(backend="tensorrt-rtx", versions={"tensorrt_rtx": "10.99"})
+    made = double(backend="tensorrt-rtx")
     with load(made) as engine:
         assert len(engine.predict(["rain"])) == 1
-    made.trt.plans = {}
+    made.trt.plans = lambda content: None
     with load(made) as engine, pytest.raises(ArtifactError, match="is no plan for this GPU"):
         engine.predict(["rain"])
 
@@ -298,8 +299,7 @@ def test_the_cuda_provider_needs_a_gpu_and_its_package(
 def test_rtx_keeps_what_the_device_compiled(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_version", lambda module: "10.99")
-    made = double(backend="tensorrt-rtx", versions={"tensorrt_rtx": "10.99"})
+    made = double(backend="tensorrt-rtx")
     cache = made.folder / "targets" / made.target / "runtime.cache"
     for contexts in (3, 6):
         with load(made) as engine:

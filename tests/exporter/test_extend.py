@@ -1,0 +1,92 @@
+"""What an engines folder says of itself after something was, or was not, added to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fpabee.exporter.extend import ExtendOptions, extend
+from fpabee.exporter.formats import Half
+from fpabee.exporter.targets import tensorrt
+from fpabee.exporter.targets.options import PlanOptions
+from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
+from fpabee.runtime import BackendError, Engine, InputError, read_manifest
+from fpabee.runtime.inspect import main as inspect
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
+
+
+def test_what_was_not_built_stands_in_the_manifest(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    result = extend(folder, ExtendOptions((Half.FP16,), plans=SMALL))
+    assert result.built == ("tensorrt-rtx-fp16",)
+    (name,) = result.not_built
+    left = read_manifest(folder).not_built[name]
+    assert name == "tensorrt-fp16"
+    assert left.command == "fpabee-export --from ENGINES --backend tensorrt --fp16"
+    assert "tensorrt is not installed" in left.reason
+    said = CliRunner().invoke(inspect, [str(folder)]).stdout
+    assert f"not built: tensorrt-fp16: {left.reason}\n" in said
+    assert f"there: fpabee-export --from {folder} --backend tensorrt --fp16\n" in said
+
+
+def test_a_failed_build_is_noted_until_it_succeeds(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    options = ExtendOptions((Half.FP16,), backends=("tensorrt-rtx",), plans=SMALL)
+    extend(folder, options)
+    worker = tensorrt._run_worker
+
+    def fails(request: PlanRequest) -> PlanResult:
+        if request.plan.endswith("segment_02.plan"):
+            return PlanResult(error="no tactics")
+        return worker(request)
+
+    other = ExtendOptions(
+        (Half.FP16,), backends=("tensorrt-rtx",), plans=PlanOptions((1, 1, 2), (8, 8, 16), ("8.6",))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "_run_worker", fails)
+        with pytest.raises(BackendError, match="first segment_02: no tactics"):
+            extend(folder, other)
+    manifest = read_manifest(folder)
+    assert "no tactics" in manifest.not_built["tensorrt-rtx-fp16"].reason
+    assert manifest.not_built["tensorrt-rtx-fp16"].command.endswith("--fp16 --resume")
+    assert "tensorrt-rtx-fp16" not in manifest.targets, "its plans were written over"
+    with Engine.load(folder) as engine:
+        assert len(engine.predict(["rain"])) == 1
+    extend(folder, other)
+    manifest = read_manifest(folder)
+    assert "tensorrt-rtx-fp16" in manifest.targets
+    assert manifest.not_built == {}
+
+
+def test_int8_without_graphs_needs_texts(engine_copy: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"no int8 graphs.*--calibration-data FILE"):
+        extend(engine_copy(), ExtendOptions(int8=True))
+
+
+def test_building_needs_neither_torch_nor_transformers_nor_onnx(
+    engine_copy: Callable[..., Path],
+) -> None:
+    folder = engine_copy()
+    command = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
+        "from fpabee.exporter.cli import main\n"
+        "main()"
+    )
+    arguments = ["--from", str(folder), "--backend", "tensorrt-rtx", "--sm", "86", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "built tensorrt-rtx-fp32" in done.stdout
