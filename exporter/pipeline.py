@@ -35,11 +35,11 @@ from ..runtime.manifest import (
     sha256_of,
     write_manifest,
 )
+from ..runtime.reference import write_reference
 from ..runtime.text_io import read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .multi_exit import MultiExitModel
-from .reference import write_reference
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, Parity, check_chain, check_graphs, reference_logits
 

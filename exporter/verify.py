@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..runtime.agreement import answers, exit_agreement, largest, near_ties
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
@@ -24,7 +25,6 @@ from ..runtime.manifest import (
     NEXT,
     Manifest,
 )
-from .agreement import answers, exit_agreement, largest, near_ties
 from .backbones import attention_bias
 from .multi_exit import MultiExitModel
 from .segments import Cut
