@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..calibration.activations import padded_inputs
+from ..runtime.agreement import Agreement, agree
 from ..runtime.encoding import EncodedRow, Text, TextEncoder
 from ..runtime.errors import VerificationError
 from ..runtime.exit_rules import ExitRule
@@ -28,10 +29,9 @@ from ..runtime.manifest import (
     sha256_of,
     verified,
 )
-from .agreement import Agreement, agree
+from ..runtime.reference import read_reference
 from .formats import Half
 from .precision import ABS_MAX, Plan, emulate, largest_weight, lower, plan
-from .reference import read_reference
 
 AUTO = "auto"
 

@@ -21,10 +21,10 @@ from ..runtime.encoding import Text, TextEncoder
 from ..runtime.errors import InputError, VerificationError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import Manifest, verified
+from ..runtime.reference import read_reference
 from .formats import INT8, Half
 from .half import Emulation, HalfReport, record_of, report_of
 from .precision import lower, plan
-from .reference import read_reference
 
 FOLDER = "int8-qdq"
 

@@ -31,9 +31,9 @@ from ..runtime.manifest import (
     verified,
     write_manifest,
 )
+from ..runtime.reference import read_reference, write_reference
 from .merge import merge_graphs
 from .parity import FP32_TARGET, Parity, check_chain, with_parity
-from .reference import read_reference, write_reference
 
 
 def check_exits(exits: Sequence[int], count: int) -> None:

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.agreement import answers, exit_agreement, largest, near_ties
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
 from ..runtime.manifest import VERIFICATION_NAME, Manifest, Verification, sha256_of
-from .agreement import answers, exit_agreement, largest, near_ties
 
 FP32_TARGET = "onnxruntime-fp32"
 FP32_TOLERANCE = 1e-4

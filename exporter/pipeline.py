@@ -27,6 +27,7 @@ from ..runtime.manifest import (
     sha256_of,
     write_manifest,
 )
+from ..runtime.reference import write_reference
 from ..runtime.text_io import read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
@@ -34,7 +35,6 @@ from .keep_exits import check_exits
 from .multi_exit import MultiExitModel
 from .output import check_output, publish, staging
 from .parity import FP32_TARGET, LEAST_TOLERANCE, Parity, check_chain, with_parity
-from .reference import write_reference
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_graphs, reference_logits
 

@@ -22,6 +22,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ..runtime.graphs import Size
 from ..runtime.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
@@ -215,7 +216,7 @@ def output_specs(model: MultiExitModel, module: GraphModule) -> list[TensorSpec]
     if module.gives_weights:
         specs.append(_weights_spec(NEXT))
     if module.gives_hidden:
-        shape = ("batch", "sequence", hidden)
+        shape: tuple[Size, ...] = ("batch", "sequence", hidden)
         specs.append(TensorSpec(name=NEXT + HIDDEN_STATES, dtype="float32", shape=shape))
     if module.head is not None:
         labels = len(model.exit_config.labels)

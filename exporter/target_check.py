@@ -10,8 +10,7 @@ from ..runtime.backends.cuda_probe import cuda_device
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
 from ..runtime.manifest import Manifest, Target
-from .agreement import agree
-from .reference import read_reference
+from ..runtime.parity import measure_parity
 
 
 def can_run(target: Target) -> bool:
@@ -31,12 +30,9 @@ def check_target(folder: Path, manifest: Manifest, name: str) -> Manifest:
     Raises:
         VerificationError: labels or exits differ by more than the bar.
     """
-    texts, expected = read_reference(folder, manifest)
     with Engine.load(folder, target=name) as engine:
-        found = engine.trace(texts).logits
-        rule = engine.rule
+        agreement = measure_parity(folder, engine)
     target = manifest.targets[name]
-    agreement = agree(found, expected, rule, manifest.task.problem_type, target.precision)
     if not agreement.passed:
         raise VerificationError(
             f"target {name} does not reproduce the PyTorch model: {agreement}",

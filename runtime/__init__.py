@@ -9,7 +9,7 @@ with Engine.load("engines/") as engine:
 
 from .decider import Simulation, simulate
 from .distributions import Measure
-from .engine import Engine, Prediction, Trace
+from .engine import Engine
 from .errors import (
     ArtifactError,
     BackendError,
@@ -35,6 +35,7 @@ from .exit_rules import (
     Pcee,
 )
 from .manifest import Manifest, ProblemType, read_manifest
+from .results import Prediction, Tally, Trace
 
 __all__ = [
     "RULES",
@@ -62,6 +63,7 @@ __all__ = [
     "Regroup",
     "RuleError",
     "Simulation",
+    "Tally",
     "Trace",
     "VerificationError",
     "read_manifest",

@@ -17,6 +17,7 @@ from .exit_rules import ExitRule
 from .manifest import MANIFEST_NAME, read_manifest
 from .options import (
     RULE_OPTIONS,
+    check_option,
     chosen_columns,
     chosen_rule,
     exits_with_one_line,
@@ -49,6 +50,7 @@ __all__ = ["chosen_rule", "exits_with_one_line", "main", "rule_options", "versio
 @click.option("--full-depth", is_flag=True, help="Run every layer for every row.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Truncate to fewer tokens.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+@check_option
 @click.option("--with-text", is_flag=True, help="Repeat the text in the output.")
 @click.option("--all-scores", is_flag=True, help="Give the probabilities of all labels.")
 @click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
@@ -69,6 +71,7 @@ def main(
     full_depth: bool,
     max_length: int | None,
     threads: int | None,
+    check: bool,
     with_text: bool,
     all_scores: bool,
     metrics: bool,
@@ -86,7 +89,13 @@ def main(
     inputs = Inputs(sources, TextFormat(input_format) if input_format else None, columns)
     regroup = _regroup(engines, target)
     with Engine.load(
-        engines, target, operating_point, threads, regroup=regroup, max_length=max_length
+        engines,
+        target,
+        operating_point,
+        threads,
+        regroup=regroup,
+        max_length=max_length,
+        check=check,
     ) as engine:
         chosen = chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else chosen, metrics)

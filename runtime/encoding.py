@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from tokenizers import Tokenizer
 
 from .errors import ArtifactError, InputError
 from .manifest import ATTENTION_BIAS, TokenizerSpec, verified
+
+# Texts that are tokenized in one call, so that memory stays flat on long lines too.
+_CHUNK_TEXTS = 256
+_CHUNK_CHARACTERS = 4 * 2**20
 
 Text = str | tuple[str, str]
 
@@ -109,3 +114,22 @@ def _check(text: object, number: int) -> None:
                 f"text {number} is not Unicode: {error.reason} at character {error.start + 1}",
                 "decode the file as UTF-8, or replace the character",
             ) from error
+
+
+def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Texts in parts that are bounded in number and characters."""
+    iterator = iter(texts)
+    for first in iterator:
+        chunk, characters = [first], _characters(first)
+        for text in itertools.islice(iterator, _CHUNK_TEXTS - 1):
+            chunk.append(text)
+            characters += _characters(text)
+            if characters >= _CHUNK_CHARACTERS:
+                break
+        yield chunk
+
+
+def _characters(text: Text) -> int:
+    """Size of a text or a pair; what is neither is refused when it is encoded."""
+    parts = text if isinstance(text, tuple) else (text,)
+    return sum(len(part) for part in parts if isinstance(part, str))

@@ -2,71 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .backends.base import Backend, Limits
-from .batching import CostCurve
+from .batching import CostCurve, cut_groups
+from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
-from .distributions import Answers, Outputs
-from .encoding import EncodedRow, Text, TextEncoder
-from .errors import ArtifactError, BackendError, InputError, RuleError
+from .distributions import Outputs
+from .encoding import EncodedRow, Text, TextEncoder, chunks
+from .errors import BackendError, InputError
 from .execution import Chain, Regroup, WindowResult
 from .exit_rules import Budget, ExitRule
 from .manifest import NEXT, Manifest, ProblemType, read_manifest
+from .parity import check_parity
+from .results import Counter, Prediction, Tally, Trace
+from .targets import open_backend, operating_point_of, rule_of, target_of
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
 _WINDOW_BYTES = 256 * 2**20
-# Texts that are tokenized in one call, so that memory stays flat on long lines too.
-_CHUNK_TEXTS = 256
-_CHUNK_CHARACTERS = 4 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The answer for one row.
-
-    Attributes:
-        labels: the predicted label, or for multi-label the predicted labels (may be none).
-        scores: the probability of each predicted label.
-        exit: the exit that answered, counted from 1.
-        layer: encoder layers that ran.
-        probabilities: of all labels, in the order of `Engine.labels`.
-        truncated: whether the text had more tokens than the model takes.
-    """
-
-    labels: tuple[str, ...]
-    scores: tuple[float, ...]
-    exit: int
-    layer: int
-    probabilities: tuple[float, ...]
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What the chain gave for some rows.
-
-    Attributes:
-        logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach.
-        exits: `[rows]` exit of each row, counted from 1.
-        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
-        lengths: `[rows]` tokens of each row.
-    """
-
-    logits: NDArray[np.float32]
-    exits: Answers
-    predictions: Answers
-    lengths: NDArray[np.intp]
 
 
 class Engine:
@@ -95,6 +56,8 @@ class Engine:
         self._local = threading.local()
         self._cost: CostCurve | None = None
         self._cost_lock = threading.Lock()
+        self._times = SegmentTimes(self._limits, self.time_segments)
+        self._counter = Counter(len(manifest.segments))
         self._closed = False
         per_token = _bytes_per_token(manifest, self._limits)
         self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
@@ -113,6 +76,7 @@ class Engine:
         regroup: Regroup = Regroup.AUTO,
         preload: bool = False,
         max_length: int | None = None,
+        check: bool = False,
     ) -> Engine:
         """Load an engines folder.
 
@@ -126,26 +90,31 @@ class Engine:
             regroup: whether undecided rows of several groups are joined.
             preload: load all segments now, instead of when first needed.
             max_length: truncate texts to fewer tokens than the model takes.
+            check: run the reference texts of the folder, and refuse a target whose logits are
+                not those of the model that was exported. It loads all segments.
 
         Raises:
             ArtifactError: missing, damaged, or of another version.
             BackendError: the target cannot run here.
             RuleError: the operating point or rule does not exist or does not fit.
+            VerificationError: with `check`, the target is not that model.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        name = target or manifest.default_target
-        if name not in manifest.targets:
-            raise BackendError(
-                f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
-                "choose one with --target, or build it with fpabee-export",
-            )
-        point = None if rule else _point_of(folder, manifest, name, operating_point)
-        chosen = rule or _rule_of(manifest, name, point)
-        backend = _open_backend(folder, manifest, name, threads)
+        name = target_of(folder, manifest, target)
+        point = None if rule else operating_point_of(folder, manifest, name, operating_point)
+        chosen = rule or rule_of(manifest, name, point)
+        backend = open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
-        return cls(folder, manifest, name, backend, chosen, point, regroup, max_length)
+        engine = cls(folder, manifest, name, backend, chosen, point, regroup, max_length)
+        if check:
+            try:
+                check_parity(folder, engine)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
     @property
     def manifest(self) -> Manifest:
@@ -173,8 +142,8 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point = _point_of(self._folder, self._manifest, self._target, operating_point)
-        rule = _rule_of(self._manifest, self._target, point)
+        point = operating_point_of(self._folder, self._manifest, self._target, operating_point)
+        rule = rule_of(self._manifest, self._target, point)
         self._decider(rule)
         self._in_use = (point, rule)
 
@@ -184,30 +153,84 @@ class Engine:
         return self._manifest.task.labels
 
     def predict(
-        self, texts: Sequence[Text], *, rule: ExitRule | None = None, full_depth: bool = False
+        self,
+        texts: Sequence[Text],
+        *,
+        rule: ExitRule | None = None,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+        deadline_ms: float | None = None,
     ) -> list[Prediction]:
         """Classify texts.
+
+        A deadline is a budget for the whole call, tokenization included. All rows may go as
+        deep as fits it, by the measured times of the segments and as if no row stopped before;
+        those that their rule would have let go on are marked `cut`. There is always an answer:
+        where even exit 1 does not fit, rows stop there and are marked `late`. The first call
+        with rows of some length also measures, see `warm_up`.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: instead of the engine's.
             full_depth: run every layer for every row.
+            max_exit: every row stops there at the latest.
+            deadline_ms: milliseconds for the call.
 
         Returns:
             One prediction a text, in their order.
 
         Raises:
-            InputError: something is neither a text nor a pair.
+            InputError: something is neither a text nor a pair, or the deadline is no number.
             RuleError: the rule does not fit the model.
         """
-        return list(self.stream(texts, rule=rule, full_depth=full_depth))
+        if deadline_ms is None:
+            return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
+        ends = perf_counter() + _seconds(deadline_ms)
+        chosen = self._chosen(rule, full_depth, max_exit)
+        windows = list(self._windows(texts))
+        cap = self._cap(windows, ends - perf_counter())
+        return [answer for rows in windows for answer in self._answer(rows, chosen, cap)]
 
     def stream(
-        self, texts: Iterable[Text], *, rule: ExitRule | None = None, full_depth: bool = False
+        self,
+        texts: Iterable[Text],
+        *,
+        rule: ExitRule | None = None,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+        deadline_ms: float | None = None,
     ) -> Iterator[Prediction]:
-        """Classify any number of texts in flat memory; arguments as in `predict`."""
-        for rows, result in self._windows(texts, self._chosen(rule, full_depth)):
-            yield from self._predictions(rows, result)
+        """Classify any number of texts in flat memory; arguments as in `predict`.
+
+        Here a deadline is for each window of rows that run together, once they are tokenized.
+        """
+        seconds = None if deadline_ms is None else _seconds(deadline_ms)
+        chosen = self._chosen(rule, full_depth, max_exit)
+        for rows in self._windows(texts):
+            cap = None if seconds is None else self._cap([rows], seconds)
+            yield from self._answer(rows, chosen, cap)
+
+    def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
+        """Load the segments, and measure what deadlines need to know of them.
+
+        Args:
+            rows: rows of a call.
+            tokens: longest row in tokens; default: the longest that the target runs.
+        """
+        most = tokens or self._limits.max_sequence
+        for length in self._times.lengths:
+            self._times(rows, length)
+            if length >= most:
+                break
+
+    @property
+    def tally(self) -> Tally:
+        """What `predict` and `stream` have answered so far."""
+        return self._counter.read()
+
+    def reset_tally(self) -> Tally:
+        """Start the tally again from zero; returns it as it was."""
+        return self._counter.reset()
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """The logits of every exit.
@@ -220,8 +243,9 @@ class Engine:
         Returns:
             The trace, rows in the order of the texts.
         """
-        windows = list(self._windows(texts, rule or self._chosen(None, True)))
-        results = [result for _, result in windows]
+        chosen = self._chosen(rule, rule is None, None)
+        windows = list(self._windows(texts))
+        results = [self.run_encoded(rows, chosen) for rows in windows]
         if not results:
             shape = (len(self._manifest.segments), 0, len(self.labels))
             results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
@@ -229,7 +253,7 @@ class Engine:
             logits=np.concatenate([result.logits for result in results], axis=1),
             exits=np.concatenate([result.exits for result in results]),
             predictions=np.concatenate([self._outputs(result).answers for result in results]),
-            lengths=np.array([len(row) for rows, _ in windows for row in rows], np.intp),
+            lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
         )
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
@@ -279,8 +303,21 @@ class Engine:
         """Whether a row may have any number of labels."""
         return self._manifest.task.problem_type is ProblemType.MULTI_LABEL
 
-    def _chosen(self, rule: ExitRule | None, full_depth: bool) -> ExitRule:
-        return Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
+    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> ExitRule:
+        """The rule of a call, which fits the model."""
+        chosen = Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
+        chosen = chosen if max_exit is None else chosen.capped(max_exit)
+        self._decider(chosen)
+        return chosen
+
+    def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
+        """How deep rows may go in a time."""
+        groups = []
+        for rows in windows:
+            lengths = np.array([len(row) for row in rows], np.intp)
+            cut = cut_groups(lengths, self._limits)
+            groups += [(len(numbers), int(lengths[numbers].max())) for numbers in cut]
+        return self._times.deepest(groups, seconds)
 
     def _decider(self, rule: ExitRule) -> Decider:
         task = self._manifest.task
@@ -304,23 +341,21 @@ class Engine:
             self._local.chain = chain
         return chain
 
-    def _windows(
-        self, texts: Iterable[Text], rule: ExitRule
-    ) -> Iterator[tuple[list[EncodedRow], WindowResult]]:
+    def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
+        """Texts, tokenized, in parts whose hidden states fit the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        self._decider(rule)
         window: list[EncodedRow] = []
         tokens = 0
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             for row in self._encoder.encode(chunk):
                 window.append(row)
                 tokens += len(row)
                 if tokens >= self._window_tokens:
-                    yield window, self.run_encoded(window, rule)
+                    yield window
                     window, tokens = [], 0
         if window:
-            yield window, self.run_encoded(window, rule)
+            yield window
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
         if self._regroup is Regroup.NEVER or len(self._manifest.segments) == 1:
@@ -332,7 +367,17 @@ class Engine:
                 self._cost = chain.measure()
             return self._cost
 
-    def _predictions(self, rows: list[EncodedRow], result: WindowResult) -> Iterator[Prediction]:
+    def _answer(
+        self, rows: list[EncodedRow], rule: ExitRule, cap: Cap | None
+    ) -> Iterator[Prediction]:
+        """Run a window of rows and count them."""
+        result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
+        cut = np.zeros(len(rows), np.bool_)
+        if cap is not None:
+            cut = cut_rows(self._decider(rule), result.exits, result.logits, cap)
+        late = cap is not None and cap.late
+        truncated = sum(row.truncated for row in rows)
+        self._counter.add(result.exits, truncated, cut, late, result.wasted)
         layers = self._manifest.exit_layers
         outputs = self._outputs(result)
         probabilities = outputs.probabilities.tolist()
@@ -347,7 +392,15 @@ class Engine:
                 layer=layers[exit_number - 1],
                 probabilities=tuple(probabilities[number]),
                 truncated=row.truncated,
+                cut=bool(cut[number]),
+                late=late,
             )
+
+
+def _seconds(deadline_ms: float) -> float:
+    if math.isnan(deadline_ms):
+        raise InputError(f"deadline_ms is {deadline_ms}", "give milliseconds, or leave it out")
+    return deadline_ms / 1000
 
 
 def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
@@ -364,69 +417,3 @@ def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
                 shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
                 total += math.prod(shape) * np.dtype(spec.dtype).itemsize
     return max(1, 2 * total // (sizes["batch"] * sequence))
-
-
-def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    iterator = iter(texts)
-    for first in iterator:
-        chunk, characters = [first], _characters(first)
-        for text in itertools.islice(iterator, _CHUNK_TEXTS - 1):
-            chunk.append(text)
-            characters += _characters(text)
-            if characters >= _CHUNK_CHARACTERS:
-                break
-        yield chunk
-
-
-def _characters(text: Text) -> int:
-    """Size of a text or a pair; what is neither is refused when it is encoded."""
-    parts = text if isinstance(text, tuple) else (text,)
-    return sum(len(part) for part in parts if isinstance(part, str))
-
-
-def _point_of(folder: Path, manifest: Manifest, target: str, name: str | None) -> str | None:
-    """The operating point to run: the one that is named, or the target's default."""
-    points = manifest.targets[target].operating_points
-    if name is None:
-        return manifest.targets[target].default_operating_point or None
-    if name in points:
-        return name
-    elsewhere = [other for other, t in manifest.targets.items() if name in t.operating_points]
-    if elsewhere:
-        raise RuleError(
-            f"operating point {name!r} was measured on {', '.join(elsewhere)}, not on {target}",
-            f"calibrate it here: fpabee-calibrate {folder} --data DATA --target {target}",
-        )
-    raise RuleError(
-        f"target {target} has no operating point {name!r}; it has: "
-        f"{', '.join(points) or 'none yet'}",
-        f"make points: fpabee-calibrate {folder} --data DATA --target {target}",
-    )
-
-
-def _rule_of(manifest: Manifest, target: str, point: str | None) -> ExitRule:
-    if point is None:
-        return ExitRule.from_dict(manifest.default_rule)
-    return ExitRule.from_dict(manifest.targets[target].operating_points[point].rule)
-
-
-def _open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads is {threads}", "give at least 1")
-    target = manifest.targets[name]
-    if target.backend == "onnxruntime" and target.device == "cuda":
-        from .backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-
-        return OnnxRuntimeCudaBackend(folder, manifest, target)
-    if target.backend == "onnxruntime":
-        from .backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(folder, manifest, target, threads)
-    if target.backend in ("tensorrt", "tensorrt-rtx"):
-        from .backends.tensorrt import TensorRtBackend
-
-        return TensorRtBackend(folder, manifest, target, name)
-    raise ArtifactError(
-        f"the manifest names backend {target.backend!r}, which this fpabee does not have",
-        "pip install -U fpabee, or choose another --target",
-    )

@@ -100,6 +100,20 @@ class ExitRule:
         """How many signs in a row stop a row."""
         return int(getattr(self, "patience", 1))
 
+    def capped(self, max_exit: int) -> ExitRule:
+        """This rule, with every row stopped at an exit at the latest.
+
+        Raises:
+            RuleError: the exit is no whole number from 1.
+        """
+        if not isinstance(max_exit, int) or isinstance(max_exit, bool) or max_exit < 1:
+            raise RuleError(f"max_exit is {max_exit!r}", "give a whole number from 1")
+        return dataclasses.replace(
+            self,
+            min_exit=min(self.min_exit, max_exit),
+            max_exit=min(self.max_exit or max_exit, max_exit),
+        )
+
     def to_dict(self) -> RuleSettings:
         """Name and settings, as in the manifest."""
         settings = {

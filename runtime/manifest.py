@@ -23,6 +23,14 @@ from typing import Annotated, Any
 import msgspec
 
 from .errors import ArtifactError
+from .graphs import ATTENTION_BIAS as ATTENTION_BIAS
+from .graphs import HIDDEN_STATES as HIDDEN_STATES
+from .graphs import LOGITS as LOGITS
+from .graphs import NEXT as NEXT
+from .graphs import Graph as Graph
+from .graphs import Segment as Segment
+from .graphs import TensorSpec as TensorSpec
+from .graphs import chain_problem
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
 SCHEMA_VERSION = "1.0"
@@ -30,12 +38,6 @@ MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 VERIFICATION_NAME = "verification.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
-
-# A graph output with this prefix replaces the carried tensor of the rest of its name.
-NEXT = "next_"
-HIDDEN_STATES = "hidden_states"
-ATTENTION_BIAS = "attention_bias"
-LOGITS = "logits"
 
 # The additive attention bias on padding: finite in fp16, unlike -inf.
 MASK_FILL = -1e4
@@ -107,23 +109,6 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
     inputs: tuple[str, ...]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One input or output of a graph; `batch` and `sequence` are the symbolic dimensions."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class Graph(msgspec.Struct, frozen=True, kw_only=True):
-    """One ONNX graph."""
-
-    file: str
-    sha256: Sha256
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
 class Range(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest, typical and largest size of a dimension."""
 
@@ -146,21 +131,6 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     max_logit_difference: float
     label_agreement: float
     exit_agreement: float
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """The way from one exit to the next.
-
-    Attributes:
-        exit: number of the exit at its end, counted from 1.
-        layer: encoder layers that have run when it ends.
-        calls: names of the graphs to run in order. One, or with shared layers the block
-            once per layer and then the head.
-    """
-
-    exit: Count
-    layer: Count
-    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 
 
 class BuiltFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,7 +208,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerSpec
     shapes: Shapes
     graphs: dict[str, Graph]
-    segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1)]
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1, max_length=1024)]
     targets: dict[str, Target]
     default_target: str
     default_rule: RuleSettings
@@ -438,6 +408,9 @@ def _inconsistency(manifest: Manifest) -> str:
     layers = manifest.exit_layers
     if list(layers) != sorted(set(layers)) or layers[-1] > manifest.model.layers:
         return f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
+    problem = chain_problem(manifest.segments, manifest.graphs, len(manifest.task.labels))
+    if problem:
+        return problem
     if manifest.default_target not in manifest.targets:
         return f"the default target {manifest.default_target!r} is not listed"
     for precision, graphs in manifest.precisions.items():

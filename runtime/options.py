@@ -23,6 +23,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 version_option = click.version_option(__version__, package_name="fpabee")
 
+check_option = click.option(
+    "--check",
+    is_flag=True,
+    help="First run the folder's reference texts: is it the model that was exported?",
+)
+
 RULE_OPTIONS = (
     "measure",
     "threshold",

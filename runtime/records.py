@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .engine import Prediction
 from .errors import InputError, RowError
+from .results import Prediction
 from .text_io import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]

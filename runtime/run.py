@@ -11,11 +11,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from .engine import Engine, Prediction
+from .engine import Engine
 from .errors import InputError, RowError
 from .exit_rules import ExitRule
 from .outputs import Sink
 from .records import Layout, Record
+from .results import Prediction
 from .summary import Summary
 from .text_io import Row
 

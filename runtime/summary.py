@@ -9,11 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .engine import Engine, Prediction
+from .engine import Engine
 from .errors import InputError, RowError
 from .exit_rules import ExitRule
 from .metrics import encode_labels, evaluate
 from .records import Record
+from .results import Prediction
 from .text_io import Row
 
 

@@ -18,11 +18,11 @@ import click
 import numpy as np
 
 from fpabee.calibration.activations import graph_inputs
-from fpabee.exporter.reference import read_reference
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.backends.tensorrt import check_target
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.manifest import read_manifest, verified
+from fpabee.runtime.reference import read_reference
 
 LENGTH = 32
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}

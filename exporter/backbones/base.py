@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ...runtime.graphs import Size
 from ...runtime.manifest import MASK_FILL
 
 
@@ -91,7 +92,7 @@ class Backbone:
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.config = encoder.config
-        self.carried: dict[str, tuple[str | int, ...]] = {}
+        self.carried: dict[str, tuple[Size, ...]] = {}
 
     @property
     def token_types(self) -> bool:

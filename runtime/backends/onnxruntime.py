@@ -210,7 +210,7 @@ class OnnxRuntimeBackend:
         path = verified(self._folder, *self._file(name))
         options = session_options(self._threads)
         try:
-            return ort.InferenceSession(
+            session = ort.InferenceSession(
                 str(path),
                 options,
                 providers=["CPUExecutionProvider"],
@@ -221,6 +221,16 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}",
                 "update it: pip install -U 'fpabee[cpu]', or export again with fpabee-export",
             ) from error
+        graph = self._manifest.graphs[name]
+        described = {spec.name for spec in (*graph.inputs, *graph.outputs)}
+        found = {tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())}
+        if found != described:
+            raise ArtifactError(
+                f"{path} is another graph than the manifest describes: it has "
+                f"{', '.join(sorted(found))}; expected {', '.join(sorted(described))}",
+                "copy the engines folder again, or export again with fpabee-export",
+            )
+        return session
 
 
 class OnnxRuntimeExecution:

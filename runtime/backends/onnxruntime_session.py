@@ -107,7 +107,7 @@ def session_options(threads: int | None = None) -> Any:
 
     shared = _environment.prepare(threads)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it would print comes as an exception
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Shapes vary from group to group: patterns of earlier shapes only cost memory.
     options.enable_mem_pattern = False

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from fpabee.exporter import export
 from fpabee.exporter.formats import Half
 from fpabee.exporter.half import AUTO, add_half
-from fpabee.exporter.reference import read_reference
 from fpabee.runtime import Engine, ExitRule, FPabee, VerificationError, read_manifest
 from fpabee.runtime.manifest import sha256_of
+from fpabee.runtime.reference import read_reference
 
 RULE = FPabee(threshold=0.5)
 LARGE = 1e6

@@ -11,11 +11,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fpabee.exporter import agreement
 from fpabee.exporter.int8 import add_int8
 from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import FPabee, InputError, VerificationError, read_manifest
+from fpabee.runtime import FPabee, InputError, VerificationError, agreement, read_manifest
 from fpabee.runtime.manifest import write_manifest
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")

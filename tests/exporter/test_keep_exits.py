@@ -12,10 +12,10 @@ import pytest
 from fpabee.exporter.extend import ExtendOptions, extend
 from fpabee.exporter.formats import Half
 from fpabee.exporter.keep_exits import keep_exits
-from fpabee.exporter.reference import read_reference
 from fpabee.runtime import Engine, FPabee, ModelError
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.manifest import read_manifest
+from fpabee.runtime.reference import read_reference
 
 TEXTS: list[Text] = [
     "turn on the light",

@@ -19,8 +19,8 @@ from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.buffers import shape_of
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
-from fpabee.runtime.engine import _open_backend
 from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
+from fpabee.runtime.targets import open_backend
 
 from .device_double import Double, install, install_cuda_provider
 
@@ -51,7 +51,7 @@ class Chain:
         if double is None:
             self.backend = backend_of(folder)
         else:
-            self.backend = _open_backend(folder, manifest, double.target, None)
+            self.backend = open_backend(folder, manifest, double.target, None)
         self.execution = self.backend.open()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)

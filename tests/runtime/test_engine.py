@@ -43,6 +43,7 @@ from fpabee.runtime import (
     RuleError,
     Simulation,
     Trace,
+    encoding,
     read_manifest,
     simulate,
 )
@@ -146,7 +147,7 @@ def tuned(
         patch.setattr(onnxruntime, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
         patch.setattr(engine_module, "_WINDOW_BYTES", window_tokens * width)
-        patch.setattr(engine_module, "_CHUNK_TEXTS", chunk)
+        patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         with Engine.load(folder, regroup=regroup) as engine:
             yield engine
 
@@ -364,7 +365,7 @@ def test_streams_read_no_further_than_a_window_ahead(
 
 
 def test_long_texts_are_read_in_small_chunks(bert: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 100)
     sizes: list[int] = []
     encode = bert._encoder.encode
 

@@ -43,7 +43,9 @@ Change = Callable[[Json], object]
 def manifest() -> Manifest:
     """A manifest that uses every record there is."""
     digest = "0" * 64
-    hidden = TensorSpec(name="hidden_states", dtype="float32", shape=("batch", "sequence", 8))
+    tokens = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
+    hidden = TensorSpec(name="next_hidden_states", dtype="float32", shape=("batch", "sequence", 8))
+    carried = msgspec.structs.replace(hidden, name="hidden_states")
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", 2))
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -70,12 +72,14 @@ def manifest() -> Manifest:
             rows=12, max_logit_difference=1e-6, label_agreement=1.0, exit_agreement=1.0
         ),
         graphs={
-            name: Graph(file=f"{name}.onnx", sha256=digest, inputs=(hidden,), outputs=(logits,))
-            for name in ("one", "two")
+            "one": Graph(
+                file="one.onnx", sha256=digest, inputs=(tokens,), outputs=(hidden, logits)
+            ),
+            "two": Graph(file="two.onnx", sha256=digest, inputs=(carried,), outputs=(logits,)),
         },
         precisions={
             "fp16": {
-                name: Graph(file=f"{name}.16", sha256=digest, inputs=(hidden,), outputs=(logits,))
+                name: Graph(file=f"{name}.16", sha256=digest, inputs=(carried,), outputs=(logits,))
                 for name in ("one", "two")
             }
         },
@@ -301,6 +305,20 @@ def test_an_endless_manifest_is_not_read(folder: Path) -> None:
         (lambda m: m["tokenizer"].update(max_length=0), "max_length"),
         (lambda m: m["tokenizer"].update(pad_id=-1), "pad_id"),
         (lambda m: m["graphs"]["one"].update(inputs=[{"name": "x"}]), "inputs"),
+        (lambda m: m["graphs"]["one"]["inputs"][0].update(name="x"), "segment 1 needs 'x'"),
+        (lambda m: m["graphs"]["one"]["outputs"].pop(), "segment 1 gives no logits"),
+        (
+            lambda m: m["graphs"]["two"]["inputs"][0].update(dtype="float16"),
+            "graph two has another 'hidden_states'",
+        ),
+        (lambda m: m["graphs"]["one"]["outputs"][0].update(dtype="O"), "dtype"),
+        (lambda m: m["graphs"]["one"]["outputs"][0].update(shape=["time"]), "shape"),
+        (lambda m: m["graphs"]["one"]["outputs"][0].update(shape=[-1]), "shape"),
+        (
+            lambda m: m["graphs"]["one"]["outputs"][0].update(shape=[2**11, 2**11]),
+            "larger than that of any model",
+        ),
+        (lambda m: m["task"].update(labels=["a"], cuts=[]), "names 1 labels, but the heads give"),
         (lambda m: m.update(default_target="other"), "default target 'other' is not listed"),
         (lambda m: m.update(default_rule={"name": ["x"]}), "default_rule"),
         (lambda m: m["targets"]["tensorrt-fp16-sm87"].update(tolerance=-1), "tolerance"),

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fpabee.runtime.engine import Prediction
 from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.records import Layout, Record, to_json
+from fpabee.runtime.results import Prediction
 from fpabee.runtime.text_io import Row, read_rows
 from fpabee.runtime.writers import OutputFormat, StreamWriter, convert, output_format
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.decider import simulate
-from ..runtime.exit_rules import Epee, ExitRule, Pabee
-from ..runtime.manifest import ProblemType
+from .decider import simulate
+from .exit_rules import Epee, ExitRule, Pabee
+from .manifest import ProblemType
 
 # What a target in another precision than fp32 must reach: labels, exits. int8 is another
 # model rather than another rounding: its thresholds are to be calibrated for it.
 _BARS = {"fp32": (0.999, 0.99), "fp16": (0.999, 0.99), "bf16": (0.999, 0.99), "int8": (0.99, 0.9)}
 
-# Logits this close are a tie that rounding may break either way.
-_TIES = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.08, "int8": 0.25}
+TIES = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.08, "int8": 0.25}
+"""By precision, how close two logits are to be a tie that rounding may break either way."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def agree(
         problem_type: the task.
         precision: of the target; says what is a tie.
     """
-    tie = _TIES[precision]
+    tie = TIES[precision]
     finite = np.isfinite(found)
     logits = np.where(finite, found, 0.0).astype(np.float32)
     ties = near_ties(expected, problem_type, tie)

@@ -1,0 +1,276 @@
+"""Model folders that cannot be compiled: what fpabee-export says of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .cases import Arguments, Case, Place, change_json, check
+
+WEIGHTS = "model.safetensors"
+
+
+def export(model: object, place: Place, *options: object) -> Arguments:
+    return [model, "-o", place.root / "out", "--quiet", *options]
+
+
+def changed(
+    change: Callable[[Path], object], *options: object, family: str = "bert"
+) -> Callable[[Place], Arguments]:
+    """A copy of a model, changed."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.model(family)
+        change(folder)
+        return export(folder, place, *options)
+
+    return make
+
+
+def config(**settings: object) -> Callable[[Place], Arguments]:
+    return changed(lambda f: change_json(f / "config.json", lambda c: c.update(settings)))
+
+
+def weights(
+    change: Callable[[dict[str, torch.Tensor]], object], family: str = "bert"
+) -> Callable[[Place], Arguments]:
+    def apply(folder: Path) -> None:
+        content = load_file(folder / WEIGHTS)
+        change(content)
+        save_file(content, folder / WEIGHTS)
+
+    return changed(apply, family=family)
+
+
+def file(name: str, content: bytes | str) -> Callable[[Place], Arguments]:
+    raw = content.encode() if isinstance(content, str) else content
+    return changed(lambda f: (f / name).write_bytes(raw))
+
+
+def pickled(content: object) -> Callable[[Place], Arguments]:
+    """Weights in `pytorch_model.bin`, in a plain pickle or as torch saves them."""
+
+    def apply(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return changed(apply)
+
+
+class Harmful:
+    """Unpickling this makes a file, which the case would find."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch ran",)
+
+
+def harmful(place: Place) -> Arguments:
+    place.patch.chdir(place.root)
+    return pickled({"classifiers.0.weight": Harmful()})(place)
+
+
+def harmful_pickle(place: Place) -> Arguments:
+    place.patch.chdir(place.root)
+    content = pickle.dumps(Harmful())
+
+    def apply(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return changed(apply)(place)
+
+
+def header(size: int, content: bytes = b"") -> bytes:
+    """A safetensors file: the size of its header, and the header."""
+    return struct.pack("<Q", size) + content
+
+
+def described(**tensors: object) -> bytes:
+    content = json.dumps(tensors).encode()
+    return header(len(content), content)
+
+
+def cut_short(name: str, left: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:left])
+
+
+def swapped(name: str) -> Callable[[Place], Arguments]:
+    """A file of the model of another family."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.model()
+        (folder / name).write_bytes((place.shared_model("mpnet") / name).read_bytes())
+        return export(folder, place)
+
+    return make
+
+
+def without_heads(content: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in content if name.startswith("classifiers.")]:
+        del content[name]
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def tokenizer(change: Callable[[Any], object]) -> Callable[[Place], Arguments]:
+    return changed(lambda f: change_json(f / "tokenizer.json", change))
+
+
+def occupied(place: Place) -> Arguments:
+    place.file("out", "mine")
+    return export(place.shared_model(), place)
+
+
+def occupied_folder(place: Place) -> Arguments:
+    (place.root / "out").mkdir()
+    place.file("out/mine.txt", "mine")
+    return export(place.shared_model(), place, "--force")
+
+
+HUGE_TENSOR = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
+BOMB = described(**{"classifiers.0.weight": HUGE_TENSOR})
+
+CASES = [
+    Case(
+        "no folder", lambda p: export(p.root / "model", p), ("does not exist", "scripts/train.py")
+    ),
+    Case("an empty folder", lambda p: [p.root, "-o", p.root / "out"], ("has no config.json",)),
+    Case("an engines folder", lambda p: export(p.shared_engines(), p), ("has no config.json",)),
+    Case("no config.json", changed(lambda f: (f / "config.json").unlink()), ("no config.json",)),
+    Case(
+        "config.json cut short",
+        changed(cut_short("config.json", 40)),
+        ("config.json is not the configuration of a model",),
+    ),
+    Case("config.json deeply nested", file("config.json", "[" * 10**5), ("config.json is not",)),
+    Case(
+        "config.json of another family",
+        swapped("config.json"),
+        ("names 5 labels, but the heads give 4",),
+    ),
+    Case("a family without adapter", config(model_type="gpt2"), ("'gpt2' is not supported",)),
+    Case("a family that is a list", config(model_type=[1]), ("is not supported",)),
+    Case("a negative width", config(hidden_size=-32), ("config.json",)),
+    Case("a width of words", config(hidden_size="wide"), ("config.json",)),
+    Case("another width", config(hidden_size=64), ("has shape", "of the same model")),
+    Case("a negative number of layers", config(num_hidden_layers=-1), ("layers",)),
+    Case(
+        "labels fewer than the head gives",
+        config(id2label={"0": "a", "1": "b"}),
+        ("names 2 labels, but the heads give 4", "id2label"),
+    ),
+    Case(
+        "a label twice", config(id2label={str(n): "a" for n in range(4)}), ("names a label twice",)
+    ),
+    Case("exits that are no list", config(fpabee={"exits": 3}), ("wrong 'fpabee' block",)),
+    Case("a task that is none", config(problem_type="regression"), ("'regression'",)),
+    Case(
+        "no weights", changed(lambda f: (f / WEIGHTS).unlink()), ("has neither model.safetensors",)
+    ),
+    Case("empty weights", file(WEIGHTS, b""), ("model.safetensors cannot be read",)),
+    Case("weights cut short", changed(cut_short(WEIGHTS, 9000)), ("cannot be read",)),
+    Case("a header of 2^63 bytes", file(WEIGHTS, header(2**63)), ("cannot be read",)),
+    Case("a header larger than the file", file(WEIGHTS, header(10**6, b"{")), ("cannot be read",)),
+    Case("a header of deep JSON", file(WEIGHTS, header(10**5, b"[" * 10**5)), ("cannot be read",)),
+    Case("a tensor larger than the file", file(WEIGHTS, BOMB), ("cannot be read",)),
+    Case(
+        "a pointer of Git LFS",
+        file(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"),
+        ("cannot be read", "copy the file again"),
+    ),
+    Case("weights of another family", swapped(WEIGHTS), ("weights",)),
+    Case("a plain classifier", weights(without_heads), ("is not a multi-exit model",)),
+    Case(
+        "a head missing",
+        weights(lambda w: w.pop("classifiers.1.weight")),
+        ("head(s) [1] are missing",),
+    ),
+    Case(
+        "a layer missing",
+        weights(lambda w: w.pop("bert.encoder.layer.1.output.dense.weight")),
+        ("lacks 1 weights", "bert.encoder.layer.1.output.dense.weight"),
+    ),
+    Case(
+        "a head of another shape",
+        weights(lambda w: w.update({"classifiers.1.weight": torch.ones(5, 32)})),
+        ("has shape (5, 32)",),
+    ),
+    Case("NaN", weights(lambda w: w["classifiers.1.bias"].fill_(torch.nan)), ("holds NaN",)),
+    Case("a pickle with code in it", harmful, ("holds more than weights", "safetensors")),
+    Case("a plain pickle with code in it", harmful_pickle, ("pytorch_model.bin cannot be read",)),
+    Case("a pickle of a list", pickled([1, 2]), ("is not a state dict",)),
+    Case("no tokenizer", changed(no_tokenizer), ("tokenizer", "copy tokenizer.json")),
+    Case(
+        "tokenizer.json cut short", changed(cut_short("tokenizer.json", 300)), ("has no tokenizer",)
+    ),
+    Case(
+        "a tokenizer of a larger vocabulary",
+        tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)),
+        ("token ids up to 1000000", "trained with"),
+    ),
+    Case(
+        "exits that are not there",
+        lambda p: export(p.shared_model(), p, "--exits", "2,9"),
+        ("--exits 2,9 does not fit",),
+    ),
+    Case(
+        "more tokens than positions",
+        lambda p: export(p.shared_model(), p, "--max-length", 65),
+        ("max_length 65 is impossible", "give 4 to 64"),
+    ),
+    Case(
+        "another task",
+        lambda p: export(p.shared_model(), p, "--problem-type", "multi_label_classification"),
+        ("leave out --problem-type",),
+    ),
+    Case(
+        "no texts to verify with",
+        lambda p: export(p.shared_model(), p, "--verify-data", p.file("none.txt", b"")),
+        ("none.txt has no rows",),
+    ),
+    Case("an output that is a file", occupied, ("exists and is not an engines folder",)),
+    Case("an output that is not ours", occupied_folder, ("it will not be replaced",)),
+    Case(
+        "an output below a file",
+        lambda p: export(p.shared_model(), p, "-o", p.file("mine", "") / "engines"),
+        ("cannot write in",),
+    ),
+]
+
+USAGE = [
+    Case("no model", lambda p: [], ("give either MODEL_DIR or --from",), code=2),
+    Case("no exits", lambda p: ["m", "--exits", "a"], ("'a' is not a list of numbers",), code=2),
+    Case("no tokens", lambda p: ["m", "--max-length", 0], ("--max-length",), code=2),
+    Case("no shapes", lambda p: ["m", "--batch", "8,4,2"], ("'8,4,2'",), code=2),
+    Case(
+        "kept nodes of no precision",
+        lambda p: ["m", "--keep-fp32", "auto"],
+        ("--keep-fp32 needs a precision",),
+        code=2,
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning:torch")
+@pytest.mark.parametrize("case", [*CASES, *USAGE], ids=lambda case: case.name)
+def test_a_bad_model_dir(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    check(dataclasses.replace(case, command="export"), place, capfd)
+
+
+def test_the_harmful_pickle_would_have_run(place: Place) -> None:
+    harmful_pickle(place)
+    pickle.loads((place.root / "model-bert" / "pytorch_model.bin").read_bytes())
+    assert (place.root / "ran").exists()

@@ -1,0 +1,107 @@
+"""`check=True`: a target that is not the model that was exported is refused, whatever its hash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fpabee.runtime import ArtifactError, Engine, VerificationError, read_manifest
+from fpabee.runtime.manifest import REFERENCE_NAME, sha256_of, write_manifest
+from fpabee.runtime.parity import measure_parity
+from fpabee.runtime.reference import read_reference, write_reference
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+def test_an_export_passes(engines: Mapping[str, Path], family: str) -> None:
+    with Engine.load(engines[family], threads=1, check=True) as engine:
+        found = measure_parity(engines[family], engine)
+    assert found.difference < 1e-4
+    assert found.labels == found.exits == 1.0
+
+
+def test_truncation_of_ones_own_does_not_matter(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"], threads=1, check=True, max_length=4) as engine:
+        assert engine.predict(["the film is not bad"])[0].truncated
+
+
+def swap_reference(folder: Path, logits: np.ndarray[Any, Any] | None = None) -> None:
+    manifest = read_manifest(folder)
+    if logits is not None:
+        texts, _ = read_reference(folder, manifest)
+        write_reference(folder, texts, logits)
+    files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
+    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+
+
+@pytest.mark.parametrize("how", [lambda z: z + 2e-3, lambda z: -z, lambda z: z[::-1]])
+def test_other_logits_are_refused(
+    engine_copy: Callable[..., Path], how: Callable[[Any], Any]
+) -> None:
+    folder = engine_copy()
+    _, logits = read_reference(folder, read_manifest(folder))
+    swap_reference(folder, how(logits))
+    with pytest.raises(VerificationError, match="not the model that was exported"):
+        Engine.load(folder, threads=1, check=True)
+    Engine.load(folder, threads=1).close()
+
+
+def test_rounding_of_another_machine_is_accepted(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    _, logits = read_reference(folder, read_manifest(folder))
+    swap_reference(folder, logits + np.float32(5e-4))
+    Engine.load(folder, threads=1, check=True).close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
+        (lambda path: path.write_bytes(b"PK"), "cannot be read"),
+        (lambda path: np.savez(path, logits=np.zeros(3)), "cannot be read"),
+        (lambda path: np.savez(path, texts=np.zeros(3), logits=np.zeros(3)), "cannot be read"),
+        (
+            lambda path: np.savez(path, texts=np.array([{}], object), logits=np.zeros(3)),
+            "cannot be read",
+        ),
+        (
+            lambda path: np.savez(
+                path, texts=np.frombuffer(b'["a"]', np.uint8), logits=np.zeros((3, 2, 4))
+            ),
+            r"shape \[3, 2, 4\], expected \[3, 1, 4\]",
+        ),
+    ],
+    ids=["cut", "no archive", "no texts", "no JSON", "pickle", "another shape"],
+)
+def test_a_damaged_reference_is_refused(
+    engine_copy: Callable[..., Path], damage: Callable[[Path], object], says: str
+) -> None:
+    folder = engine_copy()
+    damage(folder / REFERENCE_NAME)
+    swap_reference(folder)
+    with pytest.raises(ArtifactError, match=says):
+        read_reference(folder, read_manifest(folder))
+
+
+def test_an_archive_that_unpacks_to_too_much(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    monkeypatch.setattr("fpabee.runtime.reference._MAX_BYTES", 1000)
+    with pytest.raises(ArtifactError, match=r"cannot be read: it unpacks to \d+ bytes"):
+        read_reference(folder, read_manifest(folder))
+
+
+def test_a_folder_without_reference(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["files"][REFERENCE_NAME]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"holds no reference\.npz to check it with"):
+        Engine.load(folder, threads=1, check=True)

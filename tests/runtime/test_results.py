@@ -1,0 +1,74 @@
+"""The tally: what an application sees of an engine's exits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fpabee.runtime import Budget, Engine, FPabee, Tally
+from fpabee.runtime.results import Counter
+
+TEXTS = ["the film", "rain", "", "the " * 100]
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(engines["bert"], threads=1) as engine:
+        yield engine
+
+
+def test_answers_are_counted(engine: Engine) -> None:
+    assert engine.tally == Tally((0, 0, 0))
+    answers = engine.predict(TEXTS, rule=FPabee(threshold=0.3))
+    list(engine.stream(TEXTS, rule=Budget(exit=1)))
+    engine.trace(TEXTS)
+    counts = [sum(a.exit == n for a in answers) for n in (1, 2, 3)]
+    assert engine.tally == Tally((counts[0] + 4, counts[1], counts[2]), truncated=2)
+    assert engine.tally.rows == 8
+    assert sum(engine.tally.shares) == pytest.approx(1)
+
+
+def test_late_and_cut_rows_are_counted(engine: Engine) -> None:
+    engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=-1)
+    assert engine.tally == Tally((4, 0, 0), truncated=1, cut=4, late=4)
+
+
+def test_reset_gives_the_tally_until_then(engine: Engine) -> None:
+    engine.predict(TEXTS, rule=Budget(exit=2))
+    assert engine.reset_tally().exits == (0, 4, 0)
+    assert engine.tally.rows == 0
+
+
+def test_drift_from_an_operating_point(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, default="fast", fast=Budget(exit=1))
+    with Engine.load(folder, threads=1) as engine:
+        point = engine.manifest.targets[engine.target].operating_points["fast"]
+        engine.predict(TEXTS)
+        assert engine.tally.drift(point.exits) == 0
+        engine.predict(TEXTS, rule=Budget(exit=3))
+        assert engine.tally.drift(point.exits) == pytest.approx(0.5)
+
+
+def test_drift_is_between_shares() -> None:
+    assert Tally((3, 1)).drift((0.75, 0.25)) == pytest.approx(0)
+    assert Tally((1, 0)).drift((0, 7)) == pytest.approx(1)
+    for wrong in ((1, 2, 3), (0, 0)):
+        with pytest.raises(ValueError, match="expected 2 counts"):
+            Tally((1, 0)).drift(wrong)
+
+
+def test_threads_lose_no_row() -> None:
+    counter = Counter(3)
+    exits = np.array([1, 3, 3], np.int64)
+    cut = np.array([True, False, False])
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(500):
+            pool.submit(counter.add, exits, 1, cut, True, 2)
+    assert counter.read() == Tally((500, 0, 1000), truncated=500, cut=500, late=1500, wasted=1000)
