@@ -14,6 +14,8 @@ from typing import Any
 import click
 import pytest
 
+from fpabee.runtime import RuleError
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("exporter", "runtime", "calibration")
@@ -21,6 +23,8 @@ COMMANDS = {
     "fpabee-export": "fpabee.exporter.cli",
     "fpabee-run": "fpabee.runtime.cli",
     "fpabee-bench": "fpabee.exporter.bench_cli",
+    "fpabee-calibrate": "fpabee.calibration.cli",
+    "fpabee-inspect": "fpabee.runtime.inspect",
 }
 
 
@@ -103,4 +107,6 @@ def test_readme_python_runs(
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["classify"]("the film", 5.0) in names["engine"].labels
+    with pytest.raises(RuleError, match="no operating point 'fast'"):  # not calibrated
+        names["on_battery"]()
     names["engine"].close()
