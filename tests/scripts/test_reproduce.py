@@ -1,0 +1,86 @@
+"""The comparison of the paper: settings from dev, figures from test, tables from what is stored."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.scoring import Rows
+from fpabee.runtime import ProblemType
+from fpabee.runtime.exit_rules import ExitRule
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
+LAYERS = [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up by name.
+    sys.modules["reproduce"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def make(seed: int) -> Rows:
+    """Rows that get surer with depth."""
+    generator = np.random.default_rng(seed)
+    truth = generator.integers(0, 3, 200)
+    depth = np.linspace(0.5, 3, len(LAYERS))[:, None, None]
+    noise = generator.normal(size=(len(LAYERS), 200, 3))
+    logits = (2 * np.eye(3)[truth] * depth + noise).astype(np.float32)
+    return Rows(logits, np.full(200, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
+
+
+def test_settings_save_on_dev_and_are_judged_on_test(reproduce: ModuleType) -> None:
+    dev, test = make(0), make(1)
+    content = reproduce.compare(dev, test, LAYERS)
+    right = (test.logits.argmax(axis=-1) == test.expected).mean(axis=1)
+    assert content["exits"] == pytest.approx(right)
+    assert {setting["kind"] for setting in content["settings"]} >= {"fpabee", "pabee", "entropy"}
+    for setting in content["settings"]:
+        rule = ExitRule.from_dict(setting["rule"])
+        assert np.mean(exits_of(rule, dev)) <= 4 * (1 - setting["wished"]) + 1e-9
+        exits = exits_of(rule, test)
+        assert setting["saving"] == pytest.approx(1 - exits.mean() / 4)
+        answers = test.logits.argmax(axis=-1)[exits - 1, np.arange(200)]
+        assert setting["score"] == pytest.approx((answers == test.expected).mean())
+
+
+def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> None:
+    for seed, score in ((42, 0.90), (43, 0.92)):
+        settings = [{"kind": "fpabee", "wished": 0.5, "rule": {}, "saving": 0.51, "score": score}]
+        run = {
+            "name": "mini-sst2",
+            "seed": seed,
+            "command": "python scripts/train.py",
+            "metric": "accuracy",
+            "rows": {"dev": 10, "test": 20},
+            "exits": [0.5, 0.95],
+            "settings": settings,
+        }
+        (tmp_path / f"mini-sst2-{seed}.json").write_text(json.dumps(run))
+    text = "\n".join(reproduce.tables(tmp_path))
+    assert "| fpabee | - | 91.00 ± 1.41 (51 %) | - |" in text
+    assert "95.00 ± 0.00, 20 rows of test" in text
+    assert "seeds 42, 43" in text
+    reproduce.draw(tmp_path, "mini-sst2", tmp_path / "figure.svg")
+    assert "fpabee" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_stored_run_is_of_a_planned_one(reproduce: ModuleType) -> None:
+    for path in (SCRIPT.parent / "results" / "runs").glob("*.json"):
+        run = json.loads(path.read_text())
+        assert path.stem == f"{run['name']}-{run['seed']}"
+        assert run["name"] in reproduce.RUNS
