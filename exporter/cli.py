@@ -307,10 +307,16 @@ def _extend(folder: Path, options: ExtendOptions, shown: Shown) -> tuple[dict[st
         )
         lines.append(f"built {name} for compute capability {where} ({ran})")
     lines += not_built_lines(result.not_built, folder)
+    for name, points in result.lost_points.items():
+        lines += [
+            f"not valid any more: {', '.join(points)} of {name}, measured on what it was before",
+            f"  fpabee-calibrate {folder} --data DATA --target {name}",
+        ]
     content = {
         "targets": list(result.manifest.targets),
         "precisions": [check.to_dict() for check in result.checks],
         "built": list(result.built),
         "not_built": msgspec.to_builtins(result.not_built),
+        "not_valid_any_more": result.lost_points,
     }
     return content, lines

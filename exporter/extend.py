@@ -77,12 +77,15 @@ class ExtendResult:
         checks: what half precision does to the model, for each precision that was written.
         built: names of the targets that were built.
         not_built: targets that were left, and how to build them; also in the manifest.
+        lost_points: operating points by target that were measured on other graphs or plans than
+            those of now, and are gone.
     """
 
     manifest: Manifest
     checks: tuple[HalfReport, ...]
     built: tuple[str, ...]
     not_built: dict[str, NotBuilt]
+    lost_points: dict[str, tuple[str, ...]]
 
 
 def extend(
@@ -122,7 +125,7 @@ def _extend(
 ) -> ExtendResult:
     texts = [row.content for row in read_rows(options.verify_data)] if options.verify_data else []
     rule = ExitRule.from_dict(manifest.default_rule)
-    checks = []
+    checks, before = [], manifest
     for half in options.precisions:
         is_there = half.value in manifest.precisions
         if is_there and not options.keep_fp32 and not options.verify_data:
@@ -164,7 +167,8 @@ def _extend(
                 not_built[label] = manifest.not_built[label]
             else:
                 built.append(name)
-    return ExtendResult(manifest, tuple(checks), tuple(built), not_built)
+    lost = _lost_points(before, manifest)
+    return ExtendResult(manifest, tuple(checks), tuple(built), not_built, lost)
 
 
 def add_target(
@@ -199,7 +203,7 @@ def add_target(
         left = {label: _not_built(backend, precision, failure, " --resume")}
         write_manifest(path, _noting(_without_changed(path, manifest), left))
         raise
-    built = _noting(built, {}, built=label)
+    built = _keeping_points(manifest, _noting(built, {}, built=label), name)
     write_manifest(path, built)
     if can_run(built.targets[name]):
         progress(f"verify {name}", 0, 1)
@@ -277,6 +281,30 @@ def _verified(path: Path, before: Manifest, manifest: Manifest, name: str) -> Ma
         raise
     write_manifest(path, checked)
     return checked
+
+
+def _keeping_points(before: Manifest, built: Manifest, name: str) -> Manifest:
+    """The manifest with a target's operating points, if its plans are those that were there."""
+    old, new = before.targets.get(name), built.targets[name]
+    if old is None or old.files != new.files:
+        return built
+    kept = msgspec.structs.replace(
+        new,
+        operating_points=old.operating_points,
+        default_operating_point=old.default_operating_point,
+    )
+    return msgspec.structs.replace(built, targets={**built.targets, name: kept})
+
+
+def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:
+    """Operating points by target that were there before and are not now."""
+    lost = {}
+    for name, target in before.targets.items():
+        now = after.targets[name].operating_points if name in after.targets else {}
+        gone = tuple(point for point in target.operating_points if point not in now)
+        if gone:
+            lost[name] = gone
+    return lost
 
 
 def _label(backend: str, precision: str) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from fpabee.exporter.cli import main as export
 from fpabee.exporter.extend import ExtendOptions, extend
 from fpabee.exporter.formats import Half
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
-from fpabee.runtime import BackendError, Engine, InputError, read_manifest
+from fpabee.runtime import BackendError, Engine, FPabee, InputError, read_manifest
 from fpabee.runtime.inspect import main as inspect
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -67,6 +69,24 @@ def test_a_failed_build_is_noted_until_it_succeeds(
     manifest = read_manifest(folder)
     assert "tensorrt-rtx-fp16" in manifest.targets
     assert manifest.not_built == {}
+
+
+def test_points_stay_with_their_plans_and_are_named_when_lost(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder, name = engine_copy(), "tensorrt-rtx-fp32"
+    options = ExtendOptions(backends=("tensorrt-rtx",), plans=SMALL)
+    extend(folder, options)
+    set_points(folder, name, default="fast", fast=FPabee(threshold=0.3))
+    again = extend(folder, replace(options, resume=True))
+    assert again.lost_points == {}
+    assert read_manifest(folder).targets[name].default_operating_point == "fast"
+    shapes = ["--batch", "1,1,2", "--sequence", "8,8,16", "--sm", "86"]
+    command = ["--from", str(folder), "--backend", "tensorrt-rtx", "--quiet", *shapes]
+    said = CliRunner().invoke(export, command).stdout
+    assert f"not valid any more: fast of {name}" in said
+    assert f"fpabee-calibrate {folder} --data DATA --target {name}" in said
+    assert read_manifest(folder).targets[name].operating_points == {}
 
 
 def test_int8_without_graphs_needs_texts(engine_copy: Callable[..., Path]) -> None:
