@@ -6,9 +6,8 @@ What only a GPU can show (times, kernels, plans that run) is not tested here.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
-from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
+from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.manifest import write_manifest
 
 from .device_double import Double, install, install_cuda_provider
@@ -383,20 +382,3 @@ def test_every_tensorrt_name_exists(variable: str, kind: str) -> None:
         for part in name.split("."):
             assert hasattr(value, part), name
             value = getattr(value, part)
-
-
-@pytest.mark.gpu
-def test_a_built_target_answers_like_onnxruntime(
-    engines: Mapping[str, Path], tmp_path: Path
-) -> None:
-    """Built and run on the GPU that is here."""
-    from fpabee.exporter.extend import ExtendOptions, extend
-
-    if cuda_device().error:
-        pytest.skip(cuda_device().error)
-    pytest.importorskip("tensorrt", reason="TensorRT is not installed")
-    folder = Path(shutil.copytree(engines["mpnet"], tmp_path / "engines"))
-    result = extend(folder, ExtendOptions((Half.FP16,), backends=("tensorrt",)))
-    with Engine.load(folder, target=result.built[0]) as engine, Engine.load(folder) as usual:
-        found, expected = (each.trace(TEXTS).logits for each in (engine, usual))
-    assert np.abs(found - expected).max() < 0.05
