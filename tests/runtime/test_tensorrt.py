@@ -28,12 +28,11 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.backends import cuda as cuda_module
-from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends import tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.manifest import write_manifest
 
-from .device_double import Double, install, install_cuda_provider
-from .ort_cuda_double import FakeCudaSession
+from .device_double import Double, install
 from .trt_double import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
@@ -240,59 +239,6 @@ def test_rtx_asks_whether_a_plan_is_valid_here(
     made.trt.plans = lambda content: None
     with load(made) as engine, pytest.raises(ArtifactError, match="is no plan for this GPU"):
         engine.predict(["rain"])
-
-
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
-def test_the_cuda_provider_answers_like_the_cpu(
-    family: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = engine_copy(family)
-    made = install_cuda_provider(monkeypatch, folder)
-    with load(made, preload=True) as engine, Engine.load(folder) as usual:
-        for texts in (TEXTS, TEXTS[:1]):
-            found, expected = (each.trace(texts, rule=RULE) for each in (engine, usual))
-            np.testing.assert_array_equal(found.exits, expected.exits)
-            np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        assert made.cuda.graphs == {}, "sessions are not captured"
-    assert made.cuda.memory_of == {}
-    assert made.cuda.streams == {}
-
-
-def test_the_cuda_provider_never_falls_back_in_silence(
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder = engine_copy()
-    made = install_cuda_provider(monkeypatch, folder)
-    create = onnxruntime_cuda.create_session
-
-    def refuses_fallback(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
-        if entries:
-            raise RuntimeError("nodes are assigned to the default CPU EP")
-        return create(path, stream)
-
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", refuses_fallback)
-    with load(made) as engine:
-        engine.predict(["rain"])
-    assert "segment_01 does not run on the GPU alone (nodes are assigned" in caplog.text
-    monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    with load(made) as engine, pytest.raises(BackendError, match="not on the GPU"):
-        engine.predict(["rain"])
-
-
-def test_the_cuda_provider_needs_a_gpu_and_its_package(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        made = install_cuda_provider(patch, engine_copy())
-    session = "fpabee.runtime.backends.onnxruntime_session.cuda_device"
-    monkeypatch.setattr(session, lambda: CudaDevice(error="there is no GPU"))
-    with pytest.raises(BackendError, match="needs an NVIDIA GPU, and here there is no GPU"):
-        load(made)
-    monkeypatch.setattr(session, lambda: CudaDevice("a double", "8.6"))
-    with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu\]"):
-        load(made)
 
 
 def test_rtx_keeps_what_the_device_compiled(
