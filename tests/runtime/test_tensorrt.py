@@ -5,7 +5,6 @@ What only a GPU can show (times, kernels, plans that run) is not tested here.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,6 @@ from .trt_double import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
-SOURCE = Path(tensorrt.__file__).parent
 
 
 @pytest.fixture
@@ -283,48 +281,3 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
     with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
         driver.synchronize(1)
-
-
-def test_every_cuda_name_exists() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    source = Path(cuda_module.__file__).read_text(encoding="utf-8")
-    names = set(re.findall(r"_runtime\.((?:\w+\.)*\w+)", source))
-    assert len(names) > 20
-    for name in names:
-        found: Any = runtime
-        for part in name.split("."):
-            assert hasattr(found, part), name
-            found = getattr(found, part)
-
-
-@pytest.mark.parametrize(
-    ("variable", "kind"),
-    [
-        ("context", "IExecutionContext"),
-        ("engine", "ICudaEngine"),
-        ("_runtime", "Runtime"),
-        ("builder", "Builder"),
-        ("config", "IBuilderConfig"),
-        ("parser", "OnnxParser"),
-        ("network", "INetworkDefinition"),
-        ("profile", "IOptimizationProfile"),
-        ("inspector", "EngineInspector"),
-        ("cache", "ITimingCache"),
-        ("_cache", "IRuntimeCache"),
-        ("runtime_config", "IRuntimeConfig"),
-    ],
-)
-def test_every_tensorrt_name_exists(variable: str, kind: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    worker = SOURCE.parents[1] / "exporter" / "targets" / "plan_worker.py"
-    source = Path(tensorrt.__file__).read_text("utf-8") + worker.read_text("utf-8")
-    names = set(re.findall(rf"(?<![\w.]){variable}\.(\w+)|self\.{variable}\.(\w+)", source))
-    found = {first or second for first, second in names}
-    assert found, "nothing of this kind is used"
-    assert [name for name in found if not hasattr(getattr(trt, kind), name)] == []
-    enums = set(re.findall(r"trt\.((?:\w+\.)*\w+)", source)) - {"__version__", "__name__"}
-    for name in enums:
-        value: Any = trt
-        for part in name.split("."):
-            assert hasattr(value, part), name
-            value = getattr(value, part)
