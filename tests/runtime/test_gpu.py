@@ -31,7 +31,7 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 THRESHOLD = 3.0
 """Some of the texts stop early with it."""
 DIFFERENCE = 0.05
-"""Largest difference of logits in fp16, of models whose logits are about 1."""
+"""Largest difference of a logit that fp16 may make, of logits up to about 10."""
 
 
 @dataclass(frozen=True)
