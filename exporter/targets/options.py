@@ -14,7 +14,7 @@ PORTABLE = ("8.6", "8.9", "12.0")
 """Ampere, Ada and Blackwell GPUs of desktops, laptops and workstations."""
 TURING = "7.5"
 
-_RTX_CAPABILITIES = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
+RTX_CAPABILITIES = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
 _BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LENGTH_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -63,10 +63,10 @@ class PlanOptions:
 
     def _check_rtx(self, precision: str) -> None:
         for capability in self.compute_capabilities:
-            if capability not in _RTX_CAPABILITIES:
+            if capability not in RTX_CAPABILITIES:
                 raise BackendError(
                     f"TensorRT for RTX has no support for compute capability {capability}; "
-                    f"it has {', '.join(_RTX_CAPABILITIES)}",
+                    f"it has {', '.join(RTX_CAPABILITIES)}",
                     "there use TensorRT, on the device: fpabee-export --from ENGINES "
                     "--backend tensorrt",
                 )

@@ -20,7 +20,7 @@ from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda
 from .device import DeviceExecution, Place
-from .onnxruntime_session import check_device, first_line, ort_errors
+from .onnxruntime_session import check_device, first_line, ort_errors, session_options
 
 logger = logging.getLogger(__name__)
 
@@ -185,16 +185,19 @@ class OnnxRuntimeCudaBackend:
 
 
 def create_session(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
-    """A session on the first GPU that runs in a given stream."""
+    """A session on the first GPU that runs in a given stream; it fails where it cannot."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what it would print comes as an exception
+    # A session with threads of its own is refused once a CPU target has set up the shared pool.
+    options = session_options()
     for key, value in entries:
         options.add_session_config_entry(key, value)
     settings = {"device_id": "0", "user_compute_stream": str(stream)}
-    # The CPU provider is there anyway; named here, it could not be refused.
-    return ort.InferenceSession(str(path), options, providers=[(PROVIDER, settings)])
+    # The CPU provider is there anyway; named here, it could not be refused. Nor may the whole
+    # session move to it, which ONNX Runtime would do with a note on stdout.
+    return ort.InferenceSession(
+        str(path), options, providers=[(PROVIDER, settings)], enable_fallback=0
+    )
 
 
 def run_options() -> Any:

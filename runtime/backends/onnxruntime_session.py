@@ -174,6 +174,9 @@ def ort_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (
+        "DeviceReset",
+        "EngineError",
+        "EPFail",
         "Fail",
         "InvalidArgument",
         "InvalidGraph",

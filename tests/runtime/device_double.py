@@ -13,7 +13,7 @@ import pytest
 from fpabee.exporter import target_check
 from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
-from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends import onnxruntime_cuda, onnxruntime_session, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.manifest import (
     BuiltFile,
@@ -123,15 +123,22 @@ def install_cuda_provider(
     name = f"onnxruntime-{precision}-cuda"
     target = Target(backend="onnxruntime", precision=precision, device="cuda", tolerance=None)
     _add_target(folder, name, target)
+    cuda = serve_cuda_provider(patch)
+    return Double(folder, name, cuda, FakeTensorRt(cuda, lambda content: None))
+
+
+def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
+    """Let the double run the graphs of every folder as ONNX Runtime's CUDA provider."""
     cuda = FakeCuda()
     patch.setattr(onnxruntime_cuda, "cuda", lambda: cuda)
-    patch.setattr(onnxruntime_cuda, "check_device", lambda device: None)
+    for module in (onnxruntime_cuda, onnxruntime_session):
+        patch.setattr(module, "check_device", lambda device: None)
     patch.setattr(
         onnxruntime_cuda,
         "create_session",
         lambda path, stream, *entries: FakeCudaSession(cuda, path, stream),
     )
-    return Double(folder, name, cuda, FakeTensorRt(cuda, lambda content: None))
+    return cuda
 
 
 def _add_target(folder: Path, name: str, target: Target) -> None:

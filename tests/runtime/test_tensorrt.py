@@ -5,10 +5,8 @@ What only a GPU can show (times, kernels, plans that run) is not tested here.
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,15 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.backends import cuda as cuda_module
-from fpabee.runtime.backends import onnxruntime_cuda, tensorrt
-from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
+from fpabee.runtime.backends import tensorrt
+from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.manifest import write_manifest
 
-from .device_double import Double, install, install_cuda_provider
-from .ort_cuda_double import FakeCudaSession
+from .device_double import Double, install
 from .trt_double import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
-SOURCE = Path(tensorrt.__file__).parent
 
 
 @pytest.fixture
@@ -243,59 +239,6 @@ def test_rtx_asks_whether_a_plan_is_valid_here(
         engine.predict(["rain"])
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
-def test_the_cuda_provider_answers_like_the_cpu(
-    family: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = engine_copy(family)
-    made = install_cuda_provider(monkeypatch, folder)
-    with load(made, preload=True) as engine, Engine.load(folder) as usual:
-        for texts in (TEXTS, TEXTS[:1]):
-            found, expected = (each.trace(texts, rule=RULE) for each in (engine, usual))
-            np.testing.assert_array_equal(found.exits, expected.exits)
-            np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        assert made.cuda.graphs == {}, "sessions are not captured"
-    assert made.cuda.memory_of == {}
-    assert made.cuda.streams == {}
-
-
-def test_the_cuda_provider_never_falls_back_in_silence(
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder = engine_copy()
-    made = install_cuda_provider(monkeypatch, folder)
-    create = onnxruntime_cuda.create_session
-
-    def refuses_fallback(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
-        if entries:
-            raise RuntimeError("nodes are assigned to the default CPU EP")
-        return create(path, stream)
-
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", refuses_fallback)
-    with load(made) as engine:
-        engine.predict(["rain"])
-    assert "segment_01 does not run on the GPU alone (nodes are assigned" in caplog.text
-    monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    with load(made) as engine, pytest.raises(BackendError, match="not on the GPU"):
-        engine.predict(["rain"])
-
-
-def test_the_cuda_provider_needs_a_gpu_and_its_package(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        made = install_cuda_provider(patch, engine_copy())
-    session = "fpabee.runtime.backends.onnxruntime_session.cuda_device"
-    monkeypatch.setattr(session, lambda: CudaDevice(error="there is no GPU"))
-    with pytest.raises(BackendError, match="needs an NVIDIA GPU, and here there is no GPU"):
-        load(made)
-    monkeypatch.setattr(session, lambda: CudaDevice("a double", "8.6"))
-    with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu\]"):
-        load(made)
-
-
 def test_rtx_keeps_what_the_device_compiled(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -338,65 +281,3 @@ def test_cuda_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
     with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
         driver.synchronize(1)
-
-
-def test_every_cuda_name_exists() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    source = Path(cuda_module.__file__).read_text(encoding="utf-8")
-    names = set(re.findall(r"_runtime\.((?:\w+\.)*\w+)", source))
-    assert len(names) > 20
-    for name in names:
-        found: Any = runtime
-        for part in name.split("."):
-            assert hasattr(found, part), name
-            found = getattr(found, part)
-
-
-@pytest.mark.parametrize(
-    ("variable", "kind"),
-    [
-        ("context", "IExecutionContext"),
-        ("engine", "ICudaEngine"),
-        ("_runtime", "Runtime"),
-        ("builder", "Builder"),
-        ("config", "IBuilderConfig"),
-        ("parser", "OnnxParser"),
-        ("network", "INetworkDefinition"),
-        ("profile", "IOptimizationProfile"),
-        ("inspector", "EngineInspector"),
-        ("cache", "ITimingCache"),
-        ("_cache", "IRuntimeCache"),
-        ("runtime_config", "IRuntimeConfig"),
-    ],
-)
-def test_every_tensorrt_name_exists(variable: str, kind: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    worker = SOURCE.parents[1] / "exporter" / "targets" / "plan_worker.py"
-    source = Path(tensorrt.__file__).read_text("utf-8") + worker.read_text("utf-8")
-    names = set(re.findall(rf"(?<![\w.]){variable}\.(\w+)|self\.{variable}\.(\w+)", source))
-    found = {first or second for first, second in names}
-    assert found, "nothing of this kind is used"
-    assert [name for name in found if not hasattr(getattr(trt, kind), name)] == []
-    enums = set(re.findall(r"trt\.((?:\w+\.)*\w+)", source)) - {"__version__", "__name__"}
-    for name in enums:
-        value: Any = trt
-        for part in name.split("."):
-            assert hasattr(value, part), name
-            value = getattr(value, part)
-
-
-@pytest.mark.gpu
-def test_a_built_target_answers_like_onnxruntime(
-    engines: Mapping[str, Path], tmp_path: Path
-) -> None:
-    """Built and run on the GPU that is here."""
-    from fpabee.exporter.extend import ExtendOptions, extend
-
-    if cuda_device().error:
-        pytest.skip(cuda_device().error)
-    pytest.importorskip("tensorrt", reason="TensorRT is not installed")
-    folder = Path(shutil.copytree(engines["mpnet"], tmp_path / "engines"))
-    result = extend(folder, ExtendOptions((Half.FP16,), backends=("tensorrt",)))
-    with Engine.load(folder, target=result.built[0]) as engine, Engine.load(folder) as usual:
-        found, expected = (each.trace(TEXTS).logits for each in (engine, usual))
-    assert np.abs(found - expected).max() < 0.05

@@ -56,17 +56,21 @@ class FakeNetwork:
 
 
 class FakeTimingCache:
-    """What was timed: names of graphs."""
+    """What was timed: names of graphs, by a version of the library."""
 
-    def __init__(self, content: bytes) -> None:
-        self.timed = set(json.loads(content or b"[]"))
+    def __init__(self, content: bytes, version: str) -> None:
+        self.version, timed = json.loads(content or json.dumps([version, []]))
+        self.timed = set(timed)
 
     def combine(self, other: FakeTimingCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if other.version != self.version:
+            return False
         self.timed |= other.timed
         return True
 
     def serialize(self) -> bytes:
-        return json.dumps(sorted(self.timed)).encode()
+        return json.dumps([self.version, sorted(self.timed)]).encode()
 
 
 class FakeProfile:
@@ -81,9 +85,10 @@ class FakeProfile:
 
 
 class FakeConfig:
-    """How to build."""
+    """How to build, with a version of the library."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: str) -> None:
+        self._version = version
         self.profiles: list[FakeProfile] = []
         self.limits: dict[Any, int] = {}
         self.flags: set[Any] = set()
@@ -104,12 +109,14 @@ class FakeConfig:
 
     def create_timing_cache(self, content: bytes) -> FakeTimingCache | None:
         try:
-            return FakeTimingCache(content)
+            return FakeTimingCache(content, self._version)
         except ValueError:
             return None
 
     def set_timing_cache(self, cache: FakeTimingCache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if cache.version != self._version:
+            return False
         self.cache = cache
         return True
 
@@ -165,7 +172,7 @@ class FakeBuilder:
         return FakeNetwork()
 
     def create_builder_config(self) -> FakeConfig:
-        return FakeConfig()
+        return FakeConfig(self._trt.__version__)
 
     def create_optimization_profile(self) -> FakeProfile:
         return FakeProfile()

@@ -69,6 +69,8 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.runs = 0
+        if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 has no such question
+            self.is_stream_capturable = lambda stream: self._can_be_captured()
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = self.plan.profiles[index]
@@ -97,7 +99,7 @@ class FakeContext:
         self.scratch = (address, size)
         self.runs = 0
 
-    def is_stream_capturable(self, stream: int) -> bool:
+    def _can_be_captured(self) -> bool:
         """TensorRT for RTX compiles during the first runs."""
         return self.runs >= self.trt.runs_before_capture
 
@@ -105,7 +107,7 @@ class FakeContext:
         cuda = self.trt.cuda
         assert stream != 0, "the default stream"
         if cuda.streams[stream].capture is not None:
-            assert self.is_stream_capturable(stream), "a first run was captured"
+            assert self._can_be_captured(), "a first run was captured"
         self.runs += 1
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch

@@ -1,0 +1,96 @@
+"""Every name of CUDA and TensorRT that is used is there, in all versions that are supported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.exporter.targets import plan_worker
+from fpabee.runtime.backends import cuda, tensorrt
+
+SOURCE = "".join(Path(str(m.__file__)).read_text("utf-8") for m in (tensorrt, plan_worker))
+KINDS = {
+    "context": "IExecutionContext",
+    "engine": "ICudaEngine",
+    "_runtime": "Runtime",
+    "builder": "Builder",
+    "config": "IBuilderConfig",
+    "parser": "OnnxParser",
+    "network": "INetworkDefinition",
+    "profile": "IOptimizationProfile",
+    "inspector": "EngineInspector",
+    "cache": "ITimingCache",
+    "_cache": "IRuntimeCache",
+    "runtime_config": "IRuntimeConfig",
+}
+"""The class of each variable that holds an object of TensorRT."""
+
+IN_BOTH = """
+    AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
+    HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
+    MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
+    Runtime Severity USER_MANAGED VERSION_COMPATIBLE WORKSPACE
+    add_cast add_optimization_profile build_serialized_network builder_optimization_level combine
+    create_builder_config create_engine_inspector create_execution_context create_network
+    create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
+    engine_host_code_allowed execute_async_v3 get_engine_information get_error get_input get_layer
+    get_output hardware_compatibility_level infer_shapes num_errors num_inputs num_layers
+    num_outputs parse_from_file profiling_verbosity serialize set_device_memory set_flag
+    set_input_shape set_memory_pool_limit set_optimization_profile_async set_shape
+    set_tensor_address set_timing_cache update_device_memory_size_for_shapes
+"""
+"""Found in the bindings of TensorRT 10.3.0 and of 11.4.0 (tensorrt-cu12-bindings and
+tensorrt-cu13-bindings, whose libraries they were read without). Whoever uses another name looks
+for it there, and adds it."""
+ONLY_WITH_RTX = """
+    ComputeCapability EngineValidity INVALID create_runtime_cache create_runtime_config
+    get_engine_validity num_compute_capabilities set_compute_capability
+    set_execution_context_allocation_strategy set_runtime_cache
+"""
+"""Not in all versions of TensorRT, which is not asked for them."""
+
+
+def names_of(variable: str) -> set[str]:
+    """What is asked of a variable in the source."""
+    found = re.findall(rf"(?<![\w.]){variable}\.(\w+)|self\.{variable}\.(\w+)", SOURCE)
+    return {first or second for first, second in found}
+
+
+def names_of_module() -> set[str]:
+    """What is taken from the module, with dots."""
+    return set(re.findall(r"trt\.((?:\w+\.)*\w+)", SOURCE)) - {"__version__", "__name__"}
+
+
+def resolve(value: Any, dotted: str) -> None:
+    for part in dotted.split("."):
+        assert hasattr(value, part), dotted
+        value = getattr(value, part)
+
+
+def test_every_cuda_name_exists() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    source = Path(cuda.__file__).read_text(encoding="utf-8")
+    names = set(re.findall(r"_runtime\.((?:\w+\.)*\w+)", source))
+    assert len(names) > 20
+    for name in names:
+        resolve(runtime, name)
+
+
+@pytest.mark.parametrize("variable", KINDS)
+def test_every_name_exists_in_tensorrt_for_rtx(variable: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    found = names_of(variable)
+    assert found, "nothing of this kind is used"
+    kind = getattr(trt, KINDS[variable])
+    assert [name for name in found if not hasattr(kind, name)] == []
+    for name in names_of_module():
+        resolve(trt, name)
+
+
+def test_every_name_was_looked_for_in_the_oldest_and_newest_tensorrt() -> None:
+    used = set().union(*map(names_of, KINDS))
+    used |= {part for name in names_of_module() for part in name.split(".")} - {"__init__"}
+    assert used == {*IN_BOTH.split(), *ONLY_WITH_RTX.split()}

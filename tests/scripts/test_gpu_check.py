@@ -1,0 +1,152 @@
+"""What `scripts/gpu_check` writes and how it ends, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fpabee.runtime.backends.cuda_probe import CudaDevice
+
+from ..runtime.device_double import GPU, install
+
+ROOT = Path(__file__).parents[2]
+GREEN = {"exit_code": 0, "tail": ["3 passed in 0.1s"]}
+
+
+def load() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with one repetition; there is a GPU, and the tests pass."""
+    module = load()
+    monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr(module, "run_tests", lambda root: GREEN)
+    monkeypatch.setattr(module, "cuda_device", lambda: GPU)
+    return module
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    path = tmp_path / "texts.txt"
+    path.write_text("rain\nthe film is not good\n", encoding="utf-8")
+    return str(path)
+
+
+def test_every_target_is_timed_or_says_why_not(
+    script: ModuleType,
+    engine_copy: Callable[..., Path],
+    texts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = engine_copy()
+    made = install(monkeypatch, folder)
+    script.main(str(folder), texts)
+    report = json.loads(capsys.readouterr().out)
+    assert report["tests"] == GREEN
+    for name in ("onnxruntime-fp32", made.target):
+        times = report["milliseconds"][name]
+        assert len(times) == 4
+        assert all(milliseconds > 0 for milliseconds in times.values())
+    monkeypatch.setattr("fpabee.runtime.backends.tensorrt.cuda_device", lambda: CudaDevice("", "7"))
+    script.main(str(folder), texts)
+    report = json.loads(capsys.readouterr().out)
+    assert "compute capability" in report["milliseconds"][made.target]["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "run_tests",
+            lambda root: {"exit_code": 1, "tail": ["1 failed"]},
+            "tests failed: 1 failed",
+        ),
+        ("run_tests", lambda root: {"exit_code": 5, "tail": []}, "tests failed: no output"),
+        ("cuda_device", lambda: CudaDevice(error="there is no GPU"), "nothing ran on a GPU"),
+    ],
+)
+def test_what_fails_is_an_error_and_the_json_is_whole(
+    name: str,
+    value: Any,
+    message: str,
+    script: ModuleType,
+    engines: Mapping[str, Path],
+    texts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script, name, value)
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        script.main(str(engines["bert"]), texts)
+    report = json.loads(capsys.readouterr().out)
+    assert report["tests"] == script.run_tests(ROOT)
+    assert "onnxruntime-fp32" in report["milliseconds"]
+
+
+def test_a_target_that_does_not_run_leaves_the_others(
+    script: ModuleType,
+    engine_copy: Callable[..., Path],
+    texts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = engine_copy()
+    made = install(monkeypatch, folder)
+    made.trt.contexts_left = 0
+    with pytest.raises(SystemExit, match=f"error: {made.target}: .*no execution context"):
+        script.main(str(folder), texts)
+    report = json.loads(capsys.readouterr().out)["milliseconds"]
+    assert "no execution context" in report[made.target]["error"]
+    assert len(report["onnxruntime-fp32"]) == 4
+
+
+def test_bad_input_is_one_line_before_anything_runs(
+    script: ModuleType, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "run_tests", None)
+    with pytest.raises(SystemExit, match=r"^error: .*manifest\.json"):
+        script.main(str(tmp_path), texts)
+
+
+@pytest.mark.parametrize(("ends", "code"), [("pass", 0), ("assert False", 1)])
+def test_the_exit_code_of_the_gpu_tests(ends: str, code: int, tmp_path: Path) -> None:
+    lines = ["import pytest", "@pytest.mark.gpu", "def test_x():", f"    {ends}"]
+    lines += ["def test_not_run():", "    assert False"]
+    (tmp_path / "test_x.py").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
+    result = load().run_tests(tmp_path)
+    assert result["exit_code"] == code
+    assert "1 deselected" in result["tail"][-1]
+
+
+def test_its_environment_gets_tensorrt_once(tmp_path: Path) -> None:
+    python, log = tmp_path / "venv" / "bin" / "python", tmp_path / "log"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = {**os.environ, "FPABEE_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    for _ in range(2):
+        command = [str(ROOT / "scripts" / "gpu_check"), "engines", "texts.txt"]
+        subprocess.run(command, env=environment, capture_output=True, check=True)
+    pip, install, *runs = log.read_text(encoding="utf-8").splitlines()
+    assert pip.endswith("--upgrade pip")
+    assert install == "-m pip install --quiet --editable .[dev,tensorrt]"
+    assert runs == ["scripts/gpu_check.py engines texts.txt"] * 2
