@@ -8,6 +8,7 @@ from typing import Any
 from ..runtime.errors import ModelError
 from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec, sha256_of
 from .multi_exit import MultiExitModel
+from .weights import first_line
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
@@ -63,9 +64,17 @@ def _load(source: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        AttributeError,
+        ImportError,
+        KeyError,
+        OSError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
-            f"{source} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            f"{source} has no tokenizer that can be read: {first_line(error)}",
             "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
         ) from error
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
