@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fpabee.runtime import Budget, Engine, FpabeeError
-from fpabee.runtime.inspect import environment, target_states
+from fpabee.runtime.environment import environment
+from fpabee.runtime.inspection import target_states
 from fpabee.runtime.manifest import read_manifest
 from fpabee.runtime.text_io import read_rows
 
