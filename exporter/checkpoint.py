@@ -149,7 +149,9 @@ def load_config(folder: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json", TRAIN_HINT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse, object_hook=_tagged_float
+        )
         model_type = content["model_type"]
         _check_numbers(content)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
@@ -169,6 +171,11 @@ def load_config(folder: Path) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"it holds {constant}")
+
+
+def _tagged_float(record: dict[str, Any]) -> Any:
+    """The number that transformers writes as {"__float__": "NaN"}; else the record itself."""
+    return float(record["__float__"]) if record.keys() == {"__float__"} else record
 
 
 def _check_numbers(content: dict[str, Any]) -> None:

@@ -183,6 +183,26 @@ CASES = [
     Case("no width", config(hidden_size=0), ("config.json",)),
     Case("no attention heads", config(num_attention_heads=0), ("describes no encoder",)),
     Case("a norm of NaN", config(layer_norm_eps=math.nan), ("config.json", "NaN")),
+    Case(
+        "a norm of tagged NaN",
+        config(layer_norm_eps={"__float__": "NaN"}),
+        ("config.json", "layer_norm_eps is nan"),
+    ),
+    Case(
+        "a last head of NaN",
+        config(
+            fpabee={
+                "exits": [1, 2, 3],
+                "pooling": "mean",
+                "last_head": {
+                    "pooling": "mean",
+                    "activation": "tanh",
+                    "norm_eps": {"__float__": "NaN"},
+                },
+            }
+        ),
+        ("wrong 'fpabee' block", "norm_eps"),
+    ),
     Case("a norm below zero", config(layer_norm_eps=-1.0), ("layer_norm_eps is -1.0",)),
     Case("10^9 layers", config(num_hidden_layers=10**9), ("num_hidden_layers is 1000000000",)),
     Case("1000 layers", config(num_hidden_layers=1000), ("lacks 15952 weights",)),
