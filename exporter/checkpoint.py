@@ -98,12 +98,13 @@ def _build(
     folder: Path, config: Any, exit_config: MultiExitConfig, attention: str | None
 ) -> MultiExitModel:
     try:
-        encoder = build_encoder(config, attention)
+        return MultiExitModel(build_encoder(config, attention), exit_config)
     # What a configuration that does not fit raises depends on the setting.
     except (
         ArithmeticError,
         AssertionError,
-        KeyError,
+        AttributeError,
+        LookupError,
         RuntimeError,
         TypeError,
         ValueError,
@@ -113,7 +114,6 @@ def _build(
             f"{type(error).__name__}: {first_line(error)}",
             "copy config.json again from where the model was trained",
         ) from error
-    return MultiExitModel(encoder, exit_config)
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
@@ -162,7 +162,14 @@ def load_config(folder: Path) -> Any:
     family_of(str(model_type))
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
             f"{path} is not a valid configuration: {' '.join(str(error).split())}",
             "copy config.json again from where the model was trained",

@@ -182,6 +182,8 @@ CASES = [
     Case("a negative number of layers", config(num_hidden_layers=-1), ("layers",)),
     Case("no width", config(hidden_size=0), ("config.json",)),
     Case("no attention heads", config(num_attention_heads=0), ("describes no encoder",)),
+    Case("no tokens", config(vocab_size=0), ("describes no encoder",)),
+    Case("a dtype that is a list", config(dtype=[]), ("not a valid configuration",)),
     Case("a norm of NaN", config(layer_norm_eps=math.nan), ("config.json", "NaN")),
     Case(
         "a norm of tagged NaN",
@@ -213,6 +215,14 @@ CASES = [
             family="albert",
         ),
         ("num_hidden_groups is 1000000000",),
+    ),
+    Case(
+        "no groups of layers",
+        changed(
+            lambda f: change_json(f / "config.json", lambda c: c.update(num_hidden_groups=0)),
+            family="albert",
+        ),
+        ("describes no encoder",),
     ),
     Case("10^9 labels", config(num_labels=10**9), ("num_labels is 1000000000",)),
     Case("10^12 tokens", config(vocab_size=10**12), ("asks for (1000000000000, 32)",)),
