@@ -29,10 +29,8 @@ def save_tokenizer(
         ModelError: no tokenizer, or one that cannot be converted, or an impossible limit.
     """
     tokenizer = _load(source)
-    limit = model.backbone.max_positions()
-    if tokenizer.model_max_length < _NO_LIMIT:
-        limit = min(limit, int(tokenizer.model_max_length))
     special = tokenizer.num_special_tokens_to_add(pair=True)
+    limit = max_length or _own_limit(source, tokenizer.model_max_length, model, special)
     if max_length is not None and not special < max_length <= model.backbone.max_positions():
         raise ModelError(
             f"max_length {max_length} is impossible for this model",
@@ -52,11 +50,21 @@ def save_tokenizer(
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
-        max_length=max_length or limit,
+        max_length=limit,
         pad_id=int(pad if pad is not None else model.backbone.config.pad_token_id or 0),
         pad_type_id=int(tokenizer.pad_token_type_id),
         inputs=tuple(tokenizer.model_input_names),
     )
+
+
+def _own_limit(source: Path, said: Any, model: MultiExitModel, special: int) -> int:
+    positions = model.backbone.max_positions()
+    if not isinstance(said, (int, float)) or said <= special:
+        raise ModelError(
+            f"the tokenizer of {source} says model_max_length {said!r}",
+            f"give --max-length {special + 1} to {positions}",
+        )
+    return min(positions, int(said)) if said < _NO_LIMIT else positions
 
 
 def _load(source: Path) -> Any:
@@ -64,15 +72,8 @@ def _load(source: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (
-        AttributeError,
-        ImportError,
-        KeyError,
-        OSError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    # The libraries raise almost anything, the bare Exception too.
+    except Exception as error:
         raise ModelError(
             f"{source} has no tokenizer that can be read: {first_line(error)}",
             "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",

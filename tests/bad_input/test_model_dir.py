@@ -142,6 +142,14 @@ def tokenizer(change: Callable[[Any], object]) -> Callable[[Place], Arguments]:
     return changed(lambda f: change_json(f / "tokenizer.json", change))
 
 
+def token_limit(limit: object) -> Callable[[Place], Arguments]:
+    return changed(
+        lambda f: change_json(
+            f / "tokenizer_config.json", lambda c: c.update(model_max_length=limit)
+        )
+    )
+
+
 def occupied(place: Place) -> Arguments:
     place.file("out", "mine")
     return export(place.shared_model(), place)
@@ -288,6 +296,14 @@ CASES = [
         file("tokenizer.json", "[" * 10**5),
         ("has no tokenizer that can be read",),
     ),
+    Case(
+        "a tokenizer without vocabulary",
+        tokenizer(lambda t: t["model"].update(vocab=None)),
+        ("has no tokenizer that can be read",),
+    ),
+    Case("a limit of no tokens", token_limit(0), ("model_max_length 0", "give --max-length 4 to")),
+    Case("a limit of words", token_limit("long"), ("model_max_length 'long'", "--max-length")),
+    Case("a limit of a list", token_limit([]), ("model_max_length []", "--max-length")),
     Case(
         "a tokenizer of a larger vocabulary",
         tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)),
