@@ -7,11 +7,10 @@ our block in `config.json` there is one exit per layer, pooled at the first toke
 from __future__ import annotations
 
 import json
-import logging
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +19,21 @@ from ..runtime.errors import ModelError
 from ..runtime.manifest import ProblemType
 from .backbones import build_encoder, family_of
 from .multi_exit import LastHead, MultiExitConfig, MultiExitModel, Pooling
-
-logger = logging.getLogger(__name__)
+from .weights import TRAIN_HINT, WEIGHTS, first_line, fitting_weights, read_weights
 
 CONFIG_BLOCK = "fpabee"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Not the copies for other frameworks that many repositories hold.
 _HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS]
-_TRAIN_HINT = "train one with scripts/train.py --backbone ... --train ... --output model_dir"
+# What makes a model large without any weight to hold it against; no encoder has more.
+_MOST = {
+    "num_hidden_layers": 1024,
+    "n_layers": 1024,
+    "num_hidden_groups": 1024,
+    "inner_group_num": 1024,
+    "num_labels": 2**20,
+    "max_position_embeddings": 2**20,
+}
 
 
 def resolve_model_dir(source: str | Path) -> Path:
@@ -41,7 +46,7 @@ def resolve_model_dir(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
-        raise ModelError(f"model_dir {source} does not exist", _TRAIN_HINT)
+        raise ModelError(f"model_dir {source} does not exist", TRAIN_HINT)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -78,20 +83,37 @@ def load_checkpoint(
     folder = resolve_model_dir(source)
     config = load_config(folder)
     family = family_of(config.model_type)
-    weights = _load_weights(folder)
+    weights = read_weights(folder)
     exit_config = _exit_config(folder, config, weights, problem_type)
+    # First without memory: the configuration may ask for far more than the weights fill.
+    with torch.device("meta"):
+        planned = _build(folder, config, exit_config, attention)
+    fitting = fitting_weights(planned.state_dict(), weights, folder, family.prefix)
+    model = _build(folder, config, exit_config, attention)
+    model.load_state_dict(fitting)
+    return model.eval()
+
+
+def _build(
+    folder: Path, config: Any, exit_config: MultiExitConfig, attention: str | None
+) -> MultiExitModel:
     try:
-        encoder = build_encoder(config, attention)
+        return MultiExitModel(build_encoder(config, attention), exit_config)
     # What a configuration that does not fit raises depends on the setting.
-    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
             f"{folder / 'config.json'} describes no encoder that can be built: "
             f"{type(error).__name__}: {first_line(error)}",
             "copy config.json again from where the model was trained",
         ) from error
-    model = MultiExitModel(encoder, exit_config)
-    _fill(model, weights, folder, family.prefix)
-    return model.eval()
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
@@ -125,10 +147,13 @@ def load_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json", _TRAIN_HINT)
+        raise ModelError(f"{folder} has no config.json", TRAIN_HINT)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse, object_hook=_tagged_float
+        )
         model_type = content["model_type"]
+        _check_numbers(content)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise ModelError(
             f"{path} is not the configuration of a model: {type(error).__name__}: {error}",
@@ -137,46 +162,42 @@ def load_config(folder: Path) -> Any:
     family_of(str(model_type))
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
             f"{path} is not a valid configuration: {' '.join(str(error).split())}",
             "copy config.json again from where the model was trained",
         ) from error
 
 
-def _load_weights(folder: Path) -> dict[str, Tensor]:
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", _TRAIN_HINT)
-    hint = "copy the file again, or save the state dict with safetensors"
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only: a pickle from a stranger must not run code.
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Not torch's own words: they advise to load the file without this protection.
-        raise ModelError(f"{path} cannot be read: it holds more than weights", hint) from error
-    # Bytes that are no pickle raise almost anything (KeyError, IndexError, ...).
-    except (SafetensorError, RuntimeError, LookupError, ValueError, EOFError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {first_line(error)}", hint) from error
-    named = isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    )
-    if not named:
-        raise ModelError(f"{path} is not a state dict of names and tensors", hint)
-    return cast(dict[str, Tensor], weights)
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _tagged_float(record: dict[str, Any]) -> Any:
+    """The number that transformers writes as {"__float__": "NaN"}; else the record itself."""
+    return float(record["__float__"]) if record.keys() == {"__float__"} else record
+
+
+def _check_numbers(content: dict[str, Any]) -> None:
+    for name, value in content.items():
+        if not isinstance(value, (int, float)):
+            continue
+        if value > _MOST.get(name, value):
+            raise ValueError(f"{name} is {value}, expected at most {_MOST[name]}")
+        if name.endswith("_eps"):
+            _check_eps(name, value)
+
+
+def _check_eps(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, expected a small number that is not negative")
 
 
 def _exit_config(
@@ -190,7 +211,7 @@ def _exit_config(
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            _TRAIN_HINT,
+            TRAIN_HINT,
         )
     layers = int(config.num_hidden_layers)
     block = getattr(config, CONFIG_BLOCK, None) or {}
@@ -235,6 +256,8 @@ def _last_head(block: Any) -> LastHead | None:
     if block is None:
         return None
     eps = block.get("norm_eps")
+    if eps is not None:
+        _check_eps("norm_eps", eps)
     head = LastHead(Pooling(block["pooling"]), block["activation"], eps and float(eps))
     if head.activation not in ACT2FN:
         raise ValueError(f"unknown activation {head.activation!r}")
@@ -275,30 +298,3 @@ def label_names(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
             "make the names in id2label distinct",
         )
     return labels
-
-
-def _fill(model: MultiExitModel, weights: dict[str, Tensor], folder: Path, prefix: str) -> None:
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(weights))
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} weights, first {missing[0]!r}",
-            f"expected the encoder under {prefix!r}. and classifiers.N; copy the weights again",
-        )
-    for name, value in expected.items():
-        found = weights[name]
-        if found.shape != value.shape:
-            raise ModelError(
-                f"{folder}: weight {name} has shape {tuple(found.shape)}, "
-                f"but config.json asks for {tuple(value.shape)}",
-                "use the config.json and the weights of the same model",
-            )
-        if not torch.isfinite(found).all():
-            raise ModelError(
-                f"{folder}: weight {name} holds NaN or infinity",
-                "the training diverged: train again, with a smaller learning rate",
-            )
-    unused = sorted(name for name in set(weights) - set(expected) if "position_ids" not in name)
-    if unused:
-        logger.warning("%s: weights that no exit uses are left out: %s", folder, ", ".join(unused))
-    model.load_state_dict({name: weights[name].float() for name in expected})

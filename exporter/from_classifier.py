@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..runtime.errors import ModelError
 from ..runtime.manifest import ProblemType
 from .backbones import build_encoder, family_of
-from .checkpoint import agreed_problem_type, first_line, label_names, load_config, resolve_model_dir
+from .checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from .multi_exit import LastHead, MultiExitConfig, MultiExitModel, Pooling
+from .weights import first_line
 
 _BATCH = 64
 _TOLERANCE = 1e-4

@@ -8,6 +8,7 @@ from typing import Any
 from ..runtime.errors import ModelError
 from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec, sha256_of
 from .multi_exit import MultiExitModel
+from .weights import first_line
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
@@ -28,10 +29,8 @@ def save_tokenizer(
         ModelError: no tokenizer, or one that cannot be converted, or an impossible limit.
     """
     tokenizer = _load(source)
-    limit = model.backbone.max_positions()
-    if tokenizer.model_max_length < _NO_LIMIT:
-        limit = min(limit, int(tokenizer.model_max_length))
     special = tokenizer.num_special_tokens_to_add(pair=True)
+    limit = max_length or _own_limit(source, tokenizer.model_max_length, model, special)
     if max_length is not None and not special < max_length <= model.backbone.max_positions():
         raise ModelError(
             f"max_length {max_length} is impossible for this model",
@@ -51,11 +50,21 @@ def save_tokenizer(
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
-        max_length=max_length or limit,
+        max_length=limit,
         pad_id=int(pad if pad is not None else model.backbone.config.pad_token_id or 0),
         pad_type_id=int(tokenizer.pad_token_type_id),
         inputs=tuple(tokenizer.model_input_names),
     )
+
+
+def _own_limit(source: Path, said: Any, model: MultiExitModel, special: int) -> int:
+    positions = model.backbone.max_positions()
+    if not isinstance(said, (int, float)) or said <= special:
+        raise ModelError(
+            f"the tokenizer of {source} says model_max_length {said!r}",
+            f"give --max-length {special + 1} to {positions}",
+        )
+    return min(positions, int(said)) if said < _NO_LIMIT else positions
 
 
 def _load(source: Path) -> Any:
@@ -63,9 +72,10 @@ def _load(source: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    # The libraries raise almost anything, the bare Exception too.
+    except Exception as error:
         raise ModelError(
-            f"{source} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            f"{source} has no tokenizer that can be read: {first_line(error)}",
             "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
         ) from error
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ __all__ = ["chosen_rule", "exits_with_one_line", "main", "rule_options", "versio
 @click.option("--all-scores", is_flag=True, help="Give the probabilities of all labels.")
 @click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="The summary as one JSON object on stderr, and no progress.",
+)
 @version_option
 @exits_with_one_line
 def main(
@@ -76,6 +83,7 @@ def main(
     all_scores: bool,
     metrics: bool,
     quiet: bool,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Classify the texts of --input with ENGINES, a folder that fpabee-export wrote."""
@@ -122,11 +130,13 @@ def main(
 
         with (
             open_sink(destination, layout, record_of_run) as sink,
-            progress(quiet, lambda: inputs.share) as advance,
+            progress(quiet or as_json, lambda: inputs.share) as advance,
         ):
             first_error = run(job, inputs, sink, summary, advance)
-        if not quiet:
-            point = None if overrides or full_depth else engine.operating_point
+        point = None if overrides or full_depth else engine.operating_point
+        if as_json:
+            click.echo(json.dumps(summary.to_dict(point)), err=True)
+        elif not quiet:
             summary.print(Console(stderr=True, highlight=False), point)
         elif metrics:
             summary.print_metrics(Console(stderr=True, highlight=False))

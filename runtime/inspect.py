@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,18 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from .backends.cuda_probe import cuda_device
-from .cli import exits_with_one_line, version_option
-from .errors import ArtifactError, BackendError, FpabeeError
-from .manifest import Manifest, NotBuilt, Target, read_manifest, resolve
-
-_PACKAGES = (
-    "numpy",
-    "tokenizers",
-    "msgspec",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "cuda-bindings",
-    "onnx",
-    "torch",
-    "transformers",
+from .environment import environment, providers
+from .errors import ArtifactError, VerificationError
+from .inspection import (
+    Integrity,
+    Part,
+    TargetState,
+    chain_parts,
+    check_integrity,
+    target_states,
 )
-
-
-@dataclass(frozen=True)
-class TargetState:
-    """One target of a folder.
-
-    Attributes:
-        name: the target.
-        size: bytes of its files, or of the graphs that it runs.
-        why_not: why it cannot run here; empty if it can.
-        tolerance: largest difference of a logit from the PyTorch model; None: not measured.
-    """
-
-    name: str
-    size: int
-    why_not: str
-    tolerance: float | None
-
-
-def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
-    """Every target of a folder, and whether it can run here."""
-    states = []
-    for name, target in manifest.targets.items():
-        try:
-            size = sum(path.stat().st_size for path in _files(folder, manifest, target))
-            _check(target, name, folder)
-            why_not = ""
-        except FpabeeError as error:
-            size, why_not = 0, str(error)
-        states.append(TargetState(name, size, why_not, target.tolerance))
-    return states
+from .manifest import Manifest, NotBuilt, read_manifest
+from .options import exits_with_one_line, version_option
 
 
 def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
@@ -76,88 +37,53 @@ def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
     return lines
 
 
-def environment() -> dict[str, str]:
-    """Versions and devices, for a bug report."""
-    device = cuda_device()
-    found = {"fpabee": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {
-        "system": platform.platform(),
-        "cpu": _cpu(),
-        "gpu": device.error or f"{device.name}, compute capability {device.compute_capability}",
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines()[:40] if ":" in line)
-    content = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = content.get("flags", "").split()
-    telling = [
-        f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if f in flags
-    ]
-    return f"{content.get('model name', platform.machine())} ({' '.join(telling)})"
-
-
-def _files(folder: Path, manifest: Manifest, target: Target) -> list[Path]:
-    if target.files:
-        return [resolve(folder, file.file) for file in target.files.values()]
-    graphs = manifest.graphs_in(target.precision)
-    return [resolve(folder, graph.file) for graph in graphs.values()]
-
-
-def _check(target: Target, name: str, folder: Path) -> None:
-    if target.backend == "onnxruntime":
-        from .backends.onnxruntime_session import check_device
-
-        check_device(target.device)
-    elif target.backend in ("tensorrt", "tensorrt-rtx"):
-        from .backends.tensorrt import check_target
-
-        check_target(target, name)
-    else:
-        raise BackendError(
-            f"backend {target.backend!r} is not known to fpabee {__version__}",
-            "pip install -U fpabee",
-        )
-
-
 @click.command()
 @click.argument("engines", type=click.Path(path_type=Path), required=False)
 @click.option("--env", "show_env", is_flag=True, help="Versions and devices, for a bug report.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compare the hashes of all files, and run the reference texts on every target that "
+    "can run here.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @version_option
 @exits_with_one_line
-def main(engines: Path | None, show_env: bool, as_json: bool) -> None:
+def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> None:
     """Say what is in ENGINES, and which of its targets this machine can run."""
-    if engines is None and not show_env:
-        raise click.UsageError("give an engines folder, or --env")
+    if engines is None and (check or not show_env):
+        raise click.UsageError("give an engines folder" + ("" if check else ", or --env"))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     content: dict[str, Any] = {}
     if show_env:
-        content["environment"] = environment()
+        content["environment"] = environment() | {"providers": providers()}
+        if not as_json:
+            _print_values(console, content["environment"])
+    found = None
     if engines is not None:
         if not engines.is_dir():
             raise ArtifactError(f"{engines} is not a folder", "make one with fpabee-export")
         manifest = read_manifest(engines)
+        parts, states = chain_parts(engines, manifest), target_states(engines, manifest)
+        found = check_integrity(engines, manifest, states) if check else None
         content |= _describe(manifest)
-        content["targets"] = [asdict(state) for state in target_states(engines, manifest)]
+        content["chain"] = [asdict(part) for part in parts]
+        content["targets"] = [asdict(state) for state in states]
         content["not_built"] = msgspec.to_builtins(manifest.not_built)
+        if found is not None:
+            content["check"] = asdict(found) | {"passed": found.passed}
+        if not as_json:
+            _print(console, engines, manifest, parts, states)
+            if found is not None:
+                _print_check(console, found)
     if as_json:
         click.echo(json.dumps(content))
-        return
-    console = Console(soft_wrap=True, highlight=False)
-    for name, value in content.pop("environment", {}).items():
-        console.print(f"{name}: {value}", markup=False)
-    if engines is not None:
-        _print(console, content)
-        for line in not_built_lines(manifest.not_built, engines):
-            console.print(line, markup=False)
+    if found is not None and not found.passed:
+        raise VerificationError(
+            f"{engines} is not as it was exported: {len(found.damaged)} of {found.files} files "
+            f"are damaged, {len(found.refused)} targets do not give what the model gave",
+            "copy the engines folder again, or export the model again",
+        )
 
 
 def _describe(manifest: Manifest) -> dict[str, Any]:
@@ -180,17 +106,76 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, content: dict[str, Any]) -> None:
-    for name in ("model", "task", "labels", "exits", "max_length", "precisions", "rule"):
-        value = content[name]
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        console.print(f"{name}: {text}", markup=False)
-    table = Table("target", "MiB", "logits within", "here")
-    for state in content["targets"]:
-        name = state["name"] + (" (default)" if state["name"] == content["default_target"] else "")
-        tolerance = "not measured" if state["tolerance"] is None else f"{state['tolerance']:.1e}"
-        table.add_row(name, f"{state['size'] / 2**20:.0f}", tolerance, state["why_not"] or "runs")
+def _print(
+    console: Console,
+    folder: Path,
+    manifest: Manifest,
+    parts: Sequence[Part],
+    states: Sequence[TargetState],
+) -> None:
+    shown = _describe(manifest)
+    points, default = shown.pop("operating_points"), shown.pop("default_target")
+    _print_values(console, shown)
+    for line in chain_lines(parts, manifest.tokenizer.max_length):
+        console.print(line)
+    table = Table("target", "MiB", "logits within", "operating points", "here")
+    for state in states:
+        table.add_row(
+            state.name + (" (default)" if state.name == default else ""),
+            _mebibytes(state.size),
+            "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
+            ", ".join(points.get(state.name, ())),
+            state.why_not or "runs",
+        )
     console.print(table)
+    for line in not_built_lines(manifest.not_built, folder):
+        console.print(line)
+
+
+def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
+    """A picture of a chain: a line for each segment, from the text down.
+
+    Args:
+        parts: the segments.
+        max_length: tokens of the longest text.
+    """
+    yield f"text, up to {max_length} tokens"
+    rows = []
+    for part in parts:
+        first, last = part.layers
+        layers = f"layer {last}" if first == last else f"layers {first}-{last}"
+        calls = Counter(part.calls)
+        names = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in calls.items())
+        size = "missing" if part.size is None else f"{_mebibytes(part.size)} MiB"
+        rows.append((layers, size, f"{len(part.calls)} call{'s' * (len(part.calls) > 1)}", names))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for part, (layers, size, count, names) in zip(parts, rows, strict=True):
+        yield "  |"
+        yield (
+            f"  +-- {layers:{widths[0]}}  {size:>{widths[1]}}  {count:{widths[2]}}  "
+            f"{names:{widths[3]}} --> exit {part.exit}"
+        )
+
+
+def _print_check(console: Console, found: Integrity) -> None:
+    whole = found.files - len(found.damaged)
+    console.print(f"hashes: {whole} of {found.files} files are whole")
+    for message in found.damaged:
+        console.print(f"  {message}")
+    for name, agreement in found.parity.items():
+        console.print(f"{name} is the model that was exported: {agreement}")
+    for name, message in found.refused.items():
+        console.print(f"{name} is refused: {message}")
+
+
+def _print_values(console: Console, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        console.print(f"{name}: {text}")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f}"
 
 
 if __name__ == "__main__":

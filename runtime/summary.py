@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -114,6 +115,31 @@ class Summary:
         layers = self._engine.manifest.exit_layers
         total = sum(layers[number - 1] * count for number, count in self._exits.items())
         return total / max(1, self.rows - self.errors)
+
+    def to_dict(self, operating_point: str | None) -> dict[str, Any]:
+        """The summary for JSON; `operating_point` is the calibrated one in use, if one is."""
+        seconds = time.perf_counter() - self._started
+        layers = self._engine.manifest.model.layers
+        content = {
+            "rows": self.rows,
+            "rows_before": self.standing,
+            "errors": self.errors,
+            "truncated": self._truncated,
+            "empty": self._empty,
+            "seconds": seconds,
+            "rows_per_second": (self.rows - self.standing) / seconds,
+            "target": self._engine.target,
+            "operating_point": operating_point,
+            "rule": None if self._rule is None else self._rule.to_dict(),
+            "layers": layers,
+            "mean_depth": self.mean_depth,
+            "saving": 1 - self.mean_depth / layers,
+            "exits": [
+                {"exit": number, "layer": layer, "rows": self._exits[number]}
+                for number, layer in enumerate(self._engine.manifest.exit_layers, start=1)
+            ],
+        }
+        return content | ({"metrics": self.scores()} if self._expected else {})
 
     def print(self, console: Console, operating_point: str | None) -> None:
         """Print the summary; `operating_point` is the calibrated one in use, if one is."""

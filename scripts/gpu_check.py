@@ -17,7 +17,8 @@ from typing import Any
 
 from fpabee.runtime import Budget, Engine, FpabeeError
 from fpabee.runtime.backends.cuda_probe import cuda_device
-from fpabee.runtime.inspect import environment, target_states
+from fpabee.runtime.environment import environment
+from fpabee.runtime.inspection import target_states
 from fpabee.runtime.manifest import Manifest, read_manifest
 from fpabee.runtime.text_io import read_rows
 

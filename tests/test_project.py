@@ -88,9 +88,13 @@ def test_readme_options_exist() -> None:
     assert seen == set(COMMANDS)
 
 
-def test_readme_names_files_that_exist() -> None:
-    names = re.findall(r"`((?:exporter|runtime|calibration|scripts)/[\w./]+)`", README)
-    names += re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_files_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = re.findall(
+        r"`(?:\./)?((?:exporter|runtime|calibration|scripts|src|tests)/[\w./]*)", text
+    )
+    names += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
 
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []

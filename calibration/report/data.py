@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from ...runtime.distributions import Measure
+from ...runtime.environment import environment
 from ...runtime.exit_rules import ExitRule
-from ...runtime.inspect import environment
 from ...runtime.manifest import Manifest, read_manifest
 from ..calibrate import Calibration, Contender, Point
 from ..outcome import Outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import struct
@@ -65,6 +66,18 @@ def pickled(content: object) -> Callable[[Place], Arguments]:
         torch.save(content, folder / "pytorch_model.bin")
 
     return changed(apply)
+
+
+def repeated(place: Place) -> Arguments:
+    """One number for the embeddings of 10^10 tokens."""
+    folder = place.model()
+    content = load_file(folder / WEIGHTS)
+    name = "bert.embeddings.word_embeddings.weight"
+    content[name] = torch.zeros(1, 1).expand(10**10, 32)
+    change_json(folder / "config.json", lambda c: c.update(vocab_size=10**10))
+    (folder / WEIGHTS).unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    return export(folder, place)
 
 
 class Harmful:
@@ -129,6 +142,14 @@ def tokenizer(change: Callable[[Any], object]) -> Callable[[Place], Arguments]:
     return changed(lambda f: change_json(f / "tokenizer.json", change))
 
 
+def token_limit(limit: object) -> Callable[[Place], Arguments]:
+    return changed(
+        lambda f: change_json(
+            f / "tokenizer_config.json", lambda c: c.update(model_max_length=limit)
+        )
+    )
+
+
 def occupied(place: Place) -> Arguments:
     place.file("out", "mine")
     return export(place.shared_model(), place)
@@ -167,6 +188,54 @@ CASES = [
     Case("a width of words", config(hidden_size="wide"), ("config.json",)),
     Case("another width", config(hidden_size=64), ("has shape", "of the same model")),
     Case("a negative number of layers", config(num_hidden_layers=-1), ("layers",)),
+    Case("no width", config(hidden_size=0), ("config.json",)),
+    Case("no attention heads", config(num_attention_heads=0), ("describes no encoder",)),
+    Case("no tokens", config(vocab_size=0), ("describes no encoder",)),
+    Case("a dtype that is a list", config(dtype=[]), ("not a valid configuration",)),
+    Case("a norm of NaN", config(layer_norm_eps=math.nan), ("config.json", "NaN")),
+    Case(
+        "a norm of tagged NaN",
+        config(layer_norm_eps={"__float__": "NaN"}),
+        ("config.json", "layer_norm_eps is nan"),
+    ),
+    Case(
+        "a last head of NaN",
+        config(
+            fpabee={
+                "exits": [1, 2, 3],
+                "pooling": "mean",
+                "last_head": {
+                    "pooling": "mean",
+                    "activation": "tanh",
+                    "norm_eps": {"__float__": "NaN"},
+                },
+            }
+        ),
+        ("wrong 'fpabee' block", "norm_eps"),
+    ),
+    Case("a norm below zero", config(layer_norm_eps=-1.0), ("layer_norm_eps is -1.0",)),
+    Case("10^9 layers", config(num_hidden_layers=10**9), ("num_hidden_layers is 1000000000",)),
+    Case("1000 layers", config(num_hidden_layers=1000), ("lacks 15952 weights",)),
+    Case(
+        "10^9 groups of layers",
+        changed(
+            lambda f: change_json(f / "config.json", lambda c: c.update(num_hidden_groups=10**9)),
+            family="albert",
+        ),
+        ("num_hidden_groups is 1000000000",),
+    ),
+    Case(
+        "no groups of layers",
+        changed(
+            lambda f: change_json(f / "config.json", lambda c: c.update(num_hidden_groups=0)),
+            family="albert",
+        ),
+        ("describes no encoder",),
+    ),
+    Case("10^9 labels", config(num_labels=10**9), ("num_labels is 1000000000",)),
+    Case("10^12 tokens", config(vocab_size=10**12), ("asks for (1000000000000, 32)",)),
+    Case("a width of 2^40", config(hidden_size=2**40), ("config.json",)),
+    Case("10^12 positions", config(max_position_embeddings=10**12), ("max_position_embeddings",)),
     Case(
         "labels fewer than the head gives",
         config(id2label={"0": "a", "1": "b"}),
@@ -209,6 +278,12 @@ CASES = [
         ("has shape (5, 32)",),
     ),
     Case("NaN", weights(lambda w: w["classifiers.1.bias"].fill_(torch.nan)), ("holds NaN",)),
+    Case(
+        "weights in int8",
+        weights(lambda w: w.update({k: v.to(torch.int8) for k, v in w.items()})),
+        ("is in int8; expected float32", "quantized"),
+    ),
+    Case("a tensor larger than its values", repeated, ("10000000000, 32)", "fewer values")),
     Case("a pickle with code in it", harmful, ("holds more than weights", "safetensors")),
     Case("a plain pickle with code in it", harmful_pickle, ("pytorch_model.bin cannot be read",)),
     Case("a pickle of a list", pickled([1, 2]), ("is not a state dict",)),
@@ -216,6 +291,19 @@ CASES = [
     Case(
         "tokenizer.json cut short", changed(cut_short("tokenizer.json", 300)), ("has no tokenizer",)
     ),
+    Case(
+        "tokenizer.json deeply nested",
+        file("tokenizer.json", "[" * 10**5),
+        ("has no tokenizer that can be read",),
+    ),
+    Case(
+        "a tokenizer without vocabulary",
+        tokenizer(lambda t: t["model"].update(vocab=None)),
+        ("has no tokenizer that can be read",),
+    ),
+    Case("a limit of no tokens", token_limit(0), ("model_max_length 0", "give --max-length 4 to")),
+    Case("a limit of words", token_limit("long"), ("model_max_length 'long'", "--max-length")),
+    Case("a limit of a list", token_limit([]), ("model_max_length []", "--max-length")),
     Case(
         "a tokenizer of a larger vocabulary",
         tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)),

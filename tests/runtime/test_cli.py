@@ -236,6 +236,44 @@ def test_summary(run: Run, bert: Path, source: Path) -> None:
     assert "not calibrated" in result.err.replace("\n", " ")
 
 
+def test_summary_in_json(run: Run, bert: Path, source: Path) -> None:
+    options = ("--rule", "budget", "--exit", "2", "--json")
+    result = run(bert, "--input", source, *options)
+    assert result.code == 0
+    assert result.out == run(bert, "--input", source, *options, "--quiet").out
+    content = json.loads(result.err)
+    assert content.pop("seconds") > 0
+    assert content.pop("rows_per_second") > 0
+    assert content == {
+        "rows": 5,
+        "rows_before": 0,
+        "errors": 0,
+        "truncated": 1,
+        "empty": 1,
+        "target": "onnxruntime-fp32",
+        "operating_point": None,
+        "rule": {"name": "budget", "exit": 2},
+        "layers": 3,
+        "mean_depth": 2.0,
+        "saving": pytest.approx(1 / 3),
+        "exits": [{"exit": n, "layer": n, "rows": 5 if n == 2 else 0} for n in (1, 2, 3)],
+    }
+
+
+def test_summary_in_json_of_labelled_and_bad_rows(run: Run, bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "rain", "label": "weather"}, {"text": 1}]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    options = ("--metrics", "--on-error", "skip", "--full-depth", "--json")
+    content = json.loads(run(bert, "--input", source, *options).err)
+    assert (content["rows"], content["errors"], content["rule"]) == (2, 1, None)
+    assert content["metrics"]["accuracy"] in (0.0, 1.0)
+    assert content["mean_depth"] == 3.0
+    bad = write_lines(tmp_path / "bad.jsonl", {"text": 1})
+    result = run(bert, "--input", bad, *options)
+    assert result.code == 1
+    assert "metrics" not in json.loads(result.err.splitlines()[0])
+
+
 def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
     with Engine.load(bert) as engine:
         found = [p.labels[0] for p in engine.predict(TEXTS, full_depth=True)]

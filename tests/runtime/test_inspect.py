@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.inspect import main, target_states
-from fpabee.runtime.manifest import read_manifest
+from fpabee.runtime.inspect import chain_lines, main
+from fpabee.runtime.inspection import Part, chain_parts, target_states
+from fpabee.runtime.manifest import REFERENCE_NAME, read_manifest, sha256_of, write_manifest
+from fpabee.runtime.reference import read_reference, write_reference
 
 from .device_double import install
 
@@ -39,6 +44,104 @@ def test_json_holds_the_same(engines: Mapping[str, Path]) -> None:
     assert "onnxruntime" in content["environment"]
 
 
+def test_the_chain_is_drawn(engines: Mapping[str, Path]) -> None:
+    parts = chain_parts(engines["albert"], read_manifest(engines["albert"]))
+    assert [part.layers for part in parts] == [(1, 1), (2, 2), (3, 3)]
+    graphs = read_manifest(engines["albert"]).graphs
+    sizes = {
+        name: (engines["albert"] / graph.file).stat().st_size for name, graph in graphs.items()
+    }
+    assert sum(part.size or 0 for part in parts) == sum(sizes.values())
+    # The shared block is called by every segment, and is there once.
+    assert set(parts[0].calls) & set(parts[2].calls)
+    shown = run(engines["albert"]).stdout.splitlines()
+    start = shown.index("text, up to 64 tokens")
+    drawn = shown[start + 1 : start + 7]
+    assert drawn[::2] == ["  |"] * 3
+    for number, line in enumerate(drawn[1::2], start=1):
+        assert f"layer {number} " in line
+        assert line.endswith(f"--> exit {number}")
+        assert f"{len(parts[number - 1].calls)} calls" in line
+
+
+def test_several_layers_and_repeated_calls_are_one_line() -> None:
+    parts = [
+        Part(1, (1, 4), ("embed", "block", "block", "block", "block", "head"), 3 * 2**20),
+        Part(2, (5, 5), ("block",), None),
+    ]
+    assert list(chain_lines(parts, 128)) == [
+        "text, up to 128 tokens",
+        "  |",
+        "  +-- layers 1-4  3.0 MiB  6 calls  embed, block x4, head --> exit 1",
+        "  |",
+        "  +-- layer 5     missing  1 call   block                 --> exit 2",
+    ]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path], family: str) -> None:
+    result = run(engines[family], "--check")
+    assert result.exit_code == 0, result.output
+    assert "onnxruntime-fp32 is the model that was exported: logits differ by" in result.stdout
+    content = json.loads(run(engines[family], "--check", "--json").stdout)["check"]
+    assert content["passed"]
+    assert content["damaged"] == []
+    assert content["refused"] == {}
+    manifest = read_manifest(engines[family])
+    assert content["files"] == 1 + len(manifest.graphs) + len(manifest.files)
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "another model"])
+def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path], damage: str) -> None:
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    file = folder / list(manifest.graphs.values())[1].file
+    if damage == "missing":
+        file.unlink()
+    elif damage == "changed":
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    else:
+        texts, logits = read_reference(folder, manifest)
+        write_reference(folder, texts, -logits)
+        files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
+        write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    result = run(folder, "--check", "--json")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    content = json.loads(result.stdout)["check"]
+    assert not content["passed"]
+    if damage == "another model":
+        assert content["damaged"] == []
+        assert "is not the model that was exported" in content["refused"]["onnxruntime-fp32"]
+    else:
+        (message,) = content["damaged"]
+        assert file.name in message
+        assert ("is missing" if damage == "missing" else "is damaged") in message
+    shown = run(folder, "--check")
+    assert shown.exit_code == 1
+    parts = ("refused",) if damage == "another model" else (file.name,)
+    for part in parts:
+        assert part in shown.stdout
+
+
+def test_the_environment_is_for_a_bug_report() -> None:
+    lines = run("--env").stdout.splitlines()
+    names = [line.split(": ")[0] for line in lines]
+    assert {"fpabee", "python", "numpy", "onnxruntime", "system", "cpu", "gpu", "providers"} <= {
+        *names
+    }
+    assert "CPUExecutionProvider" in lines[names.index("providers")]
+
+
+def test_without_onnxruntime_there_is_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run("--env").exit_code == 0
+    assert "providers: none: " in run("--env").stdout
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    assert "onnxruntime is damaged" in run("--env").stdout
+
+
 def test_targets_that_cannot_run_say_why(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +160,7 @@ def test_targets_that_cannot_run_say_why(
 
 def test_usage_and_missing_folders(tmp_path: Path) -> None:
     assert run().exit_code == 2
+    assert run("--env", "--check").exit_code == 2
     result = run(tmp_path / "none")
     assert result.exit_code == 1
     assert result.stdout == ""

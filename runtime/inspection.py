@@ -1,0 +1,162 @@
+"""What an engines folder holds: its chain, its targets, and whether its files are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import __version__
+from .engine import Engine
+from .errors import ArtifactError, BackendError, FpabeeError
+from .manifest import Manifest, Target, resolve, verified
+from .parity import check_parity
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment of the chain, in fp32.
+
+    Attributes:
+        exit: the exit at its end, from 1.
+        layers: the first and the last encoder layer that it runs, from 1.
+        calls: the graphs that it calls, in order.
+        size: bytes of those that no segment before it calls; None: a file is missing.
+    """
+
+    exit: int
+    layers: tuple[int, int]
+    calls: tuple[str, ...]
+    size: int | None
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """One target of a folder.
+
+    Attributes:
+        name: the target.
+        size: bytes of its files, or of the graphs that it runs.
+        why_not: why it cannot run here; empty if it can.
+        tolerance: largest difference of a logit from the PyTorch model; None: not measured.
+    """
+
+    name: str
+    size: int
+    why_not: str
+    tolerance: float | None
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What a check of a folder found.
+
+    Attributes:
+        files: how many files the manifest names.
+        damaged: what is wrong with those that are missing or of another hash.
+        parity: of each target that can run here, how it agrees with the PyTorch model.
+        refused: of each other target that can run here, why it is not that model.
+    """
+
+    files: int
+    damaged: tuple[str, ...]
+    parity: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is damaged and no target is refused."""
+        return not self.damaged and not self.refused
+
+
+def chain_parts(folder: Path, manifest: Manifest) -> list[Part]:
+    """The segments of a folder in order."""
+    parts, known, before = [], set[str](), 0
+    for segment in manifest.segments:
+        new = [name for name in dict.fromkeys(segment.calls) if name not in known]
+        known.update(new)
+        size = _size(folder, (manifest.graphs[name].file for name in new))
+        parts.append(Part(segment.exit, (before + 1, segment.layer), segment.calls, size))
+        before = segment.layer
+    return parts
+
+
+def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
+    """Every target of a folder, and whether it can run here."""
+    states = []
+    for name, target in manifest.targets.items():
+        try:
+            size = sum(path.stat().st_size for path in _files(folder, manifest, target))
+            _check(target, name, folder)
+            why_not = ""
+        except FpabeeError as error:
+            size, why_not = 0, str(error)
+        states.append(TargetState(name, size, why_not, target.tolerance))
+    return states
+
+
+def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetState]) -> Integrity:
+    """Compare every hash, and run the reference texts on every target that can run here.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        states: what `target_states` gave.
+    """
+    records = dict.fromkeys(_records(manifest))
+    damaged = []
+    for file, sha256 in records:
+        try:
+            verified(folder, file, sha256)
+        except ArtifactError as error:
+            damaged.append(error.message)
+    parity, refused = {}, {}
+    for state in states:
+        if state.why_not:
+            continue
+        try:
+            with Engine.load(folder, state.name) as engine:
+                parity[state.name] = str(check_parity(folder, engine))
+        except FpabeeError as error:
+            refused[state.name] = error.message
+    return Integrity(len(records), tuple(damaged), parity, refused)
+
+
+def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Every file that a manifest names, with its hash."""
+    yield manifest.tokenizer.file, manifest.tokenizer.sha256
+    for graphs in (manifest.graphs, *manifest.precisions.values()):
+        yield from ((graph.file, graph.sha256) for graph in graphs.values())
+    for target in manifest.targets.values():
+        yield from ((file.file, file.sha256) for file in target.files.values())
+    yield from manifest.files.items()
+
+
+def _size(folder: Path, files: Iterable[str]) -> int | None:
+    try:
+        return sum(resolve(folder, file).stat().st_size for file in files)
+    except ArtifactError:
+        return None
+
+
+def _files(folder: Path, manifest: Manifest, target: Target) -> list[Path]:
+    if target.files:
+        return [resolve(folder, file.file) for file in target.files.values()]
+    graphs = manifest.graphs_in(target.precision)
+    return [resolve(folder, graph.file) for graph in graphs.values()]
+
+
+def _check(target: Target, name: str, folder: Path) -> None:
+    if target.backend == "onnxruntime":
+        from .backends.onnxruntime_session import check_device
+
+        check_device(target.device)
+    elif target.backend in ("tensorrt", "tensorrt-rtx"):
+        from .backends.tensorrt import check_target
+
+        check_target(target, name)
+    else:
+        raise BackendError(
+            f"backend {target.backend!r} is not known to fpabee {__version__}",
+            "pip install -U fpabee",
+        )

@@ -1,0 +1,96 @@
+"""`fpabee COMMAND` and `python -m fpabee`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fpabee.__main__ import main
+
+COMMANDS = {
+    "export": "fpabee.exporter.cli",
+    "run": "fpabee.runtime.cli",
+    "bench": "fpabee.exporter.bench_cli",
+    "calibrate": "fpabee.calibration.cli",
+    "inspect": "fpabee.runtime.inspect",
+}
+
+
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fpabee", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_module_lists_the_commands() -> None:
+    result = started("--help")
+    assert result.returncode == 0, result.stderr
+    for part in (*COMMANDS, "_FPABEE_COMPLETE=bash_source fpabee", "python -m fpabee"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"]])
+def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from fpabee.__main__ import main\n"
+        f"main({arguments}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        f"assert {len(arguments) > 1} or 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_that_of_its_own_name(name: str) -> None:
+    command = import_module(COMMANDS[name]).main
+    own = CliRunner().invoke(command, ["--help"], prog_name=f"fpabee {name}")
+    result = CliRunner().invoke(main, [name, "--help"], prog_name="fpabee")
+    assert result.exit_code == 0
+    assert isinstance(command, click.Command)
+    assert result.stdout.split("\n\n")[1:] == own.stdout.split("\n\n")[1:]
+
+
+def test_errors_of_a_command_keep_their_code_and_their_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert CliRunner().invoke(main, ["inspect"]).exit_code == 2
+    assert CliRunner().invoke(main, ["none"]).exit_code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_is_generated(shell: str) -> None:
+    result = CliRunner().invoke(
+        main, prog_name="fpabee", env={"_FPABEE_COMPLETE": f"{shell}_source"}
+    )
+    assert result.exit_code == 0, result.output
+    assert f"_FPABEE_COMPLETE={shell}_complete" in result.stdout
+    assert "fpabee" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("fpabee ", set(COMMANDS)), ("fpabee in", {"inspect"}), ("fpabee inspect --j", {"--json"})],
+)
+def test_commands_and_their_options_are_completed(words: str, expected: set[str]) -> None:
+    environment = {
+        "_FPABEE_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    result = CliRunner().invoke(main, prog_name="fpabee", env=environment)
+    found = {line.split(",")[1] for line in result.stdout.splitlines()}
+    assert found == expected
