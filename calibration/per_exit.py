@@ -4,7 +4,9 @@ One threshold for all exits treats a score at exit 2 like the same score at exit
 an early exit is less reliable at the same score, and saves more. What is fitted is a
 *price* of a lost row, in time: every threshold lies where stopping is worth it at that
 price, given what becomes of the row if it goes on. One number moves all thresholds, so a
-list of prices is a path of settings, as a list of thresholds is.
+list of prices is a path of settings, as a list of thresholds is. As many thresholds as exits
+still fit the rows that made them better than others: what a price gives is therefore judged
+on parts of the rows that its thresholds were not fitted to (`select.py`).
 
 With the thresholds of later exits known, the best one of an exit is found on one sorted
 list of its rows. Going from the last exit to the first and again until nothing changes is
@@ -28,22 +30,18 @@ _ROUNDS = 6
 
 
 def fit_path(family: Family, costs: Array, losses: Array) -> Iterator[ExitRule]:
-    """Rules with a threshold for each exit, from cheap losses to dear ones.
+    """Rules with a threshold for each exit, one for each price, from cheap losses to dear ones.
 
     Args:
         family: the rule; one that counts no streaks, or patience 1.
         costs: `[exits, rows]` of a row that stops at an exit.
         losses: `[exits, rows]` expected.
     """
-    seen = set()
     total = costs[-1].mean()
     order = np.argsort(family.scores, axis=1, kind="stable")
     for price in np.geomspace(0.3, 300.0, _PRICES) * total:
         thresholds = _descend(family.scores, order, costs + price * losses)
-        rule = family.with_threshold([float(f"{value:.4g}") for value in thresholds])
-        if rule not in seen:
-            seen.add(rule)
-            yield rule
+        yield family.with_threshold([float(f"{value:.4g}") for value in thresholds])
 
 
 def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:

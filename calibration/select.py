@@ -157,6 +157,7 @@ class Selector:
             [sweep.sums(weighing.terms, self.parts) for sweep in self._sweeps], axis=1
         )
         self._paths: dict[frozenset[int], tuple[list[Candidate], Array]] = {}
+        self._fits: dict[tuple[ExitRule, frozenset[int]], list[ExitRule]] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -233,21 +234,44 @@ class Selector:
         )
 
     def _path(self, using: frozenset[int]) -> tuple[list[Candidate], Array]:
-        """Settings with thresholds for each exit, fitted to some parts of the rows."""
+        """Settings with thresholds for each exit, fitted to some parts of the rows.
+
+        The sums are cross-fitted: each part's are those of the thresholds that the same price
+        makes on the other parts.
+        """
         if using not in self._paths:
+            found: dict[ExitRule, Array] = {}
+            for family in self._fitted:
+                sums = np.sum([self._judged(family, using, part) for part in using], axis=0)
+                for rule, row in zip(self._rules(family, using), sums, strict=True):
+                    found.setdefault(rule, row)
+            candidates = [Candidate(rule, fitted=True) for rule in found]
+            width = self.weighing.terms.shape[2]
+            rows = np.array(list(found.values())).reshape(len(candidates), width)
+            self._paths[using] = candidates, rows
+        return self._paths[using]
+
+    def _judged(self, family: Family, using: frozenset[int], part: int) -> Array:
+        """`[prices, terms]` over one part, with thresholds fitted to the others."""
+        numbers = self.rows_of(frozenset({part}))
+        terms, every = self.weighing.terms[:, numbers], np.arange(len(numbers))
+        own = Family(family.rule, family.scores[:, numbers])
+        return np.array(
+            [
+                terms[_stops(own, rule) - 1, every].sum(axis=0)
+                for rule in self._rules(family, using - {part} or using)
+            ]
+        )
+
+    def _rules(self, family: Family, using: frozenset[int]) -> list[ExitRule]:
+        """A rule for each price, fitted to some parts of the rows."""
+        key = family.rule, using
+        if key not in self._fits:
             numbers = self.rows_of(using)
             costs, losses = self.weighing.costs[:, numbers], self.weighing.losses[:, numbers]
-            terms = self.weighing.terms[:, numbers]
-            candidates, sums = [], []
-            for family in self._fitted:
-                part = Family(family.rule, family.scores[:, numbers])
-                for rule in fit_path(part, costs, losses):
-                    candidates.append(Candidate(rule, fitted=True))
-                    stops = _stops(part, rule)
-                    sums.append(terms[stops - 1, np.arange(len(numbers))].sum(axis=0))
-            width = self.weighing.terms.shape[2]
-            self._paths[using] = candidates, np.array(sums).reshape(len(candidates), width)
-        return self._paths[using]
+            part = Family(family.rule, family.scores[:, numbers])
+            self._fits[key] = list(fit_path(part, costs, losses))
+        return self._fits[key]
 
     def _best(self, wish: Wish, settings: Settings, using: frozenset[int]) -> int | None:
         costs, drops = settings.costs, settings.drops

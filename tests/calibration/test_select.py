@@ -173,3 +173,24 @@ def test_multi_label_rows_are_chosen_for_alike(make_rows: Make) -> None:
     chosen = choices.choose(Wish(max_drop=1.0), choices.kinds)
     assert chosen is not None
     assert exits_of(chosen.rule, rows).mean() < rows.exits
+
+
+def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to(
+    make_rows: Make,
+) -> None:
+    """What a price is said to give is what its rule gives on new rows, on average."""
+    population = make_rows(count=20_000, exits=12, seed=7)
+    generator = np.random.default_rng(0)
+    scorer = Scorer(population, "accuracy")
+    misses = []
+    for _ in range(6):
+        rows = population.take(generator.integers(0, len(population), 300))
+        costs = np.repeat(np.arange(1.0, 13)[:, None], len(rows), axis=1)
+        weighing = Weighing(rows, "accuracy", costs)
+        fitted = list(families(StopScores(rows), ["entropy"], [], patiences=[1]))
+        settings = Selector(weighing, fitted, fitted).settings(["entropy per exit"])
+        for number in range(0, len(settings.drops), 5):
+            losses = settings.sums[number, 1] / len(rows)
+            exits = exits_of(settings.candidate(number).rule, population)
+            misses.append(100 * (scorer.full_depth - scorer.score(exits) - losses))
+    assert abs(np.mean(misses)) < 0.5

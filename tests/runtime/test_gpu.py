@@ -21,7 +21,7 @@ from fpabee.runtime import Budget, Engine, FPabee
 from fpabee.runtime.backends.cuda_probe import cuda_device
 from fpabee.runtime.backends.onnxruntime_cuda import PROVIDER
 from fpabee.runtime.backends.tensorrt import MODULES
-from fpabee.runtime.inspect import target_states
+from fpabee.runtime.inspection import target_states
 from fpabee.runtime.manifest import Manifest
 
 from .device_double import GPU, serve, serve_cuda_provider
