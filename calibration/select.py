@@ -310,8 +310,13 @@ class Selector:
         rows = self.weighing.rows.take(self.rows_of(using))
         scorer = Scorer(rows, self.weighing.scorer.metric)
         for position, number in enumerate(fits):
-            exits = exits_of(settings.candidate(int(number)).rule, rows)
-            if drop_interval(scorer, exits, level=0.9)[1] <= 100 * limit:
+            candidate = settings.candidate(int(number))
+            exits = exits_of(candidate.rule, rows)
+            bound = drop_interval(scorer, exits, level=0.9)[1]
+            if candidate.fitted:  # to these rows: as much too low as their drop is
+                own = scorer.full_depth - scorer.score(exits)
+                bound += 100 * max(0.0, float(settings.drops[number]) - own)
+            if bound <= 100 * limit:
                 return fits[position : position + 1]
         return fits[:0]
 

@@ -62,6 +62,8 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
     )
     if result.placement is not None:
         console.print(_steps(result))
+        if kept == exits_before:
+            console.print("no exit costs more than it saves: all are kept")
     if result.points:
         console.print(_points(result))
     for lost in result.lost:
