@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
 from .manifest import ProblemType
@@ -83,9 +83,9 @@ def _multi_label(predicted: Labels, expected: Labels) -> dict[str, float]:
     }
 
 
-def _f1(hits: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.float64]:
+def _f1(hits: ArrayLike, total: ArrayLike) -> NDArray[np.float64]:
     """F1 = 2 TP / (2 TP + FP + FN); 0 where a label never occurs."""
-    return np.asarray(2.0 * hits / np.maximum(total, 1))
+    return np.asarray(np.multiply(2.0, hits) / np.maximum(total, 1))
 
 
 def _matthews(confusion: Labels) -> float:

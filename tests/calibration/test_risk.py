@@ -46,8 +46,8 @@ def test_the_guarantee_holds_on_a_population_with_known_risk(
         ordering, tested = drawn[:1200], drawn[1200:]
         settings = Settings(
             sums=np.zeros((len(risks), 0)),
-            costs=all_costs[:, ordering].mean(axis=1),
-            drops=all_losses[:, ordering].mean(axis=1),
+            costs=all_costs[:, ordering].mean(axis=1, dtype=np.float64),
+            drops=all_losses[:, ordering].mean(axis=1, dtype=np.float64),
             full_cost=1.0,
             rows=len(ordering),
             candidate=lambda number: Candidate(Budget(exit=1)),

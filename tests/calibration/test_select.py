@@ -133,7 +133,7 @@ def test_thresholds_for_each_exit_are_better_than_one(make_rows: Make, name: str
         exits = exits_of(rule, rows)
         cost, loss = costs[exits - 1, numbers].mean(), weighing.losses[exits - 1, numbers].mean()
         cheapest = one.costs[one.sums[:, 2] / len(rows) <= loss + 1e-9].min(initial=rows.exits)
-        better += cost <= cheapest + 0.02
+        better += bool(cost <= cheapest + 0.02)
     assert len(rules) > 5
     assert better >= 0.8 * len(rules)
 
