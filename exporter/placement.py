@@ -188,7 +188,7 @@ def _choose(
             "give labelled rows with --calibration-data, or calibrate again with fpabee-calibrate",
         )
     with tempfile.TemporaryDirectory() as temporary:
-        # Rows that were not kept are not kept now either.
+        # Rows that it did not keep are kept in the new folder only.
         place = folder / "calibration" if options.data is None else Path(temporary)
         seen = trace_rows(engine, rows, place, not _is_unlabelled(point, rows), progress)
     progress("time segments", 0, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -38,7 +39,7 @@ class Signs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitRule:
+class ExitRule(ABC):
     """Base of the rules.
 
     Attributes:
@@ -80,6 +81,7 @@ class ExitRule:
         threshold: Threshold = vars(self)["threshold"]
         return threshold[exit_number - 1] if isinstance(threshold, tuple) else threshold
 
+    @abstractmethod
     def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
         """Scores and signs of rows at an exit.
 
@@ -88,7 +90,6 @@ class ExitRule:
             earlier: outputs of the exit before; None at exit 1.
             now: outputs of this exit.
         """
-        raise NotImplementedError
 
     @property
     def signs_from(self) -> int:
