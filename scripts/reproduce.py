@@ -84,7 +84,12 @@ def train(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> str:
     script = Path(__file__).parent / "train.py"
     if not (folder / "training.json").is_file():
         command = [sys.executable, str(script), "--backbone", backbone, "--output", str(folder)]
-        subprocess.run([*command, "--resume", *arguments], check=True)
+        if any((folder / "checkpoints").glob("checkpoint-*")):
+            command.append("--resume")
+        if subprocess.run([*command, *arguments]).returncode:
+            raise click.ClickException(
+                f"no model for {folder.name}: {script.name} said why -> mend that and run again"
+            )
     shown = ["python", "scripts/train.py", "--backbone", run.backbone, *arguments]
     return shlex.join(shown).replace(str(data), "DATA")
 

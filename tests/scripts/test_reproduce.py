@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import numpy as np
 import pytest
 
@@ -56,6 +58,33 @@ def test_settings_save_on_dev_and_are_judged_on_test(reproduce: ModuleType) -> N
         assert setting["saving"] == pytest.approx(1 - exits.mean() / 4)
         answers = test.logits.argmax(axis=-1)[exits - 1, np.arange(200)]
         assert setting["score"] == pytest.approx((answers == test.expected).mean())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_training_goes_on_from_a_finished_epoch_only(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    folder = tmp_path / "model"
+    (folder / "checkpoints" / ("checkpoint-3" if begun else "other")).mkdir(parents=True)
+    shown = reproduce.train(reproduce.RUNS["mini-mrpc"], 43, tmp_path / "data", "there", folder)
+    assert ("--resume" in called[0]) is begun
+    assert f"--train={tmp_path / 'data' / 'mrpc' / 'train.jsonl.gz'}" in called[0]
+    assert shown.startswith("python scripts/train.py --backbone minilm --train=DATA/mrpc/train.")
+    (folder / "training.json").write_text("{}")
+    reproduce.train(reproduce.RUNS["mini-mrpc"], 43, tmp_path / "data", "there", folder)
+    assert len(called) == 1
+
+
+def test_a_failed_training_is_one_line(reproduce: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(click.ClickException, match="no model for model"):
+        reproduce.train(reproduce.RUNS["mini-mrpc"], 42, tmp_path, "no-such", tmp_path / "model")
 
 
 def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> None:
