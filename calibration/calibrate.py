@@ -24,8 +24,10 @@ from .cuts import TunedCuts, tune_cuts, with_cuts
 from .outcome import Outcome, exits_of, outcome
 from .risk import Bound, RiskOf, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer
-from .select import PARTS, PER_EXIT, Candidate, Selector, Weighing, every_setting
+from .select import PARTS, Selector, every_setting
+from .settings import PER_EXIT, Candidate
 from .trace import Progress, data_sha256, trace_rows
+from .weighing import Weighing
 
 DEFAULT_WISHES = {
     "safe": Wish(max_drop=0.5, surely=True),

@@ -6,7 +6,7 @@ an early exit is less reliable at the same score, and saves more. What is fitted
 price, given what becomes of the row if it goes on. One number moves all thresholds, so a
 list of prices is a path of settings, as a list of thresholds is. As many thresholds as exits
 still fit the rows that made them better than others: what a price gives is therefore judged
-on parts of the rows that its thresholds were not fitted to (`select.py`).
+on parts of the rows that its thresholds were not fitted to.
 
 With the thresholds of later exits known, the best one of an exit is found on one sorted
 list of its rows. Going from the last exit to the first and again until nothing changes is
@@ -16,14 +16,19 @@ observed ones, are what keeps it from fitting the luck of a few rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Array
+from ..runtime.distributions import Answers, Array
 from ..runtime.exit_rules import ExitRule
+from .settings import Candidate
 from .stopping import Family
+from .weighing import Weighing
 
 _PRICES = 30
 _ROUNDS = 6
@@ -89,3 +94,80 @@ def _between(ascending: Array, last: int) -> float:
     here = float(ascending[last])
     there = float(ascending[last + 1]) if last + 1 < len(ascending) else here + 1e-3
     return (here + there) / 2
+
+
+class PerExit:
+    """Settings with a threshold for each exit, fitted to some parts of the rows.
+
+    Args:
+        weighing: the rows and what they cost.
+        families: rules that get thresholds.
+        parts: `[rows]` the part of each row.
+    """
+
+    def __init__(
+        self, weighing: Weighing, families: Sequence[Family], parts: NDArray[np.intp]
+    ) -> None:
+        self.families = list(families)
+        self._weighing = weighing
+        self._parts = parts
+        self._paths: dict[frozenset[int], tuple[list[Candidate], Array]] = {}
+        self._fits: dict[tuple[ExitRule, frozenset[int]], list[ExitRule]] = {}
+
+    def narrowed(self, keep: Callable[[Candidate], bool]) -> PerExit:
+        """The same with fewer rules."""
+        other = copy.copy(self)
+        other.families = [f for f in self.families if keep(Candidate(f.rule, fitted=True))]
+        other._paths = {}
+        for using, (candidates, sums) in self._paths.items():
+            kept = [keep(candidate) for candidate in candidates]
+            other._paths[using] = list(compress(candidates, kept)), sums[np.array(kept, bool)]
+        return other
+
+    def settings(self, using: frozenset[int]) -> tuple[list[Candidate], Array]:
+        """Settings fitted to some parts of the rows, and sums `[settings, terms]` over them.
+
+        The sums are cross-fitted: each part's are those of the thresholds that the same price
+        makes on the other parts.
+        """
+        if using not in self._paths:
+            found: dict[ExitRule, Array] = {}
+            for family in self.families:
+                sums = np.sum([self._judged(family, using, part) for part in using], axis=0)
+                for rule, row in zip(self._rules(family, using), sums, strict=True):
+                    found.setdefault(rule, row)
+            candidates = [Candidate(rule, fitted=True) for rule in found]
+            width = self._weighing.terms.shape[2]
+            rows = np.array(list(found.values())).reshape(len(candidates), width)
+            self._paths[using] = candidates, rows
+        return self._paths[using]
+
+    def _judged(self, family: Family, using: frozenset[int], part: int) -> Array:
+        """`[prices, terms]` over one part, with thresholds fitted to the others."""
+        numbers = np.flatnonzero(self._parts == part)
+        terms, every = self._weighing.terms[:, numbers], np.arange(len(numbers))
+        own = Family(family.rule, family.scores[:, numbers])
+        return np.array(
+            [
+                terms[_stops(own, rule) - 1, every].sum(axis=0)
+                for rule in self._rules(family, using - {part} or using)
+            ]
+        )
+
+    def _rules(self, family: Family, using: frozenset[int]) -> list[ExitRule]:
+        """A rule for each price, fitted to some parts of the rows."""
+        key = family.rule, using
+        if key not in self._fits:
+            numbers = np.flatnonzero(np.isin(self._parts, list(using)))
+            costs, losses = self._weighing.costs[:, numbers], self._weighing.losses[:, numbers]
+            part = Family(family.rule, family.scores[:, numbers])
+            self._fits[key] = list(fit_path(part, costs, losses))
+        return self._fits[key]
+
+
+def _stops(family: Family, rule: ExitRule) -> Answers:
+    """The exits of a fitted rule, by its family's stop scores."""
+    numbers: Any = vars(rule)["threshold"]
+    below = family.scores < family.sign * np.asarray(numbers)[:, None]
+    below[-1] = True
+    return np.asarray(below.argmax(axis=0) + 1)

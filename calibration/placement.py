@@ -20,8 +20,9 @@ from ..runtime.operating_point import Wish
 from .costs import CostModel
 from .outcome import exits_of
 from .scoring import Rows
-from .select import Weighing, every_setting
+from .select import every_setting
 from .trace import Progress
+from .weighing import Weighing
 
 # Fewer exits are taken as long as they cost no more than this share: an exit also costs what
 # the segments' times do not hold.
@@ -123,7 +124,7 @@ class _Search:
         rule = Budget(exit=len(exits)) if chosen is None else chosen.rule
         stops, every = exits_of(rule, rows), np.arange(len(rows))
         sums = weighing.terms[stops - 1, every].sum(axis=0)
-        drop = weighing.drops(sums[None], len(rows))[0]
+        drop = weighing.drops(sums[None], every)[0]
         return Step(exits, rule, float(costs[stops - 1, every].mean()), 100 * float(drop))
 
     def worth(self, step: Step) -> tuple[float, float]:

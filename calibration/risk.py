@@ -27,7 +27,8 @@ from ..runtime.errors import InputError
 from ..runtime.operating_point import Certificate
 from .outcome import exits_of
 from .scoring import Scorer
-from .select import ALL, PARTS, Candidate, Selector, Settings
+from .select import ALL, PARTS, Selector
+from .settings import Candidate, Settings
 
 # Settings that are tested one after another, at most.
 _SEQUENCE = 100

@@ -29,8 +29,9 @@ import numpy as np
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.select import Weighing, every_setting
+from fpabee.calibration.select import every_setting
 from fpabee.calibration.trace import trace_rows
+from fpabee.calibration.weighing import Weighing
 from fpabee.exporter import export
 from fpabee.runtime import Engine, InputError, ProblemType
 from fpabee.runtime.distributions import Measure

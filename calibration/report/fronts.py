@@ -14,7 +14,8 @@ from ...runtime.operating_point import Wish
 from ..calibrate import Calibration
 from ..outcome import exits_of
 from ..scoring import Rows, Scorer
-from ..select import PER_EXIT, Candidate, Selector
+from ..select import Selector
+from ..settings import PER_EXIT, Candidate
 from ..stopping import StopScores
 from ..sweep import Sweep
 from ..trace import Progress

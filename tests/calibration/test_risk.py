@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from fpabee.calibration.risk import Bound, RiskOf, certify, control, losses, p_value, path_of
 from fpabee.calibration.scoring import Rows, Scorer
-from fpabee.calibration.select import Candidate, Selector, Settings, Weighing
+from fpabee.calibration.select import Selector
+from fpabee.calibration.settings import Candidate, Settings
 from fpabee.calibration.stopping import StopScores, families
 from fpabee.calibration.sweep import Sweep
+from fpabee.calibration.weighing import Weighing
 from fpabee.runtime import Budget, InputError, ProblemType
 
 CALIBRATIONS = 2000
@@ -49,7 +51,6 @@ def test_the_guarantee_holds_on_a_population_with_known_risk(
             costs=all_costs[:, ordering].mean(axis=1, dtype=np.float64),
             drops=all_losses[:, ordering].mean(axis=1, dtype=np.float64),
             full_cost=1.0,
-            rows=len(ordering),
             candidate=lambda number: Candidate(Budget(exit=1)),
         )
         path = path_of(settings)

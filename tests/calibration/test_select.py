@@ -10,8 +10,10 @@ import pytest
 from fpabee.calibration.outcome import drop_interval, exits_of, outcome
 from fpabee.calibration.per_exit import fit_path
 from fpabee.calibration.scoring import Rows, Scorer
-from fpabee.calibration.select import ALL, PER_EXIT, Selector, Weighing
+from fpabee.calibration.select import ALL, Selector
+from fpabee.calibration.settings import PER_EXIT
 from fpabee.calibration.stopping import StopScores, families
+from fpabee.calibration.weighing import Weighing
 from fpabee.runtime import RULES, InputError, Measure, ProblemType, simulate
 from fpabee.runtime.operating_point import Wish
 
@@ -106,17 +108,16 @@ def test_held_out_exits_are_by_settings_that_other_rows_chose(make_rows: Make) -
 def test_labels_of_rows_that_are_left_out_choose_nothing(make_rows: Make) -> None:
     rows = make_rows(count=1000)
     assert rows.expected is not None
-    choices = selector(rows)
+    # Of a metric that no temperature is fitted for: that is one number, and of all rows.
+    choices = selector(rows, "macro_f1")
     numbers = choices.rows_of(frozenset({0}))
     wrong = rows.expected.copy()
     wrong[numbers] = (wrong[numbers] + 1) % 3
-    # With the same temperature: one number, and it is of all rows.
-    changed = selector(Rows(rows.logits, rows.lengths, wrong, rows.problem_type), "accuracy")
+    changed = selector(Rows(rows.logits, rows.lengths, wrong, rows.problem_type), "macro_f1")
     one = choices.choose(Wish(max_drop=1.0), ["entropy"], ALL - {0})
     two = changed.choose(Wish(max_drop=1.0), ["entropy"], ALL - {0})
     assert one is not None
-    assert two is not None
-    assert one.rule.threshold_at(1) == pytest.approx(two.rule.threshold_at(1), rel=0.15)
+    assert one == two
 
 
 @pytest.mark.parametrize("name", ["entropy", "confidence", "energy", "fpabee"])
@@ -196,3 +197,22 @@ def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to(
             exits = exits_of(settings.candidate(number).rule, population)
             misses.append(100 * (scorer.full_depth - scorer.score(exits) - losses))
     assert abs(np.mean(misses)) < 0.5
+
+
+def test_a_wish_is_kept_although_thousands_of_settings_compete(make_rows: Make) -> None:
+    """The best of many by its own estimate loses about 1.8 where 1, and 3.3 where 2 is wished."""
+    population = make_rows(count=20_000, seed=7)
+    generator = np.random.default_rng(0)
+    scorer = Scorer(population, "accuracy")
+    drops: dict[float, list[float]] = {1.0: [], 2.0: []}
+    for _ in range(8):
+        choices = selector(population.take(generator.integers(0, len(population), 300)))
+        for limit, found in drops.items():
+            chosen = choices.choose(Wish(max_drop=limit), choices.kinds)
+            exits = np.full(len(population), population.exits)
+            if chosen is not None:
+                exits = exits_of(chosen.rule, population)
+            found.append(100 * (scorer.full_depth - scorer.score(exits)))
+    assert np.mean(drops[1.0]) < 1.2
+    assert np.mean(drops[2.0]) < 2.2
+    assert np.mean(drops[2.0]) > 0.5

@@ -14,8 +14,10 @@ from fpabee.calibration.calibrate import Contender
 from fpabee.calibration.costs import CostModel
 from fpabee.calibration.outcome import Outcome, exits_of, outcome
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.select import Candidate, Selector, Weighing
+from fpabee.calibration.select import Selector
+from fpabee.calibration.settings import Candidate
 from fpabee.calibration.stopping import StopScores, families
+from fpabee.calibration.weighing import Weighing
 from fpabee.runtime import Budget, Measure, ProblemType, read_manifest
 from fpabee.runtime.operating_point import Certificate, Wish
 from fpabee.runtime.text_io import Row
