@@ -120,6 +120,18 @@ def test_a_wish_makes_one_point(
         assert (point.certificate.risk, point.certificate.rows) == (40.0, 72)
 
 
+@pytest.mark.parametrize(("drop", "is_said"), [(0, True), (100, False)])
+def test_a_point_that_is_full_depth_says_why(
+    folder: Path, data: Path, drop: float, is_said: bool
+) -> None:
+    result = run(
+        folder, "--data", data, "--max-drop", drop, "--rule", "budget", "--unlabelled", *QUICK
+    )
+    assert result.exit_code == 0, result.output
+    said = f'drop-{drop}: 120 rows show of no other setting that it keeps to "drop at most {drop} '
+    assert (said in " ".join(result.stdout.split())) is is_said
+
+
 def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path: Path) -> None:
     test = write_rows(folder, tmp_path / "test.jsonl", count=70, seed=1)
     result = calibrate(folder, data, CalibrationOptions(test=test, threads=1))
