@@ -19,6 +19,7 @@ _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 4 * 2**20
 
 Text = str | tuple[str, str]
+"""What is classified: a text, or a text and its pair."""
 
 
 @dataclass(frozen=True, slots=True)

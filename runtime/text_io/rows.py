@@ -19,13 +19,18 @@ _LABELS = ("labels", "label")
 
 
 class TextFormat(str, Enum):
-    """How an input is read."""
+    """How an input is read; all but Parquet are UTF-8, and may be compressed with gzip."""
 
     TEXT = "txt"
+    """A text a line; an empty line is an empty text."""
     JSON_LINES = "jsonl"
+    """An object a line."""
     CSV = "csv"
+    """A header row, and cells between commas; empty lines are no rows."""
     TSV = "tsv"
+    """As CSV, with cells between tabs."""
     PARQUET = "parquet"
+    """A file, not a pipe; needs pyarrow."""
 
 
 @dataclass(frozen=True, slots=True)
