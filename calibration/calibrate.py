@@ -46,7 +46,7 @@ class CalibrationOptions:
     """What to calibrate for.
 
     Attributes:
-        wishes: operating points by name.
+        wishes: operating points by name; default: `DEFAULT_WISHES`.
         bound: a guarantee instead of wishes; then `name` names the one point.
         name: of the point of a bound.
         default: the point that runs when none is named; if there is none of that name, the first.
@@ -205,14 +205,13 @@ def calibrate(
 
     Example:
         ```python
-        from fpabee.calibration import calibrate, write_report
+        from fpabee.calibration import calibrate
         from fpabee.runtime import Engine
 
         result = calibrate("engines/", "dev.jsonl")
         for point in result.points:
             low, high = point.held_out.interval
             print(f"{point.name}: {point.held_out.drop:.2f} points lost ({low:.2f} to {high:.2f})")
-        write_report(result, "report/")
 
         with Engine.load("engines/", operating_point="fast") as engine:
             print(engine.predict(["turn on the lights"]))

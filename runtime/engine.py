@@ -113,7 +113,7 @@ class Engine:
             The engine; close it, or use it in a `with` statement.
 
         Raises:
-            ArtifactError: missing, damaged, or of another version.
+            ArtifactError: the folder is missing, damaged, or of another version.
             BackendError: no such target, or it cannot run here.
             InputError: `max_length` leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
@@ -139,7 +139,7 @@ class Engine:
 
     @property
     def manifest(self) -> Manifest:
-        """What the folder says of itself."""
+        """What the folder says of itself, as it was when the engine was loaded."""
         return self._manifest
 
     @property
@@ -159,6 +159,9 @@ class Engine:
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
+
+        Args:
+            operating_point: its name.
 
         Raises:
             RuleError: the target has no such point.
@@ -265,7 +268,7 @@ class Engine:
 
     @property
     def tally(self) -> Tally:
-        """What `predict` and `stream` have answered so far."""
+        """What `predict` and `stream` have answered since the load, or since `reset_tally`."""
         return self._counter.read()
 
     def reset_tally(self) -> Tally:

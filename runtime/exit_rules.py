@@ -99,7 +99,7 @@ class ExitRule(ABC):
                 raise RuleError(f"{self.name}: {field} is {value}", "give a finite number")
 
     def threshold_at(self, exit_number: int) -> float:
-        """The threshold of an exit, counted from 1; only for rules that have one."""
+        """The threshold at an exit, counted from 1; only for rules that have one."""
         threshold: Threshold = vars(self)["threshold"]
         return threshold[exit_number - 1] if isinstance(threshold, tuple) else threshold
 
@@ -126,6 +126,9 @@ class ExitRule(ABC):
     def capped(self, max_exit: int) -> ExitRule:
         """This rule, with every row stopped at an exit at the latest.
 
+        Args:
+            max_exit: that exit, counted from 1; `min_exit` is lowered to it.
+
         Raises:
             RuleError: the exit is no whole number from 1.
         """
@@ -149,6 +152,9 @@ class ExitRule(ABC):
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> ExitRule:
         """The rule that a dictionary with `name` and settings describes.
+
+        Args:
+            settings: as `to_dict` gives them; measures are named by their values.
 
         Raises:
             RuleError: unknown rule or setting, a setting missing or of a wrong value.
@@ -197,7 +203,7 @@ class Budget(ExitRule):
         return self.exit
 
     def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Settled."""
+        """No score: the rows are settled."""
         return Signs(None, np.ones(len(now.logits), np.bool_))
 
 

@@ -246,11 +246,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     Example:
         ```python
-        from pathlib import Path
-
         from fpabee.runtime import read_manifest
 
-        manifest = read_manifest(Path("engines"))
+        manifest = read_manifest("engines/")
         print(manifest.task.labels, manifest.exit_layers)
         for name, target in manifest.targets.items():
             print(name, target.precision, list(target.operating_points))
@@ -308,7 +306,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read and check the manifest of an engines folder; other files are not looked at.
 
     Args:
@@ -317,8 +315,9 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: no engines folder, damaged, inconsistent, or a newer schema.
     """
-    manifest = _decode(folder, _read_bytes(folder))
-    _check_consistency(folder, manifest)
+    path = Path(folder)
+    manifest = _decode(path, _read_bytes(path))
+    _check_consistency(path, manifest)
     return manifest
 
 

@@ -75,7 +75,7 @@ class Tally:
 
     @property
     def rows(self) -> int:
-        """All rows."""
+        """How many rows in all."""
         return sum(self.exits)
 
     @property

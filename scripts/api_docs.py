@@ -19,14 +19,15 @@ import click
 from pdoc import doc, doc_ast, render
 
 import fpabee
+from fpabee.runtime import FpabeeError
 
 PACKAGES = ("fpabee.runtime", "fpabee.calibration", "fpabee.exporter")
 
 # How Python prints types and values, and how one writes them.
 _AS_WRITTEN = (
     (r"numpy\.ndarray\[.*?, numpy\.dtype\[(numpy\.\w+(?:\[[\w.]+\])?)\]\]", r"NDArray[\1]"),
-    (r"typing\.Annotated\[(.+?), msgspec\.Meta\(.*?\)\]", r"\1"),
-    (r"<(\w+\.\w+): '\w+'>", r"\1"),
+    (r"(?:typing\.)?Annotated\[(.+?), msgspec\.Meta\(.*?\)\]", r"\1"),
+    (r"<(\w+\.\w+): '\w+'>|<class '([\w.]+)'>", r"\1\2"),
     (r"\bnumpy\.", "np."),
     (r"\b(?:typing|pathlib|collections\.abc)\.", ""),
 )
@@ -71,6 +72,8 @@ def _documented(name: str) -> doc.Module:
             vars(member)["default_value_str"] = _value(member)
         elif isinstance(member, doc.Function):
             vars(member)["signature"] = _readable(member.signature)
+        elif isinstance(member, doc.Class):
+            _hand_out_attributes(member)
     return module
 
 
@@ -79,6 +82,18 @@ def _all_members(namespace: doc.Module | doc.Class) -> Iterator[doc.Doc[object]]
         yield member
         if isinstance(member, doc.Class):
             yield from _all_members(member)
+
+
+def _hand_out_attributes(described: doc.Class) -> None:
+    """Move what a class says of its attributes to them, so that it is said where they stand."""
+    section = re.search(r"^Attributes:\n((?: {4}.*\n?)+)\n?", described.docstring, re.MULTILINE)
+    if section is None:
+        return
+    texts = dict(re.findall(r"^ {4}(\w+): ((?:.*\n?)(?: {5}.*\n?)*)", section[1], re.MULTILINE))
+    if texts.keys() <= described.members.keys():
+        for name, text in texts.items():
+            described.members[name].docstring = inspect.cleandoc(text)
+        vars(described)["docstring"] = described.docstring.replace(section[0], "")
 
 
 def _constant_docstring(name: str, value: object) -> str:
@@ -141,7 +156,10 @@ def _as_written(text: str) -> str:
 )
 def main(output: Path) -> None:
     """Write the pages of the public interface."""
-    write_pages(output)
+    try:
+        write_pages(output)
+    except FpabeeError as error:
+        sys.exit(f"error: {error}")
     click.echo(output / "index.html")
 
 

@@ -61,8 +61,14 @@ def test_every_public_name_is_described(package: str, pages: dict[str, str]) -> 
 
 def test_attributes_members_and_examples_are_shown(pages: dict[str, str]) -> None:
     runtime = pages["fpabee/runtime.html"]
-    assert re.search(r"Attributes:.*<strong>truncated:</strong>", runtime, re.DOTALL)
-    assert "Entropy of the mean distribution" in runtime  # a member of an enumeration
+    for member, text in {
+        "Prediction.truncated": "whether the text had more tokens",
+        "Target.tolerance": "largest difference in logits",  # of a msgspec.Struct
+        "Measure.JSKD": "Entropy of the mean distribution",
+        "Engine.labels": "Label names in the order of the logits",
+    }.items():
+        after = runtime.split(f'<div id="{member}"')[1]
+        assert text in after.split("</section>")[0].split('<div id="')[0], member
     assert "NDArray" in runtime
     assert re.search(r'class="pdoc-code codehilite".*Engine', runtime, re.DOTALL)
     # Code in the text of a page would show its marks.
@@ -72,7 +78,7 @@ def test_attributes_members_and_examples_are_shown(pages: dict[str, str]) -> Non
 def test_pages_are_of_no_machine(pages: dict[str, str]) -> None:
     for path, page in pages.items():
         assert not re.search(r"\b0x[0-9a-f]{6,}", page), path
-        assert not re.search(r"&lt;(?:function|lambda|object|module)|PosixPath", page), path
+        assert not re.search(r"&lt;(?:function|lambda|object|module|class)|PosixPath", page), path
         for place in (str(ROOT), str(Path.home()), sys.prefix):
             assert place not in page, path
 
