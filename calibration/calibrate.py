@@ -185,7 +185,8 @@ def calibrate(
 
     The rows run once, at full depth; every rule and setting is then simulated on their logits.
     Texts, labels and logits are kept in `calibration/` in the folder, so that the next wish on
-    the same rows runs nothing. The segments are also timed, so other work on the machine shows.
+    the same rows needs no second trace. Segments and chosen settings are timed each time: let
+    nothing else run on the machine.
 
     Args:
         folder: the engines folder.

@@ -37,7 +37,7 @@ class CostModel:
     """Seconds of each segment for a row, by the length of the row.
 
     Attributes:
-        batch: rows that ran at a time.
+        batch: rows at a time; fewer ran where a group of so many would be split.
         lengths: tokens a row, ascending, that were measured.
         seconds: `[segments, lengths]` seconds for one row: those of the batch over its rows. The
             head is part of its segment.

@@ -114,7 +114,7 @@ class Engine:
 
         Raises:
             ArtifactError: the folder is missing, damaged, or of another version.
-            BackendError: no such target, or it cannot run here.
+            BackendError: no such target, it cannot run here, or `threads` is impossible.
             InputError: `max_length` leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
             RuleError: the operating point or rule does not exist or does not fit.

@@ -61,7 +61,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         score: with the rule, on rows that did not choose it.
         full_depth_score: of the last exit on the same rows.
         drop_interval: 95 % interval of the drop in points (paired bootstrap).
-        held_out: which rows those were: cross-fitted parts, or another file.
+        held_out: which rows those were: cross-fitted parts, another file, or the rows of the
+            test of a certificate.
         rows: how many.
         data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
         mean_depth: layers that ran for a row, on average.

@@ -92,7 +92,8 @@ def _hand_out_attributes(described: doc.Class) -> None:
     texts = dict(re.findall(r"^ {4}(\w+): ((?:.*\n?)(?: {5}.*\n?)*)", section[1], re.MULTILINE))
     if texts.keys() <= described.members.keys():
         for name, text in texts.items():
-            described.members[name].docstring = inspect.cleandoc(text)
+            sentence = re.sub(r"^[a-z]+(?=\W*\s|\W*$)", lambda word: word[0].capitalize(), text)
+            described.members[name].docstring = inspect.cleandoc(sentence)
         vars(described)["docstring"] = described.docstring.replace(section[0], "")
 
 

@@ -62,8 +62,8 @@ def test_every_public_name_is_described(package: str, pages: dict[str, str]) -> 
 def test_attributes_members_and_examples_are_shown(pages: dict[str, str]) -> None:
     runtime = pages["fpabee/runtime.html"]
     for member, text in {
-        "Prediction.truncated": "whether the text had more tokens",
-        "Target.tolerance": "largest difference in logits",  # of a msgspec.Struct
+        "Prediction.truncated": "Whether the text had more tokens",
+        "Target.tolerance": "Largest difference in logits",  # of a msgspec.Struct
         "Measure.JSKD": "Entropy of the mean distribution",
         "Engine.labels": "Label names in the order of the logits",
     }.items():
