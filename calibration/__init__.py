@@ -2,13 +2,27 @@
 
 A trace at full depth is taken once; every rule and setting is then a simulation of it.
 Stands on the runtime only: no torch, transformers or onnx.
+
+`calibrate` writes operating points into an engines folder, for what `CalibrationOptions` wish
+for; `write_report` shows what it found. Drops are in points: hundredths of a score that goes from
+0 to 1.
 """
 
 from ..runtime.operating_point import Wish
-from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
+from .calibrate import (
+    DEFAULT_WISHES,
+    Calibration,
+    CalibrationOptions,
+    Contender,
+    Point,
+    calibrate,
+)
+from .costs import CostModel
+from .cuts import TunedCuts
 from .outcome import Outcome
 from .report import write_report
 from .risk import Bound, RiskOf
+from .scoring import Rows
 from .sweep import threshold_for_depth
 
 __all__ = [
@@ -16,9 +30,13 @@ __all__ = [
     "Bound",
     "Calibration",
     "CalibrationOptions",
+    "Contender",
+    "CostModel",
     "Outcome",
     "Point",
     "RiskOf",
+    "Rows",
+    "TunedCuts",
     "Wish",
     "calibrate",
     "threshold_for_depth",

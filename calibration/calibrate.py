@@ -48,21 +48,34 @@ class CalibrationOptions:
     """What to calibrate for.
 
     Attributes:
-        wishes: operating points by name.
+        wishes: operating points by name; default: `DEFAULT_WISHES`.
         bound: a guarantee instead of wishes; then `name` names the one point.
         name: of the point of a bound.
-        default: the point that runs when none is named.
-        metric: see `scoring.METRICS`; None: accuracy, exact match, or agreement if unlabelled.
-        rules: exit rules to choose from; empty: all.
+        default: the point that runs when none is named; if there is none of that name, the first.
+        metric: single-label: `accuracy`, `macro_f1`, `matthews`; multi-label: `exact_match`,
+            `micro_f1`, `macro_f1`; both: `agreement` with full depth. None: the first of these,
+            or agreement if labels are left aside.
+        rules: names of exit rules to choose from, see `runtime.RULES`; empty: all.
         measures: similarity measures of `fpabee` and `either`.
         target: a built target; None: the manifest's default.
-        test: more rows, which points are reported on instead of being cross-fitted.
+        test: a file of more rows, which points are reported on instead of being cross-fitted.
         unlabelled: leave labels aside and hold the rule against full depth.
         tune_cuts: also choose decision cuts (multi-label).
         batch_size: rows at a time that times are measured at and chosen by.
         output: folder for traces; None: `calibration/` in the engines folder.
-        threads: CPU threads.
-        seed: of all random parts.
+        threads: CPU threads; None: as in `runtime.Engine.load`.
+        seed: deals rows into the parts for cross-fitting.
+
+    Example:
+        ```python
+        from fpabee.calibration import Bound, CalibrationOptions, RiskOf, Wish
+
+        wishes = {"close": Wish(max_drop=0.5), "twice": Wish(speedup=2.0)}
+        two_points = CalibrationOptions(wishes=wishes, default="close")
+
+        bound = Bound(risk=0.02, confidence=0.95, risk_of=RiskOf.DISAGREEMENT)
+        no_labels = CalibrationOptions(bound=bound, name="sure", unlabelled=True)
+        ```
     """
 
     wishes: dict[str, Wish] = field(default_factory=lambda: dict(DEFAULT_WISHES))
@@ -89,11 +102,12 @@ class Point:
     Attributes:
         name: its name.
         wish: what was asked for.
-        kind: the kind of its rule, see `select.Candidate.kind`.
+        kind: the name of its rule, with ` per exit` after it if it has a fitted threshold for
+            each exit.
         rule: the rule.
         chosen_on: what it gives on the rows that chose it.
         held_out: what it gives on others.
-        measured: speed-up on the target, by batch size.
+        measured: ratio of run times on the target, full depth over this, by batch size in rows.
         certificate: a bound on the risk, if one was asked for.
     """
 
@@ -114,7 +128,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Contender:
-    """The best setting of one kind of rule, for the wish of the default point."""
+    """The best setting of one kind of rule, for the wish of the default point.
+
+    Attributes:
+        kind: as `Point.kind`.
+        rule: the rule.
+        held_out: what it gives on rows that did not choose it.
+    """
 
     kind: str
     rule: ExitRule
@@ -123,7 +143,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """What a calibration found; `write_report` makes a page of it.
 
     Attributes:
         folder: the engines folder.
@@ -134,10 +154,11 @@ class Calibration:
         test: the rows that points are reported on, with their trace; None: cross-fitted.
         points: the operating points.
         default: the one that runs when none is named.
-        contenders: the best of every kind of rule, for the wish of the default point.
-        costs: measured times, by batch size.
-        selector: all settings.
-        cuts: tuned decision cuts.
+        contenders: the best of every kind of rule, for the wish of the default point; the
+            fastest first.
+        costs: measured times: one text at a time, and `CalibrationOptions.batch_size` rows.
+        selector: all settings; not public.
+        cuts: tuned decision cuts; None: none were asked for.
         layers: the layer of each exit.
     """
 
@@ -160,27 +181,51 @@ def calibrate(
     folder: str | Path,
     data: str | Path | Sequence[Row],
     options: CalibrationOptions | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Choose operating points of a target and write them into the manifest.
 
+    The rows run once, at full depth; every rule and setting is then simulated on their logits.
+    Texts, labels and logits are kept in `calibration/` in the folder, so that the next wish on
+    the same rows needs no second trace. Segments and chosen settings are timed each time: let
+    nothing else run on the machine.
+
     Args:
         folder: the engines folder.
-        data: labelled rows from the source that will be classified, or a file of them.
-        options: see `CalibrationOptions`.
+        data: at least 50 labelled rows from the source that will be classified, or a file of
+            them in any format of `runtime.read_rows`.
+        options: default: three points, `DEFAULT_WISHES`.
         progress: called with (what, done, total).
+
+    Returns:
+        The points, and what they were chosen from.
 
     Raises:
         InputError: rows that cannot be used, or a wish that cannot be granted; the manifest
             stays as it is.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
+
+    Example:
+        ```python
+        from fpabee.calibration import calibrate
+        from fpabee.runtime import Engine
+
+        result = calibrate("engines/", "dev.jsonl")
+        for point in result.points:
+            low, high = point.held_out.interval
+            print(f"{point.name}: {point.held_out.drop:.2f} points lost ({low:.2f} to {high:.2f})")
+
+        with Engine.load("engines/", operating_point="fast") as engine:
+            print(engine.predict(["turn on the lights"]))
+        ```
     """
     path, chosen = Path(folder), options or CalibrationOptions()
+    report = progress or (lambda what, done, total: None)
     rows = list(read_rows(data) if isinstance(data, str | Path) else data)
     test = list(read_rows(chosen.test)) if chosen.test else None
     with Engine.load(path, target=chosen.target, threads=chosen.threads) as engine:
-        session = _Session(engine, path, chosen, progress)
+        session = _Session(engine, path, chosen, report)
         result = session.run(rows, test)
     write_manifest(path, _with_points(read_manifest(path), result, data_sha256(rows)))
     return result

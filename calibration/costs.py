@@ -37,9 +37,10 @@ class CostModel:
     """Seconds of each segment for a row, by the length of the row.
 
     Attributes:
-        batch: rows at a time.
+        batch: rows at a time; fewer ran where a group of so many would be split.
         lengths: tokens a row, ascending, that were measured.
-        seconds: `[segments, lengths]` for one row; the head is part of its segment.
+        seconds: `[segments, lengths]` seconds for one row: those of the batch over its rows. The
+            head is part of its segment.
         head_shares: `[segments]` of that, the share of the head; empty: not measured.
     """
 
@@ -49,7 +50,11 @@ class CostModel:
     head_shares: tuple[float, ...] = ()
 
     def row_costs(self, lengths: NDArray[np.intp]) -> Array:
-        """`[exits, rows]` seconds until each exit, for rows of some lengths in tokens."""
+        """`[exits, rows]` seconds until each exit, for rows of some lengths.
+
+        Args:
+            lengths: `[rows]` tokens; between those measured times are interpolated.
+        """
         each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
         return np.cumsum(np.array(each), axis=0)
 

@@ -20,10 +20,11 @@ _PARTS = 5
 
 @dataclass(frozen=True)
 class TunedCuts:
-    """Cuts, and what they are worth on rows that did not choose them.
+    """Decision cuts, and what they are worth on rows that did not choose them.
 
     Attributes:
-        cuts: one for each label; empty if 0.5 for all is at least as good there.
+        cuts: a probability for each label, which is predicted above it; empty if 0.5 for all
+            is at least as good there.
         metric: the score they were chosen by.
         before: the score at full depth with 0.5 for all.
         after: with tuned cuts, cross-fitted.

@@ -21,15 +21,15 @@ class Outcome:
     """What a rule gave on some rows.
 
     Attributes:
-        metric: name of the score.
+        metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
         score: with the rule.
         full_depth_score: at the last exit.
-        drop: the difference in points.
-        interval: 95 % interval of the drop (paired bootstrap).
-        mean_depth: in layers.
+        drop: `full_depth_score` minus `score`, in points.
+        interval: 95 % interval of the drop in points (paired bootstrap).
+        mean_depth: layers that ran for a row, on average.
         exits: rows that stopped at each exit.
-        theoretical: speed-up in layers, weighted by tokens.
-        estimated: speed-up in measured times of the segments.
+        theoretical: speed-up: full depth over this, in layers weighted by tokens.
+        estimated: the same in measured times of the segments.
         rows: how many rows.
     """
 

@@ -39,7 +39,7 @@ _LARGEST_BET = 0.95
 
 
 class RiskOf(str, Enum):
-    """What is bounded."""
+    """What is bounded: the loss of a row, whose expectation on new rows is the risk."""
 
     DISAGREEMENT = "disagreement"
     """Share of rows whose answer differs from that of full depth: needs no labels."""
@@ -49,12 +49,26 @@ class RiskOf(str, Enum):
 
 @dataclass(frozen=True)
 class Bound:
-    """What is asked for.
+    """A guarantee that is asked for, on new rows from the same source.
+
+    Granted by Learn-then-Test with fixed-sequence testing (arXiv 2110.01052). Part of the rows
+    put the settings in order, and the others test them.
 
     Attributes:
         risk: largest expected loss, as a share of rows (0.01 is one point).
         confidence: probability over the calibration rows that it holds, such as 0.95.
         risk_of: the loss.
+
+    Raises:
+        InputError: risk or confidence is not between 0 and 1.
+
+    Example:
+        >>> from fpabee.calibration import Bound
+        >>> bound = Bound(risk=0.01, confidence=0.95)
+        >>> str(bound)
+        'drop at most 1 points with 95 % confidence'
+        >>> bound.rows_needed
+        299
     """
 
     risk: float
@@ -77,7 +91,7 @@ class Bound:
 
     @property
     def rows_needed(self) -> int:
-        """Test rows with which even a setting that never loses can pass."""
+        """The least number of test rows with which a setting that never loses passes."""
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
 

@@ -38,7 +38,8 @@ class Rows:
     Attributes:
         logits: `[exits, rows, labels]` float32.
         lengths: `[rows]` tokens.
-        expected: `[rows]` class indices, `[rows, labels]` of 0 and 1, or None: no labels.
+        expected: the labels, int64: `[rows]` class indices, or for multi-label `[rows, labels]`
+            of 0 and 1; None: no labels.
         problem_type: the task.
         cuts: multi-label decision cuts; none means 0.5.
     """
@@ -58,7 +59,7 @@ class Rows:
         return int(self.logits.shape[0])
 
     def take(self, numbers: NDArray[np.intp]) -> Rows:
-        """Some of the rows."""
+        """Some of the rows, by their numbers from 0."""
         expected = None if self.expected is None else self.expected[numbers]
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
         return Rows(logits, lengths, expected, self.problem_type, self.cuts)
@@ -69,7 +70,7 @@ class Rows:
         return Rows(logits, self.lengths, self.expected, self.problem_type, self.cuts)
 
     def answers(self) -> Answers:
-        """`[exits, rows]`, or `[exits, rows, labels]` for multi-label."""
+        """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
         return np.stack([Outputs(z, self.problem_type, self.cuts).answers for z in self.logits])
 
 

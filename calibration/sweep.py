@@ -74,16 +74,36 @@ def threshold_for_depth(
 ) -> ExitRule:
     """The rule with the threshold whose mean depth is closest to a wish.
 
+    About 200 thresholds are tried, at quantiles of the rule's scores.
+
     Args:
-        logits: `[exits, rows, labels]`, a trace at full depth.
-        rule: the rule; its threshold is replaced.
+        logits: `[exits, rows, labels]` of any floating-point type, at full depth: such as
+            `Trace.logits`.
+        rule: the rule; its threshold is replaced by one for all exits.
         problem_type: the task.
-        exit_layers: the layer of each exit.
-        depth: the mean depth wanted, in layers.
-        cuts: multi-label decision cuts, see `Task.cuts`.
+        exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
+        depth: the mean depth wanted, in layers; each row counts alike, whatever its length.
+        cuts: multi-label decision cuts, see `Task.cuts`; none means 0.5.
+
+    Returns:
+        The rule, with that threshold.
 
     Raises:
         RuleError: the rule has no threshold.
+
+    Example:
+        ```python
+        from fpabee.calibration import threshold_for_depth
+        from fpabee.runtime import Engine, FPabee
+
+        with Engine.load("engines/") as engine:
+            trace = engine.trace(["turn on the lights", "play jazz", "is it going to rain"])
+            task, layers = engine.manifest.task, engine.manifest.exit_layers
+            half = layers[-1] / 2
+            rule = FPabee(threshold=0.0)
+            rule = threshold_for_depth(trace.logits, rule, task.problem_type, layers, half)
+            engine.predict(["play jazz"], rule=rule)
+        ```
     """
     if not hasattr(rule, "threshold"):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")

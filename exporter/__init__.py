@@ -1,6 +1,7 @@
 """The exporter: a trained multi-exit PyTorch model to an engines folder.
 
-Importing this package loads neither torch nor transformers; using `export` does.
+`export` writes the folder, verified. Importing this package loads neither torch nor
+transformers; using a name of it does.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.extras import require
 
 if TYPE_CHECKING:
+    from .parity import Parity
     from .pipeline import ExportOptions, ExportResult, export
 
-__all__ = ["ExportOptions", "ExportResult", "export"]
+__all__ = ["ExportOptions", "ExportResult", "Parity", "export"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from ..runtime.manifest import VERIFICATION_NAME, Manifest, Verification, sha256
 FP32_TARGET = "onnxruntime-fp32"
 FP32_TOLERANCE = 1e-4
 
-# What the logits of one row may differ by between batches, at least (DESIGN.md: fp32 1e-5).
+# What the logits of one row may differ by between batches, at least (fp32: 1e-5).
 LEAST_TOLERANCE = 1e-5
 
 _ALONE = 8
@@ -32,18 +32,18 @@ _ALONE = 8
 
 @dataclass(frozen=True)
 class Parity:
-    """How close one export is to its model.
+    """How close one export is to its PyTorch model, both in fp32.
 
     Attributes:
         rows: texts compared.
-        graphs: largest absolute difference of any output, for each graph.
+        graphs: largest absolute difference of any output of each graph, by the graph's name.
         max_logit_difference: largest absolute difference of a logit of the chain.
         label_agreement: share of (row, exit) with the same predicted labels, among those
             whose logits are not within tolerance of a tie.
         exit_agreement: share of rows with the same exit, among those whose scores are not
             within tolerance of a threshold.
         near_ties: rows left out of either share.
-        passed: whether everything is within the bar.
+        passed: whether logits are within 1e-4 and both shares are 1.
     """
 
     rows: int
@@ -55,7 +55,7 @@ class Parity:
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """For verification.json."""
+        """As it stands in `verification.json`."""
         return asdict(self)
 
 

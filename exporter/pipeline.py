@@ -53,10 +53,11 @@ class ExportOptions:
     """Settings of an export.
 
     Attributes:
-        exits: exit numbers to keep, counted from 1; None keeps all.
+        exits: exit numbers to keep, counted from 1, ascending; None keeps all.
         problem_type: the task, for checkpoints that do not name it.
-        max_length: longest sequence in tokens; None: what the model takes.
-        verify_data: more texts to verify with (any format of `read_rows`).
+        max_length: longest sequence in tokens, special tokens included; None: what the model
+            takes.
+        verify_data: a file of more texts to verify with, in any format of `runtime.read_rows`.
         force: replace an engines folder that is there.
     """
 
@@ -75,7 +76,7 @@ class ExportResult:
         folder: the engines folder.
         manifest: its manifest.
         parity: how close it is to the PyTorch model.
-        size: bytes of the folder.
+        size: of the folder, in bytes.
     """
 
     folder: Path
@@ -92,16 +93,36 @@ def export(
 ) -> ExportResult:
     """Compile a trained multi-exit model into an engines folder.
 
+    The model is cut into one ONNX segment for each exit, in fp32. Each graph is held against its
+    PyTorch module, and the chain, as the runtime runs it, against the whole model: logits within
+    1e-4, the same labels and exits. The folder appears whole, or not at all. It runs on
+    `onnxruntime-fp32`; the command `fpabee-export` also writes other precisions and targets.
+
     Args:
-        model_dir: a folder in the layout of DESIGN.md, or a model hub's id.
+        model_dir: a folder that `scripts/train.py` wrote or in the layout of PABEE's and F-PABEE's
+            checkpoints (`config.json`, weights with `classifiers.0`, `classifiers.1`, ... and a
+            tokenizer), or the id of such a model on the Hugging Face hub.
         output: the folder to write.
-        options: see `ExportOptions`.
+        options: default: all exits, the model's task and length, built-in texts.
         progress: called with (what, done, total).
 
+    Returns:
+        The folder, its manifest, and how close it is to the PyTorch model.
+
     Raises:
-        ModelError: model_dir is missing, damaged, or cannot be compiled.
+        ModelError: model_dir is missing, damaged, or cannot be compiled with these options.
+        InputError: `verify_data` cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
+        MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
         VerificationError: the segments miss the bar; nothing is left behind.
+
+    Example:
+        ```python
+        from fpabee.exporter import ExportOptions, export
+
+        result = export("model_dir", "engines/", ExportOptions(max_length=64, force=True))
+        print(result.manifest.exit_layers, result.parity.max_logit_difference, result.size)
+        ```
     """
     options = options or ExportOptions()
     # Resolved, so that a link or the current folder is replaced and not what names it.

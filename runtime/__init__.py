@@ -1,14 +1,25 @@
 """The runtime: run an engines folder. Needs numpy, tokenizers and one inference library.
 
+`Engine` runs a folder, and an `ExitRule` says when a row stops. `simulate` gives the exits of
+a rule from logits alone. What stands in a folder is its `Manifest`. Exits, layers and lines are
+counted from 1, and array shapes are given as `[exits, rows, labels]`.
+
+```python
 from fpabee.runtime import Engine
 
 with Engine.load("engines/") as engine:
     for prediction in engine.predict(["turn on the lights"]):
         print(prediction.labels, prediction.scores, prediction.exit)
+```
+
+Every error that a user can mend is a `FpabeeError`: its message says what was found and what was
+expected, its hint what to do.
 """
 
+from .backends.base import Bucket, Limits
 from .decider import Simulation, simulate
-from .distributions import Measure
+from .distributions import Measure, Outputs
+from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (
     ArtifactError,
@@ -17,10 +28,11 @@ from .errors import (
     InputError,
     MissingExtraError,
     ModelError,
+    RowError,
     RuleError,
     VerificationError,
 )
-from .execution import Regroup
+from .execution import Regroup, WindowResult
 from .exit_rules import (
     RULES,
     Budget,
@@ -33,17 +45,40 @@ from .exit_rules import (
     FPabee,
     Pabee,
     Pcee,
+    Signs,
+    Threshold,
 )
-from .manifest import Manifest, ProblemType, read_manifest
+from .graphs import Graph, Segment, TensorSpec
+from .manifest import (
+    BuiltFile,
+    Manifest,
+    Model,
+    NotBuilt,
+    ProblemType,
+    Range,
+    Shapes,
+    Target,
+    Task,
+    TokenizerSpec,
+    Verification,
+    read_manifest,
+)
+from .operating_point import Certificate, OperatingPoint, RuleSettings, Wish
 from .results import Prediction, Tally, Trace
+from .text_io import Columns, Row, TextFormat, read_rows
 
 __all__ = [
     "RULES",
     "ArtifactError",
     "BackendError",
+    "Bucket",
     "Budget",
+    "BuiltFile",
+    "Certificate",
+    "Columns",
     "Confidence",
     "Either",
+    "EncodedRow",
     "Energy",
     "Engine",
     "Entropy",
@@ -51,21 +86,45 @@ __all__ = [
     "ExitRule",
     "FPabee",
     "FpabeeError",
+    "Graph",
     "InputError",
+    "Limits",
     "Manifest",
     "Measure",
     "MissingExtraError",
+    "Model",
     "ModelError",
+    "NotBuilt",
+    "OperatingPoint",
+    "Outputs",
     "Pabee",
     "Pcee",
     "Prediction",
     "ProblemType",
+    "Range",
     "Regroup",
+    "Row",
+    "RowError",
     "RuleError",
+    "RuleSettings",
+    "Segment",
+    "Shapes",
+    "Signs",
     "Simulation",
     "Tally",
+    "Target",
+    "Task",
+    "TensorSpec",
+    "Text",
+    "TextFormat",
+    "Threshold",
+    "TokenizerSpec",
     "Trace",
+    "Verification",
     "VerificationError",
+    "WindowResult",
+    "Wish",
     "read_manifest",
+    "read_rows",
     "simulate",
 ]

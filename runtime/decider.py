@@ -133,9 +133,11 @@ class Simulation:
     """What a rule does with a trace.
 
     Attributes:
-        exits: `[rows]` exit of each row, counted from 1.
-        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
-        scores: `[exits, rows]` float64, NaN where the rule has none.
+        exits: `[rows]` int64, exit of each row, counted from 1.
+        predictions: int64, the answer at that exit: `[rows]` class indices, or for
+            multi-label `[rows, labels]` of 0 and 1.
+        scores: `[exits, rows]` float64, at all exits, also those after a row's; NaN where the
+            rule has none.
     """
 
     exits: Answers
@@ -152,13 +154,30 @@ def simulate(
     """Apply a rule to a trace: exactly the exits of a live run that gave these logits.
 
     Args:
-        logits: `[exits, rows, labels]`.
+        logits: `[exits, rows, labels]` of any floating-point type, at full depth: such as
+            `Trace.logits`. Scores are computed in float64.
         rule: the rule.
         problem_type: `single_label_classification` or `multi_label_classification`.
-        cuts: multi-label decision cuts; none means 0.5.
+        cuts: multi-label: `[labels]` decision cuts, as in `Task.cuts`; none means 0.5.
 
     Raises:
         RuleError: the logits are not of that shape, or the rule does not fit.
+        ValueError: there is no such problem type.
+
+    Example:
+        Two exits, two rows: exit 1 is sure of the first row only.
+
+        >>> import numpy as np
+        >>> from fpabee.runtime import Confidence, simulate
+        >>> logits = np.array([[[4.0, 0.0], [0.2, 0.0]], [[5.0, 0.0], [0.0, 3.0]]])
+        >>> result = simulate(logits, Confidence(threshold=0.9), "single_label_classification")
+        >>> result.exits
+        array([1, 2])
+        >>> result.predictions
+        array([0, 1])
+        >>> result.scores.round(2)
+        array([[0.98, 0.55],
+               [0.99, 0.95]])
     """
     if logits.ndim != 3 or logits.shape[0] == 0:
         raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")

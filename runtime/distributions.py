@@ -66,7 +66,11 @@ def _log(values: Array) -> Array:
 
 
 class Measure(str, Enum):
-    """Similarity of the distributions p, q of two neighbouring exits (F-PABEE eq. 5-12)."""
+    """Similarity of the distributions p, q of two neighbouring exits (F-PABEE eq. 5-12).
+
+    In nats; p is that of the exit before. Logarithms are of at least 1e-12. Multi-label: of both
+    outcomes of each label's binary problem, summed over labels.
+    """
 
     KD = "kd"
     """Cross-entropy -sum p log q."""
@@ -75,15 +79,16 @@ class Measure(str, Enum):
     SYMKD = "symkd"
     """kd + rekd."""
     JSKD = "jskd"
-    """Entropy of the mean distribution: small only if both agree and are confident."""
+    """Entropy of the mean distribution m = (p+q)/2: small only if both agree and are confident."""
     KL = "kl"
     """Kullback-Leibler divergence sum p log(p/q)."""
     REKL = "rekl"
-    """Reversed Kullback-Leibler divergence."""
+    """Reversed Kullback-Leibler divergence sum q log(q/p)."""
     SYMKL = "symkl"
     """kl + rekl."""
     JSD = "jsd"
-    """Jensen-Shannon divergence: also small if both are equally uninformed."""
+    """Jensen-Shannon divergence (KL(p, m) + KL(q, m))/2: also small if both are equally uninformed.
+    """
 
 
 def _jensen_shannon(use: Primitives, p: Any, q: Any) -> Any:
@@ -113,7 +118,7 @@ class Outputs:
     """What one exit says about some rows; all but the logits is computed when first read.
 
     Args:
-        logits: `[rows, labels]`.
+        logits: `[rows, labels]` of any floating-point type.
         problem_type: the task.
         cuts: multi-label decision cuts, see `Task.cuts`; none means 0.5.
 
@@ -130,7 +135,7 @@ class Outputs:
 
     @cached_property
     def distributions(self) -> Array:
-        """`[rows, labels]` softmax, or `[rows, labels, 2]`.
+        """`[rows, labels]` softmax, or for multi-label `[rows, labels, 2]`, float64.
 
         The latter are both outcomes of each label's binary problem, so that single-label
         measures apply per label.
@@ -147,7 +152,7 @@ class Outputs:
 
     @cached_property
     def answers(self) -> Answers:
-        """`[rows]` class indices, or `[rows, labels]` of 0 and 1."""
+        """`[rows]` class indices, or for multi-label `[rows, labels]` of 0 and 1; int64."""
         if self._problem_type is ProblemType.SINGLE_LABEL:
             return np.asarray(self.logits.argmax(axis=-1))
         cut = np.asarray(self._cuts, np.float64) if len(self._cuts) else 0.5
@@ -155,12 +160,12 @@ class Outputs:
 
     @property
     def probabilities(self) -> Array:
-        """`[rows, labels]`: softmax, or the probability of each label."""
+        """`[rows, labels]` float64: softmax, or for multi-label the sigmoid of each logit."""
         single = self._problem_type is ProblemType.SINGLE_LABEL
         return self.distributions if single else self.distributions[..., 0]
 
     def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
-        """The outputs of some of the rows."""
+        """The outputs of some of the rows, given by number or as a mask."""
         taken = Outputs(self.logits[rows], self._problem_type, self._cuts)
         for name in _COMPUTED & vars(self).keys():
             vars(taken)[name] = vars(self)[name][rows]

@@ -19,6 +19,7 @@ _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 4 * 2**20
 
 Text = str | tuple[str, str]
+"""What is classified: a text, or a text and its pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class EncodedRow:
 
     Attributes:
         input_ids: `[tokens]` int64.
-        token_type_ids: `[tokens]` int64.
+        token_type_ids: `[tokens]` int64; zeros where the model takes none.
         truncated: whether the text had more tokens than the model takes.
     """
 
@@ -39,7 +40,14 @@ class EncodedRow:
         return len(self.input_ids)
 
     def model_input(self, name: str) -> NDArray[np.int64] | float:
-        """The row's values of a model input; the attention bias is 0 on real tokens."""
+        """The row's values of a model input.
+
+        Args:
+            name: `input_ids`, `token_type_ids` or `attention_bias`.
+
+        Returns:
+            `[tokens]` int64; for the attention bias 0, which it is on every real token.
+        """
         if name == ATTENTION_BIAS:
             return 0.0
         return self.input_ids if name == "input_ids" else self.token_type_ids

@@ -31,7 +31,20 @@ _WINDOW_BYTES = 256 * 2**20
 
 
 class Engine:
-    """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`."""
+    """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`.
+
+    Example:
+        ```python
+        from fpabee.runtime import Engine, FPabee
+
+        with Engine.load("engines/") as engine:
+            first, second = engine.predict(["turn on the lights", ("a text", "and its pair")])
+            print(first.labels, first.scores, "after", first.layer, "layers")
+            engine.predict(["play jazz"], rule=FPabee(threshold=0.3, patience=2))
+            engine.predict(["play jazz"], deadline_ms=20.0)
+            print(engine.tally.shares)
+        ```
+    """
 
     def __init__(
         self,
@@ -44,6 +57,7 @@ class Engine:
         regroup: Regroup = Regroup.AUTO,
         max_length: int | None = None,
     ) -> None:
+        """Made by `Engine.load`, which opens the backend."""
         self._folder = folder
         self._manifest = manifest
         self._target = target
@@ -82,20 +96,27 @@ class Engine:
 
         Args:
             path: the folder that `fpabee-export` wrote.
-            target: a built target; default: the manifest's.
+            target: a built target, such as `onnxruntime-fp32`; default: the manifest's.
             operating_point: a calibrated rule of the target, by name; default: the target's
                 default, or the cautious rule of a folder that is not calibrated.
-            threads: CPU threads; the process-wide pool keeps the first engine's number.
-            rule: a rule of your own, instead of an operating point.
+            threads: CPU threads, at most 1024; default: the cores that this process may use.
+                The process-wide pool keeps the first engine's number.
+            rule: a rule of your own; no operating point is used then.
             regroup: whether undecided rows of several groups are joined.
             preload: load all segments now, instead of when first needed.
-            max_length: truncate texts to fewer tokens than the model takes.
+            max_length: truncate texts to so many tokens, special tokens included; default, and
+                most: what the model takes.
             check: run the reference texts of the folder, and refuse a target whose logits are
                 not those of the model that was exported. It loads all segments.
 
+        Returns:
+            The engine; close it, or use it in a `with` statement.
+
         Raises:
-            ArtifactError: missing, damaged, or of another version.
-            BackendError: the target cannot run here.
+            ArtifactError: the folder is missing, damaged, or of another version.
+            BackendError: no such target, it cannot run here, or `threads` is impossible.
+            InputError: `max_length` leaves no room for text.
+            MissingExtraError: the target's inference library is not installed.
             RuleError: the operating point or rule does not exist or does not fit.
             VerificationError: with `check`, the target is not that model.
         """
@@ -118,7 +139,7 @@ class Engine:
 
     @property
     def manifest(self) -> Manifest:
-        """What the folder says of itself."""
+        """What the folder says of itself, as it was when the engine was loaded."""
         return self._manifest
 
     @property
@@ -138,6 +159,9 @@ class Engine:
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
+
+        Args:
+            operating_point: its name.
 
         Raises:
             RuleError: the target has no such point.
@@ -172,8 +196,8 @@ class Engine:
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: instead of the engine's.
-            full_depth: run every layer for every row.
-            max_exit: every row stops there at the latest.
+            full_depth: run every layer for every row, whatever the rule.
+            max_exit: every row stops there at the latest; from 1.
             deadline_ms: milliseconds for the call.
 
         Returns:
@@ -181,7 +205,9 @@ class Engine:
 
         Raises:
             InputError: something is neither a text nor a pair, or the deadline is no number.
-            RuleError: the rule does not fit the model.
+            RuleError: the rule or `max_exit` does not fit the model.
+            BackendError: the engine is closed, or a row is longer than the target takes.
+            ArtifactError: a segment that is loaded now is missing or damaged.
         """
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
@@ -200,9 +226,22 @@ class Engine:
         max_exit: int | None = None,
         deadline_ms: float | None = None,
     ) -> Iterator[Prediction]:
-        """Classify any number of texts in flat memory; arguments as in `predict`.
+        """Classify any number of texts in flat memory.
 
-        Here a deadline is for each window of rows that run together, once they are tokenized.
+        Args:
+            texts: strings, or (text, text_pair) tuples; read as far as predictions are taken,
+                a window of rows ahead.
+            rule: as in `predict`, and so are `full_depth` and `max_exit`.
+            full_depth: run every layer for every row, whatever the rule.
+            max_exit: every row stops there at the latest; from 1.
+            deadline_ms: milliseconds for each window of rows that run together, once they are
+                tokenized.
+
+        Yields:
+            One prediction a text, in their order.
+
+        Raises:
+            FpabeeError: as `predict`, when the predictions are taken.
         """
         seconds = None if deadline_ms is None else _seconds(deadline_ms)
         chosen = self._chosen(rule, full_depth, max_exit)
@@ -216,6 +255,10 @@ class Engine:
         Args:
             rows: rows of a call.
             tokens: longest row in tokens; default: the longest that the target runs.
+
+        Raises:
+            BackendError: the engine is closed.
+            ArtifactError: a segment is missing or damaged.
         """
         most = tokens or self._limits.max_sequence
         for length in self._times.lengths:
@@ -225,7 +268,7 @@ class Engine:
 
     @property
     def tally(self) -> Tally:
-        """What `predict` and `stream` have answered so far."""
+        """What `predict` and `stream` have answered since the load, or since `reset_tally`."""
         return self._counter.read()
 
     def reset_tally(self) -> Tally:
@@ -241,7 +284,10 @@ class Engine:
                 every row to full depth.
 
         Returns:
-            The trace, rows in the order of the texts.
+            The trace, rows in the order of the texts. `simulate` applies other rules to it.
+
+        Raises:
+            FpabeeError: as `predict`.
         """
         chosen = self._chosen(rule, rule is None, None)
         windows = list(self._windows(texts))
@@ -257,7 +303,14 @@ class Engine:
         )
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """Tokenize texts as the engine does."""
+        """Tokenize texts as the engine does.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+
+        Raises:
+            InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+        """
         return self._encoder.encode(texts)
 
     @property
@@ -266,10 +319,16 @@ class Engine:
         return self._limits
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> WindowResult:
-        """Run tokenized rows (see `encode`) as one window.
+        """Run tokenized rows as one window, whose hidden states are in memory all at once.
+
+        Args:
+            rows: what `encode` gave; at least one.
+            rule: the rule.
 
         Raises:
             RuleError: the rule does not fit the model.
+            BackendError: the engine is closed, or a row is longer than the target takes.
+            ArtifactError: a segment that is loaded now is missing or damaged.
         """
         chain = self._chain()
         many = sum(len(row) for row in rows) > self._limits.group_tokens
@@ -277,7 +336,18 @@ class Engine:
         return chain.run(rows, self._decider(rule), cost)
 
     def time_segments(self, rows: int, tokens: int) -> list[float]:
-        """Seconds of each segment on a group of `rows` rows of `tokens` tokens, run once."""
+        """Time each segment once, on a group of made-up rows.
+
+        Args:
+            rows: rows of the group.
+            tokens: tokens a row.
+
+        Returns:
+            Seconds of each segment, the answer of its exit included.
+
+        Raises:
+            BackendError: the engine is closed, or rows of that length are too long for it.
+        """
         return self._chain().time_segments(rows, tokens)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@
     |-- RuleError               an exit rule that does not exist or does not fit
     |-- BackendError            what an inference library cannot do here
     |   `-- MissingExtraError   an optional package is not installed
-    `-- VerificationError       exported segments do not reproduce the PyTorch model
+    `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
 Every message says what was found, what was expected, and how to mend it.
 """
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 
 class FpabeeError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can mend; commands print them as one line and exit with 1.
 
-    Args:
+    Attributes:
         message: what was found and what was expected.
-        hint: what to do or to run.
+        hint: what to do or to run; may be empty.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -58,8 +58,8 @@ class BackendError(FpabeeError):
 
 
 class MissingExtraError(BackendError):
-    """An optional package is not installed."""
+    """An optional package is not installed; the hint is the command that installs it."""
 
 
 class VerificationError(FpabeeError):
-    """The exported segments do not reproduce the PyTorch model."""
+    """Segments, or a target built of them, do not give what the PyTorch model gives."""

@@ -26,12 +26,17 @@ _PROBE_REPEATS = 3
 
 
 class Regroup(str, Enum):
-    """Whether undecided rows of several groups are joined into full groups."""
+    """Whether undecided rows of several groups are joined into full groups.
+
+    It changes how long a run takes, not what it answers beyond the target's tolerance.
+    """
 
     AUTO = "auto"
     """Where the measured cost of small groups says that it pays."""
     ALWAYS = "always"
+    """Wherever neighbouring groups fit into one."""
     NEVER = "never"
+    """Rows stay in the group that they began in."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class WindowResult:
     """What the chain gave for a window of rows.
 
     Attributes:
-        exits: `[rows]` exit of each row, counted from 1.
+        exits: `[rows]` int64, exit of each row, counted from 1.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
         wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
@@ -49,7 +54,12 @@ class WindowResult:
     wasted: int = 0
 
     def outputs(self, problem_type: ProblemType, cuts: Sequence[float] = ()) -> Outputs:
-        """The outputs of each row at its exit."""
+        """The outputs of each row at its exit.
+
+        Args:
+            problem_type: the task.
+            cuts: multi-label decision cuts, see `Task.cuts`; none means 0.5.
+        """
         return Outputs(self.logits[self.exits - 1, np.arange(len(self.exits))], problem_type, cuts)
 
 

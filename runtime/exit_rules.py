@@ -31,7 +31,13 @@ Threshold = float | tuple[float, ...]
 
 @dataclass(slots=True)
 class Signs:
-    """What a rule sees at one exit: scores (None: it has none), signs, immediate stops."""
+    """What a rule sees at one exit.
+
+    Attributes:
+        scores: `[rows]` float64, what is compared with the threshold; None: the rule has none.
+        settled: `[rows]` bool, where the exit gives a sign that the answer is settled.
+        at_once: `[rows]` bool, which rows stop whatever their signs; None: no row.
+    """
 
     scores: Array | None
     settled: Mask
@@ -40,14 +46,30 @@ class Signs:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRule(ABC):
-    """Base of the rules.
+    """Base of the rules: per row, which exit answers.
+
+    At each exit a row may give a sign that its answer is settled; after as many signs in a row
+    as `signs_needed` it stops. A rule is made with keyword arguments, and is never changed.
 
     Attributes:
         min_exit: stopping is allowed from this exit on; signs count from exit 1.
         max_exit: a row that gets here stops; None is the last exit.
+
+    Raises:
+        RuleError: a setting is not of its kind: exits and patience are whole numbers from 1,
+            thresholds are finite.
+
+    Example:
+        >>> from fpabee.runtime import ExitRule, FPabee
+        >>> rule = FPabee(threshold=0.25, patience=2, min_exit=3)
+        >>> rule.to_dict()
+        {'name': 'fpabee', 'min_exit': 3, 'threshold': 0.25, 'measure': 'jskd', 'patience': 2}
+        >>> ExitRule.from_dict(rule.to_dict()) == rule
+        True
     """
 
     name: ClassVar[str]
+    """What it is called in commands and in the manifest."""
 
     min_exit: int = 1
     max_exit: int | None = None
@@ -77,18 +99,18 @@ class ExitRule(ABC):
                 raise RuleError(f"{self.name}: {field} is {value}", "give a finite number")
 
     def threshold_at(self, exit_number: int) -> float:
-        """The threshold of an exit, counted from 1; only for rules that have one."""
+        """The threshold at an exit, counted from 1; only for rules that have one."""
         threshold: Threshold = vars(self)["threshold"]
         return threshold[exit_number - 1] if isinstance(threshold, tuple) else threshold
 
     @abstractmethod
     def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Scores and signs of rows at an exit.
+        """Scores and signs of rows at an exit, each by its own outputs only.
 
         Args:
-            exit_number: from 1.
+            exit_number: from 1; at least `signs_from`.
             earlier: outputs of the exit before; None at exit 1.
-            now: outputs of this exit.
+            now: outputs of this exit, of the same rows.
         """
 
     @property
@@ -104,6 +126,9 @@ class ExitRule(ABC):
     def capped(self, max_exit: int) -> ExitRule:
         """This rule, with every row stopped at an exit at the latest.
 
+        Args:
+            max_exit: that exit, counted from 1; `min_exit` is lowered to it.
+
         Raises:
             RuleError: the exit is no whole number from 1.
         """
@@ -116,7 +141,7 @@ class ExitRule(ABC):
         )
 
     def to_dict(self) -> RuleSettings:
-        """Name and settings, as in the manifest."""
+        """Name and settings, as in the manifest; `from_dict` reads them."""
         settings = {
             key: value.value if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(self).items()
@@ -127,6 +152,9 @@ class ExitRule(ABC):
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> ExitRule:
         """The rule that a dictionary with `name` and settings describes.
+
+        Args:
+            settings: as `to_dict` gives them; measures are named by their values.
 
         Raises:
             RuleError: unknown rule or setting, a setting missing or of a wrong value.
@@ -159,7 +187,11 @@ class ExitRule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(ExitRule):
-    """Every row stops at one exit ("Budgeted-Exit" in the paper's Table 1)."""
+    """Every row stops at one exit ("Budgeted-Exit" in F-PABEE's Table 1).
+
+    Attributes:
+        exit: the exit, counted from 1.
+    """
 
     name: ClassVar[str] = "budget"
 
@@ -171,13 +203,22 @@ class Budget(ExitRule):
         return self.exit
 
     def signs(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signs:
-        """Settled."""
+        """No score: the rows are settled."""
         return Signs(None, np.ones(len(now.logits), np.bool_))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FPabee(ExitRule):
-    """F-PABEE: neighbouring distributions similar `patience` times in a row."""
+    """F-PABEE (arXiv 2305.11916): neighbours are similar `patience` times in a row.
+
+    The measure of the distributions of two neighbouring exits is below the threshold. Exit 1 has
+    no neighbour, so no row stops before exit `patience` + 1.
+
+    Attributes:
+        threshold: in the measure's unit, nats; one for all exits, or one for each.
+        measure: how similarity is measured; multi-label: summed over labels.
+        patience: signs in a row that stop a row.
+    """
 
     name: ClassVar[str] = "fpabee"
 
@@ -200,7 +241,13 @@ class FPabee(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Pabee(ExitRule):
-    """PABEE: the answer stays the same `patience` times in a row."""
+    """PABEE (arXiv 2006.04152): the answer stays the same `patience` times in a row.
+
+    Multi-label: the whole set of labels stays the same. No row stops before exit `patience` + 1.
+
+    Attributes:
+        patience: signs in a row that stop a row.
+    """
 
     name: ClassVar[str] = "pabee"
 
@@ -220,7 +267,11 @@ class Pabee(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Entropy(ExitRule):
-    """BranchyNet, DeeBERT: entropy below the threshold, in nats, not normalised."""
+    """BranchyNet, DeeBERT (arXiv 2004.12993): entropy -sum p log p below the threshold.
+
+    Attributes:
+        threshold: in nats, not normalised; one for all exits, or one for each.
+    """
 
     name: ClassVar[str] = "entropy"
 
@@ -234,7 +285,11 @@ class Entropy(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence(ExitRule):
-    """Shallow-Deep Networks, RightTool: largest probability above the threshold."""
+    """Shallow-Deep Networks (arXiv 1810.07052), RightTool: largest probability above the threshold.
+
+    Attributes:
+        threshold: a probability; one for all exits, or one for each.
+    """
 
     name: ClassVar[str] = "confidence"
 
@@ -249,7 +304,11 @@ class Confidence(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Energy(ExitRule):
-    """COSEE: 1/(1 + sum exp z) below the threshold (temperature 1)."""
+    """COSEE (arXiv 2412.13236): energy 1/(1 + sum exp z) of the logits z below the threshold.
+
+    Attributes:
+        threshold: from 0 to 1; one for all exits, or one for each.
+    """
 
     name: ClassVar[str] = "energy"
 
@@ -265,7 +324,16 @@ class Energy(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Pcee(ExitRule):
-    """PCEE-BERT: normalised entropy below the threshold `patience` times (FastBERT: once)."""
+    """PCEE-BERT: normalised entropy below the threshold `patience` times in a row.
+
+    Entropy over its largest value, the logarithm of the number of classes; multi-label: the mean
+    over labels of the binary entropies over log 2. With patience 1 it is the rule of FastBERT
+    (arXiv 2004.02178).
+
+    Attributes:
+        threshold: from 0 to 1; one for all exits, or one for each.
+        patience: signs in a row that stop a row; they count from exit 1.
+    """
 
     name: ClassVar[str] = "pcee"
 
@@ -280,7 +348,15 @@ class Pcee(ExitRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Epee(ExitRule):
-    """EPEE: normalised entropy below the threshold, or the answer unchanged `patience` times."""
+    """EPEE (arXiv 2503.02053): normalised entropy is low, or the answer is settled.
+
+    A row stops at once where its normalised entropy (as in `Pcee`) is below the threshold, or
+    when its answer stayed the same `patience` times in a row (as in `Pabee`).
+
+    Attributes:
+        threshold: from 0 to 1; one for all exits, or one for each.
+        patience: signs in a row that stop a row.
+    """
 
     name: ClassVar[str] = "epee"
 
@@ -299,7 +375,13 @@ class Either(ExitRule):
     """Sure enough now, or in agreement with the exits before: DeeBERT's sign or F-PABEE's.
 
     A row stops if its entropy is below `threshold`, or if neighbouring distributions were
-    similar (`measure` below `agreement`) `patience` times in a row.
+    similar (`measure` below `agreement`) `patience` times in a row. A rule of this project.
+
+    Attributes:
+        threshold: of the entropy, in nats; one for all exits, or one for each.
+        agreement: of the measure, in nats; one for all exits.
+        measure: how similarity is measured; multi-label: summed over labels.
+        patience: exits in a row that must agree.
     """
 
     name: ClassVar[str] = "either"
@@ -325,6 +407,7 @@ RULES: dict[str, type[ExitRule]] = {
     rule.name: rule
     for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Budget)
 }
+"""The class of each rule by its name."""
 
 
 def takes_threshold(name: str) -> bool:

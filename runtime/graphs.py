@@ -26,7 +26,13 @@ Size = Literal["batch", "sequence"] | Annotated[int, msgspec.Meta(ge=1, le=_MOST
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One input or output of a graph; `batch` and `sequence` are the symbolic dimensions."""
+    """One input or output of a graph.
+
+    Attributes:
+        name: its name. An output `next_X` replaces the carried tensor `X`.
+        dtype: `int64`, `float32`, `float16` or `bfloat16`.
+        shape: sizes; `batch` and `sequence` are the dimensions that differ from run to run.
+    """
 
     name: str
     dtype: Annotated[str, msgspec.Meta(pattern="^(int64|float32|float16|bfloat16)$")]
@@ -34,7 +40,14 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True):
-    """One ONNX graph."""
+    """One ONNX graph.
+
+    Attributes:
+        file: its path in the folder.
+        sha256: its SHA-256, in hexadecimal.
+        inputs: in their order.
+        outputs: in their order.
+    """
 
     file: str
     sha256: Sha256

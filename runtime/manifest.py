@@ -51,7 +51,9 @@ class ProblemType(str, Enum):
     """The task, in the words of Hugging Face's `problem_type`."""
 
     SINGLE_LABEL = "single_label_classification"
+    """One label a row: softmax over the logits."""
     MULTI_LABEL = "multi_label_classification"
+    """Any number of labels a row: a sigmoid for each logit."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +77,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model_type: encoder family as Hugging Face calls it.
         layers: encoder layers up to the last exit.
-        hidden_size: width of the hidden states.
+        hidden_size: width of the hidden states, in values.
         shared_layers: whether all layers are one block (ALBERT).
         pooling: what the exit heads see: `cls` or `mean`.
-        source_sha256: hash of each source file of the export.
+        source_sha256: SHA-256 of each source file of the export, by file name.
     """
 
     model_type: str
@@ -93,8 +95,8 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How texts become model inputs.
 
     Attributes:
-        file: tokenizer.json of the `tokenizers` library.
-        sha256: its hash.
+        file: tokenizer.json of the `tokenizers` library; its path in the folder.
+        sha256: its SHA-256, in hexadecimal.
         max_length: longest sequence in tokens, special tokens included.
         pad_id: token id on padding.
         pad_type_id: token type id on padding.
@@ -110,7 +112,13 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True):
-    """Smallest, typical and largest size of a dimension."""
+    """The sizes of a dimension.
+
+    Attributes:
+        min: smallest.
+        opt: typical: what plans are tuned for.
+        max: largest.
+    """
 
     min: Count
     opt: Count
@@ -118,14 +126,26 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shapes(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes that the graphs are for: rows in a batch, tokens in a row."""
+    """The sizes that the graphs are for.
+
+    Attributes:
+        batch: rows in a batch.
+        sequence: tokens in a row.
+    """
 
     batch: Range
     sequence: Range
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """What the export's verification found; `verification.json` has the rest."""
+    """What the export's verification found; `verification.json` has the rest.
+
+    Attributes:
+        rows: texts that were compared with the PyTorch model.
+        max_logit_difference: largest absolute difference of a logit.
+        label_agreement: share of (row, exit) with the same labels, near ties left out.
+        exit_agreement: share of rows with the same exit, near ties left out.
+    """
 
     rows: int
     max_logit_difference: float
@@ -134,7 +154,13 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuiltFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of a target, and the ONNX file it was built from."""
+    """One file of a target, and the ONNX file it was built from.
+
+    Attributes:
+        file: its path in the folder.
+        sha256: its SHA-256, in hexadecimal.
+        onnx_sha256: SHA-256 of the ONNX file.
+    """
 
     file: str
     sha256: Sha256
@@ -145,11 +171,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run the segments: backend, precision, and device where built for one.
 
     Attributes:
-        backend: inference library.
-        precision: numeric format of the weights and activations.
+        backend: inference library, such as `onnxruntime` or `tensorrt`.
+        precision: numeric format of the weights and activations, such as `fp32`.
         device: device class the files are bound to; empty if none.
-        versions: library versions it was built or verified with.
-        files: built file of each graph; empty where the ONNX itself is run.
+        versions: version of each library that it was built or verified with.
+        files: built file of each graph, by the graph's name; empty where the ONNX itself is run.
         tolerance: largest difference in logits from the PyTorch model in fp32, measured;
             None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
@@ -157,8 +183,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         hardware_compatible: whether they also run on Ampere and every later GPU.
         version_compatible: whether they also run with later versions of the library.
         profiles: the shapes that the files take, by length; empty: any.
-        batch_sizes: the batch sizes to pad to; empty: any.
-        sequence_lengths: the lengths to pad to; empty: any.
+        batch_sizes: the batch sizes to pad to, in rows; empty: any.
+        sequence_lengths: the lengths to pad to, in tokens; empty: any.
         operating_points: calibrated rules by name; they hold for this target only.
         default_operating_point: the one that runs when none is named; empty: the manifest's
             default rule.
@@ -198,7 +224,36 @@ class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """An engines folder. Paths in it are relative POSIX paths."""
+    """An engines folder, as its `manifest.json` says. Paths in it are relative POSIX paths.
+
+    Attributes:
+        schema_version: of the format, `major.minor`; the major number is what must fit.
+        fpabee_version: that wrote it.
+        versions: of the libraries that exported the model.
+        model: where the segments come from.
+        task: what the model predicts.
+        tokenizer: how texts become model inputs.
+        shapes: the sizes that the graphs are for.
+        graphs: ONNX graphs in fp32 by name.
+        segments: the chain, in order; one for each exit.
+        targets: by name, such as `onnxruntime-fp32`.
+        default_target: the one that runs when none is named.
+        default_rule: what runs where no operating point does, as `ExitRule.from_dict` reads it.
+        verification: what the export's verification found; None: nothing was verified.
+        files: SHA-256 of the other files in the folder.
+        precisions: by precision, the graphs in it, by the names of `graphs`.
+        not_built: targets that could not be built where the folder was made, by name.
+
+    Example:
+        ```python
+        from fpabee.runtime import read_manifest
+
+        manifest = read_manifest("engines/")
+        print(manifest.task.labels, manifest.exit_layers)
+        for name, target in manifest.targets.items():
+            print(name, target.precision, list(target.operating_points))
+        ```
+    """
 
     schema_version: str
     fpabee_version: str
@@ -220,6 +275,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def graphs_in(self, precision: str) -> dict[str, Graph]:
         """The graphs in a precision.
 
+        Args:
+            precision: `fp32`, or one of `precisions`.
+
         Raises:
             ArtifactError: the folder has none in it.
         """
@@ -235,7 +293,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The layer of each exit."""
+        """The layer of each exit, counted from 1."""
         return tuple(segment.layer for segment in self.segments)
 
 
@@ -248,14 +306,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of an engines folder.
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check the manifest of an engines folder; other files are not looked at.
+
+    Args:
+        folder: the folder.
 
     Raises:
         ArtifactError: no engines folder, damaged, inconsistent, or a newer schema.
     """
-    manifest = _decode(folder, _read_bytes(folder))
-    _check_consistency(folder, manifest)
+    path = Path(folder)
+    manifest = _decode(path, _read_bytes(path))
+    _check_consistency(path, manifest)
     return manifest
 
 

@@ -14,7 +14,7 @@ RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """A guarantee on new rows from the same source, see `calibration.risk`.
+    """A guarantee on new rows from the same source (Learn-then-Test, arXiv 2110.01052).
 
     Attributes:
         risk_of: `disagreement` with full depth, or `drop` of the score.
@@ -30,12 +30,14 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """What a user can afford: a drop, or a time.
+    """What a user can afford: a drop, or a time. Give one of `max_drop` and `speedup`.
 
     Attributes:
-        max_drop: largest drop of the metric in points; None: a speed-up is wished for.
-        surely: whether the upper 95 % bound must hold it, instead of the estimate.
-        speedup: least estimated speed-up.
+        max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
+            setting within it is chosen. None, the default: a speed-up is wished for.
+        surely: whether the upper 95 % bound must hold it, instead of the estimate; default: no.
+        speedup: least estimated speed-up, 2.0 for half the time; the setting with the smallest
+            drop is chosen. None is the default.
     """
 
     max_drop: float | None = None
@@ -53,21 +55,22 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A named rule with its settings, and what it was measured to give on its target.
 
     Attributes:
-        rule: name and settings.
+        rule: name and settings, as `ExitRule.from_dict` reads them.
         wish: what was asked for; None: what the certificate says.
-        metric: name of the score.
+        metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
         score: with the rule, on rows that did not choose it.
         full_depth_score: of the last exit on the same rows.
         drop_interval: 95 % interval of the drop in points (paired bootstrap).
-        held_out: which rows those were: cross-fitted parts, or another file.
+        held_out: which rows those were: cross-fitted parts, another file, or the rows of the
+            test of a certificate.
         rows: how many.
-        data_sha256: hash of the rows that chose the rule.
-        mean_depth: layers that ran for a row.
+        data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
+        mean_depth: layers that ran for a row, on average.
         exits: rows that stopped at each exit.
         theoretical_speedup: full depth over this, in layers weighted by tokens.
         estimated_speedup: the same in measured times of the segments.
-        measured_speedup: by batch size, ratio of run times on the target.
-        versions: libraries that measured it.
+        measured_speedup: by batch size in rows, ratio of run times on the target.
+        versions: of the libraries that measured it.
         certificate: a bound on the risk, if one was asked for.
     """
 

@@ -18,9 +18,9 @@ class Prediction:
 
     Attributes:
         labels: the predicted label, or for multi-label the predicted labels (may be none).
-        scores: the probability of each predicted label.
+        scores: the probability of each predicted label, in their order.
         exit: the exit that answered, counted from 1.
-        layer: encoder layers that ran.
+        layer: the layer of that exit: encoder layers that ran for the row.
         probabilities: of all labels, in the order of `Engine.labels`.
         truncated: whether the text had more tokens than the model takes.
         cut: whether the deadline stopped the row before its rule did.
@@ -43,9 +43,10 @@ class Trace:
 
     Attributes:
         logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach.
-        exits: `[rows]` exit of each row, counted from 1.
-        predictions: `[rows]` class indices, or `[rows, labels]` of 0 and 1, at that exit.
-        lengths: `[rows]` tokens of each row.
+        exits: `[rows]` int64, exit of each row, counted from 1.
+        predictions: int64, the answer at that exit: `[rows]` class indices, or for
+            multi-label `[rows, labels]` of 0 and 1.
+        lengths: `[rows]` tokens of each row, special tokens included.
     """
 
     logits: NDArray[np.float32]
@@ -74,7 +75,7 @@ class Tally:
 
     @property
     def rows(self) -> int:
-        """All rows."""
+        """How many rows in all."""
         return sum(self.exits)
 
     @property
@@ -86,14 +87,19 @@ class Tally:
         """How far the exits are from those expected, such as `OperatingPoint.exits`.
 
         Args:
-            expected: rows or shares by exit.
+            expected: rows or shares by exit; at least one is above 0.
 
         Returns:
             Total variation distance: the share of rows that would have to stop elsewhere, 0
             to 1. Of n rows of the same source it is about sqrt(exits / n) by chance.
 
         Raises:
-            ValueError: not one number for each exit.
+            ValueError: not one number for each exit, or all of them 0.
+
+        Example:
+            >>> from fpabee.runtime import Tally
+            >>> Tally(exits=(75, 25)).drift([0.5, 0.5])
+            0.25
         """
         if len(expected) != len(self.exits) or not sum(expected) > 0:
             raise ValueError(f"expected {len(self.exits)} counts, not {list(expected)}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 import pytest
@@ -45,6 +47,41 @@ def test_public_names_are_sorted_and_exist(package: str) -> None:
     # Constants first, then classes, then functions: the order that ruff keeps.
     assert len(names) == len(set(names))
     assert all(getattr(module, name) is not None for name in names)
+
+
+def test_types_in_the_public_interface_are_public() -> None:
+    """Who annotates what a public function takes and gives needs no private module."""
+    modules = [importlib.import_module(f"fpabee.{package}") for package in PACKAGES]
+    names = [(module, name) for module in modules for name in module.__all__]
+    public = [getattr(module, name) for module, name in names]
+
+    private = {
+        f"{where}: {used.__name__}"
+        for module, name in names
+        for where, hints in _hints(name, getattr(module, name))
+        for hint in hints.values()
+        for used in _classes(hint)
+        if used.__module__.startswith("fpabee.") and used not in public
+    }
+
+    assert private == {"Calibration: Selector"}  # which only `write_report` reads
+
+
+def _hints(name: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Types by name: of a function, or of a class's attributes and of each of its methods."""
+    if isinstance(value, type) or inspect.isfunction(value):
+        yield name, get_type_hints(value)
+    for attribute, member in vars(value).items() if isinstance(value, type) else ():
+        function = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+        if not attribute.startswith("_") and inspect.isfunction(function):
+            yield f"{name}.{attribute}", get_type_hints(function)
+
+
+def _classes(hint: Any) -> Iterator[type]:
+    for part in get_args(hint):
+        yield from _classes(part)
+    if isinstance(hint, type) and not get_args(hint):
+        yield hint
 
 
 @pytest.mark.parametrize("package", PACKAGES)

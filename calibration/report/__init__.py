@@ -29,16 +29,18 @@ def write_report(
     folder: str | Path,
     *,
     texts: bool = True,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the report of a calibration into a folder.
 
-    Files of an earlier report are replaced; others are left alone. The page is written last.
+    `report.html` holds all that it shows; the figures stand beside it as PNG, the tables as CSV,
+    and everything as `report.json`. Files of an earlier report are replaced; others are left
+    alone. The page is written last.
 
     Args:
         result: the calibration.
         folder: where to write; it is made if it is not there.
-        texts: whether the report shows the rows' texts, and the files hold them.
+        texts: whether the page shows texts of the rows, and the files hold them.
         progress: called with (what, done, total).
 
     Returns:
@@ -52,9 +54,10 @@ def write_report(
     from .html import render
     from .plots import draw
 
-    report = gather(result, texts, progress)
+    told = progress or (lambda what, done, total: None)
+    report = gather(result, texts, told)
     content = tables(report)
-    progress("report: draw", 0, 1)
+    told("report: draw", 0, 1)
     pictures = draw(report)
     page = render(report, content, pictures)
     files: dict[str, bytes | None] = {"report.json": _json({"summary": summary(report), **content})}
@@ -64,7 +67,7 @@ def write_report(
         files[f"{name}.png"] = None if picture is None else picture.png
     files[PAGE_NAME] = page.encode()
     _write(Path(folder), files)
-    progress("report: draw", 1, 1)
+    told("report: draw", 1, 1)
     return Path(folder) / PAGE_NAME
 
 

@@ -21,7 +21,12 @@ Rows = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Bucket:
-    """Padded shape of a group: rows and tokens a row."""
+    """Padded shape of a group.
+
+    Attributes:
+        batch: rows.
+        sequence: tokens a row.
+    """
 
     batch: int
     sequence: int

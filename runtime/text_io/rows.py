@@ -19,23 +19,28 @@ _LABELS = ("labels", "label")
 
 
 class TextFormat(str, Enum):
-    """How an input is read."""
+    """How an input is read; all but Parquet are UTF-8, and may be compressed with gzip."""
 
     TEXT = "txt"
+    """A text a line; an empty line is an empty text."""
     JSON_LINES = "jsonl"
+    """An object a line."""
     CSV = "csv"
+    """A header row, and cells between commas; empty lines are no rows."""
     TSV = "tsv"
+    """As CSV, with cells between tabs."""
     PARQUET = "parquet"
+    """A file, not a pipe; needs pyarrow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an input file.
+    """One row of an input; all but the text may be left out.
 
     Attributes:
         text: the text, or the first of a pair.
-        text_pair: the second of a pair.
-        labels: the true label names, if the file has them.
+        text_pair: the second of a pair; None: there is none.
+        labels: the true label names, one for single-label; None: not known.
         fields: any other fields, to be passed through.
         line: line number, counted from 1; in Parquet the number of the row.
         where: file and line, for messages.
@@ -59,9 +64,10 @@ class Columns:
     """Which fields or columns of an input are text and labels.
 
     Attributes:
-        text: of the text.
-        text_pair: of the second text; default: `text_pair`, where there is one.
-        label: of the true label or labels; default: `labels` or `label`, where there is one.
+        text: name of that of the text.
+        text_pair: name of that of the second text; default: `text_pair`, where there is one.
+        label: name of that of the true label or labels; default: `labels` or `label`, where
+            there is one.
         separator: splits a string into labels; default: `|` in a column `labels` of a table.
         quotes: whether `"` quotes a cell of CSV and TSV; else it is a character like others.
     """
@@ -83,11 +89,15 @@ class Columns:
         return _LABELS if self.label is None else (self.label,)
 
     def splits(self, name: str) -> str | None:
-        """What splits a cell of this label column of a table; None: it is one name."""
+        """What splits a cell of a label column of a table, by the column's name; None: nothing."""
         return self.separator or (LABEL_SEPARATOR if name == "labels" else None)
 
     def check(self, names: Collection[str], where: str) -> None:
         """Check that a table has the columns.
+
+        Args:
+            names: the columns that it has.
+            where: the file, for messages.
 
         Raises:
             InputError: the text column, or one that was asked for by name, is not there.

@@ -39,12 +39,25 @@ def read_rows(
         source: path or `-`.
         text_format: how to read it; by default what the file's name says, and for
             standard input JSON lines if the first line starts with `{`.
-        columns: which fields are text and labels.
+        columns: which fields are text and labels; default: `Columns()`.
+
+    Yields:
+        One row at a time, so that memory stays flat.
 
     Raises:
-        InputError: no such file, a row that cannot be read (named by its line), or no
-            row at all.
+        InputError: no such file, or no row at all.
+        RowError: a row that cannot be read, named by its line.
         MissingExtraError: it is Parquet, and pyarrow is not installed.
+
+    Example:
+        ```python
+        from fpabee.runtime import Engine, read_rows
+
+        with Engine.load("engines/") as engine:
+            rows = list(read_rows("dev.jsonl"))
+            predictions = engine.predict([row.content for row in rows])
+            right = sum(p.labels == row.labels for p, row in zip(predictions, rows))
+        ```
     """
     for row in Inputs([source], text_format, columns):
         if isinstance(row, RowError):

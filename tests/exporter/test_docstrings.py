@@ -1,0 +1,21 @@
+"""The examples in the exporter's docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from ..docstrings import run_code
+
+
+@pytest.mark.usefixtures("ready_graphs")
+def test_code_runs(
+    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_dir").symlink_to(tiny_models["bert"])
+    monkeypatch.chdir(tmp_path)
+
+    assert run_code("fpabee.exporter") == ["export"]
+    assert (tmp_path / "engines" / "manifest.json").is_file()
