@@ -176,6 +176,12 @@ class Calibration:
     cuts: TunedCuts | None
     layers: tuple[int, ...]
 
+    @property
+    def at_full_depth(self) -> tuple[Point, ...]:
+        """Points that run every layer, since no faster setting keeps to their wish."""
+        last = Budget(exit=len(self.layers))
+        return tuple(point for point in self.points if point.rule == last)
+
 
 def calibrate(
     folder: str | Path,
@@ -301,7 +307,7 @@ class _Session:
     def _held_out_name(self) -> str:
         if self.options.test is not None:
             return self.options.test.name
-        return "rows of the test" if self.options.bound else f"{PARTS}-fold cross-fitting"
+        return "rows that tested the bound" if self.options.bound else f"{PARTS}-fold cross-fitting"
 
     def _trace(self, rows: Sequence[Row]) -> Rows:
         place = self.options.output or self.folder / "calibration"

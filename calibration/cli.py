@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.distributions import Measure
-from ..runtime.exit_rules import RULES, Budget
+from ..runtime.exit_rules import RULES
 from ..runtime.extras import require
 from ..runtime.operating_point import Wish
 from ..runtime.shown import Shown
@@ -230,11 +230,11 @@ def _print(result: Calibration, console: Console) -> None:
     for point in result.points:
         if point.certificate is not None:
             console.print(f"{point.name}: {point.wish}, tested on {point.certificate.rows} rows")
-        elif isinstance(point.rule, Budget) and point.rule.exit == len(result.layers):
-            console.print(
-                f"{point.name}: {len(result.rows)} rows show of no other setting that it keeps to "
-                f'"{point.wish}" -> give more rows, or wish for a larger drop'
-            )
+    for point in result.at_full_depth:
+        console.print(
+            f"{point.name}: {len(result.rows)} rows show of no other setting that it keeps to "
+            f'"{point.wish}" -> give more rows, or wish for a larger drop'
+        )
     wish = next(point.wish for point in result.points if point.name == result.default)
     table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=f"{wish}:")
     for contender in result.contenders:

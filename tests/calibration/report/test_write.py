@@ -19,7 +19,7 @@ import pytest
 
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
-from fpabee.runtime import ArtifactError, MissingExtraError
+from fpabee.runtime import ArtifactError, Budget, MissingExtraError
 from fpabee.runtime.text_io import Row
 
 Make = Callable[..., Calibration]
@@ -192,6 +192,18 @@ def test_names_may_hold_anything(make_calibration: Make, certified: Bound, tmp_p
     assert "not certified" in page.text
     (row,) = table(tmp_path, "points")
     assert row["certificate"].endswith("95 % confidence, tested on 90 rows")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_point_that_is_full_depth_says_why(make_calibration: Make, tmp_path: Path) -> None:
+    result = make_calibration()
+    for count in (0, 1):
+        rule = Budget(exit=3 - count)
+        points = (dataclasses.replace(result.points[0], name="odd", rule=rule), *result.points[1:])
+        one = dataclasses.replace(result, points=points, default="odd")
+        page = Page(write_report(one, tmp_path).read_text(encoding="utf-8"))
+        says = "odd runs every layer: 150 rows show of no other setting"
+        assert (says in " ".join(page.text.split())) is (count == 0)
 
 
 @pytest.mark.usefixtures("undrawn")
