@@ -101,7 +101,7 @@ class Engine:
                 default, or the cautious rule of a folder that is not calibrated.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
                 The process-wide pool keeps the first engine's number.
-            rule: a rule of your own; no operating point is used then.
+            rule: a rule of your own, in place of an operating point.
             regroup: whether undecided rows of several groups are joined.
             preload: load all segments now, instead of when first needed.
             max_length: truncate texts to so many tokens, special tokens included; default, and
@@ -117,9 +117,14 @@ class Engine:
             BackendError: no such target, it cannot run here, or `threads` is impossible.
             InputError: `max_length` leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
-            RuleError: the operating point or rule does not exist or does not fit.
+            RuleError: the operating point or rule does not exist or does not fit, or both are given.
             VerificationError: with `check`, the target is not that model.
         """
+        if rule is not None and operating_point is not None:
+            raise RuleError(
+                f"operating point {operating_point!r} and a rule are given",
+                "give one of them: a point is a rule with its settings",
+            )
         folder = Path(path)
         manifest = read_manifest(folder)
         name = target_of(folder, manifest, target)

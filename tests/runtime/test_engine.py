@@ -458,6 +458,8 @@ def test_operating_points(
     engine_copy: Callable[..., Path], set_points: Callable[..., None]
 ) -> None:
     folder = engine_copy("bert")
+    with pytest.raises(RuleError, match="operating point 'fast' and a rule are given"):
+        Engine.load(folder, operating_point="fast", rule=Budget(exit=1))
     with pytest.raises(RuleError, match="has no operating point 'fast'; it has: none yet"):
         Engine.load(folder, operating_point="fast")
     set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
