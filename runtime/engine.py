@@ -18,7 +18,7 @@ from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
 from .distributions import Outputs
 from .encoding import EncodedRow, Text, TextEncoder, chunks
-from .errors import BackendError, InputError
+from .errors import BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
 from .exit_rules import Budget, ExitRule
 from .manifest import NEXT, Manifest, ProblemType, read_manifest
