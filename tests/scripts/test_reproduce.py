@@ -12,6 +12,7 @@ from types import ModuleType
 import click
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import Rows
@@ -85,6 +86,20 @@ def test_training_goes_on_from_a_finished_epoch_only(
 def test_a_failed_training_is_one_line(reproduce: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match="no model for model"):
         reproduce.train(reproduce.RUNS["mini-mrpc"], 42, tmp_path, "no-such", tmp_path / "model")
+
+
+def test_a_small_albert_calls_one_layer_often(
+    reproduce: ModuleType, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(reproduce.small_albert(str(tiny_models["bert"]), tmp_path / "albert"))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_hidden_groups"]) == (12, 1)
+    words = AutoTokenizer.from_pretrained(folder)
+    assert config["vocab_size"] == len(words)
+    assert config["pad_token_id"] == words.pad_token_id
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert reproduce.small_albert("no-such", folder) == str(folder)
+    assert (folder / "config.json").stat().st_mtime_ns == before
 
 
 def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> None:
