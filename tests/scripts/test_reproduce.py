@@ -104,7 +104,13 @@ def test_a_small_albert_calls_one_layer_often(
 
 def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> None:
     for seed, score in ((42, 0.90), (43, 0.92)):
-        settings = [{"kind": "fpabee", "wished": 0.5, "rule": {}, "saving": 0.51, "score": score}]
+        settings = [
+            {"kind": "fpabee", "wished": 0.5, "rule": {}, "saving": 0.51, "score": score},
+            {"kind": "pabee", "wished": 0.5, "rule": {}, "saving": 0.52, "score": score - 0.01},
+        ]
+        if seed == 42:  # a rule that cannot be compared on every seed is not compared
+            other = {"kind": "entropy", "wished": 0.5, "rule": {}, "saving": 0.5, "score": 0.5}
+            settings.append(other)
         run = {
             "name": "mini-sst2",
             "seed": seed,
@@ -119,6 +125,8 @@ def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> 
     assert "| fpabee | - | 91.00 ± 1.41 (51 %) | - |" in text
     assert "95.00 ± 0.00, 20 rows of test" in text
     assert "seeds 42, 43" in text
+    assert "| entropy | - | - | - |" in text
+    assert "| mini-sst2 | - / +1.00 / - | - / - / - |" in text
     reproduce.draw(tmp_path, "mini-sst2", tmp_path / "figure.svg")
     assert "fpabee" in (tmp_path / "figure.svg").read_text()
 
