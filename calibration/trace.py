@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
-from ..runtime.manifest import Manifest
-from ..runtime.metrics import encode_labels
+from ..runtime.manifest import Manifest, Task
+from ..runtime.metrics import Labels, encode_labels
 from ..runtime.text_io import Row
 from .scoring import Rows
 
@@ -53,6 +53,22 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
+    """The labels of rows, see `encode_labels`.
+
+    Raises:
+        InputError: a row has no label, or one that the model does not know.
+    """
+    for row in rows:
+        if row.labels is None:
+            raise InputError(
+                f"{row.place} has no label, and calibration needs one",
+                'add "label" or "labels" to every row, or give --unlabelled',
+            )
+    given = [row.labels or () for row in rows]
+    return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])
+
+
 def trace_rows(
     engine: Engine,
     rows: Sequence[Row],
@@ -75,15 +91,7 @@ def trace_rows(
         ArtifactError: the folder cannot be written.
     """
     manifest, task = engine.manifest, engine.manifest.task
-    expected = None
-    if labels:
-        for row in rows:
-            if row.labels is None:
-                raise InputError(
-                    f"line {row.line} has no label, and calibration needs one",
-                    'add "label" or "labels" to every row, or give --unlabelled',
-                )
-        expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
+    expected = expected_labels(rows, task) if labels else None
     key = _Key(data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target))
     path = _path(folder, engine.target, key)
     kept = _read(path, key)
@@ -149,7 +157,7 @@ def _run(
     bad = ~np.isfinite(logits).all(axis=(0, 2))
     if bad.any():
         raise InputError(
-            f"the model gives logits that are not numbers for line {rows[int(bad.argmax())].line}",
+            f"the model gives logits that are not numbers for {rows[int(bad.argmax())].place}",
             "check the target with fpabee-inspect, or choose another --target",
         )
     return logits, np.concatenate([part.lengths for part in parts])

@@ -123,6 +123,15 @@ def extend(
 def _extend(
     path: Path, manifest: Manifest, options: ExtendOptions, progress: Progress
 ) -> ExtendResult:
+    asked = tuple(half.value for half in options.precisions)
+    asked += (INT8,) if options.int8 else ()
+    precisions = asked or tuple(manifest.precisions) or ("fp32",)
+    backends = BACKENDS if options.backends is None else options.backends
+    for backend in backends:
+        if why_not(backend) is None:
+            for precision in precisions:
+                # Refuses plans that cannot be, before anything is written.
+                options.plans.fitted(manifest, backend, precision)
     texts = [row.content for row in read_rows(options.verify_data)] if options.verify_data else []
     rule = ExitRule.from_dict(manifest.default_rule)
     checks, before = [], manifest
@@ -156,10 +165,7 @@ def _extend(
         )
     built: list[str] = []
     not_built: dict[str, NotBuilt] = {}
-    asked = tuple(half.value for half in options.precisions)
-    asked += (INT8,) if options.int8 else ()
-    precisions = asked or tuple(manifest.precisions) or ("fp32",)
-    for backend in BACKENDS if options.backends is None else options.backends:
+    for backend in backends:
         for precision in precisions:
             manifest, name = add_target(path, manifest, backend, precision, options, progress)
             if name is None:

@@ -138,7 +138,7 @@ def place_exits(
     require("merge")
     old, new = Path(source), Path(output).resolve()
     manifest = read_manifest(old)
-    if new == old.resolve():
+    if new.is_relative_to(old.resolve()):
         raise ArtifactError(f"{old} cannot be written over itself", "give another folder with -o")
     check_output(new, options.force)
     if options.exits is not None:

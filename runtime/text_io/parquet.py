@@ -111,7 +111,7 @@ def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> Non
         ):
             raise InputError(
                 f'{path}: the column "{name}" is {kind}, not a string',
-                "choose another with --text-column or --text-pair-column",
+                "choose another with --text-column or --text-pair-column of fpabee-run",
             )
 
 

@@ -49,6 +49,11 @@ class Row:
     where: str = field(default="", compare=False)
 
     @property
+    def place(self) -> str:
+        """What to call the row in messages: file and line, or the line alone."""
+        return self.where or f"line {self.line}"
+
+    @property
     def content(self) -> str | tuple[str, str]:
         """What the engine takes: a text or a pair."""
         return self.text if self.text_pair is None else (self.text, self.text_pair)
@@ -101,7 +106,7 @@ class Columns:
             if name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"name the column with {option}",
+                    f"name the column with {option} of fpabee-run, or rename it in the file",
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
@@ -120,7 +125,8 @@ class Columns:
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text}"',
-                f'expected an object such as {{"{self.text}": "..."}}, or --text-column',
+                f'expected an object such as {{"{self.text}": "..."}}; fpabee-run takes another '
+                "name with --text-column",
             )
         pair = content.get(self.pair_name)
         if pair is not None and not isinstance(pair, str):
@@ -147,7 +153,7 @@ class Columns:
                 raise RowError(f'{where}: "labels" is not a list of names', 'such as ["a", "b"]')
             if isinstance(value, dict) or (is_list and name == "label"):
                 raise RowError(f'{where}: "{name}" is not a name', 'such as "positive"')
-            if any(isinstance(part, (dict, list)) for part in (value if is_list else ())):
+            if is_list and any(part is None or isinstance(part, (dict, list)) for part in value):
                 raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
             return tuple(str(part) for part in (value if is_list else [value]))
         return None
