@@ -262,8 +262,15 @@ class _Session:
         if options.bound is not None and options.bound.risk_of is RiskOf.DROP:
             check_row_mean(self.metric)
         _check_rows(len(rows), expected_labels(rows, task) if labelled else None)
-        if test is not None and labelled:
+        if test is None:
+            return
+        if labelled:
             expected_labels(test, task)
+        if data_sha256(test, labels=False) == data_sha256(rows, labels=False):
+            raise InputError(
+                "the test rows are those that choose: they would look better than new rows",
+                "give --test other rows, or leave it out",
+            )
 
     def _held_out_name(self) -> str:
         if self.options.test is not None:

@@ -45,8 +45,8 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
     help="Largest drop of the metric in points. Default: three points, see below.",
 )
 @click.option("--speedup", type=FiniteRange(min=1), help="Least speed-up.")
-@click.option("--risk", type=float, help="Bound the loss on new rows, in points.")
-@click.option("--confidence", type=float, help="Of --risk, in percent. Default: 95.")
+@click.option("--risk", type=FiniteRange(), help="Bound the loss on new rows, in points.")
+@click.option("--confidence", type=FiniteRange(), help="Of --risk, in percent. Default: 95.")
 @click.option(
     "--risk-of",
     type=click.Choice([kind.value for kind in RiskOf]),
@@ -139,6 +139,8 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
     of_risk = (settings["confidence"], settings["risk_of"])
     if settings["risk"] is None and of_risk != (None, None):
         raise click.UsageError("--confidence and --risk-of are about --risk: give it too")
+    if "auto" in settings["rules"] and len(settings["rules"]) > 1:
+        raise click.UsageError("--rule auto takes whatever wins: give no other rule with it")
     bound, wishes = None, dict(DEFAULT_WISHES)
     default = "balanced"
     if settings["risk"] is not None:

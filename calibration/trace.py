@@ -7,6 +7,7 @@ so that exits can be placed later by what they say.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -176,6 +177,9 @@ def _read(path: Path, key: _Key) -> StoredTrace | None:
     # Damaged, or of an older format: it is made anew.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+    whole = logits.ndim == 3 and logits.shape[1:2] == lengths.shape == (len(rows),)
+    if not whole or not np.isfinite(logits).all():
+        return None
     return StoredTrace([Row(*row, {}, line) for line, row in enumerate(rows, 1)], logits, lengths)
 
 
@@ -185,9 +189,9 @@ _StoredRow = tuple[str, str | None, tuple[str, ...] | None]
 def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
     # As UTF-8 JSON bytes: an object array would have to be unpickled.
     rows = msgspec.json.encode([(row.text, row.text_pair, row.labels) for row in trace.rows])
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(
                 file,
@@ -199,6 +203,8 @@ def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
             )
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {path}: {error.strerror}",
             "give a folder that can be written with --output",

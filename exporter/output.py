@@ -61,6 +61,20 @@ def staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder whose files get their places in the target when all are written.
+
+    Raises:
+        OSError: they cannot be written; the target is as it was.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
+        yield Path(name)
+        target.mkdir(exist_ok=True)
+        for file in sorted(Path(name).iterdir()):
+            file.replace(target / file.name)
+
+
 def publish(folder: Path, target: Path) -> None:
     """Put the temporary folder in the place of the target."""
     folder.chmod(0o777 & ~_umask())

@@ -16,7 +16,7 @@ from .backends.base import Backend, Limits
 from .batching import CostCurve, cut_groups
 from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
-from .distributions import Outputs
+from .distributions import Array, Outputs
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError
 from .execution import Chain, Regroup, WindowResult
@@ -182,6 +182,7 @@ class Engine:
         Raises:
             InputError: something is neither a text nor a pair, or the deadline is no number.
             RuleError: the rule does not fit the model.
+            BackendError: the target gives scores that are not numbers.
         """
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
@@ -372,6 +373,8 @@ class Engine:
     ) -> Iterator[Prediction]:
         """Run a window of rows and count them."""
         result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
+        outputs = self._outputs(result)
+        self._check_numbers(outputs.probabilities, result)
         cut = np.zeros(len(rows), np.bool_)
         if cap is not None:
             cut = cut_rows(self._decider(rule), result.exits, result.logits, cap)
@@ -379,7 +382,6 @@ class Engine:
         truncated = sum(row.truncated for row in rows)
         self._counter.add(result.exits, truncated, cut, late, result.wasted)
         layers = self._manifest.exit_layers
-        outputs = self._outputs(result)
         probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
             answer = outputs.answers[number]
@@ -394,6 +396,16 @@ class Engine:
                 truncated=row.truncated,
                 cut=bool(cut[number]),
                 late=late,
+            )
+
+    def _check_numbers(self, probabilities: Array, result: WindowResult) -> None:
+        """Refuse answers made of NaN: they would name a label all the same."""
+        bad = ~np.isfinite(probabilities).all(axis=-1)
+        if bad.any():
+            raise BackendError(
+                f"target {self.target} gives scores that are not numbers at exit "
+                f"{result.exits[int(bad.argmax())]}",
+                f"see what it is: fpabee-inspect {self._folder} --check, or choose another target",
             )
 
 

@@ -61,7 +61,7 @@ def parquet_rows(
                     number += 1
                     yield _row(batch, start, columns, names, f"{path}, row {number}", number)
                 progress(number / total)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"{path} cannot be read as Parquet: {line}", "copy the file again"
@@ -84,6 +84,8 @@ def _row(
         return RowError(f"{where} is not UTF-8: {error.reason}", "write the file again")
     except RowError as error:
         return error
+    except (OverflowError, ValueError) as error:  # what Python has no value for
+        return RowError(f"{where} holds what cannot be read: {error}", "leave the column out")
 
 
 def _plain(value: Any) -> Any:

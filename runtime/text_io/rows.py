@@ -95,8 +95,16 @@ class Columns:
         """Check that a table has the columns.
 
         Raises:
-            InputError: the text column, or one that was asked for by name, is not there.
+            InputError: two have the same name, or the text column, or one that was asked for by
+                name, is not there.
         """
+        seen = set[str]()
+        for name in names:
+            if name in seen:
+                raise InputError(
+                    f'{where} names the column "{name}" twice', "give every column its own name"
+                )
+            seen.add(name)
         wanted = {"--text-column": self.text}
         if self.text_pair is not None:
             wanted["--text-pair-column"] = self.text_pair

@@ -108,11 +108,6 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
             break
     if not header:
         return
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(
-            f'{records.where} names the column "{twice}" twice', "give every column its own name"
-        )
     columns.check(header, records.where)
     # There is no other way to say "none" in a table.
     blank_is_none = [

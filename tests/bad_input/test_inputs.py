@@ -63,13 +63,23 @@ def piped(content: bytes, *options: object) -> Callable[[Place], Arguments]:
     return make
 
 
-def columns(*options: object, **values: list[object]) -> Callable[[Place], Arguments]:
+def columns(*options: object, **values: object) -> Callable[[Place], Arguments]:
     """A Parquet file."""
 
     def make(place: Place) -> Arguments:
         path = place.root / "in.parquet"
         parquet.write_table(pyarrow.table(values), path)
         return run(place, path, *options)
+
+    return make
+
+
+def twice(name: str) -> Callable[[Place], Arguments]:
+    def make(place: Place) -> Arguments:
+        path = place.root / "in.parquet"
+        values = [pyarrow.array(["a"])] * 3
+        parquet.write_table(pyarrow.Table.from_arrays(values, names=["text", name, "x"]), path)
+        return run(place, path)
 
     return make
 
@@ -235,6 +245,10 @@ FILES = [
     Case("Parquet in a pipe", piped(b"PAR1", "--input-format", "parquet"), ("needs a plain file",)),
     Case("Parquet without the column", columns(body=["a"]), ('no column "text"; it has: body',)),
     Case("Parquet of numbers", columns(text=[1, 2]), ('"text" is int64, not a string',)),
+    Case("Parquet with a column twice", twice("text"), ('names the column "text" twice',)),
+    Case("Parquet with another column twice", twice("x"), ('names the column "x" twice',)),
+    Case("Parquet with a day beyond any", columns(text=["a"], day=pyarrow.array([2**30], "date32")),
+         ("row 1 holds what cannot be read",)),
     Case("Parquet with a null", columns(text=["a", None]), ("row 2 has no string field",)),
     Case("Parquet with a list of nulls", columns("--metrics", text=["a"], labels=[[None]]),
          ('"labels" is not a list of names',)),

@@ -53,12 +53,8 @@ def objects(name: str, *texts: str, ascii_only: bool = False) -> Odd:
 MARK = b"\xef\xbb\xbf"
 CASES = [
     lines("right to left", "الفيلم ليس سيئا", "הסרט לא רע film", "\u202enot bad\u202c"),
-    lines(
-        "emoji and combining characters",
-        "good \U0001f469\u200d\U0001f467 film",
-        "cafe\u0301",
-        "e" + "\u0301" * 500,
-    ),
+    lines("emoji", "good \U0001f469\u200d\U0001f467 film", "\U0001f1ec\U0001f1e7" * 500),
+    lines("combining characters", "cafe\u0301", "e" + "\u0301" * 500),
     lines("other planes", "𝒻𝒾𝓁𝓂 \U0010fffd", "\ufffe\uffff"),
     lines("other line ends within a line", "one\x85two\u2028three\u2029four\x0bfive\x0csix"),
     lines("CRLF", "the film", "", "is bad", end="\r\n"),
