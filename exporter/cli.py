@@ -16,7 +16,7 @@ from ..runtime.inspect import not_built_lines
 from ..runtime.manifest import ProblemType, read_manifest
 from ..runtime.shown import Shown
 from . import placement_shown
-from .extend import ExtendOptions, drop_graphs, extend
+from .extend import ExtendOptions, check_options, drop_graphs, extend
 from .formats import Half
 from .placement import PlacementOptions, place_exits
 from .targets.options import RTX_CAPABILITIES, TENSORRT, PlanOptions
@@ -212,6 +212,7 @@ def main(
     content: dict[str, Any] = {}
     lines: list[str] = []
     if model_dir is not None:
+        check_options(wanted)
         folder, content, lines = _export(model_dir, output, fresh, wanted.verify_data, shown)
     else:
         assert source is not None

@@ -26,7 +26,7 @@ from ..runtime.manifest import (
     sha256_of,
     write_manifest,
 )
-from ..runtime.text_io import read_rows
+from ..runtime.text_io import Inputs, read_rows
 from .formats import INT8, Half
 from .target_check import can_run, check_target
 from .targets.options import RTX, TENSORRT, TURING, PlanOptions
@@ -107,10 +107,7 @@ def extend(
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    for backend in options.backends or ():
-        error = why_not(backend)
-        if error:
-            raise error
+    check_options(options)
     try:
         return _extend(path, manifest, options, progress)
     except OSError as error:
@@ -118,6 +115,22 @@ def extend(
             f"cannot write {error.filename or path}: {error.strerror}",
             "check the folder's permissions and free space",
         ) from error
+
+
+def check_options(options: ExtendOptions) -> None:
+    """Refuse what cannot be added here, before anything that takes long.
+
+    Raises:
+        BackendError: a backend that was asked for cannot build here.
+        InputError: a file of texts is not there, or of no known format.
+    """
+    for backend in options.backends or ():
+        error = why_not(backend)
+        if error:
+            raise error
+    for data in (options.int8_data, options.verify_data):
+        if data is not None:
+            Inputs([data])
 
 
 def _extend(

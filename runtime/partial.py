@@ -80,7 +80,7 @@ class Partial:
                 if record["index"] != index:
                     raise ValueError
                 yield record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{self.path}, line {index + 1} is not what this program writes",
                 "delete the file to start again",

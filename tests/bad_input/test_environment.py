@@ -161,8 +161,6 @@ OUTPUTS = [
     Case("a link to its input", onto_its_input("link.jsonl", "link.jsonl"), ("is an input",)),
     Case("rows of another run", standing('{"fpabee": "0.0"}', "--resume"),
          ('is of another run: fpabee was "0.0"', "to start again")),
-    Case("rows of an unknown run", standing("{", "--resume"), ("missing or damaged", "delete")),
-    Case("rows of a run of nothing", standing("[]", "--resume"), ("is of another run",)),
     Case("rows that would be lost", standing("{}"), ("holds 1 rows of a run", "with --resume")),
 ]  # fmt: skip
 

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import itertools
 import os
+import sys
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,17 @@ TEXTS = "".join(f"{a} {b}\n" for a, b in itertools.permutations(WORDS, 2))
 def extend(*options: object) -> Callable[[Place], Arguments]:
     """For the folder as it is, which a case must not change."""
     return lambda place: ["--from", place.shared_engines(), "--quiet", *options]
+
+
+def fresh(*options: object) -> Callable[[Place], Arguments]:
+    """For a new folder, which there will be none of."""
+
+    def make(place: Place) -> Arguments:
+        place.patch.setitem(sys.modules, "tensorrt", None)
+        place.patch.setattr(util, "find_spec", lambda name, *_: None if name == "tensorrt" else 1)
+        return [place.shared_model(), "-o", place.root / "out", "--quiet", *options]
+
+    return make
 
 
 def own(change: Callable[[Path], object], *options: object) -> Callable[[Place], Arguments]:
@@ -147,8 +160,14 @@ PRECISIONS = [
 INT8 = [
     Case("int8 without texts", extend("--int8"), ("no int8 graphs", "--calibration-data FILE")),
     Case("too few texts", texts("rain\n" * 31), ("holds 31 texts", "at least 32")),
+    Case("no file of texts for a new export", fresh("--int8", "--calibration-data", "none.txt"),
+         ("none.txt does not exist",)),
+    Case("texts of an unknown kind", fresh("--int8", "--calibration-data", "texts.doc"),
+         ("texts.doc",)),
+    Case("no TensorRT for a new export", fresh("--fp16", "--backend", "tensorrt"),
+         ("tensorrt is not installed",)),
     Case("one text", texts("rain\n"), ("holds 1 texts", "a few hundred")),
-]
+]  # fmt: skip
 
 FOLDERS = [
     Case("no engines folder", lambda p: ["--from", p.root, "--fp16"], ("has no manifest.json",)),
