@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.archive import read_arrays
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
 from ..runtime.manifest import Manifest, Task
@@ -166,19 +166,18 @@ def _run(
 
 def _read(path: Path, key: _Key) -> StoredTrace | None:
     """A kept trace; None if there is none, or if it is of other texts or another artifact."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if key.texts not in (None, str(content["texts"])):
-                return None
-            if str(content["artifact"]) != key.artifact:
-                return None
-            rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
-            logits, lengths = content["logits"], content["lengths"]
     # Damaged, or of an older format: it is made anew.
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    try:
+        content = read_arrays(path, ("texts", "artifact", "rows", "logits", "lengths"))
+        rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
+    except (ValueError, RecursionError):
         return None
+    if key.texts not in (None, str(content["texts"])) or str(content["artifact"]) != key.artifact:
+        return None
+    logits, lengths = content["logits"], content["lengths"]
+    kinds = logits.dtype == np.float32 and lengths.dtype.kind == "i"
     whole = logits.ndim == 3 and logits.shape[1:2] == lengths.shape == (len(rows),)
-    if not whole or not np.isfinite(logits).all():
+    if not kinds or not whole or not np.isfinite(logits).all():
         return None
     return StoredTrace([Row(*row, {}, line) for line, row in enumerate(rows, 1)], logits, lengths)
 
