@@ -13,7 +13,8 @@ import msgspec
 from ..errors import InputError, MissingExtraError, RowError
 from .rows import Columns, Row
 
-_BATCH_ROWS = 1024
+# Few: a long value that stands in the file once may be that of every row.
+_BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 
 

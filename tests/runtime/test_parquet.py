@@ -208,3 +208,16 @@ def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[fl
         except InputError:
             return
     assert all(isinstance(row, (Row, RowError)) for row in found)
+
+
+def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
+    value = pyarrow.array(["x" * 2**20])
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), value)
+    path = tmp_path / "in.parquet"
+    table = pyarrow.table({"text": ["a"] * 1000, "x": repeated})
+    parquet.write_table(table, path, store_schema=False)
+    assert path.stat().st_size < 2**17
+    before = pyarrow.total_allocated_bytes()
+    for row in Inputs([path]):
+        assert isinstance(row, Row)
+        assert pyarrow.total_allocated_bytes() - before < 2**28
