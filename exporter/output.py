@@ -13,6 +13,18 @@ from ..runtime.errors import ArtifactError
 from ..runtime.manifest import is_engines_folder
 
 
+def resolved(output: str | Path) -> Path:
+    """The folder itself: a link or the current folder is replaced, and not what names it.
+
+    Raises:
+        ArtifactError: it is a link to itself.
+    """
+    target = Path(os.path.realpath(output))
+    if target.is_symlink():
+        raise ArtifactError(f"{output} is a link to itself", "give another folder with -o")
+    return target
+
+
 def check_output(target: Path, force: bool) -> None:
     """Refuse a folder that is not free.
 

@@ -125,7 +125,9 @@ class Inputs:
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
             if text_format is None:
-                is_json = lines.peek().lstrip().startswith("{")
+                first = lines.peek().strip()
+                # Rows in an array are not read, but are no texts either.
+                is_json = first.startswith(("{", "[{")) or first == "["
                 text_format = TextFormat.JSON_LINES if is_json else TextFormat.TEXT
             if text_format is TextFormat.TEXT:
                 yield from text_rows(lines)

@@ -266,6 +266,8 @@ FILES = [
     Case("a second file that is not there", lambda p: run(p, p.texts(), "--input", "none.txt"),
          ("none.txt does not exist",)),
     Case("standard input twice", lambda p: run(p, "-", "--input", "-"), ("given twice", "once")),
+    Case("standard input that is an array", piped(b'[{"text": "a"}]\n'), ("an array", ARRAY)),
+    Case("standard input that is an array over lines", piped(b'[\n{"text": "a"}\n]\n'), (ARRAY,)),
     Case("standard input in bad JSON", piped(b'{"text": "a"}\n{\n'), ("standard input, line 2",)),
     Case("an unknown suffix", given("in.xls", "a\n"), ("the format from '.xls'", "rename")),
     Case("another packer", given("in.txt.bz2", "a\n"), ("the format from '.bz2'",)),
