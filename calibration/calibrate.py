@@ -17,16 +17,17 @@ from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import RULES, Budget, ExitRule
 from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
+from ..runtime.metrics import Labels
 from ..runtime.operating_point import Certificate, OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
 from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
-from .cuts import TunedCuts, tune_cuts, with_cuts
+from .cuts import TunedCuts, check_cuts, tune_cuts, with_cuts
 from .outcome import Outcome, exits_of, outcome
-from .risk import Bound, RiskOf, control
-from .scoring import AGREEMENT, METRICS, Rows, Scorer
+from .risk import Bound, RiskOf, check_row_mean, control
+from .scoring import AGREEMENT, METRICS, Rows, Scorer, check_metric
 from .select import PARTS, Selector, every_setting
 from .settings import PER_EXIT, Candidate
-from .trace import Progress, data_sha256, trace_rows
+from .trace import Progress, data_sha256, expected_labels, trace_rows
 from .weighing import Weighing
 
 DEFAULT_WISHES = {
@@ -265,8 +266,8 @@ class _Session:
 
     def run(self, rows: Sequence[Row], test: Sequence[Row] | None) -> Calibration:
         """Trace, measure, choose, report."""
+        self._check(rows, test)
         seen = self._trace(rows)
-        _check_rows(seen)
         held = None if test is None else self._trace(test)
         cuts = None
         if self.options.tune_cuts:
@@ -303,6 +304,26 @@ class _Session:
             cuts=cuts,
             layers=self.layers,
         )
+
+    def _check(self, rows: Sequence[Row], test: Sequence[Row] | None) -> None:
+        """Refuse what cannot be calibrated before the model is run for it."""
+        options, task = self.options, self.engine.manifest.task
+        labelled = not options.unlabelled
+        check_metric(self.metric, task.problem_type, labelled)
+        if options.tune_cuts:
+            check_cuts(task.problem_type, labelled)
+        if options.bound is not None and options.bound.risk_of is RiskOf.DROP:
+            check_row_mean(self.metric)
+        _check_rows(len(rows), expected_labels(rows, task) if labelled else None)
+        if test is None:
+            return
+        if labelled:
+            expected_labels(test, task)
+        if data_sha256(test, labels=False) == data_sha256(rows, labels=False):
+            raise InputError(
+                "the test rows are those that choose: they would look better than new rows",
+                "give --test other rows, or leave it out",
+            )
 
     def _held_out_name(self) -> str:
         if self.options.test is not None:
@@ -405,14 +426,14 @@ class _Session:
         return tuple(sorted(found, key=lambda contender: -contender.held_out.estimated))
 
 
-def _check_rows(rows: Rows) -> None:
+def _check_rows(count: int, expected: Labels | None) -> None:
     """Refuse rows that nothing can be learnt from."""
-    if len(rows) < LEAST_ROWS:
+    if count < LEAST_ROWS:
         raise InputError(
-            f"{len(rows)} rows are too few to choose on one part and judge on another",
+            f"{count} rows are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; a few hundred tell half a point from chance",
         )
-    if rows.expected is not None and len(np.unique(rows.expected, axis=0)) < 2:
+    if expected is not None and len(np.unique(expected, axis=0)) < 2:
         raise InputError(
             "all rows have the same label, so any rule that says it looks perfect",
             "give rows of every label, as they will come",

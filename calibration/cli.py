@@ -11,14 +11,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.distributions import Measure
 from ..runtime.exit_rules import RULES
 from ..runtime.extras import require
 from ..runtime.operating_point import Wish
+from ..runtime.options import FiniteRange, exits_with_one_line, version_option
 from ..runtime.shown import Shown
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
-from .report import write_report
+from .report import check_place, write_report
 from .risk import Bound, RiskOf
 from .scoring import METRICS
 from .words import drop_in_words, rule_in_words
@@ -41,17 +41,16 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 100),
+    type=FiniteRange(0, 100),
     help="Largest drop of the metric in points. Default: three points, see below.",
 )
-@click.option("--speedup", type=click.FloatRange(min=1), help="Least speed-up.")
-@click.option("--risk", type=float, help="Bound the loss on new rows, in points.")
-@click.option("--confidence", type=float, default=95.0, help="Of --risk, in percent.")
+@click.option("--speedup", type=FiniteRange(min=1), help="Least speed-up.")
+@click.option("--risk", type=FiniteRange(), help="Bound the loss on new rows, in points.")
+@click.option("--confidence", type=FiniteRange(), help="Of --risk, in percent. Default: 95.")
 @click.option(
     "--risk-of",
     type=click.Choice([kind.value for kind in RiskOf]),
-    default=RiskOf.DROP.value,
-    help="Drop of the metric, or disagreement with full depth.",
+    help="Drop of the metric (default), or disagreement with full depth.",
 )
 @click.option("--metric", type=click.Choice(_METRICS), help="Default: accuracy or exact_match.")
 @click.option(
@@ -79,7 +78,7 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
 )
 @click.option("--no-texts", is_flag=True, help="Leave the rows' texts out of the report.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @version_option
@@ -104,6 +103,7 @@ def main(
         raise click.UsageError("--no-texts is about a report: give --report")
     if report is not None:
         require("plot")
+        check_place(report)
     with Shown(quiet) as progress:
         result = calibrate(engines, data, options, progress)
     # The report comes last: what it may fail at is no matter for the calibration.
@@ -134,11 +134,19 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         raise click.UsageError(f"{flags}: give one wish at a time; each makes a point of its own")
     if name is not None and not asked:
         raise click.UsageError("--name names one point: give --max-drop, --speedup or --risk")
+    if name is not None and not (name and name.isprintable()):
+        raise click.UsageError(f"--name {name!a}: give a name that can be read and typed")
+    of_risk = (settings["confidence"], settings["risk_of"])
+    if settings["risk"] is None and of_risk != (None, None):
+        raise click.UsageError("--confidence and --risk-of are about --risk: give it too")
+    if "auto" in settings["rules"] and len(settings["rules"]) > 1:
+        raise click.UsageError("--rule auto takes whatever wins: give no other rule with it")
     bound, wishes = None, dict(DEFAULT_WISHES)
     default = "balanced"
     if settings["risk"] is not None:
-        risk, confidence = settings["risk"] / 100, settings["confidence"] / 100
-        bound = Bound(risk, confidence, RiskOf(settings["risk_of"]))
+        confidence = 95.0 if settings["confidence"] is None else settings["confidence"]
+        risk_of = RiskOf(settings["risk_of"] or RiskOf.DROP)
+        bound = Bound(settings["risk"] / 100, confidence / 100, risk_of)
         default = name or f"risk-{settings['risk']:g}"
     elif asked:
         short = {"max_drop": "drop", "speedup": "speedup"}[asked[0]]

@@ -36,6 +36,19 @@ class TunedCuts:
     after: float
 
 
+def check_cuts(problem_type: ProblemType, labelled: bool) -> None:
+    """Check that cuts can be tuned.
+
+    Raises:
+        InputError: the task is single-label, or the rows have no labels.
+    """
+    if problem_type is not ProblemType.MULTI_LABEL or not labelled:
+        raise InputError(
+            "cuts are for multi-label models with labelled rows",
+            "leave out --tune-cuts, or give labelled multi-label data",
+        )
+
+
 def tune_cuts(rows: Rows, metric: str, seed: int = 0) -> TunedCuts:
     """Choose a cut for each label by the score at full depth.
 
@@ -47,13 +60,10 @@ def tune_cuts(rows: Rows, metric: str, seed: int = 0) -> TunedCuts:
     Raises:
         InputError: the task is single-label, or the rows have no labels.
     """
-    if rows.problem_type is not ProblemType.MULTI_LABEL or rows.expected is None:
-        raise InputError(
-            "cuts are for multi-label models with labelled rows",
-            "leave out --tune-cuts, or give labelled multi-label data",
-        )
+    check_cuts(rows.problem_type, rows.expected is not None)
     probabilities = Outputs(rows.logits[-1], rows.problem_type).probabilities
     expected = rows.expected
+    assert expected is not None
     parts = np.random.default_rng(seed).permutation(np.arange(len(rows)) % _PARTS)
     predicted = np.empty_like(expected)
     for part in range(_PARTS):

@@ -26,7 +26,7 @@ from ..runtime.distributions import Array
 from ..runtime.errors import InputError
 from ..runtime.operating_point import Certificate
 from .outcome import exits_of
-from .scoring import Scorer
+from .scoring import ROW_MEANS, Scorer
 from .select import ALL, PARTS, Selector
 from .settings import Candidate, Settings
 
@@ -95,6 +95,19 @@ class Bound:
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
 
+def check_row_mean(metric: str) -> None:
+    """Check that the drop of a metric has a loss of each row.
+
+    Raises:
+        InputError: it is no mean over rows.
+    """
+    if metric not in ROW_MEANS:
+        raise InputError(
+            f"{metric} is no mean over rows, so the risk of its drop cannot be bounded",
+            "give --metric accuracy (exact_match), or --risk-of disagreement",
+        )
+
+
 def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
     """The loss `[exits, rows]` of a row that stops at an exit: -1, 0 or 1.
 
@@ -106,11 +119,7 @@ def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
         same = answers == answers[-1]
         same = same if same.ndim == 2 else same.all(axis=-1)
         return np.asarray(1.0 - same)
-    if not scorer.is_row_mean:
-        raise InputError(
-            f"{scorer.metric} is no mean over rows, so the risk of its drop cannot be bounded",
-            "give --metric accuracy (exact_match), or --risk-of disagreement",
-        )
+    check_row_mean(scorer.metric)
     right = scorer.right().astype(np.float64)
     return np.asarray(right[-1] - right)
 

@@ -74,6 +74,24 @@ class Rows:
         return np.stack([Outputs(z, self.problem_type, self.cuts).answers for z in self.logits])
 
 
+def check_metric(metric: str, problem_type: ProblemType, labelled: bool) -> None:
+    """Check that rows of a task can be scored so.
+
+    Raises:
+        InputError: the task has no such metric, or it needs labels and there are none.
+    """
+    known = METRICS[problem_type]
+    if metric not in known:
+        raise InputError(
+            f"metric {metric!r} does not exist for this task", f"choose from {', '.join(known)}"
+        )
+    if not labelled and metric != AGREEMENT:
+        raise InputError(
+            f"metric {metric} needs labels, and the rows are used without",
+            "leave out --metric, or --unlabelled",
+        )
+
+
 class Scorer:
     """One metric of rows that stop at given exits.
 
@@ -91,16 +109,7 @@ class Scorer:
     """
 
     def __init__(self, rows: Rows, metric: str) -> None:
-        known = METRICS[rows.problem_type]
-        if metric not in known:
-            raise InputError(
-                f"metric {metric!r} does not exist for this task", f"choose from {', '.join(known)}"
-            )
-        if rows.expected is None and metric != AGREEMENT:
-            raise InputError(
-                f"metric {metric} needs labels, and the rows have none",
-                'add "label" or "labels" to every row, or give --unlabelled',
-            )
+        check_metric(metric, rows.problem_type, rows.expected is not None)
         self.metric = metric
         self.answers = rows.answers()
         self._labels = rows.logits.shape[2]

@@ -7,9 +7,9 @@ so that exits can be placed later by what they say.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.archive import read_arrays
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
-from ..runtime.manifest import Manifest
-from ..runtime.metrics import encode_labels
+from ..runtime.manifest import Manifest, Task
+from ..runtime.metrics import Labels, encode_labels
 from ..runtime.text_io import Row
 from .scoring import Rows
 
@@ -53,6 +54,22 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
+    """The labels of rows, see `encode_labels`.
+
+    Raises:
+        InputError: a row has no label, or one that the model does not know.
+    """
+    for row in rows:
+        if row.labels is None:
+            raise InputError(
+                f"{row.place} has no label, and calibration needs one",
+                'add "label" or "labels" to every row, or give --unlabelled',
+            )
+    given = [row.labels or () for row in rows]
+    return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])
+
+
 def trace_rows(
     engine: Engine,
     rows: Sequence[Row],
@@ -75,15 +92,7 @@ def trace_rows(
         ArtifactError: the folder cannot be written.
     """
     manifest, task = engine.manifest, engine.manifest.task
-    expected = None
-    if labels:
-        for row in rows:
-            if row.labels is None:
-                raise InputError(
-                    f"line {row.line} has no label, and calibration needs one",
-                    'add "label" or "labels" to every row, or give --unlabelled',
-                )
-        expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
+    expected = expected_labels(rows, task) if labels else None
     key = _Key(data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target))
     path = _path(folder, engine.target, key)
     kept = _read(path, key)
@@ -149,7 +158,7 @@ def _run(
     bad = ~np.isfinite(logits).all(axis=(0, 2))
     if bad.any():
         raise InputError(
-            f"the model gives logits that are not numbers for line {rows[int(bad.argmax())].line}",
+            f"the model gives logits that are not numbers for {rows[int(bad.argmax())].place}",
             "check the target with fpabee-inspect, or choose another --target",
         )
     return logits, np.concatenate([part.lengths for part in parts])
@@ -157,16 +166,18 @@ def _run(
 
 def _read(path: Path, key: _Key) -> StoredTrace | None:
     """A kept trace; None if there is none, or if it is of other texts or another artifact."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if key.texts not in (None, str(content["texts"])):
-                return None
-            if str(content["artifact"]) != key.artifact:
-                return None
-            rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
-            logits, lengths = content["logits"], content["lengths"]
     # Damaged, or of an older format: it is made anew.
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    try:
+        content = read_arrays(path, ("texts", "artifact", "rows", "logits", "lengths"))
+        rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
+    except (ValueError, RecursionError):
+        return None
+    if key.texts not in (None, str(content["texts"])) or str(content["artifact"]) != key.artifact:
+        return None
+    logits, lengths = content["logits"], content["lengths"]
+    kinds = logits.dtype == np.float32 and lengths.dtype.kind == "i"
+    whole = logits.ndim == 3 and logits.shape[1:2] == lengths.shape == (len(rows),)
+    if not kinds or not whole or not np.isfinite(logits).all():
         return None
     return StoredTrace([Row(*row, {}, line) for line, row in enumerate(rows, 1)], logits, lengths)
 
@@ -177,9 +188,9 @@ _StoredRow = tuple[str, str | None, tuple[str, ...] | None]
 def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
     # As UTF-8 JSON bytes: an object array would have to be unpickled.
     rows = msgspec.json.encode([(row.text, row.text_pair, row.labels) for row in trace.rows])
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(
                 file,
@@ -191,6 +202,8 @@ def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
             )
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {path}: {error.strerror}",
             "give a folder that can be written with --output",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from ..runtime.batching import cut_groups
 from ..runtime.decider import Decider
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
+from ..runtime.errors import ModelError
 from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
+from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
 from .merge import merge_chain
 
 FULL_GRAPH = "full graph"
@@ -137,7 +138,7 @@ class _Runner:
             providers=["CPUExecutionProvider"],
         )
         self._inputs = [value.name for value in self._full.get_inputs()]
-        self._torch = _load_torch(options.model_dir, options.threads)
+        self._torch = _load_torch(options, engine.manifest.model.source_sha256)
 
     @property
     def has_torch(self) -> bool:
@@ -383,16 +384,26 @@ def _padded(rows: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, Any]:
     return arrays
 
 
-def _load_torch(model_dir: str | None, threads: int | None) -> Any:
-    if model_dir is None:
+def _load_torch(options: BenchOptions, exported: Mapping[str, str]) -> Any:
+    """The PyTorch model, if it is asked for; another than the exported one is no comparison."""
+    if options.model_dir is None:
         return None
     from ..runtime.extras import require
 
     require("export")
     import torch
 
-    from .checkpoint import load_checkpoint
+    from .checkpoint import load_checkpoint, resolve_model_dir
+    from .weights import WEIGHTS
 
-    if threads:
-        torch.set_num_threads(threads)
-    return load_checkpoint(model_dir, attention=None)
+    folder = resolve_model_dir(options.model_dir)
+    for name in WEIGHTS:
+        path = folder / name
+        if name in exported and path.is_file() and sha256_of(path) != exported[name]:
+            raise ModelError(
+                f"{path} is not what was exported: its hash differs",
+                "give --model-dir the model that the engines folder was made of",
+            )
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return load_checkpoint(folder, attention=None)

@@ -12,12 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration import threshold_for_depth
-from ..runtime.cli import chosen_rule, exits_with_one_line, rule_options, version_option
 from ..runtime.engine import Engine
 from ..runtime.exit_rules import takes_threshold
 from ..runtime.extras import require
+from ..runtime.options import (
+    FiniteRange,
+    chosen_rule,
+    exits_with_one_line,
+    rule_options,
+    version_option,
+)
 from ..runtime.text_io import read_rows
 from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
+
+_MOST_TOKENS = 2**20
 
 
 def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
@@ -28,6 +36,8 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
         pairs = ((0, 0),)
     if any(rows < 1 or tokens < 1 for rows, tokens in pairs):
         raise click.BadParameter(f"{value!r} is not a list such as 1x32,32x128")
+    if any(rows * tokens > _MOST_TOKENS for rows, tokens in pairs):
+        raise click.BadParameter(f"{value!r} has a batch of more than {_MOST_TOKENS} tokens")
     return pairs
 
 
@@ -37,14 +47,14 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
 @rule_options
 @click.option(
     "--depth",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=FiniteRange(min=0, max=1, min_open=True),
     help="Choose the threshold whose mean depth is this share of the layers.",
 )
 @click.option("--model-dir", help="The PyTorch model: time the same rule there too.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5)
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=120.0,
     help="Per workload; after it the rest is run only once.",
 )
@@ -74,6 +84,8 @@ def main(
     **settings: Any,
 ) -> None:
     """Time ENGINES on the texts of --input against one full graph, interleaved."""
+    if depth is not None and settings["threshold"] is not None:
+        raise click.UsageError("--depth chooses the threshold: give no --threshold with it")
     require("bench")
     texts = [row.content for row in read_rows(source)]
     with Engine.load(engines, threads=threads) as engine:

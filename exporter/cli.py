@@ -16,10 +16,10 @@ from ..runtime.inspect import not_built_lines
 from ..runtime.manifest import ProblemType, read_manifest
 from ..runtime.shown import Shown
 from . import placement_shown
-from .extend import ExtendOptions, drop_graphs, extend
+from .extend import ExtendOptions, check_options, drop_graphs, extend
 from .formats import Half
 from .placement import PlacementOptions, place_exits
-from .targets.options import PlanOptions
+from .targets.options import RTX_CAPABILITIES, TENSORRT, PlanOptions
 
 AUTO = "auto"
 
@@ -49,7 +49,15 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     parts = [part.strip().replace(".", "") for part in value.split(",")]
     if not all(part.isdigit() and len(part) > 1 for part in parts):
         raise click.BadParameter(f"{value!r} is not a list of compute capabilities such as 86,89")
-    return tuple(f"{part[:-1]}.{part[-1]}" for part in parts)
+    found = tuple(dict.fromkeys(f"{part[:-1]}.{part[-1]}" for part in parts))
+    for capability in found:
+        if capability not in RTX_CAPABILITIES:
+            raise click.BadParameter(
+                f"TensorRT for RTX has no support for {capability}; it has "
+                f"{', '.join(RTX_CAPABILITIES)}. For others build on the device, with --backend "
+                "tensorrt"
+            )
+    return found
 
 
 @click.command(context_settings={"show_default": True})
@@ -130,7 +138,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     "--sequence", callback=_three, default="16,64,128", help="Tokens: least, typical, most."
 )
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder.")
-@click.option("--workspace", type=click.IntRange(min=1), help="Most scratch memory, in MiB.")
+@click.option("--workspace", type=click.IntRange(1, 2**20), help="Most scratch memory, in MiB.")
 @click.option("--version-compatible", is_flag=True, help="Plans for later TensorRT versions.")
 @click.option("--hardware-compatible", is_flag=True, help="Plans for Ampere and later GPUs.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, help="Builds at a time.")
@@ -192,12 +200,19 @@ def main(
         raise click.UsageError("--calibration-data goes with --int8")
     if wanted.int8 and wanted.int8_data is None and source is None:
         raise click.UsageError("--int8 needs --calibration-data")
+    if (settings["version_compatible"] or settings["hardware_compatible"]) and (
+        wanted.backends != (TENSORRT,)
+    ):
+        raise click.UsageError(
+            "--version-compatible and --hardware-compatible go with --backend tensorrt"
+        )
     if settings["no_onnx"] and source is None:
         raise click.UsageError("--no-onnx goes with --from, on the device")
     shown = Shown(quiet)
     content: dict[str, Any] = {}
     lines: list[str] = []
     if model_dir is not None:
+        check_options(wanted)
         folder, content, lines = _export(model_dir, output, fresh, wanted.verify_data, shown)
     else:
         assert source is not None

@@ -26,7 +26,7 @@ from ..runtime.manifest import (
     sha256_of,
     write_manifest,
 )
-from ..runtime.text_io import read_rows
+from ..runtime.text_io import Inputs, read_rows
 from .formats import INT8, Half
 from .target_check import can_run, check_target
 from .targets.options import RTX, TENSORRT, TURING, PlanOptions
@@ -107,10 +107,7 @@ def extend(
     """
     path = Path(folder)
     manifest = read_manifest(path)
-    for backend in options.backends or ():
-        error = why_not(backend)
-        if error:
-            raise error
+    check_options(options)
     try:
         return _extend(path, manifest, options, progress)
     except OSError as error:
@@ -120,9 +117,34 @@ def extend(
         ) from error
 
 
+def check_options(options: ExtendOptions) -> None:
+    """Refuse what cannot be added here, before anything that takes long.
+
+    Raises:
+        BackendError: a backend that was asked for cannot build here.
+        InputError: a file of texts is not there, or of no known format.
+    """
+    for backend in options.backends or ():
+        error = why_not(backend)
+        if error:
+            raise error
+    for data in (options.int8_data, options.verify_data):
+        if data is not None:
+            Inputs([data])
+
+
 def _extend(
     path: Path, manifest: Manifest, options: ExtendOptions, progress: Progress
 ) -> ExtendResult:
+    asked = tuple(half.value for half in options.precisions)
+    asked += (INT8,) if options.int8 else ()
+    precisions = asked or tuple(manifest.precisions) or ("fp32",)
+    backends = BACKENDS if options.backends is None else options.backends
+    for backend in backends:
+        if why_not(backend) is None:
+            for precision in precisions:
+                # Refuses plans that cannot be, before anything is written.
+                options.plans.fitted(manifest, backend, precision)
     texts = [row.content for row in read_rows(options.verify_data)] if options.verify_data else []
     rule = ExitRule.from_dict(manifest.default_rule)
     checks, before = [], manifest
@@ -156,10 +178,7 @@ def _extend(
         )
     built: list[str] = []
     not_built: dict[str, NotBuilt] = {}
-    asked = tuple(half.value for half in options.precisions)
-    asked += (INT8,) if options.int8 else ()
-    precisions = asked or tuple(manifest.precisions) or ("fp32",)
-    for backend in BACKENDS if options.backends is None else options.backends:
+    for backend in backends:
         for precision in precisions:
             manifest, name = add_target(path, manifest, backend, precision, options, progress)
             if name is None:

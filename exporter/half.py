@@ -31,6 +31,7 @@ from ..runtime.manifest import (
 )
 from ..runtime.reference import read_reference
 from .formats import Half
+from .output import replacing
 from .precision import ABS_MAX, Plan, emulate, largest_weight, lower, plan
 
 AUTO = "auto"
@@ -124,13 +125,16 @@ def add_half(
     report = replace(report, kept=listed)
     if not report.passed:
         raise VerificationError(_what_failed(report), _how_to_mend(report, half, keep))
-    graphs = {}
-    for number, (name, proto) in enumerate(protos.items()):
-        progress(f"{half.value} {name}", number, len(protos))
-        path = folder / "onnx" / half.value / f"{name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(lower(proto, half, plans[name]).SerializeToString(deterministic=True))
-        graphs[name] = record_of(folder, path, manifest.graphs[name], half, plans[name])
+    place = folder / "onnx" / half.value
+    with replacing(place) as temporary:
+        for number, (name, proto) in enumerate(protos.items()):
+            progress(f"{half.value} {name}", number, len(protos))
+            lowered = lower(proto, half, plans[name]).SerializeToString(deterministic=True)
+            (temporary / f"{name}.onnx").write_bytes(lowered)
+    graphs = {
+        name: record_of(folder, place / f"{name}.onnx", manifest.graphs[name], half, plans[name])
+        for name in protos
+    }
     precisions = {**manifest.precisions, half.value: graphs}
     return msgspec.structs.replace(manifest, precisions=precisions), report
 

@@ -24,6 +24,7 @@ from ..runtime.manifest import Manifest, verified
 from ..runtime.reference import read_reference
 from .formats import INT8, Half
 from .half import Emulation, HalfReport, record_of, report_of
+from .output import replacing
 from .precision import lower, plan
 
 FOLDER = "int8-qdq"
@@ -85,13 +86,17 @@ def add_int8(
             f"{report.agreement} of {report.rows} texts",
             "give more calibration texts, or stay with --fp16",
         )
-    graphs = {}
-    for name, proto in quantized.items():
-        path = folder / "onnx" / FOLDER / f"{name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lowered = lower(proto, Half.FP16, plans[name])
-        path.write_bytes(lowered.SerializeToString(deterministic=True))
-        graphs[name] = record_of(folder, path, manifest.graphs[name], Half.FP16, plans[name])
+    place = folder / "onnx" / FOLDER
+    with replacing(place) as temporary:
+        for name, proto in quantized.items():
+            lowered = lower(proto, Half.FP16, plans[name]).SerializeToString(deterministic=True)
+            (temporary / f"{name}.onnx").write_bytes(lowered)
+    graphs = {
+        name: record_of(
+            folder, place / f"{name}.onnx", manifest.graphs[name], Half.FP16, plans[name]
+        )
+        for name in quantized
+    }
     precisions = {**manifest.precisions, INT8: graphs}
     return msgspec.structs.replace(manifest, precisions=precisions), report
 

@@ -13,6 +13,18 @@ from ..runtime.errors import ArtifactError
 from ..runtime.manifest import is_engines_folder
 
 
+def resolved(output: str | Path) -> Path:
+    """The folder itself: a link or the current folder is replaced, and not what names it.
+
+    Raises:
+        ArtifactError: it is a link to itself.
+    """
+    target = Path(os.path.realpath(output))
+    if target.is_symlink():
+        raise ArtifactError(f"{output} is a link to itself", "give another folder with -o")
+    return target
+
+
 def check_output(target: Path, force: bool) -> None:
     """Refuse a folder that is not free.
 
@@ -59,6 +71,20 @@ def staging(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder whose files get their places in the target when all are written.
+
+    Raises:
+        OSError: they cannot be written; the target is as it was.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
+        yield Path(name)
+        target.mkdir(exist_ok=True)
+        for file in sorted(Path(name).iterdir()):
+            file.replace(target / file.name)
 
 
 def publish(folder: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .keep_exits import check_exits
 from .multi_exit import MultiExitModel
-from .output import check_output, publish, staging
+from .output import check_output, publish, resolved, staging
 from .parity import FP32_TARGET, LEAST_TOLERANCE, Parity, check_chain, with_parity
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_graphs, reference_logits
@@ -125,8 +125,7 @@ def export(
         ```
     """
     options = options or ExportOptions()
-    # Resolved, so that a link or the current folder is replaced and not what names it.
-    target = Path(output).resolve()
+    target = resolved(output)
     check_output(target, options.force)
     check_installed()  # verification needs a runtime: say so before the long part
     source = resolve_model_dir(model_dir)

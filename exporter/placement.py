@@ -24,7 +24,7 @@ from ..runtime.operating_point import OperatingPoint, Wish
 from ..runtime.text_io import Row, read_rows
 from .extend import ExtendOptions, add_target
 from .keep_exits import check_exits, keep_exits
-from .output import check_output, publish, staging
+from .output import check_output, publish, resolved, staging
 from .parity import Parity
 from .targets.options import RTX
 
@@ -136,9 +136,9 @@ def place_exits(
         BackendError: the target cannot run here.
     """
     require("merge")
-    old, new = Path(source), Path(output).resolve()
+    old, new = Path(source), resolved(output)
     manifest = read_manifest(old)
-    if new == old.resolve():
+    if new.is_relative_to(old.resolve()):
         raise ArtifactError(f"{old} cannot be written over itself", "give another folder with -o")
     check_output(new, options.force)
     if options.exits is not None:

@@ -95,6 +95,7 @@ def main(
         raise click.UsageError("--full-depth runs every layer: give no rule with it")
     destination = _destination(output, output_format, resume)
     inputs = Inputs(sources, TextFormat(input_format) if input_format else None, columns)
+    destination.check_inputs(sources)
     regroup = _regroup(engines, target)
     with Engine.load(
         engines,

@@ -16,7 +16,7 @@ from .backends.base import Backend, Limits
 from .batching import CostCurve, cut_groups
 from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
-from .distributions import Outputs
+from .distributions import Array, Outputs
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
@@ -117,7 +117,8 @@ class Engine:
             BackendError: no such target, it cannot run here, or `threads` is impossible.
             InputError: `max_length` leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
-            RuleError: the operating point or rule does not exist or does not fit, or both are given.
+            RuleError: the operating point or rule does not exist or does not fit; or both are
+                given.
             VerificationError: with `check`, the target is not that model.
         """
         if rule is not None and operating_point is not None:
@@ -211,7 +212,8 @@ class Engine:
         Raises:
             InputError: something is neither a text nor a pair, or the deadline is no number.
             RuleError: the rule or `max_exit` does not fit the model.
-            BackendError: the engine is closed, or a row is longer than the target takes.
+            BackendError: the engine is closed, a row is longer than the target takes, or the target
+                gives scores that are not numbers.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         if deadline_ms is None:
@@ -447,6 +449,8 @@ class Engine:
     ) -> Iterator[Prediction]:
         """Run a window of rows and count them."""
         result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
+        outputs = self._outputs(result)
+        self._check_numbers(outputs.probabilities, result)
         cut = np.zeros(len(rows), np.bool_)
         if cap is not None:
             cut = cut_rows(self._decider(rule), result.exits, result.logits, cap)
@@ -454,7 +458,6 @@ class Engine:
         truncated = sum(row.truncated for row in rows)
         self._counter.add(result.exits, truncated, cut, late, result.wasted)
         layers = self._manifest.exit_layers
-        outputs = self._outputs(result)
         probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
             answer = outputs.answers[number]
@@ -469,6 +472,16 @@ class Engine:
                 truncated=row.truncated,
                 cut=bool(cut[number]),
                 late=late,
+            )
+
+    def _check_numbers(self, probabilities: Array, result: WindowResult) -> None:
+        """Refuse answers made of NaN: they would name a label all the same."""
+        bad = ~np.isfinite(probabilities).all(axis=-1)
+        if bad.any():
+            raise BackendError(
+                f"target {self.target} gives scores that are not numbers at exit "
+                f"{result.exits[int(bad.argmax())]}",
+                f"see what it is: fpabee-inspect {self._folder} --check, or choose another target",
             )
 
 

@@ -10,10 +10,13 @@
     |   `-- MissingExtraError   an optional package is not installed
     `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
-Every message says what was found, what was expected, and how to mend it.
+Every message says what was found, what was expected, and how to mend it, in one line: what it
+quotes of a file or of the command line may hold line ends, escape codes, or megabytes.
 """
 
 from __future__ import annotations
+
+_MOST_CHARACTERS = 480
 
 
 class FpabeeError(Exception):
@@ -25,9 +28,9 @@ class FpabeeError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _in_one_line(message)
+        self.hint = _in_one_line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} -> {self.hint}" if self.hint else self.message
@@ -63,3 +66,18 @@ class MissingExtraError(BackendError):
 
 class VerificationError(FpabeeError):
     """Segments, or a target built of them, do not give what the PyTorch model gives."""
+
+
+def _in_one_line(text: str) -> str:
+    """The text with what a terminal would not print escaped, and without a middle if it is long."""
+    text = _without_middle(text)
+    if text.isprintable():
+        return text
+    return _without_middle("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def _without_middle(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"

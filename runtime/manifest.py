@@ -341,14 +341,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raw = _read_bytes(folder)
         new = _graft(msgspec.json.decode(raw), _plain(_decode(folder, raw)), new)
     text = msgspec.json.format(msgspec.json.encode(new), indent=2) + b"\n"
+    partial = None
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".manifest-", delete=False) as file:
+            partial = Path(file.name)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(folder / MANIFEST_NAME)
+        partial.chmod(0o644)
+        partial.replace(folder / MANIFEST_NAME)
     except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {folder / MANIFEST_NAME}: {error.strerror}",
             "check the folder's permissions and free space",

@@ -14,7 +14,10 @@ Labels = NDArray[np.int64]
 
 
 def encode_labels(
-    rows: Sequence[Sequence[str]], names: Sequence[str], problem_type: ProblemType
+    rows: Sequence[Sequence[str]],
+    names: Sequence[str],
+    problem_type: ProblemType,
+    places: Sequence[str] = (),
 ) -> Labels:
     """Label names to numbers.
 
@@ -22,6 +25,7 @@ def encode_labels(
         rows: the label names of each row.
         names: all label names, in the order of the logits.
         problem_type: the task.
+        places: of each row, what to call it in messages; default: its number.
 
     Returns:
         Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1.
@@ -32,16 +36,18 @@ def encode_labels(
     index = {name: number for number, name in enumerate(names)}
     encoded = np.zeros((len(rows), len(names)), np.int64)
     for number, row in enumerate(rows):
+        place = places[number] if places else f"row {number + 1}"
         unknown = [name for name in row if name not in index]
         if unknown:
             raise InputError(
-                f"row {number + 1} has label {unknown[0]!r}, which the model does not know",
+                f"{place} has label {unknown[0]!r}, which the model does not know",
                 f"the model's labels are: {', '.join(names)}",
             )
         if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
             raise InputError(
-                f"row {number + 1} has {len(row)} labels, but the task is single-label",
-                'give one "label" a row, or choose --problem-type multi_label_classification',
+                f"{place} has {len(row)} labels, but the task is single-label",
+                'give one "label" a row; several need a model that was trained and exported with '
+                "--problem-type multi_label_classification",
             )
         encoded[number, [index[name] for name in row]] = 1
     return encoded.argmax(axis=1) if problem_type is ProblemType.SINGLE_LABEL else encoded

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +22,8 @@ from .text_io import LABEL_SEPARATOR, Columns, TextFormat
 from .writers import OutputFormat
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 version_option = click.version_option(__version__, package_name="fpabee")
 
@@ -56,25 +60,64 @@ class _ThresholdType(click.ParamType[Threshold]):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers; `nan` and `inf`, which Python takes for numbers, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A number of the range."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 def exits_with_one_line(function: F) -> F:
     """Turn our errors into one line on stderr and exit code 1; bugs keep their traceback."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
         except FpabeeError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(1)
+            _exit_with(error)
         except BrokenPipeError:
             # The reader (such as head) has seen enough: not an error of ours.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
             sys.exit(0)
+        except OSError as error:
+            _exit_with(_refused(error))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _exit_with(error: FpabeeError) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(1)
+
+
+def _refused(error: OSError) -> FpabeeError:
+    """What the system refuses: a path that it does not take, or standard output without room."""
+    if error.filename is not None:
+        return FpabeeError(
+            f"{error.filename}: {error.strerror}", "check the path and its permissions"
+        )
+    if error.errno not in _NO_ROOM:
+        raise error
+    # Else Python would try again at its end.
+    _drop_stdout()
+    return FpabeeError(
+        f"cannot write standard output: {error.strerror}", "make room where it goes to"
+    )
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
@@ -97,7 +140,7 @@ def rule_options(function: F) -> F:
             type=_ThresholdType(),
             help="Threshold of the rule: one, or one for each exit with commas.",
         ),
-        click.option("--agreement", type=float, help="Threshold of either's measure."),
+        click.option("--agreement", type=FiniteRange(), help="Threshold of either's measure."),
         click.option("--patience", type=click.IntRange(min=1), help="Signs in a row to stop."),
         click.option("--exit", type=click.IntRange(min=1), help="The exit of budget."),
         click.option("--min-exit", type=click.IntRange(min=1), help="No row stops before it."),
@@ -149,7 +192,15 @@ def input_options(function: F) -> F:
 
 
 def chosen_columns(settings: dict[str, Any]) -> Columns:
-    """The columns that the options name; takes those options out of the settings."""
+    """The columns that the options name; takes those options out of the settings.
+
+    Raises:
+        click.UsageError: two options name the same column.
+    """
+    names = [settings[f"{kind}_column"] for kind in ("text", "text_pair", "label")]
+    named = [name for name in names if name is not None]
+    if len(set(named)) < len(named):
+        raise click.UsageError("a column is text, text_pair or label: give each its own")
     return Columns(
         text=settings.pop("text_column"),
         text_pair=settings.pop("text_pair_column"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 from .errors import FpabeeError, InputError
 from .partial import Partial
 from .records import Layout, Record
+from .text_io import STANDARD_INPUT
 from .writers import OutputFormat, StreamWriter, convert
 
 INTERRUPTED = 130
@@ -40,6 +42,24 @@ class Destination:
     def is_file(self) -> bool:
         """Whether it is a file, which is replaced as a whole; not a pipe or a device."""
         return self.output is not None and (self.output.is_file() or not self.output.exists())
+
+    def check_inputs(self, sources: Sequence[str]) -> None:
+        """Check that no input would be replaced by its results.
+
+        Args:
+            sources: the inputs, which are there; `-` is standard input.
+
+        Raises:
+            InputError: one of them is the output.
+        """
+        if self.output is None or not self.output.is_file():
+            return
+        for source in sources:
+            if source != STANDARD_INPUT and self.output.samefile(source):
+                raise InputError(
+                    f"{self.output} is an input: its results would take its place",
+                    "give another --output",
+                )
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,8 @@ def _standing(partial: Partial) -> str:
 @contextmanager
 def _stream(output: Path | None) -> Iterator[IO[str]]:
     if output is None:
+        if sys.stdout is None:  # closed before Python began
+            raise OSError(errno.EBADF, "it is closed")
         target: Any = sys.stdout.fileno()
         with open(target, "w", encoding="utf-8", newline="", closefd=False) as stream:
             yield stream
@@ -157,5 +179,7 @@ def _errors_named(output: Path | None) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"cannot write {name}: {error.strerror}",
-            "give another --output" if output is not None else "make room where it goes to",
+            "give another --output"
+            if output is not None
+            else "make room where it goes to, or give --output",
         ) from error

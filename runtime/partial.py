@@ -43,7 +43,7 @@ class Partial:
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
         self.rows = 0
-        existed = self.path.exists()
+        existed, had_settings = self.path.exists(), self._settings_path.exists()
         # Opened to append: nothing is lost before we know that it may be.
         self._stream = self.path.open("ab")
         try:
@@ -63,6 +63,8 @@ class Partial:
             self._stream.close()
             if not existed:
                 self.path.unlink(missing_ok=True)
+                if not had_settings:
+                    self._settings_path.unlink(missing_ok=True)
             raise
         self.standing = self.rows
 
@@ -78,7 +80,7 @@ class Partial:
                 if record["index"] != index:
                     raise ValueError
                 yield record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{self.path}, line {index + 1} is not what this program writes",
                 "delete the file to start again",

@@ -65,6 +65,19 @@ class Layout:
         """The record in place of a row that could not be read."""
         return {"index": index, "error": str(error)}
 
+    def fits(self, record: Record) -> bool:
+        """Whether a record that was read is one of this layout: an error, or labels and an exit."""
+        if "error" in record:
+            return isinstance(record["error"], str)
+        exit_number = record.get("exit")
+        labels = record.get("labels") if self.multi_label else [record.get("label")]
+        return (
+            type(exit_number) is int
+            and exit_number >= 1
+            and isinstance(labels, list)
+            and all(isinstance(label, str) and label in self.labels for label in labels)
+        )
+
     @property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()

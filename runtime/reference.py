@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .archive import read_arrays
 from .encoding import Text
 from .errors import ArtifactError
 from .manifest import REFERENCE_NAME, Manifest, verified
 
 _MAX_ROWS = 256
-# Far above any: the longest texts, or 256 rows at 100 exits with 1000 labels.
-_MAX_BYTES = 256 * 2**20
 
 
 def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
@@ -44,22 +42,11 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
         )
     path = verified(folder, REFERENCE_NAME, manifest.files[REFERENCE_NAME])
     try:
-        _check_size(path)
-        with np.load(path, allow_pickle=False) as content:
-            texts = json.loads(content["texts"].tobytes())
-            logits = np.asarray(content["logits"], np.float32)
+        content = read_arrays(path, ("texts", "logits"))
+        texts = json.loads(content["texts"].tobytes())
+        logits = np.asarray(content["logits"], np.float32)
         rows = [tuple(text) if isinstance(text, list) else text for text in texts]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OSError,
-        EOFError,
-        MemoryError,
-        RecursionError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {reason}", "export the model again") from error
     expected = (len(manifest.segments), len(rows), len(manifest.task.labels))
@@ -69,11 +56,3 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
             "export the model again",
         )
     return rows, logits
-
-
-def _check_size(path: Path) -> None:
-    """An archive says how large it is unpacked; numpy takes that memory before it reads."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(item.file_size for item in archive.infolist())
-    if size > _MAX_BYTES:
-        raise ValueError(f"it unpacks to {size} bytes")

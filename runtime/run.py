@@ -76,7 +76,7 @@ def run(
         first_error = first_error or next((x for x in block if isinstance(x, RowError)), None)
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.standing, len(block)), strict=False):
-            _count_standing(summary, item, record)
+            _count_standing(job, summary, item, record)
         kept = summary.rows - start
         if kept == len(block):
             continue
@@ -98,8 +98,8 @@ def run(
     return first_error
 
 
-def _count_standing(summary: Summary, item: Item, record: Record) -> None:
-    if isinstance(item, RowError) != ("error" in record):
+def _count_standing(job: Job, summary: Summary, item: Item, record: Record) -> None:
+    if isinstance(item, RowError) != ("error" in record) or not job.layout.fits(record):
         raise InputError(f"row {summary.rows} that is written is not of these inputs", _AGAIN)
     if isinstance(item, RowError):
         summary.add_error()

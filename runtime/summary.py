@@ -84,18 +84,15 @@ class Summary:
     def _expected_label(self, row: Row) -> int | bytes:
         if row.labels is None:
             raise InputError(
-                f"{_where(row)} has no label, which --metrics needs",
+                f"{row.place} has no label, which --metrics needs",
                 'add "label" or "labels" to every row, or leave out --metrics',
             )
         return self._encode(row.labels, row)
 
     def _encode(self, labels: tuple[str, ...], row: Row) -> int | bytes:
         manifest = self._engine.manifest
-        try:
-            encoded = encode_labels([labels], manifest.task.labels, manifest.task.problem_type)
-        except InputError as error:
-            message = error.message.replace("row 1", _where(row), 1)
-            raise InputError(message, error.hint) from error
+        task = manifest.task
+        encoded = encode_labels([labels], task.labels, task.problem_type, [row.place])
         return encoded[0].astype(np.uint8).tobytes() if encoded.ndim == 2 else int(encoded[0])
 
     def scores(self) -> dict[str, float]:
@@ -184,10 +181,6 @@ class Summary:
     def print_metrics(self, console: Console) -> None:
         """Print the scores."""
         console.print(", ".join(f"{name} {value:.4f}" for name, value in self.scores().items()))
-
-
-def _where(row: Row) -> str:
-    return row.where or f"line {row.line}"
 
 
 def _describe(rule: ExitRule) -> str:

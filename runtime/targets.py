@@ -20,7 +20,7 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     Raises:
         BackendError: the folder has no such target.
     """
-    chosen = name or manifest.default_target
+    chosen = manifest.default_target if name is None else name
     if chosen not in manifest.targets:
         raise BackendError(
             f"{folder} has no target {chosen!r}; it has {', '.join(manifest.targets)}",

@@ -71,6 +71,20 @@ def write_report(
     return Path(folder) / PAGE_NAME
 
 
+def check_place(folder: Path) -> None:
+    """Check before a calibration that a report can have its folder.
+
+    Raises:
+        ArtifactError: the folder, or one that it would stand in, is a file.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ArtifactError(
+            f"cannot write the report into {folder}: {there} is a file",
+            "give --report another folder",
+        )
+
+
 def _write(folder: Path, files: dict[str, bytes | None]) -> None:
     """Write files; those without content are not of this report, and an old one goes."""
     try:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
 """For `InferenceSession`: measured, the fused kernel takes twice the time of its parts."""
 
+_AGAIN = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'"
+
 
 class _Environment:
     """The process-wide thread pool and arena, set up before our first session."""
@@ -121,10 +123,10 @@ def session_options(threads: int | None = None) -> Any:
 
 
 def check_installed() -> None:
-    """Check that exactly one ONNX Runtime package is installed.
+    """Check that exactly one ONNX Runtime package is installed, and whole.
 
     Raises:
-        MissingExtraError: none, or two that overwrite each other.
+        MissingExtraError: none, two that overwrite each other, or what is left of them.
     """
     from importlib import metadata
 
@@ -140,7 +142,19 @@ def check_installed() -> None:
     if len(found) > 1:
         raise MissingExtraError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
-            "keep one: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'",
+            f"keep one: {_AGAIN}",
+        )
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingExtraError(
+            f"ONNX Runtime cannot be loaded: {first_line(error)}", f"install it again: {_AGAIN}"
+        ) from error
+    if not hasattr(ort, "InferenceSession"):
+        raise MissingExtraError(
+            "ONNX Runtime is damaged: its module is empty, as when one of its two packages was "
+            "removed",
+            f"install it again: {_AGAIN}",
         )
 
 

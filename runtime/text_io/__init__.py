@@ -9,10 +9,11 @@ order mark. `-` is standard input, as text or JSON lines unless said otherwise.
 """
 
 from .rows import LABEL_SEPARATOR, Columns, Row, TextFormat
-from .sources import Inputs, read_rows
+from .sources import STANDARD_INPUT, Inputs, read_rows
 
 __all__ = [
     "LABEL_SEPARATOR",
+    "STANDARD_INPUT",
     "Columns",
     "Inputs",
     "Row",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from typing import IO
@@ -12,6 +13,29 @@ from ..errors import InputError, RowError
 from .rows import Columns, Row, parsed
 
 MAX_LINE_BYTES = 16 * 2**20
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How to write rows that stand in one array, or over several lines, as lines.
+_ONE_A_LINE = {
+    "[": "write an object a line: jq -c '.[]' IN > OUT",
+    "{": "write an object a line: jq -c . IN > OUT",
+}
+_NOT_FINITE = re.compile(r"[:,\[]\s*-?(NaN|Infinity)\b")
+_SURROGATE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+# What files begin with that are no UTF-8: what it says, and what to do.
+_SIGNATURES = {
+    b"\xff\xfe": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
+    b"\xfe\xff": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
+    b"\x1f\x8b": ("gzip", "unpack it, or give it a name that ends in .gz"),
+    b"PK\x03\x04": ("a zip archive, such as .xlsx", "save the table in it as .csv"),
+    b"PAR1": ("Parquet", "give it a name that ends in .parquet"),
+    b"(\xb5\x2f\xfd": ("zstd", "unpack it: zstd -d FILE"),
+    b"BZh": ("bzip2", "unpack it: bunzip2 FILE"),
+    b"\xfd7zXZ": ("xz", "unpack it: unxz FILE"),
+}
 
 
 class Lines:
@@ -29,6 +53,8 @@ class Lines:
         self.number = 0
         self._stream = stream
         self._held: str | RowError | None = None
+        self._is_within = False
+        self._beginning = b""
 
     @property
     def where(self) -> str:
@@ -39,6 +65,7 @@ class Lines:
         return self
 
     def __next__(self) -> str:
+        self.number += 1
         held, self._held = self._held, None
         if held is None:
             return self._read()
@@ -48,6 +75,7 @@ class Lines:
 
     def peek(self) -> str:
         """The next line, which stays the next one; empty at the end and for a bad line."""
+        self.number += 1
         try:
             self._held = self._read()
         except StopIteration:
@@ -55,28 +83,41 @@ class Lines:
         except RowError as error:
             self._held = error
             return ""
+        finally:
+            self.number -= 1
         return self._held
 
     def _read(self) -> str:
-        self.number += 1
+        while self._is_within:  # a line that was too long
+            self._is_within = not self._ends(self._bytes())
         raw = self._bytes()
+        if self.number == 1:
+            raw = raw.removeprefix(_BYTE_ORDER_MARK)
+            self._beginning = raw[:6]
         if not raw:
             raise StopIteration
         if len(raw) > MAX_LINE_BYTES:
-            while raw and not raw.endswith(b"\n"):
-                raw = self._bytes()
+            self._is_within = not self._ends(raw)
             raise RowError(
                 f"{self.where} is longer than {MAX_LINE_BYTES // 2**20} MiB",
                 "split it: a line is one text, and only its first tokens are used",
             )
         try:
-            return raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            return raw.decode()
         except UnicodeDecodeError as error:
+            what, hint = next(
+                (said for begin, said in _SIGNATURES.items() if self._beginning.startswith(begin)),
+                ("", "convert the file: iconv -f ISO-8859-1 -t UTF-8 IN > OUT"),
+            )
             raise RowError(
                 f"{self.where} is not UTF-8: byte 0x{raw[error.start]:02x} "
-                f"at column {error.start + 1}",
-                "convert the file: iconv -f ISO-8859-1 -t UTF-8 IN > OUT",
+                f"at column {error.start + 1}" + (f"; the file is {what}" if what else ""),
+                hint,
             ) from error
+
+    @staticmethod
+    def _ends(raw: bytes) -> bool:
+        return not raw or raw.endswith(b"\n")
 
     def _bytes(self) -> bytes:
         try:
@@ -104,10 +145,27 @@ def json_rows(lines: Lines, columns: Columns) -> Iterator[Row | RowError]:
         try:
             content = msgspec.json.decode(line.encode())
         except (msgspec.DecodeError, RecursionError) as error:
+            what, hint = _why_not_json(line)
             raise RowError(
-                f"{where} is not JSON: {error or 'nested too deeply'}",
-                'expected an object such as {"text": "..."}',
+                f"{where} is not JSON: {what or error or 'nested too deeply'}", hint
             ) from error
+        if isinstance(content, list):
+            raise RowError(f"{where} is an array, not an object", _ONE_A_LINE["["])
         return columns.row(content if isinstance(content, dict) else {}, where, lines.number)
 
     return parsed(lines, parse)
+
+
+def _why_not_json(line: str) -> tuple[str, str]:
+    """What is wrong with a line in ways that other programs write it, and how to mend it."""
+    opened = _ONE_A_LINE.get(line.strip())
+    if opened:
+        return "an object or array over several lines", opened
+    if _SURROGATE.search(line):
+        return (
+            "it holds half of a surrogate pair, which is no character",
+            r"cut texts between characters, or replace such a half by \ufffd",
+        )
+    if _NOT_FINITE.search(line):
+        return "NaN and Infinity are no numbers there", "write null in their place"
+    return "", 'expected an object such as {"text": "..."}'

@@ -13,7 +13,8 @@ import msgspec
 from ..errors import InputError, MissingExtraError, RowError
 from .rows import Columns, Row
 
-_BATCH_ROWS = 1024
+# Few: a long value that stands in the file once may be that of every row.
+_BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 
 
@@ -61,7 +62,7 @@ def parquet_rows(
                     number += 1
                     yield _row(batch, start, columns, names, f"{path}, row {number}", number)
                 progress(number / total)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"{path} cannot be read as Parquet: {line}", "copy the file again"
@@ -84,6 +85,8 @@ def _row(
         return RowError(f"{where} is not UTF-8: {error.reason}", "write the file again")
     except RowError as error:
         return error
+    except (OverflowError, ValueError) as error:  # what Python has no value for
+        return RowError(f"{where} holds what cannot be read: {error}", "leave the column out")
 
 
 def _plain(value: Any) -> Any:
@@ -111,7 +114,7 @@ def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> Non
         ):
             raise InputError(
                 f'{path}: the column "{name}" is {kind}, not a string',
-                "choose another with --text-column or --text-pair-column",
+                "choose another with --text-column or --text-pair-column of fpabee-run",
             )
 
 

@@ -54,6 +54,11 @@ class Row:
     where: str = field(default="", compare=False)
 
     @property
+    def place(self) -> str:
+        """What to call the row in messages: file and line, or the line alone."""
+        return self.where or f"line {self.line}"
+
+    @property
     def content(self) -> str | tuple[str, str]:
         """What the engine takes: a text or a pair."""
         return self.text if self.text_pair is None else (self.text, self.text_pair)
@@ -100,8 +105,16 @@ class Columns:
             where: the file, for messages.
 
         Raises:
-            InputError: the text column, or one that was asked for by name, is not there.
+            InputError: two have the same name, or the text column, or one that was asked for by
+                name, is not there.
         """
+        seen = set[str]()
+        for name in names:
+            if name in seen:
+                raise InputError(
+                    f'{where} names the column "{name}" twice', "give every column its own name"
+                )
+            seen.add(name)
         wanted = {"--text-column": self.text}
         if self.text_pair is not None:
             wanted["--text-pair-column"] = self.text_pair
@@ -111,7 +124,7 @@ class Columns:
             if name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"name the column with {option}",
+                    f"name the column with {option} of fpabee-run, or rename it in the file",
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
@@ -130,7 +143,8 @@ class Columns:
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text}"',
-                f'expected an object such as {{"{self.text}": "..."}}, or --text-column',
+                f'expected an object such as {{"{self.text}": "..."}}; fpabee-run takes another '
+                "name with --text-column",
             )
         pair = content.get(self.pair_name)
         if pair is not None and not isinstance(pair, str):
@@ -157,7 +171,7 @@ class Columns:
                 raise RowError(f'{where}: "labels" is not a list of names', 'such as ["a", "b"]')
             if isinstance(value, dict) or (is_list and name == "label"):
                 raise RowError(f'{where}: "{name}" is not a name', 'such as "positive"')
-            if any(isinstance(part, (dict, list)) for part in (value if is_list else ())):
+            if is_list and any(part is None or isinstance(part, (dict, list)) for part in value):
                 raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
             return tuple(str(part) for part in (value if is_list else [value]))
         return None

@@ -17,6 +17,8 @@ from .rows import Columns, Row, TextFormat
 from .tables import COMMA, TAB, table_rows
 
 STANDARD_INPUT = "-"
+"""As a source: standard input."""
+
 _SUFFIXES = {
     "": TextFormat.TEXT,
     ".txt": TextFormat.TEXT,
@@ -136,7 +138,9 @@ class Inputs:
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
             if text_format is None:
-                is_json = lines.peek().lstrip().startswith("{")
+                first = lines.peek().strip()
+                # Rows in an array are not read, but are no texts either.
+                is_json = first.startswith(("{", "[{")) or first == "["
                 text_format = TextFormat.JSON_LINES if is_json else TextFormat.TEXT
             if text_format is TextFormat.TEXT:
                 yield from text_rows(lines)
@@ -151,6 +155,8 @@ class Inputs:
 
     def _open(self, source: str, stack: ExitStack) -> IO[bytes]:
         if source == STANDARD_INPUT:
+            if sys.stdin is None:  # closed before Python began
+                raise InputError("standard input is closed", "give it texts, or give a file")
             return sys.stdin.buffer
         path = Path(source)
         try:
@@ -211,7 +217,7 @@ def _format_of(source: str, said: TextFormat | None) -> TextFormat | None:
         raise InputError(
             f"{source}: cannot tell the format from {suffix!r}",
             "rename the file to .txt (a line a text), .jsonl (a JSON object a line), .csv, .tsv "
-            "or .parquet, or give --input-format",
+            "or .parquet, or give --input-format to fpabee-run",
         )
     chosen = said or (None if is_stdin else _SUFFIXES[suffix])
     if chosen is TextFormat.PARQUET:

@@ -12,6 +12,14 @@ from .rows import Columns, Row, parsed
 
 COMMA, TAB = ",", "\t"
 
+# What else may separate the names of a header, and what to do about it.
+_SEPARATORS = {
+    ";": ("semicolons", "save the file with commas (.csv) or tabs (.tsv)"),
+    TAB: ("tabs", "name the file .tsv, or give --input-format tsv to fpabee-run"),
+    COMMA: ("commas", "name the file .csv, or give --input-format csv to fpabee-run"),
+    "|": ("bars", "save the file with commas (.csv) or tabs (.tsv)"),
+}
+
 
 class _Records:
     """Records of a table. One that cannot be read raises, and the next call goes on."""
@@ -44,6 +52,11 @@ class _Records:
         try:
             return next(self._reader)
         except csv.Error as error:
+            if "new-line" in str(error):
+                raise RowError(
+                    f"{self.where} is not a row of a table: a carriage return is no line end",
+                    r"convert the file: tr '\r' '\n' < IN > OUT",
+                ) from error
             last = self._lines.number
             upto = f" (up to line {last})" if last > self.line else ""
             raise RowError(
@@ -87,6 +100,7 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
     Raises:
         InputError: the header cannot be read, or lacks a column.
     """
+    _check_separator(lines, columns, separator)
     records = _Records(lines, separator, columns.quotes)
     header: list[str] = []
     for header in records:
@@ -94,16 +108,6 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
             break
     if not header:
         return
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(
-            f'{records.where} names the column "{twice}" twice', "give every column its own name"
-        )
-    if len(header) == 1 and columns.text not in header and ";" in header[0]:
-        raise InputError(
-            f"{records.where} is a header separated by semicolons: {header[0]}",
-            "save the file with commas (.csv) or tabs (.tsv)",
-        )
     columns.check(header, records.where)
     # There is no other way to say "none" in a table.
     blank_is_none = [
@@ -125,3 +129,15 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
         return columns.row(content, records.where, records.line, table=True)
 
     yield from parsed(records, parse)
+
+
+def _check_separator(lines: Lines, columns: Columns, separator: str) -> None:
+    """Refuse a header whose names something else separates; quotes after it are misread."""
+    header = lines.peek().strip()
+    if separator in header or header.strip('"') == columns.text:
+        return
+    for other, (name, hint) in _SEPARATORS.items():
+        if other in header:
+            raise InputError(
+                f"{lines.name}, line 1 is a header separated by {name}: {header}", hint
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ COMMANDS = {
     "calibrate": "fpabee.calibration.cli",
     "export": "fpabee.exporter.cli",
     "bench": "fpabee.exporter.bench_cli",
+    "fpabee": "fpabee.__main__",
 }
 
 
@@ -90,6 +93,20 @@ class Case:
     code: int = 1
 
 
+def no_space(what: str, make: Callable[[Place], Arguments]) -> Callable[[Place], Arguments]:
+    """As if the disk were full for a function, named by its path."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def case(place: Place) -> Arguments:
+        arguments = make(place)
+        place.patch.setattr(what, full)
+        return arguments
+
+    return case
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command gave."""
@@ -117,25 +134,33 @@ def check(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = case.make(place)
     before = contents(place.root)
     outcome = run(case.command, arguments, place, capfd)
+    place.patch.undo()
     assert outcome.out == ""
-    assert "Traceback" not in outcome.err
-    lines = outcome.err.splitlines()
     if case.code == 2:
-        assert lines[0].startswith("Usage: "), outcome.err
-        lines = lines[-1:]
-        assert lines[0].startswith("Error: ")
+        assert outcome.err.startswith("Usage: "), outcome.err
+        last = outcome.err.splitlines()[-1]
+        assert last.startswith("Error: ")
+        for part in case.says:
+            assert part in last, last
     else:
-        assert len(lines) == 1, outcome.err
-        assert lines[0].startswith("error: "), outcome.err
-        message, _, hint = lines[0].partition(" -> ")
-        assert message
-        assert hint.strip(), "it does not say what to do"
-    assert len(lines[0]) < 1000
-    assert lines[0].isprintable()
-    for part in case.says:
-        assert part in lines[0], lines[0]
+        check_line(outcome.err, case.says)
     assert outcome.code == case.code
     assert contents(place.root) == before
+
+
+def check_line(err: str, says: Sequence[str]) -> None:
+    """One line that can be printed and says what is wrong and what to do."""
+    assert "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: "), err
+    message, _, hint = lines[0].partition(" -> ")
+    assert message
+    assert hint.strip(), "it does not say what to do"
+    assert len(lines[0]) < 1000
+    assert lines[0].isprintable()
+    for part in says:
+        assert part in lines[0], lines[0]
 
 
 def contents(root: Path) -> dict[str, str | None]:
@@ -157,6 +182,20 @@ def change_manifest(folder: Path, change: Callable[[Any], object]) -> Path:
     """Change the manifest of an engines folder."""
     change_json(folder / MANIFEST_NAME, change)
     return folder
+
+
+def changed_heads(folder: Path, file: str, change: Callable[[Any], Any]) -> Path:
+    """Change the weights of a segment's head, and correct the hash."""
+    import onnx
+    from onnx import numpy_helper
+
+    proto = onnx.load(folder / file)
+    for tensor in proto.graph.initializer:
+        if "classifier" in tensor.name:
+            values = change(numpy_helper.to_array(tensor).copy())
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, folder / file)
+    return corrected(folder, file)
 
 
 def corrected(folder: Path, file: str) -> Path:

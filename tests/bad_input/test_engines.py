@@ -6,11 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME
 
-from .cases import Arguments, Case, Place, change_json, change_manifest, check, corrected
+from .cases import (
+    Arguments,
+    Case,
+    Place,
+    change_json,
+    change_manifest,
+    changed_heads,
+    check,
+    corrected,
+)
 
 FIRST, SECOND, THIRD = (f"onnx/fp32/segment_0{number}.onnx" for number in (1, 2, 3))
 DAMAGED = ("manifest.json is damaged", "export the model again")
@@ -133,23 +143,20 @@ def from_another(place: Place, file: str, other: Path) -> Path:
 
 def other_weights(correct: bool) -> Callable[[Path], None]:
     """A graph of the same size with other weights, as another model of the family has."""
-    import onnx
-    from onnx import numpy_helper
 
     def change(folder: Path) -> None:
-        path = folder / SECOND
-        size = path.stat().st_size
-        proto = onnx.load(path)
-        for tensor in proto.graph.initializer:
-            if "classifier" in tensor.name:
-                values = numpy_helper.to_array(tensor)
-                tensor.CopyFrom(numpy_helper.from_array(values[::-1].copy(), tensor.name))
-        onnx.save(proto, path)
-        assert path.stat().st_size == size
-        if correct:
-            corrected(folder, SECOND)
+        before, size = (folder / MANIFEST_NAME).read_bytes(), (folder / SECOND).stat().st_size
+        changed_heads(folder, SECOND, lambda values: values[::-1].copy())
+        assert (folder / SECOND).stat().st_size == size
+        if not correct:
+            (folder / MANIFEST_NAME).write_bytes(before)
 
     return change
+
+
+def not_numbers(file: str) -> Callable[[Path], object]:
+    """Weights that a half-written or overflowing training leaves."""
+    return lambda folder: changed_heads(folder, file, lambda values: values * np.float32("nan"))
 
 
 def larger_vocabulary(folder: Path) -> None:
@@ -306,6 +313,12 @@ FILES = [
          ("segment_02.onnx is another graph than the manifest describes",)),
     Case("a segment of another model", damaged(other_weights(True), "--check"),
          ("not the model that was exported", "copy the engines folder again")),
+    Case("a last segment of NaN", damaged(not_numbers(THIRD)),
+         ("gives scores that are not numbers at exit 3", "fpabee-inspect")),
+    Case("a segment of NaN", damaged(not_numbers(SECOND), "--rule", "budget", "--exit", 2),
+         ("gives scores that are not numbers at exit 2", "--check")),
+    Case("a segment of NaN, checked", damaged(not_numbers(SECOND), "--check"),
+         ("is not the model that was exported",)),
     Case("another reference", lambda p: texts(
         from_another(p, "reference.npz", p.shared_engines("albert")), p, "--check"),
         ("reference.npz holds logits of shape",)),

@@ -161,6 +161,11 @@ def occupied_folder(place: Place) -> Arguments:
     return export(place.shared_model(), place, "--force")
 
 
+def linked_to_itself(place: Place) -> Arguments:
+    (place.root / "out").symlink_to("out")
+    return export(place.shared_model(), place)
+
+
 HUGE_TENSOR = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
 BOMB = described(**{"classifiers.0.weight": HUGE_TENSOR})
 
@@ -331,6 +336,7 @@ CASES = [
     ),
     Case("an output that is a file", occupied, ("exists and is not an engines folder",)),
     Case("an output that is not ours", occupied_folder, ("it will not be replaced",)),
+    Case("an output that is a link to itself", linked_to_itself, ("out is a link to itself",)),
     Case(
         "an output below a file",
         lambda p: export(p.shared_model(), p, "-o", p.file("mine", "") / "engines"),

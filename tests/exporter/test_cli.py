@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -139,95 +138,9 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
     return apply
 
 
-def unsupported(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (shutil.rmtree, "does not exist"),
-    "plain classifier": (
-        change_weights(lambda w: [w.pop(n) for n in list(w) if n.startswith("classifiers.")]),
-        "is not a multi-exit model",
-    ),
-    "unsupported family": (unsupported, "'gpt2' is not supported"),
-    "NaN": (
-        change_weights(lambda w: w["classifiers.1.bias"].fill_(torch.nan)),
-        "classifiers.1.bias holds NaN",
-    ),
-    "missing head": (
-        change_weights(lambda w: [w.pop(f"classifiers.1.{kind}") for kind in ("weight", "bias")]),
-        "head(s) [1] are missing",
-    ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
-    "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"x"), "cannot be read"),
-    "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "has no tokenizer"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_bad_model_dir_is_one_line_and_leaves_nothing(
-    damage: str, copy: Path, tmp_path: Path
-) -> None:
-    change, message = DAMAGE[damage]
-    change(copy)
-    assert_one_error(run(copy, "-o", tmp_path / "out" / "engines", "--quiet"), message)
-    assert not (tmp_path / "out" / "engines").exists()
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--exits", "1,4"], "does not fit a model with 3 exits"),
-        (["--max-length", "65"], "give 4 to 64 tokens"),
-        (["--problem-type", "multi_label_classification"], "leave out --problem-type"),
-        (["--verify-data", "missing.txt"], "missing.txt does not exist"),
-    ],
-)
-def test_options_that_do_not_fit_are_one_line(
-    arguments: list[str], message: str, bert: Path, tmp_path: Path
-) -> None:
-    assert_one_error(run(bert, "-o", tmp_path / "engines", "--quiet", *arguments), message)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["model", "--exits", "a"],
-        ["model", "--exits", "1,,2"],
-        ["model", "--max-length", "0"],
-        ["model", "--problem-type", "regression"],
-        ["model", "--typo"],
-        ["model", "another"],
-    ],
-)
-def test_usage_errors_exit_2(arguments: list[str]) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "Usage:" in result.stderr
-
-
 def test_help_and_version() -> None:
     assert "an engines folder" in run("--help").stdout
     assert run("--version").stdout.endswith(f"version {__version__}\n")
-
-
-def test_missing_package_says_what_to_install(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = util.find_spec
-
-    def without_onnx(name: str, package: str | None = None) -> Any:
-        return None if name == "onnx" else find(name, package)
-
-    monkeypatch.setattr(util, "find_spec", without_onnx)
-    result = run(bert, "-o", tmp_path / "engines")
-    assert_one_error(result, "needs onnx, not installed here -> pip install 'fpabee[export,cpu]'")
 
 
 def test_the_command_writes_one_line_and_nothing_of_its_libraries(
@@ -290,38 +203,3 @@ def test_graphs_that_are_run_are_not_dropped(engine_copy: Callable[..., Path]) -
     with pytest.raises(ArtifactError, match="no built target: onnxruntime-fp32"):
         drop_graphs(folder)
     assert (folder / "onnx").is_dir()
-
-
-def test_a_backend_that_cannot_build_here_is_an_error(engine_copy: Callable[..., Path]) -> None:
-    folder = engine_copy()
-    before = (folder / "manifest.json").read_bytes()
-    assert_one_error(run("--from", folder, "--backend", "tensorrt"), "tensorrt")
-    assert (folder / "manifest.json").read_bytes() == before
-
-
-def test_from_needs_an_engines_folder(tmp_path: Path) -> None:
-    assert_one_error(run("--from", tmp_path, "--fp16"), "manifest.json")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "either MODEL_DIR or --from"),
-        (["model", "--from", "engines"], "either MODEL_DIR or --from"),
-        (["--from", "engines", "--exits", "1,2"], "name it with -o"),
-        (["--from", "engines", "-o", "other"], "what was exported stays"),
-        (["model", "--keep-fp32", "auto"], "needs a precision"),
-        (["model", "--no-onnx"], "goes with --from"),
-        (["model", "--int8"], "--int8 needs --calibration-data"),
-        (["model", "--calibration-data", "a.txt"], "goes with --int8"),
-        (["model", "--fp16", "--sm", "x"], "compute capabilities"),
-        (["model", "--fp16", "--batch", "1,2"], "smallest, typical and largest"),
-        (["model", "--fp16", "--sequence", "64,32,128"], "smallest, typical and largest"),
-        (["model", "--backend", "none"], "none"),
-    ],
-)
-def test_usage_errors_exit_with_2(arguments: list[str], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert message in result.stderr

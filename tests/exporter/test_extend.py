@@ -17,7 +17,7 @@ from fpabee.exporter.formats import Half
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
-from fpabee.runtime import BackendError, Engine, FPabee, InputError, read_manifest
+from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
 from fpabee.runtime.inspect import main as inspect
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -87,11 +87,6 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     assert f"not valid any more: fast of {name}" in said
     assert f"fpabee-calibrate {folder} --data DATA --target {name}" in said
     assert read_manifest(folder).targets[name].operating_points == {}
-
-
-def test_int8_without_graphs_needs_texts(engine_copy: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=r"no int8 graphs.*--calibration-data FILE"):
-        extend(engine_copy(), ExtendOptions(int8=True))
 
 
 def test_building_needs_neither_torch_nor_transformers_nor_onnx(

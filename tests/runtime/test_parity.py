@@ -89,10 +89,12 @@ def test_a_damaged_reference_is_refused(
 
 
 def test_an_archive_that_unpacks_to_too_much(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    engine_copy: Callable[..., Path],
 ) -> None:
     folder = engine_copy()
-    monkeypatch.setattr("fpabee.runtime.reference._MAX_BYTES", 1000)
+    zeros = np.zeros((3, 10**6, 4), np.float32)
+    np.savez_compressed(folder / REFERENCE_NAME, texts=zeros, logits=zeros)
+    swap_reference(folder)
     with pytest.raises(ArtifactError, match=r"cannot be read: it unpacks to \d+ bytes"):
         read_reference(folder, read_manifest(folder))
 

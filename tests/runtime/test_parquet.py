@@ -173,3 +173,51 @@ def test_batches_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         shares.append(inputs.share)
     assert shares == [0.0] * 10 + [0.4] * 10 + [0.8] * 5
     assert inputs.share == 1.0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file of columns of many types, not compressed: every byte counts."""
+    table = pyarrow.table(
+        {
+            "text": ["naïve", "b"] * 20,
+            "label": ["x", None] * 20,
+            "time": [datetime.datetime(2020, 12, 31), None] * 20,
+            "day": pyarrow.array([1, 2] * 20, pyarrow.date32()),
+            "price": [decimal.Decimal("0.001"), None] * 20,
+            "tags": [["a"], None] * 20,
+        }
+    )
+    path = tmp_path_factory.mktemp("parquet") / "whole.parquet"
+    parquet.write_table(table, path, compression="none")
+    return path.read_bytes()
+
+
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
+)
+def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[float, int]]) -> None:
+    content = bytearray(whole)
+    for share, value in places[:4]:
+        content[int(share * len(content))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "in.parquet"
+        path.write_bytes(content)
+        try:
+            found = list(Inputs([path]))
+        except InputError:
+            return
+    assert all(isinstance(row, (Row, RowError)) for row in found)
+
+
+def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
+    value = pyarrow.array(["x" * 2**20])
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), value)
+    path = tmp_path / "in.parquet"
+    table = pyarrow.table({"text": ["a"] * 1000, "x": repeated})
+    parquet.write_table(table, path, store_schema=False)
+    assert path.stat().st_size < 2**17
+    before = pyarrow.total_allocated_bytes()
+    for row in Inputs([path]):
+        assert isinstance(row, Row)
+        assert pyarrow.total_allocated_bytes() - before < 2**28

@@ -428,6 +428,28 @@ def test_a_resume_with_another_model_is_refused(
             ),
             "line 8 is not what this program writes",
         ),
+        (
+            lambda partial, run: partial.write_bytes(b"[" * 10**5 + b"\n" + partial.read_bytes()),
+            "line 1 is not what this program writes",
+        ),
+        (
+            lambda partial, run: partial.write_bytes(
+                partial.read_bytes().replace(b'"label": "', b'"label": "x', 1)
+            ),
+            "row 0 that is written is not of these inputs",
+        ),
+        (
+            lambda partial, run: partial.write_bytes(
+                partial.read_bytes().replace(b'"exit": ', b'"exit": -', 1)
+            ),
+            "row 0 that is written is not of these inputs",
+        ),
+        (
+            lambda partial, run: partial.write_bytes(
+                partial.read_bytes().replace(b'"label"', b'"lable"', 1)
+            ),
+            "row 0 that is written is not of these inputs",
+        ),
     ],
 )
 def test_a_damaged_partial_is_refused(
@@ -443,7 +465,7 @@ def test_a_damaged_partial_is_refused(
     write_partial(run, monkeypatch, *arguments)
     partial = tmp_path / "out.jsonl.partial"
     damage(partial, tmp_path / "out.jsonl.partial.run")
-    check_refused(run(*arguments, "--resume"), says, "to start again")
+    check_refused(run(*arguments, "--resume"), says, "start again")
 
 
 def test_a_run_that_stopped_at_a_bad_row_can_go_on_by_skipping_it(

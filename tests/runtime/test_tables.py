@@ -127,39 +127,6 @@ def test_quotes_can_be_characters_like_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"sentence,label\na,b\n", r'line 1 has no column "text"; it has: sentence, label.*--text'),
-        (b"text,text\na,b\n", r'line 1 names the column "text" twice'),
-        (b"text;label\na;b\n", r"line 1 is a header separated by semicolons: text;label"),
-        (b'"text\na,b\n', r"line 1 \(up to line 3\) is not a row of a table"),
-        (b"te\xffxt\na\n", r"line 1 is not UTF-8"),
-        (b"", "has no rows"),
-        (b"text\n", "has no rows"),
-        (b"\n\n", "has no rows"),
-    ],
-)
-def test_a_bad_header_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        read(tmp_path / "in.csv", content)
-
-
-@pytest.mark.parametrize(
-    ("columns", "option"),
-    [
-        (Columns(text="x"), "--text-column"),
-        (Columns(text_pair="x"), "--text-pair-column"),
-        (Columns(label="x"), "--label-column"),
-    ],
-)
-def test_a_column_that_was_asked_for_must_be_there(
-    tmp_path: Path, columns: Columns, option: str
-) -> None:
-    with pytest.raises(InputError, match=f'has no column "x"; it has: text.*{option}'):
-        read(tmp_path / "in.csv", b"text\na\n", columns)
-
-
-@pytest.mark.parametrize(
     ("line", "says"),
     [
         (b"a", "line 3 has 1 columns, the header has 2"),

@@ -135,42 +135,6 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
         next(rows)
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b"", "line 2 is empty"),
-        (b"   ", "line 2 is empty"),
-        (b"plain", "line 2 is not JSON"),
-        (b'{"text": "cut', "line 2 is not JSON"),
-        (b'{"text": "a"} {"text": "b"}', "line 2 is not JSON"),
-        (b'{"text": "a", "x": NaN}', "line 2 is not JSON"),
-        (b'{"text": "\\ud800 lone surrogate"}', "line 2 is not JSON"),
-        (b'{"text": "a", "x": ' + b"[" * 100_000, "line 2 is not JSON"),
-        (b'"a"', 'line 2 has no string field "text"'),
-        (b'["a"]', 'line 2 has no string field "text"'),
-        (b'{"sentence": "a"}', 'line 2 has no string field "text"'),
-        (b'{"text": 5}', 'line 2 has no string field "text"'),
-        (b'{"text": null}', 'line 2 has no string field "text"'),
-        (b'{"text": "a", "text_pair": 5}', 'line 2: "text_pair" is a int'),
-        (b'{"text": "a", "label": ["b"]}', 'line 2: "label" is not a name'),
-        (b'{"text": "a", "labels": "b"}', 'line 2: "labels" is not a list of names'),
-        (b'{"text": "a", "labels": [["b"]]}', 'line 2: "labels" is not a list of names'),
-        ('{"text": "é"}'.encode("latin-1"), "line 2 is not UTF-8: byte 0xe9 at column 11"),
-    ],
-    ids=lambda value: str(value[:40]),
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
-    with pytest.raises(InputError) as caught:
-        read(tmp_path / "in.jsonl", b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
-    assert f"in.jsonl, {says}" in str(caught.value)
-    assert caught.value.hint
-
-
-def test_text_that_is_not_utf8_says_how_to_convert(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"line 1 is not UTF-8: byte 0xff at column 1.*iconv"):
-        read(tmp_path / "in.txt", "a".encode("utf-16"))
-
-
 def test_a_line_may_be_as_long_as_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,41 +142,3 @@ def test_a_line_may_be_as_long_as_the_limit(
     assert texts(read(tmp_path / "in.txt", b"1234567\n12345678")) == ["1234567", "12345678"]
     with pytest.raises(InputError, match=r"line 2 is longer than .*split it"):
         read(tmp_path / "in.txt", b"1234567\n12345678\n")
-
-
-@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.txt.gz"])
-def test_a_file_without_rows_is_refused(tmp_path: Path, name: str) -> None:
-    content = gzip.compress(b"") if name.endswith(".gz") else b""
-    with pytest.raises(InputError, match=r"has no rows.*at least one line"):
-        read(tmp_path / name, content)
-
-
-def test_empty_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="standard input has no rows"):
-        read_stdin(monkeypatch, b"")
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
-        next(read_rows(tmp_path / "nowhere.txt"))
-    with pytest.raises(InputError, match="is a folder"):
-        next(read_rows(tmp_path))
-
-
-def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot tell the format from '\.xls'.*rename"):
-        read(tmp_path / "in.xls", b"a\n")
-
-
-@pytest.mark.parametrize("damage", ["not gzip", "cut short", "wrong checksum", "wrong block"])
-def test_a_damaged_compressed_file_is_refused(tmp_path: Path, damage: str) -> None:
-    packed = bytearray(gzip.compress(b"one text\n"))
-    if damage == "not gzip":
-        packed = bytearray(b"plain text\n")
-    elif damage == "cut short":
-        del packed[-12:]
-    else:
-        # The 10 bytes of the header, the compressed blocks, 8 bytes of checksum and length.
-        packed[10 if damage == "wrong block" else -8] ^= 0xFF
-    with pytest.raises(InputError, match=r"cannot be read.*copy the file again"):
-        read(tmp_path / "in.txt.gz", bytes(packed))
