@@ -73,17 +73,29 @@ def _row(
 ) -> Row | RowError:
     try:
         content = {
-            name: _plain(column[at].as_py())
+            name: _value(column[at], f'{where}: the column "{name}"')
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
         for name, known in names.items():
             if isinstance(content[name], int) and 0 <= content[name] < len(known):
                 content[name] = known[content[name]]
         return columns.row(content, where, number, table=True)
-    except UnicodeDecodeError as error:
-        return RowError(f"{where} is not UTF-8: {error.reason}", "write the file again")
     except RowError as error:
         return error
+
+
+def _value(scalar: Any, where: str) -> Any:
+    """A value as JSON has it."""
+    try:
+        return _plain(scalar.as_py())
+    except UnicodeDecodeError as error:
+        raise RowError(f"{where} is not UTF-8: {error.reason}", "write the file again") from error
+    # A time outside of Python's years, or in a zone that is not known here.
+    except (ArithmeticError, ValueError) as error:
+        raise RowError(
+            f"{where} holds a {scalar.type} that cannot be read: {' '.join(str(error).split())}",
+            "write it as a string, or leave the column out",
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -86,12 +87,18 @@ class Columns:
         """What splits a cell of this label column of a table; None: it is one name."""
         return self.separator or (LABEL_SEPARATOR if name == "labels" else None)
 
-    def check(self, names: Collection[str], where: str) -> None:
+    def check(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns.
 
         Raises:
-            InputError: the text column, or one that was asked for by name, is not there.
+            InputError: the text column, or one that was asked for by name, is not there, or
+                any column is there twice.
         """
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise InputError(
+                f'{where} names the column "{twice}" twice', "give every column its own name"
+            )
         wanted = {"--text-column": self.text}
         if self.text_pair is not None:
             wanted["--text-pair-column"] = self.text_pair

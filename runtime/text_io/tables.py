@@ -94,11 +94,6 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
             break
     if not header:
         return
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(
-            f'{records.where} names the column "{twice}" twice', "give every column its own name"
-        )
     if len(header) == 1 and columns.text not in header and ";" in header[0]:
         raise InputError(
             f"{records.where} is a header separated by semicolons: {header[0]}",
