@@ -341,6 +341,8 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
     try:
         versions = msgspec.json.decode(raw, type=_Version)
         _check_version(versions.schema_version, versions.fpabee_version)
+        # Whole, too: fields that this version does not know must be fit to be written again.
+        msgspec.json.decode(raw)
         return msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ArtifactError(

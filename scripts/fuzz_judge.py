@@ -107,13 +107,20 @@ class Report(msgspec.Struct):
 
 
 class Judge:
-    """Reads one input after another, and holds time, memory and errors against the bounds."""
+    """Reads one input after another, and holds time, memory and errors against the bounds.
+
+    Raises:
+        FpabeeError: not even the first file to begin with can be read.
+    """
 
     def __init__(self, job: Job, target: Target) -> None:
         self._job = job
         self._target = target
         self._file = Path(job.report)
         self.report = Report(str(target.path))
+        # Once beforehand: what is imported then is to the account of no input.
+        target.path.write_bytes(target.seeds[0])
+        target.read()
 
     def __call__(self, data: bytes) -> None:
         """Read an input."""

@@ -157,7 +157,7 @@ def packed(mutation: Mutation) -> Mutation:
         if kind < 10:
             return mutate_bytes(data, random)
         if kind == 10:  # much of little
-            content += random.choice((b"a", b"\n", b'"', b" ")) * 2**25
+            content += random.choice((b"a" * 2**25, b'"' * 2**25, b"\n" * 2**20))
             return gzip.compress(content, compresslevel=1, mtime=0)
         return gzip.compress(mutation(content, random), compresslevel=1, mtime=0)
 

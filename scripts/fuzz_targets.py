@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from random import Random
 
 import fuzz_parquet
 import msgspec
@@ -40,6 +39,7 @@ from fpabee.runtime.text_io import Inputs, Row
 
 # Rows of an input that are read: a packed file may hold any number, one after another.
 _MOST_ROWS = 5000
+_MOST_WRITTEN = 2**24
 _TEXTS: list[Text] = [
     "",
     "the film is not bad",
@@ -104,8 +104,7 @@ def every_target(engines: Path, model_dir: Path | None, place: Path) -> dict[str
         targets[f"{suffix}.gz"] = _input(
             place / f"input.{suffix}.gz", (gzip.compress(seed, mtime=0),), packed(mutation)
         )
-    seeds = tuple(fuzz_parquet.table(Random(number)) for number in range(8))
-    targets["parquet"] = _input(place / "input.parquet", seeds, fuzz_parquet.mutate)
+    targets["parquet"] = _input(place / "input.parquet", fuzz_parquet.seeds(), fuzz_parquet.mutate)
     return targets | ({} if model_dir is None else _model(model_dir, place / "model"))
 
 
@@ -156,10 +155,13 @@ def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
 
 def _input(path: Path, seeds: tuple[bytes, ...], mutation: Mutation) -> Target:
     def read() -> None:
+        written = 0
         for row in islice(Inputs([path]), _MOST_ROWS):
             if isinstance(row, Row):
                 # Its other fields are written again.
-                to_json(row.fields).encode()
+                written += len(to_json(row.fields).encode()) + len(row.text)
+            if written > _MOST_WRITTEN:
+                break
 
     return Target("inputs", seeds, mutation, path, read)
 

@@ -49,23 +49,41 @@ def parquet_rows(
     """
     pyarrow, parquet = load_pyarrow()
     try:
-        # Without the buffer, a row group of a million rows is read at once.
-        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+        metadata = parquet.read_metadata(path)
+        # Without the buffer, a row group of a million rows is read at once. Without the
+        # dictionaries, a long text that the file holds once is there once for each row.
+        with parquet.ParquetFile(
+            path,
+            metadata=metadata,
+            read_dictionary=_texts(metadata.schema),
+            buffer_size=_BUFFER_BYTES,
+        ) as file:
             columns.check(file.schema_arrow.names, str(path))
             _check_types(pyarrow, file.schema_arrow, columns, path)
             names = _class_names(file.schema_arrow, columns)
-            total = max(1, file.metadata.num_rows)
+            total = max(1, metadata.num_rows)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for start in range(batch.num_rows):
                     number += 1
                     yield _row(batch, start, columns, names, f"{path}, row {number}", number)
                 progress(number / total)
-    except (pyarrow.ArrowException, OSError) as error:
+    # The last where a column's name is no text.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"{path} cannot be read as Parquet: {line}", "copy the file again"
         ) from error
+
+
+def _texts(schema: Any) -> list[str]:
+    """The columns of strings and bytes, also those within others."""
+    columns = [schema.column(number) for number in range(len(schema))]
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.converted_type != "DECIMAL"
+    ]
 
 
 def _row(
