@@ -108,8 +108,8 @@ def _value(scalar: Any, where: str) -> Any:
         return _plain(scalar.as_py())
     except UnicodeDecodeError as error:
         raise RowError(f"{where} is not UTF-8: {error.reason}", "write the file again") from error
-    # A time outside of Python's years, or in a zone that is not known here.
-    except (ArithmeticError, ValueError) as error:
+    # A time outside of Python's years or in a zone that is not known here, or deep nesting.
+    except (ArithmeticError, ValueError, RecursionError) as error:
         raise RowError(
             f"{where} holds a {scalar.type} that cannot be read: {' '.join(str(error).split())}",
             "write it as a string, or leave the column out",

@@ -15,6 +15,9 @@ T = TypeVar("T")
 LABEL_SEPARATOR = "|"
 """Between the labels of a cell of a column `labels`, in and out."""
 
+# Far above any data, and far below what Python's JSON writes.
+_MOST_NESTED = 100
+
 _TEXT_PAIR = "text_pair"
 _LABELS = ("labels", "label")
 
@@ -121,7 +124,8 @@ class Columns:
             table: whether a string in a column `labels` is split.
 
         Raises:
-            RowError: the text is no string, or the pair or labels are not what they should be.
+            RowError: the text is no string, the pair or labels are not what they should be, or
+                another field is nested too deeply to be written again.
         """
         text = content.get(self.text)
         if not isinstance(text, str):
@@ -137,6 +141,11 @@ class Columns:
             )
         used = (self.text, self.pair_name, *self.label_names)
         fields = {name: value for name, value in content.items() if name not in used}
+        if _is_deep(fields):
+            raise RowError(
+                f"{where} has a field that is nested deeper than {_MOST_NESTED} lists or objects",
+                "leave that field out",
+            )
         return Row(text, pair, self._labels(content, where, table), fields, number, where)
 
     def _labels(
@@ -158,6 +167,17 @@ class Columns:
                 raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
             return tuple(str(part) for part in (value if is_list else [value]))
         return None
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value is nested too deeply; without recursion, which could itself be too deep."""
+    level = [value]
+    for _ in range(_MOST_NESTED + 2):  # the first is the value itself
+        inner = [part for part in level if isinstance(part, (dict, list)) and part]
+        if not inner:
+            return False
+        level = [x for part in inner for x in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def parsed(lines: Iterator[T], parse: Callable[[T], Row | None]) -> Iterator[Row | RowError]:
