@@ -28,7 +28,8 @@ from rich.table import Table
 
 WORKER = Path(__file__).parent / "fuzz_worker.py"
 GROUPS = {
-    "manifest": ("manifest", "reference"),
+    "manifest": ("manifest",),
+    "reference": ("reference",),
     "inputs": (
         *("txt", "jsonl", "csv", "tsv"),
         *("txt.gz", "jsonl.gz", "csv.gz", "tsv.gz"),

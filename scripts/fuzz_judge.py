@@ -121,6 +121,7 @@ class Judge:
         # Once beforehand: what is imported then is to the account of no input.
         target.path.write_bytes(target.seeds[0])
         target.read()
+        self._write()
 
     def __call__(self, data: bytes) -> None:
         """Read an input."""
@@ -149,7 +150,10 @@ class Judge:
         ):
             if found:
                 report.add(found, data, Path(job.keep))
-        self._file.write_bytes(msgspec.json.encode(report))
+        self._write()
+
+    def _write(self) -> None:
+        self._file.write_bytes(msgspec.json.encode(self.report))
 
 
 def _described(error: BaseException) -> str:

@@ -65,7 +65,7 @@ class Target:
     """A kind of file.
 
     Attributes:
-        group: what `--only` chooses: manifest, inputs, tokenizer or model.
+        group: what `--only` chooses: manifest, reference, inputs, tokenizer or model.
         seeds: files to begin with.
         mutate: changes one.
         path: where the file must stand to be read.
@@ -150,7 +150,7 @@ def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
         read_reference(folder, msgspec.structs.replace(manifest, files=files))
 
     seeds = ((engines / REFERENCE_NAME).read_bytes(),)
-    return Target("manifest", seeds, archived, path, read)
+    return Target("reference", seeds, archived, path, read)
 
 
 def _input(path: Path, seeds: tuple[bytes, ...], mutation: Mutation) -> Target:
