@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fpabee.runtime import Budget, FPabee
+from fpabee.runtime import Budget, Engine, FPabee
 from fpabee.runtime.encoding import Text
 
 from ..conftest import WORDS
@@ -87,7 +87,7 @@ def test_a_point_that_is_not_in_force_is_found(
     soak: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = soak.reference_of(folder, TEXTS)
-    monkeypatch.setattr(soak.Engine, "use", lambda engine, name: None)
+    monkeypatch.setattr(Engine, "use", lambda engine, name: None)
     outcome = soak.soak(plan(soak, folder), reference)
     assert outcome.wrong > 0
 
@@ -106,8 +106,8 @@ def test_an_error_in_a_thread_is_found(
     soak: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = soak.reference_of(folder, TEXTS)
-    monkeypatch.setattr(soak.Engine, "stream", lambda *_: 1 / 0)
-    monkeypatch.setattr(soak.Engine, "predict", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Engine, "stream", lambda *_: 1 / 0)
+    monkeypatch.setattr(Engine, "predict", lambda *_, **__: 1 / 0)
     outcome = soak.soak(plan(soak, folder), reference)
     assert len(outcome.errors) == 2
     assert "process 1 answered nothing" in soak.problems([outcome])
