@@ -263,7 +263,7 @@ def is_engines_folder(folder: Path) -> bool:
     """Whether a folder holds a manifest of ours, of any version, damaged inside or not."""
     try:
         content = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError):
+    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return False
     return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
 

@@ -27,6 +27,7 @@ from fpabee.runtime.manifest import (
     MANIFEST_NAME,
     REFERENCE_NAME,
     Manifest,
+    is_engines_folder,
     read_manifest,
     resolve,
     sha256_of,
@@ -113,6 +114,7 @@ def _manifest(engines: Path, folder: Path) -> Target:
     path = folder / MANIFEST_NAME
 
     def read() -> None:
+        is_engines_folder(folder)  # before an export replaces it
         # As Engine.load does before it loads graphs, and then as calibration writes.
         manifest = read_manifest(folder)
         for name in (None, *manifest.targets):

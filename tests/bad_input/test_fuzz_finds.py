@@ -17,7 +17,12 @@ from pyarrow import parquet
 
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.errors import ArtifactError
-from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME, read_manifest
+from fpabee.runtime.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    is_engines_folder,
+    read_manifest,
+)
 from fpabee.runtime.text_io import read_rows
 
 from .cases import Arguments, Case, Place, change_json, check, corrected
@@ -150,6 +155,11 @@ def test_a_long_text_that_parquet_holds_once(place: Place, column: str) -> None:
     first = next(read_rows(path))
     assert (first.text if column == "text" else first.fields["x"]) == long
     assert pyarrow.total_allocated_bytes() - before < 32 * 2**20
+
+
+def test_a_folder_whose_manifest_is_no_text_is_not_ours(place: Place) -> None:
+    place.file(MANIFEST_NAME, b'{"schema_version": "\xed\xa0\x80"}')
+    assert not is_engines_folder(place.root)
 
 
 def test_nesting_that_is_not_too_deep_is_passed_on(place: Place) -> None:
