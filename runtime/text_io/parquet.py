@@ -15,6 +15,7 @@ from .rows import Columns, Row
 
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 2**20
+_DICTIONARY_BYTES = 8 * 2**20
 
 
 def load_pyarrow() -> tuple[Any, Any]:
@@ -50,12 +51,13 @@ def parquet_rows(
     pyarrow, parquet = load_pyarrow()
     try:
         metadata = parquet.read_metadata(path)
-        # Without the buffer, a row group of a million rows is read at once. Without the
-        # dictionaries, a long text that the file holds once is there once for each row.
+        # Without the buffer, a row group of a million rows is read at once. Without a
+        # dictionary, a long text that the file holds once is there once for each row; with one,
+        # all texts of a row group are there at once.
         with parquet.ParquetFile(
             path,
             metadata=metadata,
-            read_dictionary=_texts(metadata.schema),
+            read_dictionary=_few_texts(metadata),
             buffer_size=_BUFFER_BYTES,
         ) as file:
             columns.check(file.schema_arrow.names, str(path))
@@ -76,14 +78,17 @@ def parquet_rows(
         ) from error
 
 
-def _texts(schema: Any) -> list[str]:
-    """The columns of strings and bytes, also those within others."""
-    columns = [schema.column(number) for number in range(len(schema))]
-    return [
-        column.path
-        for column in columns
-        if column.physical_type == "BYTE_ARRAY" and column.converted_type != "DECIMAL"
-    ]
+def _few_texts(metadata: Any) -> list[str]:
+    """The columns of strings and bytes, also those within others, that are small in the file."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    found = []
+    for number in range(metadata.num_columns):
+        column = metadata.schema.column(number)
+        sizes = (group.column(number).total_uncompressed_size for group in groups)
+        is_text = column.physical_type == "BYTE_ARRAY" and column.converted_type != "DECIMAL"
+        if is_text and max(sizes, default=0) <= _DICTIONARY_BYTES:
+            found.append(column.path)
+    return found
 
 
 def _row(

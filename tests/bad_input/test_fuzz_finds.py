@@ -157,6 +157,17 @@ def test_a_long_text_that_parquet_holds_once(place: Place, column: str) -> None:
     assert pyarrow.total_allocated_bytes() - before < 32 * 2**20
 
 
+def test_many_texts_of_a_row_group_are_not_held_at_once(place: Place) -> None:
+    path = place.root / "in.parquet"
+    texts = [f"{number} {'a' * 400}" for number in range(40_000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for row in read_rows(path):
+        if row.line % 1024 == 0:
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 8 * 2**20
+
+
 def test_a_folder_whose_manifest_is_no_text_is_not_ours(place: Place) -> None:
     place.file(MANIFEST_NAME, b'{"schema_version": "\xed\xa0\x80"}')
     assert not is_engines_folder(place.root)
