@@ -12,12 +12,14 @@ file is kept, and `--only TARGET --replay FILE` reads it once more. Exit code 1:
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from importlib import util
 from pathlib import Path
 
 import click
@@ -42,6 +44,7 @@ TARGETS = [name for names in GROUPS.values() for name in names]
 # A target whose process ends so often is not worth more time.
 MOST_CRASHES = 20
 _TELLING = ("ERROR: ", "panicked", "overflow", "memory allocation")
+# Seconds after which a process is ended that libFuzzer should have ended.
 _LATE = 60.0
 _LONGEST_INPUT = 4 * 2**20
 
@@ -109,10 +112,8 @@ def _run(command: list[str], seconds: float) -> tuple[int, bytes]:
 
 def _last_words(code: int, stderr: bytes) -> str:
     """How a process ended, in its own words."""
-    lines = stderr.decode(errors="replace").splitlines()
-    telling = [
-        line for line in lines if "ERROR: " in line or "panicked" in line or "overflow" in line
-    ]
+    lines = re.sub(r"==\d+== ?", "", stderr.decode(errors="replace")).splitlines()
+    telling = [line for line in lines if any(word in line for word in _TELLING)]
     return f"exit code {code}: {' '.join(telling[:2]) or 'no word'}"
 
 
@@ -175,6 +176,8 @@ def main(
     replay: Path | None,
 ) -> None:
     """Fuzz what reads the files of ENGINES, an engines folder, and of inputs."""
+    if util.find_spec("atheris") is None:
+        raise click.ClickException("Atheris is not installed -> pip install 'fpabee[fuzz]'")
     names = chosen_targets(only, model_dir is not None)
     if replay and len(names) != 1:
         raise click.UsageError("--replay needs one target: name it with --only")
