@@ -81,6 +81,7 @@ def fuzz(job: Job, seconds: float, runs: int, seed: int, replay: Path | None = N
             "-rss_limit_mb=0",
             "-len_control=0",
             "-mutate_depth=1",
+            "-reduce_inputs=0",
             str(replay or corpus),
         ]
         command = [sys.executable, str(WORKER), msgspec.json.encode(again).decode(), *flags]
