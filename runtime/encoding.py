@@ -74,6 +74,7 @@ class TextEncoder:
             )
         with _our_errors(f"{self._path} cannot truncate"):
             self._tokenizer.enable_truncation(limit)
+        self._limit = limit
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs.
@@ -86,6 +87,12 @@ class TextEncoder:
             _check(text, number)
         with _our_errors(f"{self._path} fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts))
+        longest = max((len(encoding) for encoding in encodings), default=0)
+        if longest > self._limit:  # its template puts more than once what was truncated
+            raise ArtifactError(
+                f"{self._path} gives {longest} tokens, though told to give {self._limit} at most",
+                "export the model again with fpabee-export",
+            )
         return [
             EncodedRow(
                 np.asarray(encoding.ids, np.int64),

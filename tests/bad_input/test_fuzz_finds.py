@@ -83,9 +83,21 @@ def damaged_tokenizer(place: Place, *path: str) -> Path:
             content = content[key]
         del content[path[-1]]
 
+    return changed_tokenizer(place, drop)
+
+
+def changed_tokenizer(place: Place, change: Callable[[Any], object]) -> Path:
     folder = place.engines()
-    change_json(folder / TOKENIZER_NAME, drop)
+    change_json(folder / TOKENIZER_NAME, change)
     return corrected(folder, TOKENIZER_NAME)
+
+
+def text_many_times(place: Place) -> Arguments:
+    def repeat(content: Any) -> None:
+        template = content["post_processor"]["single"]
+        template += [{"Sequence": {"id": "A", "type_id": 0}}] * 2000
+
+    return run(changed_tokenizer(place, repeat), place.texts())
 
 
 def table(columns: list[Any], names: list[str]) -> bytes:
@@ -114,6 +126,8 @@ CASES = [
          ("reference.npz cannot be read", "export the model again")),
     Case("a tokenizer without its unknown token", tokenizer_without("model", "vocab", "[UNK]"),
          ("tokenizer.json fails on a text: ", "export the model again")),
+    Case("a tokenizer that gives a text many times", text_many_times,
+         ("tokens, though told to give 64 at most", "export the model again")),
     Case("a Parquet column twice", input_of("in.parquet", table([TEXTS] * 2, ["text", "text"])),
          ('in.parquet names the column "text" twice', "its own name")),
     Case("a date that Python has not", input_of("in.parquet", table([TEXTS, FAR], ["text", "x"])),
