@@ -10,8 +10,8 @@ and probabilities within a tolerance. A row whose answer lies that close to a th
 apart, as in verification. Memory is judged after warm-up: its median in the last fifth of the
 time may exceed that in the second fifth by at most 5 %, or 32 MiB if that is more. So that it is
 the memory in use, glibc is told to give freed buffers back (`MALLOC_MMAP_THRESHOLD_`, unless it
-is set already): otherwise its heaps, one a thread, fill with gaps for hours. Exit code 1: a wrong
-answer, an error, or memory that grows.
+is set already): otherwise its heaps, one a thread, go on filling with gaps (measured: by a tenth
+in these 10 minutes). Exit code 1: a wrong answer, an error, or memory that grows.
 """
 
 from __future__ import annotations
