@@ -166,6 +166,7 @@ def load_config(folder: Path) -> Any:
         AttributeError,
         LookupError,
         OSError,
+        RecursionError,
         StrictDataclassError,
         TypeError,
         ValueError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,34 +68,39 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
-        path = verified(folder, spec.file, spec.sha256)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        # The library raises the bare Exception for a file that it cannot parse.
-        except Exception as error:
-            raise ArtifactError(
-                f"{path} is not a tokenizer: {error}", "export the model again with fpabee-export"
-            ) from error
+        self._path = verified(folder, spec.file, spec.sha256)
+        with _our_errors(f"{self._path} is not a tokenizer"):
+            self._tokenizer = Tokenizer.from_file(str(self._path))
+            self._tokenizer.no_padding()
+            special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
         self._uses_types = "token_type_ids" in spec.inputs
-        self._tokenizer.no_padding()
         limit = spec.max_length if max_length is None else min(spec.max_length, max_length)
-        special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
         if limit <= special:
             raise InputError(
                 f"max_length {limit} leaves no room for text beside {special} special tokens",
                 f"give {special + 1} to {spec.max_length} tokens",
             )
-        self._tokenizer.enable_truncation(limit)
+        with _our_errors(f"{self._path} cannot truncate"):
+            self._tokenizer.enable_truncation(limit)
+        self._limit = limit
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs.
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+            ArtifactError: the tokenizer is damaged, as only this text shows.
         """
         for number, text in enumerate(texts, start=1):
             _check(text, number)
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        with _our_errors(f"{self._path} fails on a text"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
+        longest = max((len(encoding) for encoding in encodings), default=0)
+        if longest > self._limit:  # its template puts more than once what was truncated
+            raise ArtifactError(
+                f"{self._path} gives {longest} tokens, though told to give {self._limit} at most",
+                "export the model again with fpabee-export",
+            )
         return [
             EncodedRow(
                 np.asarray(encoding.ids, np.int64),
@@ -105,6 +111,21 @@ class TextEncoder:
             )
             for encoding in encodings
         ]
+
+
+@contextmanager
+def _our_errors(what: str) -> Iterator[None]:
+    """Turn what the library raises on a bad tokenizer.json into our error."""
+    try:
+        yield
+    # The bare Exception, or for a panic of its Rust code one that is not even that.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{what}: {reason}", "export the model again with fpabee-export"
+        ) from error
 
 
 def _check(text: object, number: int) -> None:

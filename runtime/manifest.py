@@ -325,7 +325,7 @@ def is_engines_folder(folder: Path) -> bool:
     """Whether a folder holds a manifest of ours, of any version, damaged inside or not."""
     try:
         content = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError):
+    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return False
     return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
 
@@ -407,6 +407,8 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
     try:
         versions = msgspec.json.decode(raw, type=_Version)
         _check_version(versions.schema_version, versions.fpabee_version)
+        # Whole, too: fields that this version does not know must be fit to be written again.
+        msgspec.json.decode(raw)
         return msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ArtifactError(

@@ -46,7 +46,7 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
         texts = json.loads(content["texts"].tobytes())
         logits = np.asarray(content["logits"], np.float32)
         rows = [tuple(text) if isinstance(text, list) else text for text in texts]
-    except (ValueError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {reason}", "export the model again") from error
     expected = (len(manifest.segments), len(rows), len(manifest.task.labels))

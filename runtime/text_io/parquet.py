@@ -16,6 +16,7 @@ from .rows import Columns, Row
 # Few: a long value that stands in the file once may be that of every row.
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
+_DICTIONARY_BYTES = 8 * 2**20
 
 
 def load_pyarrow() -> tuple[Any, Any]:
@@ -50,18 +51,27 @@ def parquet_rows(
     """
     pyarrow, parquet = load_pyarrow()
     try:
-        # Without the buffer, a row group of a million rows is read at once.
-        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
+        metadata = parquet.read_metadata(path)
+        # Without the buffer, a row group of a million rows is read at once. Without a
+        # dictionary, a long text that the file holds once is there once for each row; with one,
+        # all texts of a row group are there at once.
+        with parquet.ParquetFile(
+            path,
+            metadata=metadata,
+            read_dictionary=_few_texts(metadata),
+            buffer_size=_BUFFER_BYTES,
+        ) as file:
             columns.check(file.schema_arrow.names, str(path))
             _check_types(pyarrow, file.schema_arrow, columns, path)
             names = _class_names(file.schema_arrow, columns)
-            total = max(1, file.metadata.num_rows)
+            total = max(1, metadata.num_rows)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for start in range(batch.num_rows):
                     number += 1
                     yield _row(batch, start, columns, names, f"{path}, row {number}", number)
                 progress(number / total)
+    # The last where a column's name is no text.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
@@ -69,24 +79,47 @@ def parquet_rows(
         ) from error
 
 
+def _few_texts(metadata: Any) -> list[str]:
+    """The columns of strings and bytes, also those within others, that are small in the file."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    found = []
+    for number in range(metadata.num_columns):
+        column = metadata.schema.column(number)
+        sizes = (group.column(number).total_uncompressed_size for group in groups)
+        is_text = column.physical_type == "BYTE_ARRAY" and column.converted_type != "DECIMAL"
+        if is_text and max(sizes, default=0) <= _DICTIONARY_BYTES:
+            found.append(column.path)
+    return found
+
+
 def _row(
     batch: Any, at: int, columns: Columns, names: dict[str, list[str]], where: str, number: int
 ) -> Row | RowError:
     try:
         content = {
-            name: _plain(column[at].as_py())
+            name: _value(column[at], f'{where}: the column "{name}"')
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
         for name, known in names.items():
             if isinstance(content[name], int) and 0 <= content[name] < len(known):
                 content[name] = known[content[name]]
         return columns.row(content, where, number, table=True)
-    except UnicodeDecodeError as error:
-        return RowError(f"{where} is not UTF-8: {error.reason}", "write the file again")
     except RowError as error:
         return error
-    except (OverflowError, ValueError) as error:  # what Python has no value for
-        return RowError(f"{where} holds what cannot be read: {error}", "leave the column out")
+
+
+def _value(scalar: Any, where: str) -> Any:
+    """A value as JSON has it."""
+    try:
+        return _plain(scalar.as_py())
+    except UnicodeDecodeError as error:
+        raise RowError(f"{where} is not UTF-8: {error.reason}", "write the file again") from error
+    # A time outside of Python's years or in a zone that is not known here, or deep nesting.
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        raise RowError(
+            f"{where} holds a {scalar.type} that cannot be read: {' '.join(str(error).split())}",
+            "write it as a string, or leave the column out",
+        ) from error
 
 
 def _plain(value: Any) -> Any:

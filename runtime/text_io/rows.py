@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ T = TypeVar("T")
 
 LABEL_SEPARATOR = "|"
 """Between the labels of a cell of a column `labels`, in and out."""
+
+# Far above any data, and far below what Python's JSON writes.
+_MOST_NESTED = 100
 
 _TEXT_PAIR = "text_pair"
 _LABELS = ("labels", "label")
@@ -97,7 +101,7 @@ class Columns:
         """What splits a cell of a label column of a table, by the column's name; None: nothing."""
         return self.separator or (LABEL_SEPARATOR if name == "labels" else None)
 
-    def check(self, names: Collection[str], where: str) -> None:
+    def check(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns.
 
         Args:
@@ -105,16 +109,14 @@ class Columns:
             where: the file, for messages.
 
         Raises:
-            InputError: two have the same name, or the text column, or one that was asked for by
-                name, is not there.
+            InputError: the text column, or one that was asked for by name, is not there, or
+                any column is there twice.
         """
-        seen = set[str]()
-        for name in names:
-            if name in seen:
-                raise InputError(
-                    f'{where} names the column "{name}" twice', "give every column its own name"
-                )
-            seen.add(name)
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise InputError(
+                f'{where} names the column "{twice}" twice', "give every column its own name"
+            )
         wanted = {"--text-column": self.text}
         if self.text_pair is not None:
             wanted["--text-pair-column"] = self.text_pair
@@ -137,7 +139,8 @@ class Columns:
             table: whether a string in a column `labels` is split.
 
         Raises:
-            RowError: the text is no string, or the pair or labels are not what they should be.
+            RowError: the text is no string, the pair or labels are not what they should be, or
+                another field is nested too deeply to be written again.
         """
         text = content.get(self.text)
         if not isinstance(text, str):
@@ -154,6 +157,11 @@ class Columns:
             )
         used = (self.text, self.pair_name, *self.label_names)
         fields = {name: value for name, value in content.items() if name not in used}
+        if _is_deep(fields):
+            raise RowError(
+                f"{where} has a field that is nested deeper than {_MOST_NESTED} lists or objects",
+                "leave that field out",
+            )
         return Row(text, pair, self._labels(content, where, table), fields, number, where)
 
     def _labels(
@@ -175,6 +183,17 @@ class Columns:
                 raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
             return tuple(str(part) for part in (value if is_list else [value]))
         return None
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value is nested too deeply; without recursion, which could itself be too deep."""
+    level = [value]
+    for _ in range(_MOST_NESTED + 2):  # the first is the value itself
+        inner = [part for part in level if isinstance(part, (dict, list)) and part]
+        if not inner:
+            return False
+        level = [x for part in inner for x in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def parsed(lines: Iterator[T], parse: Callable[[T], Row | None]) -> Iterator[Row | RowError]:

@@ -248,7 +248,7 @@ FILES = [
     Case("Parquet with a column twice", twice("text"), ('names the column "text" twice',)),
     Case("Parquet with another column twice", twice("x"), ('names the column "x" twice',)),
     Case("Parquet with a day beyond any", columns(text=["a"], day=pyarrow.array([2**30], "date32")),
-         ("row 1 holds what cannot be read",)),
+         ("holds a date32[day] that cannot be read",)),
     Case("Parquet with a null", columns(text=["a", None]), ("row 2 has no string field",)),
     Case("Parquet with a list of nulls", columns("--metrics", text=["a"], labels=[[None]]),
          ('"labels" is not a list of names',)),

@@ -110,7 +110,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
     first, bad = Inputs([path])
     assert isinstance(first, Row)
     assert isinstance(bad, RowError)
-    assert "row 2 is not UTF-8" in bad.message
+    assert 'row 2: the column "text" is not UTF-8' in bad.message
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,20 +21,10 @@ ROOT = Path(__file__).parents[2]
 GREEN = {"exit_code": 0, "tail": ["3 passed in 0.1s"]}
 
 
-def load() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with one repetition; there is a GPU, and the tests pass."""
-    module = load()
+    module = load_script("gpu_check")
     monkeypatch.setattr(module, "REPEATS", 1)
     monkeypatch.setattr(module, "run_tests", lambda root: GREEN)
     monkeypatch.setattr(module, "cuda_device", lambda: GPU)
@@ -127,12 +116,14 @@ def test_bad_input_is_one_line_before_anything_runs(
 
 
 @pytest.mark.parametrize(("ends", "code"), [("pass", 0), ("assert False", 1)])
-def test_the_exit_code_of_the_gpu_tests(ends: str, code: int, tmp_path: Path) -> None:
+def test_the_exit_code_of_the_gpu_tests(
+    load_script: Callable[[str], ModuleType], ends: str, code: int, tmp_path: Path
+) -> None:
     lines = ["import pytest", "@pytest.mark.gpu", "def test_x():", f"    {ends}"]
     lines += ["def test_not_run():", "    assert False"]
     (tmp_path / "test_x.py").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
-    result = load().run_tests(tmp_path)
+    result = load_script("gpu_check").run_tests(tmp_path)
     assert result["exit_code"] == code
     assert "1 deselected" in result["tail"][-1]
 

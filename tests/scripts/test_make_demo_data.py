@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,25 +11,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIZES = {"train": 320, "dev": 80, "test": 81}
 TASKS = ("single", "multi")
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[ModuleType]:
-    """The script as a module; its folder is on the path as when it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        spec = importlib.util.spec_from_file_location(
-            "make_demo_data", SCRIPTS / "make_demo_data.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "make_demo_data", module)
-        spec.loader.exec_module(module)
-        yield module
+def demo(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("make_demo_data")
 
 
 def run(demo: ModuleType, folder: Path, seed: int = 7) -> Path:

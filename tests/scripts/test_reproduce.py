@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,16 +23,8 @@ LAYERS = [1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")
-def reproduce() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up by name.
-    sys.modules["reproduce"] = module
-    spec.loader.exec_module(module)
-    return module
+def reproduce(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("reproduce")
 
 
 def make(seed: int) -> Rows:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,16 +31,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "train", module)
-        spec.loader.exec_module(module)
-        yield module
+def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("train")
 
 
 def options(train: ModuleType, **changes: Any) -> Any:

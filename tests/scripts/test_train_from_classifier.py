@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +18,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Robe
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.runtime.manifest import ProblemType
 
-ROOT = Path(__file__).parents[2]
 LABELS = ("bad", "good")
 WORDS = ("good", "bad", "film", "music", "rain", "stop", "light", "book")
 TEXTS = [f"{one} {other}" for one in WORDS for other in WORDS[:5]]
@@ -30,16 +27,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "train", module)
-        spec.loader.exec_module(module)
-        yield module
+def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("train")
 
 
 def make_classifier(tiny_models: dict[str, Path], folder: Path, problem_type: ProblemType) -> Path:

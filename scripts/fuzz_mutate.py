@@ -1,0 +1,198 @@
+"""Mutations that keep the structure of a file, so that a fuzzer gets past its parser.
+
+Every function takes the bytes of a file and a source of chance, and gives other bytes; where
+the bytes no longer have the structure, a few of them are changed instead.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+Mutation = Callable[[bytes, Random], bytes]
+
+# Values as JSON text, for a JSON library writes few of them.
+_ODD = (
+    *("null", "true", "false", "0", "-0.0", "-1", "1", "3", "0.5", "1e308", "-1e308", "1e999"),
+    *("NaN", "Infinity", "-Infinity", "2147483648", "4294967296", "9223372036854775808"),
+    *("18446744073709551616", "9" * 30, "9" * 5000, "1e-400", '{"__float__": "NaN"}'),
+    *('""', '"x"', '"1"', '"NaN"', r'"\ud800"', r'"\u0000"', '"../x"', '"/etc/passwd"', '"a/./b"'),
+    *(f'"{"a" * 70_000}"', '"\u202e\u0301\U0001f469\u200d"', '"["', '"(a+)+$"', '"<0x00>"'),
+    *("[]", "{}", "[[]]", "[null]", "[1, 2, 3]", '{"a": 1}', '{"type": "X"}'),
+    *("[" * depth + "]" * depth for depth in (50, 500, 1500, 100_000)),
+    *('{"a":' * depth + "1" + "}" * depth for depth in (50, 500, 1500, 50_000)),
+)
+_PIECES = (
+    *(b'"', b'""', b"\\", b"\0", b"\r", b"\n", b"\r\n", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80"),
+    *(b",", b";", b"\t", b"|", b" ", b"{", b"}", b"[", b"]", b"'", b"text", b"label", b"labels"),
+    *("\u2028".encode(), "\u0085".encode(), "\U0001f469".encode(), b"\x1c", b"\x1a"),
+    *(b"," * 3000, b'"' * 3001, b"a" * 200_000, b"\n" * 3000, b"[" * 100_000),
+)
+_UNPACKED = 2**20
+
+
+def mutate_bytes(data: bytes, random: Random) -> bytes:
+    """Flip, cut, copy or insert a few bytes."""
+    content = bytearray(data)
+    for _ in range(random.choice((1, 1, 2, 4, 16))):
+        at = random.randrange(len(content) + 1)
+        to = min(len(content), at + random.choice((1, 1, 2, 4, 8, 100)))
+        kind = random.randrange(5)
+        if kind == 0 and to > at:
+            content[at] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            content[at:to] = random.randbytes(to - at)
+        elif kind == 2:
+            del content[at:to]
+        elif kind == 3:
+            content[at:at] = content[at:to] * random.choice((1, 2, 100))
+        else:
+            content[at:at] = random.choice(_PIECES)
+    return bytes(content)
+
+
+def mutate_json(data: bytes, random: Random) -> bytes:
+    """Change a few values or keys of a JSON document."""
+    try:
+        root = [json.loads(data)]
+    except (ValueError, RecursionError):
+        return mutate_bytes(data, random)
+    raw: list[str] = []
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        _change(*_place(root, random), root, raw, random)
+    try:
+        text = json.dumps(root[0] if root else None)
+    except RecursionError:
+        return mutate_bytes(data, random)
+    for number, piece in enumerate(raw):
+        text = text.replace(f'"@{number}@"', piece)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _place(root: Any, random: Random) -> tuple[Any, Any]:
+    """A container and one of its keys: any depth is likely, however long the lists are."""
+    inner, key = root, 0
+    while True:
+        content = inner[key]
+        if not isinstance(content, (dict, list)) or not content or random.random() < 0.2:
+            return inner, key
+        inner = content
+        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+
+
+def _change(inner: Any, key: Any, root: list[Any], raw: list[str], random: Random) -> None:
+    value, odd = inner[key], random.choice(_ODD)
+    kind = random.randrange(8)
+    if kind == 0 and inner is not root:
+        del inner[key]
+    elif kind == 1:  # the value of another place
+        other, name = _place(root, random)
+        inner[key] = json.loads(json.dumps(other[name]))
+    elif kind == 2 and isinstance(inner, list):
+        inner.extend([value] * random.choice((1, 2, 2000)))
+    elif kind == 2 and isinstance(inner, dict):  # a key twice
+        raw.append(f"{json.dumps(value)}, {json.dumps(key)}: {odd}")
+        inner[key] = f"@{len(raw) - 1}@"
+    elif kind == 3 and isinstance(inner, dict):
+        inner[random.choice(("", "x", "type", f"{key}2", "a" * 1000))] = inner.pop(key)
+    elif kind == 4 and isinstance(value, (int, float)):
+        inner[key] = random.choice((-value, value + 1, value - 1, value * 2**20, value / 2))
+    elif kind == 4 and isinstance(value, str):
+        at = random.randrange(len(value) + 1)
+        inner[key] = (
+            value[:at] + random.choice(("", "\0", "\ud800", "é", " ", "/")) + value[at + 1 :]
+        )
+    elif kind == 4 and isinstance(value, list):
+        random.shuffle(value)
+    else:
+        raw.append(odd)
+        inner[key] = f"@{len(raw) - 1}@"
+
+
+def mutate_lines(data: bytes, random: Random) -> bytes:
+    """Change, copy, drop or swap lines."""
+    lines = data.split(b"\n")
+    for _ in range(random.choice((1, 1, 2, 4))):
+        at = random.randrange(len(lines))
+        kind = random.randrange(6)
+        if kind == 0:
+            lines.insert(at, random.choice(lines))
+        elif kind == 1 and len(lines) > 1:
+            del lines[at]
+        elif kind == 2:
+            other = random.randrange(len(lines))
+            lines[at], lines[other] = lines[other], lines[at]
+        elif kind == 3:
+            lines[at] = b",".join(random.choices(_PIECES, k=3))
+        else:
+            lines[at] = mutate_bytes(lines[at], random)
+    return b"\n".join(lines)
+
+
+def mutate_json_lines(data: bytes, random: Random) -> bytes:
+    """Change a value in a line, or the lines."""
+    lines = data.split(b"\n")
+    at = random.randrange(len(lines))
+    if random.random() < 0.3:
+        return mutate_lines(data, random)
+    lines[at] = mutate_json(lines[at], random)
+    return b"\n".join(lines)
+
+
+def packed(mutation: Mutation) -> Mutation:
+    """The same of what is packed with gzip; at times of the packed bytes."""
+
+    def mutate(data: bytes, random: Random) -> bytes:
+        try:
+            content = zlib.decompressobj(31).decompress(data, _UNPACKED)
+        except zlib.error:
+            return mutate_bytes(data, random)
+        kind = random.randrange(40)
+        if kind < 10:
+            return mutate_bytes(data, random)
+        if kind == 10:  # much of little
+            content += random.choice((b"a" * 2**25, b'"' * 2**25, b"\n" * 2**20))
+            return gzip.compress(content, compresslevel=1, mtime=0)
+        return gzip.compress(mutation(content, random), compresslevel=1, mtime=0)
+
+    return mutate
+
+
+def headed(mutation: Mutation) -> Mutation:
+    """The same of the JSON header that safetensors has behind its length."""
+
+    def mutate(data: bytes, random: Random) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        if length > len(data) - 8 or random.random() < 0.2:
+            return mutate_bytes(data, random)
+        header = mutation(data[8 : 8 + length], random)
+        claimed = random.choice((len(header),) * 6 + (0, len(header) + 1, 2**40, 2**64 - 1))
+        return claimed.to_bytes(8, "little") + header + data[8 + length :]
+
+    return mutate
+
+
+def archived(data: bytes, random: Random) -> bytes:
+    """Change one file of an archive such as numpy's, or the bytes of the archive."""
+    if random.random() < 0.2:
+        return mutate_bytes(data, random)
+    out = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+            names = old.namelist()
+            chosen = random.randrange(len(names))
+            for number, name in enumerate(names):
+                content = old.read(name)
+                if number == chosen:
+                    head = random.choice((128, len(content)))
+                    content = mutate_bytes(content[:head], random) + content[head:]
+                new.writestr(zipfile.ZipInfo(name), content)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError, zlib.error):
+        return mutate_bytes(data, random)
+    return out.getvalue()
