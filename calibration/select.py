@@ -26,7 +26,7 @@ ALL = frozenset(range(PARTS))
 # Of settings that wish for a sure bound on a metric without a formula, how many are tried.
 _TRIED = 60
 # Shares of the drop wished for that are asked of the estimate, until choosing keeps to the wish.
-_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_SHARES = tuple(np.linspace(1.0, 0.0, 9))
 
 _FITTED_RULES = ("entropy", "energy", "fpabee")
 _FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
