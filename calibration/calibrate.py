@@ -19,7 +19,7 @@ from ..runtime.exit_rules import RULES, Budget, ExitRule
 from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
 from ..runtime.metrics import Labels
 from ..runtime.operating_point import Certificate, OperatingPoint, Wish
-from ..runtime.text_io import Row, read_rows
+from ..runtime.text_io import Columns, Row, TextFormat, read_rows
 from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
 from .cuts import TunedCuts, check_cuts, tune_cuts, with_cuts
 from .outcome import Outcome, exits_of, outcome
@@ -88,6 +88,8 @@ class CalibrationOptions:
     measures: tuple[Measure, ...] = tuple(Measure)
     target: str | None = None
     test: Path | None = None
+    columns: Columns = field(default_factory=Columns)
+    text_format: TextFormat | None = None
     unlabelled: bool = False
     tune_cuts: bool = False
     batch_size: int = 32
@@ -229,8 +231,12 @@ def calibrate(
     """
     path, chosen = Path(folder), options or CalibrationOptions()
     report = progress or (lambda what, done, total: None)
-    rows = list(read_rows(data) if isinstance(data, str | Path) else data)
-    test = list(read_rows(chosen.test)) if chosen.test else None
+
+    def read(source: str | Path) -> list[Row]:
+        return list(read_rows(source, chosen.text_format, chosen.columns))
+
+    rows = read(data) if isinstance(data, str | Path) else list(data)
+    test = read(chosen.test) if chosen.test else None
     with Engine.load(path, target=chosen.target, threads=chosen.threads) as engine:
         session = _Session(engine, path, chosen, report)
         result = session.run(rows, test)

@@ -15,8 +15,15 @@ from ..runtime.distributions import Measure
 from ..runtime.exit_rules import RULES
 from ..runtime.extras import require
 from ..runtime.operating_point import Wish
-from ..runtime.options import FiniteRange, exits_with_one_line, version_option
+from ..runtime.options import (
+    FiniteRange,
+    chosen_columns,
+    column_options,
+    exits_with_one_line,
+    version_option,
+)
 from ..runtime.shown import Shown
+from ..runtime.text_io import TextFormat
 from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
 from .report import check_place, write_report
 from .risk import Bound, RiskOf
@@ -32,7 +39,7 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="Labelled rows like those to come (.jsonl, .gz too).",
+    help="Labelled rows like those to come: .jsonl, .csv, .tsv or .parquet, also .gz.",
 )
 @click.option(
     "--test",
@@ -67,6 +74,7 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
     type=click.Choice(["all", *(measure.value for measure in Measure)]),
     help="Similarity measures to try. Default: all.",
 )
+@column_options
 @click.option("--target", help="A built target. Default: the folder's.")
 @click.option("--name", help="Of the point. Default: after the wish, such as drop-0.5.")
 @click.option("--unlabelled", is_flag=True, help="Hold the rule against full depth; no labels.")
@@ -154,11 +162,14 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         wishes = {default: Wish(max_drop=settings["max_drop"], speedup=settings["speedup"])}
     rules = () if "auto" in settings["rules"] else tuple(settings["rules"])
     measures = tuple(Measure(m) for m in settings["measures"] if m != "all")
+    text_format = settings["input_format"]
     return CalibrationOptions(
         wishes=wishes,
         bound=bound,
         name=default,
         default=default,
+        columns=chosen_columns(settings),
+        text_format=None if text_format is None else TextFormat(text_format),
         metric=settings["metric"],
         rules=rules,
         measures=tuple(Measure) if "all" in settings["measures"] or not measures else measures,

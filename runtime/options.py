@@ -164,16 +164,21 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
 
 
 def input_options(function: F) -> F:
-    """Options that say what is read and how; `chosen_columns` takes those of columns."""
+    """Options that say what is read, and how; see `column_options`."""
+    source = click.option(
+        "--input",
+        "sources",
+        required=True,
+        multiple=True,
+        help="A .txt (a text a line), .jsonl, .csv, .tsv or .parquet file with text, "
+        "text_pair, label; also .gz; - for stdin. May be repeated.",
+    )
+    return source(column_options(function))
+
+
+def column_options(function: F) -> F:
+    """Options that say how rows are read; `chosen_columns` takes those of columns."""
     options = [
-        click.option(
-            "--input",
-            "sources",
-            required=True,
-            multiple=True,
-            help="A .txt (a text a line), .jsonl, .csv, .tsv or .parquet file with text, "
-            "text_pair, label; also .gz; - for stdin. May be repeated.",
-        ),
         click.option(
             "--input-format",
             type=click.Choice([f.value for f in TextFormat]),

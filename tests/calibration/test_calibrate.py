@@ -143,6 +143,19 @@ def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path
     assert (stored.held_out, stored.rows) == ("test.jsonl", 70)
 
 
+def test_columns_may_have_other_names(folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    lines = ["gold,sentence,text", *(f"{row['label']},{row['text']},other" for row in rows)]
+    table = tmp_path / "dev.txt"
+    table.write_text("\n".join(lines) + "\n")
+    names = ("--text-column", "sentence", "--label-column", "gold", "--input-format", "csv")
+    common = ("--max-drop", 3, "--rule", "entropy", "--json", *QUICK)
+    plain = json.loads(run(folder, "--data", data, *common).stdout)
+    named = json.loads(run(folder, "--data", table, *names, *common).stdout)
+    ours, theirs = (result["points"][0]["chosen_on"] for result in (named, plain))
+    assert ours["full_depth_score"] == theirs["full_depth_score"] < 1
+
+
 def test_a_trace_is_used_again_while_it_fits(
     folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
