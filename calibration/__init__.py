@@ -9,18 +9,13 @@ for; `write_report` shows what it found. Drops are in points: hundredths of a sc
 """
 
 from ..runtime.operating_point import Wish
-from .calibrate import (
-    DEFAULT_WISHES,
-    Calibration,
-    CalibrationOptions,
-    Contender,
-    Point,
-    calibrate,
-)
+from .calibrate import calibrate
 from .costs import CostModel
 from .cuts import TunedCuts
+from .options import DEFAULT_WISHES, CalibrationOptions
 from .outcome import Outcome
 from .report import write_report
+from .result import Calibration, Contender, Point
 from .risk import Bound, RiskOf
 from .scoring import Rows
 from .sweep import threshold_for_depth

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from .. import __version__
-from ..runtime.distributions import Measure
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import RULES, Budget, ExitRule
-from ..runtime.manifest import Manifest, Target, read_manifest, write_manifest
+from ..runtime.manifest import read_manifest, write_manifest
 from ..runtime.metrics import Labels
-from ..runtime.operating_point import Certificate, OperatingPoint, Wish
-from ..runtime.text_io import Columns, Row, TextFormat, read_rows
+from ..runtime.operating_point import Wish
+from ..runtime.text_io import Row, read_rows
 from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
-from .cuts import TunedCuts, check_cuts, tune_cuts, with_cuts
+from .cuts import check_cuts, tune_cuts, with_cuts
+from .options import CalibrationOptions
 from .outcome import Outcome, exits_of, outcome
+from .result import Calibration, Contender, Point, with_points
 from .risk import Bound, RiskOf, check_row_mean, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer, check_metric
 from .select import PARTS, Selector, every_setting
@@ -30,160 +28,11 @@ from .settings import PER_EXIT, Candidate
 from .trace import Progress, data_sha256, expected_labels, trace_rows
 from .weighing import Weighing
 
-DEFAULT_WISHES = {
-    "safe": Wish(max_drop=0.5, surely=True),
-    "balanced": Wish(max_drop=0.5),
-    "fast": Wish(max_drop=2.0),
-}
-"""The operating points that come when nothing is wished for; `balanced` becomes the default."""
-
 SHOWN_RULES = ("fpabee", "pabee", "entropy")
 """Rules whose best is always reported."""
 
 LEAST_ROWS = 10 * PARTS
 """Fewer rows are refused."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate for.
-
-    Attributes:
-        wishes: operating points by name; default: `DEFAULT_WISHES`.
-        bound: a guarantee instead of wishes; then `name` names the one point.
-        name: of the point of a bound.
-        default: the point that runs when none is named; if there is none of that name, the first.
-        metric: single-label: `accuracy`, `macro_f1`, `matthews`; multi-label: `exact_match`,
-            `micro_f1`, `macro_f1`; both: `agreement` with full depth. None: the first of these,
-            or agreement if labels are left aside.
-        rules: names of exit rules to choose from, see `runtime.RULES`; empty: all.
-        measures: similarity measures of `fpabee` and `either`.
-        target: a built target; None: the manifest's default.
-        test: a file of more rows, which points are reported on instead of being cross-fitted.
-        unlabelled: leave labels aside and hold the rule against full depth.
-        tune_cuts: also choose decision cuts (multi-label).
-        batch_size: rows at a time that times are measured at and chosen by.
-        output: folder for traces; None: `calibration/` in the engines folder.
-        threads: CPU threads; None: as in `runtime.Engine.load`.
-        seed: deals rows into the parts for cross-fitting.
-
-    Example:
-        ```python
-        from fpabee.calibration import Bound, CalibrationOptions, RiskOf, Wish
-
-        wishes = {"close": Wish(max_drop=0.5), "twice": Wish(speedup=2.0)}
-        two_points = CalibrationOptions(wishes=wishes, default="close")
-
-        bound = Bound(risk=0.02, confidence=0.95, risk_of=RiskOf.DISAGREEMENT)
-        no_labels = CalibrationOptions(bound=bound, name="sure", unlabelled=True)
-        ```
-    """
-
-    wishes: dict[str, Wish] = field(default_factory=lambda: dict(DEFAULT_WISHES))
-    bound: Bound | None = None
-    name: str = "risk"
-    default: str = "balanced"
-    metric: str | None = None
-    rules: tuple[str, ...] = ()
-    measures: tuple[Measure, ...] = tuple(Measure)
-    target: str | None = None
-    test: Path | None = None
-    columns: Columns = field(default_factory=Columns)
-    text_format: TextFormat | None = None
-    unlabelled: bool = False
-    tune_cuts: bool = False
-    batch_size: int = 32
-    output: Path | None = None
-    threads: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Point:
-    """One operating point.
-
-    Attributes:
-        name: its name.
-        wish: what was asked for.
-        kind: the name of its rule, with ` per exit` after it if it has a fitted threshold for
-            each exit.
-        rule: the rule.
-        chosen_on: what it gives on the rows that chose it.
-        held_out: what it gives on others.
-        measured: ratio of run times on the target, full depth over this, by batch size in rows.
-        certificate: a bound on the risk, if one was asked for.
-    """
-
-    name: str
-    wish: Wish | Bound
-    kind: str
-    rule: ExitRule
-    chosen_on: Outcome
-    held_out: Outcome
-    measured: dict[str, float]
-    certificate: Certificate | None = None
-
-    @property
-    def optimism(self) -> float:
-        """Points by which the drop looks smaller on the rows that chose the rule."""
-        return self.held_out.drop - self.chosen_on.drop
-
-
-@dataclass(frozen=True)
-class Contender:
-    """The best setting of one kind of rule, for the wish of the default point.
-
-    Attributes:
-        kind: as `Point.kind`.
-        rule: the rule.
-        held_out: what it gives on rows that did not choose it.
-    """
-
-    kind: str
-    rule: ExitRule
-    held_out: Outcome
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration found; `write_report` makes a page of it.
-
-    Attributes:
-        folder: the engines folder.
-        target: the target that was calibrated.
-        held_out: which rows points are reported on.
-        rows: the rows that chose, with their trace.
-        texts: the rows as they were read.
-        test: the rows that points are reported on, with their trace; None: cross-fitted.
-        points: the operating points.
-        default: the one that runs when none is named.
-        contenders: the best of every kind of rule, for the wish of the default point; the
-            fastest first.
-        costs: measured times: one text at a time, and `CalibrationOptions.batch_size` rows.
-        selector: all settings; not public.
-        cuts: tuned decision cuts; None: none were asked for.
-        layers: the layer of each exit.
-    """
-
-    folder: Path
-    target: str
-    held_out: str
-    rows: Rows
-    texts: Sequence[Row]
-    test: Rows | None
-    points: tuple[Point, ...]
-    default: str
-    contenders: tuple[Contender, ...]
-    costs: tuple[CostModel, ...]
-    selector: Selector
-    cuts: TunedCuts | None
-    layers: tuple[int, ...]
-
-    @property
-    def at_full_depth(self) -> tuple[Point, ...]:
-        """Points that run every layer, since no faster setting keeps to their wish."""
-        last = Budget(exit=len(self.layers))
-        return tuple(point for point in self.points if point.rule == last)
 
 
 def calibrate(
@@ -240,7 +89,7 @@ def calibrate(
     with Engine.load(path, target=chosen.target, threads=chosen.threads) as engine:
         session = _Session(engine, path, chosen, report)
         result = session.run(rows, test)
-    write_manifest(path, _with_points(read_manifest(path), result, data_sha256(rows)))
+    write_manifest(path, with_points(read_manifest(path), result, data_sha256(rows)))
     return result
 
 
@@ -444,47 +293,3 @@ def _check_rows(count: int, expected: Labels | None) -> None:
             "all rows have the same label, so any rule that says it looks perfect",
             "give rows of every label, as they will come",
         )
-
-
-def _with_points(manifest: Manifest, result: Calibration, data: str) -> Manifest:
-    """The manifest with the points; new cuts are for every target, so others lose theirs."""
-    targets = dict(manifest.targets)
-    task = manifest.task
-    cuts = result.rows.cuts
-    if cuts != task.cuts:
-        task = msgspec.structs.replace(task, cuts=cuts)
-        targets = {name: _without_points(target) for name, target in targets.items()}
-    target = targets[result.target]
-    points = {point.name: _record(point, result, target, data) for point in result.points}
-    targets[result.target] = msgspec.structs.replace(
-        target,
-        operating_points={**target.operating_points, **points},
-        default_operating_point=result.default,
-    )
-    return msgspec.structs.replace(manifest, targets=targets, task=task)
-
-
-def _without_points(target: Target) -> Target:
-    return msgspec.structs.replace(target, operating_points={}, default_operating_point="")
-
-
-def _record(point: Point, result: Calibration, target: Target, data: str) -> OperatingPoint:
-    held_out = point.held_out
-    return OperatingPoint(
-        rule=point.rule.to_dict(),
-        wish=point.wish if isinstance(point.wish, Wish) else None,
-        metric=held_out.metric,
-        score=held_out.score,
-        full_depth_score=held_out.full_depth_score,
-        drop_interval=held_out.interval,
-        held_out=result.held_out,
-        rows=held_out.rows,
-        data_sha256=data,
-        mean_depth=held_out.mean_depth,
-        exits=held_out.exits,
-        theoretical_speedup=held_out.theoretical,
-        estimated_speedup=held_out.estimated,
-        measured_speedup={size: round(ratio, 3) for size, ratio in point.measured.items()},
-        versions={**target.versions, "fpabee": __version__},
-        certificate=point.certificate,
-    )

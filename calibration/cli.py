@@ -24,8 +24,10 @@ from ..runtime.options import (
 )
 from ..runtime.shown import Shown
 from ..runtime.text_io import TextFormat
-from .calibrate import DEFAULT_WISHES, Calibration, CalibrationOptions, Point, calibrate
+from .calibrate import calibrate
+from .options import DEFAULT_WISHES, CalibrationOptions
 from .report import check_place, write_report
+from .result import Calibration, Point
 from .risk import Bound, RiskOf
 from .scoring import METRICS
 from .words import drop_in_words, rule_in_words

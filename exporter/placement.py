@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..calibration.calibrate import CalibrationOptions, calibrate
+from ..calibration.calibrate import calibrate
 from ..calibration.costs import measure_costs, time_ratio, with_head_shares
+from ..calibration.options import CalibrationOptions
 from ..calibration.placement import Placement, choose_exits
 from ..calibration.risk import Bound, RiskOf
 from ..calibration.scoring import AGREEMENT

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...runtime.errors import ArtifactError
 from ...runtime.extras import require
-from ..calibrate import Calibration
+from ..result import Calibration
 from ..trace import Progress
 from .data import Record, gather, summary, tables
 

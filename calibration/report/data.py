@@ -13,8 +13,8 @@ from ...runtime.distributions import Measure
 from ...runtime.environment import environment
 from ...runtime.exit_rules import ExitRule
 from ...runtime.manifest import Manifest, read_manifest
-from ..calibrate import Calibration, Contender, Point
 from ..outcome import Outcome
+from ..result import Calibration, Contender, Point
 from ..scoring import Scorer
 from ..select import PARTS
 from ..trace import Progress, data_sha256

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ...runtime.distributions import Array, Outputs
 from ...runtime.manifest import ProblemType
-from ..calibrate import Calibration
 from ..outcome import drop_interval
+from ..result import Calibration
 from ..scoring import Rows
 
 _BINS = 10

@@ -11,8 +11,8 @@ from ...runtime.distributions import Answers, Array, Measure
 from ...runtime.errors import InputError
 from ...runtime.exit_rules import ExitRule, FPabee
 from ...runtime.operating_point import Wish
-from ..calibrate import Calibration
 from ..outcome import exits_of
+from ..result import Calibration
 from ..scoring import Rows, Scorer
 from ..select import Selector
 from ..settings import PER_EXIT, Candidate

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.distributions import Answers, Outputs
-from ..calibrate import Calibration
 from ..outcome import exits_of
+from ..result import Calibration
 from ..scoring import Scorer
 
 Names = tuple[str, ...]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fpabee.calibration import DEFAULT_WISHES, Bound, Calibration, Point, RiskOf
-from fpabee.calibration.calibrate import Contender
 from fpabee.calibration.costs import CostModel
 from fpabee.calibration.outcome import Outcome, exits_of, outcome
+from fpabee.calibration.result import Contender
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
 from fpabee.calibration.select import Selector
 from fpabee.calibration.settings import Candidate
