@@ -126,8 +126,8 @@ class Columns:
             if name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"name the column with {option} of fpabee-run or fpabee-calibrate, or rename it "
-                    "in the file",
+                    f"name the column with {option} of fpabee-run or fpabee-calibrate, or rename "
+                    "it in the file",
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
