@@ -88,7 +88,8 @@ class TextEncoder:
         """Tokenize texts or pairs.
 
         Raises:
-            InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+            InputError: a text is neither a string nor a pair of strings, is not Unicode, or has no
+                tokens.
             ArtifactError: the tokenizer is damaged, as only this text shows.
         """
         for number, text in enumerate(texts, start=1):
@@ -101,6 +102,12 @@ class TextEncoder:
                 f"{self._path} gives {longest} tokens, though told to give {self._limit} at most",
                 "export the model again with fpabee-export",
             )
+        for number, encoding in enumerate(encodings, start=1):
+            if not len(encoding):  # the mean over no tokens would be one over its padding
+                raise InputError(
+                    f"text {number} has no tokens: {self._path} adds none of its own",
+                    "leave such texts out, or export with a tokenizer that adds special tokens",
+                )
         return [
             EncodedRow(
                 np.asarray(encoding.ids, np.int64),

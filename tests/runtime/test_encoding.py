@@ -113,3 +113,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(
         TextEncoder(folder, spec)
     with pytest.raises(ArtifactError, match="is not a tokenizer"):
         TextEncoder(folder, msgspec.structs.replace(spec, sha256=sha256_of(path)))
+
+
+def test_a_text_without_any_token_is_refused(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    spec = read_manifest(folder).tokenizer
+    path = folder / spec.file
+    content = msgspec.json.decode(path.read_bytes())
+    content["post_processor"] = None  # which adds the special tokens
+    path.write_bytes(msgspec.json.encode(content))
+    encoder = TextEncoder(folder, msgspec.structs.replace(spec, sha256=sha256_of(path)))
+    assert ids(encoder.encode(["the the"])[0]) == [4, 4]
+    with pytest.raises(InputError, match=r"text 2 has no tokens: .*tokenizer\.json adds none"):
+        encoder.encode(["the", ""])
