@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Sequence
 from itertools import compress
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -106,6 +107,23 @@ class Selector:
         if wish.max_drop is None:
             assert wish.speedup is not None
             return self._front(kinds, using, wish).as_fast_as(wish.speedup)
+        found = [self._granted(wish, kinds, using)]
+        sure = msgspec.structs.replace(wish, surely=True)
+        if self.weighing.is_summed(sure) and not wish.surely:
+            # What is sure to be granted is granted, and may be faster.
+            found.append(self._granted(sure, kinds, using))
+        rows = self.rows_of(using)
+
+        def cost(chosen: Candidate) -> float:
+            return float(self.weighing.costs[self._exits(chosen, rows) - 1, rows].mean())
+
+        return min((chosen for chosen in found if chosen is not None), key=cost, default=None)
+
+    def _granted(
+        self, wish: Wish, kinds: Collection[str], using: frozenset[int]
+    ) -> Candidate | None:
+        """The fastest setting within so much of a drop that choosing it keeps to the wish."""
+        assert wish.max_drop is not None
         limit = wish.max_drop / 100
         if not self.weighing.is_summed(wish):
             return self._surely(limit, kinds, using)

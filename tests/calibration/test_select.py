@@ -66,6 +66,17 @@ def test_surely_is_more_cautious(make_rows: Make, metric: str) -> None:
     assert drop_interval(scorer, exits_of(surely.rule, rows), level=0.9)[1] <= 2.3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_sure_is_never_faster(make_rows: Make, seed: int) -> None:
+    rows = make_rows(count=400, seed=seed)
+    choices = selector(rows)
+    depths = []
+    for surely in (False, True):
+        chosen = choices.choose(Wish(max_drop=2.0, surely=surely), choices.kinds)
+        depths.append(rows.exits if chosen is None else exits_of(chosen.rule, rows).mean())
+    assert depths[0] <= depths[1]
+
+
 def test_a_speedup_is_reached_with_the_least_drop(make_rows: Make) -> None:
     rows = make_rows(count=2000)
     choices = selector(rows)
