@@ -31,6 +31,7 @@ from transformers import AlbertConfig, AutoTokenizer
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
 from fpabee.calibration.select import every_setting
+from fpabee.calibration.settings import PER_EXIT
 from fpabee.calibration.trace import trace_rows
 from fpabee.calibration.weighing import Weighing
 from fpabee.exporter import export
@@ -221,6 +222,7 @@ def draw(results: Path, name: str, path: Path) -> None:
     axes.set_title(name)
     markers = "os^Dv<>Pp*Xhd"
     kinds = dict.fromkeys(setting["kind"] for run in runs for setting in run["settings"])
+    rules = list(dict.fromkeys(kind.removesuffix(PER_EXIT) for kind in kinds))
     for number, kind in enumerate(kinds):
         points = []
         for saving in SAVINGS:
@@ -230,7 +232,13 @@ def draw(results: Path, name: str, path: Path) -> None:
                     [100 * statistics.mean(s[key] for s in mine) for key in ("saving", "score")]
                 )
         if points:
-            axes.plot(*zip(*points, strict=True), marker=markers[number % len(markers)], label=kind)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=markers[number % len(markers)],
+                color=f"C{rules.index(kind.removesuffix(PER_EXIT))}",
+                linestyle="--" if kind.endswith(PER_EXIT) else "-",
+                label=kind,
+            )
     full = 100 * statistics.mean(run["exits"][-1] for run in runs)
     axes.axhline(full, color="black", linestyle=":", label="full depth")
     axes.legend(fontsize="x-small", ncols=2)
