@@ -15,6 +15,7 @@ from ..runtime.exit_rules import RULES, Budget, ExitRule
 from ..runtime.manifest import read_manifest, write_manifest
 from ..runtime.metrics import Labels
 from ..runtime.operating_point import Wish
+from ..runtime.shown import Progress
 from ..runtime.text_io import Row, read_rows
 from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
 from .cuts import check_cuts, tune_cuts, with_cuts
@@ -25,7 +26,7 @@ from .risk import Bound, RiskOf, check_row_mean, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer, check_metric
 from .select import PARTS, Selector, every_setting
 from .settings import PER_EXIT, Candidate
-from .trace import Progress, data_sha256, expected_labels, trace_rows
+from .trace import data_sha256, expected_labels, trace_rows
 from .weighing import Weighing
 
 SHOWN_RULES = ("fpabee", "pabee", "entropy")

@@ -17,11 +17,11 @@ from ..runtime.distributions import Measure
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import Budget, ExitRule
 from ..runtime.operating_point import Wish
+from ..runtime.shown import Progress
 from .costs import CostModel
 from .outcome import exits_of
 from .scoring import Rows
 from .select import every_setting
-from .trace import Progress
 from .weighing import Weighing
 
 # Fewer exits are taken as long as they cost no more than this share: an exit also costs what

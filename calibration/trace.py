@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,11 @@ from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
 from ..runtime.manifest import Manifest, Task
 from ..runtime.metrics import Labels, encode_labels
+from ..runtime.shown import Progress
 from ..runtime.text_io import Row
 from .scoring import Rows
 
 _CHUNK = 256
-
-Progress = Callable[[str, int, int], None]
 
 
 def data_sha256(rows: Sequence[Row], labels: bool = True) -> str:

@@ -26,6 +26,7 @@ from ..runtime.manifest import (
     sha256_of,
     write_manifest,
 )
+from ..runtime.shown import Progress
 from ..runtime.text_io import Inputs, read_rows
 from .formats import INT8, Half
 from .target_check import can_run, check_target
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .half import HalfReport
 
 BACKENDS = (RTX, TENSORRT)
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ where first, whether labels and exits stay. It needs neither torch nor a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..runtime.manifest import (
     verified,
 )
 from ..runtime.reference import read_reference
+from ..runtime.shown import Progress
 from .formats import Half
 from .output import replacing
 from .precision import ABS_MAX, Plan, emulate, largest_weight, lower, plan
@@ -37,8 +38,6 @@ from .precision import ABS_MAX, Plan, emulate, largest_weight, lower, plan
 AUTO = "auto"
 
 _BATCH = 16
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..runtime.errors import InputError, VerificationError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import Manifest, verified
 from ..runtime.reference import read_reference
+from ..runtime.shown import Progress
 from .formats import INT8, Half
 from .half import Emulation, HalfReport, record_of, report_of
 from .output import replacing
@@ -31,8 +32,6 @@ FOLDER = "int8-qdq"
 
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
-
-Progress = Callable[[str, int, int], None]
 
 
 def add_int8(

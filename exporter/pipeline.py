@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..runtime.manifest import (
     write_manifest,
 )
 from ..runtime.reference import write_reference
+from ..runtime.shown import Progress
 from ..runtime.text_io import read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
@@ -44,8 +45,6 @@ DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
 _SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
 _MAX_BATCH = 256
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

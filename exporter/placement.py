@@ -14,7 +14,7 @@ from ..calibration.options import CalibrationOptions
 from ..calibration.placement import Placement, choose_exits
 from ..calibration.risk import Bound, RiskOf
 from ..calibration.scoring import AGREEMENT
-from ..calibration.trace import Progress, stored_rows, trace_rows
+from ..calibration.trace import stored_rows, trace_rows
 from ..runtime.distributions import Measure
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, FpabeeError, InputError
@@ -22,6 +22,7 @@ from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
 from ..runtime.manifest import Manifest, NotBuilt, read_manifest
 from ..runtime.operating_point import OperatingPoint, Wish
+from ..runtime.shown import Progress
 from ..runtime.text_io import Row, read_rows
 from .extend import ExtendOptions, add_target
 from .keep_exits import check_exits, keep_exits

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...runtime.errors import ArtifactError
 from ...runtime.extras import require
+from ...runtime.shown import Progress
 from ..result import Calibration
-from ..trace import Progress
 from .data import Record, gather, summary, tables
 
 PAGE_NAME = "report.html"

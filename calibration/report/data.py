@@ -13,11 +13,12 @@ from ...runtime.distributions import Measure
 from ...runtime.environment import environment
 from ...runtime.exit_rules import ExitRule
 from ...runtime.manifest import Manifest, read_manifest
+from ...runtime.shown import Progress
 from ..outcome import Outcome
 from ..result import Calibration, Contender, Point
 from ..scoring import Scorer
 from ..select import PARTS
-from ..trace import Progress, data_sha256
+from ..trace import data_sha256
 from ..words import rule_in_words
 from .exits import Bin, ExitScore, SegmentTime, exit_scores, reliability, segment_times
 from .fronts import (

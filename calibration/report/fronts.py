@@ -11,6 +11,7 @@ from ...runtime.distributions import Answers, Array, Measure
 from ...runtime.errors import InputError
 from ...runtime.exit_rules import ExitRule, FPabee
 from ...runtime.operating_point import Wish
+from ...runtime.shown import Progress
 from ..outcome import exits_of
 from ..result import Calibration
 from ..scoring import Rows, Scorer
@@ -18,7 +19,6 @@ from ..select import Selector
 from ..settings import PER_EXIT, Candidate
 from ..stopping import StopScores
 from ..sweep import Sweep
-from ..trace import Progress
 
 _SPEEDS = 16
 _THRESHOLDS = 12

@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import util
@@ -28,13 +27,12 @@ from ...runtime.manifest import (
     sha256_of,
     verified,
 )
+from ...runtime.shown import Progress
 from .options import RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision
 from .plan_worker import PlanRequest, PlanResult
 
 _BUILD_FILE = "build.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 class _Built(msgspec.Struct, frozen=True):
