@@ -272,10 +272,13 @@ def _calibrate(
 
 
 def _groups(points: dict[str, OperatingPoint], default: str) -> Iterator[dict[str, OperatingPoint]]:
-    """Points that one calibration can make; the one with the default comes last, to stay it."""
+    """Points that one calibration can make; the one with the default comes last, to stay it.
+
+    A bound is made alone, and so is a wish for speed: what cannot be granted takes no other along.
+    """
     groups: dict[tuple[str, ...], dict[str, OperatingPoint]] = {}
     for name, point in points.items():
-        alone = name if point.wish is None else ""
+        alone = name if point.wish is None or point.wish.speedup is not None else ""
         key = (point.metric, point.data_sha256, str(_batch(point)), alone)
         groups.setdefault(key, {})[name] = point
     yield from sorted(groups.values(), key=lambda group: default in group)
