@@ -102,6 +102,8 @@ class PlacementResult:
         lost: those that were not.
         built: targets that were built again.
         not_built: targets that could not be, and how to.
+        default_before: the point that ran when none was named; empty: none did.
+        default: the one that does now.
     """
 
     folder: Path
@@ -113,6 +115,8 @@ class PlacementResult:
     lost: tuple[Lost, ...]
     built: tuple[str, ...]
     not_built: dict[str, NotBuilt]
+    default_before: str
+    default: str
 
 
 def place_exits(
@@ -159,9 +163,11 @@ def place_exits(
             publish(folder, new)
         kept, built = _rebuild(new, manifest, kept, options.extend, progress)
         points, lost = _calibrate(engine, old, new, options, progress)
+        written = read_manifest(new)
+        before, after = manifest.targets[engine.target], written.targets.get(engine.target)
     return PlacementResult(
         folder=Path(output),
-        manifest=read_manifest(new),
+        manifest=written,
         exits=exits,
         parity=parity,
         placement=placement,
@@ -169,6 +175,8 @@ def place_exits(
         lost=tuple(lost),
         built=tuple(built),
         not_built=kept.not_built,
+        default_before=before.default_operating_point,
+        default=after.default_operating_point if after else "",
     )
 
 

@@ -42,6 +42,7 @@ def to_dict(result: PlacementResult) -> dict[str, Any]:
             }
             for name, point in result.points.items()
         },
+        "default_operating_point": result.default,
         "not_valid_any_more": [asdict(lost) for lost in result.lost],
         "built": list(result.built),
         "not_built": msgspec.to_builtins(result.not_built),
@@ -69,6 +70,11 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
     for lost in result.lost:
         console.print(
             f"not valid any more: {lost.point} of {lost.target}: {lost.reason}\n  {lost.command}"
+        )
+    if result.default != result.default_before:
+        console.print(
+            f"default, where no point is named: {result.default or 'the cautious rule'} "
+            f"(before: {result.default_before})"
         )
     for name in result.built:
         console.print(f"built {name} again")

@@ -137,6 +137,29 @@ def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> 
     assert read_manifest(new).targets["gpu"].operating_points == {}
 
 
+def test_a_wish_for_speed_that_fewer_exits_cannot_grant_is_lost_alone(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(calibrated)
+    target = manifest.targets["onnxruntime-fp32"]
+    usual = target.operating_points["usual"]
+    quick = msgspec.structs.replace(usual, wish=Wish(speedup=2.9))
+    points = {"quick": quick, **target.operating_points}
+    changed = msgspec.structs.replace(
+        target, operating_points=points, default_operating_point="quick"
+    )
+    targets = {**manifest.targets, "onnxruntime-fp32": changed}
+    write_manifest(calibrated, msgspec.structs.replace(manifest, targets=targets))
+    new = tmp_path / "new"
+    result = run("--from", calibrated, "--exits", "2,3", "-o", new, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "not valid any more: quick of onnxruntime-fp32: " in result.stdout
+    assert "default, where no point is named: careful (before: quick)" in result.stdout
+    made = read_manifest(new).targets["onnxruntime-fp32"]
+    assert set(made.operating_points) == {"careful", "usual"}
+    assert made.default_operating_point == "careful"
+
+
 def test_one_exit_runs_all_rows(calibrated: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     result = run("--from", calibrated, "--exits", "3", "-o", new, *QUICK)
