@@ -183,11 +183,11 @@ class _Session:
 
     def _held_out_name(self) -> str:
         if self.options.test is not None:
-            return self.options.test.name
+            return Path(self.options.test).name
         return "rows that tested the bound" if self.options.bound else f"{PARTS}-fold cross-fitting"
 
     def _trace(self, rows: Sequence[Row]) -> Rows:
-        place = self.options.output or self.folder / "calibration"
+        place = Path(self.options.output or self.folder / "calibration")
         labels = not self.options.unlabelled
         return trace_rows(self.engine, rows, place, labels, self.progress)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime.distributions import Measure
+from ..runtime.errors import InputError
+from ..runtime.exit_rules import RULES
 from ..runtime.operating_point import Wish
 from ..runtime.text_io import Columns, TextFormat
 from .risk import Bound
@@ -34,12 +37,18 @@ class CalibrationOptions:
         measures: similarity measures of `fpabee` and `either`.
         target: a built target; None: the manifest's default.
         test: a file of more rows, which points are reported on instead of being cross-fitted.
+        columns: of the files: what holds the text, its pair, and the labels.
+        text_format: of the files; None: what their names say.
         unlabelled: leave labels aside and hold the rule against full depth.
         tune_cuts: also choose decision cuts (multi-label).
         batch_size: rows at a time that times are measured at and chosen by.
         output: folder for traces; None: `calibration/` in the engines folder.
         threads: CPU threads; None: as in `runtime.Engine.load`.
-        seed: deals rows into the parts for cross-fitting.
+        seed: deals rows into the parts for cross-fitting; from 0.
+
+    Raises:
+        InputError: a wish that wishes for nothing or for two things, a rule that does not exist,
+            or a number out of its range.
 
     Example:
         ```python
@@ -61,12 +70,49 @@ class CalibrationOptions:
     rules: tuple[str, ...] = ()
     measures: tuple[Measure, ...] = tuple(Measure)
     target: str | None = None
-    test: Path | None = None
+    test: str | Path | None = None
     columns: Columns = field(default_factory=Columns)
     text_format: TextFormat | None = None
     unlabelled: bool = False
     tune_cuts: bool = False
     batch_size: int = 32
-    output: Path | None = None
+    output: str | Path | None = None
     threads: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.wishes and self.bound is None:
+            raise InputError("nothing is wished for", "give a wish or a bound")
+        names = [self.name] if self.bound is not None else list(self.wishes)
+        for name in names:
+            if not (name and name.isprintable()):
+                raise InputError(
+                    f"an operating point is named {name!a}",
+                    "give a name that can be read and typed",
+                )
+        for name, wish in self.wishes.items():
+            _check_wish(name, wish)
+        for rule in self.rules:
+            if rule not in RULES:
+                raise InputError(f"there is no exit rule {rule!r}", f"choose of {', '.join(RULES)}")
+        if not self.measures:
+            raise InputError("no similarity measure is given", "give one, or leave measures out")
+        for setting, least in (("batch_size", 1), ("seed", 0)):
+            if getattr(self, setting) < least:
+                raise InputError(
+                    f"{setting} is {getattr(self, setting)}", f"give a number from {least}"
+                )
+
+
+def _check_wish(name: str, wish: Wish) -> None:
+    given = [value for value in (wish.max_drop, wish.speedup) if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            f"the wish {name!r} has {len(given)} of max_drop and speedup", "give it one of them"
+        )
+    low, high = (0.0, 100.0) if wish.speedup is None else (1.0, math.inf)
+    if not low <= given[0] <= high or math.isinf(given[0]):
+        raise InputError(
+            f"the wish {name!r} is {given[0]:g}",
+            "give max_drop in points, 0 to 100, or a speedup of at least 1",
+        )
