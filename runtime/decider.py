@@ -58,7 +58,7 @@ class Decider:
         last: the exit at which every row stops.
 
     Raises:
-        RuleError: the rule names an exit that the model does not have.
+        RuleError: that is no rule, or it names an exit that the model does not have.
     """
 
     def __init__(
@@ -68,6 +68,11 @@ class Decider:
         exits: int,
         cuts: Sequence[float] = (),
     ) -> None:
+        if not isinstance(rule, ExitRule):
+            raise RuleError(
+                f"the rule is {rule!r}, a {type(rule).__name__}",
+                "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
+            )
         for field in ("exit", "min_exit", "max_exit"):
             value = getattr(rule, field, None)
             if value is not None and value > exits:
@@ -179,6 +184,7 @@ def simulate(
         array([[0.98, 0.55],
                [0.99, 0.95]])
     """
+    logits = np.asarray(logits)
     if logits.ndim != 3 or logits.shape[0] == 0:
         raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
     exits, rows, labels = logits.shape

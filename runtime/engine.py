@@ -64,7 +64,7 @@ class Engine:
         self._backend = backend
         # Together, so that a thread never sees the rule of one point with the name of another.
         self._in_use = (operating_point, rule)
-        self._regroup = regroup
+        self._regroup = Regroup(regroup)
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
         self._limits = backend.limits()
         self._local = threading.local()
@@ -383,9 +383,8 @@ class Engine:
     def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> ExitRule:
         """The rule of a call, which fits the model."""
         chosen = Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
-        chosen = chosen if max_exit is None else chosen.capped(max_exit)
         self._decider(chosen)
-        return chosen
+        return chosen if max_exit is None else self._decider(chosen.capped(max_exit)).rule
 
     def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
         """How deep rows may go in a time."""

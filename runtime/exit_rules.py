@@ -57,7 +57,7 @@ class ExitRule(ABC):
 
     Raises:
         RuleError: a setting is not of its kind: exits and patience are whole numbers from 1,
-            thresholds are finite.
+            thresholds are finite, a measure is a `Measure` or its value.
 
     Example:
         >>> from fpabee.runtime import ExitRule, FPabee
@@ -75,6 +75,7 @@ class ExitRule(ABC):
     max_exit: int | None = None
 
     def __post_init__(self) -> None:
+        self._take_plain_values()
         for field in ("min_exit", "max_exit", "patience", "exit"):
             value = getattr(self, field, 1)
             if field == "max_exit" and value is None:
@@ -88,6 +89,24 @@ class ExitRule(ABC):
                 f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
                 "give a larger max_exit",
             )
+
+    def _take_plain_values(self) -> None:
+        """Numbers of numpy become Python's, lists tuples, and the name of a measure the measure."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic | np.ndarray):
+                value = value.tolist()
+            if isinstance(value, list):
+                value = tuple(value)
+            if field.name == "measure":
+                try:
+                    value = Measure(value)
+                except ValueError:
+                    raise RuleError(
+                        f"measure {value!r} does not exist",
+                        f"choose from {', '.join(m.value for m in Measure)}",
+                    ) from None
+            object.__setattr__(self, field.name, value)
 
     def _check_threshold(self, field: str, value: Any) -> None:
         numbers = value if isinstance(value, tuple) and field == "threshold" else (value,)
@@ -172,16 +191,6 @@ class ExitRule(ABC):
             what = f"does not take {', '.join(unknown)}" if unknown else f"needs {missing[0]}"
             give = "" if unknown else f"give {missing[0]}; "
             raise RuleError(f"rule {name} {what}", f"{give}its settings are: {', '.join(fields)}")
-        if "measure" in given:
-            try:
-                given["measure"] = Measure(given["measure"])
-            except ValueError:
-                raise RuleError(
-                    f"measure {given['measure']!r} does not exist",
-                    f"choose from {', '.join(m.value for m in Measure)}",
-                ) from None
-        if isinstance(given.get("threshold"), list):
-            given["threshold"] = tuple(given["threshold"])
         return kind(**given)
 
 

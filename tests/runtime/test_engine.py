@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -441,6 +441,19 @@ def test_a_rule_that_does_not_fit_is_refused_at_once(
     ):
         with pytest.raises(RuleError, match="exit is 4, but the model has 3 exits"):
             call()
+
+
+def test_names_in_place_of_a_rule_or_a_regrouping(engines: Mapping[str, Path]) -> None:
+    named: Any = "fpabee"
+    with pytest.raises(RuleError, match=r"the rule is 'fpabee', a str -> .*FPabee\(threshold="):
+        Engine.load(engines["bert"], rule=named)
+    with pytest.raises(ValueError, match="'often' is not a valid Regroup"):
+        Engine.load(engines["bert"], regroup=cast(Any, "often"))
+    with Engine.load(engines["bert"], regroup=cast(Any, "never")) as engine:
+        with pytest.raises(RuleError, match="the rule is 'fpabee'"):
+            engine.predict(["the"], rule=named)
+        with pytest.raises(RuleError, match="the rule is 'fpabee'"):
+            engine.predict(["the"], rule=named, max_exit=2)
 
 
 def test_the_rule_is_the_calls_or_the_engines_or_the_folders(

@@ -422,6 +422,25 @@ def test_wrong_settings_are_named(given_: dict[str, Any], says: str) -> None:
     assert caught.value.hint
 
 
+def test_settings_may_come_from_numpy_and_lists() -> None:
+    made = FPabee(
+        threshold=np.linspace(0.1, 0.3, 3),  # type: ignore[arg-type]
+        measure="kd",  # type: ignore[arg-type]
+        patience=np.int64(2),  # type: ignore[arg-type]
+    )
+    assert made == FPabee(threshold=(0.1, 0.2, 0.3), measure=Measure.KD, patience=2)
+    assert json.loads(json.dumps(made.to_dict())) == made.to_dict() | {"threshold": [0.1, 0.2, 0.3]}
+    assert Entropy(threshold=[0.1, 0.2]) == Entropy(threshold=(0.1, 0.2))  # type: ignore[arg-type]
+    with pytest.raises(RuleError, match="measure 'cosine' does not exist"):
+        FPabee(threshold=0.1, measure="cosine")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["fpabee", {"name": "fpabee", "threshold": 0.1}, None])
+def test_what_is_no_rule_is_refused(rule: Any) -> None:
+    with pytest.raises(RuleError, match="give a rule such as"):
+        simulate(np.zeros((3, 1, 2), np.float32), rule, SINGLE)
+
+
 @pytest.mark.parametrize(
     "rule",
     [Budget(exit=4), Pabee(patience=1, min_exit=4), Pabee(patience=1, max_exit=4)],
