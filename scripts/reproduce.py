@@ -214,6 +214,7 @@ def _mean(values: Sequence[float]) -> str:
 
 def draw(results: Path, name: str, path: Path) -> None:
     """A figure for a model: score against what is saved, for every kind of rule."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     runs = [json.loads(p.read_text(encoding="utf-8")) for p in results.glob(f"{name}-*.json")]
@@ -242,7 +243,9 @@ def draw(results: Path, name: str, path: Path) -> None:
     full = 100 * statistics.mean(run["exits"][-1] for run in runs)
     axes.axhline(full, color="black", linestyle=":", label="full depth")
     axes.legend(fontsize="x-small", ncols=2)
-    figure.savefig(path, metadata={"Date": None})
+    # The same figure is the same file.
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _say(what: str, done: int, total: int) -> None:
