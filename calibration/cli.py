@@ -25,7 +25,7 @@ from ..runtime.options import (
 from ..runtime.shown import Shown
 from ..runtime.text_io import TextFormat
 from .calibrate import calibrate
-from .options import DEFAULT_WISHES, CalibrationOptions
+from .options import DEFAULT_WISHES, CalibrationOptions, is_name
 from .report import check_place, write_report
 from .result import Calibration, Point
 from .risk import Bound, RiskOf
@@ -144,7 +144,7 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         raise click.UsageError(f"{flags}: give one wish at a time; each makes a point of its own")
     if name is not None and not asked:
         raise click.UsageError("--name names one point: give --max-drop, --speedup or --risk")
-    if name is not None and not (name and name.isprintable()):
+    if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a}: give a name that can be read and typed")
     of_risk = (settings["confidence"], settings["risk_of"])
     if settings["risk"] is None and of_risk != (None, None):

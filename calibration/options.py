@@ -85,7 +85,7 @@ class CalibrationOptions:
             raise InputError("nothing is wished for", "give a wish or a bound")
         names = [self.name] if self.bound is not None else list(self.wishes)
         for name in names:
-            if not (name and name.isprintable()):
+            if not is_name(name):
                 raise InputError(
                     f"an operating point is named {name!a}",
                     "give a name that can be read and typed",
@@ -102,6 +102,11 @@ class CalibrationOptions:
                 raise InputError(
                     f"{setting} is {getattr(self, setting)}", f"give a number from {least}"
                 )
+
+
+def is_name(name: str) -> bool:
+    """Whether an operating point may be called so: people read and type it."""
+    return bool(name) and name.isprintable()
 
 
 def _check_wish(name: str, wish: Wish) -> None:

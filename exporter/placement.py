@@ -102,8 +102,8 @@ class PlacementResult:
         lost: those that were not.
         built: targets that were built again.
         not_built: targets that could not be, and how to.
-        default_before: the point that ran when none was named; empty: none did.
-        default: the one that does now.
+        target: the target that exits were chosen on and points calibrated on again.
+        default_before: its point that ran when none was named; empty: none did.
     """
 
     folder: Path
@@ -115,8 +115,14 @@ class PlacementResult:
     lost: tuple[Lost, ...]
     built: tuple[str, ...]
     not_built: dict[str, NotBuilt]
+    target: str
     default_before: str
-    default: str
+
+    @property
+    def default(self) -> str | None:
+        """The target's point that runs now when none is named; None: the target is not built."""
+        target = self.manifest.targets.get(self.target)
+        return None if target is None else target.default_operating_point
 
 
 def place_exits(
@@ -163,11 +169,9 @@ def place_exits(
             publish(folder, new)
         kept, built = _rebuild(new, manifest, kept, options.extend, progress)
         points, lost = _calibrate(engine, old, new, options, progress)
-        written = read_manifest(new)
-        before, after = manifest.targets[engine.target], written.targets.get(engine.target)
     return PlacementResult(
         folder=Path(output),
-        manifest=written,
+        manifest=read_manifest(new),
         exits=exits,
         parity=parity,
         placement=placement,
@@ -175,8 +179,8 @@ def place_exits(
         lost=tuple(lost),
         built=tuple(built),
         not_built=kept.not_built,
-        default_before=before.default_operating_point,
-        default=after.default_operating_point if after else "",
+        target=engine.target,
+        default_before=manifest.targets[engine.target].default_operating_point,
     )
 
 

@@ -15,6 +15,8 @@ from ..runtime.inspect import not_built_lines
 from ..runtime.operating_point import OperatingPoint
 from .placement import PlacementResult
 
+CAUTIOUS = "the cautious rule"
+
 
 def to_dict(result: PlacementResult) -> dict[str, Any]:
     """The result for JSON."""
@@ -42,7 +44,7 @@ def to_dict(result: PlacementResult) -> dict[str, Any]:
             }
             for name, point in result.points.items()
         },
-        "default_operating_point": result.default,
+        "default_operating_point": result.default or "",
         "not_valid_any_more": [asdict(lost) for lost in result.lost],
         "built": list(result.built),
         "not_built": msgspec.to_builtins(result.not_built),
@@ -71,11 +73,9 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         console.print(
             f"not valid any more: {lost.point} of {lost.target}: {lost.reason}\n  {lost.command}"
         )
-    if result.default != result.default_before:
-        console.print(
-            f"default, where no point is named: {result.default or 'the cautious rule'} "
-            f"(before: {result.default_before})"
-        )
+    if result.default not in (None, result.default_before):
+        now, before = (name or CAUTIOUS for name in (result.default, result.default_before))
+        console.print(f"default, where no point is named: {now} (before: {before})")
     for name in result.built:
         console.print(f"built {name} again")
     for line in not_built_lines(result.not_built, result.folder):

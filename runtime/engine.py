@@ -384,7 +384,10 @@ class Engine:
         """The rule of a call, which fits the model."""
         chosen = Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
         self._decider(chosen)
-        return chosen if max_exit is None else self._decider(chosen.capped(max_exit)).rule
+        if max_exit is not None:
+            chosen = chosen.capped(max_exit)
+            self._decider(chosen)
+        return chosen
 
     def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
         """How deep rows may go in a time."""
