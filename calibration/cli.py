@@ -18,12 +18,12 @@ from ..runtime.operating_point import Wish
 from ..runtime.options import (
     FiniteRange,
     chosen_columns,
+    chosen_text_format,
     column_options,
     exits_with_one_line,
     version_option,
 )
 from ..runtime.shown import Shown
-from ..runtime.text_io import TextFormat
 from .calibrate import calibrate
 from .options import DEFAULT_WISHES, CalibrationOptions, is_name
 from .report import check_place, write_report
@@ -164,14 +164,13 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         wishes = {default: Wish(max_drop=settings["max_drop"], speedup=settings["speedup"])}
     rules = () if "auto" in settings["rules"] else tuple(settings["rules"])
     measures = tuple(Measure(m) for m in settings["measures"] if m != "all")
-    text_format = settings["input_format"]
     return CalibrationOptions(
         wishes=wishes,
         bound=bound,
         name=default,
         default=default,
         columns=chosen_columns(settings),
-        text_format=None if text_format is None else TextFormat(text_format),
+        text_format=chosen_text_format(settings),
         metric=settings["metric"],
         rules=rules,
         measures=tuple(Measure) if "all" in settings["measures"] or not measures else measures,

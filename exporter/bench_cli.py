@@ -17,7 +17,10 @@ from ..runtime.exit_rules import takes_threshold
 from ..runtime.extras import require
 from ..runtime.options import (
     FiniteRange,
+    chosen_columns,
     chosen_rule,
+    chosen_text_format,
+    column_options,
     exits_with_one_line,
     rule_options,
     version_option,
@@ -44,6 +47,7 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
 @click.command(context_settings={"show_default": True})
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
+@column_options
 @rule_options
 @click.option(
     "--depth",
@@ -87,7 +91,8 @@ def main(
     if depth is not None and settings["threshold"] is not None:
         raise click.UsageError("--depth chooses the threshold: give no --threshold with it")
     require("bench")
-    texts = [row.content for row in read_rows(source)]
+    text_format, columns = chosen_text_format(settings), chosen_columns(settings)
+    texts = [row.content for row in read_rows(source, text_format, columns)]
     with Engine.load(engines, threads=threads) as engine:
         if depth is not None and takes_threshold(rule or engine.rule.name):
             settings["threshold"] = 0.0  # replaced below

@@ -10,11 +10,18 @@ import click
 import msgspec
 from rich.console import Console
 
-from ..runtime.cli import exits_with_one_line, version_option
 from ..runtime.extras import require
 from ..runtime.inspect import not_built_lines
 from ..runtime.manifest import ProblemType, read_manifest
+from ..runtime.options import (
+    chosen_columns,
+    chosen_text_format,
+    column_options,
+    exits_with_one_line,
+    version_option,
+)
 from ..runtime.shown import Shown
+from ..runtime.text_io import Columns
 from . import placement_shown
 from .extend import ExtendOptions, check_options, drop_graphs, extend
 from .formats import Half
@@ -113,6 +120,7 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     help="Rows like those to classify: for the ranges of --int8, or labelled for --from "
     "--exits, if the folder no longer has those that calibrated it.",
 )
+@column_options
 @click.option(
     "--keep-fp32",
     multiple=True,
@@ -163,6 +171,15 @@ def main(
     """Compile MODEL_DIR, a trained multi-exit model or a hub id, into an engines folder."""
     if (model_dir is None) == (source is None):
         raise click.UsageError("give either MODEL_DIR or --from an engines folder")
+    reading: dict[str, Any] = {
+        "text_format": chosen_text_format(settings),
+        "columns": chosen_columns(settings),
+    }
+    is_read = settings["verify_data"] or settings["calibration_data"]
+    if not is_read and reading != {"text_format": None, "columns": Columns()}:
+        raise click.UsageError(
+            "columns and the format are those of --verify-data and --calibration-data: give one"
+        )
     exits = settings.pop("exits")
     place = {name: settings.pop(name) for name in ("operating_point", "target", "threads")}
     fresh = {name: settings.pop(name) for name in ("problem_type", "max_length", "force")}
@@ -181,7 +198,8 @@ def main(
             exits=None if exits == AUTO else exits,
             data=settings["calibration_data"],
             force=fresh["force"],
-            extend=_extend_options(settings | {"calibration_data": None}),
+            extend=_extend_options(settings | {"calibration_data": None}, reading),
+            **reading,
             **place,
         )
         _place(source, output, options, Shown(quiet), as_json)
@@ -193,7 +211,7 @@ def main(
     if source is not None and (output is not None or any(fresh.values())):
         raise click.UsageError("--from adds to a folder: what was exported stays as it is")
     fresh["exits"] = exits
-    wanted = _extend_options(settings)
+    wanted = _extend_options(settings, reading)
     if wanted.keep_fp32 and not wanted.precisions:
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
     if wanted.int8_data is not None and not wanted.int8:
@@ -213,7 +231,8 @@ def main(
     lines: list[str] = []
     if model_dir is not None:
         check_options(wanted)
-        folder, content, lines = _export(model_dir, output, fresh, wanted.verify_data, shown)
+        fresh |= {"verify_data": wanted.verify_data, **reading}
+        folder, content, lines = _export(model_dir, output, fresh, shown)
     else:
         assert source is not None
         folder = source
@@ -248,7 +267,7 @@ def _place(
     click.echo(f"next: fpabee-run {output} --input texts.txt")
 
 
-def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
+def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> ExtendOptions:
     workspace = settings["workspace"]
     return ExtendOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
@@ -268,6 +287,7 @@ def _extend_options(settings: dict[str, Any]) -> ExtendOptions:
         ),
         jobs=settings["jobs"],
         resume=settings["resume"],
+        **reading,
     )
 
 
@@ -275,7 +295,6 @@ def _export(
     model_dir: str,
     output: Path | None,
     fresh: dict[str, Any],
-    verify_data: Path | None,
     shown: Shown,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     require("export")
@@ -284,7 +303,6 @@ def _export(
     problem_type = fresh.pop("problem_type")
     options = ExportOptions(
         problem_type=ProblemType(problem_type) if problem_type else None,
-        verify_data=verify_data,
         **fresh,
     )
     with shown as progress:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..runtime.backends.tensorrt import build_command
+from ..runtime.encoding import Text
 from ..runtime.errors import ArtifactError, FpabeeError, InputError, MissingExtraError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
@@ -27,7 +28,7 @@ from ..runtime.manifest import (
     write_manifest,
 )
 from ..runtime.shown import Progress
-from ..runtime.text_io import Inputs, read_rows
+from ..runtime.text_io import Columns, Inputs, TextFormat, read_rows
 from .formats import INT8, Half
 from .target_check import can_run, check_target
 from .targets.options import RTX, TENSORRT, TURING, PlanOptions
@@ -51,6 +52,8 @@ class ExtendOptions:
             precision asked for.
         keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
         verify_data: texts to check half precision with (any format of `read_rows`).
+        text_format: of those two files; default: by their names.
+        columns: of those two files: what holds the text and its pair.
         plans: how TensorRT plans are built.
         jobs: builds at a time.
         resume: keep plans that are already built.
@@ -62,6 +65,8 @@ class ExtendOptions:
     backends: tuple[str, ...] | None = None
     keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
+    text_format: TextFormat | None = None
+    columns: Columns = field(default_factory=Columns)
     plans: PlanOptions = field(default_factory=PlanOptions)
     jobs: int = 1
     resume: bool = False
@@ -129,7 +134,7 @@ def check_options(options: ExtendOptions) -> None:
             raise error
     for data in (options.int8_data, options.verify_data):
         if data is not None:
-            Inputs([data])
+            Inputs([data], options.text_format, options.columns)
 
 
 def _extend(
@@ -144,7 +149,7 @@ def _extend(
             for precision in precisions:
                 # Refuses plans that cannot be, before anything is written.
                 options.plans.fitted(manifest, backend, precision)
-    texts = [row.content for row in read_rows(options.verify_data)] if options.verify_data else []
+    texts = _texts(options.verify_data, options) if options.verify_data else []
     rule = ExitRule.from_dict(manifest.default_rule)
     checks, before = [], manifest
     for half in options.precisions:
@@ -165,7 +170,7 @@ def _extend(
         require("half")
         from .int8 import add_int8
 
-        texts = [row.content for row in read_rows(options.int8_data)]
+        texts = _texts(options.int8_data, options)
         manifest, report = add_int8(path, manifest, rule, texts, progress)
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
@@ -187,6 +192,10 @@ def _extend(
                 built.append(name)
     lost = _lost_points(before, manifest)
     return ExtendResult(manifest, tuple(checks), tuple(built), not_built, lost)
+
+
+def _texts(data: Path, options: ExtendOptions) -> list[Text]:
+    return [row.content for row in read_rows(data, options.text_format, options.columns)]
 
 
 def add_target(

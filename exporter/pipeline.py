@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ..runtime.manifest import (
 )
 from ..runtime.reference import write_reference
 from ..runtime.shown import Progress
-from ..runtime.text_io import read_rows
+from ..runtime.text_io import Columns, TextFormat, read_rows
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .keep_exits import check_exits
@@ -57,6 +57,8 @@ class ExportOptions:
         max_length: longest sequence in tokens, special tokens included; None: what the model
             takes.
         verify_data: a file of more texts to verify with, in any format of `runtime.read_rows`.
+        text_format: of that file; default: by its name.
+        columns: of that file: what holds the text and its pair.
         force: replace an engines folder that is there.
     """
 
@@ -64,6 +66,8 @@ class ExportOptions:
     problem_type: ProblemType | None = None
     max_length: int | None = None
     verify_data: Path | None = None
+    text_format: TextFormat | None = None
+    columns: Columns = field(default_factory=Columns)
     force: bool = False
 
 
@@ -237,5 +241,6 @@ def _chosen_exits(model: MultiExitModel, asked: tuple[int, ...] | None) -> tuple
 def _verification_texts(options: ExportOptions) -> list[Text]:
     texts = list(BUILT_IN_TEXTS)
     if options.verify_data is not None:
-        texts += [row.content for row in read_rows(options.verify_data)]
+        rows = read_rows(options.verify_data, options.text_format, options.columns)
+        texts += [row.content for row in rows]
     return texts

@@ -23,7 +23,7 @@ from ..runtime.extras import require
 from ..runtime.manifest import Manifest, NotBuilt, read_manifest
 from ..runtime.operating_point import OperatingPoint, Wish
 from ..runtime.shown import Progress
-from ..runtime.text_io import Row, read_rows
+from ..runtime.text_io import Columns, Row, TextFormat, read_rows
 from .extend import ExtendOptions, add_target
 from .keep_exits import check_exits, keep_exits
 from .output import check_output, publish, resolved, staging
@@ -41,6 +41,8 @@ class PlacementOptions:
             default.
         target: whose points and times count; None: the manifest's default.
         data: labelled rows (any format of `read_rows`); None: those that calibrated the points.
+        text_format: of that file; default: by its name.
+        columns: of that file: what holds the text, its pair, and the labels.
         force: replace an engines folder that is there.
         threads: CPU threads.
         extend: how plans are built again.
@@ -50,6 +52,8 @@ class PlacementOptions:
     operating_point: str | None = None
     target: str | None = None
     data: Path | None = None
+    text_format: TextFormat | None = None
+    columns: Columns = field(default_factory=Columns)
     force: bool = False
     threads: int | None = None
     extend: ExtendOptions = field(default_factory=ExtendOptions)
@@ -216,7 +220,7 @@ def _rows(
     engine: Engine, folder: Path, point: OperatingPoint, options: PlacementOptions
 ) -> list[Row] | None:
     if options.data is not None:
-        return list(read_rows(options.data))
+        return list(read_rows(options.data, options.text_format, options.columns))
     place = folder / "calibration"
     return stored_rows(place, engine.manifest, engine.target, point.data_sha256)
 

@@ -177,7 +177,7 @@ def input_options(function: F) -> F:
 
 
 def column_options(function: F) -> F:
-    """Options that say how rows are read; `chosen_columns` takes those of columns."""
+    """Options that say how rows are read: `chosen_text_format` and `chosen_columns`."""
     options = [
         click.option(
             "--input-format",
@@ -194,6 +194,12 @@ def column_options(function: F) -> F:
         click.option("--no-quotes", is_flag=True, help='In .csv and .tsv, " does not quote.'),
     ]
     return _with(options, function)
+
+
+def chosen_text_format(settings: dict[str, Any]) -> TextFormat | None:
+    """How the options say that rows are read; takes that option out of the settings."""
+    name = settings.pop("input_format")
+    return TextFormat(name) if name else None
 
 
 def chosen_columns(settings: dict[str, Any]) -> Columns:

@@ -4,7 +4,7 @@
     python scripts/train.py --backbone DIR_OR_HUB_ID --train train.jsonl --dev dev.jsonl \
         --output model_dir
 
-Files are JSON lines (.gz too) with `text`, optionally `text_pair`, and `label` or `labels`;
+Files are those of `fpabee-run`, with `text`, optionally `text_pair`, and `label` or `labels`;
 a `datasets` name is written `OWNER/NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
 `fpabee-export` reads, and `training.json` with the scores of every exit.
 
@@ -20,8 +20,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
+from train_rows import label_names, load_rows
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -51,10 +52,8 @@ from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
 from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
-from fpabee.runtime.text_io import Row, read_rows
-
-_TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
-_PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
+from fpabee.runtime.options import chosen_columns, chosen_text_format, column_options
+from fpabee.runtime.text_io import Columns, Row, TextFormat
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class Options:
     from_classifier: str | None = None
     freeze_encoder: bool = False
     distill: float = 0.0
+    text_format: TextFormat | None = None
+    columns: Columns = field(default_factory=Columns)
 
 
 class MultiExitTrainer(Trainer):
@@ -164,48 +165,6 @@ def exit_loss(
     return (torch.stack(losses) * weight.to(logits.device)).sum() / weight.sum()
 
 
-def load_rows(source: str, labelled: bool = True) -> list[Row]:
-    """Rows of a file, or of a `datasets` name `OWNER/NAME[/CONFIG]:SPLIT`."""
-    if Path(source).exists() or ":" not in source:
-        rows = list(read_rows(source))
-    else:
-        rows = list(_hub_rows(source))
-    for number, row in enumerate(rows, start=1):
-        if labelled and row.labels is None:
-            raise InputError(
-                f"{source}, row {number} has no label", 'add "label" or "labels" to every row'
-            )
-    return rows
-
-
-def _hub_rows(source: str) -> Iterable[Row]:
-    from datasets import load_dataset
-
-    name, split = source.rsplit(":", 1)
-    parts = name.split("/")
-    data = load_dataset("/".join(parts[:2]), *parts[2:], split=split)
-    text = next((key for key in _TEXT_COLUMNS if key in data.features), None)
-    pair = next((key for key in _PAIR_COLUMNS if key in data.features), None)
-    if text is None or "label" not in data.features:
-        raise InputError(
-            f"{source} has the columns {', '.join(data.features)}; expected label and one of "
-            f"{', '.join(_TEXT_COLUMNS)}",
-            "write it as JSON lines with text and label",
-        )
-    names = getattr(data.features["label"], "names", None)
-    for item in data:
-        label = names[item["label"]] if names else str(item["label"])
-        yield Row(item[text], item[pair] if pair else None, (label,))
-
-
-def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
-    """The labels of the task: `labels.json` beside the training file, or those that occur."""
-    listed = Path(train).parent / "labels.json"
-    if Path(train).is_file() and listed.is_file():
-        return tuple(json.loads(listed.read_text(encoding="utf-8")))
-    return tuple(sorted({label for row in rows for label in row.labels or ()}))
-
-
 def features(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -277,9 +236,12 @@ def train(options: Options, console: Console) -> dict[str, Any]:
     """Train, evaluate and save; returns what stands in `training.json`."""
     set_seed(options.seed)
     teacher = teacher_of(options)
-    rows = {"train": load_rows(options.train, teacher is None), "dev": load_rows(options.dev)}
-    if options.test:
-        rows["test"] = load_rows(options.test)
+    files = {"train": options.train, "dev": options.dev, "test": options.test}
+    rows = {}
+    for name, source in files.items():
+        if source:
+            labelled = teacher is None or name != "train"
+            rows[name] = load_rows(source, labelled, options.text_format, options.columns)
     if teacher:
         options = replace(options, problem_type=teacher.problem_type)
         model = teacher.multi_exit(options.exits, options.pooling)
@@ -398,6 +360,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--train", required=True, help="Training rows.")
 @click.option("--dev", required=True, help="Rows that are scored after every epoch.")
 @click.option("--test", help="Rows that are scored once, at the end.")
+@column_options
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="model_dir.")
 @click.option(
     "--problem-type",
@@ -444,6 +407,8 @@ def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any
         problem_type=ProblemType(problem_type),
         pooling=Pooling(pooling),
         head_lr=head_lr or (5e-3 if pooling == Pooling.MEAN.value else 1e-3),
+        text_format=chosen_text_format(settings),
+        columns=chosen_columns(settings),
         **settings,
     )
     try:

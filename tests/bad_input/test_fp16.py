@@ -198,6 +198,10 @@ PLANS = [
 USAGE = [
     Case("no texts for int8", lambda p: ["m", "--int8"], ("needs --calibration-data",), code=2),
     Case("texts for nothing", lambda p: ["m", "--calibration-data", "a"], ("with --int8",), code=2),
+    Case("columns of nothing", lambda p: ["m", "--text-column", "body"],
+         ("of --verify-data and --calibration-data: give one",), code=2),
+    Case("a format of nothing", extend("--fp16", "--input-format", "csv"),
+         ("of --verify-data and --calibration-data: give one",), code=2),
     Case("a word for a GPU", extend("--sm", "x"), ("not a list of compute cap",), code=2),
     Case("no GPU", extend("--sm", ""), ("not a list of compute capabilities",), code=2),
     Case("half a GPU", extend("--sm", "8"), ("not a list of compute capabilities",), code=2),

@@ -103,11 +103,12 @@ def test_theory_is_weighted_by_tokens(engines: Mapping[str, Path]) -> None:
 
 
 def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(TEXTS))
+    texts = tmp_path / "rows"
+    texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--depth", "0.7"]
+    columns = ["--input-format", "jsonl", "--text-column", "body"]
 
-    result = CliRunner().invoke(main, [*command, "--shapes", "2x8", "--json"])
+    result = CliRunner().invoke(main, [*command, *columns, "--shapes", "2x8", "--json"])
 
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

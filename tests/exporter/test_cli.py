@@ -89,11 +89,12 @@ def test_json_is_one_object_and_quiet_is_quiet(bert: Path, tmp_path: Path) -> No
 def test_options_reach_the_export(copy: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"problem_type": None}))
-    texts = tmp_path / "texts.txt"
-    texts.write_text("one\ntwo\n")
+    texts = tmp_path / "rows"
+    texts.write_text("body\none\ntwo\n")
     result = run(
         copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
-        texts, "--problem-type", "multi_label_classification", "--json",
+        texts, "--input-format", "csv", "--text-column", "body",
+        "--problem-type", "multi_label_classification", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["verification"]["rows"] == 14
@@ -163,9 +164,12 @@ def test_the_command_writes_one_line_and_nothing_of_its_libraries(
 def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = tmp_path / "engines"
-    result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("body\none\ntwo\n")
+    data = ("--verify-data", texts, "--text-column", "body")
+    result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32", *data)
     assert result.exit_code == 0, result.output
-    assert "fp16: emulated on 12 texts" in result.stdout
+    assert "fp16: emulated on 14 texts" in result.stdout
     assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here)" in result.stdout
     assert f"fpabee-export --from {folder} --backend tensorrt --fp16" in result.stdout
     manifest = read_manifest(folder)

@@ -194,10 +194,11 @@ def test_rows_that_were_not_kept_can_be_given(
     refused = run(*placed)
     assert_one_error(refused, "the rows that calibrated 'usual' are not in", "--calibration-data")
     assert not new.exists()
-    data = tmp_path / "dev.jsonl"
-    lines = [json.dumps({"text": row.text, "label": (row.labels or ("",))[0]}) for row in made[1]]
+    data = tmp_path / "dev.rows"
+    lines = [json.dumps({"body": row.text, "kind": (row.labels or ("",))[0]}) for row in made[1]]
     data.write_text("\n".join(lines) + "\n")
-    result = run(*placed, "--calibration-data", data)
+    columns = ("--input-format", "jsonl", "--text-column", "body", "--label-column", "kind")
+    result = run(*placed, "--calibration-data", data, *columns)
     assert result.exit_code == 0, result.output
     assert not (calibrated / "calibration").exists()
 

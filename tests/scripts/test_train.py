@@ -228,17 +228,6 @@ def test_features_are_those_of_each_row_alone(train: ModuleType, backbone: Path)
     assert [first["labels"], second["labels"]] == [0, 1]
 
 
-def test_multi_label_rows_may_have_no_label_at_all(train: ModuleType, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "labels": []}])
-    assert [row.labels for row in train.load_rows(str(path))] == [()]
-
-
-def test_row_without_label_is_named(train: ModuleType, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y"}])
-    with pytest.raises(InputError, match="row 2 has no label"):
-        train.load_rows(str(path))
-
-
 def test_run_writes_a_model_that_loads_and_scores_of_every_exit(
     train: ModuleType, run: Run, data: Path
 ) -> None:
@@ -363,12 +352,14 @@ def test_usage_errors_exit_2(run: Run, flag: str) -> None:
     assert run(flag).exit_code == 2
 
 
-def test_rows_of_tables_are_read_too(train: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text('text,text_pair,label\n"a, b",c,yes\nd,,no\n')
-    assert train.load_rows(str(tmp_path / "train.csv")) == [
-        Row("a, b", "c", ("yes",), line=2),
-        Row("d", None, ("no",), line=3),
-    ]
-    (tmp_path / "train.tsv").write_text("text\tlabels\na\tx|y\n")
-    (row,) = train.load_rows(str(tmp_path / "train.tsv"))
-    assert row.labels == ("x", "y")
+def test_columns_and_the_format_can_be_named(run: Run, data: Path) -> None:
+    lines = (data / "dev.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    write_rows(data / "rows", [{"body": row["text"], "kind": row["label"]} for row in rows])
+    files = [f"--{part}={data / 'rows'}" for part in ("train", "dev")]
+    columns = ["--input-format=jsonl", "--text-column=body", "--label-column=kind"]
+    result = run(*files, *columns)
+    assert result.exit_code == 0, result.output
+    report = json.loads((data / "model" / "training.json").read_text(encoding="utf-8"))
+    assert report["rows"] == {"train": len(rows), "dev": len(rows)}
+    assert report["options"]["columns"]["text"] == "body"
