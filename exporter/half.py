@@ -292,7 +292,7 @@ def report_of(
         kept=(),
         max_abs=worst,
         overflows=overflows,
-        agreement=agree(found.logits, expected, rule, manifest.task.problem_type, precision),
+        agreement=agree(found.logits, expected, rule, manifest.task, precision),
     )
 
 

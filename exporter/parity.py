@@ -90,11 +90,11 @@ def check_chain(
             f"the chain gives NaN or infinity from exit {bad} on, the PyTorch model does not",
             "nothing was written; please report this with your model's config.json",
         )
-    problem_type = engine.manifest.task.problem_type
-    ties = near_ties(expected, problem_type, tolerance)
-    same = answers(together, problem_type) == answers(expected, problem_type)
+    task = engine.manifest.task
+    ties = near_ties(expected, task, tolerance)
+    same = answers(together, task) == answers(expected, task)
     same = same if same.ndim == 2 else same.all(axis=-1)
-    exits_same, unsure = exit_agreement(together, expected, engine.rule, problem_type, tolerance)
+    exits_same, unsure = exit_agreement(together, expected, engine.rule, task, tolerance)
     sure_labels, sure_exits = same[~ties], exits_same[~unsure]
     parity = Parity(
         rows=len(texts),

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decider import simulate
+from .distributions import Answers, Outputs
 from .exit_rules import Epee, ExitRule, Pabee
-from .manifest import ProblemType
+from .manifest import ProblemType, Task
 
 # What a target in another precision than fp32 must reach: labels, exits. int8 is another
 # model rather than another rounding: its thresholds are to be calibrated for it.
@@ -62,7 +63,7 @@ def agree(
     found: NDArray[np.float32],
     expected: NDArray[np.float32],
     rule: ExitRule,
-    problem_type: ProblemType,
+    task: Task,
     precision: str,
 ) -> Agreement:
     """Compare a target with the fp32 model.
@@ -71,16 +72,16 @@ def agree(
         found: `[exits, rows, labels]` of the target.
         expected: the same of the model.
         rule: whose exits are compared.
-        problem_type: the task.
+        task: what the labels are, and the cuts they are decided by.
         precision: of the target; says what is a tie.
     """
     tie = TIES[precision]
     finite = np.isfinite(found)
     logits = np.where(finite, found, 0.0).astype(np.float32)
-    ties = near_ties(expected, problem_type, tie)
-    same = answers(logits, problem_type) == answers(expected, problem_type)
+    ties = near_ties(expected, task, tie)
+    same = answers(logits, task) == answers(expected, task)
     same = (same if same.ndim == 2 else same.all(axis=-1)) & finite.all(axis=-1)
-    exits, unsure = exit_agreement(logits, expected, rule, problem_type, tie)
+    exits, unsure = exit_agreement(logits, expected, rule, task, tie)
     exits &= finite.all(axis=(0, 2))
     wrong = (~finite.all(axis=-1) | (~same & ~ties)).any(axis=1)
     counted = ~ties | ~finite.all(axis=-1)
@@ -99,18 +100,17 @@ def largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
     return np.asarray(np.abs(found - expected).max(axis=(1, 2), initial=0.0))
 
 
-def answers(logits: NDArray[np.float32], problem_type: ProblemType) -> NDArray[Any]:
+def answers(logits: NDArray[np.float32], task: Task) -> Answers:
     """Predicted labels: `[exits, rows]`, or `[exits, rows, labels]`."""
-    if problem_type is ProblemType.SINGLE_LABEL:
-        return np.asarray(logits.argmax(axis=-1))
-    return np.asarray(logits > 0)
+    return np.stack([Outputs(z, task.problem_type, task.cuts).answers for z in logits])
 
 
-def near_ties(
-    logits: NDArray[np.float32], problem_type: ProblemType, tolerance: float
-) -> NDArray[np.bool_]:
+def near_ties(logits: NDArray[np.float32], task: Task, tolerance: float) -> NDArray[np.bool_]:
     """`[exits, rows]`: where a difference within tolerance can change the labels."""
-    if problem_type is ProblemType.MULTI_LABEL or logits.shape[-1] == 1:
+    if task.problem_type is ProblemType.MULTI_LABEL:
+        margins = np.abs(logits - _cut_logits(task))
+        return np.asarray((margins <= tolerance).any(axis=-1))
+    if logits.shape[-1] == 1:
         return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
     top = np.sort(logits, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
@@ -120,20 +120,29 @@ def exit_agreement(
     found: NDArray[np.float32],
     expected: NDArray[np.float32],
     rule: ExitRule,
-    problem_type: ProblemType,
+    task: Task,
     tolerance: float,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Rows with the same exit, and rows whose exit is too close to call."""
-    one, two = (simulate(logits, rule, problem_type) for logits in (found, expected))
+    one, two = (
+        simulate(logits, rule, task.problem_type, cuts=task.cuts) for logits in (found, expected)
+    )
     # A score moves by at most a few times what the logits move.
     low, high = (
-        simulate(expected, _shifted(rule, by), problem_type).exits
+        simulate(expected, _shifted(rule, by), task.problem_type, cuts=task.cuts).exits
         for by in (-10 * tolerance, 10 * tolerance)
     )
     unsure = np.not_equal(low, high)
     if isinstance(rule, (Pabee, Epee)):
-        unsure |= near_ties(expected, problem_type, tolerance).any(axis=0)
+        unsure |= near_ties(expected, task, tolerance).any(axis=0)
     return np.equal(one.exits, two.exits), np.asarray(unsure)
+
+
+def _cut_logits(task: Task) -> NDArray[np.float64]:
+    """`[labels]` where each label is decided: the logits of the cuts."""
+    cuts = np.asarray(task.cuts or 0.5, np.float64)
+    with np.errstate(divide="ignore"):  # a cut of 0 or 1 is never near
+        return np.asarray(np.log(cuts) - np.log1p(-cuts))
 
 
 def _shifted(rule: ExitRule, by: float) -> ExitRule:

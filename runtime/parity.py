@@ -56,10 +56,8 @@ def measure_parity(folder: Path, engine: Engine) -> Agreement:
         engine.run_encoded([rows[n] for n in fits[start : start + _WINDOW_ROWS]], last).logits
         for start in range(0, len(fits), _WINDOW_ROWS)
     ]
-    task = manifest.task
-    return agree(
-        np.concatenate(found, axis=1), expected[:, fits], engine.rule, task.problem_type, precision
-    )
+    logits = np.concatenate(found, axis=1)
+    return agree(logits, expected[:, fits], engine.rule, manifest.task, precision)
 
 
 def check_parity(folder: Path, engine: Engine) -> Agreement:

@@ -69,7 +69,7 @@ def reference_of(engines: Path, texts: Sequence[Text]) -> Reference:
         rules = {name: ExitRule.from_dict(point.rule) for name, point in points.items()}
         rules[FULL_DEPTH] = Budget(exit=len(engine.manifest.segments))
         logits = engine.trace(texts).logits
-        task = engine.manifest.task.problem_type
+        task = engine.manifest.task
         ties = near_ties(logits, task, TOLERANCE)
         answers = {}
         for name, rule in rules.items():

@@ -17,7 +17,7 @@ from fpabee.runtime.encoding import Text
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import VerificationError
 from fpabee.runtime.exit_rules import Confidence, ExitRule, FPabee, Pabee
-from fpabee.runtime.manifest import ProblemType
+from fpabee.runtime.manifest import ProblemType, Task
 
 Logits = NDArray[np.float32]
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -35,7 +35,8 @@ class FakeEngine:
 
     @property
     def manifest(self) -> Any:
-        return SimpleNamespace(task=SimpleNamespace(problem_type=self.problem_type))
+        labels = tuple(map(str, range(self.together.shape[-1])))
+        return SimpleNamespace(task=Task(problem_type=self.problem_type, labels=labels))
 
     def trace(self, texts: Sequence[Text]) -> Any:
         if len(texts) == self.together.shape[1] > 1:
