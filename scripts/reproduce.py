@@ -5,9 +5,11 @@
 
 One multi-exit model a data set and seed is trained, exported and traced on dev and test. For
 each kind of rule the setting is chosen on dev (the least drop among those that save so
-much) and judged on test. DATA holds a folder a data set with train, dev and test as
-`.jsonl.gz`. What is finished is not done again, so a run can be stopped at any time; results
-stand in `scripts/results/`, one JSON a run, and the table and figures are made of all of them.
+much) and judged on test. Models are trained with the paper's loss; those named `-distill` also
+learn from their last exit, and are held against the others. DATA holds a folder a data set with
+train, dev and test as `.jsonl.gz`. What is finished is not done again, so a run can be stopped
+at any time; results stand in `scripts/results/`, one JSON a run, and the table and figures are
+made of all of them.
 """
 
 from __future__ import annotations
@@ -15,23 +17,22 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from reproduce_tables import DISTILLED, SAVINGS, draw, stored, tables
 from transformers import AlbertConfig, AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
 from fpabee.calibration.select import every_setting
-from fpabee.calibration.settings import PER_EXIT
 from fpabee.calibration.trace import trace_rows
 from fpabee.calibration.weighing import Weighing
 from fpabee.exporter import export
@@ -42,8 +43,6 @@ from fpabee.runtime.operating_point import Wish
 from fpabee.runtime.text_io import read_rows
 
 RESULTS = Path(__file__).parent / "results"
-SAVINGS = (0.25, 0.5, 0.75)
-COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
 MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
 
 
@@ -57,6 +56,7 @@ class Run:
         seeds: how many seeds.
         flags: of `scripts/train.py`, beside the defaults.
         multi_label: whether rows have several labels.
+        distill: the flag of that name; 0 is the loss of the paper.
     """
 
     backbone: str
@@ -64,9 +64,10 @@ class Run:
     seeds: int = 3
     flags: tuple[str, ...] = ()
     multi_label: bool = False
+    distill: float = 0.0
 
 
-RUNS = {
+_PLAIN = {
     "mini-sst2": Run(MINILM, "sst2"),
     "mini-mrpc": Run(MINILM, "mrpc"),
     "mini-trec": Run(MINILM, "trec"),
@@ -78,13 +79,27 @@ RUNS = {
     ),
     "albert-snips": Run(ALBERT, "snips", 1, ("--random-init", "--lr", "3e-4")),
 }
+# By how many seeds self-distillation is judged.
+_DISTILLED = {
+    "mini-sst2": 3,
+    "mini-mrpc": 3,
+    "mini-trec": 3,
+    "mini-mixsnips": 1,
+    "mini-mixatis": 1,
+    "mpnet-sst2": 1,
+}
+RUNS = _PLAIN | {
+    name + DISTILLED: replace(_PLAIN[name], seeds=seeds, distill=0.5)
+    for name, seeds in _DISTILLED.items()
+}
 
 
 def train(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> str:
     """Train, unless it is done; returns the command with the data set's folder in it."""
     files = [f"--{part}={data / run.data / part}.jsonl.gz" for part in ("train", "dev", "test")]
     kind = ProblemType.MULTI_LABEL if run.multi_label else ProblemType.SINGLE_LABEL
-    arguments = [*files, "--problem-type", kind.value, "--seed", str(seed), "--bf16", *run.flags]
+    arguments = [*files, "--problem-type", kind.value, "--seed", str(seed), "--bf16"]
+    arguments += ["--distill", f"{run.distill:g}", *run.flags]
     script = Path(__file__).parent / "train.py"
     if not (folder / "training.json").is_file():
         command = [sys.executable, str(script), "--backbone", backbone, "--output", str(folder)]
@@ -139,113 +154,6 @@ def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
         "exits": [scorer.score(np.full(len(test), number)) for number in every],
         "settings": found,
     }
-
-
-def tables(results: Path) -> Iterator[str]:
-    """The lines of `table.md`: for each model a table of rules against savings."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    of = {name: [run for run in runs if run["name"] == name] for name in RUNS}
-    of = {name: mine for name, mine in of.items() if mine}
-    yield "# Scores at 25, 50 and 75 % of layers saved"
-    yield ""
-    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and judged on test; in"
-    yield "brackets what was saved there. Means over the seeds, with their standard deviation."
-    yield ""
-    yield from _gains(of)
-    for name, mine in of.items():
-        full = [100 * run["exits"][-1] for run in mine]
-        seeds = ", ".join(str(run["seed"]) for run in mine)
-        yield ""
-        yield f"## {name}"
-        yield ""
-        yield f"`{mine[0]['command']}`; seeds {seeds}; {mine[0]['metric']} at full depth "
-        yield f"{_mean(full)}, {mine[0]['rows']['test']} rows of test."
-        yield ""
-        yield "| rule | 25 % | 50 % | 75 % |"
-        yield "|---|---|---|---|"
-        for kind in dict.fromkeys(s["kind"] for run in mine for s in run["settings"]):
-            cells = [_cell(mine, kind, saving) for saving in SAVINGS]
-            yield f"| {kind} | {' | '.join(cells)} |"
-
-
-def _gains(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """F-PABEE against the rules that the paper compares it with, on the same model."""
-    yield "## F-PABEE against others"
-    yield ""
-    yield "Points that `fpabee` scores more than another rule on the same model, at 25 / 50 / 75 %."
-    yield ""
-    yield f"| model | {' | '.join(COMPARED)} |"
-    yield f"|---|{'---|' * len(COMPARED)}"
-    for name, mine in of.items():
-        cells = (" / ".join(_gain(mine, kind, saving) for saving in SAVINGS) for kind in COMPARED)
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
-def _gain(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
-    ours, others = (_found(runs, name, saving) for name in ("fpabee", kind))
-    if len(ours) < len(runs) or len(others) < len(runs):
-        return "-"
-    differences = [a["score"] - b["score"] for a, b in zip(ours, others, strict=True)]
-    return f"{100 * statistics.mean(differences):+.2f}"
-
-
-def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
-    """The settings of a kind, run by run."""
-    return [
-        setting
-        for run in runs
-        for setting in run["settings"]
-        if (setting["kind"], setting["wished"]) == (kind, saving)
-    ]
-
-
-def _cell(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
-    found = _found(runs, kind, saving)
-    if len(found) < len(runs):
-        return "-"
-    saved = statistics.mean(100 * setting["saving"] for setting in found)
-    return f"{_mean([100 * setting['score'] for setting in found])} ({saved:.0f} %)"
-
-
-def _mean(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def draw(results: Path, name: str, path: Path) -> None:
-    """A figure for a model: score against what is saved, for every kind of rule."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    runs = [json.loads(p.read_text(encoding="utf-8")) for p in results.glob(f"{name}-*.json")]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="layers saved (%)", ylabel=f"{runs[0]['metric']} (%)")
-    axes.set_title(name)
-    markers = "os^Dv<>Pp*Xhd"
-    kinds = dict.fromkeys(setting["kind"] for run in runs for setting in run["settings"])
-    rules = list(dict.fromkeys(kind.removesuffix(PER_EXIT) for kind in kinds))
-    for number, kind in enumerate(kinds):
-        points = []
-        for saving in SAVINGS:
-            mine = _found(runs, kind, saving)
-            if len(mine) == len(runs):
-                points.append(
-                    [100 * statistics.mean(s[key] for s in mine) for key in ("saving", "score")]
-                )
-        if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                marker=markers[number % len(markers)],
-                color=f"C{rules.index(kind.removesuffix(PER_EXIT))}",
-                linestyle="--" if kind.endswith(PER_EXIT) else "-",
-                label=kind,
-            )
-    full = 100 * statistics.mean(run["exits"][-1] for run in runs)
-    axes.axhline(full, color="black", linestyle=":", label="full depth")
-    axes.legend(fontsize="x-small", ncols=2)
-    # The same figure is the same file.
-    with rc_context({"svg.hashsalt": name}):
-        figure.savefig(path, metadata={"Date": None})
 
 
 def _say(what: str, done: int, total: int) -> None:
@@ -329,9 +237,9 @@ def main(
             }
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             click.echo(f"{path}: {content['exits'][-1]:.4f} at full depth")
-    (results / "table.md").write_text("\n".join(tables(runs)) + "\n", encoding="utf-8")
+    (results / "table.md").write_text("\n".join(tables(runs, RUNS)) + "\n", encoding="utf-8")
     for name in RUNS:
-        if list(runs.glob(f"{name}-*.json")):
+        if stored(runs, name):
             draw(runs, name, results / f"{name}.svg")
     click.echo(f"{results / 'table.md'} is of {len(list(runs.glob('*.json')))} runs")
 

@@ -93,26 +93,45 @@ def test_a_small_albert_calls_one_layer_often(
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
-def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> None:
-    for seed, score in ((42, 0.90), (43, 0.92)):
-        settings = [
-            {"kind": "fpabee", "wished": 0.5, "rule": {}, "saving": 0.51, "score": score},
-            {"kind": "pabee", "wished": 0.5, "rule": {}, "saving": 0.52, "score": score - 0.01},
-        ]
-        if seed == 42:  # a rule that cannot be compared on every seed is not compared
-            other = {"kind": "entropy", "wished": 0.5, "rule": {}, "saving": 0.5, "score": 0.5}
-            settings.append(other)
+def test_each_training_names_its_distillation(reproduce: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text("{}")
+    for name, run in reproduce.RUNS.items():
+        shown = reproduce.train(run, 42, tmp_path, "there", tmp_path)
+        assert f" --distill {0.5 if name.endswith('-distill') else 0}" in shown
+
+
+Settings = list[tuple[str, float]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., None]:
+    """Stores a run whose rules score so much where half is to be saved."""
+
+    def write(name: str, seed: int, exits: list[float], settings: Settings) -> None:
         run = {
-            "name": "mini-sst2",
+            "name": name,
             "seed": seed,
             "command": "python scripts/train.py",
             "metric": "accuracy",
             "rows": {"dev": 10, "test": 20},
-            "exits": [0.5, 0.95],
-            "settings": settings,
+            "exits": exits,
+            "settings": [
+                {"kind": kind, "wished": 0.5, "rule": {}, "saving": 0.51, "score": score}
+                for kind, score in settings
+            ],
         }
-        (tmp_path / f"mini-sst2-{seed}.json").write_text(json.dumps(run))
-    text = "\n".join(reproduce.tables(tmp_path))
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(run))
+
+    return write
+
+
+def test_a_table_has_means_over_seeds(
+    reproduce: ModuleType, tmp_path: Path, store: Callable[..., None]
+) -> None:
+    # A rule that cannot be compared on every seed is not compared.
+    store("mini-sst2", 42, [0.5, 0.95], [("fpabee", 0.90), ("pabee", 0.89), ("entropy", 0.5)])
+    store("mini-sst2", 43, [0.5, 0.95], [("fpabee", 0.92), ("pabee", 0.91)])
+    text = "\n".join(reproduce.tables(tmp_path, reproduce.RUNS))
     assert "| fpabee | - | 91.00 ± 1.41 (51 %) | - |" in text
     assert "95.00 ± 0.00, 20 rows of test" in text
     assert "seeds 42, 43" in text
@@ -120,6 +139,23 @@ def test_a_table_has_means_over_seeds(reproduce: ModuleType, tmp_path: Path) -> 
     assert "| mini-sst2 | - / +1.00 / - | - / - / - |" in text
     reproduce.draw(tmp_path, "mini-sst2", tmp_path / "figure.svg")
     assert "fpabee" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_distilled_model_is_held_against_the_one_of_its_seed(
+    reproduce: ModuleType, tmp_path: Path, store: Callable[..., None]
+) -> None:
+    store("mini-sst2", 42, [0.5, 0.9], [("fpabee", 0.8), ("entropy", 0.8)])
+    store("mini-sst2", 43, [0.6, 0.9], [("fpabee", 0.8), ("entropy", 0.8)])
+    store("mini-sst2", 44, [0.9, 0.1], [("fpabee", 0.1), ("entropy", 0.1)])
+    store("mini-sst2-distill", 42, [0.53, 0.9], [("fpabee", 0.82), ("entropy", 0.81)])
+    store("mini-sst2-distill", 43, [0.61, 0.89], [("fpabee", 0.81)])
+    store("mini-trec-distill", 42, [0.53, 0.9], [("fpabee", 0.82)])  # nothing to hold it against
+    lines = list(reproduce.tables(tmp_path, reproduce.RUNS))
+    start = lines.index("## What self-distillation gives")
+    section = lines[start : lines.index("## mini-sst2")]
+    (row,) = [line for line in section if line.startswith("| mini")]
+    assert row == "| mini-sst2-distill | 2 | +2.00 -0.50 | - / +1.50 / - | - / - / - |"
+    assert "seeds 42, 43, 44; " in lines[lines.index("## mini-sst2") + 2], "only its own runs"
 
 
 def test_a_stored_run_is_of_a_planned_one(reproduce: ModuleType) -> None:

@@ -1,0 +1,176 @@
+"""The table and the figures of `reproduce.py`, from what it stored."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpabee.calibration.settings import PER_EXIT
+
+SAVINGS = (0.25, 0.5, 0.75)
+JUDGED = ("fpabee", "entropy")
+"""Rules by which self-distillation is judged."""
+COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
+DISTILLED = "-distill"
+"""What the name of a run ends with that is another one with self-distillation."""
+
+
+def stored(results: Path, name: str) -> list[dict[str, Any]]:
+    """What is stored of a run, by its seeds."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
+    return sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
+
+
+def tables(results: Path, names: Iterable[str]) -> Iterator[str]:
+    """The lines of `table.md`: for each model a table of rules against savings.
+
+    Args:
+        results: the folder of the stored runs.
+        names: of the runs, in the order of the table.
+    """
+    of = {name: stored(results, name) for name in names}
+    of = {name: mine for name, mine in of.items() if mine}
+    yield "# Scores at 25, 50 and 75 % of layers saved"
+    yield ""
+    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and judged on test; in"
+    yield "brackets what was saved there. Means over the seeds, with their standard deviation."
+    yield ""
+    yield from _gains({name: mine for name, mine in of.items() if not name.endswith(DISTILLED)})
+    yield ""
+    yield from _distillation(of)
+    for name, mine in of.items():
+        full = [100 * run["exits"][-1] for run in mine]
+        seeds = ", ".join(str(run["seed"]) for run in mine)
+        yield ""
+        yield f"## {name}"
+        yield ""
+        yield f"`{mine[0]['command']}`; seeds {seeds}; {mine[0]['metric']} at full depth "
+        yield f"{_mean(full)}, {mine[0]['rows']['test']} rows of test."
+        yield ""
+        yield "| rule | 25 % | 50 % | 75 % |"
+        yield "|---|---|---|---|"
+        for kind in dict.fromkeys(s["kind"] for run in mine for s in run["settings"]):
+            cells = [_cell(mine, kind, saving) for saving in SAVINGS]
+            yield f"| {kind} | {' | '.join(cells)} |"
+
+
+def _gains(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """F-PABEE against the rules that the paper compares it with, on the same model."""
+    yield "## F-PABEE against others"
+    yield ""
+    yield "Points that `fpabee` scores more than another rule on the same model, at 25 / 50 / 75 %."
+    yield ""
+    yield f"| model | {' | '.join(COMPARED)} |"
+    yield f"|---|{'---|' * len(COMPARED)}"
+    for name, mine in of.items():
+        cells = (" / ".join(_gain(mine, kind, saving) for saving in SAVINGS) for kind in COMPARED)
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _distillation(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Models with self-distillation against those without."""
+    yield "## What self-distillation gives"
+    yield ""
+    yield "Points that a model trained with `--distill 0.5` scores more than the one with the same"
+    yield "seed without: at each exit, and by a rule at 25 / 50 / 75 %. Means over the seeds."
+    yield ""
+    yield f"| model | seeds | exits, from the first | {' | '.join(JUDGED)} |"
+    yield f"|---|---|---|{'---|' * len(JUDGED)}"
+    for name, mine in of.items():
+        plain = {run["seed"]: run for run in of.get(name.removesuffix(DISTILLED), ())}
+        if not name.endswith(DISTILLED) or any(run["seed"] not in plain for run in mine):
+            continue
+        before = [plain[run["seed"]] for run in mine]
+        gains = [
+            np.subtract(run["exits"], other["exits"])
+            for run, other in zip(mine, before, strict=True)
+        ]
+        exits = " ".join(f"{100 * gain:+.2f}" for gain in np.mean(gains, axis=0))
+        cells = (
+            " / ".join(_difference(mine, before, kind, kind, saving) for saving in SAVINGS)
+            for kind in JUDGED
+        )
+        yield f"| {name} | {len(mine)} | {exits} | {' | '.join(cells)} |"
+
+
+def _gain(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
+    return _difference(runs, runs, "fpabee", kind, saving)
+
+
+def _difference(
+    runs: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+    kind: str,
+    other_kind: str,
+    saving: float,
+) -> str:
+    """Points that a kind scores more than another in other runs, seed by seed."""
+    mine, theirs = _found(runs, kind, saving), _found(others, other_kind, saving)
+    if len(mine) < len(runs) or len(theirs) < len(runs):
+        return "-"
+    differences = [a["score"] - b["score"] for a, b in zip(mine, theirs, strict=True)]
+    return f"{100 * statistics.mean(differences):+.2f}"
+
+
+def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
+    """The settings of a kind, run by run."""
+    return [
+        setting
+        for run in runs
+        for setting in run["settings"]
+        if (setting["kind"], setting["wished"]) == (kind, saving)
+    ]
+
+
+def _cell(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
+    found = _found(runs, kind, saving)
+    if len(found) < len(runs):
+        return "-"
+    saved = statistics.mean(100 * setting["saving"] for setting in found)
+    return f"{_mean([100 * setting['score'] for setting in found])} ({saved:.0f} %)"
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def draw(results: Path, name: str, path: Path) -> None:
+    """A figure for a model: score against what is saved, for every kind of rule."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    runs = stored(results, name)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="layers saved (%)", ylabel=f"{runs[0]['metric']} (%)")
+    axes.set_title(name)
+    markers = "os^Dv<>Pp*Xhd"
+    kinds = dict.fromkeys(setting["kind"] for run in runs for setting in run["settings"])
+    rules = list(dict.fromkeys(kind.removesuffix(PER_EXIT) for kind in kinds))
+    for number, kind in enumerate(kinds):
+        points = []
+        for saving in SAVINGS:
+            mine = _found(runs, kind, saving)
+            if len(mine) == len(runs):
+                points.append(
+                    [100 * statistics.mean(s[key] for s in mine) for key in ("saving", "score")]
+                )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=markers[number % len(markers)],
+                color=f"C{rules.index(kind.removesuffix(PER_EXIT))}",
+                linestyle="--" if kind.endswith(PER_EXIT) else "-",
+                label=kind,
+            )
+    full = 100 * statistics.mean(run["exits"][-1] for run in runs)
+    axes.axhline(full, color="black", linestyle=":", label="full depth")
+    axes.legend(fontsize="x-small", ncols=2)
+    # The same figure is the same file.
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(path, metadata={"Date": None})
