@@ -23,7 +23,7 @@ from ..runtime.options import (
     exits_with_one_line,
     version_option,
 )
-from ..runtime.shown import Shown
+from ..runtime.shown import Shown, table_console
 from .calibrate import calibrate
 from .options import DEFAULT_WISHES, CalibrationOptions, is_name
 from .report import check_place, write_report
@@ -120,9 +120,7 @@ def main(
     if as_json:
         click.echo(json.dumps(to_dict(result)))
     else:
-        console = Console(highlight=False)
-        # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
-        _print(result, console if console.is_terminal else Console(highlight=False, width=160))
+        _print(result, table_console())
         click.echo(
             f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}"
         )

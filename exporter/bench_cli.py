@@ -25,6 +25,7 @@ from ..runtime.options import (
     rule_options,
     version_option,
 )
+from ..runtime.shown import table_console
 from ..runtime.text_io import read_rows
 from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 
@@ -112,7 +113,7 @@ def main(
     if as_json:
         click.echo(json.dumps(to_dict(report)))
     else:
-        print_report(report, Console())
+        print_report(report, table_console())
 
 
 def to_dict(report: BenchReport) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from ..runtime.extras import require
 from ..runtime.inspect import not_built_lines
@@ -20,7 +19,7 @@ from ..runtime.options import (
     exits_with_one_line,
     version_option,
 )
-from ..runtime.shown import Shown
+from ..runtime.shown import Shown, table_console
 from ..runtime.text_io import Columns
 from . import placement_shown
 from .extend import ExtendOptions, check_options, drop_graphs, extend
@@ -260,10 +259,7 @@ def _place(
     if as_json:
         click.echo(json.dumps({"folder": str(output), **placement_shown.to_dict(result)}))
         return
-    console = Console(highlight=False)
-    # Into a file as wide as it needs, instead of the 80 columns that rich takes for it.
-    wide = console if console.is_terminal else Console(highlight=False, width=160)
-    placement_shown.show(result, wide, len(read_manifest(source).segments))
+    placement_shown.show(result, table_console(), len(read_manifest(source).segments))
     click.echo(f"next: fpabee-run {output} --input texts.txt")
 
 

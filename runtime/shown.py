@@ -1,4 +1,4 @@
-"""Progress of the commands, on stderr."""
+"""What commands show: progress on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from rich.console import Console
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
+
+
+_WIDE = 160
+
+
+def table_console() -> Console:
+    """Standard output for tables: as wide as the terminal, or into a file as wide as they need."""
+    console = Console(highlight=False)
+    # Without a terminal rich would take 80 columns and break cells.
+    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
 
 
 class Shown:

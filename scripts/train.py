@@ -53,6 +53,7 @@ from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
 from fpabee.runtime.options import chosen_columns, chosen_text_format, column_options
+from fpabee.runtime.shown import table_console
 from fpabee.runtime.text_io import Columns, Row, TextFormat
 
 
@@ -397,7 +398,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch.")
 def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""
-    console = Console()
+    console = table_console()
     if bool(settings["backbone"]) is bool(settings["from_classifier"]):
         raise click.UsageError("give either --backbone or --from-classifier")
     if settings["from_classifier"] and settings["random_init"]:

@@ -116,6 +116,16 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
     assert report["workloads"][0]["realised"] > 0
 
 
+def test_the_table_in_a_file_breaks_no_cell(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--shapes", ""]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    for cell in (f"file, all {len(TEXTS)} texts", "median ms", FULL_DEPTH, PADDED_32):
+        assert cell in result.stdout
+
+
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 1), (1000.0, 3)])
 def test_units_are_repeated_while_there_is_time(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
