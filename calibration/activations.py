@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.encoding import EncodedRow
-from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TokenizerSpec, verified
+from ..runtime.engines_folder import verified
+from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TokenizerSpec
 
 Feed = dict[str, NDArray[Any]]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import read_manifest, write_manifest
 from ..runtime.errors import InputError
 from ..runtime.exit_rules import RULES, Budget, ExitRule
-from ..runtime.manifest import read_manifest, write_manifest
 from ..runtime.metrics import Labels
 from ..runtime.operating_point import Wish
 from ..runtime.shown import Progress

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from ..runtime.distributions import Array
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import verified
 from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import Manifest, verified
+from ..runtime.manifest import Manifest
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5

@@ -24,9 +24,10 @@ from ..runtime.batching import cut_groups
 from ..runtime.decider import Decider
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
 from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
+from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
 from .merge import merge_chain
 
 FULL_GRAPH = "full graph"

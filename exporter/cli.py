@@ -9,9 +9,10 @@ from typing import Any
 import click
 import msgspec
 
+from ..runtime.engines_folder import read_manifest
 from ..runtime.extras import require
 from ..runtime.inspect import not_built_lines
-from ..runtime.manifest import ProblemType, read_manifest
+from ..runtime.manifest import ProblemType
 from ..runtime.options import (
     chosen_columns,
     chosen_text_format,

@@ -15,18 +15,11 @@ import msgspec
 
 from ..runtime.backends.tensorrt import build_command
 from ..runtime.encoding import Text
+from ..runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from ..runtime.errors import ArtifactError, FpabeeError, InputError, MissingExtraError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
-from ..runtime.manifest import (
-    BuiltFile,
-    Manifest,
-    NotBuilt,
-    Target,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
+from ..runtime.manifest import BuiltFile, Manifest, NotBuilt, Target
 from ..runtime.shown import Progress
 from ..runtime.text_io import Columns, Inputs, TextFormat, read_rows
 from .formats import INT8, Half

@@ -18,17 +18,10 @@ from numpy.typing import NDArray
 from ..calibration.activations import padded_inputs
 from ..runtime.agreement import Agreement, agree
 from ..runtime.encoding import EncodedRow, Text, TextEncoder
+from ..runtime.engines_folder import sha256_of, verified
 from ..runtime.errors import VerificationError
 from ..runtime.exit_rules import ExitRule
-from ..runtime.manifest import (
-    LOGITS,
-    NEXT,
-    Graph,
-    Manifest,
-    TensorSpec,
-    sha256_of,
-    verified,
-)
+from ..runtime.manifest import LOGITS, NEXT, Graph, Manifest, TensorSpec
 from ..runtime.reference import read_reference
 from ..runtime.shown import Progress
 from .formats import Half

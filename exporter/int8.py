@@ -18,9 +18,10 @@ import numpy as np
 
 from ..calibration.activations import Feed, graph_inputs
 from ..runtime.encoding import Text, TextEncoder
+from ..runtime.engines_folder import verified
 from ..runtime.errors import InputError, VerificationError
 from ..runtime.exit_rules import ExitRule
-from ..runtime.manifest import Manifest, verified
+from ..runtime.manifest import Manifest
 from ..runtime.reference import read_reference
 from ..runtime.shown import Progress
 from .formats import INT8, Half

@@ -18,19 +18,9 @@ import msgspec
 
 from .. import __version__
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import sha256_of, verified, write_manifest
 from ..runtime.errors import ModelError
-from ..runtime.manifest import (
-    LOGITS,
-    NEXT,
-    REFERENCE_NAME,
-    Graph,
-    Manifest,
-    Segment,
-    TensorSpec,
-    sha256_of,
-    verified,
-    write_manifest,
-)
+from ..runtime.manifest import LOGITS, NEXT, REFERENCE_NAME, Graph, Manifest, Segment, TensorSpec
 from ..runtime.reference import read_reference, write_reference
 from .merge import merge_graphs
 from .parity import FP32_TARGET, Parity, check_chain, with_parity

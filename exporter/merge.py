@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.manifest import LOGITS, NEXT, Manifest, verified
+from ..runtime.engines_folder import verified
+from ..runtime.manifest import LOGITS, NEXT, Manifest
 
 
 def merge_chain(folder: Path, manifest: Manifest) -> Any:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..runtime.engines_folder import is_engines_folder
 from ..runtime.errors import ArtifactError
-from ..runtime.manifest import is_engines_folder
 
 
 def resolved(output: str | Path) -> Path:

@@ -12,6 +12,7 @@ from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.distributions import Measure
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import sha256_of, write_manifest
 from ..runtime.errors import ArtifactError
 from ..runtime.exit_rules import FPabee
 from ..runtime.manifest import (
@@ -24,8 +25,6 @@ from ..runtime.manifest import (
     Shapes,
     Target,
     Task,
-    sha256_of,
-    write_manifest,
 )
 from ..runtime.reference import write_reference
 from ..runtime.shown import Progress

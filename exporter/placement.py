@@ -17,10 +17,11 @@ from ..calibration.scoring import AGREEMENT
 from ..calibration.trace import stored_rows, trace_rows
 from ..runtime.distributions import Measure
 from ..runtime.engine import Engine
+from ..runtime.engines_folder import read_manifest
 from ..runtime.errors import ArtifactError, FpabeeError, InputError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
-from ..runtime.manifest import Manifest, NotBuilt, read_manifest
+from ..runtime.manifest import Manifest, NotBuilt
 from ..runtime.operating_point import OperatingPoint, Wish
 from ..runtime.shown import Progress
 from ..runtime.text_io import Columns, Row, TextFormat, read_rows

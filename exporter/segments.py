@@ -22,6 +22,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ..runtime.engines_folder import sha256_of
 from ..runtime.graphs import Size
 from ..runtime.manifest import (
     ATTENTION_BIAS,
@@ -32,7 +33,6 @@ from ..runtime.manifest import (
     Graph,
     Segment,
     TensorSpec,
-    sha256_of,
 )
 from .backbones import Block, Embeddings
 from .multi_exit import Head, MultiExitModel, token_weights

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
-from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec, sha256_of
+from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec
 from .multi_exit import MultiExitModel
 from .weights import first_line
 

@@ -21,6 +21,7 @@ from .decider import Simulation, simulate
 from .distributions import Measure, Outputs
 from .encoding import EncodedRow, Text
 from .engine import Engine
+from .engines_folder import read_manifest
 from .errors import (
     ArtifactError,
     BackendError,
@@ -61,7 +62,6 @@ from .manifest import (
     Task,
     TokenizerSpec,
     Verification,
-    read_manifest,
 )
 from .operating_point import Certificate, OperatingPoint, RuleSettings, Wish
 from .results import Prediction, Tally, Trace

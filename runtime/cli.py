@@ -12,10 +12,11 @@ from rich.console import Console
 
 from .. import __version__
 from .engine import Engine
+from .engines_folder import read_manifest
 from .errors import InputError
 from .execution import Regroup
 from .exit_rules import ExitRule
-from .manifest import MANIFEST_NAME, read_manifest
+from .manifest import MANIFEST_NAME
 from .options import (
     RULE_OPTIONS,
     check_option,

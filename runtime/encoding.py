@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .engines_folder import verified
 from .errors import ArtifactError, InputError
-from .manifest import ATTENTION_BIAS, TokenizerSpec, verified
+from .manifest import ATTENTION_BIAS, TokenizerSpec
 
 # Texts that are tokenized in one call, so that memory stays flat on long lines too.
 _CHUNK_TEXTS = 256

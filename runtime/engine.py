@@ -18,10 +18,11 @@ from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
 from .distributions import Array, Outputs
 from .encoding import EncodedRow, Text, TextEncoder, chunks
+from .engines_folder import read_manifest
 from .errors import BackendError, InputError, RuleError
 from .execution import Chain, Regroup, WindowResult
 from .exit_rules import Budget, ExitRule
-from .manifest import NEXT, Manifest, ProblemType, read_manifest
+from .manifest import NEXT, Manifest, ProblemType
 from .parity import check_parity
 from .results import Counter, Prediction, Tally, Trace
 from .targets import open_backend, operating_point_of, rule_of, target_of

@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from .engines_folder import read_manifest
 from .environment import environment, providers
 from .errors import ArtifactError, VerificationError
 from .inspection import (
@@ -24,7 +25,7 @@ from .inspection import (
     check_integrity,
     target_states,
 )
-from .manifest import Manifest, NotBuilt, read_manifest
+from .manifest import Manifest, NotBuilt
 from .options import exits_with_one_line, version_option
 
 

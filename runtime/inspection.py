@@ -8,8 +8,9 @@ from pathlib import Path
 
 from .. import __version__
 from .engine import Engine
+from .engines_folder import resolve, verified
 from .errors import ArtifactError, BackendError, FpabeeError
-from .manifest import Manifest, Target, resolve, verified
+from .manifest import Manifest, Target
 from .parity import check_parity
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from .archive import read_arrays
 from .encoding import Text
+from .engines_folder import verified
 from .errors import ArtifactError
-from .manifest import REFERENCE_NAME, Manifest, verified
+from .manifest import REFERENCE_NAME, Manifest
 
 _MAX_ROWS = 256
 

@@ -23,16 +23,14 @@ from fuzz_mutate import (
 )
 
 from fpabee.runtime.encoding import Text, TextEncoder
-from fpabee.runtime.manifest import (
-    MANIFEST_NAME,
-    REFERENCE_NAME,
-    Manifest,
+from fpabee.runtime.engines_folder import (
     is_engines_folder,
     read_manifest,
     resolve,
     sha256_of,
     write_manifest,
 )
+from fpabee.runtime.manifest import MANIFEST_NAME, REFERENCE_NAME, Manifest
 from fpabee.runtime.records import to_json
 from fpabee.runtime.reference import read_reference
 from fpabee.runtime.targets import operating_point_of, rule_of, target_of

@@ -17,9 +17,10 @@ from typing import Any
 
 from fpabee.runtime import Budget, Engine, FpabeeError
 from fpabee.runtime.backends.cuda_probe import cuda_device
+from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.environment import environment
 from fpabee.runtime.inspection import target_states
-from fpabee.runtime.manifest import Manifest, read_manifest
+from fpabee.runtime.manifest import Manifest
 from fpabee.runtime.text_io import read_rows
 
 ROOT = Path(__file__).parents[1]

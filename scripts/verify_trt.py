@@ -21,7 +21,7 @@ from fpabee.calibration.activations import graph_inputs
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.backends.tensorrt import check_target
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.manifest import read_manifest, verified
+from fpabee.runtime.engines_folder import read_manifest, verified
 from fpabee.runtime.reference import read_reference
 
 LENGTH = 32

@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from fpabee.runtime.engines_folder import read_manifest, write_manifest
 from fpabee.runtime.exit_rules import ExitRule
-from fpabee.runtime.manifest import ProblemType, read_manifest, write_manifest
+from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.operating_point import OperatingPoint, Wish
 
 # fmt: off

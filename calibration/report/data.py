@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from ...runtime.distributions import Measure
+from ...runtime.engines_folder import read_manifest
 from ...runtime.environment import environment
 from ...runtime.exit_rules import ExitRule
-from ...runtime.manifest import Manifest, read_manifest
+from ...runtime.manifest import Manifest
 from ...runtime.shown import Progress
 from ..outcome import Outcome
 from ..result import Calibration, Contender, Point

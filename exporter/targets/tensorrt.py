@@ -18,15 +18,9 @@ import msgspec
 
 from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, build_command, library_version
+from ...runtime.engines_folder import sha256_of, verified
 from ...runtime.errors import BackendError, MissingExtraError
-from ...runtime.manifest import (
-    BuiltFile,
-    Graph,
-    Manifest,
-    Target,
-    sha256_of,
-    verified,
-)
+from ...runtime.manifest import BuiltFile, Graph, Manifest, Target
 from ...runtime.shown import Progress
 from .options import RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision

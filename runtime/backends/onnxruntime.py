@@ -17,17 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encoding import EncodedRow
+from ..engines_folder import resolve, verified
 from ..errors import ArtifactError, BackendError
-from ..manifest import (
-    ATTENTION_BIAS,
-    MASK_FILL,
-    NEXT,
-    Manifest,
-    Target,
-    TensorSpec,
-    resolve,
-    verified,
-)
+from ..manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, Target, TensorSpec
 from .base import Bucket, Limits, Rows
 from .buffers import BufferName, Store, carried_specs, crop_of, plan_buffers, shape_of
 from .onnxruntime_session import (

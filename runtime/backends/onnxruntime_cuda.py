@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ..engines_folder import resolve, verified
 from ..errors import ArtifactError, BackendError
-from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target, resolve, verified
+from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda

@@ -15,15 +15,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from ..engines_folder import resolve, verified
 from ..errors import ArtifactError, BackendError, MissingExtraError
-from ..manifest import (
-    ATTENTION_BIAS,
-    MASK_FILL,
-    Manifest,
-    Target,
-    resolve,
-    verified,
-)
+from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda

@@ -16,7 +16,8 @@ from typing import Any
 import click
 import pytest
 
-from fpabee.runtime.manifest import MANIFEST_NAME, sha256_of
+from fpabee.runtime.engines_folder import sha256_of
+from fpabee.runtime.manifest import MANIFEST_NAME
 
 COMMANDS = {
     "run": "fpabee.runtime.cli",

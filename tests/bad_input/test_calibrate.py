@@ -15,7 +15,7 @@ import pytest
 
 from fpabee.calibration.trace import trace_rows
 from fpabee.runtime import Engine
-from fpabee.runtime.manifest import read_manifest, write_manifest
+from fpabee.runtime.engines_folder import read_manifest, write_manifest
 from fpabee.runtime.text_io import read_rows
 
 from .cases import Arguments, Case, Place, changed_heads, check, no_space
@@ -181,7 +181,7 @@ FOLDERS = [
          no_space("numpy.savez", lambda p: [*wish()(p), "--output", p.root]),
          ("No space left on device", "--output")),
     Case("no space for the manifest",
-         no_space("fpabee.runtime.manifest.os.fsync", traced("--max-drop", 5)),
+         no_space("fpabee.runtime.engines_folder.os.fsync", traced("--max-drop", 5)),
          ("cannot write", "manifest.json: No space left", "free space")),
     Case("no engines folder", lambda p: calibrate(p.root / "none", file(p, rows())),
          ("does not exist", "fpabee-export")),

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from fpabee.exporter.formats import Half
 from fpabee.exporter.half import add_half
 from fpabee.runtime import ExitRule, agreement
-from fpabee.runtime.manifest import read_manifest, write_manifest
+from fpabee.runtime.engines_folder import read_manifest, write_manifest
 
 from .cases import Arguments, Case, Place, changed_heads, check, corrected
 

@@ -16,13 +16,9 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.encoding import TextEncoder
+from fpabee.runtime.engines_folder import is_engines_folder, read_manifest
 from fpabee.runtime.errors import ArtifactError
-from fpabee.runtime.manifest import (
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    is_engines_folder,
-    read_manifest,
-)
+from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from fpabee.runtime.text_io import read_rows
 
 from .cases import Arguments, Case, Place, change_json, check, corrected

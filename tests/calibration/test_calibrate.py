@@ -17,8 +17,8 @@ from fpabee.calibration import CalibrationOptions, Wish, calibrate
 from fpabee.calibration import trace as trace_module
 from fpabee.calibration.cli import main
 from fpabee.runtime import Engine, InputError, read_manifest, simulate
+from fpabee.runtime.engines_folder import write_manifest
 from fpabee.runtime.exit_rules import ExitRule
-from fpabee.runtime.manifest import write_manifest
 
 WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")
 QUICK = ("--quiet", "--threads", "1")

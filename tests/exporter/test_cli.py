@@ -22,7 +22,7 @@ from fpabee.exporter import segments
 from fpabee.exporter.cli import main
 from fpabee.exporter.extend import drop_graphs
 from fpabee.runtime import ArtifactError
-from fpabee.runtime.manifest import read_manifest
+from fpabee.runtime.engines_folder import read_manifest
 
 
 def run(*arguments: object) -> Result:

@@ -15,7 +15,7 @@ from fpabee.exporter import export
 from fpabee.exporter.formats import Half
 from fpabee.exporter.half import AUTO, add_half
 from fpabee.runtime import Engine, ExitRule, FPabee, VerificationError, read_manifest
-from fpabee.runtime.manifest import sha256_of
+from fpabee.runtime.engines_folder import sha256_of
 from fpabee.runtime.reference import read_reference
 
 RULE = FPabee(threshold=0.5)

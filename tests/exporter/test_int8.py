@@ -15,7 +15,7 @@ from fpabee.exporter.int8 import add_int8
 from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import FPabee, agreement, read_manifest
-from fpabee.runtime.manifest import write_manifest
+from fpabee.runtime.engines_folder import write_manifest
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]

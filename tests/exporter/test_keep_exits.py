@@ -14,7 +14,7 @@ from fpabee.exporter.formats import Half
 from fpabee.exporter.keep_exits import keep_exits
 from fpabee.runtime import Engine, FPabee, ModelError
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.manifest import read_manifest
+from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.reference import read_reference
 
 TEXTS: list[Text] = [

@@ -21,7 +21,8 @@ from fpabee.exporter.extend import ExtendOptions, extend
 from fpabee.exporter.merge import merge_graphs
 from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.runtime import Engine, FPabee, read_manifest
-from fpabee.runtime.manifest import Target, write_manifest
+from fpabee.runtime.engines_folder import write_manifest
+from fpabee.runtime.manifest import Target
 from fpabee.runtime.text_io import Row
 
 WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")

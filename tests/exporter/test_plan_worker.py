@@ -11,7 +11,8 @@ import pytest
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import BackendError
-from fpabee.runtime.manifest import Manifest, read_manifest
+from fpabee.runtime.engines_folder import read_manifest
+from fpabee.runtime.manifest import Manifest
 
 from ..runtime.device_double import Double, serve
 

@@ -16,7 +16,8 @@ from fpabee.exporter import segments
 from fpabee.exporter.backbones import build_encoder
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel
-from fpabee.runtime.manifest import Manifest, TensorSpec, read_manifest
+from fpabee.runtime.engines_folder import read_manifest
+from fpabee.runtime.manifest import Manifest, TensorSpec
 
 FAMILIES = (
     "bert",

@@ -18,7 +18,8 @@ from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import BackendError, FPabee, MissingExtraError
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.manifest import Manifest, read_manifest, sha256_of, write_manifest
+from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.manifest import Manifest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 

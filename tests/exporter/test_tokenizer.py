@@ -24,8 +24,9 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.multi_exit import MultiExitModel
 from fpabee.exporter.tokenizer import save_tokenizer
 from fpabee.runtime.encoding import Text, TextEncoder
+from fpabee.runtime.engines_folder import sha256_of
 from fpabee.runtime.errors import ModelError
-from fpabee.runtime.manifest import TokenizerSpec, sha256_of
+from fpabee.runtime.manifest import TokenizerSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pabee_bert"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s", ".")

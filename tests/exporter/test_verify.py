@@ -15,8 +15,8 @@ from fpabee.exporter.parity import check_chain
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_graphs, reference_logits
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.engine import Engine
+from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.errors import VerificationError
-from fpabee.runtime.manifest import read_manifest
 
 TOLERANCE = 1e-4
 

@@ -15,15 +15,8 @@ from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.runtime.backends import onnxruntime_cuda, onnxruntime_session, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.manifest import (
-    BuiltFile,
-    Range,
-    Shapes,
-    Target,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
+from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.manifest import BuiltFile, Range, Shapes, Target
 
 from .cuda_double import FakeCuda
 from .ort_cuda_double import FakeCudaSession

@@ -19,7 +19,8 @@ from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.buffers import shape_of
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
-from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL, sha256_of
+from fpabee.runtime.engines_folder import sha256_of
+from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.targets import open_backend
 
 from .device_double import Double, install, install_cuda_provider

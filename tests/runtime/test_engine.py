@@ -50,7 +50,7 @@ from fpabee.runtime import (
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.manifest import write_manifest
+from fpabee.runtime.engines_folder import write_manifest
 
 FAMILIES = ("bert", "albert", "mpnet")
 RULES: tuple[ExitRule, ...] = (

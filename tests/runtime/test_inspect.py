@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.inspect import chain_lines, main
 from fpabee.runtime.inspection import Part, chain_parts, target_states
-from fpabee.runtime.manifest import REFERENCE_NAME, read_manifest, sha256_of, write_manifest
+from fpabee.runtime.manifest import REFERENCE_NAME
 from fpabee.runtime.reference import read_reference, write_reference
 
 from .device_double import install

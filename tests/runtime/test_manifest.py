@@ -10,6 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from fpabee.runtime.engines_folder import (
+    read_manifest,
+    resolve,
+    sha256_of,
+    verified,
+    write_manifest,
+)
 from fpabee.runtime.errors import ArtifactError
 from fpabee.runtime.manifest import (
     MANIFEST_NAME,
@@ -27,11 +34,6 @@ from fpabee.runtime.manifest import (
     TensorSpec,
     TokenizerSpec,
     Verification,
-    read_manifest,
-    resolve,
-    sha256_of,
-    verified,
-    write_manifest,
 )
 from fpabee.runtime.operating_point import Certificate, OperatingPoint, Wish
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import ArtifactError, Engine, VerificationError, read_manifest
-from fpabee.runtime.manifest import REFERENCE_NAME, sha256_of, write_manifest
+from fpabee.runtime.engines_folder import sha256_of, write_manifest
+from fpabee.runtime.manifest import REFERENCE_NAME
 from fpabee.runtime.parity import measure_parity
 from fpabee.runtime.reference import read_reference, write_reference
 

@@ -12,7 +12,7 @@ import pytest
 
 from fpabee.runtime import BackendError, Engine, read_manifest
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.manifest import sha256_of, write_manifest
+from fpabee.runtime.engines_folder import sha256_of, write_manifest
 
 from .device_double import Double, install, set_gpu
 

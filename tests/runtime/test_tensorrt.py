@@ -29,7 +29,7 @@ from fpabee.runtime import (
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends import tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.manifest import write_manifest
+from fpabee.runtime.engines_folder import write_manifest
 
 from .device_double import Double, install
 from .trt_double import SCRATCH

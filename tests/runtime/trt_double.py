@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from fpabee.exporter.targets.options import profile_of
 from fpabee.runtime.backends.onnxruntime_session import session_options
-from fpabee.runtime.manifest import Graph, Shapes, TensorSpec, read_manifest
+from fpabee.runtime.engines_folder import read_manifest
+from fpabee.runtime.manifest import Graph, Shapes, TensorSpec
 
 from .cuda_double import FakeCuda
 

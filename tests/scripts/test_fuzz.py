@@ -137,14 +137,14 @@ def test_a_defect_is_found(
 
 PLANTED = """
 import os
-from fpabee.runtime import manifest
-real = manifest.read_manifest
+from fpabee.runtime import engines_folder
+real = engines_folder.read_manifest
 def read_manifest(folder):
     found = real(folder)
     if found.default_rule["name"] != "fpabee":
         DEFECT
     return found
-manifest.read_manifest = read_manifest
+engines_folder.read_manifest = read_manifest
 """
 BAD = b'"name": "fpabee"', b'"name": "pabee"'
 
