@@ -25,6 +25,8 @@ _SURROGATE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
+# Four letters of ASCII in UTF-16 without a byte order mark, which would pass for UTF-8.
+_UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){4})|(?P<LE>([^\0]\0){4})")
 # What files begin with that are no UTF-8: what it says, and what to do.
 _SIGNATURES = {
     b"\xff\xfe": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
@@ -94,6 +96,11 @@ class Lines:
         if self.number == 1:
             raw = raw.removeprefix(_BYTE_ORDER_MARK)
             self._beginning = raw[:6]
+            if order := _UTF_16.match(raw):
+                raise RowError(
+                    f"{self.where} is UTF-16 without a byte order mark",
+                    f"convert the file: iconv -f UTF-16{order.lastgroup} -t UTF-8 IN > OUT",
+                )
         if not raw:
             raise StopIteration
         if len(raw) > MAX_LINE_BYTES:

@@ -109,6 +109,16 @@ ENCODINGS = [
     Case("Latin-1 later", text(b"a\nb\xe9\n"), ("line 2 is not UTF-8", "at column 2")),
     Case("UTF-16", text("one\n".encode("utf-16")), ("the file is UTF-16", "iconv -f UTF-16 -t")),
     Case("UTF-16, big-endian", text(b"\xfe\xff\0a\0\n"), ("the file is UTF-16", "-f UTF-16")),
+    Case(
+        "UTF-16 without a mark",
+        text("four\n".encode("utf-16-le")),
+        ("line 1 is UTF-16 without a byte order mark", "iconv -f UTF-16LE"),
+    ),
+    Case(
+        "UTF-16 without a mark, big-endian",
+        text("four\n".encode("utf-16-be")),
+        ("line 1 is UTF-16 without a byte order mark", "iconv -f UTF-16BE"),
+    ),
     Case("UTF-16 in a table", table("text\na\n".encode("utf-16")), ("the file is UTF-16",)),
     Case("UTF-16 in JSON", given("in.jsonl", '{"text": "a"}\n'.encode("utf-16")), ("is UTF-16",)),
     Case("a raw surrogate", text(b"\xed\xa0\x80\n"), ("line 1 is not UTF-8: byte 0xed",)),
