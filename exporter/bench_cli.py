@@ -20,9 +20,9 @@ from ..runtime.options import (
     chosen_columns,
     chosen_rule,
     chosen_text_format,
-    column_options,
     exits_with_one_line,
     rule_options,
+    text_options,
     version_option,
 )
 from ..runtime.shown import table_console
@@ -48,7 +48,7 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
 @click.command(context_settings={"show_default": True})
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
-@column_options
+@text_options
 @rule_options
 @click.option(
     "--depth",

@@ -180,6 +180,9 @@ def main(
         raise click.UsageError(
             "columns and the format are those of --verify-data and --calibration-data: give one"
         )
+    reads_labels = settings["exits"] is not None and settings["calibration_data"]
+    if not (source and reads_labels) and (reading["columns"].label or reading["columns"].separator):
+        raise click.UsageError("labels are read of --calibration-data with --from --exits only")
     exits = settings.pop("exits")
     place = {name: settings.pop(name) for name in ("operating_point", "target", "threads")}
     fresh = {name: settings.pop(name) for name in ("problem_type", "max_length", "force")}
@@ -212,6 +215,8 @@ def main(
         raise click.UsageError("--from adds to a folder: what was exported stays as it is")
     fresh["exits"] = exits
     wanted = _extend_options(settings, reading)
+    if source is not None and wanted.verify_data and not wanted.precisions:
+        raise click.UsageError("--verify-data goes with a new export, or with --fp16 or --bf16")
     if wanted.keep_fp32 and not wanted.precisions:
         raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
     if wanted.int8_data is not None and not wanted.int8:

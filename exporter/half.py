@@ -99,8 +99,8 @@ def add_half(
         for name, graph in manifest.graphs.items()
     }
     known, logits = read_reference(folder, manifest)
-    there = set(known)  # an export has verified, and kept, the same texts
-    more = [text for text in dict.fromkeys(texts) if text not in there]
+    # An export has verified, and kept, the same texts.
+    more = [text for text in dict.fromkeys(texts) if text not in known]
     chain = Emulation(folder, manifest, protos, half, progress)
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *more])
     kept = _resolve(keep, protos)

@@ -14,7 +14,7 @@ from ..calibration.options import CalibrationOptions
 from ..calibration.placement import Placement, choose_exits
 from ..calibration.risk import Bound, RiskOf
 from ..calibration.scoring import AGREEMENT
-from ..calibration.trace import stored_rows, trace_rows
+from ..calibration.trace import expected_labels, stored_rows, trace_rows
 from ..runtime.distributions import Measure
 from ..runtime.engine import Engine
 from ..runtime.engines_folder import read_manifest
@@ -147,7 +147,8 @@ def place_exits(
     Raises:
         ModelError: exits that the model does not have.
         RuleError: the operating point does not exist.
-        InputError: exits are to be chosen, but there is no operating point, or no rows.
+        InputError: exits are to be chosen, but there is no operating point, or no rows; or the
+            rows that are given cannot be read, or lack labels.
         ArtifactError: a folder is damaged, exists, or cannot be written.
         VerificationError: the new chain does not reproduce the PyTorch model.
         BackendError: the target cannot run here.
@@ -160,20 +161,24 @@ def place_exits(
     check_output(new, options.force)
     if options.exits is not None:
         check_exits(options.exits, len(manifest.segments))
+    # First of all: rows that cannot be used must not be found out when the folder is written.
+    given = _given(options)
     with Engine.load(
         old, options.target, options.operating_point, threads=options.threads
     ) as engine:
+        if given is not None:
+            _check_labels(engine, given)
         placement = None
         exits = options.exits
         if exits is None:
-            placement = _choose(engine, old, options, progress)
+            placement = _choose(engine, old, given, progress)
             exits = placement.exits
         progress("merge", 0, len(exits))
         with staging(new) as folder:
             kept, parity = keep_exits(old, manifest, exits, folder)
             publish(folder, new)
         kept, built = _rebuild(new, manifest, kept, options.extend, progress)
-        points, lost = _calibrate(engine, old, new, options, progress)
+        points, lost = _calibrate(engine, old, new, options, given, progress)
     return PlacementResult(
         folder=Path(output),
         manifest=read_manifest(new),
@@ -189,9 +194,7 @@ def place_exits(
     )
 
 
-def _choose(
-    engine: Engine, folder: Path, options: PlacementOptions, progress: Progress
-) -> Placement:
+def _choose(engine: Engine, folder: Path, given: list[Row] | None, progress: Progress) -> Placement:
     target = engine.manifest.targets[engine.target]
     name = engine.operating_point
     if name is None:
@@ -200,7 +203,7 @@ def _choose(
             f"make points: fpabee-calibrate {folder} --data DATA --target {engine.target}",
         )
     point = target.operating_points[name]
-    rows = _rows(engine, folder, point, options)
+    rows = _rows(engine, folder, point) if given is None else given
     if rows is None:
         raise InputError(
             f"the rows that calibrated {name!r} are not in {folder / 'calibration'}",
@@ -208,7 +211,7 @@ def _choose(
         )
     with tempfile.TemporaryDirectory() as temporary:
         # Rows that it did not keep are kept in the new folder only.
-        place = folder / "calibration" if options.data is None else Path(temporary)
+        place = folder / "calibration" if given is None else Path(temporary)
         seen = trace_rows(engine, rows, place, not _is_unlabelled(point, rows), progress)
     progress("time segments", 0, 1)
     costs = measure_costs(engine, seen.lengths, _batch(point))
@@ -217,11 +220,20 @@ def _choose(
     return choose_exits(seen, point.metric, _wish(point), rule, costs, progress)
 
 
-def _rows(
-    engine: Engine, folder: Path, point: OperatingPoint, options: PlacementOptions
-) -> list[Row] | None:
-    if options.data is not None:
-        return list(read_rows(options.data, options.text_format, options.columns))
+def _given(options: PlacementOptions) -> list[Row] | None:
+    if options.data is None:
+        return None
+    return list(read_rows(options.data, options.text_format, options.columns))
+
+
+def _check_labels(engine: Engine, rows: Sequence[Row]) -> None:
+    points = engine.manifest.targets[engine.target].operating_points.values()
+    if any(point.metric != AGREEMENT for point in points):
+        expected_labels(rows, engine.manifest.task)
+
+
+def _rows(engine: Engine, folder: Path, point: OperatingPoint) -> list[Row] | None:
+    """The rows that calibrated a point, if they are still there."""
     place = folder / "calibration"
     return stored_rows(place, engine.manifest, engine.target, point.data_sha256)
 
@@ -265,7 +277,12 @@ def _rebuild(
 
 
 def _calibrate(
-    engine: Engine, old: Path, new: Path, options: PlacementOptions, progress: Progress
+    engine: Engine,
+    old: Path,
+    new: Path,
+    options: PlacementOptions,
+    given: list[Row] | None,
+    progress: Progress,
 ) -> tuple[dict[str, Again], list[Lost]]:
     """Make the target's operating points again; name those of other targets."""
     points: dict[str, Again] = {}
@@ -282,7 +299,7 @@ def _calibrate(
             continue
         for group in _groups(target.operating_points, target.default_operating_point):
             try:
-                points |= _calibrate_group(engine, old, new, group, options, progress)
+                points |= _calibrate_group(engine, old, new, group, options, given, progress)
             except FpabeeError as error:
                 lost += [Lost(name, point, error.message, command) for point in group]
     return points, lost
@@ -307,10 +324,11 @@ def _calibrate_group(
     new: Path,
     group: dict[str, OperatingPoint],
     options: PlacementOptions,
+    given: list[Row] | None,
     progress: Progress,
 ) -> dict[str, Again]:
     first = next(iter(group.values()))
-    rows = _rows(engine, old, first, options)
+    rows = _rows(engine, old, first) if given is None else given
     if rows is None:
         raise InputError(
             f"its rows are not in {old / 'calibration'}", "give them with --calibration-data"

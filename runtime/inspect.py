@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from .engines_folder import read_manifest
@@ -27,6 +26,7 @@ from .inspection import (
 )
 from .manifest import Manifest, NotBuilt
 from .options import exits_with_one_line, version_option
+from .shown import table_console
 
 
 def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
@@ -54,12 +54,11 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
     """Say what is in ENGINES, and which of its targets this machine can run."""
     if engines is None and (check or not show_env):
         raise click.UsageError("give an engines folder" + ("" if check else ", or --env"))
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     content: dict[str, Any] = {}
     if show_env:
         content["environment"] = environment() | {"providers": providers()}
         if not as_json:
-            _print_values(console, content["environment"])
+            _print_values(content["environment"])
     found = None
     if engines is not None:
         if not engines.is_dir():
@@ -74,9 +73,9 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         if found is not None:
             content["check"] = asdict(found) | {"passed": found.passed}
         if not as_json:
-            _print(console, engines, manifest, parts, states)
+            _print(engines, manifest, parts, states)
             if found is not None:
-                _print_check(console, found)
+                _print_check(found)
     if as_json:
         click.echo(json.dumps(content))
     if found is not None and not found.passed:
@@ -108,7 +107,6 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def _print(
-    console: Console,
     folder: Path,
     manifest: Manifest,
     parts: Sequence[Part],
@@ -116,9 +114,9 @@ def _print(
 ) -> None:
     shown = _describe(manifest)
     points, default = shown.pop("operating_points"), shown.pop("default_target")
-    _print_values(console, shown)
+    _print_values(shown)
     for line in chain_lines(parts, manifest.tokenizer.max_length):
-        console.print(line)
+        click.echo(line)
     table = Table("target", "MiB", "logits within", "operating points", "here")
     for state in states:
         table.add_row(
@@ -128,9 +126,9 @@ def _print(
             ", ".join(points.get(state.name, ())),
             state.why_not or "runs",
         )
-    console.print(table)
+    table_console().print(table)
     for line in not_built_lines(manifest.not_built, folder):
-        console.print(line)
+        click.echo(line)
 
 
 def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
@@ -158,21 +156,21 @@ def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
         )
 
 
-def _print_check(console: Console, found: Integrity) -> None:
+def _print_check(found: Integrity) -> None:
     whole = found.files - len(found.damaged)
-    console.print(f"hashes: {whole} of {found.files} files are whole")
+    click.echo(f"hashes: {whole} of {found.files} files are whole")
     for message in found.damaged:
-        console.print(f"  {message}")
+        click.echo(f"  {message}")
     for name, agreement in found.parity.items():
-        console.print(f"{name} is the model that was exported: {agreement}")
+        click.echo(f"{name} is the model that was exported: {agreement}")
     for name, message in found.refused.items():
-        console.print(f"{name} is refused: {message}")
+        click.echo(f"{name} is refused: {message}")
 
 
-def _print_values(console: Console, values: Mapping[str, Any]) -> None:
+def _print_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        console.print(f"{name}: {text}")
+        click.echo(f"{name}: {text}")
 
 
 def _mebibytes(size: int) -> str:

@@ -176,8 +176,8 @@ def input_options(function: F) -> F:
     return source(column_options(function))
 
 
-def column_options(function: F) -> F:
-    """Options that say how rows are read: `chosen_text_format` and `chosen_columns`."""
+def text_options(function: F) -> F:
+    """Options that say how texts are read: `chosen_text_format` and `chosen_columns`."""
     options = [
         click.option(
             "--input-format",
@@ -186,14 +186,21 @@ def column_options(function: F) -> F:
         ),
         click.option("--text-column", default="text", help="Field of the text."),
         click.option("--text-pair-column", help="Field of the second text. Default: text_pair."),
+        click.option("--no-quotes", is_flag=True, help='In .csv and .tsv, " does not quote.'),
+    ]
+    return _with(options, function)
+
+
+def column_options(function: F) -> F:
+    """Those of `text_options`, and options that say how labels are read."""
+    options = [
         click.option("--label-column", help="Field of true labels. Default: labels or label."),
         click.option(
             "--label-separator",
             help=f"Between labels in a cell. Default: {LABEL_SEPARATOR} in a column labels.",
         ),
-        click.option("--no-quotes", is_flag=True, help='In .csv and .tsv, " does not quote.'),
     ]
-    return _with(options, function)
+    return text_options(_with(options, function))
 
 
 def chosen_text_format(settings: dict[str, Any]) -> TextFormat | None:
@@ -208,15 +215,16 @@ def chosen_columns(settings: dict[str, Any]) -> Columns:
     Raises:
         click.UsageError: two options name the same column.
     """
-    names = [settings[f"{kind}_column"] for kind in ("text", "text_pair", "label")]
+    label = settings.pop("label_column", None)
+    names = [settings["text_column"], settings["text_pair_column"], label]
     named = [name for name in names if name is not None]
     if len(set(named)) < len(named):
         raise click.UsageError("a column is text, text_pair or label: give each its own")
     return Columns(
         text=settings.pop("text_column"),
         text_pair=settings.pop("text_pair_column"),
-        label=settings.pop("label_column"),
-        separator=settings.pop("label_separator") or None,
+        label=label,
+        separator=settings.pop("label_separator", None) or None,
         quotes=not settings.pop("no_quotes"),
     )
 

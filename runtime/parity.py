@@ -75,8 +75,13 @@ def check_parity(folder: Path, engine: Engine) -> Agreement:
     if target.tolerance is not None:
         most = max(_SLACK * target.tolerance, TIES[target.precision])
     if not found.passed or found.difference > most:
+        hint = "its files are of another model: copy the engines folder again, or export again"
+        if engine.manifest.task.cuts and found.difference <= most:
+            hint = (
+                "its logits are, but not the labels by the tuned cuts: choose another target, or "
+                "calibrate without --tune-cuts"
+            )
         raise VerificationError(
-            f"target {engine.target} is not the model that was exported: {found}",
-            "its files are of another model: copy the engines folder again, or export again",
+            f"target {engine.target} is not the model that was exported: {found}", hint
         )
     return found

@@ -11,14 +11,15 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
-_WIDE = 160
+_WIDE = 1000
 
 
 def table_console() -> Console:
     """Standard output for tables: as wide as the terminal, or into a file as wide as they need."""
-    console = Console(highlight=False)
-    # Without a terminal rich would take 80 columns and break cells.
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)
+    # Names of labels and files are no markup.
+    console = Console(highlight=False, markup=False)
+    # Without a terminal rich would take 80 columns and break cells; tables take what they need.
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_WIDE)
 
 
 class Shown:

@@ -25,8 +25,9 @@ from pathlib import Path
 import click
 import msgspec
 from fuzz_judge import BROKEN, Job, Report
-from rich.console import Console
 from rich.table import Table
+
+from fpabee.runtime.shown import table_console
 
 WORKER = Path(__file__).parent / "fuzz_worker.py"
 GROUPS = {
@@ -196,7 +197,7 @@ def main(
                 mebibytes=most_mib,
             )
             reports[name] = fuzz(job, seconds, runs, seed, replay)
-    Console(highlight=False).print(table(reports))
+    table_console().print(table(reports))
     finds = [(name, find) for name, report in reports.items() for find in report.finds]
     for name, find in finds:
         click.echo(f"{name}: {find.what}, {find.times} times, such as {find.file}")

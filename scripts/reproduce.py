@@ -37,6 +37,7 @@ from fpabee.calibration.trace import trace_rows
 from fpabee.calibration.weighing import Weighing
 from fpabee.exporter import export
 from fpabee.runtime import Engine, InputError, ProblemType
+from fpabee.runtime.backends.onnxruntime_session import session_options
 from fpabee.runtime.distributions import Measure
 from fpabee.runtime.exit_rules import RULES
 from fpabee.runtime.operating_point import Wish
@@ -210,6 +211,7 @@ def main(
     threads: int | None,
 ) -> None:
     """Train, export, trace and compare; then write the table and the figures."""
+    session_options(threads)  # an export would set up the process's thread pool with all cores
     backbones = _backbones(minilm, mpnet, work)
     runs = results / "runs"
     runs.mkdir(parents=True, exist_ok=True)

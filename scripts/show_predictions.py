@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from fpabee.runtime.shown import table_console
 
 
 @click.command()
@@ -22,7 +23,7 @@ def main(predictions: Path) -> None:
         scores = row["scores"] if "scores" in row else [row["score"]]
         shown = ", ".join(f"{score:.3f}" for score in scores)
         table.add_row(row["text"], ", ".join(labels), shown, str(row["exit"]))
-    Console().print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

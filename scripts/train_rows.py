@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.text_io import Columns, Row, TextFormat, read_rows
+from fpabee.runtime.text_io.rows import class_name
 
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
 _PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
-_LABEL_COLUMNS = ("label", "labels")
 
 
 def load_rows(
@@ -32,15 +33,22 @@ def load_rows(
 
     Raises:
         InputError: it cannot be read or loaded, or a row has no label.
+        RowError: a row that cannot be read.
     """
     if Path(source).exists() or ":" not in source:
         rows = list(read_rows(source, text_format, columns))
     else:
-        rows = list(_hub_rows(source, columns or Columns()))
+        if text_format is not None or not (columns or Columns()).quotes:
+            raise InputError(
+                f"{source} is a data set, no file that is read in some format",
+                "leave out --input-format and --no-quotes",
+            )
+        rows = list(_hub_rows(source, labelled, columns or Columns()))
     for number, row in enumerate(rows, start=1):
         if labelled and row.labels is None:
             raise InputError(
-                f"{source}, row {number} has no label", 'add "label" or "labels" to every row'
+                f"{source}, row {number} has no label",
+                "leave such rows out, or name the column with --label-column",
             )
     return rows
 
@@ -53,49 +61,46 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
     return tuple(sorted({label for row in rows for label in row.labels or ()}))
 
 
-def _hub_rows(source: str, columns: Columns) -> Iterator[Row]:
+def _hub_rows(source: str, labelled: bool, columns: Columns) -> Iterator[Row]:
     data = _load(source)
-    texts = _TEXT_COLUMNS if columns.text == Columns().text else (columns.text,)
-    pairs = _PAIR_COLUMNS if columns.text_pair is None else (columns.text_pair,)
-    labels = _LABEL_COLUMNS if columns.label is None else (columns.label,)
+    texts: tuple[str, ...] = _TEXT_COLUMNS if columns.text == Columns().text else (columns.text,)
+    pairs: tuple[str, ...] = _PAIR_COLUMNS if columns.text_pair is None else (columns.text_pair,)
     text, pair, label = (
         next((name for name in names if name in data.features), None)
-        for names in (texts, pairs, labels)
+        for names in (texts, pairs, columns.label_names)
     )
-    if text is None or label is None or (pair is None and columns.text_pair is not None):
-        expected = [texts, labels] if columns.text_pair is None else [texts, pairs, labels]
+    wanted = [texts]
+    wanted += [] if columns.text_pair is None else [pairs]
+    wanted += [columns.label_names] if labelled or columns.label is not None else []
+    if text is None or any(data.features.keys().isdisjoint(names) for names in wanted):
         raise InputError(
             f"{source} has the columns {', '.join(data.features)}; expected "
-            f"{', and '.join(' or '.join(names) for names in expected)}",
+            f"{', and '.join(' or '.join(names) for names in wanted)}",
             "name them with --text-column, --text-pair-column and --label-column",
         )
-    kind = data.features[label]
-    names = getattr(getattr(kind, "feature", kind), "names", None)
-    for item in data:
-        yield Row(item[text], item[pair] if pair else None, _labels_of(item[label], names))
-
-
-def _labels_of(value: Any, names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Label names; None for a row without, which data sets of classes mark with -1."""
-    values = value if isinstance(value, list) else [value]
-    if any(one is None or (names and one < 0) for one in values):
-        return None
-    return tuple(names[one] if names else str(one) for one in values)
+    kind = data.features.get(label)
+    classes = getattr(getattr(kind, "feature", kind), "names", None) or ()
+    named = replace(columns, text=text, text_pair=pair, label=label)
+    for number, item in enumerate(data, start=1):
+        content = {name: item[name] for name in (text, pair, label) if name is not None}
+        if label is not None:
+            content[label] = class_name(content[label], classes)
+        yield named.row(content, f"{source}, row {number}", number)
 
 
 def _load(source: str) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    name, _, split = source.rpartition(":")
+    name, _, split = source.partition(":")
     parts = name.split("/")
     try:
         if not all((*parts, split)):
             raise ValueError("a name or the split is empty")
         return load_dataset("/".join(parts[:2]), *parts[2:], split=split)
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
-        first = str(error).strip().partition("\n")[0]
+    # The last where a data set is a script, which is not run.
+    except (OSError, ValueError, TypeError, DatasetsError, RuntimeError) as error:
         raise InputError(
-            f"{source} cannot be loaded: {first}",
+            f"{source} cannot be loaded: {' '.join(str(error).split())}",
             "give a file, or OWNER/NAME[/CONFIG]:SPLIT of a data set that is on the hub",
         ) from error

@@ -25,8 +25,8 @@ _SURROGATE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
-# Four letters of ASCII in UTF-16 without a byte order mark, which would pass for UTF-8.
-_UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){4})|(?P<LE>([^\0]\0){4})")
+# A line of Latin letters in UTF-16 without a byte order mark, which would pass for UTF-8.
+_UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){2,})|(?P<LE>([^\0]\0){2,}\n?)")
 # What files begin with that are no UTF-8: what it says, and what to do.
 _SIGNATURES = {
     b"\xff\xfe": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
@@ -43,7 +43,8 @@ _SIGNATURES = {
 class Lines:
     """Decoded lines of a stream, with their line ends.
 
-    A line that cannot be read raises `RowError`, and the next call goes on after it.
+    A line that cannot be read raises `RowError`, and the next call goes on after it; where the
+    whole file is of another kind, it is an `InputError`.
 
     Args:
         stream: the bytes.
@@ -96,8 +97,8 @@ class Lines:
         if self.number == 1:
             raw = raw.removeprefix(_BYTE_ORDER_MARK)
             self._beginning = raw[:6]
-            if order := _UTF_16.match(raw):
-                raise RowError(
+            if order := _UTF_16.fullmatch(raw):
+                raise InputError(
                     f"{self.where} is UTF-16 without a byte order mark",
                     f"convert the file: iconv -f UTF-16{order.lastgroup} -t UTF-8 IN > OUT",
                 )
@@ -112,14 +113,15 @@ class Lines:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            what, hint = next(
-                (said for begin, said in _SIGNATURES.items() if self._beginning.startswith(begin)),
-                ("", "convert the file: iconv -f ISO-8859-1 -t UTF-8 IN > OUT"),
-            )
-            raise RowError(
+            said = (
                 f"{self.where} is not UTF-8: byte 0x{raw[error.start]:02x} "
-                f"at column {error.start + 1}" + (f"; the file is {what}" if what else ""),
-                hint,
+                f"at column {error.start + 1}"
+            )
+            for begin, (what, hint) in _SIGNATURES.items():
+                if self._beginning.startswith(begin):  # other lines are no texts either
+                    raise InputError(f"{said}; the file is {what}", hint) from error
+            raise RowError(
+                said, "convert the file: iconv -f ISO-8859-1 -t UTF-8 IN > OUT"
             ) from error
 
     @staticmethod

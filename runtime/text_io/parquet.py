@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import InputError, MissingExtraError, RowError
-from .rows import Columns, Row
+from .rows import Columns, Row, class_name
 
 # Few: a long value that stands in the file once may be that of every row.
 _BATCH_ROWS = 64
@@ -101,8 +101,7 @@ def _row(
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
         for name, known in names.items():
-            if isinstance(content[name], int) and 0 <= content[name] < len(known):
-                content[name] = known[content[name]]
+            content[name] = class_name(content[name], known)
         return columns.row(content, where, number, table=True)
     except RowError as error:
         return error
@@ -147,7 +146,7 @@ def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> Non
         ):
             raise InputError(
                 f'{path}: the column "{name}" is {kind}, not a string',
-                "choose another with --text-column or --text-pair-column of fpabee-run",
+                "choose another with --text-column or --text-pair-column",
             )
 
 
@@ -155,7 +154,9 @@ def _class_names(schema: Any, columns: Columns) -> dict[str, list[str]]:
     """Names of numbered labels, which the `datasets` library keeps beside the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        found = {name: features.get(name, {}).get("names") for name in columns.label_names}
+        kinds = {name: features.get(name, {}) for name in columns.label_names}
+        # Of several labels a row, the feature is a list of classes.
+        found = {name: kind.get("feature", kind).get("names") for name, kind in kinds.items()}
     except (KeyError, TypeError, AttributeError, ValueError):
         return {}
     return {

@@ -126,8 +126,7 @@ class Columns:
             if name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"name the column with {option} of fpabee-run or fpabee-calibrate, or rename "
-                    "it in the file",
+                    f"name the column with {option}, or rename it in the file",
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
@@ -147,8 +146,8 @@ class Columns:
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text}"',
-                f'expected an object such as {{"{self.text}": "..."}}; fpabee-run takes another '
-                "name with --text-column",
+                f'expected an object such as {{"{self.text}": "..."}}; --text-column takes '
+                "another name",
             )
         pair = content.get(self.pair_name)
         if pair is not None and not isinstance(pair, str):
@@ -184,6 +183,26 @@ class Columns:
                 raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
             return tuple(str(part) for part in (value if is_list else [value]))
         return None
+
+
+def class_name(value: Any, names: Sequence[str]) -> Any:
+    """The name of a numbered class, or of each in a list, as the `datasets` library has them.
+
+    Args:
+        value: what stands in a label column.
+        names: of the classes.
+
+    Returns:
+        The name; None for -1, which data sets write where the class is not known; other values
+        as they are.
+    """
+    if isinstance(value, list):
+        return [class_name(part, names) for part in value]
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if 0 <= value < len(names):
+        return names[value]
+    return None if value == -1 else value
 
 
 def _is_deep(value: object) -> bool:

@@ -217,7 +217,7 @@ def _format_of(source: str, said: TextFormat | None) -> TextFormat | None:
         raise InputError(
             f"{source}: cannot tell the format from {suffix!r}",
             "rename the file to .txt (a line a text), .jsonl (a JSON object a line), .csv, .tsv "
-            "or .parquet, or give --input-format to fpabee-run",
+            "or .parquet, or give --input-format",
         )
     chosen = said or (None if is_stdin else _SUFFIXES[suffix])
     if chosen is TextFormat.PARQUET:

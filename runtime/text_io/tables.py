@@ -15,8 +15,8 @@ COMMA, TAB = ",", "\t"
 # What else may separate the names of a header, and what to do about it.
 _SEPARATORS = {
     ";": ("semicolons", "save the file with commas (.csv) or tabs (.tsv)"),
-    TAB: ("tabs", "name the file .tsv, or give --input-format tsv to fpabee-run"),
-    COMMA: ("commas", "name the file .csv, or give --input-format csv to fpabee-run"),
+    TAB: ("tabs", "name the file .tsv, or give --input-format tsv"),
+    COMMA: ("commas", "name the file .csv, or give --input-format csv"),
     "|": ("bars", "save the file with commas (.csv) or tabs (.tsv)"),
 }
 

@@ -32,8 +32,8 @@ def given(name: str, content: bytes | str, *options: object) -> Callable[[Place]
     return lambda place: run(place, place.file(name, content), *options)
 
 
-def text(content: bytes | str) -> Callable[[Place], Arguments]:
-    return given("in.txt", content)
+def text(content: bytes | str, *options: object) -> Callable[[Place], Arguments]:
+    return given("in.txt", content, *options)
 
 
 def line(content: bytes | str, *options: object) -> Callable[[Place], Arguments]:
@@ -109,15 +109,24 @@ ENCODINGS = [
     Case("Latin-1 later", text(b"a\nb\xe9\n"), ("line 2 is not UTF-8", "at column 2")),
     Case("UTF-16", text("one\n".encode("utf-16")), ("the file is UTF-16", "iconv -f UTF-16 -t")),
     Case("UTF-16, big-endian", text(b"\xfe\xff\0a\0\n"), ("the file is UTF-16", "-f UTF-16")),
-    Case(
-        "UTF-16 without a mark",
-        text("four\n".encode("utf-16-le")),
-        ("line 1 is UTF-16 without a byte order mark", "iconv -f UTF-16LE"),
+    *(
+        Case(
+            f"UTF-16{order} without a mark {name}",
+            given(name, content.encode(f"utf-16-{order}"), *options),
+            (f"{name}, line 1 is UTF-16 without a byte order mark", f"iconv -f UTF-16{order}"),
+        )
+        for order in ("LE", "BE")
+        for name, content, options in [
+            ("in.txt", "ok\r\nno\n", ()),
+            ("in.txt", "for skipped rows\n\n", ("--on-error", "skip")),
+            ("in.csv", "text,label\na,b\n", ()),
+            ("in.jsonl", '{"text": "a"}\n', ()),
+        ]
     ),
     Case(
-        "UTF-16 without a mark, big-endian",
-        text("four\n".encode("utf-16-be")),
-        ("line 1 is UTF-16 without a byte order mark", "iconv -f UTF-16BE"),
+        "UTF-16 of which rows are skipped",
+        text("a\nb\n".encode("utf-16"), "--on-error", "skip"),
+        ("the file is UTF-16",),
     ),
     Case("UTF-16 in a table", table("text\na\n".encode("utf-16")), ("the file is UTF-16",)),
     Case("UTF-16 in JSON", given("in.jsonl", '{"text": "a"}\n'.encode("utf-16")), ("is UTF-16",)),

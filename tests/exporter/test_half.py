@@ -71,6 +71,14 @@ def test_more_texts_are_checked_against_fp32(engine_copy: Callable[..., Path]) -
     assert report.rows == 14
 
 
+def test_texts_of_the_reference_run_once(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    known, _ = read_reference(folder, read_manifest(folder))
+    texts = [*known, "the film", "the film"]
+    _, report = add_half(folder, read_manifest(folder), Half.FP16, RULE, texts=texts)
+    assert report.rows == len(known) + 1
+
+
 def test_overflow_names_the_first_segment_and_node(scaled: Path, tmp_path: Path) -> None:
     folder = copy_of(scaled, tmp_path)
     with pytest.raises(VerificationError) as caught:

@@ -204,6 +204,23 @@ def test_rows_that_were_not_kept_can_be_given(
     assert not (calibrated / "calibration").exists()
 
 
+@pytest.mark.parametrize("exits", ["auto", "1,3"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"texts": "a"}', 'no string field "text"'), ('{"text": "a"}', "line 1 has no label")],
+)
+def test_rows_that_cannot_be_used_are_refused_first(
+    calibrated: Path, tmp_path: Path, exits: str, line: str, message: str
+) -> None:
+    data = tmp_path / "dev.jsonl"
+    data.write_text(f"{line}\n")
+    new = tmp_path / "new"
+    given = ("--calibration-data", data, *QUICK)
+    refused = run("--from", calibrated, "--exits", exits, "-o", new, *given)
+    assert_one_error(refused, message)
+    assert not new.exists()
+
+
 def test_a_point_whose_rows_are_gone_is_named(calibrated: Path, tmp_path: Path) -> None:
     shutil.rmtree(calibrated / "calibration")
     result = run("--from", calibrated, "--exits", "1,3", "-o", tmp_path / "new", *QUICK)

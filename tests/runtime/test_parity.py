@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.runtime import ArtifactError, Engine, VerificationError, read_manifest
+from fpabee.runtime import ArtifactError, Engine, ProblemType, VerificationError, read_manifest
 from fpabee.runtime.engines_folder import sha256_of, write_manifest
 from fpabee.runtime.manifest import REFERENCE_NAME
 from fpabee.runtime.parity import measure_parity
@@ -50,6 +50,26 @@ def test_other_logits_are_refused(
     with pytest.raises(VerificationError, match="not the model that was exported"):
         Engine.load(folder, threads=1, check=True)
     Engine.load(folder, threads=1).close()
+
+
+def test_labels_that_only_the_cuts_change_are_said(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    _, logits = read_reference(folder, manifest)
+    middles = np.median(logits.astype(np.float64), axis=(0, 1)) + 0.025
+    task = msgspec.structs.replace(
+        manifest.task,
+        problem_type=ProblemType.MULTI_LABEL,
+        cuts=tuple((1 / (1 + np.exp(-middles))).tolist()),
+    )
+    targets = {
+        name: msgspec.structs.replace(target, tolerance=0.01)
+        for name, target in manifest.targets.items()
+    }
+    write_manifest(folder, msgspec.structs.replace(manifest, task=task, targets=targets))
+    swap_reference(folder, logits + np.float32(0.05))
+    with pytest.raises(VerificationError, match="without --tune-cuts"):
+        Engine.load(folder, threads=1, check=True)
 
 
 def test_rounding_of_another_machine_is_accepted(engine_copy: Callable[..., Path]) -> None:

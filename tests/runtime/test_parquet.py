@@ -64,6 +64,12 @@ def test_numbered_labels_have_the_names_that_datasets_keeps(tmp_path: Path) -> N
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     path = write(tmp_path / "in.parquet", {"text": ["a", "b"], "label": [1, 0]}, metadata)
     assert [row.labels for row in read_rows(path)] == [("good",), ("bad",)]
+    path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [-1]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [None], "a class that is not known"
+    several = {"labels": {"feature": features["label"], "_type": "List"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": several}})}
+    path = write(tmp_path / "in.parquet", {"text": ["a"], "labels": [[1, 0]]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [("good", "bad")]
     path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [1]}, {"huggingface": "[]"})
     assert [row.labels for row in read_rows(path)] == [("1",)]
 
