@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Train a multi-exit classifier: every exit at once, with the loss of F-PABEE.
+"""Train a multi-exit classifier: every exit at once, the earlier ones also by the last.
 
     python scripts/train.py --backbone DIR_OR_HUB_ID --train train.jsonl --dev dev.jsonl \
         --output model_dir
 
 Files are those of `fpabee-run`, with `text`, optionally `text_pair`, and `label` or `labels`;
 a `datasets` name is written `OWNER/NAME[/CONFIG]:SPLIT`. Writes the Hugging Face layout that
-`fpabee-export` reads, and `training.json` with the scores of every exit.
+`fpabee-export` reads, and `training.json` with the scores of every exit. The loss is that of
+F-PABEE with half of an earlier exit's target from the last one; `--distill 0` is the paper's.
 
 `--from-classifier DIR_OR_HUB_ID` in place of `--backbone` adds exits to a plain classifier
 (`AutoModelForSequenceClassification`): it keeps its labels and its head, and the other exits
@@ -81,7 +82,7 @@ class Options:
     resume: bool
     from_classifier: str | None = None
     freeze_encoder: bool = False
-    distill: float = 0.0
+    distill: float = 0.5
     text_format: TextFormat | None = None
     columns: Columns = field(default_factory=Columns)
 
@@ -389,8 +390,8 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option(
     "--distill",
     type=click.FloatRange(0, 1),
-    default=0.0,
-    help="Share of the earlier exits' loss that is to agree with the last exit.",
+    default=Options.distill,
+    help="Share of the earlier exits' loss that is to agree with the last exit; 0: the paper's.",
 )
 @click.option("--random-init", is_flag=True, help="Ignore the backbone's weights.")
 @click.option("--seed", type=int, default=42)
@@ -417,7 +418,7 @@ def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any
     except FpabeeError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    console.print(f"{options.output}: trained in {report['train_seconds']:.0f} s")
+    click.echo(f"{options.output}: trained in {report['train_seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def test_run_writes_a_model_that_loads_and_scores_of_every_exit(
     report = json.loads((data / "model" / "training.json").read_text())
     assert report["rows"] == {"train": 24, "dev": 8, "test": 8}
     assert report["exits"] == [1, 2]
+    assert report["options"]["distill"] == 0.5, "what the README says is the default"
     assert set(report["scores"]) == {"dev", "test"}
     for scores in report["scores"].values():
         assert [set(score) for score in scores] == [{"accuracy", "macro_f1", "matthews"}] * 2
