@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,10 +49,15 @@ from fpabee.exporter.backbones import build_encoder, family_of
 from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
 from fpabee.exporter.from_classifier import Classifier
 from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
-from fpabee.runtime.errors import FpabeeError, InputError
+from fpabee.runtime.errors import InputError
 from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
-from fpabee.runtime.options import chosen_columns, chosen_text_format, column_options
+from fpabee.runtime.options import (
+    chosen_columns,
+    chosen_text_format,
+    column_options,
+    exits_with_one_line,
+)
 from fpabee.runtime.shown import table_console
 from fpabee.runtime.text_io import Columns, Row, TextFormat
 
@@ -274,8 +278,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         raise InputError(
             f"{checkpoints} holds no finished epoch to resume from", "leave out --resume"
         )
-    if not options.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    _begin(checkpoints, options)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last if options.resume else None)
     seconds = time.perf_counter() - started
@@ -288,7 +291,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         scores[name] = exit_scores(cast(Any, prediction.predictions), prediction.label_ids, options)
         _print_scores(console, name, scores[name], model.exit_config.exits)
     report = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
+        "options": _plain(options),
         "rows": {name: len(part) for name, part in rows.items()},
         "labels": labels,
         "exits": model.exit_config.exits,
@@ -305,6 +308,28 @@ def _last_checkpoint(folder: Path) -> str | None:
     find: Any = trainer_utils.get_last_checkpoint
     found: str | None = find(str(folder))
     return found
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return cast("dict[str, Any]", json.loads(json.dumps(asdict(options), default=str)))
+
+
+def _begin(checkpoints: Path, options: Options) -> None:
+    """Make room for checkpoints, or see that those to resume from are of the same training."""
+    settings, file = _plain(options), checkpoints / "options.json"
+    if not options.resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir(parents=True)
+        file.write_text(json.dumps(settings))
+    elif file.is_file():
+        begun = json.loads(file.read_text())
+        for name in settings:
+            if name not in ("resume", "test", "output") and begun.get(name) != settings[name]:
+                raise InputError(
+                    f"{checkpoints} was begun with {name} {begun.get(name)}, not {settings[name]}",
+                    "give the same options, or leave out --resume",
+                )
 
 
 def _arguments(options: Options, checkpoints: Path, warmup_steps: int) -> TrainingArguments:
@@ -397,6 +422,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--seed", type=int, default=42)
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast.")
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch.")
+@exits_with_one_line
 def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""
     console = table_console()
@@ -413,11 +439,7 @@ def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any
         columns=chosen_columns(settings),
         **settings,
     )
-    try:
-        report = train(options, console)
-    except FpabeeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    report = train(options, console)
     click.echo(f"{options.output}: trained in {report['train_seconds']:.0f} s")
 
 

@@ -305,6 +305,9 @@ def test_resumed_run_ends_like_one_that_was_not_interrupted(
     monkeypatch.setattr(train.MultiExitTrainer, "compute_loss", counted)
     assert run("--epochs", "2", "--output", str(broken)).exit_code == 1
     assert not (broken / "training.json").exists()
+    other = run("--epochs", "2", "--output", str(broken), "--resume", "--distill", "0")
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert "checkpoints was begun with distill 0.5, not 0.0" in other.stderr
     result = run("--epochs", "2", "--output", str(broken), "--resume")
     assert result.exit_code == 0, result.output
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "goes on after the last finished epoch"
@@ -338,6 +341,14 @@ def test_bad_input_is_one_line_and_exit_code_1(
     assert line.startswith("error: ")
     assert message in line
     assert not (data / "model").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_one_line(run: Run, data: Path) -> None:
+    (data / "file").touch()
+    result = run("--output", str(data / "file" / "model"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Not a directory" in result.stderr
 
 
 @pytest.mark.parametrize("flag", ["--exits=a", "--epochs=0", "--exit-weights=square", "--typo"])
