@@ -32,6 +32,9 @@ from .weighing import Weighing
 SHOWN_RULES = ("fpabee", "pabee", "entropy")
 """Rules whose best is always reported."""
 
+CROSS_FITTED = f"{PARTS}-fold cross-fitting"
+"""How points are judged without other rows."""
+
 LEAST_ROWS = 10 * PARTS
 """Fewer rows are refused."""
 
@@ -184,7 +187,7 @@ class _Session:
     def _held_out_name(self) -> str:
         if self.options.test is not None:
             return Path(self.options.test).name
-        return "rows that tested the bound" if self.options.bound else f"{PARTS}-fold cross-fitting"
+        return "rows that tested the bound" if self.options.bound else CROSS_FITTED
 
     def _trace(self, rows: Sequence[Row]) -> Rows:
         place = Path(self.options.output or self.folder / "calibration")

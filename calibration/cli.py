@@ -24,7 +24,7 @@ from ..runtime.options import (
     version_option,
 )
 from ..runtime.shown import Shown, table_console
-from .calibrate import calibrate
+from .calibrate import CROSS_FITTED, calibrate
 from .options import DEFAULT_WISHES, CalibrationOptions, is_name
 from .report import check_place, write_report
 from .result import Calibration, Point
@@ -245,6 +245,11 @@ def _print(result: Calibration, console: Console) -> None:
             *(f"{point.measured[size]:.2f}x" for size in sizes),
         )
     console.print(table)
+    if result.held_out == CROSS_FITTED:
+        console.print(
+            f"{metric} to times are of each fifth of the rows, by what the other four choose: "
+            "points with the same rule may differ"
+        )
     for point in result.points:
         if point.certificate is not None:
             console.print(f"{point.name}: {point.wish}, tested on {point.certificate.rows} rows")

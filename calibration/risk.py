@@ -229,8 +229,8 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
     sequence = np.array([each[exits - 1, numbers] for exits in stops]).reshape(-1, len(tested))
     last = certify(sequence, bound) if path else None
     if last is None:
-        least = float(sequence.mean(axis=1).min(initial=1.0))
-        raise InputError(_too_few(bound, len(tested), least), _hint(bound, least))
+        least = float(sequence[0].mean()) if path else 1.0
+        raise InputError(_too_few(bound, len(tested), least), _hint(bound, least, len(tested)))
     certificate = Certificate(
         risk_of=bound.risk_of.value,
         risk=100 * bound.risk,
@@ -259,11 +259,13 @@ def _too_few(bound: Bound, rows: int, least: float) -> str:
     )
 
 
-def _hint(bound: Bound, least: float) -> str:
+def _hint(bound: Bound, least: float, tested: int) -> str:
     needed = bound.rows_needed
     if least > 0:
         if least >= bound.risk:
             return "allow a larger --risk, or a lower --confidence"
         deviation = math.sqrt(least) / (bound.risk - least)
         needed = max(needed, math.ceil((NormalDist().inv_cdf(bound.confidence) * deviation) ** 2))
+    if needed <= tested:  # an estimate that these rows have shown to be too small
+        needed = 2 * tested
     return f"give about {math.ceil(needed * PARTS / (PARTS - len(_ORDERING)))} rows, or more risk"

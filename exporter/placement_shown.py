@@ -63,6 +63,11 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         f"verified on {result.parity.rows} texts: logits within "
         f"{result.parity.max_logit_difference:.1e} of the PyTorch model"
     )
+    if result.exits[-1] < exits_before:
+        last = result.manifest.exit_layers[-1]
+        console.print(
+            f"the last exit is gone: full depth is layer {last} now, and drops are against it"
+        )
     if result.placement is not None:
         console.print(_steps(result))
         if kept == exits_before:

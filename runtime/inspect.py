@@ -113,17 +113,25 @@ def _print(
     states: Sequence[TargetState],
 ) -> None:
     shown = _describe(manifest)
-    points, default = shown.pop("operating_points"), shown.pop("default_target")
+    default, rule = shown.pop("default_target"), shown.pop("rule")
+    del shown["operating_points"]
     _print_values(shown)
+    settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "name")
+    click.echo(f"rule without an operating point: {rule['name']}{settings}")
     for line in chain_lines(parts, manifest.tokenizer.max_length):
         click.echo(line)
     table = Table("target", "MiB", "logits within", "operating points", "here")
     for state in states:
+        target = manifest.targets[state.name]
+        points = [
+            point + (" (default)" if point == target.default_operating_point else "")
+            for point in target.operating_points
+        ]
         table.add_row(
             state.name + (" (default)" if state.name == default else ""),
             _mebibytes(state.size),
             "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
-            ", ".join(points.get(state.name, ())),
+            ", ".join(points),
             state.why_not or "runs",
         )
     table_console().print(table)

@@ -63,6 +63,10 @@ class _ThresholdType(click.ParamType[Threshold]):
 class FiniteRange(click.FloatRange):
     """A range of numbers; `nan` and `inf`, which Python takes for numbers, are none."""
 
+    def _describe_range(self) -> str:
+        """Nothing, where there are no bounds; click would write x<=None."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A number of the range."""
         number = super().convert(value, param, ctx)

@@ -85,7 +85,7 @@ class Summary:
         if row.labels is None:
             raise InputError(
                 f"{row.place} has no label, which --metrics needs",
-                'add "label" or "labels" to every row, or leave out --metrics',
+                "name the column with --label-column, or leave out --metrics",
             )
         return self._encode(row.labels, row)
 
@@ -166,8 +166,12 @@ class Summary:
         if self._metrics:
             self.print_metrics(console)
         if operating_point is None and self._rule is not None:
+            target = self._engine.target
+            points = ", ".join(self._engine.manifest.targets[target].operating_points)
             console.print(
-                f"The rule is not calibrated for your data on {self._engine.target}: run "
+                f"The rule is none of the operating points of {target}: {points}."
+                if points
+                else f"The rule is not calibrated for your data on {target}: run "
                 "fpabee-calibrate on labelled rows.",
                 soft_wrap=True,
             )

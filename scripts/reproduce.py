@@ -104,7 +104,7 @@ def train(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> str:
     script = Path(__file__).parent / "train.py"
     if not (folder / "training.json").is_file():
         command = [sys.executable, str(script), "--backbone", backbone, "--output", str(folder)]
-        if any((folder / "checkpoints").glob("checkpoint-*")):
+        if any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
             command.append("--resume")
         if subprocess.run([*command, *arguments]).returncode:
             raise click.ClickException(

@@ -42,9 +42,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
     set_seed,
-    trainer_utils,
 )
 
+from fpabee.calibration.trace import data_sha256
 from fpabee.exporter.backbones import build_encoder, family_of
 from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
 from fpabee.exporter.from_classifier import Classifier
@@ -60,6 +60,9 @@ from fpabee.runtime.options import (
 )
 from fpabee.runtime.shown import table_console
 from fpabee.runtime.text_io import Columns, Row, TextFormat
+
+# Options that change nothing in what is learnt.
+_NOT_TRAINED_BY = ("resume", "force", "test", "output")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Options:
     seed: int
     bf16: bool
     resume: bool
+    force: bool = False
     from_classifier: str | None = None
     freeze_encoder: bool = False
     distill: float = 0.5
@@ -190,7 +194,8 @@ def features(
         targets = teacher.soft_labels(inputs, DataCollatorWithPadding(tokenizer))
     else:
         given = [row.labels or () for row in rows]
-        targets = encode_labels(given, labels, options.problem_type).tolist()
+        places = [row.place for row in rows]
+        targets = encode_labels(given, labels, options.problem_type, places).tolist()
     return [row | {"labels": target} for row, target in zip(inputs, targets, strict=True)]
 
 
@@ -239,7 +244,16 @@ def teacher_of(options: Options) -> Classifier | None:
 
 
 def train(options: Options, console: Console) -> dict[str, Any]:
-    """Train, evaluate and save; returns what stands in `training.json`."""
+    """Train, evaluate and save; returns what stands in `training.json`.
+
+    Raises:
+        InputError: rows or options that cannot be used, a model that is there already, or
+            nothing to resume from.
+        ModelError: a backbone or classifier that cannot be used.
+    """
+    checkpoints = options.output / "checkpoints"
+    last = _last_checkpoint(checkpoints)
+    _check_output(options, last)
     set_seed(options.seed)
     teacher = teacher_of(options)
     files = {"train": options.train, "dev": options.dev, "test": options.test}
@@ -263,7 +277,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         for name, part in rows.items()
     }
     steps = -(-len(data["train"]) // options.batch_size) * options.epochs
-    checkpoints = options.output / "checkpoints"
+    _begin(checkpoints, options, data_sha256(rows["train"]))
     trainer = MultiExitTrainer(
         options=options,
         model=model,
@@ -273,12 +287,6 @@ def train(options: Options, console: Console) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda prediction: _metrics(prediction, options),
     )
-    last = _last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    if options.resume and last is None:
-        raise InputError(
-            f"{checkpoints} holds no finished epoch to resume from", "leave out --resume"
-        )
-    _begin(checkpoints, options)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last if options.resume else None)
     seconds = time.perf_counter() - started
@@ -305,9 +313,34 @@ def train(options: Options, console: Console) -> dict[str, Any]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    find: Any = trainer_utils.get_last_checkpoint
-    found: str | None = find(str(folder))
-    return found
+    """The last checkpoint that was written whole: its state comes last."""
+    whole = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
+    steps = {int(path.name.rpartition("-")[2]): str(path) for path in whole}
+    return steps[max(steps)] if steps else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_output(options: Options, last: str | None) -> None:
+    """Refuse to train what is there already, and to resume what is not."""
+    is_finished = (options.output / "training.json").is_file()
+    if options.resume and last is None:
+        raise InputError(
+            f"{options.output} holds a finished model"
+            if is_finished
+            else f"{options.output / 'checkpoints'} holds no finished epoch to resume from",
+            "leave out --resume" + (", and give --force to train it anew" if is_finished else ""),
+        )
+    if is_finished and not options.resume and not options.force:
+        raise InputError(
+            f"{options.output} holds a model", "replace it with --force, or name another --output"
+        )
 
 
 def _plain(options: Options) -> dict[str, Any]:
@@ -315,20 +348,27 @@ def _plain(options: Options) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(json.dumps(asdict(options), default=str)))
 
 
-def _begin(checkpoints: Path, options: Options) -> None:
-    """Make room for checkpoints, or see that those to resume from are of the same training."""
-    settings, file = _plain(options), checkpoints / "options.json"
+def _begin(checkpoints: Path, options: Options, rows: str) -> None:
+    """Make room for checkpoints, or see that those to resume from are of the same training.
+
+    Args:
+        checkpoints: their folder.
+        options: of this training.
+        rows: hash of the training rows.
+    """
+    settings, file = _plain(options) | {"rows": rows}, checkpoints / "options.json"
     if not options.resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.mkdir(parents=True)
         file.write_text(json.dumps(settings))
     elif file.is_file():
         begun = json.loads(file.read_text())
-        for name in settings:
-            if name not in ("resume", "test", "output") and begun.get(name) != settings[name]:
+        for name in [name for name in settings if name not in _NOT_TRAINED_BY]:
+            if begun.get(name) != settings[name]:
+                what = f"with {name} {begun.get(name)}, not {settings[name]}"
                 raise InputError(
-                    f"{checkpoints} was begun with {name} {begun.get(name)}, not {settings[name]}",
-                    "give the same options, or leave out --resume",
+                    f"{checkpoints} was begun {'with other rows' if name == 'rows' else what}",
+                    "give what it was begun with, or leave out --resume",
                 )
 
 
@@ -422,6 +462,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @click.option("--seed", type=int, default=42)
 @click.option("--bf16", is_flag=True, help="bfloat16 autocast.")
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch.")
+@click.option("--force", is_flag=True, help="Replace a model that is there.")
 @exits_with_one_line
 def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any) -> None:
     """Train a classifier with an exit after every layer (or after chosen ones)."""

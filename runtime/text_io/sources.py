@@ -142,6 +142,11 @@ class Inputs:
                 # Rows in an array are not read, but are no texts either.
                 is_json = first.startswith(("{", "[{")) or first == "["
                 text_format = TextFormat.JSON_LINES if is_json else TextFormat.TEXT
+                if not is_json and self._columns != Columns():
+                    raise InputError(
+                        f"{lines.name} looks like plain text, which has no columns",
+                        "say what it is with --input-format, such as csv",
+                    )
             if text_format is TextFormat.TEXT:
                 yield from text_rows(lines)
             elif text_format is TextFormat.JSON_LINES:

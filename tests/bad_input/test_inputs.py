@@ -239,6 +239,8 @@ EMPTY = [
     Case("Parquet without rows", columns(text=[]), ("in.parquet has no rows",)),
     Case("two empty files", lambda p: run(p, p.file("a.txt", ""), "--input", p.file("b.txt", "")),
          ("a.txt has no rows (nor have the 1 others)",)),
+    Case("columns of a piped text", piped(b"body\na\n", "--text-column", "body"),
+         ("standard input looks like plain text, which has no columns", "--input-format, such as")),
     Case("an empty pipe", piped(b""), (f"standard input {NO_ROWS}",)),
 ]  # fmt: skip
 

@@ -76,6 +76,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
         assert name in result.stdout
     for kind in ("fpabee", "pabee", "entropy"):
         assert kind in result.stdout
+    assert "points with the same rule may differ" in result.stdout, "judged by cross-fitting"
     target = read_manifest(folder).targets["onnxruntime-fp32"]
     assert list(target.operating_points) == ["safe", "balanced", "fast"]
     assert target.default_operating_point == "balanced"

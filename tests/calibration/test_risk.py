@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.calibration.risk import Bound, RiskOf, certify, control, losses, p_value, path_of
+from fpabee.calibration.risk import Bound, RiskOf, _hint, certify, control, losses, p_value, path_of
 from fpabee.calibration.scoring import Rows, Scorer
 from fpabee.calibration.select import Selector
 from fpabee.calibration.settings import Candidate, Settings
@@ -117,6 +117,12 @@ def test_too_few_rows_say_how_many_are_needed(make_rows: Callable[..., Rows]) ->
     sure.logits[...] = sure.logits[-1]
     with pytest.raises(InputError, match=r"lost 0\.00 points -> give about 249 rows"):
         control(selector(sure, "accuracy"), ["entropy"], Bound(0.02, 0.95))
+
+
+def test_more_rows_are_asked_for_than_have_failed() -> None:
+    # By the formula 299 rows without a loss do, but 480 just did not: 960 are to test.
+    assert _hint(Bound(0.01, 0.95), 0.0, 480) == "give about 1600 rows, or more risk"
+    assert _hint(Bound(0.01, 0.95), 0.0, 120) == "give about 499 rows, or more risk"
 
 
 def test_the_drop_of_an_f1_has_no_loss_of_a_row(make_rows: Callable[..., Rows]) -> None:

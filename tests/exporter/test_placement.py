@@ -109,12 +109,19 @@ def test_exits_by_hand_with_a_table_for_people(calibrated: Path, tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert "2 of 3 exits kept, after layers 2, 3" in result.stdout
     assert "of the PyTorch model" in result.stdout
+    assert "the last exit is gone" not in result.stdout
     for word in ("careful", "usual", "before", "after", "new over old", "speed-up, batch 4"):
         assert word in result.stdout
     assert result.stdout.splitlines()[-1] == f"next: fpabee-run {new} --input texts.txt"
     points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
     assert points["usual"].rows == 100
     assert len(points["usual"].exits) == 2
+
+
+def test_a_new_full_depth_is_said(calibrated: Path, tmp_path: Path) -> None:
+    result = run("--from", calibrated, "--exits", "1,2", "-o", tmp_path / "new", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "the last exit is gone: full depth is layer 2 now" in result.stdout
 
 
 def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_operating_point(
     assert {record["exit"] for record in result.records} == {3}
     assert "operating point safe" in result.err
     result = run(folder, "--input", source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
-    assert "not calibrated" in result.err
+    assert "none of the operating points of onnxruntime-fp32: fast, safe" in result.err
     refused = run(folder, "--input", source, "--operating-point", "slow")
     check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
 

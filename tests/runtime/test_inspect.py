@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee import __version__
+from fpabee.runtime import Budget
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.inspect import chain_lines, main
@@ -32,6 +33,16 @@ def test_a_folder_is_described(engines: Mapping[str, Path]) -> None:
     assert result.exit_code == 0, result.output
     for part in ("mpnet, 3 layers of 32", "exits: 1, 2, 3", "onnxruntime-fp32 (default)", "runs"):
         assert part in result.stdout
+
+
+def test_the_default_point_is_marked(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
+    shown = run(folder).stdout
+    assert " fast, safe (default) " in shown
+    assert "rule without an operating point: fpabee, threshold 0.1, measure jskd, " in shown
 
 
 def test_json_holds_the_same(engines: Mapping[str, Path]) -> None:

@@ -64,7 +64,9 @@ def test_training_goes_on_from_a_finished_epoch_only(
 
     monkeypatch.setattr(reproduce.subprocess, "run", run)
     folder = tmp_path / "model"
-    (folder / "checkpoints" / ("checkpoint-3" if begun else "other")).mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    if begun:
+        (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").touch()
     shown = reproduce.train(reproduce.RUNS["mini-mrpc"], 43, tmp_path / "data", "there", folder)
     assert ("--resume" in called[0]) is begun
     assert f"--train={tmp_path / 'data' / 'mrpc' / 'train.jsonl.gz'}" in called[0]

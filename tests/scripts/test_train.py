@@ -308,6 +308,15 @@ def test_resumed_run_ends_like_one_that_was_not_interrupted(
     other = run("--epochs", "2", "--output", str(broken), "--resume", "--distill", "0")
     assert (other.exit_code, other.stdout) == (1, "")
     assert "checkpoints was begun with distill 0.5, not 0.0" in other.stderr
+    rows = (data / "train.jsonl.gz").read_bytes()
+    lines = gzip.decompress(rows).splitlines()
+    (data / "train.jsonl.gz").write_bytes(gzip.compress(b"\n".join(reversed(lines))))
+    other = run("--epochs", "2", "--output", str(broken), "--resume")
+    assert "checkpoints was begun with other rows" in other.stderr
+    (data / "train.jsonl.gz").write_bytes(rows)
+    half_written = broken / "checkpoints" / "checkpoint-6"
+    half_written.mkdir()
+    (half_written / "trainer_state.json").touch()
     result = run("--epochs", "2", "--output", str(broken), "--resume")
     assert result.exit_code == 0, result.output
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "goes on after the last finished epoch"
@@ -324,7 +333,7 @@ def test_resumed_run_ends_like_one_that_was_not_interrupted(
         (["--exits", "1,3"], "do not fit an encoder of 2 layers"),
         (["--problem-type", "single_label_classification", "--train", "two.jsonl"], "2 labels"),
         (["--train", "none.jsonl"], "row 1 has no label"),
-        (["--dev", "other.jsonl"], "'other', which the model does not know"),
+        (["--dev", "other.jsonl"], "other.jsonl, line 1 has label 'other', which the model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(
@@ -340,6 +349,27 @@ def test_bad_input_is_one_line_and_exit_code_1(
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+    assert not (data / "model").exists()
+
+
+def test_a_model_is_replaced_only_with_force(run: Run, data: Path) -> None:
+    assert run().exit_code == 0
+    before = (data / "model" / "model.safetensors").read_bytes()
+    again = run("--seed", "7")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert "model holds a model -> replace it with --force" in again.stderr
+    finished = run("--resume")
+    assert finished.exit_code == 1
+    assert "holds a finished model -> leave out --resume" in finished.stderr
+    assert (data / "model" / "model.safetensors").read_bytes() == before
+    assert run("--seed", "7", "--force").exit_code == 0
+    assert (data / "model" / "model.safetensors").read_bytes() != before
+
+
+def test_nothing_to_resume_leaves_nothing(run: Run, data: Path) -> None:
+    result = run("--resume")
+    assert result.exit_code == 1
+    assert "holds no finished epoch to resume from" in result.stderr
     assert not (data / "model").exists()
 
 
