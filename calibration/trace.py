@@ -63,7 +63,7 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
         if row.labels is None:
             raise InputError(
                 f"{row.place} has no label, and calibration needs one",
-                "name the column with --label-column, or give --unlabelled",
+                "give every row one, name its column with --label-column, or give --unlabelled",
             )
     given = [row.labels or () for row in rows]
     return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])

@@ -78,8 +78,8 @@ def check_parity(folder: Path, engine: Engine) -> Agreement:
         hint = "its files are of another model: copy the engines folder again, or export again"
         if engine.manifest.task.cuts and found.difference <= most:
             hint = (
-                "its logits are, but not the labels by the tuned cuts: choose another target, or "
-                "calibrate without --tune-cuts"
+                "its logits are close enough, but not its labels by the tuned cuts: choose another "
+                "target, or calibrate without --tune-cuts"
             )
         raise VerificationError(
             f"target {engine.target} is not the model that was exported: {found}", hint

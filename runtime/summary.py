@@ -85,7 +85,7 @@ class Summary:
         if row.labels is None:
             raise InputError(
                 f"{row.place} has no label, which --metrics needs",
-                "name the column with --label-column, or leave out --metrics",
+                "give every row one, name its column with --label-column, or leave out --metrics",
             )
         return self._encode(row.labels, row)
 

@@ -61,26 +61,24 @@ def tables(results: Path, names: Iterable[str]) -> Iterator[str]:
 
 def _gains(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """F-PABEE against the rules that the paper compares it with, on the same model."""
-    yield "## F-PABEE against others"
-    yield ""
-    yield "Points that `fpabee` scores more than another rule on the same model, at 25 / 50 / 75 %."
-    yield ""
-    yield f"| model | {' | '.join(COMPARED)} |"
-    yield f"|---|{'---|' * len(COMPARED)}"
+    yield from _head(
+        "F-PABEE against others",
+        "Points that `fpabee` scores more than another rule on the same model, at 25 / 50 / 75 %.",
+        ["model", *COMPARED],
+    )
     for name, mine in of.items():
-        cells = (" / ".join(_gain(mine, kind, saving) for saving in SAVINGS) for kind in COMPARED)
+        cells = (_differences(mine, mine, "fpabee", kind) for kind in COMPARED)
         yield f"| {name} | {' | '.join(cells)} |"
 
 
 def _distillation(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """Models with self-distillation against those without."""
-    yield "## What self-distillation gives"
-    yield ""
-    yield "Points that a model trained with `--distill 0.5` scores more than the one with the same"
-    yield "seed without: at each exit, and by a rule at 25 / 50 / 75 %. Means over the seeds."
-    yield ""
-    yield f"| model | seeds | exits, from the first | {' | '.join(JUDGED)} |"
-    yield f"|---|---|---|{'---|' * len(JUDGED)}"
+    yield from _head(
+        "What self-distillation gives",
+        "Points that a model trained with `--distill 0.5` scores more than the one with the same\n"
+        "seed without: at each exit, and by a rule at 25 / 50 / 75 %. Means over the seeds.",
+        ["model", "seeds", "exits, from the first", *JUDGED],
+    )
     for name, mine in of.items():
         plain = {run["seed"]: run for run in of.get(name.removesuffix(DISTILLED), ())}
         if not name.endswith(DISTILLED) or any(run["seed"] not in plain for run in mine):
@@ -91,30 +89,33 @@ def _distillation(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             for run, other in zip(mine, before, strict=True)
         ]
         exits = " ".join(f"{100 * gain:+.2f}" for gain in np.mean(gains, axis=0))
-        cells = (
-            " / ".join(_difference(mine, before, kind, kind, saving) for saving in SAVINGS)
-            for kind in JUDGED
-        )
+        cells = (_differences(mine, before, kind, kind) for kind in JUDGED)
         yield f"| {name} | {len(mine)} | {exits} | {' | '.join(cells)} |"
 
 
-def _gain(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> str:
-    return _difference(runs, runs, "fpabee", kind, saving)
+def _head(title: str, what: str, columns: Sequence[str]) -> Iterator[str]:
+    """The beginning of a section with one table."""
+    yield f"## {title}"
+    yield ""
+    yield what
+    yield ""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
 
 
-def _difference(
-    runs: Sequence[dict[str, Any]],
-    others: Sequence[dict[str, Any]],
-    kind: str,
-    other_kind: str,
-    saving: float,
+def _differences(
+    runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], kind: str, other_kind: str
 ) -> str:
-    """Points that a kind scores more than another in other runs, seed by seed."""
-    mine, theirs = _found(runs, kind, saving), _found(others, other_kind, saving)
-    if len(mine) < len(runs) or len(theirs) < len(runs):
-        return "-"
-    differences = [a["score"] - b["score"] for a, b in zip(mine, theirs, strict=True)]
-    return f"{100 * statistics.mean(differences):+.2f}"
+    """Points that a kind scores more than another in other runs, seed by seed, at each saving."""
+    found = []
+    for saving in SAVINGS:
+        mine, theirs = _found(runs, kind, saving), _found(others, other_kind, saving)
+        if len(mine) < len(runs) or len(theirs) < len(runs):
+            found.append("-")
+            continue
+        scores = [a["score"] - b["score"] for a, b in zip(mine, theirs, strict=True)]
+        found.append(f"{100 * statistics.mean(scores):+.2f}")
+    return " / ".join(found)
 
 
 def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def load_rows(
         if labelled and row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label",
-                "leave such rows out, or name the column with --label-column",
+                "give every row one, or name its column with --label-column",
             )
     return rows
 
@@ -83,7 +83,7 @@ def _hub_rows(source: str, labelled: bool, columns: Columns) -> Iterator[Row]:
     named = replace(columns, text=text, text_pair=pair, label=label)
     for number, item in enumerate(data, start=1):
         content = {name: item[name] for name in (text, pair, label) if name is not None}
-        if label is not None:
+        if label is not None and classes:
             content[label] = class_name(content[label], classes)
         yield named.row(content, f"{source}, row {number}", number)
 

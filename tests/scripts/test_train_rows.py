@@ -196,3 +196,8 @@ def test_a_data_set_is_read_in_no_format(
     with pytest.raises(InputError, match="owner/name:train is a data set") as caught:
         rows.load_rows(stored(PAIRS), **given)
     assert "--input-format and --no-quotes" in str(caught.value)
+
+
+def test_a_number_of_no_class_is_a_label(rows: ModuleType, stored: Callable[..., str]) -> None:
+    found = rows.load_rows(stored({"text": ["a", "b"], "label": [1, -1]}))
+    assert [row.labels for row in found] == [("1",), ("-1",)]
