@@ -237,7 +237,8 @@ SETTINGS = [
     Case("no folder to inspect", lambda p: [p.root / "none"], ("is not a folder",), "inspect"),
     Case("a file to inspect", lambda p: [p.texts()], ("is not a folder",), "inspect"),
     Case("a model to inspect", lambda p: [p.shared_model()], ("not an engines folder",), "inspect"),
-    Case("a model of a name too long", lambda p: ["a" * 300], ("File name too long",), "export"),
+    Case("a model of a name too long", lambda p: ["a" * 300, "-o", p.root / "engines"],
+         ("File name too long",), "export"),
     Case("an output of a name too long", lambda p: [p.shared_model(), "-o", "a" * 300],
          ("File name too long",), "export"),
 ]  # fmt: skip
