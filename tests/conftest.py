@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import string
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 from fpabee.runtime.engines_folder import read_manifest, write_manifest
 from fpabee.runtime.exit_rules import ExitRule
@@ -137,39 +139,49 @@ _TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
-    root = tmp_path_factory.mktemp("models")
-    return {family: _make_model(family, root / family) for family in _TINY}
+class _Made(Mapping[str, Path]):
+    """A folder for each family, made when a test first asks for it and shared by all workers."""
 
-
-class _Engines(Mapping[str, Path]):
-    """Engines folders by family, each exported when first asked for: that takes seconds."""
-
-    def __init__(self, models: Mapping[str, Path], root: Path) -> None:
-        self._models = models
+    def __init__(self, root: Path, make: Callable[[str, Path], object]) -> None:
         self._root = root
+        self._make = make
+        root.mkdir(exist_ok=True)
 
     def __getitem__(self, family: str) -> Path:
-        from fpabee.exporter import export
-
         folder = self._root / family
-        return folder if folder.is_dir() else export(self._models[family], folder).folder
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                self._make(family, folder)
+        return folder
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._models)
+        return iter(_TINY)
 
     def __len__(self) -> int:
-        return len(self._models)
+        return len(_TINY)
 
 
 @pytest.fixture(scope="session")
-def engines(
-    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, Path]:
+def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder that all pytest-xdist workers of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_root: Path) -> Mapping[str, Path]:
+    """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
+    return _Made(shared_root / "models", _make_model)
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, Path]:
     """The engines folder of each tiny model. Read-only: use `engine_copy` to damage one."""
-    return _Engines(tiny_models, tmp_path_factory.mktemp("engines"))
+    from fpabee.exporter import export
+
+    return _Made(
+        shared_root / "engines", lambda family, folder: export(tiny_models[family], folder)
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from .cases import Place
 @pytest.fixture
 def place(
     tmp_path: Path,
-    tiny_models: dict[str, Path],
+    tiny_models: Mapping[str, Path],
     engines: Mapping[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Place:

@@ -151,7 +151,7 @@ def test_what_is_computed_ahead_changes_nothing(variant: str) -> None:
 
 
 @torch.no_grad()
-def test_local_layers_do_not_see_what_is_far(tiny_models: dict[str, Path]) -> None:
+def test_local_layers_do_not_see_what_is_far(tiny_models: Mapping[str, Path]) -> None:
     model = load_checkpoint(tiny_models["modernbert"])
     kinds = model.backbone.config.layer_types
     assert kinds == ["full_attention", "sliding_attention", "sliding_attention"]
@@ -170,7 +170,7 @@ def test_local_layers_do_not_see_what_is_far(tiny_models: dict[str, Path]) -> No
 @pytest.mark.parametrize("family", [*FAMILIES, *ALIKE])
 @torch.no_grad()
 def test_attention_that_trains_fast_gives_the_same(
-    family: str, tiny_models: dict[str, Path]
+    family: str, tiny_models: Mapping[str, Path]
 ) -> None:
     eager = load_checkpoint(tiny_models[family])
     fast = load_checkpoint(tiny_models[family], attention=None)
@@ -181,7 +181,7 @@ def test_attention_that_trains_fast_gives_the_same(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_gives_the_models_logits(
-    family: str, engines: Mapping[str, Path], tiny_models: dict[str, Path]
+    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
     model = load_checkpoint(tiny_models[family])
     tokenizer = AutoTokenizer.from_pretrained(tiny_models[family])
@@ -212,7 +212,7 @@ def test_the_engine_gives_the_models_logits(
     np.testing.assert_allclose(live.logits[ran], whole.logits[ran], rtol=0, atol=1e-5)
 
 
-def test_roberta_counts_positions_from_its_padding_on(tiny_models: dict[str, Path]) -> None:
+def test_roberta_counts_positions_from_its_padding_on(tiny_models: Mapping[str, Path]) -> None:
     backbone = load_checkpoint(tiny_models["roberta"]).backbone
     assert (backbone.config.max_position_embeddings, backbone.config.pad_token_id) == (66, 1)
     assert backbone.max_positions() == 64

@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def test_checkpoint_without_our_block_has_an_exit_per_layer_at_the_first_token()
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load_give_the_same_model(
-    family: str, tiny_models: dict[str, Path], tmp_path: Path
+    family: str, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     encoder = load_checkpoint(tiny_models[family]).backbone.encoder
     config = MultiExitConfig(
@@ -122,7 +122,7 @@ def test_save_and_load_give_the_same_model(
 
 
 def test_saved_names_are_those_of_published_training_code(
-    tiny_models: dict[str, Path], tmp_path: Path
+    tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     model = load_checkpoint(tiny_models["bert"])
     save_checkpoint(model, tmp_path)
@@ -177,7 +177,7 @@ def test_weights_that_no_exit_uses_are_left_out_and_named(
 
 
 def test_hub_id_is_downloaded(
-    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[str] = []
 

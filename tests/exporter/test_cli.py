@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ def assert_one_error(result: Result, message: str) -> None:
 
 
 @pytest.fixture
-def bert(tiny_models: dict[str, Path], ready_graphs: None) -> Path:
+def bert(tiny_models: Mapping[str, Path], ready_graphs: None) -> Path:
     """The tiny BERT, whose graphs need not be made again."""
     return tiny_models["bert"]
 
 
 @pytest.fixture
-def copy(tiny_models: dict[str, Path], ready_graphs: None, tmp_path: Path) -> Path:
+def copy(tiny_models: Mapping[str, Path], ready_graphs: None, tmp_path: Path) -> Path:
     """A copy of the tiny BERT, to be damaged."""
     return Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
 

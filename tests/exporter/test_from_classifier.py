@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ MakeClassifier = Callable[..., Path]
 
 
 @pytest.fixture
-def make(tiny_models: dict[str, Path], tmp_path: Path) -> MakeClassifier:
+def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeClassifier:
     """Makes a plain classifier with random weights, beside the tokenizer of the tiny model."""
 
     def make(kind: str, **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_logits_are_those_of_a_plain_forward_pass(
-    family: str, pooling: Pooling, tiny_models: dict[str, Path]
+    family: str, pooling: Pooling, tiny_models: Mapping[str, Path]
 ) -> None:
     model = with_config(load_checkpoint(tiny_models[family]), pooling=pooling)
     inputs = batch(model)
@@ -96,7 +97,7 @@ def test_logits_are_those_of_a_plain_forward_pass(
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_padding_changes_nothing(
-    family: str, pooling: Pooling, tiny_models: dict[str, Path]
+    family: str, pooling: Pooling, tiny_models: Mapping[str, Path]
 ) -> None:
     model = with_config(load_checkpoint(tiny_models[family]), pooling=pooling)
     inputs = batch(model)
@@ -109,7 +110,7 @@ def test_padding_changes_nothing(
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_fewer_exits_give_the_logits_of_those_exits(
-    family: str, tiny_models: dict[str, Path]
+    family: str, tiny_models: Mapping[str, Path]
 ) -> None:
     model = load_checkpoint(tiny_models[family])
     layers = model.exit_config.exits[1:]
@@ -119,7 +120,7 @@ def test_fewer_exits_give_the_logits_of_those_exits(
 
 
 @torch.no_grad()
-def test_layers_after_the_last_exit_do_not_run(tiny_models: dict[str, Path]) -> None:
+def test_layers_after_the_last_exit_do_not_run(tiny_models: Mapping[str, Path]) -> None:
     model = load_checkpoint(tiny_models["bert"])
     for parameter in model.backbone.layers()[-1].parameters():
         parameter.fill_(torch.nan)

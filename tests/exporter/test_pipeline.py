@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def bert(tiny_models: dict[str, Path], ready_graphs: None) -> Path:
+def bert(tiny_models: Mapping[str, Path], ready_graphs: None) -> Path:
     """The tiny BERT, whose graphs need not be made again."""
     return tiny_models["bert"]
 
@@ -73,7 +73,7 @@ def test_published_checkpoint_gives_its_logits_from_the_engine(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_manifest_says_where_the_model_comes_from_and_what_it_does(
-    family: str, engines: Mapping[str, Path], tiny_models: dict[str, Path]
+    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
     manifest = read_manifest(engines[family])
     source = tiny_models[family]
@@ -109,7 +109,7 @@ def test_folder_holds_what_the_manifest_names_with_its_hashes(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_holds_the_logits_of_the_pytorch_model(
-    family: str, engines: Mapping[str, Path], tiny_models: dict[str, Path]
+    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
     with np.load(engines[family] / "reference.npz", allow_pickle=False) as reference:
         texts = [
@@ -141,14 +141,14 @@ def test_verification_is_recorded(family: str, engines: Mapping[str, Path]) -> N
 
 
 def test_the_same_model_gives_the_same_bytes(
-    engines: Mapping[str, Path], tiny_models: dict[str, Path], tmp_path: Path
+    engines: Mapping[str, Path], tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     export(tiny_models["bert"], tmp_path / "again")
     assert contents(tmp_path / "again") == contents(engines["bert"])
 
 
 def test_chosen_exits_give_the_logits_of_those_exits(
-    engines: Mapping[str, Path], tiny_models: dict[str, Path], tmp_path: Path
+    engines: Mapping[str, Path], tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     folder = export(tiny_models["mpnet"], tmp_path / "few", ExportOptions(exits=(2, 3))).folder
     manifest = read_manifest(folder)
@@ -220,7 +220,7 @@ def test_missing_verify_data_is_refused(bert: Path, tmp_path: Path) -> None:
 
 
 def test_max_length_and_task_reach_the_runtime(
-    tiny_models: dict[str, Path], ready_graphs: None, tmp_path: Path
+    tiny_models: Mapping[str, Path], ready_graphs: None, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "source"))
     config = json.loads((source / "config.json").read_text())
@@ -233,7 +233,7 @@ def test_max_length_and_task_reach_the_runtime(
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(
-    tiny_models: dict[str, Path], ready_graphs: None, tmp_path: Path
+    tiny_models: Mapping[str, Path], ready_graphs: None, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "source"))
     for name in ("tokenizer.json", "tokenizer_config.json"):

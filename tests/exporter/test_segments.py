@@ -129,7 +129,7 @@ def test_the_same_graph_has_the_same_bytes(
     family: str,
     name: str,
     engines: Mapping[str, Path],
-    tiny_models: dict[str, Path],
+    tiny_models: Mapping[str, Path],
     tmp_path: Path,
 ) -> None:
     manifest = read_manifest(engines[family])
@@ -244,7 +244,7 @@ def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
     }
 
 
-def test_cut_at_fewer_exits_joins_their_layers(tiny_models: dict[str, Path]) -> None:
+def test_cut_at_fewer_exits_joins_their_layers(tiny_models: Mapping[str, Path]) -> None:
     cut = segments.cut(load_checkpoint(tiny_models["bert"]), (2,))
     assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [(1, 2, ("segment_01",))]
     (module,) = cut.modules.values()
@@ -254,7 +254,7 @@ def test_cut_at_fewer_exits_joins_their_layers(tiny_models: dict[str, Path]) -> 
 
 
 def test_shared_cut_at_fewer_exits_calls_the_block_more_often(
-    tiny_models: dict[str, Path],
+    tiny_models: Mapping[str, Path],
 ) -> None:
     cut = segments.cut(load_checkpoint(tiny_models["albert"]), (1, 3))
     assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [

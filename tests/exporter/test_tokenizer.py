@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ OF_FAMILIES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("family", OF_FAMILIES)
 def test_tokens_are_those_of_the_familys_own_tokenizer(
-    family: str, tiny_models: dict[str, Path], tmp_path: Path
+    family: str, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     tokenizer = OF_FAMILIES[family]()
     tokenizer.save_pretrained(tmp_path / "source")

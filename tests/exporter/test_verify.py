@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
 def test_an_export_agrees_with_its_model(
-    family: str, engines: Mapping[str, Path], tiny_models: dict[str, Path]
+    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
     model = load_checkpoint(tiny_models[family])
     manifest = read_manifest(engines[family])
@@ -49,7 +49,7 @@ def test_the_first_bad_graph_is_named(
     second: str,
     amount: float,
     engine_copy: Callable[..., Path],
-    tiny_models: dict[str, Path],
+    tiny_models: Mapping[str, Path],
 ) -> None:
     folder = engine_copy(family)
     manifest = read_manifest(folder)

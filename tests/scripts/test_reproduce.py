@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -82,7 +82,7 @@ def test_a_failed_training_is_one_line(reproduce: ModuleType, tmp_path: Path) ->
 
 
 def test_a_small_albert_calls_one_layer_often(
-    reproduce: ModuleType, tiny_models: dict[str, Path], tmp_path: Path
+    reproduce: ModuleType, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(reproduce.small_albert(str(tiny_models["bert"]), tmp_path / "albert"))
     config = json.loads((folder / "config.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,9 @@ def train(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("train")
 
 
-def make_classifier(tiny_models: dict[str, Path], folder: Path, problem_type: ProblemType) -> Path:
+def make_classifier(
+    tiny_models: Mapping[str, Path], folder: Path, problem_type: ProblemType
+) -> Path:
     config = RobertaConfig.from_pretrained(tiny_models["roberta"])
     del config.fpabee
     config.id2label = dict(enumerate(LABELS))
@@ -56,7 +58,7 @@ def make_classifier(tiny_models: dict[str, Path], folder: Path, problem_type: Pr
 
 
 @pytest.fixture
-def run(train: ModuleType, tiny_models: dict[str, Path], tmp_path: Path) -> Run:
+def run(train: ModuleType, tiny_models: Mapping[str, Path], tmp_path: Path) -> Run:
     """Makes a classifier and trains from it on texts without labels."""
 
     def call(*more: str, problem_type: ProblemType = SINGLE) -> Result:
@@ -129,7 +131,7 @@ def test_a_label_that_the_classifier_does_not_know_is_named(run: Run, tmp_path: 
 
 
 def test_a_folder_without_a_head_is_one_line(
-    run: Run, tiny_models: dict[str, Path], tmp_path: Path
+    run: Run, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     result = run("--from-classifier", str(tiny_models["bert"]))
     assert result.exit_code == 1
