@@ -94,7 +94,7 @@ def trace_rows(
     expected = expected_labels(rows, task) if labels else None
     key = _Key(data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target))
     path = _path(folder, engine.target, key)
-    kept = _read(path, key)
+    kept = _read(path, key, manifest)
     if kept is None or data_sha256(kept.rows) != data_sha256(rows):
         logits, lengths = (
             _run(engine, rows, progress) if kept is None else (kept.logits, kept.lengths)
@@ -118,7 +118,7 @@ def stored_rows(folder: Path, manifest: Manifest, target: str, data: str) -> lis
     """
     artifact = artifact_sha256(manifest, target)
     for path in sorted(folder.glob(f"trace-{target}-*.npz")):
-        kept = _read(path, _Key(None, artifact))
+        kept = _read(path, _Key(None, artifact), manifest)
         if kept is not None and data in (data_sha256(kept.rows), data_sha256(kept.rows, False)):
             return kept.rows
     return None
@@ -163,22 +163,28 @@ def _run(
     return logits, np.concatenate([part.lengths for part in parts])
 
 
-def _read(path: Path, key: _Key) -> StoredTrace | None:
+def _read(path: Path, key: _Key, manifest: Manifest) -> StoredTrace | None:
     """A kept trace; None if there is none, or if it is of other texts or another artifact."""
     # Damaged, or of an older format: it is made anew.
     try:
         content = read_arrays(path, ("texts", "artifact", "rows", "logits", "lengths"))
-        rows = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
+        stored = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
     except (ValueError, RecursionError):
         return None
-    if key.texts not in (None, str(content["texts"])) or str(content["artifact"]) != key.artifact:
+    rows = [Row(*row, {}, line) for line, row in enumerate(stored, 1)]
+    texts = data_sha256(rows, labels=False)
+    if key.texts not in (None, texts) or texts != str(content["texts"]):
         return None
     logits, lengths = content["logits"], content["lengths"]
+    shape = len(manifest.segments), len(rows), len(manifest.task.labels)
     kinds = logits.dtype == np.float32 and lengths.dtype.kind == "i"
-    whole = logits.ndim == 3 and logits.shape[1:2] == lengths.shape == (len(rows),)
-    if not kinds or not whole or not np.isfinite(logits).all():
+    if str(content["artifact"]) != key.artifact or not kinds:
         return None
-    return StoredTrace([Row(*row, {}, line) for line, row in enumerate(rows, 1)], logits, lengths)
+    if logits.shape != shape or lengths.shape != shape[1:2] or not np.isfinite(logits).all():
+        return None
+    if not rows or lengths.min() < 1 or lengths.max() > manifest.tokenizer.max_length:
+        return None
+    return StoredTrace(rows, logits, lengths.astype(np.intp))
 
 
 _StoredRow = tuple[str, str | None, tuple[str, ...] | None]
@@ -190,7 +196,9 @@ def _write(path: Path, key: _Key, trace: StoredTrace) -> None:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        # Anew: if it is a link, the file that it leads to is not ours.
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
             np.savez(
                 file,
                 rows=np.frombuffer(rows, np.uint8),

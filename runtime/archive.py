@@ -18,6 +18,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         ValueError: it cannot be read, lacks an array, or would take more memory than it fills.
     """
     try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
         # Numpy takes the memory before it reads, and `savez` does not compress.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,31 @@ def bomb(path: Path) -> None:
     np.savez_compressed(path, **kept)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def other_texts(path: Path) -> None:
+    """As many rows as before, and logits that are not theirs."""
+    stored = np.frombuffer(b'[["a", null, []], ["b", null, []], ["c", null, []]]', np.uint8)
+    changed(rows=lambda rows: stored, logits=lambda logits: 2 * logits)(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no archive": lambda path: path.write_bytes(b"damaged"),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-30]),
     "an array": as_array,
     "a bomb": bomb,
+    "a pipe": pipe,
+    "fewer exits": changed(logits=lambda logits: logits[:2]),
+    "more exits": changed(logits=lambda logits: np.concatenate([logits, logits])),
+    "no labels": changed(logits=lambda logits: logits[..., :0]),
+    "nine labels": changed(logits=lambda logits: logits[..., [0, 1, 2, 3, 3, 2, 1, 0, 0]]),
+    "lengths of 0": changed(lengths=lambda lengths: 0 * lengths),
+    "negative lengths": changed(lengths=lambda lengths: -lengths),
+    "lengths that no row can have": changed(lengths=lambda lengths: lengths + 1_000_000),
+    "rows of other texts": other_texts,
     "fewer rows": changed(logits=lambda logits: logits[:, :2]),
     "no exits": changed(logits=lambda logits: logits[0]),
     "NaN": changed(logits=lambda logits: logits * np.float32("nan")),
@@ -67,11 +88,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_trace_that_does_not_fit_is_made_anew(
     engine: Engine, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
-    expected = trace_rows(engine, ROWS, tmp_path).logits
+    expected = trace_rows(engine, ROWS, tmp_path)
     (path,) = tmp_path.iterdir()
     damage(path)
     found = trace_rows(engine, ROWS, tmp_path)
-    np.testing.assert_allclose(found.logits, expected, atol=1e-5)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
     with np.load(path, allow_pickle=False) as content:
         np.testing.assert_array_equal(content["logits"], found.logits)
 
@@ -84,3 +106,19 @@ def test_a_trace_that_fits_is_used(
     again = trace_rows(engine, ROWS, tmp_path)
     np.testing.assert_array_equal(again.logits, first.logits)
     np.testing.assert_array_equal(again.lengths, first.lengths)
+
+
+def test_a_link_in_the_place_of_a_trace_is_replaced_and_not_followed(
+    engine: Engine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "calibration"
+    trace_rows(engine, ROWS, folder)
+    (path,) = folder.iterdir()
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    for link in (path, path.with_suffix(".partial")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(mine)
+    trace_rows(engine, ROWS, folder)
+    assert mine.read_bytes() == b"mine"
+    assert [(file, file.is_symlink()) for file in folder.iterdir()] == [(path, False)]
