@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from .. import __version__
 from .engine import Engine
-from .engines_folder import read_manifest
+from .engines_folder import read_manifest, sha256_of
 from .errors import InputError
 from .execution import Regroup
 from .exit_rules import ExitRule
@@ -183,7 +182,7 @@ def _run_settings(
     rule: ExitRule | None = None if job.full_depth else job.rule
     return {
         "fpabee": __version__,
-        "engines": hashlib.sha256((engines / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "engines": sha256_of(engines / MANIFEST_NAME),
         "target": job.engine.target,
         "rule": "full depth" if rule is None else rule.to_dict(),
         "inputs": identity,

@@ -90,9 +90,9 @@ def _write(folder: Path, files: dict[str, bytes | None]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            if content is None:
-                (folder / name).unlink(missing_ok=True)
-            else:
+            # Before it is written, too: a link would lead to a file that is not ours.
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
                 (folder / name).write_bytes(content)
     except OSError as error:
         raise ArtifactError(

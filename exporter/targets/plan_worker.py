@@ -94,6 +94,7 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if plan is None:
         return PlanResult(error=log.last or "the builder gave no plan and no reason")
     path = Path(request.plan)
+    path.unlink(missing_ok=True)  # if it is a link, the file that it leads to is not ours
     path.write_bytes(memoryview(plan))
     if cache is not None and request.timing_cache:
         _keep(cache, config, Path(request.timing_cache))

@@ -18,7 +18,7 @@ import msgspec
 
 from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, build_command, library_version
-from ...runtime.engines_folder import sha256_of, verified
+from ...runtime.engines_folder import read_regular, sha256_of, verified
 from ...runtime.errors import BackendError, MissingExtraError
 from ...runtime.manifest import BuiltFile, Graph, Manifest, Target
 from ...runtime.shown import Progress
@@ -27,6 +27,7 @@ from .plan_check import check_precision
 from .plan_worker import PlanRequest, PlanResult
 
 _BUILD_FILE = "build.json"
+_MAX_BUILD_BYTES = 16 * 2**20
 
 
 class _Built(msgspec.Struct, frozen=True):
@@ -124,6 +125,8 @@ def build_target(
         built = _Built(graph.sha256, sha256_of(plan), round(result.seconds, 3), result.size)
         with lock:
             record.graphs[graph_name] = built
+            # Anew: if it is a link, the file that it leads to is not ours.
+            (home / _BUILD_FILE).unlink(missing_ok=True)
             (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
             done += 1
             progress(f"{name} {graph_name} ({result.seconds:.1f} s)", done, len(graphs))
@@ -148,7 +151,7 @@ def _record(home: Path, backend: str, options: PlanOptions, resume: bool) -> _Bu
     if not resume:
         return fresh
     try:
-        raw = (home / _BUILD_FILE).read_bytes()
+        raw = read_regular(home / _BUILD_FILE, _MAX_BUILD_BYTES)
         known = msgspec.json.decode(raw, type=_BuildRecord)
     except (OSError, msgspec.DecodeError):
         return fresh

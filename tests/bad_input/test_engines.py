@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .cases import (
     corrected,
 )
 
+REFERENCE = "reference.npz"
 FIRST, SECOND, THIRD = (f"onnx/fp32/segment_0{number}.onnx" for number in (1, 2, 3))
 DAMAGED = ("manifest.json is damaged", "export the model again")
 
@@ -125,13 +127,53 @@ def flipped(file: str) -> Callable[[Path], object]:
     return change
 
 
-def link_out(file: str) -> Callable[[Path], object]:
+def link_to(file: str, name: str) -> Callable[[Path], object]:
+    """A link that leads to a file outside, as in the cache of a hub; its content is another."""
+
     def change(folder: Path) -> None:
-        outside = folder.parent / "outside"
-        (folder / file).rename(outside)
-        (folder / file).symlink_to(outside)
+        (folder.parent / name).write_bytes(b"other content")
+        (folder / file).unlink()
+        (folder / file).symlink_to(folder.parent / name)
 
     return change
+
+
+def endless(file: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).symlink_to("/dev/zero")
+
+    return change
+
+
+def pipe(file: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+
+    return change
+
+
+def longer_texts(m: Any) -> None:
+    """A million tokens, where the table of positions has 64."""
+    m["tokenizer"].update(max_length=10**6)
+    m["shapes"]["sequence"].update(max=10**6)
+
+
+def long_text(place: Place) -> Arguments:
+    folder = change_manifest(place.engines(), longer_texts)
+    return [folder, "--input", place.file("in.txt", "rain " * 1000), "--threads", 1, "--quiet"]
+
+
+def not_an_output(change: Callable[[Path], object]) -> Callable[[Place], Arguments]:
+    """An export into a folder whose manifest is not a file that can be read."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.engines()
+        change(folder)
+        return [place.shared_model(), "-o", folder, "--force", "--quiet"]
+
+    return make
 
 
 def from_another(place: Place, file: str, other: Path) -> Path:
@@ -188,7 +230,7 @@ MISSING = [
     Case(
         "a folder named manifest.json",
         damaged(manifest_folder),
-        ("it has no manifest.json",),
+        ("manifest.json cannot be read: it is not a regular file",),
     ),
     Case(
         "no tokenizer",
@@ -208,6 +250,32 @@ MISSING = [
 ]
 
 MANIFESTS = [
+    Case("a manifest that is a pipe", damaged(pipe(MANIFEST_NAME)), ("is not a regular file",)),
+    Case(
+        "a link to an endless manifest", damaged(endless(MANIFEST_NAME)), ("is not a regular file",)
+    ),
+    Case(
+        "an output whose manifest is a pipe",
+        not_an_output(pipe(MANIFEST_NAME)),
+        ("is not an engines folder", "another folder"),
+        "export",
+    ),
+    Case(
+        "an output whose manifest is endless",
+        not_an_output(endless(MANIFEST_NAME)),
+        ("is not an engines folder", "another folder"),
+        "export",
+    ),
+    Case(
+        "texts that are longer than the graphs take",
+        manifest(lambda m: m["tokenizer"].update(max_length=10**6)),
+        ("texts may have 1000000 tokens",),
+    ),
+    Case(
+        "graphs that take less than the manifest says",
+        long_text,
+        ("failed in segment_01", "or not so many", "smaller --max-length"),
+    ),
     Case("an empty manifest", raw(b""), DAMAGED),
     Case("half a manifest", raw(b'{"schema_version": "1.0", "mod'), DAMAGED),
     Case("bytes", raw(bytes(range(256)) * 9), DAMAGED),
@@ -219,7 +287,7 @@ MANIFESTS = [
         patched(b'"graphs"', b'"new": ' + b"[" * 200_000 + b"]" * 200_000 + b', "graphs"'),
         DAMAGED,
     ),
-    Case("more than any manifest", raw(b" " * (16 * 2**20 + 1)), ("more than any manifest",)),
+    Case("more than any manifest", raw(b" " * (16 * 2**20 + 1)), ("more than 16777216 bytes",)),
     Case(
         "a newer schema",
         manifest(lambda m: m.update(schema_version="2.3")),
@@ -292,8 +360,18 @@ FILES = [
          ("outside the engines folder",)),
     Case("a path with a NUL", manifest(lambda m: m["tokenizer"].update(file="a\0b")),
          ("outside the engines folder",)),
-    Case("a link out of the folder", damaged(link_out(FIRST)), ("outside the engines folder",)),
-    Case("a tokenizer that is a link", damaged(link_out(TOKENIZER_NAME)), ("outside the engines",)),
+    Case("a link to other content", damaged(link_to(FIRST, "model.onnx")),
+         ("segment_01.onnx is damaged",)),
+    Case("a tokenizer that is a link to other content", damaged(link_to(TOKENIZER_NAME, "t.json")),
+         ("tokenizer.json is damaged",)),
+    Case("a reference that is a link to other content", damaged(link_to(REFERENCE, "r"), "--check"),
+         ("reference.npz is damaged",)),
+    *(Case(f"{file}: a link to an endless device", damaged(endless(file), "--check"),
+           (f"{file.split('/')[-1]} is not a regular file",))
+      for file in (FIRST, TOKENIZER_NAME, REFERENCE)),
+    *(Case(f"{file}: a pipe", damaged(pipe(file), "--check"),
+           (f"{file.split('/')[-1]} is not a regular file",))
+      for file in (FIRST, TOKENIZER_NAME, REFERENCE)),
     Case("a tokenizer cut short", damaged(cut_short(TOKENIZER_NAME)), ("json is damaged",)),
     Case("a tokenizer that is none", rewritten(TOKENIZER_NAME, b"{}"), ("is not a tokenizer",)),
     Case("a tokenizer in deep JSON", rewritten(TOKENIZER_NAME, b"[" * 100_000),

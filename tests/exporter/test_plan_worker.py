@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +114,27 @@ def test_a_graph_that_is_not_parsed_says_which_and_why(
     monkeypatch.setattr(parser, "num_errors", 0)
     with pytest.raises(BackendError, match=r"3 of 3 plans .* first segment_01: parser"):
         build(double)
+
+
+def test_links_in_the_place_of_plans_are_replaced_and_not_followed(double: Double) -> None:
+    build(double)
+    home = timing_cache(double).parent
+    mine = double.folder / "mine"
+    mine.write_bytes(b"mine")
+    for path in [path for path in home.iterdir() if path.name != "timing.cache"]:
+        path.unlink()
+        path.symlink_to(mine)
+    build(double)
+    assert mine.read_bytes() == b"mine"
+    assert not any(path.is_symlink() for path in home.iterdir())
+
+
+def test_a_pipe_in_the_place_of_the_record_is_no_record(double: Double) -> None:
+    build(double)
+    record = timing_cache(double).with_name("build.json")
+    record.unlink()
+    os.mkfifo(record)
+    manifest = read_manifest(double.folder)
+    build_target(double.folder, manifest, TENSORRT, "fp32", SMALL, resume=True)
+    assert len(double.configs) == 6
+    assert record.is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from fpabee.runtime import engines_folder
 from fpabee.runtime.engines_folder import (
+    is_engines_folder,
     read_manifest,
     resolve,
     sha256_of,
@@ -210,6 +213,80 @@ def test_what_is_removed_does_not_come_back(folder: Path) -> None:
     assert content_of(folder)["files"] == {}
 
 
+Replaced = Callable[[Manifest], Manifest]
+
+
+def with_point(**fields: Any) -> Replaced:
+    """The manifest with an operating point that says something else."""
+
+    def replaced(manifest: Manifest) -> Manifest:
+        ((name, target),) = manifest.targets.items()
+        point = msgspec.structs.replace(target.operating_points["fast"], **fields)
+        target = msgspec.structs.replace(target, operating_points={"fast": point})
+        return msgspec.structs.replace(manifest, targets={name: target})
+
+    return replaced
+
+
+def with_tolerance(value: float) -> Replaced:
+    def replaced(manifest: Manifest) -> Manifest:
+        ((name, target),) = manifest.targets.items()
+        target = msgspec.structs.replace(target, tolerance=value)
+        return msgspec.structs.replace(manifest, targets={name: target})
+
+    return replaced
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (with_point(theoretical_speedup=NAN), "theoretical_speedup"),
+        (with_point(exits=(1.5,)), "exits"),
+        (with_point(rule={"name": "entropy", "threshold": NAN}), "read as another one"),
+        (with_tolerance(NAN), "read as another one"),
+        (lambda m: msgspec.structs.replace(m, default_target="none"), "default target 'none'"),
+        (lambda m: msgspec.structs.replace(m, fpabee_version="0" * 2**24), "bytes"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    folder: Path, how: Replaced, says: str
+) -> None:
+    before = (folder / MANIFEST_NAME).read_bytes()
+    with pytest.raises(ArtifactError, match=f"was not written.*{says}") as caught:
+        write_manifest(folder, how(read_manifest(folder)))
+    assert "report it" in caught.value.hint
+    assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
+    assert (folder / MANIFEST_NAME).read_bytes() == before
+
+
+def test_a_manifest_that_is_a_link_is_read_and_then_replaced(
+    folder: Path, manifest: Manifest
+) -> None:
+    blob = folder / "blob"
+    (folder / MANIFEST_NAME).rename(blob)
+    (folder / MANIFEST_NAME).symlink_to("blob")
+    before = blob.read_bytes()
+    assert read_manifest(folder) == manifest
+    changed = msgspec.structs.replace(manifest, fpabee_version="0.9.9")
+    write_manifest(folder, changed)
+    assert blob.read_bytes() == before
+    assert not (folder / MANIFEST_NAME).is_symlink()
+    assert read_manifest(folder) == changed
+
+
+@pytest.mark.parametrize("damage", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_manifest_that_is_a_pipe_or_a_device_is_not_read(
+    folder: Path, damage: Callable[[Path], object]
+) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    damage(folder / MANIFEST_NAME)
+    assert "not a regular file" in refusal(folder)
+    assert not is_engines_folder(folder)
+
+
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path, manifest: Manifest) -> None:
     with pytest.raises(ArtifactError, match=r"cannot write .*manifest.json"):
         write_manifest(tmp_path / "nowhere", manifest)
@@ -272,7 +349,7 @@ def test_damaged_json(folder: Path, raw: bytes) -> None:
 def test_an_endless_manifest_is_not_read(folder: Path) -> None:
     with (folder / MANIFEST_NAME).open("ab") as file:
         file.truncate(17 * 2**20)
-    assert "more than any manifest" in refusal(folder)
+    assert "more than 16777216 bytes" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +382,10 @@ def test_an_endless_manifest_is_not_read(folder: Path) -> None:
         (lambda m: m["tokenizer"].update(sha256="0" * 63), "sha256"),
         (lambda m: m["tokenizer"].update(sha256="G" * 64), "sha256"),
         (lambda m: m["tokenizer"].update(max_length=0), "max_length"),
+        (
+            lambda m: m["tokenizer"].update(max_length=1_000_000),
+            "texts may have 1000000 tokens, but the graphs take 16",
+        ),
         (lambda m: m["tokenizer"].update(pad_id=-1), "pad_id"),
         (lambda m: m["graphs"]["one"].update(inputs=[{"name": "x"}]), "inputs"),
         (lambda m: m["graphs"]["one"]["inputs"][0].update(name="x"), "segment 1 needs 'x'"),
@@ -322,6 +403,7 @@ def test_an_endless_manifest_is_not_read(folder: Path) -> None:
         ),
         (lambda m: m["task"].update(labels=["a"], cuts=[]), "names 1 labels, but the heads give"),
         (lambda m: m.update(default_target="other"), "default target 'other' is not listed"),
+        (lambda m: m["targets"].update({"../x": m["targets"]["tensorrt-fp16-sm87"]}), "'../x'"),
         (lambda m: m.update(default_rule={"name": ["x"]}), "default_rule"),
         (lambda m: m["targets"]["tensorrt-fp16-sm87"].update(tolerance=-1), "tolerance"),
         (lambda m: m["targets"]["tensorrt-fp16-sm87"].update(tolerance="a"), "tolerance"),
@@ -381,16 +463,51 @@ def test_a_path_that_leaves_the_folder_or_is_no_file(folder: Path, relative: str
         resolve(inner, relative)
 
 
-def test_a_link_that_leaves_the_folder_is_refused(folder: Path) -> None:
+DIGEST = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc"
+
+
+@pytest.mark.parametrize("relative", ["a.onnx", "sub/blob"])
+def test_a_link_may_leave_the_folder_if_the_hash_fits(folder: Path, relative: str) -> None:
     inner = folder / "engines"
     inner.mkdir()
-    (folder / "outside.onnx").write_bytes(b"x")
-    (inner / "a.onnx").symlink_to("../outside.onnx")
-    with pytest.raises(ArtifactError, match="outside the engines folder"):
-        resolve(inner, "a.onnx")
+    (folder / "blob").write_bytes(b"abc")
+    (inner / "a.onnx").symlink_to("../blob")
     (inner / "sub").symlink_to("..")
-    with pytest.raises(ArtifactError, match="outside the engines folder"):
-        resolve(inner, "sub/outside.onnx")
+    assert verified(inner, relative, DIGEST).read_bytes() == b"abc"
+    (folder / "blob").write_bytes(b"abd")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        verified(inner, relative, DIGEST)
+
+
+def test_a_link_to_nothing_is_a_missing_file(folder: Path) -> None:
+    (folder / "a.onnx").symlink_to("../blob")
+    with pytest.raises(ArtifactError, match=r"a\.onnx is missing"):
+        resolve(folder, "a.onnx")
+
+
+@pytest.mark.parametrize("what", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_only_regular_files_are_opened(folder: Path, what: Callable[[Path], object]) -> None:
+    what(folder / "a.onnx")
+    with pytest.raises(ArtifactError, match=r"a\.onnx is not a regular file"):
+        verified(folder, "a.onnx", DIGEST)
+
+
+def test_a_file_larger_than_any_model_is_not_read(folder: Path) -> None:
+    with (folder / "a.onnx").open("wb") as file:
+        file.truncate(engines_folder.MAX_FILE_BYTES + 1)
+    with pytest.raises(ArtifactError, match="more than any model"):
+        verified(folder, "a.onnx", DIGEST)
+
+
+def test_a_file_that_gives_more_than_its_size_is_not_read_to_its_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "a.onnx"
+    path.write_bytes(b"abc")
+    monkeypatch.setattr(engines_folder, "MAX_FILE_BYTES", 2)
+    monkeypatch.setattr(engines_folder, "resolve", lambda folder, relative: path)
+    with pytest.raises(ArtifactError, match="more than 2 bytes"):
+        verified(folder, "a.onnx", DIGEST)
 
 
 def test_a_link_to_itself_is_refused(folder: Path) -> None:

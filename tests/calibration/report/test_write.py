@@ -238,6 +238,7 @@ def test_old_files_of_ours_are_replaced_and_others_left(
 ) -> None:
     for name in ("reliability.csv", "reliability.png", "points.csv", "mine.txt"):
         (tmp_path / name).write_text("of old")
+    (tmp_path / "exits.csv").symlink_to("mine.txt")
     write_report(make_calibration(unlabelled=True), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "of old"
     assert "of old" not in (tmp_path / "points.csv").read_text()
