@@ -26,6 +26,7 @@ from .onnxruntime_session import (
     DISABLED_OPTIMIZERS,
     check_installed,
     first_line,
+    is_out_of_memory,
     ort_errors,
     session_options,
 )
@@ -256,7 +257,10 @@ class OnnxRuntimeExecution:
             except ort_errors() as error:
                 raise BackendError(
                     f"ONNX Runtime failed in {graph} at {hidden.bucket}: {first_line(error)}",
-                    "check the free memory; if the folder was copied, export again",
+                    "use shorter or fewer texts at a time: there is not enough free memory"
+                    if is_out_of_memory(error)
+                    else "the graph does not take such tokens, or not so many: export again with "
+                    "fpabee-export; if only long texts fail, give a smaller --max-length",
                 ) from error
         hidden.segment = segment + 1
         return hidden, ready if hidden.rows == hidden.bucket.batch else ready.first(hidden.rows)

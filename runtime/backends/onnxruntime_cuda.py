@@ -21,7 +21,13 @@ from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda
 from .device import DeviceExecution, Place
-from .onnxruntime_session import check_device, first_line, ort_errors, session_options
+from .onnxruntime_session import (
+    check_device,
+    first_line,
+    is_out_of_memory,
+    ort_errors,
+    session_options,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +57,9 @@ class SessionRunner:
         except ort_errors() as error:
             raise BackendError(
                 f"ONNX Runtime failed in {self._graph} on the GPU: {first_line(error)}",
-                "check the free device memory with nvidia-smi",
+                "check the free device memory with nvidia-smi"
+                if is_out_of_memory(error)
+                else "export the model again, or choose another --target",
             ) from error
 
     def can_capture(self) -> bool:

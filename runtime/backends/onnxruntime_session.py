@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import threading
 from typing import Any
 
@@ -202,7 +203,13 @@ def ort_errors() -> tuple[type[Exception], ...]:
         "RuntimeException",
     )
     own = tuple(getattr(state, name) for name in names if hasattr(state, name))
-    return (*own, RuntimeError)
+    return (*own, RuntimeError, MemoryError)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a run failed for want of memory: ONNX Runtime says it in words only."""
+    words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def first_line(error: Exception) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from fpabee.runtime import MissingExtraError
 from fpabee.runtime.backends import onnxruntime_session
@@ -106,3 +108,31 @@ def test_none_or_two_packages_are_refused(
 
     with pytest.raises(MissingExtraError, match=hint):
         onnxruntime_session.check_installed()
+
+
+def run_of_shape(shape: Sequence[int], indices: int) -> Exception:
+    """What ONNX Runtime raises for a tensor of a shape, and an index into a table of ten."""
+    import onnxruntime as ort
+
+    make, kind = helper.make_tensor_value_info, TensorProto.INT64
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "index"], ["found"]),
+            helper.make_node("ConstantOfShape", ["shape"], ["large"]),
+        ],
+        "graph",
+        [make("table", kind, [10]), make("index", kind, [1]), make("shape", kind, [1])],
+        [make("found", kind, None), make("large", TensorProto.FLOAT, None)],
+    )
+    proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    options = onnxruntime_session.session_options()
+    session = ort.InferenceSession(proto.SerializeToString(), options)
+    feed = {"table": np.arange(10), "index": np.array([indices]), "shape": np.array(shape)}
+    with pytest.raises(onnxruntime_session.ort_errors()) as caught:
+        session.run(None, feed)
+    return caught.value
+
+
+def test_want_of_memory_is_told_from_other_failures() -> None:
+    assert onnxruntime_session.is_out_of_memory(run_of_shape([2**46], 9))
+    assert not onnxruntime_session.is_out_of_memory(run_of_shape([1], 10))
