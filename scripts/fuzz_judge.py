@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import time
 import traceback
 from pathlib import Path
@@ -29,8 +30,8 @@ class Job(msgspec.Struct, kw_only=True):
         place: an empty folder.
         keep: folder for the inputs that are finds.
         report: file for the `Report`.
-        seconds: processor time that one input may take.
-        mebibytes: memory that one input may take.
+        seconds: processor time that one input may take, that of child processes included.
+        mebibytes: memory that one input may take in a process.
     """
 
     engines: str
@@ -121,6 +122,7 @@ class Judge:
         # Once beforehand: what is imported then is to the account of no input.
         target.path.write_bytes(target.seeds[0])
         target.read()
+        self._children = _peak_of_children()
         self._write()
 
     def __call__(self, data: bytes) -> None:
@@ -128,7 +130,8 @@ class Judge:
         report, job = self.report, self._job
         self._target.path.write_bytes(data)
         report.inputs += 1
-        before, started = _reset_peak(), time.process_time()
+        children = _peak_of_children()
+        before, started = _reset_peak(), _processor_time()
         what = ""
         try:
             self._target.read()
@@ -139,8 +142,11 @@ class Judge:
             what = _described(error)
         else:
             report.accepted += 1
-        seconds = time.process_time() - started
+        seconds = _processor_time() - started
         mebibytes = (memory_of("VmHWM") - before) / MIB
+        # A child that took no more than another before it shows nothing.
+        if _peak_of_children() > children:
+            mebibytes = max(mebibytes, (_peak_of_children() - self._children) / MIB)
         report.seconds = max(report.seconds, seconds)
         report.mebibytes = max(report.mebibytes, mebibytes)
         for found in (
@@ -170,6 +176,17 @@ def memory_of(name: str) -> int:
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise LookupError(name)
+
+
+def _processor_time() -> float:
+    """Seconds of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _peak_of_children() -> int:
+    """Bytes that the largest child had that has ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _reset_peak() -> int:

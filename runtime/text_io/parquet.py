@@ -1,10 +1,14 @@
-"""Parquet, through pyarrow: the extra `parquet`. Read in small batches."""
+"""Parquet, through pyarrow: the extra `parquet`. Read in small batches.
+
+pyarrow may end the process on a damaged file: `parquet_process` reads such files in a child.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterator
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,24 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise MissingExtraError(
-            "Parquet needs pyarrow, not installed here", "pip install 'fpabee[parquet]'"
-        ) from error
+        raise _missing() from error
     return pyarrow, parquet
+
+
+def check_pyarrow() -> None:
+    """Check that pyarrow is installed, without importing it.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if util.find_spec("pyarrow") is None:
+        raise _missing()
+
+
+def _missing() -> MissingExtraError:
+    return MissingExtraError(
+        "Parquet needs pyarrow, not installed here", "pip install 'fpabee[parquet]'"
+    )
 
 
 def parquet_rows(

@@ -12,7 +12,8 @@ from typing import IO, Any, cast
 
 from ..errors import InputError, RowError
 from .lines import Lines, json_rows, text_rows
-from .parquet import load_pyarrow, parquet_rows
+from .parquet import check_pyarrow
+from .parquet_process import isolated_parquet_rows
 from .rows import Columns, Row, TextFormat
 from .tables import COMMA, TAB, table_rows
 
@@ -133,7 +134,7 @@ class Inputs:
     def _rows(self, source: str, text_format: TextFormat | None) -> Iterator[Row | RowError]:
         if text_format is TextFormat.PARQUET:
             self._share = 0.0
-            yield from parquet_rows(Path(source), self._columns, self._note)
+            yield from isolated_parquet_rows(Path(source), self._columns, self._note)
             return
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
@@ -231,5 +232,5 @@ def _format_of(source: str, said: TextFormat | None) -> TextFormat | None:
                 f"{_name(source)} cannot be read as Parquet, which needs a plain file",
                 "save it as a .parquet file, which is compressed inside",
             )
-        load_pyarrow()
+        check_pyarrow()
     return chosen

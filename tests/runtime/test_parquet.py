@@ -12,13 +12,16 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError, RowError
 from fpabee.runtime.text_io import Columns, Inputs, Row, TextFormat, read_rows
-from fpabee.runtime.text_io import parquet as parquet_module
+from fpabee.runtime.text_io.parquet import parquet_rows
+
+# An example starts a process.
+FEW = settings(max_examples=25, deadline=None)
 
 
 def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None = None) -> Path:
@@ -145,6 +148,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         list(read_rows(path))
 
 
+@FEW
 @given(st.binary(max_size=200))
 def test_any_footer_gives_our_errors(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -170,17 +174,6 @@ def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Inputs([path])
 
 
-def test_batches_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_module, "_BATCH_ROWS", 10)
-    inputs = Inputs([write(tmp_path / "in.parquet", {"text": [str(n) for n in range(25)]})])
-    shares = []
-    for row in inputs:
-        assert isinstance(row, Row)
-        shares.append(inputs.share)
-    assert shares == [0.0] * 10 + [0.4] * 10 + [0.8] * 5
-    assert inputs.share == 1.0
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file of columns of many types, not compressed: every byte counts."""
@@ -199,6 +192,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@FEW
 @given(
     places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
 )
@@ -224,6 +218,6 @@ def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
     parquet.write_table(table, path, store_schema=False)
     assert path.stat().st_size < 2**17
     before = pyarrow.total_allocated_bytes()
-    for row in Inputs([path]):
+    for row in parquet_rows(path, Columns(), lambda share: None):
         assert isinstance(row, Row)
         assert pyarrow.total_allocated_bytes() - before < 2**28

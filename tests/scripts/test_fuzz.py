@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -133,6 +134,36 @@ def test_a_defect_is_found(
     assert (find.what, find.times) == (found, 2)
     assert Path(find.file).read_bytes() == b"bad"
     assert reads.report.refused == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("bytearray(b'x') * ({peak} + 2**26)", "more than 32 MiB"),
+        ("import time\nwhile time.process_time() < 2: pass", "more than 1 s"),
+    ],
+    ids=["large", "slow"],
+)
+def test_a_child_process_counts(
+    judge: ModuleType,
+    load_script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    code: str,
+    found: str,
+) -> None:
+    path = tmp_path / "input.x"
+
+    def read() -> None:
+        if path.read_bytes() == b"bad":
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+            subprocess.run([sys.executable, "-c", code.format(peak=peak)], check=True)
+
+    target = load_script("fuzz_targets").Target("x", (b"good",), lambda data, _: data, path, read)
+    reads = judge.Judge(job(judge, tmp_path, seconds=1.0, mebibytes=32.0), target)
+    reads(b"good")
+    assert reads.report.finds == []
+    reads(b"bad")
+    assert [find.what for find in reads.report.finds] == [found]
 
 
 PLANTED = """
