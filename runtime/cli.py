@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from .options import (
     check_option,
     chosen_columns,
     chosen_rule,
+    chosen_sources,
     exits_with_one_line,
     input_options,
     output_options,
@@ -32,7 +35,7 @@ from .progress import progress
 from .records import Layout
 from .run import Job, run
 from .summary import Summary
-from .text_io import LABEL_SEPARATOR, Columns, Inputs, TextFormat
+from .text_io import LABEL_SEPARATOR, STANDARD_INPUT, Columns, Inputs, TextFormat
 from .writers import OutputFormat
 from .writers import output_format as format_of
 
@@ -55,6 +58,12 @@ __all__ = ["chosen_rule", "exits_with_one_line", "main", "rule_options", "versio
 @click.option("--with-text", is_flag=True, help="Repeat the text in the output.")
 @click.option("--all-scores", is_flag=True, help="Give the probabilities of all labels.")
 @click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
+@click.option(
+    "--unbuffered",
+    is_flag=True,
+    help="Write each row's result before the next row is read, as is done with stdin when it is "
+    "a terminal. Slower.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 @click.option(
     "--json",
@@ -66,6 +75,7 @@ __all__ = ["chosen_rule", "exits_with_one_line", "main", "rule_options", "versio
 @exits_with_one_line
 def main(
     engines: Path,
+    files: tuple[str, ...],
     sources: tuple[str, ...],
     input_format: str | None,
     output: Path | None,
@@ -82,18 +92,27 @@ def main(
     with_text: bool,
     all_scores: bool,
     metrics: bool,
+    unbuffered: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Classify the texts of --input with ENGINES, a folder that fpabee-export wrote."""
+    """Classify the texts of FILES with ENGINES, a folder that fpabee-export wrote.
+
+    A file is .txt (a text a line), or .jsonl, .csv, .tsv or .parquet with text, text_pair and
+    label; all but Parquet also as .gz. - is standard input.
+    """
+    sources = chosen_sources(files, sources)
     columns = chosen_columns(settings)
     overrides = rule is not None or any(settings[name] is not None for name in RULE_OPTIONS)
     if operating_point and overrides:
         raise click.UsageError("--operating-point names a whole rule: give no rule options with it")
     if full_depth and (operating_point or overrides):
         raise click.UsageError("--full-depth runs every layer: give no rule with it")
-    destination = _destination(output, output_format, resume)
+    is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
+    destination = _destination(output, output_format, resume, unbuffered)
+    if is_typed and not destination.is_file:
+        destination = replace(destination, unbuffered=True)
     inputs = Inputs(sources, TextFormat(input_format) if input_format else None, columns)
     destination.check_inputs(sources)
     regroup = _regroup(engines, target)
@@ -118,7 +137,7 @@ def main(
         )
         if destination.chosen in (OutputFormat.CSV, OutputFormat.TSV):
             layout.check_separator()
-        job = Job(engine, chosen, full_depth, layout, skip=on_error == "skip")
+        job = Job(engine, chosen, full_depth, layout, on_error == "skip", destination.unbuffered)
 
         def record_of_run() -> dict[str, Any]:
             given = {
@@ -129,9 +148,12 @@ def main(
             }
             return _run_settings(engines, job, inputs, columns, resume) | given
 
+        if is_typed and not (quiet or as_json):
+            click.echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
+        no_progress = quiet or as_json or destination.unbuffered
         with (
             open_sink(destination, layout, record_of_run) as sink,
-            progress(quiet or as_json, lambda: inputs.share) as advance,
+            progress(no_progress, lambda: inputs.share) as advance,
         ):
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
@@ -148,10 +170,19 @@ def main(
         )
 
 
-def _destination(output: Path | None, said: str | None, resume: bool) -> Destination:
+def _destination(
+    output: Path | None, said: str | None, resume: bool, unbuffered: bool
+) -> Destination:
+    if unbuffered and resume:
+        raise click.UsageError("--resume goes on with a file, which --unbuffered does not write")
+    at_once = "--unbuffered writes each result at once, to standard output or a pipe: "
+    if unbuffered and said == OutputFormat.PARQUET.value:
+        raise click.UsageError(f"{at_once}Parquet is written as a whole")
     output = None if output == Path("-") else output
     chosen = format_of(output, OutputFormat(said) if said else None)
-    destination = Destination(output, chosen, resume)
+    destination = Destination(output, chosen, resume, unbuffered)
+    if unbuffered and destination.is_file:
+        raise click.UsageError(f"{at_once}a file appears when all rows are done")
     if resume and not destination.is_file:
         raise click.UsageError("--resume goes on with a file: give one with --output")
     return destination

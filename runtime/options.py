@@ -168,16 +168,32 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
 
 
 def input_options(function: F) -> F:
-    """Options that say what is read, and how; see `column_options`."""
+    """What is read, and how; see `chosen_sources` and `column_options`."""
     source = click.option(
         "--input",
         "sources",
-        required=True,
         multiple=True,
-        help="A .txt (a text a line), .jsonl, .csv, .tsv or .parquet file with text, "
-        "text_pair, label; also .gz; - for stdin. May be repeated.",
+        help="One more of FILES, read after those. May be repeated.",
     )
-    return source(column_options(function))
+    files = click.argument("files", nargs=-1, type=click.Path(allow_dash=True))
+    return files(source(column_options(function)))
+
+
+def chosen_sources(files: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
+    """All inputs in the order in which they are read.
+
+    Args:
+        files: the positional ones.
+        sources: those given with `--input`.
+
+    Raises:
+        click.UsageError: there is none.
+    """
+    if not files and not sources:
+        raise click.UsageError(
+            "there is nothing to classify: give files, such as texts.txt, or - for standard input"
+        )
+    return (*files, *sources)
 
 
 def text_options(function: F) -> F:

@@ -32,11 +32,13 @@ class Destination:
         output: the file; None for standard output.
         chosen: the format.
         resume: whether to go on with the rows that an earlier run has done.
+        unbuffered: whether each record is handed to the system at once; of files all are.
     """
 
     output: Path | None
     chosen: OutputFormat
     resume: bool = False
+    unbuffered: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -93,7 +95,7 @@ def open_sink(
         InputError: it cannot be written, or what stands there is of another run.
     """
     if not destination.is_file:
-        with _errors_named(destination.output), _stream(destination.output) as stream:
+        with _errors_named(destination.output), _stream(destination) as stream:
             writer = StreamWriter(stream, destination.chosen, layout)
             yield Sink(writer.write, iter(()))
             writer.finish()
@@ -155,15 +157,18 @@ def _standing(partial: Partial) -> str:
 
 
 @contextmanager
-def _stream(output: Path | None) -> Iterator[IO[str]]:
+def _stream(destination: Destination) -> Iterator[IO[str]]:
+    output = destination.output
+    # A record ends with its line.
+    buffering = 1 if destination.unbuffered else -1
     if output is None:
         if sys.stdout is None:  # closed before Python began
             raise OSError(errno.EBADF, "it is closed")
         target: Any = sys.stdout.fileno()
-        with open(target, "w", encoding="utf-8", newline="", closefd=False) as stream:
+        with open(target, "w", buffering, encoding="utf-8", newline="", closefd=False) as stream:
             yield stream
         return
-    with output.open("w", encoding="utf-8", newline="") as stream:
+    with output.open("w", buffering, encoding="utf-8", newline="") as stream:
         yield stream
 
 

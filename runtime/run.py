@@ -39,6 +39,7 @@ class Job:
         layout: what is written for a row.
         skip: whether a row that cannot be read becomes a record of its error; else it ends
             the run.
+        unbuffered: whether a row's record is written before the next row is read.
     """
 
     engine: Engine
@@ -46,6 +47,7 @@ class Job:
     full_depth: bool
     layout: Layout
     skip: bool = False
+    unbuffered: bool = False
 
 
 def run(
@@ -72,7 +74,8 @@ def run(
             there are not of these inputs.
     """
     first_error: RowError | None = None
-    for block in blocks(_checked(job, items, summary)):
+    most = 1 if job.unbuffered else BLOCK_ROWS
+    for block in blocks(_checked(job, items, summary), most):
         first_error = first_error or next((x for x in block if isinstance(x, RowError)), None)
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.standing, len(block)), strict=False):
@@ -107,15 +110,15 @@ def _count_standing(job: Job, summary: Summary, item: Item, record: Record) -> N
         summary.add_record(item, record)
 
 
-def blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Rows in blocks that are bounded in rows and characters."""
+def blocks(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Rows in blocks of at most so many, whose characters are bounded too."""
     block: list[Item] = []
     characters = 0
     for item in items:
         block.append(item)
         if isinstance(item, Row):
             characters += len(item.text) + len(item.text_pair or "")
-        if len(block) == BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
+        if len(block) == most or characters >= BLOCK_CHARACTERS:
             yield block
             block, characters = [], 0
     if block:

@@ -28,7 +28,7 @@ TEXTS = ["the film is not bad", "rain", "turn the lights off", "book a table"]
 def test_blocks_hold_all_rows_and_are_bounded(sizes: list[int]) -> None:
     long = "x" * (2 * BLOCK_CHARACTERS)
     rows: list[Row | RowError] = [Row(long[:size]) for size in sizes]
-    found = list(blocks(rows))
+    found = list(blocks(rows, BLOCK_ROWS))
     assert [row for block in found for row in block] == rows
     for block in found:
         before = sum(len(row.text) for row in block[:-1] if isinstance(row, Row))
@@ -37,7 +37,7 @@ def test_blocks_hold_all_rows_and_are_bounded(sizes: list[int]) -> None:
 
 
 def test_blocks_are_bounded_in_rows_where_all_are_bad() -> None:
-    found = list(blocks([RowError("bad")] * (BLOCK_ROWS + 1)))
+    found = list(blocks([RowError("bad")] * (BLOCK_ROWS + 1), BLOCK_ROWS))
     assert [len(block) for block in found] == [BLOCK_ROWS, 1]
 
 
@@ -218,3 +218,19 @@ def test_two_runs_give_the_same_bytes(run: Run, bert: Path, tmp_path: Path) -> N
     first, second = (run(bert, "--input", source, *options).out for _ in range(2))
     assert first == second
     assert len({json.loads(line)["exit"] for line in first.splitlines()}) > 1
+
+
+def test_files_come_before_inputs(run: Run, bert: Path, tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    a, b, c, d = (tmp_path / f"{name}.txt" for name in "abcd")
+    result = run(bert, "--input", c, b, "-", "--input", d, a, "--with-text", stdin=b"stdin\n")
+    assert result.code == 0
+    assert [record["text"] for record in result.records] == ["b", "stdin", "a", "c", "d"]
+    assert "ENGINES [FILES]..." in run("--help").out
+
+
+def test_nothing_to_classify_is_wrong_usage(run: Run, bert: Path) -> None:
+    result = run(bert, "--quiet")
+    assert (result.code, result.out) == (2, "")
+    assert "give files, such as texts.txt, or - for standard input" in result.err

@@ -1,0 +1,123 @@
+"""Results row by row: of a pipe with `--unbuffered`, and of a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from .running import Run
+from .test_cli import COMMAND
+
+
+@contextmanager
+def started(
+    bert: Path, *options: str, stdin: Any = subprocess.PIPE
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [*COMMAND, str(bert), *options]
+    with subprocess.Popen(
+        command, bufsize=0, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def answer(stream: IO[bytes] | None) -> str:
+    """The next line; fails where there is none for long."""
+    assert stream is not None
+    ready, _, _ = select.select([stream], [], [], 60)
+    assert ready, "no answer"
+    return stream.readline().decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "header", "row"),
+    [
+        ((), "", "{}\n"),
+        ((), "", '{{"text": "{}"}}\n'),
+        (("--input-format", "csv"), "text,id\n", "{},1\n"),
+        (("--output-format", "csv"), "", "{}\n"),
+    ],
+    ids=["text", "JSON lines", "CSV", "text to CSV"],
+)
+def test_a_line_is_answered_before_the_next(
+    bert: Path, options: tuple[str, ...], header: str, row: str
+) -> None:
+    texts = ["rain", "the film is not bad", "sun"]
+    with started(bert, "-", "--unbuffered", "--quiet", "--with-text", *options) as process:
+        assert process.stdin is not None
+        process.stdin.write(header.encode())
+        for number, text in enumerate(texts):
+            process.stdin.write(row.format(text).encode())
+            if number == 0 and "--output-format" in options:
+                assert answer(process.stdout).startswith("index,text,")
+            line = answer(process.stdout)
+            assert line.startswith((f'{{"index": {number}, ', f'{{"index":{number},', f"{number},"))
+            assert text in line
+        process.stdin.close()
+        assert answer(process.stdout) == ""
+        assert process.wait() == 0
+
+
+def test_lines_are_answered_at_once_at_a_terminal(bert: Path) -> None:
+    pty = pytest.importorskip("pty", reason="there are no terminals here")
+    typing, terminal = pty.openpty()
+    try:
+        with started(bert, "-", stdin=terminal) as process:
+            assert (
+                answer(process.stderr) == "reading rows from the terminal; Ctrl-D ends the input\n"
+            )
+            for number, text in enumerate([b"rain\n", b"sun\n"]):
+                os.write(typing, text)
+                assert json.loads(answer(process.stdout))["index"] == number
+            os.write(typing, b"\x04")
+            assert answer(process.stdout) == ""
+            assert process.wait() == 0
+    finally:
+        os.close(typing)
+        os.close(terminal)
+
+
+def test_results_are_those_of_any_run(run: Run, bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "rain"}\n{"text": 1}\n{"text": "the film"}\n')
+    options = (path, "--full-depth", "--on-error", "skip", "--json")
+    at_once, plain = run(bert, *options, "--unbuffered"), run(bert, *options)
+    assert at_once.code == 0
+    for ours, theirs in zip(at_once.records, plain.records, strict=True):
+        assert ours.pop("score", 0.0) == pytest.approx(theirs.pop("score", 0.0), abs=1e-5)
+        assert ours == theirs
+    assert json.loads(at_once.err)["rows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--output", "out.jsonl"], "a file appears when all rows are done"),
+        (["--output", "out.parquet"], "a file appears when all rows are done"),
+        (["--output-format", "parquet"], "Parquet is written as a whole"),
+        (["--output", "out.jsonl", "--resume"], "--resume goes on with a file"),
+    ],
+)
+def test_what_cannot_be_written_at_once(
+    run: Run,
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(bert, "-", "--unbuffered", *options, stdin=b"rain\n")
+    assert (result.code, result.out) == (2, "")
+    assert says in " ".join(result.err.split())
+    assert list(tmp_path.iterdir()) == []
