@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .arguments import whole_number
 from .engines_folder import verified
 from .errors import ArtifactError, InputError
 from .manifest import ATTENTION_BIAS, TokenizerSpec
@@ -65,7 +66,7 @@ class TextEncoder:
 
     Raises:
         ArtifactError: the tokenizer is missing or damaged.
-        InputError: `max_length` leaves no room for text.
+        InputError: `max_length` is no whole number, or leaves no room for text.
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
@@ -75,7 +76,9 @@ class TextEncoder:
             self._tokenizer.no_padding()
             special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
         self._uses_types = "token_type_ids" in spec.inputs
-        limit = spec.max_length if max_length is None else min(spec.max_length, max_length)
+        limit = spec.max_length
+        if max_length is not None:
+            limit = min(limit, whole_number("max_length", max_length, InputError))
         if limit <= special:
             raise InputError(
                 f"max_length {limit} leaves no room for text beside {special} special tokens",

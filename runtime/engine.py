@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import seconds_of, whole_number
 from .backends.base import Backend, Limits
 from .batching import CostCurve, cut_groups
 from .deadline import Cap, SegmentTimes, cut_rows
@@ -116,7 +117,7 @@ class Engine:
         Raises:
             ArtifactError: the folder is missing, damaged, or of another version.
             BackendError: no such target, it cannot run here, or `threads` is impossible.
-            InputError: `max_length` leaves no room for text.
+            InputError: `max_length` is no whole number, or leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
             RuleError: the operating point or rule does not exist or does not fit; or both are
                 given.
@@ -219,7 +220,7 @@ class Engine:
         """
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
-        ends = perf_counter() + _seconds(deadline_ms)
+        ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         chosen = self._chosen(rule, full_depth, max_exit)
         windows = list(self._windows(texts))
         cap = self._cap(windows, ends - perf_counter())
@@ -251,7 +252,7 @@ class Engine:
         Raises:
             FpabeeError: as `predict`, when the predictions are taken.
         """
-        seconds = None if deadline_ms is None else _seconds(deadline_ms)
+        seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
         chosen = self._chosen(rule, full_depth, max_exit)
         for rows in self._windows(texts):
             cap = None if seconds is None else self._cap([rows], seconds)
@@ -265,10 +266,13 @@ class Engine:
             tokens: longest row in tokens; default: the longest that the target runs.
 
         Raises:
+            InputError: `rows` or `tokens` is no whole number from 1.
             BackendError: the engine is closed.
             ArtifactError: a segment is missing or damaged.
         """
-        most = tokens or self._limits.max_sequence
+        rows = whole_number("rows", rows, InputError)
+        longest = self._limits.max_sequence
+        most = longest if tokens is None else whole_number("tokens", tokens, InputError)
         for length in self._times.lengths:
             self._times(rows, length)
             if length >= most:
@@ -354,8 +358,11 @@ class Engine:
             Seconds of each segment, the answer of its exit included.
 
         Raises:
+            InputError: `rows` or `tokens` is no whole number from 1.
             BackendError: the engine is closed, or rows of that length are too long for it.
         """
+        rows = whole_number("rows", rows, InputError)
+        tokens = whole_number("tokens", tokens, InputError)
         return self._chain().time_segments(rows, tokens)
 
     def close(self) -> None:
@@ -486,12 +493,6 @@ class Engine:
                 f"{result.exits[int(bad.argmax())]}",
                 f"see what it is: fpabee-inspect {self._folder} --check, or choose another target",
             )
-
-
-def _seconds(deadline_ms: float) -> float:
-    if math.isnan(deadline_ms):
-        raise InputError(f"deadline_ms is {deadline_ms}", "give milliseconds, or leave it out")
-    return deadline_ms / 1000
 
 
 def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:

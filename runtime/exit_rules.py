@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .arguments import whole_number
 from .distributions import ARRAYS, MEASURES, Array, Mask, Measure, Outputs, per_row
 from .errors import RuleError
 from .operating_point import RuleSettings
@@ -151,8 +152,7 @@ class ExitRule(ABC):
         Raises:
             RuleError: the exit is no whole number from 1.
         """
-        if not isinstance(max_exit, int) or isinstance(max_exit, bool) or max_exit < 1:
-            raise RuleError(f"max_exit is {max_exit!r}", "give a whole number from 1")
+        max_exit = whole_number("max_exit", max_exit, RuleError)
         return dataclasses.replace(
             self,
             min_exit=min(self.min_exit, max_exit),

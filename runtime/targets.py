@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .arguments import whole_number
 from .backends.base import Backend
 from .errors import ArtifactError, BackendError, RuleError
 from .exit_rules import ExitRule
@@ -69,8 +70,8 @@ def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | Non
         ArtifactError: files are missing or damaged, or the backend is not known.
         BackendError: the target cannot run here, or the number of threads is impossible.
     """
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise BackendError(f"threads is {threads}", f"give 1 to {_MOST_THREADS}")
+    if threads is not None:
+        threads = whole_number("threads", threads, BackendError, _MOST_THREADS)
     target = manifest.targets[name]
     if target.backend == "onnxruntime" and target.device == "cuda":
         from .backends.onnxruntime_cuda import OnnxRuntimeCudaBackend

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,21 @@ from typing import Any
 
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.text_io import Columns, Row, TextFormat, read_rows
+from fpabee.runtime.text_io.parquet_process import end_of
 from fpabee.runtime.text_io.rows import class_name
 
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
+# Errors that are raised are left to be raised again by the caller's own call.
+_PREPARE = """
+import json, sys
+sys.path[:] = sys.argv[2:]
+from datasets import load_dataset
+given = json.loads(sys.argv[1])
+try:
+    load_dataset(*given["names"], split=given["split"])
+except Exception:
+    sys.exit(1)
+"""
 _PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
 
 
@@ -97,10 +111,27 @@ def _load(source: str) -> Any:
     try:
         if not all((*parts, split)):
             raise ValueError("a name or the split is empty")
-        return load_dataset("/".join(parts[:2]), *parts[2:], split=split)
+        names = ["/".join(parts[:2]), *parts[2:]]
+        _prepare(source, names, split)
+        return load_dataset(*names, split=split)
     # The last where a data set is a script, which is not run.
     except (OSError, ValueError, TypeError, DatasetsError, RuntimeError) as error:
         raise InputError(
             f"{source} cannot be loaded: {' '.join(str(error).split())}",
             "give a file, or OWNER/NAME[/CONFIG]:SPLIT of a data set that is on the hub",
         ) from error
+
+
+def _prepare(source: str, names: Sequence[str], split: str) -> None:
+    """Convert the files of a data set in a child process, on which a damaged one may abort.
+
+    The library keeps what it converts, so that afterwards only its own files are read.
+    """
+    given = json.dumps({"names": names, "split": split})
+    command = [sys.executable, "-c", _PREPARE, given, *sys.path]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if code < 0:
+        raise InputError(
+            f"{source} cannot be loaded: the reader crashed ({end_of(code)})",
+            "load it again without the files that are kept of it, or give a file",
+        )

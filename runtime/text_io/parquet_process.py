@@ -90,7 +90,7 @@ def isolated_parquet_rows(
                     raise RuntimeError(f"the reader of {path} failed:\n{message.bug}")
                 if message.is_last:
                     return
-            name = _end_of(process.wait())
+            name = end_of(process.wait())
             raise InputError(
                 f"{path} cannot be read as Parquet: the reader crashed ({name})",
                 _HINTS.get(name, _CRASHED),
@@ -136,7 +136,8 @@ def _row(item: _Good | _Bad, path: Path) -> Row | RowError:
     return Row(item.text, item.text_pair, item.labels, item.fields, item.line, where)
 
 
-def _end_of(code: int) -> str:
+def end_of(code: int) -> str:
+    """How a process ended, by its return code: the name of a signal, or the code."""
     try:
         return signal.Signals(-code).name
     except ValueError:

@@ -91,7 +91,14 @@ class Inputs:
         self._columns = columns or Columns()
         if self._sources.count(STANDARD_INPUT) > 1:
             raise InputError("standard input is given twice", "give - once")
-        self._formats = [_format_of(source, text_format) for source in self._sources]
+        try:
+            said = None if text_format is None else TextFormat(text_format)
+        except ValueError as error:
+            raise InputError(
+                f"text_format is {text_format!r}",
+                f"give a TextFormat: {', '.join(known.value for known in TextFormat)}",
+            ) from error
+        self._formats = [_format_of(source, said) for source in self._sources]
         self._sizes = [_size(source) for source in self._sources]
         self._at = 0  # the source that is being read
         self._raw: IO[bytes] | None = None

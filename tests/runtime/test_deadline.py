@@ -6,13 +6,23 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpabee.runtime import Budget, Engine, Entropy, ExitRule, FPabee, InputError, RuleError
+from fpabee.runtime import (
+    Budget,
+    Engine,
+    Entropy,
+    ExitRule,
+    FPabee,
+    FpabeeError,
+    InputError,
+    RuleError,
+)
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.backends.base import Limits
 from fpabee.runtime.deadline import Cap, SegmentTimes
@@ -162,17 +172,28 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
     ("options", "error", "says"),
     [
         ({"max_exit": 0}, RuleError, "max_exit is 0"),
-        ({"max_exit": 1.5}, RuleError, r"max_exit is 1\.5"),
+        ({"max_exit": 1.5}, RuleError, "max_exit is 1.5"),
         ({"max_exit": 4}, RuleError, "the model has 3 exits"),
+        ({"max_exit": "3"}, RuleError, "max_exit is '3'"),
         ({"deadline_ms": math.nan}, InputError, "deadline_ms is nan"),
+        ({"deadline_ms": "5"}, InputError, "deadline_ms is '5' -> give milliseconds as a number"),
+        ({"deadline_ms": True}, InputError, "deadline_ms is True"),
     ],
 )
 def test_what_is_refused(
-    engine: Engine, options: dict[str, float], error: type[Exception], says: str
+    engine: Engine, options: dict[str, float], error: type[FpabeeError], says: str
 ) -> None:
     call: Callable[..., object] = engine.predict
-    with pytest.raises(error, match=says):
+    with pytest.raises(error) as caught:
         call(["rain"], **options)
+    assert says in str(caught.value)
+    with pytest.raises(error):
+        list(engine.stream(["rain"], **options))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
+    given: dict[str, Any] = {"max_exit": np.int64(1), "deadline_ms": np.float32(1000)}
+    assert engine.predict(["rain"], **given)[0].exit == 1
 
 
 def test_no_texts(engine: Engine) -> None:

@@ -71,9 +71,9 @@ def test_a_shorter_limit_can_be_asked_but_not_a_longer(engines: Mapping[str, Pat
     assert len(encoder_of(engines["bert"], 1000).encode(text)[0]) == 64
 
 
-@pytest.mark.parametrize("limit", [1, 0, -1])
+@pytest.mark.parametrize("limit", [1, 0, -1, "5", 5.5])
 def test_a_limit_without_room_for_a_token_is_refused(
-    engines: Mapping[str, Path], limit: int
+    engines: Mapping[str, Path], limit: Any
 ) -> None:
     with pytest.raises(FpabeeError, match="max_length"):
         encoder_of(engines["bert"], limit)

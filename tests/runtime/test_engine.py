@@ -541,9 +541,28 @@ def test_a_backend_of_a_newer_version_is_refused(engine_copy: Callable[..., Path
         Engine.load(folder)
 
 
-def test_threads_must_be_positive(engines: Mapping[str, Path]) -> None:
-    with pytest.raises(BackendError, match="threads is 0"):
-        Engine.load(engines["bert"], threads=0)
+@pytest.mark.parametrize("threads", [0, 1025, "2", 1.5, True])
+def test_threads_must_be_a_whole_number(engines: Mapping[str, Path], threads: Any) -> None:
+    with pytest.raises(BackendError, match=f"threads is {threads!r} -> .* from 1 to 1024"):
+        Engine.load(engines["bert"], threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "says"),
+    [
+        ("warm_up", {"rows": "2"}, "rows is '2' -> give a whole number from 1"),
+        ("warm_up", {"tokens": "5"}, "tokens is '5'"),
+        ("warm_up", {"tokens": 0}, "tokens is 0"),
+        ("time_segments", {"rows": 1.5, "tokens": 8}, "rows is 1.5"),
+        ("time_segments", {"rows": 1, "tokens": None}, "tokens is None"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers(
+    bert: Engine, method: str, given: dict[str, object], says: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        getattr(bert, method)(**given)
+    assert says in str(caught.value)
 
 
 def test_a_shorter_max_length_truncates(engines: Mapping[str, Path], bert: Engine) -> None:

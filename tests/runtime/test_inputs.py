@@ -8,6 +8,7 @@ import io
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,16 @@ def test_a_pipe_is_read_but_its_end_is_not_known(tmp_path: Path) -> None:
     assert found(inputs) == ["one"]
     writer.join()
     assert inputs.share is None
+
+
+def test_a_format_may_be_given_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("text,id\none,1\n")
+    given: Any = "csv"
+    assert [row.text for row in read_rows(path, given)] == ["one"]
+    given = "xlsx"
+    with pytest.raises(InputError, match=r"text_format is 'xlsx' -> .* csv"):
+        list(read_rows(path, given))
 
 
 def test_read_rows_stops_at_a_bad_row(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def replace_reader(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 def test_a_file_on_which_pyarrow_aborts_is_refused(bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     path.write_bytes(ABORTS)
-    command = [*COMMAND, bert, "--input", path, "--quiet"]
+    command = [*COMMAND, str(bert), str(path), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {path} cannot be read as Parquet: ")

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.text_io import Columns, Row, TextFormat
@@ -38,6 +39,8 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # For the child process that reads the files.
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return store
 
 
@@ -149,6 +152,7 @@ def test_a_hub_that_cannot_be_reached(rows: ModuleType, monkeypatch: pytest.Monk
         raise ConnectionError("Couldn't reach\n'owner/none' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
+    monkeypatch.setattr(rows, "_PREPARE", "raise SystemExit(1)")
     with pytest.raises(InputError, match="cannot be loaded: Couldn't reach 'owner/none' on"):
         rows.load_rows("owner/none:train")
 
@@ -201,3 +205,25 @@ def test_a_data_set_is_read_in_no_format(
 def test_a_number_of_no_class_is_a_label(rows: ModuleType, stored: Callable[..., str]) -> None:
     found = rows.load_rows(stored({"text": ["a", "b"], "label": [1, -1]}))
     assert [row.labels for row in found] == [("1",), ("-1",)]
+
+
+def test_a_data_set_on_which_the_library_aborts(
+    rows: ModuleType, stored: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = stored(PAIRS)
+    (tmp_path / "datasets.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=rf"{name} cannot be loaded: .* crashed \(SIGABRT\)"):
+        rows.load_rows(name)
+
+
+def test_the_files_of_a_data_set_are_read_by_a_child(
+    rows: ModuleType, stored: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = stored(PAIRS)
+
+    def aborts(*_: object, **__: object) -> None:
+        raise AssertionError("read in this process")
+
+    monkeypatch.setattr(Parquet, "_generate_tables", aborts)
+    assert len(rows.load_rows(name, labelled=False)) == 2
