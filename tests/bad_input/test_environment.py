@@ -196,7 +196,7 @@ PACKAGES = [
          ("tensorrt_rtx is not installed", "pip install 'fpabee[tensorrt-rtx]'"), "export"),
 ]  # fmt: skip
 
-MOST = ("give 1 to 1024",)
+MOST = ("give a whole number from 1 to 1024",)
 SETTINGS = [
     Case("10^9 threads", with_options("--threads", 10**9), ("threads is 1000000000", *MOST)),
     Case("10^30 threads", bench("--threads", 10**30), MOST, "bench"),
@@ -262,7 +262,7 @@ USAGE = [
     ("run", with_options("--resume", "--output", "/dev/null"), "--resume goes on with a file"),
     ("run", with_options("--on-error", "ignore"), "'ignore'"),
     ("run", with_options("--verbose"), "--verbose"),
-    ("run", with_options("another"), "another"),
+    ("run", with_options("--unbuffered", "--resume"), "which --unbuffered does not write"),
     ("inspect", lambda p: [], "give an engines folder, or --env"),
     ("inspect", lambda p: ["--check", "--env"], "give an engines folder"),
     ("inspect", lambda p: ["a", "b"], "unexpected extra argument"),

@@ -300,7 +300,7 @@ FILES = [
 
 USAGE = [
     Case("an unknown format", given("in.txt", "a\n", "--input-format", "xml"), ("'xml'",), code=2),
-    Case("no input", lambda p: [p.shared_engines()], ("Missing option '--input'",), code=2),
+    Case("no input", lambda p: [p.shared_engines()], ("there is nothing to classify",), code=2),
     Case("a column for two", table("text\na\n", "--label-column", "text"), ("its own",), code=2),
 ]
 
