@@ -137,10 +137,10 @@ def test_a_defect_is_found(
 
 
 @pytest.mark.parametrize(
-    ("code", "found"),
+    ("code", "bounds", "found"),
     [
-        ("bytearray(b'x') * ({peak} + 2**26)", "more than 32 MiB"),
-        ("import time\nwhile time.process_time() < 1: pass", "more than 0.5 s"),
+        ("bytearray(b'x') * ({peak} + 2**26)", {"mebibytes": 32.0}, "more than 32 MiB"),
+        ("import time\nwhile time.process_time() < 1: pass", {"seconds": 0.5}, "more than 0.5 s"),
     ],
     ids=["large", "slow"],
 )
@@ -149,6 +149,7 @@ def test_a_child_process_counts(
     load_script: Callable[[str], ModuleType],
     tmp_path: Path,
     code: str,
+    bounds: dict[str, float],
     found: str,
 ) -> None:
     path = tmp_path / "input.x"
@@ -159,7 +160,7 @@ def test_a_child_process_counts(
             subprocess.run([sys.executable, "-c", code.format(peak=peak)], check=True)
 
     target = load_script("fuzz_targets").Target("x", (b"good",), lambda data, _: data, path, read)
-    reads = judge.Judge(job(judge, tmp_path, seconds=0.5, mebibytes=32.0), target)
+    reads = judge.Judge(job(judge, tmp_path, **bounds), target)
     reads(b"good")
     assert reads.report.finds == []
     reads(b"bad")
