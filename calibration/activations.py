@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.encoding import EncodedRow
-from ..runtime.engines_folder import verified
+from ..runtime.engines_folder import verified_graph
 from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TokenizerSpec
 
 Feed = dict[str, NDArray[Any]]
@@ -70,7 +70,7 @@ def graph_inputs(
     for name in [call for segment in manifest.segments for call in segment.calls]:
         graph = manifest.graphs[name]
         if name not in sessions:
-            path = str(verified(folder, graph.file, graph.sha256))
+            path = str(verified_graph(folder, graph.file, graph.sha256))
             sessions = {
                 name: ort.InferenceSession(
                     path, session_options(), providers=["CPUExecutionProvider"]

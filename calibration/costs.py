@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..runtime.distributions import Array
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import verified
+from ..runtime.engines_folder import verified_graph
 from ..runtime.exit_rules import Budget, ExitRule
 from ..runtime.manifest import Manifest
 
@@ -138,7 +138,7 @@ def _profile(folder: Path, manifest: Manifest, name: str, tokens: int) -> tuple[
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(place) / "profile")
         session = ort.InferenceSession(
-            str(verified(folder, graph.file, graph.sha256)),
+            str(verified_graph(folder, graph.file, graph.sha256)),
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=DISABLED_OPTIMIZERS,

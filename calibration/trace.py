@@ -86,8 +86,8 @@ def trace_rows(
         progress: called with (what, done, total).
 
     Raises:
-        InputError: a row has no label, or one that the model does not know; or the model
-            gives logits that are not numbers.
+        InputError: a row has no label, or one that the model does not know.
+        BackendError: the target gives logits that are not finite numbers.
         ArtifactError: the folder cannot be written.
     """
     manifest, task = engine.manifest, engine.manifest.task
@@ -154,12 +154,6 @@ def _run(
         parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
     progress("trace", len(rows), len(rows))
     logits = np.concatenate([part.logits for part in parts], axis=1)
-    bad = ~np.isfinite(logits).all(axis=(0, 2))
-    if bad.any():
-        raise InputError(
-            f"the model gives logits that are not numbers for {rows[int(bad.argmax())].place}",
-            "check the target with fpabee-inspect, or choose another --target",
-        )
     return logits, np.concatenate([part.lengths for part in parts])
 
 

@@ -29,6 +29,7 @@ from ..runtime.errors import ModelError
 from ..runtime.exit_rules import Budget, ExitRule
 from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
 from .merge import merge_chain
+from .onnx_file import serialized
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"
@@ -134,7 +135,7 @@ class _Runner:
         self.limits = engine.limits
         proto = merge_chain(folder, engine.manifest)
         self._full = ort.InferenceSession(
-            proto.SerializeToString(),
+            serialized(proto, "the full graph, all segments in one,"),
             session_options(options.threads),
             providers=["CPUExecutionProvider"],
         )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..calibration.activations import padded_inputs
 from ..runtime.agreement import Agreement, agree
 from ..runtime.encoding import EncodedRow, Text, TextEncoder
-from ..runtime.engines_folder import sha256_of, verified
+from ..runtime.engines_folder import sha256_of, verified_graph
 from ..runtime.errors import VerificationError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import LOGITS, NEXT, Graph, Manifest, TensorSpec
@@ -95,7 +95,7 @@ def add_half(
     import onnx
 
     protos = {
-        name: onnx.load(verified(folder, graph.file, graph.sha256))
+        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
         for name, graph in manifest.graphs.items()
     }
     known, logits = read_reference(folder, manifest)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..calibration.activations import Feed, graph_inputs
 from ..runtime.encoding import Text, TextEncoder
-from ..runtime.engines_folder import verified
+from ..runtime.engines_folder import verified_graph
 from ..runtime.errors import InputError, VerificationError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.manifest import Manifest
@@ -69,7 +69,7 @@ def add_int8(
     quantized: dict[str, Any] = {}
     for number, (name, graph) in enumerate(manifest.graphs.items()):
         progress(f"int8 {name}", number, len(manifest.graphs))
-        path = verified(folder, graph.file, graph.sha256)
+        path = verified_graph(folder, graph.file, graph.sha256)
         quantized[name] = _quantize(name, path, feeds.pop(name))
     plans = {name: plan(proto) for name, proto in quantized.items()}
     chain = Emulation(folder, manifest, quantized, Half.FP16, progress)
@@ -105,7 +105,7 @@ def _fp32_chain(folder: Path, manifest: Manifest, progress: Progress) -> Emulati
     import onnx
 
     protos = {
-        name: onnx.load(verified(folder, graph.file, graph.sha256))
+        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
         for name, graph in manifest.graphs.items()
     }
     return Emulation(folder, manifest, protos, Half.FP16, progress)

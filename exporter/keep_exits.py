@@ -18,11 +18,12 @@ import msgspec
 
 from .. import __version__
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import sha256_of, verified, write_manifest
+from ..runtime.engines_folder import sha256_of, verified, verified_graph, write_manifest
 from ..runtime.errors import ModelError
 from ..runtime.manifest import LOGITS, NEXT, REFERENCE_NAME, Graph, Manifest, Segment, TensorSpec
 from ..runtime.reference import read_reference, write_reference
 from .merge import merge_graphs
+from .onnx_file import serialized
 from .parity import FP32_TARGET, Parity, check_chain, with_parity
 
 
@@ -162,10 +163,11 @@ def _write_graphs(
             continue
         (name,) = part.segment.calls
         path = place / f"{name}.onnx"
-        protos = [(n, onnx.load(verified(source, old[n].file, old[n].sha256))) for n in part.merged]
+        protos = [
+            (n, onnx.load(verified_graph(source, old[n].file, old[n].sha256))) for n in part.merged
+        ]
         proto = merge_graphs(protos, part.outputs)
-        onnx.checker.check_model(proto)
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(serialized(proto, path.name))
         specs = {s.name: s for n in part.merged for s in (*old[n].inputs, *old[n].outputs)}
         graphs[name] = Graph(
             file=path.relative_to(folder).as_posix(),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.engines_folder import verified
+from ..runtime.engines_folder import verified_graph
 from ..runtime.manifest import LOGITS, NEXT, Manifest
 
 
@@ -25,7 +25,7 @@ def merge_chain(folder: Path, manifest: Manifest) -> Any:
     import onnx
 
     parts = {
-        name: onnx.load(verified(folder, graph.file, graph.sha256))
+        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
         for name, graph in manifest.graphs.items()
     }
     calls = [name for segment in manifest.segments for name in segment.calls]

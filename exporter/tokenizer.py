@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..runtime.charsmap import replacements
+from ..runtime.encoding import tokenizer_errors
 from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
 from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec
+from ..runtime.protobuf import fields
+from ..runtime.tokenizer_content import check_tokenizer
 from .multi_exit import MultiExitModel
-from .weights import first_line
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
+_CONFIG = "tokenizer_config.json"
+_HINT = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
+# Fields of SentencePiece's model: ModelProto.normalizer_spec.precompiled_charsmap.
+_NORMALIZER_SPEC, _CHARSMAP = 3, 2
 
 
 def save_tokenizer(
@@ -46,7 +54,9 @@ def save_tokenizer(
         )
     path = folder / TOKENIZER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(path), pretty=False)
+    with _model_errors(source):
+        tokenizer.backend_tokenizer.save(str(path), pretty=False)
+        check_tokenizer(path)
     pad = tokenizer.pad_token_id
     return TokenizerSpec(
         file=TOKENIZER_NAME,
@@ -68,23 +78,38 @@ def _own_limit(source: Path, said: Any, model: MultiExitModel, special: int) -> 
     return min(positions, int(said)) if said < _NO_LIMIT else positions
 
 
+def _model_errors(source: Path) -> AbstractContextManager[None]:
+    return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _HINT)
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """Refuse a model whose table of replacements is damaged; a file of another kind passes.
+
+    Raises:
+        ValueError: it is.
+    """
+    for number, _, spec in fields(memoryview(path.read_bytes())):
+        if number == _NORMALIZER_SPEC and isinstance(spec, memoryview):
+            for name, _, charsmap in fields(spec):
+                if name == _CHARSMAP and isinstance(charsmap, memoryview) and len(charsmap):
+                    replacements(bytes(charsmap))
+
+
 def _load(source: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with _model_errors(source):
+        for path in sorted(source.glob("tokenizer*.json")):
+            if path.name != _CONFIG:
+                check_tokenizer(path)
+        for path in sorted(source.glob("*.model")):
+            _check_sentencepiece(path)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    # The libraries raise almost anything, the bare Exception too.
-    except Exception as error:
-        raise ModelError(
-            f"{source} has no tokenizer that can be read: {first_line(error)}",
-            "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
-        ) from error
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     # Without any, transformers makes an empty tokenizer that knows no word.
     if not any((source / name).is_file() for name in files):
         raise ModelError(
-            f"{source} has no tokenizer: none of {', '.join(sorted(files))} is there",
-            "copy tokenizer.json (or vocab.txt, spiece.model) and tokenizer_config.json into it",
+            f"{source} has no tokenizer: none of {', '.join(sorted(files))} is there", _HINT
         )
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from .arguments import whole_number
 from .engines_folder import verified
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, FpabeeError, InputError
 from .manifest import ATTENTION_BIAS, TokenizerSpec
+from .tokenizer_content import check_tokenizer
 
 # Texts that are tokenized in one call, so that memory stays flat on long lines too.
 _CHUNK_TEXTS = 256
@@ -65,13 +66,14 @@ class TextEncoder:
         max_length: a shorter limit than the spec's, in tokens.
 
     Raises:
-        ArtifactError: the tokenizer is missing or damaged.
+        ArtifactError: the tokenizer is missing or damaged, or makes far more of a text than it is.
         InputError: `max_length` is no whole number, or leaves no room for text.
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
         self._path = verified(folder, spec.file, spec.sha256)
-        with _our_errors(f"{self._path} is not a tokenizer"):
+        with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
+            check_tokenizer(self._path)
             self._tokenizer = Tokenizer.from_file(str(self._path))
             self._tokenizer.no_padding()
             special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
@@ -84,7 +86,7 @@ class TextEncoder:
                 f"max_length {limit} leaves no room for text beside {special} special tokens",
                 f"give {special + 1} to {spec.max_length} tokens",
             )
-        with _our_errors(f"{self._path} cannot truncate"):
+        with tokenizer_errors(f"{self._path} cannot truncate"):
             self._tokenizer.enable_truncation(limit)
         self._limit = limit
 
@@ -98,7 +100,7 @@ class TextEncoder:
         """
         for number, text in enumerate(texts, start=1):
             _check(text, number)
-        with _our_errors(f"{self._path} fails on a text"):
+        with tokenizer_errors(f"{self._path} fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts))
         longest = max((len(encoding) for encoding in encodings), default=0)
         if longest > self._limit:  # its template puts more than once what was truncated
@@ -125,18 +127,26 @@ class TextEncoder:
 
 
 @contextmanager
-def _our_errors(what: str) -> Iterator[None]:
-    """Turn what the library raises on a bad tokenizer.json into our error."""
+def tokenizer_errors(
+    what: str,
+    kind: type[FpabeeError] = ArtifactError,
+    hint: str = "export the model again with fpabee-export",
+) -> Iterator[None]:
+    """Turn what the library, or the check before it, raises on a bad tokenizer into our error.
+
+    Args:
+        what: what failed.
+        kind: of our error.
+        hint: of our error.
+    """
     try:
         yield
     # The bare Exception, or for a panic of its Rust code one that is not even that.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())
-        raise ArtifactError(
-            f"{what}: {reason}", "export the model again with fpabee-export"
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise kind(f"{what}: {reason}", hint) from error
 
 
 def _check(text: object, number: int) -> None:

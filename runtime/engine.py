@@ -17,7 +17,7 @@ from .backends.base import Backend, Limits
 from .batching import CostCurve, cut_groups
 from .deadline import Cap, SegmentTimes, cut_rows
 from .decider import Decider
-from .distributions import Array, Outputs
+from .distributions import Outputs
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .engines_folder import read_manifest
 from .errors import BackendError, InputError, RuleError
@@ -215,7 +215,7 @@ class Engine:
             InputError: something is neither a text nor a pair, or the deadline is no number.
             RuleError: the rule or `max_exit` does not fit the model.
             BackendError: the engine is closed, a row is longer than the target takes, or the target
-                gives scores that are not numbers.
+                gives logits that are not finite numbers at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         if deadline_ms is None:
@@ -339,7 +339,8 @@ class Engine:
 
         Raises:
             RuleError: the rule does not fit the model.
-            BackendError: the engine is closed, or a row is longer than the target takes.
+            BackendError: the engine is closed, a row is longer than the target takes, or the target
+                gives logits that are not finite numbers at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         chain = self._chain()
@@ -424,6 +425,7 @@ class Engine:
                 self._limits,
                 len(self._manifest.segments),
                 len(self.labels),
+                self._target,
             )
             self._local.chain = chain
         return chain
@@ -460,7 +462,6 @@ class Engine:
         """Run a window of rows and count them."""
         result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
         outputs = self._outputs(result)
-        self._check_numbers(outputs.probabilities, result)
         cut = np.zeros(len(rows), np.bool_)
         if cap is not None:
             cut = cut_rows(self._decider(rule), result.exits, result.logits, cap)
@@ -482,16 +483,6 @@ class Engine:
                 truncated=row.truncated,
                 cut=bool(cut[number]),
                 late=late,
-            )
-
-    def _check_numbers(self, probabilities: Array, result: WindowResult) -> None:
-        """Refuse answers made of NaN: they would name a label all the same."""
-        bad = ~np.isfinite(probabilities).all(axis=-1)
-        if bad.any():
-            raise BackendError(
-                f"target {self.target} gives scores that are not numbers at exit "
-                f"{result.exits[int(bad.argmax())]}",
-                f"see what it is: fpabee-inspect {self._folder} --check, or choose another target",
             )
 
 

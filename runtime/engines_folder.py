@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from .errors import ArtifactError
+from .graph_content import check_graph
 from .graphs import chain_problem
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
@@ -168,6 +169,17 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
             f"{path} is damaged: sha256 {found[:12]}..., expected {sha256[:12]}...",
             "copy the engines folder again, or export again with fpabee-export",
         )
+    return path
+
+
+def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
+    """The path of an ONNX graph, as `verified`, that holds nothing the exporter does not write.
+
+    Raises:
+        ArtifactError: as `verified`, or its content is refused, see `graph_content`.
+    """
+    path = verified(folder, relative, sha256)
+    check_graph(path)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,11 +78,20 @@ class _Group(Generic[H]):
         return self.rows if self.keep is None else self.rows[self.keep]
 
 
+def not_finite(target: str, exit_number: int) -> BackendError:
+    """Logits that are NaN or infinite: they would name a label, or decide an exit, all the same."""
+    return BackendError(
+        f"target {target} gives logits that are not finite numbers at exit {exit_number}",
+        "see what it is: fpabee-inspect ENGINES --check, or choose another --target",
+    )
+
+
 class _Seen:
     """What the exits of a window have said so far."""
 
-    def __init__(self, exits: int, rows: int, labels: int) -> None:
+    def __init__(self, exits: int, rows: int, labels: int, target: str) -> None:
         self.wasted = 0
+        self._target = target
         self._exits = np.zeros(rows, np.int64)
         self._logits: list[tuple[int, RowNumbers, Array]] = []
         self._shape = (exits, rows, labels)
@@ -95,6 +105,8 @@ class _Seen:
         logits: Array,
     ) -> NDArray[np.bool_] | None:
         """Note an exit of some rows; returns which of them stop, None if none does."""
+        if not np.isfinite(logits).all():
+            raise not_finite(self._target, segment + 1)
         self._logits.append((segment, rows, logits))
         stops, _ = decider.decide(segment + 1, progress, logits)
         if stops is not None:
@@ -117,13 +129,17 @@ class Chain(Generic[H]):
         limits: the shapes it takes.
         segments: number of segments.
         labels: number of labels.
+        target: the target's name, for messages.
     """
 
-    def __init__(self, execution: Execution[H], limits: Limits, segments: int, labels: int) -> None:
+    def __init__(
+        self, execution: Execution[H], limits: Limits, segments: int, labels: int, target: str
+    ) -> None:
         self._execution = execution
         self._limits = limits
         self._segments = segments
         self._labels = labels
+        self._target = target
 
     def run(
         self, rows: Sequence[EncodedRow], decider: Decider, cost: CostCurve | None
@@ -135,6 +151,10 @@ class Chain(Generic[H]):
             decider: the rule, fresh for these rows.
             cost: when given, undecided rows of several groups are joined where it says
                 that this pays.
+
+        Raises:
+            BackendError: a row is longer than the target takes, or its logits at an exit that it
+                reached are not finite.
         """
         if len(rows) == 1:
             return self._run_one(rows[0], OneRow(decider))
@@ -143,7 +163,7 @@ class Chain(Generic[H]):
             self._begin(rows, numbers, lengths, decider)
             for numbers in cut_groups(lengths, self._limits)
         ]
-        seen = _Seen(self._segments, len(rows), self._labels)
+        seen = _Seen(self._segments, len(rows), self._labels, self._target)
         if self._execution.lookahead and len(groups) == 1:
             self._run_ahead(groups[0], lengths, decider, seen)
         else:
@@ -220,6 +240,8 @@ class Chain(Generic[H]):
             if execution.lookahead and segment < self._segments:
                 hidden, ahead = execution.enqueue(segment, hidden)
             history.append(pending.result()[LOGITS][0].tolist())
+            if not all(map(math.isfinite, history[-1])):
+                raise not_finite(self._target, segment)
             if one.stops(history[-1]):
                 wasted = int(ahead is not pending)
                 break

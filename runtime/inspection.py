@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from .engine import Engine
-from .engines_folder import resolve, verified
+from .engines_folder import resolve, verified, verified_graph
 from .errors import ArtifactError, BackendError, FpabeeError
 from .manifest import Manifest, Target
 from .parity import check_parity
@@ -108,7 +108,7 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
     damaged = []
     for file, sha256 in records:
         try:
-            verified(folder, file, sha256)
+            (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
         except ArtifactError as error:
             damaged.append(error.message)
     parity, refused = {}, {}

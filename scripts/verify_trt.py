@@ -21,7 +21,7 @@ from fpabee.calibration.activations import graph_inputs
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.backends.tensorrt import check_target
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.engines_folder import read_manifest, verified
+from fpabee.runtime.engines_folder import read_manifest, verified, verified_graph
 from fpabee.runtime.reference import read_reference
 
 LENGTH = 32
@@ -45,7 +45,7 @@ def compare(folder: Path, target_name: str, rows: int) -> bool:
     passed = True
     for name, graph in manifest.graphs.items():
         low = {spec.name: spec.dtype for spec in manifest.graphs_in(target.precision)[name].inputs}
-        fp32 = verified(folder, graph.file, graph.sha256)
+        fp32 = verified_graph(folder, graph.file, graph.sha256)
         session = InferenceSession(str(fp32), providers=["CPUExecutionProvider"])
         outputs = [spec.name for spec in graph.outputs]
         expected = dict(zip(outputs, session.run(outputs, feeds[name][0]), strict=True))

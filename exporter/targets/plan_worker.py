@@ -79,7 +79,6 @@ def build_plan(request: PlanRequest) -> PlanResult:
     builder = trt.Builder(log)
     network = builder.create_network(_creation_flags(trt))
     parser = trt.OnnxParser(network, log)
-    # From the file, so that external data beside it is found.
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")

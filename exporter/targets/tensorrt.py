@@ -18,7 +18,7 @@ import msgspec
 
 from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, build_command, library_version
-from ...runtime.engines_folder import read_regular, sha256_of, verified
+from ...runtime.engines_folder import read_regular, sha256_of, verified_graph
 from ...runtime.errors import BackendError, MissingExtraError
 from ...runtime.manifest import BuiltFile, Graph, Manifest, Target
 from ...runtime.shown import Progress
@@ -115,7 +115,7 @@ def build_target(
     def build(item: tuple[str, Graph]) -> str:
         nonlocal done
         graph_name, graph = item
-        onnx = verified(folder, graph.file, graph.sha256)
+        onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
         result = _run_worker(_request(backend, onnx, plan, graph, options, home))
         if result.error:

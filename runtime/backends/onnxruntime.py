@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encoding import EncodedRow
-from ..engines_folder import resolve, verified
+from ..engines_folder import resolve, verified_graph
 from ..errors import ArtifactError, BackendError
 from ..manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, Target, TensorSpec
 from .base import Bucket, Limits, Rows
@@ -203,7 +203,7 @@ class OnnxRuntimeBackend:
     def _load(self, name: str) -> Any:
         import onnxruntime as ort
 
-        path = verified(self._folder, *self._file(name))
+        path = verified_graph(self._folder, *self._file(name))
         options = session_options(self._threads)
         try:
             session = ort.InferenceSession(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines_folder import resolve, verified
+from ..engines_folder import resolve, verified_graph
 from ..errors import ArtifactError, BackendError
 from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from .base import Bucket, Limits
@@ -166,7 +166,7 @@ class OnnxRuntimeCudaBackend:
 
     def _load(self, name: str) -> Any:
         graph = self._graphs[name]
-        path = verified(self._folder, graph.file, graph.sha256)
+        path = verified_graph(self._folder, graph.file, graph.sha256)
         try:
             session = create_session(path, self._stream, _NO_FALLBACK)
         except ort_errors() as error:

@@ -140,8 +140,8 @@ ROWS = [
     Case("test rows of other labels", held_out(rows(label="a")), ("test.jsonl, line 1 has",)),
     Case("no test rows", held_out([]), ("test.jsonl has no rows",)),
     Case("test rows that are those that choose", held_out(rows()), ("those that choose", "--test")),
-    Case("a model that gives NaN", not_numbers("nan"), ("not numbers", "dev.jsonl, line 1")),
-    Case("a model that gives infinity", not_numbers("inf"), ("not numbers", "fpabee-inspect")),
+    Case("a model that gives NaN", not_numbers("nan"), ("are not finite numbers at exit 2",)),
+    Case("a model that gives infinity", not_numbers("inf"), ("not finite numbers at exit 2",)),
 ]  # fmt: skip
 
 MORE_LOSS = "give more than 0 and less than 100"

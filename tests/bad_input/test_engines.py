@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME
 
@@ -206,6 +208,50 @@ def larger_vocabulary(folder: Path) -> None:
     corrected(folder, TOKENIZER_NAME)
 
 
+def with_loop(proto: Any) -> None:
+    """2^62 rounds of nothing."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"])],
+        "body",
+        [helper.make_tensor_value_info(n, kind, []) for n, kind in (("i", 7), ("go", 9))],
+        [helper.make_tensor_value_info("go_on", 9, [])],
+    )
+    rounds = helper.make_tensor("rounds", 7, [], [2**62])
+    go = helper.make_tensor("go", 9, [], [True])
+    proto.graph.initializer.extend([rounds, go])
+    proto.graph.node.append(helper.make_node("Loop", ["rounds", "go"], [], body=body))
+
+
+def changed_graph(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Another graph, and its hash corrected."""
+
+    def apply(folder: Path) -> None:
+        proto = onnx.load(folder / file)
+        change(proto)
+        (folder / file).write_bytes(proto.SerializeToString())
+        corrected(folder, file)
+
+    return apply
+
+
+def weights_beside(folder: Path) -> None:
+    """A graph whose weights stand in a file of their own, which no hash covers."""
+    onnx.save(onnx.load(folder / FIRST), folder / FIRST, save_as_external_data=True,
+              location="weights", size_threshold=0)  # fmt: skip
+    corrected(folder, FIRST)
+
+
+def lowered(change: Callable[[Path], object], *options: str) -> Callable[[Place], Arguments]:
+    """What exports another precision of a folder that was changed."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.engines()
+        change(folder)
+        return ["--from", folder, "--quiet", *options]
+
+    return make
+
+
 def hidden(change: Callable[[Any], object]) -> Callable[[Place], Arguments]:
     def find(m: Any) -> None:
         outputs = m["graphs"]["segment_01"]["outputs"]
@@ -384,19 +430,32 @@ FILES = [
          ("segment_02.onnx is damaged", "copy the engines folder again")),
     Case("two segments swapped with hashes corrected", damaged(swapped(True), "--check"),
          ("is another graph than the manifest describes", "export again")),
-    Case("a segment that is no ONNX", rewritten(SECOND, b"hello"), ("cannot load",)),
-    Case("an empty segment", rewritten(SECOND, b""), ("cannot load",)),
+    Case("a segment that is no ONNX", rewritten(SECOND, b"hello"),
+         ("segment_02.onnx is no ONNX graph", "do not use this folder")),
+    Case("an empty segment", rewritten(SECOND, b""),
+         ("segment_02.onnx is no ONNX graph", "export the model again")),
+    Case("a segment with a loop", damaged(changed_graph(SECOND, with_loop)),
+         ("segment_02.onnx has a node with an attribute of type g", "do not use this folder")),
+    Case("a segment with a loop to be lowered", lowered(changed_graph(SECOND, with_loop), "--bf16"),
+         ("segment_02.onnx has a node with an attribute of type g",), command="export"),
+    Case("weights in a file of their own", damaged(weights_beside),
+         ("segment_01.onnx keeps weights in other files", "do not use this folder")),
+    Case("weights in a file of their own to be lowered", lowered(weights_beside, "--bf16"),
+         ("segment_01.onnx keeps weights in other files",), command="export"),
     Case("a segment of another family",
          lambda p: texts(from_another(p, SECOND, p.shared_engines("mpnet")), p),
          ("segment_02.onnx is another graph than the manifest describes",)),
     Case("a segment of another model", damaged(other_weights(True), "--check"),
          ("not the model that was exported", "copy the engines folder again")),
     Case("a last segment of NaN", damaged(not_numbers(THIRD)),
-         ("gives scores that are not numbers at exit 3", "fpabee-inspect")),
+         ("gives logits that are not finite numbers at exit 3", "fpabee-inspect")),
     Case("a segment of NaN", damaged(not_numbers(SECOND), "--rule", "budget", "--exit", 2),
-         ("gives scores that are not numbers at exit 2", "--check")),
+         ("gives logits that are not finite numbers at exit 2", "--check")),
+    Case("a segment of NaN where no row stops",
+         damaged(not_numbers(SECOND), "--rule", "budget", "--exit", 3),
+         ("gives logits that are not finite numbers at exit 2", "--check")),
     Case("a segment of NaN, checked", damaged(not_numbers(SECOND), "--check"),
-         ("is not the model that was exported",)),
+         ("gives logits that are not finite numbers at exit 2",)),
     Case("another reference", lambda p: texts(
         from_another(p, "reference.npz", p.shared_engines("albert")), p, "--check"),
         ("reference.npz holds logits of shape",)),

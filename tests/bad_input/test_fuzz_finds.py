@@ -89,12 +89,21 @@ def changed_tokenizer(place: Place, change: Callable[[Any], object]) -> Path:
     return corrected(folder, TOKENIZER_NAME)
 
 
-def text_many_times(place: Place) -> Arguments:
+def text_many_times(times: int) -> Callable[[Place], Arguments]:
     def repeat(content: Any) -> None:
         template = content["post_processor"]["single"]
-        template += [{"Sequence": {"id": "A", "type_id": 0}}] * 2000
+        template += [{"Sequence": {"id": "A", "type_id": 0}}] * times
 
-    return run(changed_tokenizer(place, repeat), place.texts())
+    return lambda place: run(
+        changed_tokenizer(place, repeat), place.file("in.txt", "the film " * 40)
+    )
+
+
+def growing(place: Place) -> Arguments:
+    """Three normalizers, each of which makes a thousand letters of one."""
+    more = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    bomb = {"type": "Sequence", "normalizers": [more] * 3}
+    return run(changed_tokenizer(place, lambda t: t.update(normalizer=bomb)), place.texts())
 
 
 def table(columns: list[Any], names: list[str]) -> bytes:
@@ -123,8 +132,12 @@ CASES = [
          ("reference.npz cannot be read", "export the model again")),
     Case("a tokenizer without its unknown token", tokenizer_without("model", "vocab", "[UNK]"),
          ("tokenizer.json fails on a text: ", "export the model again")),
-    Case("a tokenizer that gives a text many times", text_many_times,
+    Case("a tokenizer that gives a text four times", text_many_times(3),
          ("tokens, though told to give 64 at most", "export the model again")),
+    Case("a tokenizer that gives a text many times", text_many_times(2000),
+         ("its post-processor makes up to 2e+03 parts of one text", "export the model again")),
+    Case("a tokenizer that grows a text", growing,
+         ("its normalizer and pre-tokenizer make up to 1e+09 bytes of one byte; expected 128",)),
     Case("a Parquet column twice", input_of("in.parquet", table([TEXTS] * 2, ["text", "text"])),
          ('in.parquet names the column "text" twice', "its own name")),
     Case("a date that Python has not", input_of("in.parquet", table([TEXTS, FAR], ["text", "x"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -166,6 +167,28 @@ def linked_to_itself(place: Place) -> Arguments:
     return export(place.shared_model(), place)
 
 
+def normalizer(*parts: object) -> Callable[[Place], Arguments]:
+    """A tokenizer.json with other normalizers."""
+    return tokenizer(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": parts}))
+
+
+def charsmap(content: bytes) -> dict[str, str]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def with_sentencepiece(table: bytes) -> Callable[[Place], Arguments]:
+    """A model of SentencePiece, with a table of replacements."""
+
+    def apply(folder: Path) -> None:
+        no_tokenizer(folder)
+        spec = bytes([0x12, len(table)]) + table
+        (folder / "spiece.model").write_bytes(bytes([0x1A, len(spec)]) + spec)
+
+    return changed(apply)
+
+
+HUGE_TRIE = struct.pack("<I", 2**31) + b"abc"
+GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
 HUGE_TENSOR = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
 BOMB = described(**{"classifiers.0.weight": HUGE_TENSOR})
 
@@ -305,6 +328,24 @@ CASES = [
         "a tokenizer without vocabulary",
         tokenizer(lambda t: t["model"].update(vocab=None)),
         ("has no tokenizer that can be read",),
+    ),
+    Case(
+        "normalizers that grow a text", normalizer(*[GROWS] * 3), ("make up to 1e+09 bytes of one",)
+    ),
+    Case(
+        "a table of replacements larger than its file",
+        normalizer(charsmap(HUGE_TRIE)),
+        ("its charsmap of 7 bytes says that its trie has 2147483648",),
+    ),
+    Case(
+        "an empty table of replacements",
+        normalizer(charsmap(b"")),
+        ("its charsmap of 0 bytes says that its trie has 0",),
+    ),
+    Case(
+        "such a table in a model of SentencePiece",
+        with_sentencepiece(HUGE_TRIE),
+        ("its charsmap of 7 bytes says that its trie has 2147483648",),
     ),
     Case("a limit of no tokens", token_limit(0), ("model_max_length 0", "give --max-length 4 to")),
     Case("a limit of words", token_limit("long"), ("model_max_length 'long'", "--max-length")),

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from onnx import helper
 
 from fpabee.exporter.formats import Half
 from fpabee.exporter.half import add_half
@@ -16,13 +17,14 @@ from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import BackendError, FPabee, MissingExtraError
+from fpabee.runtime import ArtifactError, BackendError, FPabee, MissingExtraError
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.manifest import Manifest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
+UNMADE = helper.make_node("MatMul", ["no", "where"], ["product"])
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6",))
 
 
@@ -52,10 +54,11 @@ def noted_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return built
 
 
-def damage(folder: Path, manifest: Manifest, name: str) -> Manifest:
-    """The manifest with a graph that no parser takes, rightly hashed."""
+def damage(folder: Path, manifest: Manifest, name: str, node: Any = UNMADE) -> Manifest:
+    """The manifest with a graph of one node that no parser takes, rightly hashed."""
     graph = manifest.precisions["fp16"][name]
-    (folder / graph.file).write_bytes(b"no graph")
+    damaged = helper.make_model(helper.make_graph([node], "damaged", [], []))
+    (folder / graph.file).write_bytes(damaged.SerializeToString())
     broken = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
     graphs = {**manifest.precisions["fp16"], name: broken}
     return msgspec.structs.replace(manifest, precisions={"fp16": graphs})
@@ -129,6 +132,18 @@ def test_one_failed_segment_leaves_the_others_for_resume(
     mended, name = build_target(folder, manifest, RTX, "fp16", SMALL, resume=True)
     assert built == ["segment_02"]
     assert mended.targets[name].files.keys() == manifest.graphs.keys()
+
+
+def test_a_graph_with_control_flow_reaches_no_builder(
+    half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = half()
+    body = helper.make_graph([], "body", [], [])
+    loop = helper.make_node("Loop", ["", ""], [], body=body)
+    built = noted_builds(monkeypatch)
+    with pytest.raises(ArtifactError, match=r"segment_01\.onnx has a node .*control flow"):
+        build_target(folder, damage(folder, manifest, "segment_01", loop), RTX, "fp16", SMALL)
+    assert "segment_01" not in built
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fpabee.runtime.backends import tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.engines_folder import write_manifest
 
+from ..bad_input.cases import changed_heads
 from .device_double import Double, install
 from .trt_double import SCRATCH
 
@@ -109,6 +111,26 @@ def test_looking_ahead_counts_what_was_in_vain(
         assert first.exits.tolist() == [1] * len(texts)
     with Engine.load(made.folder) as usual:
         assert usual.run_encoded(rows, Budget(exit=1)).wasted == 0
+
+
+@pytest.mark.parametrize("texts", [["rain"], TEXTS])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_logits_that_are_not_finite_are_refused(
+    value: str,
+    texts: list[str],
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also at an exit where no row stops, and by a trace; on the device and on the CPU."""
+    folder = engine_copy()
+    changed_heads(folder, "onnx/fp32/segment_02.onnx", lambda w: w * 0 + np.float32(value))
+    made = install(monkeypatch, folder)
+    for target in (made.target, None):
+        with Engine.load(made.folder, target=target) as engine:
+            engine.predict(texts, rule=Budget(exit=1))
+            for run in (engine.trace, partial(engine.predict, rule=Budget(exit=3))):
+                with pytest.raises(BackendError, match=r"not finite numbers at exit 2 .*--check"):
+                    run(texts)
 
 
 def test_hidden_states_stay_on_the_device(double: Callable[..., Double]) -> None:

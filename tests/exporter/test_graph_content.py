@@ -1,0 +1,245 @@
+"""Graphs of the exporter pass the check, in every family and precision; nothing else does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from fpabee.calibration.activations import graph_inputs
+from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.formats import Half
+from fpabee.exporter.keep_exits import keep_exits
+from fpabee.exporter.onnx_file import serialized
+from fpabee.exporter.precision import lower, plan
+from fpabee.runtime import graph_content
+from fpabee.runtime.encoding import TextEncoder
+from fpabee.runtime.engines_folder import read_manifest
+from fpabee.runtime.errors import ArtifactError, ModelError
+from fpabee.runtime.graph_content import check_graph
+
+QUANTIZE = """
+import sys
+from fpabee.exporter import int8_worker
+arguments = sys.argv[1:]
+for start in range(0, len(arguments), 3):
+    sys.argv[1:] = arguments[start : start + 3]
+    int8_worker.main()
+"""
+
+
+@pytest.mark.parametrize("family", sorted(_FAMILIES))
+def test_fp32_half_and_kept_exits_pass(
+    family: str, engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = engines[family]
+    manifest = read_manifest(folder)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    merged, _ = keep_exits(folder, manifest, (2, 3), kept)
+    for graph in merged.graphs.values():
+        check_graph(kept / graph.file)
+    for graph in manifest.graphs.values():
+        check_graph(folder / graph.file)
+        proto = onnx.load(folder / graph.file)
+        for half in Half:
+            onnx.save(lower(proto, half, plan(proto)), tmp_path / "half.onnx")
+            check_graph(tmp_path / "half.onnx")
+
+
+def test_int8_passes(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    """The middle segment of every family, quantized in one process: to begin one takes seconds."""
+    arguments: list[str] = []
+    for family in sorted(_FAMILIES):
+        folder = engines[family]
+        manifest = read_manifest(folder)
+        rows = TextEncoder(folder, manifest.tokenizer).encode(["the film is not bad", "rain"])
+        name = manifest.segments[1].calls[0]
+        feed = graph_inputs(folder, manifest, rows)[name][0]
+        arrays: dict[str, Any] = {f"0/{key}": value for key, value in feed.items()}
+        np.savez(tmp_path / f"{family}.npz", **arrays)
+        paths = (folder / manifest.graphs[name].file, tmp_path / f"{family}.npz")
+        arguments += [*map(str, paths), str(tmp_path / f"{family}.onnx")]
+    subprocess.run([sys.executable, "-c", QUANTIZE, *arguments], check=True, capture_output=True)
+    for target in arguments[2::3]:
+        proto = onnx.load(target)
+        assert "QuantizeLinear" in {node.op_type for node in proto.graph.node}
+        onnx.save(lower(proto, Half.FP16, plan(proto)), target)
+        check_graph(Path(target))
+
+
+def test_numbers_of_fields_are_those_of_onnx() -> None:
+    for message, numbers in (
+        (onnx.ModelProto, graph_content.MODEL),
+        (onnx.GraphProto, graph_content.GRAPH),
+        (onnx.NodeProto, graph_content.NODE),
+        (onnx.AttributeProto, graph_content.ATTRIBUTE),
+        (onnx.TensorProto, graph_content.TENSOR),
+        (onnx.OperatorSetIdProto, graph_content.OPSET),
+    ):
+        fields = message.DESCRIPTOR.fields_by_name
+        assert {name: fields[name].number for name in numbers} == numbers
+
+
+def test_operators_exist() -> None:
+    known = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
+    assert known >= graph_content.OPERATORS
+
+
+def small() -> Any:
+    """A model of one node with a tensor in its attribute, and one weight."""
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1], [2.0])
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [2], b"\0" * 8, raw=True)
+    node = helper.make_node("Constant", [], ["out"], value=value)
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1])
+    return helper.make_model(helper.make_graph([node], "small", [], [out], [weight]))
+
+
+def outside(tensor: Any) -> None:
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "weights"
+
+
+def with_graph(name: str, kind: str, many: bool = False) -> Callable[[Any], object]:
+    inner = small().graph
+    return lambda m: m.graph.node.append(
+        helper.make_node(name, [], ["x"], **{kind: [inner] if many else inner})
+    )
+
+
+def sparse(model: Any) -> None:
+    model.graph.sparse_initializer.add().values.CopyFrom(model.graph.initializer[0])
+
+
+def sparse_attribute(model: Any) -> None:
+    attribute = model.graph.node[0].attribute.add(name="sparse_value", type=11)
+    outside(attribute.sparse_tensor.values)
+
+
+REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "loop": (with_graph("Loop", "body"), "attribute of type g.*control flow"),
+    "if": (with_graph("If", "then_branch"), "attribute of type g.*control flow"),
+    "graphs": (with_graph("Identity", "bodies", many=True), "attribute of type graphs"),
+    "scan without a body": (
+        lambda m: m.graph.node.append(helper.make_node("Scan", [], ["x"])),
+        "operator 'Scan'.*pip install -U fpabee",
+    ),
+    "operator of no one": (
+        lambda m: m.graph.node.append(helper.make_node("Sumo", [], ["x"])),
+        "operator 'Sumo', which this fpabee does not know.*please report",
+    ),
+    "node of another domain": (
+        lambda m: m.graph.node.append(helper.make_node("Gelu", [], ["x"], domain="com.microsoft")),
+        "domain 'com.microsoft'",
+    ),
+    "import of another domain": (
+        lambda m: m.opset_import.append(helper.make_opsetid("com.microsoft", 1)),
+        "domain 'com.microsoft'",
+    ),
+    "function": (lambda m: m.functions.add(name="f"), "has functions"),
+    "training": (lambda m: m.training_info.add(), "has training_info"),
+    "sparse weights": (sparse, "has a sparse_initializer"),
+    "sparse attribute": (sparse_attribute, "attribute of type sparse_tensor"),
+    "weights elsewhere": (
+        lambda m: outside(m.graph.initializer[0]),
+        "weights in other files.*export the model again",
+    ),
+    "location alone": (
+        lambda m: setattr(m.graph.initializer[0], "data_location", TensorProto.EXTERNAL),
+        "weights in other files",
+    ),
+    "attribute elsewhere": (
+        lambda m: outside(m.graph.node[0].attribute[0].t),
+        "weights in other files",
+    ),
+    "attributes elsewhere": (
+        lambda m: outside(m.graph.node[0].attribute[0].tensors.add()),
+        "weights in other files",
+    ),
+    "no graph": (lambda m: m.ClearField("graph"), "holds no graph"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_exporter_does_not_write_is_refused(name: str, tmp_path: Path) -> None:
+    change, message = REFUSED[name]
+    model = small()
+    path = tmp_path / "small.onnx"
+    path.write_bytes(model.SerializeToString())
+    check_graph(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=rf"small\.onnx .*{message}"):
+        check_graph(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x3a",  # a graph without its length
+        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",  # a graph of 2^64 bytes
+        b"\x80" * 20,  # a number that does not end
+        b"\x3b\x3c",  # a group
+        b"\x38\x01",  # a graph that is a number
+        b"\x02\x00",  # field 0
+    ],
+)
+def test_bytes_that_are_no_model_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"bad\.onnx is no ONNX graph: .*export the model"):
+        check_graph(path)
+
+
+def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime reads a file named *.ort in another format."""
+    path = tmp_path / "small.ort"
+    path.write_bytes(small().SerializeToString())
+    with pytest.raises(ArtifactError, match="not named as an ONNX graph"):
+        check_graph(path)
+
+
+def looped() -> bytes:
+    model = small()
+    with_graph("Loop", "body")(model)
+    return bytes(model.SerializeToString())
+
+
+@settings(deadline=None, max_examples=200)
+@given(at=st.integers(0, len(looped()) - 1), byte=st.integers(0, 255))
+def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
+    at: int, byte: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A byte is changed: what the check lets pass has no inner graph, as onnx reads it."""
+    content = bytearray(looped())
+    content[at] = byte
+    path = tmp_path_factory.getbasetemp() / "changed.onnx"
+    path.write_bytes(content)
+    try:
+        check_graph(path)
+    except ArtifactError:
+        return
+    nodes = onnx.ModelProto.FromString(bytes(content)).graph.node
+    assert not any(a.HasField("g") or a.graphs for node in nodes for a in node.attribute)
+
+
+def test_a_graph_that_no_file_holds_is_refused() -> None:
+    class TooLarge:
+        """What protobuf raises beyond 2 GiB."""
+
+        def SerializeToString(self, deterministic: bool) -> bytes:  # noqa: N802
+            raise EncodeError("Failed to serialize proto")
+
+    with pytest.raises(ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more exits"):
+        serialized(TooLarge(), "segment_01.onnx")

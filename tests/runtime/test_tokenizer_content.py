@@ -1,0 +1,302 @@
+"""How much a tokenizer may grow a text: the bound holds, and real tokenizers stay far below it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, reject, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Precompiled
+
+from fpabee.runtime import tokenizer_content
+from fpabee.runtime.charsmap import replacements
+from fpabee.runtime.encoding import tokenizer_errors
+from fpabee.runtime.errors import ArtifactError
+from fpabee.runtime.tokenizer_content import MOST_GROWTH, check_tokenizer
+
+Part = dict[str, Any]
+
+NONE: Part = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "u": 1}, "unk_token": "u"},
+}
+
+
+def written(folder: Path, **parts: Any) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(NONE | parts), encoding="utf-8")
+    return path
+
+
+def sequence(*parts: Part, name: str = "normalizers") -> Part:
+    return {"type": "Sequence", name: list(parts)}
+
+
+def replace(pattern: str, content: str, kind: str = "String") -> Part:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def charsmap_of(table: dict[bytes, bytes]) -> bytes:
+    """A table as SentencePiece writes it, its trie laid out without regard to space."""
+    tree: Any = {}
+    texts = b""
+    for key, text in table.items():
+        node = tree
+        for byte in key:
+            node = node.setdefault(byte, {})
+        node[None] = len(texts)
+        texts += text + b"\0"
+    units = [0] * 256
+    waiting = [(tree, 0)]
+    while waiting:
+        node, place = waiting.pop()
+        base = len(units)
+        units += [0] * 256
+        units[place] |= (base ^ place) << 10
+        for byte, child in node.items():
+            if byte is None:
+                units[place] |= 0x100
+                units[base] = 0x80000000 | child
+            else:
+                units[base ^ byte] |= byte
+                waiting.append((child, base ^ byte))
+    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + texts
+
+
+def precompiled(table: dict[bytes, bytes]) -> Part:
+    content = base64.b64encode(charsmap_of(table)).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": content}
+
+
+TABLE = {"ﷺ".encode(): "صلى الله عليه وسلم".encode(), b"\t": b" ", "½".encode(): b"1/2"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+NFKD, LOWER = {"type": "NFKD"}, {"type": "Lowercase"}
+QUOTES = (replace("``", '"'), replace("''", '"'))
+SPACES = replace(" {2,}", " ", "Regex")
+WORDS = sequence({"type": "WhitespaceSplit"}, METASPACE, name="pretokenizers")
+BERT = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": True,
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+# As the published models have them.
+REAL: dict[str, Part] = {
+    "bert, mpnet": {"normalizer": BERT, "pre_tokenizer": {"type": "BertPreTokenizer"}},
+    "roberta": {"pre_tokenizer": BYTES},
+    "modernbert": {"normalizer": {"type": "NFC"}, "pre_tokenizer": BYTES},
+    "xlm-roberta": {"normalizer": precompiled(TABLE), "pre_tokenizer": WORDS},
+    "camembert": {
+        "normalizer": sequence(replace("\n", " "), precompiled(TABLE), SPACES),
+        "pre_tokenizer": WORDS,
+    },
+    "albert": {
+        "normalizer": sequence(
+            *QUOTES, NFKD, {"type": "StripAccents"}, LOWER, precompiled(TABLE), SPACES
+        ),
+        "pre_tokenizer": WORDS,
+    },
+    "deberta-v3": {
+        "normalizer": sequence(
+            {"type": "Strip", "strip_left": False, "strip_right": True},
+            precompiled(TABLE),
+            replace(r"\s{2,}|[\n\r\t]", " ", "Regex"),
+        ),
+        "pre_tokenizer": sequence(METASPACE, name="pretokenizers"),
+    },
+    "llama": {"normalizer": sequence({"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"))},
+}
+
+
+def growth_of(parts: Part) -> float:
+    normalizer = parts.get("normalizer")
+    splitter = parts.get("pre_tokenizer")
+    return tokenizer_content._growth(
+        normalizer, "normalizers", tokenizer_content._NORMALIZERS
+    ) * tokenizer_content._growth(splitter, "pretokenizers", tokenizer_content._SPLITTERS)
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_tokenizers_of_real_models_pass(family: str, tmp_path: Path) -> None:
+    path = written(tmp_path, **REAL[family])
+    check_tokenizer(path)
+    Tokenizer.from_file(str(path))
+    assert growth_of(REAL[family]) * 10 < MOST_GROWTH
+
+
+PATTERNS = st.sampled_from(["a", "aa", "", "é", " "])
+REGEXES = st.sampled_from(["", "a*", "(?=a)", "a+", " {2,}", "[ab]|é", "^", "a|", "a{3}", r"\s+"])
+CONTENTS = st.sampled_from(["", "a", "aé", "   ", "ﷺ", "aaaa"])
+PARTS = st.one_of(
+    st.builds(replace, PATTERNS, CONTENTS),
+    st.builds(replace, REGEXES, CONTENTS, st.just("Regex")),
+    st.builds(lambda text: {"type": "Prepend", "prepend": text}, CONTENTS.filter(bool)),
+    st.sampled_from(
+        [BERT, NFKD, LOWER, {"type": "NFC"}, {"type": "ByteLevel"}, {"type": "Strip"}]
+    ).map(lambda part: part | ({"strip_left": True, "strip_right": True})),
+    st.dictionaries(
+        st.sampled_from([b"a", b"aa", "é".encode(), "ﷺ".encode()]),
+        st.sampled_from([b"", b"a", b"aaa", "ﷺ".encode()]),
+    ).map(precompiled),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(PARTS, max_size=4), st.text("aé ﷺİ東b", min_size=1, max_size=12))
+def test_no_text_grows_beyond_the_bound(parts: list[Part], text: str) -> None:
+    normalizer = sequence(*parts)
+    bound = growth_of({"normalizer": normalizer})
+    assume(bound <= 10_000)
+    tokenizer = Tokenizer.from_str(json.dumps(NONE | {"normalizer": normalizer}))
+    assert tokenizer.normalizer is not None
+    try:
+        with tokenizer_errors("the library"):
+            found = tokenizer.normalizer.normalize_str(text)
+    except ArtifactError:  # a panic: it does not take every sequence of normalizers
+        reject()
+    assert len(found.encode()) <= bound * tokenizer_content._normalized(text)
+
+
+A_THOUSAND = replace("a", "a" * 1000)
+TEMPLATE: Part = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+LONG = {"s": {"id": "s", "ids": [0] * 80, "tokens": ["a"] * 80}}
+TWICE = TEMPLATE | {
+    "single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 2,
+    "special_tokens": LONG,
+}
+A_DOZEN = TEMPLATE | {"single": TEMPLATE["single"] * 12}
+ADDED = {
+    "id": 0,
+    "content": "a" * 5000,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
+
+REFUSED: dict[str, tuple[Part, str]] = {
+    "three times a thousand": ({"normalizer": sequence(*[A_THOUSAND] * 3)}, "up to 1e.09 bytes"),
+    "once two hundred": ({"normalizer": replace("a", "a" * 200)}, "up to 200 bytes of one byte"),
+    "nested": ({"normalizer": sequence(sequence(A_THOUSAND))}, "up to 1e.03"),
+    "between all characters": ({"normalizer": replace("", "a" * 99)}, "up to 199 bytes"),
+    "where nothing is": ({"normalizer": replace("b*", "a" * 99, "Regex")}, "up to 199 bytes"),
+    "prepended": ({"normalizer": {"type": "Prepend", "prepend": "a" * 199}}, "up to 200 bytes"),
+    "by table": ({"normalizer": precompiled({b"a": b"a" * 199})}, "up to 199 bytes"),
+    "bytes as characters again": (
+        {"normalizer": sequence(*[{"type": "ByteLevel"}] * 8)},
+        "up to 256 bytes",
+    ),
+    "before words": (
+        {"pre_tokenizer": sequence(*[BYTES] * 5, name="pretokenizers")},
+        "up to 243 bytes",
+    ),
+    "under another name": (
+        {"pre_tokenizer": {"normalizers": [], **sequence(*[BYTES] * 5, name="pretokenizers")}},
+        "up to 243 bytes",
+    ),
+    "no type": ({"normalizer": {"prepend": "a"}}, "part of type None"),
+    "a list": ({"normalizer": ["a" * 1000]}, "part of type None"),
+    "a type that is not known": ({"normalizer": {"type": "Append"}}, "of type 'Append'; known"),
+    "no content": ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "damaged"),
+    "a template of long tokens": ({"post_processor": TWICE}, "up to 160 parts of one text"),
+    "templates of templates": (
+        {"post_processor": sequence(A_DOZEN, A_DOZEN, name="processors")},
+        "up to 144 parts of one text",
+    ),
+    "an added token": ({"added_tokens": [ADDED]}, "a token of 5000 characters"),
+    "an unknown token": (
+        {"model": NONE["model"] | {"unk_token": "u" * 5000}},
+        "a token of 5000 characters",
+    ),
+    "no base64": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ä"}},
+        "ASCII",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_grows_or_is_damaged_is_refused(name: str, tmp_path: Path) -> None:
+    parts, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(written(tmp_path, **parts))
+
+
+def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+    """The library reads the second type as if none were given, and guesses: it is a Replace."""
+    path = written(tmp_path, normalizer=A_THOUSAND)
+    text = path.read_text().replace('"type": "Replace"', '"type": "NFC", "type": "Replace"')
+    normalizer = Tokenizer.from_str(text).normalizer
+    assert normalizer is not None
+    assert len(normalizer.normalize_str("a")) == 1000
+    path.write_text(text)
+    with pytest.raises(ValueError, match="a name twice"):
+        check_tokenizer(path)
+
+
+TABLES = st.dictionaries(
+    st.text("aé東ﷺ ", min_size=1, max_size=2).map(str.encode).filter(lambda key: len(key) <= 5),
+    st.text("aé東ﷺ", max_size=4).map(str.encode),
+    min_size=1,
+)
+
+
+@settings(deadline=None)
+@given(TABLES)
+def test_a_table_is_read_as_it_was_written(table: dict[bytes, bytes]) -> None:
+    charsmap = charsmap_of(table)
+    assert dict(replacements(charsmap)) == table
+    library = Precompiled(charsmap)
+    for key, text in table.items():
+        # The library takes the shortest key that a character begins with.
+        if len(key.decode()) == 1:
+            assert library.normalize_str(key.decode()) == text.decode()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40), st.integers(0, 10**4))
+def test_bytes_that_are_no_table_are_refused_or_read(content: bytes, at: int) -> None:
+    """Never another error, and never memory that the file does not warrant."""
+    whole = bytearray(charsmap_of(TABLE))
+    at %= len(whole)
+    whole[at : at + len(content)] = content
+    with contextlib.suppress(ValueError):
+        replacements(bytes(whole))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "of 0 bytes says that its trie has 0"),
+        (struct.pack("<I", 2**32 - 4) + b"abcd", "says that its trie has 4294967292"),
+        (struct.pack("<I", 3) + b"abcd", "says that its trie has 3"),
+        (b"\0" * 2**21, "more than any"),
+        (charsmap_of({b"a": b"a" * 300}), "replaces a character by 300 bytes"),
+    ],
+)
+def test_a_damaged_table_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replacements(content)
