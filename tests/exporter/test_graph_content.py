@@ -112,9 +112,8 @@ def outside(tensor: Any) -> None:
 
 def with_graph(name: str, kind: str, many: bool = False) -> Callable[[Any], object]:
     inner = small().graph
-    return lambda m: m.graph.node.append(
-        helper.make_node(name, [], ["x"], **{kind: [inner] if many else inner})
-    )
+    attributes: dict[str, Any] = {kind: [inner] if many else inner}
+    return lambda m: m.graph.node.append(helper.make_node(name, [], ["x"], **attributes))
 
 
 def sparse(model: Any) -> None:
