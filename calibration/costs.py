@@ -59,24 +59,6 @@ class CostModel:
         each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
         return np.cumsum(np.array(each), axis=0)
 
-    def keep_exits(self, numbers: Sequence[int]) -> CostModel:
-        """What the segments between some exits would take, without the heads in between.
-
-        Args:
-            numbers: the exits that are kept, counted from 1, ascending.
-        """
-        seconds = np.array(self.seconds)
-        heads = seconds * np.array(self.head_shares or [0.0] * len(seconds))[:, None]
-        kept, shares, start = [], [], 0
-        for number in numbers:
-            total = seconds[start:number].sum(axis=0) - heads[start : number - 1].sum(axis=0)
-            kept.append(tuple(map(float, total)))
-            shares.append(float(heads[number - 1].sum() / total.sum()))
-            start = number
-        return CostModel(
-            self.batch, self.lengths, tuple(kept), tuple(shares) if self.head_shares else ()
-        )
-
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
     """Time every segment at the lengths of some rows.
@@ -165,24 +147,7 @@ def measure_speedup(
         rule: the rule.
         batch: rows at a time; above 1 they run in windows, as files do.
     """
-    full = Budget(exit=len(engine.manifest.segments))
-    return time_ratio((engine, full), (engine, rule), rows, batch)
-
-
-def time_ratio(
-    slow: tuple[Engine, ExitRule],
-    fast: tuple[Engine, ExitRule],
-    rows: Sequence[EncodedRow],
-    batch: int,
-) -> float:
-    """Run time of an engine with a rule over that of another, interleaved.
-
-    Args:
-        slow: the one whose time is divided.
-        fast: the one that divides it.
-        rows: tokenized rows, which both take.
-        batch: rows at a time; above 1 they run in windows, as files do.
-    """
+    rules = (Budget(exit=len(engine.manifest.segments)), rule)
     size, most = (1, _SINGLE_ROWS) if batch == 1 else (_WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS)
     chosen = [rows[number * len(rows) // most] for number in range(most)]
     chosen = chosen if most < len(rows) else list(rows)
@@ -192,9 +157,9 @@ def time_ratio(
         unit = chosen[start : start + size]
         times: tuple[list[float], list[float]] = ([], [])
         for repeat in range(1 + (_REPEATS if size == 1 else 2)):
-            for number, (engine, rule) in enumerate((slow, fast)):
+            for number, run in enumerate(rules):
                 started = time.perf_counter()
-                engine.run_encoded(unit, rule)
+                engine.run_encoded(unit, run)
                 if repeat:
                     times[number].append(time.perf_counter() - started)
         for number, values in enumerate(times):

@@ -7,7 +7,6 @@ metrics are means over rows matters to risk control and to the interval of a dro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +62,6 @@ class Rows:
         expected = None if self.expected is None else self.expected[numbers]
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
         return Rows(logits, lengths, expected, self.problem_type, self.cuts)
-
-    def keep_exits(self, numbers: Sequence[int]) -> Rows:
-        """Some of the exits, counted from 1: the trace of a model that has only these."""
-        logits = self.logits[[number - 1 for number in numbers]]
-        return Rows(logits, self.lengths, self.expected, self.problem_type, self.cuts)
 
     def answers(self) -> Answers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""

@@ -2,7 +2,7 @@
 
 A trace is stored beside the artifact, `calibration/trace-TARGET-DATA.npz`, and used again as
 long as the texts, the target's files and the tokenizer are the same. It holds the rows too,
-so that exits can be placed later by what they say.
+so that points can be calibrated again when exits are dropped.
 """
 
 from __future__ import annotations

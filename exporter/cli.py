@@ -28,8 +28,6 @@ from .formats import Half
 from .placement import PlacementOptions, place_exits
 from .targets.options import RTX_CAPABILITIES, TENSORRT, PlanOptions
 
-AUTO = "auto"
-
 
 def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     try:
@@ -40,8 +38,13 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 
 def _exits(
     context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | str | None:
-    return AUTO if value == AUTO else _numbers(context, parameter, value)
+) -> tuple[int, ...] | None:
+    if value == "auto":
+        raise click.BadParameter(
+            "auto was removed, because the exits it chose ran no faster beyond noise: give exit "
+            "numbers such as 2,4,6"
+        )
+    return _numbers(context, parameter, value)
 
 
 def _three(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
@@ -84,15 +87,11 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option(
     "--exits",
     callback=_exits,
-    metavar="N,N,...|auto",
-    help="Exits to keep, such as 2,4,6. Default: all. With --from and -o: into a new folder; "
-    "auto chooses them for an operating point.",
+    metavar="N,N,...",
+    help="Exits to keep, such as 2,4,6. Default: all. With --from and -o: into a new folder.",
 )
 @click.option(
-    "--operating-point", help="Whose wish --exits auto serves. Default: the target's default."
-)
-@click.option(
-    "--target", help="Whose points and times --exits auto goes by. Default: the folder's."
+    "--target", help="Whose points --from --exits calibrates again. Default: the folder's."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for --from --exits.")
 @click.option(
@@ -184,7 +183,7 @@ def main(
     if not (source and reads_labels) and (reading["columns"].label or reading["columns"].separator):
         raise click.UsageError("labels are read of --calibration-data with --from --exits only")
     exits = settings.pop("exits")
-    place = {name: settings.pop(name) for name in ("operating_point", "target", "threads")}
+    place = {name: settings.pop(name) for name in ("target", "threads")}
     fresh = {name: settings.pop(name) for name in ("problem_type", "max_length", "force")}
     if source is not None and exits is not None:
         if output is None:
@@ -198,7 +197,7 @@ def main(
                 "folder, with a second --from"
             )
         options = PlacementOptions(
-            exits=None if exits == AUTO else exits,
+            exits=exits,
             data=settings["calibration_data"],
             force=fresh["force"],
             extend=_extend_options(settings | {"calibration_data": None}, reading),
@@ -207,9 +206,9 @@ def main(
         )
         _place(source, output, options, Shown(quiet), as_json)
         return
-    if exits == AUTO or any(place.values()):
+    if any(place.values()):
         raise click.UsageError(
-            "exits are placed by what calibration found: --from ENGINES --exits auto -o NEW"
+            "--target and --threads go with --from ENGINES --exits N,N,... -o NEW"
         )
     if source is not None and (output is not None or any(fresh.values())):
         raise click.UsageError("--from adds to a folder: what was exported stays as it is")

@@ -1,20 +1,17 @@
-"""Place exits: a new engines folder with those that pay, calibrated again. Torch-free."""
+"""Drop exits: a new engines folder with some of the exits, calibrated again. Torch-free."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..calibration.calibrate import calibrate
-from ..calibration.costs import measure_costs, time_ratio, with_head_shares
 from ..calibration.options import CalibrationOptions
-from ..calibration.placement import Placement, choose_exits
 from ..calibration.risk import Bound, RiskOf
 from ..calibration.scoring import AGREEMENT
-from ..calibration.trace import expected_labels, stored_rows, trace_rows
+from ..calibration.trace import expected_labels, stored_rows
 from ..runtime.distributions import Measure
 from ..runtime.engine import Engine
 from ..runtime.engines_folder import read_manifest
@@ -22,7 +19,7 @@ from ..runtime.errors import ArtifactError, FpabeeError, InputError
 from ..runtime.exit_rules import ExitRule
 from ..runtime.extras import require
 from ..runtime.manifest import Manifest, NotBuilt
-from ..runtime.operating_point import OperatingPoint, Wish
+from ..runtime.operating_point import OperatingPoint
 from ..runtime.shown import Progress
 from ..runtime.text_io import Columns, Row, TextFormat, read_rows
 from .extend import ExtendOptions, add_target
@@ -34,13 +31,11 @@ from .targets.options import RTX
 
 @dataclass(frozen=True)
 class PlacementOptions:
-    """How exits are placed.
+    """Which exits are kept, and how.
 
     Attributes:
-        exits: those to keep, counted from 1; None: chosen for an operating point.
-        operating_point: whose wish and kind of rule exits are chosen for; None: the target's
-            default.
-        target: whose points and times count; None: the manifest's default.
+        exits: those to keep, counted from 1, ascending.
+        target: whose points are calibrated again; None: the manifest's default.
         data: labelled rows (any format of `read_rows`); None: those that calibrated the points.
         text_format: of that file; default: by its name.
         columns: of that file: what holds the text, its pair, and the labels.
@@ -49,8 +44,7 @@ class PlacementOptions:
         extend: how plans are built again.
     """
 
-    exits: tuple[int, ...] | None = None
-    operating_point: str | None = None
+    exits: tuple[int, ...]
     target: str | None = None
     data: Path | None = None
     text_format: TextFormat | None = None
@@ -67,13 +61,10 @@ class Again:
     Attributes:
         before: with all exits.
         after: with those kept, on the same rows.
-        faster: run time with the old exits over that with the new ones, by batch size,
-            measured on the target.
     """
 
     before: OperatingPoint
     after: OperatingPoint
-    faster: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,12 +93,11 @@ class PlacementResult:
         manifest: its manifest.
         exits: the old numbers of the exits that were kept.
         parity: how close the new chain is to the PyTorch model.
-        placement: how exits were chosen; None: they were given.
         points: the operating points that were calibrated again, by name.
         lost: those that were not.
         built: targets that were built again.
         not_built: targets that could not be, and how to.
-        target: the target that exits were chosen on and points calibrated on again.
+        target: the target whose points were calibrated again.
         default_before: its point that ran when none was named; empty: none did.
     """
 
@@ -115,7 +105,6 @@ class PlacementResult:
     manifest: Manifest
     exits: tuple[int, ...]
     parity: Parity
-    placement: Placement | None
     points: dict[str, Again]
     lost: tuple[Lost, ...]
     built: tuple[str, ...]
@@ -146,9 +135,7 @@ def place_exits(
 
     Raises:
         ModelError: exits that the model does not have.
-        RuleError: the operating point does not exist.
-        InputError: exits are to be chosen, but there is no operating point, or no rows; or the
-            rows that are given cannot be read, or lack labels.
+        InputError: the rows that are given cannot be read, or lack labels.
         ArtifactError: a folder is damaged, exists, or cannot be written.
         VerificationError: the new chain does not reproduce the PyTorch model.
         BackendError: the target cannot run here.
@@ -159,32 +146,23 @@ def place_exits(
     if new.is_relative_to(old.resolve()):
         raise ArtifactError(f"{old} cannot be written over itself", "give another folder with -o")
     check_output(new, options.force)
-    if options.exits is not None:
-        check_exits(options.exits, len(manifest.segments))
+    check_exits(options.exits, len(manifest.segments))
     # First of all: rows that cannot be used must not be found out when the folder is written.
     given = _given(options)
-    with Engine.load(
-        old, options.target, options.operating_point, threads=options.threads
-    ) as engine:
+    with Engine.load(old, options.target, threads=options.threads) as engine:
         if given is not None:
             _check_labels(engine, given)
-        placement = None
-        exits = options.exits
-        if exits is None:
-            placement = _choose(engine, old, given, progress)
-            exits = placement.exits
-        progress("merge", 0, len(exits))
+        progress("merge", 0, len(options.exits))
         with staging(new) as folder:
-            kept, parity = keep_exits(old, manifest, exits, folder)
+            kept, parity = keep_exits(old, manifest, options.exits, folder)
             publish(folder, new)
         kept, built = _rebuild(new, manifest, kept, options.extend, progress)
         points, lost = _calibrate(engine, old, new, options, given, progress)
     return PlacementResult(
         folder=Path(output),
         manifest=read_manifest(new),
-        exits=exits,
+        exits=options.exits,
         parity=parity,
-        placement=placement,
         points=points,
         lost=tuple(lost),
         built=tuple(built),
@@ -192,32 +170,6 @@ def place_exits(
         target=engine.target,
         default_before=manifest.targets[engine.target].default_operating_point,
     )
-
-
-def _choose(engine: Engine, folder: Path, given: list[Row] | None, progress: Progress) -> Placement:
-    target = engine.manifest.targets[engine.target]
-    name = engine.operating_point
-    if name is None:
-        raise InputError(
-            f"target {engine.target} has no operating point to place exits for",
-            f"make points: fpabee-calibrate {folder} --data DATA --target {engine.target}",
-        )
-    point = target.operating_points[name]
-    rows = _rows(engine, folder, point) if given is None else given
-    if rows is None:
-        raise InputError(
-            f"the rows that calibrated {name!r} are not in {folder / 'calibration'}",
-            "give labelled rows with --calibration-data, or calibrate again with fpabee-calibrate",
-        )
-    with tempfile.TemporaryDirectory() as temporary:
-        # Rows that it did not keep are kept in the new folder only.
-        place = folder / "calibration" if given is None else Path(temporary)
-        seen = trace_rows(engine, rows, place, not _is_unlabelled(point, rows), progress)
-    progress("time segments", 0, 1)
-    costs = measure_costs(engine, seen.lengths, _batch(point))
-    costs = with_head_shares(costs, folder, engine.manifest, engine.target)
-    rule = ExitRule.from_dict(point.rule)
-    return choose_exits(seen, point.metric, _wish(point), rule, costs, progress)
 
 
 def _given(options: PlacementOptions) -> list[Row] | None:
@@ -245,14 +197,6 @@ def _is_unlabelled(point: OperatingPoint, rows: Sequence[Row]) -> bool:
 def _batch(point: OperatingPoint) -> int:
     """The batch size that the point was chosen for."""
     return max((int(size) for size in point.measured_speedup), default=1)
-
-
-def _wish(point: OperatingPoint) -> Wish:
-    """What exits are chosen by; a bound on the risk is tested again on what is left."""
-    if point.wish is not None:
-        return point.wish
-    assert point.certificate is not None
-    return Wish(max_drop=point.certificate.risk)
 
 
 def _rebuild(
@@ -352,18 +296,7 @@ def _calibrate_group(
     )
     calibrate(new, rows, wished, progress)
     made = read_manifest(new).targets[engine.target].operating_points
-    encoded = engine.encode([row.content for row in rows])
-    points = {}
-    with Engine.load(new, engine.target, threads=options.threads) as after:
-        for name, point in group.items():
-            one = engine, ExitRule.from_dict(point.rule)
-            two = after, ExitRule.from_dict(made[name].rule)
-            faster = {}
-            for size in made[name].measured_speedup:
-                progress(f"compare {name}, batch {size}", 0, 1)
-                faster[size] = round(time_ratio(one, two, encoded, int(size)), 3)
-            points[name] = Again(point, made[name], faster)
-    return points
+    return {name: Again(point, made[name]) for name, point in group.items()}
 
 
 def _bound(point: OperatingPoint) -> Bound | None:

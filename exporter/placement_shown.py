@@ -20,27 +20,14 @@ CAUTIOUS = "the cautious rule"
 
 def to_dict(result: PlacementResult) -> dict[str, Any]:
     """The result for JSON."""
-    placement = result.placement
     return {
         "exits": list(result.exits),
         "layers": list(result.manifest.exit_layers),
         "verification": result.parity.to_dict(),
-        "steps": None
-        if placement is None
-        else [
-            {
-                "exits": list(step.exits),
-                "rule": None if step.rule is None else step.rule.to_dict(),
-                "seconds": None if step.rule is None else step.seconds,
-                "drop": None if step.rule is None else step.drop,
-            }
-            for step in placement.steps
-        ],
         "points": {
             name: {
                 "before": msgspec.to_builtins(point.before),
                 "after": msgspec.to_builtins(point.after),
-                "faster": point.faster,
             }
             for name, point in result.points.items()
         },
@@ -63,21 +50,21 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         f"verified on {result.parity.rows} texts: logits within "
         f"{result.parity.max_logit_difference:.1e} of the PyTorch model"
     )
+    if kept == exits_before:
+        console.print("nothing was dropped: all exits are kept")
     if result.exits[-1] < exits_before:
         last = result.manifest.exit_layers[-1]
         console.print(
             f"the last exit is gone: full depth is layer {last} now, and drops are against it"
         )
-    if result.placement is not None:
-        console.print(_steps(result))
-        if kept == exits_before:
-            console.print("no exit costs more than it saves: all are kept")
-    if result.points:
+    if result.points and kept == exits_before:
+        console.print(f"calibrated again on the same rows: {', '.join(result.points)}")
+    elif result.points:
         console.print(_points(result))
+        console.print("times are not compared here: fpabee-bench measures them")
     for lost in result.lost:
-        console.print(
-            f"not valid any more: {lost.point} of {lost.target}: {lost.reason}\n  {lost.command}"
-        )
+        console.print(f"not valid any more: {lost.point} of {lost.target}: {lost.reason}")
+        console.print(f"  {lost.command}")
     if result.default not in (None, result.default_before):
         now, before = (name or CAUTIOUS for name in (result.default, result.default_before))
         console.print(f"default, where no point is named: {now} (before: {before})")
@@ -87,41 +74,20 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         console.print(line)
 
 
-def _steps(result: PlacementResult) -> Table:
-    """The best that each number of exits can do, by simulation."""
-    assert result.placement is not None
-    table = Table("exits", "kept", "rule", "time a row (ms)", "drop", title="Exits tried:")
-    for step in result.placement.steps:
-        chosen = " (chosen)" if step.exits == result.exits else ""
-        numbers = ["-", "-", "-"]
-        if step.rule is not None:
-            numbers = [rule_in_words(step.rule), f"{1000 * step.seconds:.3f}", f"{step.drop:+.2f}"]
-        table.add_row(f"{len(step.exits)}{chosen}", ",".join(map(str, step.exits)), *numbers)
-    return table
-
-
 def _points(result: PlacementResult) -> Table:
-    sizes = list(next(iter(result.points.values())).faster)
-    table = Table("point", "", "rule", "score", "drop (95 %)", "depth", "times", title="Points:")
-    for size in sizes:
-        table.add_column(f"speed-up, batch {size}")
+    table = Table("point", "", "rule", "score", "drop (95 %)", "depth", title="Points:")
     for name, point in result.points.items():
-        for when, record in (("before", point.before), ("after", point.after)):
-            table.add_row(name if when == "before" else "", when, *_row(record, sizes))
-        ratios = [f"{point.faster[size]:.2f}x" for size in sizes]
-        table.add_row("", "new over old", "", "", "", "", "", *ratios, end_section=True)
+        table.add_row(name, "before", *_row(point.before))
+        table.add_row("", "after", *_row(point.after), end_section=True)
     return table
 
 
-def _row(point: OperatingPoint, sizes: list[str]) -> list[str]:
+def _row(point: OperatingPoint) -> list[str]:
     low, high = point.drop_interval
     drop = 100 * (point.full_depth_score - point.score)
-    measured = [point.measured_speedup.get(size) for size in sizes]
     return [
         rule_in_words(ExitRule.from_dict(point.rule)),
         f"{point.metric} {point.score:.4f}",
         f"{drop:+.2f} ({low:+.2f} to {high:+.2f})",
         f"{point.mean_depth:.2f}",
-        f"{point.estimated_speedup:.2f}x",
-        *("-" if ratio is None else f"{ratio:.2f}x" for ratio in measured),
     ]
