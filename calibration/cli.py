@@ -23,7 +23,7 @@ from ..runtime.options import (
     exits_with_one_line,
     version_option,
 )
-from ..runtime.shown import Shown, table_console
+from ..runtime.shown import Shown, echo, table_console
 from .calibrate import CROSS_FITTED, calibrate
 from .options import DEFAULT_WISHES, CalibrationOptions, is_name
 from .report import check_place, write_report
@@ -121,13 +121,11 @@ def main(
         click.echo(json.dumps(to_dict(result)))
     else:
         _print(result, table_console())
-        click.echo(
-            f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}"
-        )
+        echo(f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}")
     if report is not None:
         with Shown(quiet) as progress:
             page = write_report(result, report, texts=not no_texts, progress=progress)
-        click.echo(f"report: {page}", err=as_json)
+        echo(f"report: {page}", err=as_json)
 
 
 def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:

@@ -28,6 +28,7 @@ from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
 from ..runtime.exit_rules import Budget, ExitRule
 from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
+from ..runtime.shown import Progress, duration
 from .merge import merge_chain
 from .onnx_file import serialized
 
@@ -122,6 +123,7 @@ class BenchReport:
 
 
 Variants = dict[str, Callable[[Sequence[EncodedRow]], Any]]
+Units = Sequence[Sequence[EncodedRow]]
 
 
 class _Runner:
@@ -213,7 +215,7 @@ def run_bench(
     folder: str | Path,
     texts: Sequence[Text],
     options: BenchOptions,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> BenchReport:
     """Measure an engines folder on texts.
 
@@ -221,8 +223,10 @@ def run_bench(
         folder: the engines folder.
         texts: the texts of the file workloads; also the source of the synthetic batches.
         options: what to measure.
-        progress: called with what is being measured.
+        progress: called with (what, done, total): the workload with the time that it is expected
+            to take, and how many of its runs are done.
     """
+    progress("load", 0, 1)
     with Engine.load(folder, threads=options.threads, preload=True) as engine:
         runner = _Runner(Path(folder), engine, options)
         rows = engine.encode(texts[: options.max_rows])
@@ -235,19 +239,19 @@ def run_bench(
             versions=_versions(),
         )
         fitting = [s for s in options.shapes if s[1] <= engine.limits.max_sequence]
-        for batch, tokens in fitting:
-            name = f"{batch} x {tokens} tokens"
-            progress(name)
-            units = _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
-            report.workloads.append(_measure(name, units, runner, options, _in_groups))
-        progress("file, one text at a time")
+        work: dict[str, Units] = {
+            f"{batch} x {tokens} tokens": _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
+            for batch, tokens in fitting
+        }
         single = [[row] for row in _spread(rows, min(options.max_single, len(rows)))]
-        name = f"file, batch 1 ({len(single)} texts)"
-        report.workloads.append(_measure(name, single, runner, options, _in_groups))
-        progress("file, whole")
-        windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
-        name = f"file, all {len(rows)} texts"
-        report.workloads.append(_measure(name, windows, runner, options, _as_file))
+        work[f"file, batch 1 ({len(single)} texts)"] = single
+        whole = f"file, all {len(rows)} texts"
+        work[whole] = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
+        for number, (name, units) in enumerate(work.items(), start=1):
+            variants = _as_file(runner) if name == whole else _in_groups(runner)
+            place = f"{number} of {len(work)}"
+            measured = _measure(name, place, units, runner, options, variants, progress)
+            report.workloads.append(measured)
     return report
 
 
@@ -287,18 +291,24 @@ def _as_file(runner: _Runner) -> Variants:
 
 def _measure(
     name: str,
-    units: Sequence[Sequence[EncodedRow]],
+    place: str,
+    units: Units,
     runner: _Runner,
     options: BenchOptions,
-    choose: Callable[[_Runner], Variants],
+    variants: Variants,
+    progress: Progress,
 ) -> Workload:
-    variants = choose(runner)
+    what, total = f"{place}: {name}", len(units) * options.repeats
+    progress(what, 0, total)
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     every: dict[str, list[float]] = {variant: [] for variant in variants}
     layers = np.array(runner.engine.manifest.exit_layers)
     depth = weighted = tokens = 0.0
-    for run in variants.values():  # loads segments, prepares bindings, measures the cost curve
-        run(units[0])
+    alone = 0.0
+    for variant, run in variants.items():
+        started = time.perf_counter()
+        run(units[0])  # loads segments, prepares bindings, measures the cost curve
+        alone = time.perf_counter() - started if variant == PYTORCH else alone
     time.sleep(_SPIN_SECONDS)
     begun = time.perf_counter()
     for number, unit in enumerate(units, start=1):
@@ -313,6 +323,13 @@ def _measure(
                 started = time.perf_counter()
                 results[variant] = run(unit)
                 times[variant].append(time.perf_counter() - started)
+            if (number, repeat) == (1, 0):
+                once = time.perf_counter() - begun
+                # Repeats end with the time that they are given, but every unit runs once.
+                runs = min(total, max(len(units), options.max_seconds / once))
+                pauses = len(units) * _SPIN_SECONDS if alone else 0.0
+                what += f", about {duration(runs * (once + alone) + pauses)}"
+            progress(what, (number - 1) * options.repeats + repeat + 1, total)
         if PYTORCH in variants:
             times[PYTORCH] = _alone(variants[PYTORCH], unit, len(times[FULL_GRAPH]))
         for variant, values in times.items():

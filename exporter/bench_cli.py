@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration import threshold_for_depth
+from ..calibration.words import rule_in_words
+from ..runtime.encoding import Text
 from ..runtime.engine import Engine
-from ..runtime.exit_rules import takes_threshold
+from ..runtime.exit_rules import ExitRule, takes_threshold
 from ..runtime.extras import require
 from ..runtime.options import (
     FiniteRange,
@@ -25,7 +28,7 @@ from ..runtime.options import (
     text_options,
     version_option,
 )
-from ..runtime.shown import table_console
+from ..runtime.shown import Shown, table_console
 from ..runtime.text_io import read_rows
 from .bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 
@@ -71,6 +74,7 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
 )
 @click.option("--max-rows", type=click.IntRange(min=1), default=2000)
 @click.option("--threads", type=click.IntRange(min=1))
+@click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @version_option
 @exits_with_one_line
@@ -79,6 +83,7 @@ def main(
     source: str,
     rule: str | None,
     depth: float | None,
+    quiet: bool,
     as_json: bool,
     model_dir: str | None,
     repeats: int,
@@ -94,26 +99,30 @@ def main(
     require("bench")
     text_format, columns = chosen_text_format(settings), chosen_columns(settings)
     texts = [row.content for row in read_rows(source, text_format, columns)]
-    with Engine.load(engines, threads=threads) as engine:
-        if depth is not None and takes_threshold(rule or engine.rule.name):
-            settings["threshold"] = 0.0  # replaced below
-        chosen = chosen_rule(engine.rule, rule, settings)
-        if depth is not None:
-            logits = engine.trace(texts[:max_rows]).logits
-            layers = engine.manifest.exit_layers
-            wish = depth * layers[-1]
-            task = engine.manifest.task
-            chosen = threshold_for_depth(logits, chosen, task.problem_type, layers, wish, task.cuts)
-    options = BenchOptions(
-        chosen, repeats, max_seconds, shapes, max_rows, model_dir=model_dir, threads=threads
-    )
-    console = Console(stderr=True)
-    with console.status("measuring") as status:
-        report = run_bench(engines, texts, options, lambda what: status.update(what))
+    with Shown(quiet) as progress:
+        with Engine.load(engines, threads=threads) as engine:
+            if depth is not None and takes_threshold(rule or engine.rule.name):
+                settings["threshold"] = 0.0  # replaced below
+            chosen = chosen_rule(engine.rule, rule, settings)
+            if depth is not None:
+                progress("choose the threshold", 0, 1)
+                chosen = _of_depth(engine, chosen, texts[:max_rows], depth)
+        options = BenchOptions(
+            chosen, repeats, max_seconds, shapes, max_rows, model_dir=model_dir, threads=threads
+        )
+        report = run_bench(engines, texts, options, progress)
     if as_json:
         click.echo(json.dumps(to_dict(report)))
     else:
         print_report(report, table_console())
+
+
+def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: float) -> ExitRule:
+    """The rule with the threshold whose mean depth on the texts is a share of the layers."""
+    logits = engine.trace(texts).logits
+    layers, task = engine.manifest.exit_layers, engine.manifest.task
+    wish = depth * layers[-1]
+    return threshold_for_depth(logits, rule, task.problem_type, layers, wish, task.cuts)
 
 
 def to_dict(report: BenchReport) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def print_report(report: BenchReport, console: Console) -> None:
         table.add_section()
     console.print(table)
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
-    console.print(f"{report.target}, rule {report.rule}")
+    console.print(f"{report.target}, rule {rule_in_words(ExitRule.from_dict(report.rule))}")
     console.print(f"{report.hardware}; {versions}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ..runtime.options import (
     exits_with_one_line,
     version_option,
 )
-from ..runtime.shown import Shown, table_console
+from ..runtime.shown import Shown, echo, table_console
 from ..runtime.text_io import Columns
 from . import placement_shown
 from .extend import ExtendOptions, check_options, drop_graphs, extend
@@ -242,7 +244,7 @@ def main(
         folder = source
     if wanted.precisions or wanted.int8 or wanted.backends or source is not None:
         if not as_json:
-            click.echo("\n".join(lines), nl=bool(lines))
+            _echo(lines)
             lines = []
         more, added = _extend(folder, wanted, shown)
         if settings["no_onnx"]:
@@ -250,9 +252,15 @@ def main(
             added.append("the ONNX graphs are dropped: other targets need a new export")
         content |= more
         lines += added
-    click.echo(json.dumps({"folder": str(folder), **content}) if as_json else "\n".join(lines))
-    if not as_json:
-        click.echo(f"next: fpabee-run {folder} --input texts.txt")
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), **content}))
+    else:
+        _echo([*lines, f"next: fpabee-run {folder} --input texts.txt"])
+
+
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        echo(line)
 
 
 def _place(
@@ -265,7 +273,7 @@ def _place(
         click.echo(json.dumps({"folder": str(output), **placement_shown.to_dict(result)}))
         return
     placement_shown.show(result, table_console(), len(read_manifest(source).segments))
-    click.echo(f"next: fpabee-run {output} --input texts.txt")
+    echo(f"next: fpabee-run {output} --input texts.txt")
 
 
 def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> ExtendOptions:
@@ -344,7 +352,7 @@ def _extend(folder: Path, options: ExtendOptions, shown: Shown) -> tuple[dict[st
     for name, points in result.lost_points.items():
         lines += [
             f"not valid any more: {', '.join(points)} of {name}, measured on what it was before",
-            f"  fpabee-calibrate {folder} --data DATA --target {name}",
+            f"  fpabee-calibrate {folder} --data DATA --target {shlex.quote(name)}",
         ]
     content = {
         "targets": list(result.manifest.targets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +233,7 @@ def _calibrate(
     points: dict[str, Again] = {}
     lost: list[Lost] = []
     for name, target in engine.manifest.targets.items():
-        command = f"fpabee-calibrate {new} --data DATA --target {name}"
+        command = f"fpabee-calibrate {new} --data DATA --target {shlex.quote(name)}"
         if name != engine.target:
             reason = "it was measured on another target"
             lost += [Lost(name, point, reason, command) for point in target.operating_points]

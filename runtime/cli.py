@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from .. import __version__
 from .engine import Engine
@@ -34,6 +33,7 @@ from .outputs import Destination, open_sink
 from .progress import progress
 from .records import Layout
 from .run import Job, run
+from .shown import PlainConsole
 from .summary import Summary
 from .text_io import LABEL_SEPARATOR, STANDARD_INPUT, Columns, Inputs, TextFormat
 from .writers import OutputFormat
@@ -160,9 +160,9 @@ def main(
         if as_json:
             click.echo(json.dumps(summary.to_dict(point)), err=True)
         elif not quiet:
-            summary.print(Console(stderr=True, highlight=False), point)
+            summary.print(PlainConsole(stderr=True), point)
         elif metrics:
-            summary.print_metrics(Console(stderr=True, highlight=False))
+            summary.print_metrics(PlainConsole(stderr=True))
     if first_error is not None and summary.errors == summary.rows:
         raise InputError(
             f"none of {summary.rows} rows could be read; the first: {first_error.message}",

@@ -28,8 +28,8 @@ class FpabeeError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = _in_one_line(message)
-        self.hint = _in_one_line(hint)
+        self.message = _without_middle(printable(_without_middle(message)))
+        self.hint = _without_middle(printable(_without_middle(hint)))
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -68,12 +68,11 @@ class VerificationError(FpabeeError):
     """Segments, or a target built of them, do not give what the PyTorch model gives."""
 
 
-def _in_one_line(text: str) -> str:
-    """The text with what a terminal would not print escaped, and without a middle if it is long."""
-    text = _without_middle(text)
+def printable(text: str) -> str:
+    """The text in one line: line ends, escape codes and all else that is not printable escaped."""
     if text.isprintable():
         return text
-    return _without_middle("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _without_middle(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import click
 import msgspec
 from rich.table import Table
 
+from .backends.tensorrt import build_command
 from .engines_folder import read_manifest
 from .environment import environment, providers
 from .errors import ArtifactError, VerificationError
@@ -26,15 +28,19 @@ from .inspection import (
 )
 from .manifest import Manifest, NotBuilt
 from .options import exits_with_one_line, version_option
-from .shown import table_console
+from .shown import echo, table_console
 
 
 def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
-    """What a folder lacks, why, and the command that builds it, two lines each."""
+    """What a folder lacks, why, and the command that builds it, two lines each.
+
+    The command is made here, of what this fpabee knows: nobody should run what a file says.
+    """
     lines = []
     for name, note in left.items():
-        command = note.command.replace("ENGINES", str(folder))
-        lines += [f"not built: {name}: {note.reason}", f"  there: {command}"]
+        command = build_command(note.backend, note.precision)
+        there = command.replace("ENGINES", shlex.quote(str(folder))) or "pip install -U fpabee"
+        lines += [f"not built: {name}: {note.reason}", f"  there: {there}"]
     return lines
 
 
@@ -117,9 +123,9 @@ def _print(
     del shown["operating_points"]
     _print_values(shown)
     settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "name")
-    click.echo(f"rule without an operating point: {rule['name']}{settings}")
+    echo(f"rule without an operating point: {rule['name']}{settings}")
     for line in chain_lines(parts, manifest.tokenizer.max_length):
-        click.echo(line)
+        echo(line)
     table = Table("target", "MiB", "logits within", "operating points", "here")
     for state in states:
         target = manifest.targets[state.name]
@@ -136,7 +142,7 @@ def _print(
         )
     table_console().print(table)
     for line in not_built_lines(manifest.not_built, folder):
-        click.echo(line)
+        echo(line)
 
 
 def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
@@ -166,19 +172,19 @@ def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
 
 def _print_check(found: Integrity) -> None:
     whole = found.files - len(found.damaged)
-    click.echo(f"hashes: {whole} of {found.files} files are whole")
+    echo(f"hashes: {whole} of {found.files} files are whole")
     for message in found.damaged:
-        click.echo(f"  {message}")
+        echo(f"  {message}")
     for name, agreement in found.parity.items():
-        click.echo(f"{name} is the model that was exported: {agreement}")
+        echo(f"{name} is the model that was exported: {agreement}")
     for name, message in found.refused.items():
-        click.echo(f"{name} is refused: {message}")
+        echo(f"{name} is refused: {message}")
 
 
 def _print_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        click.echo(f"{name}: {text}")
+        echo(f"{name}: {text}")
 
 
 def _mebibytes(size: int) -> str:

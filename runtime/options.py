@@ -18,6 +18,7 @@ from .distributions import Measure
 from .errors import FpabeeError
 from .exit_rules import RULES, ExitRule, Threshold
 from .outputs import INTERRUPTED
+from .shown import echo
 from .text_io import LABEL_SEPARATOR, Columns, TextFormat
 from .writers import OutputFormat
 
@@ -94,14 +95,14 @@ def exits_with_one_line(function: F) -> F:
         except OSError as error:
             _exit_with(_refused(error))
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
 
     return wrapper  # type: ignore[return-value]
 
 
 def _exit_with(error: FpabeeError) -> NoReturn:
-    click.echo(f"error: {error}", err=True)
+    echo(f"error: {error}", err=True)
     sys.exit(1)
 
 

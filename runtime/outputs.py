@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import click
-
 from .errors import FpabeeError, InputError
 from .partial import Partial
 from .records import Layout, Record
+from .shown import echo
 from .text_io import STANDARD_INPUT
 from .writers import OutputFormat, StreamWriter, convert
 
@@ -112,7 +111,7 @@ def open_sink(
     except KeyboardInterrupt:
         _close(partial)
         done = _standing(partial)
-        click.echo("interrupted" + (f" -> {done}; go on with --resume" if done else ""), err=True)
+        echo("interrupted" + (f" -> {done}; go on with --resume" if done else ""), err=True)
         sys.exit(INTERRUPTED)
     except FpabeeError as error:
         _close(partial)

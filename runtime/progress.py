@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .shown import PlainConsole, duration
 from .summary import Summary
 
 _BAR_SECONDS = 0.2
@@ -51,14 +51,8 @@ class Meter:
         done = share * rows / read
         before = done * standing / max(1, rows)
         if done > before:
-            text += f", {_duration(seconds * (1 - done) / (done - before))} left"
+            text += f", {duration(seconds * (1 - done) / (done - before))} left"
         return text, done
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextmanager
@@ -72,7 +66,7 @@ def progress(quiet: bool, share: Callable[[], float | None]) -> Iterator[Advance
     if quiet:
         yield lambda summary, read: None
         return
-    console = Console(stderr=True, highlight=False)
+    console = PlainConsole(stderr=True)
     meter = Meter(share)
     bar = Progress(
         SpinnerColumn(),

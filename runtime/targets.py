@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def operating_point_of(
         RuleError: the target has no such point.
     """
     points = manifest.targets[target].operating_points
+    command = f"fpabee-calibrate {folder} --data DATA --target {shlex.quote(target)}"
     if name is None:
         return manifest.targets[target].default_operating_point or None
     if name in points:
@@ -47,12 +49,12 @@ def operating_point_of(
     if elsewhere:
         raise RuleError(
             f"operating point {name!r} was measured on {', '.join(elsewhere)}, not on {target}",
-            f"calibrate it here: fpabee-calibrate {folder} --data DATA --target {target}",
+            f"calibrate it here: {command}",
         )
     raise RuleError(
         f"target {target} has no operating point {name!r}; it has: "
         f"{', '.join(points) or 'none yet'}",
-        f"make points: fpabee-calibrate {folder} --data DATA --target {target}",
+        f"make points: {command}",
     )
 
 

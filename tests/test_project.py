@@ -95,6 +95,19 @@ def test_imports_go_one_way(package: str) -> None:
                 assert target not in set(PACKAGES) - set(allowed[package]), f"{path}: {target}"
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_that_people_see_is_escaped(package: str) -> None:
+    """Only `shown.py` prints, except for JSON."""
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if path.name == "shown.py" or not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            is_json = bool(node.args) and ast.unparse(node.args[0]).startswith("json.dumps(")
+            prints = called in ("print", "click.echo", "click.secho", "Console")
+            assert is_json or not prints, f"{path}, line {node.lineno}: {called}"
+
+
 @pytest.mark.parametrize("package", ["fpabee.runtime", "fpabee.calibration", "fpabee.exporter"])
 def test_importing_loads_no_heavy_library(package: str) -> None:
     code = (

@@ -15,6 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from ..agreement import TIES
 from ..engines_folder import resolve, verified
 from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
@@ -324,14 +325,21 @@ def _is_later(here: str, built: str) -> bool:
 
 
 def build_command(backend: str, precision: str) -> str:
-    """The command that builds the plans of a precision, with ENGINES for the folder."""
+    """The command that builds the plans of a precision, with ENGINES for the folder.
+
+    Empty where this fpabee does not know the backend or the precision: a manifest may say
+    anything, and a command is there to be run.
+    """
+    if backend not in MODULES or precision not in TIES:
+        return ""
     flag = "" if precision == "fp32" else f" --{precision}"
     return f"fpabee-export --from ENGINES --backend {backend}{flag}"
 
 
 def rebuild(target: Target) -> str:
     """How to build a target on this machine."""
-    return f"build it here: {build_command(target.backend, target.precision)}"
+    command = build_command(target.backend, target.precision)
+    return f"build it here: {command}" if command else "pip install -U fpabee"
 
 
 def library_version(module: str) -> str:

