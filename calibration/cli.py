@@ -256,8 +256,8 @@ def _print(result: Calibration, console: Console) -> None:
             f"{point.name}: {len(result.rows)} rows show of no other setting that it keeps to "
             f'"{point.wish}" -> give more rows, or wish for a larger drop'
         )
-    wish = next(point.wish for point in result.points if point.name == result.default)
-    table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=f"{wish}:")
+    title = f"best of each rule, {result.contenders_wish}:"
+    table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=title)
     for contender in result.contenders:
         held = contender.held_out
         table.add_row(

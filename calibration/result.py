@@ -103,6 +103,14 @@ class Calibration:
     layers: tuple[int, ...]
 
     @property
+    def contenders_wish(self) -> str:
+        """What the contenders keep to: the default point's wish; never more than an estimate."""
+        wish = next(point.wish for point in self.points if point.name == self.default)
+        if isinstance(wish, Bound):
+            return f"{Wish(max_drop=100 * wish.risk)} by estimate, not certified"
+        return str(wish)
+
+    @property
     def at_full_depth(self) -> tuple[Point, ...]:
         """Points that run every layer, since no faster setting keeps to their wish."""
         last = Budget(exit=len(self.layers))

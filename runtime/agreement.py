@@ -27,6 +27,7 @@ class Agreement:
     """How a target in some precision agrees with the fp32 model.
 
     Attributes:
+        rows: how many rows were compared.
         difference: largest absolute difference of a logit; NaN if one is not a number.
         labels: share of (exit, row) with the same labels, near ties left out.
         exits: share of rows with the same exit, near ties left out.
@@ -36,6 +37,7 @@ class Agreement:
             None if there is none.
     """
 
+    rows: int
     difference: float
     labels: float
     exits: float
@@ -86,6 +88,7 @@ def agree(
     wrong = (~finite.all(axis=-1) | (~same & ~ties)).any(axis=1)
     counted = ~ties | ~finite.all(axis=-1)
     return Agreement(
+        rows=found.shape[1],
         difference=float(largest(found, expected).max()),
         labels=float(same[counted].mean()) if counted.any() else 1.0,
         exits=float(exits[~unsure].mean()) if (~unsure).any() else 1.0,

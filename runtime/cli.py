@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from .options import (
     version_option,
 )
 from .outputs import Destination, open_sink
+from .parity import check_parity
 from .progress import progress
 from .records import Layout
 from .run import Job, run
-from .shown import PlainConsole
+from .shown import PlainConsole, echo
 from .summary import Summary
 from .text_io import LABEL_SEPARATOR, STANDARD_INPUT, Columns, Inputs, TextFormat
 from .writers import OutputFormat
@@ -123,8 +124,14 @@ def main(
         threads,
         regroup=regroup,
         max_length=max_length,
-        check=check,
     ) as engine:
+        checked = check_parity(engines, engine) if check else None
+        if checked is not None and not (quiet or as_json):
+            echo(
+                f"{engine.target} reproduces the exported model: {checked.rows} reference texts, "
+                f"largest difference of a logit {checked.difference:.1e}",
+                err=True,
+            )
         chosen = chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else chosen, metrics)
         layout = Layout(
@@ -158,7 +165,8 @@ def main(
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
-            click.echo(json.dumps(summary.to_dict(point)), err=True)
+            found = None if checked is None else asdict(checked)
+            click.echo(json.dumps(summary.to_dict(point) | {"check": found}), err=True)
         elif not quiet:
             summary.print(PlainConsole(stderr=True), point)
         elif metrics:

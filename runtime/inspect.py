@@ -123,7 +123,7 @@ def _print(
     del shown["operating_points"]
     _print_values(shown)
     settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "name")
-    echo(f"rule without an operating point: {rule['name']}{settings}")
+    echo(f"rule without an operating point: {rule.get('name')}{settings}")
     for line in chain_lines(parts, manifest.tokenizer.max_length):
         echo(line)
     table = Table("target", "MiB", "logits within", "operating points", "here")
@@ -138,11 +138,18 @@ def _print(
             _mebibytes(state.size),
             "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
             ", ".join(points),
-            state.why_not or "runs",
+            state.why_not or _runs(state, target.default_operating_point),
         )
     table_console().print(table)
     for line in not_built_lines(manifest.not_built, folder):
         echo(line)
+
+
+def _runs(state: TargetState, default: str) -> str:
+    if not state.no_rule:
+        return "runs"
+    rule = f"default operating point {default!r}" if default else "default rule"
+    return f"runs, but its {rule} cannot be used: {state.no_rule}"
 
 
 def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import __version__
+from .decider import Decider
 from .engine import Engine
 from .engines_folder import resolve, verified, verified_graph
 from .errors import ArtifactError, BackendError, FpabeeError
 from .manifest import Manifest, Target
 from .parity import check_parity
+from .targets import operating_point_of, rule_of
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,16 @@ class TargetState:
 
     Attributes:
         name: the target.
-        size: bytes of its files, or of the graphs that it runs.
+        size: bytes of its files, or of the graphs that it runs, as far as they are there.
         why_not: why it cannot run here; empty if it can.
+        no_rule: why the rule that runs when none is named cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
     """
 
     name: str
     size: int
     why_not: str
+    no_rule: str
     tolerance: float | None
 
 
@@ -86,13 +90,22 @@ def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
     """Every target of a folder, and whether it can run here."""
     states = []
     for name, target in manifest.targets.items():
+        files = [
+            file.file for file in (target.files or manifest.graphs_in(target.precision)).values()
+        ]
+        why_not = no_rule = ""
         try:
-            size = sum(path.stat().st_size for path in _files(folder, manifest, target))
+            for file in files:
+                resolve(folder, file)
             _check(target, name, folder)
-            why_not = ""
         except FpabeeError as error:
-            size, why_not = 0, str(error)
-        states.append(TargetState(name, size, why_not, target.tolerance))
+            why_not = str(error)
+        try:
+            _check_rule(folder, manifest, name)
+        except FpabeeError as error:
+            no_rule = error.message
+        size = sum(_size(folder, [file]) or 0 for file in files)
+        states.append(TargetState(name, size, why_not, no_rule, target.tolerance))
     return states
 
 
@@ -140,11 +153,11 @@ def _size(folder: Path, files: Iterable[str]) -> int | None:
         return None
 
 
-def _files(folder: Path, manifest: Manifest, target: Target) -> list[Path]:
-    if target.files:
-        return [resolve(folder, file.file) for file in target.files.values()]
-    graphs = manifest.graphs_in(target.precision)
-    return [resolve(folder, graph.file) for graph in graphs.values()]
+def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
+    """Check that the rule that runs on a target when none is named fits the model."""
+    rule = rule_of(manifest, name, operating_point_of(folder, manifest, name, None))
+    task = manifest.task
+    Decider(rule, task.problem_type, len(manifest.segments), task.cuts)
 
 
 def _check(target: Target, name: str, folder: Path) -> None:

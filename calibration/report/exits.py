@@ -26,7 +26,7 @@ class ExitScore:
         layer: of the exit.
         score: the metric.
         drop: against the last exit, in points.
-        low: of the 95 % interval of the drop (paired bootstrap).
+        low: of the 95 % interval of the drop, see `drop_interval`.
         high: of the same.
         speedup: in measured times of the segments.
         calibration_error: expected calibration error (ECE); None: no labels.

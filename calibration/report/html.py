@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...runtime.manifest import ProblemType
-from ..risk import Bound
 from ..scoring import AGREEMENT
 from ..words import drop_in_words, rule_in_words
 from .data import Record, Report, summary
@@ -53,7 +52,7 @@ def render(
         content=content,
         pictures=pictures,
         points=[_point(report, name) for name in (p.name for p in report.result.points)],
-        contenders_wish=_contenders_wish(report),
+        contenders_wish=report.result.contenders_wish,
         multi_label=report.manifest.task.problem_type is ProblemType.MULTI_LABEL,
         agreement=report.metric == AGREEMENT,
         most_rows=_MOST_ROWS,
@@ -71,15 +70,6 @@ def _point(report: Report, name: str) -> dict[str, Any]:
         "lost": sum(last and not early for early, last in right),
         "won": sum(early and not last for early, last in right),
     }
-
-
-def _contenders_wish(report: Report) -> str:
-    """What the best of every kind of rule was asked for."""
-    result = report.result
-    wish = next(point.wish for point in result.points if point.name == result.default)
-    if isinstance(wish, Bound):
-        return f"drop at most {100 * wish.risk:g} points, not certified"
-    return str(wish)
 
 
 def _data_uri(picture: Picture) -> str:

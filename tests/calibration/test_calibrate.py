@@ -121,6 +121,16 @@ def test_a_wish_makes_one_point(
         assert (point.certificate.risk, point.certificate.rows) == (40.0, 72)
 
 
+def test_only_what_is_certified_is_said_with_its_confidence(folder: Path, data: Path) -> None:
+    bound = ("--risk", 40, "--risk-of", "disagreement", "--unlabelled")
+    result = run(folder, "--data", data, *bound, *QUICK)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "risk-40: disagreement at most 40 points with 95 % confidence, tested" in said
+    assert said.count("95 % confidence") == 1
+    assert "best of each rule, drop at most 40 points by estimate, not certified:" in said
+
+
 @pytest.mark.parametrize(("drop", "is_said"), [(0, True), (100, False)])
 def test_a_point_that_is_full_depth_says_why(
     folder: Path, data: Path, drop: float, is_said: bool

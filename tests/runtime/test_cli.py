@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee
+from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, read_manifest
 from fpabee.runtime.cli import main
+from fpabee.runtime.reference import read_reference
 
 from .running import Result, Run, check_refused, write_lines
 
@@ -46,6 +47,20 @@ def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
     expected[-1]["truncated"] = True
     assert result.code == 0
     assert result.records == expected
+
+
+def test_a_check_that_passes_is_said(run: Run, bert: Path, source: Path) -> None:
+    texts, _ = read_reference(bert, read_manifest(bert))
+    result = run(bert, "--input", source, "--check")
+    assert result.code == 0
+    (line,) = [line for line in result.err.splitlines() if "reproduces" in line]
+    said = f"onnxruntime-fp32 reproduces the exported model: {len(texts)} reference texts, "
+    assert line.startswith(f"{said}largest difference of a logit ")
+    assert float(line.split()[-1]) < 1e-4
+    assert run(bert, "--input", source, "--check", "--quiet").err == ""
+    summary = json.loads(run(bert, "--input", source, "--check", "--json").err)
+    assert summary["check"]["rows"] == len(texts)
+    assert json.loads(run(bert, "--input", source, "--json").err)["check"] is None
 
 
 def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -185,6 +186,61 @@ def test_without_onnxruntime_there_is_an_environment(monkeypatch: pytest.MonkeyP
     assert "providers: none: " in run("--env").stdout
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     assert "onnxruntime is damaged" in run("--env").stdout
+
+
+def test_sizes_need_no_inference_library(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engines["bert"]
+    manifest = read_manifest(folder)
+    size = sum((folder / graph.file).stat().st_size for graph in manifest.graphs.values())
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (state,) = target_states(folder, manifest)
+    assert "onnxruntime" in state.why_not
+    assert state.size == size
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"name": "budget", "exit": 9}, "exit is 9, but the model has 3 exits"),
+        ({"name": "oracle"}, "oracle"),
+    ],
+)
+def test_a_default_point_that_cannot_be_used_is_said(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    rule: dict[str, Any],
+    problem: str,
+) -> None:
+    folder = engine_copy()
+    set_points(folder, default="fast", fast=Budget(exit=1))
+    manifest = read_manifest(folder)
+    (name,) = manifest.targets
+    target = manifest.targets[name]
+    point = msgspec.structs.replace(target.operating_points["fast"], rule=rule)
+    bad = msgspec.structs.replace(target, operating_points={"fast": point})
+    write_manifest(folder, msgspec.structs.replace(manifest, targets={name: bad}))
+    shown = run(folder)
+    assert shown.exit_code == 0, shown.output
+    assert "runs, but its default operating point 'fast' cannot be used: " in shown.stdout
+    assert problem in shown.stdout
+    (state,) = json.loads(run(folder, "--json").stdout)["targets"]
+    assert state["why_not"] == ""
+    assert problem in state["no_rule"]
+    assert run(folder, "--check").exit_code == 1
+
+
+@pytest.mark.parametrize("rule", [{}, {"name": "budget", "exit": 9}])
+def test_a_default_rule_that_cannot_be_used_is_said(
+    engine_copy: Callable[..., Path], rule: dict[str, Any]
+) -> None:
+    folder = engine_copy()
+    manifest = msgspec.structs.replace(read_manifest(folder), default_rule=rule)
+    write_manifest(folder, manifest)
+    shown = run(folder)
+    assert shown.exit_code == 0, shown.output
+    assert "runs, but its default rule cannot be used: " in shown.stdout
 
 
 def test_targets_that_cannot_run_say_why(
