@@ -60,8 +60,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
         score: with the rule, on rows that did not choose it.
         full_depth_score: of the last exit on the same rows.
-        drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened where hardly a
-            row changes.
+        drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened where
+            hardly a row changes.
         held_out: which rows those were: cross-fitted parts, another file, or the rows of the
             test of a certificate.
         rows: how many.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -148,6 +151,55 @@ def test_documents_name_files_that_exist(document: str) -> None:
 
     assert names
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_readme_has_no_relative_links() -> None:
+    """It is also the description on PyPI, where they would lead nowhere."""
+    assert re.findall(r"\]\((?!https?://)[^)]*\)|^\[[^\]]+\]:(?! https?://).*", README, re.M) == []
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, of a copy of the project without its caches but one."""
+    place = tmp_path_factory.mktemp("project")
+    for name in (*PACKAGES, "src", "scripts", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, place)
+    (place / "tests" / "__pycache__").mkdir()
+    (place / "tests" / "__pycache__" / "conftest.pyc").touch()
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, check=True)
+    (made,) = (place / "dist").iterdir()
+    return made
+
+
+def test_the_sdist_holds_what_the_readme_names(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    listed = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"}
+    assert listed | {"src/fpabee/py.typed", "src/fpabee/calibration/report/page.html"} <= names
+    for folder in ("scripts", "tests"):
+        kept = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {str(path) for path in kept if path.suffix != ".pyc"} <= names
+    for package in PACKAGES:
+        modules = (ROOT / package).rglob("*.py")
+        assert {f"src/fpabee/{path.relative_to(ROOT)}" for path in modules} <= names
+    assert not [name for name in names if name.endswith(".pyc")]
+
+
+def test_the_sdist_can_be_installed(sdist: Path, tmp_path: Path) -> None:
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
+    install = [sys.executable, "-m", "pip", "install", *options, str(tmp_path), str(sdist)]
+    subprocess.run(install, capture_output=True, check=True)
+    code = "import fpabee.runtime, fpabee.calibration, fpabee.exporter; print(fpabee.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
 
 
 def test_readme_python_runs(
