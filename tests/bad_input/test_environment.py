@@ -34,7 +34,7 @@ def with_options(*options: object) -> Callable[[Place], Arguments]:
 def bench(*options: object) -> Callable[[Place], Arguments]:
     return lambda place: [
         *(place.shared_engines(), "--input", place.texts(), "--threads", 1),
-        *("--repeats", 1, "--shapes", "", *options),
+        *("--repeats", 1, "--shapes", "", "--quiet", *options),
     ]
 
 
@@ -285,8 +285,8 @@ USAGE = [
     ("export", export("--typo"), "--typo"),
     ("export", export("another"), "another"),
     ("export", export("--from", "engines"), "either MODEL_DIR or --from"),
-    ("export", export("--exits", "auto"), "--from ENGINES --exits auto"),
-    ("export", export("--threads", 1), "--from ENGINES --exits auto"),
+    ("export", export("--exits", "auto"), "auto was removed"),
+    ("export", export("--threads", 1), "--from ENGINES --exits N,N,... -o NEW"),
     ("export", export("--jobs", 0), "--jobs"),
     ("export", export("--no-onnx"), "goes with --from"),
     ("export", extend("--exits", "1,2"), "name it with -o"),

@@ -357,7 +357,10 @@ READERS: dict[str, tuple[str, Callable[[Place, object], Arguments]]] = {
             *("--test", file, "--threads", 1, "--quiet"),
         ],
     ),
-    "bench": ("bench", lambda p, file: [p.shared_engines(), "--input", file, "--threads", 1]),
+    "bench": (
+        "bench",
+        lambda p, file: [p.shared_engines(), "--input", file, "--threads", 1, "--quiet"],
+    ),
     "export --verify-data": (
         "export",
         lambda p, file: ["--from", p.shared_engines(), "--fp16", "--quiet", "--verify-data", file],
