@@ -156,7 +156,7 @@ def main(
             return _run_settings(engines, job, inputs, columns, resume) | given
 
         if is_typed and not (quiet or as_json):
-            click.echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
+            echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         no_progress = quiet or as_json or destination.unbuffered
         with (
             open_sink(destination, layout, record_of_run) as sink,
