@@ -220,7 +220,8 @@ def add_target(
             path, manifest, backend, precision, plans, jobs, resume, progress
         )
     except FpabeeError as failure:
-        left = {label: _not_built(backend, precision, failure, " --resume")}
+        how = " --resume" if failure.hint.endswith(" --resume") else ""
+        left = {label: _not_built(backend, precision, failure, how)}
         write_manifest(path, _noting(_without_changed(path, manifest), left))
         raise
     built = _keeping_points(manifest, _noting(built, {}, built=label), name)

@@ -171,7 +171,7 @@ def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(shared_root: Path) -> Mapping[str, Path]:
     """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
-    return _Made(shared_root / "models", _make_model)
+    return _Made(shared_root / "models", make_model)
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +231,16 @@ def set_points() -> Callable[..., None]:
     return write
 
 
-def _make_model(family: str, folder: Path) -> Path:
+def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **sizes: int) -> Path:
+    """Write a model_dir with random weights and an exit after every layer.
+
+    Args:
+        family: of the encoder.
+        folder: where to.
+        width: of the hidden states.
+        layers: how many.
+        sizes: other settings than the family's tiny ones.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -241,24 +250,25 @@ def _make_model(family: str, folder: Path) -> Path:
 
     tiny = _TINY[family]
     vocabulary = _vocabulary(tiny)
+    exits = tuple(range(1, layers + 1))
     config = AutoConfig.for_model(
         family,
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=3,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        initializer_range=0.15,
+        initializer_range=0.15 * (32 / width) ** 0.5,
         bos_token_id=vocabulary[tiny.specials["cls"]],
         pad_token_id=vocabulary[tiny.specials["pad"]],
         eos_token_id=vocabulary[tiny.specials["sep"]],
         cls_token_id=vocabulary[tiny.specials["cls"]],
         sep_token_id=vocabulary[tiny.specials["sep"]],
-        **tiny.config,
+        **(tiny.config | sizes),
     )
-    exits = MultiExitConfig((1, 2, 3), tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
+    multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED + list(_TINY).index(family))
-        model = MultiExitModel(build_encoder(config), exits)
+        model = MultiExitModel(build_encoder(config), multi_exit)
         _spread(model)
     save_checkpoint(model, folder)
     _save_tokenizer(tiny, vocabulary, folder)

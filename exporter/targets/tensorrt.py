@@ -6,6 +6,7 @@ GPU that will run the plans.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,12 @@ import msgspec
 from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, build_command, library_version
 from ...runtime.engines_folder import read_regular, sha256_of, verified_graph
-from ...runtime.errors import BackendError, MissingExtraError
+from ...runtime.errors import (
+    BackendError,
+    FpabeeError,
+    MissingExtraError,
+    VerificationError,
+)
 from ...runtime.manifest import BuiltFile, Graph, Manifest, Target
 from ...runtime.shown import Progress
 from .options import RTX, TENSORRT, PlanOptions, profile_of
@@ -28,6 +34,8 @@ from .plan_worker import PlanRequest, PlanResult
 
 _BUILD_FILE = "build.json"
 _MAX_BUILD_BYTES = 16 * 2**20
+_SIGKILL = 9  # the module `signal` lacks it on Windows
+_LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
 
 
 class _Built(msgspec.Struct, frozen=True):
@@ -96,8 +104,8 @@ def build_target(
 
     Raises:
         BackendError: the backend cannot build this here, or a segment failed; plans that were
-            built stay where they are.
-        VerificationError: a plan is not in its precision.
+            built stay where they are. The hint ends with `--resume` if the same build may succeed.
+        VerificationError: a plan is not in its precision; the others stay as well.
     """
     error = why_not(backend)
     if error:
@@ -112,16 +120,20 @@ def build_target(
     done, lock = len(graphs) - len(wanted), threading.Lock()
     progress(name, done, len(graphs))
 
-    def build(item: tuple[str, Graph]) -> str:
+    def build(item: tuple[str, Graph]) -> FpabeeError | None:
         nonlocal done
         graph_name, graph = item
         onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
         result = _run_worker(_request(backend, onnx, plan, graph, options, home))
         if result.error:
-            return f"{graph_name}: {result.error}"
-        fp32 = folder / manifest.graphs[graph_name].file
-        check_precision(plan, graph, result, precision, onnx, fp32)
+            return BackendError(f"{graph_name}: {result.error}")
+        exact = manifest.graphs[graph_name]
+        fp32 = verified_graph(folder, exact.file, exact.sha256)
+        try:
+            check_precision(plan, graph, result, precision, onnx, fp32)
+        except VerificationError as error:
+            return error
         built = _Built(graph.sha256, sha256_of(plan), round(result.seconds, 3), result.size)
         with lock:
             record.graphs[graph_name] = built
@@ -130,20 +142,37 @@ def build_target(
             (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
             done += 1
             progress(f"{name} {graph_name} ({result.seconds:.1f} s)", done, len(graphs))
-        return ""
+        return None
 
     with ThreadPoolExecutor(jobs) as pool:
         failures = [failure for failure in pool.map(build, wanted.items()) if failure]
     if failures:
-        kept = "the others are kept: " if record.graphs else ""
-        raise BackendError(
+        first = failures[0]
+        raise type(first)(
             f"{name}: {len(failures)} of {len(graphs)} plans could not be built, "
-            f"first {failures[0]}",
-            f"{kept}{build_command(backend, precision)} --resume".replace("ENGINES", str(folder)),
+            f"first {first.message}",
+            _remedy(folder, manifest, backend, precision, first),
         )
     target = _target(folder, home, backend, precision, graphs, record, options)
     targets = {**manifest.targets, name: target}
     return msgspec.structs.replace(manifest, targets=targets), name
+
+
+def _remedy(
+    folder: Path, manifest: Manifest, backend: str, precision: str, failure: FpabeeError
+) -> str:
+    """What helps after a failed build: to repeat it, only if it lacked memory."""
+    if _LACKS_MEMORY.search(failure.message):
+        command = build_command(backend, precision).replace("ENGINES", str(folder))
+        return f"free some memory, and build the missing plans with fewer jobs: {command} --resume"
+    portable = [name for name, target in manifest.targets.items() if not target.files]
+    same = [name for name in portable if manifest.targets[name].precision == precision]
+    other = "--bf16" if precision == "fp16" else "--fp16"
+    return (
+        f"try another precision ({other}), or run the graphs without plans (fpabee-run {folder} "
+        f"--input texts.txt --target {(same or portable or ['onnxruntime-fp32'])[0]}); "
+        "please report this with the versions that fpabee-inspect --env prints"
+    )
 
 
 def _record(home: Path, backend: str, options: PlanOptions, resume: bool) -> _BuildRecord:
@@ -201,6 +230,8 @@ def _run_worker(request: PlanRequest) -> PlanResult:
     try:
         return msgspec.json.decode(done.stdout, type=PlanResult)
     except msgspec.DecodeError:
+        if done.returncode == -_SIGKILL:
+            return PlanResult(error="the builder was killed, as happens when memory runs out")
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         return PlanResult(
             error=f"the builder ended with code {done.returncode}"

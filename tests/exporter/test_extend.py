@@ -39,8 +39,11 @@ def test_what_was_not_built_stands_in_the_manifest(engine_copy: Callable[..., Pa
     assert f"there: fpabee-export --from {folder} --backend tensorrt --fp16\n" in said
 
 
+@pytest.mark.parametrize(
+    ("error", "command"), [("no tactics", "--fp16"), ("out of memory", "--fp16 --resume")]
+)
 def test_a_failed_build_is_noted_until_it_succeeds(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    error: str, command: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
     options = ExtendOptions((Half.FP16,), backends=("tensorrt-rtx",), plans=SMALL)
@@ -49,7 +52,7 @@ def test_a_failed_build_is_noted_until_it_succeeds(
 
     def fails(request: PlanRequest) -> PlanResult:
         if request.plan.endswith("segment_02.plan"):
-            return PlanResult(error="no tactics")
+            return PlanResult(error=error)
         return worker(request)
 
     other = ExtendOptions(
@@ -57,11 +60,13 @@ def test_a_failed_build_is_noted_until_it_succeeds(
     )
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt, "_run_worker", fails)
-        with pytest.raises(BackendError, match="first segment_02: no tactics"):
+        with pytest.raises(BackendError, match=f"first segment_02: {error}"):
             extend(folder, other)
     manifest = read_manifest(folder)
-    assert "no tactics" in manifest.not_built["tensorrt-rtx-fp16"].reason
-    assert manifest.not_built["tensorrt-rtx-fp16"].command.endswith("--fp16 --resume")
+    assert error in manifest.not_built["tensorrt-rtx-fp16"].reason
+    assert manifest.not_built["tensorrt-rtx-fp16"].command.endswith(command)
+    assert manifest.precisions["fp16"].keys() == manifest.graphs.keys()
+    assert "onnxruntime-fp16-cuda" in manifest.targets
     assert "tensorrt-rtx-fp16" not in manifest.targets, "its plans were written over"
     with Engine.load(folder) as engine:
         assert len(engine.predict(["rain"])) == 1

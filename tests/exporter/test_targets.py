@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import ArtifactError, BackendError, FPabee, MissingExtraError
+from fpabee.runtime import (
+    ArtifactError,
+    BackendError,
+    FPabee,
+    MissingExtraError,
+    VerificationError,
+)
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.engines_folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.manifest import Manifest
@@ -112,7 +120,7 @@ def test_resume_builds_only_what_is_missing(
     assert len(built) == 4, "plans of other shapes are not these"
 
 
-def test_one_failed_segment_leaves_the_others_for_resume(
+def test_one_failed_segment_leaves_the_others(
     half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, manifest = half()
@@ -123,8 +131,10 @@ def test_one_failed_segment_leaves_the_others_for_resume(
         build_target(folder, broken, RTX, "fp16", SMALL)
     message = str(caught.value)
     assert "1 of 3 plans could not be built, first segment_02: parser" in message
-    assert f"the others are kept: fpabee-export --from {folder} --backend" in message
-    assert message.endswith("--fp16 --resume")
+    assert "--resume" not in message, "it would fail again"
+    assert "try another precision (--bf16)" in message
+    assert f"fpabee-run {folder} --input texts.txt --target onnxruntime-fp32" in message
+    assert "fpabee-inspect --env" in message
     plans = folder / "targets" / "tensorrt-rtx-fp16"
     assert sorted(p.name for p in plans.glob("*.plan")) == ["segment_01.plan", "segment_03.plan"]
     whole.write_bytes(content)
@@ -144,6 +154,42 @@ def test_a_graph_with_control_flow_reaches_no_builder(
     with pytest.raises(ArtifactError, match=r"segment_01\.onnx has a node .*control flow"):
         build_target(folder, damage(folder, manifest, "segment_01", loop), RTX, "fp16", SMALL)
     assert "segment_01" not in built
+
+
+@pytest.mark.parametrize("error", ["Out of Memory in segment", "std::bad_alloc"])
+def test_a_build_without_memory_may_be_repeated(
+    error: str, half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = half()
+    monkeypatch.setattr(tensorrt, "_run_worker", lambda request: PlanResult(error=error))
+    command = rf"fewer jobs: fpabee-export --from {folder} --backend tensorrt-rtx --fp16 --resume$"
+    with pytest.raises(BackendError, match=command):
+        build_target(folder, manifest, RTX, "fp16", SMALL)
+
+
+def test_a_plan_that_is_refused_leaves_the_others(
+    half: Callable[..., tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = half()
+    worker = tensorrt._run_worker
+
+    def silent(request: PlanRequest) -> PlanResult:
+        result = worker(request)
+        is_wrong = request.plan.endswith("segment_01.plan")
+        return msgspec.structs.replace(result, dtypes={}) if is_wrong else result
+
+    monkeypatch.setattr(tensorrt, "_run_worker", silent)
+    with pytest.raises(VerificationError) as caught:
+        build_target(folder, manifest, RTX, "fp16", SMALL)
+    message = str(caught.value)
+    assert "1 of 3 plans could not be built, first segment_01.plan is not in fp16: its" in message
+    assert "try another precision (--bf16)" in message
+    plans = folder / "targets" / "tensorrt-rtx-fp16"
+    assert sorted(p.name for p in plans.glob("*.plan")) == ["segment_02.plan", "segment_03.plan"]
+    monkeypatch.setattr(tensorrt, "_run_worker", worker)
+    built = noted_builds(monkeypatch)
+    build_target(folder, manifest, RTX, "fp16", SMALL, resume=True)
+    assert built == ["segment_01"]
 
 
 @pytest.mark.parametrize(
@@ -224,3 +270,15 @@ def test_tensorrt_needs_the_device(
 def test_a_worker_that_dies_says_how(tmp_path: Path) -> None:
     request = PlanRequest(module="no_such_module", onnx="x", plan="y", profiles=[])
     assert "no_such_module" in tensorrt._run_worker(request).error
+
+
+def test_a_worker_that_the_system_kills_lacked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = PlanRequest(module="x", onnx="x", plan="y", profiles=[])
+    dead = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    run = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda _, **settings: run([sys.executable, "-c", dead], **settings)
+    )
+    error = tensorrt._run_worker(request).error
+    assert error == "the builder was killed, as happens when memory runs out"
+    assert tensorrt._LACKS_MEMORY.search(error)
