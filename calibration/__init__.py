@@ -8,31 +8,31 @@ for; `write_report` shows what it found. Drops are in points: hundredths of a sc
 0 to 1.
 """
 
-from ..runtime.operating_point import Wish
+from ..runtime.artifact.operating_point import Goal
 from .calibrate import calibrate
 from .costs import CostModel
-from .cuts import TunedCuts
-from .options import DEFAULT_WISHES, CalibrationOptions
+from .goals import DEFAULT_GOALS, CalibrationOptions
+from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .report import write_report
-from .result import Calibration, Contender, Point
+from .result import Calibration, Point, RuleComparison
 from .risk import Bound, RiskOf
 from .scoring import Rows
 from .sweep import threshold_for_depth
 
 __all__ = [
-    "DEFAULT_WISHES",
+    "DEFAULT_GOALS",
     "Bound",
     "Calibration",
     "CalibrationOptions",
-    "Contender",
     "CostModel",
+    "Goal",
     "Outcome",
     "Point",
     "RiskOf",
     "Rows",
-    "TunedCuts",
-    "Wish",
+    "RuleComparison",
+    "TunedLabelThresholds",
     "calibrate",
     "threshold_for_depth",
     "write_report",

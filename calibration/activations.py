@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.folder import verified_graph
+from ..runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TokenizerSpec
 from ..runtime.encoding import EncodedRow
-from ..runtime.engines_folder import verified_graph
-from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TokenizerSpec
 
 Feed = dict[str, NDArray[Any]]
 

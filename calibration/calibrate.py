@@ -8,26 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from ..runtime.artifact.folder import read_manifest, write_manifest
+from ..runtime.artifact.operating_point import Goal
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import read_manifest, write_manifest
 from ..runtime.errors import InputError
-from ..runtime.exit_rules import RULES, Budget, ExitRule
+from ..runtime.files import Row, read_rows
 from ..runtime.metrics import Labels
-from ..runtime.operating_point import Wish
-from ..runtime.shown import Progress
-from ..runtime.text_io import Row, read_rows
+from ..runtime.progress import Progress
+from ..runtime.rules.rules import RULES, Budget, ExitRule
+from .choose import PARTS, Selector, every_setting
 from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
-from .cuts import check_cuts, tune_cuts, with_cuts
-from .options import CalibrationOptions
+from .goals import CalibrationOptions
+from .label_thresholds import check_label_thresholds, tune_label_thresholds, with_label_thresholds
 from .outcome import Outcome, exits_of, outcome
-from .result import Calibration, Contender, Point, with_points
+from .result import Calibration, Point, RuleComparison, with_points
 from .risk import Bound, RiskOf, check_row_mean, control
 from .scoring import AGREEMENT, METRICS, Rows, Scorer, check_metric
-from .select import PARTS, Selector, every_setting
 from .settings import PER_EXIT, Candidate
+from .stopping_costs import StoppingCosts
 from .trace import data_sha256, expected_labels, trace_rows
-from .weighing import Weighing
 
 SHOWN_RULES = ("fpabee", "pabee", "entropy")
 """Rules whose best is always reported."""
@@ -56,7 +56,7 @@ def calibrate(
         folder: the engines folder.
         data: at least 50 labelled rows from the source that will be classified, or a file of
             them in any format of `runtime.read_rows`.
-        options: default: three points, `DEFAULT_WISHES`.
+        options: default: three points, `DEFAULT_GOALS`.
         progress: called with (what, done, total).
 
     Returns:
@@ -128,26 +128,28 @@ class _Session:
         self._check(rows, test)
         seen = self._trace(rows)
         held = None if test is None else self._trace(test)
-        cuts = None
-        if self.options.tune_cuts:
+        label_thresholds = None
+        if self.options.tune_label_thresholds:
             default = METRICS[seen.problem_type][0]
-            cuts = tune_cuts(seen, default if self.metric == AGREEMENT else self.metric)
-            seen = with_cuts(seen, cuts.cuts)
-            held = None if held is None else with_cuts(held, cuts.cuts)
+            label_thresholds = tune_label_thresholds(
+                seen, default if self.metric == AGREEMENT else self.metric
+            )
+            seen = with_label_thresholds(seen, label_thresholds.values)
+            held = None if held is None else with_label_thresholds(held, label_thresholds.values)
         self.costs = self._measure(seen)
-        weighing = Weighing(seen, self.metric, self.costs[-1].row_costs(seen.lengths))
+        stopping_costs = StoppingCosts(seen, self.metric, self.costs[-1].row_costs(seen.lengths))
         self.progress("sweep", 0, 1)
         started = time.perf_counter()
-        selector = self._selector(weighing)
+        selector = self._selector(stopping_costs)
         self.progress(f"sweep: {time.perf_counter() - started:.1f} s", 1, 1)
         encoded = self.engine.encode([row.content for row in rows])
         asked = self._asked()
         points = []
-        for number, (name, wish) in enumerate(asked.items()):
+        for number, (name, goal) in enumerate(asked.items()):
             self.progress(f"choose {name}", number, len(asked))
-            points.append(self._point(name, wish, selector, held, encoded))
+            points.append(self._point(name, goal, selector, held, encoded))
         default = self.options.default if self.options.default in asked else points[0].name
-        contenders = self._contenders(selector, asked[default], held)
+        comparisons = self._comparisons(selector, asked[default], held)
         return Calibration(
             folder=self.folder,
             target=self.engine.target,
@@ -157,10 +159,10 @@ class _Session:
             test=held,
             points=tuple(points),
             default=default,
-            contenders=contenders,
+            comparisons=comparisons,
             costs=self.costs,
             selector=selector,
-            cuts=cuts,
+            label_thresholds=label_thresholds,
             layers=self.layers,
         )
 
@@ -169,8 +171,8 @@ class _Session:
         options, task = self.options, self.engine.manifest.task
         labelled = not options.unlabelled
         check_metric(self.metric, task.problem_type, labelled)
-        if options.tune_cuts:
-            check_cuts(task.problem_type, labelled)
+        if options.tune_label_thresholds:
+            check_label_thresholds(task.problem_type, labelled)
         if options.bound is not None and options.bound.risk_of is RiskOf.DROP:
             check_row_mean(self.metric)
         _check_rows(len(rows), expected_labels(rows, task) if labelled else None)
@@ -205,14 +207,14 @@ class _Session:
         )
         return tuple(models)
 
-    def _selector(self, weighing: Weighing) -> Selector:
+    def _selector(self, stopping_costs: StoppingCosts) -> Selector:
         names = dict.fromkeys([*(self.options.rules or RULES), *SHOWN_RULES])
-        return every_setting(weighing, list(names), self.options.measures, self.options.seed)
+        return every_setting(stopping_costs, list(names), self.options.measures, self.options.seed)
 
-    def _asked(self) -> dict[str, Wish | Bound]:
+    def _asked(self) -> dict[str, Goal | Bound]:
         if self.options.bound is not None:
             return {self.options.name: self.options.bound}
-        return dict(self.options.wishes)
+        return dict(self.options.goals)
 
     def _kinds(self, selector: Selector) -> list[str]:
         """What may be chosen from; other kinds are there to be shown beside it."""
@@ -222,34 +224,34 @@ class _Session:
     def _point(
         self,
         name: str,
-        wish: Wish | Bound,
+        goal: Goal | Bound,
         selector: Selector,
         held: Rows | None,
         encoded: Sequence[EncodedRow],
     ) -> Point:
-        rows, kinds = selector.weighing.rows, self._kinds(selector)
+        rows, kinds = selector.stopping_costs.rows, self._kinds(selector)
         certificate = None
-        if isinstance(wish, Bound):
-            found = control(selector, kinds, wish)
+        if isinstance(goal, Bound):
+            found = control(selector, kinds, goal)
             candidate, certificate = found.candidate, found.certificate
             tested = rows.take(found.tested)
             judged = self._outcome(tested if held is None else held, candidate.rule)
         else:
-            candidate = selector.choose(wish, kinds) or Candidate(Budget(exit=rows.exits))
-            judged = self._held_out(candidate, wish, kinds, selector, held)
+            candidate = selector.choose(goal, kinds) or Candidate(Budget(exit=rows.exits))
+            judged = self._held_out(candidate, goal, kinds, selector, held)
         measured = {
             str(model.batch): measure_speedup(self.engine, encoded, candidate.rule, model.batch)
             for model in self.costs
         }
         on_all = self._outcome(rows, candidate.rule)
         return Point(
-            name, wish, candidate.kind, candidate.rule, on_all, judged, measured, certificate
+            name, goal, candidate.kind, candidate.rule, on_all, judged, measured, certificate
         )
 
     def _held_out(
         self,
         candidate: Candidate,
-        wish: Wish,
+        goal: Goal,
         kinds: Collection[str],
         selector: Selector,
         held: Rows | None,
@@ -257,32 +259,32 @@ class _Session:
         """What a choice gives on rows that did not make it."""
         if held is not None:
             return self._outcome(held, candidate.rule)
-        rows = selector.weighing.rows
+        rows = selector.stopping_costs.rows
         costs = self.costs[-1].row_costs(rows.lengths)
-        exits = selector.held_out(wish, kinds)
-        return outcome(selector.weighing.scorer, exits, rows.lengths, costs, self.layers)
+        exits = selector.held_out(goal, kinds)
+        return outcome(selector.stopping_costs.scorer, exits, rows.lengths, costs, self.layers)
 
     def _outcome(self, rows: Rows, rule: ExitRule) -> Outcome:
         scorer, costs = Scorer(rows, self.metric), self.costs[-1].row_costs(rows.lengths)
         return outcome(scorer, exits_of(rule, rows), rows.lengths, costs, self.layers)
 
-    def _contenders(
-        self, selector: Selector, wish: Wish | Bound, held: Rows | None
-    ) -> tuple[Contender, ...]:
+    def _comparisons(
+        self, selector: Selector, goal: Goal | Bound, held: Rows | None
+    ) -> tuple[RuleComparison, ...]:
         """The best of every kind of rule, the fastest first."""
-        if isinstance(wish, Bound):
-            wish = Wish(max_drop=100 * wish.risk)
+        if isinstance(goal, Bound):
+            goal = Goal(max_drop=100 * goal.risk)
         found = []
         for number, kind in enumerate(selector.kinds):
             self.progress(f"compare {kind}", number, len(selector.kinds))
             try:
-                candidate = selector.choose(wish, [kind])
+                candidate = selector.choose(goal, [kind])
                 if candidate is not None:
-                    judged = self._held_out(candidate, wish, [kind], selector, held)
-                    found.append(Contender(kind, candidate.rule, judged))
+                    judged = self._held_out(candidate, goal, [kind], selector, held)
+                    found.append(RuleComparison(kind, candidate.rule, judged))
             except InputError:  # not as fast as was wished for
                 continue
-        return tuple(sorted(found, key=lambda contender: -contender.held_out.estimated))
+        return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
 
 
 def _check_rows(count: int, expected: Labels | None) -> None:

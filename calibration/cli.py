@@ -11,26 +11,26 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.distributions import Measure
-from ..runtime.exit_rules import RULES
-from ..runtime.extras import require
-from ..runtime.operating_point import Wish
-from ..runtime.options import (
+from ..runtime.artifact.operating_point import Goal
+from ..runtime.cli.console import Shown, echo, table_console
+from ..runtime.cli.errors import exits_with_one_line
+from ..runtime.cli.options import (
     FiniteRange,
     chosen_columns,
     chosen_text_format,
     column_options,
-    exits_with_one_line,
     version_option,
 )
-from ..runtime.shown import Shown, echo, table_console
+from ..runtime.optional_packages import require
+from ..runtime.rules.measures import Measure
+from ..runtime.rules.rules import RULES
 from .calibrate import CROSS_FITTED, calibrate
-from .options import DEFAULT_WISHES, CalibrationOptions, is_name
+from .descriptions import drop_in_words, rule_in_words
+from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
 from .report import check_place, write_report
 from .result import Calibration, Point
 from .risk import Bound, RiskOf
 from .scoring import METRICS
-from .words import drop_in_words, rule_in_words
 
 _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics})
 
@@ -80,7 +80,9 @@ _METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics}
 @click.option("--target", help="A built target. Default: the folder's.")
 @click.option("--name", help="Of the point. Default: after the wish, such as drop-0.5.")
 @click.option("--unlabelled", is_flag=True, help="Hold the rule against full depth; no labels.")
-@click.option("--tune-cuts", is_flag=True, help="Also choose each label's cut (multi-label).")
+@click.option(
+    "--tune-label-thresholds", is_flag=True, help="Also choose each label's cut (multi-label)."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Rows at a time in use.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the trace.")
 @click.option(
@@ -147,7 +149,7 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         raise click.UsageError("--confidence and --risk-of are about --risk: give it too")
     if "auto" in settings["rules"] and len(settings["rules"]) > 1:
         raise click.UsageError("--rule auto takes whatever wins: give no other rule with it")
-    bound, wishes = None, dict(DEFAULT_WISHES)
+    bound, goals = None, dict(DEFAULT_GOALS)
     default = "balanced"
     if settings["risk"] is not None:
         confidence = 95.0 if settings["confidence"] is None else settings["confidence"]
@@ -157,11 +159,11 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
     elif asked:
         short = {"max_drop": "drop", "speedup": "speedup"}[asked[0]]
         default = name or f"{short}-{settings[asked[0]]:g}"
-        wishes = {default: Wish(max_drop=settings["max_drop"], speedup=settings["speedup"])}
+        goals = {default: Goal(max_drop=settings["max_drop"], speedup=settings["speedup"])}
     rules = () if "auto" in settings["rules"] else tuple(settings["rules"])
     measures = tuple(Measure(m) for m in settings["measures"] if m != "all")
     return CalibrationOptions(
-        wishes=wishes,
+        goals=goals,
         bound=bound,
         name=default,
         default=default,
@@ -173,7 +175,7 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         target=settings["target"],
         test=settings["test"],
         unlabelled=settings["unlabelled"],
-        tune_cuts=settings["tune_cuts"],
+        tune_label_thresholds=settings["tune_label_thresholds"],
         batch_size=settings["batch_size"],
         output=settings["output"],
         threads=settings["threads"],
@@ -191,10 +193,10 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         "points": [_point(point) for point in result.points],
         "contenders": [
             {"kind": c.kind, "rule": c.rule.to_dict(), "held_out": asdict(c.held_out)}
-            for c in result.contenders
+            for c in result.comparisons
         ],
         "segment_seconds": [asdict(model) for model in result.costs],
-        "cuts": None if result.cuts is None else asdict(result.cuts),
+        "cuts": None if result.label_thresholds is None else result.label_thresholds.to_dict(),
     }
 
 
@@ -202,7 +204,7 @@ def _point(point: Point) -> dict[str, Any]:
     certificate = point.certificate
     return {
         "name": point.name,
-        "wish": str(point.wish),
+        "wish": str(point.goal),
         "kind": point.kind,
         "rule": point.rule.to_dict(),
         "chosen_on": asdict(point.chosen_on),
@@ -250,18 +252,18 @@ def _print(result: Calibration, console: Console) -> None:
         )
     for point in result.points:
         if point.certificate is not None:
-            console.print(f"{point.name}: {point.wish}, tested on {point.certificate.rows} rows")
+            console.print(f"{point.name}: {point.goal}, tested on {point.certificate.rows} rows")
     for point in result.at_full_depth:
         console.print(
             f"{point.name}: {len(result.rows)} rows show of no other setting that it keeps to "
-            f'"{point.wish}" -> give more rows, or wish for a larger drop'
+            f'"{point.goal}" -> give more rows, or wish for a larger drop'
         )
     title = f"best of each rule, {result.contenders_wish}:"
     table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=title)
-    for contender in result.contenders:
-        held = contender.held_out
+    for comparison in result.comparisons:
+        held = comparison.held_out
         table.add_row(
-            rule_in_words(contender.rule),
+            rule_in_words(comparison.rule),
             f"{held.score:.4f}",
             drop_in_words(held),
             f"{held.mean_depth:.2f} of {layers}",
@@ -269,11 +271,12 @@ def _print(result: Calibration, console: Console) -> None:
             f"{held.estimated:.2f}x",
         )
     console.print(table)
-    if result.cuts is not None:
-        cuts = result.cuts
-        kept = "kept" if cuts.cuts else "not kept: 0.5 for all is as good"
+    if result.label_thresholds is not None:
+        tuned = result.label_thresholds
+        kept = "kept" if tuned.values else "not kept, since 0.5 for all labels is as good"
         console.print(
-            f"cuts: {cuts.metric} {cuts.before:.4f} -> {cuts.after:.4f} (cross-fitted), {kept}"
+            f"label thresholds: {tuned.metric} {tuned.before:.4f} -> {tuned.after:.4f} "
+            f"(cross-fitted), {kept}"
         )
 
 

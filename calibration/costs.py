@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Array
+from ..runtime.artifact.folder import verified_graph
+from ..runtime.artifact.manifest import Manifest
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import verified_graph
-from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import Manifest
+from ..runtime.rules.measures import Array
+from ..runtime.rules.rules import Budget, ExitRule
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runtime.distributions import Array, Outputs
-from ..runtime.manifest import ProblemType
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.rules.measures import Array, Outputs
 from .scoring import Rows, Scorer
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.decider import simulate
-from ..runtime.distributions import Answers, Array
-from ..runtime.exit_rules import ExitRule
+from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.rules import ExitRule
+from ..runtime.rules.runner import simulate
 from .scoring import AGREEMENT, Rows, Scorer
 
 _RESAMPLES = 2000
@@ -105,4 +105,4 @@ def drop_interval(
 
 def exits_of(rule: ExitRule, rows: Rows) -> Answers:
     """The exits `[rows]` of rows under a rule: those of a live run with the same logits."""
-    return simulate(rows.logits, rule, rows.problem_type, rows.cuts).exits
+    return simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds).exits

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Answers, Array
-from ..runtime.exit_rules import ExitRule
+from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.rules import ExitRule
 from .settings import Candidate
-from .stopping import Family
-from .weighing import Weighing
+from .stop_scores import Family
+from .stopping_costs import StoppingCosts
 
 _PRICES = 30
 _ROUNDS = 6
@@ -100,16 +100,16 @@ class PerExit:
     """Settings with a threshold for each exit, fitted to some parts of the rows.
 
     Args:
-        weighing: the rows and what they cost.
+        stopping_costs: the rows and what they cost.
         families: rules that get thresholds.
         parts: `[rows]` the part of each row.
     """
 
     def __init__(
-        self, weighing: Weighing, families: Sequence[Family], parts: NDArray[np.intp]
+        self, stopping_costs: StoppingCosts, families: Sequence[Family], parts: NDArray[np.intp]
     ) -> None:
         self.families = list(families)
-        self._weighing = weighing
+        self._stopping_costs = stopping_costs
         self._parts = parts
         self._paths: dict[frozenset[int], tuple[list[Candidate], Array]] = {}
         self._fits: dict[tuple[ExitRule, frozenset[int]], list[ExitRule]] = {}
@@ -137,7 +137,7 @@ class PerExit:
                 for rule, row in zip(self._rules(family, using), sums, strict=True):
                     found.setdefault(rule, row)
             candidates = [Candidate(rule, fitted=True) for rule in found]
-            width = self._weighing.terms.shape[2]
+            width = self._stopping_costs.terms.shape[2]
             rows = np.array(list(found.values())).reshape(len(candidates), width)
             self._paths[using] = candidates, rows
         return self._paths[using]
@@ -145,7 +145,7 @@ class PerExit:
     def _judged(self, family: Family, using: frozenset[int], part: int) -> Array:
         """`[prices, terms]` over one part, with thresholds fitted to the others."""
         numbers = np.flatnonzero(self._parts == part)
-        terms, every = self._weighing.terms[:, numbers], np.arange(len(numbers))
+        terms, every = self._stopping_costs.terms[:, numbers], np.arange(len(numbers))
         own = Family(family.rule, family.scores[:, numbers])
         return np.array(
             [
@@ -159,7 +159,10 @@ class PerExit:
         key = family.rule, using
         if key not in self._fits:
             numbers = np.flatnonzero(np.isin(self._parts, list(using)))
-            costs, losses = self._weighing.costs[:, numbers], self._weighing.losses[:, numbers]
+            costs, losses = (
+                self._stopping_costs.costs[:, numbers],
+                self._stopping_costs.losses[:, numbers],
+            )
             part = Family(family.rule, family.scores[:, numbers])
             self._fits[key] = list(fit_path(part, costs, losses))
         return self._fits[key]

@@ -9,16 +9,16 @@ from pathlib import Path
 import msgspec
 
 from .. import __version__
-from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import Manifest, Target
-from ..runtime.operating_point import Certificate, OperatingPoint, Wish
-from ..runtime.text_io import Row
+from ..runtime.artifact.manifest import Manifest, Target
+from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
+from ..runtime.files import Row
+from ..runtime.rules.rules import Budget, ExitRule
+from .choose import Selector
 from .costs import CostModel
-from .cuts import TunedCuts
+from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .risk import Bound
 from .scoring import Rows
-from .select import Selector
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Point:
 
     Attributes:
         name: its name.
-        wish: what was asked for.
+        goal: what was asked for.
         kind: the name of its rule, with ` per exit` after it if it has a fitted threshold for
             each exit.
         rule: the rule.
@@ -38,7 +38,7 @@ class Point:
     """
 
     name: str
-    wish: Wish | Bound
+    goal: Goal | Bound
     kind: str
     rule: ExitRule
     chosen_on: Outcome
@@ -53,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Contender:
+class RuleComparison:
     """The best setting of one kind of rule, for the wish of the default point.
 
     Attributes:
@@ -80,11 +80,11 @@ class Calibration:
         test: the rows that points are reported on, with their trace; None: cross-fitted.
         points: the operating points.
         default: the one that runs when none is named.
-        contenders: the best of every kind of rule, for the wish of the default point; the
+        comparisons: the best of every kind of rule, for the wish of the default point; the
             fastest first.
         costs: measured times: one text at a time, and `CalibrationOptions.batch_size` rows.
         selector: all settings; not public.
-        cuts: tuned decision cuts; None: none were asked for.
+        label_thresholds: tuned decision cuts; None: none were asked for.
         layers: the layer of each exit.
     """
 
@@ -96,19 +96,19 @@ class Calibration:
     test: Rows | None
     points: tuple[Point, ...]
     default: str
-    contenders: tuple[Contender, ...]
+    comparisons: tuple[RuleComparison, ...]
     costs: tuple[CostModel, ...]
     selector: Selector
-    cuts: TunedCuts | None
+    label_thresholds: TunedLabelThresholds | None
     layers: tuple[int, ...]
 
     @property
     def contenders_wish(self) -> str:
         """What the contenders keep to: the default point's wish; never more than an estimate."""
-        wish = next(point.wish for point in self.points if point.name == self.default)
-        if isinstance(wish, Bound):
-            return f"{Wish(max_drop=100 * wish.risk)} by estimate, not certified"
-        return str(wish)
+        goal = next(point.goal for point in self.points if point.name == self.default)
+        if isinstance(goal, Bound):
+            return f"{Goal(max_drop=100 * goal.risk)} by estimate, not certified"
+        return str(goal)
 
     @property
     def at_full_depth(self) -> tuple[Point, ...]:
@@ -121,9 +121,9 @@ def with_points(manifest: Manifest, result: Calibration, data: str) -> Manifest:
     """The manifest with the points; new cuts are for every target, so others lose theirs."""
     targets = dict(manifest.targets)
     task = manifest.task
-    cuts = result.rows.cuts
-    if cuts != task.cuts:
-        task = msgspec.structs.replace(task, cuts=cuts)
+    label_thresholds = result.rows.label_thresholds
+    if label_thresholds != task.label_thresholds:
+        task = msgspec.structs.replace(task, label_thresholds=label_thresholds)
         targets = {name: _without_points(target) for name, target in targets.items()}
     target = targets[result.target]
     points = {point.name: _record(point, result, target, data) for point in result.points}
@@ -143,7 +143,7 @@ def _record(point: Point, result: Calibration, target: Target, data: str) -> Ope
     held_out = point.held_out
     return OperatingPoint(
         rule=point.rule.to_dict(),
-        wish=point.wish if isinstance(point.wish, Wish) else None,
+        goal=point.goal if isinstance(point.goal, Goal) else None,
         metric=held_out.metric,
         score=held_out.score,
         full_depth_score=held_out.full_depth_score,

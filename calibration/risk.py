@@ -22,12 +22,12 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Array
+from ..runtime.artifact.operating_point import Certificate
 from ..runtime.errors import InputError
-from ..runtime.operating_point import Certificate
+from ..runtime.rules.measures import Array
+from .choose import ALL, PARTS, Selector
 from .outcome import exits_of
 from .scoring import ROW_MEANS, Scorer
-from .select import ALL, PARTS, Selector
 from .settings import Candidate, Settings
 
 # Settings that are tested one after another, at most.
@@ -222,8 +222,8 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
     settings = selector.settings(kinds, _ORDERING)
     path = [settings.candidate(int(number)) for number in path_of(settings)]
     tested = selector.rows_of(ALL - _ORDERING)
-    rows = selector.weighing.rows.take(tested)
-    each = losses(selector.weighing.scorer, bound.risk_of)[:, tested]
+    rows = selector.stopping_costs.rows.take(tested)
+    each = losses(selector.stopping_costs.scorer, bound.risk_of)[:, tested]
     stops = [exits_of(candidate.rule, rows) for candidate in path]
     numbers = np.arange(len(tested))
     sequence = np.array([each[exits - 1, numbers] for exits in stops]).reshape(-1, len(tested))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Answers, Array, Outputs
+from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import InputError
-from ..runtime.manifest import ProblemType
 from ..runtime.metrics import evaluate
+from ..runtime.rules.measures import Answers, Array, Outputs
 
 AGREEMENT = "agreement"
 """Share of rows whose answer is that of full depth: needs no labels."""
@@ -40,14 +40,14 @@ class Rows:
         expected: the labels, int64: `[rows]` class indices, or for multi-label `[rows, labels]`
             of 0 and 1; None: no labels.
         problem_type: the task.
-        cuts: multi-label decision cuts; none means 0.5.
+        label_thresholds: multi-label decision cuts; none means 0.5.
     """
 
     logits: NDArray[np.float32]
     lengths: NDArray[np.intp]
     expected: Answers | None
     problem_type: ProblemType
-    cuts: tuple[float, ...] = ()
+    label_thresholds: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return int(self.logits.shape[1])
@@ -61,11 +61,13 @@ class Rows:
         """Some of the rows, by their numbers from 0."""
         expected = None if self.expected is None else self.expected[numbers]
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
-        return Rows(logits, lengths, expected, self.problem_type, self.cuts)
+        return Rows(logits, lengths, expected, self.problem_type, self.label_thresholds)
 
     def answers(self) -> Answers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
-        return np.stack([Outputs(z, self.problem_type, self.cuts).answers for z in self.logits])
+        return np.stack(
+            [Outputs(z, self.problem_type, self.label_thresholds).answers for z in self.logits]
+        )
 
 
 def check_metric(metric: str, problem_type: ProblemType, labelled: bool) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Array
 from ..runtime.errors import InputError
-from ..runtime.exit_rules import ExitRule
+from ..runtime.rules.measures import Array
+from ..runtime.rules.rules import ExitRule
 
 PER_EXIT = " per exit"
 """What the kind of a rule ends with that has a threshold fitted for each exit."""

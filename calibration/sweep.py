@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.distributions import Answers, Array
+from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
-from ..runtime.exit_rules import ExitRule
-from ..runtime.manifest import ProblemType
+from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.rules import ExitRule
 from .scoring import Rows
-from .stopping import Family, StopScores
+from .stop_scores import Family, StopScores
 
 
 class Sweep:
@@ -70,7 +70,7 @@ def threshold_for_depth(
     problem_type: ProblemType,
     exit_layers: Sequence[int],
     depth: float,
-    cuts: Sequence[float] = (),
+    label_thresholds: Sequence[float] = (),
 ) -> ExitRule:
     """The rule with the threshold whose mean depth is closest to a wish.
 
@@ -83,7 +83,7 @@ def threshold_for_depth(
         problem_type: the task.
         exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
         depth: the mean depth wanted, in layers; each row counts alike, whatever its length.
-        cuts: multi-label decision cuts, see `Task.cuts`; none means 0.5.
+        label_thresholds: multi-label decision cuts, see `Task.label_thresholds`; none means 0.5.
 
     Returns:
         The rule, with that threshold.
@@ -108,7 +108,7 @@ def threshold_for_depth(
     if not hasattr(rule, "threshold"):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
     lengths = np.ones(logits.shape[1], np.intp)
-    rows = Rows(logits.astype(np.float32), lengths, None, problem_type, tuple(cuts))
+    rows = Rows(logits.astype(np.float32), lengths, None, problem_type, tuple(label_thresholds))
     family = StopScores(rows).family(dataclasses.replace(rule, threshold=0.0))  # type: ignore[call-arg]
     sweep = Sweep(family, family.grid)
     layers = np.repeat(np.asarray(exit_layers, np.float64)[:, None], len(rows), axis=1)

@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.archive import read_arrays
+from ..runtime.artifact.arrays import read_arrays
+from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
-from ..runtime.manifest import Manifest, Task
+from ..runtime.files import Row
 from ..runtime.metrics import Labels, encode_labels
-from ..runtime.shown import Progress
-from ..runtime.text_io import Row
+from ..runtime.progress import Progress, silent
 from .scoring import Rows
 
 _CHUNK = 256
@@ -74,7 +74,7 @@ def trace_rows(
     rows: Sequence[Row],
     folder: Path,
     labels: bool = True,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Rows:
     """Run rows to full depth, or take what an earlier run kept.
 
@@ -101,7 +101,7 @@ def trace_rows(
         )
         kept = StoredTrace(list(rows), logits, lengths)
         _write(path, key, kept)
-    return Rows(kept.logits, kept.lengths, expected, task.problem_type, task.cuts)
+    return Rows(kept.logits, kept.lengths, expected, task.problem_type, task.label_thresholds)
 
 
 def stored_rows(folder: Path, manifest: Manifest, target: str, data: str) -> list[Row] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.extras import require
+from ..runtime.optional_packages import require
 
 if TYPE_CHECKING:
     from .parity import Parity

@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from ..runtime.backends.onnxruntime_session import session_options, usable_cores
-from ..runtime.batching import cut_groups
-from ..runtime.decider import Decider
+from ..runtime.batching import make_groups
+from ..runtime.cli.console import duration
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
-from ..runtime.exit_rules import Budget, ExitRule
-from ..runtime.manifest import ATTENTION_BIAS, MASK_FILL
-from ..runtime.shown import Progress, duration
-from .merge import merge_chain
+from ..runtime.progress import Progress, silent
+from ..runtime.rules.rules import Budget, ExitRule
+from ..runtime.rules.runner import RuleRunner
 from .onnx_file import serialized
+from .prune.merge import merge_chain
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"
@@ -151,7 +152,7 @@ class _Runner:
     def full_graph(self, rows: Sequence[EncodedRow]) -> None:
         """The full graph over the groups that the chain starts with."""
         lengths = np.array([len(row) for row in rows], np.intp)
-        for numbers in cut_groups(lengths, self.limits):
+        for numbers in make_groups(lengths, self.limits):
             self._run_full([rows[number] for number in numbers])
 
     def padded(self, rows: Sequence[EncodedRow]) -> None:
@@ -186,7 +187,7 @@ class _Runner:
     def _run_torch(self, rows: Sequence[EncodedRow]) -> None:
         import torch
 
-        from .multi_exit import token_weights
+        from .model import token_weights
 
         model = self._torch
         arrays = _padded(rows, ["input_ids", "token_type_ids", ATTENTION_BIAS])
@@ -194,8 +195,8 @@ class _Runner:
         task = self.engine.manifest.task
         embeddings, blocks, heads = model.parts
         layers = model.exit_config.exits
-        decider = Decider(self.rule, task.problem_type, len(layers), task.cuts)
-        progress, done, number = decider.start(len(rows)), np.zeros(len(rows), bool), 0
+        runner = RuleRunner(self.rule, task.problem_type, len(layers), task.label_thresholds)
+        progress, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
             weights = token_weights(bias)
             hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
@@ -204,7 +205,7 @@ class _Runner:
                 if layer == layers[number]:
                     logits = heads[number](hidden, weights).numpy()
                     number += 1
-                    stops, _ = decider.decide(number, progress, logits)
+                    stops, _ = runner.decide(number, progress, logits)
                     if stops is not None:
                         done |= stops
                     if done.all():
@@ -215,7 +216,7 @@ def run_bench(
     folder: str | Path,
     texts: Sequence[Text],
     options: BenchOptions,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> BenchReport:
     """Measure an engines folder on texts.
 
@@ -407,7 +408,7 @@ def _load_torch(options: BenchOptions, exported: Mapping[str, str]) -> Any:
     """The PyTorch model, if it is asked for; another than the exported one is no comparison."""
     if options.model_dir is None:
         return None
-    from ..runtime.extras import require
+    from ..runtime.optional_packages import require
 
     require("export")
     import torch

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError
-from ..runtime.manifest import ProblemType
 from .backbones import build_encoder, family_of
-from .multi_exit import LastHead, MultiExitConfig, MultiExitModel, Pooling
+from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
 from .weights import TRAIN_HINT, WEIGHTS, first_line, fitting_weights, read_weights
 
 CONFIG_BLOCK = "fpabee"

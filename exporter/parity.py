@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.agreement import answers, exit_agreement, largest, near_ties
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.manifest import VERIFICATION_NAME, Manifest, Verification
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
-from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import VerificationError
-from ..runtime.manifest import VERIFICATION_NAME, Manifest, Verification
 
 FP32_TARGET = "onnxruntime-fp32"
 FP32_TOLERANCE = 1e-4

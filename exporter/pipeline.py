@@ -8,14 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
-from ..runtime.backends.onnxruntime_session import check_installed
-from ..runtime.distributions import Measure
-from ..runtime.encoding import Text, TextEncoder
-from ..runtime.engine import Engine
-from ..runtime.engines_folder import sha256_of, write_manifest
-from ..runtime.errors import ArtifactError
-from ..runtime.exit_rules import FPabee
-from ..runtime.manifest import (
+from ..runtime.artifact.folder import sha256_of, write_manifest
+from ..runtime.artifact.manifest import (
     REFERENCE_NAME,
     SCHEMA_VERSION,
     Manifest,
@@ -26,15 +20,21 @@ from ..runtime.manifest import (
     Target,
     Task,
 )
-from ..runtime.reference import write_reference
-from ..runtime.shown import Progress
-from ..runtime.text_io import Columns, TextFormat, read_rows
+from ..runtime.artifact.reference import write_reference
+from ..runtime.backends.onnxruntime_session import check_installed
+from ..runtime.encoding import Text, TextEncoder
+from ..runtime.engine import Engine
+from ..runtime.errors import ArtifactError
+from ..runtime.files import Columns, TextFormat, read_rows
+from ..runtime.progress import Progress
+from ..runtime.rules.measures import Measure
+from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
-from .keep_exits import check_exits
-from .multi_exit import MultiExitModel
-from .output import check_output, publish, resolved, staging
+from .model import MultiExitModel
 from .parity import FP32_TARGET, LEAST_TOLERANCE, Parity, check_chain, with_parity
+from .prune.keep import check_exits
+from .staging import check_output, publish, resolved, staging
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_graphs, reference_logits
 

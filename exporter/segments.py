@@ -22,9 +22,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..runtime.engines_folder import sha256_of
-from ..runtime.graphs import Size
-from ..runtime.manifest import (
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.graphs import Size
+from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
     LOGITS,
@@ -35,7 +35,7 @@ from ..runtime.manifest import (
     TensorSpec,
 )
 from .backbones import Block, Embeddings
-from .multi_exit import Head, MultiExitModel, token_weights
+from .model import Head, MultiExitModel, token_weights
 from .onnx_file import serialized
 
 OPSET = 20

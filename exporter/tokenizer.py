@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..runtime.charsmap import replacements
+from ..runtime.artifact.charsmap import replacements
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
+from ..runtime.artifact.protobuf import fields
+from ..runtime.artifact.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
-from ..runtime.engines_folder import sha256_of
 from ..runtime.errors import ModelError
-from ..runtime.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.protobuf import fields
-from ..runtime.tokenizer_content import check_tokenizer
-from .multi_exit import MultiExitModel
+from .model import MultiExitModel
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..runtime.encoding import EncodedRow, Text
-from ..runtime.errors import VerificationError
-from ..runtime.manifest import (
+from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
     NEXT,
     Manifest,
 )
+from ..runtime.encoding import EncodedRow, Text
+from ..runtime.errors import VerificationError
 from .backbones import attention_bias
-from .multi_exit import MultiExitModel
+from .model import MultiExitModel
 from .parity import FP32_TOLERANCE
 from .segments import Cut
 

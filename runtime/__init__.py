@@ -16,41 +16,9 @@ Every error that a user can mend is a `FpabeeError`: its message says what was f
 expected, its hint what to do.
 """
 
-from .backends.base import Bucket, Limits
-from .decider import Simulation, simulate
-from .distributions import Measure, Outputs
-from .encoding import EncodedRow, Text
-from .engine import Engine
-from .engines_folder import read_manifest
-from .errors import (
-    ArtifactError,
-    BackendError,
-    FpabeeError,
-    InputError,
-    MissingExtraError,
-    ModelError,
-    RowError,
-    RuleError,
-    VerificationError,
-)
-from .execution import Regroup, WindowResult
-from .exit_rules import (
-    RULES,
-    Budget,
-    Confidence,
-    Either,
-    Energy,
-    Entropy,
-    Epee,
-    ExitRule,
-    FPabee,
-    Pabee,
-    Pcee,
-    Signs,
-    Threshold,
-)
-from .graphs import Graph, Segment, TensorSpec
-from .manifest import (
+from .artifact.folder import read_manifest
+from .artifact.graphs import Graph, Segment, TensorSpec
+from .artifact.manifest import (
     BuiltFile,
     Manifest,
     Model,
@@ -63,9 +31,41 @@ from .manifest import (
     TokenizerSpec,
     Verification,
 )
-from .operating_point import Certificate, OperatingPoint, RuleSettings, Wish
+from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
+from .backends.base import Bucket, Limits
+from .chain import Regroup, WindowResult
+from .encoding import EncodedRow, Text
+from .engine import Engine
+from .errors import (
+    ArtifactError,
+    BackendError,
+    FpabeeError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    RowError,
+    RuleError,
+    VerificationError,
+)
+from .files import Columns, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
-from .text_io import Columns, Row, TextFormat, read_rows
+from .rules.measures import Measure, Outputs
+from .rules.rules import (
+    RULES,
+    Budget,
+    Confidence,
+    Either,
+    Energy,
+    Entropy,
+    Epee,
+    ExitRule,
+    FPabee,
+    Pabee,
+    Pcee,
+    Signal,
+    Threshold,
+)
+from .rules.runner import Simulation, simulate
 
 __all__ = [
     "RULES",
@@ -86,6 +86,7 @@ __all__ = [
     "ExitRule",
     "FPabee",
     "FpabeeError",
+    "Goal",
     "Graph",
     "InputError",
     "Limits",
@@ -109,7 +110,7 @@ __all__ = [
     "RuleSettings",
     "Segment",
     "Shapes",
-    "Signs",
+    "Signal",
     "Simulation",
     "Tally",
     "Target",
@@ -123,7 +124,6 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WindowResult",
-    "Wish",
     "read_manifest",
     "read_rows",
     "simulate",

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .decider import simulate
-from .distributions import Answers, Outputs
-from .exit_rules import Epee, ExitRule, Pabee
-from .manifest import ProblemType, Task
+from .artifact.manifest import ProblemType, Task
+from .rules.measures import Answers, Outputs
+from .rules.rules import Epee, ExitRule, Pabee
+from .rules.runner import simulate
 
 # What a target in another precision than fp32 must reach: labels, exits. int8 is another
 # model rather than another rounding: its thresholds are to be calibrated for it.
@@ -105,7 +105,7 @@ def largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArra
 
 def answers(logits: NDArray[np.float32], task: Task) -> Answers:
     """Predicted labels: `[exits, rows]`, or `[exits, rows, labels]`."""
-    return np.stack([Outputs(z, task.problem_type, task.cuts).answers for z in logits])
+    return np.stack([Outputs(z, task.problem_type, task.label_thresholds).answers for z in logits])
 
 
 def near_ties(logits: NDArray[np.float32], task: Task, tolerance: float) -> NDArray[np.bool_]:
@@ -128,11 +128,14 @@ def exit_agreement(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Rows with the same exit, and rows whose exit is too close to call."""
     one, two = (
-        simulate(logits, rule, task.problem_type, cuts=task.cuts) for logits in (found, expected)
+        simulate(logits, rule, task.problem_type, label_thresholds=task.label_thresholds)
+        for logits in (found, expected)
     )
     # A score moves by at most a few times what the logits move.
     low, high = (
-        simulate(expected, _shifted(rule, by), task.problem_type, cuts=task.cuts).exits
+        simulate(
+            expected, _shifted(rule, by), task.problem_type, label_thresholds=task.label_thresholds
+        ).exits
         for by in (-10 * tolerance, 10 * tolerance)
     )
     unsure = np.not_equal(low, high)
@@ -143,9 +146,9 @@ def exit_agreement(
 
 def _cut_logits(task: Task) -> NDArray[np.float64]:
     """`[labels]` where each label is decided: the logits of the cuts."""
-    cuts = np.asarray(task.cuts or 0.5, np.float64)
+    label_thresholds = np.asarray(task.label_thresholds or 0.5, np.float64)
     with np.errstate(divide="ignore"):  # a cut of 0 or 1 is never near
-        return np.asarray(np.log(cuts) - np.log1p(-cuts))
+        return np.asarray(np.log(label_thresholds) - np.log1p(-label_thresholds))
 
 
 def _shifted(rule: ExitRule, by: float) -> ExitRule:

@@ -16,7 +16,7 @@ from .backends.base import Limits
 RowNumbers = NDArray[np.intp]
 
 
-def cut_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
+def make_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
     """Groups of rows of like length, longest first, within the token budget.
 
     Args:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backends.base import Limits
-from .decider import Decider
-from .distributions import Answers, Array, Floats, Mask
+from .rules.measures import Answers, Array, Floats, Mask
+from .rules.runner import RuleRunner
 
 _REPEATS = 3
 _LEAST_TOKENS = 8
@@ -23,11 +23,11 @@ class Cap:
 
     Attributes:
         exit: the deepest exit that fits, at least 1.
-        late: whether even exit 1 does not fit.
+        deadline_missed: whether even exit 1 does not fit.
     """
 
     exit: int
-    late: bool
+    deadline_missed: bool
 
 
 class SegmentTimes:
@@ -98,24 +98,24 @@ def _powers_of_two(longest: int) -> list[int]:
     return steps
 
 
-def cut_rows(decider: Decider, exits: Answers, logits: Floats, cap: Cap) -> Mask:
+def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, cap: Cap) -> Mask:
     """`[rows]`: which rows the cap stopped, and not their rule.
 
     Args:
-        decider: the rule without the cap.
+        runner: the rule without the cap.
         exits: `[rows]` exit of each row, counted from 1.
         logits: `[exits, rows, labels]` of the run.
         cap: what the deadline let rows do.
     """
-    cut: Mask = np.asarray(exits == cap.exit)
-    if not cut.any() or cap.exit >= decider.last:
+    deadline_limited: Mask = np.asarray(exits == cap.exit)
+    if not deadline_limited.any() or cap.exit >= runner.last:
         return np.zeros(len(exits), np.bool_)
-    numbers = np.flatnonzero(cut)
-    progress = decider.start(len(numbers))
+    numbers = np.flatnonzero(deadline_limited)
+    state = runner.start(len(numbers))
     stops: Mask | None = None
     for exit_number in range(1, cap.exit + 1):
         now = logits[exit_number - 1, numbers].astype(np.float64)
-        stops, _ = decider.decide(exit_number, progress, now)
+        stops, _ = runner.decide(exit_number, state, now)
     if stops is not None:
-        cut[numbers[stops]] = False
-    return cut
+        deadline_limited[numbers[stops]] = False
+    return deadline_limited

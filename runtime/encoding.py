@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .arguments import whole_number
-from .engines_folder import verified
+from .artifact.folder import verified
+from .artifact.manifest import ATTENTION_BIAS, TokenizerSpec
+from .artifact.tokenizer_content import check_tokenizer
 from .errors import ArtifactError, FpabeeError, InputError
-from .manifest import ATTENTION_BIAS, TokenizerSpec
-from .tokenizer_content import check_tokenizer
 
 # Texts that are tokenized in one call, so that memory stays flat on long lines too.
 _CHUNK_TEXTS = 256

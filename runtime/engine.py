@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from .arguments import seconds_of, whole_number
+from .artifact.folder import read_manifest
+from .artifact.manifest import NEXT, Manifest, ProblemType
 from .backends.base import Backend, Limits
-from .batching import CostCurve, cut_groups
-from .deadline import Cap, SegmentTimes, cut_rows
-from .decider import Decider
-from .distributions import Outputs
+from .batching import CostCurve, make_groups
+from .chain import Chain, Regroup, WindowResult
+from .deadline import Cap, SegmentTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder, chunks
-from .engines_folder import read_manifest
 from .errors import BackendError, InputError, RuleError
-from .execution import Chain, Regroup, WindowResult
-from .exit_rules import Budget, ExitRule
-from .manifest import NEXT, Manifest, ProblemType
 from .parity import check_parity
 from .results import Counter, Prediction, Tally, Trace
+from .rules.measures import Outputs
+from .rules.rules import Budget, ExitRule
+from .rules.runner import RuleRunner
 from .targets import open_backend, operating_point_of, rule_of, target_of
 
 # A window holds the hidden states of all its rows twice: what a segment reads and writes.
@@ -78,7 +78,7 @@ class Engine:
         per_token = _bytes_per_token(manifest, self._limits)
         self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
         # Refuses a rule that does not fit the model now, not at the first text.
-        self._decider(rule)
+        self._runner(rule)
 
     @classmethod
     def load(
@@ -176,7 +176,7 @@ class Engine:
         """
         point = operating_point_of(self._folder, self._manifest, self._target, operating_point)
         rule = rule_of(self._manifest, self._target, point)
-        self._decider(rule)
+        self._runner(rule)
         self._in_use = (point, rule)
 
     @property
@@ -197,9 +197,9 @@ class Engine:
 
         A deadline is a budget for the whole call, tokenization included. All rows may go as
         deep as fits it, by the measured times of the segments and as if no row stopped before;
-        those that their rule would have let go on are marked `cut`. There is always an answer:
-        where even exit 1 does not fit, rows stop there and are marked `late`. The first call
-        with rows of some length also measures, see `warm_up`.
+        those that their rule would have let go on are marked `deadline_limited`. There is always
+        an answer: where even exit 1 does not fit, rows stop there and are marked
+        `deadline_missed`. The first call with rows of some length also measures, see `warm_up`.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
@@ -346,7 +346,7 @@ class Engine:
         chain = self._chain()
         many = sum(len(row) for row in rows) > self._limits.group_tokens
         cost = self._cost_curve(chain) if many else None
-        return chain.run(rows, self._decider(rule), cost)
+        return chain.run(rows, self._runner(rule), cost)
 
     def time_segments(self, rows: int, tokens: int) -> list[float]:
         """Time each segment once, on a group of made-up rows.
@@ -392,10 +392,10 @@ class Engine:
     def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> ExitRule:
         """The rule of a call, which fits the model."""
         chosen = Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
-        self._decider(chosen)
+        self._runner(chosen)
         if max_exit is not None:
             chosen = chosen.capped(max_exit)
-            self._decider(chosen)
+            self._runner(chosen)
         return chosen
 
     def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
@@ -403,17 +403,19 @@ class Engine:
         groups = []
         for rows in windows:
             lengths = np.array([len(row) for row in rows], np.intp)
-            cut = cut_groups(lengths, self._limits)
-            groups += [(len(numbers), int(lengths[numbers].max())) for numbers in cut]
+            deadline_limited = make_groups(lengths, self._limits)
+            groups += [(len(numbers), int(lengths[numbers].max())) for numbers in deadline_limited]
         return self._times.deepest(groups, seconds)
 
-    def _decider(self, rule: ExitRule) -> Decider:
+    def _runner(self, rule: ExitRule) -> RuleRunner:
         task = self._manifest.task
-        return Decider(rule, task.problem_type, len(self._manifest.segments), task.cuts)
+        return RuleRunner(
+            rule, task.problem_type, len(self._manifest.segments), task.label_thresholds
+        )
 
     def _outputs(self, result: WindowResult) -> Outputs:
         task = self._manifest.task
-        return result.outputs(task.problem_type, task.cuts)
+        return result.outputs(task.problem_type, task.label_thresholds)
 
     def _chain(self) -> Chain[Any]:
         if self._closed:
@@ -462,12 +464,14 @@ class Engine:
         """Run a window of rows and count them."""
         result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
         outputs = self._outputs(result)
-        cut = np.zeros(len(rows), np.bool_)
+        deadline_limited = np.zeros(len(rows), np.bool_)
         if cap is not None:
-            cut = cut_rows(self._decider(rule), result.exits, result.logits, cap)
-        late = cap is not None and cap.late
+            deadline_limited = deadline_limited_rows(
+                self._runner(rule), result.exits, result.logits, cap
+            )
+        deadline_missed = cap is not None and cap.deadline_missed
         truncated = sum(row.truncated for row in rows)
-        self._counter.add(result.exits, truncated, cut, late, result.wasted)
+        self._counter.add(result.exits, truncated, deadline_limited, deadline_missed, result.wasted)
         layers = self._manifest.exit_layers
         probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
@@ -481,8 +485,8 @@ class Engine:
                 layer=layers[exit_number - 1],
                 probabilities=tuple(probabilities[number]),
                 truncated=row.truncated,
-                cut=bool(cut[number]),
-                late=late,
+                deadline_limited=bool(deadline_limited[number]),
+                deadline_missed=deadline_missed,
             )
 
 

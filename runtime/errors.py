@@ -1,35 +1,109 @@
 """The errors of fpabee.
 
-    FpabeeError                 everything a user can mend; exit code 1
+    FpabeeError                 everything that a user can fix; commands exit with code 1
     |-- ModelError              model_dir: missing, damaged, or not a multi-exit model
     |-- ArtifactError           engines folder: missing, damaged, or of another version
     |-- InputError              texts and labels to read, and results to write
-    |   `-- RowError            one row of an input; the rows after it can be read
-    |-- RuleError               an exit rule that does not exist or does not fit
-    |-- BackendError            what an inference library cannot do here
+    |   `-- RowError            one row of an input; the rows after it can still be read
+    |-- RuleError               an exit rule that does not exist or does not fit the model
+    |-- BackendError            something that an inference library cannot do on this machine
     |   `-- MissingExtraError   an optional package is not installed
     `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
-Every message says what was found, what was expected, and how to mend it, in one line: what it
-quotes of a file or of the command line may hold line ends, escape codes, or megabytes.
+Every message says what was found and what was expected, and its remedy says what to change. A
+message is one line: what it quotes from a file or from the command line may contain line ends,
+escape codes, or megabytes of text.
 """
 
 from __future__ import annotations
 
+import string
+from collections.abc import Callable
+from typing import Any
+
 _MOST_CHARACTERS = 480
 
 
-class FpabeeError(Exception):
-    """Base of all errors that a user can mend; commands print them as one line and exit with 1.
+class Call:
+    """A call of a public function that a remedy recommends.
 
-    Attributes:
-        message: what was found and what was expected.
-        hint: what to do or to run; may be empty.
+    Args:
+        function: its name, such as `export`.
+        *arguments: positional arguments, as a user would write them.
+        **keywords: keyword arguments; True stands for a flag.
     """
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        self.message = _without_middle(printable(_without_middle(message)))
-        self.hint = _without_middle(printable(_without_middle(hint)))
+    def __init__(self, function: str, *arguments: object, **keywords: object) -> None:
+        self.function = function
+        self.arguments = arguments
+        self.keywords = keywords
+
+    def __str__(self) -> str:
+        given = [*map(str, self.arguments), *(f"{k}={v!r}" for k, v in self.keywords.items())]
+        return f"{self.function}({', '.join(given)})"
+
+
+class Remedy:
+    """What a user can change so that an error goes away.
+
+    Python users read it in terms of parameters and functions. Commands render the same remedy in
+    terms of their own options.
+
+    Args:
+        text: a sentence with fields in braces. A field that is given in `values` stands for that
+            value or `Call`; any other field is the name of a parameter.
+        **values: the values of fields.
+
+    Example:
+        >>> from fpabee.runtime.errors import Remedy
+        >>> str(Remedy("give {max_length} of at most {limit}", limit=512))
+        'give max_length of at most 512'
+    """
+
+    def __init__(self, text: str, **values: object) -> None:
+        self.text = text
+        self.values = values
+
+    def __str__(self) -> str:
+        return self.render(str, str)
+
+    def render(self, parameter: Callable[[str], str], call: Callable[[Call], str]) -> str:
+        """The remedy as one sentence.
+
+        Args:
+            parameter: how to write the name of a parameter.
+            call: how to write a call of a function.
+        """
+        parts = []
+        for literal, field, _, _ in string.Formatter().parse(self.text):
+            parts.append(literal)
+            if field is None:
+                continue
+            value: Any = self.values.get(field)
+            if field not in self.values:
+                parts.append(parameter(field))
+            else:
+                parts.append(call(value) if isinstance(value, Call) else str(value))
+        return "".join(parts)
+
+
+class FpabeeError(Exception):
+    """Base of all errors that a user can fix; commands print them as one line and exit with 1.
+
+    Args:
+        message: what was found and what was expected.
+        remedy: what to change; a `Remedy` where that is a parameter or a call.
+
+    Attributes:
+        message: what was found and what was expected, in one line.
+        remedy: what to change; may be empty.
+        hint: the remedy in terms of the Python API, in one line.
+    """
+
+    def __init__(self, message: str, remedy: str | Remedy = "") -> None:
+        self.message = in_one_line(message)
+        self.remedy = remedy
+        self.hint = in_one_line(str(remedy))
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -57,22 +131,27 @@ class RuleError(FpabeeError):
 
 
 class BackendError(FpabeeError):
-    """The inference library cannot do here what was asked."""
+    """The inference library cannot do what was asked on this machine."""
 
 
 class MissingExtraError(BackendError):
-    """An optional package is not installed; the hint is the command that installs it."""
+    """An optional package is not installed; the remedy is the command that installs it."""
 
 
 class VerificationError(FpabeeError):
-    """Segments, or a target built of them, do not give what the PyTorch model gives."""
+    """Segments, or a target built from them, do not reproduce the PyTorch model."""
 
 
 def printable(text: str) -> str:
-    """The text in one line: line ends, escape codes and all else that is not printable escaped."""
+    """The text in one line, with line ends, escape codes and other control characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def in_one_line(text: str) -> str:
+    """The text in one line of about 480 characters at most; a long one loses its middle."""
+    return _without_middle(printable(_without_middle(text)))
 
 
 def _without_middle(text: str) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import __version__
-from .decider import Decider
+from .artifact.folder import resolve, verified, verified_graph
+from .artifact.manifest import Manifest, Target
 from .engine import Engine
-from .engines_folder import resolve, verified, verified_graph
 from .errors import ArtifactError, BackendError, FpabeeError
-from .manifest import Manifest, Target
 from .parity import check_parity
+from .rules.runner import RuleRunner
 from .targets import operating_point_of, rule_of
 
 
@@ -40,14 +40,14 @@ class TargetState:
     Attributes:
         name: the target.
         size: bytes of its files, or of the graphs that it runs, as far as they are there.
-        why_not: why it cannot run here; empty if it can.
+        unavailable_reason: why it cannot run here; empty if it can.
         no_rule: why the rule that runs when none is named cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
     """
 
     name: str
     size: int
-    why_not: str
+    unavailable_reason: str
     no_rule: str
     tolerance: float | None
 
@@ -93,19 +93,19 @@ def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
         files = [
             file.file for file in (target.files or manifest.graphs_in(target.precision)).values()
         ]
-        why_not = no_rule = ""
+        unavailable_reason = no_rule = ""
         try:
             for file in files:
                 resolve(folder, file)
             _check(target, name, folder)
         except FpabeeError as error:
-            why_not = str(error)
+            unavailable_reason = str(error)
         try:
             _check_rule(folder, manifest, name)
         except FpabeeError as error:
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
-        states.append(TargetState(name, size, why_not, no_rule, target.tolerance))
+        states.append(TargetState(name, size, unavailable_reason, no_rule, target.tolerance))
     return states
 
 
@@ -126,7 +126,7 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
             damaged.append(error.message)
     parity, refused = {}, {}
     for state in states:
-        if state.why_not:
+        if state.unavailable_reason:
             continue
         try:
             with Engine.load(folder, state.name) as engine:
@@ -157,7 +157,7 @@ def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
     """Check that the rule that runs on a target when none is named fits the model."""
     rule = rule_of(manifest, name, operating_point_of(folder, manifest, name, None))
     task = manifest.task
-    Decider(rule, task.problem_type, len(manifest.segments), task.cuts)
+    RuleRunner(rule, task.problem_type, len(manifest.segments), task.label_thresholds)
 
 
 def _check(target: Target, name: str, folder: Path) -> None:

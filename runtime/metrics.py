@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .artifact.manifest import ProblemType
 from .errors import InputError
-from .manifest import ProblemType
 
 Labels = NDArray[np.int64]
 

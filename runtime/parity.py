@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .agreement import TIES, Agreement, agree
+from .artifact.reference import read_reference
 from .encoding import TextEncoder
 from .errors import ArtifactError, VerificationError
-from .exit_rules import Budget
-from .reference import read_reference
+from .rules.rules import Budget
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -76,10 +76,10 @@ def check_parity(folder: Path, engine: Engine) -> Agreement:
         most = max(_SLACK * target.tolerance, TIES[target.precision])
     if not found.passed or found.difference > most:
         hint = "its files are of another model: copy the engines folder again, or export again"
-        if engine.manifest.task.cuts and found.difference <= most:
+        if engine.manifest.task.label_thresholds and found.difference <= most:
             hint = (
                 "its logits are close enough, but not its labels by the tuned cuts: choose another "
-                "target, or calibrate without --tune-cuts"
+                "target, or calibrate without --tune-label-thresholds"
             )
         raise VerificationError(
             f"target {engine.target} is not the model that was exported: {found}", hint

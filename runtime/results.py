@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .distributions import Answers, Mask
+from .rules.measures import Answers, Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Prediction:
         layer: the layer of that exit: encoder layers that ran for the row.
         probabilities: of all labels, in the order of `Engine.labels`.
         truncated: whether the text had more tokens than the model takes.
-        cut: whether the deadline stopped the row before its rule did.
-        late: whether even exit 1 takes longer than the deadline.
+        deadline_limited: whether the deadline stopped the row before its rule did.
+        deadline_missed: whether even exit 1 takes longer than the deadline.
     """
 
     labels: tuple[str, ...]
@@ -33,8 +33,8 @@ class Prediction:
     layer: int
     probabilities: tuple[float, ...]
     truncated: bool
-    cut: bool = False
-    late: bool = False
+    deadline_limited: bool = False
+    deadline_missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Tally:
     Attributes:
         exits: rows that stopped at each exit.
         truncated: rows with more tokens than the model takes.
-        cut: rows that a deadline stopped before their rule did.
-        late: rows with a deadline that even exit 1 misses.
+        deadline_limited: rows that a deadline stopped before their rule did.
+        deadline_missed: rows with a deadline that even exit 1 misses.
         wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 
     exits: tuple[int, ...]
     truncated: int = 0
-    cut: int = 0
-    late: int = 0
+    deadline_limited: int = 0
+    deadline_missed: int = 0
     wasted: int = 0
 
     @property
@@ -120,14 +120,21 @@ class Counter:
         self._zero = Tally((0,) * exits)
         self._now = self._zero
 
-    def add(self, exits: Answers, truncated: int, cut: Mask, late: bool, wasted: int) -> None:
+    def add(
+        self,
+        exits: Answers,
+        truncated: int,
+        deadline_limited: Mask,
+        deadline_missed: bool,
+        wasted: int,
+    ) -> None:
         """Count rows.
 
         Args:
             exits: `[rows]` exit of each row, counted from 1.
             truncated: how many of them were truncated.
-            cut: `[rows]` which of them the deadline stopped.
-            late: whether even exit 1 misses their deadline.
+            deadline_limited: `[rows]` which of them the deadline stopped.
+            deadline_missed: whether even exit 1 misses their deadline.
             wasted: segments that they ran beyond their exit.
         """
         counts = np.bincount(exits, minlength=len(self._zero.exits) + 1)[1:].tolist()
@@ -136,8 +143,8 @@ class Counter:
             self._now = Tally(
                 tuple(a + b for a, b in zip(now.exits, counts, strict=True)),
                 now.truncated + truncated,
-                now.cut + int(np.count_nonzero(cut)),
-                now.late + len(exits) * late,
+                now.deadline_limited + int(np.count_nonzero(deadline_limited)),
+                now.deadline_missed + len(exits) * deadline_missed,
                 now.wasted + wasted,
             )
 

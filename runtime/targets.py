@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import whole_number
+from .artifact.manifest import Manifest
 from .backends.base import Backend
 from .errors import ArtifactError, BackendError, RuleError
-from .exit_rules import ExitRule
-from .manifest import Manifest
+from .rules.rules import ExitRule
 
 # ONNX Runtime starts them all: more than any machine has would only exhaust it.
 _MOST_THREADS = 1024

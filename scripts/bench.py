@@ -20,8 +20,8 @@ import click
 
 from fpabee.exporter.bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, PYTORCH, WITH_RULE
 from fpabee.runtime import Engine, ExitRule
+from fpabee.runtime.files import read_rows
 from fpabee.runtime.metrics import encode_labels, evaluate
-from fpabee.runtime.text_io import read_rows
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -100,7 +100,7 @@ def main(
     options: tuple[str, ...],
 ) -> None:
     """Bench ENGINES with fpabee-bench's OPTIONS and write a Markdown table."""
-    program = [sys.executable, "-m", "fpabee.exporter.bench_cli"]
+    program = [sys.executable, "-m", "fpabee.exporter.cli.bench"]
     command = [*program, str(engines), "--input", source, "--json", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

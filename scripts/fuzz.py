@@ -27,7 +27,7 @@ import msgspec
 from fuzz_judge import BROKEN, Job, Report
 from rich.table import Table
 
-from fpabee.runtime.shown import table_console
+from fpabee.runtime.cli.console import table_console
 
 WORKER = Path(__file__).parent / "fuzz_worker.py"
 GROUPS = {

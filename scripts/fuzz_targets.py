@@ -22,19 +22,19 @@ from fuzz_mutate import (
     packed,
 )
 
-from fpabee.runtime.encoding import Text, TextEncoder
-from fpabee.runtime.engines_folder import (
+from fpabee.runtime.artifact.folder import (
     is_engines_folder,
     read_manifest,
     resolve,
     sha256_of,
     write_manifest,
 )
-from fpabee.runtime.manifest import MANIFEST_NAME, REFERENCE_NAME, Manifest
-from fpabee.runtime.records import to_json
-from fpabee.runtime.reference import read_reference
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, REFERENCE_NAME, Manifest
+from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.encoding import Text, TextEncoder
+from fpabee.runtime.files import Inputs, Row
+from fpabee.runtime.files.records import to_json
 from fpabee.runtime.targets import operating_point_of, rule_of, target_of
-from fpabee.runtime.text_io import Inputs, Row
 
 # Rows of an input that are read: a packed file may hold any number, one after another.
 _MOST_ROWS = 5000

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fpabee.runtime import Budget, Engine, FpabeeError
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device
-from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.environment import environment
+from fpabee.runtime.files import read_rows
 from fpabee.runtime.inspection import target_states
-from fpabee.runtime.manifest import Manifest
-from fpabee.runtime.text_io import read_rows
 
 ROOT = Path(__file__).parents[1]
 REPEATS = 9
@@ -38,12 +38,14 @@ def run_tests(root: Path) -> dict[str, Any]:
 def time_targets(folder: Path, manifest: Manifest, texts: list[Any]) -> dict[str, Any]:
     """Median milliseconds of every target that can run here; of others why not, or the error."""
     states = target_states(folder, manifest)
-    report: dict[str, Any] = {s.name: {"why_not": s.why_not} for s in states if s.why_not}
+    report: dict[str, Any] = {
+        s.name: {"why_not": s.unavailable_reason} for s in states if s.unavailable_reason
+    }
     full = Budget(exit=len(manifest.segments))
     units = {"one text": [[text] for text in texts[:20]], "all": [texts]}
     engines: dict[str, Engine] = {}
     for state in states:
-        if state.why_not:
+        if state.unavailable_reason:
             continue
         try:
             engine = Engine.load(folder, target=state.name)

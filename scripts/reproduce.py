@@ -30,18 +30,18 @@ import numpy as np
 from reproduce_tables import DISTILLED, SAVINGS, draw, stored, tables
 from transformers import AlbertConfig, AutoTokenizer
 
+from fpabee.calibration.choose import every_setting
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.select import every_setting
+from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
-from fpabee.calibration.weighing import Weighing
 from fpabee.exporter import export
 from fpabee.runtime import Engine, InputError, ProblemType
+from fpabee.runtime.artifact.operating_point import Goal
 from fpabee.runtime.backends.onnxruntime_session import session_options
-from fpabee.runtime.distributions import Measure
-from fpabee.runtime.exit_rules import RULES
-from fpabee.runtime.operating_point import Wish
-from fpabee.runtime.text_io import read_rows
+from fpabee.runtime.files import read_rows
+from fpabee.runtime.rules.measures import Measure
+from fpabee.runtime.rules.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
 MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
@@ -125,13 +125,13 @@ def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, judged on test."""
     metric = METRICS[dev.problem_type][0]
     costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)
-    selector = every_setting(Weighing(dev, metric, costs), list(RULES), list(Measure))
+    selector = every_setting(StoppingCosts(dev, metric, costs), list(RULES), list(Measure))
     scorer = Scorer(test, metric)
     found = []
     for kind in selector.kinds:
         for saving in SAVINGS:
             try:
-                chosen = selector.choose(Wish(speedup=1 / (1 - saving)), [kind])
+                chosen = selector.choose(Goal(speedup=1 / (1 - saving)), [kind])
             except InputError:  # no setting saves so much
                 continue
             if chosen is None:

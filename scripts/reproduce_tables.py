@@ -147,7 +147,7 @@ def draw(results: Path, name: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     runs = stored(results, name)
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), schema="constrained")
     axes = figure.add_subplot(xlabel="layers saved (%)", ylabel=f"{runs[0]['metric']} (%)")
     axes.set_title(name)
     markers = "os^Dv<>Pp*Xhd"

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from fpabee.runtime.shown import table_console
+from fpabee.runtime.cli.console import table_console
 
 
 @click.command()

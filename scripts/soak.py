@@ -37,7 +37,7 @@ from soak_reference import Reference, reference_of
 
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.environment import environment
-from fpabee.runtime.text_io import read_rows
+from fpabee.runtime.files import read_rows
 
 MIB = 2**20
 MOST_GROWTH = 0.05

@@ -47,19 +47,15 @@ from transformers import (
 from fpabee.calibration.trace import data_sha256
 from fpabee.exporter.backbones import build_encoder, family_of
 from fpabee.exporter.checkpoint import load_config, resolve_model_dir, save_checkpoint
-from fpabee.exporter.from_classifier import Classifier
-from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.cli.console import table_console
+from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.options import chosen_columns, chosen_text_format, column_options
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.manifest import ProblemType
+from fpabee.runtime.files import Columns, Row, TextFormat
 from fpabee.runtime.metrics import encode_labels, evaluate
-from fpabee.runtime.options import (
-    chosen_columns,
-    chosen_text_format,
-    column_options,
-    exits_with_one_line,
-)
-from fpabee.runtime.shown import table_console
-from fpabee.runtime.text_io import Columns, Row, TextFormat
 
 # Options that change nothing in what is learnt.
 _NOT_TRAINED_BY = ("resume", "force", "test", "output")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.text_io import Columns, Row, TextFormat, read_rows
-from fpabee.runtime.text_io.parquet_process import end_of
-from fpabee.runtime.text_io.rows import class_name
+from fpabee.runtime.files import Columns, Row, TextFormat, read_rows
+from fpabee.runtime.files.parquet_process import end_of
+from fpabee.runtime.files.rows import class_name
 
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
 # Errors that are raised are left to be raised again by the caller's own call.

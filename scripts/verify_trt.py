@@ -19,10 +19,10 @@ import numpy as np
 
 from fpabee.calibration.activations import graph_inputs
 from fpabee.runtime import FpabeeError
+from fpabee.runtime.artifact.folder import read_manifest, verified, verified_graph
+from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.tensorrt import check_target
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.engines_folder import read_manifest, verified, verified_graph
-from fpabee.runtime.reference import read_reference
 
 LENGTH = 32
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 from filelock import FileLock
 
-from fpabee.runtime.engines_folder import read_manifest, write_manifest
-from fpabee.runtime.exit_rules import ExitRule
-from fpabee.runtime.manifest import ProblemType
-from fpabee.runtime.operating_point import OperatingPoint, Wish
+from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
+from fpabee.runtime.rules.rules import ExitRule
 
 # fmt: off
 WORDS = (
@@ -198,7 +198,7 @@ def _point(rule: ExitRule) -> OperatingPoint:
     """An operating point with made-up figures."""
     return OperatingPoint(
         rule=rule.to_dict(),
-        wish=Wish(max_drop=0.5),
+        goal=Goal(max_drop=0.5),
         metric="accuracy",
         score=0.9,
         full_depth_score=0.9,
@@ -246,7 +246,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
 
     from fpabee.exporter.backbones import build_encoder
     from fpabee.exporter.checkpoint import save_checkpoint
-    from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
+    from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
 
     tiny = _TINY[family]
     vocabulary = _vocabulary(tiny)

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from fpabee.__main__ import main
 
 COMMANDS = {
-    "export": "fpabee.exporter.cli",
-    "run": "fpabee.runtime.cli",
-    "bench": "fpabee.exporter.bench_cli",
+    "export": "fpabee.exporter.cli.export",
+    "run": "fpabee.runtime.cli.run",
+    "bench": "fpabee.exporter.cli.bench",
     "calibrate": "fpabee.calibration.cli",
-    "inspect": "fpabee.runtime.inspect",
+    "inspect": "fpabee.runtime.cli.inspect",
 }
 
 

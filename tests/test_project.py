@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("exporter", "runtime", "calibration")
 COMMANDS = {
-    "fpabee-export": "fpabee.exporter.cli",
-    "fpabee-run": "fpabee.runtime.cli",
-    "fpabee-bench": "fpabee.exporter.bench_cli",
+    "fpabee-export": "fpabee.exporter.cli.export",
+    "fpabee-run": "fpabee.runtime.cli.run",
+    "fpabee-bench": "fpabee.exporter.cli.bench",
     "fpabee-calibrate": "fpabee.calibration.cli",
-    "fpabee-inspect": "fpabee.runtime.inspect",
+    "fpabee-inspect": "fpabee.runtime.cli.inspect",
 }
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import ArtifactError
-from ...runtime.extras import require
-from ...runtime.shown import Progress
+from ...runtime.optional_packages import require
+from ...runtime.progress import Progress
 from ..result import Calibration
 from .data import Record, gather, summary, tables
 

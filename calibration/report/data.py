@@ -9,18 +9,18 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
-from ...runtime.distributions import Measure
-from ...runtime.engines_folder import read_manifest
+from ...runtime.artifact.folder import read_manifest
+from ...runtime.artifact.manifest import Manifest
 from ...runtime.environment import environment
-from ...runtime.exit_rules import ExitRule
-from ...runtime.manifest import Manifest
-from ...runtime.shown import Progress
+from ...runtime.progress import Progress
+from ...runtime.rules.measures import Measure
+from ...runtime.rules.rules import ExitRule
+from ..choose import PARTS
+from ..descriptions import rule_in_words
 from ..outcome import Outcome
-from ..result import Calibration, Contender, Point
+from ..result import Calibration, Point, RuleComparison
 from ..scoring import Scorer
-from ..select import PARTS
 from ..trace import data_sha256
-from ..words import rule_in_words
 from .exits import Bin, ExitScore, SegmentTime, exit_scores, reliability, segment_times
 from .fronts import (
     Cell,
@@ -72,13 +72,13 @@ class Report:
     @property
     def metric(self) -> str:
         """Name of the score."""
-        return self.result.selector.weighing.scorer.metric
+        return self.result.selector.stopping_costs.scorer.metric
 
     @cached_property
     def full_depth(self) -> float:
         """The score at full depth of the rows that the curves are judged on."""
         test = self.result.test
-        own = self.result.selector.weighing.scorer
+        own = self.result.selector.stopping_costs.scorer
         return own.full_depth if test is None else Scorer(test, self.metric).full_depth
 
 
@@ -117,7 +117,7 @@ def summary(report: Report) -> Record:
     """What was calibrated, on what, with what."""
     result, manifest = report.result, report.manifest
     target = manifest.targets[result.target]
-    cuts = result.cuts
+    label_thresholds = result.label_thresholds
     return {
         "made": report.made.isoformat(timespec="seconds"),
         "target": result.target,
@@ -138,7 +138,7 @@ def summary(report: Report) -> Record:
         "held_out_rows": result.points[0].held_out.rows,
         "data_sha256": data_sha256(result.texts),
         "default": result.default,
-        "cuts": None if cuts is None else dataclasses.asdict(cuts),
+        "cuts": None if label_thresholds is None else label_thresholds.to_dict(),
         "environment": report.environment,
         "target_versions": target.versions,
     }
@@ -149,7 +149,7 @@ def tables(report: Report) -> dict[str, list[Record]]:
     result = report.result
     return {
         "points": [_point(point, result.default) for point in result.points],
-        "contenders": [_contender(contender) for contender in result.contenders],
+        "contenders": [_contender(comparison) for comparison in result.comparisons],
         "fronts": [_front(setting, "kind") for setting in report.fronts],
         "measures": [_front(setting, "measure") for setting in report.measures],
         "depths": [
@@ -190,11 +190,11 @@ def _outcome(outcome: Outcome) -> Record:
 
 def _point(point: Point, default: str) -> Record:
     certificate = point.certificate
-    tested = None if certificate is None else f"{point.wish}, tested on {certificate.rows} rows"
+    tested = None if certificate is None else f"{point.goal}, tested on {certificate.rows} rows"
     return {
         "name": point.name,
         "default": point.name == default,
-        "wish": str(point.wish),
+        "wish": str(point.goal),
         "kind": point.kind,
         **_rule(point.rule),
         **_outcome(point.held_out),
@@ -206,8 +206,8 @@ def _point(point: Point, default: str) -> Record:
     }
 
 
-def _contender(contender: Contender) -> Record:
-    return {"kind": contender.kind, **_rule(contender.rule), **_outcome(contender.held_out)}
+def _contender(comparison: RuleComparison) -> Record:
+    return {"kind": comparison.kind, **_rule(comparison.rule), **_outcome(comparison.held_out)}
 
 
 def _front(setting: FrontSetting, curve: str) -> Record:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.distributions import Array, Outputs
-from ...runtime.manifest import ProblemType
+from ...runtime.artifact.manifest import ProblemType
+from ...runtime.rules.measures import Array, Outputs
 from ..outcome import drop_interval
 from ..result import Calibration
 from ..scoring import Rows
@@ -88,8 +88,8 @@ class SegmentTime:
 
 def exit_scores(result: Calibration, bins: list[Bin]) -> list[ExitScore]:
     """Every exit by itself, on the rows of the calibration."""
-    weighing, rows = result.selector.weighing, len(result.rows)
-    scorer, costs = weighing.scorer, weighing.costs.sum(axis=1)
+    stopping_costs, rows = result.selector.stopping_costs, len(result.rows)
+    scorer, costs = stopping_costs.scorer, stopping_costs.costs.sum(axis=1)
     found = []
     for number, layer in enumerate(result.layers, start=1):
         exits = np.full(rows, number)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.distributions import Answers, Array, Measure
+from ...runtime.artifact.operating_point import Goal
 from ...runtime.errors import InputError
-from ...runtime.exit_rules import ExitRule, FPabee
-from ...runtime.operating_point import Wish
-from ...runtime.shown import Progress
+from ...runtime.progress import Progress
+from ...runtime.rules.measures import Answers, Array, Measure
+from ...runtime.rules.rules import ExitRule, FPabee
+from ..choose import Selector
 from ..outcome import exits_of
 from ..result import Calibration
 from ..scoring import Rows, Scorer
-from ..select import Selector
 from ..settings import PER_EXIT, Candidate
-from ..stopping import StopScores
+from ..stop_scores import StopScores
 from ..sweep import Sweep
 
 _SPEEDS = 16
@@ -73,7 +73,7 @@ class _Judge:
 
     def __init__(self, result: Calibration, rows: Rows) -> None:
         self.rows = rows
-        self.scorer = Scorer(rows, result.selector.weighing.scorer.metric)
+        self.scorer = Scorer(rows, result.selector.stopping_costs.scorer.metric)
         self.costs = result.costs[-1].row_costs(rows.lengths)
         self.layers = np.asarray(result.layers)
 
@@ -129,13 +129,13 @@ def _curve(
     chose = _Judge(result, result.rows)
     judge = chose if result.test is None else _Judge(result, result.test)
     for speed in speeds:
-        wish = Wish(speedup=speed)
+        goal = Goal(speedup=speed)
         try:
-            candidate = selector.choose(wish, kinds)
+            candidate = selector.choose(goal, kinds)
             if candidate is None:
                 return
             if result.test is None:
-                held = judge(selector.held_out(wish, kinds))
+                held = judge(selector.held_out(goal, kinds))
             else:
                 held = judge(exits_of(candidate.rule, result.test))
         except InputError:  # nothing is so fast
@@ -178,7 +178,7 @@ def _thin(grid: Array) -> Array:
 def compared_measure(result: Calibration) -> Measure:
     """The measure of the best `fpabee`: of the kinds compared, else of the paper's."""
     for kind in (FPabee.name, FPabee.name + PER_EXIT):
-        for contender in result.contenders:
-            if contender.kind == kind and isinstance(contender.rule, FPabee):
-                return contender.rule.measure
+        for comparison in result.comparisons:
+            if comparison.kind == kind and isinstance(comparison.rule, FPabee):
+                return comparison.rule.measure
     return Measure.JSKD

@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ...runtime.manifest import ProblemType
+from ...runtime.artifact.manifest import ProblemType
+from ..descriptions import drop_in_words, rule_in_words
 from ..scoring import AGREEMENT
-from ..words import drop_in_words, rule_in_words
 from .data import Record, Report, summary
 from .plots import Picture
 from .texts import Names, changed_by_stopping, ran_all_layers

@@ -102,7 +102,7 @@ def _saved(figure: Figure) -> Picture:
 
 
 def _figure(height: float) -> Figure:
-    return Figure(figsize=(_WIDTH, height), layout="constrained")
+    return Figure(figsize=(_WIDTH, height), schema="constrained")
 
 
 def _clipped(name: str) -> str:
@@ -115,7 +115,7 @@ def _speedup(report: Report) -> Figure:
     axes = figure.subplots()
     points = report.result.points
     names = [*SHOWN_RULES, *(point.kind for point in points)]
-    names += [contender.kind for contender in report.result.contenders]
+    names += [comparison.kind for comparison in report.result.comparisons]
     curves = _by_curve(report.fronts)
     chosen = [name for name in dict.fromkeys(names) if name in curves][: len(_COLOURS)]
     for number, name in enumerate(chosen):

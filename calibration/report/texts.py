@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.distributions import Answers, Outputs
+from ...runtime.rules.measures import Answers, Outputs
 from ..outcome import exits_of
 from ..result import Calibration
 from ..scoring import Scorer
@@ -63,7 +63,7 @@ def text_rows(result: Calibration, names: Names, texts: bool) -> list[TextRow]:
     """
     rows = result.rows
     stops = {point.name: exits_of(point.rule, rows) for point in result.points}
-    scorer: Scorer = result.selector.weighing.scorer
+    scorer: Scorer = result.selector.stopping_costs.scorer
     answers, right = rows.answers(), scorer.right()
     best = Outputs(rows.logits[-1], rows.problem_type).distributions.max(axis=-1)
     sure = best if best.ndim == 1 else best.min(axis=-1)

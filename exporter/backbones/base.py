@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...runtime.graphs import Size
-from ...runtime.manifest import MASK_FILL
+from ...runtime.artifact.graphs import Size
+from ...runtime.artifact.manifest import MASK_FILL
 
 
 def attention_bias(attention_mask: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...runtime.artifact.manifest import MASK_FILL
 from ...runtime.errors import ModelError
-from ...runtime.manifest import MASK_FILL
 from .base import Backbone, Block, ClassifierParts, Embeddings
 
 ROTARY = "rotary"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
 from ...runtime.errors import BackendError
-from ...runtime.manifest import Manifest, Range, Shapes, TensorSpec
 
 RTX = "tensorrt-rtx"
 TENSORRT = "tensorrt"

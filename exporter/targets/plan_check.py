@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...runtime.artifact.graph_content import GRAPH, MODEL
+from ...runtime.artifact.manifest import Graph
+from ...runtime.artifact.protobuf import fields
 from ...runtime.errors import VerificationError
-from ...runtime.graph_content import GRAPH, MODEL
-from ...runtime.manifest import Graph
-from ...runtime.protobuf import fields
 from .plan_worker import PlanResult
 
 _LAYER_TYPE = re.compile(r'"Format/Datatype":\s*"([^"]*)"')

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ..formats import in_head
+from ..precision.formats import in_head
 
 _TURING = "7.5"
 _DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import msgspec
 
+from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
+from ...runtime.artifact.manifest import BuiltFile, Graph, Manifest, Target
 from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, build_command, library_version
-from ...runtime.engines_folder import read_regular, sha256_of, verified_graph
 from ...runtime.errors import (
     BackendError,
     FpabeeError,
     MissingExtraError,
     VerificationError,
 )
-from ...runtime.manifest import BuiltFile, Graph, Manifest, Target
-from ...runtime.shown import Progress
+from ...runtime.progress import Progress, silent
 from .options import RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision
 from .plan_worker import PlanRequest, PlanResult
@@ -54,7 +54,7 @@ class _BuildRecord(msgspec.Struct):
     graphs: dict[str, _Built] = {}
 
 
-def why_not(backend: str) -> MissingExtraError | BackendError | None:
+def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
     """Why a backend cannot build here; None if it can."""
     if util.find_spec(MODULES[backend]) is None:
         return MissingExtraError(
@@ -85,7 +85,7 @@ def build_target(
     options: PlanOptions,
     jobs: int = 1,
     resume: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Manifest, str]:
     """Build the plans of a target into `targets/<name>/`.
 
@@ -107,7 +107,7 @@ def build_target(
             built stay where they are. The hint ends with `--resume` if the same build may succeed.
         VerificationError: a plan is not in its precision; the others stay as well.
     """
-    error = why_not(backend)
+    error = unavailable_reason(backend)
     if error:
         raise error
     options = options.fitted(manifest, backend, precision)

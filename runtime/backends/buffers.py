@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..manifest import NEXT, Graph, Manifest, TensorSpec
+from ..artifact.manifest import NEXT, Graph, Manifest, TensorSpec
 from .base import Bucket
 
 BufferName = tuple[str, int]

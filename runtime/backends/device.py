@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, TensorSpec
 from ..encoding import EncodedRow
 from ..errors import BackendError
-from ..manifest import ATTENTION_BIAS, MASK_FILL, NEXT, TensorSpec
 from .base import Bucket, Rows
 from .buffers import BufferName, Stage, Store, shape_of
 from .cuda import Cuda, PinnedArray

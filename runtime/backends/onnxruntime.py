@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifact.folder import resolve, verified_graph
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow
-from ..engines_folder import resolve, verified_graph
 from ..errors import ArtifactError, BackendError
-from ..manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, Target, TensorSpec
 from .base import Bucket, Limits, Rows
 from .buffers import BufferName, Store, carried_specs, crop_of, plan_buffers, shape_of
 from .onnxruntime_session import (

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..engines_folder import resolve, verified_graph
+from ..artifact.folder import resolve, verified_graph
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from ..errors import ArtifactError, BackendError
-from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda

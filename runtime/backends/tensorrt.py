@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..agreement import TIES
-from ..engines_folder import resolve, verified
+from ..artifact.folder import resolve, verified
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
-from ..manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda

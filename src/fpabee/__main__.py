@@ -10,11 +10,11 @@ from . import __version__
 
 # Of each: the module, loaded when the command is used, and what the list of commands says.
 _COMMANDS = {
-    "export": ("fpabee.exporter.cli", "Compile a trained model into an engines folder."),
-    "run": ("fpabee.runtime.cli", "Classify the texts of files."),
-    "bench": ("fpabee.exporter.bench_cli", "Time an engines folder against one full graph."),
+    "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
+    "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
+    "bench": ("fpabee.exporter.cli.bench", "Time an engines folder against one full graph."),
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
-    "inspect": ("fpabee.runtime.inspect", "Say what a folder holds, and what of it runs here."),
+    "inspect": ("fpabee.runtime.cli.inspect", "Say what a folder holds, and what of it runs here."),
 }
 
 _EPILOG = """\b

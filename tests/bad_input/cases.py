@@ -16,15 +16,15 @@ from typing import Any
 import click
 import pytest
 
-from fpabee.runtime.engines_folder import sha256_of
-from fpabee.runtime.manifest import MANIFEST_NAME
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 
 COMMANDS = {
-    "run": "fpabee.runtime.cli",
-    "inspect": "fpabee.runtime.inspect",
+    "run": "fpabee.runtime.cli.run",
+    "inspect": "fpabee.runtime.cli.inspect",
     "calibrate": "fpabee.calibration.cli",
-    "export": "fpabee.exporter.cli",
-    "bench": "fpabee.exporter.bench_cli",
+    "export": "fpabee.exporter.cli.export",
+    "bench": "fpabee.exporter.cli.bench",
     "fpabee": "fpabee.__main__",
 }
 

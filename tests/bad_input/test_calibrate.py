@@ -15,8 +15,8 @@ import pytest
 
 from fpabee.calibration.trace import trace_rows
 from fpabee.runtime import Engine
-from fpabee.runtime.engines_folder import read_manifest, write_manifest
-from fpabee.runtime.text_io import read_rows
+from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.files import read_rows
 
 from .cases import Arguments, Case, Place, changed_heads, check, no_space
 
@@ -52,7 +52,7 @@ def given(content: Rows, *options: object) -> Callable[[Place], Arguments]:
     return lambda place: calibrate(place.engines(), file(place, content), *options)
 
 
-def wish(*options: object) -> Callable[[Place], Arguments]:
+def goal(*options: object) -> Callable[[Place], Arguments]:
     """Good rows, and options that do not fit: found before the model is run."""
     return given(rows(), *options)
 
@@ -152,22 +152,24 @@ WISHES = [
          ("no setting is certain", "48 rows tested it")),
     Case("a confidence that few rows cannot give",
          traced("--risk", 5, "--confidence", 99.9999), ("no setting is certain",)),
-    Case("no risk", wish("--risk", 0), ("risk is 0 %", MORE_LOSS)),
-    Case("less than no risk", wish("--risk", -1), ("risk is -1 %", MORE_LOSS)),
-    Case("a risk of all", wish("--risk", 100), ("risk is 100 %", MORE_LOSS)),
-    Case("full confidence", wish("--risk", 1, "--confidence", 100), (MORE_LOSS,)),
-    Case("no confidence", wish("--risk", 1, "--confidence", 0), ("confidence is 0 %",)),
-    Case("a risk of F1", wish("--risk", 5, "--metric", "macro_f1"), ("macro_f1 is no mean over",)),
-    Case("a risk of MCC", wish("--risk", 5, "--metric", "matthews"), ("--risk-of disagreement",)),
+    Case("no risk", goal("--risk", 0), ("risk is 0 %", MORE_LOSS)),
+    Case("less than no risk", goal("--risk", -1), ("risk is -1 %", MORE_LOSS)),
+    Case("a risk of all", goal("--risk", 100), ("risk is 100 %", MORE_LOSS)),
+    Case("full confidence", goal("--risk", 1, "--confidence", 100), (MORE_LOSS,)),
+    Case("no confidence", goal("--risk", 1, "--confidence", 0), ("confidence is 0 %",)),
+    Case("a risk of F1", goal("--risk", 5, "--metric", "macro_f1"), ("macro_f1 is no mean over",)),
+    Case("a risk of MCC", goal("--risk", 5, "--metric", "matthews"), ("--risk-of disagreement",)),
     Case("a risk where rows influence each other", neighbours, ("depends on its neighbours",)),
-    Case("a metric of another task", wish("--metric", "exact_match"),
+    Case("a metric of another task", goal("--metric", "exact_match"),
          ("metric 'exact_match' does not exist for this task", "accuracy, macro_f1")),
-    Case("a metric of labels without labels", wish("--metric", "accuracy", "--unlabelled"),
+    Case("a metric of labels without labels", goal("--metric", "accuracy", "--unlabelled"),
          ("metric accuracy needs labels", "leave out")),
-    Case("cuts of one label", wish("--tune-cuts"), ("cuts are for multi-label", "--tune-cuts")),
-    Case("cuts without labels", multi_label("--tune-cuts", "--unlabelled"), ("labelled rows",)),
-    Case("an unknown target", wish("--target", "tensorrt"), ("has no target 'tensorrt'",)),
-    Case("10^9 threads", wish("--threads", 10**9), ("threads is 1000000000",)),
+    Case("thresholds of one label", goal("--tune-label-thresholds"),
+         ("are for multi-label", "--tune-label-thresholds")),
+    Case("thresholds without labels", multi_label("--tune-label-thresholds", "--unlabelled"),
+         ("labelled rows",)),
+    Case("an unknown target", goal("--target", "tensorrt"), ("has no target 'tensorrt'",)),
+    Case("10^9 threads", goal("--threads", 10**9), ("threads is 1000000000",)),
 ]  # fmt: skip
 
 FOLDERS = [
@@ -178,10 +180,10 @@ FOLDERS = [
          ("cannot write the report", "is a file", "another folder")),
     Case("the report is below a file", in_the_way("x", "--report", "BELOW"), ("is a file",)),
     Case("no space for the trace",
-         no_space("numpy.savez", lambda p: [*wish()(p), "--output", p.root]),
+         no_space("numpy.savez", lambda p: [*goal()(p), "--output", p.root]),
          ("No space left on device", "--output")),
     Case("no space for the manifest",
-         no_space("fpabee.runtime.engines_folder.os.fsync", traced("--max-drop", 5)),
+         no_space("fpabee.runtime.artifact.folder.os.fsync", traced("--max-drop", 5)),
          ("cannot write", "manifest.json: No space left", "free space")),
     Case("no engines folder", lambda p: calibrate(p.root / "none", file(p, rows())),
          ("does not exist", "fpabee-export")),

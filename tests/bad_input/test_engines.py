@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, TOKENIZER_NAME
 
 from .cases import (
     Arguments,

@@ -122,7 +122,7 @@ def onto_its_input(name: str, *more: str) -> Callable[[Place], Arguments]:
     return case
 
 
-def standing(settings: str, *options: object) -> Callable[[Place], Arguments]:
+def completed(settings: str, *options: object) -> Callable[[Place], Arguments]:
     """Rows of another run beside the output."""
 
     def case(place: Place) -> Arguments:
@@ -149,19 +149,19 @@ OUTPUTS = [
     Case("a full device", with_options("--output", "/dev/full"), (*NO_WRITE, "No space left")),
     Case("a full device for a table",
          with_options("--output", "/dev/full", "--output-format", "csv"), ("No space left",)),
-    Case("a full disk", no_space("fpabee.runtime.partial.Partial.write", out("out.jsonl")),
+    Case("a full disk", no_space("fpabee.runtime.files.partial.Partial.write", out("out.jsonl")),
          ("No space left on device", "free some space")),
     Case("a full disk for the settings",
-         no_space("fpabee.runtime.partial.Partial._write_settings", out("out.jsonl")),
+         no_space("fpabee.runtime.files.partial.Partial._write_settings", out("out.jsonl")),
          ("No space left on device",)),
     Case("an unknown suffix", out("out.xls"), ("the format from '.xls'", "--output-format")),
     Case("Parquet in a pipe", with_options("--output-format", "parquet"), ("needs a file",)),
     Case("Parquet in gzip", out("out.parquet.gz"), ("cannot be Parquet", "ends in .parquet")),
     Case("its input", onto_its_input("in.jsonl"), ("in.jsonl is an input", "another --output")),
     Case("a link to its input", onto_its_input("link.jsonl", "link.jsonl"), ("is an input",)),
-    Case("rows of another run", standing('{"fpabee": "0.0"}', "--resume"),
+    Case("rows of another run", completed('{"fpabee": "0.0"}', "--resume"),
          ('is of another run: fpabee was "0.0"', "to start again")),
-    Case("rows that would be lost", standing("{}"), ("holds 1 rows of a run", "with --resume")),
+    Case("rows that would be lost", completed("{}"), ("holds 1 rows of a run", "with --resume")),
 ]  # fmt: skip
 
 INSTALL = "pip install 'fpabee[export,cpu]'"

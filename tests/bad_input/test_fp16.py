@@ -16,10 +16,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fpabee.exporter.formats import Half
-from fpabee.exporter.half import add_half
+from fpabee.exporter.precision.float16 import add_half
+from fpabee.exporter.precision.formats import Half
 from fpabee.runtime import ExitRule, agreement
-from fpabee.runtime.engines_folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 
 from .cases import Arguments, Case, Place, changed_heads, check, corrected
 

@@ -15,12 +15,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from fpabee.runtime.artifact.folder import is_engines_folder, read_manifest
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.engines_folder import is_engines_folder, read_manifest
 from fpabee.runtime.errors import ArtifactError
-from fpabee.runtime.manifest import MANIFEST_NAME, TOKENIZER_NAME
-from fpabee.runtime.text_io import Columns, Row, read_rows
-from fpabee.runtime.text_io.parquet import parquet_rows
+from fpabee.runtime.files import Columns, Row, read_rows
+from fpabee.runtime.files.parquet import parquet_rows
 
 from .cases import Arguments, Case, Place, change_json, check, corrected
 

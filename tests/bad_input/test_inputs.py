@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fpabee.runtime.text_io.lines import MAX_LINE_BYTES
+from fpabee.runtime.files.lines import MAX_LINE_BYTES
 
 from .cases import Arguments, Case, Place, check
 
@@ -312,7 +312,7 @@ USAGE = [
 )
 def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     # Rows before the bad one would be printed first.
-    place.patch.setattr("fpabee.runtime.run.BLOCK_ROWS", 2**20)
+    place.patch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2**20)
     check(case, place, capfd)
 
 

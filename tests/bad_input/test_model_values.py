@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.multi_exit import MultiExitModel
+from fpabee.exporter.model import MultiExitModel
 from fpabee.exporter.tokenizer import save_tokenizer
 from fpabee.runtime.errors import ModelError
 

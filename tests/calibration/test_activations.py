@@ -11,8 +11,8 @@ import pytest
 
 from fpabee.calibration.activations import graph_inputs, padded_inputs
 from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime.artifact.manifest import MASK_FILL
 from fpabee.runtime.backends.onnxruntime_session import session_options
-from fpabee.runtime.manifest import MASK_FILL
 
 TEXTS = ["rain", "the film is not good", "", "play music"]
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.calibration import CalibrationOptions, Wish, calibrate
+from fpabee.calibration import CalibrationOptions, Goal, calibrate
 from fpabee.calibration import trace as trace_module
 from fpabee.calibration.cli import main
 from fpabee.runtime import Engine, InputError, read_manifest, simulate
-from fpabee.runtime.engines_folder import write_manifest
-from fpabee.runtime.exit_rules import ExitRule
+from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.runtime.rules.rules import ExitRule
 
 WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")
 QUICK = ("--quiet", "--threads", "1")
@@ -108,14 +108,14 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     ],
 )
 def test_a_wish_makes_one_point(
-    folder: Path, data: Path, wish: tuple[Any, ...], name: str, words: str
+    folder: Path, data: Path, goal: tuple[Any, ...], name: str, words: str
 ) -> None:
-    result = run(folder, "--data", data, *wish, *QUICK, "--json")
+    result = run(folder, "--data", data, *goal, *QUICK, "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert [(point["name"], point["wish"]) for point in content["points"]] == [(name, words)]
     point = read_manifest(folder).targets["onnxruntime-fp32"].operating_points[name]
-    assert str(point.wish) == words or point.wish is None
+    assert str(point.goal) == words or point.goal is None
     assert (point.certificate is not None) == name.startswith("risk")
     if point.certificate:
         assert (point.certificate.risk, point.certificate.rows) == (40.0, 72)
@@ -170,7 +170,7 @@ def test_columns_may_have_other_names(folder: Path, data: Path, tmp_path: Path) 
 def test_a_trace_is_used_again_while_it_fits(
     folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = CalibrationOptions(wishes={"x": Wish(max_drop=1.0)}, default="x", threads=1)
+    options = CalibrationOptions(goals={"x": Goal(max_drop=1.0)}, default="x", threads=1)
     first = calibrate(folder, data, options)
     kept = list((folder / "calibration").glob("trace-onnxruntime-fp32-*.npz"))
     assert len(kept) == 1
@@ -225,12 +225,12 @@ def test_tuned_cuts_are_stored_and_points_of_other_targets_go(
     for row in lines:  # a label that full depth is too shy with
         row["labels"] = sorted({*row["labels"], "food"})
     data.write_text("\n".join(json.dumps(row) for row in lines) + "\n")
-    result = run(folder, "--data", data, "--tune-cuts", *QUICK, "--json")
+    result = run(folder, "--data", data, "--tune-label-thresholds", *QUICK, "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     manifest = read_manifest(folder)
-    assert manifest.task.cuts == tuple(content["cuts"]["cuts"])
-    assert manifest.task.cuts[manifest.task.labels.index("food")] < 0.5
+    assert manifest.task.label_thresholds == tuple(content["cuts"]["cuts"])
+    assert manifest.task.label_thresholds[manifest.task.labels.index("food")] < 0.5
     assert manifest.targets["other"].operating_points == {}
     assert list(manifest.targets[here].operating_points) == ["safe", "balanced", "fast"]
 
@@ -242,7 +242,7 @@ def test_only_the_rules_that_are_named_are_chosen(folder: Path, data: Path) -> N
     result = run(folder, "--data", data, "--rule", "fpabee", "--measure", "kd", *QUICK, "--json")
     content = json.loads(result.stdout)
     assert {point["rule"]["name"] for point in content["points"]} <= {"fpabee", "budget"}
-    assert {"pabee", "entropy"} <= {contender["kind"] for contender in content["contenders"]}
+    assert {"pabee", "entropy"} <= {comparison["kind"] for comparison in content["contenders"]}
     measures = {point["rule"].get("measure", "kd") for point in content["points"]}
     assert measures == {"kd"}
 

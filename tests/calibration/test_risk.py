@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fpabee.calibration.choose import Selector
 from fpabee.calibration.risk import Bound, RiskOf, _hint, certify, control, losses, p_value, path_of
 from fpabee.calibration.scoring import Rows, Scorer
-from fpabee.calibration.select import Selector
 from fpabee.calibration.settings import Candidate, Settings
-from fpabee.calibration.stopping import StopScores, families
+from fpabee.calibration.stop_scores import StopScores, families
+from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.sweep import Sweep
-from fpabee.calibration.weighing import Weighing
 from fpabee.runtime import Budget, InputError, ProblemType
 
 CALIBRATIONS = 2000
@@ -96,7 +96,7 @@ def test_testing_ends_at_the_first_failure() -> None:
 def selector(rows: Rows, metric: str) -> Selector:
     costs = np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
     swept = list(families(StopScores(rows), ["entropy", "fpabee"], []))
-    return Selector(Weighing(rows, metric, costs), swept or [])
+    return Selector(StoppingCosts(rows, metric, costs), swept or [])
 
 
 def test_control_certifies_a_rule_that_stops_early(make_rows: Callable[..., Rows]) -> None:

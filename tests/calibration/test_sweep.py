@@ -9,7 +9,7 @@ import pytest
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.stopping import StopScores, families
+from fpabee.calibration.stop_scores import StopScores, families
 from fpabee.calibration.sweep import Sweep
 from fpabee.runtime import (
     RULES,

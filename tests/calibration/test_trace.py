@@ -12,7 +12,7 @@ import pytest
 
 from fpabee.calibration.trace import trace_rows
 from fpabee.runtime import Engine
-from fpabee.runtime.text_io import Row
+from fpabee.runtime.files import Row
 
 ROWS = [Row(text, None, ("music",)) for text in ("rain", "the film", "turn on the light")]
 

@@ -25,7 +25,7 @@ from transformers import (
 from fpabee.exporter import segments
 from fpabee.exporter.backbones import attention_bias, build_encoder, family_of
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel
+from fpabee.exporter.model import MultiExitConfig, MultiExitModel
 from fpabee.runtime import Engine, Entropy, simulate
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError

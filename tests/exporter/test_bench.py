@@ -23,11 +23,11 @@ from fpabee.exporter.bench import (
     BenchOptions,
     run_bench,
 )
-from fpabee.exporter.bench_cli import main
-from fpabee.exporter.merge import merge_chain
+from fpabee.exporter.cli.bench import main
+from fpabee.exporter.prune.merge import merge_chain
 from fpabee.runtime import Budget, Engine, FPabee, read_manifest
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.onnxruntime_session import session_options
-from fpabee.runtime.manifest import ATTENTION_BIAS, MASK_FILL
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 

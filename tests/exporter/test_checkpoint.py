@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fpabee.exporter.checkpoint import load_checkpoint, resolve_model_dir, save_checkpoint
-from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
-from fpabee.runtime.manifest import ProblemType
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")

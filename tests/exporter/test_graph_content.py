@@ -18,19 +18,19 @@ from onnx import TensorProto, helper
 
 from fpabee.calibration.activations import graph_inputs
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.formats import Half
-from fpabee.exporter.keep_exits import keep_exits
 from fpabee.exporter.onnx_file import serialized
-from fpabee.exporter.precision import lower, plan
-from fpabee.runtime import graph_content
+from fpabee.exporter.precision.formats import Half
+from fpabee.exporter.precision.rounding import lower, plan
+from fpabee.exporter.prune.keep import keep_exits
+from fpabee.runtime.artifact import graph_content
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.graph_content import check_graph
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.errors import ArtifactError, ModelError
-from fpabee.runtime.graph_content import check_graph
 
 QUANTIZE = """
 import sys
-from fpabee.exporter import int8_worker
+from fpabee.exporter.precision import int8_worker
 arguments = sys.argv[1:]
 for start in range(0, len(arguments), 3):
     sys.argv[1:] = arguments[start : start + 3]

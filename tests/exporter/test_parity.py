@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from fpabee.exporter.parity import Parity, check_chain
+from fpabee.runtime.artifact.manifest import ProblemType, Task
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import VerificationError
-from fpabee.runtime.exit_rules import Confidence, ExitRule, FPabee, Pabee
-from fpabee.runtime.manifest import ProblemType, Task
+from fpabee.runtime.rules.rules import Confidence, ExitRule, FPabee, Pabee
 
 Logits = NDArray[np.float32]
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL

@@ -19,9 +19,9 @@ from fpabee.exporter import ExportOptions, export, pipeline, segments
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS
 from fpabee.runtime import Engine
-from fpabee.runtime.engines_folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ArtifactError, InputError, ModelError, VerificationError
-from fpabee.runtime.manifest import ProblemType
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")

@@ -15,9 +15,9 @@ from transformers import AlbertConfig
 from fpabee.exporter import segments
 from fpabee.exporter.backbones import build_encoder
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.multi_exit import MultiExitConfig, MultiExitModel
-from fpabee.runtime.engines_folder import read_manifest
-from fpabee.runtime.manifest import Manifest, TensorSpec
+from fpabee.exporter.model import MultiExitConfig, MultiExitModel
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import Manifest, TensorSpec
 
 FAMILIES = (
     "bert",

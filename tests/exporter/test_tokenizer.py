@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.multi_exit import MultiExitModel
+from fpabee.exporter.model import MultiExitModel
 from fpabee.exporter.tokenizer import save_tokenizer
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import TokenizerSpec
 from fpabee.runtime.encoding import Text, TextEncoder
-from fpabee.runtime.engines_folder import sha256_of
 from fpabee.runtime.errors import ModelError
-from fpabee.runtime.manifest import TokenizerSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pabee_bert"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s", ".")

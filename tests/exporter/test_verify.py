@@ -13,9 +13,9 @@ from fpabee.exporter import segments
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.parity import check_chain
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_graphs, reference_logits
+from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.engine import Engine
-from fpabee.runtime.engines_folder import read_manifest
 from fpabee.runtime.errors import VerificationError
 
 TOLERANCE = 1e-4

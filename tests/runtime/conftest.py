@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.runtime.cli import main
+from fpabee.runtime.cli.run import main
 
 from .running import Result, Run
 

@@ -7,12 +7,12 @@ import pytest
 
 from fpabee.runtime import Pabee, ProblemType
 from fpabee.runtime.agreement import agree, answers, exit_agreement, near_ties
-from fpabee.runtime.manifest import Task
+from fpabee.runtime.artifact.manifest import Task
 
 SINGLE = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b"))
 MULTI = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"))
 # Label a is predicted from a probability of 0.9 on, which is a logit of log 9; b always is.
-CUTS = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"), cuts=(0.9, 0.0))
+CUTS = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"), label_thresholds=(0.9, 0.0))
 LOG_9 = float(np.log(9.0))
 
 
@@ -56,5 +56,9 @@ def test_exits_go_by_the_cuts() -> None:
 def test_a_label_that_only_the_cut_changes_is_a_difference() -> None:
     found, expected = logits((LOG_9 - 0.5, 1.0)), logits((LOG_9 + 0.5, 1.0))
     assert agree(found, expected, Pabee(patience=1), MULTI, "fp16").labels == 1.0
-    with_cuts = agree(found, expected, Pabee(patience=1), CUTS, "fp16")
-    assert (with_cuts.labels, with_cuts.first_bad, with_cuts.passed) == (0.0, 1, False)
+    with_label_thresholds = agree(found, expected, Pabee(patience=1), CUTS, "fp16")
+    assert (
+        with_label_thresholds.labels,
+        with_label_thresholds.first_bad,
+        with_label_thresholds.passed,
+    ) == (0.0, 1, False)

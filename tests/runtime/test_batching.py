@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.base import Bucket, Limits
-from fpabee.runtime.batching import CostCurve, cut_groups, plan_joins
+from fpabee.runtime.batching import CostCurve, make_groups, plan_joins
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(
@@ -34,13 +34,13 @@ def padded(bucket: Bucket) -> int:
 
 
 def groups_of(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    cut = cut_groups(np.array(lengths, np.intp), limits)
+    cut = make_groups(np.array(lengths, np.intp), limits)
     return [[lengths[row] for row in group] for group in cut]
 
 
 @given(row_lengths, some_limits)
 def test_every_row_is_in_one_group(lengths: list[int], limits: Limits) -> None:
-    groups = cut_groups(np.array(lengths, np.intp), limits)
+    groups = make_groups(np.array(lengths, np.intp), limits)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     assert all(len(group) for group in groups)
 

@@ -85,10 +85,10 @@ def test_the_deepest_exit_fits_and_the_next_does_not(
     times = SegmentTimes(LIMITS, Device())
     cap = times.deepest(groups, seconds)
     total = np.cumsum(sum(times(*group) for group in groups))
-    assert cap.late == (total[0] > seconds)
-    assert cap.late or total[cap.exit - 1] <= seconds
-    assert cap.exit == 3 or total[cap.exit] > seconds or cap.late
-    assert not cap.late or cap.exit == 1
+    assert cap.deadline_missed == (total[0] > seconds)
+    assert cap.deadline_missed or total[cap.exit - 1] <= seconds
+    assert cap.exit == 3 or total[cap.exit] > seconds or cap.deadline_missed
+    assert not cap.deadline_missed or cap.exit == 1
 
 
 def test_no_rows_fit_any_time() -> None:
@@ -117,11 +117,11 @@ def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iter
     ],
 )
 def test_rows_go_as_deep_as_the_deadline_lets_them(
-    engine: Engine, deadline_ms: float, exit_number: int, late: bool
+    engine: Engine, deadline_ms: float, exit_number: int, deadline_missed: bool
 ) -> None:
     answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=deadline_ms)
-    assert [(a.exit, a.cut, a.late) for a in answers] == [
-        (exit_number, exit_number < 3, late)
+    assert [(a.exit, a.deadline_limited, a.deadline_missed) for a in answers] == [
+        (exit_number, exit_number < 3, deadline_missed)
     ] * len(TEXTS)
     expected = engine.predict(TEXTS, rule=Budget(exit=exit_number))
     assert [a.probabilities for a in answers] == [a.probabilities for a in expected]
@@ -133,7 +133,7 @@ def test_only_rows_that_their_rule_would_let_go_on_are_cut(engine: Engine) -> No
         for deadline_ms, last in ((10.5, 1), (20.5, 2)):
             answers = engine.predict(TEXTS, rule=rule, deadline_ms=deadline_ms)
             assert [a.exit for a in answers] == [min(o.exit, last) for o in own]
-            assert [a.cut for a in answers] == [o.exit > last for o in own]
+            assert [a.deadline_limited for a in answers] == [o.exit > last for o in own]
     assert len({o.exit for o in engine.predict(TEXTS, rule=FPabee(threshold=0.3))}) > 1
 
 
@@ -161,11 +161,11 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
         engine.predict(TEXTS, rule=rule, max_exit=2),
         list(engine.stream(TEXTS, rule=rule, max_exit=2)),
     ):
-        assert [(a.exit, a.cut) for a in answers] == [(2, False)] * len(TEXTS)
+        assert [(a.exit, a.deadline_limited) for a in answers] == [(2, False)] * len(TEXTS)
     assert engine.predict(["rain"], full_depth=True, max_exit=1)[0].exit == 1
     # The deadline of a call that may not go deeper anyway cuts nothing.
     (answer,) = engine.predict(["rain"], rule=rule, max_exit=1, deadline_ms=15)
-    assert (answer.exit, answer.cut) == (1, False)
+    assert (answer.exit, answer.deadline_limited) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -205,5 +205,5 @@ def test_real_times_are_measured_when_first_needed_or_before(engines: Mapping[st
         engine.warm_up(tokens=10)
         assert set(engine._times._known) == {(1, 8), (1, 16)}
         (answer,) = engine.predict(["the film"], rule=NEVER, deadline_ms=1e6)
-        assert (answer.exit, answer.cut, answer.late) == (3, False, False)
+        assert (answer.exit, answer.deadline_limited, answer.deadline_missed) == (3, False, False)
         assert all((times > 0).all() for times in engine._times._known.values())

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from fpabee.runtime import FpabeeError
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
-from fpabee.runtime.engines_folder import read_manifest, sha256_of
 from fpabee.runtime.errors import ArtifactError, InputError
-from fpabee.runtime.manifest import ATTENTION_BIAS
 
 
 def encoder_of(folder: Path, max_length: int | None = None) -> TextEncoder:

@@ -48,9 +48,9 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime import engine as engine_module
+from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.engines_folder import write_manifest
 
 FAMILIES = ("bert", "albert", "mpnet")
 RULES: tuple[ExitRule, ...] = (
@@ -253,10 +253,10 @@ def test_predictions_say_what_the_trace_says(case: Case) -> None:
 def test_lengths_and_truncation_are_reported(case: Case) -> None:
     lengths = case.engine.trace(TEXTS).lengths.tolist()
     assert lengths == [len(row) for row in case.engine.encode(TEXTS)]
-    cut = [prediction.truncated for prediction in case.engine.predict(TEXTS)]
-    assert cut[-1]
+    deadline_limited = [prediction.truncated for prediction in case.engine.predict(TEXTS)]
+    assert deadline_limited[-1]
     assert lengths[-1] == max(lengths) == 64
-    assert not any(cut[:-1])
+    assert not any(deadline_limited[:-1])
 
 
 def test_a_pair_is_not_its_texts_joined(case: Case) -> None:
@@ -509,17 +509,20 @@ def test_a_point_of_another_target_is_refused(
 def test_multi_label_cuts_of_the_manifest_are_applied(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy("mpnet")
     manifest = read_manifest(folder)
-    cuts = (0.0, 1.0, 0.5, 0.2, 0.8)
-    task = msgspec.structs.replace(manifest.task, cuts=cuts)
+    label_thresholds = (0.0, 1.0, 0.5, 0.2, 0.8)
+    task = msgspec.structs.replace(manifest.task, label_thresholds=label_thresholds)
     write_manifest(folder, msgspec.structs.replace(manifest, task=task))
     rule = Pabee(patience=1)
     with Engine.load(folder, rule=rule) as engine:
         predictions = engine.predict(TEXTS)
         trace = engine.trace(TEXTS, rule=rule)
     for prediction in predictions:
-        above = [p > cut for p, cut in zip(prediction.probabilities, cuts, strict=True)]
+        above = [
+            p > deadline_limited
+            for p, deadline_limited in zip(prediction.probabilities, label_thresholds, strict=True)
+        ]
         assert prediction.labels == tuple(np.array(task.labels)[above].tolist())
-    simulated = simulate(trace.logits, rule, task.problem_type, cuts)
+    simulated = simulate(trace.logits, rule, task.problem_type, label_thresholds)
     np.testing.assert_array_equal(simulated.exits, trace.exits)
     np.testing.assert_array_equal(simulated.predictions, trace.predictions)
     plain = simulate(trace.logits, rule, task.problem_type)

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from fpabee.calibration.cli import main as calibrate
 from fpabee.runtime import Engine
-from fpabee.runtime.cli import main as run
-from fpabee.runtime.engines_folder import read_manifest, sha256_of
-from fpabee.runtime.inspect import main as inspect
-from fpabee.runtime.manifest import MANIFEST_NAME
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME
+from fpabee.runtime.cli.inspect import main as inspect
+from fpabee.runtime.cli.run import main as run
 
 TEXTS = ["the film is not bad", "rain"]
 

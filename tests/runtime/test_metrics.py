@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.manifest import ProblemType
 from fpabee.runtime.metrics import encode_labels, evaluate
 
 NAMES = ("no", "perhaps", "yes")

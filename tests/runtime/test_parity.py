@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import ArtifactError, Engine, ProblemType, VerificationError, read_manifest
-from fpabee.runtime.engines_folder import sha256_of, write_manifest
-from fpabee.runtime.manifest import REFERENCE_NAME
+from fpabee.runtime.artifact.folder import sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import REFERENCE_NAME
+from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.parity import measure_parity
-from fpabee.runtime.reference import read_reference, write_reference
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
@@ -60,7 +60,7 @@ def test_labels_that_only_the_cuts_change_are_said(engine_copy: Callable[..., Pa
     task = msgspec.structs.replace(
         manifest.task,
         problem_type=ProblemType.MULTI_LABEL,
-        cuts=tuple((1 / (1 + np.exp(-middles))).tolist()),
+        label_thresholds=tuple((1 / (1 + np.exp(-middles))).tolist()),
     )
     targets = {
         name: msgspec.structs.replace(target, tolerance=0.01)
@@ -68,7 +68,7 @@ def test_labels_that_only_the_cuts_change_are_said(engine_copy: Callable[..., Pa
     }
     write_manifest(folder, msgspec.structs.replace(manifest, task=task, targets=targets))
     swap_reference(folder, logits + np.float32(0.05))
-    with pytest.raises(VerificationError, match="without --tune-cuts"):
+    with pytest.raises(VerificationError, match="without --tune-label-thresholds"):
         Engine.load(folder, threads=1, check=True)
 
 

@@ -16,10 +16,10 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError
-from fpabee.runtime.text_io import Columns, Inputs, Row, read_rows
-from fpabee.runtime.text_io import parquet_process as module
+from fpabee.runtime.files import Columns, Inputs, Row, read_rows
+from fpabee.runtime.files import parquet_process as module
 
-from .test_cli import COMMAND
+from .cli.test_run import COMMAND
 
 # Two rows of two columns, with one byte changed: pyarrow 26.0.1 aborts.
 ABORTS = base64.b85decode(
@@ -110,7 +110,7 @@ def test_what_a_library_prints_is_not_in_the_way(
 
 def test_standard_input_is_left_to_the_caller(path: Path) -> None:
     code = (
-        "import sys; from fpabee.runtime.text_io import Inputs\n"
+        "import sys; from fpabee.runtime.files import Inputs\n"
         "print([row.text for row in Inputs([sys.argv[1], '-'])][4999:])"
     )
     command = [sys.executable, "-c", code, str(path)]

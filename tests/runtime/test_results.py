@@ -34,7 +34,7 @@ def test_answers_are_counted(engine: Engine) -> None:
 
 def test_late_and_cut_rows_are_counted(engine: Engine) -> None:
     engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=-1)
-    assert engine.tally == Tally((4, 0, 0), truncated=1, cut=4, late=4)
+    assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
 
 
 def test_reset_gives_the_tally_until_then(engine: Engine) -> None:
@@ -67,8 +67,10 @@ def test_drift_is_between_shares() -> None:
 def test_threads_lose_no_row() -> None:
     counter = Counter(3)
     exits = np.array([1, 3, 3], np.int64)
-    cut = np.array([True, False, False])
+    deadline_limited = np.array([True, False, False])
     with ThreadPoolExecutor(8) as pool:
         for _ in range(500):
-            pool.submit(counter.add, exits, 1, cut, True, 2)
-    assert counter.read() == Tally((500, 0, 1000), truncated=500, cut=500, late=1500, wasted=1000)
+            pool.submit(counter.add, exits, 1, deadline_limited, True, 2)
+    assert counter.read() == Tally(
+        (500, 0, 1000), truncated=500, deadline_limited=500, deadline_missed=1500, wasted=1000
+    )

@@ -9,8 +9,8 @@ import pytest
 from rich.progress import TextColumn
 from rich.table import Table
 
+from fpabee.runtime.cli.console import PlainConsole, Shown, echo
 from fpabee.runtime.errors import InputError, printable
-from fpabee.runtime.shown import PlainConsole, Shown, echo
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
 PLAIN = "\\x1b[31mred\\x07\\r\\n\\x9b2J\\u202eeslaf\\x7f [bold]x[/bold] :fire:"

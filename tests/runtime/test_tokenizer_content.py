@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Precompiled
 
-from fpabee.runtime import tokenizer_content
-from fpabee.runtime.charsmap import replacements
+from fpabee.runtime.artifact import tokenizer_content
+from fpabee.runtime.artifact.charsmap import replacements
+from fpabee.runtime.artifact.tokenizer_content import MOST_GROWTH, check_tokenizer
 from fpabee.runtime.encoding import tokenizer_errors
 from fpabee.runtime.errors import ArtifactError
-from fpabee.runtime.tokenizer_content import MOST_GROWTH, check_tokenizer
 
 Part = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pytest
 
+from .cli.test_run import COMMAND
 from .running import Run
-from .test_cli import COMMAND
 
 
 @contextmanager
@@ -91,12 +91,12 @@ def test_results_are_those_of_any_run(run: Run, bert: Path, tmp_path: Path) -> N
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "rain"}\n{"text": 1}\n{"text": "the film"}\n')
     options = (path, "--full-depth", "--on-error", "skip", "--json")
-    at_once, plain = run(bert, *options, "--unbuffered"), run(bert, *options)
-    assert at_once.code == 0
-    for ours, theirs in zip(at_once.records, plain.records, strict=True):
+    stop_now, plain = run(bert, *options, "--unbuffered"), run(bert, *options)
+    assert stop_now.code == 0
+    for ours, theirs in zip(stop_now.records, plain.records, strict=True):
         assert ours.pop("score", 0.0) == pytest.approx(theirs.pop("score", 0.0), abs=1e-5)
         assert ours == theirs
-    assert json.loads(at_once.err)["rows"] == 3
+    assert json.loads(stop_now.err)["rows"] == 3
 
 
 @pytest.mark.parametrize(

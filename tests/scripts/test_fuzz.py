@@ -169,7 +169,7 @@ def test_a_child_process_counts(
 
 PLANTED = """
 import os
-from fpabee.runtime import engines_folder
+from fpabee.runtime.artifact import folder as engines_folder
 real = engines_folder.read_manifest
 def read_manifest(folder):
     found = real(folder)

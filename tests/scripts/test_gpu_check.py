@@ -15,7 +15,7 @@ import pytest
 
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
-from ..runtime.device_double import GPU, install
+from ..doubles.device import GPU, install
 
 ROOT = Path(__file__).parents[2]
 GREEN = {"exit_code": 0, "tail": ["3 passed in 0.1s"]}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import Rows
 from fpabee.runtime import ProblemType
-from fpabee.runtime.exit_rules import ExitRule
+from fpabee.runtime.rules.rules import ExitRule
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 LAYERS = [1, 2, 3, 4]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.exporter.formats import Half
-from fpabee.exporter.half import add_half
+from fpabee.exporter.precision.float16 import add_half
+from fpabee.exporter.precision.formats import Half
 from fpabee.runtime import FPabee, read_manifest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_trt.py"

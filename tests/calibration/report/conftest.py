@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.calibration import DEFAULT_WISHES, Bound, Calibration, Point, RiskOf
+from fpabee.calibration import DEFAULT_GOALS, Bound, Calibration, Point, RiskOf
+from fpabee.calibration.choose import Selector
 from fpabee.calibration.costs import CostModel
 from fpabee.calibration.outcome import Outcome, exits_of, outcome
-from fpabee.calibration.result import Contender
+from fpabee.calibration.result import RuleComparison
 from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.select import Selector
 from fpabee.calibration.settings import Candidate
-from fpabee.calibration.stopping import StopScores, families
-from fpabee.calibration.weighing import Weighing
+from fpabee.calibration.stop_scores import StopScores, families
+from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.runtime import Budget, Measure, ProblemType, read_manifest
-from fpabee.runtime.operating_point import Certificate, Wish
-from fpabee.runtime.text_io import Row
+from fpabee.runtime.artifact.operating_point import Certificate, Goal
+from fpabee.runtime.files import Row
 
 NAMES = ("fpabee", "pabee", "entropy", "budget")
 
@@ -70,35 +70,35 @@ def make_calibration(
             CostModel(batch, (5, 20, 39), ((batch, 2.0, 3.0),) * exits, shares)
             for batch, shares in ((1, (0.25,) * exits), (32, ()))
         )
-        weighing = Weighing(rows, metric, costs[-1].row_costs(rows.lengths))
+        stopping_costs = StoppingCosts(rows, metric, costs[-1].row_costs(rows.lengths))
         stop = StopScores(rows)
         swept = list(families(stop, NAMES, [Measure.JSKD, Measure.KL]))
         fitted = list(families(stop, ["entropy"], [], patiences=[1]))
-        selector = Selector(weighing, swept, fitted)
+        selector = Selector(stopping_costs, swept, fitted)
 
         def judged(chosen: Candidate, some: Rows) -> Outcome:
             times = costs[-1].row_costs(some.lengths)
             stops = exits_of(chosen.rule, some)
             return outcome(Scorer(some, metric), stops, some.lengths, times, layers)
 
-        asked: dict[str, Wish | Bound] = {name: bound} if bound else dict(DEFAULT_WISHES)
-        points, contenders = [], []
-        for point, wish in asked.items():
-            plain = wish if isinstance(wish, Wish) else Wish(max_drop=100 * wish.risk)
+        asked: dict[str, Goal | Bound] = {name: bound} if bound else dict(DEFAULT_GOALS)
+        points, comparisons = [], []
+        for point, goal in asked.items():
+            plain = goal if isinstance(goal, Goal) else Goal(max_drop=100 * goal.risk)
             chosen = selector.choose(plain, selector.kinds) or Candidate(Budget(exit=exits))
             certificate = None
-            if isinstance(wish, Bound):
+            if isinstance(goal, Bound):
                 certificate = Certificate(risk_of="drop", risk=5.0, confidence=95.0, rows=90)
             own = judged(chosen, rows)
             held = judged(chosen, rows if test is None else test)
             speeds = {"1": 1.5, "32": 1.25}
             points.append(
-                Point(point, wish, chosen.kind, chosen.rule, own, held, speeds, certificate)
+                Point(point, goal, chosen.kind, chosen.rule, own, held, speeds, certificate)
             )
         for kind in selector.kinds:
-            best = selector.choose(Wish(max_drop=2.0), [kind])
+            best = selector.choose(Goal(max_drop=2.0), [kind])
             if best is not None:
-                contenders.append(Contender(kind, best.rule, judged(best, rows)))
+                comparisons.append(RuleComparison(kind, best.rule, judged(best, rows)))
         return Calibration(
             folder=engines[family],
             target=manifest.default_target,
@@ -108,10 +108,10 @@ def make_calibration(
             test=test,
             points=tuple(points),
             default=name if bound else "balanced",
-            contenders=tuple(contenders),
+            comparisons=tuple(comparisons),
             costs=costs,
             selector=selector,
-            cuts=None,
+            label_thresholds=None,
             layers=layers,
         )
 

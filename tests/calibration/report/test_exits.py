@@ -11,7 +11,7 @@ from fpabee.calibration import Calibration
 from fpabee.calibration.outcome import exits_of, outcome
 from fpabee.calibration.report.exits import exit_scores, reliability, segment_times
 from fpabee.runtime import Budget
-from fpabee.runtime.distributions import Outputs
+from fpabee.runtime.rules.measures import Outputs
 
 Make = Callable[..., Calibration]
 
@@ -19,10 +19,12 @@ Make = Callable[..., Calibration]
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_an_exit_scores_as_a_budget_does(make_calibration: Make, family: str) -> None:
     result = make_calibration(family)
-    rows, weighing = result.rows, result.selector.weighing
+    rows, stopping_costs = result.rows, result.selector.stopping_costs
     for score in exit_scores(result, []):
         exits = exits_of(Budget(exit=score.exit), rows)
-        found = outcome(weighing.scorer, exits, rows.lengths, weighing.costs, result.layers)
+        found = outcome(
+            stopping_costs.scorer, exits, rows.lengths, stopping_costs.costs, result.layers
+        )
         assert (score.score, score.drop) == pytest.approx((found.score, found.drop))
         assert (score.low, score.high) == found.interval
         assert score.speedup == pytest.approx(found.estimated)

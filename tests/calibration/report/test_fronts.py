@@ -18,8 +18,8 @@ from fpabee.calibration.report.fronts import (
 )
 from fpabee.calibration.scoring import Rows, Scorer
 from fpabee.runtime import FPabee, Measure
-from fpabee.runtime.distributions import Answers
-from fpabee.runtime.operating_point import Wish
+from fpabee.runtime.artifact.operating_point import Goal
+from fpabee.runtime.rules.measures import Answers
 
 Make = Callable[..., Calibration]
 
@@ -30,7 +30,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 def given(result: Calibration, rows: Rows, exits: Answers) -> tuple[float, float, float]:
     """Speed-up, drop, mean depth."""
-    scorer = Scorer(rows, result.selector.weighing.scorer.metric)
+    scorer = Scorer(rows, result.selector.stopping_costs.scorer.metric)
     costs = result.costs[-1].row_costs(rows.lengths)
     found = outcome(scorer, exits, rows.lengths, costs, result.layers)
     return found.estimated, found.drop, found.mean_depth
@@ -46,8 +46,8 @@ def test_a_curve_is_judged_on_rows_that_did_not_choose(make_calibration: Make, m
     settings = rule_fronts(result, silent)
     assert {setting.curve for setting in settings} == set(result.selector.kinds)
     for setting in settings[::5]:
-        wish = Wish(speedup=setting.wished)
-        exits = result.selector.held_out(wish, [setting.curve])
+        goal = Goal(speedup=setting.wished)
+        exits = result.selector.held_out(goal, [setting.curve])
         judged = setting.speedup, setting.drop, setting.mean_depth
         assert judged == pytest.approx(given(result, result.rows, exits))
         own = given(result, result.rows, exits_of(setting.rule, result.rows))

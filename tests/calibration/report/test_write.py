@@ -20,7 +20,7 @@ import pytest
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
 from fpabee.runtime import ArtifactError, Budget, MissingExtraError
-from fpabee.runtime.text_io import Row
+from fpabee.runtime.files import Row
 
 Make = Callable[..., Calibration]
 
@@ -106,7 +106,7 @@ def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: 
         result.points, table(page.parent, "points"), content["points"], strict=True
     ):
         held = point.held_out
-        assert (row["name"], row["wish"], row["kind"]) == (point.name, str(point.wish), point.kind)
+        assert (row["name"], row["wish"], row["kind"]) == (point.name, str(point.goal), point.kind)
         assert json.loads(row["settings"])["name"] == point.rule.name
         assert stored["drop"] == held.drop
         assert float(row["drop"]) == pytest.approx(held.drop, rel=1e-5)

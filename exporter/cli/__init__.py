@@ -1,0 +1,1 @@
+"""The commands `fpabee-export`, `fpabee-bench` and `fpabee-train`."""

@@ -1,0 +1,274 @@
+"""The multi-exit model: an encoder with a classifier after chosen layers.
+
+State-dict layout (that of PABEE, F-PABEE, PCEE-BERT and EPEE training code): the encoder
+under its usual prefix, the pooler inside it (without use in `Pooling.MEAN`), and
+`classifiers.{i}.weight/bias` for exit i from 0. Of our own: `pooler.dense`, the pooler of
+families whose encoder has none, and `last_head.dense` and `last_head.norm` of a last exit that
+was a plain classifier's head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.errors import ModelError
+from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
+
+
+class Pooling(str, Enum):
+    """What an exit's classifier sees of the hidden states."""
+
+    CLS = "cls"
+    """The first token, through a dense layer with tanh that all exits share (PABEE)."""
+    MEAN = "mean"
+    """The mean over real tokens: early exits learn far more with it, and cost far less."""
+
+
+@dataclass(frozen=True)
+class LastHead:
+    """What the head of the last exit does before its linear classifier, where it is of its own.
+
+    It pools, then has a dense layer, an activation and perhaps a layer norm: the head of a
+    plain classifier that became a multi-exit model.
+
+    Attributes:
+        pooling: what the dense layer sees.
+        activation: after the dense layer, as `transformers` calls it.
+        norm_eps: of the layer norm after the activation; None: there is none.
+    """
+
+    pooling: Pooling
+    activation: str
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class MultiExitConfig:
+    """What makes an encoder a multi-exit classifier.
+
+    Attributes:
+        exits: the layer after which each exit sits, counted from 1, ascending.
+        labels: label names in the order of the logits.
+        problem_type: single-label or multi-label classification.
+        pooling: what the heads see.
+        last_head: the last exit's head, if it is not like the others.
+    """
+
+    exits: tuple[int, ...]
+    labels: tuple[str, ...]
+    problem_type: ProblemType = ProblemType.SINGLE_LABEL
+    pooling: Pooling = Pooling.CLS
+    last_head: LastHead | None = None
+
+    def validate(self, layers: int) -> None:
+        """Check the exits against an encoder's depth.
+
+        Raises:
+            ModelError: exits are not ascending layers between 1 and `layers`.
+        """
+        if not self.exits or list(self.exits) != sorted(set(self.exits)):
+            raise ModelError(
+                f"exits {list(self.exits)} are not an ascending list of layers",
+                f"give layers between 1 and {layers}, for example 2,4,{layers}",
+            )
+        if self.exits[0] < 1 or self.exits[-1] > layers:
+            raise ModelError(
+                f"exits {list(self.exits)} do not fit an encoder of {layers} layers",
+                f"give layers between 1 and {layers}",
+            )
+
+
+def token_weights(attention_bias: Tensor) -> Tensor:
+    """Weights `[rows, 1, sequence]` that make a sum over tokens the mean over real ones.
+
+    Args:
+        attention_bias: `[rows, 1, 1, sequence]`, 0 on real tokens and MASK_FILL on padding.
+    """
+    # So its softmax is 1/n on the n real tokens, and 0 on padding.
+    return torch.softmax(attention_bias.squeeze(1), dim=-1)
+
+
+class Transform(nn.Module):
+    """What a head does between pooling and its classifier: dense layer, activation, norm.
+
+    Args:
+        dense: hidden size to hidden size.
+        activation: as `transformers` calls it.
+        norm: after the activation.
+    """
+
+    def __init__(
+        self, dense: nn.Linear, activation: str = "tanh", norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.dense = dense
+        self.activation = ACT2FN[activation]
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`[rows, hidden]` from `[rows, hidden]`."""
+        transformed: Tensor = self.norm(self.activation(self.dense(pooled)))
+        return transformed
+
+
+class Head(nn.Module):
+    """Exit head: norm and pool the hidden states, transform them, then a linear classifier.
+
+    Args:
+        classifier: hidden size to labels.
+        pooling: how hidden states are pooled.
+        pooler: between pooling and the classifier.
+        norm: before pooling.
+        dropout: before the classifier, in training.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Linear,
+        pooling: Pooling,
+        pooler: Transform | None = None,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.norm = nn.Identity() if norm is None else norm
+        self.pooler = nn.Identity() if pooler is None else pooler
+        self.classifier = classifier
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def mean(self) -> bool:
+        """Whether token weights are read."""
+        return self.pooling is Pooling.MEAN
+
+    def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
+        """Logits `[rows, labels]`.
+
+        Args:
+            hidden_states: `[rows, sequence, hidden]`.
+            token_weights: see `token_weights`; only `Pooling.MEAN` reads them.
+        """
+        if self.mean:
+            assert token_weights is not None
+            pooled = (token_weights @ self.norm(hidden_states)).squeeze(1)
+        else:
+            pooled = self.norm(hidden_states[:, 0])
+        logits: Tensor = self.classifier(self.dropout(self.pooler(pooled)))
+        return logits
+
+
+class MultiExitModel(nn.Module):
+    """An encoder with one classifier per exit.
+
+    Args:
+        encoder: a Hugging Face encoder (see `backbones`).
+        config: exits, labels, task and pooling.
+
+    Raises:
+        ModelError: the family is not supported, or the exits do not fit the encoder.
+    """
+
+    def __init__(self, encoder: Any, config: MultiExitConfig) -> None:
+        super().__init__()
+        self.exit_config = config
+        self.backbone: Backbone = family_of(encoder.config.model_type)(encoder)
+        layers = self.backbone.layers()
+        config.validate(len(layers))
+        self.add_module(self.backbone.prefix, encoder)
+        hidden = int(encoder.config.hidden_size)
+        self.classifiers = nn.ModuleList(
+            nn.Linear(hidden, len(config.labels)) for _ in config.exits
+        )
+        own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)}) if own_pooler else None
+        self.last_head = self._last_head(hidden)
+        # Views of modules registered above; tuples keep them out of the state dict.
+        self._parts = (
+            self.backbone.embeddings(),
+            tuple(self.backbone.blocks()),
+            tuple(self._head(number) for number in range(len(config.exits))),
+        )
+
+    def _last_head(self, hidden: int) -> nn.ModuleDict | None:
+        form = self.exit_config.last_head
+        if form is None:
+            return None
+        parts: dict[str, nn.Module] = {"dense": nn.Linear(hidden, hidden)}
+        if form.norm_eps is not None:
+            parts["norm"] = nn.LayerNorm(hidden, eps=form.norm_eps)
+        return nn.ModuleDict(parts)
+
+    def _head(self, number: int) -> Head:
+        classifier = self.classifiers[number]
+        assert isinstance(classifier, nn.Linear)
+        norm, dropout = self.backbone.norm(), self.backbone.head_dropout()
+        pooling, pooler = self.exit_config.pooling, None
+        form = self.exit_config.last_head
+        if form is not None and self.last_head is not None and number + 1 == len(self.classifiers):
+            pooling = form.pooling
+            after = self.last_head["norm"] if form.norm_eps is not None else None
+            pooler = Transform(_linear(self.last_head["dense"]), form.activation, after)
+        elif pooling is Pooling.CLS:
+            dense = self.pooler["dense"] if self.pooler else self.backbone.pooler()
+            pooler = Transform(_linear(dense))
+        return Head(classifier, pooling, pooler, norm, dropout)
+
+    @property
+    def parts(self) -> tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]]:
+        """Embeddings, one block per layer, one head per exit: what segments are cut from."""
+        return self._parts
+
+    def train(self, mode: bool = True) -> MultiExitModel:
+        """Set the mode of the model and of the heads, which are not registered modules."""
+        super().train(mode)
+        for head in self._parts[2]:
+            head.train(mode)
+        # An encoder that does not learn needs no dropout.
+        if not any(
+            weight.requires_grad for block in self._parts[1] for weight in block.parameters()
+        ):
+            self.backbone.encoder.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all exits.
+
+        Args:
+            input_ids: `[rows, sequence]` int64.
+            attention_mask: `[rows, sequence]`, 1 for real tokens.
+            token_type_ids: `[rows, sequence]` int64, for families that have them.
+
+        Returns:
+            `[exits, rows, labels]` float32.
+        """
+        embeddings, blocks, heads = self._parts
+        bias = attention_bias(attention_mask)
+        weights = token_weights(bias)
+        types = token_type_ids if self.backbone.token_types else None
+        hidden_states, carried = embeddings(input_ids, types)
+        head_of = dict(zip(self.exit_config.exits, heads, strict=True))
+        logits = []
+        for layer, block in enumerate(blocks[: self.exit_config.exits[-1]], start=1):
+            hidden_states = block(hidden_states, bias, **carried)
+            if layer in head_of:
+                logits.append(head_of[layer](hidden_states, weights).float())
+        return torch.stack(logits)
+
+
+def _linear(module: nn.Module | None) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module

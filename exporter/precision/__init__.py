@@ -1,0 +1,1 @@
+"""The segments in other precisions than fp32."""

@@ -1,0 +1,1 @@
+"""Engines folders with fewer exits."""

@@ -1,0 +1,133 @@
+"""Join graphs that run one after another into one ONNX graph. Torch-free.
+
+The baseline that a chain is held against is one such graph, and so is the segment that is
+left where exits are dropped. `onnx.compose` is not used: it refuses two graphs that read
+the same input, and cannot keep one copy of weights that graphs share (ALBERT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...runtime.artifact.folder import verified_graph
+from ...runtime.artifact.manifest import LOGITS, NEXT, Manifest
+
+
+def merge_chain(folder: Path, manifest: Manifest) -> Any:
+    """One `onnx.ModelProto` from token ids to the logits of the last exit, no other heads.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+    """
+    import onnx
+
+    parts = {
+        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
+        for name, graph in manifest.graphs.items()
+    }
+    calls = [name for segment in manifest.segments for name in segment.calls]
+    return merge_graphs([(name, parts[name]) for name in calls], [LOGITS])
+
+
+def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
+    """One graph that does what several do in a row.
+
+    Args:
+        calls: name and `onnx.ModelProto` of each graph, in order; one that is called twice
+            keeps one copy of its weights.
+        outputs: what must leave: `LOGITS`, or `NEXT` and the name of a carried tensor.
+
+    Returns:
+        An `onnx.ModelProto`. Nodes that no output needs are left out, such as the heads
+        before the last. A node keeps its name, with the number of the call at its end.
+    """
+    import onnx
+
+    merged = onnx.GraphProto(name="merged")
+    made: dict[str, Any] = {}
+    tensors: dict[str, str] = {}
+    for number, (name, proto) in enumerate(calls):
+        _append(merged, proto.graph, name, f".{number:02d}", tensors, made)
+    _prune(merged, {tensors[output.removeprefix(NEXT)] for output in outputs})
+    for output in outputs:
+        carried = output.removeprefix(NEXT)
+        _rename(merged, tensors[carried], output)
+        merged.output.add().CopyFrom(made[carried])
+        merged.output[-1].name = output
+    first = calls[0][1]
+    return onnx.helper.make_model(
+        merged, opset_imports=list(first.opset_import), ir_version=first.ir_version
+    )
+
+
+def _append(
+    merged: Any, graph: Any, name: str, suffix: str, tensors: dict[str, str], made: dict[str, Any]
+) -> None:
+    """Add one call.
+
+    `tensors` says what the carried tensors and the logits are called so far, and `made` what
+    type and shape they left a graph with.
+    """
+    rename = {tensor.name: f"{name}/{tensor.name}" for tensor in graph.initializer}
+    for value in graph.input:
+        if value.name not in tensors:
+            merged.input.add().CopyFrom(value)
+            tensors[value.name] = value.name
+        rename[value.name] = tensors[value.name]
+    stored = {tensor.name for tensor in merged.initializer}
+    for tensor in graph.initializer:
+        if rename[tensor.name] not in stored:
+            copy = merged.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = rename[tensor.name]
+    for node in graph.node:
+        copy = merged.node.add()
+        copy.CopyFrom(node)
+        copy.name = node.name + suffix
+        del copy.input[:], copy.output[:]
+        copy.input.extend(rename.get(x, x + suffix) if x else "" for x in node.input)
+        copy.output.extend(rename.get(x, x + suffix) if x else "" for x in node.output)
+    for value in graph.value_info:
+        copy = merged.value_info.add()
+        copy.CopyFrom(value)
+        copy.name = rename.get(value.name, value.name + suffix)
+    for value in graph.output:
+        carried = value.name.removeprefix(NEXT)
+        tensors[carried] = rename.get(value.name, value.name + suffix)
+        made[carried] = value
+
+
+def _prune(graph: Any, outputs: Collection[str]) -> None:
+    """Drop what the outputs do not need: nodes, initializers, inputs and types of values."""
+    needed = set(outputs)
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    kept.reverse()
+    made = {output for node in kept for output in node.output}
+    lists = (
+        (graph.node, kept),
+        (graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed]),
+        (graph.input, [value for value in graph.input if value.name in needed]),
+        (graph.value_info, [value for value in graph.value_info if value.name in made]),
+    )
+    for field, content in lists:
+        del field[:]
+        field.extend(content)
+
+
+def _rename(graph: Any, old: str, new: str) -> None:
+    """Call a value by another name wherever it stands."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for number, name in enumerate(names):
+                if name == old:
+                    names[number] = new
+    kept = [value for value in graph.value_info if value.name != old]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)

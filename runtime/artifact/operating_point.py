@@ -1,0 +1,93 @@
+"""Operating points: the part of the manifest that calibration writes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
+"""An exit rule as `ExitRule.to_dict` writes it."""
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """A guarantee on new rows from the same source (Learn-then-Test, arXiv 2110.01052).
+
+    Attributes:
+        risk_of: `disagreement` with full depth, or `drop` of the score.
+        risk: the bound on its expectation, in points.
+        confidence: probability over the calibration rows that the bound holds, in percent.
+        rows: rows that the bound was tested on; others ordered the settings.
+    """
+
+    risk_of: str
+    risk: float
+    confidence: float
+    rows: Count
+
+
+class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "surely"}):
+    """What a user can afford: a drop, or a time. Give one of `max_drop` and `speedup`.
+
+    Attributes:
+        max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
+            setting within it is chosen. None, the default: a speed-up is wished for.
+        guaranteed: whether the upper 95 % bound must hold it, instead of the estimate; default: no.
+        speedup: least estimated speed-up, 2.0 for half the time; the setting with the smallest
+            drop is chosen. None is the default.
+    """
+
+    max_drop: float | None = None
+    guaranteed: bool = False
+    speedup: float | None = None
+
+    def __str__(self) -> str:
+        if self.max_drop is None:
+            return f"at least {self.speedup:g} times as fast"
+        bound = ", by its upper 95 % bound" if self.guaranteed else ""
+        return f"drop at most {self.max_drop:g} points{bound}"
+
+
+class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": "wish"}):
+    """A named rule with its settings, and what it was measured to give on its target.
+
+    Attributes:
+        rule: name and settings, as `ExitRule.from_dict` reads them.
+        goal: what was asked for; None: what the certificate says.
+        metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
+        score: with the rule, on rows that did not choose it.
+        full_depth_score: of the last exit on the same rows.
+        drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened where
+            hardly a row changes.
+        held_out: which rows those were: cross-fitted parts, another file, or the rows of the
+            test of a certificate.
+        rows: how many.
+        data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
+        mean_depth: layers that ran for a row, on average.
+        exits: rows that stopped at each exit.
+        theoretical_speedup: full depth over this, in layers weighted by tokens.
+        estimated_speedup: the same in measured times of the segments.
+        measured_speedup: by batch size in rows, ratio of run times on the target.
+        versions: of the libraries that measured it.
+        certificate: a bound on the risk, if one was asked for.
+    """
+
+    rule: RuleSettings
+    goal: Goal | None
+    metric: str
+    score: float
+    full_depth_score: float
+    drop_interval: tuple[float, float]
+    held_out: str
+    rows: Count
+    data_sha256: Sha256
+    mean_depth: Annotated[float, msgspec.Meta(ge=0)]
+    exits: tuple[int, ...]
+    theoretical_speedup: float
+    estimated_speedup: float
+    measured_speedup: dict[str, float] = {}
+    versions: dict[str, str] = {}
+    certificate: Certificate | None = None

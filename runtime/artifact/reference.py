@@ -1,0 +1,59 @@
+"""`reference.npz`: texts and what the PyTorch model says to them, for any later check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..encoding import Text
+from ..errors import ArtifactError
+from .arrays import read_arrays
+from .folder import verified
+from .manifest import REFERENCE_NAME, Manifest
+
+_MAX_ROWS = 256
+
+
+def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
+    """Write the first texts and their logits `[exits, rows, labels]`."""
+    kept = min(len(texts), _MAX_ROWS)
+    # Texts as UTF-8 JSON bytes: an object array would have to be unpickled.
+    content = json.dumps(list(texts[:kept]), ensure_ascii=False).encode()
+    np.savez(
+        folder / REFERENCE_NAME,
+        texts=np.frombuffer(content, np.uint8),
+        logits=logits[:, :kept],
+    )
+
+
+def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArray[np.float32]]:
+    """Texts, and the fp32 logits `[exits, rows, labels]` of the PyTorch model.
+
+    Raises:
+        ArtifactError: missing or damaged, or of another model.
+    """
+    if REFERENCE_NAME not in manifest.files:
+        raise ArtifactError(
+            f"{folder} holds no {REFERENCE_NAME} to check it with",
+            "export the model again with fpabee-export",
+        )
+    path = verified(folder, REFERENCE_NAME, manifest.files[REFERENCE_NAME])
+    try:
+        content = read_arrays(path, ("texts", "logits"))
+        texts = json.loads(content["texts"].tobytes())
+        logits = np.asarray(content["logits"], np.float32)
+        rows = [tuple(text) if isinstance(text, list) else text for text in texts]
+    except (AttributeError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise ArtifactError(f"{path} cannot be read: {reason}", "export the model again") from error
+    expected = (len(manifest.segments), len(rows), len(manifest.task.labels))
+    if logits.shape != expected:
+        raise ArtifactError(
+            f"{path} holds logits of shape {list(logits.shape)}, expected {list(expected)}",
+            "export the model again",
+        )
+    return rows, logits

@@ -1,0 +1,1 @@
+"""The commands `fpabee-run` and `fpabee-inspect`, and what all commands share."""

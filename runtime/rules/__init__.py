@@ -1,0 +1,1 @@
+"""Exit rules: pure numpy, nothing else."""

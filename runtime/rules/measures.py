@@ -1,0 +1,205 @@
+"""Distributions of an exit, and how similar those of two exits are.
+
+Logarithms are natural, and their arguments are clamped at 1e-12; divergences are never
+negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact.manifest import ProblemType
+
+Floats = NDArray[np.floating[Any]]
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Answers = NDArray[np.int64]
+
+TINY = 1e-12
+"""What arguments of logarithms are clamped at."""
+
+
+class Primitives(Protocol):
+    """What the measures are made of, for distributions in one representation."""
+
+    def mean(self, p: Any, q: Any) -> Any:
+        """The mean distribution."""
+
+    def cross_entropy(self, p: Any, q: Any) -> Any:
+        """-sum p log q."""
+
+    def divergence(self, p: Any, q: Any) -> Any:
+        """Sum p log(p/q), never negative."""
+
+
+class _Arrays:
+    """Primitives of arrays of distributions along the last axis."""
+
+    def mean(self, p: Array, q: Array) -> Array:
+        return (p + q) / 2
+
+    def cross_entropy(self, p: Array, q: Array) -> Array:
+        return -_sum(p * _log(q))
+
+    def divergence(self, p: Array, q: Array) -> Array:
+        return np.maximum(_sum(p * (_log(p) - _log(q))), 0.0)
+
+
+ARRAYS = _Arrays()
+"""Primitives of arrays `[..., outcomes]`."""
+
+
+def _sum(values: Array) -> Array:
+    # The ufunc itself: `values.sum` calls it through two Python functions.
+    return np.asarray(np.add.reduce(values, axis=-1))
+
+
+def _log(values: Array) -> Array:
+    return np.log(np.maximum(values, TINY))
+
+
+class Measure(str, Enum):
+    """Similarity of the distributions p, q of two neighbouring exits (F-PABEE eq. 5-12).
+
+    In nats; p is that of the exit before. Logarithms are of at least 1e-12. Multi-label: of both
+    outcomes of each label's binary problem, summed over labels.
+    """
+
+    KD = "kd"
+    """Cross-entropy -sum p log q."""
+    REKD = "rekd"
+    """Reversed cross-entropy -sum q log p."""
+    SYMKD = "symkd"
+    """kd + rekd."""
+    JSKD = "jskd"
+    """Entropy of the mean distribution m = (p+q)/2: small only if both agree and are confident."""
+    KL = "kl"
+    """Kullback-Leibler divergence sum p log(p/q)."""
+    REKL = "rekl"
+    """Reversed Kullback-Leibler divergence sum q log(q/p)."""
+    SYMKL = "symkl"
+    """kl + rekl."""
+    JSD = "jsd"
+    """Jensen-Shannon divergence (KL(p, m) + KL(q, m))/2: also small if both are equally uninformed.
+    """
+
+
+def _jensen_shannon(use: Primitives, p: Any, q: Any) -> Any:
+    m = use.mean(p, q)
+    return (use.divergence(p, m) + use.divergence(q, m)) / 2
+
+
+def _mean_entropy(use: Primitives, p: Any, q: Any) -> Any:
+    m = use.mean(p, q)
+    return use.cross_entropy(m, m)
+
+
+MEASURES: dict[Measure, Callable[[Primitives, Any, Any], Any]] = {
+    Measure.KD: lambda use, p, q: use.cross_entropy(p, q),
+    Measure.REKD: lambda use, p, q: use.cross_entropy(q, p),
+    Measure.SYMKD: lambda use, p, q: use.cross_entropy(p, q) + use.cross_entropy(q, p),
+    Measure.JSKD: _mean_entropy,
+    Measure.KL: lambda use, p, q: use.divergence(p, q),
+    Measure.REKL: lambda use, p, q: use.divergence(q, p),
+    Measure.SYMKL: lambda use, p, q: use.divergence(p, q) + use.divergence(q, p),
+    Measure.JSD: _jensen_shannon,
+}
+"""Score of two neighbouring distributions: `MEASURES[measure](primitives, p, q)`."""
+
+
+class Outputs:
+    """What one exit says about some rows; all but the logits is computed when first read.
+
+    Args:
+        logits: `[rows, labels]` of any floating-point type.
+        problem_type: the task.
+        label_thresholds: multi-label decision cuts, see `Task.label_thresholds`; none means 0.5.
+
+    Attributes:
+        logits: `[rows, labels]` float64.
+    """
+
+    def __init__(
+        self, logits: Floats, problem_type: ProblemType, label_thresholds: Sequence[float] = ()
+    ) -> None:
+        self.logits: Array = logits.astype(np.float64, copy=False)
+        self._problem_type = problem_type
+        self._label_thresholds = label_thresholds
+
+    @cached_property
+    def distributions(self) -> Array:
+        """`[rows, labels]` softmax, or for multi-label `[rows, labels, 2]`, float64.
+
+        The latter are both outcomes of each label's binary problem, so that single-label
+        measures apply per label.
+        """
+        z = self.logits
+        if self._problem_type is ProblemType.SINGLE_LABEL:
+            powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+            powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+            return powers
+        # Both outcomes directly from the logit: 1 - p would lose the small one.
+        small = np.exp(-np.abs(z))
+        low, high = small / (1 + small), 1 / (1 + small)
+        return np.stack([np.where(z >= 0, high, low), np.where(z >= 0, low, high)], axis=-1)
+
+    @cached_property
+    def answers(self) -> Answers:
+        """`[rows]` class indices, or for multi-label `[rows, labels]` of 0 and 1; int64."""
+        if self._problem_type is ProblemType.SINGLE_LABEL:
+            return np.asarray(self.logits.argmax(axis=-1))
+        cut = np.asarray(self._label_thresholds, np.float64) if len(self._label_thresholds) else 0.5
+        return (self.probabilities > cut).astype(np.int64)
+
+    @property
+    def probabilities(self) -> Array:
+        """`[rows, labels]` float64: softmax, or for multi-label the sigmoid of each logit."""
+        single = self._problem_type is ProblemType.SINGLE_LABEL
+        return self.distributions if single else self.distributions[..., 0]
+
+    def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
+        """The outputs of some of the rows, given by number or as a mask."""
+        taken = Outputs(self.logits[rows], self._problem_type, self._label_thresholds)
+        for name in _COMPUTED & vars(self).keys():
+            vars(taken)[name] = vars(self)[name][rows]
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence[Outputs]) -> Outputs:
+        """The outputs of several groups of rows, of which there is at least one."""
+        first = parts[0]
+        logits = np.concatenate([part.logits for part in parts])
+        joined = Outputs(logits, first._problem_type, first._label_thresholds)
+        for name in _COMPUTED.intersection(*(vars(part) for part in parts)):
+            vars(joined)[name] = np.concatenate([vars(part)[name] for part in parts])
+        return joined
+
+    def entropy(self) -> Array:
+        """Entropy `[rows]` in nats; multi-label: the sum of the binary entropies."""
+        return per_row(ARRAYS.cross_entropy(self.distributions, self.distributions))
+
+    def normalised_entropy(self) -> Array:
+        """Entropy over its largest value, `[rows]`; multi-label: the mean over labels."""
+        outcomes = self.distributions.shape[-1]
+        problems = 1 if self.distributions.ndim == 2 else self.distributions.shape[-2]
+        return self.entropy() / (problems * math.log(max(2, outcomes)))
+
+    def unchanged(self, earlier: Outputs) -> Mask:
+        """Rows `[rows]` whose answer is that of the earlier exit."""
+        same = self.answers == earlier.answers
+        return np.asarray(same if same.ndim == 1 else same.all(axis=-1))
+
+
+_COMPUTED = frozenset({"distributions", "answers"})
+
+
+def per_row(values: Array) -> Array:
+    """Sum over labels, if there is one value per label."""
+    return values if values.ndim == 1 else values.sum(axis=-1)

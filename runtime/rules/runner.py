@@ -1,0 +1,206 @@
+"""Apply a rule exit by exit: one `RuleRunner` for live runs and for `simulate`, so they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact.manifest import ProblemType
+from ..errors import RuleError
+from .measures import Answers, Array, Floats, Mask, Outputs
+from .rules import ExitRule, Signal
+
+
+class PatienceState:
+    """What a rule remembers of a group of rows from one exit to the next.
+
+    Args:
+        streak: `[rows]` int64, signals in a row so far.
+        earlier: outputs of the exit before; None before exit 1.
+    """
+
+    __slots__ = ("earlier", "streak")
+
+    def __init__(self, streak: Answers, earlier: Outputs | None = None) -> None:
+        self.streak = streak
+        self.earlier = earlier
+
+    def take(self, rows: NDArray[np.intp]) -> PatienceState:
+        """That of some of the rows."""
+        earlier = None if self.earlier is None else self.earlier.take(rows)
+        return PatienceState(self.streak[rows], earlier)
+
+    @staticmethod
+    def join(parts: Sequence[PatienceState]) -> PatienceState:
+        """That of several groups, all of them past the same exit."""
+        earlier = [part.earlier for part in parts if part.earlier is not None]
+        return PatienceState(
+            np.concatenate([part.streak for part in parts]),
+            Outputs.join(earlier) if earlier else None,
+        )
+
+
+class RuleRunner:
+    """Applies a rule to groups of rows, one exit after another.
+
+    Args:
+        rule: the rule.
+        problem_type: the task.
+        exits: number of exits of the model.
+        label_thresholds: multi-label decision cuts, see `Task.label_thresholds`.
+
+    Attributes:
+        rule: the rule.
+        problem_type: the task.
+        last: the exit at which every row stops.
+
+    Raises:
+        RuleError: that is no rule, or it names an exit that the model does not have.
+    """
+
+    def __init__(
+        self,
+        rule: ExitRule,
+        problem_type: ProblemType,
+        exits: int,
+        label_thresholds: Sequence[float] = (),
+    ) -> None:
+        if not isinstance(rule, ExitRule):
+            raise RuleError(
+                f"the rule is {rule!r}, a {type(rule).__name__}",
+                "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
+            )
+        for field in ("exit", "min_exit", "max_exit"):
+            value = getattr(rule, field, None)
+            if value is not None and value > exits:
+                raise RuleError(
+                    f"rule {rule.name}: {field} is {value}, but the model has {exits} exits",
+                    f"give at most {exits}",
+                )
+        threshold = getattr(rule, "threshold", None)
+        if isinstance(threshold, tuple) and len(threshold) != exits:
+            raise RuleError(
+                f"rule {rule.name} has {len(threshold)} thresholds, but the model has {exits} "
+                "exits",
+                f"give one number, or {exits}: one for each exit",
+            )
+        self.rule = rule
+        self.problem_type = problem_type
+        self.last = rule.max_exit or exits
+        self._label_thresholds = label_thresholds
+        self._first_exit_with_signal = rule.first_exit_with_signal
+        self._signals_needed = rule.signals_needed
+
+    def start(self, rows: int) -> PatienceState:
+        """The progress of a group of rows before exit 1."""
+        return PatienceState(np.zeros(rows, np.int64))
+
+    def decide(
+        self, exit_number: int, state: PatienceState, logits: Floats
+    ) -> tuple[Mask | None, Array | None]:
+        """Decide for the rows of a group at an exit, and note it in their progress.
+
+        Args:
+            exit_number: from 1; a group sees every exit in turn.
+            state: that of the group's rows.
+            logits: `[rows, labels]` of these rows at this exit.
+
+        Returns:
+            Which rows stop `[rows]`, None if none does, and their scores `[rows]` or None.
+        """
+        now = Outputs(logits, self.problem_type, self._label_thresholds)
+        earlier, state.earlier = state.earlier, now
+        stops, scores = None, None
+        if exit_number >= self._first_exit_with_signal:
+            signal = self.rule.signal(exit_number, earlier, now)
+            stops, scores = self._count(state, signal), signal.scores
+        if exit_number >= self.last:
+            return np.ones(len(logits), np.bool_), scores
+        if stops is None or exit_number < self.rule.min_exit or not np.count_nonzero(stops):
+            return None, scores
+        return stops, scores
+
+    def _count(self, state: PatienceState, signal: Signal) -> Mask:
+        """Which rows have enough signs."""
+        enough = signal.agrees
+        if self._signals_needed > 1:
+            state.streak += 1
+            state.streak *= signal.agrees
+            enough = state.streak >= self._signals_needed
+        return enough if signal.stop_now is None else enough | signal.stop_now
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a rule does with a trace.
+
+    Attributes:
+        exits: `[rows]` int64, exit of each row, counted from 1.
+        predictions: int64, the answer at that exit: `[rows]` class indices, or for
+            multi-label `[rows, labels]` of 0 and 1.
+        scores: `[exits, rows]` float64, at all exits, also those after a row's; NaN where the
+            rule has none.
+    """
+
+    exits: Answers
+    predictions: Answers
+    scores: Array
+
+
+def simulate(
+    logits: Floats,
+    rule: ExitRule,
+    problem_type: ProblemType | str,
+    label_thresholds: Sequence[float] = (),
+) -> Simulation:
+    """Apply a rule to a trace: exactly the exits of a live run that gave these logits.
+
+    Args:
+        logits: `[exits, rows, labels]` of any floating-point type, at full depth: such as
+            `Trace.logits`. Scores are computed in float64.
+        rule: the rule.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+        label_thresholds: multi-label: `[labels]`, see `Task.label_thresholds`; empty means 0.5.
+
+    Raises:
+        RuleError: the logits are not of that shape, or the rule does not fit.
+        ValueError: there is no such problem type.
+
+    Example:
+        Two exits, two rows: exit 1 is sure of the first row only.
+
+        >>> import numpy as np
+        >>> from fpabee.runtime import Confidence, simulate
+        >>> logits = np.array([[[4.0, 0.0], [0.2, 0.0]], [[5.0, 0.0], [0.0, 3.0]]])
+        >>> result = simulate(logits, Confidence(threshold=0.9), "single_label_classification")
+        >>> result.exits
+        array([1, 2])
+        >>> result.predictions
+        array([0, 1])
+        >>> result.scores.round(2)
+        array([[0.98, 0.55],
+               [0.99, 0.95]])
+    """
+    logits = np.asarray(logits)
+    if logits.ndim != 3 or logits.shape[0] == 0:
+        raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
+    exits, rows, labels = logits.shape
+    task = ProblemType(problem_type)
+    runner = RuleRunner(rule, task, exits, label_thresholds)
+    state = runner.start(rows)
+    chosen = np.zeros(rows, np.int64)
+    shape = (rows,) if task is ProblemType.SINGLE_LABEL else (rows, labels)
+    predictions = np.zeros(shape, np.int64)
+    scores = np.full((exits, rows), np.nan)
+    for number in range(1, exits + 1):
+        stops, exit_scores = runner.decide(number, state, logits[number - 1])
+        if exit_scores is not None:
+            scores[number - 1] = exit_scores
+        if stops is not None and state.earlier is not None:
+            new = stops & (chosen == 0)
+            chosen[new] = number
+            predictions[new] = state.earlier.answers[new]
+    return Simulation(chosen, predictions, scores)

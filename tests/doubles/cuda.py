@@ -1,0 +1,208 @@
+"""A double of the CUDA driver, at the boundary that fpabee calls.
+
+Device memory is numpy memory behind made-up addresses: every access is checked for bounds
+and for memory that was given back. Streams are queues that run only when someone waits, as
+late as the driver may: whoever reads pinned memory before its event reads NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpabee.runtime.backends.cuda import Cuda, PinnedArray
+
+_GAP = 1 << 20
+
+Work = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """Work in a stream; `stop_now` shows that its result is not there yet."""
+
+    work: Work
+    stop_now: Work | None = None
+
+
+@dataclass
+class _Stream:
+    queue: list[_Queued | int] = field(default_factory=list)  # an int is an event
+    capture: list[_Queued] | None = None
+
+
+class FakeCuda(Cuda):
+    """The calls of `Cuda`, over numpy memory."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.room = room
+        self.memory_of: dict[int, NDArray[np.uint8]] = {}
+        self.pinned_of: weakref.WeakValueDictionary[int, NDArray[np.uint8]]
+        self.pinned_of = weakref.WeakValueDictionary()
+        self.streams: dict[int, _Stream] = {}
+        self.events: dict[int, bool] = {}
+        self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
+        self.launches = 0
+        self.copied_rows = 0
+        self._next = itertools.count(1 << 40, 1 << 30)
+        self._handles = itertools.count(1)
+
+    # -- memory
+
+    def malloc(self, size: int) -> int:
+        self._refuse_in_capture()
+        used = sum(memory.nbytes for memory in self.memory_of.values())
+        if used + size > self.room:
+            raise self.no_room(size)
+        pointer = next(self._next)
+        self.memory_of[pointer] = np.full(size, 0xFF, np.uint8)
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        self._refuse_in_capture()
+        for stream in self.streams.values():
+            assert not stream.queue, "memory is given back while the device may use it"
+        del self.memory_of[pointer]
+
+    def memory(self) -> tuple[int, int]:
+        used = sum(memory.nbytes for memory in self.memory_of.values())
+        return self.room - used, self.room
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
+        pointer = next(self._next)
+        count = int(np.prod(shape))
+        memory = np.zeros(max(1, count * dtype.itemsize), np.uint8)
+        self.pinned_of[pointer] = memory
+        array = memory[: count * dtype.itemsize].view(dtype).reshape(shape)
+        return PinnedArray(array, pointer)
+
+    def view(self, pointer: int, size: int) -> NDArray[np.uint8]:
+        """`size` bytes at an address that is somebody's."""
+        for memory_of in (self.memory_of, self.pinned_of):
+            for start, memory in list(memory_of.items()):
+                if start <= pointer < start + _GAP + memory.nbytes:
+                    offset = pointer - start
+                    assert offset + size <= memory.nbytes, "beyond the end of an allocation"
+                    return memory[offset : offset + size]
+        raise AssertionError(f"{pointer:#x} is nobody's memory, or was given back")
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self.copy_rows(target, size, source, size, size, 1, stream)
+        self.copied_rows -= 1
+
+    def copy_rows(
+        self,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        rows: int,
+        stream: int,
+    ) -> None:
+        assert width <= min(target_pitch, source_pitch)
+        assert rows > 0
+        self.copied_rows += 1
+
+        def work() -> None:
+            for row in range(rows):
+                from_ = self.view(source + row * source_pitch, width)
+                self.view(target + row * target_pitch, width)[...] = from_
+
+        def stop_now() -> None:
+            if target in self.pinned_of:
+                self.view(target, width)[...] = 0xFF  # not there before it was waited for
+
+        self.put(stream, work, stop_now)
+
+    def clear(self, pointer: int, size: int, stream: int) -> None:
+        self.put(stream, lambda: self.view(pointer, size).fill(0))
+
+    # -- order
+
+    def put(self, stream: int, work: Work, stop_now: Work | None = None) -> None:
+        """Queue work, or note it while a graph is captured."""
+        self._put(stream, _Queued(work, stop_now))
+
+    def _put(self, stream: int, queued: _Queued) -> None:
+        state = self.streams[stream]
+        if state.capture is not None:
+            state.capture.append(queued)
+            return
+        state.queue.append(queued)
+        if queued.stop_now is not None:
+            queued.stop_now()
+
+    def stream(self) -> int:
+        handle = next(self._handles)
+        self.streams[handle] = _Stream()
+        return handle
+
+    def synchronize(self, stream: int) -> None:
+        state = self.streams[stream]
+        assert state.capture is None, "nobody may wait while a graph is captured"
+        while state.queue:
+            self._step(state)
+
+    def destroy_stream(self, stream: int) -> None:
+        assert not self.streams[stream].queue
+        del self.streams[stream]
+
+    def event(self) -> int:
+        handle = next(self._handles)
+        self.events[handle] = True
+        return handle
+
+    def record(self, event: int, stream: int) -> None:
+        assert self.streams[stream].capture is None
+        self.events[event] = False
+        self.streams[stream].queue.append(event)
+
+    def wait(self, event: int) -> None:
+        assert event in self.events, "the event was given back"
+        while not self.events[event]:
+            stream = next(s for s in self.streams.values() if event in s.queue)
+            self._step(stream)
+
+    def destroy_event(self, event: int) -> None:
+        del self.events[event]
+
+    def begin_capture(self, stream: int) -> None:
+        assert self.streams[stream].capture is None, "a capture within a capture"
+        self.streams[stream].capture = []
+
+    def end_capture(self, stream: int) -> int:
+        work = self.streams[stream].capture
+        assert work, "a captured graph is empty"
+        self.streams[stream].capture = None
+        handle = next(self._handles)
+        self.graphs[handle] = stream, work
+        return handle
+
+    def launch(self, executable: int, stream: int) -> None:
+        self.launches += 1
+        captured_in, work = self.graphs[executable]
+        assert stream == captured_in
+        for queued in work:
+            self._put(stream, queued)
+
+    def destroy_graph(self, executable: int) -> None:
+        stream, _ = self.graphs.pop(executable)
+        assert not self.streams[stream].queue, "a graph is destroyed while it may run"
+
+    def _step(self, stream: _Stream) -> None:
+        first = stream.queue.pop(0)
+        if isinstance(first, _Queued):
+            first.work()
+        elif first not in stream.queue:
+            self.events[first] = True
+
+    def _refuse_in_capture(self) -> None:
+        for stream in self.streams.values():
+            assert stream.capture is None, "memory must not change while a graph is captured"

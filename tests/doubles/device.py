@@ -1,0 +1,140 @@
+"""A machine with a GPU, made of doubles: engines folders get targets that run on it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fpabee.exporter.targets import check as target_check
+from fpabee.exporter.targets import plan_worker
+from fpabee.exporter.targets import tensorrt as targets
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import BuiltFile, Range, Shapes, Target
+from fpabee.runtime.backends import onnxruntime_cuda, onnxruntime_session, tensorrt
+from fpabee.runtime.backends.cuda_probe import CudaDevice
+
+from .cuda import FakeCuda
+from .onnxruntime_cuda import FakeCudaSession
+from .tensorrt import FakeTensorRt, plans_of
+from .tensorrt_builder import FakeBuilder, FakeConfig, builder_parts
+
+GPU = CudaDevice("a double", "8.6")
+
+
+@dataclass
+class Double:
+    """A double in place of the driver and of TensorRT, and the folder it serves."""
+
+    folder: Path
+    target: str
+    cuda: FakeCuda
+    trt: FakeTensorRt
+    configs: list[FakeConfig] = field(default_factory=list)
+
+
+def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
+    """Let everything that asks for a GPU find this one."""
+    for module in (tensorrt, targets, target_check):
+        patch.setattr(module, "cuda_device", lambda: gpu)
+
+
+def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
+    """Let the double build (TensorRT) and run (both) the plans of an engines folder."""
+    cuda, configs = FakeCuda(), list[FakeConfig]()
+    name = tensorrt.MODULES[backend]
+    trt = FakeTensorRt(cuda, plans_of(folder), name, builder_parts(configs))
+    trt.Builder = lambda logger: FakeBuilder(trt, configs)  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, name, trt)
+    patch.setattr(tensorrt, "cuda", lambda: cuda)
+    set_gpu(patch)
+    if backend == "tensorrt":
+        patch.setattr(targets, "_run_worker", plan_worker.build_plan)
+    return Double(folder, "", cuda, trt, configs)
+
+
+def install(
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    precision: str = "fp32",
+    batch: tuple[int, ...] = (1, 8, 64),
+    sequence: tuple[int, ...] = (1, 32, 64),
+    **changes: Any,
+) -> Double:
+    """Add a target of made-up plans to an engines folder, and let the double run it.
+
+    Args:
+        patch: undoes it.
+        folder: the folder; its manifest is changed.
+        precision: of the graphs behind the plans.
+        batch: smallest, typical and largest number of rows.
+        sequence: the same in tokens.
+        changes: of the target's record.
+    """
+    manifest = read_manifest(folder)
+    backend = changes.get("backend", "tensorrt")
+    name = f"{backend}-{precision}-sm86"
+    profile = Shapes(
+        batch=Range(min=batch[0], opt=batch[1], max=batch[-1]),
+        sequence=Range(min=sequence[0], opt=sequence[1], max=sequence[-1]),
+    )
+    files = {}
+    for graph_name, graph in manifest.graphs_in(precision).items():
+        path = folder / "targets" / name / f"{graph_name}.plan"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"plan of {graph_name}".encode().ljust(96, b"."))
+        files[graph_name] = BuiltFile(
+            file=path.relative_to(folder).as_posix(),
+            sha256=sha256_of(path),
+            onnx_sha256=graph.sha256,
+        )
+    double = serve(patch, folder, backend)
+    double.target = name
+    module = tensorrt.MODULES[backend]
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "precision": precision,
+        "device": "sm86",
+        "versions": {module: tensorrt.library_version(module)},
+        "files": files,
+        "tolerance": None,
+        "compute_capabilities": (GPU.compute_capability,),
+        "profiles": (profile,),
+    }
+    _add_target(folder, name, Target(**(settings | changes)))
+    return double
+
+
+def install_cuda_provider(
+    patch: pytest.MonkeyPatch, folder: Path, precision: str = "fp32"
+) -> Double:
+    """Add a target of ONNX Runtime's CUDA provider, and let the double run it."""
+    name = f"onnxruntime-{precision}-cuda"
+    target = Target(backend="onnxruntime", precision=precision, device="cuda", tolerance=None)
+    _add_target(folder, name, target)
+    cuda = serve_cuda_provider(patch)
+    return Double(folder, name, cuda, FakeTensorRt(cuda, lambda content: None))
+
+
+def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
+    """Let the double run the graphs of every folder as ONNX Runtime's CUDA provider."""
+    cuda = FakeCuda()
+    patch.setattr(onnxruntime_cuda, "cuda", lambda: cuda)
+    for module in (onnxruntime_cuda, onnxruntime_session):
+        patch.setattr(module, "check_device", lambda device: None)
+    patch.setattr(
+        onnxruntime_cuda,
+        "create_session",
+        lambda path, stream, *entries: FakeCudaSession(cuda, path, stream),
+    )
+    return cuda
+
+
+def _add_target(folder: Path, name: str, target: Target) -> None:
+    manifest = read_manifest(folder)
+    targets = {**manifest.targets, name: target}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))

@@ -1,0 +1,286 @@
+"""A double of TensorRT's runtime, over the double of the driver.
+
+Engines run their ONNX graphs with ONNX Runtime at the addresses they were given. A context
+refuses what TensorRT refuses: shapes outside its profile, a capture before a first run,
+missing scratch memory, the default stream.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.machinery
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fpabee.exporter.targets.options import profile_of
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import Graph, Shapes, TensorSpec
+from fpabee.runtime.backends.onnxruntime_session import session_options
+
+from .cuda import FakeCuda
+
+SCRATCH = 4096
+
+
+@dataclass
+class Plan:
+    """What a plan stands for."""
+
+    onnx: Path
+    graph: Graph
+    profiles: tuple[Shapes, ...]
+    embeds_code: bool
+
+
+def plans_of(folder: Path) -> Callable[[bytes], Plan | None]:
+    """Finds a plan, by its content or the beginning of it, among a folder's targets."""
+
+    def find(content: bytes) -> Plan | None:
+        manifest = read_manifest(folder)
+        for target in manifest.targets.values():
+            for name, file in target.files.items():
+                path = folder / file.file
+                if path.is_file() and path.read_bytes().startswith(content):
+                    graph = manifest.graphs_in(target.precision)[name]
+                    onnx = folder / graph.file
+                    return Plan(onnx, graph, target.profiles, target.version_compatible)
+        return None
+
+    return find
+
+
+class FakeContext:
+    """An execution context that runs its graph with ONNX Runtime."""
+
+    def __init__(self, trt: FakeTensorRt, plan: Plan) -> None:
+        self.trt = trt
+        self.plan = plan
+        self.session = ort.InferenceSession(
+            str(plan.onnx), session_options(), providers=["CPUExecutionProvider"]
+        )
+        self.profile: Shapes | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch = (0, 0)
+        self.runs = 0
+        if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 has no such question
+            self.is_stream_capturable = lambda stream: self._can_be_captured()
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = self.plan.profiles[index]
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        spec = next(spec for spec in self.plan.graph.inputs if spec.name == name)
+        assert self.profile is not None
+        self.shapes[name] = tuple(shape)
+        self.runs = 0
+        low, _, high = profile_of(spec, self.profile)
+        inside = (a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+        return all(inside)
+
+    def infer_shapes(self) -> list[str]:
+        return [spec.name for spec in self.plan.graph.inputs if spec.name not in self.shapes]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return SCRATCH * max(shape[0] for shape in self.shapes.values())
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.scratch = (address, size)
+        self.runs = 0
+
+    def _can_be_captured(self) -> bool:
+        """TensorRT for RTX compiles during the first runs."""
+        return self.runs >= self.trt.runs_before_capture
+
+    def execute_async_v3(self, stream: int) -> bool:
+        cuda = self.trt.cuda
+        assert stream != 0, "the default stream"
+        if cuda.streams[stream].capture is not None:
+            assert self._can_be_captured(), "a first run was captured"
+        self.runs += 1
+        need = self.update_device_memory_size_for_shapes()
+        address, size = self.scratch
+        assert size >= need, "too little scratch memory"
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        cuda.put(stream, lambda: self._run(shapes, addresses, address, need))
+        return True
+
+    def _run(
+        self, shapes: dict[str, Any], addresses: dict[str, int], scratch: int, need: int
+    ) -> None:
+        self.trt.cuda.view(scratch, need).fill(0xA5)
+        feed = {
+            spec.name: self._array(spec, addresses[spec.name], shapes[spec.name])
+            for spec in self.plan.graph.inputs
+        }
+        names = [spec.name for spec in self.plan.graph.outputs]
+        for spec, value in zip(self.plan.graph.outputs, self.session.run(names, feed), strict=True):
+            self._array(spec, addresses[spec.name], value.shape)[...] = value
+
+    def _array(self, spec: TensorSpec, address: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = np.dtype(spec.dtype)
+        memory = self.trt.cuda.view(address, int(np.prod(shape)) * dtype.itemsize)
+        return memory.view(dtype).reshape(shape)
+
+
+class FakeTensorRt(types.ModuleType):
+    """The module `tensorrt` or `tensorrt_rtx`, as far as the runtime uses it.
+
+    Args:
+        cuda: the driver.
+        plans: what the bytes of a plan, or the first of them, stand for; None: nothing known.
+        name: the module's name.
+        more: what a builder needs, see `trt_builder_double`.
+    """
+
+    __version__ = "10.99"
+
+    class ILogger:
+        """Base of loggers."""
+
+        class Severity(enum.Enum):
+            """As in TensorRT."""
+
+            INTERNAL_ERROR = 0
+            ERROR = 1
+
+        def log(self, severity: Any, message: str) -> None:
+            """Overridden by loggers."""
+
+    class ExecutionContextAllocationStrategy(enum.Enum):
+        """As in TensorRT."""
+
+        STATIC = 0
+        USER_MANAGED = 2
+
+    class EngineValidity(enum.Enum):
+        """As in TensorRT for RTX."""
+
+        VALID = 0
+        INVALID = 2
+
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        plans: Callable[[bytes], Plan | None],
+        name: str = "tensorrt",
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.cuda = cuda
+        self.plans = plans
+        self.contexts: list[FakeContext] = []
+        self.layers: dict[bytes, str] = {}
+        self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
+        self.contexts_left = 1000
+        self.__dict__.update(more or {})
+
+    def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
+        """A runtime that reports to a logger."""
+        return FakeRuntime(self, logger)
+
+
+class FakeRuntime:
+    """Loads plans."""
+
+    def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
+        self._trt = trt
+        self._logger = logger
+        self.engine_host_code_allowed = False
+
+    def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
+        plan = self._trt.plans(content)
+        if plan is not None and plan.embeds_code and not self.engine_host_code_allowed:
+            self._refuse("host code is not allowed")
+            return None
+        if plan is None and content not in self._trt.layers:
+            self._refuse("Version tag does not match")
+            return None
+        return FakeEngine(self._trt, plan, self._trt.layers.get(content, ""))
+
+    def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
+        assert len(header) == 64
+        validity = self._trt.EngineValidity
+        return (validity.INVALID if self._trt.plans(header) is None else validity.VALID), 0
+
+    def _refuse(self, reason: str) -> None:
+        self._logger.log(self._trt.ILogger.Severity.ERROR, reason)
+
+
+class FakeRuntimeCache:
+    """What was compiled: the number of contexts that were ever made with it."""
+
+    def __init__(self) -> None:
+        self.content = 0
+
+    def serialize(self) -> bytes:
+        return b"compiled %d" % self.content
+
+    def deserialize(self, content: bytes) -> bool:
+        if not content.startswith(b"compiled "):
+            return False
+        self.content = int(content.split()[1])
+        return True
+
+
+class FakeRuntimeConfig:
+    """How contexts are made."""
+
+    def __init__(self) -> None:
+        self.strategy: Any = None
+        self.cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        cache.content += 1
+        return True
+
+
+class FakeEngine:
+    """Makes contexts, and tells of its layers."""
+
+    def __init__(self, trt: FakeTensorRt, plan: Plan | None, layers: str) -> None:
+        self._trt = trt
+        self._plan = plan
+        self._layers = layers
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        assert self._trt.__name__ == "tensorrt_rtx", "TensorRT 10.3 has none"
+        return FakeRuntimeConfig()
+
+    def create_engine_inspector(self) -> FakeEngine:
+        return self
+
+    def get_engine_information(self, how: Any) -> str:
+        return self._layers
+
+    def create_execution_context(self, how: Any) -> FakeContext | None:
+        if isinstance(how, FakeRuntimeConfig):
+            assert how.cache is not None
+            how = how.strategy
+        assert how is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if len(self._trt.contexts) >= self._trt.contexts_left:
+            return None
+        assert self._plan is not None
+        context = FakeContext(self._trt, self._plan)
+        self._trt.contexts.append(context)
+        return context

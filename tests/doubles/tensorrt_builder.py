@@ -1,0 +1,214 @@
+"""A double of TensorRT's builder: for machines where TensorRT itself cannot build.
+
+It reads the ONNX file, holds the adapter to the rules of TensorRT 10.3 to 11 (strongly typed
+networks, a profile for every input, a timing cache of its own kind), and gives bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from .tensorrt import FakeTensorRt
+
+_TYPES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
+
+
+class Named:
+    """Something that has a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class FakeTensor:
+    """An input or output of a network."""
+
+    def __init__(self, value: Any) -> None:
+        self.name = value.name
+        self.dtype = Named(_TYPES[value.type.tensor_type.elem_type])
+
+
+class FakeNetwork:
+    """What was parsed."""
+
+    def __init__(self) -> None:
+        self.proto: Any = None
+        self.num_layers = 0
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.proto.graph.input)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.proto.graph.output)
+
+    def get_input(self, number: int) -> FakeTensor:
+        return FakeTensor(self.proto.graph.input[number])
+
+    def get_output(self, number: int) -> FakeTensor:
+        return FakeTensor(self.proto.graph.output[number])
+
+
+class FakeTimingCache:
+    """What was timed: names of graphs, by a version of the library."""
+
+    def __init__(self, content: bytes, version: str) -> None:
+        self.version, timed = json.loads(content or json.dumps([version, []]))
+        self.timed = set(timed)
+
+    def combine(self, other: FakeTimingCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if other.version != self.version:
+            return False
+        self.timed |= other.timed
+        return True
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.version, sorted(self.timed)]).encode()
+
+
+class FakeProfile:
+    """Shapes by input."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, Any] = {}
+
+    def set_shape(self, name: str, low: Any, typical: Any, high: Any) -> None:
+        assert all(isinstance(shape, tuple) for shape in (low, typical, high))
+        self.shapes[name] = (low, typical, high)
+
+
+class FakeConfig:
+    """How to build, with a version of the library."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self.profiles: list[FakeProfile] = []
+        self.limits: dict[Any, int] = {}
+        self.flags: set[Any] = set()
+        self.cache: FakeTimingCache | None = None
+        self.builder_optimization_level: int | None = None
+        self.hardware_compatibility_level: Any = None
+        self.profiling_verbosity: Any = None
+
+    def add_optimization_profile(self, profile: FakeProfile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+        self.limits[pool] = size
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.add(flag)
+
+    def create_timing_cache(self, content: bytes) -> FakeTimingCache | None:
+        try:
+            return FakeTimingCache(content, self._version)
+        except ValueError:
+            return None
+
+    def set_timing_cache(self, cache: FakeTimingCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.version != self._version:
+            return False
+        self.cache = cache
+        return True
+
+
+class FakeError:
+    """Why a file was not parsed."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def desc(self) -> str:
+        return self._reason
+
+
+class FakeParser:
+    """Reads ONNX files."""
+
+    def __init__(self, network: FakeNetwork, logger: Any) -> None:
+        self._network = network
+        self._errors: list[FakeError] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, number: int) -> FakeError:
+        return self._errors[number]
+
+    def parse_from_file(self, path: str) -> bool:
+        try:
+            self._network.proto = onnx.load(path)
+        except Exception as error:  # noqa: BLE001 - protobuf's own
+            self._errors.append(FakeError(str(error)))
+            return False
+        self._network.proto.graph.doc_string = Path(path).stem
+        return True
+
+
+class FakeBuilder:
+    """Builds plans.
+
+    Args:
+        trt: the module; it keeps what the inspector says of each plan.
+        configs: every configuration that was built with is added here.
+    """
+
+    def __init__(self, trt: FakeTensorRt, configs: list[FakeConfig]) -> None:
+        self._trt = trt
+        self._configs = configs
+
+    def create_network(self, flags: int) -> FakeNetwork:
+        assert flags == 1 << CreationFlag.STRONGLY_TYPED, "a network of version 10 is weakly typed"
+        return FakeNetwork()
+
+    def create_builder_config(self) -> FakeConfig:
+        return FakeConfig(self._trt.__version__)
+
+    def create_optimization_profile(self) -> FakeProfile:
+        return FakeProfile()
+
+    def build_serialized_network(self, network: FakeNetwork, config: FakeConfig) -> bytes:
+        inputs = {value.name for value in network.proto.graph.input}
+        assert config.profiles
+        assert all(profile.shapes.keys() == inputs for profile in config.profiles)
+        assert config.cache is not None
+        name = network.proto.graph.doc_string
+        config.cache.timed.add(name)
+        self._configs.append(config)
+        types = {_TYPES.get(t.data_type, "") for t in network.proto.graph.initializer}
+        written = {"HALF": "Half", "FLOAT": "Float", "BF16": "BFloat16"}
+        layers = [{"Format/Datatype": written[kind]} for kind in sorted(types & written.keys())]
+        plan = f"plan of {name} by the double".encode().ljust(96, b".")
+        self._trt.layers[plan] = json.dumps({"Layers": layers})
+        return plan
+
+
+class CreationFlag(enum.IntEnum):
+    """As in TensorRT 10.3."""
+
+    EXPLICIT_BATCH = 0
+    STRONGLY_TYPED = 1
+
+
+def builder_parts(configs: list[FakeConfig]) -> dict[str, Any]:
+    """What a module needs besides its runtime to build: names, as in TensorRT 10.3."""
+    return {
+        "NetworkDefinitionCreationFlag": CreationFlag,
+        "MemoryPoolType": enum.Enum("MemoryPoolType", ["WORKSPACE"]),
+        "BuilderFlag": enum.Enum("BuilderFlag", ["VERSION_COMPATIBLE"]),
+        "HardwareCompatibilityLevel": enum.Enum("HardwareCompatibilityLevel", ["AMPERE_PLUS"]),
+        "ProfilingVerbosity": enum.Enum("ProfilingVerbosity", ["DETAILED"]),
+        "LayerInformationFormat": enum.Enum("LayerInformationFormat", ["JSON"]),
+        "OnnxParser": FakeParser,
+        "configs": configs,
+    }

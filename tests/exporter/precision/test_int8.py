@@ -1,0 +1,63 @@
+"""int8 for TensorRT: symmetric Q/DQ, judged on texts that gave no ranges, really built."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fpabee.exporter.precision.int8 import add_int8
+from fpabee.exporter.targets.options import RTX, PlanOptions
+from fpabee.exporter.targets.tensorrt import build_target
+from fpabee.runtime import FPabee, agreement, read_manifest
+from fpabee.runtime.artifact.folder import write_manifest
+
+WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
+TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
+RULE = FPabee(threshold=0.5)
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model has no robust answers: what is tested is what is written."""
+    monkeypatch.setitem(agreement._BARS, "int8", (0.5, 0.3))
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_products_with_weights_are_quantized_symmetrically(
+    family: str, engine_copy: Callable[..., Path], lenient: None
+) -> None:
+    folder = engine_copy(family)
+    manifest, report = add_int8(folder, read_manifest(folder), RULE, TEXTS)
+    assert report.precision == "int8"
+    assert report.rows == 12 + len(TEXTS) // 2, "texts that gave ranges are not judged"
+    quantized = 0
+    for graph in manifest.graphs_in("int8").values():
+        assert graph.file.startswith("onnx/int8-qdq/")
+        proto = onnx.load(folder / graph.file)
+        tensors = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+        for node in proto.graph.node:
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            assert not node.name.startswith("head")
+            zero = tensors[node.input[2]]
+            assert zero.dtype == np.int8
+            assert not zero.any(), "symmetric"
+            quantized += 1
+    assert quantized > 10
+
+
+def test_int8_builds_as_an_rtx_plan(engine_copy: Callable[..., Path], lenient: None) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    folder = engine_copy()
+    manifest, _ = add_int8(folder, read_manifest(folder), RULE, TEXTS)
+    options = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
+    built, name = build_target(folder, manifest, RTX, "int8", options)
+    assert name == "tensorrt-rtx-int8"
+    write_manifest(folder, built)
+    assert read_manifest(folder).targets[name].precision == "int8"

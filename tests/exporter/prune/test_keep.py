@@ -1,0 +1,147 @@
+"""Some exits of an engines folder: the same answers from fewer, longer segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fpabee.exporter.add_targets import ExtendOptions, extend
+from fpabee.exporter.precision.formats import Half
+from fpabee.exporter.prune.keep import keep_exits
+from fpabee.runtime import Engine, FPabee, ModelError
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.encoding import Text
+
+TEXTS: list[Text] = [
+    "turn on the light",
+    "",
+    "is it not a good film",
+    "book a table " * 5,
+    ("a", "the plot"),
+]
+
+
+def heads(path: Path) -> set[str]:
+    """The modules of a graph that belong to a head."""
+    names = [node.name for node in onnx.load(path).graph.node]
+    return {name for name in names if name.startswith("head")}
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("exits", [(1, 3), (2, 3), (3,), (2,)])
+def test_kept_exits_say_what_they_said(
+    engines: Mapping[str, Path], tmp_path: Path, family: str, exits: tuple[int, ...]
+) -> None:
+    source = engines[family]
+    with Engine.load(source) as engine:
+        before = engine.trace(TEXTS).logits[[number - 1 for number in exits]]
+
+    manifest, parity = keep_exits(source, read_manifest(source), exits, tmp_path)
+
+    assert read_manifest(tmp_path) == manifest
+    assert manifest.exit_layers == exits
+    assert manifest.model.layers == exits[-1]
+    assert parity.passed
+    assert parity.max_logit_difference < 1e-5
+    assert manifest.targets["onnxruntime-fp32"].tolerance == 1e-5
+    with Engine.load(tmp_path) as engine:
+        np.testing.assert_allclose(engine.trace(TEXTS).logits, before, atol=1e-5)
+    _, logits = read_reference(tmp_path, manifest)
+    np.testing.assert_array_equal(
+        logits, read_reference(source, read_manifest(source))[1][[n - 1 for n in exits]]
+    )
+
+
+def test_dropped_heads_are_gone_and_nothing_else(
+    engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    source = engines["bert"]
+    old = read_manifest(source)
+    manifest, _ = keep_exits(source, old, (2, 3), tmp_path)
+    first, second = (tmp_path / graph.file for graph in manifest.graphs.values())
+    parts = [source / old.graphs[f"segment_{number:02d}"].file for number in (1, 2)]
+    assert len(heads(first)) == len(heads(parts[1]))
+    nodes = sum(len(onnx.load(part).graph.node) for part in parts)
+    assert len(onnx.load(first).graph.node) == nodes - len(heads(parts[0]))
+    assert second.read_bytes() != parts[1].read_bytes()
+    leaving = [spec.name for spec in manifest.graphs["segment_01"].outputs]
+    # The last segment reads the token weights of the first; the position bias is MPNet's.
+    assert leaving == ["next_token_weights", "next_hidden_states", "logits"]
+    assert [spec.name for spec in manifest.graphs["segment_02"].outputs] == ["logits"]
+
+
+def test_shared_layers_stay_one_graph(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    source = engines["albert"]
+    manifest, _ = keep_exits(source, read_manifest(source), (2, 3), tmp_path)
+    assert [segment.calls for segment in manifest.segments] == [
+        ("embeddings", "block_01", "block_01", "head_02"),
+        ("block_01", "head_03"),
+    ]
+    for graph in manifest.graphs.values():
+        assert (tmp_path / graph.file).read_bytes() == (source / graph.file).read_bytes()
+    assert sorted(manifest.graphs) == ["block_01", "embeddings", "head_02", "head_03"]
+
+
+def test_exits_can_be_dropped_again(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    source = engines["mpnet"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    keep_exits(source, read_manifest(source), (2, 3), first)
+    manifest, parity = keep_exits(first, read_manifest(first), (2,), second)
+    assert manifest.exit_layers == (3,)
+    assert parity.passed
+
+
+def test_every_precision_is_merged(engine_copy: Callable[..., Path], tmp_path: Path) -> None:
+    source = engine_copy("mpnet")
+    extend(source, ExtendOptions(precisions=(Half.FP16,), backends=()))
+    folder = tmp_path / "new"
+    folder.mkdir()
+    manifest, _ = keep_exits(source, read_manifest(source), (2, 3), folder)
+    graphs = manifest.precisions["fp16"]
+    assert graphs.keys() == manifest.graphs.keys()
+    leaving = {spec.name: spec.dtype for spec in graphs["segment_01"].outputs}
+    assert leaving["next_hidden_states"] == "float16"
+    assert leaving["logits"] == "float32"
+    for graph in graphs.values():
+        onnx.checker.check_model(folder / graph.file, full_check=True)
+    assert "onnxruntime-fp16-cuda" in manifest.targets
+
+
+def test_the_same_bytes_every_time(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    source = engines["bert"]
+    contents = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        keep_exits(source, read_manifest(source), (1, 3), tmp_path / name)
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        contents.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+
+
+def test_points_do_not_come_along(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], tmp_path: Path
+) -> None:
+    source = engine_copy("bert")
+    set_points(source, default="fast", fast=FPabee(threshold=(0.1, 0.1, 0.1)))
+    folder = tmp_path / "new"
+    folder.mkdir()
+    manifest, _ = keep_exits(source, read_manifest(source), (1, 3), folder)
+    target = manifest.targets["onnxruntime-fp32"]
+    assert (target.operating_points, target.default_operating_point) == ({}, "")
+
+
+@pytest.mark.parametrize("exits", [(), (0, 3), (3, 2), (2, 2), (1, 4)])
+def test_exits_that_do_not_exist(
+    engines: Mapping[str, Path], tmp_path: Path, exits: tuple[int, ...]
+) -> None:
+    source = engines["bert"]
+    with pytest.raises(ModelError, match="a model with 3 exits"):
+        keep_exits(source, read_manifest(source), exits, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+"""What the builder is told, and the timing cache that builds share, over a double of TensorRT."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fpabee.exporter.targets.options import TENSORRT, PlanOptions
+from fpabee.exporter.targets.tensorrt import build_target
+from fpabee.runtime import BackendError
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import Manifest
+
+from ...doubles.device import Double, serve
+
+SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
+SEGMENTS = ["segment_01", "segment_02", "segment_03"]
+
+
+@pytest.fixture
+def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
+    return serve(monkeypatch, engine_copy())
+
+
+def build(double: Double, options: PlanOptions = SMALL) -> Manifest:
+    manifest, double.target = build_target(
+        double.folder, read_manifest(double.folder), TENSORRT, "fp32", options
+    )
+    return manifest
+
+
+def timing_cache(double: Double) -> Path:
+    return double.folder / "targets" / "tensorrt-fp32-sm86" / "timing.cache"
+
+
+def test_the_settings_reach_the_builder(double: Double) -> None:
+    trt = double.trt.__dict__
+    options = PlanOptions(
+        batch=(1, 2, 4),
+        sequence=(8, 16, 32),
+        version_compatible=True,
+        hardware_compatible=True,
+        optimization_level=2,
+        workspace=1 << 20,
+    )
+    target = build(double, options).targets["tensorrt-fp32-sm86"]
+    assert len(double.configs) == 3
+    for config in double.configs:
+        assert config.flags == {trt["BuilderFlag"].VERSION_COMPATIBLE}
+        assert config.hardware_compatibility_level is trt["HardwareCompatibilityLevel"].AMPERE_PLUS
+        assert config.builder_optimization_level == 2
+        assert config.limits == {trt["MemoryPoolType"].WORKSPACE: 1 << 20}
+        assert len(config.profiles) == len(target.profiles) == 2
+    assert target.version_compatible
+    assert target.hardware_compatible
+    assert target.compute_capabilities == ("8.6",)
+
+
+def test_nothing_is_set_that_was_not_asked_for(double: Double) -> None:
+    build(double)
+    config = double.configs[0]
+    assert (config.flags, config.limits) == (set(), {})
+    assert config.builder_optimization_level is config.hardware_compatibility_level is None
+
+
+def test_segments_share_what_was_timed(double: Double) -> None:
+    build(double)
+    cache = timing_cache(double)
+    assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
+    assert [path.name for path in cache.parent.glob("timing*")] == ["timing.cache"]
+    seen = [config.cache.timed for config in double.configs if config.cache]
+    assert [len(timed) for timed in seen] == [1, 2, 3], "a segment starts from those before it"
+
+
+@pytest.mark.parametrize("content", [b"no cache at all", b'["10.3.0", ["other"]]'])
+def test_what_cannot_be_used_is_timed_anew(content: bytes, double: Double) -> None:
+    """Damaged, or of another version of TensorRT."""
+    cache = timing_cache(double)
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content)
+    build(double)
+    assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
+
+
+def test_a_cache_is_there_whole_or_as_it_was(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(double)
+    cache = timing_cache(double)
+    before = cache.read_bytes()
+    write = Path.write_bytes
+
+    def full_disk(path: Path, content: bytes) -> int:
+        if path.stem == "timing":
+            write(path, bytes(content)[:3])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build(double)
+    assert cache.read_bytes() == before
+
+
+def test_a_graph_that_is_not_parsed_says_which_and_why(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = double.trt.__dict__["OnnxParser"]
+    monkeypatch.setattr(parser, "parse_from_file", lambda self, path: False)
+    monkeypatch.setattr(parser, "num_errors", 0)
+    with pytest.raises(BackendError, match=r"3 of 3 plans .* first segment_01: parser"):
+        build(double)
+
+
+def test_links_in_the_place_of_plans_are_replaced_and_not_followed(double: Double) -> None:
+    build(double)
+    home = timing_cache(double).parent
+    mine = double.folder / "mine"
+    mine.write_bytes(b"mine")
+    for path in [path for path in home.iterdir() if path.name != "timing.cache"]:
+        path.unlink()
+        path.symlink_to(mine)
+    build(double)
+    assert mine.read_bytes() == b"mine"
+    assert not any(path.is_symlink() for path in home.iterdir())
+
+
+def test_a_pipe_in_the_place_of_the_record_is_no_record(double: Double) -> None:
+    build(double)
+    record = timing_cache(double).with_name("build.json")
+    record.unlink()
+    os.mkfifo(record)
+    manifest = read_manifest(double.folder)
+    build_target(double.folder, manifest, TENSORRT, "fp32", SMALL, resume=True)
+    assert len(double.configs) == 6
+    assert record.is_file()

@@ -1,0 +1,194 @@
+"""The multi-exit model against a plain Hugging Face forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AlbertConfig, BertConfig
+
+from fpabee.exporter.backbones import build_encoder, family_of
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.runtime.errors import ModelError
+
+FAMILIES = (
+    "bert",
+    "albert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "distilbert",
+    "deberta-v2",
+    "modernbert",
+)
+LENGTHS = (9, 4, 1, 7)
+
+
+def with_config(model: MultiExitModel, **changes: Any) -> MultiExitModel:
+    """A model of the same encoder and, where an exit stays, the same head."""
+    old = model.exit_config
+    settings = {"exits": old.exits, "labels": old.labels, "pooling": old.pooling} | changes
+    new = MultiExitModel(model.backbone.encoder, MultiExitConfig(**settings))
+    for layer, head in zip(new.exit_config.exits, new.classifiers, strict=True):
+        head.load_state_dict(model.classifiers[old.exits.index(layer)].state_dict())
+    if new.pooler is not None and model.pooler is not None:
+        new.pooler.load_state_dict(model.pooler.state_dict())
+    return new.eval()
+
+
+def batch(model: MultiExitModel) -> dict[str, Tensor]:
+    """Rows of several lengths with two sentence types, padded."""
+    torch.manual_seed(1)
+    shape = (len(LENGTHS), max(LENGTHS))
+    mask = (torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(5, 60, shape)
+    inputs = {"input_ids": torch.where(mask == 1, ids, model.backbone.config.pad_token_id)}
+    inputs["attention_mask"] = mask
+    if model.backbone.token_types:
+        inputs["token_type_ids"] = torch.randint(0, 2, shape) * mask
+    return inputs
+
+
+def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of all exits through Hugging Face's own forward pass."""
+    encoder = model.get_submodule(model.backbone.prefix)
+    # ALBERT reports every layer of a group, while an exit sits after the whole group.
+    step = getattr(encoder.config, "inner_group_num", 1)
+    output = encoder(**inputs, output_hidden_states=True)
+    hidden = list(output.hidden_states[::step])
+    norm = getattr(encoder, "final_norm", lambda states: states)
+    hidden = [*map(norm, hidden[:-1]), output.last_hidden_state]
+    pooler = getattr(encoder, "pooler", model.pooler)
+    dense = pooler if isinstance(pooler, nn.Linear) else getattr(pooler, "dense", None)
+    logits = []
+    for layer, classifier in zip(model.exit_config.exits, model.classifiers, strict=True):
+        if model.exit_config.pooling is Pooling.CLS:
+            assert isinstance(dense, nn.Linear)
+            pooled = torch.tanh(dense(hidden[layer][:, 0]))
+        else:
+            rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
+            pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
+        logits.append(classifier(pooled))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_a_plain_forward_pass(
+    family: str, pooling: Pooling, tiny_models: Mapping[str, Path]
+) -> None:
+    model = with_config(load_checkpoint(tiny_models[family]), pooling=pooling)
+    inputs = batch(model)
+    logits = model(**inputs)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, by_hand(model, inputs), rtol=0, atol=1e-5)
+    assert logits.std(dim=(1, 2)).min() > 1e-3, "logits that hardly vary prove nothing"
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_changes_nothing(
+    family: str, pooling: Pooling, tiny_models: Mapping[str, Path]
+) -> None:
+    model = with_config(load_checkpoint(tiny_models[family]), pooling=pooling)
+    inputs = batch(model)
+    together = model(**inputs)
+    for row, length in enumerate(LENGTHS):
+        alone = model(**{name: value[row : row + 1, :length] for name, value in inputs.items()})
+        torch.testing.assert_close(alone[:, 0], together[:, row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fewer_exits_give_the_logits_of_those_exits(
+    family: str, tiny_models: Mapping[str, Path]
+) -> None:
+    model = load_checkpoint(tiny_models[family])
+    layers = model.exit_config.exits[1:]
+    inputs = batch(model)
+    fewer = with_config(model, exits=layers)(**inputs)
+    assert torch.equal(fewer, model(**inputs)[1:])
+
+
+@torch.no_grad()
+def test_layers_after_the_last_exit_do_not_run(tiny_models: Mapping[str, Path]) -> None:
+    model = load_checkpoint(tiny_models["bert"])
+    for parameter in model.backbone.layers()[-1].parameters():
+        parameter.fill_(torch.nan)
+    first = with_config(model, exits=model.exit_config.exits[:1])
+    assert first(**batch(model)).isfinite().all()
+
+
+@pytest.mark.parametrize(("groups", "inner"), [(2, 1), (1, 2), (4, 1)])
+@torch.no_grad()
+def test_albert_layers_are_called_in_the_order_of_their_groups(groups: int, inner: int) -> None:
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=4,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_groups=groups,
+        inner_group_num=inner,
+        initializer_range=0.5,
+    )
+    model = MultiExitModel(build_encoder(config), MultiExitConfig((1, 2, 3, 4), ("a", "b"))).eval()
+    inputs = batch(model)
+    torch.testing.assert_close(model(**inputs), by_hand(model, inputs), rtol=0, atol=1e-5)
+    assert model.backbone.shared_layers is (groups < 4)
+
+
+@torch.no_grad()
+def test_heads_drop_out_in_training_only() -> None:
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        intermediate_size=24,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.5,
+    )
+    model = MultiExitModel(build_encoder(config), MultiExitConfig((1,), ("a", "b")))
+    inputs = batch(model)
+    model.train()
+    assert not torch.equal(model(**inputs), model(**inputs))
+    model.eval()
+    assert torch.equal(model(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ((), "not an ascending list"),
+        ((2, 1), "not an ascending list"),
+        ((1, 1), "not an ascending list"),
+        ((0, 1), "do not fit an encoder of 3 layers"),
+        ((1, 4), "do not fit an encoder of 3 layers"),
+    ],
+)
+def test_exits_that_do_not_fit_are_refused(exits: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        MultiExitConfig(exits, ("a", "b")).validate(3)
+    assert "give layers between 1 and 3" in caught.value.hint
+
+
+def test_exits_from_the_first_to_the_last_layer_are_fine() -> None:
+    MultiExitConfig((1, 3), ("a",)).validate(3)
+
+
+def test_unknown_family_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ModelError, match="'gpt2' is not supported; supported: albert, bert, cam"):
+        family_of("gpt2")

@@ -1,0 +1,272 @@
+"""Plain classifiers become multi-exit models whose last exit gives their logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
+
+from fpabee.exporter import export
+from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
+from fpabee.exporter.model import LastHead, MultiExitModel, Pooling
+from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.runtime import Engine
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.errors import ModelError
+
+LABELS = ("no", "perhaps", "yes")
+# Of each family the settings that change a head.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "albert": ("albert", {}),
+    "mpnet": ("mpnet", {}),
+    "roberta": ("roberta", {}),
+    "xlm-roberta": ("xlm-roberta", {}),
+    "camembert": ("camembert", {}),
+    "electra": ("electra", {}),
+    "distilbert": ("distilbert", {}),
+    "deberta-v2": ("deberta-v2", {}),
+    "deberta-v2 with tanh": ("deberta-v2", {"pooler_hidden_act": "tanh"}),
+    "modernbert": ("modernbert", {}),
+    "modernbert with means": (
+        "modernbert",
+        {
+            "classifier_pooling": "mean",
+            "classifier_bias": True,
+            "classifier_activation": "relu",
+            "norm_bias": True,
+        },
+    ),
+}
+
+MakeClassifier = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeClassifier:
+    """Makes a plain classifier with random weights, beside the tokenizer of the tiny model."""
+
+    def make(kind: str, **changes: Any) -> Path:
+        family, settings = KINDS[kind]
+        source, folder = tiny_models[family], tmp_path / "classifier"
+        config = AutoConfig.from_pretrained(source)
+        del config.fpabee, config.architectures
+        config.problem_type = None
+        config.id2label = dict(enumerate(LABELS))
+        config.label2id = {label: index for index, label in enumerate(LABELS)}
+        for name, value in (settings | changes).items():
+            setattr(config, name, value)
+        torch.manual_seed(5)
+        build: Any = AutoModelForSequenceClassification.from_config
+        model = build(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # otherwise they are all 0, or all 1
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+        for path in source.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        return folder
+
+    return make
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([[12], [3], [7], [1]])
+    mask = (torch.arange(12) < lengths).long()
+    return torch.where(mask == 1, torch.randint(5, 60, mask.shape), 1), mask
+
+
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_last_exit_gives_the_logits_of_the_classifier(
+    kind: str, pooling: Pooling, make: MakeClassifier, tmp_path: Path
+) -> None:
+    classifier = Classifier(make(kind))
+    model = classifier.multi_exit(None, pooling)
+    save_checkpoint(model, tmp_path / "model")
+    again = load_checkpoint(tmp_path / "model")
+    assert again.exit_config == model.exit_config
+    assert again.exit_config.exits == (1, 2, 3)
+    assert again.exit_config.labels == LABELS
+    ids, mask = batch()
+    expected = classifier.model(ids, attention_mask=mask).logits
+    assert expected.std() > 1e-2
+    for each in (model.eval(), again):
+        torch.testing.assert_close(each(ids, mask)[-1], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [
+        ("bert", Pooling.MEAN),
+        ("roberta", Pooling.CLS),
+        ("distilbert", Pooling.MEAN),
+        ("modernbert with means", Pooling.CLS),
+        ("albert", Pooling.MEAN),
+    ],
+)
+def test_the_engine_gives_the_logits_of_the_classifier(
+    kind: str, pooling: Pooling, make: MakeClassifier, tmp_path: Path
+) -> None:
+    classifier = Classifier(make(kind))
+    save_checkpoint(classifier.multi_exit((2, 3), pooling), tmp_path / "model")
+    for path in classifier.folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    folder = export(tmp_path / "model", tmp_path / "engines").folder
+    texts: list[Text] = ["good film", "", ("the plot is bad", "the music is good"), "rain " * 90]
+    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
+    expected = []
+    for text in texts:
+        pair = (text, None) if isinstance(text, str) else text
+        with torch.no_grad():
+            row = tokenizer(*pair, truncation=True, return_tensors="pt")
+            expected.append(classifier.model(**row).logits[0].numpy())
+    with Engine.load(folder) as engine:
+        assert engine.labels == LABELS
+        logits = engine.trace(texts).logits
+    np.testing.assert_allclose(logits[-1], np.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_all_but_the_classifiers_head_learns(make: MakeClassifier) -> None:
+    model = Classifier(make("roberta")).multi_exit(None, Pooling.CLS)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert frozen == {
+        "last_head.dense.weight",
+        "last_head.dense.bias",
+        "classifiers.2.weight",
+        "classifiers.2.bias",
+    }
+    assert model.exit_config.last_head == LastHead(Pooling.CLS, "tanh")
+
+
+def test_an_encoder_that_does_not_learn_drops_nothing_out(make: MakeClassifier) -> None:
+    model = Classifier(make("bert", hidden_dropout_prob=0.5)).multi_exit(None, Pooling.MEAN)
+    ids, mask = batch()
+    model.train()
+    assert not torch.equal(model(ids, mask)[-1], model(ids, mask)[-1])
+    model.backbone.encoder.requires_grad_(False)
+    model.train()
+    hidden = [model.backbone.encoder(ids, mask).last_hidden_state for _ in range(2)]
+    assert torch.equal(*hidden)
+    assert not torch.equal(model(ids, mask)[0], model(ids, mask)[0]), "the exits drop out"
+
+
+@pytest.mark.parametrize("problem_type", list(ProblemType))
+def test_soft_labels_are_what_the_classifier_says_of_each_row(
+    problem_type: ProblemType, make: MakeClassifier
+) -> None:
+    classifier = Classifier(make("electra", problem_type=problem_type.value))
+    assert classifier.problem_type is problem_type
+    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
+    texts = ["good film", "a", "", *("the music is good " * n for n in range(70))]
+    rows = [dict(tokenizer(text, truncation=True)) for text in texts]
+    soft = classifier.soft_labels(rows, DataCollatorWithPadding(tokenizer))
+    for row, found in zip(rows, soft, strict=True):
+        with torch.no_grad():
+            logits = classifier.model(**{n: torch.tensor([v]) for n, v in row.items()}).logits[0]
+        single = problem_type is ProblemType.SINGLE_LABEL
+        expected = logits.softmax(-1) if single else logits.sigmoid()
+        assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_last_layer_must_have_an_exit(make: MakeClassifier) -> None:
+    with pytest.raises(ModelError, match=r"\[1, 2\] is not after layer 3.*add 3 to --exits"):
+        Classifier(make("bert")).multi_exit((1, 2), Pooling.MEAN)
+
+
+def test_a_head_unlike_its_familys_is_refused(make: MakeClassifier) -> None:
+    classifier = Classifier(make("electra"))
+    classifier.model.classifier.activation = nn.Tanh()
+    with pytest.raises(ModelError, match="is not that of its family"):
+        classifier.multi_exit(None, Pooling.MEAN)
+
+
+def test_a_task_that_contradicts_the_classifier_is_refused(make: MakeClassifier) -> None:
+    folder = make("bert", problem_type="single_label_classification")
+    with pytest.raises(ModelError, match="trained for single_label"):
+        Classifier(folder, ProblemType.MULTI_LABEL)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_head(folder: Path) -> None:
+    build: Any = AutoModelForSequenceClassification.from_pretrained
+    build(folder).base_model.save_pretrained(folder)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no head": (without_head, "not a trained classifier: it lacks 2 weights, first 'classifier"),
+    "regression": (lambda f: change_config(f, problem_type="regression"), "is a regression"),
+    "one label": (lambda f: change_config(f, id2label={"0": "x"}), "is a regression"),
+    "another width": (lambda f: change_config(f, hidden_size=16), "no classifier that can be"),
+    "truncated": (truncate, "no classifier that can be loaded"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no classifier that can be"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "other family": (lambda f: change_config(f, model_type="gpt2"), "'gpt2' is not supported"),
+    "label twice": (
+        lambda f: change_config(f, id2label={"0": "a", "1": "b", "2": "a"}),
+        "names a label twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_no_classifier_is_refused(damage: str, make: MakeClassifier) -> None:
+    change, message = DAMAGE[damage]
+    folder = make("bert")
+    change(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        Classifier(folder)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
+    "no pooling": ({"activation": "tanh"}, "wrong 'fpabee' block"),
+    "no activation": ({"pooling": "cls"}, "wrong 'fpabee' block"),
+    "unknown activation": ({"pooling": "cls", "activation": "nope"}, "unknown activation 'nope'"),
+    "eps as a word": (
+        {"pooling": "cls", "activation": "tanh", "norm_eps": "x"},
+        "wrong 'fpabee' block",
+    ),
+    "a norm that the weights lack": (
+        {"pooling": "cls", "activation": "tanh", "norm_eps": 1e-5},
+        r"lacks 2 weights, first 'last_head\.norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_HEADS)
+def test_a_wrong_last_head_in_a_model_dir_is_refused(
+    wrong: str, make: MakeClassifier, tmp_path: Path
+) -> None:
+    model: MultiExitModel = Classifier(make("bert")).multi_exit(None, Pooling.MEAN)
+    save_checkpoint(model, tmp_path / "model")
+    head, message = WRONG_HEADS[wrong]
+    block = {"exits": [1, 2, 3], "pooling": "mean", "last_head": head}
+    change_config(tmp_path / "model", fpabee=block)
+    with pytest.raises(ModelError, match=message):
+        load_checkpoint(tmp_path / "model")

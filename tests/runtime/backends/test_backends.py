@@ -1,0 +1,282 @@
+"""The contract of a backend: rows keep their values, whatever group they are in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fpabee.runtime import ArtifactError, read_manifest
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
+from fpabee.runtime.backends.base import Bucket
+from fpabee.runtime.backends.buffers import shape_of
+from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fpabee.runtime.encoding import EncodedRow, TextEncoder
+from fpabee.runtime.targets import open_backend
+
+from ...doubles.device import Double, install, install_cuda_provider
+
+FAMILIES = ("bert", "albert", "mpnet", "modernbert")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+TEXTS = (
+    "",
+    "the",
+    "rain",
+    "a bad film",
+    "turn the lights on",
+    "the plot is not good but the music is",
+    "play the music and stop the music and play the music again in the evening",
+    "book a table and a flight from london " * 3,
+)
+
+Tensors = dict[str, NDArray[Any]]
+Logits = NDArray[np.float32]
+
+
+class Chain:
+    """A backend, the rows of `TEXTS`, and what each gives when run alone."""
+
+    def __init__(self, folder: Path, double: Double | None = None) -> None:
+        manifest = read_manifest(folder)
+        self.double = double
+        self.backend: Any
+        if double is None:
+            self.backend = backend_of(folder)
+        else:
+            self.backend = open_backend(folder, manifest, double.target, None)
+        self.execution = self.backend.open()
+        self.segments = len(manifest.segments)
+        self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
+        self.batched = {name: "batch" in spec.shape for name, spec in self.backend.specs.items()}
+        self.alone = [self.run_alone(row) for row in self.rows]
+
+    def begin(self, numbers: list[int], bucket: Bucket | None = None) -> Any:
+        rows = [self.rows[number] for number in numbers]
+        return self.execution.begin(rows, bucket or Bucket(len(rows), max(map(len, rows))))
+
+    def run_alone(self, row: EncodedRow) -> list[tuple[Logits, Tensors]]:
+        """For each segment its logits, and copies of the tensors after it."""
+        hidden = self.execution.begin([row], Bucket(1, len(row)))
+        steps = []
+        for segment in range(self.segments):
+            hidden, pending = self.execution.enqueue(segment, hidden)
+            tensors = {name: array.copy() for name, array in self.tensors(hidden).items()}
+            steps.append((pending.result()["logits"].copy(), tensors))
+        self.execution.release(hidden)
+        return steps
+
+    def tensors(self, hidden: Any) -> Tensors:
+        """What later segments read, in the group's buffers."""
+        if hidden.segment == self.segments:
+            return {}
+        live = self.backend.stages[hidden.segment].live
+        if self.double is None:
+            return {name: hidden.buffers.array(buffer) for name, buffer in live.items()}
+        self.double.cuda.synchronize(self.execution.stream)
+        tensors = {}
+        for name, buffer in live.items():
+            spec = self.backend.specs[name]
+            shape = shape_of(spec, hidden.bucket)
+            size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+            memory = self.double.cuda.view(hidden.buffers.pointer(buffer), size)
+            tensors[name] = memory.view(spec.dtype).reshape(shape)
+        return tensors
+
+    def check_tensors(self, hidden: Any, numbers: list[int], after: int) -> None:
+        """The tensors of a group are those of its rows, run alone."""
+        assert hidden.rows == len(numbers)
+        tensors = self.tensors(hidden)
+        for position, number in enumerate(numbers):
+            length = len(self.rows[number])
+            for name, expected in self.alone[number][after][1].items():
+                found = tensors[name]
+                if self.batched[name]:
+                    found, expected = found[position], expected[0]
+                inside = tuple(slice(size) for size in expected.shape)
+                np.testing.assert_allclose(found[inside], expected, atol=1e-5, err_msg=name)
+            if ATTENTION_BIAS in tensors:
+                padding = tensors[ATTENTION_BIAS][position, ..., length:]
+                assert (padding == np.float32(MASK_FILL)).all()
+
+
+@pytest.fixture(scope="module", params=[f"{f} {b}" for f in FAMILIES for b in BACKENDS])
+def chain(
+    request: pytest.FixtureRequest,
+    engines: Mapping[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Chain]:
+    """Every family on every backend that exists; the CUDA driver is a double."""
+    family, kind = request.param.split()
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "onnxruntime":
+            chain = Chain(engines[family])
+        else:
+            folder = tmp_path_factory.mktemp(kind) / "engines"
+            shutil.copytree(engines[family], folder)
+            if kind == "onnxruntime-cuda":
+                double = install_cuda_provider(patch, folder)
+            else:
+                double = install(patch, folder, backend=kind)
+            chain = Chain(folder, double)
+        yield chain
+        chain.backend.close()
+        if chain.double is not None:
+            cuda = chain.double.cuda
+            assert cuda.memory_of == {}, "device memory was not given back"
+            for handles in (cuda.streams, cuda.events, cuda.graphs):
+                assert len(handles) == 0
+
+
+def numbers_of(least: int = 1) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, len(TEXTS) - 1), min_size=least, max_size=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(groups=st.lists(numbers_of(), min_size=1, max_size=4), data=st.data())
+def test_regroup_loses_and_mixes_up_no_row(
+    chain: Chain, groups: list[list[int]], data: st.DataObject
+) -> None:
+    rest = data.draw(st.integers(1, chain.segments - 1), label="segments before regrouping")
+    hiddens = []
+    for group in groups:
+        hidden = chain.begin(group)
+        for segment in range(rest):
+            hidden, _ = chain.execution.enqueue(segment, hidden)
+        hiddens.append(hidden)
+    keeps = [
+        data.draw(st.permutations(range(len(group))))[: data.draw(st.integers(0, 5))]
+        for group in groups
+    ]
+    if not any(keeps):
+        keeps[0] = [0]
+    numbers = [group[row] for group, keep in zip(groups, keeps, strict=True) for row in keep]
+    longest = max(len(chain.rows[number]) for number in numbers)
+    widest = max(hidden.bucket.sequence for hidden in hiddens)
+    bucket = Bucket(
+        len(numbers) + data.draw(st.integers(0, 2), label="padding rows"),
+        data.draw(st.integers(longest, widest), label="sequence"),
+    )
+    joined = chain.execution.regroup(hiddens, [np.array(k, np.intp) for k in keeps], bucket)
+    assert joined.bucket == bucket
+    chain.check_tensors(joined, numbers, after=rest - 1)
+    for segment in range(rest, chain.segments):
+        joined, pending = chain.execution.enqueue(segment, joined)
+        logits = pending.result()["logits"]
+        assert logits.shape[0] == len(numbers)
+        alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
+        np.testing.assert_allclose(logits, alone, atol=1e-5)
+    chain.execution.release(joined)
+
+
+@settings(deadline=None, max_examples=20)
+@given(group=numbers_of(), rows=st.integers(0, 3), tokens=st.integers(0, 30))
+def test_padding_changes_no_row(chain: Chain, group: list[int], rows: int, tokens: int) -> None:
+    longest = max(len(chain.rows[number]) for number in group)
+    hidden = chain.begin(group, Bucket(len(group) + rows, min(longest + tokens, 64)))
+    for segment in range(chain.segments):
+        hidden, pending = chain.execution.enqueue(segment, hidden)
+        logits = pending.result()["logits"]
+        assert logits.dtype == np.float32
+        alone = np.concatenate([chain.alone[number][segment][0] for number in group])
+        np.testing.assert_allclose(logits, alone, atol=1e-5)
+    chain.execution.release(hidden)
+
+
+def test_rows_differ_so_that_a_mix_up_shows(chain: Chain) -> None:
+    for segment in range(chain.segments):
+        logits = np.concatenate([alone[segment][0] for alone in chain.alone])
+        apart = np.abs(logits[:, None] - logits[None]).max(axis=-1)
+        assert apart[~np.eye(len(TEXTS), dtype=bool)].min() > 1e-3
+
+
+def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
+    hidden, pending = chain.execution.enqueue(0, chain.begin([3, 4]))
+    kept = pending.result()["logits"]
+    before = kept.copy()
+    hidden, _ = chain.execution.enqueue(1, hidden)
+    np.testing.assert_array_equal(kept, before)
+    chain.execution.release(hidden)
+
+
+def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
+    bucket = Bucket(2, 64)
+    fresh = chain.backend.open()
+    # The fresh one last: the double lets no memory be given back while any stream is busy, and
+    # tests before this one may have left the other's so.
+    for execution in (chain.execution, fresh):
+        for numbers in ([7, 7], [1, 0]):
+            hidden = execution.begin([chain.rows[number] for number in numbers], bucket)
+            for segment in range(chain.segments):
+                hidden, pending = execution.enqueue(segment, hidden)
+                alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
+                np.testing.assert_allclose(pending.result()["logits"], alone, atol=1e-5)
+            execution.release(hidden)
+
+
+def test_only_what_later_segments_read_is_carried(chain: Chain) -> None:
+    hidden, _ = chain.execution.enqueue(0, chain.begin([3]))
+    assert "input_ids" not in chain.tensors(hidden)
+    assert "hidden_states" in chain.tensors(hidden)
+
+
+def test_mpnet_carries_its_position_bias(engines: Mapping[str, Path]) -> None:
+    chain = Chain(engines["mpnet"])
+    assert not chain.batched["position_bias"]
+    hidden, _ = chain.execution.enqueue(0, chain.begin([3, 7]))
+    whole = chain.tensors(hidden)["position_bias"].copy()
+    assert np.ptp(whole) > 0
+    length = len(chain.rows[3])
+    cropped = chain.execution.regroup([hidden], [np.array([0])], Bucket(1, length))
+    expected = whole[..., :length, :length]
+    np.testing.assert_array_equal(chain.tensors(cropped)["position_bias"], expected)
+    chain.backend.close()
+
+
+def backend_of(folder: Path) -> OnnxRuntimeBackend:
+    manifest = read_manifest(folder)
+    return OnnxRuntimeBackend(folder, manifest, manifest.targets[manifest.default_target])
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped"])
+def test_segments_are_loaded_when_first_needed(engine_copy: Callable[..., Path], how: str) -> None:
+    folder = engine_copy("bert")
+    backend = backend_of(folder)
+    last = folder / read_manifest(folder).graphs["segment_03"].file
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.unlink()
+    if how == "flipped":
+        last.write_bytes(content)
+    backend.session("segment_01")
+    with pytest.raises(ArtifactError, match="is missing" if how == "missing" else "is damaged"):
+        backend.session("segment_03")
+    with pytest.raises(ArtifactError, match=r"segment_03\.onnx"):
+        backend.preload()
+
+
+def test_a_file_that_is_no_graph_says_how_to_mend_it(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    manifest = read_manifest(folder)
+    graph = manifest.graphs["segment_01"]
+    (folder / graph.file).write_bytes(b"not a graph")
+    graph = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
+    changed = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "segment_01": graph})
+    backend = OnnxRuntimeBackend(folder, changed, manifest.targets[manifest.default_target])
+    with pytest.raises(ArtifactError, match=r"cannot load .*segment_01\.onnx.*export again"):
+        backend.session("segment_01")
+
+
+def test_limits_are_those_of_the_model(chain: Chain) -> None:
+    limits = chain.backend.limits()
+    assert limits.max_sequence == 64
+    padded = 32 if chain.backend.__class__.__name__ == "OnnxRuntimeCudaBackend" else 17
+    assert limits.bucket(3, 17) == Bucket(3, padded)

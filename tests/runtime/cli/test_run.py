@@ -1,0 +1,363 @@
+"""`fpabee-run`: results on stdout, all else on stderr, and errors that say how to mend them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, read_manifest
+from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.cli.run import main
+
+from ..running import Result, Run, check_refused, write_lines
+
+TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(text + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source)
+    with Engine.load(bert) as engine:
+        predictions = engine.predict(TEXTS)
+    expected = [
+        {
+            "index": index,
+            "label": prediction.labels[0],
+            "score": pytest.approx(prediction.scores[0], abs=1e-5),
+            "exit": prediction.exit,
+            "layer": prediction.layer,
+        }
+        for index, prediction in enumerate(predictions)
+    ]
+    expected[-1]["truncated"] = True
+    assert result.code == 0
+    assert result.records == expected
+
+
+def test_a_check_that_passes_is_said(run: Run, bert: Path, source: Path) -> None:
+    texts, _ = read_reference(bert, read_manifest(bert))
+    result = run(bert, "--input", source, "--check")
+    assert result.code == 0
+    (line,) = [line for line in result.err.splitlines() if "reproduces" in line]
+    said = f"onnxruntime-fp32 reproduces the exported model: {len(texts)} reference texts, "
+    assert line.startswith(f"{said}largest difference of a logit ")
+    assert float(line.split()[-1]) < 1e-4
+    assert run(bert, "--input", source, "--check", "--quiet").err == ""
+    summary = json.loads(run(bert, "--input", source, "--check", "--json").err)
+    assert summary["check"]["rows"] == len(texts)
+    assert "check" not in json.loads(run(bert, "--input", source, "--json").err)
+
+
+def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:
+    result = run(engines["mpnet"], "--input", source, "--full-depth")
+    with Engine.load(engines["mpnet"]) as engine:
+        predictions = engine.predict(TEXTS, full_depth=True)
+    assert len({prediction.labels for prediction in predictions}) > 1
+    for record, prediction in zip(result.records, predictions, strict=True):
+        assert record["labels"] == list(prediction.labels)
+        assert record["scores"] == pytest.approx(prediction.scores, abs=1e-5)
+        assert (record["exit"], record["layer"]) == (3, 3)
+
+
+def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "in.jsonl",
+        {"text": "the film", "text_pair": "a bad plot", "id": "ü7", "extra": {"a": [1, None]}},
+        {"text": "the film", "id": 10**30, "label": "music"},
+    )
+    plain, with_text = run(bert, "--input", source), run(bert, "--input", source, "--with-text")
+    with Engine.load(bert) as engine:
+        pair, single = engine.predict([("the film", "a bad plot"), "the film"])
+    first, second = plain.records
+    assert (first["id"], first["extra"], second["id"]) == ("ü7", {"a": [1, None]}, 10**30)
+    assert "ü7" in plain.out
+    assert first["score"] == pytest.approx(pair.scores[0], abs=1e-5)
+    assert second["score"] == pytest.approx(single.scores[0], abs=1e-5)
+    assert second["label"] == single.labels[0]
+    assert not {"text", "text_pair", "labels"} & (first.keys() | second.keys())
+    assert [r["text"] for r in with_text.records] == ["the film", "the film"]
+    assert [r.get("text_pair") for r in with_text.records] == ["a bad plot", None]
+
+
+def test_our_results_are_not_hidden_by_fields_of_the_input(
+    run: Run, bert: Path, tmp_path: Path
+) -> None:
+    taken = {"index": "theirs", "score": "theirs", "exit": "theirs", "layer": "theirs"}
+    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"text": "rain", **taken})
+    _, record = run(bert, "--input", source).records
+    assert record["index"] == 1
+    assert "theirs" not in record.values()
+
+
+def test_all_scores(run: Run, bert: Path, source: Path) -> None:
+    for record in run(bert, "--input", source, "--all-scores").records:
+        scores = record["all_scores"]
+        assert list(scores) == ["music", "weather", "alarm", "travel"]
+        assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+        assert max(scores, key=scores.get) == record["label"]
+        assert scores[record["label"]] == record["score"]
+
+
+def test_standard_input(run: Run, bert: Path, source: Path) -> None:
+    from_file = run(bert, "--input", source, "--quiet")
+    as_text = run(bert, "--input", "-", "--quiet", stdin=source.read_bytes())
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    as_json = run(bert, "--input", "-", "--quiet", stdin=lines)
+    said = run(bert, "--input", "-", "--input-format", "txt", "--quiet", stdin=lines)
+    assert from_file == as_text == as_json
+    assert from_file.err == ""
+    assert len(said.records) == len(TEXTS)
+    assert said.out != from_file.out
+
+
+def test_compressed_input(run: Run, bert: Path, source: Path) -> None:
+    packed = source.with_name("texts.txt.gz")
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    assert run(bert, "--input", packed).out == run(bert, "--input", source).out
+
+
+def test_output_file(run: Run, bert: Path, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    to_file = run(bert, "--input", source, "--output", output, "--quiet")
+    assert to_file == Result(0, "", "")
+    assert output.read_text(encoding="utf-8") == run(bert, "--input", source).out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.txt"]
+
+
+def test_a_failed_run_leaves_the_output_file_as_it_was(
+    run: Run, bert: Path, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"no": "text"})
+    output = tmp_path / "out.jsonl"
+    check_refused(run(bert, "--input", source, "--output", output), "line 2")
+    assert not output.exists()
+    output.write_text("old")
+    check_refused(run(bert, "--input", source, "--output", output), "line 2")
+    assert output.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], None),
+        (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
+        (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
+        (["--rule", "entropy", "--threshold", "1.1"], Entropy(threshold=1.1)),
+        (
+            ["--rule", "entropy", "--threshold", "1.1", "--min-exit", "2"],
+            Entropy(threshold=1.1, min_exit=2),
+        ),
+        (
+            ["--rule", "fpabee", "--measure", "jsd", "--threshold", "0.2", "--max-exit", "2"],
+            FPabee(measure=Measure.JSD, threshold=0.2, max_exit=2),
+        ),
+        # Without --rule, the folder's rule with what is given changed.
+        (["--threshold", "1.2"], FPabee(threshold=1.2)),
+    ],
+    ids=str,
+)
+def test_rules(run: Run, bert: Path, source: Path, options: list[str], rule: Any) -> None:
+    result = run(bert, "--input", source, *options)
+    with Engine.load(bert) as engine:
+        predictions = engine.predict(TEXTS, rule=rule)
+    assert [(r["exit"], r["label"]) for r in result.records] == [
+        (p.exit, p.labels[0]) for p in predictions
+    ]
+
+
+def test_full_depth(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--full-depth")
+    assert [record["exit"] for record in result.records] == [3] * len(TEXTS)
+    assert "full depth" in result.err
+    assert "calibrated" not in result.err
+
+
+def test_operating_point(
+    run: Run, engine_copy: Callable[..., Path], set_points: Callable[..., None], source: Path
+) -> None:
+    folder = engine_copy("bert")
+    set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
+    result = run(folder, "--input", source, "--operating-point", "fast")
+    assert {record["exit"] for record in result.records} == {1}
+    assert "operating point fast: rule budget (exit 1)" in result.err
+    assert "calibrated" not in result.err
+    result = run(folder, "--input", source)
+    assert {record["exit"] for record in result.records} == {3}
+    assert "operating point safe" in result.err
+    result = run(folder, "--input", source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
+    assert "none of the operating points of onnxruntime-fp32: fast, safe" in result.err
+    refused = run(folder, "--input", source, "--operating-point", "slow")
+    check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
+
+
+def test_a_threshold_for_each_exit(run: Run, bert: Path, source: Path) -> None:
+    options = ("--input", source, "--rule", "entropy", "--threshold")
+    result = run(bert, *options, "0,9,9")
+    assert {record["exit"] for record in result.records} == {2}
+    refused = run(bert, *options, "0,9")
+    check_refused(refused, "has 2 thresholds, but the model has 3 exits")
+
+
+def test_max_length(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--max-length", "4")
+    assert [record.get("truncated", False) for record in result.records] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert "3 truncated" in result.err
+
+
+def test_summary(run: Run, bert: Path, source: Path) -> None:
+    result = run(bert, "--input", source, "--rule", "budget", "--exit", "2", "--threads", "1")
+    assert "5 rows in" in result.err
+    assert "onnxruntime-fp32, rule budget (exit 2)" in result.err
+    assert "mean depth 2.00 of 3 layers, saving 33.3%" in result.err
+    assert "1 truncated, 1 empty" in result.err
+    histogram = [line.split()[:4] for line in result.err.splitlines()[-5:-1]]
+    assert ["2", "2", "5", "100.0%"] in histogram
+    assert ["3", "3", "0", "0.0%"] in histogram
+    assert "not calibrated" in result.err.replace("\n", " ")
+
+
+def test_summary_in_json(run: Run, bert: Path, source: Path) -> None:
+    options = ("--rule", "budget", "--exit", "2", "--json")
+    result = run(bert, "--input", source, *options)
+    assert result.code == 0
+    assert result.out == run(bert, "--input", source, *options, "--quiet").out
+    content = json.loads(result.err)
+    assert content.pop("seconds") > 0
+    assert content.pop("rows_per_second") > 0
+    assert content == {
+        "rows": 5,
+        "rows_before": 0,
+        "errors": 0,
+        "truncated": 1,
+        "empty": 1,
+        "target": "onnxruntime-fp32",
+        "operating_point": None,
+        "rule": {"name": "budget", "exit": 2},
+        "layers": 3,
+        "mean_depth": 2.0,
+        "saving": pytest.approx(1 / 3),
+        "exits": [{"exit": n, "layer": n, "rows": 5 if n == 2 else 0} for n in (1, 2, 3)],
+    }
+
+
+def test_summary_in_json_of_labelled_and_bad_rows(run: Run, bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "rain", "label": "weather"}, {"text": 1}]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    options = ("--metrics", "--on-error", "skip", "--full-depth", "--json")
+    content = json.loads(run(bert, "--input", source, *options).err)
+    assert (content["rows"], content["errors"], content["rule"]) == (2, 1, None)
+    assert content["metrics"]["accuracy"] in (0.0, 1.0)
+    assert content["mean_depth"] == 3.0
+    bad = write_lines(tmp_path / "bad.jsonl", {"text": 1})
+    result = run(bert, "--input", bad, *options)
+    assert result.code == 1
+    assert "metrics" not in json.loads(result.err.splitlines()[0])
+
+
+def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
+    with Engine.load(bert) as engine:
+        found = [p.labels[0] for p in engine.predict(TEXTS, full_depth=True)]
+    truth = [*found[:3], "weather", "alarm"]
+    rows = [{"text": t, "label": label} for t, label in zip(TEXTS, truth, strict=True)]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    result = run(bert, "--input", source, "--metrics", "--full-depth", "--quiet")
+    assert result.code == 0
+    assert result.err == (
+        f"accuracy {accuracy_score(truth, found):.4f}, "
+        f"macro_f1 {f1_score(truth, found, average='macro', zero_division=0):.4f}, "
+        f"matthews {matthews_corrcoef(truth, found):.4f}\n"
+    )
+    assert "accuracy" in run(bert, "--input", source, "--metrics").err
+    assert "accuracy" not in run(bert, "--input", source).err
+
+
+def test_multi_label_metrics(run: Run, engines: Mapping[str, Path], tmp_path: Path) -> None:
+    with Engine.load(engines["mpnet"]) as engine:
+        found = [list(p.labels) for p in engine.predict(TEXTS, full_depth=True)]
+    rows = [{"text": text, "labels": names} for text, names in zip(TEXTS, found, strict=True)]
+    source = write_lines(tmp_path / "in.jsonl", *rows)
+    result = run(engines["mpnet"], "--input", source, "--metrics", "--full-depth", "--quiet")
+    assert result.err.startswith("exact_match 1.0000, micro_f1 1.0000, macro_f1 ")
+
+
+def test_a_bug_keeps_its_traceback(
+    run: Run, bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Engine, "stream", bug)
+    with pytest.raises(ZeroDivisionError):
+        main([str(bert), "--input", str(source)])
+
+
+COMMAND = [sys.executable, "-c", "from fpabee.runtime.cli.run import main; main()"]
+
+
+def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "é", "id": "東京"})
+    done = subprocess.run(
+        [*COMMAND, bert, "--input", source, "--with-text"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    record = json.loads(done.stdout.decode("utf-8"))
+    assert (record["id"], record["text"]) == ("東京", "é")
+    assert b"1 rows in" in done.stderr
+
+
+@pytest.mark.parametrize("output_format", ["jsonl", "csv"])
+def test_a_reader_that_stops_early_is_no_error(
+    bert: Path, tmp_path: Path, output_format: str
+) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("rain\n" * 9000)
+    command = [*COMMAND, str(bert), "--input", str(source), "--quiet"]
+    command += ["--output-format", output_format]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # As head does: more is written than a pipe holds, and nobody reads on.
+        head = subprocess.run(
+            ["head", "-n", "2"], stdin=process.stdout, capture_output=True, check=True
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert len(head.stdout.splitlines()) == 2
+
+
+def test_an_error_midway_keeps_the_rows_done_and_names_them(
+    run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 1)
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "rain"}\n{"text": "sun"}\n{"text": 5}\n')
+    result = run(bert, "--input", source, "--output", tmp_path / "out.jsonl")
+    partial = tmp_path / "out.jsonl.partial"
+    check_refused(result, "line 3", f"rows done so far are in {partial}")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert [json.loads(line)["index"] for line in partial.read_text().splitlines()] == [0, 1]

@@ -1,0 +1,223 @@
+"""Parquet in: columns, types, class names, damage, and a missing pyarrow."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from fpabee.runtime.errors import InputError, MissingExtraError, RowError
+from fpabee.runtime.files import Columns, Inputs, Row, TextFormat, read_rows
+from fpabee.runtime.files.parquet import parquet_rows
+
+# An example starts a process.
+FEW = settings(max_examples=25, deadline=None)
+
+
+def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None = None) -> Path:
+    table = pyarrow.table(columns)
+    parquet.write_table(table.replace_schema_metadata(metadata) if metadata else table, path)
+    return path
+
+
+def read(path: Path, columns: dict[str, Any], names: Columns | None = None) -> list[Row]:
+    return list(read_rows(write(path, columns), columns=names))
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    names = Columns("q1", "q2", "gold")
+    (row,) = read(tmp_path / "in.pq", {"q1": ["a"], "q2": ["b"], "gold": [3], "text": [1]}, names)
+    assert row == Row("a", "b", ("3",), {"text": 1}, 1)
+
+
+def test_columns(tmp_path: Path) -> None:
+    rows = read(
+        tmp_path / "in.parquet",
+        {"text": ["a", ""], "text_pair": ["b", None], "label": ["x", None], "id": [1, 2]},
+    )
+    assert rows == [Row("a", "b", ("x",), {"id": 1}, 1), Row("", None, None, {"id": 2}, 2)]
+    assert rows[1].where == f"{tmp_path / 'in.parquet'}, row 2"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([["x", "y"], [], None], [("x", "y"), (), None]),
+        (["x|y", "", None], [("x", "y"), (), None]),
+        ([[1, 2], [3], []], [("1", "2"), ("3",), ()]),
+    ],
+)
+def test_labels(tmp_path: Path, values: list[Any], expected: list[Any]) -> None:
+    rows = read(tmp_path / "in.parquet", {"text": ["a", "b", "c"], "labels": values})
+    assert [row.labels for row in rows] == expected
+
+
+def test_numbered_labels_have_the_names_that_datasets_keeps(tmp_path: Path) -> None:
+    features = {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}, "text": {}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    path = write(tmp_path / "in.parquet", {"text": ["a", "b"], "label": [1, 0]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [("good",), ("bad",)]
+    path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [-1]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [None], "a class that is not known"
+    several = {"labels": {"feature": features["label"], "_type": "List"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": several}})}
+    path = write(tmp_path / "in.parquet", {"text": ["a"], "labels": [[1, 0]]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [("good", "bad")]
+    path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [1]}, {"huggingface": "[]"})
+    assert [row.labels for row in read_rows(path)] == [("1",)]
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_kinds_of_strings(tmp_path: Path, kind: str) -> None:
+    texts = pyarrow.array(["a", "b"])
+    encoded: Any = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+    assert [row.text for row in read(tmp_path / "in.parquet", {"text": encoded})] == ["a", "b"]
+
+
+def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
+    day = datetime.date(2024, 2, 29)
+    fields = {
+        "day": [day],
+        "price": [decimal.Decimal("1.50")],
+        "raw": [b"\xff\0"],
+        "nan": [float("nan")],
+        "nested": [{"a": [1, None], "when": day}],
+    }
+    (row,) = read(tmp_path / "in.parquet", {"text": ["a"], **fields})
+    assert row.fields == {
+        "day": "2024-02-29",
+        "price": "1.50",
+        "raw": "/wA=",
+        "nan": None,
+        "nested": {"a": [1, None], "when": "2024-02-29"},
+    }
+    json.dumps(row.fields, allow_nan=False)
+
+
+def test_a_row_without_text_is_a_bad_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.parquet", {"text": ["a", None, "c"]})
+    found = list(Inputs([path]))
+    assert isinstance(found[1], RowError)
+    assert "row 2 has no string field" in found[1].message
+    assert [row.text for row in found if isinstance(row, Row)] == ["a", "c"]
+
+
+def test_a_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 2)))
+    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xff"))
+    path = write(tmp_path / "in.parquet", {"text": texts})
+    first, bad = Inputs([path])
+    assert isinstance(first, Row)
+    assert isinstance(bad, RowError)
+    assert 'row 2: the column "text" is not UTF-8' in bad.message
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"sentence": ["a"]}, 'has no column "text"; it has: sentence'),
+        ({"text": [1]}, 'the column "text" is int64, not a string'),
+        ({"text": ["a"], "text_pair": [1.5]}, 'the column "text_pair" is double, not a string'),
+        ({"text": pyarrow.array([], pyarrow.string())}, "has no rows"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read(tmp_path / "in.parquet", columns)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
+    path = write(tmp_path / "in.parquet", {"text": [f"text {n}" for n in range(5000)]})
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:1000] + bytes(b ^ 0xFF for b in content[1000:middle]) + content[middle:]
+    damaged = {"empty": b"", "text": b"a\n", "cut": content[:middle], "flipped": flipped}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        list(read_rows(path))
+
+
+@FEW
+@given(st.binary(max_size=200))
+def test_any_footer_gives_our_errors(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "in.parquet"
+        length = len(content).to_bytes(4, "little")
+        path.write_bytes(b"PAR1" + content + length + b"PAR1")
+        with pytest.raises(InputError):
+            list(read_rows(path))
+
+
+@pytest.mark.parametrize("name", ["-", "in.parquet.gz"])
+def test_parquet_needs_a_plain_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in.parquet.gz").write_bytes(b"")
+    source = name if name == "-" else tmp_path / name
+    with pytest.raises(InputError, match="needs a plain file"):
+        Inputs([source], TextFormat.PARQUET)
+
+
+def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "in.parquet", {"text": ["a"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[parquet\]'"):
+        Inputs([path])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file of columns of many types, not compressed: every byte counts."""
+    table = pyarrow.table(
+        {
+            "text": ["naïve", "b"] * 20,
+            "label": ["x", None] * 20,
+            "time": [datetime.datetime(2020, 12, 31), None] * 20,
+            "day": pyarrow.array([1, 2] * 20, pyarrow.date32()),
+            "price": [decimal.Decimal("0.001"), None] * 20,
+            "tags": [["a"], None] * 20,
+        }
+    )
+    path = tmp_path_factory.mktemp("parquet") / "whole.parquet"
+    parquet.write_table(table, path, compression="none")
+    return path.read_bytes()
+
+
+@FEW
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
+)
+def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[float, int]]) -> None:
+    content = bytearray(whole)
+    for share, value in places[:4]:
+        content[int(share * len(content))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "in.parquet"
+        path.write_bytes(content)
+        try:
+            found = list(Inputs([path]))
+        except InputError:
+            return
+    assert all(isinstance(row, (Row, RowError)) for row in found)
+
+
+def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
+    value = pyarrow.array(["x" * 2**20])
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), value)
+    path = tmp_path / "in.parquet"
+    table = pyarrow.table({"text": ["a"] * 1000, "x": repeated})
+    parquet.write_table(table, path, store_schema=False)
+    assert path.stat().st_size < 2**17
+    before = pyarrow.total_allocated_bytes()
+    for row in parquet_rows(path, Columns(), lambda share: None):
+        assert isinstance(row, Row)
+        assert pyarrow.total_allocated_bytes() - before < 2**28

@@ -1,0 +1,190 @@
+"""CSV and TSV in: headers, quotes, columns by name, labels, and bad rows named by their line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.files import Columns, Inputs, Row, TextFormat, read_rows
+from fpabee.runtime.files import lines as lines_module
+from fpabee.runtime.files.lines import Lines
+from fpabee.runtime.files.tables import table_rows
+
+
+def read(path: Path, content: bytes, columns: Columns | None = None) -> list[Row]:
+    path.write_bytes(content)
+    return list(read_rows(path, columns=columns))
+
+
+def read_all(path: Path, content: bytes) -> list[Row | RowError]:
+    path.write_bytes(content)
+    return list(Inputs([path]))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"text\none\ntwo\n", ["one", "two"]),
+        (b"\xef\xbb\xbftext,id\r\none,1\r\ntwo,2\r\n", ["one", "two"]),
+        (b'text\n"a ""b"", c"\n"two\nlines"\n', ['a "b", c', "two\nlines"]),
+        (b'\xef\xbb\xbf"text"\na', ["a"]),
+        (b'text,id\n"",1\n,2\n', ["", ""]),
+        (b"text\none\n\n\ntwo\n", ["one", "two"]),
+        (
+            'text\n"crlf\r\nin a cell"\nx\u2028y\x85z\n'.encode(),
+            ["crlf\r\nin a cell", "x\u2028y\x85z"],
+        ),
+        (b"\n\ntext\nafter empty lines\n", ["after empty lines"]),
+    ],
+)
+def test_texts(tmp_path: Path, content: bytes, expected: list[str]) -> None:
+    assert [row.text for row in read(tmp_path / "in.csv", content)] == expected
+    tabs = content.replace(b",", b"\t") if b"id" in content else content
+    assert [row.text for row in read(tmp_path / "in.tsv", tabs)] == expected
+    assert [row.text for row in read(tmp_path / "in.csv.gz", gzip.compress(content))] == expected
+
+
+def test_a_nul_byte_is_a_character_or_a_bad_row(tmp_path: Path) -> None:
+    bad, last = read_all(tmp_path / "in.csv", b"text\na\0b\nlast\n")
+    assert isinstance(last, Row)
+    # The csv module of Python 3.10 takes none.
+    if sys.version_info >= (3, 11):
+        assert isinstance(bad, Row)
+        assert bad.text == "a\0b"
+    else:
+        assert isinstance(bad, RowError)
+
+
+def test_columns_by_their_usual_names(tmp_path: Path) -> None:
+    content = b"id,text,label,text_pair\n7,a,yes,b\n8,c,,\n"
+    assert read(tmp_path / "in.csv", content) == [
+        Row("a", "b", ("yes",), {"id": "7"}, 2),
+        Row("c", None, None, {"id": "8"}, 3),
+    ]
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    rows = read(tmp_path / "in.csv", b'text\n"two\nlines"\n\nlast\n')
+    assert [row.line for row in rows] == [2, 5]
+    assert rows[1].where == f"{tmp_path / 'in.csv'}, line 5"
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    columns = Columns("premise", "hypothesis", "gold")
+    content = b"gold,premise,hypothesis,text,label\nno,a,b,c,d\n"
+    assert read(tmp_path / "in.csv", content, columns) == [
+        Row("a", "b", ("no",), {"text": "c", "label": "d"}, 2)
+    ]
+    lines = b'{"gold": ["x", "y"], "premise": "a", "text": "c"}\n{"premise": "b", "gold": 3}\n'
+    assert read(tmp_path / "in.jsonl", lines, columns) == [
+        Row("a", None, ("x", "y"), {"text": "c"}, 1),
+        Row("b", None, ("3",), {}, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "header", "cell", "expected"),
+    [
+        (Columns(), "labels", "a|b", ("a", "b")),
+        (Columns(), "labels", "a | b|", ("a", "b")),
+        (Columns(), "labels", "", ()),
+        (Columns(), "label", "a|b", ("a|b",)),
+        (Columns(), "label", "", None),
+        (Columns(separator=";"), "labels", "a|b;c", ("a|b", "c")),
+        (Columns(separator=";"), "label", "a;c", ("a", "c")),
+        (Columns(label="topics"), "topics", "a|b", ("a|b",)),
+        (Columns(label="topics", separator=" "), "topics", "a  b", ("a", "b")),
+        (Columns(label="topics", separator=" "), "topics", "", ()),
+    ],
+)
+def test_labels(
+    tmp_path: Path, columns: Columns, header: str, cell: str, expected: tuple[str, ...] | None
+) -> None:
+    (row,) = read(tmp_path / "in.csv", f"text,{header}\nx,{cell}\n".encode(), columns)
+    assert row.labels == expected
+
+
+def test_a_separator_splits_in_json_too(tmp_path: Path) -> None:
+    content = b'{"text": "x", "label": "a;b"}\n{"text": "y", "labels": "c"}\n'
+    rows = read(tmp_path / "in.jsonl", content, Columns(separator=";"))
+    assert [row.labels for row in rows] == [("a", "b"), ("c",)]
+
+
+def test_quotes_can_be_characters_like_others(tmp_path: Path) -> None:
+    content = b'text\tlabel\n"Never," he said\t1\nan " alone\t0\n'
+    with pytest.raises(InputError, match=r"line 2 is not a row of a table.*--no-quotes"):
+        read(tmp_path / "in.tsv", content)
+    rows = read(tmp_path / "in.tsv", content, Columns(quotes=False))
+    assert [row.text for row in rows] == ['"Never," he said', 'an " alone']
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"a", "line 3 has 1 columns, the header has 2"),
+        (b"a,b,c", "line 3 has 3 columns, the header has 2"),
+        (b'"a" b,c', "line 3 is not a row of a table"),
+        (b"a\xff,b", "line 3 is not UTF-8: byte 0xff at column 2"),
+        (b"old\rMac,b", "line 3 is not a row of a table"),
+        (b"a" * 101 + b",b", "line 3 is longer than"),
+    ],
+)
+def test_rows_after_a_bad_one_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, says: str
+) -> None:
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 100)
+    content = b"text,id\nfirst,1\n" + line + b"\nlast,2\n"
+    first, bad, last = read_all(tmp_path / "in.csv", content)
+    assert isinstance(bad, RowError)
+    assert says in bad.message
+    assert [row.text for row in (first, last) if isinstance(row, Row)] == ["first", "last"]
+    with pytest.raises(RowError, match="line 3"):
+        read(tmp_path / "in.csv", content)
+
+
+def test_an_open_quote_does_not_swallow_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 100)
+    content = b'text,id\n"open,1\n' + b"more,2\n" * 100
+    found = read_all(tmp_path / "in.csv", content)
+    assert isinstance(found[0], RowError)
+    assert "line 2 begins a row of more than 100 characters" in found[0].message
+    assert isinstance(found[-1], Row)
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@given(rows=st.lists(st.tuples(cells, cells), min_size=1))
+def test_what_the_csv_module_writes_comes_back(separator: str, rows: list[tuple[str, str]]) -> None:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=separator)
+    writer.writerow(["text", "id"])
+    writer.writerows(rows)
+    lines = Lines(io.BytesIO(buffer.getvalue().encode()), "x")
+    found = list(table_rows(lines, Columns(), separator))
+    assert [(r.text, r.fields["id"]) for r in found if isinstance(r, Row)] == rows
+
+
+@given(st.binary(), st.sampled_from(TextFormat))
+def test_any_bytes_give_rows_or_our_errors(content: bytes, text_format: TextFormat) -> None:
+    if text_format is TextFormat.PARQUET:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        stdin = type("Stdin", (), {"buffer": io.BytesIO(b"text,id\n" + content)})
+        patch.setattr("sys.stdin", stdin)
+        try:
+            found = list(Inputs(["-"], text_format))
+        except InputError:
+            return
+    assert all(isinstance(row, (Row, RowError)) for row in found)

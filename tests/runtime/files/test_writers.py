@@ -1,0 +1,244 @@
+"""Results as JSON lines, CSV, TSV and Parquet, and that they read back as they were."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.files import Row, read_rows
+from fpabee.runtime.files.records import Record, RecordSchema, to_json
+from fpabee.runtime.files.writers import OutputFormat, StreamWriter, convert, output_format
+from fpabee.runtime.results import Prediction
+
+SINGLE = RecordSchema(("no", "yes"), multi_label=False)
+MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, all_scores=True, errors=True)
+
+
+def record(index: int = 0, **fields: Any) -> Record:
+    return SINGLE.record(
+        index, Row("x", fields=fields), Prediction(("yes",), (0.1234567,), 2, 4, (0.9, 0.1), False)
+    )
+
+
+def converted(
+    tmp_path: Path, name: str, records: list[Record], schema: RecordSchema = SINGLE
+) -> Path:
+    partial, target = tmp_path / "partial", tmp_path / name
+    partial.write_text("".join(to_json(r) + "\n" for r in records), encoding="utf-8")
+    convert(partial, target, output_format(target, None), schema, target)
+    return target
+
+
+def test_a_record() -> None:
+    assert record(3, id="a") == {
+        "index": 3,
+        "id": "a",
+        "label": "yes",
+        "score": 0.123457,
+        "exit": 2,
+        "layer": 4,
+    }
+
+
+def test_a_record_with_everything() -> None:
+    prediction = Prediction((), (), 1, 1, (0.25, 0.5), True)
+    assert MULTI.record(1, Row("x", "y"), prediction) == {
+        "index": 1,
+        "text": "x",
+        "text_pair": "y",
+        "labels": [],
+        "scores": [],
+        "exit": 1,
+        "layer": 1,
+        "truncated": True,
+        "all_scores": {"a": 0.25, "b": 0.5},
+    }
+    assert MULTI.error(2, RowError("bad", "mend it")) == {"index": 2, "error": "bad -> mend it"}
+
+
+def test_fields_of_the_input_do_not_pass_for_results() -> None:
+    theirs = {"exit": 9, "truncated": True, "error": "x", "text": "kept", "labels": ["kept"]}
+    found = record(0, **theirs)
+    assert found["exit"] == 2
+    assert not {"truncated", "error"} & found.keys()
+    assert (found["text"], found["labels"]) == ("kept", ["kept"])
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.tsv", "\t")])
+def test_tables(tmp_path: Path, name: str, delimiter: str) -> None:
+    fields = {"n": 1, "f": 0.5, "t": True, "none": None, "list": ["a", 2], "deep": {"k": [None]}}
+    content = converted(tmp_path, name, [record(0, **fields), record(1, later="ü\n,\t")])
+    with content.open(encoding="utf-8", newline="") as stream:
+        first, second = csv.DictReader(stream, delimiter=delimiter)
+    assert list(first) == [
+        *("index", "n", "f", "t", "none", "list", "deep", "later"),
+        *("label", "score", "exit", "layer", "truncated"),
+    ]
+    assert list(first.values()) == [
+        *("0", "1", "0.5", "true", "", "a|2", '{"k": [null]}', ""),
+        *("yes", "0.123457", "2", "4", "false"),
+    ]
+    assert second["later"] == "ü\n,\t"
+    assert second["n"] == ""
+
+
+def test_multi_label_tables_read_back(tmp_path: Path) -> None:
+    found = [((), ()), (("a",), (0.75,)), (("a", "b"), (0.75, 1.0))]
+    records = [
+        MULTI.record(n, Row("x"), Prediction(labels, scores, 1, 1, (0.25, 0.5), False))
+        for n, (labels, scores) in enumerate(found)
+    ]
+    records.append(MULTI.error(3, RowError("bad", "mend it")))
+    path = converted(tmp_path, "x.csv", records, MULTI)
+    with path.open(encoding="utf-8", newline="") as stream:
+        *rows, bad = csv.DictReader(stream)
+    assert [row["labels"] for row in rows] == ["", "a", "a|b"]
+    assert [row["scores"] for row in rows] == ["", "0.75", "0.75|1.0"]
+    assert (rows[0]["all_scores.a"], rows[0]["all_scores.b"]) == ("0.25", "0.5")
+    assert {name: value for name, value in bad.items() if value} == {
+        "index": "3",
+        "error": "bad -> mend it",
+    }
+    assert [row.labels for row in read_rows(path)] == [(), ("a",), ("a", "b"), ()]
+
+
+def test_labels_that_hold_the_separator_are_refused() -> None:
+    schema = RecordSchema(("a|b", "c"), multi_label=True)
+    with pytest.raises(InputError, match=r"label 'a\|b' holds '\|'.*--label-separator"):
+        schema.check_separator()
+    RecordSchema(("a|b", "c"), multi_label=True, separator=";").check_separator()
+    RecordSchema(("a|b", "c"), multi_label=False).check_separator()
+
+
+def test_parquet(tmp_path: Path) -> None:
+    records = [
+        record(0, n=1, f=1, big=2**60, huge=2**70, mixed="a", t=True, none=None, deep=[1]),
+        record(1, n=2, f=0.5, big=1, huge=1, mixed=5, t=None),
+    ]
+    table = parquet.read_table(converted(tmp_path, "x.parquet", records))
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types == {
+        **{"index": "int64", "n": "int64", "f": "double", "big": "int64", "huge": "string"},
+        **{"mixed": "string", "t": "bool", "none": "string", "deep": "string"},
+        **{"label": "string", "score": "double", "exit": "int32", "layer": "int32"},
+        "truncated": "bool",
+    }
+    first, second = table.to_pylist()
+    assert (first["f"], first["big"], first["huge"]) == (1.0, 2**60, str(2**70))
+    assert (first["mixed"], second["mixed"], first["deep"]) == ("a", "5", "[1]")
+    assert (first["t"], second["t"], second["deep"]) == (True, None, None)
+    assert first["truncated"] is False
+
+
+def test_multi_label_parquet(tmp_path: Path) -> None:
+    prediction = Prediction(("a",), (0.75,), 1, 1, (0.75, 0.5), True)
+    records = [MULTI.record(0, Row("x", "y"), prediction), MULTI.error(1, RowError("bad"))]
+    first, second = parquet.read_table(converted(tmp_path, "x.pq", records, MULTI)).to_pylist()
+    assert (first["labels"], first["scores"], first["all_scores.b"]) == (["a"], [0.75], 0.5)
+    assert (first["text"], first["text_pair"], first["truncated"]) == ("x", "y", True)
+    assert {name: value for name, value in second.items() if value is not None} == {
+        "index": 1,
+        "error": "bad",
+    }
+
+
+def test_parquet_is_written_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpabee.runtime.files.writers._GROUP_ROWS", 10)
+    path = converted(tmp_path, "x.parquet", [record(n) for n in range(25)])
+    with parquet.ParquetFile(path) as file:
+        assert file.metadata.num_row_groups == 3
+        assert file.read().column("index").to_pylist() == list(range(25))
+
+
+def test_the_same_rows_are_the_same_bytes_when_compressed(tmp_path: Path) -> None:
+    records = [record(n) for n in range(3)]
+    plain = converted(tmp_path, "x.csv", records).read_bytes()
+    first = converted(tmp_path, "x.csv.gz", records).read_bytes()
+    again = converted(tmp_path, "y.csv.gz", records).read_bytes()
+    assert first == again
+    assert gzip.decompress(first) == plain
+    lines = gzip.decompress(converted(tmp_path, "x.jsonl.gz", records).read_bytes())
+    assert [json.loads(line) for line in lines.splitlines()] == records
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@pytest.mark.parametrize("chosen", [OutputFormat.CSV, OutputFormat.TSV])
+@given(values=st.lists(st.tuples(texts, texts), min_size=1))
+def test_every_text_comes_back_from_a_table(
+    chosen: OutputFormat, values: list[tuple[str, str]]
+) -> None:
+    stream = io.StringIO(newline="")
+    writer = StreamWriter(stream, chosen, SINGLE)
+    for number, (one, two) in enumerate(values):
+        writer.write(record(number, one=one, two=two))
+    writer.finish()
+    delimiter = "," if chosen is OutputFormat.CSV else "\t"
+    rows = csv.DictReader(io.StringIO(stream.getvalue(), newline=""), delimiter=delimiter)
+    assert [(row["one"], row["two"]) for row in rows] == values
+
+
+def test_a_table_on_a_stream_has_the_columns_of_its_first_row() -> None:
+    stream = io.StringIO()
+    schema = RecordSchema(("no", "yes"), multi_label=False, errors=True)
+    writer = StreamWriter(stream, OutputFormat.CSV, schema)
+    writer.write(schema.error(0, RowError("bad")))
+    assert stream.getvalue() == ""
+    writer.write(record(1, id="a"))
+    writer.write(record(2))
+    with pytest.raises(InputError, match=r'row 3 has a field "more".*give --output FILE'):
+        writer.write(record(3, id="b", more=1))
+    assert stream.getvalue().splitlines() == [
+        "index,id,label,score,exit,layer,truncated,error",
+        "0,,,,,,,bad",
+        "1,a,yes,0.123457,2,4,false,",
+        "2,,yes,0.123457,2,4,false,",
+    ]
+
+
+def test_a_table_of_errors_only() -> None:
+    stream = io.StringIO()
+    schema = RecordSchema(("no", "yes"), multi_label=False, errors=True)
+    writer = StreamWriter(stream, OutputFormat.CSV, schema)
+    writer.write(schema.error(0, RowError("bad")))
+    writer.finish()
+    assert stream.getvalue().splitlines()[1] == "0,,,,,,bad"
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("x", None, OutputFormat.JSON_LINES),
+        ("x.json", None, OutputFormat.JSON_LINES),
+        ("x.csv.gz", None, OutputFormat.CSV),
+        ("x.dat", OutputFormat.TSV, OutputFormat.TSV),
+        (None, None, OutputFormat.JSON_LINES),
+        (None, OutputFormat.CSV, OutputFormat.CSV),
+    ],
+)
+def test_formats(name: str | None, said: OutputFormat | None, expected: OutputFormat) -> None:
+    assert output_format(Path(name) if name else None, said) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "says"),
+    [
+        ("x.xlsx", None, "cannot tell the format from '.xlsx'"),
+        ("x.parquet.gz", None, "cannot be Parquet"),
+        (None, OutputFormat.PARQUET, "standard output cannot be Parquet"),
+    ],
+)
+def test_formats_that_do_not_fit(name: str | None, said: OutputFormat | None, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        output_format(Path(name) if name else None, said)

@@ -1,0 +1,65 @@
+"""One row without numpy: the verdicts are the decider's, also where they are close."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpabee.runtime import Budget, ExitRule, FPabee, Measure, ProblemType, simulate
+from fpabee.runtime.rules.one_row import OneRow
+from fpabee.runtime.rules.runner import RuleRunner
+
+from .test_rules import Logits, rules, tasks, traces
+
+
+def exits_one_by_one(logits: Logits, rule: ExitRule, task: ProblemType) -> list[int]:
+    exits, rows, _ = logits.shape
+    found = []
+    for row in range(rows):
+        one = OneRow(RuleRunner(rule, task, exits))
+        found.append(next(n + 1 for n in range(exits) if one.stops(logits[n, row].tolist())))
+    return found
+
+
+@given(traces(least_rows=1), tasks, rules)
+def test_exits_are_those_of_simulate(logits: Logits, task: ProblemType, rule: ExitRule) -> None:
+    expected = simulate(logits, rule, task).exits.tolist()
+    assert exits_one_by_one(logits, rule, task) == expected
+
+
+@given(traces(least_rows=1), tasks, st.sampled_from(Measure), st.integers(1, 2), st.data())
+def test_a_threshold_on_or_beside_a_score_changes_nothing(
+    logits: Logits, task: ProblemType, measure: Measure, patience: int, data: st.DataObject
+) -> None:
+    rule = FPabee(threshold=0.0, measure=measure, patience=patience)
+    scores = simulate(logits, rule, task).scores[1:].ravel().tolist()
+    score = data.draw(st.sampled_from(scores))
+    beside = data.draw(st.sampled_from([score, np.nextafter(score, 9), np.nextafter(score, -9)]))
+    near = dataclasses.replace(rule, threshold=float(beside))
+    assert exits_one_by_one(logits, near, task) == simulate(logits, near, task).exits.tolist()
+
+
+@pytest.mark.parametrize("rule", [FPabee(threshold=0.3), Budget(exit=2)])
+def test_what_is_certain_does_not_ask_the_decider(
+    rule: ExitRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decide(*arguments: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(RuleRunner, "decide", decide)
+    one = OneRow(RuleRunner(rule, ProblemType.SINGLE_LABEL, 4))
+    assert [one.stops([3.0, -3.0]) for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("task", ProblemType)
+def test_logits_that_are_no_numbers_decide_alike(task: ProblemType) -> None:
+    logits = np.array([[[1, 2]], [[np.inf, 1]], [[np.nan, 1]], [[1, 2]]], np.float32)
+    rule = FPabee(threshold=0.6)
+    with np.errstate(invalid="ignore"):
+        expected = simulate(logits, rule, task).exits.tolist()
+        assert exits_one_by_one(logits, rule, task) == expected
