@@ -28,13 +28,13 @@ from .targets.options import RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, unavailable_reason
 
 if TYPE_CHECKING:
-    from .precision.float16 import HalfReport
+    from .precision.float16 import PrecisionReport
 
 BACKENDS = (RTX, TENSORRT)
 
 
 @dataclass(frozen=True)
-class ExtendOptions:
+class AddTargetsOptions:
     """What to add to an engines folder.
 
     Attributes:
@@ -66,7 +66,7 @@ class ExtendOptions:
 
 
 @dataclass(frozen=True)
-class ExtendResult:
+class AddTargetsResult:
     """What was added.
 
     Attributes:
@@ -79,22 +79,22 @@ class ExtendResult:
     """
 
     manifest: Manifest
-    checks: tuple[HalfReport, ...]
+    checks: tuple[PrecisionReport, ...]
     built: tuple[str, ...]
     not_built: dict[str, NotBuilt]
     lost_points: dict[str, tuple[str, ...]]
 
 
-def extend(
+def add_targets(
     folder: str | Path,
-    options: ExtendOptions,
+    options: AddTargetsOptions,
     progress: Progress = silent,
-) -> ExtendResult:
+) -> AddTargetsResult:
     """Add precisions and targets to an engines folder.
 
     Args:
         folder: the engines folder.
-        options: see `ExtendOptions`.
+        options: see `AddTargetsOptions`.
         progress: called with (what, done, total).
 
     Raises:
@@ -114,7 +114,7 @@ def extend(
         ) from error
 
 
-def check_options(options: ExtendOptions) -> None:
+def check_options(options: AddTargetsOptions) -> None:
     """Refuse what cannot be added here, before anything that takes long.
 
     Raises:
@@ -131,8 +131,8 @@ def check_options(options: ExtendOptions) -> None:
 
 
 def _extend(
-    path: Path, manifest: Manifest, options: ExtendOptions, progress: Progress
-) -> ExtendResult:
+    path: Path, manifest: Manifest, options: AddTargetsOptions, progress: Progress
+) -> AddTargetsResult:
     asked = tuple(half.value for half in options.precisions)
     asked += (INT8,) if options.int8 else ()
     precisions = asked or tuple(manifest.precisions) or ("fp32",)
@@ -184,10 +184,10 @@ def _extend(
             else:
                 built.append(name)
     lost = _lost_points(before, manifest)
-    return ExtendResult(manifest, tuple(checks), tuple(built), not_built, lost)
+    return AddTargetsResult(manifest, tuple(checks), tuple(built), not_built, lost)
 
 
-def _texts(data: Path, options: ExtendOptions) -> list[Text]:
+def _texts(data: Path, options: AddTargetsOptions) -> list[Text]:
     return [row.content for row in read_rows(data, options.text_format, options.columns)]
 
 
@@ -196,7 +196,7 @@ def add_target(
     manifest: Manifest,
     backend: str,
     precision: str,
-    options: ExtendOptions,
+    options: AddTargetsOptions,
     progress: Progress,
 ) -> tuple[Manifest, str | None]:
     """Build a target, verify it where it can run, and write it into the manifest.

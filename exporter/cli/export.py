@@ -24,9 +24,9 @@ from ...runtime.cli.options import (
 )
 from ...runtime.files import Columns
 from ...runtime.optional_packages import require
-from ..add_targets import ExtendOptions, check_options, drop_graphs, extend
+from ..add_targets import AddTargetsOptions, add_targets, check_options, drop_graphs
 from ..precision.formats import Half
-from ..prune.pipeline import PlacementOptions, place_exits
+from ..prune.drop_exits import DropExitsOptions, drop_exits
 from ..targets.options import RTX_CAPABILITIES, TENSORRT, PlanOptions
 from . import prune as placement_shown
 
@@ -198,11 +198,11 @@ def main(
                 "--exits keeps the precisions and targets that are there; add others to the new "
                 "folder, with a second --from"
             )
-        options = PlacementOptions(
+        options = DropExitsOptions(
             exits=exits,
             data=settings["calibration_data"],
             force=fresh["force"],
-            extend=_extend_options(settings | {"calibration_data": None}, reading),
+            targets=_extend_options(settings | {"calibration_data": None}, reading),
             **reading,
             **place,
         )
@@ -264,11 +264,11 @@ def _echo(lines: Iterable[str]) -> None:
 
 
 def _place(
-    source: Path, output: Path, options: PlacementOptions, shown: Shown, as_json: bool
+    source: Path, output: Path, options: DropExitsOptions, shown: Shown, as_json: bool
 ) -> None:
     """Keep some exits of an engines folder, in a new one."""
     with shown as progress:
-        result = place_exits(source, output, options, progress)
+        result = drop_exits(source, output, options, progress)
     if as_json:
         click.echo(json.dumps({"folder": str(output), **placement_shown.to_dict(result)}))
         return
@@ -276,9 +276,9 @@ def _place(
     echo(f"next: fpabee-run {output} --input texts.txt")
 
 
-def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> ExtendOptions:
+def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> AddTargetsOptions:
     workspace = settings["workspace"]
-    return ExtendOptions(
+    return AddTargetsOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
         int8=settings["int8"],
         int8_data=settings["calibration_data"],
@@ -332,9 +332,11 @@ def _export(
     return result.folder, content, lines
 
 
-def _extend(folder: Path, options: ExtendOptions, shown: Shown) -> tuple[dict[str, Any], list[str]]:
+def _extend(
+    folder: Path, options: AddTargetsOptions, shown: Shown
+) -> tuple[dict[str, Any], list[str]]:
     with shown as progress:
-        result = extend(folder, options, progress)
+        result = add_targets(folder, options, progress)
     lines = []
     for check in result.checks:
         lines.append(

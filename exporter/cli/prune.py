@@ -13,12 +13,12 @@ from ...calibration.descriptions import rule_in_words
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.rules.rules import ExitRule
-from ..prune.pipeline import PlacementResult
+from ..prune.drop_exits import DropExitsResult
 
 CAUTIOUS = "the cautious rule"
 
 
-def to_dict(result: PlacementResult) -> dict[str, Any]:
+def to_dict(result: DropExitsResult) -> dict[str, Any]:
     """The result for JSON."""
     return {
         "exits": list(result.exits),
@@ -38,7 +38,7 @@ def to_dict(result: PlacementResult) -> dict[str, Any]:
     }
 
 
-def show(result: PlacementResult, console: Console, exits_before: int) -> None:
+def show(result: DropExitsResult, console: Console, exits_before: int) -> None:
     """Print the result for people."""
     kept, layers = len(result.exits), ", ".join(map(str, result.manifest.exit_layers))
     size = sum(path.stat().st_size for path in result.folder.rglob("*") if path.is_file())
@@ -74,7 +74,7 @@ def show(result: PlacementResult, console: Console, exits_before: int) -> None:
         console.print(line)
 
 
-def _points(result: PlacementResult) -> Table:
+def _points(result: DropExitsResult) -> Table:
     table = Table("point", "", "rule", "score", "drop (95 %)", "depth", title="Points:")
     for name, point in result.points.items():
         table.add_row(name, "before", *_row(point.before))

@@ -26,7 +26,7 @@ from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
 from ..staging import replacing
 from .formats import Half
-from .rounding import ABS_MAX, Plan, emulate, largest_weight, lower, plan
+from .rounding import ABS_MAX, Lowering, choose_lowering, emulate, largest_weight, lower
 
 AUTO = "auto"
 
@@ -34,7 +34,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class HalfReport:
+class PrecisionReport:
     """What half precision does to a model, by emulation.
 
     Attributes:
@@ -73,7 +73,7 @@ def add_half(
     progress: Progress = silent,
     *,
     turing: bool = False,
-) -> tuple[Manifest, HalfReport]:
+) -> tuple[Manifest, PrecisionReport]:
     """Check a format and write the graphs in it to `onnx/<format>/`.
 
     Args:
@@ -111,8 +111,8 @@ def add_half(
         if AUTO in keep:
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
-    plans = {name: plan(proto, kept[name]) for name, proto in protos.items()}
-    checked = {name: plan(proto, kept[name], turing) for name, proto in protos.items()}
+    plans = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
+    checked = {name: choose_lowering(proto, kept[name], turing) for name, proto in protos.items()}
     found = chain.run(rows, checked)
     report = report_of(manifest, half.value, rule, found, expected, checked, half)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
@@ -159,11 +159,11 @@ class Emulation:
         self._progress = progress
 
     @property
-    def exact(self) -> dict[str, Plan]:
+    def exact(self) -> dict[str, Lowering]:
         """Plans that lower nothing."""
-        return {name: Plan(frozenset(), frozenset()) for name in self._protos}
+        return {name: Lowering(frozenset(), frozenset()) for name in self._protos}
 
-    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Plan]) -> Run:
+    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Lowering]) -> Run:
         """Logits of every exit, and the largest |x| of every node before rounding."""
         segments = self._manifest.segments
         names = [call for segment in segments for call in segment.calls]
@@ -195,7 +195,7 @@ class Emulation:
                 logits.append([state[LOGITS] for state in states])
         return Run(np.stack([np.concatenate(part) for part in logits]), worst)
 
-    def _session(self, name: str, chosen: Plan) -> Any:
+    def _session(self, name: str, chosen: Lowering) -> Any:
         import onnxruntime as ort
 
         from ...runtime.backends.onnxruntime_session import session_options
@@ -268,9 +268,9 @@ def report_of(
     rule: ExitRule,
     found: Run,
     expected: NDArray[np.float32],
-    plans: dict[str, Plan],
+    plans: dict[str, Lowering],
     half: Half,
-) -> HalfReport:
+) -> PrecisionReport:
     """What an emulation says of a precision, whose floats are in `half`."""
     overflows = tuple(
         f"{name}:{node}"
@@ -279,7 +279,7 @@ def report_of(
         if node in plans[name].nodes and not value <= half.largest
     )
     worst = {name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()}
-    return HalfReport(
+    return PrecisionReport(
         precision=precision,
         rows=expected.shape[1],
         kept=(),
@@ -293,7 +293,7 @@ def _size(item: tuple[str, float]) -> float:
     return np.inf if np.isnan(item[1]) else item[1]
 
 
-def _what_failed(report: HalfReport) -> str:
+def _what_failed(report: PrecisionReport) -> str:
     if report.overflows:
         first = report.overflows[0]
         graph, node = first.split(":", 1)
@@ -309,7 +309,7 @@ def _what_failed(report: HalfReport) -> str:
     )
 
 
-def _how_to_mend(report: HalfReport, half: Half, keep: Collection[str]) -> str:
+def _how_to_mend(report: PrecisionReport, half: Half, keep: Collection[str]) -> str:
     if report.overflows and AUTO not in keep:
         return f"keep what overflows in fp32: --keep-fp32 {AUTO}"
     if half is Half.FP16:
@@ -317,7 +317,7 @@ def _how_to_mend(report: HalfReport, half: Half, keep: Collection[str]) -> str:
     return "stay with fp32, or name nodes to keep with --keep-fp32"
 
 
-def record_of(folder: Path, path: Path, graph: Graph, half: Half, chosen: Plan) -> Graph:
+def record_of(folder: Path, path: Path, graph: Graph, half: Half, chosen: Lowering) -> Graph:
     """The record of a lowered graph.
 
     Args:

@@ -25,9 +25,9 @@ from ...runtime.errors import InputError, VerificationError
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
 from ..staging import replacing
-from .float16 import Emulation, HalfReport, record_of, report_of
+from .float16 import Emulation, PrecisionReport, record_of, report_of
 from .formats import INT8, Half
-from .rounding import lower, plan
+from .rounding import choose_lowering, lower
 
 FOLDER = "int8-qdq"
 
@@ -41,7 +41,7 @@ def add_int8(
     rule: ExitRule,
     texts: Sequence[Text],
     progress: Progress = silent,
-) -> tuple[Manifest, HalfReport]:
+) -> tuple[Manifest, PrecisionReport]:
     """Quantize the graphs to `onnx/int8-qdq/`, if labels and exits stay.
 
     Args:
@@ -71,7 +71,7 @@ def add_int8(
         progress(f"int8 {name}", number, len(manifest.graphs))
         path = verified_graph(folder, graph.file, graph.sha256)
         quantized[name] = _quantize(name, path, feeds.pop(name))
-    plans = {name: plan(proto) for name, proto in quantized.items()}
+    plans = {name: choose_lowering(proto) for name, proto in quantized.items()}
     chain = Emulation(folder, manifest, quantized, Half.FP16, progress)
     fp32 = _fp32_chain(folder, manifest, progress)
     known, logits = read_reference(folder, manifest)

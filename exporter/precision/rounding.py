@@ -36,7 +36,7 @@ ABS_MAX = "abs_max/"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Lowering:
     """Which nodes and which inputs and outputs of a graph are in half precision.
 
     Attributes:
@@ -48,7 +48,9 @@ class Plan:
     tensors: frozenset[str]
 
 
-def plan(proto: Any, keep: Collection[str] = (), head_products: bool = False) -> Plan:
+def choose_lowering(
+    proto: Any, keep: Collection[str] = (), head_products: bool = False
+) -> Lowering:
     """Choose what of an fp32 graph is lowered.
 
     Args:
@@ -73,16 +75,16 @@ def plan(proto: Any, keep: Collection[str] = (), head_products: bool = False) ->
         for value in (*proto.graph.input, *proto.graph.output)
         if value.name in floats and value.name.removeprefix(NEXT) not in fixed
     )
-    return Plan(nodes, tensors)
+    return Lowering(nodes, tensors)
 
 
-def lower(proto: Any, half: Half, chosen: Plan) -> Any:
-    """The graph with a plan's nodes and tensors in half precision.
+def lower(proto: Any, half: Half, chosen: Lowering) -> Any:
+    """The graph with chosen nodes and tensors in half precision.
 
     Args:
         proto: the fp32 graph; it is left as it is.
         half: the format.
-        chosen: what to lower, see `plan`.
+        chosen: what to lower, see `choose_lowering`.
 
     Raises:
         ModelError: a weight does not fit the format.
@@ -143,7 +145,7 @@ def lower(proto: Any, half: Half, chosen: Plan) -> Any:
     return result
 
 
-def emulate(proto: Any, half: Half, chosen: Plan) -> Any:
+def emulate(proto: Any, half: Half, chosen: Lowering) -> Any:
     """An fp32 graph that rounds to half precision wherever `lower`'s graph would.
 
     Its inputs and outputs are those of the fp32 graph, in fp32, and for every node that has a
@@ -244,7 +246,7 @@ def _lower_attributes(node: Any, half: Half) -> None:
             attribute.t.CopyFrom(_lowered(attribute.t, half))
 
 
-def _type_ends(graph: Any, half: Half, chosen: Plan, is_half: dict[str, bool]) -> None:
+def _type_ends(graph: Any, half: Half, chosen: Lowering, is_half: dict[str, bool]) -> None:
     """Give inputs and outputs their type, with a cast where an output is made in another."""
     for value in graph.input:
         if value.name in chosen.tensors:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fpabee.exporter.add_targets import ExtendOptions, extend
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main as export
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets import tensorrt
@@ -27,7 +27,7 @@ SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
 
 def test_what_was_not_built_stands_in_the_manifest(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
-    result = extend(folder, ExtendOptions((Half.FP16,), plans=SMALL))
+    result = add_targets(folder, AddTargetsOptions((Half.FP16,), plans=SMALL))
     assert result.built == ("tensorrt-rtx-fp16",)
     (name,) = result.not_built
     left = read_manifest(folder).not_built[name]
@@ -46,8 +46,8 @@ def test_a_failed_build_is_noted_until_it_succeeds(
     error: str, command: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
-    options = ExtendOptions((Half.FP16,), backends=("tensorrt-rtx",), plans=SMALL)
-    extend(folder, options)
+    options = AddTargetsOptions((Half.FP16,), backends=("tensorrt-rtx",), plans=SMALL)
+    add_targets(folder, options)
     worker = tensorrt._run_worker
 
     def fails(request: PlanRequest) -> PlanResult:
@@ -55,13 +55,13 @@ def test_a_failed_build_is_noted_until_it_succeeds(
             return PlanResult(error=error)
         return worker(request)
 
-    other = ExtendOptions(
+    other = AddTargetsOptions(
         (Half.FP16,), backends=("tensorrt-rtx",), plans=PlanOptions((1, 1, 2), (8, 8, 16), ("8.6",))
     )
     with monkeypatch.context() as patch:
         patch.setattr(tensorrt, "_run_worker", fails)
         with pytest.raises(BackendError, match=f"first segment_02: {error}"):
-            extend(folder, other)
+            add_targets(folder, other)
     manifest = read_manifest(folder)
     assert error in manifest.not_built["tensorrt-rtx-fp16"].reason
     assert manifest.not_built["tensorrt-rtx-fp16"].command.endswith(command)
@@ -70,7 +70,7 @@ def test_a_failed_build_is_noted_until_it_succeeds(
     assert "tensorrt-rtx-fp16" not in manifest.targets, "its plans were written over"
     with Engine.load(folder) as engine:
         assert len(engine.predict(["rain"])) == 1
-    extend(folder, other)
+    add_targets(folder, other)
     manifest = read_manifest(folder)
     assert "tensorrt-rtx-fp16" in manifest.targets
     assert manifest.not_built == {}
@@ -80,10 +80,10 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     engine_copy: Callable[..., Path], set_points: Callable[..., None]
 ) -> None:
     folder, name = engine_copy(), "tensorrt-rtx-fp32"
-    options = ExtendOptions(backends=("tensorrt-rtx",), plans=SMALL)
-    extend(folder, options)
+    options = AddTargetsOptions(backends=("tensorrt-rtx",), plans=SMALL)
+    add_targets(folder, options)
     set_points(folder, name, default="fast", fast=FPabee(threshold=0.3))
-    again = extend(folder, replace(options, resume=True))
+    again = add_targets(folder, replace(options, resume=True))
     assert again.lost_points == {}
     assert read_manifest(folder).targets[name].default_operating_point == "fast"
     shapes = ["--batch", "1,1,2", "--sequence", "8,8,16", "--sm", "86"]

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.precision.rounding import ABS_MAX, Plan, emulate, lower, plan
+from fpabee.exporter.precision.rounding import ABS_MAX, Lowering, choose_lowering, emulate, lower
 from fpabee.runtime import ModelError, read_manifest
 from fpabee.runtime.backends.onnxruntime_session import session_options
 
@@ -68,7 +68,7 @@ def test_products_are_lowered_and_what_is_fragile_is_not(
 ) -> None:
     products = 0
     for proto in graphs_of(engines[family]).values():
-        lowered = lower(proto, half, plan(proto))
+        lowered = lower(proto, half, choose_lowering(proto))
         types = types_of(lowered)
         ends = {value.name: types[value.name] for value in lowered.graph.output}
         assert ends.get("logits", TensorProto.FLOAT) == TensorProto.FLOAT
@@ -85,7 +85,7 @@ def test_products_are_lowered_and_what_is_fragile_is_not(
 
 def test_weights_of_fp32_nodes_are_not_rounded(engines: Mapping[str, Path]) -> None:
     proto = graphs_of(engines["bert"])["segment_02"]
-    lowered = lower(proto, Half.FP16, plan(proto))
+    lowered = lower(proto, Half.FP16, choose_lowering(proto))
     before = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     after = {tensor.name: numpy_helper.to_array(tensor) for tensor in lowered.graph.initializer}
     kept = [name for name in after if "LayerNorm" in name or "classifier" in name]
@@ -98,7 +98,8 @@ def test_weights_of_fp32_nodes_are_not_rounded(engines: Mapping[str, Path]) -> N
 def test_the_same_graph_gives_the_same_bytes(engines: Mapping[str, Path]) -> None:
     proto = graphs_of(engines["mpnet"])["segment_01"]
     once, twice = (
-        lower(proto, Half.FP16, plan(proto)).SerializeToString(deterministic=True) for _ in range(2)
+        lower(proto, Half.FP16, choose_lowering(proto)).SerializeToString(deterministic=True)
+        for _ in range(2)
     )
     assert once == twice
 
@@ -106,7 +107,7 @@ def test_the_same_graph_gives_the_same_bytes(engines: Mapping[str, Path]) -> Non
 def test_kept_nodes_and_tensors_stay_in_fp32(engines: Mapping[str, Path]) -> None:
     proto = graphs_of(engines["bert"])["segment_02"]
     node = next(n for n in proto.graph.node if n.name.startswith("blocks.0.layer.output.dense/Mat"))
-    lowered = lower(proto, Half.FP16, plan(proto, [node.name, "hidden_states"]))
+    lowered = lower(proto, Half.FP16, choose_lowering(proto, [node.name, "hidden_states"]))
     types = types_of(lowered)
     kept = next(n for n in lowered.graph.node if n.name == node.name)
     assert {types[name] for name in (*kept.input, *kept.output)} == {TensorProto.FLOAT}
@@ -117,8 +118,8 @@ def test_kept_nodes_and_tensors_stay_in_fp32(engines: Mapping[str, Path]) -> Non
 @pytest.mark.parametrize(("half", "step"), [(Half.FP16, 2**-10), (Half.BF16, 2**-7)])
 def test_emulation_rounds_to_the_format(half: Half, step: float) -> None:
     proto = small("Add", step / 4)
-    exact = run(emulate(proto, half, Plan(frozenset(), frozenset())), 1.0)
-    rounded = run(emulate(proto, half, plan(proto)), 1.0)
+    exact = run(emulate(proto, half, Lowering(frozenset(), frozenset())), 1.0)
+    rounded = run(emulate(proto, half, choose_lowering(proto)), 1.0)
     assert exact["y"] == 1.0 + step / 4
     assert rounded["y"] == 1.0
     # Before rounding, so that the size of what overflows can be told.
@@ -127,21 +128,23 @@ def test_emulation_rounds_to_the_format(half: Half, step: float) -> None:
 
 def test_emulation_rounds_weights() -> None:
     proto = small("Mul", 1 / 3)
-    found = run(emulate(proto, Half.FP16, plan(proto)), 1.0)["y"]
+    found = run(emulate(proto, Half.FP16, choose_lowering(proto)), 1.0)["y"]
     assert found == float(np.float16(1 / 3)) != float(np.float32(1 / 3))
 
 
 def test_emulation_overflows_like_the_format() -> None:
     proto = small("Mul", 1000.0)
-    found = run(emulate(proto, Half.FP16, plan(proto)), 70.0)
+    found = run(emulate(proto, Half.FP16, choose_lowering(proto)), 70.0)
     assert found == {"y": np.inf, f"{ABS_MAX}body/op": 70000.0}
-    assert run(emulate(proto, Half.BF16, plan(proto)), 70.0)["y"] == pytest.approx(70000, rel=0.01)
+    assert run(emulate(proto, Half.BF16, choose_lowering(proto)), 70.0)["y"] == pytest.approx(
+        70000, rel=0.01
+    )
 
 
 def test_emulation_rounds_what_fp32_nodes_hand_on() -> None:
     """`lower` casts there: what an fp32 node makes may be too much for its reader."""
     proto = small("Mul", 1000.0, again=1e-3)
-    chosen = plan(proto, keep=["body/op"])
+    chosen = choose_lowering(proto, keep=["body/op"])
     assert chosen.nodes == {"body/again"}
     found = run(emulate(proto, Half.FP16, chosen), 70.0)
     assert found[f"{ABS_MAX}body/op"] == 70000.0
@@ -150,20 +153,20 @@ def test_emulation_rounds_what_fp32_nodes_hand_on() -> None:
 
 def test_emulation_leaves_fp32_nodes_alone() -> None:
     proto = small("Mul", 1 / 3, "head/op")
-    found = run(emulate(proto, Half.FP16, Plan(frozenset(), frozenset())), 3.0)
+    found = run(emulate(proto, Half.FP16, Lowering(frozenset(), frozenset())), 3.0)
     assert found["y"] == 1.0
 
 
 def test_a_weight_that_does_not_fit_is_named() -> None:
     proto = small("Mul", 1e5)
     with pytest.raises(ModelError, match=r"weight w holds 1e\+05.*fp16.*--bf16"):
-        lower(proto, Half.FP16, plan(proto))
-    lower(proto, Half.BF16, plan(proto))
+        lower(proto, Half.FP16, choose_lowering(proto))
+    lower(proto, Half.BF16, choose_lowering(proto))
 
 
 def test_products_of_heads_are_lowered_on_request(engines: Mapping[str, Path]) -> None:
     proto = graphs_of(engines["bert"])["segment_02"]
-    usual, turing = plan(proto), plan(proto, head_products=True)
+    usual, turing = choose_lowering(proto), choose_lowering(proto, head_products=True)
     more = {node.name: node for node in proto.graph.node if node.name in turing.nodes - usual.nodes}
     assert len(more) >= 2, "pooler and classifier"
     assert {node.op_type for node in more.values()} <= {"MatMul", "Gemm"}

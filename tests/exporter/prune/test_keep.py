@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fpabee.exporter.add_targets import ExtendOptions, extend
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime import Engine, FPabee, ModelError
@@ -100,7 +100,7 @@ def test_exits_can_be_dropped_again(engines: Mapping[str, Path], tmp_path: Path)
 
 def test_every_precision_is_merged(engine_copy: Callable[..., Path], tmp_path: Path) -> None:
     source = engine_copy("mpnet")
-    extend(source, ExtendOptions(precisions=(Half.FP16,), backends=()))
+    add_targets(source, AddTargetsOptions(precisions=(Half.FP16,), backends=()))
     folder = tmp_path / "new"
     folder.mkdir()
     manifest, _ = keep_exits(source, read_manifest(source), (2, 3), folder)

@@ -1,7 +1,7 @@
 """Targets built and run where a GPU is: each test also runs over the double of the driver.
 
 On the double, TensorRT's builder is a double too, and plans of TensorRT for RTX are built for
-real. What both share is the whole way from `extend` to the answers.
+real. What both share is the whole way from `add_targets` to the answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpabee.exporter.add_targets import ExtendOptions, extend
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets.options import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Budget, Engine, FPabee
@@ -56,7 +56,7 @@ def _build(folder: Path, backend: str, compute_capability: str) -> Built:
         batch=(1, 4, 16), sequence=(2, 16, 64), compute_capabilities=(compute_capability,)
     )
     backends = (backend,) if backend in MODULES else ()
-    result = extend(folder, ExtendOptions((Half.FP16,), backends=backends, plans=plans))
+    result = add_targets(folder, AddTargetsOptions((Half.FP16,), backends=backends, plans=plans))
     target = result.built[0] if backends else "onnxruntime-fp16-cuda"
     return Built(folder, result.manifest, target, compute_capability)
 

@@ -23,7 +23,7 @@ from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.measures import Measure
 from ...runtime.rules.rules import ExitRule
-from ..add_targets import ExtendOptions, add_target
+from ..add_targets import AddTargetsOptions, add_target
 from ..parity import Parity
 from ..staging import check_output, publish, resolved, staging
 from ..targets.options import RTX
@@ -31,7 +31,7 @@ from .keep import check_exits, keep_exits
 
 
 @dataclass(frozen=True)
-class PlacementOptions:
+class DropExitsOptions:
     """Which exits are kept, and how.
 
     Attributes:
@@ -42,7 +42,7 @@ class PlacementOptions:
         columns: of that file: what holds the text, its pair, and the labels.
         force: replace an engines folder that is there.
         threads: CPU threads.
-        extend: how plans are built again.
+        targets: how plans are built again.
     """
 
     exits: tuple[int, ...]
@@ -52,11 +52,11 @@ class PlacementOptions:
     columns: Columns = field(default_factory=Columns)
     force: bool = False
     threads: int | None = None
-    extend: ExtendOptions = field(default_factory=ExtendOptions)
+    targets: AddTargetsOptions = field(default_factory=AddTargetsOptions)
 
 
 @dataclass(frozen=True)
-class Again:
+class RecalibratedPoint:
     """An operating point before and after.
 
     Attributes:
@@ -69,7 +69,7 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostPoint:
     """An operating point that does not hold for the new exits.
 
     Attributes:
@@ -86,7 +86,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class PlacementResult:
+class DropExitsResult:
     """What was made.
 
     Attributes:
@@ -106,8 +106,8 @@ class PlacementResult:
     manifest: Manifest
     exits: tuple[int, ...]
     parity: Parity
-    points: dict[str, Again]
-    lost: tuple[Lost, ...]
+    points: dict[str, RecalibratedPoint]
+    lost: tuple[LostPoint, ...]
     built: tuple[str, ...]
     not_built: dict[str, NotBuilt]
     target: str
@@ -120,18 +120,18 @@ class PlacementResult:
         return None if target is None else target.default_operating_point
 
 
-def place_exits(
+def drop_exits(
     source: str | Path,
     output: str | Path,
-    options: PlacementOptions,
+    options: DropExitsOptions,
     progress: Progress = silent,
-) -> PlacementResult:
+) -> DropExitsResult:
     """Write an engines folder with fewer exits, and calibrate its operating points again.
 
     Args:
         source: the engines folder to start from; it stays as it is.
         output: the folder to write.
-        options: see `PlacementOptions`.
+        options: see `DropExitsOptions`.
         progress: called with (what, done, total).
 
     Raises:
@@ -157,9 +157,9 @@ def place_exits(
         with staging(new) as folder:
             kept, parity = keep_exits(old, manifest, options.exits, folder)
             publish(folder, new)
-        kept, built = _rebuild(new, manifest, kept, options.extend, progress)
+        kept, built = _rebuild(new, manifest, kept, options.targets, progress)
         points, lost = _calibrate(engine, old, new, options, given, progress)
-    return PlacementResult(
+    return DropExitsResult(
         folder=Path(output),
         manifest=read_manifest(new),
         exits=options.exits,
@@ -173,7 +173,7 @@ def place_exits(
     )
 
 
-def _given(options: PlacementOptions) -> list[Row] | None:
+def _given(options: DropExitsOptions) -> list[Row] | None:
     if options.data is None:
         return None
     return list(read_rows(options.data, options.text_format, options.columns))
@@ -201,7 +201,7 @@ def _batch(point: OperatingPoint) -> int:
 
 
 def _rebuild(
-    folder: Path, old: Manifest, manifest: Manifest, options: ExtendOptions, progress: Progress
+    folder: Path, old: Manifest, manifest: Manifest, options: AddTargetsOptions, progress: Progress
 ) -> tuple[Manifest, list[str]]:
     """Build again what the old folder had built, as far as this machine can."""
     built = []
@@ -225,28 +225,28 @@ def _calibrate(
     engine: Engine,
     old: Path,
     new: Path,
-    options: PlacementOptions,
+    options: DropExitsOptions,
     given: list[Row] | None,
     progress: Progress,
-) -> tuple[dict[str, Again], list[Lost]]:
+) -> tuple[dict[str, RecalibratedPoint], list[LostPoint]]:
     """Make the target's operating points again; name those of other targets."""
-    points: dict[str, Again] = {}
-    lost: list[Lost] = []
+    points: dict[str, RecalibratedPoint] = {}
+    lost: list[LostPoint] = []
     for name, target in engine.manifest.targets.items():
         command = f"fpabee-calibrate {new} --data DATA --target {shlex.quote(name)}"
         if name != engine.target:
             reason = "it was measured on another target"
-            lost += [Lost(name, point, reason, command) for point in target.operating_points]
+            lost += [LostPoint(name, point, reason, command) for point in target.operating_points]
             continue
         if name not in read_manifest(new).targets:
             reason = "the target is not built here"
-            lost += [Lost(name, point, reason, command) for point in target.operating_points]
+            lost += [LostPoint(name, point, reason, command) for point in target.operating_points]
             continue
         for group in _groups(target.operating_points, target.default_operating_point):
             try:
                 points |= _calibrate_group(engine, old, new, group, options, given, progress)
             except FpabeeError as error:
-                lost += [Lost(name, point, error.message, command) for point in group]
+                lost += [LostPoint(name, point, error.message, command) for point in group]
     return points, lost
 
 
@@ -268,10 +268,10 @@ def _calibrate_group(
     old: Path,
     new: Path,
     group: dict[str, OperatingPoint],
-    options: PlacementOptions,
+    options: DropExitsOptions,
     given: list[Row] | None,
     progress: Progress,
-) -> dict[str, Again]:
+) -> dict[str, RecalibratedPoint]:
     first = next(iter(group.values()))
     rows = _rows(engine, old, first) if given is None else given
     if rows is None:
@@ -297,7 +297,7 @@ def _calibrate_group(
     )
     calibrate(new, rows, wished, progress)
     made = read_manifest(new).targets[engine.target].operating_points
-    return {name: Again(point, made[name]) for name, point in group.items()}
+    return {name: RecalibratedPoint(point, made[name]) for name, point in group.items()}
 
 
 def _bound(point: OperatingPoint) -> Bound | None:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee.calibration import CalibrationOptions, Goal, calibrate
-from fpabee.exporter.add_targets import ExtendOptions, extend
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.prune import keep as keep_exits_module
 from fpabee.exporter.prune.merge import merge_graphs
@@ -183,7 +183,7 @@ def test_one_exit_runs_all_rows(calibrated: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not util.find_spec("tensorrt_rtx"), reason="needs tensorrt_rtx")
 def test_built_targets_are_built_again(calibrated: Path, tmp_path: Path) -> None:
     plans = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
-    extend(calibrated, ExtendOptions(backends=(RTX,), plans=plans))
+    add_targets(calibrated, AddTargetsOptions(backends=(RTX,), plans=plans))
     (name,) = [name for name in read_manifest(calibrated).targets if name.startswith(RTX)]
     shapes = ("--batch", "1,2,4", "--sequence", "8,16,32")
     new = tmp_path / "new"
