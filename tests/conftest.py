@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and their engines folders: no hub, no downloads."""
+"""Options of the test suite, and tiny random models with their engines folders: no downloads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import msgspec
 import pytest
 from filelock import FileLock
@@ -29,6 +30,31 @@ WORDS = (
 
 _SEED = 20240607
 _POSITIONS = 64
+
+# By default the same examples are tried every time, so that a failure is due to a change.
+hypothesis.settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too, more thoroughly")
+    parser.addoption(
+        "--seconds", type=float, default=5, help="how long to fuzz each target, and to soak"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("thorough" if config.getoption("--all") else "fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all") or "slow" in config.getoption("markexpr"):
+        return
+    skip = pytest.mark.skip(reason="slow: runs with --all or -m slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
 
 
 @dataclass(frozen=True)

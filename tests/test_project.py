@@ -88,17 +88,6 @@ def _classes(hint: Any) -> Iterator[type]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_imports_go_one_way(package: str) -> None:
-    allowed = {"exporter": PACKAGES, "calibration": PACKAGES[1:], "runtime": ("runtime",)}
-    for path in (ROOT / package).rglob("*.py"):
-        depth = len(path.relative_to(ROOT / package).parts)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level > depth and node.module:
-                target = node.module.split(".")[0]
-                assert target not in set(PACKAGES) - set(allowed[package]), f"{path}: {target}"
-
-
-@pytest.mark.parametrize("package", PACKAGES)
 def test_all_that_people_see_is_escaped(package: str) -> None:
     """Only `shown.py` prints, except for JSON."""
     for path in (ROOT / package).rglob("*.py"):
