@@ -54,8 +54,8 @@ class CalibrationOptions:
         ```python
         from fpabee.calibration import Bound, CalibrationOptions, RiskOf, Goal
 
-        wishes = {"close": Goal(max_drop=0.5), "twice": Goal(speedup=2.0)}
-        two_points = CalibrationOptions(wishes=wishes, default="close")
+        goals = {"close": Goal(max_drop=0.5), "twice": Goal(speedup=2.0)}
+        two_points = CalibrationOptions(goals=goals, default="close")
 
         bound = Bound(risk=0.02, confidence=0.95, risk_of=RiskOf.DISAGREEMENT)
         no_labels = CalibrationOptions(bound=bound, name="sure", unlabelled=True)

@@ -102,7 +102,7 @@ def _saved(figure: Figure) -> Picture:
 
 
 def _figure(height: float) -> Figure:
-    return Figure(figsize=(_WIDTH, height), schema="constrained")
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _clipped(name: str) -> str:

@@ -75,7 +75,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         found = check_integrity(engines, manifest, states) if check else None
         content |= _describe(manifest)
         content["chain"] = [asdict(part) for part in parts]
-        content["targets"] = [asdict(state) for state in states]
+        content["targets"] = [_state_to_dict(state) for state in states]
         content["not_built"] = msgspec.to_builtins(manifest.not_built)
         if found is not None:
             content["check"] = asdict(found) | {"passed": found.passed}
@@ -91,6 +91,13 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
             f"are damaged, {len(found.refused)} targets do not give what the model gave",
             "copy the engines folder again, or export the model again",
         )
+
+
+def _state_to_dict(state: TargetState) -> dict[str, Any]:
+    """A state for JSON, where the reason keeps the key that it has had since version 0.1."""
+    content = asdict(state)
+    content["why_not"] = content.pop("unavailable_reason")
+    return content
 
 
 def _describe(manifest: Manifest) -> dict[str, Any]:

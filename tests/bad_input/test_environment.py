@@ -320,9 +320,9 @@ def test_a_wrong_use(
     ("redirection", "says"),
     [
         ("run {engines} --input {texts} --quiet >&-", ("output: it is closed", "--output")),
-        ("run {engines} --input {texts} --quiet >/dev/full", ("No space left", "make room")),
+        ("run {engines} --input {texts} --quiet >/dev/full", ("No space left", "space")),
         ("run {engines} --input - --quiet <&-", ("standard input is closed",)),
-        ("inspect {engines} >/dev/full", ("standard output: No space left", "make room")),
+        ("inspect {engines} >/dev/full", ("standard output: No space left", "space")),
         ("inspect {engines} --json >/dev/full", ("standard output: No space left",)),
     ],
 )

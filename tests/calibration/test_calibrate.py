@@ -96,7 +96,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
 
 
 @pytest.mark.parametrize(
-    ("wish", "name", "words"),
+    ("goal", "name", "words"),
     [
         (("--max-drop", 3), "drop-3", "drop at most 3 points"),
         (("--speedup", 1.5, "--name", "quick"), "quick", "at least 1.5 times as fast"),

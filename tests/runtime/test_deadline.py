@@ -105,7 +105,7 @@ def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.parametrize(
-    ("deadline_ms", "exit_number", "late"),
+    ("deadline_ms", "exit_number", "deadline_missed"),
     [
         (math.inf, 3, False),
         (30.1, 3, False),

@@ -271,7 +271,7 @@ def test_a_file_that_is_no_graph_says_how_to_mend_it(engine_copy: Callable[..., 
     graph = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
     changed = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "segment_01": graph})
     backend = OnnxRuntimeBackend(folder, changed, manifest.targets[manifest.default_target])
-    with pytest.raises(ArtifactError, match=r"cannot load .*segment_01\.onnx.*export again"):
+    with pytest.raises(ArtifactError, match=r"segment_01\.onnx.*export"):
         backend.session("segment_01")
 
 

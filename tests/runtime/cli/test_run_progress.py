@@ -21,7 +21,7 @@ def meter(clock: _Clock, share: float | None) -> Meter:
 
 
 @pytest.mark.parametrize(
-    ("share", "rows", "standing", "read", "seconds", "expected"),
+    ("share", "rows", "completed", "read", "seconds", "expected"),
     [
         (0.5, 100, 0, 100, 10, ("100 rows, 10 rows/s, 0:10 left", 0.5)),
         # Twice as much is read as is done.
