@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from ..runtime.backends.onnxruntime_session import session_options, usable_cores
+from ..runtime.backends.onnxruntime_session import cpu_session, session_options, usable_cores
 from ..runtime.batching import make_groups
 from ..runtime.cli.console import duration
-from ..runtime.encoding import EncodedRow, Text
+from ..runtime.encoding import EncodedRow, Text, padded_inputs, padding_values
 from ..runtime.engine import Engine
+from ..runtime.environment import cpu_name
 from ..runtime.errors import ModelError
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
@@ -131,18 +131,16 @@ class _Runner:
     """The variants, ready to be run on encoded rows."""
 
     def __init__(self, folder: Path, engine: Engine, options: BenchOptions) -> None:
-        import onnxruntime as ort
-
         self.engine = engine
         self.rule = options.rule
         self.limits = engine.limits
         proto = merge_chain(folder, engine.manifest)
-        self._full = ort.InferenceSession(
+        self._full = cpu_session(
             serialized(proto, "the full graph, all segments in one,"),
             session_options(options.threads),
-            providers=["CPUExecutionProvider"],
         )
-        self._inputs = [value.name for value in self._full.get_inputs()]
+        self._padding = padding_values(engine.manifest.tokenizer)
+        self._full_padding = {v.name: self._padding[v.name] for v in self._full.get_inputs()}
         self._torch = _load_torch(options, engine.manifest.model.source_sha256)
 
     @property
@@ -178,7 +176,7 @@ class _Runner:
 
         # Bound like the chain's segments, so that neither side copies more than the other.
         binding = self._full.io_binding()
-        for name, value in _padded(rows, self._inputs).items():
+        for name, value in padded_inputs(rows, self._full_padding).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
         binding.bind_output(self._full.get_outputs()[0].name, "cpu")
         self._full.run_with_iobinding(binding)
@@ -190,7 +188,7 @@ class _Runner:
         from .model import token_weights
 
         model = self._torch
-        arrays = _padded(rows, ["input_ids", "token_type_ids", ATTENTION_BIAS])
+        arrays = padded_inputs(rows, self._padding)
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         task = self.engine.manifest.task
         embeddings, blocks, heads = model.parts
@@ -258,13 +256,7 @@ def run_bench(
 
 def hardware_line(threads: int | None) -> str:
     """Processor, threads and system, for the line beside a table."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    count = threads or usable_cores()
-    return f"{name}, {count} threads, {platform.system()}"
+    return f"{cpu_name()}, {threads or usable_cores()} threads, {platform.system()}"
 
 
 def _versions() -> dict[str, str]:
@@ -389,19 +381,6 @@ def _synthetic(
 def _spread(rows: Sequence[EncodedRow], count: int) -> list[EncodedRow]:
     """`count` rows, evenly spread over all of them (repeated if there are fewer)."""
     return [rows[number * len(rows) // count] for number in range(count)]
-
-
-def _padded(rows: Sequence[EncodedRow], names: Sequence[str]) -> dict[str, Any]:
-    shape = (len(rows), max(len(row) for row in rows))
-    arrays: dict[str, Any] = {}
-    for name in names:
-        if name == ATTENTION_BIAS:
-            arrays[name] = np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32)
-        else:
-            arrays[name] = np.zeros(shape, np.int64)
-        for number, row in enumerate(rows):
-            arrays[name][number, ..., : len(row)] = row.model_input(name)
-    return arrays
 
 
 def _load_torch(options: BenchOptions, exported: Mapping[str, str]) -> Any:

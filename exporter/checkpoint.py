@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, first_line
 from .backbones import build_encoder, family_of
 from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
-from .weights import TRAIN_HINT, WEIGHTS, first_line, fitting_weights, read_weights
+from .weights import TRAIN_HINT, WEIGHTS, fitting_weights, read_weights
 
 CONFIG_BLOCK = "fpabee"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -6,23 +6,16 @@ feeds it; then `parity` holds the chain, in the runtime that users run, against 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..runtime.artifact.manifest import (
-    ATTENTION_BIAS,
-    HIDDEN_STATES,
-    NEXT,
-    Manifest,
-)
-from ..runtime.encoding import EncodedRow, Text
+from ..runtime.artifact.manifest import ATTENTION_BIAS, HIDDEN_STATES, MASK_FILL, NEXT, Manifest
+from ..runtime.encoding import EncodedRow, Text, padded_batches
 from ..runtime.errors import VerificationError
-from .backbones import attention_bias
 from .model import MultiExitModel
 from .parity import FP32_TOLERANCE
 from .segments import Cut
@@ -48,8 +41,9 @@ BUILT_IN_TEXTS: tuple[Text, ...] = (
 def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> NDArray[np.float32]:
     """Logits `[exits, rows, labels]` of the PyTorch model, in padded batches."""
     batches = []
-    for batch in _batches(rows, model):
-        ids, mask, types = batch
+    for batch in padded_batches(rows, _padding(model), _BATCH):
+        ids, types, bias = (torch.from_numpy(array) for array in batch.values())
+        mask = (bias[:, 0, 0] == 0).long()
         with torch.no_grad():
             batches.append(model(ids, mask, types if model.backbone.token_types else None).numpy())
     return np.concatenate(batches, axis=1).astype(np.float32)
@@ -63,56 +57,35 @@ def check_graphs(
     Raises:
         VerificationError: a graph misses the bar; the first one is named.
     """
-    import onnxruntime as ort
+    from ..runtime.backends.onnxruntime_session import cpu_session
+    from ..runtime.backends.stepping import steps
 
-    from ..runtime.backends.onnxruntime_session import session_options
-
-    sessions: dict[str, Any] = {}
+    batches = list(padded_batches(rows, _padding(model), _BATCH))
     worst = dict.fromkeys(cut.modules, 0.0)
-    for ids, mask, types in _batches(rows, model):
-        state = {
-            "input_ids": ids,
-            "token_type_ids": types,
-            ATTENTION_BIAS: attention_bias(mask),
-        }
-        for name in [name for segment in cut.segments for name in segment.calls]:
-            graph = manifest.graphs[name]
-            if name not in sessions:
-                path = str(folder / graph.file)
-                sessions[name] = ort.InferenceSession(
-                    path, session_options(), providers=["CPUExecutionProvider"]
-                )
-            inputs = {spec.name: state[spec.name] for spec in graph.inputs}
-            with torch.no_grad():
-                expected = cut.modules[name](inputs)
-            names = [spec.name for spec in graph.outputs]
-            found = sessions[name].run(names, {key: v.numpy() for key, v in inputs.items()})
-            for key, value in zip(names, found, strict=True):
-                # Hidden states of padding are never read: compare the real tokens.
-                real = mask.numpy().astype(bool) if key == NEXT + HIDDEN_STATES else slice(None)
-                difference = float(np.abs(value - expected[key].numpy())[real].max())
-                # Unlike max(), keeps NaN: it must fail.
-                worst[name] = float(np.maximum(worst[name], difference))
-            if not worst[name] <= FP32_TOLERANCE:
-                raise VerificationError(
-                    f"{name} differs from its PyTorch module by {worst[name]:.2e}; "
-                    f"the bar is {FP32_TOLERANCE:.0e}",
-                    "nothing was written; please report this with your model's config.json",
-                )
-            state |= {key.removeprefix(NEXT): value for key, value in expected.items()}
+    for step in steps(
+        manifest, batches, lambda name: cpu_session(folder / manifest.graphs[name].file)
+    ):
+        inputs = {key: torch.from_numpy(value) for key, value in step.inputs.items()}
+        with torch.no_grad():
+            expected = cut.modules[step.graph](inputs)
+        is_real = batches[step.batch][ATTENTION_BIAS][:, 0, 0] == 0
+        for key, value in step.outputs.items():
+            # Hidden states of padding are never read: compare the real tokens.
+            real = is_real if key == NEXT + HIDDEN_STATES else slice(None)
+            difference = float(np.abs(value - expected[key].numpy())[real].max())
+            # Unlike max(), keeps NaN: it must fail.
+            worst[step.graph] = float(np.maximum(worst[step.graph], difference))
+        if not worst[step.graph] <= FP32_TOLERANCE:
+            raise VerificationError(
+                f"{step.graph} differs from its PyTorch module by {worst[step.graph]:.2e}; "
+                f"the bar is {FP32_TOLERANCE:.0e}",
+                "nothing was written; please report this with your model's config.json",
+            )
+        step.outputs.update({key: value.numpy() for key, value in expected.items()})
     return worst
 
 
-def _batches(
-    rows: Sequence[EncodedRow], model: MultiExitModel
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
-        shape = (len(part), max(len(row) for row in part))
-        ids = np.full(shape, model.backbone.config.pad_token_id or 0, np.int64)
-        mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for number, row in enumerate(part):
-            ids[number, : len(row)] = row.input_ids
-            types[number, : len(row)] = row.token_type_ids
-            mask[number, : len(row)] = 1
-        yield torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types)
+def _padding(model: MultiExitModel) -> dict[str, float]:
+    """What each model input holds on padding."""
+    pad_id = model.backbone.config.pad_token_id or 0
+    return {"input_ids": pad_id, "token_type_ids": 0, ATTENTION_BIAS: MASK_FILL}

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not named:
         raise ModelError(f"{path} is not a state dict of names and tensors", hint)
     return cast(dict[str, Tensor], weights)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def fitting_weights(

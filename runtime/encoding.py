@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,9 @@ from tokenizers import Tokenizer
 
 from .arguments import whole_number
 from .artifact.folder import verified
-from .artifact.manifest import ATTENTION_BIAS, TokenizerSpec
+from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.tokenizer_content import check_tokenizer
-from .errors import ArtifactError, FpabeeError, InputError
+from .errors import ArtifactError, FpabeeError, InputError, first_line
 
 # Texts that are tokenized in one call, so that memory stays flat on long lines too.
 _CHUNK_TEXTS = 256
@@ -24,6 +25,9 @@ _CHUNK_CHARACTERS = 4 * 2**20
 
 Text = str | tuple[str, str]
 """What is classified: a text, or a text and its pair."""
+
+Arrays = dict[str, NDArray[Any]]
+"""Tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,65 @@ class EncodedRow:
         if name == ATTENTION_BIAS:
             return 0.0
         return self.input_ids if name == "input_ids" else self.token_type_ids
+
+
+def padding_values(tokenizer: TokenizerSpec) -> dict[str, float]:
+    """What each input of segment 1 holds beyond the end of a row, by the name of the input."""
+    return {
+        "input_ids": tokenizer.pad_id,
+        "token_type_ids": tokenizer.pad_type_id,
+        ATTENTION_BIAS: MASK_FILL,
+    }
+
+
+def write_rows(array: NDArray[Any], name: str, rows: Sequence[EncodedRow], padding: float) -> None:
+    """Write one model input of some rows into an array, and padding around them.
+
+    Args:
+        array: `[batch, ..., sequence]`, at least as large as the rows; all of it is written.
+        name: the model input, as in `EncodedRow.model_input`.
+        rows: the rows, from the first of the array on.
+        padding: the value beyond the end of each row, and of rows of padding.
+    """
+    array[...] = padding
+    for number, row in enumerate(rows):
+        array[number, ..., : len(row)] = row.model_input(name)
+
+
+def padded_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> Arrays:
+    """Model inputs of one batch, padded to its longest row.
+
+    Args:
+        rows: at least one row.
+        padding: the padding of each input that is wanted, see `padding_values`.
+
+    Returns:
+        In the order of `padding`: token ids and types `[rows, tokens]` int64, the attention bias
+        `[rows, 1, 1, tokens]` float32.
+    """
+    batch, sequence = len(rows), max(len(row) for row in rows)
+    arrays: Arrays = {}
+    for name, value in padding.items():
+        if name == ATTENTION_BIAS:
+            arrays[name] = np.empty((batch, 1, 1, sequence), np.float32)
+        else:
+            arrays[name] = np.empty((batch, sequence), np.int64)
+        write_rows(arrays[name], name, rows, value)
+    return arrays
+
+
+def padded_batches(
+    rows: Sequence[EncodedRow], padding: Mapping[str, float], batch: int
+) -> Iterator[Arrays]:
+    """Model inputs of rows in batches, in their order; see `padded_inputs`.
+
+    Args:
+        rows: the rows.
+        padding: the padding of each input that is wanted, see `padding_values`.
+        batch: rows in a batch; the last one may have fewer.
+    """
+    for start in range(0, len(rows), batch):
+        yield padded_inputs(rows[start : start + batch], padding)
 
 
 class TextEncoder:
@@ -145,8 +208,7 @@ def tokenizer_errors(
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise kind(f"{what}: {reason}", hint) from error
+        raise kind(f"{what}: {first_line(error)}", hint) from error
 
 
 def _check(text: object, number: int) -> None:

@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
             continue
     return found | {
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": _cpu_with_features(),
         "gpu": device.error or f"{device.name}, compute capability {device.compute_capability}",
     }
 
@@ -63,12 +63,21 @@ def providers() -> str:
     return ", ".join(found) or "none: onnxruntime is damaged, install it again"
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines()[:40] if ":" in line)
-    content = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = content.get("flags", content.get("Features", "")).split()
-    telling = [feature for feature in _CPU_FEATURES if feature in flags]
-    return f"{content.get('model name', platform.machine())} ({' '.join(telling)})"
+def cpu_name() -> str:
+    """The model of this machine's processor, or its architecture if the system does not tell."""
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_with_features() -> str:
+    info = _cpu_info()
+    flags = info.get("flags", info.get("Features", "")).split()
+    found = [feature for feature in _CPU_FEATURES if feature in flags]
+    return f"{cpu_name()} ({' '.join(found)})" if info else cpu_name()
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core; empty on other systems."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines()[:40] if file.is_file() else []
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

@@ -154,6 +154,11 @@ def in_one_line(text: str) -> str:
     return _without_middle(printable(_without_middle(text)))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _without_middle(text: str) -> str:
     if len(text) <= _MOST_CHARACTERS:
         return text

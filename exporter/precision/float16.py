@@ -15,12 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...calibration.activations import padded_inputs
 from ...runtime.agreement import Agreement, agree
 from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import LOGITS, NEXT, Graph, Manifest, TensorSpec
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import EncodedRow, Text, TextEncoder
+from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import VerificationError
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
@@ -165,47 +164,34 @@ class Emulation:
 
     def run(self, rows: Sequence[EncodedRow], plans: dict[str, Lowering]) -> Run:
         """Logits of every exit, and the largest |x| of every node before rounding."""
-        segments = self._manifest.segments
-        names = [call for segment in segments for call in segment.calls]
-        # One graph in memory at a time: the state of all batches waits between two.
-        states = list(padded_inputs(rows, self._manifest.tokenizer, _BATCH))
+        from ...runtime.backends.stepping import steps
+
+        calls = sum(len(segment.calls) for segment in self._manifest.segments)
+        batches = padded_batches(rows, padding_values(self._manifest.tokenizer), _BATCH)
         worst: dict[str, dict[str, float]] = {}
-        logits: list[list[NDArray[np.float32]]] = []
-        session, loaded = None, ""
-        for number, name in enumerate(names):
-            self._progress(f"check {self._half.value}", number, len(names))
-            if name != loaded:
-                session, loaded = self._session(name, plans[name]), name
-            assert session is not None
-            outputs = [value.name for value in session.get_outputs()]
-            wanted = [value.name for value in session.get_inputs()]
-            graph_worst = worst.setdefault(name, {})
-            for state in states:
-                with np.errstate(all="ignore"):
-                    values = session.run(outputs, {key: state[key] for key in wanted})
-                for output, value in zip(outputs, values, strict=True):
-                    if output.startswith(ABS_MAX):
-                        node = output.removeprefix(ABS_MAX)
-                        # Unlike max(), keeps NaN.
-                        seen = np.maximum(graph_worst.get(node, 0.0), value)
-                        graph_worst[node] = float(seen)
-                    else:
-                        state[output.removeprefix(NEXT)] = value
-            if any(spec.name == LOGITS for spec in self._manifest.graphs[name].outputs):
-                logits.append([state[LOGITS] for state in states])
-        return Run(np.stack([np.concatenate(part) for part in logits]), worst)
+        logits: dict[int, list[NDArray[np.float32]]] = {}
+        for step in steps(self._manifest, batches, lambda name: self._session(name, plans[name])):
+            if step.batch == 0:
+                self._progress(f"check {self._half.value}", step.call, calls)
+            graph_worst = worst.setdefault(step.graph, {})
+            for output, value in step.outputs.items():
+                if output.startswith(ABS_MAX):
+                    node = output.removeprefix(ABS_MAX)
+                    # Unlike max(), keeps NaN.
+                    graph_worst[node] = float(np.maximum(graph_worst.get(node, 0.0), value))
+            if LOGITS in step.outputs:
+                logits.setdefault(step.call, []).append(step.outputs[LOGITS])
+        return Run(np.stack([np.concatenate(part) for part in logits.values()]), worst)
 
     def _session(self, name: str, chosen: Lowering) -> Any:
         import onnxruntime as ort
 
-        from ...runtime.backends.onnxruntime_session import session_options
+        from ...runtime.backends.onnxruntime_session import cpu_session, session_options
 
         options = session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         proto = emulate(self._protos[name], self._half, chosen)
-        return ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return cpu_session(proto.SerializeToString(), options)
 
 
 def _resolve(keep: Sequence[str], protos: dict[str, Any]) -> dict[str, set[str]]:

@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ...calibration.activations import Feed, graph_inputs
+from ...calibration.activations import graph_inputs
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import Text, TextEncoder
+from ...runtime.encoding import Arrays, Text, TextEncoder
 from ...runtime.errors import InputError, VerificationError
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
@@ -111,7 +111,7 @@ def _fp32_chain(folder: Path, manifest: Manifest, progress: Progress) -> Emulati
     return Emulation(folder, manifest, protos, Half.FP16, progress)
 
 
-def _quantize(name: str, path: Path, feeds: list[Feed]) -> Any:
+def _quantize(name: str, path: Path, feeds: list[Arrays]) -> Any:
     """The graph with Q/DQ, made by a process of its own, see `int8_worker`."""
     import onnx
 

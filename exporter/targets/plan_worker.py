@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from ...runtime.backends.tensorrt import error_logger
 from ..precision.formats import in_head
 
 _TURING = "7.5"
@@ -74,7 +75,7 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True):
 def build_plan(request: PlanRequest) -> PlanResult:
     """Build a plan and write it; errors come back in the result."""
     trt = importlib.import_module(request.module)
-    log = _Log.over(trt)
+    log = error_logger(trt)
     started = time.perf_counter()
     builder = trt.Builder(log)
     network = builder.create_network(_creation_flags(trt))
@@ -91,7 +92,7 @@ def build_plan(request: PlanRequest) -> PlanResult:
     cache = _timing_cache(trt, config, request.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return PlanResult(error=log.last or "the builder gave no plan and no reason")
+        return PlanResult(error=log.last)
     path = Path(request.plan)
     path.unlink(missing_ok=True)  # if it is a link, the file that it leads to is not ours
     path.write_bytes(memoryview(plan))
@@ -200,23 +201,6 @@ def _layers(trt: Any, log: Any, plan: Any, version_compatible: bool) -> str:
         return ""
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-class _Log:
-    """Makes a logger that keeps the last error: the only place where builders say why."""
-
-    @staticmethod
-    def over(trt: Any) -> Any:
-        class Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.last = ""
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                    self.last = message
-
-        return Log()
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import ModelError
+from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..model import LastHead, MultiExitConfig, MultiExitModel, Pooling
-from ..weights import first_line
 
 _BATCH = 64
 _TOLERANCE = 1e-4

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, TensorSpec
-from ..encoding import EncodedRow
+from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
 from .base import Bucket, Rows
 from .buffers import BufferName, Stage, Store, shape_of
@@ -247,12 +247,9 @@ class DeviceExecution:
         values = {}
         for name, buffer in self.backend.stages[0].live.items():
             spec = self.backend.specs[name]
-            value = np.full(
-                shape_of(spec, bucket), _bits(self.backend.padding[name], spec), _dtype(spec)
-            )
-            for number, row in enumerate(encoded):
-                value[number, ..., : len(row)] = row.model_input(name)
-            values[buffer] = value
+            values[buffer] = np.empty(shape_of(spec, bucket), _dtype(spec))
+            padding = _bits(self.backend.padding[name], spec)
+            write_rows(values[buffer], name, encoded, padding)
         buffers.upload(values)
         lengths = np.array([len(row) for row in encoded], np.intp)
         return GpuHidden(len(encoded), buffers, 0, lengths)

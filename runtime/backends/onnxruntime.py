@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from ..artifact.folder import resolve, verified_graph
 from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, Target, TensorSpec
-from ..encoding import EncodedRow
-from ..errors import ArtifactError, BackendError
+from ..encoding import EncodedRow, padding_values, write_rows
+from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits, Rows
 from .buffers import BufferName, Store, carried_specs, crop_of, plan_buffers, shape_of
 from .onnxruntime_session import (
     DISABLED_OPTIMIZERS,
     check_installed,
-    first_line,
     is_out_of_memory,
     ort_errors,
     session_options,
@@ -158,11 +157,7 @@ class OnnxRuntimeBackend:
             resolve(folder, self._file(name)[0])
         self.specs = carried_specs(manifest.graphs_in(target.precision))
         self.stages = plan_buffers(manifest)
-        self.padding = {
-            "input_ids": manifest.tokenizer.pad_id,
-            "token_type_ids": manifest.tokenizer.pad_type_id,
-            ATTENTION_BIAS: MASK_FILL,
-        }
+        self.padding = padding_values(manifest.tokenizer)
 
     def limits(self) -> Limits:
         """Any shape up to the model's longest sequence."""
@@ -242,10 +237,7 @@ class OnnxRuntimeExecution:
         """Pad token ids and make the attention bias."""
         buffers = self._store.take(bucket)
         for name, buffer in self._backend.stages[0].live.items():
-            array = buffers.array(buffer)
-            array[...] = self._backend.padding[name]
-            for number, row in enumerate(encoded):
-                array[number, ..., : len(row)] = row.model_input(name)
+            write_rows(buffers.array(buffer), name, encoded, self._backend.padding[name])
         return CpuHidden(len(encoded), buffers, 0)
 
     def enqueue(self, segment: int, hidden: CpuHidden) -> tuple[CpuHidden, _Ready]:

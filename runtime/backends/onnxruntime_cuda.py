@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from ..artifact.folder import resolve, verified_graph
-from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
-from ..errors import ArtifactError, BackendError
+from ..artifact.manifest import Manifest, Target
+from ..encoding import padding_values
+from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
 from .cuda import cuda
 from .device import DeviceExecution, Place
 from .onnxruntime_session import (
     check_device,
-    first_line,
     is_out_of_memory,
     ort_errors,
     session_options,
@@ -93,11 +93,7 @@ class OnnxRuntimeCudaBackend:
         self.stages = plan_buffers(manifest)
         self._graphs = manifest.graphs_in(target.precision)
         self.specs = carried_specs(self._graphs)
-        self.padding: dict[str, float] = {
-            "input_ids": manifest.tokenizer.pad_id,
-            "token_type_ids": manifest.tokenizer.pad_type_id,
-            ATTENTION_BIAS: MASK_FILL,
-        }
+        self.padding = padding_values(manifest.tokenizer)
         self._folder = folder
         self._shapes = manifest.shapes
         self._stream = self.cuda.stream()

@@ -7,9 +7,11 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, MissingExtraError
+from ..errors import BackendError, MissingExtraError, first_line
 from .cuda_probe import cuda_device
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,26 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
+def cpu_session(
+    model: Path | bytes, options: Any = None, disabled_optimizers: Sequence[str] = ()
+) -> Any:
+    """A session on the CPU.
+
+    Args:
+        model: an ONNX file, or its content.
+        options: the session's options; default: `session_options()`.
+        disabled_optimizers: names of ONNX Runtime's graph optimizers that are left out.
+    """
+    import onnxruntime as ort
+
+    return ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options or session_options(),
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=list(disabled_optimizers),
+    )
+
+
 def check_installed() -> None:
     """Check that exactly one ONNX Runtime package is installed, and whole.
 
@@ -210,8 +232,3 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a run failed for want of memory: ONNX Runtime says it in words only."""
     words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..agreement import TIES
 from ..artifact.folder import resolve, verified
-from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Manifest, Target
+from ..artifact.manifest import Manifest, Target
+from ..encoding import padding_values
 from ..errors import ArtifactError, BackendError, MissingExtraError
 from .base import Bucket, Limits
 from .buffers import carried_specs, plan_buffers
@@ -121,7 +122,7 @@ class TensorRtBackend:
         self._folder = folder
         self._target = target
         self._name = name
-        self._log = _logger(self.trt)
+        self._log = error_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
         # Such a plan brings the library code that runs it.
         self._runtime.engine_host_code_allowed = target.version_compatible
@@ -140,11 +141,7 @@ class TensorRtBackend:
                     f"{path} was built from another graph than the one in the folder",
                     rebuild(target),
                 )
-        self.padding: dict[str, float] = {
-            "input_ids": manifest.tokenizer.pad_id,
-            "token_type_ids": manifest.tokenizer.pad_type_id,
-            ATTENTION_BIAS: MASK_FILL,
-        }
+        self.padding = padding_values(manifest.tokenizer)
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""
@@ -349,8 +346,14 @@ def library_version(module: str) -> str:
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
 
 
-def _logger(trt: Any) -> Any:
-    """A logger that keeps the last error, for messages, instead of printing it."""
+def error_logger(trt: Any) -> Any:
+    """A logger that keeps the last error as `last` instead of printing it.
+
+    It is the only place where TensorRT says why something failed.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -6,10 +6,8 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
@@ -26,8 +24,8 @@ from fpabee.exporter.bench import (
 from fpabee.exporter.cli.bench import main
 from fpabee.exporter.prune.merge import merge_chain
 from fpabee.runtime import Budget, Engine, FPabee, read_manifest
-from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.encoding import padded_inputs, padding_values
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 
@@ -36,21 +34,11 @@ TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 def test_merged_graph_gives_the_last_exit(engines: Mapping[str, Path], family: str) -> None:
     folder = engines[family]
     proto = merge_chain(folder, read_manifest(folder))
-    session = ort.InferenceSession(
-        proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
-    )
+    session = cpu_session(proto.SerializeToString())
     with Engine.load(folder) as engine:
         rows = engine.encode(TEXTS)
         expected = engine.trace(TEXTS).logits[-1]
-    shape = (len(rows), max(map(len, rows)))
-    feed: dict[str, Any] = {
-        "input_ids": np.zeros(shape, np.int64),
-        "token_type_ids": np.zeros(shape, np.int64),
-        ATTENTION_BIAS: np.full((shape[0], 1, 1, shape[1]), MASK_FILL, np.float32),
-    }
-    for number, row in enumerate(rows):
-        for name, array in feed.items():
-            array[number, ..., : len(row)] = row.model_input(name)
+        feed = padded_inputs(rows, padding_values(engine.manifest.tokenizer))
     names = [value.name for value in session.get_inputs()]
 
     (logits,) = session.run(None, {name: feed[name] for name in names})

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
-from fpabee.runtime.artifact.manifest import ATTENTION_BIAS
-from fpabee.runtime.encoding import EncodedRow, TextEncoder
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
+from fpabee.runtime.encoding import EncodedRow, TextEncoder, padded_batches, padding_values
 from fpabee.runtime.errors import ArtifactError, InputError
 
 
@@ -79,11 +79,23 @@ def test_a_limit_without_room_for_a_token_is_refused(
         encoder_of(engines["bert"], limit)
 
 
-def test_model_inputs(bert: TextEncoder) -> None:
-    (row,) = bert.encode([("the", "a")])
-    assert row.model_input("input_ids") is row.input_ids
-    assert row.model_input("token_type_ids") is row.token_type_ids
-    assert row.model_input(ATTENTION_BIAS) == 0.0
+def test_batches_are_padded_to_their_longest_row(bert: TextEncoder) -> None:
+    rows = bert.encode(["the the", ("the", "a"), "the"])
+    padding = {"input_ids": 7, "token_type_ids": 8, ATTENTION_BIAS: MASK_FILL}
+    first, second = padded_batches(rows, padding, batch=2)
+    assert first["input_ids"].tolist() == [[*ids(rows[0]), 7], ids(rows[1])]
+    assert first["token_type_ids"].tolist() == [[0, 0, 0, 0, 8], [0, 0, 0, 1, 1]]
+    assert first[ATTENTION_BIAS].shape == (2, 1, 1, 5)
+    assert first[ATTENTION_BIAS][0, 0, 0].tolist() == [0, 0, 0, 0, MASK_FILL]
+    assert not first[ATTENTION_BIAS][1].any()
+    assert second["input_ids"].tolist() == [ids(rows[2])]
+    assert {array.dtype.name for array in first.values()} == {"int64", "float32"}
+
+
+def test_padding_values_are_those_of_the_tokenizer(engines: Mapping[str, Path]) -> None:
+    spec = read_manifest(engines["mpnet"]).tokenizer
+    values = padding_values(msgspec.structs.replace(spec, pad_id=5, pad_type_id=6))
+    assert values == {"input_ids": 5, "token_type_ids": 6, ATTENTION_BIAS: MASK_FILL}
 
 
 @pytest.mark.parametrize(
