@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,11 +264,13 @@ def test_segments_are_loaded_when_first_needed(engine_copy: Callable[..., Path],
         backend.preload()
 
 
-def test_a_file_that_is_no_graph_says_how_to_mend_it(engine_copy: Callable[..., Path]) -> None:
+def test_a_graph_for_a_later_onnxruntime_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy("bert")
     manifest = read_manifest(folder)
     graph = manifest.graphs["segment_01"]
-    (folder / graph.file).write_bytes(b"not a graph")
+    proto = onnx.load(folder / graph.file)
+    proto.opset_import[0].version = 999
+    onnx.save(proto, folder / graph.file)
     graph = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
     changed = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "segment_01": graph})
     backend = OnnxRuntimeBackend(folder, changed, manifest.targets[manifest.default_target])
