@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +169,6 @@ class PerExit:
 
 def _stops(family: Family, rule: ExitRule) -> Answers:
     """The exits of a fitted rule, by its family's stop scores."""
-    numbers: Any = vars(rule)["threshold"]
-    below = family.scores < family.sign * np.asarray(numbers)[:, None]
+    below = family.scores < rule.stop_thresholds
     below[-1] = True
     return np.asarray(below.argmax(axis=0) + 1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import ProblemType, Task
 from .rules.measures import Answers, Outputs
-from .rules.rules import Epee, ExitRule, Pabee
+from .rules.rules import ExitRule
 from .rules.runner import simulate
 
 # What a target in another precision than fp32 must reach: labels, exits. int8 is another
@@ -134,12 +132,12 @@ def exit_agreement(
     # A score moves by at most a few times what the logits move.
     low, high = (
         simulate(
-            expected, _shifted(rule, by), task.problem_type, label_thresholds=task.label_thresholds
+            expected, rule.shifted(by), task.problem_type, label_thresholds=task.label_thresholds
         ).exits
         for by in (-10 * tolerance, 10 * tolerance)
     )
     unsure = np.not_equal(low, high)
-    if isinstance(rule, (Pabee, Epee)):
+    if rule.uses_labels:
         unsure |= near_ties(expected, task, tolerance).any(axis=0)
     return np.equal(one.exits, two.exits), np.asarray(unsure)
 
@@ -149,14 +147,3 @@ def _cut_logits(task: Task) -> NDArray[np.float64]:
     label_thresholds = np.asarray(task.label_thresholds or 0.5, np.float64)
     with np.errstate(divide="ignore"):  # a cut of 0 or 1 is never near
         return np.asarray(np.log(label_thresholds) - np.log1p(-label_thresholds))
-
-
-def _shifted(rule: ExitRule, by: float) -> ExitRule:
-    """The rule with its thresholds moved; exits in between lie between those of two such."""
-    moved: dict[str, Any] = {}
-    for field in ("threshold", "agreement"):
-        value = getattr(rule, field, None)
-        if value is not None:
-            is_one = isinstance(value, float | int)
-            moved[field] = value + by if is_one else tuple(number + by for number in value)
-    return dataclasses.replace(rule, **moved)

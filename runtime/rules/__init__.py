@@ -1,1 +1,1 @@
-"""Exit rules: pure numpy, nothing else."""
+"""The exit rules: which rows stop after each exit. Pure numpy, without input or output."""

@@ -1,0 +1,371 @@
+"""What all exit rules have in common.
+
+After every exit, a rule gives each row a *signal*: whether the answer looks settled. A row stops
+after as many signals in a row as the rule's patience; some rules can also stop a row at once.
+
+A rule answers every question about itself: its signals for a batch (`signal`) and for a single
+row without numpy (`row_signal`), the settings that calibration tries (`search_grid`), how all
+thresholds are tried at once (`stop_scores`), and how far rounding can move its decisions
+(`shifted`, `uses_labels`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arguments import whole_number
+from ..artifact.operating_point import RuleSettings
+from ..errors import Remedy, RuleError
+from .measures import Array, Mask, Measure, Outputs, RowOutputs
+
+Threshold = float | tuple[float, ...]
+"""One threshold for all exits, or one for each exit; the last exit stops every row anyway."""
+
+
+@dataclass(slots=True)
+class Signal:
+    """What a rule sees at one exit.
+
+    Attributes:
+        scores: `[rows]` float64, what the rule compares with its threshold; None if it has no
+            score.
+        agrees: `[rows]` bool, whether the answer looks settled at this exit.
+        stop_now: `[rows]` bool, rows that stop regardless of their earlier signals; None if there
+            are none.
+    """
+
+    scores: Array | None
+    agrees: Mask
+    stop_now: Mask | None = None
+
+
+ScoresOf = Callable[["ExitRule"], Array]
+"""Gives the scores `[exits, rows]` of a rule on a trace, with NaN where the rule has none."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a rule needs to know to list the settings that are worth trying on a trace.
+
+    Attributes:
+        exits: number of exits of the model.
+        measures: similarity measures to try.
+        patiences: values of `patience` to try.
+        scores_of: the scores of any rule on the trace.
+    """
+
+    exits: int
+    measures: Sequence[Measure]
+    patiences: Sequence[int]
+    scores_of: ScoresOf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRule(ABC):
+    """Base class of the exit rules, which decide for each row which exit answers.
+
+    A rule is made with keyword arguments and never changes.
+
+    Attributes:
+        min_exit: the first exit at which a row may stop. Signals count from exit 1 on.
+        max_exit: every row that reaches this exit stops there; None means the last exit.
+
+    Raises:
+        RuleError: a setting has the wrong type or value. Exits and patience are whole numbers
+            from 1, thresholds are finite numbers, and a measure is a `Measure` or its value.
+
+    Example:
+        >>> from fpabee.runtime import ExitRule, FPabee
+        >>> rule = FPabee(threshold=0.25, patience=2, min_exit=3)
+        >>> rule.to_dict()
+        {'name': 'fpabee', 'min_exit': 3, 'threshold': 0.25, 'measure': 'jskd', 'patience': 2}
+        >>> ExitRule.from_dict(rule.to_dict()) == rule
+        True
+    """
+
+    name: ClassVar[str]
+    """The name of the rule in commands and in the manifest."""
+    uses_labels: ClassVar[bool] = False
+    """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
+    fits_per_exit: ClassVar[bool] = False
+    """Whether calibration also fits one threshold per exit for this rule."""
+    sign: ClassVar[int] = 1
+    """-1 if rows stop above the threshold, not below it: then stop scores are negated."""
+
+    min_exit: int = 1
+    max_exit: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic | np.ndarray):
+                value = value.tolist()
+            if isinstance(value, list):
+                value = tuple(value)
+            check = _CHECKS[str(field.type)]
+            object.__setattr__(self, field.name, check(f"{self.name}: {field.name}", value))
+        if self.max_exit is not None and self.max_exit < self.min_exit:
+            raise RuleError(
+                f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
+                "give a larger max_exit",
+            )
+
+    @abstractmethod
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """Scores and signals of some rows at an exit; each row depends on its own outputs only.
+
+        Args:
+            exit_number: counted from 1; at least `first_exit_with_signal`.
+            earlier: outputs of the previous exit for the same rows; None at exit 1.
+            now: outputs of this exit.
+        """
+
+    @property
+    def first_exit_with_signal(self) -> int:
+        """The first exit that can give a signal; `signal` is not called before it."""
+        return 1
+
+    @property
+    def signals_needed(self) -> int:
+        """How many signals in a row stop a row."""
+        return int(getattr(self, "patience", 1))
+
+    def row_signal(
+        self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
+    ) -> bool | None:
+        """The signal of a single row, computed without numpy.
+
+        Args:
+            exit_number: counted from 1.
+            earlier: outputs of the previous exit; None at exit 1.
+            now: outputs of this exit.
+
+        Returns:
+            Whether the answer looks settled. None if the rule has no such form, or if the score
+            is so close to the threshold that rounding decides: then `signal` must be asked.
+        """
+        return None
+
+    @classmethod
+    @abstractmethod
+    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
+        """The settings that calibration tries.
+
+        Thresholds are swept separately, so a single setting stands for all thresholds.
+
+        Args:
+            space: what can be tried on the trace.
+        """
+
+    def stop_scores(self, scores_of: ScoresOf) -> Array:
+        """Everything about the rule but its threshold, as one score for each exit and row.
+
+        A row stops at the first exit whose stop score is below the threshold. A score of infinity
+        never stops the row, and a score of minus infinity always does. Rules without a threshold
+        behave as if it were 0.5.
+
+        Args:
+            scores_of: the scores of any rule on the trace.
+
+        Returns:
+            `[exits, rows]` float64.
+        """
+        scores = self._stop_scores(scores_of)
+        scores = np.where(np.isnan(scores), np.inf, scores)
+        scores[: self.min_exit - 1] = np.inf
+        scores[(self.max_exit or len(scores)) - 1 :] = -np.inf
+        return scores
+
+    def _stop_scores(self, scores_of: ScoresOf) -> Array:
+        """The largest of the last `patience` scores: if it is below the threshold, all are.
+
+        NaN means that the rule cannot stop the row there.
+        """
+        # Settings that do not change the scores get the same value, so that scores are shared.
+        plain: dict[str, Any] = {"min_exit": 1, "max_exit": None, "patience": 1, "threshold": 0.0}
+        bare = dataclasses.replace(self, **{k: v for k, v in plain.items() if hasattr(self, k)})
+        scores, patience = self.sign * scores_of(bare), self.signals_needed
+        largest = np.full_like(scores, np.nan)
+        if patience <= len(scores):
+            windows = np.lib.stride_tricks.sliding_window_view(scores, patience, axis=0)
+            largest[patience - 1 :] = windows.max(axis=-1)
+        return largest
+
+    @property
+    def stop_thresholds(self) -> Array:
+        """What stop scores are compared with: `[exits, 1]`, or `[1, 1]` for all exits."""
+        return np.full((1, 1), 0.5)
+
+    def with_stop_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        """This rule with another threshold for its stop scores.
+
+        Args:
+            threshold: one number, or one for each exit. Rules without a threshold ignore it.
+        """
+        return self
+
+    def shifted(self, by: float) -> ExitRule:
+        """This rule with all its thresholds moved by `by`.
+
+        A row whose scores change by less than `by` stops no earlier and no later than under the
+        rule shifted down and the rule shifted up.
+        """
+        return self
+
+    def capped(self, max_exit: int) -> ExitRule:
+        """This rule, except that no row goes beyond an exit.
+
+        Args:
+            max_exit: that exit, counted from 1. A lower `max_exit` of the rule stays; a higher
+                `min_exit` is lowered.
+
+        Raises:
+            RuleError: the exit is not a whole number from 1.
+        """
+        max_exit = whole_number("max_exit", max_exit, RuleError)
+        return dataclasses.replace(
+            self,
+            min_exit=min(self.min_exit, max_exit),
+            max_exit=min(self.max_exit or max_exit, max_exit),
+        )
+
+    def to_dict(self) -> RuleSettings:
+        """The rule's name and settings, as the manifest stores them; `from_dict` reads them."""
+        left_out = {"min_exit": 1, "max_exit": None}
+        settings = {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in left_out or value != left_out[key]
+        }
+        return {"name": self.name, **settings}
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> ExitRule:
+        """The rule that a dictionary with `name` and settings describes.
+
+        Args:
+            settings: as `to_dict` returns them; measures are given by their values.
+
+        Raises:
+            RuleError: the rule or a setting does not exist, a setting is missing, or it has a
+                wrong value.
+        """
+        from .rules import RULES  # that module imports this one
+
+        given = dict(settings)
+        name = given.pop("name", None)
+        kind = RULES.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        known = f"its settings are: {', '.join(fields)}"
+        unknown = sorted(set(given) - set(fields))
+        if unknown:
+            raise RuleError(f"rule {name} does not take {', '.join(unknown)}", known)
+        for field in fields.values():
+            if field.default is dataclasses.MISSING and field.name not in given:
+                remedy = Remedy("give {" + field.name + "}; {known}", known=known)
+                raise RuleError(f"rule {name} needs {field.name}", remedy)
+        return kind(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdRule(ExitRule):
+    """Base class of the rules that compare a score with a threshold.
+
+    Attributes:
+        threshold: one for all exits, or one for each exit.
+    """
+
+    threshold: Threshold
+
+    @abstractmethod
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+        """The scores `[rows]` of some rows at an exit.
+
+        Args:
+            earlier: outputs of the previous exit; None at exit 1.
+            now: outputs of this exit.
+        """
+
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """The answer looks settled where the score is strictly beyond the threshold."""
+        scores = self.scores(earlier, now)
+        return Signal(scores, self._passes(exit_number, scores))
+
+    def _passes(self, exit_number: int, scores: Array) -> Mask:
+        threshold = self.threshold_at(exit_number)
+        return scores < threshold if self.sign > 0 else scores > threshold
+
+    def threshold_at(self, exit_number: int) -> float:
+        """The threshold at an exit, counted from 1."""
+        numbers = self.threshold
+        return numbers[exit_number - 1] if isinstance(numbers, tuple) else numbers
+
+    @classmethod
+    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
+        """One setting; only its threshold varies."""
+        yield cls(threshold=0.0)
+
+    @property
+    def stop_thresholds(self) -> Array:
+        """What stop scores are compared with: `[exits, 1]`, or `[1, 1]` for all exits."""
+        return self.sign * np.array(self.threshold, np.float64).reshape(-1, 1)
+
+    def with_stop_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        """This rule with another threshold for its stop scores, see `ExitRule`."""
+        if isinstance(threshold, float):
+            return dataclasses.replace(self, threshold=self.sign * threshold)
+        numbers = tuple(self.sign * float(number) for number in threshold)
+        return dataclasses.replace(self, threshold=numbers)
+
+    def shifted(self, by: float) -> ExitRule:
+        """This rule with its threshold moved by `by`, see `ExitRule`."""
+        numbers = self.threshold
+        moved = tuple(n + by for n in numbers) if isinstance(numbers, tuple) else numbers + by
+        return dataclasses.replace(self, threshold=moved)
+
+
+def _whole_number(what: str, value: Any) -> int:
+    return whole_number(what, value, RuleError)
+
+
+def _number(what: str, value: Any, remedy: str = "give a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RuleError(f"{what} is {value!r}", remedy)
+    if not math.isfinite(value):
+        raise RuleError(f"{what} is {value}", "give a finite number")
+    return value
+
+
+def _threshold(what: str, value: Any) -> Threshold:
+    numbers = value if isinstance(value, tuple) and value else (value,)
+    for number in numbers:
+        _number(what, number, "give a number, or one for each exit")
+    return value  # type: ignore[no-any-return]
+
+
+def _measure(what: str, value: Any) -> Measure:
+    try:
+        return Measure(value)
+    except ValueError:
+        known = ", ".join(measure.value for measure in Measure)
+        raise RuleError(f"measure {value!r} does not exist", f"choose from {known}") from None
+
+
+# How a setting is checked, by its annotation.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "int": _whole_number,
+    "int | None": lambda what, value: None if value is None else _whole_number(what, value),
+    "float": _number,
+    "Threshold": _threshold,
+    "Measure": _measure,
+}
