@@ -18,7 +18,7 @@ from ..runtime.metrics import Labels
 from ..runtime.progress import Progress
 from ..runtime.rules.rules import RULES, Budget, ExitRule
 from .choose import PARTS, Selector, every_setting
-from .costs import CostModel, measure_costs, measure_speedup, with_head_shares
+from .costs import CostModel, measure_costs, measure_speedup
 from .goals import CalibrationOptions
 from .label_thresholds import check_label_thresholds, tune_label_thresholds, with_label_thresholds
 from .outcome import Outcome, exits_of, outcome
@@ -202,9 +202,6 @@ class _Session:
         for number, batch in enumerate(sizes):
             self.progress(f"time segments, batch {batch}", number, len(sizes))
             models.append(measure_costs(self.engine, rows.lengths, batch))
-        models[0] = with_head_shares(
-            models[0], self.folder, self.engine.manifest, self.engine.target
-        )
         return tuple(models)
 
     def _selector(self, stopping_costs: StoppingCosts) -> Selector:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.folder import verified_graph
-from ..runtime.artifact.manifest import Manifest
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.rules.measures import Array
@@ -29,8 +22,6 @@ _SINGLE_ROWS = 48
 _WINDOW_ROWS = 128
 _WINDOWS = 2
 _MOST_SECONDS = 10.0
-# How the exporter names the nodes of a head, also after ONNX Runtime has fused some.
-_HEAD = "head"
 
 
 @dataclass(frozen=True)
@@ -42,13 +33,11 @@ class CostModel:
         lengths: tokens a row, ascending, that were measured.
         seconds: `[segments, lengths]` seconds for one row: those of the batch over its rows. The
             head is part of its segment.
-        head_shares: `[segments]` of that, the share of the head; empty: not measured.
     """
 
     batch: int
     lengths: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
-    head_shares: tuple[float, ...] = ()
 
     def row_costs(self, lengths: NDArray[np.intp]) -> Array:
         """`[exits, rows]` seconds until each exit, for rows of some lengths.
@@ -76,64 +65,6 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
         columns.append(np.median(np.array(runs), axis=0) / rows)
     seconds = np.stack(columns, axis=1)
     return CostModel(batch, tuple(sizes), tuple(tuple(map(float, row)) for row in seconds))
-
-
-def with_head_shares(model: CostModel, folder: Path, manifest: Manifest, target: str) -> CostModel:
-    """The model with the heads' shares, where the target lets them be measured."""
-    chosen = manifest.targets[target]
-    if chosen.backend != "onnxruntime" or chosen.device or chosen.precision != "fp32":
-        return model
-    middle = model.lengths[len(model.lengths) // 2]
-    return dataclasses.replace(model, head_shares=head_shares(folder, manifest, middle))
-
-
-def head_shares(folder: Path, manifest: Manifest, tokens: int) -> tuple[float, ...]:
-    """Share of each segment's time that its head takes, by ONNX Runtime's profile on the CPU.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest.
-        tokens: length of the row it is measured on.
-    """
-    spent = {name: _profile(folder, manifest, name, tokens) for name in manifest.graphs}
-    shares = []
-    for segment in manifest.segments:
-        head, total = np.sum([spent[call] for call in segment.calls], axis=0)
-        shares.append(float(head / total))
-    return tuple(shares)
-
-
-def _profile(folder: Path, manifest: Manifest, name: str, tokens: int) -> tuple[float, float]:
-    """Microseconds of a graph's head, and of all of it."""
-    import onnxruntime as ort
-
-    from ..runtime.backends.onnxruntime_session import DISABLED_OPTIMIZERS, session_options
-
-    graph = manifest.graphs[name]
-    sizes = {"batch": 1, "sequence": tokens}
-    feed: dict[str, Any] = {}
-    for spec in graph.inputs:
-        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-        feed[spec.name] = np.zeros(shape, spec.dtype)
-    with tempfile.TemporaryDirectory() as place:
-        options = session_options()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(place) / "profile")
-        session = ort.InferenceSession(
-            str(verified_graph(folder, graph.file, graph.sha256)),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=DISABLED_OPTIMIZERS,
-        )
-        for _ in range(_REPEATS):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    times = [
-        (event["name"].removeprefix("fused ").startswith(_HEAD), event["dur"])
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
-    return sum(dur for is_head, dur in times if is_head), sum(dur for _, dur in times)
 
 
 def measure_speedup(

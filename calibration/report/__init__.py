@@ -1,6 +1,7 @@
-"""The report of a calibration: one HTML page, and all of it as PNG, CSV and JSON beside it.
+"""The report of a calibration: one HTML page, with its tables as CSV and JSON files beside it.
 
-Needs the extra `plot`.
+The page has four parts: score against speed-up, where rows stop, how far each exit can be trusted,
+and the rows whose answer changed. It needs the extra `plot`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...runtime.errors import ArtifactError
+from ...runtime.errors import ArtifactError, Remedy
 from ...runtime.optional_packages import require
-from ...runtime.progress import Progress
+from ...runtime.progress import Progress, silent
 from ..result import Calibration
 from .data import Record, gather, summary, tables
 
 PAGE_NAME = "report.html"
-"""The page; all it shows is in the file itself."""
+"""The name of the page, which is self-contained."""
 
 _SEPARATOR = "|"
 
@@ -29,18 +30,17 @@ def write_report(
     folder: str | Path,
     *,
     texts: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write the report of a calibration into a folder.
 
-    `report.html` holds all that it shows; the figures stand beside it as PNG, the tables as CSV,
-    and everything as `report.json`. Files of an earlier report are replaced; others are left
-    alone. The page is written last.
+    Files of an earlier report are replaced, and other files are left alone. The page is written
+    last.
 
     Args:
         result: the calibration.
-        folder: where to write; it is made if it is not there.
-        texts: whether the page shows texts of the rows, and the files hold them.
+        folder: where to write; it is created if it does not exist.
+        texts: whether the page and the files contain the texts of the rows.
         progress: called with (what, done, total).
 
     Returns:
@@ -54,54 +54,50 @@ def write_report(
     from .html import render
     from .plots import draw
 
-    told = progress or (lambda what, done, total: None)
-    report = gather(result, texts, told)
+    report = gather(result, texts, progress)
     content = tables(report)
-    told("report: draw", 0, 1)
-    pictures = draw(report)
-    page = render(report, content, pictures)
-    files: dict[str, bytes | None] = {"report.json": _json({"summary": summary(report), **content})}
-    for name, records in content.items():
-        files[f"{name}.csv"] = _csv(records) if records else None
-    for name, picture in pictures.items():
-        files[f"{name}.png"] = None if picture is None else picture.png
-    files[PAGE_NAME] = page.encode()
-    _write(Path(folder), files)
-    told("report: draw", 1, 1)
+    progress("report: draw", 0, 1)
+    page = render(report, draw(report))
+    files = {"report.json": _json({"summary": summary(report), **content})}
+    files |= {f"{name}.csv": _csv(records) for name, records in content.items()}
+    _write(Path(folder), files | {PAGE_NAME: page.encode()})
+    progress("report: draw", 1, 1)
     return Path(folder) / PAGE_NAME
 
 
 def check_place(folder: Path) -> None:
-    """Check before a calibration that a report can have its folder.
+    """Check before a calibration that its report can be written into a folder.
 
     Raises:
-        ArtifactError: the folder, or one that it would stand in, is a file.
+        ArtifactError: the folder, or one of its parents, is a file.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
         raise ArtifactError(
-            f"cannot write the report into {folder}: {there} is a file",
-            "give --report another folder",
+            f"cannot write the report into {folder}: {existing} is a file",
+            Remedy("give another folder as {report}"),
         )
 
 
-def _write(folder: Path, files: dict[str, bytes | None]) -> None:
-    """Write files; those without content are not of this report, and an old one goes."""
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files; an empty one removes the file of an earlier report instead."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            # Before it is written, too: a link would lead to a file that is not ours.
+            # A link would lead to a file that does not belong to the report.
             (folder / name).unlink(missing_ok=True)
-            if content is not None:
+            if content:
                 (folder / name).write_bytes(content)
     except OSError as error:
         raise ArtifactError(
             f"cannot write the report into {folder}: {error.strerror}",
-            "the operating points are in the manifest; give --report another folder",
+            Remedy("the operating points are in the manifest; give another folder as {report}"),
         ) from error
 
 
 def _csv(records: Sequence[Record]) -> bytes:
+    if not records:
+        return b""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(records[0])
@@ -110,7 +106,6 @@ def _csv(records: Sequence[Record]) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """A value of a table as CSV has it: nothing for none, names joined, six digits."""
     if isinstance(value, tuple):
         return _SEPARATOR.join(value)
     return f"{value:.6g}" if isinstance(value, float) else value

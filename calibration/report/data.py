@@ -1,4 +1,4 @@
-"""All that a report says, as plain records: nothing here draws or formats."""
+"""Everything that a report says, as plain records; nothing here draws or formats."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
 from typing import Any
 
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.environment import environment
 from ...runtime.progress import Progress
-from ...runtime.rules.measures import Measure
 from ...runtime.rules.rules import ExitRule
-from ..choose import PARTS
 from ..descriptions import rule_in_words
 from ..outcome import Outcome
-from ..result import Calibration, Point, RuleComparison
+from ..result import Calibration, Point
 from ..scoring import Scorer
-from ..trace import data_sha256
-from .exits import Bin, ExitScore, SegmentTime, exit_scores, reliability, segment_times
-from .fronts import (
-    Cell,
-    FrontSetting,
-    compared_measure,
-    measure_fronts,
-    patience_grid,
-    rule_fronts,
-)
+from .exits import Bin, ExitScore, exit_scores, reliability
+from .fronts import FrontSetting, rule_fronts
 from .texts import TextRow, text_rows
 
 Record = dict[str, Any]
@@ -41,16 +30,12 @@ class Report:
 
     Attributes:
         result: the calibration.
-        manifest: of the engines folder.
-        made: when, in UTC.
+        manifest: the manifest of the engines folder.
+        made: when the report was made, in UTC.
         environment: versions and devices.
-        fronts: of every kind of rule.
-        measures: of every similarity measure.
-        measure: that of the heat map.
-        cells: of the heat map.
-        exit_scores: each exit by itself.
-        bins: of the reliability diagrams; none without labels.
-        segments: measured times.
+        fronts: the curve of each rule that matters.
+        bins: the reliability diagrams; empty without labels.
+        exit_scores: each exit on its own.
         rows: texts and answers.
         with_texts: whether the rows have their texts.
     """
@@ -60,12 +45,8 @@ class Report:
     made: datetime
     environment: dict[str, str]
     fronts: list[FrontSetting]
-    measures: list[FrontSetting]
-    measure: Measure
-    cells: list[Cell]
-    exit_scores: list[ExitScore]
     bins: list[Bin]
-    segments: list[SegmentTime]
+    exit_scores: list[ExitScore]
     rows: list[TextRow]
     with_texts: bool
 
@@ -74,12 +55,11 @@ class Report:
         """Name of the score."""
         return self.result.selector.stopping_costs.scorer.metric
 
-    @cached_property
+    @property
     def full_depth(self) -> float:
         """The score at full depth of the rows that the curves are judged on."""
-        test = self.result.test
-        own = self.result.selector.stopping_costs.scorer
-        return own.full_depth if test is None else Scorer(test, self.metric).full_depth
+        test, scorer = self.result.test, self.result.selector.stopping_costs.scorer
+        return scorer.full_depth if test is None else Scorer(test, self.metric).full_depth
 
 
 def gather(result: Calibration, texts: bool, progress: Progress) -> Report:
@@ -91,33 +71,26 @@ def gather(result: Calibration, texts: bool, progress: Progress) -> Report:
         progress: called with (what, done, total).
 
     Raises:
-        ArtifactError: the engines folder is gone or damaged.
+        ArtifactError: the engines folder is missing or damaged.
     """
-    manifest = read_manifest(result.folder)
-    bins = reliability(result)
-    measure = compared_measure(result)
+    manifest, bins = read_manifest(result.folder), reliability(result)
     return Report(
         result=result,
         manifest=manifest,
         made=datetime.now(timezone.utc),
         environment=environment(),
         fronts=rule_fronts(result, progress),
-        measures=measure_fronts(result, progress),
-        measure=measure,
-        cells=patience_grid(result, measure),
-        exit_scores=exit_scores(result, bins),
         bins=bins,
-        segments=segment_times(result),
+        exit_scores=exit_scores(result, bins),
         rows=text_rows(result, manifest.task.labels, texts),
         with_texts=texts,
     )
 
 
 def summary(report: Report) -> Record:
-    """What was calibrated, on what, with what."""
+    """What was calibrated, on which rows, and with which versions."""
     result, manifest = report.result, report.manifest
-    target = manifest.targets[result.target]
-    label_thresholds = result.label_thresholds
+    target, tuned = manifest.targets[result.target], result.label_thresholds
     return {
         "made": report.made.isoformat(timespec="seconds"),
         "target": result.target,
@@ -134,24 +107,24 @@ def summary(report: Report) -> Record:
         "rows": len(result.rows),
         "labelled": result.rows.expected is not None,
         "held_out": result.held_out,
-        "curves_held_out": result.held_out if result.test else f"{PARTS}-fold cross-fitting",
         "held_out_rows": result.points[0].held_out.rows,
-        "data_sha256": data_sha256(result.texts),
         "default": result.default,
-        "cuts": None if label_thresholds is None else label_thresholds.to_dict(),
+        "cuts": None if tuned is None else tuned.to_dict(),
         "environment": report.environment,
         "target_versions": target.versions,
     }
 
 
 def tables(report: Report) -> dict[str, list[Record]]:
-    """Every table of the report by name: rows of the same columns."""
+    """Every table of the report by name; the records of a table have the same keys."""
     result = report.result
     return {
         "points": [_point(point, result.default) for point in result.points],
-        "contenders": [_contender(comparison) for comparison in result.comparisons],
-        "fronts": [_front(setting, "kind") for setting in report.fronts],
-        "measures": [_front(setting, "measure") for setting in report.measures],
+        "contenders": [
+            {"kind": one.kind, **_rule(one.rule), **_outcome(one.held_out)}
+            for one in result.comparisons
+        ],
+        "fronts": [_front(setting) for setting in report.fronts],
         "depths": [
             {"point": point.name, "exit": number, "layer": layer, "rows": rows}
             for point in result.points
@@ -161,10 +134,6 @@ def tables(report: Report) -> dict[str, list[Record]]:
         ],
         "exits": [dataclasses.asdict(score) for score in report.exit_scores],
         "reliability": [dataclasses.asdict(bin) for bin in report.bins],
-        "patience": [
-            {"measure": report.measure.value, **dataclasses.asdict(cell)} for cell in report.cells
-        ],
-        "segments": [dataclasses.asdict(segment) for segment in report.segments],
         "rows": [_row(row, report.with_texts) for row in report.rows],
     }
 
@@ -206,21 +175,10 @@ def _point(point: Point, default: str) -> Record:
     }
 
 
-def _contender(comparison: RuleComparison) -> Record:
-    return {"kind": comparison.kind, **_rule(comparison.rule), **_outcome(comparison.held_out)}
-
-
-def _front(setting: FrontSetting, curve: str) -> Record:
-    return {
-        curve: setting.curve,
-        "wished_speedup": setting.wished,
-        **_rule(setting.rule),
-        "estimated_speedup": setting.speedup,
-        "drop": setting.drop,
-        "mean_depth": setting.mean_depth,
-        "chosen_on_speedup": setting.chosen_speedup,
-        "chosen_on_drop": setting.chosen_drop,
-    }
+def _front(setting: FrontSetting) -> Record:
+    record = dataclasses.asdict(setting)
+    del record["rule"]
+    return {"kind": record.pop("curve"), **_rule(setting.rule), **record}
 
 
 def _row(row: TextRow, texts: bool) -> Record:
@@ -230,5 +188,4 @@ def _row(row: TextRow, texts: bool) -> Record:
     record |= {"labels": row.labels}
     for number, answer in enumerate(row.answers, start=1):
         record[f"answer_exit_{number}"] = answer
-    record["full_depth_probability"] = row.probability
     return record | {f"exit_{name}": number for name, number in row.exits.items()}

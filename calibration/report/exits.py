@@ -1,4 +1,4 @@
-"""What each exit is worth by itself, how far its probabilities can be trusted, its time."""
+"""What each exit is worth on its own, and how far its probabilities can be trusted."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ExitScore:
     """One exit, if every row stopped there.
 
     Attributes:
-        exit: from 1.
-        layer: of the exit.
+        exit: number of the exit, from 1.
+        layer: layer of the exit.
         score: the metric.
-        drop: against the last exit, in points.
-        low: of the 95 % interval of the drop, see `drop_interval`.
-        high: of the same.
-        speedup: in measured times of the segments.
-        calibration_error: expected calibration error (ECE); None: no labels.
+        drop: difference to the last exit, in points.
+        low: lower end of the 95 % interval of the drop, see `drop_interval`.
+        high: upper end of the same interval.
+        speedup: time at full depth over time to this exit, by measured times of the segments.
+        calibration_error: expected calibration error (ECE, arXiv 1706.04599); None without labels.
     """
 
     exit: int
@@ -44,16 +44,16 @@ class ExitScore:
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers of an exit whose probability is in one interval.
+    """Answers of an exit whose probability lies in one interval.
 
     Attributes:
-        exit: from 1.
-        layer: of the exit.
-        low: of the interval, excluded but for 0.
-        high: of the interval, included.
-        count: answers; multi-label: pairs of a row and a label.
-        probability: their mean probability; None: there are none.
-        correct: share that is right; multi-label: share of the pairs where the label holds.
+        exit: number of the exit, from 1.
+        layer: layer of the exit.
+        low: lower end of the interval, excluded unless it is 0.
+        high: upper end of the interval, included.
+        count: number of answers; multi-label: of pairs of a row and a label.
+        probability: their mean probability; None if the bin is empty.
+        correct: share that is right; multi-label: share of pairs where the label holds.
     """
 
     exit: int
@@ -65,65 +65,36 @@ class Bin:
     correct: float | None
 
 
-@dataclass(frozen=True)
-class SegmentTime:
-    """Measured time of a segment.
-
-    Attributes:
-        batch: rows at a time.
-        exit: at the end of the segment, from 1.
-        layer: of that exit.
-        tokens: length of the rows.
-        milliseconds: for one row, head included.
-        head_share: of that, what the head takes; None: not measured.
-    """
-
-    batch: int
-    exit: int
-    layer: int
-    tokens: int
-    milliseconds: float
-    head_share: float | None
-
-
 def exit_scores(result: Calibration, bins: list[Bin]) -> list[ExitScore]:
-    """Every exit by itself, on the rows of the calibration."""
+    """Every exit on its own, on the rows of the calibration."""
     stopping_costs, rows = result.selector.stopping_costs, len(result.rows)
     scorer, costs = stopping_costs.scorer, stopping_costs.costs.sum(axis=1)
     found = []
     for number, layer in enumerate(result.layers, start=1):
         exits = np.full(rows, number)
         score = scorer.score(exits)
-        low, high = drop_interval(scorer, exits)
+        drop = 100 * (scorer.full_depth - score)
+        speedup = float(costs[-1] / costs[number - 1])
+        error = _calibration_error(bins, number)
         found.append(
-            ExitScore(
-                exit=number,
-                layer=layer,
-                score=score,
-                drop=100 * (scorer.full_depth - score),
-                low=low,
-                high=high,
-                speedup=float(costs[-1] / costs[number - 1]),
-                calibration_error=_calibration_error(bins, number),
-            )
+            ExitScore(number, layer, score, drop, *drop_interval(scorer, exits), speedup, error)
         )
     return found
 
 
 def reliability(result: Calibration) -> list[Bin]:
-    """Bins of equal width of every exit's probabilities; none without labels."""
-    rows = result.rows
-    if rows.expected is None:
+    """Bins of equal width over the probabilities of every exit; empty without labels."""
+    if result.rows.expected is None:
         return []
     return [
         bin
         for number, layer in enumerate(result.layers, start=1)
-        for bin in _bins(number, layer, *_probabilities(rows, number))
+        for bin in _bins(number, layer, *_probabilities(result.rows, number))
     ]
 
 
 def _probabilities(rows: Rows, number: int) -> tuple[Array, NDArray[np.bool_]]:
-    """Probabilities of an exit, and whether what they are of is true."""
+    """Probabilities of an exit, and whether each of them is about something true."""
     outputs = Outputs(rows.logits[number - 1], rows.problem_type)
     assert rows.expected is not None
     if rows.problem_type is ProblemType.SINGLE_LABEL:
@@ -132,47 +103,23 @@ def _probabilities(rows: Rows, number: int) -> tuple[Array, NDArray[np.bool_]]:
 
 
 def _bins(number: int, layer: int, values: Array, true: NDArray[np.bool_]) -> Iterator[Bin]:
-    edges = np.linspace(0, 1, _BINS + 1)
+    edges = np.linspace(0, 1, _BINS + 1).round(6)
     places = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, _BINS - 1)
     for place in range(_BINS):
         here = places == place
         count = int(here.sum())
-        yield Bin(
-            exit=number,
-            layer=layer,
-            low=round(float(edges[place]), 6),
-            high=round(float(edges[place + 1]), 6),
-            count=count,
-            probability=float(values[here].mean()) if count else None,
-            correct=float(true[here].mean()) if count else None,
-        )
+        means = (float(values[here].mean()), float(true[here].mean())) if count else (None, None)
+        yield Bin(number, layer, float(edges[place]), float(edges[place + 1]), count, *means)
 
 
 def _calibration_error(bins: list[Bin], number: int) -> float | None:
-    """Mean distance of probability and truth over bins, weighted by their answers."""
-    mine = [bin for bin in bins if bin.exit == number]
-    if not mine:
+    """Mean distance between probability and truth over bins, weighted by their answers."""
+    own = [bin for bin in bins if bin.exit == number]
+    if not own:
         return None
     error = sum(
         bin.count * abs(bin.probability - bin.correct)
-        for bin in mine
+        for bin in own
         if bin.probability is not None and bin.correct is not None
     )
-    return error / sum(bin.count for bin in mine)
-
-
-def segment_times(result: Calibration) -> list[SegmentTime]:
-    """Every segment at every length and batch size that was measured."""
-    return [
-        SegmentTime(
-            batch=model.batch,
-            exit=number,
-            layer=layer,
-            tokens=tokens,
-            milliseconds=1e3 * seconds,
-            head_share=model.head_shares[number - 1] if model.head_shares else None,
-        )
-        for model in result.costs
-        for number, layer in enumerate(result.layers, start=1)
-        for tokens, seconds in zip(model.lengths, model.seconds[number - 1], strict=True)
-    ]
+    return error / sum(bin.count for bin in own)

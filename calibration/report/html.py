@@ -1,4 +1,4 @@
-"""The page: one file with everything in it, no scripts, nothing fetched."""
+"""The page: one file that contains everything, without scripts, and fetches nothing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...runtime.artifact.manifest import ProblemType
 from ..descriptions import drop_in_words, rule_in_words
-from ..scoring import AGREEMENT
-from .data import Record, Report, summary
-from .plots import Picture
-from .texts import Names, changed_by_stopping, ran_all_layers
+from .data import Report, summary
+from .texts import Names, changed_by_stopping
 
 _MOST_ROWS = 40
 _MOST_CHARACTERS = 400
 _MOST_LABELS = 40
 
 
-def render(
-    report: Report, content: dict[str, list[Record]], pictures: Mapping[str, Picture | None]
-) -> str:
+def render(report: Report, pictures: Mapping[str, bytes]) -> str:
     """The page.
 
     Args:
         report: what it says.
-        content: its tables, see `data.tables`.
-        pictures: its figures by name.
+        pictures: its figures by name, as SVG.
     """
     environment = Environment(
         loader=PackageLoader(__name__.rpartition(".")[0], "."),
@@ -37,43 +32,33 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        picture=_data_uri,
-        rule=rule_in_words,
-        drop=drop_in_words,
-        clip=_clip,
-        names=_names,
-        limited=lambda rows: rows[:_MOST_ROWS],
-    )
+    environment.filters.update(rule=rule_in_words, drop=drop_in_words, clip=_clip, names=_names)
     return environment.get_template("page.html").render(
         report=report,
         result=report.result,
         summary=summary(report),
-        content=content,
-        pictures=pictures,
-        points=[_point(report, name) for name in (p.name for p in report.result.points)],
-        contenders_wish=report.result.contenders_wish,
+        pictures={name: _data_uri(svg) for name, svg in pictures.items()},
+        points=[_point(report, point.name) for point in report.result.points],
+        comparisons_goal=report.result.contenders_wish,
         multi_label=report.manifest.task.problem_type is ProblemType.MULTI_LABEL,
-        agreement=report.metric == AGREEMENT,
         most_rows=_MOST_ROWS,
     )
 
 
 def _point(report: Report, name: str) -> dict[str, Any]:
-    """The rows that tell something about an operating point."""
+    """The answers that an operating point changes."""
     changed = changed_by_stopping(report.rows, name)
     right = [(row.right[row.exits[name] - 1], row.right[-1]) for row in changed]
     return {
         "name": name,
-        "full": ran_all_layers(report.rows, name),
         "changed": changed,
         "lost": sum(last and not early for early, last in right),
-        "won": sum(early and not last for early, last in right),
+        "gained": sum(early and not last for early, last in right),
     }
 
 
-def _data_uri(picture: Picture) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(picture.svg).decode()
+def _data_uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _clip(text: str) -> str:
@@ -83,7 +68,7 @@ def _clip(text: str) -> str:
 
 
 def _names(names: Names | list[str]) -> str:
-    """Labels as text; no label is a set too."""
+    """Labels as text; a row may have none."""
     shown = ", ".join(name if len(name) <= 60 else name[:59] + "…" for name in names[:_MOST_LABELS])
     more = len(names) - _MOST_LABELS
     return (shown or "(none)") + (f", and {more} more" if more > 0 else "")

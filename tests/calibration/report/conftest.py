@@ -67,8 +67,7 @@ def make_calibration(
             texts = [Row(row.text, None, None, {}, row.line) for row in texts]
         metric = metric or METRICS[task.problem_type][0]
         costs = tuple(
-            CostModel(batch, (5, 20, 39), ((batch, 2.0, 3.0),) * exits, shares)
-            for batch, shares in ((1, (0.25,) * exits), (32, ()))
+            CostModel(batch, (5, 20, 39), ((batch, 2.0, 3.0),) * exits) for batch in (1, 32)
         )
         stopping_costs = StoppingCosts(rows, metric, costs[-1].row_costs(rows.lengths))
         stop = StopScores(rows)
@@ -120,5 +119,5 @@ def make_calibration(
 
 @pytest.fixture
 def certified() -> Bound:
-    """A guarantee instead of wishes."""
+    """A certified bound on the risk."""
     return Bound(0.05, 0.95, RiskOf.DROP)

@@ -1,15 +1,14 @@
-"""Exits by themselves: scores, reliability, times."""
+"""Exits on their own: scores and reliability."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from fpabee.calibration import Calibration
 from fpabee.calibration.outcome import exits_of, outcome
-from fpabee.calibration.report.exits import exit_scores, reliability, segment_times
+from fpabee.calibration.report.exits import exit_scores, reliability
 from fpabee.runtime import Budget
 from fpabee.runtime.rules.measures import Outputs
 
@@ -67,13 +66,3 @@ def test_without_labels_there_is_no_reliability(make_calibration: Make) -> None:
     result = make_calibration(unlabelled=True)
     assert reliability(result) == []
     assert [score.calibration_error for score in exit_scores(result, [])] == [None] * 3
-
-
-def test_times_are_those_of_the_cost_model(make_calibration: Make) -> None:
-    times = segment_times(make_calibration())
-    assert len(times) == 2 * 3 * 3
-    first = times[0]
-    assert (first.batch, first.exit, first.tokens) == (1, 1, 5)
-    assert (first.milliseconds, first.head_share) == (1000.0, 0.25)
-    assert np.unique([t.milliseconds for t in times if t.batch == 32]).tolist() == [2e3, 3e3, 32e3]
-    assert {t.head_share for t in times if t.batch == 32} == {None}
