@@ -86,7 +86,7 @@ def calibrate(
     report = progress or (lambda what, done, total: None)
 
     def read(source: str | Path) -> list[Row]:
-        return list(read_rows(source, chosen.text_format, chosen.columns))
+        return list(read_rows(source, chosen.reading))
 
     rows = read(data) if isinstance(data, str | Path) else list(data)
     test = read(chosen.test) if chosen.test else None

@@ -16,9 +16,8 @@ from ..runtime.cli.console import Shown, echo, table_console
 from ..runtime.cli.errors import exits_with_one_line
 from ..runtime.cli.options import (
     FiniteRange,
-    chosen_columns,
-    chosen_text_format,
     column_options,
+    read_options,
     version_option,
 )
 from ..runtime.optional_packages import require
@@ -167,8 +166,7 @@ def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
         bound=bound,
         name=default,
         default=default,
-        columns=chosen_columns(settings),
-        text_format=chosen_text_format(settings),
+        reading=read_options(settings),
         metric=settings["metric"],
         rules=rules,
         measures=tuple(Measure) if "all" in settings["measures"] or not measures else measures,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
-from ..runtime.files import Columns, TextFormat
+from ..runtime.files import ReadOptions
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import RULES
 from .risk import Bound
@@ -37,8 +37,7 @@ class CalibrationOptions:
         measures: similarity measures of `fpabee` and `either`.
         target: a built target; None: the manifest's default.
         test: a file of more rows, which points are reported on instead of being cross-fitted.
-        columns: of the files: what holds the text, its pair, and the labels.
-        text_format: of the files; None: what their names say.
+        reading: how the files of rows are read.
         unlabelled: leave labels aside and hold the rule against full depth.
         tune_label_thresholds: also choose decision cuts (multi-label).
         batch_size: rows at a time that times are measured at and chosen by.
@@ -71,8 +70,7 @@ class CalibrationOptions:
     measures: tuple[Measure, ...] = tuple(Measure)
     target: str | None = None
     test: str | Path | None = None
-    columns: Columns = field(default_factory=Columns)
-    text_format: TextFormat | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
     unlabelled: bool = False
     tune_label_thresholds: bool = False
     batch_size: int = 32

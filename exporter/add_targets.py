@@ -18,7 +18,7 @@ from ..runtime.artifact.manifest import BuiltFile, Manifest, NotBuilt, Target
 from ..runtime.backends.tensorrt import build_command
 from ..runtime.encoding import Text
 from ..runtime.errors import ArtifactError, FpabeeError, InputError, MissingExtraError
-from ..runtime.files import Columns, Inputs, TextFormat, read_rows
+from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import ExitRule
@@ -45,8 +45,7 @@ class AddTargetsOptions:
             precision asked for.
         keep_fp32: `auto`, or nodes that stay in fp32, see `half.add_half`.
         verify_data: texts to check half precision with (any format of `read_rows`).
-        text_format: of those two files; default: by their names.
-        columns: of those two files: what holds the text and its pair.
+        reading: how those two files are read.
         plans: how TensorRT plans are built.
         jobs: builds at a time.
         resume: keep plans that are already built.
@@ -58,8 +57,7 @@ class AddTargetsOptions:
     backends: tuple[str, ...] | None = None
     keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
-    text_format: TextFormat | None = None
-    columns: Columns = field(default_factory=Columns)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     plans: PlanOptions = field(default_factory=PlanOptions)
     jobs: int = 1
     resume: bool = False
@@ -127,7 +125,7 @@ def check_options(options: AddTargetsOptions) -> None:
             raise error
     for data in (options.int8_data, options.verify_data):
         if data is not None:
-            Inputs([data], options.text_format, options.columns)
+            Inputs([data], options.reading)
 
 
 def _extend(
@@ -188,7 +186,7 @@ def _extend(
 
 
 def _texts(data: Path, options: AddTargetsOptions) -> list[Text]:
-    return [row.content for row in read_rows(data, options.text_format, options.columns)]
+    return [row.content for row in read_rows(data, options.reading)]
 
 
 def add_target(

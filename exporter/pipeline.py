@@ -25,7 +25,7 @@ from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError
-from ..runtime.files import Columns, TextFormat, read_rows
+from ..runtime.files import ReadOptions, read_rows
 from ..runtime.progress import Progress
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
@@ -56,8 +56,7 @@ class ExportOptions:
         max_length: longest sequence in tokens, special tokens included; None: what the model
             takes.
         verify_data: a file of more texts to verify with, in any format of `runtime.read_rows`.
-        text_format: of that file; default: by its name.
-        columns: of that file: what holds the text and its pair.
+        reading: how that file is read.
         force: replace an engines folder that is there.
     """
 
@@ -65,8 +64,7 @@ class ExportOptions:
     problem_type: ProblemType | None = None
     max_length: int | None = None
     verify_data: Path | None = None
-    text_format: TextFormat | None = None
-    columns: Columns = field(default_factory=Columns)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     force: bool = False
 
 
@@ -240,6 +238,6 @@ def _chosen_exits(model: MultiExitModel, asked: tuple[int, ...] | None) -> tuple
 def _verification_texts(options: ExportOptions) -> list[Text]:
     texts = list(BUILT_IN_TEXTS)
     if options.verify_data is not None:
-        rows = read_rows(options.verify_data, options.text_format, options.columns)
+        rows = read_rows(options.verify_data, options.reading)
         texts += [row.content for row in rows]
     return texts

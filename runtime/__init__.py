@@ -47,7 +47,7 @@ from .errors import (
     RuleError,
     VerificationError,
 )
-from .files import Columns, Row, TextFormat, read_rows
+from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
@@ -75,7 +75,6 @@ __all__ = [
     "Budget",
     "BuiltFile",
     "Certificate",
-    "Columns",
     "Confidence",
     "Either",
     "EncodedRow",
@@ -103,6 +102,7 @@ __all__ = [
     "Prediction",
     "ProblemType",
     "Range",
+    "ReadOptions",
     "Regroup",
     "Row",
     "RowError",

@@ -52,9 +52,9 @@ from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.cli.console import table_console
 from fpabee.runtime.cli.errors import exits_with_one_line
-from fpabee.runtime.cli.options import chosen_columns, chosen_text_format, column_options
+from fpabee.runtime.cli.options import column_options, read_options
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.files import Columns, Row, TextFormat
+from fpabee.runtime.files import ReadOptions, Row
 from fpabee.runtime.metrics import encode_labels, evaluate
 
 # Options that change nothing in what is learnt.
@@ -87,8 +87,7 @@ class Options:
     from_classifier: str | None = None
     freeze_encoder: bool = False
     distill: float = 0.5
-    text_format: TextFormat | None = None
-    columns: Columns = field(default_factory=Columns)
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
 
 class MultiExitTrainer(Trainer):
@@ -257,7 +256,7 @@ def train(options: Options, console: Console) -> dict[str, Any]:
     for name, source in files.items():
         if source:
             labelled = teacher is None or name != "train"
-            rows[name] = load_rows(source, labelled, options.text_format, options.columns)
+            rows[name] = load_rows(source, labelled, options.reading)
     if teacher:
         options = replace(options, problem_type=teacher.problem_type)
         model = teacher.multi_exit(options.exits, options.pooling)
@@ -472,8 +471,7 @@ def main(problem_type: str, pooling: str, head_lr: float | None, **settings: Any
         problem_type=ProblemType(problem_type),
         pooling=Pooling(pooling),
         head_lr=head_lr or (5e-3 if pooling == Pooling.MEAN.value else 1e-3),
-        text_format=chosen_text_format(settings),
-        columns=chosen_columns(settings),
+        reading=read_options(settings),
         **settings,
     )
     report = train(options, console)

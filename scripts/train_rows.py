@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.files import Columns, Row, TextFormat, read_rows
+from fpabee.runtime.files import ReadOptions, Row, read_rows
 from fpabee.runtime.files.parquet_process import end_of
 from fpabee.runtime.files.rows import class_name
 
-_TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
+_TEXT_COLUMNS: tuple[str, ...] = ("text", "sentence", "sentence1", "premise")
 # Errors that are raised are left to be raised again by the caller's own call.
 _PREPARE = """
 import json, sys
@@ -27,37 +27,36 @@ try:
 except Exception:
     sys.exit(1)
 """
-_PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
+_PAIR_COLUMNS: tuple[str, ...] = ("text_pair", "sentence2", "hypothesis")
 
 
 def load_rows(
     source: str,
     labelled: bool = True,
-    text_format: TextFormat | None = None,
-    columns: Columns | None = None,
+    options: ReadOptions | None = None,
 ) -> list[Row]:
     """Rows of a file, or of a `datasets` name `OWNER/NAME[/CONFIG]:SPLIT`.
 
     Args:
         source: the file or the name.
         labelled: whether every row must have a label.
-        text_format: of a file; default: by its name.
-        columns: what holds the text, its pair, and the labels; default: what `read_rows` looks
-            for, and of a data set also the usual names, such as `sentence1` and `sentence2`.
+        options: how it is read; None: as `read_rows` does, and the columns of a data set may
+            also have other usual names, such as `sentence1` and `sentence2`.
 
     Raises:
         InputError: it cannot be read or loaded, or a row has no label.
         RowError: a row that cannot be read.
     """
+    reading = options or ReadOptions()
     if Path(source).exists() or ":" not in source:
-        rows = list(read_rows(source, text_format, columns))
+        rows = list(read_rows(source, reading))
     else:
-        if text_format is not None or not (columns or Columns()).quotes:
+        if reading.input_format is not None or reading.literal_quotes:
             raise InputError(
                 f"{source} is a data set, no file that is read in some format",
                 "leave out --input-format and --no-quotes",
             )
-        rows = list(_hub_rows(source, labelled, columns or Columns()))
+        rows = list(_hub_rows(source, labelled, reading))
     for number, row in enumerate(rows, start=1):
         if labelled and row.labels is None:
             raise InputError(
@@ -75,17 +74,20 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
     return tuple(sorted({label for row in rows for label in row.labels or ()}))
 
 
-def _hub_rows(source: str, labelled: bool, columns: Columns) -> Iterator[Row]:
+def _hub_rows(source: str, labelled: bool, options: ReadOptions) -> Iterator[Row]:
     data = _load(source)
-    texts: tuple[str, ...] = _TEXT_COLUMNS if columns.text == Columns().text else (columns.text,)
-    pairs: tuple[str, ...] = _PAIR_COLUMNS if columns.text_pair is None else (columns.text_pair,)
+    texts, pairs = _TEXT_COLUMNS, _PAIR_COLUMNS
+    if options.text_column != ReadOptions.text_column:
+        texts = (options.text_column,)
+    if options.text_pair_column is not None:
+        pairs = (options.text_pair_column,)
     text, pair, label = (
         next((name for name in names if name in data.features), None)
-        for names in (texts, pairs, columns.label_names)
+        for names in (texts, pairs, options.label_names)
     )
     wanted = [texts]
-    wanted += [] if columns.text_pair is None else [pairs]
-    wanted += [columns.label_names] if labelled or columns.label is not None else []
+    wanted += [] if options.text_pair_column is None else [pairs]
+    wanted += [options.label_names] if labelled or options.label_column is not None else []
     if text is None or any(data.features.keys().isdisjoint(names) for names in wanted):
         raise InputError(
             f"{source} has the columns {', '.join(data.features)}; expected "
@@ -94,7 +96,7 @@ def _hub_rows(source: str, labelled: bool, columns: Columns) -> Iterator[Row]:
         )
     kind = data.features.get(label)
     classes = getattr(getattr(kind, "feature", kind), "names", None) or ()
-    named = replace(columns, text=text, text_pair=pair, label=label)
+    named = replace(options, text_column=text, text_pair_column=pair, label_column=label)
     for number, item in enumerate(data, start=1):
         content = {name: item[name] for name in (text, pair, label) if name is not None}
         if label is not None and classes:

@@ -18,9 +18,8 @@ from ...runtime.cli.console import Shown, table_console
 from ...runtime.cli.errors import exits_with_one_line
 from ...runtime.cli.options import (
     FiniteRange,
-    chosen_columns,
     chosen_rule,
-    chosen_text_format,
+    read_options,
     rule_options,
     text_options,
     version_option,
@@ -97,8 +96,7 @@ def main(
     if depth is not None and settings["threshold"] is not None:
         raise click.UsageError("--depth chooses the threshold: give no --threshold with it")
     require("bench")
-    text_format, columns = chosen_text_format(settings), chosen_columns(settings)
-    texts = [row.content for row in read_rows(source, text_format, columns)]
+    texts = [row.content for row in read_rows(source, read_options(settings))]
     with Shown(quiet) as progress:
         with Engine.load(engines, threads=threads) as engine:
             if depth is not None and takes_threshold(rule or engine.rule.name):

@@ -17,12 +17,11 @@ from ...runtime.cli.console import Shown, echo, table_console
 from ...runtime.cli.errors import exits_with_one_line
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import (
-    chosen_columns,
-    chosen_text_format,
     column_options,
+    read_options,
     version_option,
 )
-from ...runtime.files import Columns
+from ...runtime.files import ReadOptions
 from ...runtime.optional_packages import require
 from ..add_targets import AddTargetsOptions, add_targets, check_options, drop_graphs
 from ..precision.formats import Half
@@ -172,17 +171,14 @@ def main(
     """Compile MODEL_DIR, a trained multi-exit model or a hub id, into an engines folder."""
     if (model_dir is None) == (source is None):
         raise click.UsageError("give either MODEL_DIR or --from an engines folder")
-    reading: dict[str, Any] = {
-        "text_format": chosen_text_format(settings),
-        "columns": chosen_columns(settings),
-    }
+    reading = read_options(settings)
     is_read = settings["verify_data"] or settings["calibration_data"]
-    if not is_read and reading != {"text_format": None, "columns": Columns()}:
+    if not is_read and reading != ReadOptions():
         raise click.UsageError(
             "columns and the format are those of --verify-data and --calibration-data: give one"
         )
     reads_labels = settings["exits"] is not None and settings["calibration_data"]
-    if not (source and reads_labels) and (reading["columns"].label or reading["columns"].separator):
+    if not (source and reads_labels) and (reading.label_column or reading.label_separator):
         raise click.UsageError("labels are read of --calibration-data with --from --exits only")
     exits = settings.pop("exits")
     place = {name: settings.pop(name) for name in ("target", "threads")}
@@ -203,7 +199,7 @@ def main(
             data=settings["calibration_data"],
             force=fresh["force"],
             targets=_extend_options(settings | {"calibration_data": None}, reading),
-            **reading,
+            reading=reading,
             **place,
         )
         _place(source, output, options, Shown(quiet), as_json)
@@ -237,7 +233,7 @@ def main(
     lines: list[str] = []
     if model_dir is not None:
         check_options(wanted)
-        fresh |= {"verify_data": wanted.verify_data, **reading}
+        fresh |= {"verify_data": wanted.verify_data, "reading": reading}
         folder, content, lines = _export(model_dir, output, fresh, shown)
     else:
         assert source is not None
@@ -276,7 +272,7 @@ def _place(
     echo(f"next: fpabee-run {output} --input texts.txt")
 
 
-def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> AddTargetsOptions:
+def _extend_options(settings: dict[str, Any], reading: ReadOptions) -> AddTargetsOptions:
     workspace = settings["workspace"]
     return AddTargetsOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
@@ -296,7 +292,7 @@ def _extend_options(settings: dict[str, Any], reading: dict[str, Any]) -> AddTar
         ),
         jobs=settings["jobs"],
         resume=settings["resume"],
-        **reading,
+        reading=reading,
     )
 
 

@@ -18,7 +18,7 @@ from ...runtime.artifact.manifest import Manifest, NotBuilt
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.engine import Engine
 from ...runtime.errors import ArtifactError, FpabeeError, InputError
-from ...runtime.files import Columns, Row, TextFormat, read_rows
+from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.measures import Measure
@@ -38,8 +38,7 @@ class DropExitsOptions:
         exits: those to keep, counted from 1, ascending.
         target: whose points are calibrated again; None: the manifest's default.
         data: labelled rows (any format of `read_rows`); None: those that calibrated the points.
-        text_format: of that file; default: by its name.
-        columns: of that file: what holds the text, its pair, and the labels.
+        reading: how that file is read.
         force: replace an engines folder that is there.
         threads: CPU threads.
         targets: how plans are built again.
@@ -48,8 +47,7 @@ class DropExitsOptions:
     exits: tuple[int, ...]
     target: str | None = None
     data: Path | None = None
-    text_format: TextFormat | None = None
-    columns: Columns = field(default_factory=Columns)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     force: bool = False
     threads: int | None = None
     targets: AddTargetsOptions = field(default_factory=AddTargetsOptions)
@@ -176,7 +174,7 @@ def drop_exits(
 def _given(options: DropExitsOptions) -> list[Row] | None:
     if options.data is None:
         return None
-    return list(read_rows(options.data, options.text_format, options.columns))
+    return list(read_rows(options.data, options.reading))
 
 
 def _check_labels(engine: Engine, rows: Sequence[Row]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ... import __version__
-from ..files import LABEL_SEPARATOR, Columns, TextFormat
+from ..files import LABEL_SEPARATOR, ReadOptions, TextFormat
 from ..files.writers import OutputFormat
 from ..rules.measures import Measure
 from ..rules.rules import RULES, ExitRule, Threshold
@@ -140,7 +141,7 @@ def chosen_sources(files: Sequence[str], sources: Sequence[str]) -> tuple[str, .
 
 
 def text_options(function: F) -> F:
-    """Options that say how texts are read: `chosen_text_format` and `chosen_columns`."""
+    """Options that say how texts are read; `read_options` takes them."""
     options = [
         click.option(
             "--input-format",
@@ -149,7 +150,12 @@ def text_options(function: F) -> F:
         ),
         click.option("--text-column", default="text", help="Field of the text."),
         click.option("--text-pair-column", help="Field of the second text. Default: text_pair."),
-        click.option("--no-quotes", is_flag=True, help='In .csv and .tsv, " does not quote.'),
+        click.option(
+            "--no-quotes",
+            "literal_quotes",
+            is_flag=True,
+            help='In .csv and .tsv, " does not quote.',
+        ),
     ]
     return _with(options, function)
 
@@ -166,30 +172,19 @@ def column_options(function: F) -> F:
     return text_options(_with(options, function))
 
 
-def chosen_text_format(settings: dict[str, Any]) -> TextFormat | None:
-    """How the options say that rows are read; takes that option out of the settings."""
-    name = settings.pop("input_format")
-    return TextFormat(name) if name else None
-
-
-def chosen_columns(settings: dict[str, Any]) -> Columns:
-    """The columns that the options name; takes those options out of the settings.
+def read_options(settings: dict[str, Any]) -> ReadOptions:
+    """The options that say how inputs are read; takes them out of the settings.
 
     Raises:
         click.UsageError: two options name the same column.
     """
-    label = settings.pop("label_column", None)
-    names = [settings["text_column"], settings["text_pair_column"], label]
-    named = [name for name in names if name is not None]
+    names = [field.name for field in fields(ReadOptions)]
+    options = ReadOptions(**{name: settings.pop(name) for name in names if name in settings})
+    columns = [options.text_column, options.text_pair_column, options.label_column]
+    named = [name for name in columns if name is not None]
     if len(set(named)) < len(named):
         raise click.UsageError("a column is text, text_pair or label: give each its own")
-    return Columns(
-        text=settings.pop("text_column"),
-        text_pair=settings.pop("text_pair_column"),
-        label=label,
-        separator=settings.pop("label_separator", None) or None,
-        quotes=not settings.pop("no_quotes"),
-    )
+    return options
 
 
 def output_options(function: F) -> F:

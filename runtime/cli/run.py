@@ -16,7 +16,7 @@ from ..artifact.manifest import MANIFEST_NAME
 from ..chain import Regroup
 from ..engine import Engine
 from ..errors import InputError
-from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Columns, Inputs, TextFormat
+from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, ReadOptions
 from ..files.destination import Destination, open_sink
 from ..files.job import Job, run
 from ..files.records import RecordSchema
@@ -30,11 +30,11 @@ from .errors import exits_with_one_line
 from .options import (
     RULE_OPTIONS,
     check_option,
-    chosen_columns,
     chosen_rule,
     chosen_sources,
     input_options,
     output_options,
+    read_options,
     rule_options,
     version_option,
 )
@@ -78,7 +78,6 @@ def main(
     engines: Path,
     files: tuple[str, ...],
     sources: tuple[str, ...],
-    input_format: str | None,
     output: Path | None,
     output_format: str | None,
     resume: bool,
@@ -104,7 +103,7 @@ def main(
     label; all but Parquet also as .gz. - is standard input.
     """
     sources = chosen_sources(files, sources)
-    columns = chosen_columns(settings)
+    reading = read_options(settings)
     overrides = rule is not None or any(settings[name] is not None for name in RULE_OPTIONS)
     if operating_point and overrides:
         raise click.UsageError("--operating-point names a whole rule: give no rule options with it")
@@ -114,7 +113,7 @@ def main(
     destination = _destination(output, output_format, resume, unbuffered)
     if is_typed and not destination.is_file:
         destination = replace(destination, unbuffered=True)
-    inputs = Inputs(sources, TextFormat(input_format) if input_format else None, columns)
+    inputs = Inputs(sources, reading)
     destination.check_inputs(sources)
     regroup = _regroup(engines, target)
     with Engine.load(
@@ -140,7 +139,7 @@ def main(
             with_text,
             all_scores,
             errors=on_error == "skip",
-            separator=columns.separator or LABEL_SEPARATOR,
+            separator=reading.label_separator or LABEL_SEPARATOR,
         )
         if destination.chosen in (OutputFormat.CSV, OutputFormat.TSV):
             schema.check_separator()
@@ -148,12 +147,11 @@ def main(
 
         def record_of_run() -> dict[str, Any]:
             given = {
-                "input_format": input_format,
                 "max_length": max_length,
                 "threads": threads,
                 "metrics": metrics,
             }
-            return _run_settings(engines, job, inputs, columns, resume) | given
+            return _run_settings(engines, job, inputs, reading, resume) | given
 
         if is_typed and not (quiet or as_json):
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
@@ -208,7 +206,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
 
 
 def _run_settings(
-    engines: Path, job: Job, inputs: Inputs, columns: Columns, resume: bool
+    engines: Path, job: Job, inputs: Inputs, reading: ReadOptions, resume: bool
 ) -> dict[str, Any]:
     """All that the bytes of the output depend on, beside what the command was given."""
     identity = inputs.identity()
@@ -225,13 +223,7 @@ def _run_settings(
         "target": job.engine.target,
         "rule": "full depth" if rule is None else rule.to_dict(),
         "inputs": identity,
-        "columns": [
-            columns.text,
-            columns.text_pair,
-            columns.label,
-            columns.separator,
-            columns.quotes,
-        ],
+        "reading": asdict(reading),
         "with_text": job.schema.with_text,
         "all_scores": job.schema.all_scores,
     }

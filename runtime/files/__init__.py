@@ -8,14 +8,14 @@ columns, with `labels` a list. All but Parquet also with `.gz`. UTF-8, with or w
 order mark. `-` is standard input, as text or JSON lines unless said otherwise.
 """
 
-from .rows import LABEL_SEPARATOR, Columns, Row, TextFormat
+from .rows import LABEL_SEPARATOR, ReadOptions, Row, TextFormat
 from .sources import STANDARD_INPUT, Inputs, read_rows
 
 __all__ = [
     "LABEL_SEPARATOR",
     "STANDARD_INPUT",
-    "Columns",
     "Inputs",
+    "ReadOptions",
     "Row",
     "TextFormat",
     "read_rows",

@@ -10,7 +10,7 @@ from typing import IO
 import msgspec
 
 from ..errors import InputError, RowError
-from .rows import Columns, Row, parsed
+from .rows import ReadOptions, Row, parsed
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -144,7 +144,7 @@ def text_rows(lines: Lines) -> Iterator[Row | RowError]:
     )
 
 
-def json_rows(lines: Lines, columns: Columns) -> Iterator[Row | RowError]:
+def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
     """A row for each line, which is a JSON object."""
 
     def parse(line: str) -> Row:
@@ -160,7 +160,7 @@ def json_rows(lines: Lines, columns: Columns) -> Iterator[Row | RowError]:
             ) from error
         if isinstance(content, list):
             raise RowError(f"{where} is an array, not an object", _ONE_A_LINE["["])
-        return columns.row(content if isinstance(content, dict) else {}, where, lines.number)
+        return options.row(content if isinstance(content, dict) else {}, where, lines.number)
 
     return parsed(lines, parse)
 

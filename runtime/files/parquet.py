@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from ..errors import InputError, MissingExtraError, RowError
-from .rows import Columns, Row, class_name
+from .rows import ReadOptions, Row, class_name
 
 # Few: a long value that stands in the file once may be that of every row.
 _BATCH_ROWS = 64
@@ -54,13 +54,13 @@ def _missing() -> MissingExtraError:
 
 
 def parquet_rows(
-    path: Path, columns: Columns, progress: Callable[[float], None]
+    path: Path, options: ReadOptions, progress: Callable[[float], None]
 ) -> Iterator[Row | RowError]:
     """A row for each row of a Parquet file.
 
     Args:
         path: the file.
-        columns: which columns are text and labels; the others are passed through.
+        options: which columns are text and labels; the others are passed through.
         progress: told the share of the rows that has been read.
 
     Raises:
@@ -79,15 +79,15 @@ def parquet_rows(
             read_dictionary=_few_texts(metadata),
             buffer_size=_BUFFER_BYTES,
         ) as file:
-            columns.check(file.schema_arrow.names, str(path))
-            _check_types(pyarrow, file.schema_arrow, columns, path)
-            names = _class_names(file.schema_arrow, columns)
+            options.check(file.schema_arrow.names, str(path))
+            _check_types(pyarrow, file.schema_arrow, options, path)
+            names = _class_names(file.schema_arrow, options)
             total = max(1, metadata.num_rows)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for start in range(batch.num_rows):
                     number += 1
-                    yield _row(batch, start, columns, names, f"{path}, row {number}", number)
+                    yield _row(batch, start, options, names, f"{path}, row {number}", number)
                 progress(number / total)
     # The last where a column's name is no text.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -111,7 +111,7 @@ def _few_texts(metadata: Any) -> list[str]:
 
 
 def _row(
-    batch: Any, at: int, columns: Columns, names: dict[str, list[str]], where: str, number: int
+    batch: Any, at: int, options: ReadOptions, names: dict[str, list[str]], where: str, number: int
 ) -> Row | RowError:
     try:
         content = {
@@ -120,7 +120,7 @@ def _row(
         }
         for name, known in names.items():
             content[name] = class_name(content[name], known)
-        return columns.row(content, where, number, table=True)
+        return options.row(content, where, number, table=True)
     except RowError as error:
         return error
 
@@ -152,8 +152,8 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
 
 
-def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> None:
-    for name in (columns.text, columns.pair_name):
+def _check_types(pyarrow: Any, schema: Any, options: ReadOptions, path: Path) -> None:
+    for name in (options.text_column, options.pair_name):
         if name not in schema.names:
             continue
         kind = schema.field(name).type
@@ -168,11 +168,11 @@ def _check_types(pyarrow: Any, schema: Any, columns: Columns, path: Path) -> Non
             )
 
 
-def _class_names(schema: Any, columns: Columns) -> dict[str, list[str]]:
+def _class_names(schema: Any, options: ReadOptions) -> dict[str, list[str]]:
     """Names of numbered labels, which the `datasets` library keeps beside the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: features.get(name, {}) for name in columns.label_names}
+        kinds = {name: features.get(name, {}) for name in options.label_names}
         # Of several labels a row, the feature is a list of classes.
         found = {name: kind.get("feature", kind).get("names") for name, kind in kinds.items()}
     except (KeyError, TypeError, AttributeError, ValueError):

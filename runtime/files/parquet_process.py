@@ -24,7 +24,7 @@ import msgspec
 
 from ..errors import FpabeeError, InputError, MissingExtraError, RowError
 from .parquet import parquet_rows
-from .rows import Columns, Row
+from .rows import ReadOptions, Row
 
 # A message is sent when it has so many bytes, or when a batch of rows has been read.
 _MESSAGE_BYTES = 2**18
@@ -61,13 +61,13 @@ class _Message(msgspec.Struct, array_like=True):
 
 
 def isolated_parquet_rows(
-    path: Path, columns: Columns, progress: Callable[[float], None]
+    path: Path, options: ReadOptions, progress: Callable[[float], None]
 ) -> Iterator[Row | RowError]:
     """A row for each row of a Parquet file, which a child process reads.
 
     Args:
         path: the file.
-        columns: which columns are text and labels; the others are passed through.
+        options: which columns are text and labels; the others are passed through.
         progress: told the share of the rows that has been read.
 
     Raises:
@@ -75,7 +75,7 @@ def isolated_parquet_rows(
         MissingExtraError: pyarrow cannot be imported.
         RuntimeError: a defect of the reader, with the child's traceback.
     """
-    process = _start(path, columns)
+    process = _start(path, options)
     with process:
         try:
             assert process.stdout is not None
@@ -99,8 +99,8 @@ def isolated_parquet_rows(
             process.kill()
 
 
-def _start(path: Path, columns: Columns) -> subprocess.Popen[bytes]:
-    request = json.dumps([str(path), asdict(columns)])
+def _start(path: Path, options: ReadOptions) -> subprocess.Popen[bytes]:
+    request = json.dumps([str(path), asdict(options)])
     try:
         return subprocess.Popen(
             [sys.executable, "-c", _START, request, *sys.path],
@@ -182,14 +182,14 @@ class _Sender:
 
 def main() -> None:
     """Read the file that the first argument names, and write its messages to standard output."""
-    path, columns = json.loads(sys.argv[1])
+    path, options = json.loads(sys.argv[1])
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     # Whatever a library prints must not get between the messages.
     stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sender = _Sender(stream)
     try:
-        for row in parquet_rows(Path(path), Columns(**columns), sender.progress):
+        for row in parquet_rows(Path(path), ReadOptions(**options), sender.progress):
             sender.add(row)
         sender.send(True)
     except FpabeeError as error:

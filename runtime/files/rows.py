@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from ..errors import InputError, RowError
+from ..errors import InputError, Remedy, RowError
 
 T = TypeVar("T")
 
@@ -69,37 +69,66 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which fields or columns of an input are text and labels.
+class ReadOptions:
+    """How an input is read: its format, and which of its columns are text and labels.
 
     Attributes:
-        text: name of that of the text.
-        text_pair: name of that of the second text; default: `text_pair`, where there is one.
-        label: name of that of the true label or labels; default: `labels` or `label`, where
-            there is one.
-        separator: splits a string into labels; default: `|` in a column `labels` of a table.
-        quotes: whether `"` quotes a cell of CSV and TSV; else it is a character like others.
+        input_format: the format, or its name; None: the suffix of the file name decides, and
+            standard input is JSON lines if its first line starts with `{`, else plain text.
+        text_column: name of the column or field of the text.
+        text_pair_column: that of the second text; None: `text_pair`, if there is one.
+        label_column: that of the true label or labels; None: `labels` or `label`, if there is one.
+        label_separator: splits a string into labels; None: `|` splits the cells of a column
+            named `labels` in a table, and nothing else is split.
+        literal_quotes: whether `"` is an ordinary character in CSV and TSV; by default it
+            quotes cells.
+
+    Raises:
+        InputError: `input_format` is not the name of a format.
+
+    Example:
+        ```python
+        from fpabee.runtime import ReadOptions, read_rows
+
+        options = ReadOptions(text_column="sentence", label_column="sentiment")
+        texts = [row.content for row in read_rows("dev.csv", options)]
+        ```
     """
 
-    text: str = "text"
-    text_pair: str | None = None
-    label: str | None = None
-    separator: str | None = None
-    quotes: bool = True
+    input_format: TextFormat | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    label_separator: str | None = None
+    literal_quotes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.input_format is None:
+            return
+        try:
+            object.__setattr__(self, "input_format", TextFormat(self.input_format))
+        except ValueError as error:
+            raise InputError(
+                f"there is no text format {self.input_format!r}",
+                Remedy(
+                    "set {input_format} to one of {formats}",
+                    formats=", ".join(known.value for known in TextFormat),
+                ),
+            ) from error
 
     @property
     def pair_name(self) -> str:
-        """The name of the second text."""
-        return self.text_pair or _TEXT_PAIR
+        """The name of the column of the second text."""
+        return self.text_pair_column or _TEXT_PAIR
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Where labels may stand; the first that has a value counts."""
-        return _LABELS if self.label is None else (self.label,)
+        """The columns that may hold labels; the first one that has a value counts."""
+        return _LABELS if self.label_column is None else (self.label_column,)
 
-    def splits(self, name: str) -> str | None:
-        """What splits a cell of a label column of a table, by the column's name; None: nothing."""
-        return self.separator or (LABEL_SEPARATOR if name == "labels" else None)
+    def separator_of(self, name: str) -> str | None:
+        """What separates the labels in a cell of a table, by the name of the cell's column."""
+        return self.label_separator or (LABEL_SEPARATOR if name == "labels" else None)
 
     def check(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns.
@@ -117,16 +146,12 @@ class Columns:
             raise InputError(
                 f'{where} names the column "{twice}" twice', "give every column its own name"
             )
-        wanted = {"--text-column": self.text}
-        if self.text_pair is not None:
-            wanted["--text-pair-column"] = self.text_pair
-        if self.label is not None:
-            wanted["--label-column"] = self.label
-        for option, name in wanted.items():
-            if name not in names:
+        for option in ("text_column", "text_pair_column", "label_column"):
+            name = getattr(self, option)
+            if name is not None and name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"name the column with {option}, or rename it in the file",
+                    Remedy("set {" + option + "} to one of these, or rename it in the file"),
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
@@ -142,12 +167,14 @@ class Columns:
             RowError: the text is no string, the pair or labels are not what they should be, or
                 another field is nested too deeply to be written again.
         """
-        text = content.get(self.text)
+        text = content.get(self.text_column)
         if not isinstance(text, str):
             raise RowError(
-                f'{where} has no string field "{self.text}"',
-                f'expected an object such as {{"{self.text}": "..."}}; --text-column takes '
-                "another name",
+                f'{where} has no string field "{self.text_column}"',
+                Remedy(
+                    "give every row one, or set {text_column} to the name of the field that holds "
+                    "the text"
+                ),
             )
         pair = content.get(self.pair_name)
         if pair is not None and not isinstance(pair, str):
@@ -155,7 +182,7 @@ class Columns:
                 f'{where}: "{self.pair_name}" is a {type(pair).__name__}',
                 "expected a string, or no such field",
             )
-        used = (self.text, self.pair_name, *self.label_names)
+        used = (self.text_column, self.pair_name, *self.label_names)
         fields = {name: value for name, value in content.items() if name not in used}
         if _is_deep(fields):
             raise RowError(
@@ -171,8 +198,8 @@ class Columns:
             value = content.get(name)
             if value is None:
                 continue
-            separator = self.splits(name) if table else self.separator
-            if separator is not None and isinstance(value, str):
+            separator = self.separator_of(name) if table else self.label_separator
+            if separator and isinstance(value, str):
                 return tuple(part.strip() for part in value.split(separator) if part.strip())
             is_list = isinstance(value, list)
             if name == "labels" and not is_list:

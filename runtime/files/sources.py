@@ -14,7 +14,7 @@ from ..errors import InputError, RowError
 from .lines import Lines, json_rows, text_rows
 from .parquet import check_pyarrow
 from .parquet_process import isolated_parquet_rows
-from .rows import Columns, Row, TextFormat
+from .rows import ReadOptions, Row, TextFormat
 from .tables import COMMA, TAB, table_rows
 
 STANDARD_INPUT = "-"
@@ -33,16 +33,12 @@ _SUFFIXES = {
 }
 
 
-def read_rows(
-    source: str | Path, text_format: TextFormat | None = None, columns: Columns | None = None
-) -> Iterator[Row]:
+def read_rows(source: str | Path, options: ReadOptions | None = None) -> Iterator[Row]:
     """Rows of a file, or of standard input for `-`.
 
     Args:
         source: path or `-`.
-        text_format: how to read it; by default what the file's name says, and for
-            standard input JSON lines if the first line starts with `{`.
-        columns: which fields are text and labels; default: `Columns()`.
+        options: its format, and which columns are text and labels; None: `ReadOptions()`.
 
     Yields:
         One row at a time, so that memory stays flat.
@@ -62,7 +58,7 @@ def read_rows(
             right = sum(p.labels == row.labels for p, row in zip(predictions, rows))
         ```
     """
-    for row in Inputs([source], text_format, columns):
+    for row in Inputs([source], options):
         if isinstance(row, RowError):
             raise row
         yield row
@@ -73,8 +69,7 @@ class Inputs:
 
     Args:
         sources: paths, or `-` for standard input.
-        text_format: of all of them; by default as `read_rows`.
-        columns: which fields are text and labels.
+        options: how all of them are read; None: `ReadOptions()`.
 
     Raises:
         InputError: no such file, or a format that cannot be told or read.
@@ -84,21 +79,14 @@ class Inputs:
     def __init__(
         self,
         sources: Sequence[str | Path],
-        text_format: TextFormat | None = None,
-        columns: Columns | None = None,
+        options: ReadOptions | None = None,
     ) -> None:
         self._sources = [str(source) for source in sources]
-        self._columns = columns or Columns()
+        self._options = options or ReadOptions()
         if self._sources.count(STANDARD_INPUT) > 1:
             raise InputError("standard input is given twice", "give - once")
-        try:
-            said = None if text_format is None else TextFormat(text_format)
-        except ValueError as error:
-            raise InputError(
-                f"text_format is {text_format!r}",
-                f"give a TextFormat: {', '.join(known.value for known in TextFormat)}",
-            ) from error
-        self._formats = [_format_of(source, said) for source in self._sources]
+        given = self._options.input_format
+        self._formats = [_format_of(source, given) for source in self._sources]
         self._sizes = [_size(source) for source in self._sources]
         self._at = 0  # the source that is being read
         self._raw: IO[bytes] | None = None
@@ -141,7 +129,7 @@ class Inputs:
     def _rows(self, source: str, text_format: TextFormat | None) -> Iterator[Row | RowError]:
         if text_format is TextFormat.PARQUET:
             self._share = 0.0
-            yield from isolated_parquet_rows(Path(source), self._columns, self._note)
+            yield from isolated_parquet_rows(Path(source), self._options, self._note)
             return
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
@@ -150,7 +138,7 @@ class Inputs:
                 # Rows in an array are not read, but are no texts either.
                 is_json = first.startswith(("{", "[{")) or first == "["
                 text_format = TextFormat.JSON_LINES if is_json else TextFormat.TEXT
-                if not is_json and self._columns != Columns():
+                if not is_json and self._options != ReadOptions():
                     raise InputError(
                         f"{lines.name} looks like plain text, which has no columns",
                         "say what it is with --input-format, such as csv",
@@ -158,10 +146,10 @@ class Inputs:
             if text_format is TextFormat.TEXT:
                 yield from text_rows(lines)
             elif text_format is TextFormat.JSON_LINES:
-                yield from json_rows(lines, self._columns)
+                yield from json_rows(lines, self._options)
             else:
                 separator = COMMA if text_format is TextFormat.CSV else TAB
-                yield from table_rows(lines, self._columns, separator)
+                yield from table_rows(lines, self._options, separator)
 
     def _note(self, share: float) -> None:
         self._share = share

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..errors import InputError, RowError
 from . import lines as lines_module
 from .lines import Lines
-from .rows import Columns, Row, parsed
+from .rows import ReadOptions, Row, parsed
 
 COMMA, TAB = ",", "\t"
 
@@ -24,7 +24,7 @@ _SEPARATORS = {
 class _Records:
     """Records of a table. One that cannot be read raises, and the next call goes on."""
 
-    def __init__(self, lines: Lines, separator: str, quotes: bool) -> None:
+    def __init__(self, lines: Lines, separator: str, literal_quotes: bool) -> None:
         self.line = 1
         self._lines = lines
         self._characters = 0
@@ -34,7 +34,7 @@ class _Records:
         self._reader = csv.reader(
             self._measured(),
             delimiter=separator,
-            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            quoting=csv.QUOTE_NONE if literal_quotes else csv.QUOTE_MINIMAL,
             strict=True,
         )
 
@@ -94,25 +94,25 @@ class _Measured:
         return line
 
 
-def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row | RowError]:
+def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[Row | RowError]:
     """A row for each record after the header; empty lines are none.
 
     Raises:
         InputError: the header cannot be read, or lacks a column.
     """
-    _check_separator(lines, columns, separator)
-    records = _Records(lines, separator, columns.quotes)
+    _check_separator(lines, options, separator)
+    records = _Records(lines, separator, options.literal_quotes)
     header: list[str] = []
     for header in records:
         if header:
             break
     if not header:
         return
-    columns.check(header, records.where)
+    options.check(header, records.where)
     # There is no other way to say "none" in a table.
     blank_is_none = [
-        columns.pair_name,
-        *(name for name in columns.label_names if not columns.splits(name)),
+        options.pair_name,
+        *(name for name in options.label_names if not options.separator_of(name)),
     ]
 
     def parse(cells: list[str]) -> Row | None:
@@ -126,15 +126,15 @@ def table_rows(lines: Lines, columns: Columns, separator: str) -> Iterator[Row |
         content: dict[str, str | None] = dict(zip(header, cells, strict=True))
         for name in blank_is_none:
             content[name] = content.get(name) or None
-        return columns.row(content, records.where, records.line, table=True)
+        return options.row(content, records.where, records.line, table=True)
 
     yield from parsed(records, parse)
 
 
-def _check_separator(lines: Lines, columns: Columns, separator: str) -> None:
+def _check_separator(lines: Lines, options: ReadOptions, separator: str) -> None:
     """Refuse a header whose names something else separates; quotes after it are misread."""
     header = lines.peek().strip()
-    if separator in header or header.strip('"') == columns.text:
+    if separator in header or header.strip('"') == options.text_column:
         return
     for other, (name, hint) in _SEPARATORS.items():
         if other in header:

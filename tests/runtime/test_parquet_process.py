@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError
-from fpabee.runtime.files import Columns, Inputs, Row, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import parquet_process as module
 
 from .cli.test_run import COMMAND
@@ -209,5 +209,5 @@ def test_every_value_arrives(tmp_path: Path) -> None:
     most = pyarrow.array([2**64 - 1], pyarrow.uint64())
     parquet.write_table(pyarrow.table({**values, "most": most}), path)
     fields = {"least": -(2**63), "nested": {"a": [1.5, None]}, "most": 2**64 - 1}
-    given = list(module.isolated_parquet_rows(path, Columns(), lambda share: None))
+    given = list(module.isolated_parquet_rows(path, ReadOptions(), lambda share: None))
     assert given == [Row("é\n", None, None, fields, 1)]

@@ -13,7 +13,7 @@ import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.files import Columns, Row, TextFormat
+from fpabee.runtime.files import ReadOptions, Row, TextFormat
 
 PAIRS: dict[str, list[Any]] = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [1, 0]}
 CLASSES = datasets.ClassLabel(names=["no", "yes"])
@@ -97,8 +97,8 @@ def test_a_data_set_of_several_classes_a_row(rows: ModuleType, stored: Callable[
 
 def test_columns_of_a_data_set_can_be_named(rows: ModuleType, stored: Callable[..., str]) -> None:
     name = stored(PAIRS | {"body": ["x", "y"], "kind": ["u", "v"]})
-    columns = Columns(text="body", text_pair="sentence1", label="kind")
-    found = rows.load_rows(name, columns=columns)
+    options = ReadOptions(text_column="body", text_pair_column="sentence1", label_column="kind")
+    found = rows.load_rows(name, options=options)
     assert seen(found) == [(("x", "a"), ("u",)), (("y", "c"), ("v",))]
 
 
@@ -110,18 +110,18 @@ def test_a_row_of_no_class_has_no_label(rows: ModuleType, stored: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("options", "message"),
     [
-        (Columns(text="body"), "expected body, and labels or label"),
-        (Columns(text_pair="other"), "or premise, and other, and labels or label"),
-        (Columns(label="kind"), "or premise, and kind"),
+        (ReadOptions(text_column="body"), "expected body, and labels or label"),
+        (ReadOptions(text_pair_column="other"), "or premise, and other, and labels or label"),
+        (ReadOptions(label_column="kind"), "or premise, and kind"),
     ],
 )
 def test_a_column_that_is_not_there(
-    rows: ModuleType, stored: Callable[..., str], columns: Columns, message: str
+    rows: ModuleType, stored: Callable[..., str], options: ReadOptions, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        rows.load_rows(stored(PAIRS), columns=columns)
+        rows.load_rows(stored(PAIRS), options=options)
     assert "has the columns sentence1, sentence2, label" in str(caught.value)
     assert "--label-column" in str(caught.value)
 
@@ -171,7 +171,7 @@ def test_rows_for_a_teacher_need_no_label(rows: ModuleType, stored: Callable[...
 
 def test_labels_of_a_data_set_are_split(rows: ModuleType, stored: Callable[..., str]) -> None:
     name = stored({"text": ["a"], "kind": ["x;y"]})
-    (row,) = rows.load_rows(name, columns=Columns(label="kind", separator=";"))
+    (row,) = rows.load_rows(name, options=ReadOptions(label_column="kind", label_separator=";"))
     assert row.labels == ("x", "y")
 
 
@@ -191,14 +191,12 @@ def test_a_row_of_a_data_set_that_is_none(
         rows.load_rows(stored({"label": ["x", "y"]} | columns))
 
 
-@pytest.mark.parametrize(
-    "given", [{"text_format": TextFormat.CSV}, {"columns": Columns(quotes=False)}]
-)
+@pytest.mark.parametrize("options", [ReadOptions(TextFormat.CSV), ReadOptions(literal_quotes=True)])
 def test_a_data_set_is_read_in_no_format(
-    rows: ModuleType, stored: Callable[..., str], given: dict[str, Any]
+    rows: ModuleType, stored: Callable[..., str], options: ReadOptions
 ) -> None:
     with pytest.raises(InputError, match="owner/name:train is a data set") as caught:
-        rows.load_rows(stored(PAIRS), **given)
+        rows.load_rows(stored(PAIRS), options=options)
     assert "--input-format and --no-quotes" in str(caught.value)
 
 

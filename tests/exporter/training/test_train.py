@@ -396,4 +396,4 @@ def test_columns_and_the_format_can_be_named(run: Run, data: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads((data / "model" / "training.json").read_text(encoding="utf-8"))
     assert report["rows"] == {"train": len(rows), "dev": len(rows)}
-    assert report["options"]["columns"]["text"] == "body"
+    assert report["options"]["reading"]["text_column"] == "body"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Inputs, Row, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import lines as lines_module
 
 
@@ -138,10 +138,10 @@ def test_a_format_may_be_given_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_text("text,id\none,1\n")
     given: Any = "csv"
-    assert [row.text for row in read_rows(path, given)] == ["one"]
+    assert [row.text for row in read_rows(path, ReadOptions(given))] == ["one"]
     given = "xlsx"
-    with pytest.raises(InputError, match=r"text_format is 'xlsx' -> .* csv"):
-        list(read_rows(path, given))
+    with pytest.raises(InputError, match=r"'xlsx' -> .*input_format.* csv"):
+        list(read_rows(path, ReadOptions(given)))
 
 
 def test_read_rows_stops_at_a_bad_row(tmp_path: Path) -> None:

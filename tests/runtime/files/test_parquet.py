@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError, RowError
-from fpabee.runtime.files import Columns, Inputs, Row, TextFormat, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
 from fpabee.runtime.files.parquet import parquet_rows
 
 # An example starts a process.
@@ -30,12 +30,12 @@ def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None =
     return path
 
 
-def read(path: Path, columns: dict[str, Any], names: Columns | None = None) -> list[Row]:
-    return list(read_rows(write(path, columns), columns=names))
+def read(path: Path, columns: dict[str, Any], options: ReadOptions | None = None) -> list[Row]:
+    return list(read_rows(write(path, columns), options))
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    names = Columns("q1", "q2", "gold")
+    names = ReadOptions(text_column="q1", text_pair_column="q2", label_column="gold")
     (row,) = read(tmp_path / "in.pq", {"q1": ["a"], "q2": ["b"], "gold": [3], "text": [1]}, names)
     assert row == Row("a", "b", ("3",), {"text": 1}, 1)
 
@@ -164,7 +164,7 @@ def test_parquet_needs_a_plain_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "in.parquet.gz").write_bytes(b"")
     source = name if name == "-" else tmp_path / name
     with pytest.raises(InputError, match="needs a plain file"):
-        Inputs([source], TextFormat.PARQUET)
+        Inputs([source], ReadOptions(TextFormat.PARQUET))
 
 
 def test_a_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +218,6 @@ def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
     parquet.write_table(table, path, store_schema=False)
     assert path.stat().st_size < 2**17
     before = pyarrow.total_allocated_bytes()
-    for row in parquet_rows(path, Columns(), lambda share: None):
+    for row in parquet_rows(path, ReadOptions(), lambda share: None):
         assert isinstance(row, Row)
         assert pyarrow.total_allocated_bytes() - before < 2**28

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.files import Row, TextFormat, read_rows
+from fpabee.runtime.files import ReadOptions, Row, TextFormat, read_rows
 from fpabee.runtime.files import lines as lines_module
 
 
@@ -33,7 +33,7 @@ def read_stdin(
     monkeypatch: pytest.MonkeyPatch, content: bytes, text_format: TextFormat | None = None
 ) -> list[Row]:
     monkeypatch.setattr("sys.stdin", _Stdin(content))
-    return list(read_rows("-", text_format))
+    return list(read_rows("-", ReadOptions(text_format)))
 
 
 def texts(rows: list[Row]) -> list[str]:
@@ -121,8 +121,8 @@ def test_standard_input_is_json_if_it_begins_so(
 def test_the_format_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.csv"
     path.write_bytes(b'{"text": "one"}\n')
-    assert texts(list(read_rows(path, TextFormat.JSON_LINES))) == ["one"]
-    assert texts(list(read_rows(path, TextFormat.TEXT))) == ['{"text": "one"}']
+    assert texts(list(read_rows(path, ReadOptions(TextFormat.JSON_LINES)))) == ["one"]
+    assert texts(list(read_rows(path, ReadOptions(TextFormat.TEXT)))) == ['{"text": "one"}']
     assert texts(read_stdin(monkeypatch, b'{"text": 1}\n', TextFormat.TEXT)) == ['{"text": 1}']
 
 

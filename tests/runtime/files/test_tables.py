@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Columns, Inputs, Row, TextFormat, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
 from fpabee.runtime.files import lines as lines_module
 from fpabee.runtime.files.lines import Lines
 from fpabee.runtime.files.tables import table_rows
 
 
-def read(path: Path, content: bytes, columns: Columns | None = None) -> list[Row]:
+def read(path: Path, content: bytes, options: ReadOptions | None = None) -> list[Row]:
     path.write_bytes(content)
-    return list(read_rows(path, columns=columns))
+    return list(read_rows(path, options))
 
 
 def read_all(path: Path, content: bytes) -> list[Row | RowError]:
@@ -78,7 +78,7 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    columns = Columns("premise", "hypothesis", "gold")
+    columns = ReadOptions(text_column="premise", text_pair_column="hypothesis", label_column="gold")
     content = b"gold,premise,hypothesis,text,label\nno,a,b,c,d\n"
     assert read(tmp_path / "in.csv", content, columns) == [
         Row("a", "b", ("no",), {"text": "c", "label": "d"}, 2)
@@ -91,30 +91,30 @@ def test_columns_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "header", "cell", "expected"),
+    ("options", "header", "cell", "expected"),
     [
-        (Columns(), "labels", "a|b", ("a", "b")),
-        (Columns(), "labels", "a | b|", ("a", "b")),
-        (Columns(), "labels", "", ()),
-        (Columns(), "label", "a|b", ("a|b",)),
-        (Columns(), "label", "", None),
-        (Columns(separator=";"), "labels", "a|b;c", ("a|b", "c")),
-        (Columns(separator=";"), "label", "a;c", ("a", "c")),
-        (Columns(label="topics"), "topics", "a|b", ("a|b",)),
-        (Columns(label="topics", separator=" "), "topics", "a  b", ("a", "b")),
-        (Columns(label="topics", separator=" "), "topics", "", ()),
+        (ReadOptions(), "labels", "a|b", ("a", "b")),
+        (ReadOptions(), "labels", "a | b|", ("a", "b")),
+        (ReadOptions(), "labels", "", ()),
+        (ReadOptions(), "label", "a|b", ("a|b",)),
+        (ReadOptions(), "label", "", None),
+        (ReadOptions(label_separator=";"), "labels", "a|b;c", ("a|b", "c")),
+        (ReadOptions(label_separator=";"), "label", "a;c", ("a", "c")),
+        (ReadOptions(label_column="topics"), "topics", "a|b", ("a|b",)),
+        (ReadOptions(label_column="topics", label_separator=" "), "topics", "a  b", ("a", "b")),
+        (ReadOptions(label_column="topics", label_separator=" "), "topics", "", ()),
     ],
 )
 def test_labels(
-    tmp_path: Path, columns: Columns, header: str, cell: str, expected: tuple[str, ...] | None
+    tmp_path: Path, options: ReadOptions, header: str, cell: str, expected: tuple[str, ...] | None
 ) -> None:
-    (row,) = read(tmp_path / "in.csv", f"text,{header}\nx,{cell}\n".encode(), columns)
+    (row,) = read(tmp_path / "in.csv", f"text,{header}\nx,{cell}\n".encode(), options)
     assert row.labels == expected
 
 
 def test_a_separator_splits_in_json_too(tmp_path: Path) -> None:
     content = b'{"text": "x", "label": "a;b"}\n{"text": "y", "labels": "c"}\n'
-    rows = read(tmp_path / "in.jsonl", content, Columns(separator=";"))
+    rows = read(tmp_path / "in.jsonl", content, ReadOptions(label_separator=";"))
     assert [row.labels for row in rows] == [("a", "b"), ("c",)]
 
 
@@ -122,7 +122,7 @@ def test_quotes_can_be_characters_like_others(tmp_path: Path) -> None:
     content = b'text\tlabel\n"Never," he said\t1\nan " alone\t0\n'
     with pytest.raises(InputError, match=r"line 2 is not a row of a table.*--no-quotes"):
         read(tmp_path / "in.tsv", content)
-    rows = read(tmp_path / "in.tsv", content, Columns(quotes=False))
+    rows = read(tmp_path / "in.tsv", content, ReadOptions(literal_quotes=True))
     assert [row.text for row in rows] == ['"Never," he said', 'an " alone']
 
 
@@ -172,7 +172,7 @@ def test_what_the_csv_module_writes_comes_back(separator: str, rows: list[tuple[
     writer.writerow(["text", "id"])
     writer.writerows(rows)
     lines = Lines(io.BytesIO(buffer.getvalue().encode()), "x")
-    found = list(table_rows(lines, Columns(), separator))
+    found = list(table_rows(lines, ReadOptions(), separator))
     assert [(r.text, r.fields["id"]) for r in found if isinstance(r, Row)] == rows
 
 
@@ -184,7 +184,7 @@ def test_any_bytes_give_rows_or_our_errors(content: bytes, text_format: TextForm
         stdin = type("Stdin", (), {"buffer": io.BytesIO(b"text,id\n" + content)})
         patch.setattr("sys.stdin", stdin)
         try:
-            found = list(Inputs(["-"], text_format))
+            found = list(Inputs(["-"], ReadOptions(text_format)))
         except InputError:
             return
     assert all(isinstance(row, (Row, RowError)) for row in found)
