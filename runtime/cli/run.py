@@ -172,7 +172,7 @@ def main(
     if first_error is not None and summary.errors == summary.rows:
         raise InputError(
             f"none of {summary.rows} rows could be read; the first: {first_error.message}",
-            first_error.hint,
+            first_error.remedy,
         )
 
 
@@ -223,7 +223,7 @@ def _run_settings(
         "target": job.engine.target,
         "rule": "full depth" if rule is None else rule.to_dict(),
         "inputs": identity,
-        "reading": asdict(reading),
+        **asdict(reading),
         "with_text": job.schema.with_text,
         "all_scores": job.schema.all_scores,
     }

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ..errors import FpabeeError, InputError, MissingExtraError, RowError
+from ..errors import FpabeeError, InputError, MissingExtraError, Remedy, RowError
 from .parquet import parquet_rows
 from .rows import ReadOptions, Row
 
@@ -46,17 +46,21 @@ class _Good(msgspec.Struct, array_like=True, tag="row", gc=False):
     line: int
 
 
+# The text and the values of a remedy.
+_Advice = tuple[str, dict[str, str]]
+
+
 class _Bad(msgspec.Struct, array_like=True, tag="error", gc=False):
     message: str
-    hint: str
+    advice: _Advice
 
 
 class _Message(msgspec.Struct, array_like=True):
     rows: list[_Good | _Bad] = []
     share: float = 0.0
     is_last: bool = False
-    # The class of an error, its message and its hint.
-    error: tuple[str, str, str] | None = None
+    # The class of an error, its message and its remedy.
+    error: tuple[str, str, _Advice] | None = None
     bug: str = ""
 
 
@@ -84,8 +88,8 @@ def isolated_parquet_rows(
                     yield _row(item, path)
                 progress(message.share)
                 if message.error is not None:
-                    kind, said, hint = message.error
-                    raise _ERRORS[kind](said, hint)
+                    kind, said, advice = message.error
+                    raise _ERRORS[kind](said, _remedy(advice))
                 if message.bug:
                     raise RuntimeError(f"the reader of {path} failed:\n{message.bug}")
                 if message.is_last:
@@ -131,9 +135,20 @@ def _messages(stream: IO[bytes]) -> Iterator[_Message]:
 
 def _row(item: _Good | _Bad, path: Path) -> Row | RowError:
     if isinstance(item, _Bad):
-        return RowError(item.message, item.hint)
+        return RowError(item.message, _remedy(item.advice))
     where = f"{path}, row {item.line}"
     return Row(item.text, item.text_pair, item.labels, item.fields, item.line, where)
+
+
+def _advice(error: FpabeeError) -> _Advice:
+    if isinstance(error.remedy, str):
+        return "{remedy}", {"remedy": error.remedy}
+    return error.remedy.text, {name: str(value) for name, value in error.remedy.values.items()}
+
+
+def _remedy(advice: _Advice) -> Remedy:
+    text, values = advice
+    return Remedy(text, **values)
 
 
 def end_of(code: int) -> str:
@@ -157,7 +172,7 @@ class _Sender:
     def add(self, row: Row | RowError) -> None:
         """Add a row; rows are encoded one by one, so that many long ones are never held."""
         item = (
-            _Bad(row.message, row.hint)
+            _Bad(row.message, _advice(row))
             if isinstance(row, RowError)
             else _Good(row.text, row.text_pair, row.labels, row.fields, row.line)
         )
@@ -193,7 +208,7 @@ def main() -> None:
             sender.add(row)
         sender.send(True)
     except FpabeeError as error:
-        sender.send(True, (type(error).__name__, error.message, error.hint))
+        sender.send(True, (type(error).__name__, error.message, _advice(error)))
     except Exception:  # noqa: BLE001
         sender.send(True, None, traceback.format_exc())
 

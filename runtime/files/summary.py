@@ -69,7 +69,7 @@ class Summary:
         try:
             self._expected_label(row)
         except InputError as error:
-            return RowError(error.message, error.hint)
+            return RowError(error.message, error.remedy)
         return None
 
     def _count(self, row: Row, exit_number: int, labels: tuple[str, ...], truncated: bool) -> None:

@@ -348,7 +348,7 @@ def test_resume_with_nothing_to_resume_starts(run: Run, bert: Path, source: Path
         (["--with-text"], "with_text was false and is true"),
         (["--max-length", "9"], "max_length was null and is 9"),
         (["--threads", "1"], "threads was null and is 1"),
-        (["--text-column", "id"], "columns was"),
+        (["--text-column", "id"], "text_column was"),
         (["--input-format", "txt"], "input_format was"),
         (["--metrics"], "metrics was"),
     ],
