@@ -10,7 +10,6 @@ was a plain classifier's head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -19,15 +18,7 @@ from torch import Tensor, nn
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError
 from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
-
-
-class Pooling(str, Enum):
-    """What an exit's classifier sees of the hidden states."""
-
-    CLS = "cls"
-    """The first token, through a dense layer with tanh that all exits share (PABEE)."""
-    MEAN = "mean"
-    """The mean over real tokens: early exits learn far more with it, and cost far less."""
+from .pooling import Pooling as Pooling
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,10 @@ def export(
     `onnxruntime-fp32`; the command `fpabee-export` also writes other precisions and targets.
 
     Args:
-        model_dir: a folder that `scripts/train.py` wrote or in the layout of PABEE's and F-PABEE's
-            checkpoints (`config.json`, weights with `classifiers.0`, `classifiers.1`, ... and a
-            tokenizer), or the id of such a model on the Hugging Face hub.
+        model_dir: a folder that `fpabee.exporter.training.train` wrote, or one in the layout of the
+            checkpoints of PABEE and F-PABEE (`config.json`, weights with `classifiers.0`,
+            `classifiers.1`, ... and a tokenizer), or the id of such a model on the Hugging Face
+            hub.
         output: the folder to write.
         options: default: all exits, the model's task and length, built-in texts.
         progress: called with (what, done, total).

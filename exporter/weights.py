@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..runtime.errors import ModelError, first_line
+from ..runtime.errors import Call, ModelError, Remedy, first_line
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TRAIN_HINT = "train one with scripts/train.py --backbone ... --train ... --output model_dir"
+TRAIN_HINT = Remedy("train a model with {call}", call=Call("train"))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -16,6 +16,10 @@ _PACKAGES = {
     "bench": (("onnx",), _EXPORT),
     "half": (("onnx", "onnxruntime"), _EXPORT),
     "merge": (("onnx", "onnxruntime"), _EXPORT),
+    "train": (
+        ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
+        "fpabee[train]",
+    ),
     "plot": (("matplotlib", "jinja2"), "fpabee[plot]"),
 }
 

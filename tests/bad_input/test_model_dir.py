@@ -193,9 +193,7 @@ HUGE_TENSOR = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
 BOMB = described(**{"classifiers.0.weight": HUGE_TENSOR})
 
 CASES = [
-    Case(
-        "no folder", lambda p: export(p.root / "model", p), ("does not exist", "scripts/train.py")
-    ),
+    Case("no folder", lambda p: export(p.root / "model", p), ("does not exist", "fpabee-train")),
     Case("an empty folder", lambda p: [p.root, "-o", p.root / "out"], ("has no config.json",)),
     Case("an engines folder", lambda p: export(p.shared_engines(), p), ("has no config.json",)),
     Case("no config.json", changed(lambda f: (f / "config.json").unlink()), ("no config.json",)),

@@ -1,20 +1,20 @@
-"""The comparison of the paper: settings from dev, figures from test, tables from what is stored."""
+"""The comparison of the paper: settings from dev, scores from test, tables from stored runs."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
-import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import Rows
+from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
 from fpabee.runtime.rules.rules import ExitRule
 
@@ -28,7 +28,7 @@ def reproduce(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def make(seed: int) -> Rows:
-    """Rows that get surer with depth."""
+    """Rows whose logits become more certain with depth."""
     generator = np.random.default_rng(seed)
     truth = generator.integers(0, 3, 200)
     depth = np.linspace(0.5, 3, len(LAYERS))[:, None, None]
@@ -37,7 +37,7 @@ def make(seed: int) -> Rows:
     return Rows(logits, np.full(200, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
 
 
-def test_settings_save_on_dev_and_are_judged_on_test(reproduce: ModuleType) -> None:
+def test_settings_save_enough_on_dev_and_are_evaluated_on_test(reproduce: ModuleType) -> None:
     dev, test = make(0), make(1)
     content = reproduce.compare(dev, test, LAYERS)
     right = (test.logits.argmax(axis=-1) == test.expected).mean(axis=1)
@@ -52,36 +52,49 @@ def test_settings_save_on_dev_and_are_judged_on_test(reproduce: ModuleType) -> N
         assert setting["score"] == pytest.approx((answers == test.expected).mean())
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_training_goes_on_from_a_finished_epoch_only(
-    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+@pytest.mark.parametrize("name", ["mini-mixsnips", "mini-mixsnips-distill"])
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_run_is_trained_once_and_resumed_if_it_was_interrupted(
+    reproduce: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_begun: bool,
+    name: str,
 ) -> None:
-    called: list[list[str]] = []
-
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        called.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    called: list[tuple[TrainOptions, str]] = []
     folder = tmp_path / "model"
+
+    def train(output: Path, options: TrainOptions, _: object, command: str) -> None:
+        called.append((options, command))
+        (output / "training.json").write_text('{"train_seconds": 1}')
+
+    monkeypatch.setattr(reproduce, "train", train)
     (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    if begun:
-        (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").touch()
-    shown = reproduce.train(reproduce.RUNS["mini-mrpc"], 43, tmp_path / "data", "there", folder)
-    assert ("--resume" in called[0]) is begun
-    assert f"--train={tmp_path / 'data' / 'mrpc' / 'train.jsonl.gz'}" in called[0]
-    assert shown.startswith("python scripts/train.py --backbone minilm --train=DATA/mrpc/train.")
-    (folder / "training.json").write_text("{}")
-    reproduce.train(reproduce.RUNS["mini-mrpc"], 43, tmp_path / "data", "there", folder)
-    assert len(called) == 1
+    if is_begun:
+        (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    for _ in range(2):
+        report = reproduce.train_run(name, 43, tmp_path / "data", "encoder", folder)
+        assert report == {"train_seconds": 1}
+    ((options, command),) = called
+    assert options.resume is is_begun
+    assert options.train == str(tmp_path / "data" / "mixsnips" / "train.jsonl.gz")
+    assert (options.backbone, options.epochs, options.seed) == ("encoder", 2.0, 43)
+    assert options.problem_type is ProblemType.MULTI_LABEL
+    assert options.distill == (0.5 if name.endswith("-distill") else 0.0)
+    assert command.endswith(f"--only {name} --seed 43")
 
 
 def test_a_failed_training_is_one_line(reproduce: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(click.ClickException, match="no model for model"):
-        reproduce.train(reproduce.RUNS["mini-mrpc"], 42, tmp_path, "no-such", tmp_path / "model")
+    arguments = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "mini-mrpc"]
+    folders = ["--minilm", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
+    (tmp_path / "work" / "albert").mkdir(parents=True)
+    (tmp_path / "work" / "albert" / "config.json").touch()
+    result = CliRunner().invoke(reproduce.main, [*arguments, *folders])
+    assert result.exit_code == 1
+    assert "train.jsonl.gz does not exist" in result.stderr.splitlines()[-1]
 
 
-def test_a_small_albert_calls_one_layer_often(
+def test_a_small_albert_shares_one_layer(
     reproduce: ModuleType, tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(reproduce.small_albert(str(tiny_models["bert"]), tmp_path / "albert"))
@@ -95,25 +108,18 @@ def test_a_small_albert_calls_one_layer_often(
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
-def test_each_training_names_its_distillation(reproduce: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "training.json").write_text("{}")
-    for name, run in reproduce.RUNS.items():
-        shown = reproduce.train(run, 42, tmp_path, "there", tmp_path)
-        assert f" --distill {0.5 if name.endswith('-distill') else 0}" in shown
-
-
 Settings = list[tuple[str, float]]
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Callable[..., None]:
-    """Stores a run whose rules score so much where half is to be saved."""
+    """Stores a run with these scores of rules that save half of the layers."""
 
     def write(name: str, seed: int, exits: list[float], settings: Settings) -> None:
         run = {
             "name": name,
             "seed": seed,
-            "command": "python scripts/train.py",
+            "command": "python scripts/reproduce.py",
             "metric": "accuracy",
             "rows": {"dev": 10, "test": 20},
             "exits": exits,
@@ -130,12 +136,12 @@ def store(tmp_path: Path) -> Callable[..., None]:
 def test_a_table_has_means_over_seeds(
     reproduce: ModuleType, tmp_path: Path, store: Callable[..., None]
 ) -> None:
-    # A rule that cannot be compared on every seed is not compared.
+    # Only rules with a setting for every seed are compared.
     store("mini-sst2", 42, [0.5, 0.95], [("fpabee", 0.90), ("pabee", 0.89), ("entropy", 0.5)])
     store("mini-sst2", 43, [0.5, 0.95], [("fpabee", 0.92), ("pabee", 0.91)])
     text = "\n".join(reproduce.tables(tmp_path, reproduce.RUNS))
     assert "| fpabee | - | 91.00 ± 1.41 (51 %) | - |" in text
-    assert "95.00 ± 0.00, 20 rows of test" in text
+    assert "95.00 ± 0.00, 20 test rows" in text
     assert "seeds 42, 43" in text
     assert "| entropy | - | - | - |" in text
     assert "| mini-sst2 | - / +1.00 / - | - / - / - |" in text
@@ -143,7 +149,7 @@ def test_a_table_has_means_over_seeds(
     assert "fpabee" in (tmp_path / "figure.svg").read_text()
 
 
-def test_a_distilled_model_is_held_against_the_one_of_its_seed(
+def test_a_distilled_model_is_compared_with_the_one_of_its_seed(
     reproduce: ModuleType, tmp_path: Path, store: Callable[..., None]
 ) -> None:
     store("mini-sst2", 42, [0.5, 0.9], [("fpabee", 0.8), ("entropy", 0.8)])
@@ -151,16 +157,16 @@ def test_a_distilled_model_is_held_against_the_one_of_its_seed(
     store("mini-sst2", 44, [0.9, 0.1], [("fpabee", 0.1), ("entropy", 0.1)])
     store("mini-sst2-distill", 42, [0.53, 0.9], [("fpabee", 0.82), ("entropy", 0.81)])
     store("mini-sst2-distill", 43, [0.61, 0.89], [("fpabee", 0.81)])
-    store("mini-trec-distill", 42, [0.53, 0.9], [("fpabee", 0.82)])  # nothing to hold it against
+    store("mini-trec-distill", 42, [0.53, 0.9], [("fpabee", 0.82)])  # nothing to compare it with
     lines = list(reproduce.tables(tmp_path, reproduce.RUNS))
-    start = lines.index("## What self-distillation gives")
+    start = lines.index("## The effect of self-distillation")
     section = lines[start : lines.index("## mini-sst2")]
     (row,) = [line for line in section if line.startswith("| mini")]
     assert row == "| mini-sst2-distill | 2 | +2.00 -0.50 | - / +1.50 / - | - / - / - |"
     assert "seeds 42, 43, 44; " in lines[lines.index("## mini-sst2") + 2], "only its own runs"
 
 
-def test_a_stored_run_is_of_a_planned_one(reproduce: ModuleType) -> None:
+def test_every_stored_run_is_a_planned_one(reproduce: ModuleType) -> None:
     for path in (SCRIPT.parent / "results" / "runs").glob("*.json"):
         run = json.loads(path.read_text())
         assert path.stem == f"{run['name']}-{run['seed']}"

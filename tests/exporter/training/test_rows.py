@@ -1,32 +1,30 @@
-"""Rows to train on: of files, and of data sets of the `datasets` library."""
+"""The rows of a training: from files and from Hugging Face datasets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
 import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from fpabee.exporter.training import rows as module
+from fpabee.exporter.training.rows import label_names, load_rows
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import ReadOptions, Row, TextFormat
 
 PAIRS: dict[str, list[Any]] = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [1, 0]}
 CLASSES = datasets.ClassLabel(names=["no", "yes"])
+PREPARE = module._PREPARE
 
-
-@pytest.fixture(scope="module")
-def rows(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("train_rows")
+Store = Callable[..., str]
 
 
 @pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Stores a data set and returns the name that loads its training part."""
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Stores a dataset and returns the name that loads its training part."""
 
     def store(columns: dict[str, list[Any]], **features: Any) -> str:
         folder = tmp_path / "owner" / "name"
@@ -39,8 +37,10 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # For the child process that reads the files.
+    # For the child process.
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # Loading the library in a child process takes seconds, so only its own tests do it.
+    monkeypatch.setattr(module, "_PREPARE", "")
     return store
 
 
@@ -48,135 +48,140 @@ def seen(rows: list[Row]) -> list[tuple[object, tuple[str, ...] | None]]:
     return [(row.content, row.labels) for row in rows]
 
 
-def write_rows(path: Path, content: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return str(path)
-
-
-def test_multi_label_rows_may_have_no_label_at_all(rows: ModuleType, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "labels": []}])
-    assert [row.labels for row in rows.load_rows(path)] == [()]
-
-
-def test_row_without_label_is_named(rows: ModuleType, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y"}])
-    with pytest.raises(InputError, match="row 2 has no label"):
-        rows.load_rows(path)
-    assert [row.text for row in rows.load_rows(path, labelled=False)] == ["x", "y"]
-
-
-def test_rows_of_tables_are_read_too(rows: ModuleType, tmp_path: Path) -> None:
+def test_rows_of_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text('text,text_pair,label\n"a, b",c,yes\nd,,no\n')
-    assert rows.load_rows(str(tmp_path / "train.csv")) == [
-        Row("a, b", "c", ("yes",), line=2),
-        Row("d", None, ("no",), line=3),
+    assert seen(load_rows(str(tmp_path / "train.csv"))) == [
+        (("a, b", "c"), ("yes",)),
+        ("d", ("no",)),
     ]
     (tmp_path / "train.tsv").write_text("text\tlabels\na\tx|y\n")
-    (row,) = rows.load_rows(str(tmp_path / "train.tsv"))
-    assert row.labels == ("x", "y")
+    assert seen(load_rows(str(tmp_path / "train.tsv"))) == [("a", ("x", "y"))]
+    (tmp_path / "train.jsonl").write_text('{"text": "x", "labels": []}\n')
+    assert seen(load_rows(str(tmp_path / "train.jsonl"))) == [("x", ())]
 
 
-def test_labels_beside_the_file_come_first(rows: ModuleType, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "train.jsonl", [{"text": "x", "label": "b"}])
-    seen = [Row("x", labels=("b",)), Row("y", labels=("a", "b")), Row("z")]
-    assert rows.label_names(seen, path) == ("a", "b"), "in order"
+def test_a_row_without_label_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "x", "label": "a"}\n{"text": "y"}\n')
+    with pytest.raises(InputError, match="row 2 has no label"):
+        load_rows(str(path))
+    assert seen(load_rows(str(path), labelled=False)) == [("x", ("a",)), ("y", None)]
+
+
+def test_labels_are_in_the_order_of_labels_json_or_of_the_alphabet(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.touch()
+    rows = [Row("x", labels=("b",)), Row("y", labels=("a", "b")), Row("z")]
+    assert label_names(rows, str(path)) == ("a", "b")
     (tmp_path / "labels.json").write_text('["z", "b", "a"]')
-    assert rows.label_names(seen, path) == ("z", "b", "a")
+    assert label_names(rows, str(path)) == ("z", "b", "a")
 
 
-def test_a_data_set_of_classes(rows: ModuleType, stored: Callable[..., str]) -> None:
-    found = rows.load_rows(stored(PAIRS, label=CLASSES))
-    assert seen(found) == [(("a", "b"), ("yes",)), (("c", "d"), ("no",))]
+BODY = PAIRS | {"body": ["x", "y"], "kind": ["u", "v"]}
+DATASETS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], ReadOptions, list[Any]]] = {
+    "class names": (
+        PAIRS,
+        {"label": CLASSES},
+        ReadOptions(),
+        [(("a", "b"), ("yes",)), (("c", "d"), ("no",))],
+    ),
+    "several classes": (
+        {"text": ["a", "b"], "labels": [[0, 1], []]},
+        {"labels": datasets.Sequence(CLASSES)},
+        ReadOptions(),
+        [("a", ("no", "yes")), ("b", ())],
+    ),
+    "numbers that are not classes": (
+        {"text": ["a", "b"], "label": [1, -1]},
+        {},
+        ReadOptions(),
+        [("a", ("1",)), ("b", ("-1",))],
+    ),
+    "named columns": (
+        BODY,
+        {},
+        ReadOptions(text_column="body", text_pair_column="sentence1", label_column="kind"),
+        [(("x", "a"), ("u",)), (("y", "c"), ("v",))],
+    ),
+    "labels in one string": (
+        {"text": ["a"], "kind": ["x;y"]},
+        {},
+        ReadOptions(label_column="kind", label_separator=";"),
+        [("a", ("x", "y"))],
+    ),
+}
 
 
-def test_a_data_set_of_several_classes_a_row(rows: ModuleType, stored: Callable[..., str]) -> None:
-    columns = {"text": ["a", "b"], "labels": [[0, 1], []]}
-    found = rows.load_rows(stored(columns, labels=datasets.Sequence(CLASSES)))
-    assert seen(found) == [("a", ("no", "yes")), ("b", ())]
+@pytest.mark.parametrize("case", DATASETS)
+def test_rows_of_datasets_are_read(case: str, store: Store) -> None:
+    columns, features, chosen, expected = DATASETS[case]
+    assert seen(load_rows(store(columns, **features), reading=chosen)) == expected
 
 
-def test_columns_of_a_data_set_can_be_named(rows: ModuleType, stored: Callable[..., str]) -> None:
-    name = stored(PAIRS | {"body": ["x", "y"], "kind": ["u", "v"]})
-    options = ReadOptions(text_column="body", text_pair_column="sentence1", label_column="kind")
-    found = rows.load_rows(name, options=options)
-    assert seen(found) == [(("x", "a"), ("u",)), (("y", "c"), ("v",))]
+def test_part_of_a_split_can_be_read(store: Store) -> None:
+    name = store(PAIRS, label=CLASSES)
+    assert seen(load_rows(f"{name}[:1]")) == [(("a", "b"), ("yes",))]
 
 
-def test_a_row_of_no_class_has_no_label(rows: ModuleType, stored: Callable[..., str]) -> None:
-    name = stored(PAIRS | {"label": [1, -1]}, label=CLASSES)
+def test_a_row_of_unknown_class_has_no_label(store: Store) -> None:
+    name = store(PAIRS | {"label": [1, -1]}, label=CLASSES)
     with pytest.raises(InputError, match="owner/name:train, row 2 has no label"):
-        rows.load_rows(name)
-    assert [row.labels for row in rows.load_rows(name, labelled=False)] == [("yes",), None]
+        load_rows(name)
+    assert [row.labels for row in load_rows(name, labelled=False)] == [("yes",), None]
+
+
+def test_labels_may_be_missing_if_they_are_not_needed(store: Store) -> None:
+    name = store({"sentence": ["a", "b"]})
+    assert seen(load_rows(name, labelled=False)) == [("a", None), ("b", None)]
+    with pytest.raises(InputError, match="or premise, and labels or label"):
+        load_rows(name)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("columns", "expected"),
     [
         (ReadOptions(text_column="body"), "expected body, and labels or label"),
         (ReadOptions(text_pair_column="other"), "or premise, and other, and labels or label"),
         (ReadOptions(label_column="kind"), "or premise, and kind"),
     ],
 )
-def test_a_column_that_is_not_there(
-    rows: ModuleType, stored: Callable[..., str], options: ReadOptions, message: str
-) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        rows.load_rows(stored(PAIRS), options=options)
-    assert "has the columns sentence1, sentence2, label" in str(caught.value)
-    assert "--label-column" in str(caught.value)
+def test_a_missing_column_is_named(store: Store, columns: ReadOptions, expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        load_rows(store(PAIRS), reading=columns)
+    assert "has the columns sentence1, sentence2, label" in caught.value.message
+    assert "label_column" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "reason"),
     [
         ("owner/script:train", "scripts are no longer supported"),
         ("owner/name:dev", 'Unknown split "dev"'),
         ("owner/name/big:train", "'big' not found"),
-        ("owner/name:", "a name or the split is empty"),
-        (":train", "a name or the split is empty"),
+        ("owner/name:", "its name or its split is empty"),
+        (":train", "its name or its split is empty"),
     ],
 )
-def test_a_data_set_that_is_not_there(
-    rows: ModuleType, stored: Callable[..., str], name: str, message: str
-) -> None:
-    stored(PAIRS)
+def test_a_dataset_that_cannot_be_loaded_is_named(store: Store, name: str, reason: str) -> None:
+    store(PAIRS)
     Path("owner/script").mkdir()
     Path("owner/script/script.py").touch()
-    with pytest.raises(InputError, match=f"^{name} cannot be loaded: .*{message}") as caught:
-        rows.load_rows(name)
-    assert "OWNER/NAME[/CONFIG]:SPLIT" in str(caught.value)
+    with pytest.raises(InputError, match=f"^{name} cannot be loaded: .*{reason}") as caught:
+        load_rows(name)
+    assert "OWNER/NAME[/CONFIG]:SPLIT" in caught.value.hint
 
 
-def test_a_hub_that_cannot_be_reached(rows: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach\n'owner/none' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    monkeypatch.setattr(rows, "_PREPARE", "raise SystemExit(1)")
     with pytest.raises(InputError, match="cannot be loaded: Couldn't reach 'owner/none' on"):
-        rows.load_rows("owner/none:train")
-
-
-def test_a_part_of_a_data_set(rows: ModuleType, stored: Callable[..., str]) -> None:
-    name = stored(PAIRS, label=CLASSES)
-    assert seen(rows.load_rows(f"{name}[:1]")) == [(("a", "b"), ("yes",))]
-
-
-def test_rows_for_a_teacher_need_no_label(rows: ModuleType, stored: Callable[..., str]) -> None:
-    name = stored({"sentence": ["a", "b"]})
-    assert seen(rows.load_rows(name, labelled=False)) == [("a", None), ("b", None)]
-    with pytest.raises(InputError, match="or premise, and labels or label"):
-        rows.load_rows(name)
-
-
-def test_labels_of_a_data_set_are_split(rows: ModuleType, stored: Callable[..., str]) -> None:
-    name = stored({"text": ["a"], "kind": ["x;y"]})
-    (row,) = rows.load_rows(name, options=ReadOptions(label_column="kind", label_separator=";"))
-    assert row.labels == ("x", "y")
+        load_rows("owner/none:train")
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "expected"),
     [
         ({"text": ["a", None]}, 'row 2 has no string field "text"'),
         ({"text": [["a", "b"], ["c", "d"]]}, 'row 1 has no string field "text"'),
@@ -184,44 +189,40 @@ def test_labels_of_a_data_set_are_split(rows: ModuleType, stored: Callable[..., 
         ({"text": ["a", "b"], "label": [{"x": 1}, {"x": 2}]}, 'row 1: "label" is not a name'),
     ],
 )
-def test_a_row_of_a_data_set_that_is_none(
-    rows: ModuleType, stored: Callable[..., str], columns: dict[str, list[Any]], message: str
+def test_a_bad_row_of_a_dataset_is_named(
+    store: Store, columns: dict[str, list[Any]], expected: str
 ) -> None:
-    with pytest.raises(InputError, match=f"owner/name:train, {message}"):
-        rows.load_rows(stored({"label": ["x", "y"]} | columns))
+    with pytest.raises(InputError, match=f"owner/name:train, {expected}"):
+        load_rows(store({"label": ["x", "y"]} | columns))
 
 
-@pytest.mark.parametrize("options", [ReadOptions(TextFormat.CSV), ReadOptions(literal_quotes=True)])
-def test_a_data_set_is_read_in_no_format(
-    rows: ModuleType, stored: Callable[..., str], options: ReadOptions
+@pytest.mark.parametrize(
+    "reading", [ReadOptions(input_format=TextFormat.CSV), ReadOptions(literal_quotes=True)]
+)
+def test_file_formats_do_not_apply_to_datasets(store: Store, reading: ReadOptions) -> None:
+    with pytest.raises(InputError, match="owner/name:train is a dataset"):
+        load_rows(store(PAIRS), reading=reading)
+
+
+def test_a_crash_of_the_library_is_an_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="owner/name:train is a data set") as caught:
-        rows.load_rows(stored(PAIRS), options=options)
-    assert "--input-format and --no-quotes" in str(caught.value)
-
-
-def test_a_number_of_no_class_is_a_label(rows: ModuleType, stored: Callable[..., str]) -> None:
-    found = rows.load_rows(stored({"text": ["a", "b"], "label": [1, -1]}))
-    assert [row.labels for row in found] == [("1",), ("-1",)]
-
-
-def test_a_data_set_on_which_the_library_aborts(
-    rows: ModuleType, stored: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    name = stored(PAIRS)
+    name = store(PAIRS)
+    monkeypatch.setattr(module, "_PREPARE", PREPARE)
     (tmp_path / "datasets.py").write_text("import os; os.abort()")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=rf"{name} cannot be loaded: .* crashed \(SIGABRT\)"):
-        rows.load_rows(name)
+        load_rows(name)
 
 
-def test_the_files_of_a_data_set_are_read_by_a_child(
-    rows: ModuleType, stored: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_a_child_process_reads_the_files_of_a_dataset(
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = stored(PAIRS)
+    name = store(PAIRS)
+    monkeypatch.setattr(module, "_PREPARE", PREPARE)
 
     def aborts(*_: object, **__: object) -> None:
         raise AssertionError("read in this process")
 
     monkeypatch.setattr(Parquet, "_generate_tables", aborts)
-    assert len(rows.load_rows(name, labelled=False)) == 2
+    assert len(load_rows(name, labelled=False)) == 2

@@ -1,0 +1,118 @@
+"""The settings of a training. Needs no torch, so that the command starts fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ...runtime.artifact.manifest import ProblemType
+from ...runtime.errors import InputError, Remedy
+from ...runtime.files import ReadOptions
+from ..pooling import Pooling
+
+
+class ExitWeights(str, Enum):
+    """How much the loss of each exit counts."""
+
+    LINEAR = "linear"
+    """In proportion to the number of the exit (F-PABEE, eq. 13)."""
+    UNIFORM = "uniform"
+    """The same for all exits."""
+
+
+# A pair has three special tokens, and needs at least one token of text.
+_ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The settings of a training.
+
+    Data is a file in any format of `fpabee.runtime.read_rows`, or a Hugging Face dataset as
+    `OWNER/NAME[/CONFIG]:SPLIT`.
+
+    Attributes:
+        train: labelled rows to train on; with `from_classifier` they need no labels.
+        dev: labelled rows that are scored after every epoch.
+        test: labelled rows that are scored once, at the end.
+        backbone: the encoder: a folder, the id of a model on the Hugging Face hub, or another
+            model_dir.
+        from_classifier: instead of `backbone`, a classifier (`AutoModelForSequenceClassification`,
+            a folder or a hub id) that gets exits. It keeps its labels and its head, and the other
+            exits are trained on its predictions.
+        freeze_encoder: train only the exits.
+        random_init: start from random weights instead of those of `backbone`.
+        problem_type: the task; default: that of `from_classifier` if it names one, otherwise
+            single-label.
+        exits: the layers after which there is an exit, ascending; default: every layer.
+        pooling: what the classifiers of the exits see.
+        exit_weights: how much the loss of each exit counts.
+        distill: share of the targets of all exits but the last that comes from the last exit
+            instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
+            the loss of F-PABEE.
+        epochs: passes over the training rows; may be a fraction.
+        lr: learning rate of the encoder.
+        head_lr: learning rate of the exits; default: 5e-3, or 1e-3 with `Pooling.CLS`, whose
+            exits have a dense layer before their classifier.
+        batch_size: rows per step.
+        max_length: longest sequence in tokens, special tokens included; longer texts are
+            truncated.
+        seed: of all random choices.
+        bf16: compute in bfloat16 where that is safe (autocast).
+        reading: how the rows are read.
+        resume: continue after the last finished epoch of an interrupted training.
+        force: replace an existing model.
+
+    Raises:
+        InputError: options that contradict each other, or a number out of range.
+    """
+
+    train: str
+    dev: str
+    test: str | None = None
+    backbone: str | None = None
+    from_classifier: str | None = None
+    freeze_encoder: bool = False
+    random_init: bool = False
+    problem_type: ProblemType | None = None
+    exits: tuple[int, ...] | None = None
+    pooling: Pooling = Pooling.MEAN
+    exit_weights: ExitWeights = ExitWeights.LINEAR
+    distill: float = 0.5
+    epochs: float = 3.0
+    lr: float = 5e-5
+    head_lr: float | None = None
+    batch_size: int = 32
+    max_length: int = 128
+    seed: int = 42
+    bf16: bool = False
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.backbone) is bool(self.from_classifier):
+            given = "both" if self.backbone else "neither"
+            raise InputError(
+                f"expected either an encoder or a classifier to train, found {given}",
+                Remedy("give either {backbone} or {from_classifier}"),
+            )
+        if self.from_classifier and self.random_init:
+            raise InputError(
+                "the weights of a classifier are kept, so they cannot be random",
+                Remedy("leave out {random_init}, or give {backbone} instead of {from_classifier}"),
+            )
+        for name, bound in _ABOVE.items():
+            value = getattr(self, name)
+            if value is not None and not bound < value < math.inf:
+                raise InputError(
+                    f"{name} is {value}", Remedy(f"give {{{name}}} above {{bound}}", bound=bound)
+                )
+        if not 0 <= self.distill <= 1:
+            raise InputError(f"distill is {self.distill}", Remedy("give {distill} from 0 to 1"))
+
+    @property
+    def exit_lr(self) -> float:
+        """The learning rate of the exits."""
+        return self.head_lr or (5e-3 if self.pooling is Pooling.MEAN else 1e-3)

@@ -1,0 +1,94 @@
+"""What a training reports: its progress while it runs, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+
+from ...runtime.artifact.manifest import ProblemType
+from .options import TrainOptions
+
+REPORT_NAME = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """The state of a running training.
+
+    Attributes:
+        step: steps done.
+        steps: steps in total.
+        loss: mean loss since the last report; None where there are `scores`.
+        metric: what `scores` are, such as `accuracy`.
+        scores: of the dev rows at each exit, from the first; empty unless an epoch has just ended.
+    """
+
+    step: int
+    steps: int
+    loss: float | None = None
+    metric: str = ""
+    scores: tuple[float, ...] = ()
+
+
+Listener = Callable[[TrainProgress], None]
+"""Called from time to time, and after every epoch."""
+
+
+def silent(state: TrainProgress) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows that a training used.
+
+    Attributes:
+        source: file or Hugging Face dataset.
+        rows: number of rows.
+        sha256: of the file; for a dataset, of the texts and labels of its rows.
+    """
+
+    source: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The result of a training.
+
+    Attributes:
+        options: the settings.
+        problem_type: the task.
+        model_type: family of the encoder.
+        data: by name: `train`, `dev` and, if given, `test`.
+        labels: in the order of the logits.
+        exits: the layer of each exit.
+        scores: for `dev` and `test`: by exit, the value of each metric.
+        train_seconds: how long the training took, without loading and the final scores.
+        command: how it was started; empty: not known.
+        versions: of Python and of the main packages.
+    """
+
+    options: TrainOptions
+    problem_type: ProblemType
+    model_type: str
+    data: dict[str, DataSource]
+    labels: tuple[str, ...]
+    exits: tuple[int, ...]
+    scores: dict[str, list[dict[str, float]]]
+    train_seconds: float
+    command: str
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has."""
+        return in_json_types(self)
+
+
+def in_json_types(record: Any) -> dict[str, Any]:
+    """A dataclass in the types that reading its JSON gives."""
+    return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(record)))

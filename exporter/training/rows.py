@@ -1,0 +1,155 @@
+"""The rows of a training: from files as the runtime reads them, or from Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import InputError, Remedy
+from ...runtime.files import ReadOptions, Row, read_rows
+from ...runtime.files.parquet_process import end_of
+from ...runtime.files.rows import class_name
+
+# Where datasets usually have the text and the second text.
+_TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
+_PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
+# Any error is raised again, and reported, when the caller loads the dataset itself.
+_PREPARE = """
+import json, sys
+sys.path[:] = sys.argv[2:]
+from datasets import load_dataset
+given = json.loads(sys.argv[1])
+try:
+    load_dataset(*given["names"], split=given["split"])
+except Exception:
+    sys.exit(1)
+"""
+
+
+def dataset_name(source: str) -> str | None:
+    """OWNER/NAME of a source that is a Hugging Face dataset; None for a file."""
+    if Path(source).exists() or ":" not in source:
+        return None
+    return "/".join(source.partition(":")[0].split("/")[:2])
+
+
+def load_rows(
+    source: str,
+    labelled: bool = True,
+    reading: ReadOptions | None = None,
+) -> list[Row]:
+    """The rows of a file, or of a Hugging Face dataset.
+
+    Args:
+        source: the file, or `OWNER/NAME[/CONFIG]:SPLIT`.
+        labelled: whether every row must have a label.
+        reading: how the rows are read; by default, the columns of a dataset may also have other
+            usual names, such as `sentence1` and `sentence2`.
+
+    Raises:
+        InputError: the source cannot be read, or a row has no label.
+        RowError: a row cannot be read.
+    """
+    reading = reading or ReadOptions()
+    if dataset_name(source) is None:
+        rows = list(read_rows(source, reading))
+    elif reading.input_format is not None or reading.literal_quotes:
+        raise InputError(
+            f"{source} is a dataset, to which file formats and quotes do not apply",
+            Remedy("leave out {input_format} and {literal_quotes}"),
+        )
+    else:
+        rows = list(_dataset_rows(source, labelled, reading))
+    for number, row in enumerate(rows, start=1):
+        if labelled and row.labels is None:
+            raise InputError(
+                f"{source}, row {number} has no label",
+                Remedy("give every row a label, or name their column with {label_column}"),
+            )
+    return rows
+
+
+def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
+    """The labels of the task, in order.
+
+    Args:
+        rows: the training rows.
+        train: where they come from.
+
+    Returns:
+        What `labels.json` beside the training file lists; without such a file, the labels that
+        occur, in alphabetical order.
+    """
+    listed = Path(train).parent / "labels.json"
+    if Path(train).is_file() and listed.is_file():
+        return tuple(json.loads(listed.read_text(encoding="utf-8")))
+    return tuple(sorted({label for row in rows for label in row.labels or ()}))
+
+
+def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator[Row]:
+    data = _load(source)
+    is_named = reading.text_column != ReadOptions.text_column
+    texts = (reading.text_column,) if is_named else _TEXT_COLUMNS
+    pairs = _PAIR_COLUMNS if reading.text_pair_column is None else (reading.text_pair_column,)
+    # The candidates for each column, and whether one of them must exist.
+    wanted = [
+        (texts, True),
+        (pairs, reading.text_pair_column is not None),
+        (reading.label_names, labelled or reading.label_column is not None),
+    ]
+    found = [next((name for name in names if name in data.features), None) for names, _ in wanted]
+    required = [names for names, is_required in wanted if is_required]
+    if any(data.features.keys().isdisjoint(names) for names in required):
+        raise InputError(
+            f"{source} has the columns {', '.join(data.features)}; expected "
+            f"{', and '.join(' or '.join(names) for names in required)}",
+            Remedy("name the columns with {text_column}, {text_pair_column} and {label_column}"),
+        )
+    text, pair, label = found
+    feature = data.features.get(label)
+    classes = getattr(getattr(feature, "feature", feature), "names", None)
+    named = replace(reading, text_column=text or "", text_pair_column=pair, label_column=label)
+    for number, item in enumerate(data, start=1):
+        content = {name: item[name] for name in found if name is not None}
+        if label is not None and classes:
+            content[label] = class_name(content[label], classes)
+        yield named.row(content, f"{source}, row {number}", number)
+
+
+def _load(source: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path, _, split = source.partition(":")
+    names = [str(dataset_name(source)), *path.split("/")[2:]]
+    try:
+        if not all((*path.split("/"), split)):
+            raise ValueError("its name or its split is empty")
+        _prepare(source, names, split)
+        return load_dataset(*names, split=split)
+    # RuntimeError: the dataset is a script, which is not run.
+    except (OSError, ValueError, TypeError, DatasetsError, RuntimeError) as error:
+        raise InputError(
+            f"{source} cannot be loaded: {' '.join(str(error).split())}",
+            "give a file, or OWNER/NAME[/CONFIG]:SPLIT of a dataset on the Hugging Face hub",
+        ) from error
+
+
+def _prepare(source: str, names: Sequence[str], split: str) -> None:
+    """Convert the files of a dataset in a child process, which a damaged file may abort.
+
+    The library caches the result, so that afterwards only its own files are read.
+    """
+    given = json.dumps({"names": names, "split": split})
+    command = [sys.executable, "-c", _PREPARE, given, *sys.path]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if code < 0:
+        raise InputError(
+            f"{source} cannot be loaded: the reader crashed ({end_of(code)})",
+            "delete the cached files of the dataset and load it again, or give a file",
+        )

@@ -1,0 +1,154 @@
+"""`fpabee-train`: its options, its output and its errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fpabee.exporter.cli.train import main
+from fpabee.exporter.model import Pooling
+from fpabee.exporter.training import ExitWeights, TrainOptions, TrainProgress, pipeline
+from fpabee.exporter.training.report import DataSource, TrainReport
+from fpabee.runtime import ProblemType
+from fpabee.runtime.errors import InputError, Remedy
+from fpabee.runtime.files import ReadOptions, TextFormat
+
+FILES = ["--train", "train.jsonl", "--dev", "dev.jsonl", "--output", "model dir"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [*FILES, *arguments])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
+    """Replaces the training by one that only reports; collects what it was called with."""
+    calls = []
+
+    def train(
+        output: Path, options: TrainOptions, listener: Callable[[TrainProgress], None], command: str
+    ) -> TrainReport:
+        calls.append((output, options))
+        listener(TrainProgress(25, 50, 0.5))
+        listener(TrainProgress(50, 50, None, "accuracy", (0.75, 0.875)))
+        scores = {"dev": [{"accuracy": 0.75}, {"accuracy": 0.875}]}
+        data = {"train": DataSource(options.train, 8, "0")}
+        return TrainReport(
+            options,
+            ProblemType.SINGLE_LABEL,
+            "bert",
+            data,
+            ("a", "b"),
+            (2, 4),
+            scores,
+            1.5,
+            command,
+            {},
+        )
+
+    monkeypatch.setattr(pipeline, "train", train)
+    return calls
+
+
+def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOptions]]) -> None:
+    result = run(
+        *["--backbone", "encoder", "--test", "test.csv", "--freeze-encoder", "--random-init"],
+        *["--problem-type", "multi_label_classification", "--exits", "2,4", "--pooling", "cls"],
+        *["--exit-weights", "uniform", "--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
+        *["--head-lr", "2e-3", "--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
+        *["--resume", "--force", "--input-format", "csv", "--text-column", "body"],
+        *["--text-pair-column", "other", "--label-column", "kind", "--label-separator", ";"],
+        "--no-quotes",
+    )
+    assert result.exit_code == 0, result.output
+    expected = TrainOptions(
+        train="train.jsonl",
+        dev="dev.jsonl",
+        test="test.csv",
+        backbone="encoder",
+        freeze_encoder=True,
+        random_init=True,
+        problem_type=ProblemType.MULTI_LABEL,
+        exits=(2, 4),
+        pooling=Pooling.CLS,
+        exit_weights=ExitWeights.UNIFORM,
+        distill=0.0,
+        epochs=0.5,
+        lr=1e-4,
+        head_lr=2e-3,
+        batch_size=4,
+        max_length=64,
+        seed=7,
+        bf16=True,
+        reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", ";", True),
+        resume=True,
+        force=True,
+    )
+    assert trained == [(Path("model dir"), expected)]
+
+
+def test_the_defaults_are_those_of_the_library(trained: list[tuple[Path, TrainOptions]]) -> None:
+    assert run("--from-classifier", "classifier").exit_code == 0
+    expected = TrainOptions(train="train.jsonl", dev="dev.jsonl", from_classifier="classifier")
+    assert trained == [(Path("model dir"), expected)]
+
+
+def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
+    result = run("--backbone", "encoder")
+    assert "loss 0.500" in result.stderr
+    assert "dev accuracy by exit: 0.750 0.875" in result.stderr
+    assert "dev: scores of every exit" in result.stdout
+    assert "0.8750" in result.stdout
+    assert result.stdout.splitlines()[-1] == "next: fpabee-export 'model dir'"
+    quiet = run("--backbone", "encoder", "--quiet", "--json")
+    assert quiet.stderr == ""
+    report: dict[str, Any] = json.loads(quiet.stdout)
+    assert report["scores"]["dev"][1] == {"accuracy": 0.875}
+    assert report["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--backbone or --from-classifier"),
+        (["--backbone", "x", "--from-classifier", "y"], "--backbone or --from-classifier"),
+        (["--from-classifier", "y", "--random-init"], "leave out --random-init"),
+        (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
+        (["--backbone", "x", "--exits", "a"], "--exits"),
+        (["--backbone", "x", "--exit-weights", "square"], "--exit-weights"),
+        (["--typo"], "--typo"),
+    ],
+)
+def test_usage_errors_exit_2(arguments: list[str], expected: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+
+
+def test_errors_of_the_training_are_one_line_in_terms_of_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("there is a model", Remedy("give {force} to replace it"))
+
+    monkeypatch.setattr(pipeline, "train", refuse)
+    result = run("--backbone", "x")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: there is a model -> give --force to replace it\n"
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fpabee.runtime.optional_packages.util.find_spec",
+        lambda name: None if name == "accelerate" else name,
+    )
+    result = run("--backbone", "x")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "accelerate" in line
+    assert "pip install 'fpabee[train]'" in line

@@ -1,0 +1,68 @@
+"""Tiny data and encoders to train on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.exporter.training import TrainOptions
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
+
+WriteRows = Callable[[str, Iterable[Mapping[str, Any]]], str]
+Options = Callable[..., TrainOptions]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> WriteRows:
+    """Writes rows as JSON lines to a file of that name, and returns its path."""
+
+    def write(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration and a tokenizer, but no weights."""
+    from transformers import BertConfig
+
+    folder = tmp_path_factory.mktemp("backbone")
+    BertConfig(
+        vocab_size=800,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    ).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / name, folder)
+    return folder
+
+
+@pytest.fixture
+def options(backbone: Path, write_rows: WriteRows) -> Options:
+    """Makes options for 24 rows to train on and 8 in dev; the arguments replace some of them."""
+    words = ("good film", "bad film", "a film")
+    rows = [{"text": words[i % 3] * (1 + i % 4), "label": words[i % 3][:3]} for i in range(24)]
+    settings: dict[str, Any] = {
+        "train": write_rows("train.jsonl.gz", rows),
+        "dev": write_rows("dev.jsonl", rows[:8]),
+        "backbone": str(backbone),
+        "random_init": True,
+        "epochs": 1.0,
+        "batch_size": 8,
+        "max_length": 16,
+    }
+    return lambda **changes: TrainOptions(**(settings | changes))

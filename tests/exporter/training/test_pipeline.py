@@ -1,0 +1,313 @@
+"""Trainings of tiny models: what they write, report, refuse and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
+
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.model import MultiExitConfig, Pooling
+from fpabee.exporter.training import TrainOptions, TrainProgress, train
+from fpabee.exporter.training.pipeline import features
+from fpabee.exporter.training.trainer import MultiExitTrainer
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.errors import InputError, ModelError
+from fpabee.runtime.files import Row, read_rows
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
+SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+
+Options = Callable[..., TrainOptions]
+WriteRows = Callable[..., str]
+
+
+def test_features_are_those_of_each_row_alone(backbone: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    rows = [Row("one", labels=("a",)), Row("two", "three", ("b",)), Row("x " * 99, labels=("a",))]
+    config = MultiExitConfig((1, 2), ("a", "b"))
+    first, second, third = features(rows, tokenizer, config, 16)
+    assert first["input_ids"] == tokenizer("one")["input_ids"]
+    assert second["input_ids"] == tokenizer("two", "three")["input_ids"]
+    assert len(third["input_ids"]) == 16
+    assert [first["labels"], second["labels"]] == [0, 1]
+
+
+def test_a_training_writes_a_model_its_scores_and_a_model_card(
+    options: Options, tmp_path: Path
+) -> None:
+    seen: list[TrainProgress] = []
+    settings = options(test=str(tmp_path / "dev.jsonl"), lr=1e-3, epochs=2.0)
+    folder = tmp_path / "model"
+    report = train(folder, settings, seen.append, "fpabee-train --of tests")
+
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"README.md", "training.json"}
+    model = load_checkpoint(folder)
+    assert model.exit_config == MultiExitConfig((1, 2), ("a f", "bad", "goo"), SINGLE, Pooling.MEAN)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = list(read_rows(tmp_path / "dev.jsonl"))
+    shape: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 16}
+    encoded = tokenizer([row.text for row in rows], **shape, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**encoded).argmax(dim=-1)
+    truth = torch.tensor([report.labels.index(label) for row in rows for label in row.labels or ()])
+    accuracies = (predicted == truth).float().mean(dim=1).tolist()
+    for name in ("dev", "test"):
+        assert [set(row) for row in report.scores[name]] == [
+            {"accuracy", "macro_f1", "matthews"}
+        ] * 2
+        assert [row["accuracy"] for row in report.scores[name]] == pytest.approx(accuracies)
+
+    assert [state.step for state in seen if not state.scores] == [1, 2, 3, 4, 5, 6]
+    assert {state.steps for state in seen} == {6}
+    epochs = [state for state in seen if state.scores]
+    assert [(state.step, state.metric) for state in epochs] == [(3, "accuracy"), (6, "accuracy")]
+    assert epochs[-1].scores == pytest.approx(accuracies)
+
+    stored = json.loads((folder / "training.json").read_text())
+    assert stored == report.to_dict()
+    assert stored["options"]["distill"] == 0.5, "the documented default"
+    assert {name: data["rows"] for name, data in stored["data"].items()} == {
+        "train": 24,
+        "dev": 8,
+        "test": 8,
+    }
+    card = (folder / "README.md").read_text()
+    metadata: Any = ModelCard(card).data
+    assert metadata.library_name == "fpabee"
+    assert metadata.datasets is None
+    for part in (
+        "fpabee-train --of tests",
+        "train.jsonl.gz | 24",
+        sha256_of(tmp_path / "train.jsonl.gz"),
+        f"| 2 | 2 | {accuracies[1]:.4f} |",
+        torch.__version__,
+    ):
+        assert part in card
+    assert str(tmp_path) not in card, "folders exist only on this machine"
+
+
+def test_a_multi_label_training_can_start_from_another_model_dir(
+    options: Options, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
+    path = write_rows("multi.jsonl", rows)
+    settings = options(
+        backbone=str(GOLDEN),
+        random_init=False,
+        train=path,
+        dev=path,
+        exits=(2, 6),
+        pooling=Pooling.CLS,
+        problem_type=MULTI,
+        lr=1e-9,
+    )
+    assert settings.exit_lr == 1e-3
+    report = train(tmp_path / "model", settings)
+    assert [set(row) for row in report.scores["dev"]] == [
+        {"exact_match", "micro_f1", "macro_f1"}
+    ] * 2
+    model, start = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
+    assert model.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
+    name = "bert.encoder.layer.5.output.dense.weight"
+    torch.testing.assert_close(
+        model.state_dict()[name], start.state_dict()[name], rtol=0, atol=1e-6
+    )
+
+
+def test_a_resumed_training_ends_like_an_uninterrupted_one(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    settings = options(epochs=2.0, exits=(1, 2))
+    train(whole, settings)
+    steps: list[int] = []
+    loss = MultiExitTrainer.compute_loss
+
+    def counted(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            steps.append(self.state.global_step)
+            if len(steps) == 5:
+                raise InputError("the power fails in the second epoch")
+        return loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(MultiExitTrainer, "compute_loss", counted)
+    with pytest.raises(InputError, match="the power fails"):
+        train(broken, settings)
+    assert not (broken / "training.json").exists()
+    resumed = dataclasses.replace(settings, resume=True)
+    with pytest.raises(InputError, match=r"started with distill 0\.5, not 0\.0"):
+        train(broken, dataclasses.replace(resumed, distill=0.0))
+    rows = Path(settings.train).read_bytes()
+    lines = gzip.decompress(rows).splitlines()
+    Path(settings.train).write_bytes(gzip.compress(b"\n".join(reversed(lines))))
+    with pytest.raises(InputError, match="started with other rows"):
+        train(broken, resumed)
+    Path(settings.train).write_bytes(rows)
+    half_written = broken / "checkpoints" / "checkpoint-6"
+    half_written.mkdir()
+    (half_written / "trainer_state.json").touch()
+    train(broken, resumed)
+    assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "continues after the last finished epoch"
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+
+
+def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    train(folder, options())
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="already holds a model -> give force"):
+        train(folder, options(seed=7))
+    with pytest.raises(InputError, match=r"no finished epoch .* -> leave out resume"):
+        train(folder, options(resume=True))
+    assert (folder / "model.safetensors").read_bytes() == before
+    train(folder, options(seed=7, force=True))
+    assert (folder / "model.safetensors").read_bytes() != before
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no file": ({"train": "missing.jsonl"}, InputError, "missing.jsonl does not exist"),
+    "no encoder": ({"backbone": "missing"}, ModelError, "missing does not exist"),
+    "exits": ({"exits": (1, 3)}, ModelError, "do not fit an encoder of 2 layers"),
+    "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
+    "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
+    "unknown label": ({"dev": "other.jsonl"}, InputError, "line 1 has label 'other'"),
+    "nothing to resume": ({"resume": True}, InputError, "no finished epoch to resume after"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_nothing_is_written_when_the_input_is_bad(
+    case: str,
+    options: Options,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
+    write_rows("none.jsonl", [{"text": "x"}])
+    write_rows("other.jsonl", [{"text": "x", "label": "other"}])
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        train("model", options(**changes))
+    assert not Path("model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": None}, "found neither -> give either backbone or from_classifier"),
+        ({"from_classifier": "x"}, "found both"),
+        ({"backbone": None, "from_classifier": "x"}, "cannot be random -> leave out random_init"),
+        ({"epochs": 0.0}, "epochs is 0.0 -> give epochs above 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"head_lr": -1.0}, "head_lr is -1.0"),
+        ({"max_length": 3}, "give max_length above 3"),
+        ({"distill": 1.5}, "give distill from 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused(options: Options, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        options(**changes)
+
+
+WORDS = ("good", "bad", "film", "music", "rain", "stop", "light", "book")
+TEXTS = [f"{one} {other}" for one in WORDS for other in WORDS[:5]]
+
+
+@pytest.fixture
+def from_classifier(
+    tiny_models: Mapping[str, Path], write_rows: WriteRows, tmp_path: Path
+) -> Options:
+    """Makes options that train on texts without labels, from a classifier made for it."""
+
+    def make(problem_type: ProblemType = SINGLE, **changes: Any) -> TrainOptions:
+        dev = [{"text": "good film", "label": "good"}, {"text": "bad", "label": "bad"}]
+        return TrainOptions(
+            from_classifier=str(make_classifier(tiny_models["roberta"], tmp_path, problem_type)),
+            train=write_rows("texts.jsonl", [{"text": text} for text in TEXTS]),
+            dev=write_rows("dev.jsonl", dev),
+            batch_size=8,
+            **changes,
+        )
+
+    return make
+
+
+def make_classifier(source: Path, parent: Path, problem_type: ProblemType) -> Path:
+    folder = parent / "classifier"
+    config = RobertaConfig.from_pretrained(source)
+    del config.fpabee
+    config.id2label, config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    config.problem_type = problem_type.value
+    torch.manual_seed(3)
+    build: Any = AutoModelForSequenceClassification.from_config
+    model = build(config).eval()
+    trained = load_file(source / "model.safetensors")
+    model.load_state_dict({n: w for n, w in trained.items() if n.startswith("roberta.")}, False)
+    rows = AutoTokenizer.from_pretrained(source)(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():  # so that its predictions differ from text to text
+        model.classifier.out_proj.weight *= 2 / model(**rows).logits.std()
+        model.classifier.out_proj.bias -= model(**rows).logits.mean(dim=0)
+    model.save_pretrained(folder)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_exits_learn_the_predictions_of_a_classifier(
+    problem_type: ProblemType, from_classifier: Options, tmp_path: Path
+) -> None:
+    settings = from_classifier(
+        problem_type, freeze_encoder=True, epochs=30.0, head_lr=0.05, pooling=Pooling.CLS
+    )
+    report = train(tmp_path / "model", settings)
+    assert report.labels == ("bad", "good")
+    load: Any = AutoModelForSequenceClassification.from_pretrained
+    classifier = load(tmp_path / "classifier").eval()
+    model = load_checkpoint(tmp_path / "model")
+    assert model.exit_config.problem_type is problem_type
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        teacher, logits = classifier(**rows).logits, model(**rows)
+    torch.testing.assert_close(logits[-1], teacher, rtol=0, atol=1e-5)
+    function = torch.softmax if problem_type is SINGLE else lambda z, _: torch.sigmoid(z)
+    wanted, *found = (function(z, -1) for z in (teacher, *logits[:-1]))
+    spread = (wanted - wanted.mean(dim=0)).abs().mean()
+    assert spread > 0.1
+    for prediction in found:
+        assert (prediction - wanted).abs().mean() < 0.5 * spread, "hardly better than the mean"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_head_of_a_classifier_is_kept(
+    frozen: bool, from_classifier: Options, tmp_path: Path
+) -> None:
+    settings = from_classifier(epochs=0.4, exits=(1, 3), lr=0.01, freeze_encoder=frozen)
+    report = train(tmp_path / "model", settings)
+    given, kept = (load_file(tmp_path / n / "model.safetensors") for n in ("classifier", "model"))
+    assert torch.equal(kept["last_head.dense.weight"], given["classifier.dense.weight"])
+    assert torch.equal(kept["classifiers.1.weight"], given["classifier.out_proj.weight"])
+    encoder = [name for name in given if name.startswith("roberta.")]
+    assert len(encoder) > 40
+    assert all(torch.equal(kept[name], given[name]) for name in encoder) is frozen
+    assert report.exits == (1, 3)
+    assert report.data["train"].rows == 40
