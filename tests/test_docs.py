@@ -1,0 +1,104 @@
+"""The commands, examples and file names in the README and the documentation are real."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from fpabee.runtime import RuleError
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {
+    "fpabee-bench": "fpabee.exporter.cli.bench",
+    "fpabee-calibrate": "fpabee.calibration.cli",
+    "fpabee-export": "fpabee.exporter.cli.export",
+    "fpabee-inspect": "fpabee.runtime.cli.inspect",
+    "fpabee-run": "fpabee.runtime.cli.run",
+    "fpabee-train": "fpabee.exporter.cli.train",
+}
+
+
+def _id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _options(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_options_in_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [part.strip() for line in text.splitlines() for part in line.split(" | ")]
+    spans = re.findall(r"`(fpabee-[^`\n]+)`", text)
+    for command in [*(line for line in lines if line.startswith("fpabee-")), *spans]:
+        words = shlex.split(command, comments=True)
+        if words[0] in COMMANDS:
+            known = {o for p in _command(words[0]).params for o in p.opts} | {"--help"}
+            assert _options(words[1:]) <= known, command
+
+
+def test_options_in_prose_exist() -> None:
+    known = {o for name in COMMANDS for p in _command(name).params for o in p.opts}
+    ours = known | {"--help", "--all", "--json", "--system-site-packages", "--strict", "--no-deps"}
+    for page in PAGES:
+        for span in re.findall(r"`(--[a-z][^`]*)`", page.read_text(encoding="utf-8")):
+            assert _options(span.split()) <= ours, f"{page.name}: {span}"
+
+
+def test_every_command_has_an_example() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in COMMANDS if f"\n    {name} " not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = "exporter|runtime|calibration|scripts|src|tests|docs"
+    names = re.findall(rf"[`( ](?:\./)?((?:{folders})/[\w./-]*)", text)
+    assert [name for name in names if not (ROOT / name.rstrip(".")).exists()] == []
+
+
+def test_the_readme_is_short_and_has_no_relative_links() -> None:
+    """It is also the description on PyPI, where relative links lead nowhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert re.findall(r"\]\((?!https?://)[^)]*\)|^\[[^\]]+\]:(?! https?://).*", text, re.M) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/embed.md"])
+def test_python_examples_run(
+    page: str, engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert code
+    (tmp_path / "engines").symlink_to(engines["bert"])
+    (tmp_path / "texts.txt").write_text("turn on the light\n")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(code), page, "exec"), names)
+    if "classify" in names:
+        assert names["classify"]("the film", 5.0) in names["engine"].labels
+        with pytest.raises(RuleError, match="fast"):  # this folder has not been calibrated
+            names["on_battery"]()
+    names["engine"].close()
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.*)"', project, re.M)
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def _command(name: str) -> click.Command:
+    main = importlib.import_module(COMMANDS[name]).main
+    assert isinstance(main, click.Command)
+    return main
