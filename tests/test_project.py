@@ -1,4 +1,4 @@
-"""The shape of the project: links, public names, and a README that cannot rot."""
+"""The shape of the project: links, public names, imports, and the source distribution."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import importlib
 import inspect
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,22 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import click
 import pytest
 
-from fpabee.runtime import RuleError
-
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("exporter", "runtime", "calibration")
-COMMANDS = {
-    "fpabee-train": "fpabee.exporter.cli.train",
-    "fpabee-export": "fpabee.exporter.cli.export",
-    "fpabee-run": "fpabee.runtime.cli.run",
-    "fpabee-bench": "fpabee.exporter.cli.bench",
-    "fpabee-calibrate": "fpabee.calibration.cli",
-    "fpabee-inspect": "fpabee.runtime.cli.inspect",
-}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -113,41 +99,6 @@ def test_importing_loads_no_heavy_library(package: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_readme_options_exist() -> None:
-    """Every option of our commands in the README is one that the command has."""
-    text = README.replace("\\\n", " ")
-    seen = set()
-    for line in text.splitlines():
-        for part in line.strip().split("|"):
-            words = shlex.split(part, comments=True) if re.match(r" *fpabee-\w", part) else []
-            if not words or words[0] not in COMMANDS:
-                continue
-            command = importlib.import_module(COMMANDS[words[0]]).main
-            assert isinstance(command, click.Command)
-            known = {name for option in command.params for name in option.opts}
-            used = {word for word in words[1:] if word.startswith("-") and word != "-"}
-            assert used <= known, f"{words[0]} has no {sorted(used - known)}"
-            seen.add(words[0])
-    assert seen == set(COMMANDS)
-
-
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_documents_name_files_that_exist(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    names = re.findall(
-        r"`(?:\./)?((?:exporter|runtime|calibration|scripts|src|tests)/[\w./]*)", text
-    )
-    names += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-
-    assert names
-    assert [name for name in names if not (ROOT / name).exists()] == []
-
-
-def test_readme_has_no_relative_links() -> None:
-    """It is also the description on PyPI, where they would lead nowhere."""
-    assert re.findall(r"\]\((?!https?://)[^)]*\)|^\[[^\]]+\]:(?! https?://).*", README, re.M) == []
-
-
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, of a copy of the project without its caches but one."""
@@ -190,19 +141,3 @@ def test_the_sdist_can_be_installed(sdist: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
-
-
-def test_readme_python_runs(
-    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    (tmp_path / "engines").symlink_to(engines["bert"])
-    (tmp_path / "texts.txt").write_text("turn on the light\n")
-    monkeypatch.chdir(tmp_path)
-
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["classify"]("the film", 5.0) in names["engine"].labels
-    with pytest.raises(RuleError, match="no operating point 'fast'"):  # not calibrated
-        names["on_battery"]()
-    names["engine"].close()
