@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.optional_packages import require
 
 if TYPE_CHECKING:
-    from .parity import Parity
     from .pipeline import ExportOptions, ExportResult, export
 
-__all__ = ["ExportOptions", "ExportResult", "Parity", "export"]
+__all__ = ["ExportOptions", "ExportResult", "export"]
 
 
 def __getattr__(name: str) -> Any:

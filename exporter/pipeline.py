@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
+from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     REFERENCE_NAME,
@@ -32,11 +33,18 @@ from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .model import MultiExitModel
-from .parity import FP32_TARGET, LEAST_TOLERANCE, Parity, check_chain, with_parity
 from .prune.keep import check_exits
 from .staging import check_output, publish, resolved, staging
 from .tokenizer import save_tokenizer
-from .verify import BUILT_IN_TEXTS, check_graphs, reference_logits
+from .verify import (
+    BUILT_IN_TEXTS,
+    FP32_TARGET,
+    LEAST_TOLERANCE,
+    check_chain,
+    check_graphs,
+    reference_logits,
+    with_verification,
+)
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
 # classes, a mean probability of 0.98). It stands until the user calibrates.
@@ -75,13 +83,13 @@ class ExportResult:
     Attributes:
         folder: the engines folder.
         manifest: its manifest.
-        parity: how close it is to the PyTorch model.
+        agreement: how closely it agrees with the PyTorch model.
         size: of the folder, in bytes.
     """
 
     folder: Path
     manifest: Manifest
-    parity: Parity
+    agreement: Agreement
     size: int
 
 
@@ -108,7 +116,7 @@ def export(
         progress: called with (what, done, total).
 
     Returns:
-        The folder, its manifest, and how close it is to the PyTorch model.
+        The folder, its manifest, and how closely it agrees with the PyTorch model.
 
     Raises:
         ModelError: model_dir is missing, damaged, or cannot be compiled with these options.
@@ -122,7 +130,7 @@ def export(
         from fpabee.exporter import ExportOptions, export
 
         result = export("model_dir", "engines/", ExportOptions(max_length=64, force=True))
-        print(result.manifest.exit_layers, result.parity.max_logit_difference, result.size)
+        print(result.manifest.exit_layers, result.agreement.max_logit_difference, result.size)
         ```
     """
     options = options or ExportOptions()
@@ -139,11 +147,11 @@ def export(
     texts = _verification_texts(options)
     report = progress or (lambda what, done, total: None)
     with staging(target) as folder:
-        manifest, parity = _write(folder, source, model, texts, options, report)
+        manifest, agreement = _write(folder, source, model, texts, options, report)
         check_output(target, options.force)  # again: it may have appeared meanwhile
         publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return ExportResult(Path(output), manifest, parity, size)
+    return ExportResult(Path(output), manifest, agreement, size)
 
 
 def _write(
@@ -153,7 +161,7 @@ def _write(
     texts: Sequence[Text],
     options: ExportOptions,
     report: Progress,
-) -> tuple[Manifest, Parity]:
+) -> tuple[Manifest, Agreement]:
     exits = _chosen_exits(model, options.exits)
     tokenizer = save_tokenizer(source, model, folder, options.max_length)
     cut = segments.cut(model, exits)
@@ -187,10 +195,10 @@ def _write(
     write_manifest(folder, manifest)
     differences = check_graphs(model, cut, manifest, folder, rows)
     with Engine.load(folder) as engine:
-        parity = check_chain(engine, texts, logits, differences)
-    manifest = with_parity(folder, manifest, FP32_TARGET, parity)
+        agreement = check_chain(engine, texts, logits, differences)
+    manifest = with_verification(folder, manifest, FP32_TARGET, agreement)
     write_manifest(folder, manifest)
-    return manifest, parity
+    return manifest, agreement
 
 
 def _shapes(max_length: int) -> Shapes:

@@ -1,26 +1,44 @@
-"""Check that exported segments give what the PyTorch model gives.
+"""Check that an exported model gives what the PyTorch model gives.
 
-Every export runs this: each graph against its module, on the inputs that the PyTorch model
-feeds it; then `parity` holds the chain, in the runtime that users run, against the whole model.
+Every export checks each graph against its PyTorch module, on the inputs that the PyTorch model
+feeds it. Then it checks the chain of graphs, in the runtime that users run, against the whole
+model. Importing this module does not load torch: fewer exits are verified without it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from ..runtime.artifact.manifest import ATTENTION_BIAS, HIDDEN_STATES, MASK_FILL, NEXT, Manifest
+from ..runtime.agreement import EXPORT_BARS, Agreement, Logits, compare
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.manifest import (
+    ATTENTION_BIAS,
+    HIDDEN_STATES,
+    MASK_FILL,
+    NEXT,
+    VERIFICATION_NAME,
+    Manifest,
+    Verification,
+)
 from ..runtime.encoding import EncodedRow, Text, padded_batches
+from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
-from .model import MultiExitModel
-from .parity import FP32_TOLERANCE
-from .segments import Cut
 
-_BATCH = 8
+if TYPE_CHECKING:
+    from .model import MultiExitModel
+    from .segments import Cut
+
+FP32_TARGET = "onnxruntime-fp32"
+
+# What the logits of a row may differ by between batches, at least (fp32: 1e-5).
+LEAST_TOLERANCE = 1e-5
 
 BUILT_IN_TEXTS: tuple[Text, ...] = (
     "",
@@ -37,9 +55,15 @@ BUILT_IN_TEXTS: tuple[Text, ...] = (
     "the quick brown fox jumps over the lazy dog " * 40,
 )
 
+_BATCH = 8
+_ALONE = 8
+_REPORT = "nothing was written; please report this with your model's config.json"
 
-def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> NDArray[np.float32]:
-    """Logits `[exits, rows, labels]` of the PyTorch model, in padded batches."""
+
+def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> Logits:
+    """Logits `[exits, rows, labels]` float32 of the PyTorch model, in padded batches."""
+    import torch
+
     batches = []
     for batch in padded_batches(rows, _padding(model), _BATCH):
         ids, types, bias = (torch.from_numpy(array) for array in batch.values())
@@ -52,11 +76,13 @@ def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> NDArr
 def check_graphs(
     model: MultiExitModel, cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
 ) -> dict[str, float]:
-    """Largest output difference of each graph against its module, on the model's own inputs.
+    """Largest output difference of each graph from its module, on the PyTorch model's own inputs.
 
     Raises:
-        VerificationError: a graph misses the bar; the first one is named.
+        VerificationError: a graph differs too much; the first one is named.
     """
+    import torch
+
     from ..runtime.backends.onnxruntime_session import cpu_session
     from ..runtime.backends.stepping import steps
 
@@ -65,27 +91,84 @@ def check_graphs(
     for step in steps(
         manifest, batches, lambda name: cpu_session(folder / manifest.graphs[name].file)
     ):
-        inputs = {key: torch.from_numpy(value) for key, value in step.inputs.items()}
         with torch.no_grad():
-            expected = cut.modules[step.graph](inputs)
+            outputs = cut.modules[step.graph](
+                {key: torch.from_numpy(value) for key, value in step.inputs.items()}
+            )
+        expected = {key: value.numpy() for key, value in outputs.items()}
         is_real = batches[step.batch][ATTENTION_BIAS][:, 0, 0] == 0
         for key, value in step.outputs.items():
-            # Hidden states of padding are never read: compare the real tokens.
-            real = is_real if key == NEXT + HIDDEN_STATES else slice(None)
-            difference = float(np.abs(value - expected[key].numpy())[real].max())
-            # Unlike max(), keeps NaN: it must fail.
-            worst[step.graph] = float(np.maximum(worst[step.graph], difference))
-        if not worst[step.graph] <= FP32_TOLERANCE:
+            difference = np.abs(value - expected[key])
+            if key == NEXT + HIDDEN_STATES:  # those of padding are never read
+                difference = difference[is_real]
+            # Unlike max(), this keeps NaN, which must fail.
+            worst[step.graph] = float(np.maximum(worst[step.graph], difference.max()))
+        if not worst[step.graph] <= EXPORT_BARS.logits:
             raise VerificationError(
                 f"{step.graph} differs from its PyTorch module by {worst[step.graph]:.2e}; "
-                f"the bar is {FP32_TOLERANCE:.0e}",
-                "nothing was written; please report this with your model's config.json",
+                f"the bar is {EXPORT_BARS.logits:.0e}",
+                _REPORT,
             )
-        step.outputs.update({key: value.numpy() for key, value in expected.items()})
+        step.outputs.update(expected)
     return worst
 
 
+def check_chain(
+    engine: Engine, texts: Sequence[Text], expected: Logits, graphs: dict[str, float]
+) -> Agreement:
+    """Compare the chain with the PyTorch model.
+
+    Args:
+        engine: the export, loaded.
+        texts: the texts to compare.
+        expected: `[exits, rows, labels]` of the PyTorch model.
+        graphs: what `check_graphs` returned, for the record.
+
+    Raises:
+        VerificationError: logits, labels or exits differ too much.
+    """
+    together = engine.trace(texts).logits
+    alone = np.concatenate([engine.trace([text]).logits for text in texts[:_ALONE]], axis=1)
+    rule, task = engine.rule, engine.manifest.task
+    first, second = (
+        compare(found, expected[:, : found.shape[1]], rule, task, EXPORT_BARS)
+        for found in (together, alone)
+    )
+    for agreement in (first, second):
+        if not agreement.passed:
+            raise VerificationError(
+                f"the chain differs from the PyTorch model from exit {agreement.first_bad_exit} "
+                f"on: {agreement}",
+                _REPORT,
+            )
+    difference = max(first.max_logit_difference, second.max_logit_difference)
+    return dataclasses.replace(first, max_logit_difference=difference, graphs=graphs)
+
+
+def with_verification(
+    folder: Path, manifest: Manifest, target: str, agreement: Agreement
+) -> Manifest:
+    """Write `verification.json`, and return the manifest that records the result.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest; the new one is returned, not written.
+        target: the target that was compared.
+        agreement: how closely it agrees with the PyTorch model.
+    """
+    path = folder / VERIFICATION_NAME
+    path.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
+    tolerance = max(LEAST_TOLERANCE, agreement.max_logit_difference)
+    checked = msgspec.structs.replace(manifest.targets[target], tolerance=tolerance)
+    return msgspec.structs.replace(
+        manifest,
+        targets={**manifest.targets, target: checked},
+        verification=msgspec.convert(agreement, Verification, from_attributes=True),
+        files={**manifest.files, VERIFICATION_NAME: sha256_of(path)},
+    )
+
+
 def _padding(model: MultiExitModel) -> dict[str, float]:
-    """What each model input holds on padding."""
+    """The value of each model input on padding."""
     pad_id = model.backbone.config.pad_token_id or 0
     return {"input_ids": pad_id, "token_type_ids": 0, ATTENTION_BIAS: MASK_FILL}

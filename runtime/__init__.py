@@ -16,6 +16,7 @@ Every error that a user can mend is a `FpabeeError`: its message says what was f
 expected, its hint what to do.
 """
 
+from .agreement import Agreement, Bars
 from .artifact.folder import read_manifest
 from .artifact.graphs import Graph, Segment, TensorSpec
 from .artifact.manifest import (
@@ -69,8 +70,10 @@ from .rules.runner import Simulation, simulate
 
 __all__ = [
     "RULES",
+    "Agreement",
     "ArtifactError",
     "BackendError",
+    "Bars",
     "Bucket",
     "Budget",
     "BuiltFile",

@@ -1,115 +1,155 @@
-"""How far two sets of logits of the same rows agree: values, labels and exits. Torch-free."""
+"""How closely a target's logits, labels and exits agree with the fp32 PyTorch model.
+
+The one place where two sets of logits are compared: by the export, by the check of a precision,
+by the check of a built target, and by `Engine.check`. Needs only numpy.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import ProblemType, Task
-from .rules.measures import Answers, Outputs
+from .rules.measures import Answers, Mask, Outputs
 from .rules.rules import ExitRule
 from .rules.runner import simulate
 
-# What a target in another precision than fp32 must reach: labels, exits. int8 is another
-# model rather than another rounding: its thresholds are to be calibrated for it.
-_BARS = {"fp32": (0.999, 0.99), "fp16": (0.999, 0.99), "bf16": (0.999, 0.99), "int8": (0.99, 0.9)}
+Logits = NDArray[np.float32]
 
-TIES = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.08, "int8": 0.25}
-"""By precision, how close two logits are to be a tie that rounding may break either way."""
+
+@dataclass(frozen=True)
+class Bars:
+    """What the agreement must reach.
+
+    Attributes:
+        labels: least share of equal labels.
+        exits: least share of rows with the same exit.
+        tie: a difference of logits that is expected from rounding. Where it could change a label
+            or an exit, that label or exit is a near tie and is not compared.
+        logits: largest difference of a logit; infinity: any finite difference is accepted.
+    """
+
+    labels: float
+    exits: float
+    tie: float
+    logits: float = np.inf
+
+
+BARS = {
+    "fp32": Bars(labels=0.999, exits=0.99, tie=1e-3),
+    "fp16": Bars(labels=0.999, exits=0.99, tie=0.01),
+    "bf16": Bars(labels=0.999, exits=0.99, tie=0.08),
+    # int8 is a different model rather than a different rounding: thresholds should be calibrated
+    # for it.
+    "int8": Bars(labels=0.99, exits=0.9, tie=0.25),
+}
+"""The bars of a target, by its precision."""
+
+EXPORT_BARS = Bars(labels=1.0, exits=1.0, tie=1e-4, logits=1e-4)
+"""The bars of a fresh fp32 export, which runs where the PyTorch model ran."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a target in some precision agrees with the fp32 model.
+    """How closely a target agrees with the fp32 PyTorch model on some rows.
 
     Attributes:
         rows: how many rows were compared.
-        difference: largest absolute difference of a logit; NaN if one is not a number.
-        labels: share of (exit, row) with the same labels, near ties left out.
-        exits: share of rows with the same exit, near ties left out.
+        max_logit_difference: largest absolute difference of a logit; NaN if one is not a number.
+        label_agreement: share of (exit, row) pairs with the same labels, near ties left out.
+        exit_agreement: share of rows with the same exit, near ties left out.
         near_ties: rows that were left out of either share.
-        bars: what the two shares must reach.
-        first_bad: the first exit whose logits are not numbers or whose labels differ, from 1;
-            None if there is none.
+        bars: what the shares and the difference must reach.
+        first_bad_exit: the first exit, from 1, where logits, labels or the decision to stop
+            differ too much; None if there is no such exit.
+        graphs: largest absolute difference of any output of each graph, by the graph's name;
+            empty if graphs were not compared one by one.
     """
 
     rows: int
-    difference: float
-    labels: float
-    exits: float
+    max_logit_difference: float
+    label_agreement: float
+    exit_agreement: float
     near_ties: int
-    bars: tuple[float, float]
-    first_bad: int | None
+    bars: Bars
+    first_bad_exit: int | None = None
+    graphs: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether labels and exits reach their bars."""
-        return (
-            bool(np.isfinite(self.difference))
-            and self.labels >= self.bars[0]
-            and self.exits >= self.bars[1]
+        """Whether the logits are finite and everything reaches its bar."""
+        return bool(
+            np.isfinite(self.max_logit_difference)
+            and self.max_logit_difference <= self.bars.logits
+            and self.label_agreement >= self.bars.labels
+            and self.exit_agreement >= self.bars.exits
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `verification.json`."""
+        content = dataclasses.asdict(self) | {"passed": self.passed}
+        del content["bars"], content["first_bad_exit"]
+        return content
 
     def __str__(self) -> str:
+        limit = f" (bar {self.bars.logits:.0e})" if np.isfinite(self.bars.logits) else ""
         return (
-            f"logits differ by {self.difference:.2e}, labels agree for {self.labels:.2%} "
-            f"(bar {self.bars[0]:.1%}), exits for {self.exits:.2%} (bar {self.bars[1]:.0%})"
+            f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
+            f"{self.label_agreement:.2%} (bar {self.bars.labels:.1%}), exits for "
+            f"{self.exit_agreement:.2%} (bar {self.bars.exits:.0%})"
         )
 
 
-def agree(
-    found: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    rule: ExitRule,
-    task: Task,
-    precision: str,
-) -> Agreement:
-    """Compare a target with the fp32 model.
+def compare(found: Logits, expected: Logits, rule: ExitRule, task: Task, bars: Bars) -> Agreement:
+    """Compare the logits of a target with those of the fp32 PyTorch model.
 
     Args:
-        found: `[exits, rows, labels]` of the target.
+        found: `[exits, rows, labels]` float32 of the target.
         expected: the same of the model.
-        rule: whose exits are compared.
-        task: what the labels are, and the cuts they are decided by.
-        precision: of the target; says what is a tie.
+        rule: the rule whose exits are compared.
+        task: what the labels are, and their thresholds.
+        bars: what the agreement must reach; its `tie` says what is a near tie.
     """
-    tie = TIES[precision]
-    finite = np.isfinite(found)
-    logits = np.where(finite, found, 0.0).astype(np.float32)
-    ties = near_ties(expected, task, tie)
-    same = answers(logits, task) == answers(expected, task)
-    same = (same if same.ndim == 2 else same.all(axis=-1)) & finite.all(axis=-1)
-    exits, unsure = exit_agreement(logits, expected, rule, task, tie)
-    exits &= finite.all(axis=(0, 2))
-    wrong = (~finite.all(axis=-1) | (~same & ~ties)).any(axis=1)
-    counted = ~ties | ~finite.all(axis=-1)
+    finite = np.isfinite(found).all(axis=-1)
+    logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
+    differences = np.abs(found - expected).max(axis=-1, initial=0.0)
+
+    same_labels = answers(logits, task) == answers(expected, task)
+    same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
+    same_labels &= finite
+    ties = near_ties(expected, task, bars.tie) & finite
+
+    exits, expected_exits = _exits(logits, rule, task), _exits(expected, rule, task)
+    same_exits = (exits == expected_exits) & finite.all(axis=0)
+    close_exits = exits_near_ties(expected, rule, task, bars.tie)
+
+    bad = ~finite | (~same_labels & ~ties) | ~(differences <= bars.logits)
+    stopped_early = np.where(same_exits | close_exits, 0, np.minimum(exits, expected_exits))
+    bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + 1), *stopped_early[stopped_early > 0]}
     return Agreement(
         rows=found.shape[1],
-        difference=float(largest(found, expected).max()),
-        labels=float(same[counted].mean()) if counted.any() else 1.0,
-        exits=float(exits[~unsure].mean()) if (~unsure).any() else 1.0,
-        near_ties=int((ties.any(axis=0) | unsure).sum()),
-        bars=_BARS[precision],
-        first_bad=int(np.argmax(wrong)) + 1 if wrong.any() else None,
+        max_logit_difference=float(differences.max(initial=0.0)),
+        label_agreement=_share(same_labels[~ties]),
+        exit_agreement=_share(same_exits[~close_exits]),
+        near_ties=int((ties.any(axis=0) | close_exits).sum()),
+        bars=bars,
+        first_bad_exit=int(min(bad_exits)) if bad_exits else None,
     )
 
 
-def largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest absolute difference at each exit; NaN where one is not a number."""
-    return np.asarray(np.abs(found - expected).max(axis=(1, 2), initial=0.0))
-
-
-def answers(logits: NDArray[np.float32], task: Task) -> Answers:
-    """Predicted labels: `[exits, rows]`, or `[exits, rows, labels]`."""
+def answers(logits: Logits, task: Task) -> Answers:
+    """Predicted labels: `[exits, rows]`, or for multi-label `[exits, rows, labels]`."""
     return np.stack([Outputs(z, task.problem_type, task.label_thresholds).answers for z in logits])
 
 
-def near_ties(logits: NDArray[np.float32], task: Task, tolerance: float) -> NDArray[np.bool_]:
-    """`[exits, rows]`: where a difference within tolerance can change the labels."""
+def near_ties(logits: Logits, task: Task, tolerance: float) -> Mask:
+    """Where the labels may change if each logit moves by the tolerance: `[exits, rows]`."""
     if task.problem_type is ProblemType.MULTI_LABEL:
-        margins = np.abs(logits - _cut_logits(task))
+        margins = np.abs(logits - _threshold_logits(task))
         return np.asarray((margins <= tolerance).any(axis=-1))
     if logits.shape[-1] == 1:
         return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
@@ -117,33 +157,26 @@ def near_ties(logits: NDArray[np.float32], task: Task, tolerance: float) -> NDAr
     return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
 
 
-def exit_agreement(
-    found: NDArray[np.float32],
-    expected: NDArray[np.float32],
-    rule: ExitRule,
-    task: Task,
-    tolerance: float,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Rows with the same exit, and rows whose exit is too close to call."""
-    one, two = (
-        simulate(logits, rule, task.problem_type, label_thresholds=task.label_thresholds)
-        for logits in (found, expected)
-    )
-    # A score moves by at most a few times what the logits move.
-    low, high = (
-        simulate(
-            expected, rule.shifted(by), task.problem_type, label_thresholds=task.label_thresholds
-        ).exits
-        for by in (-10 * tolerance, 10 * tolerance)
-    )
-    unsure = np.not_equal(low, high)
+def exits_near_ties(logits: Logits, rule: ExitRule, task: Task, tolerance: float) -> Mask:
+    """Which rows may leave at another exit if each logit moves by the tolerance: `[rows]`."""
+    # A score moves by at most a few times as much as the logits.
+    low, high = (_exits(logits, rule.shifted(by), task) for by in (-10 * tolerance, 10 * tolerance))
+    unsure = low != high
     if rule.uses_labels:
-        unsure |= near_ties(expected, task, tolerance).any(axis=0)
-    return np.equal(one.exits, two.exits), np.asarray(unsure)
+        unsure |= near_ties(logits, task, tolerance).any(axis=0)
+    return np.asarray(unsure)
 
 
-def _cut_logits(task: Task) -> NDArray[np.float64]:
-    """`[labels]` where each label is decided: the logits of the cuts."""
-    label_thresholds = np.asarray(task.label_thresholds or 0.5, np.float64)
-    with np.errstate(divide="ignore"):  # a cut of 0 or 1 is never near
-        return np.asarray(np.log(label_thresholds) - np.log1p(-label_thresholds))
+def _exits(logits: Logits, rule: ExitRule, task: Task) -> Answers:
+    return simulate(logits, rule, task.problem_type, label_thresholds=task.label_thresholds).exits
+
+
+def _share(values: Mask) -> float:
+    return float(values.mean()) if values.size else 1.0
+
+
+def _threshold_logits(task: Task) -> NDArray[np.float64]:
+    """The logit `[labels]` from which each label is predicted."""
+    thresholds = np.asarray(task.label_thresholds or 0.5, np.float64)
+    with np.errstate(divide="ignore"):  # no logit is near a threshold of 0 or 1
+        return np.asarray(np.log(thresholds) - np.log1p(-thresholds))

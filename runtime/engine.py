@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .agreement import Agreement, Logits
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import NEXT, Manifest, ProblemType
@@ -21,7 +22,7 @@ from .chain import Chain, Regroup, WindowResult
 from .deadline import Cap, SegmentTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError, RuleError
-from .parity import check_parity
+from .reference_check import check_reference
 from .results import Counter, Prediction, Tally, Trace
 from .rules.measures import Outputs
 from .rules.rules import Budget, ExitRule
@@ -139,7 +140,7 @@ class Engine:
         engine = cls(folder, manifest, name, backend, chosen, point, regroup, max_length)
         if check:
             try:
-                check_parity(folder, engine)
+                engine.check()
             except BaseException:
                 engine.close()
                 raise
@@ -365,6 +366,28 @@ class Engine:
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
         return self._chain().time_segments(rows, tokens)
+
+    def check(self) -> Agreement:
+        """Run the reference texts of the folder and compare with the PyTorch model.
+
+        Loads all segments. Logits may differ by ten times what was measured when the target was
+        made.
+
+        Returns:
+            How closely the target agrees, with the engine's rule for the exits.
+
+        Raises:
+            ArtifactError: the reference is missing or damaged, or no text of it fits the target.
+            VerificationError: the target is not the model that was exported.
+        """
+        full_depth = Budget(exit=len(self._manifest.segments))
+
+        def run(rows: Sequence[EncodedRow]) -> Logits:
+            return self.run_encoded(rows, full_depth).logits
+
+        return check_reference(
+            self._folder, self._manifest, self._target, self.rule, run, self._limits.max_sequence
+        )
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""

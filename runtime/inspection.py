@@ -11,7 +11,6 @@ from .artifact.folder import resolve, verified, verified_graph
 from .artifact.manifest import Manifest, Target
 from .engine import Engine
 from .errors import ArtifactError, BackendError, FpabeeError
-from .parity import check_parity
 from .rules.runner import RuleRunner
 from .targets import operating_point_of, rule_of
 
@@ -59,13 +58,13 @@ class Integrity:
     Attributes:
         files: how many files the manifest names.
         damaged: what is wrong with those that are missing or of another hash.
-        parity: of each target that can run here, how it agrees with the PyTorch model.
+        agreement: of each target that can run here, how it agrees with the PyTorch model.
         refused: of each other target that can run here, why it is not that model.
     """
 
     files: int
     damaged: tuple[str, ...]
-    parity: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -124,16 +123,16 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
             (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
         except ArtifactError as error:
             damaged.append(error.message)
-    parity, refused = {}, {}
+    agreement, refused = {}, {}
     for state in states:
         if state.unavailable_reason:
             continue
         try:
             with Engine.load(folder, state.name) as engine:
-                parity[state.name] = str(check_parity(folder, engine))
+                agreement[state.name] = str(engine.check())
         except FpabeeError as error:
             refused[state.name] = error.message
-    return Integrity(len(records), tuple(damaged), parity, refused)
+    return Integrity(len(records), tuple(damaged), agreement, refused)
 
 
 def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:

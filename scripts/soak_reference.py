@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fpabee.runtime import Budget, Engine, ExitRule, Prediction
-from fpabee.runtime.agreement import exit_agreement, near_ties
+from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.encoding import Text
 
 TOLERANCE = 1e-4
@@ -73,7 +73,7 @@ def reference_of(engines: Path, texts: Sequence[Text]) -> Reference:
         ties = near_ties(logits, task, TOLERANCE)
         answers = {}
         for name, rule in rules.items():
-            unsure = exit_agreement(logits, logits, rule, task, TOLERANCE)[1]
+            unsure = exits_near_ties(logits, rule, task, TOLERANCE)
             answers[name] = tuple(
                 Answer(p.labels, p.exit, p.probabilities, bool(near or ties[p.exit - 1, row]))
                 for row, (p, near) in enumerate(

@@ -312,18 +312,18 @@ def _export(
     )
     with shown as progress:
         result = export(model_dir, output or "engines", options, progress)
-    manifest, parity = result.manifest, result.parity
+    manifest, agreement = result.manifest, result.agreement
     content = {
         "segments": len(manifest.segments),
         "targets": list(manifest.targets),
         "bytes": result.size,
-        "verification": parity.to_dict(),
+        "verification": agreement.to_dict(),
     }
     lines = [
         f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "
         f"target {manifest.default_target}",
-        f"verified on {parity.rows} texts: logits within {parity.max_logit_difference:.1e}, "
-        f"labels agree {parity.label_agreement:.2%}, exits agree {parity.exit_agreement:.2%}",
+        f"verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
+        f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}",
     ]
     return result.folder, content, lines
 

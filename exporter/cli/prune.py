@@ -23,7 +23,7 @@ def to_dict(result: DropExitsResult) -> dict[str, Any]:
     return {
         "exits": list(result.exits),
         "layers": list(result.manifest.exit_layers),
-        "verification": result.parity.to_dict(),
+        "verification": result.agreement.to_dict(),
         "points": {
             name: {
                 "before": msgspec.to_builtins(point.before),
@@ -47,8 +47,8 @@ def show(result: DropExitsResult, console: Console, exits_before: int) -> None:
         f"{size / 2**20:.0f} MiB, target {result.manifest.default_target}"
     )
     console.print(
-        f"verified on {result.parity.rows} texts: logits within "
-        f"{result.parity.max_logit_difference:.1e} of the PyTorch model"
+        f"verified on {result.agreement.rows} texts: logits within "
+        f"{result.agreement.max_logit_difference:.1e} of the PyTorch model"
     )
     if kept == exits_before:
         console.print("nothing was dropped: all exits are kept")

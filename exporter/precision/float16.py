@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.agreement import Agreement, agree
+from ...runtime.agreement import BARS, Agreement, compare
 from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import LOGITS, NEXT, Graph, Manifest, TensorSpec
 from ...runtime.artifact.reference import read_reference
@@ -59,7 +59,8 @@ class PrecisionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"passed": self.passed}
+        content = asdict(self) | {"passed": self.passed}
+        return content | {"agreement": self.agreement.to_dict()}
 
 
 def add_half(
@@ -271,7 +272,7 @@ def report_of(
         kept=(),
         max_abs=worst,
         overflows=overflows,
-        agreement=agree(found.logits, expected, rule, manifest.task, precision),
+        agreement=compare(found.logits, expected, rule, manifest.task, BARS[precision]),
     )
 
 
@@ -290,7 +291,7 @@ def _what_failed(report: PrecisionReport) -> str:
             + f" (largest value seen: {report.max_abs[graph][1]:.3g})"
         )
     return (
-        f"{report.precision} changes answers from segment {report.agreement.first_bad} on: "
+        f"{report.precision} changes answers from segment {report.agreement.first_bad_exit} on: "
         f"{report.agreement} of {report.rows} texts"
     )
 

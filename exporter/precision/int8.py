@@ -82,7 +82,7 @@ def add_int8(
     report = report_of(manifest, INT8, rule, found, expected, plans, Half.FP16)
     if not report.passed:
         raise VerificationError(
-            f"int8 changes answers from segment {report.agreement.first_bad} on: "
+            f"int8 changes answers from segment {report.agreement.first_bad_exit} on: "
             f"{report.agreement} of {report.rows} texts",
             "give more calibration texts, or stay with --fp16",
         )

@@ -13,6 +13,7 @@ from ...calibration.goals import CalibrationOptions
 from ...calibration.risk import Bound, RiskOf
 from ...calibration.scoring import AGREEMENT
 from ...calibration.trace import expected_labels, stored_rows
+from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import Manifest, NotBuilt
 from ...runtime.artifact.operating_point import OperatingPoint
@@ -24,7 +25,6 @@ from ...runtime.progress import Progress, silent
 from ...runtime.rules.measures import Measure
 from ...runtime.rules.rules import ExitRule
 from ..add_targets import AddTargetsOptions, add_target
-from ..parity import Parity
 from ..staging import check_output, publish, resolved, staging
 from ..targets.options import RTX
 from .keep import check_exits, keep_exits
@@ -91,7 +91,7 @@ class DropExitsResult:
         folder: the new engines folder.
         manifest: its manifest.
         exits: the old numbers of the exits that were kept.
-        parity: how close the new chain is to the PyTorch model.
+        agreement: how closely the new chain agrees with the PyTorch model.
         points: the operating points that were calibrated again, by name.
         lost: those that were not.
         built: targets that were built again.
@@ -103,7 +103,7 @@ class DropExitsResult:
     folder: Path
     manifest: Manifest
     exits: tuple[int, ...]
-    parity: Parity
+    agreement: Agreement
     points: dict[str, RecalibratedPoint]
     lost: tuple[LostPoint, ...]
     built: tuple[str, ...]
@@ -153,7 +153,7 @@ def drop_exits(
             _check_labels(engine, given)
         progress("merge", 0, len(options.exits))
         with staging(new) as folder:
-            kept, parity = keep_exits(old, manifest, options.exits, folder)
+            kept, agreement = keep_exits(old, manifest, options.exits, folder)
             publish(folder, new)
         kept, built = _rebuild(new, manifest, kept, options.targets, progress)
         points, lost = _calibrate(engine, old, new, options, given, progress)
@@ -161,7 +161,7 @@ def drop_exits(
         folder=Path(output),
         manifest=read_manifest(new),
         exits=options.exits,
-        parity=parity,
+        agreement=agreement,
         points=points,
         lost=tuple(lost),
         built=tuple(built),

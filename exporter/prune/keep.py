@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from ... import __version__
+from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import sha256_of, verified, verified_graph, write_manifest
 from ...runtime.artifact.manifest import (
     LOGITS,
@@ -31,7 +32,7 @@ from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
 from ...runtime.errors import ModelError
 from ..onnx_file import serialized
-from ..parity import FP32_TARGET, Parity, check_chain, with_parity
+from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
 
@@ -50,7 +51,7 @@ def check_exits(exits: Sequence[int], count: int) -> None:
 
 def keep_exits(
     source: Path, manifest: Manifest, exits: Sequence[int], folder: Path
-) -> tuple[Manifest, Parity]:
+) -> tuple[Manifest, Agreement]:
     """Write the folder, with the targets that run ONNX graphs as they are, and verify it.
 
     Args:
@@ -60,7 +61,8 @@ def keep_exits(
         folder: an empty folder to write.
 
     Returns:
-        The manifest of the new folder, without operating points, and its parity.
+        The manifest of the new folder, without operating points, and its agreement with the
+        PyTorch model.
 
     Raises:
         ModelError: exits that the source does not have.
@@ -100,10 +102,10 @@ def keep_exits(
     )
     write_manifest(folder, kept)
     with Engine.load(folder, target=FP32_TARGET) as engine:
-        parity = check_chain(engine, texts, logits, graphs={})
-    kept = with_parity(folder, kept, FP32_TARGET, parity)
+        agreement = check_chain(engine, texts, logits, graphs={})
+    kept = with_verification(folder, kept, FP32_TARGET, agreement)
     write_manifest(folder, kept)
-    return kept, parity
+    return kept, agreement
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ..agreement import TIES
+from ..agreement import BARS
 from ..artifact.folder import resolve, verified
 from ..artifact.manifest import Manifest, Target
 from ..encoding import padding_values
@@ -327,7 +327,7 @@ def build_command(backend: str, precision: str) -> str:
     Empty where this fpabee does not know the backend or the precision: a manifest may say
     anything, and a command is there to be run.
     """
-    if backend not in MODULES or precision not in TIES:
+    if backend not in MODULES or precision not in BARS:
         return ""
     flag = "" if precision == "fp32" else f" --{precision}"
     return f"fpabee-export --from ENGINES --backend {backend}{flag}"

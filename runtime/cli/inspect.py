@@ -190,7 +190,7 @@ def _print_check(found: Integrity) -> None:
     echo(f"hashes: {whole} of {found.files} files are whole")
     for message in found.damaged:
         echo(f"  {message}")
-    for name, agreement in found.parity.items():
+    for name, agreement in found.agreement.items():
         echo(f"{name} is the model that was exported: {agreement}")
     for name, message in found.refused.items():
         echo(f"{name} is refused: {message}")

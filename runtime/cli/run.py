@@ -23,7 +23,6 @@ from ..files.records import RecordSchema
 from ..files.summary import Summary
 from ..files.writers import OutputFormat
 from ..files.writers import output_format as format_of
-from ..parity import check_parity
 from ..rules.rules import ExitRule
 from .console import PlainConsole, echo
 from .errors import exits_with_one_line
@@ -124,11 +123,11 @@ def main(
         regroup=regroup,
         max_length=max_length,
     ) as engine:
-        checked = check_parity(engines, engine) if check else None
+        checked = engine.check() if check else None
         if checked is not None and not (quiet or as_json):
             echo(
                 f"{engine.target} reproduces the exported model: {checked.rows} reference texts, "
-                f"largest difference of a logit {checked.difference:.1e}",
+                f"largest difference of a logit {checked.max_logit_difference:.1e}",
                 err=True,
             )
         chosen = chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
@@ -163,7 +162,7 @@ def main(
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
-            found = {} if checked is None else {"check": asdict(checked)}
+            found = {} if checked is None else {"check": checked.to_dict()}
             click.echo(json.dumps(summary.to_dict(point) | found), err=True)
         elif not quiet:
             summary.print(PlainConsole(stderr=True), point)

@@ -103,7 +103,8 @@ def other_bars(make: Callable[[Place], Arguments], precision: str) -> Callable[[
     """As if the answers changed: a tiny model's seldom do."""
 
     def case(place: Place) -> Arguments:
-        place.patch.setitem(agreement._BARS, precision, (1.1, 1.1))
+        bars = dataclasses.replace(agreement.BARS[precision], labels=1.1, exits=1.1)
+        place.patch.setitem(agreement.BARS, precision, bars)
         return make(place)
 
     return case
@@ -118,7 +119,8 @@ def full_disk(make: Callable[[Place], Arguments]) -> Callable[[Place], Arguments
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def case(place: Place) -> Arguments:
-        place.patch.setitem(agreement._BARS, "int8", (0.0, 0.0))
+        bars = dataclasses.replace(agreement.BARS["int8"], labels=0.0, exits=0.0)
+        place.patch.setitem(agreement.BARS, "int8", bars)
         arguments = make(place)
         place.patch.setattr(Path, "write_bytes", full)
         return arguments

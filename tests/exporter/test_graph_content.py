@@ -20,7 +20,7 @@ from fpabee.calibration.activations import graph_inputs
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.onnx_file import serialized
 from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.precision.rounding import lower, plan
+from fpabee.exporter.precision.rounding import choose_lowering, lower
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact import graph_content
 from fpabee.runtime.artifact.folder import read_manifest
@@ -53,7 +53,7 @@ def test_fp32_half_and_kept_exits_pass(
         check_graph(folder / graph.file)
         proto = onnx.load(folder / graph.file)
         for half in Half:
-            onnx.save(lower(proto, half, plan(proto)), tmp_path / "half.onnx")
+            onnx.save(lower(proto, half, choose_lowering(proto)), tmp_path / "half.onnx")
             check_graph(tmp_path / "half.onnx")
 
 
@@ -74,7 +74,7 @@ def test_int8_passes(engines: Mapping[str, Path], tmp_path: Path) -> None:
     for target in arguments[2::3]:
         proto = onnx.load(target)
         assert "QuantizeLinear" in {node.op_type for node in proto.graph.node}
-        onnx.save(lower(proto, Half.FP16, plan(proto)), target)
+        onnx.save(lower(proto, Half.FP16, choose_lowering(proto)), target)
         check_graph(Path(target))
 
 

@@ -190,7 +190,8 @@ def test_result_tells_of_the_folder(bert: Path, tmp_path: Path) -> None:
     assert result.folder == tmp_path / "engines"
     assert result.manifest == read_manifest(result.folder)
     assert result.size == sum(len(content) for content in contents(result.folder).values())
-    assert result.parity.to_dict() == json.loads((result.folder / "verification.json").read_text())
+    record = json.loads((result.folder / "verification.json").read_text())
+    assert result.agreement.to_dict() == record
     assert calls == [
         ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
     ]  # fmt: skip
@@ -207,7 +208,7 @@ def test_verify_data_is_verified_too(bert: Path, tmp_path: Path, name: str, cont
     data = tmp_path / name
     data.write_text(content)
     result = export(bert, tmp_path / "engines", ExportOptions(verify_data=data))
-    assert result.parity.rows == len(BUILT_IN_TEXTS) + 2
+    assert result.agreement.rows == len(BUILT_IN_TEXTS) + 2
     with np.load(result.folder / "reference.npz") as reference:
         texts = json.loads(reference["texts"].tobytes())
     assert texts[-2:] == ["good film", ["rain", "sun"]]

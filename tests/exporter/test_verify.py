@@ -1,9 +1,12 @@
-"""An export is held against its model, graph by graph, and the first bad one is named."""
+"""An export is compared with its model: graph by graph, and as a chain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -11,9 +14,16 @@ import pytest
 
 from fpabee.exporter import segments
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.parity import check_chain
-from fpabee.exporter.verify import BUILT_IN_TEXTS, check_graphs, reference_logits
+from fpabee.exporter.verify import (
+    BUILT_IN_TEXTS,
+    check_chain,
+    check_graphs,
+    reference_logits,
+)
+from fpabee.runtime import FPabee, ProblemType, Text
+from fpabee.runtime.agreement import Logits
 from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import VerificationError
@@ -33,9 +43,11 @@ def test_an_export_agrees_with_its_model(
     assert list(worst) == list(manifest.graphs)
     assert max(worst.values()) < TOLERANCE
     with Engine.load(engines[family]) as engine:
-        parity = check_chain(engine, BUILT_IN_TEXTS, reference_logits(model, rows), worst)
-    assert parity.rows == len(BUILT_IN_TEXTS)
-    assert parity.max_logit_difference < 1e-5
+        expected = reference_logits(model, rows)
+        agreement = check_chain(engine, BUILT_IN_TEXTS, expected, worst)
+    assert agreement.rows == len(BUILT_IN_TEXTS)
+    assert agreement.max_logit_difference < 1e-5
+    assert agreement.graphs == worst
 
 
 @pytest.mark.parametrize("amount", [1e-2, np.nan])
@@ -69,6 +81,47 @@ def spoil(path: Path, amount: float) -> None:
     values = onnx.numpy_helper.to_array(weight) + np.float32(amount)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(proto, path)
+
+
+@dataclass
+class FakeEngine:
+    """Returns prepared logits: for all texts together, and for one text alone."""
+
+    together: Logits
+    alone: Logits
+    rule: FPabee = field(default_factory=lambda: FPabee(threshold=0.1))
+
+    @property
+    def manifest(self) -> Any:
+        task = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b", "c"))
+        return SimpleNamespace(task=task)
+
+    def trace(self, texts: Sequence[Text]) -> Any:
+        if len(texts) > 1:
+            return SimpleNamespace(logits=self.together)
+        row = int(str(texts[0]))
+        return SimpleNamespace(logits=self.alone[:, row : row + 1])
+
+
+@pytest.mark.parametrize("amount", [1e-3, np.nan, np.inf])
+@pytest.mark.parametrize("exit_number", [1, 2, 3])
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_the_chain_must_agree_for_texts_together_and_alone(
+    is_alone: bool, exit_number: int, amount: float
+) -> None:
+    expected = np.random.default_rng(0).normal(0, 3, (3, 4, 3)).astype(np.float32)
+    found = expected.copy()
+    found[exit_number - 1, 1, 2] += amount
+    engine = FakeEngine(expected if is_alone else found, found if is_alone else expected)
+    with pytest.raises(VerificationError, match=f"from exit {exit_number} on"):
+        check_chain(cast(Engine, engine), ["0", "1", "2", "3"], expected, {})
+
+
+def test_the_larger_of_the_two_differences_is_recorded() -> None:
+    expected = np.random.default_rng(0).normal(0, 3, (3, 4, 3)).astype(np.float32)
+    engine = FakeEngine(expected, expected + np.float32(5e-5))
+    agreement = check_chain(cast(Engine, engine), ["0", "1", "2", "3"], expected, {})
+    assert agreement.max_logit_difference == pytest.approx(5e-5, rel=0.02)
 
 
 def test_built_in_texts_hold_the_difficult_ones() -> None:

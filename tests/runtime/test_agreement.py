@@ -1,32 +1,62 @@
-"""How two sets of logits agree, by the labels that users get: tuned cuts included."""
+"""How two sets of logits agree, and what is a near tie."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from fpabee.runtime import Pabee, ProblemType
-from fpabee.runtime.agreement import agree, answers, exit_agreement, near_ties
+from fpabee.runtime import Agreement, Bars, Confidence, ExitRule, FPabee, Pabee, ProblemType
+from fpabee.runtime.agreement import (
+    BARS,
+    EXPORT_BARS,
+    answers,
+    compare,
+    exits_near_ties,
+    near_ties,
+)
 from fpabee.runtime.artifact.manifest import Task
 
+Logits = NDArray[np.float32]
 SINGLE = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b"))
 MULTI = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"))
 # Label a is predicted from a probability of 0.9 on, which is a logit of log 9; b always is.
-CUTS = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"), label_thresholds=(0.9, 0.0))
+TUNED = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"), label_thresholds=(0.9, 0.0))
 LOG_9 = float(np.log(9.0))
+NEVER = FPabee(threshold=-1.0)
 
 
-def logits(*exits: tuple[float, float]) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
-    """`[exits, 1, 2]`."""
-    return np.array([[row] for row in exits], np.float32)
+def logits(*exits: Sequence[Sequence[float]]) -> Logits:
+    """`[exits, rows, labels]`."""
+    return np.array(exits, np.float32)
+
+
+@pytest.fixture
+def clear() -> Logits:
+    """Three exits, four rows, three labels: no tie, and no score near a threshold of 0.1."""
+    return np.random.default_rng(0).normal(0, 3, (3, 4, 3)).astype(np.float32)
+
+
+def changed(values: Logits, exit_number: int, amount: float) -> Logits:
+    result = values.copy()
+    result[exit_number - 1, 1, 2] += amount
+    return result
+
+
+def export_agreement(found: Logits, expected: Logits, rule: ExitRule | None = None) -> Agreement:
+    return compare(found, expected, rule or FPabee(threshold=0.1), SINGLE, EXPORT_BARS)
 
 
 @pytest.mark.parametrize(
     ("task", "expected"),
-    [(SINGLE, [[0], [1]]), (MULTI, [[[1, 0]], [[1, 1]]]), (CUTS, [[[0, 1]], [[1, 1]]])],
+    [(SINGLE, [[0], [1]]), (MULTI, [[[1, 0]], [[1, 1]]]), (TUNED, [[[0, 1]], [[1, 1]]])],
 )
-def test_answers_are_those_of_the_task(task: Task, expected: list[object]) -> None:
-    assert answers(logits((1.0, -4.0), (3.0, 4.0)), task).tolist() == expected
+def test_answers_depend_on_the_task(task: Task, expected: list[object]) -> None:
+    assert answers(logits([(1.0, -4.0)], [(3.0, 4.0)]), task).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -34,31 +64,126 @@ def test_answers_are_those_of_the_task(task: Task, expected: list[object]) -> No
     [
         (SINGLE, (5.0, 5.015), True),
         (SINGLE, (0.0, 5.0), False),
+        (SINGLE, (0.005,), True),
         (MULTI, (0.005, 5.0), True),
         (MULTI, (LOG_9, 5.0), False),
-        (CUTS, (0.005, 0.0), False),
-        (CUTS, (LOG_9 + 0.005, 0.0), True),
+        (TUNED, (0.005, 0.0), False),
+        (TUNED, (LOG_9 + 0.005, 0.0), True),
     ],
 )
-def test_ties_are_near_the_cut(task: Task, row: tuple[float, float], near: bool) -> None:
-    assert near_ties(logits(row), task, 0.01).tolist() == [[near]]
+def test_labels_within_the_tolerance_are_near_ties(
+    task: Task, row: tuple[float, ...], near: bool
+) -> None:
+    assert near_ties(logits([row]), task, 0.01).tolist() == [[near]]
 
 
-def test_exits_go_by_the_cuts() -> None:
-    # Predicted: nothing, then a. At a cut of 0.9 the answer never changes.
-    found, expected = logits((-1.0, 0.0), (1.0, 0.0), (1.0, 0.0)), logits(*[(1.0, 0.0)] * 3)
+def test_equal_logits_agree(clear: Logits) -> None:
+    agreement = export_agreement(clear.copy(), clear)
+    assert agreement == Agreement(4, 0.0, 1.0, 1.0, 0, EXPORT_BARS)
+    assert agreement.passed
+    record = dataclasses.replace(agreement, graphs={"segment_01": 1e-6}).to_dict()
+    assert json.loads(json.dumps(record)) == {
+        "rows": 4,
+        "max_logit_difference": 0.0,
+        "label_agreement": 1.0,
+        "exit_agreement": 1.0,
+        "near_ties": 0,
+        "graphs": {"segment_01": 1e-6},
+        "passed": True,
+    }
+
+
+def test_a_difference_within_the_bar_is_recorded(clear: Logits) -> None:
+    agreement = export_agreement(changed(clear, 2, 5e-5), clear)
+    assert agreement.max_logit_difference == pytest.approx(5e-5, rel=0.02)
+    assert agreement.passed
+
+
+@pytest.mark.parametrize(
+    ("bars", "amount"),
+    [(EXPORT_BARS, 1e-3), (EXPORT_BARS, np.nan), (BARS["int8"], np.nan), (BARS["int8"], np.inf)],
+)
+@pytest.mark.parametrize("exit_number", [1, 2, 3])
+def test_the_first_bad_exit_is_named(
+    exit_number: int, amount: float, bars: Bars, clear: Logits
+) -> None:
+    found = changed(changed(clear, exit_number, amount), 3, amount)
+    agreement = compare(found, clear, FPabee(threshold=0.1), SINGLE, bars)
+    assert agreement.first_bad_exit == exit_number
+    assert not agreement.passed
+    assert not np.isnan(amount) or np.isnan(agreement.max_logit_difference)
+
+
+def test_logits_have_a_bar_of_their_own(clear: Logits) -> None:
+    agreement = export_agreement(clear + np.float32(1e-3), clear)
+    assert (agreement.label_agreement, agreement.exit_agreement) == (1.0, 1.0)
+    assert (agreement.first_bad_exit, agreement.passed) == (1, False)
+    assert "1.00e-03 (bar 1e-04)" in str(agreement)
+    assert compare(clear + np.float32(1e-3), clear, NEVER, SINGLE, BARS["fp32"]).passed
+
+
+@pytest.mark.parametrize(
+    ("task", "expected", "found"),
+    [
+        (SINGLE, [1.0, 1.00005, -3.0], [1.00005, 1.0, -3.0]),
+        (MULTI, [4.0, -4.0, 0.00003], [4.0, -4.0, -0.00003]),
+    ],
+)
+def test_labels_that_change_at_a_near_tie_are_left_out_and_counted(
+    task: Task, expected: list[float], found: list[float]
+) -> None:
+    sure = [3.0, -3.0, -3.0]
+    before, after = logits([sure, expected, sure]), logits([sure, found, sure])
+    agreement = compare(after, before, NEVER, task, EXPORT_BARS)
+    assert (agreement.label_agreement, agreement.near_ties, agreement.passed) == (1.0, 1, True)
+
+
+def test_labels_that_change_elsewhere_count() -> None:
+    expected = logits([[1.0, 1.01], [1.0, 1.01], [9.0, 0.0], [9.0, 0.0]])
+    found = expected.copy()
+    found[0, 0] = [1.01, 1.0]
+    agreement = export_agreement(found, expected, NEVER)
+    assert (agreement.label_agreement, agreement.passed) == (0.75, False)
+
+
+def test_a_label_that_only_its_threshold_changes_counts() -> None:
+    found, expected = logits([(LOG_9 - 0.5, 1.0)]), logits([(LOG_9 + 0.5, 1.0)])
+    rule, bars = Pabee(patience=1), BARS["fp16"]
+    assert compare(found, expected, rule, MULTI, bars).label_agreement == 1.0
+    tuned = compare(found, expected, rule, TUNED, bars)
+    assert (tuned.label_agreement, tuned.first_bad_exit, tuned.passed) == (0.0, 1, False)
+
+
+def test_an_exit_that_changes_at_its_threshold_is_left_out_and_counted() -> None:
+    expected = logits([[1.0, 0.0], [5.0, 0.0], [0.2, 0.0]], [[9.0, 0.0]] * 3)
+    score = 1 / (1 + np.exp(-1.0))
+    found = expected.copy()
+    found[0, 0, 0] -= 4e-5
+    agreement = export_agreement(found, expected, Confidence(threshold=score - 1e-6))
+    assert (agreement.exit_agreement, agreement.near_ties, agreement.passed) == (1.0, 1, True)
+
+
+def test_an_exit_that_changes_elsewhere_counts() -> None:
+    expected = logits([[1.0, 0.0], [5.0, 0.0]], [[9.0, 0.0]] * 2)
+    found = expected.copy()
+    found[0, 0, 0] = 2.0
+    agreement = compare(found, expected, Confidence(threshold=0.8), SINGLE, BARS["fp32"])
+    assert (agreement.label_agreement, agreement.exit_agreement) == (1.0, 0.5)
+    assert (agreement.first_bad_exit, agreement.passed) == (1, False)
+
+
+def test_an_exit_of_a_rule_about_labels_is_left_out_at_a_near_tie() -> None:
+    expected = logits([[9.0, 0.0]] * 2, [[1.00005, 1.0], [9.0, 0.0]], [[9.0, 0.0]] * 2)
+    found = expected.copy()
+    found[1, 0] = [1.0, 1.00005]
+    agreement = export_agreement(found, expected, Pabee(patience=1))
+    assert (agreement.exit_agreement, agreement.near_ties, agreement.passed) == (1.0, 1, True)
+
+
+def test_exits_depend_on_the_label_thresholds() -> None:
+    # Predicted: b, then a and b. With a threshold of 0.9 for a, the answer never changes.
+    found, expected = logits([(-1.0, 2.0)], *[[(1.0, 2.0)]] * 2), logits(*[[(1.0, 2.0)]] * 3)
     rule = Pabee(patience=1)
-    assert exit_agreement(found, expected, rule, MULTI, 1e-3)[0].tolist() == [False]
-    same, unsure = exit_agreement(found, expected, rule, CUTS, 1e-3)
-    assert (same.tolist(), unsure.tolist()) == ([True], [False])
-
-
-def test_a_label_that_only_the_cut_changes_is_a_difference() -> None:
-    found, expected = logits((LOG_9 - 0.5, 1.0)), logits((LOG_9 + 0.5, 1.0))
-    assert agree(found, expected, Pabee(patience=1), MULTI, "fp16").labels == 1.0
-    with_label_thresholds = agree(found, expected, Pabee(patience=1), CUTS, "fp16")
-    assert (
-        with_label_thresholds.labels,
-        with_label_thresholds.first_bad,
-        with_label_thresholds.passed,
-    ) == (0.0, 1, False)
+    assert compare(found, expected, rule, MULTI, BARS["fp32"]).exit_agreement == 0.0
+    assert compare(found, expected, rule, TUNED, BARS["fp32"]).exit_agreement == 1.0
+    assert exits_near_ties(expected, rule, TUNED, 1e-3).tolist() == [False]

@@ -50,7 +50,7 @@ def test_graphs_are_written_beside_those_of_fp32(
     manifest, report = add_half(folder, before, half, RULE)
     assert report.passed
     assert report.rows == 12
-    assert 0 < report.agreement.difference < 0.5
+    assert 0 < report.agreement.max_logit_difference < 0.5
     graphs = manifest.graphs_in(half.value)
     assert graphs.keys() == before.graphs.keys()
     assert read_manifest(folder).precisions == {}, "the manifest is the caller's to write"
@@ -135,4 +135,4 @@ def test_a_check_for_turing_is_stricter_and_writes_the_same(
     usual, report = add_half(folder, before, Half.FP16, RULE)
     turing, stricter = add_half(folder, before, Half.FP16, RULE, turing=True)
     assert usual.precisions == turing.precisions
-    assert stricter.agreement.difference != report.agreement.difference
+    assert stricter.agreement.max_logit_difference != report.agreement.max_logit_difference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ RULE = FPabee(threshold=0.5)
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model has no robust answers: what is tested is what is written."""
-    monkeypatch.setitem(agreement._BARS, "int8", (0.5, 0.3))
+    bars = replace(agreement.BARS["int8"], labels=0.5, exits=0.3)
+    monkeypatch.setitem(agreement.BARS, "int8", bars)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert"])

@@ -41,13 +41,13 @@ def test_kept_exits_say_what_they_said(
     with Engine.load(source) as engine:
         before = engine.trace(TEXTS).logits[[number - 1 for number in exits]]
 
-    manifest, parity = keep_exits(source, read_manifest(source), exits, tmp_path)
+    manifest, agreement = keep_exits(source, read_manifest(source), exits, tmp_path)
 
     assert read_manifest(tmp_path) == manifest
     assert manifest.exit_layers == exits
     assert manifest.model.layers == exits[-1]
-    assert parity.passed
-    assert parity.max_logit_difference < 1e-5
+    assert agreement.passed
+    assert agreement.max_logit_difference < 1e-5
     assert manifest.targets["onnxruntime-fp32"].tolerance == 1e-5
     with Engine.load(tmp_path) as engine:
         np.testing.assert_allclose(engine.trace(TEXTS).logits, before, atol=1e-5)
@@ -93,9 +93,9 @@ def test_exits_can_be_dropped_again(engines: Mapping[str, Path], tmp_path: Path)
     for folder in (first, second):
         folder.mkdir()
     keep_exits(source, read_manifest(source), (2, 3), first)
-    manifest, parity = keep_exits(first, read_manifest(first), (2,), second)
+    manifest, agreement = keep_exits(first, read_manifest(first), (2,), second)
     assert manifest.exit_layers == (3,)
-    assert parity.passed
+    assert agreement.passed
 
 
 def test_every_precision_is_merged(engine_copy: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Check that a target is the model that was exported, with the texts of `reference.npz`.
+
+Hashes find damaged files. This also finds intact files of another model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .agreement import BARS, Agreement, Bars, Logits, compare
+from .artifact.manifest import Manifest, Target
+from .artifact.reference import read_reference
+from .encoding import EncodedRow, TextEncoder
+from .errors import ArtifactError, Remedy, VerificationError
+from .rules.rules import ExitRule
+
+_WINDOW_ROWS = 32
+# Another CPU or driver rounds differently from the one on which the tolerance was measured.
+_SLACK = 10
+
+
+def check_reference(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    rule: ExitRule,
+    run: Callable[[Sequence[EncodedRow]], Logits],
+    max_sequence: int,
+) -> Agreement:
+    """Run the reference texts; logits, labels and exits must be those of the PyTorch model.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        name: the target.
+        rule: the rule whose exits are compared.
+        run: gives the logits `[exits, rows, labels]` of rows at full depth.
+        max_sequence: the longest row in tokens that `run` takes; longer texts are left out.
+
+    Raises:
+        ArtifactError: the reference is missing or damaged, or none of its texts fits the target.
+        VerificationError: they are not. Logits may differ by ten times what was measured when
+            the target was made.
+    """
+    bars = _bars(name, manifest.targets[name])
+    texts, expected = read_reference(folder, manifest)
+    # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
+    rows = TextEncoder(folder, manifest.tokenizer).encode(texts)
+    fits = [number for number, row in enumerate(rows) if len(row) <= max_sequence]
+    if not fits:
+        raise ArtifactError(
+            f"no text of the reference fits the {max_sequence} tokens of {name}",
+            Remedy("export the model again with shorter texts as {verify_data}"),
+        )
+    windows = [fits[start : start + _WINDOW_ROWS] for start in range(0, len(fits), _WINDOW_ROWS)]
+    found = np.concatenate([run([rows[n] for n in window]) for window in windows], axis=1)
+    agreement = compare(found, expected[:, fits], rule, manifest.task, bars)
+    if not agreement.passed:
+        remedy = Remedy("its files are of another model: copy the engines folder, or export again")
+        if manifest.task.label_thresholds and agreement.max_logit_difference <= bars.logits:
+            remedy = Remedy(
+                "its logits are close enough, but its labels at the tuned label thresholds are "
+                "not: choose another {target}, or calibrate without {tune_label_thresholds}"
+            )
+        raise VerificationError(
+            f"target {name} is not the model that was exported: {agreement}", remedy
+        )
+    return agreement
+
+
+def _bars(name: str, target: Target) -> Bars:
+    if target.precision not in BARS:
+        raise ArtifactError(
+            f"target {name} has precision {target.precision!r}, which this fpabee does not know",
+            "pip install -U fpabee",
+        )
+    bars = BARS[target.precision]
+    if target.tolerance is None:
+        return bars
+    return dataclasses.replace(bars, logits=max(_SLACK * target.tolerance, bars.tie))
