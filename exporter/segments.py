@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.graphs import Size
 from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
@@ -32,6 +31,7 @@ from ..runtime.artifact.manifest import (
     NEXT,
     Graph,
     Segment,
+    Size,
     TensorSpec,
 )
 from .backbones import Block, Embeddings

@@ -1,8 +1,8 @@
-"""The runtime: run an engines folder. Needs numpy, tokenizers and one inference library.
+"""The runtime runs an engines folder. It needs numpy, tokenizers and one inference library.
 
-`Engine` runs a folder, and an `ExitRule` says when a row stops. `simulate` gives the exits of
-a rule from logits alone. What stands in a folder is its `Manifest`. Exits, layers and lines are
-counted from 1, and array shapes are given as `[exits, rows, labels]`.
+`Engine` runs a folder, and an `ExitRule` decides when a row stops. `simulate` computes the exits
+of a rule from logits alone. `Manifest` describes the content of a folder. Exits, layers and lines
+are counted from 1, and array shapes are written as `[exits, rows, labels]`.
 
 ```python
 from fpabee.runtime import Engine
@@ -12,23 +12,25 @@ with Engine.load("engines/") as engine:
         print(prediction.labels, prediction.scores, prediction.exit)
 ```
 
-Every error that a user can mend is a `FpabeeError`: its message says what was found and what was
-expected, its hint what to do.
+Every error that a user can fix is a `FpabeeError`. Its message says what was found and what was
+expected, and its hint says what to do.
 """
 
 from .agreement import Agreement, Bars
 from .artifact.folder import read_manifest
-from .artifact.graphs import Graph, Segment, TensorSpec
 from .artifact.manifest import (
     BuiltFile,
+    Graph,
     Manifest,
     Model,
     NotBuilt,
     ProblemType,
     Range,
+    Segment,
     Shapes,
     Target,
     Task,
+    TensorSpec,
     TokenizerSpec,
     Verification,
 )

@@ -1,4 +1,4 @@
-"""Check the numbers that a program hands to the runtime."""
+"""Check numbers that a program passes to the runtime."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .errors import FpabeeError, InputError
 
 
 def whole_number(name: str, value: Any, error: type[FpabeeError], most: int | None = None) -> int:
-    """A whole number from 1; numpy's are taken as well.
+    """A whole number from 1, possibly a numpy integer.
 
     Args:
-        name: what the argument is called.
-        value: what was given.
-        error: what is raised where it is something else.
-        most: the largest number; None: there is none.
+        name: name of the argument.
+        value: value of the argument.
+        error: the error to raise if it is anything else.
+        most: the largest number allowed; None: any.
     """
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_whole or value < 1 or (most is not None and value > most):
@@ -26,14 +26,14 @@ def whole_number(name: str, value: Any, error: type[FpabeeError], most: int | No
 
 
 def seconds_of(name: str, milliseconds: Any) -> float:
-    """Milliseconds in seconds.
+    """Convert milliseconds to seconds.
 
     Args:
-        name: what the argument is called.
-        milliseconds: any number, also one of numpy.
+        name: name of the argument.
+        milliseconds: any number, possibly a numpy one.
 
     Raises:
-        InputError: it is no number.
+        InputError: it is not a number.
     """
     is_number = isinstance(milliseconds, Real) and not isinstance(milliseconds, bool)
     if not is_number or math.isnan(milliseconds):

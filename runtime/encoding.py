@@ -16,15 +16,13 @@ from tokenizers import Tokenizer
 from .arguments import whole_number
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
+from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_tokenizer
 from .errors import ArtifactError, FpabeeError, InputError, first_line
 
 # Texts that are tokenized in one call, so that memory stays flat on long lines too.
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 4 * 2**20
-
-Text = str | tuple[str, str]
-"""What is classified: a text, or a text and its pair."""
 
 Arrays = dict[str, NDArray[Any]]
 """Tensors by name."""

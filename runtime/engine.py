@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
 from .targets import open_backend, operating_point_of, rule_of, target_of
 
-# A window holds the hidden states of all its rows twice: what a segment reads and writes.
+# Most memory of a window: the hidden states of all its rows, once as input and once as output.
 _WINDOW_BYTES = 256 * 2**20
 
 
@@ -49,38 +48,6 @@ class Engine:
         ```
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        target: str,
-        backend: Backend[Any],
-        rule: ExitRule,
-        operating_point: str | None = None,
-        regroup: Regroup = Regroup.AUTO,
-        max_length: int | None = None,
-    ) -> None:
-        """Made by `Engine.load`, which opens the backend."""
-        self._folder = folder
-        self._manifest = manifest
-        self._target = target
-        self._backend = backend
-        # Together, so that a thread never sees the rule of one point with the name of another.
-        self._in_use = (operating_point, rule)
-        self._regroup = Regroup(regroup)
-        self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
-        self._limits = backend.limits()
-        self._local = threading.local()
-        self._cost: CostCurve | None = None
-        self._cost_lock = threading.Lock()
-        self._times = SegmentTimes(self._limits, self.time_segments)
-        self._counter = Counter(len(manifest.segments))
-        self._closed = False
-        per_token = _bytes_per_token(manifest, self._limits)
-        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
-        # Refuses a rule that does not fit the model now, not at the first text.
-        self._runner(rule)
-
     @classmethod
     def load(
         cls,
@@ -98,36 +65,36 @@ class Engine:
         """Load an engines folder.
 
         Args:
-            path: the folder that `fpabee-export` wrote.
+            path: the engines folder that an export wrote.
             target: a built target, such as `onnxruntime-fp32`; default: the manifest's.
-            operating_point: a calibrated rule of the target, by name; default: the target's
-                default, or the cautious rule of a folder that is not calibrated.
+            operating_point: the name of a calibrated rule of the target. The default is the
+                target's default point, or the cautious rule of a folder that is not calibrated.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
-                The process-wide pool keeps the first engine's number.
-            rule: a rule of your own, in place of an operating point.
+                All engines of a process share one pool, whose size the first engine sets.
+            rule: a rule of your own instead of an operating point.
             regroup: whether undecided rows of several groups are joined.
-            preload: load all segments now, instead of when first needed.
-            max_length: truncate texts to so many tokens, special tokens included; default, and
-                most: what the model takes.
-            check: run the reference texts of the folder, and refuse a target whose logits are
-                not those of the model that was exported. It loads all segments.
+            preload: load all segments now, instead of when each is first needed.
+            max_length: truncate texts to this many tokens, special tokens included. The default
+                and the largest value is what the model takes.
+            check: run `check` at once. It loads all segments.
 
         Returns:
             The engine; close it, or use it in a `with` statement.
 
         Raises:
             ArtifactError: the folder is missing, damaged, or of another version.
-            BackendError: no such target, it cannot run here, or `threads` is impossible.
-            InputError: `max_length` is no whole number, or leaves no room for text.
+            BackendError: the target does not exist, it cannot run here, or `threads` is
+                impossible.
+            InputError: `max_length` is not a whole number, or leaves no room for text.
             MissingExtraError: the target's inference library is not installed.
-            RuleError: the operating point or rule does not exist or does not fit; or both are
-                given.
-            VerificationError: with `check`, the target is not that model.
+            RuleError: the operating point or rule does not exist or does not fit the model, or
+                both are given.
+            VerificationError: with `check`, the target is not the model that was exported.
         """
         if rule is not None and operating_point is not None:
             raise RuleError(
-                f"operating point {operating_point!r} and a rule are given",
-                "give one of them: a point is a rule with its settings",
+                f"both operating point {operating_point!r} and a rule are given",
+                "give one of them: an operating point is a rule with its settings",
             )
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -146,25 +113,183 @@ class Engine:
                 raise
         return engine
 
-    @property
-    def manifest(self) -> Manifest:
-        """What the folder says of itself, as it was when the engine was loaded."""
-        return self._manifest
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: str,
+        backend: Backend[Any],
+        rule: ExitRule,
+        operating_point: str | None = None,
+        regroup: Regroup = Regroup.AUTO,
+        max_length: int | None = None,
+    ) -> None:
+        """Called by `Engine.load`, which opens the backend."""
+        self._folder = folder
+        self._manifest = manifest
+        self._task = manifest.task
+        self._exits = len(manifest.segments)
+        self._target = target
+        self._backend = backend
+        # One attribute, so that a thread never sees the rule of one point with another's name.
+        self._in_use = (operating_point, rule)
+        self._regroup = Regroup(regroup)
+        self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
+        self._limits = backend.limits()
+        self._local = threading.local()
+        self._cost: CostCurve | None = None
+        self._cost_lock = threading.Lock()
+        self._times = SegmentTimes(self._limits, self.time_segments)
+        self._counter = Counter(self._exits)
+        self._closed = False
+        per_token = _bytes_per_token(manifest, self._limits)
+        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
+        # Reports a rule that does not fit the model now, not at the first text.
+        self._runner(rule)
 
-    @property
-    def target(self) -> str:
-        """The target in use."""
-        return self._target
+    def predict(
+        self,
+        texts: Sequence[Text],
+        *,
+        rule: ExitRule | None = None,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+        deadline_ms: float | None = None,
+    ) -> list[Prediction]:
+        """Classify texts.
 
-    @property
-    def rule(self) -> ExitRule:
-        """The rule that applies when a call names none."""
-        return self._in_use[1]
+        A deadline is a budget for the whole call, tokenization included. Rows may go as deep as
+        the measured times of the segments allow if no row stops earlier. Rows that the rule
+        would have let go deeper are marked `deadline_limited`. There is always an answer: if even
+        exit 1 takes too long, rows stop there and are marked `deadline_missed`. The first call
+        with rows of some length also measures the segments, see `warm_up`.
 
-    @property
-    def operating_point(self) -> str | None:
-        """The calibrated point whose rule applies; None: a rule of your own, or no calibration."""
-        return self._in_use[0]
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+            rule: replaces the engine's rule for this call.
+            full_depth: run every layer for every row, whatever the rule.
+            max_exit: every row stops at this exit at the latest; counted from 1.
+            deadline_ms: milliseconds for the call.
+
+        Returns:
+            One prediction for each text, in the same order.
+
+        Raises:
+            InputError: an item is neither a text nor a pair of texts, or the deadline is not a
+                number.
+            RuleError: the rule or `max_exit` does not fit the model.
+            BackendError: the engine is closed, a row is longer than the target takes, or the
+                target's logits are not finite at an exit that a row reached.
+            ArtifactError: a segment that is loaded now is missing or damaged.
+        """
+        if deadline_ms is None:
+            return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
+        ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
+        runner = self._chosen(rule, full_depth, max_exit)
+        windows = list(self._windows(texts))
+        cap = self._cap(windows, ends - perf_counter())
+        return [answer for rows in windows for answer in self._answer(rows, runner, cap)]
+
+    def stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        rule: ExitRule | None = None,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+        deadline_ms: float | None = None,
+    ) -> Iterator[Prediction]:
+        """Classify any number of texts in constant memory.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples; read one window of rows ahead of the
+                predictions that are taken.
+            rule: replaces the engine's rule.
+            full_depth: run every layer for every row, whatever the rule.
+            max_exit: every row stops at this exit at the latest; counted from 1.
+            deadline_ms: milliseconds for each window of rows that run together, without
+                tokenization; see `predict`.
+
+        Yields:
+            One prediction for each text, in the same order.
+
+        Raises:
+            FpabeeError: as in `predict`, when the predictions are taken.
+        """
+        seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
+        runner = self._chosen(rule, full_depth, max_exit)
+        for rows in self._windows(texts):
+            cap = None if seconds is None else self._cap([rows], seconds)
+            yield from self._answer(rows, runner, cap)
+
+    def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
+        """Compute the logits of every exit.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+            rule: stop rows by this rule, with NaN at exits that they do not reach; default: run
+                every row to full depth.
+
+        Returns:
+            The trace, rows in the order of the texts. `simulate` applies other rules to it.
+
+        Raises:
+            FpabeeError: as in `predict`.
+        """
+        runner = self._chosen(rule, rule is None, None)
+        windows = list(self._windows(texts))
+        results = [self._run(rows, runner) for rows in windows]
+        if not results:
+            shape = (self._exits, 0, len(self.labels))
+            results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
+        return Trace(
+            logits=np.concatenate([result.logits for result in results], axis=1),
+            exits=np.concatenate([result.exits for result in results]),
+            predictions=np.concatenate([self._outputs(result).answers for result in results]),
+            lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
+        )
+
+    def check(self) -> Agreement:
+        """Run the reference texts of the folder and compare with the PyTorch model.
+
+        Loads all segments. Logits may differ by ten times what was measured when the target was
+        made.
+
+        Returns:
+            How closely the target agrees; exits are those of the engine's rule.
+
+        Raises:
+            ArtifactError: the reference is missing or damaged, or no text of it fits the target.
+            VerificationError: the target is not the model that was exported.
+        """
+        full_depth = self._full_depth()
+
+        def run(rows: Sequence[EncodedRow]) -> Logits:
+            return self.run_encoded(rows, full_depth).logits
+
+        return check_reference(
+            self._folder, self._manifest, self._target, self.rule, run, self._limits.max_sequence
+        )
+
+    def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
+        """Load the segments, and measure the times that deadlines depend on.
+
+        Args:
+            rows: rows of a call.
+            tokens: longest row in tokens; default: the longest that the target runs.
+
+        Raises:
+            InputError: `rows` or `tokens` is not a whole number from 1.
+            BackendError: the engine is closed.
+            ArtifactError: a segment is missing or damaged.
+        """
+        rows = whole_number("rows", rows, InputError)
+        longest = self._limits.max_sequence
+        most = longest if tokens is None else whole_number("tokens", tokens, InputError)
+        for length in self._times.lengths:
+            self._times(rows, length)
+            if length >= most:
+                break
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
@@ -181,139 +306,48 @@ class Engine:
         self._in_use = (point, rule)
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Label names in the order of the logits."""
-        return self._manifest.task.labels
-
-    def predict(
-        self,
-        texts: Sequence[Text],
-        *,
-        rule: ExitRule | None = None,
-        full_depth: bool = False,
-        max_exit: int | None = None,
-        deadline_ms: float | None = None,
-    ) -> list[Prediction]:
-        """Classify texts.
-
-        A deadline is a budget for the whole call, tokenization included. All rows may go as
-        deep as fits it, by the measured times of the segments and as if no row stopped before;
-        those that their rule would have let go on are marked `deadline_limited`. There is always
-        an answer: where even exit 1 does not fit, rows stop there and are marked
-        `deadline_missed`. The first call with rows of some length also measures, see `warm_up`.
-
-        Args:
-            texts: strings, or (text, text_pair) tuples.
-            rule: instead of the engine's.
-            full_depth: run every layer for every row, whatever the rule.
-            max_exit: every row stops there at the latest; from 1.
-            deadline_ms: milliseconds for the call.
-
-        Returns:
-            One prediction a text, in their order.
-
-        Raises:
-            InputError: something is neither a text nor a pair, or the deadline is no number.
-            RuleError: the rule or `max_exit` does not fit the model.
-            BackendError: the engine is closed, a row is longer than the target takes, or the target
-                gives logits that are not finite numbers at an exit that a row reached.
-            ArtifactError: a segment that is loaded now is missing or damaged.
-        """
-        if deadline_ms is None:
-            return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
-        ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
-        chosen = self._chosen(rule, full_depth, max_exit)
-        windows = list(self._windows(texts))
-        cap = self._cap(windows, ends - perf_counter())
-        return [answer for rows in windows for answer in self._answer(rows, chosen, cap)]
-
-    def stream(
-        self,
-        texts: Iterable[Text],
-        *,
-        rule: ExitRule | None = None,
-        full_depth: bool = False,
-        max_exit: int | None = None,
-        deadline_ms: float | None = None,
-    ) -> Iterator[Prediction]:
-        """Classify any number of texts in flat memory.
-
-        Args:
-            texts: strings, or (text, text_pair) tuples; read as far as predictions are taken,
-                a window of rows ahead.
-            rule: as in `predict`, and so are `full_depth` and `max_exit`.
-            full_depth: run every layer for every row, whatever the rule.
-            max_exit: every row stops there at the latest; from 1.
-            deadline_ms: milliseconds for each window of rows that run together, once they are
-                tokenized.
-
-        Yields:
-            One prediction a text, in their order.
-
-        Raises:
-            FpabeeError: as `predict`, when the predictions are taken.
-        """
-        seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
-        chosen = self._chosen(rule, full_depth, max_exit)
-        for rows in self._windows(texts):
-            cap = None if seconds is None else self._cap([rows], seconds)
-            yield from self._answer(rows, chosen, cap)
-
-    def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and measure what deadlines need to know of them.
-
-        Args:
-            rows: rows of a call.
-            tokens: longest row in tokens; default: the longest that the target runs.
-
-        Raises:
-            InputError: `rows` or `tokens` is no whole number from 1.
-            BackendError: the engine is closed.
-            ArtifactError: a segment is missing or damaged.
-        """
-        rows = whole_number("rows", rows, InputError)
-        longest = self._limits.max_sequence
-        most = longest if tokens is None else whole_number("tokens", tokens, InputError)
-        for length in self._times.lengths:
-            self._times(rows, length)
-            if length >= most:
-                break
-
-    @property
     def tally(self) -> Tally:
-        """What `predict` and `stream` have answered since the load, or since `reset_tally`."""
+        """Counts of what `predict` and `stream` answered since the load or `reset_tally`."""
         return self._counter.read()
 
     def reset_tally(self) -> Tally:
         """Start the tally again from zero; returns it as it was."""
         return self._counter.reset()
 
-    def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
-        """The logits of every exit.
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the folder, as it was when the engine was loaded."""
+        return self._manifest
 
-        Args:
-            texts: strings, or (text, text_pair) tuples.
-            rule: stop rows by this rule and leave NaN at exits not reached; default: run
-                every row to full depth.
+    @property
+    def target(self) -> str:
+        """The target in use."""
+        return self._target
 
-        Returns:
-            The trace, rows in the order of the texts. `simulate` applies other rules to it.
+    @property
+    def rule(self) -> ExitRule:
+        """The rule of calls that give none."""
+        return self._in_use[1]
 
-        Raises:
-            FpabeeError: as `predict`.
-        """
-        chosen = self._chosen(rule, rule is None, None)
-        windows = list(self._windows(texts))
-        results = [self.run_encoded(rows, chosen) for rows in windows]
-        if not results:
-            shape = (len(self._manifest.segments), 0, len(self.labels))
-            results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
-        return Trace(
-            logits=np.concatenate([result.logits for result in results], axis=1),
-            exits=np.concatenate([result.exits for result in results]),
-            predictions=np.concatenate([self._outputs(result).answers for result in results]),
-            lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
-        )
+    @property
+    def operating_point(self) -> str | None:
+        """The operating point in use; None with a rule of your own, or without calibration."""
+        return self._in_use[0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of the logits."""
+        return self._task.labels
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row may have any number of labels."""
+        return self._task.problem_type is ProblemType.MULTI_LABEL
+
+    @property
+    def limits(self) -> Limits:
+        """The shapes that the target runs."""
+        return self._limits
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.
@@ -326,68 +360,38 @@ class Engine:
         """
         return self._encoder.encode(texts)
 
-    @property
-    def limits(self) -> Limits:
-        """The shapes that the target runs."""
-        return self._limits
-
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> WindowResult:
-        """Run tokenized rows as one window, whose hidden states are in memory all at once.
+        """Run tokenized rows as one window, with the hidden states of all rows in memory.
 
         Args:
-            rows: what `encode` gave; at least one.
+            rows: the result of `encode`; at least one row.
             rule: the rule.
 
         Raises:
             RuleError: the rule does not fit the model.
-            BackendError: the engine is closed, a row is longer than the target takes, or the target
-                gives logits that are not finite numbers at an exit that a row reached.
+            BackendError: the engine is closed, a row is longer than the target takes, or the
+                target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        chain = self._chain()
-        many = sum(len(row) for row in rows) > self._limits.group_tokens
-        cost = self._cost_curve(chain) if many else None
-        return chain.run(rows, self._runner(rule), cost)
+        return self._run(rows, self._runner(rule))
 
     def time_segments(self, rows: int, tokens: int) -> list[float]:
         """Time each segment once, on a group of made-up rows.
 
         Args:
             rows: rows of the group.
-            tokens: tokens a row.
+            tokens: tokens in a row.
 
         Returns:
-            Seconds of each segment, the answer of its exit included.
+            Seconds of each segment, including the time to read the logits of its exit.
 
         Raises:
-            InputError: `rows` or `tokens` is no whole number from 1.
+            InputError: `rows` or `tokens` is not a whole number from 1.
             BackendError: the engine is closed, or rows of that length are too long for it.
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
         return self._chain().time_segments(rows, tokens)
-
-    def check(self) -> Agreement:
-        """Run the reference texts of the folder and compare with the PyTorch model.
-
-        Loads all segments. Logits may differ by ten times what was measured when the target was
-        made.
-
-        Returns:
-            How closely the target agrees, with the engine's rule for the exits.
-
-        Raises:
-            ArtifactError: the reference is missing or damaged, or no text of it fits the target.
-            VerificationError: the target is not the model that was exported.
-        """
-        full_depth = Budget(exit=len(self._manifest.segments))
-
-        def run(rows: Sequence[EncodedRow]) -> Logits:
-            return self.run_encoded(rows, full_depth).logits
-
-        return check_reference(
-            self._folder, self._manifest, self._target, self.rule, run, self._limits.max_sequence
-        )
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""
@@ -399,64 +403,24 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def multi_label(self) -> bool:
-        """Whether a row may have any number of labels."""
-        return self._manifest.task.problem_type is ProblemType.MULTI_LABEL
-
-    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> ExitRule:
-        """The rule of a call, which fits the model."""
-        chosen = Budget(exit=len(self._manifest.segments)) if full_depth else rule or self.rule
-        self._runner(chosen)
-        if max_exit is not None:
-            chosen = chosen.capped(max_exit)
-            self._runner(chosen)
-        return chosen
-
-    def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
-        """How deep rows may go in a time."""
-        groups = []
-        for rows in windows:
-            lengths = np.array([len(row) for row in rows], np.intp)
-            deadline_limited = make_groups(lengths, self._limits)
-            groups += [(len(numbers), int(lengths[numbers].max())) for numbers in deadline_limited]
-        return self._times.deepest(groups, seconds)
+    def _full_depth(self) -> ExitRule:
+        return Budget(exit=self._exits)
 
     def _runner(self, rule: ExitRule) -> RuleRunner:
-        task = self._manifest.task
-        return RuleRunner(
-            rule, task.problem_type, len(self._manifest.segments), task.label_thresholds
-        )
+        """A runner of the rule; raises RuleError if the rule does not fit the model."""
+        task = self._task
+        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
 
-    def _outputs(self, result: WindowResult) -> Outputs:
-        task = self._manifest.task
-        return result.outputs(task.problem_type, task.label_thresholds)
-
-    def _chain(self) -> Chain[Any]:
-        if self._closed:
-            raise BackendError("this engine is closed", "load it again with Engine.load")
-        chain: Chain[Any] | None = getattr(self._local, "chain", None)
-        if chain is None:
-            chain = Chain(
-                self._backend.open(),
-                self._limits,
-                len(self._manifest.segments),
-                len(self.labels),
-                self._target,
-            )
-            self._local.chain = chain
-        return chain
+    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
+        """The rule of a call."""
+        runner = self._runner(self._full_depth() if full_depth else rule or self.rule)
+        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
-        """Texts, tokenized, in parts whose hidden states fit the memory of a window."""
+        """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
         window: list[EncodedRow] = []
@@ -471,31 +435,31 @@ class Engine:
         if window:
             yield window
 
-    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
-        if self._regroup is Regroup.NEVER or len(self._manifest.segments) == 1:
-            return None
-        if self._regroup is Regroup.ALWAYS:
-            return CostCurve((1, self._limits.group_tokens), (1.0, 1.0), 0.0)
-        with self._cost_lock:
-            if self._cost is None:
-                self._cost = chain.measure()
-            return self._cost
+    def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
+        """How deep the rows of all windows may go in a given time."""
+        groups = []
+        for rows in windows:
+            lengths = np.array([len(row) for row in rows], np.intp)
+            groups += [
+                (len(numbers), int(lengths[numbers].max()))
+                for numbers in make_groups(lengths, self._limits)
+            ]
+        return self._times.deepest(groups, seconds)
 
     def _answer(
-        self, rows: list[EncodedRow], rule: ExitRule, cap: Cap | None
+        self, rows: list[EncodedRow], runner: RuleRunner, cap: Cap | None
     ) -> Iterator[Prediction]:
-        """Run a window of rows and count them."""
-        result = self.run_encoded(rows, rule if cap is None else rule.capped(cap.exit))
-        outputs = self._outputs(result)
-        deadline_limited = np.zeros(len(rows), np.bool_)
-        if cap is not None:
-            deadline_limited = deadline_limited_rows(
-                self._runner(rule), result.exits, result.logits, cap
-            )
-        deadline_missed = cap is not None and cap.deadline_missed
+        """Run a window of rows, count them, and yield their predictions."""
+        limited, missed = np.zeros(len(rows), np.bool_), False
+        if cap is None:
+            result = self._run(rows, runner)
+        else:
+            result = self._run(rows, self._runner(runner.rule.capped(cap.exit)))
+            limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
+            missed = cap.deadline_missed
         truncated = sum(row.truncated for row in rows)
-        self._counter.add(result.exits, truncated, deadline_limited, deadline_missed, result.wasted)
-        layers = self._manifest.exit_layers
+        self._counter.add(result.exits, truncated, limited, missed, result.wasted)
+        outputs = self._outputs(result)
         probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
             answer = outputs.answers[number]
@@ -505,18 +469,49 @@ class Engine:
                 labels=tuple(self.labels[index] for index in chosen),
                 scores=tuple(probabilities[number][index] for index in chosen),
                 exit=exit_number,
-                layer=layers[exit_number - 1],
+                layer=self._manifest.segments[exit_number - 1].layer,
                 probabilities=tuple(probabilities[number]),
                 truncated=row.truncated,
-                deadline_limited=bool(deadline_limited[number]),
-                deadline_missed=deadline_missed,
+                deadline_limited=bool(limited[number]),
+                deadline_missed=missed,
             )
+
+    def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
+        chain = self._chain()
+        is_large = sum(len(row) for row in rows) > self._limits.group_tokens
+        return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
+
+    def _outputs(self, result: WindowResult) -> Outputs:
+        return result.outputs(self._task.problem_type, self._task.label_thresholds)
+
+    def _chain(self) -> Chain[Any]:
+        """The chain of this thread."""
+        if self._closed:
+            raise BackendError("this engine is closed", "load it again with Engine.load")
+        chain: Chain[Any] | None = getattr(self._local, "chain", None)
+        if chain is None:
+            execution, labels = self._backend.open(), len(self.labels)
+            chain = Chain(execution, self._limits, self._exits, labels, self._target)
+            self._local.chain = chain
+        return chain
+
+    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
+        """By which costs groups are joined; None: they are not."""
+        if self._regroup is Regroup.NEVER or self._exits == 1:
+            return None
+        if self._regroup is Regroup.ALWAYS:
+            return CostCurve((1, self._limits.group_tokens), (1.0, 1.0), 0.0)
+        with self._cost_lock:
+            if self._cost is None:
+                self._cost = chain.measure()
+            return self._cost
 
 
 def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
-    """Memory of a token of a window: what segment 1 hands on, read and written at once.
+    """Memory in bytes that each token of a window takes between segments.
 
-    Taken for the longest rows, where a position bias weighs most.
+    Counts what segment 1 passes on, twice, as input and output of a segment, for the longest
+    rows: there a position bias is largest.
     """
     sequence = limits.max_sequence
     sizes = {"batch": max(1, limits.group_tokens // sequence), "sequence": sequence}

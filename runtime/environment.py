@@ -1,4 +1,4 @@
-"""Versions, CPU and GPU of this machine, for a bug report or beside measured figures."""
+"""Versions, CPU and GPU of this machine, for bug reports and next to measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = (
     "torch",
     "transformers",
 )
-# What matrix products in float32, bfloat16 and int8 gain from, on x86 and on ARM.
+# Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
 _CPU_FEATURES = (
     "avx2",
     "avx512f",
@@ -53,18 +53,18 @@ def environment() -> dict[str, str]:
 
 
 def providers() -> str:
-    """The execution providers of ONNX Runtime that is installed, or why there are none."""
+    """The execution providers of the installed ONNX Runtime, or why there are none."""
     try:
         import onnxruntime
     except ImportError as error:
         return f"none: {error}"
-    # Two of its packages that overwrote each other leave a module without content.
+    # If two of its packages overwrote each other, the module is empty.
     found: list[str] = getattr(onnxruntime, "get_available_providers", list)()
     return ", ".join(found) or "none: onnxruntime is damaged, install it again"
 
 
 def cpu_name() -> str:
-    """The model of this machine's processor, or its architecture if the system does not tell."""
+    """The model of this machine's processor, or its architecture if the model is unknown."""
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
@@ -76,7 +76,7 @@ def _cpu_with_features() -> str:
 
 
 def _cpu_info() -> dict[str, str]:
-    """What Linux says of the first core; empty on other systems."""
+    """What Linux reports about the first core; empty on other systems."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines()[:40] if file.is_file() else []
     pairs = (line.split(":", 1) for line in lines if ":" in line)

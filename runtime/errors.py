@@ -11,8 +11,8 @@
     `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
 Every message says what was found and what was expected, and its remedy says what to change. A
-message is one line: what it quotes from a file or from the command line may contain line ends,
-escape codes, or megabytes of text.
+message is one line, although the text that it quotes from a file or from the command line may
+contain line ends, escape codes, or megabytes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Call:
 
 
 class Remedy:
-    """What a user can change so that an error goes away.
+    """What a user can change to make an error go away.
 
     Python users read it in terms of parameters and functions. Commands render the same remedy in
     terms of their own options.
 
     Args:
-        text: a sentence with fields in braces. A field that is given in `values` stands for that
-            value or `Call`; any other field is the name of a parameter.
+        text: a sentence with fields in braces. A field that is given in `values` is replaced by
+            that value or `Call`; any other field is the name of a parameter.
         **values: the values of fields.
 
     Example:
@@ -88,11 +88,11 @@ class Remedy:
 
 
 class FpabeeError(Exception):
-    """Base of all errors that a user can fix; commands print them as one line and exit with 1.
+    """Base of all errors that a user can fix; commands print one line and exit with code 1.
 
     Args:
         message: what was found and what was expected.
-        remedy: what to change; a `Remedy` where that is a parameter or a call.
+        remedy: what to change; a `Remedy` if that involves a parameter or a call.
 
     Attributes:
         message: what was found and what was expected, in one line.
@@ -150,12 +150,12 @@ def printable(text: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """The text in one line of about 480 characters at most; a long one loses its middle."""
+    """The text in one line of at most about 480 characters; a longer text loses its middle."""
     return _without_middle(printable(_without_middle(text)))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its class if it says nothing."""
+    """The first line of an error's message, or its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What an engines folder holds: its chain, its targets, and whether its files are whole."""
+"""The content of an engines folder: its chain, its targets, and whether its files are intact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Part:
         exit: the exit at its end, from 1.
         layers: the first and the last encoder layer that it runs, from 1.
         calls: the graphs that it calls, in order.
-        size: bytes of those that no segment before it calls; None: a file is missing.
+        size: bytes of the graphs that no segment before it calls; None: a file is missing.
     """
 
     exit: int
@@ -38,9 +38,9 @@ class TargetState:
 
     Attributes:
         name: the target.
-        size: bytes of its files, or of the graphs that it runs, as far as they are there.
+        size: bytes of its files, or of the graphs that it runs, without missing files.
         unavailable_reason: why it cannot run here; empty if it can.
-        no_rule: why the rule that runs when none is named cannot be used; empty if it can.
+        no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
     """
 
@@ -53,13 +53,13 @@ class TargetState:
 
 @dataclass(frozen=True)
 class Integrity:
-    """What a check of a folder found.
+    """The result of checking a folder.
 
     Attributes:
         files: how many files the manifest names.
-        damaged: what is wrong with those that are missing or of another hash.
-        agreement: of each target that can run here, how it agrees with the PyTorch model.
-        refused: of each other target that can run here, why it is not that model.
+        damaged: a message for each file that is missing or has another hash.
+        agreement: for each target that passed, how closely it agrees with the PyTorch model.
+        refused: for each target that can run here but did not pass, the reason.
     """
 
     files: int
@@ -86,17 +86,16 @@ def chain_parts(folder: Path, manifest: Manifest) -> list[Part]:
 
 
 def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
-    """Every target of a folder, and whether it can run here."""
+    """The targets of a folder, and whether each can run here."""
     states = []
     for name, target in manifest.targets.items():
-        files = [
-            file.file for file in (target.files or manifest.graphs_in(target.precision)).values()
-        ]
+        graphs = target.files or manifest.graphs_in(target.precision)
+        files = [graph.file for graph in graphs.values()]
         unavailable_reason = no_rule = ""
         try:
             for file in files:
                 resolve(folder, file)
-            _check(target, name, folder)
+            _check_backend(target, name)
         except FpabeeError as error:
             unavailable_reason = str(error)
         try:
@@ -114,7 +113,7 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
     Args:
         folder: the engines folder.
         manifest: its manifest.
-        states: what `target_states` gave.
+        states: the result of `target_states`.
     """
     records = dict.fromkeys(_records(manifest))
     damaged = []
@@ -136,7 +135,7 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
 
 
 def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Every file that a manifest names, with its hash."""
+    """Every file that the manifest names, with its hash."""
     yield manifest.tokenizer.file, manifest.tokenizer.sha256
     for graphs in (manifest.graphs, *manifest.precisions.values()):
         yield from ((graph.file, graph.sha256) for graph in graphs.values())
@@ -153,13 +152,14 @@ def _size(folder: Path, files: Iterable[str]) -> int | None:
 
 
 def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
-    """Check that the rule that runs on a target when none is named fits the model."""
+    """Raise an error if the default rule of a target does not fit the model."""
     rule = rule_of(manifest, name, operating_point_of(folder, manifest, name, None))
     task = manifest.task
     RuleRunner(rule, task.problem_type, len(manifest.segments), task.label_thresholds)
 
 
-def _check(target: Target, name: str, folder: Path) -> None:
+def _check_backend(target: Target, name: str) -> None:
+    """Raise an error if the target cannot run on this machine."""
     if target.backend == "onnxruntime":
         from .backends.onnxruntime_session import check_device
 
@@ -170,6 +170,6 @@ def _check(target: Target, name: str, folder: Path) -> None:
         check_target(target, name)
     else:
         raise BackendError(
-            f"backend {target.backend!r} is not known to fpabee {__version__}",
+            f"fpabee {__version__} does not have the backend {target.backend!r}",
             "pip install -U fpabee",
         )

@@ -1,4 +1,4 @@
-"""Scores of predictions against true labels, in numpy only (checked against scikit-learn)."""
+"""Scores of predictions against true labels, in numpy (the tests compare with scikit-learn)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .artifact.manifest import ProblemType
-from .errors import InputError
+from .errors import InputError, Remedy
 
 Labels = NDArray[np.int64]
 
@@ -19,19 +19,20 @@ def encode_labels(
     problem_type: ProblemType,
     places: Sequence[str] = (),
 ) -> Labels:
-    """Label names to numbers.
+    """Convert label names to numbers.
 
     Args:
         rows: the label names of each row.
         names: all label names, in the order of the logits.
         problem_type: the task.
-        places: of each row, what to call it in messages; default: its number.
+        places: how to refer to each row in messages; default: by its number.
 
     Returns:
-        Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1.
+        Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1. Both int64.
 
     Raises:
-        InputError: a name that the model does not have, or not exactly one where one is due.
+        InputError: the model does not have a label, or a row of a single-label task does not
+            have exactly one.
     """
     index = {name: number for number, name in enumerate(names)}
     encoded = np.zeros((len(rows), len(names)), np.int64)
@@ -46,19 +47,21 @@ def encode_labels(
         if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
             raise InputError(
                 f"{place} has {len(row)} labels, but the task is single-label",
-                'give one "label" a row; several need a model that was trained and exported with '
-                "--problem-type multi_label_classification",
+                Remedy(
+                    'give each row one "label"; several labels need a model that was trained and '
+                    "exported with {problem_type} multi_label_classification"
+                ),
             )
         encoded[number, [index[name] for name in row]] = 1
     return encoded.argmax(axis=1) if problem_type is ProblemType.SINGLE_LABEL else encoded
 
 
 def evaluate(predicted: Labels, expected: Labels, labels: int) -> dict[str, float]:
-    """All scores of one set of predictions.
+    """All scores of a set of predictions, each from 0 to 1 (`matthews` from -1).
 
     Args:
         predicted: `[rows]` class indices, or `[rows, labels]` of 0 and 1.
-        expected: the truth, in the same form.
+        expected: the true labels in the same form.
         labels: number of labels of the model.
 
     Returns:
@@ -90,7 +93,7 @@ def _multi_label(predicted: Labels, expected: Labels) -> dict[str, float]:
 
 
 def _f1(hits: ArrayLike, total: ArrayLike) -> NDArray[np.float64]:
-    """F1 = 2 TP / (2 TP + FP + FN); 0 where a label never occurs."""
+    """F1 = 2 TP / (2 TP + FP + FN); 0 if a label never occurs."""
     return np.asarray(np.multiply(2.0, hits) / np.maximum(total, 1))
 
 

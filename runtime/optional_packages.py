@@ -1,4 +1,4 @@
-"""Say in one line which optional packages are missing."""
+"""Check that optional packages are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import util
 from .errors import MissingExtraError
 
 _EXPORT = "fpabee[export,cpu]"
-# What needs them: the packages, and what installs them.
+# For each feature: the packages that it needs, and the requirement that installs them.
 _PACKAGES = {
     "export": (
         ("torch", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
@@ -24,15 +24,15 @@ _PACKAGES = {
 }
 
 
-def require(extra: str) -> None:
-    """Check that the packages of an extra are installed.
+def require(feature: str) -> None:
+    """Check that the packages of a feature are installed.
 
     Raises:
-        MissingExtraError: which are missing, and the command that installs them.
+        MissingExtraError: names the missing packages and the command that installs them.
     """
-    packages, installed_by = _PACKAGES[extra]
+    packages, requirement = _PACKAGES[feature]
     missing = [name for name in packages if util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"this needs {', '.join(missing)}, not installed here", f"pip install '{installed_by}'"
+            f"this needs {', '.join(missing)}, not installed here", f"pip install '{requirement}'"
         )

@@ -1,4 +1,4 @@
-"""What an engine gives: predictions, traces, and a tally of what it has answered."""
+"""Results of an engine: predictions, traces, and a tally of its answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Prediction:
         labels: the predicted label, or for multi-label the predicted labels (may be none).
         scores: the probability of each predicted label, in their order.
         exit: the exit that answered, counted from 1.
-        layer: the layer of that exit: encoder layers that ran for the row.
-        probabilities: of all labels, in the order of `Engine.labels`.
+        layer: the layer of that exit, which is the number of encoder layers that ran.
+        probabilities: probabilities of all labels, in the order of `Engine.labels`.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.
         deadline_missed: whether even exit 1 takes longer than the deadline.
@@ -39,11 +39,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the chain gave for some rows.
+    """Logits of the exits for some rows.
 
     Attributes:
         logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach.
-        exits: `[rows]` int64, exit of each row, counted from 1.
+        exits: `[rows]` int64, the exit of each row, counted from 1.
         predictions: int64, the answer at that exit: `[rows]` class indices, or for
             multi-label `[rows, labels]` of 0 and 1.
         lengths: `[rows]` tokens of each row, special tokens included.
@@ -57,13 +57,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Tally:
-    """What an engine has answered since it was loaded, or since its tally was reset.
+    """Counts of an engine's answers since it was loaded, or since its tally was reset.
 
     Attributes:
         exits: rows that stopped at each exit.
         truncated: rows with more tokens than the model takes.
         deadline_limited: rows that a deadline stopped before their rule did.
-        deadline_missed: rows with a deadline that even exit 1 misses.
+        deadline_missed: rows for which even exit 1 took longer than the deadline.
         wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 
@@ -75,7 +75,7 @@ class Tally:
 
     @property
     def rows(self) -> int:
-        """How many rows in all."""
+        """Number of rows."""
         return sum(self.exits)
 
     @property
@@ -84,17 +84,17 @@ class Tally:
         return tuple(count / max(1, self.rows) for count in self.exits)
 
     def drift(self, expected: Sequence[float]) -> float:
-        """How far the exits are from those expected, such as `OperatingPoint.exits`.
+        """How far the exits are from expected ones, such as `OperatingPoint.exits`.
 
         Args:
             expected: rows or shares by exit; at least one is above 0.
 
         Returns:
-            Total variation distance: the share of rows that would have to stop elsewhere, 0
-            to 1. Of n rows of the same source it is about sqrt(exits / n) by chance.
+            The total variation distance, from 0 to 1: the share of rows that would have to stop
+            elsewhere. For n rows from the same source it is about sqrt(exits / n) by chance.
 
         Raises:
-            ValueError: not one number for each exit, or all of them 0.
+            ValueError: `expected` does not have one number for each exit, or all are 0.
 
         Example:
             >>> from fpabee.runtime import Tally
@@ -109,7 +109,7 @@ class Tally:
 
 
 class Counter:
-    """A tally that threads add to.
+    """A tally to which threads add.
 
     Args:
         exits: number of exits.
@@ -132,10 +132,10 @@ class Counter:
 
         Args:
             exits: `[rows]` exit of each row, counted from 1.
-            truncated: how many of them were truncated.
-            deadline_limited: `[rows]` which of them the deadline stopped.
-            deadline_missed: whether even exit 1 misses their deadline.
-            wasted: segments that they ran beyond their exit.
+            truncated: how many rows were truncated.
+            deadline_limited: `[rows]` which rows the deadline stopped.
+            deadline_missed: whether even exit 1 takes longer than their deadline.
+            wasted: segments that rows ran beyond their exit.
         """
         counts = np.bincount(exits, minlength=len(self._zero.exits) + 1)[1:].tolist()
         with self._lock:
@@ -149,11 +149,11 @@ class Counter:
             )
 
     def read(self) -> Tally:
-        """The tally now."""
+        """The current tally."""
         return self._now
 
     def reset(self) -> Tally:
-        """Start again from zero; returns the tally until now."""
+        """Start again from zero; returns the tally as it was."""
         with self._lock:
             before, self._now = self._now, self._zero
         return before

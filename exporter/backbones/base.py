@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...runtime.artifact.graphs import Size
-from ...runtime.artifact.manifest import MASK_FILL
+from ...runtime.artifact.manifest import MASK_FILL, Size
 
 
 def attention_bias(attention_mask: Tensor) -> Tensor:

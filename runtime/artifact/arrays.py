@@ -1,4 +1,4 @@
-"""Read the arrays of `.npz` files, which may be damaged or made by someone who means harm."""
+"""Read the arrays of `.npz` files, which may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Arrays by name, of a file that `numpy.savez` wrote; nothing is unpickled.
+    """Arrays by name, from a file that `numpy.savez` wrote; nothing is unpickled.
 
     Raises:
-        ValueError: it cannot be read, lacks an array, or would take more memory than it fills.
+        ValueError: the file cannot be read, lacks an array, or unpacks to more than its size.
     """
     try:
         if not path.is_file():
             raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
-        # Numpy takes the memory before it reads, and `savez` does not compress.
+        # Numpy allocates before it reads. `savez` does not compress, so larger is malicious.
         if size > path.stat().st_size:
             raise ValueError(f"it unpacks to {size} bytes")
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in names}
     except ValueError:
         raise
-    # What a damaged archive or array header raises is as good as anything.
+    # A damaged archive or array header can raise almost any exception.
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error

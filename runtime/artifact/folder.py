@@ -2,9 +2,9 @@
 
 The only module that touches the manifest's JSON. Hashes find damage, not malice.
 
-A file of the folder may be a symbolic link, also to a place outside, as in the cache that Hugging
-Face's `snapshot_download` makes. The content is what counts: only regular files of bounded size
-are opened, and each file that the manifest names must have the hash that the manifest gives.
+A file of the folder may be a symbolic link, even to a place outside, as in the cache that Hugging
+Face's `snapshot_download` makes. Only regular files of limited size are opened, and each file that
+the manifest names must have the hash that the manifest gives.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, Call, Remedy
+from .consistency import problems
 from .graph_content import check_graph
-from .graphs import chain_problem
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
-_MAX_MANIFEST_BYTES = 16 * 2**20
-# No file of an artifact comes near this: ONNX itself ends at 2 GiB, and plans are of that order.
 MAX_FILE_BYTES = 16 * 2**30
+"""Far more than any file of an artifact has: an ONNX file ends at 2 GiB, and plans are similar."""
+
+EXPORT_AGAIN = "export the model again"
+COPY_AGAIN = "copy the whole engines folder again, or export the model again"
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
     Raises:
-        OSError: it cannot be read, or gives more than `MAX_FILE_BYTES` bytes.
+        OSError: the file cannot be read, or has more than `MAX_FILE_BYTES` bytes.
     """
     digest, left = hashlib.sha256(), MAX_FILE_BYTES
     with path.open("rb") as file:
@@ -47,16 +51,16 @@ def sha256_of(path: Path) -> str:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The content of a regular file, or of one that a link leads to.
+    """The content of a regular file, possibly behind a link.
 
     A pipe would block, and a device such as `/dev/zero` would never end.
 
     Args:
         path: the file.
-        most: how many bytes it may have.
+        most: the largest number of bytes that it may have.
 
     Raises:
-        OSError: it is not there, is not a regular file, is larger, or cannot be read.
+        OSError: the file does not exist, is not a regular file, is larger, or cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -68,20 +72,21 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check the manifest of an engines folder; other files are not looked at.
+    """Read and check the manifest of an engines folder; other files are not read.
 
     Args:
         folder: the folder.
 
     Raises:
-        ArtifactError: no engines folder, damaged, inconsistent, or a newer schema.
+        ArtifactError: the folder is not an engines folder, or its manifest is damaged,
+            inconsistent, or of a newer schema.
     """
     path = Path(folder)
     return _checked(path, _read_bytes(path))
 
 
 def is_engines_folder(folder: Path) -> bool:
-    """Whether a folder holds a manifest of ours, of any version, damaged inside or not."""
+    """Whether a folder has a manifest of any version, even an invalid one."""
     try:
         content = msgspec.json.decode(read_regular(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES))
     except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -92,11 +97,11 @@ def is_engines_folder(folder: Path) -> bool:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically, keeping fields of the old one that this version lacks.
 
-    A manifest that is a link is replaced; the file that the link leads to stays as it is.
+    A manifest that is a link is replaced; the file behind the link is not changed.
 
     Raises:
-        ArtifactError: the folder cannot be written, or `read_manifest` would not give this
-            manifest again; the old one is then left as it is.
+        ArtifactError: the folder cannot be written, or `read_manifest` would not return an equal
+            manifest. The old one then stays.
     """
     new = _plain(manifest)
     if (folder / MANIFEST_NAME).is_file():
@@ -123,10 +128,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def resolve(folder: Path, relative: str) -> Path:
-    """The path of a file of the artifact; its content is not looked at, see `verified`.
+    """The path of a file of the artifact; its content is not read, see `verified`.
 
     Raises:
-        ArtifactError: the path leaves the folder, or there is no regular file of at most
+        ArtifactError: the path leaves the folder, or is not a regular file of at most
             `MAX_FILE_BYTES` bytes.
     """
     pure = PurePosixPath(relative)
@@ -135,27 +140,27 @@ def resolve(folder: Path, relative: str) -> Path:
     if odd or pure.is_absolute() or not path.is_relative_to(folder):
         raise ArtifactError(
             f"{folder / MANIFEST_NAME} names {relative!r}, which is outside the engines folder",
-            "do not use this folder; export the model again with fpabee-export",
+            f"do not use this folder; {EXPORT_AGAIN}",
         )
-    again = "copy the whole engines folder again, or export again with fpabee-export"
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtifactError(f"{path} is missing, though the manifest names it", again) from error
-    except OSError as error:  # too long, a link to itself, or no permission
-        raise ArtifactError(f"{path} cannot be opened: {error.strerror}", again) from error
+        raise ArtifactError(f"{path} is missing, but the manifest names it", COPY_AGAIN) from error
+    except OSError as error:  # a path that is too long, a link to itself, or no permission
+        raise ArtifactError(f"{path} cannot be opened: {error.strerror}", COPY_AGAIN) from error
     if not stat.S_ISREG(found.st_mode):
-        raise ArtifactError(f"{path} is not a regular file, though the manifest names it", again)
+        raise ArtifactError(f"{path} is not a regular file, but the manifest names it", COPY_AGAIN)
     if found.st_size > MAX_FILE_BYTES:
-        raise ArtifactError(f"{path} has {found.st_size} bytes, more than any model", again)
+        raise ArtifactError(f"{path} has {found.st_size} bytes, too many for a model", COPY_AGAIN)
     return path
 
 
 def verified(folder: Path, relative: str, sha256: str) -> Path:
-    """The path of a file of the artifact whose hash is that of the manifest.
+    """The path of a file of the artifact, after checking its hash.
 
     Raises:
-        ArtifactError: missing, outside the folder, not a regular file, too large, or damaged.
+        ArtifactError: the file is missing, outside the folder, not a regular file, too large, or
+            damaged.
     """
     path = resolve(folder, relative)
     try:
@@ -167,16 +172,17 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
     if found != sha256:
         raise ArtifactError(
             f"{path} is damaged: sha256 {found[:12]}..., expected {sha256[:12]}...",
-            "copy the engines folder again, or export again with fpabee-export",
+            COPY_AGAIN,
         )
     return path
 
 
 def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
-    """The path of an ONNX graph, as `verified`, that holds nothing the exporter does not write.
+    """The path of an ONNX graph, after checking its hash and its content.
 
     Raises:
-        ArtifactError: as `verified`, or its content is refused, see `graph_content`.
+        ArtifactError: as in `verified`, or the graph holds something that the exporter does not
+            write, see `graph_content`.
     """
     path = verified(folder, relative, sha256)
     check_graph(path)
@@ -187,13 +193,12 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
     try:
         versions = msgspec.json.decode(raw, type=_Version)
         _check_version(versions.schema_version, versions.fpabee_version)
-        # Whole, too: fields that this version does not know must be fit to be written again.
+        # Unknown fields, which are skipped below, must be valid too: they are written again.
         msgspec.json.decode(raw)
         return msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ArtifactError(
-            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}",
-            "export the model again with fpabee-export",
+            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}", EXPORT_AGAIN
         ) from error
 
 
@@ -204,38 +209,36 @@ class _Version(msgspec.Struct):
 
 def _read_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
-    hint = "make one with: fpabee-export model_dir -o engines/"
+    call = Call("export", "MODEL_DIR", output="ENGINES")
+    remedy = Remedy("export a model: {call}", call=call)
     if not folder.is_dir():
-        raise ArtifactError(f"engines folder {folder} does not exist", hint)
+        raise ArtifactError(f"engines folder {folder} does not exist", remedy)
     try:
         return read_regular(path, _MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
+            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", remedy
         ) from error
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}", hint) from error
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}", remedy) from error
 
 
 def _checked(folder: Path, raw: bytes) -> Manifest:
     manifest = _decode(folder, raw)
-    problem = _inconsistency(manifest)
+    problem = next(problems(manifest), "")
     if problem:
-        raise ArtifactError(
-            f"{folder / MANIFEST_NAME} is damaged: {problem}",
-            "export the model again with fpabee-export",
-        )
+        raise ArtifactError(f"{folder / MANIFEST_NAME} is damaged: {problem}", EXPORT_AGAIN)
     return manifest
 
 
 def _check_readable(folder: Path, raw: bytes, manifest: Manifest) -> None:
-    """Refuse to write what could not be read again: JSON has no NaN, which becomes null."""
+    """Refuse to write what cannot be read again, such as NaN, which becomes null in JSON."""
     problem = ""
     try:
         if len(raw) > _MAX_MANIFEST_BYTES:
             problem = f"it would have {len(raw)} bytes"
         elif _checked(folder, raw) != manifest:
-            problem = "it would be read as another one"
+            problem = "it would be read as a different one"
     except ArtifactError as error:
         problem = error.message
     if problem:
@@ -248,8 +251,7 @@ def _check_readable(folder: Path, raw: bytes, manifest: Manifest) -> None:
 def _check_version(version: str, fpabee_version: str) -> None:
     if not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
         raise ArtifactError(
-            f"schema_version {version!r} is not of the form major.minor",
-            "export the model again with fpabee-export",
+            f"schema_version {version!r} is not of the form major.minor", EXPORT_AGAIN
         )
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         written_by = f"=={fpabee_version}" if re.fullmatch(r"[\w.]+", fpabee_version) else ""
@@ -260,56 +262,17 @@ def _check_version(version: str, fpabee_version: str) -> None:
         )
 
 
-def _inconsistency(manifest: Manifest) -> str:
-    for number, segment in enumerate(manifest.segments, start=1):
-        if segment.exit != number:
-            return f"segment {number} says it ends at exit {segment.exit}"
-        for call in segment.calls:
-            if call not in manifest.graphs:
-                return f"segment {number} calls graph {call!r}, which is not listed"
-    layers = manifest.exit_layers
-    if list(layers) != sorted(set(layers)) or layers[-1] > manifest.model.layers:
-        return f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
-    problem = chain_problem(manifest.segments, manifest.graphs, len(manifest.task.labels))
-    if problem:
-        return problem
-    asked, most = manifest.tokenizer.max_length, manifest.shapes.sequence.max
-    if asked > most:
-        return f"texts may have {asked} tokens, but the graphs take {most}"
-    if manifest.default_target not in manifest.targets:
-        return f"the default target {manifest.default_target!r} is not listed"
-    for precision, graphs in manifest.precisions.items():
-        if graphs.keys() != manifest.graphs.keys():
-            return f"its {precision} graphs are not those of fp32"
-    for name, target in manifest.targets.items():
-        if not re.fullmatch(r"\w[\w.+-]*", name):  # it is part of the names of files
-            return f"{name!r} is no name of a target"
-        if target.precision != "fp32" and target.precision not in manifest.precisions:
-            return f"target {name} is in {target.precision}, of which there are no graphs"
-        default = target.default_operating_point
-        if default and default not in target.operating_points:
-            return f"target {name} has no operating point {default!r}, its default"
-        if target.files and target.files.keys() != manifest.graphs.keys():
-            return f"target {name} does not have one file for each graph"
-    labels = manifest.task.labels
-    if len(set(labels)) != len(labels):
-        return "a label name appears twice"
-    if manifest.task.label_thresholds and len(manifest.task.label_thresholds) != len(labels):
-        return f"{len(manifest.task.label_thresholds)} cuts for {len(labels)} labels"
-    return ""
-
-
 def _plain(manifest: Manifest) -> Any:
-    """The manifest as the dictionaries and lists that stand on disk."""
+    """The manifest as it is on disk: dictionaries and lists."""
     return msgspec.json.decode(msgspec.json.encode(manifest))
 
 
 def _graft(raw: Any, known: Any, new: Any) -> Any:
-    """`new`, plus what `raw` holds and this version does not know.
+    """`new`, with the fields of `raw` that this version does not know.
 
     Args:
-        raw: the old content as it stands on disk.
-        known: the same content after reading, so without unknown fields.
+        raw: the old content as it is on disk.
+        known: the old content after reading, so without unknown fields.
         new: the content to write.
     """
     if isinstance(raw, dict) and isinstance(known, dict) and isinstance(new, dict):

@@ -1,8 +1,9 @@
-"""What an ONNX file of an engines folder may hold: plain operators, and all of its weights.
+"""Check that an ONNX file holds only what the exporter writes: plain operators and weights.
 
-A graph of ours is a list of nodes without control flow, so it ends, and its weights stand in the
-file itself, so its hash covers them. A file from a stranger may hold loops, functions, operators
-of other domains, or names of other files. ONNX Runtime and TensorRT would follow them.
+An exported graph is a list of nodes without control flow, so running it always ends, and its
+weights are in the file itself, so its hash covers them. A file from a stranger may contain loops,
+functions, operators of other domains, or names of other files, and ONNX Runtime and TensorRT would
+follow them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .protobuf import LEN, fields
 
 DOMAINS = ("", "ai.onnx")
 
-# What the exporter writes for all families, precisions and activations, and what other releases
-# of torch write in their place. tests/exporter/test_graph_content.py exports them all.
+# What the exporter writes for all families, precisions and activations, and what other releases of
+# torch write instead. tests/exporter/test_graph_content.py exports them all.
 _OPERATORS = """
 Abs Add And Cast CastLike Celu Clip Concat Constant ConstantOfShape Conv Cos CumSum
 DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand Flatten Floor Gather
@@ -30,9 +31,12 @@ Tile Transpose Trilu Unsqueeze Where
 """
 OPERATORS = frozenset(_OPERATORS.split())
 
-_HINT = "do not use this folder; export the model again with fpabee-export"
+_REMEDY = (
+    "do not use this folder if you do not trust its source; export the model again, or if a later "
+    "fpabee exported it: pip install -U fpabee"
+)
 
-# Numbers of fields, by message, as onnx.proto gives them.
+# Field numbers of each message, as in onnx.proto.
 MODEL = {"graph": 7, "opset_import": 8, "training_info": 20, "functions": 25}
 GRAPH = {"node": 1, "initializer": 5, "sparse_initializer": 15}
 NODE = {"op_type": 4, "attribute": 5, "domain": 7}
@@ -40,104 +44,86 @@ ATTRIBUTE = {"t": 5, "g": 6, "tensors": 10, "graphs": 11, "sparse_tensor": 22, "
 TENSOR = {"external_data": 13, "data_location": 14}
 OPSET = {"domain": 1}
 
-_Found = Iterator[tuple[str, memoryview]]
-
 
 def check_graph(path: Path) -> None:
     """Refuse an ONNX file with anything that the exporter does not write.
 
     Args:
-        path: the file; of its weights nothing is read.
+        path: the file; the values of its weights are not read.
 
     Raises:
-        ArtifactError: it is no ONNX file, or holds control flow, functions, other operators or
-            domains, or names other files.
+        ArtifactError: the file is not an ONNX file, contains control flow, functions, or other
+            operators or domains, or refers to other files.
     """
-    # By another name, ONNX Runtime would take the file for one of its own format.
+    # ONNX Runtime reads a file with another suffix as its own format.
     if path.suffix != ".onnx":
-        raise ArtifactError(f"{path} is not named as an ONNX graph, *.onnx", _HINT)
+        raise ArtifactError(f"{path} is not named *.onnx, as an ONNX graph should be", _REMEDY)
     try:
         with path.open("rb") as file:
-            # Not closed here: an error holds views of it, and it goes with the last of them.
+            # Not closed here: an exception holds views of it, and frees it with the last of them.
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        problem = _problem(content)
+        problem = next(_model_problems(content), "")
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} is no ONNX graph: {error}", _HINT) from error
+        raise ArtifactError(f"{path} is not an ONNX graph: {error}", _REMEDY) from error
     if problem:
-        raise ArtifactError(f"{path} {problem[0]}", problem[1])
+        raise ArtifactError(f"{path} {problem}", _REMEDY)
 
 
-def _problem(model: memoryview) -> tuple[str, str] | None:
-    graphs = 0
+def _model_problems(model: memoryview) -> Iterator[str]:
+    has_graph = False
     for name, content in _parts(model, MODEL):
         if name == "graph":
-            graphs += 1
-            problem = _graph_problem(content)
+            has_graph = True
+            yield from _graph_problems(content)
         elif name == "opset_import":
-            problem = _domain_problem([text for _, text in _parts(content, OPSET)])
+            for _, domain in _parts(content, OPSET):
+                yield from _domain_problems(domain)
         else:
-            problem = f"has {name}, which no graph of fpabee has", _HINT
-        if problem:
-            return problem
-    return None if graphs else ("holds no graph", _HINT)
+            yield f"has {name}, which fpabee never exports"
+    if not has_graph:
+        yield "contains no graph"
 
 
-def _graph_problem(graph: memoryview) -> tuple[str, str] | None:
+def _graph_problems(graph: memoryview) -> Iterator[str]:
     for name, content in _parts(graph, GRAPH):
         if name == "node":
-            problem = _node_problem(content)
+            yield from _node_problems(content)
         elif name == "initializer":
-            problem = _tensor_problem(content)
+            yield from _tensor_problems(content)
         else:
-            problem = f"has a {name}, which no graph of fpabee has", _HINT
-        if problem:
-            return problem
-    return None
+            yield f"has a {name}, which fpabee never exports"
 
 
-def _node_problem(node: memoryview) -> tuple[str, str] | None:
-    texts: dict[str, list[memoryview]] = {"op_type": [], "domain": []}
+def _node_problems(node: memoryview) -> Iterator[str]:
     for name, content in _parts(node, NODE):
-        if name in texts:
-            texts[name].append(content)
-            continue
-        for kind, value in _parts(content, ATTRIBUTE):
-            if kind not in ("t", "tensors"):
-                return f"has a node with an attribute of type {kind}: control flow or sparse", _HINT
-            problem = _tensor_problem(value)
-            if problem:
-                return problem
-    problem = _domain_problem(texts["domain"])
-    if problem:
-        return problem
-    for operator in map(_text, texts["op_type"]):
-        if operator not in OPERATORS:
-            return (
-                f"has a node of operator {operator!r}, which this fpabee does not know",
-                "do not use this folder if a stranger made it; if a later fpabee made it: "
-                "pip install -U fpabee; if you exported it with this one, please report it",
-            )
-    return None
+        if name == "domain":
+            yield from _domain_problems(content)
+        elif name == "op_type":
+            if _text(content) not in OPERATORS:
+                yield f"has a node of operator {_text(content)!r}, which fpabee never exports"
+        else:
+            for kind, value in _parts(content, ATTRIBUTE):
+                if kind in ("t", "tensors"):
+                    yield from _tensor_problems(value)
+                else:
+                    yield f"has a node attribute of type {kind}: control flow or a sparse tensor"
 
 
-def _tensor_problem(tensor: memoryview) -> tuple[str, str] | None:
+def _tensor_problems(tensor: memoryview) -> Iterator[str]:
     for number, _, value in fields(tensor):
-        # Data location 0 says that it stands here.
+        # Data location 0 means that the data are in this file.
         external = number == TENSOR["external_data"]
         if external or (number == TENSOR["data_location"] and value != 0):
-            return "keeps weights in other files, which no hash of the manifest covers", _HINT
-    return None
+            yield "keeps weights in other files, which no hash of the manifest covers"
 
 
-def _domain_problem(domains: list[memoryview]) -> tuple[str, str] | None:
-    for domain in map(_text, domains):
-        if domain not in DOMAINS:
-            return f"uses operators of domain {domain!r}; expected those of ONNX alone", _HINT
-    return None
+def _domain_problems(domain: memoryview) -> Iterator[str]:
+    if _text(domain) not in DOMAINS:
+        yield f"uses operators of domain {_text(domain)!r}; only ONNX's own are expected"
 
 
-def _parts(message: memoryview, known: dict[str, int]) -> _Found:
-    """The fields of a message that have a name in `known`, all of which have a length."""
+def _parts(message: memoryview, known: dict[str, int]) -> Iterator[tuple[str, memoryview]]:
+    """The fields of a message that are named in `known`; all of these hold bytes or messages."""
     names = {number: name for name, number in known.items()}
     for number, wire, value in fields(message):
         if number not in names:

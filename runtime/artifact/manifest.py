@@ -1,30 +1,23 @@
-"""The artifact: what an engines folder holds, and what its manifest says.
+"""The artifact: the content of an engines folder, and the fields of its manifest.
 
     manifest.json            the only file any code trusts, written last, atomically
     tokenizer/tokenizer.json
     onnx/<precision>/*.onnx  portable source of every target
     targets/<target>/        built files, where a backend needs any
     reference.npz            texts and fp32 logits of the PyTorch model
-    verification.json        parity of the export
+    verification.json        agreement of the export with the PyTorch model
 
-Nothing in the folder is ever unpickled. It is read and written by `engines_folder.py`.
+Nothing in the folder is ever unpickled. The module `folder` reads and writes the manifest.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
-from ..errors import ArtifactError
-from .graphs import ATTENTION_BIAS as ATTENTION_BIAS
-from .graphs import HIDDEN_STATES as HIDDEN_STATES
-from .graphs import LOGITS as LOGITS
-from .graphs import NEXT as NEXT
-from .graphs import Graph as Graph
-from .graphs import Segment as Segment
-from .graphs import TensorSpec as TensorSpec
+from ..errors import ArtifactError, Call, Remedy
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
 SCHEMA_VERSION = "1.0"
@@ -33,29 +26,39 @@ REFERENCE_NAME = "reference.npz"
 VERIFICATION_NAME = "verification.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 
+# A graph output with this prefix replaces the carried tensor with the rest of its name.
+NEXT = "next_"
+HIDDEN_STATES = "hidden_states"
+ATTENTION_BIAS = "attention_bias"
+LOGITS = "logits"
+
+# Most values of a tensor for each row and token; the widest models have some thousands.
+MAX_VALUES = 2**20
+
 # The additive attention bias on padding: finite in fp16, unlike -inf.
 MASK_FILL = -1e4
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Size = Literal["batch", "sequence"] | Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
 
 
 class ProblemType(str, Enum):
-    """The task, in the words of Hugging Face's `problem_type`."""
+    """The task, with the values of Hugging Face's `problem_type`."""
 
     SINGLE_LABEL = "single_label_classification"
-    """One label a row: softmax over the logits."""
+    """One label for each row: softmax over the logits."""
     MULTI_LABEL = "multi_label_classification"
-    """Any number of labels a row: a sigmoid for each logit."""
+    """Any number of labels for each row: a sigmoid for each logit."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, rename={"label_thresholds": "cuts"}):
-    """What the model predicts.
+    """The classification task.
 
     Attributes:
         problem_type: single-label or multi-label.
-        labels: names in the order of the logits.
-        label_thresholds: multi-label: a label is predicted if its probability is above its
-            threshold; empty means 0.5 for all. Its key in the manifest is `cuts`.
+        labels: label names in the order of the logits.
+        label_thresholds: for multi-label: a label is predicted if its probability is above its
+            threshold; empty means 0.5 for all labels. The key in `manifest.json` is `cuts`.
     """
 
     problem_type: ProblemType
@@ -64,14 +67,14 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename={"label_thresholds"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the segments come from.
+    """The model that was exported.
 
     Attributes:
-        model_type: encoder family as Hugging Face calls it.
+        model_type: encoder family, as Hugging Face names it.
         layers: encoder layers up to the last exit.
         hidden_size: width of the hidden states, in values.
         shared_layers: whether all layers are one block (ALBERT).
-        pooling: what the exit heads see: `cls` or `mean`.
+        pooling: how the exit heads pool hidden states: `cls` or `mean`.
         source_sha256: SHA-256 of each source file of the export, by file name.
     """
 
@@ -87,12 +90,12 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How texts become model inputs.
 
     Attributes:
-        file: tokenizer.json of the `tokenizers` library; its path in the folder.
+        file: path in the folder of the `tokenizers` library's tokenizer.json.
         sha256: its SHA-256, in hexadecimal.
         max_length: longest sequence in tokens, special tokens included.
-        pad_id: token id on padding.
-        pad_type_id: token type id on padding.
-        inputs: names of the model inputs the tokenizer makes.
+        pad_id: token id of padding.
+        pad_type_id: token type id of padding.
+        inputs: names of the model inputs that the tokenizer makes.
     """
 
     file: str
@@ -107,9 +110,9 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes of a dimension.
 
     Attributes:
-        min: smallest.
-        opt: typical: what plans are tuned for.
-        max: largest.
+        min: smallest size.
+        opt: typical size, for which plans are tuned.
+        max: largest size.
     """
 
     min: Count
@@ -118,7 +121,7 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shapes(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes that the graphs are for.
+    """The sizes that graphs or plans accept.
 
     Attributes:
         batch: rows in a batch.
@@ -129,13 +132,58 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True):
     sequence: Range
 
 
-class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """What the export's verification found; `verification.json` has the rest.
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One input or output of a graph.
 
     Attributes:
-        rows: texts that were compared with the PyTorch model.
+        name: its name. An output `next_X` replaces the carried tensor `X`.
+        dtype: `int64`, `float32`, `float16` or `bfloat16`.
+        shape: sizes; `batch` and `sequence` are the dimensions that vary from run to run.
+    """
+
+    name: str
+    dtype: Annotated[str, msgspec.Meta(pattern="^(int64|float32|float16|bfloat16)$")]
+    shape: tuple[Size, ...]
+
+
+class Graph(msgspec.Struct, frozen=True, kw_only=True):
+    """One ONNX graph.
+
+    Attributes:
+        file: its path in the folder.
+        sha256: its SHA-256, in hexadecimal.
+        inputs: the inputs in order.
+        outputs: the outputs in order.
+    """
+
+    file: str
+    sha256: Sha256
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of the model from one exit to the next.
+
+    Attributes:
+        exit: number of the exit at its end, counted from 1.
+        layer: encoder layers that have run at its end.
+        calls: names of the graphs to run, in order: one graph, or for shared layers the block
+            once per layer and then the head.
+    """
+
+    exit: Count
+    layer: Count
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=1024)]
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """Agreement of the export with the PyTorch model; `verification.json` has more.
+
+    Attributes:
+        rows: texts that were compared.
         max_logit_difference: largest absolute difference of a logit.
-        label_agreement: share of (row, exit) with the same labels, near ties left out.
+        label_agreement: share of (exit, row) pairs with the same labels, near ties left out.
         exit_agreement: share of rows with the same exit, near ties left out.
     """
 
@@ -165,21 +213,21 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend: inference library, such as `onnxruntime` or `tensorrt`.
         precision: numeric format of the weights and activations, such as `fp32`.
-        device: device class the files are bound to; empty if none.
-        versions: version of each library that it was built or verified with.
-        files: built file of each graph, by the graph's name; empty where the ONNX itself is run.
-        tolerance: largest difference in logits from the PyTorch model in fp32, measured;
+        device: device class that the files are bound to; empty: any.
+        versions: version of each library that built or verified it.
+        files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
+        tolerance: largest measured difference in logits from the PyTorch model in fp32;
             None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
-        compute_capabilities: those of the GPUs that the files run on, such as `8.6`.
+        compute_capabilities: of the GPUs that run the files, such as `8.6`.
         hardware_compatible: whether they also run on Ampere and every later GPU.
         version_compatible: whether they also run with later versions of the library.
-        profiles: the shapes that the files take, by length; empty: any.
+        profiles: the shapes that the files accept, by length; empty: any.
         batch_sizes: the batch sizes to pad to, in rows; empty: any.
         sequence_lengths: the lengths to pad to, in tokens; empty: any.
-        operating_points: calibrated rules by name; they hold for this target only.
-        default_operating_point: the one that runs when none is named; empty: the manifest's
-            default rule.
+        operating_points: calibrated rules by name; they are valid for this target only.
+        default_operating_point: the point that is used when none is named; empty: the manifest's
+            default rule is used.
     """
 
     backend: str
@@ -204,9 +252,9 @@ class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         backend: inference library.
-        precision: of the graphs to build.
+        precision: precision of the graphs to build.
         reason: why it could not be built.
-        command: what builds it where it can be, with ENGINES for the folder.
+        command: the command that builds it on a suitable machine, with ENGINES for the folder.
     """
 
     backend: str
@@ -216,24 +264,24 @@ class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """An engines folder, as its `manifest.json` says. Paths in it are relative POSIX paths.
+    """The content of `manifest.json`. Paths in it are relative POSIX paths.
 
     Attributes:
-        schema_version: of the format, `major.minor`; the major number is what must fit.
-        fpabee_version: that wrote it.
-        versions: of the libraries that exported the model.
-        model: where the segments come from.
-        task: what the model predicts.
+        schema_version: version of the format, `major.minor`; readers need the same major number.
+        fpabee_version: version of fpabee that wrote it.
+        versions: versions of the libraries that exported the model.
+        model: the model that was exported.
+        task: the classification task.
         tokenizer: how texts become model inputs.
-        shapes: the sizes that the graphs are for.
-        graphs: ONNX graphs in fp32 by name.
-        segments: the chain, in order; one for each exit.
-        targets: by name, such as `onnxruntime-fp32`.
-        default_target: the one that runs when none is named.
-        default_rule: what runs where no operating point does, as `ExitRule.from_dict` reads it.
-        verification: what the export's verification found; None: nothing was verified.
-        files: SHA-256 of the other files in the folder.
-        precisions: by precision, the graphs in it, by the names of `graphs`.
+        shapes: the sizes that the graphs accept.
+        graphs: ONNX graphs in fp32, by name.
+        segments: the chain, in order; one segment for each exit.
+        targets: targets by name, such as `onnxruntime-fp32`.
+        default_target: the target that runs when none is named.
+        default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
+        verification: agreement of the export with the PyTorch model; None: not verified.
+        files: SHA-256 of the other files in the folder, by path.
+        precisions: for each other precision its graphs, with the names of `graphs`.
         not_built: targets that could not be built where the folder was made, by name.
 
     Example:
@@ -271,15 +319,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             precision: `fp32`, or one of `precisions`.
 
         Raises:
-            ArtifactError: the folder has none in it.
+            ArtifactError: the folder has no graphs in this precision.
         """
         if precision == "fp32":
             return self.graphs
         if precision not in self.precisions:
+            flag = {precision: True}
             raise ArtifactError(
                 f"the engines folder has no {precision} graphs; it has "
                 f"{', '.join(['fp32', *self.precisions])}",
-                f"write them: fpabee-export --from ENGINES --{precision}",
+                Remedy("add the graphs: {call}", call=Call("add_targets", "ENGINES", **flag)),
             )
         return self.precisions[precision]
 

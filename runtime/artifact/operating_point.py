@@ -1,4 +1,4 @@
-"""Operating points: the part of the manifest that calibration writes."""
+"""Operating points, the part of the manifest that calibration writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """A guarantee on new rows from the same source (Learn-then-Test, arXiv 2110.01052).
+    """A guarantee on new rows from the same source (Learn then Test, arXiv 2110.01052).
 
     Attributes:
         risk_of: `disagreement` with full depth, or `drop` of the score.
-        risk: the bound on its expectation, in points.
+        risk: upper bound of the expected risk, in points.
         confidence: probability over the calibration rows that the bound holds, in percent.
-        rows: rows that the bound was tested on; others ordered the settings.
+        rows: rows that the bound was tested on; other rows ordered the settings.
     """
 
     risk_of: str
@@ -30,14 +30,15 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "surely"}):
-    """What a user can afford: a drop, or a time. Give one of `max_drop` and `speedup`.
+    """The goal of an operating point: give one of `max_drop` and `speedup`.
 
     Attributes:
         max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
-            setting within it is chosen. None, the default: a speed-up is wished for.
-        guaranteed: whether the upper 95 % bound must hold it, instead of the estimate; default: no.
-        speedup: least estimated speed-up, 2.0 for half the time; the setting with the smallest
-            drop is chosen. None is the default.
+            setting within it is chosen. None, the default, if `speedup` is given.
+        guaranteed: whether the upper 95 % bound of the drop must stay within `max_drop`, instead
+            of its estimate; default: no. The key in `manifest.json` is `surely`.
+        speedup: least estimated speed-up, such as 2.0 for half the time; the setting with the
+            smallest drop is chosen. None, the default, if `max_drop` is given.
     """
 
     max_drop: float | None = None
@@ -52,26 +53,28 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "sur
 
 
 class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": "wish"}):
-    """A named rule with its settings, and what it was measured to give on its target.
+    """A named rule with its settings, and how it performed on its target.
 
     Attributes:
         rule: name and settings, as `ExitRule.from_dict` reads them.
-        goal: what was asked for; None: what the certificate says.
-        metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
-        score: with the rule, on rows that did not choose it.
-        full_depth_score: of the last exit on the same rows.
-        drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened where
-            hardly a row changes.
-        held_out: which rows those were: cross-fitted parts, another file, or the rows of the
-            test of a certificate.
-        rows: how many.
+        goal: the goal it was chosen for; None: the bound of the certificate. The key in
+            `manifest.json` is `wish`.
+        metric: name of the score, which ranges from 0 to 1 (Matthews correlation from -1).
+        score: score with the rule, on rows that did not choose it.
+        full_depth_score: score of the last exit on the same rows.
+        drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened if very
+            few rows change.
+        held_out: the rows of the scores: cross-fitted parts, another file, or the rows that
+            tested a certificate.
+        rows: number of these rows.
         data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
         mean_depth: layers that ran for a row, on average.
         exits: rows that stopped at each exit.
-        theoretical_speedup: full depth over this, in layers weighted by tokens.
-        estimated_speedup: the same in measured times of the segments.
-        measured_speedup: by batch size in rows, ratio of run times on the target.
-        versions: of the libraries that measured it.
+        theoretical_speedup: ratio of the layers of full depth to those of the rule, weighted by
+            tokens.
+        estimated_speedup: the same ratio in measured times of the segments.
+        measured_speedup: ratio of run times on the target, by batch size in rows.
+        versions: versions of the libraries that measured it.
         certificate: a bound on the risk, if one was asked for.
     """
 

@@ -1,4 +1,4 @@
-"""Read the fields of a protobuf message without its schema, and without copying what it holds."""
+"""Read the fields of a protobuf message without its schema, and without copying their contents."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 VARINT, I64, LEN, I32 = 0, 1, 2, 5
 
-_FIXED = {I64: 8, I32: 4}
-_MOST_VARINT_BYTES = 10
+_FIXED_BYTES = {I64: 8, I32: 4}
+_MAX_VARINT_BYTES = 10
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """The fields of one message; those that it nests are not entered.
+    """The fields of one message; nested messages are not read.
 
     Args:
         message: its bytes.
@@ -20,34 +20,34 @@ def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         Field number, wire type, and the number, or a view of the bytes.
 
     Raises:
-        ValueError: these bytes are no message.
+        ValueError: the bytes are not a protobuf message.
     """
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         number, wire = tag >> 3, tag & 7
-        value: int | memoryview
-        if wire == VARINT:
-            value, at = _varint(message, at)
-        else:
-            if wire == LEN:
-                size, at = _varint(message, at)
-            elif wire in _FIXED:
-                size = _FIXED[wire]
-            else:  # groups, which nobody has written for many years, are nested in another way
-                raise ValueError(f"byte {at} begins a field of wire type {wire}")
-            if size > len(message) - at:
-                raise ValueError(f"a field has {size} bytes, and {len(message) - at} are left")
-            value, at = message[at : at + size], at + size
         if not 0 < number < 2**29:
             raise ValueError(f"field number {number} is impossible")
-        yield number, wire, value
+        if wire == VARINT:
+            value, at = _varint(message, at)
+            yield number, wire, value
+            continue
+        if wire == LEN:
+            size, at = _varint(message, at)
+        elif wire in _FIXED_BYTES:
+            size = _FIXED_BYTES[wire]
+        else:  # groups are deprecated and nested differently; ONNX has none
+            raise ValueError(f"byte {at} begins a field of wire type {wire}")
+        if size > len(message) - at:
+            raise ValueError(f"a field has {size} bytes, but only {len(message) - at} are left")
+        yield number, wire, message[at : at + size]
+        at += size
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """A number of variable length, and where it ends."""
+    """A number of variable length that begins at `at`, and the position after it."""
     value = 0
-    for index, byte in enumerate(message[at : at + _MOST_VARINT_BYTES]):
+    for index, byte in enumerate(message[at : at + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, at + index + 1

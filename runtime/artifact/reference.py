@@ -1,4 +1,4 @@
-"""`reference.npz`: texts and what the PyTorch model says to them, for any later check."""
+"""`reference.npz`: texts and the PyTorch model's logits for them, to check any later target."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encoding import Text
 from ..errors import ArtifactError
 from .arrays import read_arrays
-from .folder import verified
+from .folder import COPY_AGAIN, EXPORT_AGAIN, verified
 from .manifest import REFERENCE_NAME, Manifest
+
+Text = str | tuple[str, str]
+"""A text to classify, or a text and its pair."""
 
 _MAX_ROWS = 256
 
 
 def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
-    """Write the first texts and their logits `[exits, rows, labels]`."""
+    """Write the first 256 texts and their logits `[exits, rows, labels]`."""
     kept = min(len(texts), _MAX_ROWS)
-    # Texts as UTF-8 JSON bytes: an object array would have to be unpickled.
+    # As UTF-8 bytes of JSON, since an array of objects would have to be unpickled.
     content = json.dumps(list(texts[:kept]), ensure_ascii=False).encode()
     np.savez(
         folder / REFERENCE_NAME,
@@ -34,13 +36,10 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
     """Texts, and the fp32 logits `[exits, rows, labels]` of the PyTorch model.
 
     Raises:
-        ArtifactError: missing or damaged, or of another model.
+        ArtifactError: the file is missing, damaged, or of another model.
     """
     if REFERENCE_NAME not in manifest.files:
-        raise ArtifactError(
-            f"{folder} holds no {REFERENCE_NAME} to check it with",
-            "export the model again with fpabee-export",
-        )
+        raise ArtifactError(f"{folder} has no {REFERENCE_NAME} to check it with", EXPORT_AGAIN)
     path = verified(folder, REFERENCE_NAME, manifest.files[REFERENCE_NAME])
     try:
         content = read_arrays(path, ("texts", "logits"))
@@ -49,11 +48,11 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
         rows = [tuple(text) if isinstance(text, list) else text for text in texts]
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
-        raise ArtifactError(f"{path} cannot be read: {reason}", "export the model again") from error
+        raise ArtifactError(f"{path} cannot be read: {reason}", COPY_AGAIN) from error
     expected = (len(manifest.segments), len(rows), len(manifest.task.labels))
     if logits.shape != expected:
         raise ArtifactError(
-            f"{path} holds logits of shape {list(logits.shape)}, expected {list(expected)}",
-            "export the model again",
+            f"{path} holds logits of shape {list(logits.shape)}; expected {list(expected)}",
+            EXPORT_AGAIN,
         )
     return rows, logits

@@ -1,14 +1,14 @@
-"""How much a tokenizer.json can make of a text, told from the file before a library loads it.
+"""Bound how much a tokenizer.json can grow a text, before a library loads it.
 
-The library does what the file says: three normalizers that each replace a letter by a thousand make
-a gigabyte of it, and a template may put a text into its own result any number of times. So this
-multiplies what each part can grow a text by, in bytes, and refuses what no real tokenizer comes
-near: those of BERT, RoBERTa, MPNet, XLM-RoBERTa, CamemBERT, ALBERT, DeBERTa, ModernBERT, T5, CLIP,
-Llama and Gemma grow a text at most 12 times by this count.
+The library does what the file says. Three normalizers that each replace a letter by a thousand turn
+it into a gigabyte, and a template may repeat a text any number of times. This module multiplies the
+factors by which each part can grow a text, in bytes, and refuses a product that no real tokenizer
+comes near. Those of BERT, RoBERTa, MPNet, XLM-RoBERTa, CamemBERT, ALBERT, DeBERTa, ModernBERT, T5,
+CLIP, Llama and Gemma grow a text at most 12 times by this count.
 
-What Unicode itself grows (one character has up to 33 bytes in NFKD, and 3 become 4 in lower case)
-is left out, since it happens once: a text that is replaced is counted as if it were normalized
-already, see `_normalized`.
+Growth by Unicode normalization itself is left out, since it happens only once: a character has at
+most 33 bytes in NFKD, and 3 bytes become 4 in lower case. Replaced texts are therefore counted as
+if they were already normalized, see `_normalized_bytes`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,14 @@ import msgspec
 
 from .charsmap import replacements
 
-MOST_GROWTH = 128
-"""Bytes that a tokenizer may make of a byte of text, and parts that a template may have."""
+MAX_GROWTH = 128
+"""Most bytes that a tokenizer may make of a byte of text, and most parts of a template."""
 
-_MOST_BYTES = 2**28
-# Tokens are copied whole into each result, also where one character stands for them.
-_LONGEST_TOKEN = 1024
+_MAX_FILE_BYTES = 2**28
+# Tokens are copied whole into each result, even where a single character stands for them.
+_MAX_TOKEN_CHARACTERS = 1024
 
 _NULL = msgspec.Raw(b"null")
-
-
-class _File(msgspec.Struct):
-    """The parts of a tokenizer.json that tell; the vocabulary is passed over."""
-
-    normalizer: msgspec.Raw = _NULL
-    pre_tokenizer: msgspec.Raw = _NULL
-    post_processor: msgspec.Raw = _NULL
-    added_tokens: msgspec.Raw = _NULL
-    model: _Model | None = None
 
 
 class _Model(msgspec.Struct):
@@ -52,39 +42,42 @@ class _Model(msgspec.Struct):
     end_of_word_suffix: msgspec.Raw = _NULL
 
 
+class _File(msgspec.Struct):
+    """The parts of a tokenizer.json that are checked; the vocabulary is skipped."""
+
+    normalizer: msgspec.Raw = _NULL
+    pre_tokenizer: msgspec.Raw = _NULL
+    post_processor: msgspec.Raw = _NULL
+    added_tokens: msgspec.Raw = _NULL
+    model: _Model | None = None
+
+
 def check_tokenizer(path: Path) -> None:
-    """Refuse a tokenizer.json that is damaged where the library does not look, or grows texts.
+    """Refuse a tokenizer.json that grows texts, or is damaged where the library does not check.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: what is wrong with it; also of a file that is no JSON.
-        OSError: it cannot be read.
+        ValueError: what is wrong with the file, for example that it is not JSON.
+        OSError: the file cannot be read.
     """
-    if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"it has {path.stat().st_size} bytes, more than any")
+    size = path.stat().st_size
+    if size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has {size} bytes; expected at most {_MAX_FILE_BYTES}")
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
-        normalizer, splitter, template, added = (
-            json.loads(bytes(part), object_pairs_hook=_without_twins)
-            for part in (
-                file.normalizer,
-                file.pre_tokenizer,
-                file.post_processor,
-                file.added_tokens,
-            )
-        )
+        normalizer, splitter = _parsed(file.normalizer), _parsed(file.pre_tokenizer)
         growth = _growth(normalizer, "normalizers", _NORMALIZERS)
         growth *= _growth(splitter, "pretokenizers", _SPLITTERS)
         _check_growth("its normalizer and pre-tokenizer make", growth, "bytes of one byte")
+        template = _parsed(file.post_processor)
         parts = _growth(template, "processors", _TEMPLATES)
         _check_growth("its post-processor makes", parts, "parts of one text")
         _check_tokens(template)
-        _check_tokens(added)
-        if file.model is not None:
-            for name in _Model.__struct_fields__:
-                _check_tokens(json.loads(bytes(getattr(file.model, name))))
+        _check_tokens(_parsed(file.added_tokens))
+        for token in msgspec.structs.astuple(file.model) if file.model else ():
+            _check_tokens(_parsed(token))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except msgspec.DecodeError as error:
@@ -93,27 +86,48 @@ def check_tokenizer(path: Path) -> None:
         raise ValueError(f"a part of it is damaged: {error!r}") from error
 
 
-def _check_growth(what: str, growth: float, unit: str) -> None:
-    if growth > MOST_GROWTH:
-        raise ValueError(f"{what} up to {growth:.3g} {unit}; expected {MOST_GROWTH} at most")
+def _parsed(part: msgspec.Raw) -> Any:
+    return json.loads(bytes(part), object_pairs_hook=_without_duplicates)
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; where a name is there twice, the library may read the other one."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without duplicate names, of which the library may read another one."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("it has a name twice in an object")
+        raise ValueError("an object in it has the same name twice")
     return found
+
+
+def _check_growth(what: str, growth: float, unit: str) -> None:
+    if growth > MAX_GROWTH:
+        raise ValueError(f"{what} up to {growth:.3g} {unit}; expected at most {MAX_GROWTH}")
+
+
+def _check_tokens(part: Any) -> None:
+    """Refuse a long text anywhere in a part of the file."""
+    if isinstance(part, str) and len(part) > _MAX_TOKEN_CHARACTERS:
+        raise ValueError(
+            f"it has a token of {len(part)} characters; expected at most {_MAX_TOKEN_CHARACTERS}"
+        )
+    if isinstance(part, dict | list):
+        for child in part.values() if isinstance(part, dict) else part:
+            _check_tokens(child)
 
 
 _Growths = dict[str, Callable[[dict[str, Any]], float]]
 
 
 def _growth(part: Any, children: str, known: _Growths) -> float:
-    """What a part of the pipeline grows a text by; a sequence has others under `children`."""
+    """The factor by which a part of the pipeline can grow a text.
+
+    Args:
+        part: the part; None: the file has none.
+        children: the name under which a sequence lists its parts.
+        known: the factor of each type of part.
+    """
     if part is None:
         return 1.0
-    # The library takes parts without a type, and guesses it.
+    # The library accepts parts without a type and guesses it; this does not.
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "Sequence":
         return math.prod(_growth(child, children, known) for child in part[children])
@@ -122,47 +136,46 @@ def _growth(part: Any, children: str, known: _Growths) -> float:
     return known[kind](part)
 
 
-def _same(_part: dict[str, Any]) -> float:
+def _unchanged(_part: dict[str, Any]) -> float:
     return 1.0
 
 
-def _replaced(part: dict[str, Any]) -> float:
-    """What `Replace` makes of a byte: of each match, or where nothing matches, on both sides."""
+def _replace(part: dict[str, Any]) -> float:
+    """Each match is replaced; an empty match inserts the content on both sides of a byte."""
     ((kind, pattern),) = part["pattern"].items()
     shortest = len(pattern.encode()) if kind == "String" else _shortest_match(pattern)
-    content = _normalized(part["content"])
+    content = _normalized_bytes(part["content"])
     return max(1.0, content / shortest) if shortest else 1.0 + 2 * content
 
 
-# One character after another that must be there, or such ones with | between them.
+# One character that must match, possibly repeated.
 _CHARACTER = r"(?:[^\\^$.|?*+()\[\]{}]|\\[snrtdw]|\[[^\[\]]+\])"
 _CERTAIN = re.compile(rf"{_CHARACTER}(\+|\{{(?P<least>[1-9]\d?),?\d{{0,3}}\}})?")
 
 
 def _shortest_match(pattern: str) -> int:
-    """The least bytes that a regular expression matches; 0 if that is not plain to see."""
+    """A lower bound of the bytes that a regular expression matches; 0 if it is not obvious."""
     matches = [_CERTAIN.fullmatch(choice) for choice in pattern.split("|")]
     return min(int(match["least"] or 1) if match else 0 for match in matches)
 
 
-def _prepended(part: dict[str, Any]) -> float:
-    return 1.0 + _normalized(part["prepend"])
+def _prepend(part: dict[str, Any]) -> float:
+    return 1.0 + _normalized_bytes(part["prepend"])
 
 
 def _precompiled(part: dict[str, Any]) -> float:
     table = replacements(base64.b64decode(part["precompiled_charsmap"], validate=True))
-    return max(
-        (
-            _normalized(text.decode()) / max(len(key), _normalized(key.decode(errors="ignore")))
-            for key, text in table
-            if len(text) > len(key)
-        ),
-        default=1.0,
-    )
+    growths = [
+        _normalized_bytes(text.decode())
+        / max(len(key), _normalized_bytes(key.decode(errors="ignore")))
+        for key, text in table
+        if len(text) > len(key)
+    ]
+    return max(growths, default=1.0)
 
 
-def _normalized(text: str) -> int:
-    """Bytes of a text in the form that has most of them."""
+def _normalized_bytes(text: str) -> int:
+    """Bytes of a text, each character in the longest of its normalized forms."""
     return sum(
         max(
             len(form.encode())
@@ -178,7 +191,7 @@ def _metaspace(part: dict[str, Any]) -> float:
 
 
 def _template(part: dict[str, Any]) -> float:
-    """How many pieces a template puts together, each a text or a special token."""
+    """How many pieces a template joins; each is a text or a token of a special token."""
     sizes = {name: max(1, len(token["ids"])) for name, token in part["special_tokens"].items()}
     return max(
         float(sum(sizes[p["SpecialToken"]["id"]] if "SpecialToken" in p else 1 for p in part[name]))
@@ -186,43 +199,27 @@ def _template(part: dict[str, Any]) -> float:
     )
 
 
+def _all_unchanged(*kinds: str) -> _Growths:
+    return dict.fromkeys(kinds, _unchanged)
+
+
 _NORMALIZERS: _Growths = {
     # It puts a space on both sides of a Chinese character of 3 bytes.
     "BertNormalizer": lambda part: 5 / 3,
-    # Each byte becomes a character of 2 at most.
+    # Each byte becomes a character of at most 2 bytes.
     "ByteLevel": lambda part: 2.0,
     "Precompiled": _precompiled,
-    "Prepend": _prepended,
-    "Replace": _replaced,
-} | dict.fromkeys(
-    ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"), _same
-)
+    "Prepend": _prepend,
+    "Replace": _replace,
+    **_all_unchanged("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
+}
 _SPLITTERS: _Growths = {
-    "ByteLevel": lambda part: 3.0,  # and a space in front
+    "ByteLevel": lambda part: 3.0,  # as above, and a space in front
     "Metaspace": _metaspace,
-} | dict.fromkeys(
-    (
-        "BertPreTokenizer",
-        "CharDelimiterSplit",
-        "Digits",
-        "FixedLength",
-        "Punctuation",
-        "Split",
-        "UnicodeScripts",
-        "Whitespace",
-        "WhitespaceSplit",
-    ),
-    _same,
-)
-_TEMPLATES: _Growths = {"TemplateProcessing": _template} | dict.fromkeys(
-    ("BertProcessing", "ByteLevel", "RobertaProcessing"), _same
-)
-
-
-def _check_tokens(part: Any) -> None:
-    """Refuse a long text anywhere in a part of the file."""
-    if isinstance(part, str) and len(part) > _LONGEST_TOKEN:
-        raise ValueError(f"it has a token of {len(part)} characters; expected {_LONGEST_TOKEN}")
-    if isinstance(part, dict | list):
-        for child in part.values() if isinstance(part, dict) else part:
-            _check_tokens(child)
+    **_all_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength"),
+    **_all_unchanged("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+}
+_TEMPLATES: _Growths = {
+    "TemplateProcessing": _template,
+    **_all_unchanged("BertProcessing", "ByteLevel", "RobertaProcessing"),
+}

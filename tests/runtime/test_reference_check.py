@@ -125,5 +125,5 @@ def test_a_folder_without_reference(engine_copy: Callable[..., Path]) -> None:
     content = json.loads(path.read_text())
     del content["files"][REFERENCE_NAME]
     path.write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"holds no reference\.npz to check it with"):
+    with pytest.raises(ArtifactError, match=r"has no reference\.npz to check it with"):
         Engine.load(folder, threads=1, check=True)

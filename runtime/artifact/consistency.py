@@ -1,0 +1,90 @@
+"""What a manifest must satisfy beyond the types of its fields."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from .manifest import ATTENTION_BIAS, LOGITS, MAX_VALUES, NEXT, Manifest, TensorSpec
+
+# The inputs that the runtime makes from a text; graphs must produce all others themselves.
+_FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
+
+
+def problems(manifest: Manifest) -> Iterator[str]:
+    """What is inconsistent in a manifest. Stop at the first: later ones may be meaningless."""
+    yield from _exit_problems(manifest)
+    yield from _tensor_problems(manifest)
+    yield from _chain_problems(manifest)
+    asked, most = manifest.tokenizer.max_length, manifest.shapes.sequence.max
+    if asked > most:
+        yield f"texts may have {asked} tokens, but the graphs take {most}"
+    yield from _target_problems(manifest)
+    labels, thresholds = manifest.task.labels, manifest.task.label_thresholds
+    if len(set(labels)) != len(labels):
+        yield "a label name appears twice"
+    if thresholds and len(thresholds) != len(labels):
+        yield f"it has {len(thresholds)} label thresholds for {len(labels)} labels"
+
+
+def _exit_problems(manifest: Manifest) -> Iterator[str]:
+    for number, segment in enumerate(manifest.segments, start=1):
+        if segment.exit != number:
+            yield f"segment {number} says that it ends at exit {segment.exit}"
+        for call in segment.calls:
+            if call not in manifest.graphs:
+                yield f"segment {number} calls graph {call!r}, which is not listed"
+    layers = manifest.exit_layers
+    if list(layers) != sorted(set(layers)) or layers[-1] > manifest.model.layers:
+        yield f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
+
+
+def _tensor_problems(manifest: Manifest) -> Iterator[str]:
+    """Tensors that two graphs describe differently, or that are too large."""
+    known: dict[str, TensorSpec] = {}
+    for name, graph in manifest.graphs.items():
+        for spec in (*graph.inputs, *graph.outputs):
+            carried = spec.name.removeprefix(NEXT)
+            first = known.setdefault(carried, spec)
+            if (first.dtype, first.shape) != (spec.dtype, spec.shape):
+                yield f"graph {name} has a different {carried!r} than the graphs before it"
+            if math.prod(size for size in spec.shape if isinstance(size, int)) > MAX_VALUES:
+                yield f"graph {name}: {spec.name!r} is larger than in any model"
+
+
+def _chain_problems(manifest: Manifest) -> Iterator[str]:
+    """Segments that cannot be run one after another."""
+    available = set(_FIRST_INPUTS)
+    for number, segment in enumerate(manifest.segments, start=1):
+        given: dict[str, TensorSpec] = {}
+        for call in segment.calls:
+            graph = manifest.graphs[call]
+            missing = sorted({spec.name for spec in graph.inputs} - available)
+            if missing:
+                yield f"segment {number} needs {missing[0]!r}, which nothing before it produces"
+            given |= {spec.name: spec for spec in graph.outputs}
+            available |= {spec.name.removeprefix(NEXT) for spec in graph.outputs}
+        labels = len(manifest.task.labels)
+        if LOGITS not in given:
+            yield f"segment {number} produces no {LOGITS}"
+        elif given[LOGITS].shape != ("batch", labels):
+            yield f"it names {labels} labels, but the heads give {list(given[LOGITS].shape)}"
+
+
+def _target_problems(manifest: Manifest) -> Iterator[str]:
+    if manifest.default_target not in manifest.targets:
+        yield f"the default target {manifest.default_target!r} is not listed"
+    for precision, graphs in manifest.precisions.items():
+        if graphs.keys() != manifest.graphs.keys():
+            yield f"its {precision} graphs do not have the names of the fp32 graphs"
+    for name, target in manifest.targets.items():
+        if not re.fullmatch(r"\w[\w.+-]*", name):  # it is part of the names of files
+            yield f"{name!r} cannot be the name of a target"
+        if target.precision != "fp32" and target.precision not in manifest.precisions:
+            yield f"target {name} is in {target.precision}, but there are no such graphs"
+        default = target.default_operating_point
+        if default and default not in target.operating_points:
+            yield f"target {name} has no operating point {default!r}, its default"
+        if target.files and target.files.keys() != manifest.graphs.keys():
+            yield f"target {name} does not have one file for each graph"

@@ -1,0 +1,100 @@
+"""Files of an engines folder: which paths are followed, and which content is accepted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fpabee.runtime.artifact import folder as artifact_folder
+from fpabee.runtime.artifact.folder import resolve, sha256_of, verified
+from fpabee.runtime.errors import ArtifactError
+
+ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An engines folder, with a file beside it."""
+    (tmp_path / "outside").write_bytes(b"abc")
+    (tmp_path / "engines" / "onnx").mkdir(parents=True)
+    return tmp_path / "engines"
+
+
+def test_a_file_with_the_right_hash_is_found(folder: Path) -> None:
+    path = folder / "onnx" / "a.onnx"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == ABC_SHA256
+    assert verified(folder, "onnx/a.onnx", ABC_SHA256) == path
+
+
+def test_a_changed_byte_is_found(folder: Path) -> None:
+    path = folder / "a.onnx"
+    path.write_bytes(bytes(3 * 2**20))
+    digest = sha256_of(path)
+    with path.open("r+b") as file:
+        file.seek(2**21)
+        file.write(b"\1")
+    with pytest.raises(ArtifactError, match=r"a\.onnx is damaged: sha256 .*copy"):
+        verified(folder, "a.onnx", digest)
+
+
+@pytest.mark.parametrize(
+    "relative",
+    ["", ".", "..", "../outside", "onnx/../../outside", "/etc/hostname", "..\\outside", "a\0b"]
+    + ["a" * 5000],
+    ids=lambda relative: repr(relative[:20]),
+)
+def test_a_path_out_of_the_folder_or_to_no_file_is_refused(folder: Path, relative: str) -> None:
+    with pytest.raises(ArtifactError):
+        resolve(folder, relative)
+
+
+@pytest.mark.parametrize("relative", ["a.onnx", "parent/outside"])
+def test_a_link_may_leave_the_folder_if_the_hash_matches(folder: Path, relative: str) -> None:
+    (folder / "a.onnx").symlink_to("../outside")
+    (folder / "parent").symlink_to("..")
+    assert verified(folder, relative, ABC_SHA256).read_bytes() == b"abc"
+    (folder.parent / "outside").write_bytes(b"abd")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        verified(folder, relative, ABC_SHA256)
+
+
+def test_a_link_to_the_folder_is_followed(folder: Path) -> None:
+    (folder / "a.onnx").write_bytes(b"abc")
+    (folder / "link").symlink_to(".")
+    assert resolve(folder / "link", "a.onnx").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "is missing.*copy the whole"),
+        (lambda path: path.symlink_to("../nowhere"), "is missing"),
+        (lambda path: path.symlink_to("a.onnx"), "cannot be opened"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
+        (os.mkfifo, "is not a regular file"),
+        (Path.mkdir, "is not a regular file"),
+        (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**35), "bytes, too"),
+    ],
+    ids=["missing", "dead link", "link to itself", "device", "pipe", "folder", "huge"],
+)
+def test_only_regular_files_of_limited_size_are_opened(
+    folder: Path, make: Callable[[Path], object], says: str
+) -> None:
+    make(folder / "a.onnx")
+    with pytest.raises(ArtifactError, match=rf"a\.onnx .*{says}"):
+        verified(folder, "a.onnx", ABC_SHA256)
+
+
+def test_a_file_that_gives_more_than_its_size_is_not_read_to_its_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "a.onnx"
+    path.write_bytes(b"abc")
+    monkeypatch.setattr(artifact_folder, "MAX_FILE_BYTES", 2)
+    monkeypatch.setattr(artifact_folder, "resolve", lambda folder, relative: path)
+    with pytest.raises(ArtifactError, match="more than 2 bytes"):
+        verified(folder, "a.onnx", ABC_SHA256)
