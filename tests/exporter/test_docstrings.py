@@ -19,3 +19,16 @@ def test_code_runs(
 
     assert run_code("fpabee.exporter") == ["export"]
     assert (tmp_path / "engines" / "manifest.json").is_file()
+
+
+def test_the_example_of_a_training_runs(
+    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sentence-transformers").mkdir()
+    (tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2").symlink_to(tiny_models["bert"])
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    monkeypatch.chdir(tmp_path)
+
+    assert run_code("fpabee.exporter.training") == ["train"]
+    assert (tmp_path / "model_dir" / "training.json").is_file()

@@ -16,7 +16,7 @@ import pytest
 from fpabee.runtime import read_rows
 
 ROOT = Path(__file__).parents[2]
-EXPORT_FP16 = "fpabee-export demo/model --output demo/engines-fp16 --fp16 --jobs 2 --force"
+EXPORT_FP16 = "fpabee-export --from demo/engines --fp16 --jobs 2"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Plain classifiers become multi-exit models whose last exit gives their logits."""
+"""Classifiers become multi-exit models whose last exit gives their logits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
 LABELS = ("no", "perhaps", "yes")
-# Of each family the settings that change a head.
+# Families, with settings that change their heads.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "albert": ("albert", {}),
@@ -58,7 +58,7 @@ MakeClassifier = Callable[..., Path]
 
 @pytest.fixture
 def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeClassifier:
-    """Makes a plain classifier with random weights, beside the tokenizer of the tiny model."""
+    """Makes a classifier with random weights and the tokenizer of the tiny model."""
 
     def make(kind: str, **changes: Any) -> Path:
         family, settings = KINDS[kind]
@@ -74,7 +74,7 @@ def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeClassifier:
         build: Any = AutoModelForSequenceClassification.from_config
         model = build(config)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # otherwise they are all 0, or all 1
+            if parameter.ndim == 1:  # by default they are all 0, or all 1
                 nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(folder)
         for path in source.glob("tokenizer*"):
@@ -142,7 +142,7 @@ def test_the_engine_gives_the_logits_of_the_classifier(
     np.testing.assert_allclose(logits[-1], np.stack(expected), rtol=0, atol=1e-5)
 
 
-def test_all_but_the_classifiers_head_learns(make: MakeClassifier) -> None:
+def test_only_the_head_of_the_classifier_is_frozen(make: MakeClassifier) -> None:
     model = Classifier(make("roberta")).multi_exit(None, Pooling.CLS)
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert frozen == {
@@ -154,7 +154,7 @@ def test_all_but_the_classifiers_head_learns(make: MakeClassifier) -> None:
     assert model.exit_config.last_head == LastHead(Pooling.CLS, "tanh")
 
 
-def test_an_encoder_that_does_not_learn_drops_nothing_out(make: MakeClassifier) -> None:
+def test_a_frozen_encoder_has_no_dropout(make: MakeClassifier) -> None:
     model = Classifier(make("bert", hidden_dropout_prob=0.5)).multi_exit(None, Pooling.MEAN)
     ids, mask = batch()
     model.train()
@@ -163,11 +163,11 @@ def test_an_encoder_that_does_not_learn_drops_nothing_out(make: MakeClassifier) 
     model.train()
     hidden = [model.backbone.encoder(ids, mask).last_hidden_state for _ in range(2)]
     assert torch.equal(*hidden)
-    assert not torch.equal(model(ids, mask)[0], model(ids, mask)[0]), "the exits drop out"
+    assert not torch.equal(model(ids, mask)[0], model(ids, mask)[0]), "the exits have dropout"
 
 
 @pytest.mark.parametrize("problem_type", list(ProblemType))
-def test_soft_labels_are_what_the_classifier_says_of_each_row(
+def test_soft_labels_are_the_predictions_for_each_row(
     problem_type: ProblemType, make: MakeClassifier
 ) -> None:
     classifier = Classifier(make("electra", problem_type=problem_type.value))
@@ -189,7 +189,7 @@ def test_the_last_layer_must_have_an_exit(make: MakeClassifier) -> None:
         Classifier(make("bert")).multi_exit((1, 2), Pooling.MEAN)
 
 
-def test_a_head_unlike_its_familys_is_refused(make: MakeClassifier) -> None:
+def test_an_unusual_head_is_refused(make: MakeClassifier) -> None:
     classifier = Classifier(make("electra"))
     classifier.model.classifier.activation = nn.Tanh()
     with pytest.raises(ModelError, match="does not have the usual head of its family"):
@@ -240,7 +240,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_no_classifier_is_refused(damage: str, make: MakeClassifier) -> None:
+def test_anything_but_a_trained_classifier_is_refused(damage: str, make: MakeClassifier) -> None:
     change, message = DAMAGE[damage]
     folder = make("bert")
     change(folder)
