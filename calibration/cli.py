@@ -1,4 +1,4 @@
-"""`fpabee-calibrate`: from what a user can afford to an operating point."""
+"""`fpabee-calibrate`: choose operating points on labelled rows."""
 
 from __future__ import annotations
 
@@ -7,177 +7,207 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
+import rich_click as click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.cli.console import Shown, echo, table_console
-from ..runtime.cli.errors import exits_with_one_line
-from ..runtime.cli.options import (
-    FiniteRange,
-    column_options,
-    read_options,
-    version_option,
-)
+from ..runtime.cli import options
+from ..runtime.cli.command import READING, command
+from ..runtime.cli.console import echo, table_console
+from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import RULES
+from ..runtime.rules.rules import RULES, ExitRule
 from .calibrate import CROSS_FITTED, calibrate
 from .descriptions import drop_in_words, rule_in_words
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
+from .outcome import Outcome
 from .report import check_place, write_report
 from .result import Calibration, Point
 from .risk import Bound, RiskOf
 from .scoring import METRICS
 
-_METRICS = sorted({metric for metrics in METRICS.values() for metric in metrics})
 
-
-@click.command(context_settings={"show_default": True})
-@click.argument("engines", type=click.Path(path_type=Path))
-@click.option(
+@command(
+    examples="""
+fpabee-calibrate engines/ --data dev.jsonl
+fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
+fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
+fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
+""",
+    panels={
+        "With --risk": "--confidence --risk-of",
+        "Choice of the rule": "--rule --measure --metric --unlabelled --tune-label-thresholds "
+        "--batch-size --seed",
+        **READING,
+        "Writing results": "--name --output --no-texts",
+    },
+)
+@options.engines
+@options.option(
     "--data",
+    "FILE",
+    "Labelled rows like those to classify.",
+    type=options.PATH,
     required=True,
-    type=click.Path(path_type=Path),
-    help="Labelled rows like those to come: .jsonl, .csv, .tsv or .parquet, also .gz.",
 )
-@click.option(
+@options.option(
     "--test",
-    type=click.Path(path_type=Path),
-    help="Labelled rows to report on. Default: parts of --data, cross-fitted.",
+    "FILE",
+    "Other labelled rows, to evaluate the points on. Default: cross-validation on --data.",
+    type=options.PATH,
 )
-@click.option(
+@options.option(
     "--max-drop",
-    type=FiniteRange(0, 100),
-    help="Largest drop of the metric in points. Default: three points, see below.",
+    "X",
+    "Goal: the fastest setting whose metric drops by at most this many points.",
+    type=options.FiniteRange(0, 100),
 )
-@click.option("--speedup", type=FiniteRange(min=1), help="Least speed-up.")
-@click.option("--risk", type=FiniteRange(), help="Bound the loss on new rows, in points.")
-@click.option("--confidence", type=FiniteRange(), help="Of --risk, in percent. Default: 95.")
-@click.option(
+@options.option(
+    "--speedup",
+    "X",
+    "Goal: the smallest drop at this speed-up, such as 2 for half the time.",
+    type=options.FiniteRange(1),
+)
+@options.option(
+    "--risk",
+    "X",
+    "Goal: a guarantee that the expected loss on new rows is at most this many points.",
+    type=options.FiniteRange(),
+)
+@options.target
+@options.option(
+    "--report", "DIR", "Write a page about the result to this folder.", type=options.PATH
+)
+@options.threads
+@options.quiet
+@options.as_json
+@options.option(
+    "--confidence",
+    "X",
+    "Confidence of the guarantee in percent. Default: 95.",
+    type=options.FiniteRange(),
+)
+@options.choice(
     "--risk-of",
-    type=click.Choice([kind.value for kind in RiskOf]),
-    help="Drop of the metric (default), or disagreement with full depth.",
+    "LOSS",
+    "Loss to bound: drop of the metric, or disagreement with full depth. Default: drop.",
+    [kind.value for kind in RiskOf],
 )
-@click.option("--metric", type=click.Choice(_METRICS), help="Default: accuracy or exact_match.")
-@click.option(
-    "--rule",
-    "rules",
+@options.choice(
+    "--rule rules",
+    "RULE",
+    "Exit rule to choose from. May be repeated. Default: auto, which compares all rules.",
+    ["auto", *RULES],
     multiple=True,
-    type=click.Choice(["auto", *RULES]),
-    help="Choose among these. Default: auto, whatever wins.",
 )
-@click.option(
-    "--measure",
-    "measures",
+@options.choice(
+    "--measure measures",
+    "MEASURE",
+    "Similarity measure to try. May be repeated. Default: all.",
+    ["all", *options.MEASURES],
     multiple=True,
-    type=click.Choice(["all", *(measure.value for measure in Measure)]),
-    help="Similarity measures to try. Default: all.",
 )
-@column_options
-@click.option("--target", help="A built target. Default: the folder's.")
-@click.option("--name", help="Of the point. Default: after the wish, such as drop-0.5.")
-@click.option("--unlabelled", is_flag=True, help="Hold the rule against full depth; no labels.")
-@click.option(
-    "--tune-label-thresholds", is_flag=True, help="Also choose each label's cut (multi-label)."
+@options.choice(
+    "--metric",
+    "METRIC",
+    "Metric to compare with full depth. Default: accuracy; exact_match if multi-label.",
+    sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Rows at a time in use.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for the trace.")
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="Folder for a page about it all, with texts."
+@options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
+@options.flag("--tune-label-thresholds", "Also choose a threshold for each label (multi-label).")
+@options.option(
+    "--batch-size",
+    "N",
+    "Batch size at which the speed is measured.",
+    type=options.COUNT,
+    default=32,
 )
-@click.option("--no-texts", is_flag=True, help="Leave the rows' texts out of the report.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
-@click.option("--seed", type=click.IntRange(min=0), default=0)
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@version_option
-@exits_with_one_line
+@options.option("--seed", "N", "Seed of the cross-validation.", type=click.IntRange(0), default=0)
+@options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
+@options.option(
+    "--output", "DIR", "Folder for the trace. Default: ENGINES/calibration.", type=options.PATH
+)
+@options.flag("--no-texts", "Leave the texts of the rows out of the report.")
+@options.labelled_texts
 def main(
     engines: Path,
     data: Path,
-    name: str | None,
     report: Path | None,
     no_texts: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Choose operating points of ENGINES on the rows of --data, and write them into it.
+    """Choose operating points of ENGINES on the rows of --data, and write them into the folder.
 
-    Without a wish there will be three: safe (the upper 95 % bound of the drop is at most 0.5
-    points), balanced (the estimated drop is at most 0.5, the default) and fast (at most 2).
+    With no goal given there are three: safe (the upper 95 % bound of the drop is at most 0.5
+    points), balanced (the estimated drop is at most 0.5 points; the default) and fast (at most 2).
     """
-    options = _options(name, settings)
-    if no_texts and report is None:
-        raise click.UsageError("--no-texts is about a report: give --report")
+    options.only_with("no_texts", report, "--report")
+    wanted = _options(**settings)
     if report is not None:
         require("plot")
         check_place(report)
-    with Shown(quiet) as progress:
-        result = calibrate(engines, data, options, progress)
-    # The report comes last: what it may fail at is no matter for the calibration.
+    with step_progress(quiet) as progress:
+        result = calibrate(engines, data, wanted, progress)
+    # The report comes last, because an error in it should not lose the calibration.
     if as_json:
         click.echo(json.dumps(to_dict(result)))
     else:
         _print(result, table_console())
-        echo(f"next: fpabee-run {engines} --input texts.txt --operating-point {result.default}")
+        echo(f"next: fpabee-run {engines} texts.txt --operating-point {result.default}")
     if report is not None:
-        with Shown(quiet) as progress:
+        with step_progress(quiet) as progress:
             page = write_report(result, report, texts=not no_texts, progress=progress)
         echo(f"report: {page}", err=as_json)
 
 
-def _options(name: str | None, settings: dict[str, Any]) -> CalibrationOptions:
-    """What the flags ask for.
+def _options(
+    name: str | None,
+    max_drop: float | None,
+    speedup: float | None,
+    risk: float | None,
+    confidence: float | None,
+    risk_of: str | None,
+    rules: tuple[str, ...],
+    measures: tuple[str, ...],
+    **settings: Any,
+) -> CalibrationOptions:
+    """The options of the library.
 
     Raises:
-        click.UsageError: flags that do not go together.
+        click.UsageError: options that do not go together.
     """
-    asked = [flag for flag in ("max_drop", "speedup", "risk") if settings[flag] is not None]
-    if len(asked) > 1:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in asked)
-        raise click.UsageError(f"{flags}: give one wish at a time; each makes a point of its own")
-    if name is not None and not asked:
-        raise click.UsageError("--name names one point: give --max-drop, --speedup or --risk")
+    given = {"drop": max_drop, "speedup": speedup, "risk": risk}
+    goals = [f"{goal}-{value:g}" for goal, value in given.items() if value is not None]
+    if len(goals) > 1:
+        raise click.UsageError(
+            "give one goal at a time: --max-drop, --speedup or --risk; each makes its own point"
+        )
+    options.only_with("name", goals, "--max-drop, --speedup or --risk")
+    options.only_with("confidence risk_of", risk is not None, "--risk")
     if name is not None and not is_name(name):
-        raise click.UsageError(f"--name {name!a}: give a name that can be read and typed")
-    of_risk = (settings["confidence"], settings["risk_of"])
-    if settings["risk"] is None and of_risk != (None, None):
-        raise click.UsageError("--confidence and --risk-of are about --risk: give it too")
-    if "auto" in settings["rules"] and len(settings["rules"]) > 1:
-        raise click.UsageError("--rule auto takes whatever wins: give no other rule with it")
-    bound, goals = None, dict(DEFAULT_GOALS)
-    default = "balanced"
-    if settings["risk"] is not None:
-        confidence = 95.0 if settings["confidence"] is None else settings["confidence"]
-        risk_of = RiskOf(settings["risk_of"] or RiskOf.DROP)
-        bound = Bound(settings["risk"] / 100, confidence / 100, risk_of)
-        default = name or f"risk-{settings['risk']:g}"
-    elif asked:
-        short = {"max_drop": "drop", "speedup": "speedup"}[asked[0]]
-        default = name or f"{short}-{settings[asked[0]]:g}"
-        goals = {default: Goal(max_drop=settings["max_drop"], speedup=settings["speedup"])}
-    rules = () if "auto" in settings["rules"] else tuple(settings["rules"])
-    measures = tuple(Measure(m) for m in settings["measures"] if m != "all")
+        raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
+    if "auto" in rules and len(rules) > 1:
+        raise click.UsageError("--rule auto compares all rules: give no other rule with it")
+    point = name or (goals[0] if goals else "balanced")
+    bound = None
+    if risk is not None:
+        percent = 95.0 if confidence is None else confidence
+        bound = Bound(risk / 100, percent / 100, RiskOf(risk_of or RiskOf.DROP))
+    goal = {point: Goal(max_drop=max_drop, speedup=speedup)}
     return CalibrationOptions(
-        goals=goals,
+        goals=goal if goals and bound is None else DEFAULT_GOALS,
         bound=bound,
-        name=default,
-        default=default,
-        reading=read_options(settings),
-        metric=settings["metric"],
-        rules=rules,
-        measures=tuple(Measure) if "all" in settings["measures"] or not measures else measures,
-        target=settings["target"],
-        test=settings["test"],
-        unlabelled=settings["unlabelled"],
-        tune_label_thresholds=settings["tune_label_thresholds"],
-        batch_size=settings["batch_size"],
-        output=settings["output"],
-        threads=settings["threads"],
-        seed=settings["seed"],
+        name=point,
+        default=point,
+        reading=options.read_options(settings),
+        rules=() if "auto" in rules else rules,
+        measures=tuple(Measure(m) for m in measures if "all" not in measures) or tuple(Measure),
+        **settings,
     )
 
 
@@ -218,64 +248,71 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _print(result: Calibration, console: Console) -> None:
-    metric = result.points[0].held_out.metric
-    layers = result.layers[-1]
-    full = result.points[0].held_out.full_depth_score
+    first = result.points[0]
+    metric = first.held_out.metric
     console.print(
-        f"{result.target}: chosen on {len(result.rows)} rows, judged on {result.held_out}; "
-        f"{metric} {full:.4f} at full depth"
+        f"{result.target}: chosen on {len(result.rows)} rows, evaluated on {result.held_out}; "
+        f"{metric} {first.held_out.full_depth_score:.4f} at full depth"
     )
-    sizes = list(result.points[0].measured)
-    table = Table("point", "rule", metric, "drop (95 %)", "optimism", "depth", "layers", "times")
-    for size in sizes:
-        table.add_column(f"measured, batch {size}")
+    points = _table(result, "point")
     for point in result.points:
-        held = point.held_out
-        table.add_row(
-            point.name + (" (default)" if point.name == result.default else ""),
-            rule_in_words(point.rule),
-            f"{held.score:.4f}",
-            drop_in_words(held),
-            f"{point.optimism:+.2f}",
-            f"{held.mean_depth:.2f} of {layers}",
-            f"{held.theoretical:.2f}x",
-            f"{held.estimated:.2f}x",
-            *(f"{point.measured[size]:.2f}x" for size in sizes),
-        )
-    console.print(table)
+        points.add_row(_marked(point, result), *_cells(point.rule, point.held_out))
+    console.print(points)
+    speed = Table("point", "optimism", box=box.SIMPLE_HEAD)
+    for size in first.measured:
+        speed.add_column(f"speed-up measured, batch {size}")
+    for point in result.points:
+        ratios = (f"{ratio:.2f}x" for ratio in point.measured.values())
+        speed.add_row(_marked(point, result), f"{point.optimism:+.2f}", *ratios)
+    console.print(speed)
+    console.print("speed-up: theory by layers, estimate by the measured times of the segments")
     if result.held_out == CROSS_FITTED:
         console.print(
-            f"{metric} to times are of each fifth of the rows, by what the other four choose: "
-            "points with the same rule may differ"
+            f"{metric} to estimate are cross-validated: each fifth of the rows is scored with what "
+            "the other four choose, so points with the same rule may differ"
         )
     for point in result.points:
         if point.certificate is not None:
             console.print(f"{point.name}: {point.goal}, tested on {point.certificate.rows} rows")
     for point in result.at_full_depth:
         console.print(
-            f"{point.name}: {len(result.rows)} rows show of no other setting that it keeps to "
-            f'"{point.goal}" -> give more rows, or wish for a larger drop'
+            f"{point.name}: {len(result.rows)} rows are too few to confirm that any faster "
+            f'setting meets "{point.goal}" -> give more rows, or allow a larger drop'
         )
-    title = f"best of each rule, {result.contenders_wish}:"
-    table = Table("rule", metric, "drop (95 %)", "depth", "layers", "times", title=title)
+    console.print(f"best setting of each rule, {result.contenders_wish}:")
+    best = _table(result)
     for comparison in result.comparisons:
-        held = comparison.held_out
-        table.add_row(
-            rule_in_words(comparison.rule),
-            f"{held.score:.4f}",
-            drop_in_words(held),
-            f"{held.mean_depth:.2f} of {layers}",
-            f"{held.theoretical:.2f}x",
-            f"{held.estimated:.2f}x",
-        )
-    console.print(table)
+        best.add_row(*_cells(comparison.rule, comparison.held_out))
+    console.print(best)
     if result.label_thresholds is not None:
         tuned = result.label_thresholds
-        kept = "kept" if tuned.values else "not kept, since 0.5 for all labels is as good"
+        kept = "kept" if tuned.values else "not kept, because 0.5 for all labels is as good"
         console.print(
             f"label thresholds: {tuned.metric} {tuned.before:.4f} -> {tuned.after:.4f} "
-            f"(cross-fitted), {kept}"
+            f"(cross-validated), {kept}"
         )
+
+
+def _marked(point: Point, result: Calibration) -> str:
+    return point.name + " (default)" * (point.name == result.default)
+
+
+def _table(result: Calibration, *first: str) -> Table:
+    metric, depth = result.points[0].held_out.metric, f"depth of {result.layers[-1]}"
+    columns = (*first, "rule", metric, "drop (95 %)", depth, "theory", "estimate")
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _cells(rule: ExitRule, held: Outcome) -> tuple[str, ...]:
+    """A rule, and what it gives on rows that did not choose it."""
+    return (
+        rule_in_words(rule),
+        f"{held.score:.4f}",
+        drop_in_words(held),
+        f"{held.mean_depth:.2f}",
+        f"{held.theoretical:.2f}x",
+        f"{held.estimated:.2f}x",
+    )
 
 
 if __name__ == "__main__":

@@ -54,14 +54,36 @@ def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) ->
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_is_that_of_its_own_name(name: str) -> None:
+def test_help_pages(name: str, width: int) -> None:
+    """`fpabee NAME` and `fpabee-NAME` show the same page, which fits and ends with examples."""
     command = import_module(COMMANDS[name]).main
-    own = CliRunner().invoke(command, ["--help"], prog_name=f"fpabee {name}")
-    result = CliRunner().invoke(main, [name, "--help"], prog_name="fpabee")
+    environment = {"COLUMNS": str(width)}
+    own = CliRunner().invoke(command, ["--help"], prog_name=f"fpabee {name}", env=environment)
+    result = CliRunner().invoke(main, [name, "--help"], prog_name="fpabee", env=environment)
     assert result.exit_code == 0
-    assert isinstance(command, click.Command)
-    assert result.stdout.split("\n\n")[1:] == own.stdout.split("\n\n")[1:]
+    assert result.stdout == own.stdout
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    examples = lines[lines.index("Examples:") + 1 :]
+    assert all(line.startswith((f"  fpabee-{name} ", "  cat ")) for line in examples)
+    for option in command.params:
+        assert isinstance(option, click.Argument) or option.help
+        flags = option.opts if isinstance(option, click.Option) else [option.opts[0].upper()]
+        assert any(line.startswith(f"  {', '.join(flags)}") for line in lines), option.name
+    first = lines[lines.index("Options:") : lines.index("", lines.index("Options:"))]
+    assert sum(line.startswith("  -") for line in first) <= 14
+
+
+def test_wrong_usage_is_one_escaped_line() -> None:
+    result = CliRunner().invoke(main, ["run", "engines", "--\x1b[2J"], prog_name="fpabee")
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(" -> see fpabee run --help")
+    assert "\x1b" not in line
 
 
 def test_errors_of_a_command_keep_their_code_and_their_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fpabee-bench`: is the chain as fast as its layer counts promise, on this machine?"""
+"""`fpabee-bench`: measure the speed-up of an engines folder on this machine."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
+import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
 from ...calibration import threshold_for_depth
 from ...calibration.descriptions import rule_in_words
-from ...runtime.cli.console import Shown, table_console
-from ...runtime.cli.errors import exits_with_one_line
-from ...runtime.cli.options import (
-    FiniteRange,
-    chosen_rule,
-    read_options,
-    rule_options,
-    text_options,
-    version_option,
-)
+from ...runtime.cli import options
+from ...runtime.cli.command import RULE, command
+from ...runtime.cli.console import table_console
+from ...runtime.cli.progress import step_progress
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
@@ -41,42 +35,57 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
     except ValueError:
         pairs = ((0, 0),)
     if any(rows < 1 or tokens < 1 for rows, tokens in pairs):
-        raise click.BadParameter(f"{value!r} is not a list such as 1x32,32x128")
+        raise click.BadParameter(f"{value!r} is not a list of ROWSxTOKENS such as 1x32,32x128")
     if any(rows * tokens > _MOST_TOKENS for rows, tokens in pairs):
         raise click.BadParameter(f"{value!r} has a batch of more than {_MOST_TOKENS} tokens")
     return pairs
 
 
-@click.command(context_settings={"show_default": True})
-@click.argument("engines", type=click.Path(path_type=Path))
-@click.option("--input", "source", required=True, help="Texts, in any format of fpabee-run.")
-@text_options
-@rule_options
-@click.option(
+@command(
+    examples="""
+fpabee-bench engines/ --input texts.txt
+fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
+""",
+    panels={
+        **RULE,
+        "Reading files": "--input-format --text-column --text-pair-column --no-quotes",
+    },
+)
+@options.engines
+@options.option(
+    "--input source",
+    "FILE",
+    "Texts to measure on, in any format that fpabee-run reads.",
+    required=True,
+)
+@options.option(
     "--depth",
-    type=FiniteRange(min=0, max=1, min_open=True),
-    help="Choose the threshold whose mean depth is this share of the layers.",
+    "X",
+    "Choose the threshold at which the mean depth is this share of the layers.",
+    type=options.FiniteRange(min=0, max=1, min_open=True),
 )
-@click.option("--model-dir", help="The PyTorch model: time the same rule there too.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5)
-@click.option(
+@options.option("--model-dir", "DIR", "PyTorch model: time the same rule there, too.")
+@options.option("--repeats", "N", "Repetitions of each batch.", type=options.COUNT, default=5)
+@options.option(
     "--max-seconds",
-    type=FiniteRange(min=0),
+    "X",
+    "Time limit of a workload. Batches that are left after it run only once.",
+    type=options.FiniteRange(min=0),
     default=120.0,
-    help="Per workload; after it the rest is run only once.",
 )
-@click.option(
+@options.option(
     "--shapes",
+    "ROWSxTOKENS,...",
+    "Synthetic batches. '' for none.",
     callback=_shapes,
     default="1x32,1x128,32x32,32x128",
-    help="Synthetic batches, ROWSxTOKENS; none: ''.",
 )
-@click.option("--max-rows", type=click.IntRange(min=1), default=2000)
-@click.option("--threads", type=click.IntRange(min=1))
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@version_option
-@exits_with_one_line
+@options.option("--max-rows", "N", "Largest number of texts.", type=options.COUNT, default=2000)
+@options.threads
+@options.quiet
+@options.as_json
+@options.rule
+@options.texts
 def main(
     engines: Path,
     source: str,
@@ -84,31 +93,34 @@ def main(
     depth: float | None,
     quiet: bool,
     as_json: bool,
+    threads: int | None,
+    max_rows: int,
     model_dir: str | None,
     repeats: int,
     max_seconds: float,
     shapes: tuple[tuple[int, int], ...],
-    max_rows: int,
-    threads: int | None,
     **settings: Any,
 ) -> None:
-    """Time ENGINES on the texts of --input against one full graph, interleaved."""
-    if depth is not None and settings["threshold"] is not None:
-        raise click.UsageError("--depth chooses the threshold: give no --threshold with it")
+    """Measure how fast ENGINES is with its exits, compared with one full graph.
+
+    Both run alternately on the same texts, so that changes in the speed of the machine affect
+    both.
+    """
+    options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
     require("bench")
-    texts = [row.content for row in read_rows(source, read_options(settings))]
-    with Shown(quiet) as progress:
+    texts = [row.content for row in read_rows(source, options.read_options(settings))]
+    with step_progress(quiet) as progress:
         with Engine.load(engines, threads=threads) as engine:
             if depth is not None and takes_threshold(rule or engine.rule.name):
                 settings["threshold"] = 0.0  # replaced below
-            chosen = chosen_rule(engine.rule, rule, settings)
+            chosen = options.chosen_rule(engine.rule, rule, settings)
             if depth is not None:
                 progress("choose the threshold", 0, 1)
                 chosen = _of_depth(engine, chosen, texts[:max_rows], depth)
-        options = BenchOptions(
+        wanted = BenchOptions(
             chosen, repeats, max_seconds, shapes, max_rows, model_dir=model_dir, threads=threads
         )
-        report = run_bench(engines, texts, options, progress)
+        report = run_bench(engines, texts, wanted, progress)
     if as_json:
         click.echo(json.dumps(to_dict(report)))
     else:
@@ -116,7 +128,7 @@ def main(
 
 
 def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: float) -> ExitRule:
-    """The rule with the threshold whose mean depth on the texts is a share of the layers."""
+    """The rule with the threshold that makes the mean depth this share of the layers."""
     logits = engine.trace(texts).logits
     layers, task = engine.manifest.exit_layers, engine.manifest.task
     goal = depth * layers[-1]
@@ -124,7 +136,7 @@ def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: floa
 
 
 def to_dict(report: BenchReport) -> dict[str, Any]:
-    """The report with its derived figures, for JSON."""
+    """The report and the ratios that follow from it, for JSON."""
     content = dataclasses.asdict(report)
     for entry, workload in zip(content["workloads"], report.workloads, strict=True):
         entry["full_depth_over_full_graph"] = 1 / workload.speedup(FULL_DEPTH)
@@ -134,7 +146,7 @@ def to_dict(report: BenchReport) -> dict[str, Any]:
 
 
 def print_report(report: BenchReport, console: Console) -> None:
-    """The report as a table: one line for each workload and variant."""
+    """Print the report as a table with one line for each workload and variant."""
     table = Table("workload", "variant", "median ms", "p95 ms", "x full graph", "theory", "share")
     for workload in report.workloads:
         for variant, timing in workload.timings.items():

@@ -1,33 +1,39 @@
-"""`fpabee-export`: compile a model_dir into an engines folder."""
+"""`fpabee-export`: compile a model into an engines folder, or extend such a folder."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
+import rich_click as click
 
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.cli.console import Shown, echo, table_console
-from ...runtime.cli.errors import exits_with_one_line
+from ...runtime.cli import options
+from ...runtime.cli.command import READING, command
+from ...runtime.cli.console import echo, table_console
 from ...runtime.cli.inspect import not_built_lines
-from ...runtime.cli.options import (
-    column_options,
-    read_options,
-    version_option,
-)
+from ...runtime.cli.progress import step_progress
 from ...runtime.files import ReadOptions
 from ...runtime.optional_packages import require
-from ..add_targets import AddTargetsOptions, add_targets, check_options, drop_graphs
+from ..add_targets import (
+    AddTargetsOptions,
+    AddTargetsResult,
+    add_targets,
+    check_options,
+    drop_graphs,
+)
 from ..precision.formats import Half
 from ..prune.drop_exits import DropExitsOptions, drop_exits
-from ..targets.options import RTX_CAPABILITIES, TENSORRT, PlanOptions
-from . import prune as placement_shown
+from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
+from . import prune
+
+Content = dict[str, Any]
 
 
 def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -42,7 +48,7 @@ def _exits(
 ) -> tuple[int, ...] | None:
     if value == "auto":
         raise click.BadParameter(
-            "auto was removed, because the exits it chose ran no faster beyond noise: give exit "
+            "auto was removed, because the exits that it chose did not run faster; give exit "
             "numbers such as 2,4,6"
         )
     return _numbers(context, parameter, value)
@@ -51,12 +57,12 @@ def _exits(
 def _three(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
     numbers = _numbers(context, parameter, value) or ()
     if len(numbers) != 3 or list(numbers) != sorted(numbers) or numbers[0] < 1:
-        raise click.BadParameter(f"{value!r} is not a smallest, typical and largest size")
+        raise click.BadParameter(f"{value!r} is not a smallest, a typical and a largest size")
     return numbers[0], numbers[1], numbers[2]
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    """Compute capabilities such as `8.6` of `86` or `8.6`."""
+    """Compute capabilities such as `8.6`, from `86` or `8.6`."""
     parts = [part.strip().replace(".", "") for part in value.split(",")]
     if not all(part.isdigit() and len(part) > 1 for part in parts):
         raise click.BadParameter(f"{value!r} is not a list of compute capabilities such as 86,89")
@@ -64,216 +70,228 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     for capability in found:
         if capability not in RTX_CAPABILITIES:
             raise click.BadParameter(
-                f"TensorRT for RTX has no support for {capability}; it has "
-                f"{', '.join(RTX_CAPABILITIES)}. For others build on the device, with --backend "
-                "tensorrt"
+                f"TensorRT for RTX supports {', '.join(RTX_CAPABILITIES)}, not {capability}; for "
+                "other GPUs build on the device, with --backend tensorrt"
             )
     return found
 
 
-@click.command(context_settings={"show_default": True})
-@click.argument("model_dir", required=False)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder to write. Default: engines.",
+@command(
+    examples="""
+fpabee-export model_dir -o engines/
+fpabee-export model_dir -o engines/ --fp16
+fpabee-export --from engines/ --backend tensorrt --fp16
+fpabee-export --from engines/ --exits 4,8,12 -o fewer/
+""",
+    panels={
+        "Model": "--problem-type --max-length",
+        "Precision and verification": "--calibration-data --keep-fp32 --verify-data",
+        **READING,
+        "TensorRT plans": "--sm --batch --sequence --optimization-level --workspace "
+        "--version-compatible --hardware-compatible --jobs --resume --no-onnx",
+        "Fewer exits, with --from and --exits": "--target --threads",
+    },
 )
-@click.option(
-    "--from",
-    "source",
-    type=click.Path(path_type=Path),
-    help="Add to this engines folder instead, from the graphs it holds. Needs no torch.",
+@click.argument(
+    "model_dir",
+    required=False,
+    help="Trained multi-exit model: a folder, or an id on the Hugging Face hub.",
 )
-@click.option(
+@options.option("-o --output", "DIR", "Folder to write. Default: engines.", type=options.PATH)
+@options.option(
+    "--from source",
+    "ENGINES",
+    "Add to this engines folder instead of exporting a model. Does not need PyTorch.",
+    type=options.PATH,
+)
+@options.option(
     "--exits",
+    "N,N,...",
+    "Exits to keep. Default: all. With --from, write a folder with only these exits to --output.",
     callback=_exits,
-    metavar="N,N,...",
-    help="Exits to keep, such as 2,4,6. Default: all. With --from and -o: into a new folder.",
 )
-@click.option(
-    "--target", help="Whose points --from --exits calibrates again. Default: the folder's."
+@options.flag("--fp16", "Also export fp16, and build its targets.")
+@options.flag("--bf16", "Also export bf16, and build its targets.")
+@options.flag("--int8", "Also export int8 for TensorRT, and build its targets.")
+@options.choice(
+    "--backend backends",
+    "BACKEND",
+    "Build for this backend, or fail. May be repeated. Default: build what this machine can.",
+    [TENSORRT, RTX],
+    multiple=True,
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads for --from --exits.")
-@click.option(
+@options.flag("--force", "Replace an existing engines folder.")
+@options.quiet
+@options.as_json
+@options.choice(
     "--problem-type",
-    type=click.Choice([kind.value for kind in ProblemType]),
-    help="For checkpoints that do not name their task.",
+    "TYPE",
+    "Task of a checkpoint that does not name it.",
+    [kind.value for kind in ProblemType],
 )
-@click.option(
+@options.option(
     "--max-length",
-    type=click.IntRange(min=1),
-    help="Longest sequence in tokens. Default: what the model takes.",
+    "N",
+    "Number of tokens to which longer texts are truncated. Default: what the model supports.",
+    type=options.COUNT,
 )
-@click.option(
-    "--verify-data",
-    type=click.Path(path_type=Path),
-    help="More texts to verify with, in any format of fpabee-run.",
-)
-@click.option("--force", is_flag=True, help="Replace an engines folder that is there.")
-@click.option("--fp16", is_flag=True, help="Also write fp16, and build it where possible.")
-@click.option("--bf16", is_flag=True, help="Also write bf16, and build it where possible.")
-@click.option("--int8", is_flag=True, help="Also write int8 for TensorRT, and build it.")
-@click.option(
+@options.option(
     "--calibration-data",
-    type=click.Path(path_type=Path),
-    help="Rows like those to classify: for the ranges of --int8, or labelled for --from "
-    "--exits, if the folder no longer has those that calibrated it.",
+    "FILE",
+    "Texts that set the value ranges of --int8. With --from and --exits: labelled rows for the "
+    "operating points, if the folder no longer contains the rows that calibrated them.",
+    type=options.PATH,
 )
-@column_options
-@click.option(
+@options.option(
     "--keep-fp32",
+    "NODE",
+    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes that overflow.",
     multiple=True,
-    metavar="NODE|auto",
-    help="Keep a node (GRAPH:NODE) in fp32, or all that overflow.",
 )
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
-    help="Build for this one, or fail. Default: those that can be built here.",
-)
-@click.option(
-    "--sm",
-    "compute_capabilities",
+@options.option("--verify-data", "FILE", "More texts to verify with.", type=options.PATH)
+@options.labelled_texts
+@options.option(
+    "--sm compute_capabilities",
+    "SM,SM,...",
+    "Compute capabilities to build tensorrt-rtx plans for.",
     callback=_capabilities,
     default="86,89,120",
-    help="GPUs to build tensorrt-rtx plans for.",
 )
-@click.option("--batch", callback=_three, default="1,8,32", help="Rows: least, typical, most.")
-@click.option(
-    "--sequence", callback=_three, default="16,64,128", help="Tokens: least, typical, most."
+@options.option(
+    "--batch",
+    "N,N,N",
+    "Smallest, typical and largest number of rows.",
+    callback=_three,
+    default="1,8,32",
 )
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder.")
-@click.option("--workspace", type=click.IntRange(1, 2**20), help="Most scratch memory, in MiB.")
-@click.option("--version-compatible", is_flag=True, help="Plans for later TensorRT versions.")
-@click.option("--hardware-compatible", is_flag=True, help="Plans for Ampere and later GPUs.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Builds at a time.")
-@click.option("--resume", is_flag=True, help="Keep plans that are already built.")
-@click.option(
-    "--no-onnx",
-    is_flag=True,
-    help="Drop the ONNX graphs at the end, on devices short of space: only plans remain.",
+@options.option(
+    "--sequence",
+    "N,N,N",
+    "Smallest, typical and largest number of tokens.",
+    callback=_three,
+    default="16,64,128",
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@version_option
-@exits_with_one_line
+@options.option(
+    "--optimization-level", "N", "Effort of the builder, 0 to 5.", type=click.IntRange(0, 5)
+)
+@options.option("--workspace", "N", "Largest scratch memory in MiB.", type=click.IntRange(1, 2**20))
+@options.flag("--version-compatible", "Build plans that later TensorRT versions can run.")
+@options.flag("--hardware-compatible", "Build plans that all GPUs from Ampere on can run.")
+@options.option("--jobs", "N", "Number of builds at a time.", type=options.COUNT, default=1)
+@options.flag("--resume", "Keep plans that an earlier run built.")
+@options.flag("--no-onnx", "Finally delete the ONNX graphs, to save space on a device.")
+@options.option(
+    "--target",
+    "NAME",
+    "Target whose operating points to calibrate again. Default: the folder's default target.",
+)
+@options.threads
 def main(
     model_dir: str | None,
     output: Path | None,
     source: Path | None,
+    exits: tuple[int, ...] | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Compile MODEL_DIR, a trained multi-exit model or a hub id, into an engines folder."""
+    """Compile MODEL_DIR into an engines folder, with one ONNX segment for each exit.
+
+    With --from, add precisions and targets to an engines folder, or drop some of its exits.
+    """
     if (model_dir is None) == (source is None):
-        raise click.UsageError("give either MODEL_DIR or --from an engines folder")
-    reading = read_options(settings)
-    is_read = settings["verify_data"] or settings["calibration_data"]
-    if not is_read and reading != ReadOptions():
-        raise click.UsageError(
-            "columns and the format are those of --verify-data and --calibration-data: give one"
-        )
-    reads_labels = settings["exits"] is not None and settings["calibration_data"]
-    if not (source and reads_labels) and (reading.label_column or reading.label_separator):
-        raise click.UsageError("labels are read of --calibration-data with --from --exits only")
-    exits = settings.pop("exits")
-    place = {name: settings.pop(name) for name in ("target", "threads")}
-    fresh = {name: settings.pop(name) for name in ("problem_type", "max_length", "force")}
-    if source is not None and exits is not None:
-        if output is None:
-            raise click.UsageError("--from with --exits writes a new folder: name it with -o")
-        if fresh["problem_type"] or fresh["max_length"]:
-            raise click.UsageError("--from takes the task and the length from the folder")
-        others = ("fp16", "bf16", "int8", "keep_fp32", "backends", "no_onnx", "verify_data")
-        if any(settings[name] for name in others):
-            raise click.UsageError(
-                "--exits keeps the precisions and targets that are there; add others to the new "
-                "folder, with a second --from"
-            )
-        options = DropExitsOptions(
+        raise click.UsageError("give either MODEL_DIR or --from ENGINES")
+    drops = source is not None and exits is not None
+    _check_usage(source is None, drops, settings, output)
+    reading = options.read_options(settings)
+    say = (lambda line: None) if as_json else echo
+    folder = source or output or Path("engines")
+    content: Content = {}
+    targets = _target_options(settings, reading)
+    if source is not None and exits is not None and output is not None:
+        folder = output
+        kept = DropExitsOptions(
             exits=exits,
+            target=settings["target"],
             data=settings["calibration_data"],
-            force=fresh["force"],
-            targets=_extend_options(settings | {"calibration_data": None}, reading),
+            force=settings["force"],
+            threads=settings["threads"],
+            targets=replace(targets, int8_data=None),
             reading=reading,
-            **place,
         )
-        _place(source, output, options, Shown(quiet), as_json)
-        return
-    if any(place.values()):
-        raise click.UsageError(
-            "--target and --threads go with --from ENGINES --exits N,N,... -o NEW"
-        )
-    if source is not None and (output is not None or any(fresh.values())):
-        raise click.UsageError("--from adds to a folder: what was exported stays as it is")
-    fresh["exits"] = exits
-    wanted = _extend_options(settings, reading)
-    if source is not None and wanted.verify_data and not wanted.precisions:
-        raise click.UsageError("--verify-data goes with a new export, or with --fp16 or --bf16")
-    if wanted.keep_fp32 and not wanted.precisions:
-        raise click.UsageError("--keep-fp32 needs a precision: --fp16 or --bf16")
-    if wanted.int8_data is not None and not wanted.int8:
-        raise click.UsageError("--calibration-data goes with --int8")
-    if wanted.int8 and wanted.int8_data is None and source is None:
-        raise click.UsageError("--int8 needs --calibration-data")
-    if (settings["version_compatible"] or settings["hardware_compatible"]) and (
-        wanted.backends != (TENSORRT,)
-    ):
-        raise click.UsageError(
-            "--version-compatible and --hardware-compatible go with --backend tensorrt"
-        )
-    if settings["no_onnx"] and source is None:
-        raise click.UsageError("--no-onnx goes with --from, on the device")
-    shown = Shown(quiet)
-    content: dict[str, Any] = {}
-    lines: list[str] = []
-    if model_dir is not None:
-        check_options(wanted)
-        fresh |= {"verify_data": wanted.verify_data, "reading": reading}
-        folder, content, lines = _export(model_dir, output, fresh, shown)
-    else:
-        assert source is not None
-        folder = source
-    if wanted.precisions or wanted.int8 or wanted.backends or source is not None:
+        with step_progress(quiet) as progress:
+            dropped = drop_exits(source, output, kept, progress)
+        content = prune.to_dict(dropped)
         if not as_json:
-            _echo(lines)
-            lines = []
-        more, added = _extend(folder, wanted, shown)
+            prune.show(dropped, table_console(), len(read_manifest(source).segments))
+    if model_dir is not None:
+        check_options(targets)
+        content = _export(model_dir, folder, exits, settings, reading, quiet, say)
+    adds = targets.precisions or targets.int8 or targets.backends
+    if adds or (source is not None and exits is None):
+        with step_progress(quiet) as progress:
+            added = add_targets(folder, targets, progress)
+        content |= _show_added(added, folder, say)
         if settings["no_onnx"]:
             drop_graphs(folder)
-            added.append("the ONNX graphs are dropped: other targets need a new export")
-        content |= more
-        lines += added
+            say("deleted the ONNX graphs: more targets need a new export")
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
-        _echo([*lines, f"next: fpabee-run {folder} --input texts.txt"])
+        echo(f"next: fpabee-run {folder} texts.txt")
 
 
-def _echo(lines: Iterable[str]) -> None:
-    for line in lines:
-        echo(line)
+def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Path | None) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        click.UsageError: which, and what they need.
+    """
+    half = settings["fp16"] or settings["bf16"]
+    data = settings["calibration_data"]
+    adds = not (is_new or drops)
+    if drops and output is None:
+        raise click.UsageError("--from with --exits writes a new folder: name it with --output")
+    options.only_with(
+        "label_column label_separator", drops and data, "--calibration-data of --exits"
+    )
+    options.only_with(
+        "input_format text_column text_pair_column literal_quotes",
+        data or settings["verify_data"],
+        "--verify-data or --calibration-data",
+    )
+    options.not_with("problem_type max_length", not is_new, "--from")
+    options.not_with(
+        "fp16 bf16 int8 keep_fp32 backends no_onnx verify_data",
+        drops,
+        "--from and --exits: add precisions and targets to the new folder afterwards",
+    )
+    options.not_with("output force", adds, "--from, unless --exits is given")
+    options.only_with("target threads", drops, "--from and --exits")
+    options.only_with("keep_fp32", half, "--fp16 or --bf16")
+    options.only_with("verify_data", is_new or half, "a new export, --fp16 or --bf16")
+    options.only_with(
+        "calibration_data", drops or settings["int8"], "--int8, or --from and --exits"
+    )
+    options.only_with("int8", data or not is_new, "--calibration-data")
+    options.only_with(
+        "version_compatible hardware_compatible",
+        drops or settings["backends"] == (TENSORRT,),
+        "--backend tensorrt",
+    )
+    options.only_with("no_onnx", not is_new, "--from")
 
 
-def _place(
-    source: Path, output: Path, options: DropExitsOptions, shown: Shown, as_json: bool
-) -> None:
-    """Keep some exits of an engines folder, in a new one."""
-    with shown as progress:
-        result = drop_exits(source, output, options, progress)
-    if as_json:
-        click.echo(json.dumps({"folder": str(output), **placement_shown.to_dict(result)}))
-        return
-    placement_shown.show(result, table_console(), len(read_manifest(source).segments))
-    echo(f"next: fpabee-run {output} --input texts.txt")
-
-
-def _extend_options(settings: dict[str, Any], reading: ReadOptions) -> AddTargetsOptions:
+def _target_options(settings: dict[str, Any], reading: ReadOptions) -> AddTargetsOptions:
     workspace = settings["workspace"]
+    plans = (
+        "batch",
+        "sequence",
+        "compute_capabilities",
+        "version_compatible",
+        "hardware_compatible",
+        "optimization_level",
+    )
     return AddTargetsOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
         int8=settings["int8"],
@@ -282,12 +300,7 @@ def _extend_options(settings: dict[str, Any], reading: ReadOptions) -> AddTarget
         keep_fp32=settings["keep_fp32"],
         verify_data=settings["verify_data"],
         plans=PlanOptions(
-            batch=settings["batch"],
-            sequence=settings["sequence"],
-            compute_capabilities=settings["compute_capabilities"],
-            version_compatible=settings["version_compatible"],
-            hardware_compatible=settings["hardware_compatible"],
-            optimization_level=settings["optimization_level"],
+            **{name: settings[name] for name in plans},
             workspace=None if workspace is None else workspace * 2**20,
         ),
         jobs=settings["jobs"],
@@ -298,65 +311,63 @@ def _extend_options(settings: dict[str, Any], reading: ReadOptions) -> AddTarget
 
 def _export(
     model_dir: str,
-    output: Path | None,
-    fresh: dict[str, Any],
-    shown: Shown,
-) -> tuple[Path, dict[str, Any], list[str]]:
+    output: Path,
+    exits: tuple[int, ...] | None,
+    settings: dict[str, Any],
+    reading: ReadOptions,
+    quiet: bool,
+    say: Callable[[str], None],
+) -> Content:
     require("export")
     from ..pipeline import ExportOptions, export
 
-    problem_type = fresh.pop("problem_type")
-    options = ExportOptions(
+    problem_type = settings["problem_type"]
+    wanted = ExportOptions(
+        exits=exits,
         problem_type=ProblemType(problem_type) if problem_type else None,
-        **fresh,
+        max_length=settings["max_length"],
+        verify_data=settings["verify_data"],
+        force=settings["force"],
+        reading=reading,
     )
-    with shown as progress:
-        result = export(model_dir, output or "engines", options, progress)
+    with step_progress(quiet) as progress:
+        result = export(model_dir, output, wanted, progress)
     manifest, agreement = result.manifest, result.agreement
-    content = {
+    say(
+        f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "
+        f"target {manifest.default_target}"
+    )
+    say(
+        f"verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
+        f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}"
+    )
+    return {
         "segments": len(manifest.segments),
         "targets": list(manifest.targets),
         "bytes": result.size,
         "verification": agreement.to_dict(),
     }
-    lines = [
-        f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "
-        f"target {manifest.default_target}",
-        f"verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
-        f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}",
-    ]
-    return result.folder, content, lines
 
 
-def _extend(
-    folder: Path, options: AddTargetsOptions, shown: Shown
-) -> tuple[dict[str, Any], list[str]]:
-    with shown as progress:
-        result = add_targets(folder, options, progress)
-    lines = []
+def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], None]) -> Content:
     for check in result.checks:
-        lines.append(
-            f"{check.precision}: emulated on {check.rows} texts, {check.agreement}"
-            + (f", {len(check.kept)} nodes kept in fp32" if check.kept else "")
-        )
+        kept = f", {len(check.kept)} nodes kept in fp32" if check.kept else ""
+        say(f"{check.precision}: emulated on {check.rows} texts, {check.agreement}{kept}")
     for name in result.built:
         target = result.manifest.targets[name]
         where = ", ".join(target.compute_capabilities)
-        ran = (
-            "not run here" if target.tolerance is None else f"logits within {target.tolerance:.1e}"
-        )
-        lines.append(f"built {name} for compute capability {where} ({ran})")
-    lines += not_built_lines(result.not_built, folder)
+        within = target.tolerance
+        ran = "not run here" if within is None else f"logits within {within:.1e}"
+        say(f"built {name} for compute capability {where} ({ran})")
+    for line in not_built_lines(result.not_built, folder):
+        say(line)
     for name, points in result.lost_points.items():
-        lines += [
-            f"not valid any more: {', '.join(points)} of {name}, measured on what it was before",
-            f"  fpabee-calibrate {folder} --data DATA --target {shlex.quote(name)}",
-        ]
-    content = {
+        say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
+        say(f"  fpabee-calibrate {folder} --data DATA --target {shlex.quote(name)}")
+    return {
         "targets": list(result.manifest.targets),
         "precisions": [check.to_dict() for check in result.checks],
         "built": list(result.built),
         "not_built": msgspec.to_builtins(result.not_built),
         "not_valid_any_more": result.lost_points,
     }
-    return content, lines

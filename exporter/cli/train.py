@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
+import rich_click as click
+from click import get_current_context
 from rich.table import Table
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.cli.console import Shown, echo, table_console
-from ...runtime.cli.errors import exits_with_one_line, in_terms_of_options
-from ...runtime.cli.options import column_options, read_options, version_option
+from ...runtime.cli import options
+from ...runtime.cli.command import READING, command
+from ...runtime.cli.console import echo, table_console
+from ...runtime.cli.errors import in_terms_of_options
+from ...runtime.cli.progress import step_progress
 from ...runtime.errors import InputError
 from ...runtime.optional_packages import require
 from ..pooling import Pooling
@@ -29,67 +32,93 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
         raise click.BadParameter(f"{value!r} is not a list of layers such as 2,4,6") from None
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--backbone", help="The encoder: a folder, a hub id, or another model_dir.")
-@click.option(
+@command(
+    examples="""
+fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
+fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o model_dir
+""",
+    panels={
+        "Exits": "--exits --pooling --exit-weights --distill",
+        "Optimisation": "--epochs --lr --head-lr --batch-size --max-length --freeze-encoder "
+        "--random-init --seed --bf16",
+        **READING,
+    },
+)
+@options.option("--backbone", "MODEL", "Encoder: a folder, a hub id, or another model_dir.")
+@options.option(
     "--from-classifier",
-    help="Instead of --backbone: a trained classifier (a folder or a hub id) to add exits to.",
+    "MODEL",
+    "Instead of --backbone: a trained classifier (a folder or a hub id) to add exits to.",
 )
-@click.option("--freeze-encoder", is_flag=True, help="Train only the exits.")
-@click.option(
+@options.option(
     "--train",
+    "DATA",
+    "Rows to train on: a file, or a Hugging Face dataset as OWNER/NAME[/CONFIG]:SPLIT.",
     required=True,
-    help="Rows to train on: a file, or a Hugging Face dataset as OWNER/NAME[/CONFIG]:SPLIT.",
 )
-@click.option("--dev", required=True, help="Rows that are scored after every epoch.")
-@click.option("--test", help="Rows that are scored once, at the end.")
-@column_options
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="model_dir to write."
+@options.option("--dev", "DATA", "Rows that are scored after every epoch.", required=True)
+@options.option("--test", "DATA", "Rows that are scored once, at the end.")
+@options.option(
+    "-o --output", "DIR", "Folder for the model (model_dir).", type=options.PATH, required=True
 )
-@click.option(
+@options.choice(
     "--problem-type",
-    type=click.Choice([kind.value for kind in ProblemType]),
-    help="Default: that of --from-classifier, otherwise single-label.",
+    "TYPE",
+    "Task. Default: that of --from-classifier, otherwise single-label.",
+    [kind.value for kind in ProblemType],
 )
-@click.option("--epochs", type=float, default=TrainOptions.epochs)
-@click.option("--lr", type=float, default=TrainOptions.lr, help="Learning rate of the encoder.")
-@click.option(
-    "--head-lr",
-    type=float,
-    help="Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls.",
+@options.flag("--resume", "Continue after the last finished epoch.")
+@options.flag("--force", "Replace an existing model.")
+@options.quiet
+@options.as_json
+@options.option(
+    "--exits", "N,N,...", "Layers with an exit. Default: every layer.", callback=_layers
 )
-@click.option("--batch-size", type=int, default=TrainOptions.batch_size)
-@click.option("--max-length", type=int, default=TrainOptions.max_length, help="In tokens.")
-@click.option(
+@options.choice(
     "--pooling",
-    type=click.Choice([kind.value for kind in Pooling]),
+    "POOLING",
+    "Input of the exits: the mean over all tokens, or the first token (PABEE).",
+    [kind.value for kind in Pooling],
     default=TrainOptions.pooling.value,
-    help="What the exits see: the mean over all tokens, or the first token (PABEE).",
 )
-@click.option("--exits", callback=_layers, help="Layers with an exit. Default: every layer.")
-@click.option(
+@options.choice(
     "--exit-weights",
-    type=click.Choice([kind.value for kind in ExitWeights]),
+    "WEIGHTS",
+    "How much the loss of an exit counts: more for later exits, or the same for all.",
+    [kind.value for kind in ExitWeights],
     default=TrainOptions.exit_weights.value,
-    help="How much the loss of an exit counts: more for later exits, or the same for all.",
 )
-@click.option(
+@options.option(
     "--distill",
+    "X",
+    "How much early exits are trained on the output of the last exit instead of the labels, from "
+    "0 to 1. 0 gives the loss of F-PABEE.",
     type=float,
     default=TrainOptions.distill,
-    help="How much early exits are trained on the output of the last exit instead of the labels, "
-    "from 0 to 1. 0 gives the loss of F-PABEE.",
 )
-@click.option("--random-init", is_flag=True, help="Start from random weights.")
-@click.option("--seed", type=int, default=TrainOptions.seed)
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16 where that is safe.")
-@click.option("--resume", is_flag=True, help="Continue after the last finished epoch.")
-@click.option("--force", is_flag=True, help="Replace an existing model.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@version_option
-@exits_with_one_line
+@options.option(
+    "--epochs", "X", "Passes over the training rows.", type=float, default=TrainOptions.epochs
+)
+@options.option("--lr", "X", "Learning rate of the encoder.", type=float, default=TrainOptions.lr)
+@options.option(
+    "--head-lr",
+    "X",
+    "Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls.",
+    type=float,
+)
+@options.option("--batch-size", "N", "Rows per step.", type=int, default=TrainOptions.batch_size)
+@options.option(
+    "--max-length",
+    "N",
+    "Number of tokens to which longer texts are truncated.",
+    type=int,
+    default=TrainOptions.max_length,
+)
+@options.flag("--freeze-encoder", "Train only the exits.")
+@options.flag("--random-init", "Start from random weights.")
+@options.option("--seed", "N", "Seed of all random choices.", type=int, default=TrainOptions.seed)
+@options.flag("--bf16", "Compute in bfloat16 where that is safe.")
+@options.labelled_texts
 def main(
     output: Path,
     problem_type: str | None,
@@ -100,9 +129,9 @@ def main(
     **settings: Any,
 ) -> None:
     """Train a text classifier with an exit after every layer, or after chosen layers."""
-    reading = read_options(settings)
+    reading = options.read_options(settings)
     try:
-        options = TrainOptions(
+        wanted = TrainOptions(
             problem_type=ProblemType(problem_type) if problem_type else None,
             pooling=Pooling(pooling),
             exit_weights=ExitWeights(exit_weights),
@@ -120,8 +149,8 @@ def main(
     logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    program = click.get_current_context().find_root().info_name
-    with Shown(quiet) as progress:
+    program = get_current_context().find_root().info_name
+    with step_progress(quiet) as progress:
 
         def listener(state: TrainProgress) -> None:
             if state.scores:
@@ -131,7 +160,7 @@ def main(
             else:
                 progress(f"train, loss {state.loss:.3f}", state.step, state.steps)
 
-        report = train(output, options, listener, f"{program} {shlex.join(sys.argv[1:])}")
+        report = train(output, wanted, listener, f"{program} {shlex.join(sys.argv[1:])}")
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return

@@ -1,4 +1,4 @@
-"""How commands report errors: one line on standard error, and the exit code."""
+"""How commands report errors: one line on standard error, and an exit code."""
 
 from __future__ import annotations
 
@@ -8,90 +8,89 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-import click
+import rich_click as click
 
 from ..errors import Call, FpabeeError, Remedy, in_one_line
 from ..files.destination import INTERRUPTED
+from .console import echo
 
-F = TypeVar("F", bound=Callable[..., Any])
+_DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
-# The command of each public function that a remedy may name.
+# How a call of each public function that a remedy may name is typed: the command, and the option
+# that takes the second argument.
 _COMMANDS = {
-    "export": "fpabee-export",
-    "add_targets": "fpabee-export --from",
-    "calibrate": "fpabee-calibrate",
-    "train": "fpabee-train",
-    "inspect": "fpabee-inspect",
+    "export": ("fpabee-export", "-o"),
+    "add_targets": ("fpabee-export --from", ""),
+    "drop_exits": ("fpabee-export --from", "-o"),
+    "calibrate": ("fpabee-calibrate", "--data"),
+    "train": ("fpabee-train", ""),
+    "inspect": ("fpabee-inspect", ""),
 }
 
 
-def exits_with_one_line(function: F) -> F:
-    """Print our errors as one line and exit with code 1; bugs keep their traceback."""
+def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
+    """Print an error of ours as one line and exit with code 1; a bug keeps its traceback."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
-            result = function(*args, **kwargs)
+            function(*args, **kwargs)
             if sys.stdout is not None:
                 sys.stdout.flush()
-            return result
-        except FpabeeError as error:
-            _exit_with(error)
         except BrokenPipeError:
             # The reader of our output, such as `head`, has seen enough. That is not an error.
             _drop_stdout()
             sys.exit(0)
-        except OSError as error:
-            _exit_with(_refused(error))
+        except (FpabeeError, OSError) as error:
+            ours = error if isinstance(error, FpabeeError) else _of_the_system(error)
+            echo(f"error: {in_terms_of_options(ours)}", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
 def in_terms_of_options(error: FpabeeError) -> str:
-    """An error as a command prints it: parameters are options, and functions are commands."""
+    """An error with its parameters written as options and its functions as commands."""
     remedy = error.remedy
-    text = remedy.render(_option, _command) if isinstance(remedy, Remedy) else remedy
+    text = remedy.render(option_of, _command) if isinstance(remedy, Remedy) else remedy
     return f"{error.message} -> {in_one_line(text)}" if text else error.message
 
 
-def _option(parameter: str) -> str:
+def option_of(parameter: str) -> str:
     """The option of the running command that sets a parameter; else the parameter's name."""
     context = click.get_current_context(silent=True)
+    spelled = f"--{parameter.replace('_', '-')}"
     for option in context.command.params if context else ():
-        if option.name == parameter:
+        if option.name == parameter or spelled in option.opts:
             is_option = isinstance(option, click.Option)
             return max(option.opts, key=len) if is_option else parameter.upper()
     return parameter
 
 
 def _command(call: Call) -> str:
-    words = [_COMMANDS[call.function], *(shlex.quote(str(a)) for a in call.arguments)]
+    command, second = _COMMANDS[call.function]
+    words = [command, *(shlex.quote(str(argument)) for argument in call.arguments)]
+    if len(call.arguments) > 1 and second:
+        words.insert(2, second)
     for name, value in call.keywords.items():
-        words.append("--" + name.replace("_", "-"))
+        words.append(f"--{name.replace('_', '-')}")
         if value is not True:
             words.append(shlex.quote(str(value)))
     return " ".join(words)
 
 
-def _exit_with(error: FpabeeError) -> NoReturn:
-    click.echo(f"error: {in_terms_of_options(error)}", err=True)
-    sys.exit(1)
-
-
-def _refused(error: OSError) -> FpabeeError:
-    """What the system refuses: a path that it does not accept, or a full standard output."""
+def _of_the_system(error: OSError) -> FpabeeError:
+    """An error for a path that the system refuses, or for a full standard output."""
     if error.filename is not None:
         return FpabeeError(
             f"{error.filename}: {error.strerror}", "check the path and its permissions"
         )
-    if error.errno not in _NO_ROOM:
+    if error.errno not in _DEVICE_ERRORS:
         raise error
     # Otherwise Python would try to write again when it exits.
     _drop_stdout()

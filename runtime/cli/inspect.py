@@ -1,4 +1,4 @@
-"""`fpabee-inspect`: what is in an engines folder, and what of it this machine can run."""
+"""`fpabee-inspect`: what an engines folder contains, and which targets this machine can run."""
 
 from __future__ import annotations
 
@@ -10,75 +10,79 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
+import rich_click as click
 from rich.table import Table
 
 from ..artifact.folder import read_manifest
 from ..artifact.manifest import Manifest, NotBuilt
 from ..backends.tensorrt import build_command
 from ..environment import environment, providers
-from ..errors import ArtifactError, VerificationError
-from ..inspection import (
-    Integrity,
-    Part,
-    TargetState,
-    chain_parts,
-    check_integrity,
-    target_states,
-)
+from ..errors import ArtifactError, Call, Remedy, VerificationError
+from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
+from . import options
+from .command import command
 from .console import echo, table_console
-from .errors import exits_with_one_line
-from .options import version_option
 
 
-def not_built_lines(left: Mapping[str, NotBuilt], folder: Path) -> list[str]:
-    """What a folder lacks, why, and the command that builds it, two lines each.
+def not_built_lines(not_built: Mapping[str, NotBuilt], folder: Path) -> list[str]:
+    """For each target that is missing: why, and the command that builds it.
 
-    The command is made here, of what this fpabee knows: nobody should run what a file says.
+    The command comes from this version of fpabee and not from the folder, because nobody should
+    run a command that a file contains.
     """
     lines = []
-    for name, note in left.items():
+    for name, note in not_built.items():
         command = build_command(note.backend, note.precision)
         there = command.replace("ENGINES", shlex.quote(str(folder))) or "pip install -U fpabee"
-        lines += [f"not built: {name}: {note.reason}", f"  there: {there}"]
+        lines += [f"not built: {name}: {note.reason}", f"  to build it: {there}"]
     return lines
 
 
-@click.command()
-@click.argument("engines", type=click.Path(path_type=Path), required=False)
-@click.option("--env", "show_env", is_flag=True, help="Versions and devices, for a bug report.")
-@click.option(
-    "--check",
-    is_flag=True,
-    help="Compare the hashes of all files, and run the reference texts on every target that "
-    "can run here.",
+@command(
+    examples="""
+fpabee-inspect engines/
+fpabee-inspect engines/ --check
+fpabee-inspect --env
+""",
+    panels={},
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@version_option
-@exits_with_one_line
+@click.argument(
+    "engines", type=options.PATH, required=False, help="Folder written by fpabee-export."
+)
+@options.flag(
+    "--check", "Check the hashes of all files, and run the reference texts on each target."
+)
+@options.flag("--env show_env", "Show versions and devices, to paste into a bug report.")
+@options.as_json
 def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> None:
-    """Say what is in ENGINES, and which of its targets this machine can run."""
+    """Show what ENGINES contains, and which of its targets this machine can run."""
     if engines is None and (check or not show_env):
-        raise click.UsageError("give an engines folder" + ("" if check else ", or --env"))
+        raise click.UsageError("give ENGINES" + ("" if check else " or --env"))
     content: dict[str, Any] = {}
+    found = None
     if show_env:
         content["environment"] = environment() | {"providers": providers()}
         if not as_json:
             _print_values(content["environment"])
-    found = None
     if engines is not None:
         if not engines.is_dir():
-            raise ArtifactError(f"{engines} is not a folder", "make one with fpabee-export")
+            raise ArtifactError(
+                f"{engines} is not a folder",
+                Remedy("create one with {call}", call=Call("export", "MODEL_DIR", engines)),
+            )
         manifest = read_manifest(engines)
         parts, states = chain_parts(engines, manifest), target_states(engines, manifest)
         found = check_integrity(engines, manifest, states) if check else None
-        content |= _describe(manifest)
-        content["chain"] = [asdict(part) for part in parts]
-        content["targets"] = [_state_to_dict(state) for state in states]
-        content["not_built"] = msgspec.to_builtins(manifest.not_built)
+        content |= _summary(manifest) | {
+            "chain": [asdict(part) for part in parts],
+            "targets": [_target(state) for state in states],
+            "not_built": msgspec.to_builtins(manifest.not_built),
+        }
         if found is not None:
+            # The key of the agreement has been "parity" since version 0.1.
             content["check"] = asdict(found) | {"passed": found.passed}
+            content["check"]["parity"] = content["check"].pop("agreement")
         if not as_json:
             _print(engines, manifest, parts, states)
             if found is not None:
@@ -87,24 +91,18 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         click.echo(json.dumps(content))
     if found is not None and not found.passed:
         raise VerificationError(
-            f"{engines} is not as it was exported: {len(found.damaged)} of {found.files} files "
-            f"are damaged, {len(found.refused)} targets do not give what the model gave",
+            f"{engines} has changed since its export: {len(found.damaged)} of {found.files} files "
+            f"are damaged, and {len(found.refused)} targets do not reproduce the model",
             "copy the engines folder again, or export the model again",
         )
 
 
-def _state_to_dict(state: TargetState) -> dict[str, Any]:
-    """A state for JSON, where the reason keeps the key that it has had since version 0.1."""
-    content = asdict(state)
-    content["why_not"] = content.pop("unavailable_reason")
-    return content
-
-
-def _describe(manifest: Manifest) -> dict[str, Any]:
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    model = manifest.model
     return {
         "fpabee": manifest.fpabee_version,
-        "model": f"{manifest.model.model_type}, {manifest.model.layers} layers of "
-        f"{manifest.model.hidden_size}, {manifest.model.pooling} pooling",
+        "model": f"{model.model_type}, {model.layers} layers of {model.hidden_size}, "
+        f"{model.pooling} pooling",
         "task": manifest.task.problem_type.value,
         "labels": list(manifest.task.labels),
         "exits": list(manifest.exit_layers),
@@ -120,13 +118,17 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _target(state: TargetState) -> dict[str, Any]:
+    """A target for JSON, where the reason keeps the key that it has had since version 0.1."""
+    content = asdict(state)
+    content["why_not"] = content.pop("unavailable_reason")
+    return content
+
+
 def _print(
-    folder: Path,
-    manifest: Manifest,
-    parts: Sequence[Part],
-    states: Sequence[TargetState],
+    folder: Path, manifest: Manifest, parts: Sequence[Part], states: Sequence[TargetState]
 ) -> None:
-    shown = _describe(manifest)
+    shown = _summary(manifest)
     default, rule = shown.pop("default_target"), shown.pop("rule")
     del shown["operating_points"]
     _print_values(shown)
@@ -134,15 +136,15 @@ def _print(
     echo(f"rule without an operating point: {rule.get('name')}{settings}")
     for line in chain_lines(parts, manifest.tokenizer.max_length):
         echo(line)
-    table = Table("target", "MiB", "logits within", "operating points", "here")
+    table = Table("target", "MiB", "logits within", "operating points", "on this machine")
     for state in states:
         target = manifest.targets[state.name]
         points = [
-            point + (" (default)" if point == target.default_operating_point else "")
+            point + " (default)" * (point == target.default_operating_point)
             for point in target.operating_points
         ]
         table.add_row(
-            state.name + (" (default)" if state.name == default else ""),
+            state.name + " (default)" * (state.name == default),
             _mebibytes(state.size),
             "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
             ", ".join(points),
@@ -161,22 +163,22 @@ def _runs(state: TargetState, default: str) -> str:
 
 
 def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
-    """A picture of a chain: a line for each segment, from the text down.
+    """A picture of a chain: one line for each segment, from the text down.
 
     Args:
         parts: the segments.
         max_length: tokens of the longest text.
     """
-    yield f"text, up to {max_length} tokens"
     rows = []
     for part in parts:
         first, last = part.layers
         layers = f"layer {last}" if first == last else f"layers {first}-{last}"
-        calls = Counter(part.calls)
-        names = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in calls.items())
         size = "missing" if part.size is None else f"{_mebibytes(part.size)} MiB"
-        rows.append((layers, size, f"{len(part.calls)} call{'s' * (len(part.calls) > 1)}", names))
+        count = f"{len(part.calls)} call{'s' * (len(part.calls) > 1)}"
+        calls = Counter(part.calls).items()
+        rows.append((layers, size, count, ", ".join(f"{c} x{n}" if n > 1 else c for c, n in calls)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield f"text, up to {max_length} tokens"
     for part, (layers, size, count, names) in zip(parts, rows, strict=True):
         yield "  |"
         yield (
@@ -186,12 +188,12 @@ def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
 
 
 def _print_check(found: Integrity) -> None:
-    whole = found.files - len(found.damaged)
-    echo(f"hashes: {whole} of {found.files} files are whole")
+    intact = found.files - len(found.damaged)
+    echo(f"hashes: {intact} of {found.files} files are intact")
     for message in found.damaged:
         echo(f"  {message}")
     for name, agreement in found.agreement.items():
-        echo(f"{name} is the model that was exported: {agreement}")
+        echo(f"{name} reproduces the exported model: {agreement}")
     for name, message in found.refused.items():
         echo(f"{name} is refused: {message}")
 

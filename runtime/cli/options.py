@@ -1,107 +1,176 @@
-"""Options that several commands share, and how their errors are shown."""
+"""Options that several commands share, and the values that they stand for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import click
+import rich_click as click
+from click import get_current_context
+from click.core import ParameterSource
 
-from ... import __version__
 from ..files import LABEL_SEPARATOR, ReadOptions, TextFormat
-from ..files.writers import OutputFormat
 from ..rules.measures import Measure
 from ..rules.rules import RULES, ExitRule, Threshold
+from .errors import option_of
 
-F = TypeVar("F", bound=Callable[..., Any])
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
-version_option = click.version_option(__version__, package_name="fpabee")
-
-check_option = click.option(
-    "--check",
-    is_flag=True,
-    help="First run the folder's reference texts: is it the model that was exported?",
-)
-
-RULE_OPTIONS = (
-    "measure",
-    "threshold",
-    "agreement",
-    "patience",
-    "exit",
-    "min_exit",
-    "max_exit",
-)
+RULE_OPTIONS = ("measure", "threshold", "agreement", "patience", "exit", "min_exit", "max_exit")
 
 
-class _ThresholdType(click.ParamType[Threshold]):
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1)
+MEASURES = [measure.value for measure in Measure]
+FORMATS = [known.value for known in TextFormat]
+
+
+class ThresholdType(click.ParamType[Threshold]):
     """One number, or one for each exit: `0.1` or `0.1,0.2,0.3`."""
 
-    name = "number[,number...]"
+    name = "threshold"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Threshold:
-        """Numbers of the text on the command line."""
+        """Parse the text of an option."""
         try:
             numbers = tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a number, nor a list such as 0.1,0.2", param, ctx)
+            self.fail(f"{value!r} is not a number or a list such as 0.1,0.2", param, ctx)
         return numbers if len(numbers) > 1 else numbers[0]
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers; `nan` and `inf`, which Python takes for numbers, are none."""
-
-    def _describe_range(self) -> str:
-        """Nothing, where there are no bounds; click would write x<=None."""
-        return "" if self.min is None and self.max is None else super()._describe_range()
+    """A range of numbers without `nan` and `inf`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A number of the range."""
+        """Parse the text of an option."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
 
-def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
-    for option in reversed(options):
-        function = option(function)
-    return function
+def option(names: str, metavar: str, help: str, **settings: Any) -> Decorator:
+    """An option with a value; its names are separated by spaces, as on the help page."""
+    return click.option(*names.split(), metavar=metavar, help=help, **settings)
 
 
-def rule_options(function: F) -> F:
-    """Options that describe an exit rule; `chosen_rule` reads them."""
-    options = [
-        click.option("--rule", type=click.Choice(list(RULES)), help="Exit rule."),
-        click.option(
-            "--measure",
-            type=click.Choice([m.value for m in Measure]),
-            help="Similarity measure of fpabee.",
-        ),
-        click.option(
-            "--threshold",
-            type=_ThresholdType(),
-            help="Threshold of the rule: one, or one for each exit with commas.",
-        ),
-        click.option("--agreement", type=FiniteRange(), help="Threshold of either's measure."),
-        click.option("--patience", type=click.IntRange(min=1), help="Signal in a row to stop."),
-        click.option("--exit", type=click.IntRange(min=1), help="The exit of budget."),
-        click.option("--min-exit", type=click.IntRange(min=1), help="No row stops before it."),
-        click.option("--max-exit", type=click.IntRange(min=1), help="Every row stops there."),
-    ]
-    return _with(options, function)
+def flag(names: str, help: str) -> Decorator:
+    """An option without a value."""
+    return click.option(*names.split(), is_flag=True, help=help)
+
+
+def choice(
+    names: str, metavar: str, help: str, values: Iterable[str], **settings: Any
+) -> Decorator:
+    """An option that takes one of a few values, which its help lists."""
+    choices = list(values)
+    help = f"{help} One of {', '.join(choices)}."
+    return option(names, metavar, help, type=click.Choice(choices), **settings)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order of the help page."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def only_with(names: str, is_met: object, what: str) -> None:
+    """Refuse options that have no effect here.
+
+    Args:
+        names: the parameters of the options, separated by spaces.
+        is_met: whether what they need is given.
+        what: what they need.
+
+    Raises:
+        click.UsageError: one of them is given all the same.
+    """
+    if not is_met and (flags := _given(names)):
+        raise click.UsageError(f"{flags} can be used only with {what}")
+
+
+def not_with(names: str, clashes: object, what: str) -> None:
+    """Refuse options that contradict others; the arguments are those of `only_with`."""
+    if clashes and (flags := _given(names)):
+        raise click.UsageError(f"{flags} cannot be used with {what}")
+
+
+def _given(names: str) -> str:
+    source = get_current_context().get_parameter_source
+    typed = [name for name in names.split() if source(name) is ParameterSource.COMMANDLINE]
+    return " and ".join(map(option_of, typed))
+
+
+engines = click.argument("engines", type=PATH, help="Folder written by fpabee-export.")
+target = option(
+    "--target", "NAME", "Target to use. Default: the default target of the engines folder."
+)
+threads = option("--threads", "N", "Number of CPU threads. Default: all cores.", type=COUNT)
+quiet = flag("--quiet", "Show no progress.")
+as_json = flag("--json as_json", "Print the result as one JSON object.")
+
+rule = together(
+    choice("--rule", "RULE", "Exit rule.", RULES),
+    choice("--measure", "MEASURE", "Similarity measure of the rules fpabee and either.", MEASURES),
+    option(
+        "--threshold",
+        "X[,X,...]",
+        "Threshold of the rule: one number, or one for each exit.",
+        type=ThresholdType(),
+    ),
+    option("--agreement", "X", "Similarity threshold of the rule either.", type=FiniteRange()),
+    option("--patience", "N", "Number of consecutive signals that stop a row.", type=COUNT),
+    option("--exit", "N", "Exit at which the rule budget stops every row.", type=COUNT),
+    option("--min-exit", "N", "First exit at which a row may stop.", type=COUNT),
+    option("--max-exit", "N", "Exit at which every row stops at the latest.", type=COUNT),
+)
+"""Options that describe an exit rule; `chosen_rule` reads them."""
+
+texts = together(
+    choice("--input-format", "FORMAT", "Format of the input. Default: by file name.", FORMATS),
+    option("--text-column", "NAME", "Column or field of the text.", default="text"),
+    option(
+        "--text-pair-column",
+        "NAME",
+        "Column or field of the second text. Default: text_pair, if there is one.",
+    ),
+    flag("--no-quotes literal_quotes", 'Treat " as an ordinary character in .csv and .tsv files.'),
+)
+"""Options that say how texts are read: `read_options`."""
+
+labelled_texts = together(
+    texts,
+    option(
+        "--label-column",
+        "NAME",
+        "Column or field of the true labels. Default: labels or label, if there is one.",
+    ),
+    option(
+        "--label-separator",
+        "TEXT",
+        f"Text between the labels of a row. Default: {LABEL_SEPARATOR} in a column named labels.",
+    ),
+)
+"""Those of `texts`, and options that say how labels are read."""
 
 
 def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -> ExitRule:
     """The rule that the options describe: a named one, or the default with changes.
 
     Raises:
-        RuleError: a setting that the rule does not take, or one that it needs is missing.
+        RuleError: the rule does not take a setting, or lacks one that it needs.
     """
     given = {key: value for key, value in settings.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
@@ -111,67 +180,6 @@ def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -
     return ExitRule.from_dict(base | given)
 
 
-def input_options(function: F) -> F:
-    """What is read, and how; see `chosen_sources` and `column_options`."""
-    source = click.option(
-        "--input",
-        "sources",
-        multiple=True,
-        help="One more of FILES, read after those. May be repeated.",
-    )
-    files = click.argument("files", nargs=-1, type=click.Path(allow_dash=True))
-    return files(source(column_options(function)))
-
-
-def chosen_sources(files: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
-    """All inputs in the order in which they are read.
-
-    Args:
-        files: the positional ones.
-        sources: those given with `--input`.
-
-    Raises:
-        click.UsageError: there is none.
-    """
-    if not files and not sources:
-        raise click.UsageError(
-            "there is nothing to classify: give files, such as texts.txt, or - for standard input"
-        )
-    return (*files, *sources)
-
-
-def text_options(function: F) -> F:
-    """Options that say how texts are read; `read_options` takes them."""
-    options = [
-        click.option(
-            "--input-format",
-            type=click.Choice([f.value for f in TextFormat]),
-            help="Default: by the file's name.",
-        ),
-        click.option("--text-column", default="text", help="Field of the text."),
-        click.option("--text-pair-column", help="Field of the second text. Default: text_pair."),
-        click.option(
-            "--no-quotes",
-            "literal_quotes",
-            is_flag=True,
-            help='In .csv and .tsv, " does not quote.',
-        ),
-    ]
-    return _with(options, function)
-
-
-def column_options(function: F) -> F:
-    """Those of `text_options`, and options that say how labels are read."""
-    options = [
-        click.option("--label-column", help="Field of true labels. Default: labels or label."),
-        click.option(
-            "--label-separator",
-            help=f"Between labels in a cell. Default: {LABEL_SEPARATOR} in a column labels.",
-        ),
-    ]
-    return text_options(_with(options, function))
-
-
 def read_options(settings: dict[str, Any]) -> ReadOptions:
     """The options that say how inputs are read; takes them out of the settings.
 
@@ -179,33 +187,9 @@ def read_options(settings: dict[str, Any]) -> ReadOptions:
         click.UsageError: two options name the same column.
     """
     names = [field.name for field in fields(ReadOptions)]
-    options = ReadOptions(**{name: settings.pop(name) for name in names if name in settings})
-    columns = [options.text_column, options.text_pair_column, options.label_column]
+    reading = ReadOptions(**{name: settings.pop(name) for name in names if name in settings})
+    columns = [reading.text_column, reading.text_pair_column, reading.label_column]
     named = [name for name in columns if name is not None]
     if len(set(named)) < len(named):
-        raise click.UsageError("a column is text, text_pair or label: give each its own")
-    return options
-
-
-def output_options(function: F) -> F:
-    """Options that say where results go and what becomes of a run that is interrupted."""
-    options = [
-        click.option(
-            "--output", type=click.Path(path_type=Path), help="File to write. Default: stdout."
-        ),
-        click.option(
-            "--output-format",
-            type=click.Choice([f.value for f in OutputFormat]),
-            help="Default: by the file's name, or JSON lines.",
-        ),
-        click.option(
-            "--resume", is_flag=True, help="Go on with the rows that stand in OUTPUT.partial."
-        ),
-        click.option(
-            "--on-error",
-            type=click.Choice(["stop", "skip"]),
-            default="stop",
-            help="A row that cannot be read: stop, or write its error in its place.",
-        ),
-    ]
-    return _with(options, function)
+        raise click.UsageError("text, text pair and label need different columns")
+    return reading

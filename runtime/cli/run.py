@@ -1,4 +1,4 @@
-"""`fpabee-run`: classify files with an engines folder. Results out, all else on stderr."""
+"""`fpabee-run`: classify the texts of files with an engines folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import click
+import rich_click as click
 
 from ... import __version__
 from ..artifact.folder import read_manifest, sha256_of
@@ -24,55 +24,71 @@ from ..files.summary import Summary
 from ..files.writers import OutputFormat
 from ..files.writers import output_format as format_of
 from ..rules.rules import ExitRule
+from . import options
+from .command import READING, RULE, command
 from .console import PlainConsole, echo
-from .errors import exits_with_one_line
-from .options import (
-    RULE_OPTIONS,
-    check_option,
-    chosen_rule,
-    chosen_sources,
-    input_options,
-    output_options,
-    read_options,
-    rule_options,
-    version_option,
+from .progress import row_progress
+
+
+@command(
+    examples="""
+fpabee-run engines/ texts.txt
+fpabee-run engines/ a.csv b.parquet --text-column body --output out.parquet
+fpabee-run engines/ dev.jsonl --metrics --rule fpabee --threshold 0.2
+cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
+""",
+    panels={
+        **RULE,
+        **READING,
+        "Writing results": "--output-format --with-text --all-scores --resume --unbuffered",
+    },
 )
-from .run_progress import progress
-
-__all__ = ["chosen_rule", "exits_with_one_line", "main", "rule_options", "version_option"]
-
-
-@click.command(context_settings={"show_default": True})
-@click.argument("engines", type=click.Path(path_type=Path))
-@input_options
-@output_options
-@click.option("--target", help="A built target. Default: the folder's.")
-@click.option(
-    "--operating-point", help="A calibrated rule of the target, by name. Default: the target's."
+@options.engines
+@click.argument(
+    "files",
+    nargs=-1,
+    type=click.Path(allow_dash=True),
+    help="Texts to classify: .txt (one text per line), .jsonl, .csv, .tsv or .parquet. All but "
+    ".parquet may end in .gz. - is standard input.",
 )
-@rule_options
-@click.option("--full-depth", is_flag=True, help="Run every layer for every row.")
-@click.option("--max-length", type=click.IntRange(min=1), help="Truncate to fewer tokens.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
-@check_option
-@click.option("--with-text", is_flag=True, help="Repeat the text in the output.")
-@click.option("--all-scores", is_flag=True, help="Give the probabilities of all labels.")
-@click.option("--metrics", is_flag=True, help="Score against the labels in the input.")
-@click.option(
+@options.option("--output", "FILE", "File to write. Default: standard output.", type=options.PATH)
+@options.option(
+    "--operating-point",
+    "NAME",
+    "Calibrated rule to use. Default: the default operating point of the target.",
+)
+@options.target
+@options.flag("--full-depth", "Run all layers for every row.")
+@options.flag("--metrics", "Score the results against the labels in the input.")
+@options.choice(
+    "--on-error",
+    "ACTION",
+    "What to do about a row that cannot be read: stop, or skip it and write its error.",
+    ["stop", "skip"],
+    default="stop",
+)
+@options.option("--max-length", "N", "Truncate texts to this many tokens.", type=options.COUNT)
+@options.threads
+@options.flag("--check", "First check on the reference texts that the target matches the model.")
+@options.flag("--quiet", "Show no progress and no summary.")
+@options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
+@options.rule
+@click.option("--input", "sources", multiple=True, metavar="FILE", help="One more of FILES.")
+@options.labelled_texts
+@options.choice(
+    "--output-format",
+    "FORMAT",
+    "Format of the results. Default: by the name of the output file, or jsonl.",
+    [known.value for known in OutputFormat],
+)
+@options.flag("--with-text", "Repeat the text in each result.")
+@options.flag("--all-scores", "Write the probabilities of all labels.")
+@options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
+@options.flag(
     "--unbuffered",
-    is_flag=True,
-    help="Write each row's result before the next row is read, as is done with stdin when it is "
-    "a terminal. Slower.",
+    "Write the result of each row before reading the next one. Slower; always done when standard "
+    "input is a terminal.",
 )
-@click.option("--quiet", is_flag=True, help="No progress and no summary.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="The summary as one JSON object on stderr, and no progress.",
-)
-@version_option
-@exits_with_one_line
 def main(
     engines: Path,
     files: tuple[str, ...],
@@ -96,68 +112,63 @@ def main(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Classify the texts of FILES with ENGINES, a folder that fpabee-export wrote.
-
-    A file is .txt (a text a line), or .jsonl, .csv, .tsv or .parquet with text, text_pair and
-    label; all but Parquet also as .gz. - is standard input.
-    """
-    sources = chosen_sources(files, sources)
-    reading = read_options(settings)
-    overrides = rule is not None or any(settings[name] is not None for name in RULE_OPTIONS)
-    if operating_point and overrides:
-        raise click.UsageError("--operating-point names a whole rule: give no rule options with it")
-    if full_depth and (operating_point or overrides):
-        raise click.UsageError("--full-depth runs every layer: give no rule with it")
+    """Classify texts. Results go to standard output or --output, all else to standard error."""
+    sources = (*files, *sources)
+    if not sources:
+        raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
+    reading = options.read_options(settings)
+    overrides = rule is not None or any(settings[name] is not None for name in options.RULE_OPTIONS)
+    options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
+    options.not_with("full_depth", operating_point or overrides, "an exit rule")
     is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
     destination = _destination(output, output_format, resume, unbuffered)
     if is_typed and not destination.is_file:
         destination = replace(destination, unbuffered=True)
     inputs = Inputs(sources, reading)
     destination.check_inputs(sources)
-    regroup = _regroup(engines, target)
+    shows = not (quiet or as_json)
     with Engine.load(
         engines,
         target,
         operating_point,
         threads,
-        regroup=regroup,
+        regroup=_regroup(engines, target),
         max_length=max_length,
     ) as engine:
         checked = engine.check() if check else None
-        if checked is not None and not (quiet or as_json):
+        if checked is not None and shows:
             echo(
                 f"{engine.target} reproduces the exported model: {checked.rows} reference texts, "
                 f"largest difference of a logit {checked.max_logit_difference:.1e}",
                 err=True,
             )
-        chosen = chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
+        chosen = options.chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else chosen, metrics)
+        skips = on_error == "skip"
         schema = RecordSchema(
             engine.labels,
             engine.multi_label,
             with_text,
             all_scores,
-            errors=on_error == "skip",
+            errors=skips,
             separator=reading.label_separator or LABEL_SEPARATOR,
         )
         if destination.chosen in (OutputFormat.CSV, OutputFormat.TSV):
             schema.check_separator()
-        job = Job(engine, chosen, full_depth, schema, on_error == "skip", destination.unbuffered)
+        job = Job(engine, chosen, full_depth, schema, skips, destination.unbuffered)
 
-        def record_of_run() -> dict[str, Any]:
-            given = {
+        def settings_of_run() -> dict[str, Any]:
+            return _settings_of_run(engines, job, inputs, reading, resume) | {
                 "max_length": max_length,
                 "threads": threads,
                 "metrics": metrics,
             }
-            return _run_settings(engines, job, inputs, reading, resume) | given
 
-        if is_typed and not (quiet or as_json):
+        if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
-        no_progress = quiet or as_json or destination.unbuffered
         with (
-            open_sink(destination, schema, record_of_run) as sink,
-            progress(no_progress, lambda: inputs.share) as advance,
+            open_sink(destination, schema, settings_of_run) as sink,
+            row_progress(not shows or destination.unbuffered, lambda: inputs.share) as advance,
         ):
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
@@ -176,27 +187,28 @@ def main(
 
 
 def _destination(
-    output: Path | None, said: str | None, resume: bool, unbuffered: bool
+    output: Path | None, format_name: str | None, resume: bool, unbuffered: bool
 ) -> Destination:
-    if unbuffered and resume:
-        raise click.UsageError("--resume goes on with a file, which --unbuffered does not write")
-    stop_now = "--unbuffered writes each result at once, to standard output or a pipe: "
-    if unbuffered and said == OutputFormat.PARQUET.value:
-        raise click.UsageError(f"{stop_now}Parquet is written as a whole")
     output = None if output == Path("-") else output
-    chosen = format_of(output, OutputFormat(said) if said else None)
+    options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
+    if unbuffered and format_name == OutputFormat.PARQUET.value:
+        raise click.UsageError("--unbuffered cannot write Parquet, which is written as a whole")
+    chosen = format_of(output, OutputFormat(format_name) if format_name else None)
     destination = Destination(output, chosen, resume, unbuffered)
-    if unbuffered and destination.is_file:
-        raise click.UsageError(f"{stop_now}a file appears when all rows are done")
-    if resume and not destination.is_file:
-        raise click.UsageError("--resume goes on with a file: give one with --output")
+    options.not_with(
+        "unbuffered",
+        destination.is_file,
+        "--output FILE, which is complete or does not exist; use standard output or a pipe",
+    )
+    options.only_with("resume", destination.is_file, "--output FILE")
     return destination
 
 
 def _regroup(engines: Path, target: str | None) -> Regroup:
-    """How groups are joined: not by measured times, so that the same input gives the same bytes.
+    """Whether to join small groups of rows: always on a GPU, never on a CPU.
 
-    Joining by measurement is worth less than 1 % on a CPU; on a GPU full groups win.
+    Measured times do not decide this, so that the same input gives the same bytes. On a CPU
+    they would gain less than 1 %.
     """
     manifest = read_manifest(engines)
     built = manifest.targets.get(target or manifest.default_target)
@@ -204,16 +216,16 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     return Regroup.NEVER if is_cpu else Regroup.ALWAYS
 
 
-def _run_settings(
+def _settings_of_run(
     engines: Path, job: Job, inputs: Inputs, reading: ReadOptions, resume: bool
 ) -> dict[str, Any]:
-    """All that the bytes of the output depend on, beside what the command was given."""
+    """Everything that the bytes of the output depend on, besides some options."""
     identity = inputs.identity()
     pipes = [item["name"] for item in identity if item["sha256"] is None]
     if resume and pipes:
         raise InputError(
-            f"{pipes[0]} is read only once: it cannot be told whether it is still the same",
-            "save it to a file, and run that",
+            f"{pipes[0]} can be read only once, so a run on it cannot be resumed",
+            "save it to a file, and classify that file",
         )
     rule: ExitRule | None = None if job.full_depth else job.rule
     return {

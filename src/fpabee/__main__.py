@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from importlib import import_module
 
-import click
+import rich_click as click
+from rich.text import Text
 
 from . import __version__
+from .help_pages import LOOK, Command, Group
 
-# Of each: the module, loaded when the command is used, and what the list of commands says.
+# The module of each command, which is loaded when the command is used, and its line in the list.
 _COMMANDS = {
     "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
     "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
-    "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
-    "bench": ("fpabee.exporter.cli.bench", "Time an engines folder against one full graph."),
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
-    "inspect": ("fpabee.runtime.cli.inspect", "Say what a folder holds, and what of it runs here."),
+    "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
+    "bench": ("fpabee.exporter.cli.bench", "Measure the speed-up on this machine."),
+    "inspect": (
+        "fpabee.runtime.cli.inspect",
+        "Show what an engines folder contains and which targets run here.",
+    ),
 }
 
-_EPILOG = """\b
-Completion of commands and options, in the shell's start file:
+_EPILOG = """\
+Shell completion of commands and options: add one of these lines to your shell's start file.
   bash:  eval "$(_FPABEE_COMPLETE=bash_source fpabee)"
   zsh:   eval "$(_FPABEE_COMPLETE=zsh_source fpabee)"
-  fish:  _FPABEE_COMPLETE=fish_source fpabee | source
-"""
+  fish:  _FPABEE_COMPLETE=fish_source fpabee | source"""
 
 
-class _Commands(click.Group):
-    """Lists names and one line of help each; loads a command only when it is used."""
+class _Commands(Group):
+    """Lists the commands without importing them; imports the one that is used."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -41,14 +45,16 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    commands=[click.Command(name, short_help=line) for name, (_, line) in _COMMANDS.items()],
-    epilog=_EPILOG,
+    commands=[Command(name=name, short_help=line) for name, (_, line) in _COMMANDS.items()],
+    context_settings={"rich_help_config": LOOK},
+    epilog=Text(_EPILOG),
 )
 @click.version_option(__version__, package_name="fpabee", prog_name="fpabee")
 def main() -> None:
-    """Compile, run, measure and calibrate early-exit text classifiers.
+    """Compile, calibrate, run and measure early-exit text classifiers.
 
-    Every command is also there as fpabee-COMMAND; fpabee COMMAND --help says what it takes.
+    Each command also exists under its own name, such as fpabee-run. Type fpabee COMMAND --help
+    for its options.
     """
 
 

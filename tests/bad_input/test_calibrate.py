@@ -191,8 +191,8 @@ FOLDERS = [
 ]  # fmt: skip
 
 USAGE: list[tuple[Sequence[object], str]] = [
-    (("--max-drop", 1, "--speedup", 2), "give one wish at a time"),
-    (("--max-drop", 1, "--risk", 2), "give one wish at a time"),
+    (("--max-drop", 1, "--speedup", 2), "give one goal at a time"),
+    (("--max-drop", 1, "--risk", 2), "give one goal at a time"),
     (("--max-drop", "nan"), "'nan' is not a finite number"),
     (("--max-drop", -1), "--max-drop"),
     (("--max-drop", 101), "--max-drop"),
@@ -201,10 +201,10 @@ USAGE: list[tuple[Sequence[object], str]] = [
     (("--speedup", 0.5), "--speedup"),
     (("--risk", "nan"), "not a finite number"),
     (("--risk", 1, "--confidence", "nan"), "not a finite number"),
-    (("--confidence", 90), "are about --risk"),
-    (("--risk-of", "disagreement"), "are about --risk"),
-    (("--name", "x"), "--name names one point"),
-    (("--max-drop", 1, "--name", ""), "a name that can be read"),
+    (("--confidence", 90), "only with --risk"),
+    (("--risk-of", "disagreement"), "only with --risk"),
+    (("--name", "x"), "--name can be used only with"),
+    (("--max-drop", 1, "--name", ""), "cannot be read and typed"),
     (("--max-drop", 1, "--name", "a\nb"), r"--name 'a\nb'"),
     (("--rule", "nobody"), "'nobody'"),
     (("--rule", "auto", "--rule", "fpabee"), "--rule auto"),
@@ -213,7 +213,7 @@ USAGE: list[tuple[Sequence[object], str]] = [
     (("--batch-size", 0), "--batch-size"),
     (("--threads", 0), "--threads"),
     (("--seed", -1), "--seed"),
-    (("--no-texts",), "give --report"),
+    (("--no-texts",), "only with --report"),
 ]
 
 

@@ -300,8 +300,13 @@ FILES = [
 
 USAGE = [
     Case("an unknown format", given("in.txt", "a\n", "--input-format", "xml"), ("'xml'",), code=2),
-    Case("no input", lambda p: [p.shared_engines()], ("there is nothing to classify",), code=2),
-    Case("a column for two", table("text\na\n", "--label-column", "text"), ("its own",), code=2),
+    Case("no input", lambda p: [p.shared_engines()], ("no input",), code=2),
+    Case(
+        "a column for two",
+        table("text\na\n", "--label-column", "text"),
+        ("different columns",),
+        code=2,
+    ),
 ]
 
 

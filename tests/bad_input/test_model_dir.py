@@ -391,7 +391,7 @@ USAGE = [
     Case(
         "kept nodes of no precision",
         lambda p: ["m", "--keep-fp32", "auto"],
-        ("--keep-fp32 needs a precision",),
+        ("--keep-fp32 can be used only with --fp16 or --bf16",),
         code=2,
     ),
 ]

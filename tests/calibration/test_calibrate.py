@@ -128,7 +128,7 @@ def test_only_what_is_certified_is_said_with_its_confidence(folder: Path, data: 
     said = " ".join(result.stdout.split())
     assert "risk-40: disagreement at most 40 points with 95 % confidence, tested" in said
     assert said.count("95 % confidence") == 1
-    assert "best of each rule, drop at most 40 points by estimate, not certified:" in said
+    assert "best setting of each rule, drop at most 40 points by estimate, not certified:" in said
 
 
 @pytest.mark.parametrize(("drop", "is_said"), [(0, True), (100, False)])
@@ -139,7 +139,7 @@ def test_a_point_that_is_full_depth_says_why(
         folder, "--data", data, "--max-drop", drop, "--rule", "budget", "--unlabelled", *QUICK
     )
     assert result.exit_code == 0, result.output
-    said = f'drop-{drop}: 120 rows show of no other setting that it keeps to "drop at most {drop} '
+    said = f"drop-{drop}: 120 rows are too few to confirm that any faster setting"
     assert (said in " ".join(result.stdout.split())) is is_said
 
 

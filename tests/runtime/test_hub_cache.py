@@ -59,8 +59,8 @@ def test_it_gives_what_a_plain_folder_gives(
         invoke(run, folder, *given, "--threads", 1, "--quiet", "--check")
     assert (tmp_path / "held.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
     shown = invoke(inspect, snapshot, "--check")
-    assert "hashes: 6 of 6 files are whole" in shown
-    assert "is the model that was exported" in shown
+    assert "hashes: 6 of 6 files are intact" in shown
+    assert "reproduces the exported model" in shown
 
 
 def test_a_calibration_leaves_the_blobs_as_they_are(snapshot: Path, tmp_path: Path) -> None:

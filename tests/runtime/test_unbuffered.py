@@ -102,10 +102,10 @@ def test_results_are_those_of_any_run(run: Run, bert: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--output", "out.jsonl"], "a file appears when all rows are done"),
-        (["--output", "out.parquet"], "a file appears when all rows are done"),
-        (["--output-format", "parquet"], "Parquet is written as a whole"),
-        (["--output", "out.jsonl", "--resume"], "--resume goes on with a file"),
+        (["--output", "out.jsonl"], "--unbuffered cannot be used with --output FILE"),
+        (["--output", "out.parquet"], "--unbuffered cannot be used with --output FILE"),
+        (["--output-format", "parquet"], "--unbuffered cannot write Parquet"),
+        (["--output", "out.jsonl", "--resume"], "--resume cannot be used with --unbuffered"),
     ],
 )
 def test_what_cannot_be_written_at_once(

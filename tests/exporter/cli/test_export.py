@@ -60,7 +60,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert made.endswith("target onnxruntime-fp32")
     assert "12 texts" in verified
     assert verified.endswith("labels agree 100.00%, exits agree 100.00%")
-    assert after == f"next: fpabee-run {folder} --input texts.txt"
+    assert after == f"next: fpabee-run {folder} texts.txt"
     assert "verify" in result.stderr, "progress goes to stderr"
 
 

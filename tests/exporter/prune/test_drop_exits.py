@@ -116,7 +116,7 @@ def test_exits_by_hand_with_a_table_for_people(calibrated: Path, tmp_path: Path)
         assert word in result.stdout
     assert not re.search(r"\d\.\d+x|over old|speed-up", result.stdout), "no times to compare"
     assert "nothing was dropped" not in result.stdout
-    assert result.stdout.splitlines()[-1] == f"next: fpabee-run {new} --input texts.txt"
+    assert result.stdout.splitlines()[-1] == f"next: fpabee-run {new} texts.txt"
     points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
     assert points["usual"].rows == 100
     assert len(points["usual"].exits) == 2
@@ -273,12 +273,18 @@ def test_an_engines_folder_is_replaced_when_asked(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--from", "e", "--exits", "2"), "-o"),
+        (("--from", "e", "--exits", "2"), "--output"),
         (("--from", "e", "--exits", "auto", "-o", "n"), "auto was removed"),
-        (("--from", "e", "--exits", "2", "-o", "n", "--fp16"), "a second --from"),
-        (("--from", "e", "--exits", "2", "-o", "n", "--max-length", "9"), "from the folder"),
+        (
+            ("--from", "e", "--exits", "2", "-o", "n", "--fp16"),
+            "--fp16 cannot be used with --from and --exits",
+        ),
+        (
+            ("--from", "e", "--exits", "2", "-o", "n", "--max-length", "9"),
+            "--max-length cannot be used with --from",
+        ),
         (("m", "--exits", "auto"), "give exit numbers"),
-        (("m", "--target", "fast"), "--from ENGINES --exits N,N,... -o NEW"),
+        (("m", "--target", "fast"), "--target can be used only with --from and --exits"),
         (("--from", "e", "--exits", "two", "-o", "n"), "not a list of numbers"),
     ],
 )

@@ -68,8 +68,8 @@ def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
     shown = run(folder).stdout
     assert "\\x1b]0;title\\x07\\x1b[2J\\u202e[red]" in shown
     assert shown.replace("\n", "").isprintable()
-    assert f"  there: fpabee-export --from {folder} --backend tensorrt --fp16\n" in shown
-    assert shown.count("  there: pip install -U fpabee\n") == 2
+    assert f"  to build it: fpabee-export --from {folder} --backend tensorrt --fp16\n" in shown
+    assert shown.count("  to build it: pip install -U fpabee\n") == 2
     for command in ("curl", "rm -rf", "reboot"):
         assert command not in shown
     content = json.loads(run(folder, "--json").stdout)
@@ -126,7 +126,7 @@ def test_several_layers_and_repeated_calls_are_one_line() -> None:
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path], family: str) -> None:
     result = run(engines[family], "--check")
     assert result.exit_code == 0, result.output
-    assert "onnxruntime-fp32 is the model that was exported: logits differ by" in result.stdout
+    assert "onnxruntime-fp32 reproduces the exported model: logits differ by" in result.stdout
     content = json.loads(run(engines[family], "--check", "--json").stdout)["check"]
     assert content["passed"]
     assert content["damaged"] == []

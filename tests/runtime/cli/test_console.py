@@ -1,0 +1,105 @@
+"""Output for people: escaped text, and progress on standard error."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.table import Table
+
+from fpabee.runtime.cli import progress as progress_module
+from fpabee.runtime.cli.console import PlainConsole, echo
+from fpabee.runtime.cli.progress import Meter, row_progress, step_progress
+from fpabee.runtime.errors import InputError, printable
+from fpabee.runtime.files.summary import Summary
+
+NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
+PLAIN = "\\x1b[31mred\\x07\\r\\n\\x9b2J\\u202eeslaf\\x7f [bold]x[/bold] :fire:"
+
+
+def test_unprintable_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable(NASTY) == PLAIN
+    assert printable("Grüße, 日本") == "Grüße, 日本"
+    assert str(InputError(NASTY)) == PLAIN
+    echo(NASTY)
+    echo(NASTY, err=True)
+    assert capsys.readouterr() == (f"{PLAIN}\n", f"{PLAIN}\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_and_tables_are_escaped(terminal: bool) -> None:
+    file = io.StringIO()
+    console = PlainConsole(file=file, width=200, force_terminal=terminal, color_system=None)
+    table = Table(NASTY, title=NASTY)
+    table.add_row(NASTY)
+    console.print(NASTY)
+    console.print(table)
+    shown = file.getvalue()
+    assert shown.count(PLAIN) == 4
+    assert not any(c in shown for c in "\x07\r\x9b\u202e\x7f")
+    assert "\x1b[31m" not in shown
+
+
+def test_without_a_terminal_each_step_is_one_escaped_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with step_progress(quiet=False) as progress:
+        for done in range(3):
+            progress(f"choose {NASTY}", done, 2)
+        progress("write", 0, 0)
+    assert capsys.readouterr() == ("", f"choose {PLAIN} 0/2\nwrite 0/0\n")
+    with step_progress(quiet=True) as progress:
+        progress("choose", 0, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_of_a_terminal_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with step_progress(quiet=False) as progress:
+        progress(NASTY, 1, 2)
+    shown = capsys.readouterr().err
+    assert f"{PLAIN} 1/2" in shown
+    assert not any(c in shown for c in "\x07\x9b\u202e\x7f")
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "completed", "read", "expected"),
+    [
+        (0.5, 100, 0, 100, ("100 rows, 10 rows/s, 0:10 left", 0.5)),
+        # Twice as many rows are read as are done.
+        (0.5, 100, 0, 200, ("100 rows, 10 rows/s, 0:30 left", 0.25)),
+        # The rows of an earlier run took no time.
+        (0.5, 100, 50, 100, ("100 rows, 5 rows/s, 0:20 left", 0.5)),
+        (0.001, 1000, 0, 1000, ("1000 rows, 100 rows/s, 2:46:30 left", 0.001)),
+        (None, 100, 0, 100, ("100 rows, 10 rows/s", None)),
+        (1.0, 100, 0, 100, ("100 rows, 10 rows/s, 0:00 left", 1.0)),
+    ],
+)
+def test_rate_and_remaining_time_after_ten_seconds(
+    share: float | None, rows: int, completed: int, read: int, expected: tuple[str, float | None]
+) -> None:
+    times = iter([100.0, 110.0])
+    meter = Meter(lambda: share, lambda: next(times))
+    assert meter.state(rows, completed, read) == expected
+
+
+@pytest.mark.parametrize(("interval", "quiet"), [(30.0, False), (0.0, False), (0.0, True)])
+def test_without_a_terminal_a_run_prints_a_line_at_intervals(
+    interval: float,
+    quiet: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress_module, "_LINE_SECONDS", interval)
+    summary: Any = object.__new__(Summary)
+    summary.rows, summary.completed = 10, 0
+    with row_progress(quiet, lambda: 0.5) as advance:
+        advance(summary, 10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("10 rows, ") == (interval == 0.0 and not quiet)
+    assert err.count("\n") == (interval == 0.0 and not quiet)
