@@ -35,7 +35,7 @@ def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
 @command(
     examples="""
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
-fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o model_dir
+fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
 """,
     panels={
         "Exits": "--exits --pooling --exit-weights --distill",
