@@ -79,22 +79,12 @@ def train(
         for name, source in sources.items()
         if source
     }
-    if teacher:
-        model = teacher.multi_exit(options.exits, options.pooling)
-        tokenizer = AutoTokenizer.from_pretrained(teacher.folder)
-    else:
-        model, tokenizer = build_model(options, label_names(rows["train"], options.train))
-    if options.freeze_encoder:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and is_head(name))
+    labels = teacher.labels if teacher else label_names(rows["train"], options.train)
+    model, tokenizer = build_model(options, labels, teacher)
+    config, length = model.exit_config, options.max_length
+    teachers = {"train": teacher}
     data = {
-        name: features(
-            part,
-            tokenizer,
-            model.exit_config,
-            options.max_length,
-            teacher if name == "train" else None,
-        )
+        name: features(part, tokenizer, config, length, teachers.get(name))
         for name, part in rows.items()
     }
     begin(output, options, data_sha256(rows["train"]))
@@ -108,11 +98,11 @@ def train(
     tokenizer.save_pretrained(output)
     report = TrainReport(
         options=options,
-        problem_type=model.exit_config.problem_type,
+        problem_type=config.problem_type,
         model_type=model.backbone.model_type,
         data={name: _source(str(sources[name]), part) for name, part in rows.items()},
-        labels=model.exit_config.labels,
-        exits=model.exit_config.exits,
+        labels=config.labels,
+        exits=config.exits,
         scores={name: trainer.scores(name) for name in data if name != "train"},
         train_seconds=round(seconds, 1),
         command=command,
@@ -126,22 +116,31 @@ def train(
     return report
 
 
-def build_model(options: TrainOptions, labels: tuple[str, ...]) -> tuple[MultiExitModel, Any]:
-    """The model to train, from an encoder, and its tokenizer.
+def build_model(
+    options: TrainOptions, labels: tuple[str, ...], teacher: Classifier | None = None
+) -> tuple[MultiExitModel, Any]:
+    """The model to train, from an encoder or a classifier, and its tokenizer.
 
     Raises:
         ModelError: the encoder cannot be used, or the exits do not fit it.
     """
-    folder = resolve_model_dir(str(options.backbone))
-    config = load_config(folder)
-    if options.random_init:
-        encoder = build_encoder(config, attention=None)
+    if teacher:
+        folder, model = teacher.folder, teacher.multi_exit(options.exits, options.pooling)
     else:
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
-    problem_type = options.problem_type or ProblemType.SINGLE_LABEL
-    exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
-    return MultiExitModel(encoder, exit_config), AutoTokenizer.from_pretrained(folder)
+        folder = resolve_model_dir(str(options.backbone))
+        config = load_config(folder)
+        if options.random_init:
+            encoder = build_encoder(config, attention=None)
+        else:
+            encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
+        problem_type = options.problem_type or ProblemType.SINGLE_LABEL
+        exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
+        model = MultiExitModel(encoder, exit_config)
+    if options.freeze_encoder:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and is_head(name))
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def features(
