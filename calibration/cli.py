@@ -46,55 +46,22 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
     },
 )
 @options.engines
-@options.option(
-    "--data",
-    "FILE",
-    "Labelled rows like those to classify.",
-    type=options.PATH,
-    required=True,
-)
-@options.option(
-    "--test",
-    "FILE",
-    "Other labelled rows, to evaluate the points on. Default: cross-validation on --data.",
-    type=options.PATH,
-)
-@options.option(
-    "--max-drop",
-    "X",
-    "Goal: the fastest setting whose metric drops by at most this many points.",
-    type=options.FiniteRange(0, 100),
-)
-@options.option(
-    "--speedup",
-    "X",
-    "Goal: the smallest drop at this speed-up, such as 2 for half the time.",
-    type=options.FiniteRange(1),
-)
-@options.option(
-    "--risk",
-    "X",
-    "Goal: a guarantee that the expected loss on new rows is at most this many points.",
-    type=options.FiniteRange(),
-)
+@options.path("--data", "Labelled rows like those to classify.", required=True)
+@options.path("--test", "Other rows to evaluate the points on. Default: cross-validation.")
+@options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
+@options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
+@options.number("--risk", "Goal: at most this loss on new rows, in points, guaranteed.")
 @options.target
-@options.option(
-    "--report", "DIR", "Write a page about the result to this folder.", type=options.PATH
-)
+@options.path("--report", "Folder for a page about the result.", "DIR")
 @options.threads
 @options.quiet
 @options.as_json
-@options.option(
-    "--confidence",
-    "X",
-    "Confidence of the guarantee in percent. Default: 95.",
-    type=options.FiniteRange(),
-)
+@options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
 @options.choice(
     "--risk-of",
     "LOSS",
     "Loss to bound: drop of the metric, or disagreement with full depth. Default: drop.",
-    [kind.value for kind in RiskOf],
+    RiskOf,
 )
 @options.choice(
     "--rule rules",
@@ -107,29 +74,21 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
     "--measure measures",
     "MEASURE",
     "Similarity measure to try. May be repeated. Default: all.",
-    ["all", *options.MEASURES],
+    ["all", *Measure],
     multiple=True,
 )
 @options.choice(
     "--metric",
     "METRIC",
-    "Metric to compare with full depth. Default: accuracy; exact_match if multi-label.",
+    "Metric that may drop. Default: accuracy, or exact_match if multi-label.",
     sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
 @options.flag("--tune-label-thresholds", "Also choose a threshold for each label (multi-label).")
-@options.option(
-    "--batch-size",
-    "N",
-    "Batch size at which the speed is measured.",
-    type=options.COUNT,
-    default=32,
-)
-@options.option("--seed", "N", "Seed of the cross-validation.", type=click.IntRange(0), default=0)
+@options.count("--batch-size", "Batch size at which the speed is measured.", 32)
+@options.count("--seed", "Seed of the cross-validation.", 0, min=0)
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
-@options.option(
-    "--output", "DIR", "Folder for the trace. Default: ENGINES/calibration.", type=options.PATH
-)
+@options.path("--output", "Folder for the trace. Default: ENGINES/calibration.", "DIR")
 @options.flag("--no-texts", "Leave the texts of the rows out of the report.")
 @options.labelled_texts
 def main(

@@ -52,27 +52,17 @@ fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
     },
 )
 @options.engines
-@options.option(
-    "--input source",
-    "FILE",
-    "Texts to measure on, in any format that fpabee-run reads.",
-    required=True,
-)
-@options.option(
+@options.option("--input source", "FILE", "Texts, in any format of fpabee-run.", required=True)
+@options.number(
     "--depth",
-    "X",
     "Choose the threshold at which the mean depth is this share of the layers.",
-    type=options.FiniteRange(min=0, max=1, min_open=True),
+    min=0,
+    max=1,
+    min_open=True,
 )
 @options.option("--model-dir", "DIR", "PyTorch model: time the same rule there, too.")
-@options.option("--repeats", "N", "Repetitions of each batch.", type=options.COUNT, default=5)
-@options.option(
-    "--max-seconds",
-    "X",
-    "Time limit of a workload. Batches that are left after it run only once.",
-    type=options.FiniteRange(min=0),
-    default=120.0,
-)
+@options.count("--repeats", "Repetitions of each batch.", 5)
+@options.number("--max-seconds", "Time after which batches run only once.", 120.0, min=0)
 @options.option(
     "--shapes",
     "ROWSxTOKENS,...",
@@ -80,7 +70,7 @@ fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
     callback=_shapes,
     default="1x32,1x128,32x32,32x128",
 )
-@options.option("--max-rows", "N", "Largest number of texts.", type=options.COUNT, default=2000)
+@options.count("--max-rows", "Largest number of texts.", 2000)
 @options.threads
 @options.quiet
 @options.as_json
@@ -89,16 +79,11 @@ fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
 def main(
     engines: Path,
     source: str,
-    rule: str | None,
     depth: float | None,
-    quiet: bool,
-    as_json: bool,
     threads: int | None,
     max_rows: int,
-    model_dir: str | None,
-    repeats: int,
-    max_seconds: float,
-    shapes: tuple[tuple[int, int], ...],
+    quiet: bool,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Measure how fast ENGINES is with its exits, compared with one full graph.
@@ -111,15 +96,13 @@ def main(
     texts = [row.content for row in read_rows(source, options.read_options(settings))]
     with step_progress(quiet) as progress:
         with Engine.load(engines, threads=threads) as engine:
-            if depth is not None and takes_threshold(rule or engine.rule.name):
+            if depth is not None and takes_threshold(settings["rule"] or engine.rule.name):
                 settings["threshold"] = 0.0  # replaced below
-            chosen = options.chosen_rule(engine.rule, rule, settings)
+            rule = options.chosen_rule(engine.rule, settings)
             if depth is not None:
                 progress("choose the threshold", 0, 1)
-                chosen = _of_depth(engine, chosen, texts[:max_rows], depth)
-        wanted = BenchOptions(
-            chosen, repeats, max_seconds, shapes, max_rows, model_dir=model_dir, threads=threads
-        )
+                rule = _of_depth(engine, rule, texts[:max_rows], depth)
+        wanted = BenchOptions(rule, max_rows=max_rows, threads=threads, **settings)
         report = run_bench(engines, texts, wanted, progress)
     if as_json:
         click.echo(json.dumps(to_dict(report)))

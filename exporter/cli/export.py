@@ -18,6 +18,7 @@ from ...runtime.cli import options
 from ...runtime.cli.command import READING, command
 from ...runtime.cli.console import echo, table_console
 from ...runtime.cli.inspect import not_built_lines
+from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
 from ...runtime.files import ReadOptions
 from ...runtime.optional_packages import require
@@ -36,29 +37,11 @@ from . import prune
 Content = dict[str, Any]
 
 
-def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(part) for part in value.split(",")) if value else None
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 2,4,6") from None
-
-
-def _exits(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    if value == "auto":
-        raise click.BadParameter(
-            "auto was removed, because the exits that it chose did not run faster; give exit "
-            "numbers such as 2,4,6"
-        )
-    return _numbers(context, parameter, value)
-
-
-def _three(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
-    numbers = _numbers(context, parameter, value) or ()
-    if len(numbers) != 3 or list(numbers) != sorted(numbers) or numbers[0] < 1:
-        raise click.BadParameter(f"{value!r} is not a smallest, a typical and a largest size")
-    return numbers[0], numbers[1], numbers[2]
+def _sizes(_: click.Context, __: click.Parameter, value: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(value) != 3 or list(value) != sorted(value) or value[0] < 1:
+        text = ",".join(map(str, value))
+        raise click.BadParameter(f"{text!r} is not a smallest, a typical and a largest size")
+    return value[0], value[1], value[2]
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -97,18 +80,16 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     required=False,
     help="Trained multi-exit model: a folder, or an id on the Hugging Face hub.",
 )
-@options.option("-o --output", "DIR", "Folder to write. Default: engines.", type=options.PATH)
-@options.option(
+@options.path("-o --output", "Folder to write. Default: engines.", "DIR")
+@options.path(
     "--from source",
-    "ENGINES",
     "Add to this engines folder instead of exporting a model. Does not need PyTorch.",
-    type=options.PATH,
+    "ENGINES",
 )
-@options.option(
+@options.numbers(
     "--exits",
     "N,N,...",
-    "Exits to keep. Default: all. With --from, write a folder with only these exits to --output.",
-    callback=_exits,
+    "Exits to keep. Default: all. With --from, --output becomes a folder of them.",
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
@@ -127,20 +108,16 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     "--problem-type",
     "TYPE",
     "Task of a checkpoint that does not name it.",
-    [kind.value for kind in ProblemType],
+    ProblemType,
 )
-@options.option(
+@options.count(
     "--max-length",
-    "N",
     "Number of tokens to which longer texts are truncated. Default: what the model supports.",
-    type=options.COUNT,
 )
-@options.option(
+@options.path(
     "--calibration-data",
-    "FILE",
     "Texts that set the value ranges of --int8. With --from and --exits: labelled rows for the "
     "operating points, if the folder no longer contains the rows that calibrated them.",
-    type=options.PATH,
 )
 @options.option(
     "--keep-fp32",
@@ -148,7 +125,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes that overflow.",
     multiple=True,
 )
-@options.option("--verify-data", "FILE", "More texts to verify with.", type=options.PATH)
+@options.path("--verify-data", "More texts to verify with.")
 @options.labelled_texts
 @options.option(
     "--sm compute_capabilities",
@@ -157,27 +134,17 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     callback=_capabilities,
     default="86,89,120",
 )
-@options.option(
-    "--batch",
-    "N,N,N",
-    "Smallest, typical and largest number of rows.",
-    callback=_three,
-    default="1,8,32",
+@options.numbers(
+    "--batch", "N,N,N", "Least, typical, most rows.", callback=_sizes, default="1,8,32"
 )
-@options.option(
-    "--sequence",
-    "N,N,N",
-    "Smallest, typical and largest number of tokens.",
-    callback=_three,
-    default="16,64,128",
+@options.numbers(
+    "--sequence", "N,N,N", "Least, typical, most tokens.", callback=_sizes, default="16,64,128"
 )
-@options.option(
-    "--optimization-level", "N", "Effort of the builder, 0 to 5.", type=click.IntRange(0, 5)
-)
-@options.option("--workspace", "N", "Largest scratch memory in MiB.", type=click.IntRange(1, 2**20))
+@options.count("--optimization-level", "Effort of the builder, 0 to 5.", min=0, max=5)
+@options.count("--workspace", "Largest scratch memory in MiB.", max=2**20)
 @options.flag("--version-compatible", "Build plans that later TensorRT versions can run.")
 @options.flag("--hardware-compatible", "Build plans that all GPUs from Ampere on can run.")
-@options.option("--jobs", "N", "Number of builds at a time.", type=options.COUNT, default=1)
+@options.count("--jobs", "Number of builds at a time.", 1)
 @options.flag("--resume", "Keep plans that an earlier run built.")
 @options.flag("--no-onnx", "Finally delete the ONNX graphs, to save space on a device.")
 @options.option(
@@ -252,34 +219,30 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     adds = not (is_new or drops)
     if drops and output is None:
         raise click.UsageError("--from with --exits writes a new folder: name it with --output")
-    options.only_with(
-        "label_column label_separator", drops and data, "--calibration-data of --exits"
-    )
-    options.only_with(
+    only_with("label_column label_separator", drops and data, "--calibration-data of --exits")
+    only_with(
         "input_format text_column text_pair_column literal_quotes",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )
-    options.not_with("problem_type max_length", not is_new, "--from")
-    options.not_with(
+    not_with("problem_type max_length", not is_new, "--from")
+    not_with(
         "fp16 bf16 int8 keep_fp32 backends no_onnx verify_data",
         drops,
         "--from and --exits: add precisions and targets to the new folder afterwards",
     )
-    options.not_with("output force", adds, "--from, unless --exits is given")
-    options.only_with("target threads", drops, "--from and --exits")
-    options.only_with("keep_fp32", half, "--fp16 or --bf16")
-    options.only_with("verify_data", is_new or half, "a new export, --fp16 or --bf16")
-    options.only_with(
-        "calibration_data", drops or settings["int8"], "--int8, or --from and --exits"
-    )
-    options.only_with("int8", data or not is_new, "--calibration-data")
-    options.only_with(
+    not_with("output force", adds, "--from, unless --exits is given")
+    only_with("target threads", drops, "--from and --exits")
+    only_with("keep_fp32", half, "--fp16 or --bf16")
+    only_with("verify_data", is_new or half, "a new export, --fp16 or --bf16")
+    only_with("calibration_data", drops or settings["int8"], "--int8, or --from and --exits")
+    only_with("int8", data or not is_new, "--calibration-data")
+    only_with(
         "version_compatible hardware_compatible",
         drops or settings["backends"] == (TENSORRT,),
         "--backend tensorrt",
     )
-    options.only_with("no_onnx", not is_new, "--from")
+    only_with("no_onnx", not is_new, "--from")
 
 
 def _target_options(settings: dict[str, Any], reading: ReadOptions) -> AddTargetsOptions:

@@ -25,13 +25,6 @@ from ..training.options import ExitWeights, TrainOptions
 from ..training.report import TrainProgress, TrainReport
 
 
-def _layers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(part) for part in value.split(",")) if value else None
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of layers such as 2,4,6") from None
-
-
 @command(
     examples="""
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
@@ -58,65 +51,50 @@ fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
 )
 @options.option("--dev", "DATA", "Rows that are scored after every epoch.", required=True)
 @options.option("--test", "DATA", "Rows that are scored once, at the end.")
-@options.option(
-    "-o --output", "DIR", "Folder for the model (model_dir).", type=options.PATH, required=True
-)
+@options.path("-o --output", "Folder for the model (model_dir).", "DIR", required=True)
 @options.choice(
     "--problem-type",
     "TYPE",
     "Task. Default: that of --from-classifier, otherwise single-label.",
-    [kind.value for kind in ProblemType],
+    ProblemType,
 )
 @options.flag("--resume", "Continue after the last finished epoch.")
 @options.flag("--force", "Replace an existing model.")
 @options.quiet
 @options.as_json
-@options.option(
-    "--exits", "N,N,...", "Layers with an exit. Default: every layer.", callback=_layers
-)
+@options.numbers("--exits", "N,N,...", "Layers with an exit. Default: every layer.")
 @options.choice(
     "--pooling",
     "POOLING",
     "Input of the exits: the mean over all tokens, or the first token (PABEE).",
-    [kind.value for kind in Pooling],
+    Pooling,
     default=TrainOptions.pooling.value,
 )
 @options.choice(
     "--exit-weights",
     "WEIGHTS",
     "How much the loss of an exit counts: more for later exits, or the same for all.",
-    [kind.value for kind in ExitWeights],
+    ExitWeights,
     default=TrainOptions.exit_weights.value,
 )
-@options.option(
+@options.number(
     "--distill",
-    "X",
     "How much early exits are trained on the output of the last exit instead of the labels, from "
     "0 to 1. 0 gives the loss of F-PABEE.",
-    type=float,
-    default=TrainOptions.distill,
+    TrainOptions.distill,
 )
-@options.option(
-    "--epochs", "X", "Passes over the training rows.", type=float, default=TrainOptions.epochs
+@options.number("--epochs", "Passes over the training rows.", TrainOptions.epochs)
+@options.number("--lr", "Learning rate of the encoder.", TrainOptions.lr)
+@options.number(
+    "--head-lr", "Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls."
 )
-@options.option("--lr", "X", "Learning rate of the encoder.", type=float, default=TrainOptions.lr)
-@options.option(
-    "--head-lr",
-    "X",
-    "Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls.",
-    type=float,
-)
-@options.option("--batch-size", "N", "Rows per step.", type=int, default=TrainOptions.batch_size)
-@options.option(
-    "--max-length",
-    "N",
-    "Number of tokens to which longer texts are truncated.",
-    type=int,
-    default=TrainOptions.max_length,
+@options.count("--batch-size", "Rows per step.", TrainOptions.batch_size)
+@options.count(
+    "--max-length", "Number of tokens to which longer texts are truncated.", TrainOptions.max_length
 )
 @options.flag("--freeze-encoder", "Train only the exits.")
 @options.flag("--random-init", "Start from random weights.")
-@options.option("--seed", "N", "Seed of all random choices.", type=int, default=TrainOptions.seed)
+@options.count("--seed", "Seed of all random choices.", TrainOptions.seed, min=0)
 @options.flag("--bf16", "Compute in bfloat16 where that is safe.")
 @options.labelled_texts
 def main(

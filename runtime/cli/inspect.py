@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import rich_click as click
+from rich import box
 from rich.table import Table
 
 from ..artifact.folder import read_manifest
@@ -134,9 +135,11 @@ def _print(
     _print_values(shown)
     settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "name")
     echo(f"rule without an operating point: {rule.get('name')}{settings}")
-    for line in chain_lines(parts, manifest.tokenizer.max_length):
-        echo(line)
-    table = Table("target", "MiB", "logits within", "operating points", "on this machine")
+    console = table_console()
+    console.print(chain_table(parts))
+    table = Table(
+        "target", "MiB", "logits within", "operating points", "on this machine", box=box.SIMPLE_HEAD
+    )
     for state in states:
         target = manifest.targets[state.name]
         points = [
@@ -150,7 +153,7 @@ def _print(
             ", ".join(points),
             state.unavailable_reason or _runs(state, target.default_operating_point),
         )
-    table_console().print(table)
+    console.print(table)
     for line in not_built_lines(manifest.not_built, folder):
         echo(line)
 
@@ -162,29 +165,20 @@ def _runs(state: TargetState, default: str) -> str:
     return f"runs, but its {rule} cannot be used: {state.no_rule}"
 
 
-def chain_lines(parts: Sequence[Part], max_length: int) -> Iterator[str]:
-    """A picture of a chain: one line for each segment, from the text down.
-
-    Args:
-        parts: the segments.
-        max_length: tokens of the longest text.
-    """
-    rows = []
+def chain_table(parts: Sequence[Part]) -> Table:
+    """The segments of a chain, with the graphs that each calls."""
+    table = Table("exit", "layers", "MiB", "calls", "graphs", box=box.SIMPLE_HEAD)
     for part in parts:
         first, last = part.layers
-        layers = f"layer {last}" if first == last else f"layers {first}-{last}"
-        size = "missing" if part.size is None else f"{_mebibytes(part.size)} MiB"
-        count = f"{len(part.calls)} call{'s' * (len(part.calls) > 1)}"
         calls = Counter(part.calls).items()
-        rows.append((layers, size, count, ", ".join(f"{c} x{n}" if n > 1 else c for c, n in calls)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    yield f"text, up to {max_length} tokens"
-    for part, (layers, size, count, names) in zip(parts, rows, strict=True):
-        yield "  |"
-        yield (
-            f"  +-- {layers:{widths[0]}}  {size:>{widths[1]}}  {count:{widths[2]}}  "
-            f"{names:{widths[3]}} --> exit {part.exit}"
+        table.add_row(
+            str(part.exit),
+            f"{first}" if first == last else f"{first}-{last}",
+            "missing" if part.size is None else _mebibytes(part.size),
+            str(len(part.calls)),
+            ", ".join(f"{name} x{times}" if times > 1 else name for name, times in calls),
         )
+    return table
 
 
 def _print_check(found: Integrity) -> None:

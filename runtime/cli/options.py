@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,23 @@ from .errors import option_of
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = ("measure", "threshold", "agreement", "patience", "exit", "min_exit", "max_exit")
-
-
+RULE_OPTIONS = "rule measure threshold agreement patience exit min_exit max_exit"
 PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(1)
-MEASURES = [measure.value for measure in Measure]
-FORMATS = [known.value for known in TextFormat]
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse the text of an option."""
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 2,4,6", param, ctx)
 
 
 class ThresholdType(click.ParamType[Threshold]):
@@ -66,11 +77,41 @@ def flag(names: str, help: str) -> Decorator:
     return click.option(*names.split(), is_flag=True, help=help)
 
 
+def path(names: str, help: str, metavar: str = "FILE", required: bool = False) -> Decorator:
+    """An option that takes a path."""
+    return option(names, metavar, help, type=PATH, required=required)
+
+
+def count(
+    name: str, help: str, default: int | None = None, min: int = 1, max: int | None = None
+) -> Decorator:
+    """An option that takes a whole number."""
+    return option(name, "N", help, type=click.IntRange(min, max), default=default)
+
+
+def number(name: str, help: str, default: float | None = None, **limits: Any) -> Decorator:
+    """An option that takes a finite number; the limits are those of `click.FloatRange`."""
+    return option(name, "X", help, type=FiniteRange(**limits), default=default)
+
+
+def numbers(names: str, metavar: str, help: str, **settings: Any) -> Decorator:
+    """An option that takes whole numbers separated by commas."""
+    return option(names, metavar, help, type=Numbers(), **settings)
+
+
 def choice(
     names: str, metavar: str, help: str, values: Iterable[str], **settings: Any
 ) -> Decorator:
-    """An option that takes one of a few values, which its help lists."""
-    choices = list(values)
+    """An option that takes one of a few values, which its help lists.
+
+    Args:
+        names: as in `option`.
+        metavar: what stands for the value on the help page.
+        help: the sentence before the list.
+        values: strings, or a class of string enums.
+        **settings: of `click.option`.
+    """
+    choices = [value.value if isinstance(value, Enum) else value for value in values]
     help = f"{help} One of {', '.join(choices)}."
     return option(names, metavar, help, type=click.Choice(choices), **settings)
 
@@ -97,49 +138,48 @@ def only_with(names: str, is_met: object, what: str) -> None:
     Raises:
         click.UsageError: one of them is given all the same.
     """
-    if not is_met and (flags := _given(names)):
+    if not is_met and (flags := given(names)):
         raise click.UsageError(f"{flags} can be used only with {what}")
 
 
 def not_with(names: str, clashes: object, what: str) -> None:
     """Refuse options that contradict others; the arguments are those of `only_with`."""
-    if clashes and (flags := _given(names)):
+    if clashes and (flags := given(names)):
         raise click.UsageError(f"{flags} cannot be used with {what}")
 
 
-def _given(names: str) -> str:
+def given(names: str) -> str:
+    """Which of some options are on the command line; empty if none of them is."""
     source = get_current_context().get_parameter_source
     typed = [name for name in names.split() if source(name) is ParameterSource.COMMANDLINE]
     return " and ".join(map(option_of, typed))
 
 
 engines = click.argument("engines", type=PATH, help="Folder written by fpabee-export.")
-target = option(
-    "--target", "NAME", "Target to use. Default: the default target of the engines folder."
-)
-threads = option("--threads", "N", "Number of CPU threads. Default: all cores.", type=COUNT)
+target = option("--target", "NAME", "Target to use. Default: the default target of the folder.")
+threads = count("--threads", "Number of CPU threads. Default: all cores.")
 quiet = flag("--quiet", "Show no progress.")
 as_json = flag("--json as_json", "Print the result as one JSON object.")
 
 rule = together(
     choice("--rule", "RULE", "Exit rule.", RULES),
-    choice("--measure", "MEASURE", "Similarity measure of the rules fpabee and either.", MEASURES),
+    choice("--measure", "MEASURE", "Similarity measure of the rules fpabee and either.", Measure),
     option(
         "--threshold",
         "X[,X,...]",
         "Threshold of the rule: one number, or one for each exit.",
         type=ThresholdType(),
     ),
-    option("--agreement", "X", "Similarity threshold of the rule either.", type=FiniteRange()),
-    option("--patience", "N", "Number of consecutive signals that stop a row.", type=COUNT),
-    option("--exit", "N", "Exit at which the rule budget stops every row.", type=COUNT),
-    option("--min-exit", "N", "First exit at which a row may stop.", type=COUNT),
-    option("--max-exit", "N", "Exit at which every row stops at the latest.", type=COUNT),
+    number("--agreement", "Similarity threshold of the rule either."),
+    count("--patience", "Number of consecutive signals that stop a row."),
+    count("--exit", "Exit at which the rule budget stops every row."),
+    count("--min-exit", "First exit at which a row may stop."),
+    count("--max-exit", "Exit at which every row stops at the latest."),
 )
 """Options that describe an exit rule; `chosen_rule` reads them."""
 
 texts = together(
-    choice("--input-format", "FORMAT", "Format of the input. Default: by file name.", FORMATS),
+    choice("--input-format", "FORMAT", "Format of the input. Default: by file name.", TextFormat),
     option("--text-column", "NAME", "Column or field of the text.", default="text"),
     option(
         "--text-pair-column",
@@ -166,18 +206,22 @@ labelled_texts = together(
 """Those of `texts`, and options that say how labels are read."""
 
 
-def chosen_rule(default: ExitRule, name: str | None, settings: dict[str, Any]) -> ExitRule:
-    """The rule that the options describe: a named one, or the default with changes.
+def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
+    """The rule that the options describe; takes them out of the settings.
+
+    Without `--rule` it is the default rule, with the settings that are given.
 
     Raises:
         RuleError: the rule does not take a setting, or lacks one that it needs.
     """
-    given = {key: value for key, value in settings.items() if value is not None}
+    values = {name: settings.pop(name) for name in RULE_OPTIONS.split()}
+    name = values.pop("rule")
+    changes = {key: value for key, value in values.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
-    if given.get("measure", base.get("measure")) != base.get("measure"):
+    if changes.get("measure", base.get("measure")) != base.get("measure"):
         # Thresholds of two measures are on different scales.
         base.pop("threshold", None)
-    return ExitRule.from_dict(base | given)
+    return ExitRule.from_dict(base | changes)
 
 
 def read_options(settings: dict[str, Any]) -> ReadOptions:

@@ -51,7 +51,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     help="Texts to classify: .txt (one text per line), .jsonl, .csv, .tsv or .parquet. All but "
     ".parquet may end in .gz. - is standard input.",
 )
-@options.option("--output", "FILE", "File to write. Default: standard output.", type=options.PATH)
+@options.path("--output", "File to write. Default: standard output.")
 @options.option(
     "--operating-point",
     "NAME",
@@ -67,7 +67,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     ["stop", "skip"],
     default="stop",
 )
-@options.option("--max-length", "N", "Truncate texts to this many tokens.", type=options.COUNT)
+@options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.flag("--quiet", "Show no progress and no summary.")
@@ -79,7 +79,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     "--output-format",
     "FORMAT",
     "Format of the results. Default: by the name of the output file, or jsonl.",
-    [known.value for known in OutputFormat],
+    OutputFormat,
 )
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.flag("--all-scores", "Write the probabilities of all labels.")
@@ -99,7 +99,6 @@ def main(
     on_error: str,
     target: str | None,
     operating_point: str | None,
-    rule: str | None,
     full_depth: bool,
     max_length: int | None,
     threads: int | None,
@@ -117,7 +116,7 @@ def main(
     if not sources:
         raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
-    overrides = rule is not None or any(settings[name] is not None for name in options.RULE_OPTIONS)
+    overrides = bool(options.given(options.RULE_OPTIONS))
     options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
     is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
@@ -142,7 +141,7 @@ def main(
                 f"largest difference of a logit {checked.max_logit_difference:.1e}",
                 err=True,
             )
-        chosen = options.chosen_rule(engine.rule, rule, settings) if overrides else engine.rule
+        chosen = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else chosen, metrics)
         skips = on_error == "skip"
         schema = RecordSchema(

@@ -285,7 +285,7 @@ USAGE = [
     ("export", export("--typo"), "--typo"),
     ("export", export("another"), "another"),
     ("export", export("--from", "engines"), "either MODEL_DIR or --from"),
-    ("export", export("--exits", "auto"), "auto was removed"),
+    ("export", export("--exits", "auto"), "'auto' is not a list of numbers"),
     ("export", export("--threads", 1), "--threads can be used only with --from and --exits"),
     ("export", export("--jobs", 0), "--jobs"),
     ("export", export("--no-onnx"), "--no-onnx can be used only with --from"),

@@ -274,7 +274,7 @@ def test_an_engines_folder_is_replaced_when_asked(
     ("arguments", "message"),
     [
         (("--from", "e", "--exits", "2"), "--output"),
-        (("--from", "e", "--exits", "auto", "-o", "n"), "auto was removed"),
+        (("--from", "e", "--exits", "auto", "-o", "n"), "not a list of numbers"),
         (
             ("--from", "e", "--exits", "2", "-o", "n", "--fp16"),
             "--fp16 cannot be used with --from and --exits",
@@ -283,7 +283,7 @@ def test_an_engines_folder_is_replaced_when_asked(
             ("--from", "e", "--exits", "2", "-o", "n", "--max-length", "9"),
             "--max-length cannot be used with --from",
         ),
-        (("m", "--exits", "auto"), "give exit numbers"),
+        (("m", "--exits", ""), "not a list of numbers"),
         (("m", "--target", "fast"), "--target can be used only with --from and --exits"),
         (("--from", "e", "--exits", "two", "-o", "n"), "not a list of numbers"),
     ],

@@ -19,7 +19,7 @@ from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manif
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME, NotBuilt
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.cli.inspect import chain_lines, main
+from fpabee.runtime.cli.inspect import chain_table, main
 from fpabee.runtime.inspection import Part, chain_parts, target_states
 
 from ...doubles.device import install
@@ -88,37 +88,30 @@ def test_json_holds_the_same(engines: Mapping[str, Path]) -> None:
     assert "onnxruntime" in content["environment"]
 
 
-def test_the_chain_is_drawn(engines: Mapping[str, Path]) -> None:
-    parts = chain_parts(engines["albert"], read_manifest(engines["albert"]))
+def test_the_chain_is_a_table(engines: Mapping[str, Path]) -> None:
+    folder = engines["albert"]
+    manifest = read_manifest(folder)
+    parts = chain_parts(folder, manifest)
     assert [part.layers for part in parts] == [(1, 1), (2, 2), (3, 3)]
-    graphs = read_manifest(engines["albert"]).graphs
-    sizes = {
-        name: (engines["albert"] / graph.file).stat().st_size for name, graph in graphs.items()
-    }
-    assert sum(part.size or 0 for part in parts) == sum(sizes.values())
-    # The shared block is called by every segment, and is there once.
+    sizes = [(folder / graph.file).stat().st_size for graph in manifest.graphs.values()]
+    assert sum(part.size or 0 for part in parts) == sum(sizes)
+    # Every segment calls the shared block, which is stored once.
     assert set(parts[0].calls) & set(parts[2].calls)
-    shown = run(engines["albert"]).stdout.splitlines()
-    start = shown.index("text, up to 64 tokens")
-    drawn = shown[start + 1 : start + 7]
-    assert drawn[::2] == ["  |"] * 3
-    for number, line in enumerate(drawn[1::2], start=1):
-        assert f"layer {number} " in line
-        assert line.endswith(f"--> exit {number}")
-        assert f"{len(parts[number - 1].calls)} calls" in line
+    rows = [line.split() for line in run(folder).stdout.splitlines()]
+    for number, part in enumerate(parts, start=1):
+        (row,) = [row for row in rows if row[:2] == [str(number), str(number)]]
+        assert row[3] == str(len(part.calls))
 
 
-def test_several_layers_and_repeated_calls_are_one_line() -> None:
+def test_several_layers_and_repeated_calls_are_one_row() -> None:
     parts = [
         Part(1, (1, 4), ("embed", "block", "block", "block", "block", "head"), 3 * 2**20),
         Part(2, (5, 5), ("block",), None),
     ]
-    assert list(chain_lines(parts, 128)) == [
-        "text, up to 128 tokens",
-        "  |",
-        "  +-- layers 1-4  3.0 MiB  6 calls  embed, block x4, head --> exit 1",
-        "  |",
-        "  +-- layer 5     missing  1 call   block                 --> exit 2",
+    cells = [list(column.cells) for column in chain_table(parts).columns]
+    assert list(zip(*cells, strict=True)) == [
+        ("1", "1-4", "3.0", "6", "embed, block x4, head"),
+        ("2", "5", "missing", "1", "block"),
     ]
 
 
