@@ -1,11 +1,15 @@
-"""Calibration: choose thresholds with a stated risk, on the user's own rows.
+"""Calibration: choose thresholds with a stated risk on the user's own rows.
 
-A trace at full depth is taken once; every rule and setting is then a simulation of it.
-Stands on the runtime only: no torch, transformers or onnx.
+Rows run once, at full depth; every rule and setting is then simulated on their logits. Needs the
+runtime only: neither torch nor transformers nor onnx.
 
-`calibrate` writes operating points into an engines folder, for what `CalibrationOptions` wish
-for; `write_report` shows what it found. Drops are in points: hundredths of a score that goes from
-0 to 1.
+`calibrate` writes operating points into an engines folder, as `CalibrationOptions` ask for, and
+`write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
+
+The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows),
+`scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs` (what stopping
+early costs and loses), `sweep` (all thresholds), `per_exit` (one threshold per exit), `settings`
+and `choose`, `risk` (certificates), `outcome` (judge), `result`; `calibrate` runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal
@@ -17,7 +21,7 @@ from .outcome import Outcome
 from .report import write_report
 from .result import Calibration, Point, RuleComparison
 from .risk import Bound, RiskOf
-from .scoring import Rows
+from .scoring import LabelledLogits
 from .sweep import threshold_for_depth
 
 __all__ = [
@@ -27,10 +31,10 @@ __all__ = [
     "CalibrationOptions",
     "CostModel",
     "Goal",
+    "LabelledLogits",
     "Outcome",
     "Point",
     "RiskOf",
-    "Rows",
     "RuleComparison",
     "TunedLabelThresholds",
     "calibrate",

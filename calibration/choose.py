@@ -1,10 +1,8 @@
-"""Choose a setting for a wish, and judge it on rows that did not choose it."""
+"""Choose a setting for a goal, and judge the choice on rows that did not take part in it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Sequence
-from itertools import compress
+from collections.abc import Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -12,24 +10,23 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.measures import Answers, Measure
+from ..runtime.rules.rules import RULES, ExitRule
 from .outcome import drop_interval, exits_of
 from .per_exit import PerExit
 from .scoring import Scorer
-from .settings import PER_EXIT, Candidate, Front, Settings
-from .stop_scores import Family, StopScores, families
+from .settings import Candidate, Front, Settings
 from .stopping_costs import COST, StoppingCosts
-from .sweep import Sweep
+from .sweep import Family, StopScores, Sweep, families
 
 PARTS = 5
-"""Parts that rows are dealt into for cross-fitting."""
+"""How many parts rows are dealt into for cross-fitting."""
 
 ALL = frozenset(range(PARTS))
-# Of settings that wish for a sure bound on a metric without a formula, how many are tried.
+# How many settings are tried if the upper bound of a metric needs a bootstrap.
 _TRIED = 60
-# Shares of the drop wished for that are asked of the estimate, until choosing keeps to the wish.
+# Shares of the allowed drop that the estimate may reach; the first is taken whose choices hold.
 _SHARES = tuple(np.linspace(1.0, 0.0, 9))
-
-_FITTED_RULES = ("entropy", "energy", "fpabee")
+# Measures that are also fitted per exit, since that takes long.
 _FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
 
 
@@ -40,7 +37,7 @@ class Selector:
         stopping_costs: the rows and what they cost.
         families: rules whose thresholds are swept.
         fitted: rules that also get a threshold for each exit.
-        seed: of the parts that rows are dealt into.
+        seed: deals the rows into parts.
     """
 
     def __init__(
@@ -51,67 +48,50 @@ class Selector:
         seed: int = 0,
     ) -> None:
         self.stopping_costs = stopping_costs
-        self._families = list(families)
         rows = len(stopping_costs.rows)
         self.parts = np.random.default_rng(seed).permutation(np.arange(rows) % PARTS)
-        self._per_exit = PerExit(stopping_costs, fitted, self.parts)
-        self._sweeps = [Sweep(family, family.grid) for family in self._families]
-        sizes = [len(sweep.grid) for sweep in self._sweeps]
-        self._starts = np.cumsum([0, *sizes])
-        self._kinds = np.repeat([family.rule.name for family in self._families], sizes)
-        self._sums = np.concatenate(
-            [sweep.sums(stopping_costs.terms, self.parts) for sweep in self._sweeps], axis=1
-        )
+        self._fitted = list(fitted)
+        self._per_exit = PerExit(stopping_costs, self.parts)
+        self._sweeps = [Sweep(family, family.grid) for family in families]
+        self._sums = [sweep.sums(stopping_costs.terms, self.parts) for sweep in self._sweeps]
         self._fronts: dict[tuple[frozenset[str], frozenset[int], bool], Front] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Names of the kinds of rules there are, see `Candidate.kind`."""
-        fitted = [family.rule.name + PER_EXIT for family in self._per_exit.families]
-        return tuple(dict.fromkeys([*map(str, self._kinds), *fitted]))
-
-    def narrowed(self, keep: Callable[[Candidate], bool]) -> Selector:
-        """The same rows and parts with fewer settings; thresholds are not looked at."""
-        kept = [keep(Candidate(family.rule)) for family in self._families]
-        sizes = [len(sweep.grid) for sweep in self._sweeps]
-        settings = np.repeat(kept, sizes)
-        other = copy.copy(self)
-        other._families = list(compress(self._families, kept))
-        other._per_exit = self._per_exit.narrowed(keep)
-        other._sweeps = list(compress(self._sweeps, kept))
-        other._starts = np.cumsum([0, *compress(sizes, kept)])
-        other._kinds, other._sums = self._kinds[settings], self._sums[:, settings]
-        other._fronts = {}
-        return other
+        """The kinds of rules that there are, see `Candidate.kind`."""
+        swept = [Candidate(sweep.family.rule) for sweep in self._sweeps]
+        fitted = [Candidate(family.rule, fitted=True) for family in self._fitted]
+        return tuple(dict.fromkeys(candidate.kind for candidate in [*swept, *fitted]))
 
     def choose(
         self, goal: Goal, kinds: Collection[str], using: frozenset[int] = ALL
     ) -> Candidate | None:
-        """The best setting for a wish.
+        """The best setting for a goal.
 
-        A drop is granted if *choosing* keeps to it: with each part of the rows by the setting
-        that the other parts choose. Thousands of settings compete, and the best of them was
-        lucky with the rows that chose it; so less is asked of the estimate until that holds.
+        A drop is accepted if *choosing* keeps to it: each part of the rows is scored with the
+        setting that is chosen on the other parts. Thousands of settings compete, and the best of
+        them was lucky with the rows that chose it, so its estimate must be smaller until that
+        holds.
 
         Args:
             goal: what is asked for.
-            kinds: of the settings to choose from, see `Candidate.kind`.
+            kinds: the kinds of settings to choose from, see `Candidate.kind`.
             using: the parts of the rows that choose.
 
         Returns:
-            The setting; None if only full depth grants the wish.
+            The setting; None if only full depth meets the goal.
 
         Raises:
-            InputError: nothing is so fast.
+            InputError: no setting is as fast as the goal demands.
         """
         if goal.max_drop is None:
             assert goal.speedup is not None
             return self._front(kinds, using, goal).as_fast_as(goal.speedup)
-        found = [self._granted(goal, kinds, using)]
-        sure = msgspec.structs.replace(goal, guaranteed=True)
-        if self.stopping_costs.is_summed(sure) and not goal.guaranteed:
-            # What is sure to be granted is granted, and may be faster.
-            found.append(self._granted(sure, kinds, using))
+        found = [self._within_drop(goal, kinds, using)]
+        guaranteed = msgspec.structs.replace(goal, guaranteed=True)
+        if self.stopping_costs.is_summed(guaranteed) and not goal.guaranteed:
+            # A guaranteed setting also meets the goal, and may be faster.
+            found.append(self._within_drop(guaranteed, kinds, using))
         rows = self.rows_of(using)
 
         def cost(chosen: Candidate) -> float:
@@ -119,85 +99,96 @@ class Selector:
 
         return min((chosen for chosen in found if chosen is not None), key=cost, default=None)
 
-    def _granted(
-        self, goal: Goal, kinds: Collection[str], using: frozenset[int]
-    ) -> Candidate | None:
-        """The fastest setting within so much of a drop that choosing it keeps to the wish."""
-        assert goal.max_drop is not None
-        limit = goal.max_drop / 100
-        if not self.stopping_costs.is_summed(goal):
-            return self._surely(limit, kinds, using)
-        for share in _SHARES:
-            if self._keeps(goal, share * limit, kinds, using):
-                return self._front(kinds, using, goal).within(share * limit)
-        return None
-
     def held_out(self, goal: Goal, kinds: Collection[str]) -> Answers:
-        """The exits `[rows]`, each part's by the setting that the other parts choose."""
-        exits = np.full(len(self.stopping_costs.rows), self.stopping_costs.rows.exits, np.int64)
+        """The exits `[rows]`: in each part by the setting that is chosen on the other parts."""
+        exits = np.zeros(len(self.stopping_costs.rows), np.int64)
         for part in ALL:
             numbers = self.rows_of(frozenset({part}))
             exits[numbers] = self._exits(self.choose(goal, kinds, ALL - {part}), numbers)
         return exits
 
     def rows_of(self, parts: frozenset[int]) -> NDArray[np.intp]:
-        """Numbers of the rows of some parts."""
+        """The numbers of the rows in some parts."""
         return np.flatnonzero(np.isin(self.parts, list(parts)))
 
     def settings(self, kinds: Collection[str], using: frozenset[int] = ALL) -> Settings:
         """Every setting of some kinds, and what it gives on some parts of the rows."""
-        fitted, fitted_sums = self._per_exit.settings(using)
         rows = self.rows_of(using)
-        swept = np.flatnonzero(np.isin(self._kinds, list(kinds)))
-        kept = [number for number, candidate in enumerate(fitted) if candidate.kind in kinds]
-        sums = np.concatenate(
-            [np.sum([self._sums[part, swept] for part in using], axis=0), fitted_sums[kept]]
-        )
+        sums = [np.zeros((0, self.stopping_costs.terms.shape[2]))]
+        sweeps = []
+        for sweep, each in zip(self._sweeps, self._sums, strict=True):
+            if sweep.family.rule.name in kinds:
+                sweeps.append(sweep)
+                sums.append(each[list(using)].sum(axis=0))
+        starts = np.cumsum([0, *(len(sweep.grid) for sweep in sweeps)])
+        fitted: list[ExitRule] = []
+        for family in self._fitted:
+            if Candidate(family.rule, fitted=True).kind in kinds:
+                found = self._per_exit.settings(family, using)
+                fitted += found
+                sums.append(np.array(list(found.values())))
 
         def candidate(number: int) -> Candidate:
-            if number >= len(swept):
-                return fitted[kept[number - len(swept)]]
-            return self._swept(int(swept[number]))
+            if number >= starts[-1]:
+                return Candidate(fitted[number - starts[-1]], fitted=True)
+            which = int(np.searchsorted(starts, number, side="right")) - 1
+            sweep = sweeps[which]
+            threshold = float(sweep.grid[number - starts[which]])
+            return Candidate(sweep.family.with_threshold(threshold))
 
+        together = np.concatenate(sums)
         return Settings(
-            sums=sums,
-            costs=sums[:, COST] / len(rows),
-            drops=self.stopping_costs.drops(sums, rows),
+            sums=together,
+            costs=together[:, COST] / len(rows),
+            drops=self.stopping_costs.drops(together, rows),
             full_cost=float(self.stopping_costs.costs[-1][rows].mean()),
             candidate=candidate,
         )
 
-    def _front(self, kinds: Collection[str], using: frozenset[int], goal: Goal) -> Front:
-        """The settings that serve wishes like this one."""
-        key = frozenset(kinds), using, goal.guaranteed
-        if key not in self._fronts:
-            settings = self.settings(kinds, using)
-            bounds = self.stopping_costs.bounds(goal, settings.sums, self.rows_of(using))
-            self._fronts[key] = Front.of(settings, bounds)
-        return self._fronts[key]
+    def _within_drop(
+        self, goal: Goal, kinds: Collection[str], using: frozenset[int]
+    ) -> Candidate | None:
+        """The fastest setting within such a share of the allowed drop that choosing it holds."""
+        assert goal.max_drop is not None
+        limit = goal.max_drop / 100
+        if not self.stopping_costs.is_summed(goal):
+            return self._bootstrapped(limit, kinds, using)
+        for share in _SHARES:
+            if self._holds(goal, share * limit, kinds, using):
+                return self._front(kinds, using, goal).within(share * limit)
+        return None
 
-    def _keeps(
+    def _holds(
         self, goal: Goal, limit: float, kinds: Collection[str], using: frozenset[int]
     ) -> bool:
-        """Whether choosing within a limit grants the wish on rows that did not choose."""
+        """Whether choosing within a limit meets the goal on rows that did not choose."""
         assert goal.max_drop is not None
         terms = self.stopping_costs.terms
-        sums = np.zeros(terms.shape[2])
+        sums = np.zeros((1, terms.shape[2]))
         for part in using:
             numbers = self.rows_of(frozenset({part}))
             chosen = self._front(kinds, using - {part}, goal).within(limit)
             sums += terms[self._exits(chosen, numbers) - 1, numbers].sum(axis=0)
-        bound = self.stopping_costs.bounds(goal, sums[None], self.rows_of(using))[0]
-        return bool(bound <= goal.max_drop / 100)
+        bounds = self.stopping_costs.bounds(goal, sums, self.rows_of(using))
+        return bool(bounds[0] <= goal.max_drop / 100)
+
+    def _front(self, kinds: Collection[str], using: frozenset[int], goal: Goal) -> Front:
+        """The best settings for goals like this one."""
+        key = frozenset(kinds), using, goal.guaranteed
+        if key not in self._fronts:
+            settings = self.settings(kinds, using)
+            bounds = self.stopping_costs.bounds(goal, settings.sums, self.rows_of(using))
+            self._fronts[key] = settings.front(bounds)
+        return self._fronts[key]
 
     def _exits(self, chosen: Candidate | None, numbers: NDArray[np.intp]) -> Answers:
-        """The exits of some rows."""
+        """The exits of some rows; full depth if nothing is chosen."""
         rows = self.stopping_costs.rows
         if chosen is None:
             return np.full(len(numbers), rows.exits, np.int64)
         return exits_of(chosen.rule, rows.take(numbers))
 
-    def _surely(
+    def _bootstrapped(
         self, limit: float, kinds: Collection[str], using: frozenset[int]
     ) -> Candidate | None:
         """The first setting whose bootstrap bound is within the limit, if there is one."""
@@ -210,38 +201,29 @@ class Selector:
             candidate = settings.candidate(int(number))
             exits = exits_of(candidate.rule, rows)
             bound = drop_interval(scorer, exits, level=0.9)[1]
-            if candidate.fitted:  # to these rows: as much too low as their drop is
+            if candidate.fitted:  # to these rows: the bound is as much too low as their drop
                 own = scorer.full_depth - scorer.score(exits)
                 bound += 100 * max(0.0, float(settings.drops[number]) - own)
             if bound <= 100 * limit:
                 return candidate
         return None
 
-    def _swept(self, number: int) -> Candidate:
-        which = int(np.searchsorted(self._starts, number, side="right")) - 1
-        sweep = self._sweeps[which]
-        threshold = float(sweep.grid[number - self._starts[which]])
-        return Candidate(sweep.family.with_threshold(threshold))
-
 
 def every_setting(
     stopping_costs: StoppingCosts, rules: Sequence[str], measures: Sequence[Measure], seed: int = 0
 ) -> Selector:
-    """All settings of some rules, with a threshold for each exit where that may win.
+    """All settings of some rules, with a threshold for each exit where the rule asks for it.
 
     Args:
         stopping_costs: the rows and what they cost.
         rules: names of exit rules.
-        measures: similarity measures of `fpabee` and `either`.
-        seed: of the parts that rows are dealt into.
+        measures: similarity measures to try.
+        seed: deals the rows into parts for cross-fitting.
     """
     stop = StopScores(stopping_costs.rows)
-    firsts = range(1, max(2, stopping_costs.rows.exits))
-    swept = families(stop, rules, measures, firsts)
-    fitted = families(
-        stop,
-        [name for name in _FITTED_RULES if name in rules],
-        [measure for measure in _FITTED_MEASURES if measure in measures],
-        patiences=[1],
-    )
+    first_exits = range(1, max(2, stopping_costs.rows.exits))
+    swept = families(stop, rules, measures, first_exits)
+    fitted_rules = [name for name in rules if RULES[name].fits_per_exit]
+    fitted_measures = [measure for measure in _FITTED_MEASURES if measure in measures]
+    fitted = families(stop, fitted_rules, fitted_measures, patiences=[1])
     return Selector(stopping_costs, list(swept), list(fitted), seed)

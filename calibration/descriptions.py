@@ -1,4 +1,4 @@
-"""Rules and results in few words, for tables."""
+"""Rules and drops in a few words, for tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def drop_in_words(held: Outcome) -> str:
 
 
 def rule_in_words(rule: ExitRule) -> str:
-    """A rule in few words: `fpabee jskd 0.13, patience 2`."""
+    """A rule in a few words: `fpabee jskd 0.13, patience 2`."""
     settings = dict(rule.to_dict())
     words = [str(settings.pop("name")), str(settings.pop("measure", ""))]
     threshold = settings.pop("threshold", None)

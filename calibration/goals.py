@@ -1,4 +1,4 @@
-"""What to calibrate for."""
+"""What a user asks of a calibration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.errors import InputError
+from ..runtime.errors import InputError, Remedy
 from ..runtime.files import ReadOptions
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import RULES
@@ -18,36 +18,36 @@ DEFAULT_GOALS = {
     "balanced": Goal(max_drop=0.5),
     "fast": Goal(max_drop=2.0),
 }
-"""The operating points that come when nothing is wished for; `balanced` becomes the default."""
+"""The operating points with no goal given; `balanced` becomes the default."""
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to calibrate for.
+    """What to calibrate for, and how.
 
     Attributes:
-        goals: operating points by name; default: `DEFAULT_GOALS`.
-        bound: a guarantee instead of wishes; then `name` names the one point.
-        name: of the point of a bound.
-        default: the point that runs when none is named; if there is none of that name, the first.
-        metric: single-label: `accuracy`, `macro_f1`, `matthews`; multi-label: `exact_match`,
-            `micro_f1`, `macro_f1`; both: `agreement` with full depth. None: the first of these,
-            or agreement if labels are left aside.
-        rules: names of exit rules to choose from, see `runtime.RULES`; empty: all.
-        measures: similarity measures of `fpabee` and `either`.
-        target: a built target; None: the manifest's default.
-        test: a file of more rows, which points are reported on instead of being cross-fitted.
+        goals: operating points by name; the default is `DEFAULT_GOALS`.
+        bound: a guarantee instead of goals; it makes a single point.
+        name: the name of that point.
+        default: the point that runs if none is named; the first one if there is no such point.
+        metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
+            `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
+            means the first of these, or agreement if labels are not used.
+        rules: names of the exit rules to choose from, see `runtime.RULES`; empty means all.
+        measures: similarity measures to try.
+        target: a built target; None means the default of the manifest.
+        test: a file with more rows to report the points on, instead of cross-fitting.
         reading: how the files of rows are read.
-        unlabelled: leave labels aside and hold the rule against full depth.
-        tune_label_thresholds: also choose decision cuts (multi-label).
-        batch_size: rows at a time that times are measured at and chosen by.
-        output: folder for traces; None: `calibration/` in the engines folder.
-        threads: CPU threads; None: as in `runtime.Engine.load`.
+        unlabelled: ignore labels, and compare answers with those at full depth.
+        tune_label_thresholds: also tune the label thresholds of a multi-label model.
+        batch_size: the batch size, in rows, whose measured times settings are chosen by.
+        output: folder for traces; None means `calibration/` in the engines folder.
+        threads: CPU threads; None means the default of `runtime.Engine.load`.
         seed: deals rows into the parts for cross-fitting; from 0.
 
     Raises:
-        InputError: a wish that wishes for nothing or for two things, a rule that does not exist,
-            or a number out of its range.
+        InputError: a goal sets neither or both of its fields, a rule does not exist, or a number
+            is out of its range.
 
     Example:
         ```python
@@ -80,42 +80,50 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if not self.goals and self.bound is None:
-            raise InputError("nothing is wished for", "give a wish or a bound")
-        names = [self.name] if self.bound is not None else list(self.goals)
-        for name in names:
+            raise InputError("no goal is given", Remedy("give {goals} or {bound}"))
+        for name in self.asked:
             if not is_name(name):
                 raise InputError(
                     f"an operating point is named {name!a}",
                     "give a name that can be read and typed",
                 )
         for name, goal in self.goals.items():
-            _check_wish(name, goal)
+            _check_goal(name, goal)
         for rule in self.rules:
             if rule not in RULES:
-                raise InputError(f"there is no exit rule {rule!r}", f"choose of {', '.join(RULES)}")
-        if not self.measures:
-            raise InputError("no similarity measure is given", "give one, or leave measures out")
-        for setting, least in (("batch_size", 1), ("seed", 0)):
-            if getattr(self, setting) < least:
                 raise InputError(
-                    f"{setting} is {getattr(self, setting)}", f"give a number from {least}"
+                    f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
+        if not self.measures:
+            raise InputError("no similarity measure is given", Remedy("give {measures}"))
+        for setting, least in (("batch_size", 1), ("seed", 0)):
+            value = getattr(self, setting)
+            if value < least:
+                raise InputError(f"{setting} is {value}", f"give a number from {least}")
+
+    @property
+    def asked(self) -> dict[str, Goal | Bound]:
+        """What each operating point is asked to meet, by its name."""
+        return dict(self.goals) if self.bound is None else {self.name: self.bound}
 
 
 def is_name(name: str) -> bool:
-    """Whether an operating point may be called so: people read and type it."""
+    """Whether an operating point can have this name: people read and type it."""
     return bool(name) and name.isprintable()
 
 
-def _check_wish(name: str, goal: Goal) -> None:
-    given = [value for value in (goal.max_drop, goal.speedup) if value is not None]
-    if len(given) != 1:
+def _check_goal(name: str, goal: Goal) -> None:
+    if (goal.max_drop is None) == (goal.speedup is None):
+        count = 0 if goal.max_drop is None else 2
         raise InputError(
-            f"the wish {name!r} has {len(given)} of max_drop and speedup", "give it one of them"
+            f"the goal {name!r} has {count} of max_drop and speedup",
+            Remedy("give one of {max_drop} and {speedup}"),
         )
+    value = goal.max_drop if goal.speedup is None else goal.speedup
+    assert value is not None
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)
-    if not low <= given[0] <= high or math.isinf(given[0]):
+    if not (low <= value <= high and math.isfinite(value)):
         raise InputError(
-            f"the wish {name!r} is {given[0]:g}",
-            "give max_drop in points, 0 to 100, or a speedup of at least 1",
+            f"the goal {name!r} is {value:g}",
+            Remedy("give {max_drop} in points, 0 to 100, or {speedup} of at least 1"),
         )

@@ -1,4 +1,4 @@
-"""What a rule gives on some rows: score, drop with its interval, depth, speed-up."""
+"""What rows that stop at given exits give: the metric, its drop with an interval, the savings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..runtime.rules.measures import Answers, Array
 from ..runtime.rules.rules import ExitRule
 from ..runtime.rules.runner import simulate
-from .scoring import AGREEMENT, Rows, Scorer
+from .scoring import AGREEMENT, LabelledLogits, Scorer
 
 _RESAMPLES = 2000
 
@@ -21,16 +21,16 @@ class Outcome:
     """What a rule gave on some rows.
 
     Attributes:
-        metric: name of the score, which goes from 0 to 1 (Matthews correlation from -1).
-        score: with the rule.
-        full_depth_score: at the last exit.
+        metric: name of the metric, which goes from 0 to 1 (Matthews correlation from -1).
+        score: the metric with the rule.
+        full_depth_score: the metric at the last exit.
         drop: `full_depth_score` minus `score`, in points.
         interval: 95 % interval of the drop in points, see `drop_interval`.
-        mean_depth: layers that ran for a row, on average.
-        exits: rows that stopped at each exit.
-        theoretical: speed-up: full depth over this, in layers weighted by tokens.
-        estimated: the same in measured times of the segments.
-        rows: how many rows.
+        mean_depth: mean number of layers that ran for a row.
+        exits: how many rows stopped at each exit.
+        theoretical: speed-up over full depth in layers, weighted by tokens.
+        estimated: speed-up over full depth in measured times of the segments.
+        rows: how many rows there were.
     """
 
     metric: str
@@ -54,7 +54,7 @@ def outcome(
         scorer: the metric of the rows.
         exits: `[rows]`, counted from 1.
         lengths: `[rows]` tokens.
-        costs: `[exits, rows]` time until an exit.
+        costs: `[exits, rows]` seconds until an exit.
         layers: the layer of each exit.
     """
     ran = np.asarray(layers)[exits - 1]
@@ -76,12 +76,19 @@ def outcome(
 def drop_interval(
     scorer: Scorer, exits: Answers, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the drop in points: rows are drawn again, with both of their answers.
+    """Interval of the drop in points: a bootstrap over rows, each with both of its answers.
 
-    Drawing again shows no change that the rows do not hold. So where the metric is a mean over rows
-    and some row stopped early, neither end is closer to the drop than the exact binomial bound on
-    the share of rows with a change of which n rows show none: 1 - (alpha / 2)^(1/n), which is about
-    3.7/n at 95 % (Clopper & Pearson 1934; the "rule of three", Hanley & Lippman-Hand 1983).
+    A bootstrap cannot show a kind of change that the rows do not hold. So where the metric is a
+    mean over rows and some row stopped early, neither end is closer to the drop than the exact
+    binomial bound on the share of rows with a change that none of n rows shows:
+    1 - (alpha / 2)^(1/n), about 3.7/n at 95 % (Clopper & Pearson 1934; the "rule of three",
+    Hanley & Lippman-Hand 1983).
+
+    Args:
+        scorer: the metric of the rows.
+        exits: `[rows]`, counted from 1.
+        level: the confidence level.
+        seed: of the bootstrap.
     """
     rows = len(exits)
     generator = np.random.default_rng(seed)
@@ -98,11 +105,11 @@ def drop_interval(
         drop = scorer.full_depth - scorer.score(exits)
         unseen = 1 - ((1 - level) / 2) ** (1 / rows)
         low, high = min(low, drop - unseen), max(high, drop + unseen)
-        # Agreement with full depth cannot be better than that of full depth.
+        # No rule agrees with full depth more often than full depth itself.
         low = max(low, 0.0) if scorer.metric == AGREEMENT else low
     return float(100 * low), float(100 * high)
 
 
-def exits_of(rule: ExitRule, rows: Rows) -> Answers:
-    """The exits `[rows]` of rows under a rule: those of a live run with the same logits."""
+def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:
+    """The exits `[rows]` of a rule, the same as in a live run with these logits."""
     return simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds).exits

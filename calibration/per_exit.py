@@ -1,51 +1,46 @@
-"""Fit a threshold for each exit.
+"""Fit one threshold for each exit.
 
-One threshold for all exits treats a score at exit 2 like the same score at exit 9, though
-an early exit is less reliable at the same score, and saves more. What is fitted is a
-*price* of a lost row, in time: every threshold lies where stopping is worth it at that
-price, given what becomes of the row if it goes on. One number moves all thresholds, so a
-list of prices is a path of settings, as a list of thresholds is. As many thresholds as exits
-still fit the rows that made them better than others: what a price gives is therefore judged
-on parts of the rows that its thresholds were not fitted to.
+A single threshold treats a score at exit 2 like the same score at exit 9, although an early exit
+is less reliable at the same score and saves more. What is varied here is the *price* of a lost row,
+in seconds: every threshold lies where stopping pays at that price, given what becomes of the row if
+it goes on. One number moves all thresholds, so a list of prices gives a list of settings, just as a
+list of thresholds does. As many thresholds as exits still fit the rows that made them better than
+other rows, so the settings of a price are judged on rows that their thresholds were not fitted to.
 
-With the thresholds of later exits known, the best one of an exit is found on one sorted
-list of its rows. Going from the last exit to the first and again until nothing changes is
-coordinate descent on time + price x expected losses. Expected losses (`losses.py`), not
-observed ones, are what keeps it from fitting the luck of a few rows.
+With the thresholds of the later exits known, the best threshold of an exit is found on one sorted
+list of its rows. Going from the last exit to the first, repeatedly until nothing changes, is
+coordinate descent on time + price x expected losses. Expected losses instead of observed ones keep
+it from fitting the luck of a few rows, see `stopping_costs`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from itertools import compress
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import ExitRule
-from .settings import Candidate
-from .stop_scores import Family
 from .stopping_costs import StoppingCosts
+from .sweep import Family, rounded
 
 _PRICES = 30
 _ROUNDS = 6
 
 
 def fit_path(family: Family, costs: Array, losses: Array) -> Iterator[ExitRule]:
-    """Rules with a threshold for each exit, one for each price, from cheap losses to dear ones.
+    """Rules with a threshold for each exit, one for each price, from low prices to high ones.
 
     Args:
-        family: the rule; one that counts no streaks, or patience 1.
-        costs: `[exits, rows]` of a row that stops at an exit.
-        losses: `[exits, rows]` expected.
+        family: the rule, with patience 1.
+        costs: `[exits, rows]` seconds of a row that stops at an exit.
+        losses: `[exits, rows]` its expected losses.
     """
-    total = costs[-1].mean()
     order = np.argsort(family.scores, axis=1, kind="stable")
-    for price in np.geomspace(0.3, 300.0, _PRICES) * total:
+    for price in np.geomspace(0.3, 300.0, _PRICES) * costs[-1].mean():
         thresholds = _descend(family.scores, order, costs + price * losses)
-        yield family.with_threshold([float(f"{value:.4g}") for value in thresholds])
+        yield family.with_threshold([rounded(threshold) for threshold in thresholds])
 
 
 def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
@@ -63,7 +58,7 @@ def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
     stops[-1] = True
     for _ in range(_ROUNDS):
         before = thresholds.copy()
-        ahead = totals[-1].copy()  # what a row adds that goes on
+        ahead = totals[-1].copy()  # what a row adds if it goes on
         for number in range(exits - 2, -1, -1):
             gone = np.logical_or.reduce(stops[:number], axis=0)
             queue = order[number][~np.broadcast_to(gone, rows)[order[number]]]
@@ -96,79 +91,50 @@ def _between(ascending: Array, last: int) -> float:
 
 
 class PerExit:
-    """Settings with a threshold for each exit, fitted to some parts of the rows.
+    """Rules with a threshold for each exit, fitted to parts of the rows.
 
     Args:
         stopping_costs: the rows and what they cost.
-        families: rules that get thresholds.
         parts: `[rows]` the part of each row.
     """
 
-    def __init__(
-        self, stopping_costs: StoppingCosts, families: Sequence[Family], parts: NDArray[np.intp]
-    ) -> None:
-        self.families = list(families)
+    def __init__(self, stopping_costs: StoppingCosts, parts: NDArray[np.intp]) -> None:
         self._stopping_costs = stopping_costs
         self._parts = parts
-        self._paths: dict[frozenset[int], tuple[list[Candidate], Array]] = {}
+        self._judged: dict[tuple[ExitRule, frozenset[int]], dict[ExitRule, Array]] = {}
         self._fits: dict[tuple[ExitRule, frozenset[int]], list[ExitRule]] = {}
 
-    def narrowed(self, keep: Callable[[Candidate], bool]) -> PerExit:
-        """The same with fewer rules."""
-        other = copy.copy(self)
-        other.families = [f for f in self.families if keep(Candidate(f.rule, fitted=True))]
-        other._paths = {}
-        for using, (candidates, sums) in self._paths.items():
-            kept = [keep(candidate) for candidate in candidates]
-            other._paths[using] = list(compress(candidates, kept)), sums[np.array(kept, bool)]
-        return other
+    def settings(self, family: Family, using: frozenset[int]) -> dict[ExitRule, Array]:
+        """Rules that are fitted to some parts of the rows, and sums `[terms]` over these parts.
 
-    def settings(self, using: frozenset[int]) -> tuple[list[Candidate], Array]:
-        """Settings fitted to some parts of the rows, and sums `[settings, terms]` over them.
-
-        The sums are cross-fitted: each part's are those of the thresholds that the same price
-        makes on the other parts.
+        The sums are cross-fitted: on each part they belong to the thresholds that the same price
+        gives on the other parts.
         """
-        if using not in self._paths:
-            found: dict[ExitRule, Array] = {}
-            for family in self.families:
-                sums = np.sum([self._judged(family, using, part) for part in using], axis=0)
-                for rule, row in zip(self._rules(family, using), sums, strict=True):
-                    found.setdefault(rule, row)
-            candidates = [Candidate(rule, fitted=True) for rule in found]
-            width = self._stopping_costs.terms.shape[2]
-            rows = np.array(list(found.values())).reshape(len(candidates), width)
-            self._paths[using] = candidates, rows
-        return self._paths[using]
+        key = family.rule, using
+        if key not in self._judged:
+            sums = np.sum([self._judge(family, using, part) for part in using], axis=0)
+            found = self._judged[key] = {}
+            for rule, row in zip(self._fit(family, using), sums, strict=True):
+                found.setdefault(rule, row)
+        return self._judged[key]
 
-    def _judged(self, family: Family, using: frozenset[int], part: int) -> Array:
-        """`[prices, terms]` over one part, with thresholds fitted to the others."""
+    def _judge(self, family: Family, using: frozenset[int], part: int) -> Array:
+        """Sums `[prices, terms]` over one part, with thresholds fitted to the other parts."""
         numbers = np.flatnonzero(self._parts == part)
-        terms, every = self._stopping_costs.terms[:, numbers], np.arange(len(numbers))
-        own = Family(family.rule, family.scores[:, numbers])
-        return np.array(
-            [
-                terms[_stops(own, rule) - 1, every].sum(axis=0)
-                for rule in self._rules(family, using - {part} or using)
-            ]
-        )
+        terms, scores = self._stopping_costs.terms[:, numbers], family.scores[:, numbers]
+        sums = []
+        for rule in self._fit(family, using - {part} or using):
+            stops = scores < rule.stop_thresholds
+            stops[-1] = True
+            sums.append(terms[stops.argmax(axis=0), np.arange(len(numbers))].sum(axis=0))
+        return np.array(sums)
 
-    def _rules(self, family: Family, using: frozenset[int]) -> list[ExitRule]:
+    def _fit(self, family: Family, using: frozenset[int]) -> list[ExitRule]:
         """A rule for each price, fitted to some parts of the rows."""
         key = family.rule, using
         if key not in self._fits:
             numbers = np.flatnonzero(np.isin(self._parts, list(using)))
-            costs, losses = (
-                self._stopping_costs.costs[:, numbers],
-                self._stopping_costs.losses[:, numbers],
-            )
             part = Family(family.rule, family.scores[:, numbers])
-            self._fits[key] = list(fit_path(part, costs, losses))
+            costs, losses = self._stopping_costs.costs, self._stopping_costs.losses
+            self._fits[key] = list(fit_path(part, costs[:, numbers], losses[:, numbers]))
         return self._fits[key]
-
-
-def _stops(family: Family, rule: ExitRule) -> Answers:
-    """The exits of a fitted rule, by its family's stop scores."""
-    below = family.scores < rule.stop_thresholds
-    below[-1] = True
-    return np.asarray(below.argmax(axis=0) + 1)

@@ -1,4 +1,4 @@
-"""What a calibration found, and how it stands in the manifest."""
+"""What a calibration found, and how the manifest records it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .costs import CostModel
 from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .risk import Bound
-from .scoring import Rows
+from .scoring import LabelledLogits
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Point:
     Attributes:
         name: its name.
         goal: what was asked for.
-        kind: the name of its rule, with ` per exit` after it if it has a fitted threshold for
+        kind: the name of its rule, followed by ` per exit` if it has one fitted threshold for
             each exit.
         rule: the rule.
         chosen_on: what it gives on the rows that chose it.
-        held_out: what it gives on others.
-        measured: ratio of run times on the target, full depth over this, by batch size in rows.
+        held_out: what it gives on other rows.
+        measured: measured speed-up over full depth on the target, by batch size in rows.
         certificate: a bound on the risk, if one was asked for.
     """
 
@@ -48,16 +48,16 @@ class Point:
 
     @property
     def optimism(self) -> float:
-        """Points by which the drop looks smaller on the rows that chose the rule."""
+        """How much smaller the drop is on the rows that chose the rule, in points."""
         return self.held_out.drop - self.chosen_on.drop
 
 
 @dataclass(frozen=True)
 class RuleComparison:
-    """The best setting of one kind of rule, for the wish of the default point.
+    """The best setting of one kind of rule, for the goal of the default point.
 
     Attributes:
-        kind: as `Point.kind`.
+        kind: see `Point.kind`.
         rule: the rule.
         held_out: what it gives on rows that did not choose it.
     """
@@ -69,31 +69,31 @@ class RuleComparison:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found; `write_report` makes a page of it.
+    """What a calibration found; `write_report` turns it into a page.
 
     Attributes:
         folder: the engines folder.
         target: the target that was calibrated.
-        held_out: which rows points are reported on.
-        rows: the rows that chose, with their trace.
-        texts: the rows as they were read.
-        test: the rows that points are reported on, with their trace; None: cross-fitted.
+        held_out: which rows the points are reported on.
+        rows: the trace of the rows that chose the points.
+        texts: the same rows as they were read.
+        test: the trace of the rows that the points are reported on; None if cross-fitted.
         points: the operating points.
-        default: the one that runs when none is named.
-        comparisons: the best of every kind of rule, for the wish of the default point; the
+        default: the point that runs if none is named.
+        comparisons: the best setting of every kind of rule for the goal of the default point, the
             fastest first.
-        costs: measured times: one text at a time, and `CalibrationOptions.batch_size` rows.
+        costs: measured times, for one row and for `CalibrationOptions.batch_size` rows at a time.
         selector: all settings; not public.
-        label_thresholds: tuned decision cuts; None: none were asked for.
+        label_thresholds: tuned label thresholds; None if they were not asked for.
         layers: the layer of each exit.
     """
 
     folder: Path
     target: str
     held_out: str
-    rows: Rows
+    rows: LabelledLogits
     texts: Sequence[Row]
-    test: Rows | None
+    test: LabelledLogits | None
     points: tuple[Point, ...]
     default: str
     comparisons: tuple[RuleComparison, ...]
@@ -104,29 +104,38 @@ class Calibration:
 
     @property
     def contenders_wish(self) -> str:
-        """What the contenders keep to: the default point's wish; never more than an estimate."""
+        """The goal of the comparisons: that of the default point, never more than an estimate."""
         goal = next(point.goal for point in self.points if point.name == self.default)
         if isinstance(goal, Bound):
-            return f"{Goal(max_drop=100 * goal.risk)} by estimate, not certified"
+            return f"{goal.as_goal()} by estimate, not certified"
         return str(goal)
 
     @property
     def at_full_depth(self) -> tuple[Point, ...]:
-        """Points that run every layer, since no faster setting keeps to their wish."""
+        """Points that run every layer, since no faster setting meets their goal."""
         last = Budget(exit=len(self.layers))
         return tuple(point for point in self.points if point.rule == last)
 
 
-def with_points(manifest: Manifest, result: Calibration, data: str) -> Manifest:
-    """The manifest with the points; new cuts are for every target, so others lose theirs."""
-    targets = dict(manifest.targets)
-    task = manifest.task
-    label_thresholds = result.rows.label_thresholds
-    if label_thresholds != task.label_thresholds:
-        task = msgspec.structs.replace(task, label_thresholds=label_thresholds)
-        targets = {name: _without_points(target) for name, target in targets.items()}
+def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Manifest:
+    """The manifest with the points of a calibration.
+
+    New label thresholds hold for every target, so the other targets then lose their points.
+
+    Args:
+        manifest: the manifest.
+        result: the calibration.
+        data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
+    """
+    targets, task = dict(manifest.targets), manifest.task
+    if result.rows.label_thresholds != task.label_thresholds:
+        task = msgspec.structs.replace(task, label_thresholds=result.rows.label_thresholds)
+        for name, other in targets.items():
+            targets[name] = msgspec.structs.replace(
+                other, operating_points={}, default_operating_point=""
+            )
     target = targets[result.target]
-    points = {point.name: _record(point, result, target, data) for point in result.points}
+    points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
     targets[result.target] = msgspec.structs.replace(
         target,
         operating_points={**target.operating_points, **points},
@@ -135,11 +144,7 @@ def with_points(manifest: Manifest, result: Calibration, data: str) -> Manifest:
     return msgspec.structs.replace(manifest, targets=targets, task=task)
 
 
-def _without_points(target: Target) -> Target:
-    return msgspec.structs.replace(target, operating_points={}, default_operating_point="")
-
-
-def _record(point: Point, result: Calibration, target: Target, data: str) -> OperatingPoint:
+def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:
     held_out = point.held_out
     return OperatingPoint(
         rule=point.rule.to_dict(),
@@ -150,7 +155,7 @@ def _record(point: Point, result: Calibration, target: Target, data: str) -> Ope
         drop_interval=held_out.interval,
         held_out=result.held_out,
         rows=held_out.rows,
-        data_sha256=data,
+        data_sha256=data_sha256,
         mean_depth=held_out.mean_depth,
         exits=held_out.exits,
         theoretical_speedup=held_out.theoretical,

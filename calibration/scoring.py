@@ -1,27 +1,27 @@
-"""Metrics as sums over rows, so that a sweep over thresholds is a handful of histograms.
+"""Labelled logits, and metrics as sums over their rows.
 
-Every metric here is a function of sums over rows of a few numbers per (exit, row): for
-accuracy whether the answer is right, for an F1 hits and predictions of each label. Which
-metrics are means over rows matters to risk control and to the interval of a drop.
+Every metric here is a function of sums over rows, of a few numbers for each exit and row: for
+accuracy whether the answer is right, for an F1 the hits and predictions of each label. A sweep over
+thresholds then only needs a few histograms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import InputError
-from ..runtime.metrics import evaluate
-from ..runtime.rules.measures import Answers, Array, Outputs
+from ..runtime.errors import InputError, Remedy
+from ..runtime.metrics import evaluate, f1, matthews
+from ..runtime.rules.measures import Answers, Array, Mask, Outputs
 
 AGREEMENT = "agreement"
-"""Share of rows whose answer is that of full depth: needs no labels."""
+"""Share of rows with the same answer as at full depth; it needs no labels."""
 
 ROW_MEANS = ("accuracy", "exact_match", AGREEMENT)
-"""Metrics that are means over rows of 0 or 1."""
+"""Metrics that are the mean over rows of 0 or 1."""
 
 METRICS = {
     ProblemType.SINGLE_LABEL: ("accuracy", "macro_f1", "matthews", AGREEMENT),
@@ -31,16 +31,16 @@ METRICS = {
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A trace of some rows at full depth, with their labels.
+class LabelledLogits:
+    """The trace of some rows at full depth, with their labels.
 
     Attributes:
         logits: `[exits, rows, labels]` float32.
         lengths: `[rows]` tokens.
-        expected: the labels, int64: `[rows]` class indices, or for multi-label `[rows, labels]`
-            of 0 and 1; None: no labels.
-        problem_type: the task.
-        label_thresholds: multi-label decision cuts; none means 0.5.
+        expected: the true labels, int64: class indices `[rows]`, or for multi-label tasks
+            `[rows, labels]` of 0 and 1. None if the labels are not known.
+        problem_type: the type of the task.
+        label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
     """
 
     logits: NDArray[np.float32]
@@ -57,11 +57,11 @@ class Rows:
         """Number of exits."""
         return int(self.logits.shape[0])
 
-    def take(self, numbers: NDArray[np.intp]) -> Rows:
+    def take(self, numbers: NDArray[np.intp]) -> LabelledLogits:
         """Some of the rows, by their numbers from 0."""
         expected = None if self.expected is None else self.expected[numbers]
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
-        return Rows(logits, lengths, expected, self.problem_type, self.label_thresholds)
+        return replace(self, logits=logits, lengths=lengths, expected=expected)
 
     def answers(self) -> Answers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
@@ -71,10 +71,10 @@ class Rows:
 
 
 def check_metric(metric: str, problem_type: ProblemType, labelled: bool) -> None:
-    """Check that rows of a task can be scored so.
+    """Check that a metric can be computed.
 
     Raises:
-        InputError: the task has no such metric, or it needs labels and there are none.
+        InputError: the metric does not exist for the task, or needs labels that are not known.
     """
     known = METRICS[problem_type]
     if metric not in known:
@@ -83,8 +83,8 @@ def check_metric(metric: str, problem_type: ProblemType, labelled: bool) -> None
         )
     if not labelled and metric != AGREEMENT:
         raise InputError(
-            f"metric {metric} needs labels, and the rows are used without",
-            "leave out --metric, or --unlabelled",
+            f"metric {metric} needs labels, but the rows are used without their labels",
+            Remedy("leave out {metric} or {unlabelled}"),
         )
 
 
@@ -96,69 +96,62 @@ class Scorer:
         metric: its name, see `METRICS`.
 
     Attributes:
-        metric: the name.
+        metric: its name.
+        answers: the answers at every exit, see `LabelledLogits.answers`.
+        expected: the true answers; for agreement, those at full depth.
+        problem_type: the type of the task.
         sums: `[exits, rows, terms]` float64, what is summed over rows.
         full_depth: the metric at the last exit.
 
     Raises:
-        InputError: the task has no such metric, or it needs labels and there are none.
+        InputError: the metric does not exist for the task, or needs labels that are not known.
     """
 
-    def __init__(self, rows: Rows, metric: str) -> None:
+    def __init__(self, rows: LabelledLogits, metric: str) -> None:
         check_metric(metric, rows.problem_type, rows.expected is not None)
         self.metric = metric
         self.answers = rows.answers()
+        self.expected = self.answers[-1]
+        if metric != AGREEMENT and rows.expected is not None:
+            self.expected = rows.expected
+        self.problem_type = rows.problem_type
         self._labels = rows.logits.shape[2]
-        self._count = len(rows)
-        expected = self.answers[-1] if metric == AGREEMENT else rows.expected
-        assert expected is not None
-        self.expected = expected
         self.sums = self._sums()
-        self.full_depth = float(self.value(self.sums[-1].sum(axis=0), self._count))
+        self.full_depth = float(self.value(self.sums[-1].sum(axis=0), len(rows)))
 
     @property
     def is_row_mean(self) -> bool:
-        """Whether the metric is a mean over rows of 0 or 1."""
+        """Whether the metric is the mean over rows of 0 or 1."""
         return self.metric in ROW_MEANS
 
-    def right(self) -> NDArray[np.bool_]:
-        """`[exits, rows]`: whether the answer is exactly right; with agreement, that of the end."""
-        same = self.answers == self.expected
-        return np.asarray(same if same.ndim == 2 else same.all(axis=-1))
+    def right(self) -> Mask:
+        """Whether the answer is exactly the expected one: `[exits, rows]`."""
+        return same_answers(self.answers, self.expected, self.problem_type)
 
     def value(self, sums: Array, rows: float) -> Array:
-        """The metric of sums.
-
-        Args:
-            sums: `[..., terms]`.
-            rows: how many rows were summed.
-
-        Returns:
-            `[...]` float64.
-        """
+        """The metric `[...]` of sums `[..., terms]` over a number of rows."""
         if self.is_row_mean:
             return np.asarray(sums[..., 0] / rows)
         if self.metric == "micro_f1":
-            hits, total = sums[..., 0], sums[..., 1]
-            return np.asarray(2 * hits / np.maximum(total, 1))
+            return f1(sums[..., 0], sums[..., 1])
         hits, predicted, truth = np.split(sums, 3, axis=-1)
         if self.metric == "matthews":
-            return _matthews(hits, predicted, truth, rows)
-        f1 = 2 * hits / np.maximum(predicted + truth, 1)
-        if self.answers.ndim == 3:
-            return np.asarray(f1.mean(axis=-1))
-        # Over the labels that occur, as `evaluate` has it.
-        occurs = predicted + truth > 0
-        return np.asarray(f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1))
+            return matthews(hits, predicted, truth, rows)
+        by_label = f1(hits, predicted + truth)
+        if self.problem_type is ProblemType.MULTI_LABEL:
+            return np.asarray(by_label.mean(axis=-1))
+        # The mean over the labels that occur, as in `evaluate`.
+        occurs = (predicted + truth > 0).sum(axis=-1)
+        return np.asarray(by_label.sum(axis=-1) / np.maximum(occurs, 1))
 
     def at(self, exits: Answers) -> Array:
         """The terms `[rows, terms]` of rows that stop at given exits, counted from 1."""
         return np.asarray(self.sums[exits - 1, np.arange(len(exits))])
 
     def score(self, exits: Answers) -> float:
-        """The metric of rows that stop at given exits, by the code that scores any run."""
+        """The metric of rows that stop at given exits, computed as for any other run."""
         predicted = self.answers[exits - 1, np.arange(len(exits))]
-        name = {AGREEMENT: ROW_MEANS[self.answers.ndim - 2]}.get(self.metric, self.metric)
+        name = METRICS[self.problem_type][0] if self.metric == AGREEMENT else self.metric
         return evaluate(predicted, self.expected, self._labels)[name]
 
     def _sums(self) -> Array:
@@ -173,17 +166,12 @@ class Scorer:
 
     def _marks(self, answers: Answers) -> Array:
         """`[..., labels]` of 0 and 1."""
-        if self.answers.ndim == 3:
+        if self.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
         return np.eye(self._labels)[answers]
 
 
-def _matthews(hits: Array, predicted: Array, truth: Array, rows: float) -> Array:
-    """Matthews correlation of counts by label (Gorodkin 2004, R_K)."""
-    covariance = hits.sum(axis=-1) * rows - (predicted * truth).sum(axis=-1)
-    squared = float(rows) ** 2
-    spread = (squared - np.square(truth).sum(axis=-1)) * (
-        squared - np.square(predicted).sum(axis=-1)
-    )
-    safe = np.where(spread > 0, spread, 1.0)
-    return np.asarray(np.where(spread > 0, covariance / np.sqrt(safe), 0.0))
+def same_answers(some: Answers, others: Answers, problem_type: ProblemType) -> Mask:
+    """Where answers are the same; for multi-label tasks, the whole set of labels."""
+    same = some == others
+    return np.asarray(same.all(axis=-1) if problem_type is ProblemType.MULTI_LABEL else same)

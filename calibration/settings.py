@@ -1,8 +1,8 @@
-"""Settings that may be chosen, what each gives, and the best of them for every wish."""
+"""Settings that may be chosen, what each of them gives, and the best of them for every goal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import ExitRule
 
 PER_EXIT = " per exit"
-"""What the kind of a rule ends with that has a threshold fitted for each exit."""
+"""The end of the kind of a rule that has one fitted threshold for each exit."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Candidate:
 
     Attributes:
         rule: the rule.
-        fitted: whether its thresholds were fitted exit by exit.
+        fitted: whether it has one threshold for each exit, fitted to rows.
     """
 
     rule: ExitRule
@@ -30,20 +30,20 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """The rule's name, told apart if it has a threshold for each exit."""
+        """The rule's name, with a suffix if it has a threshold for each exit."""
         return self.rule.name + PER_EXIT if self.fitted else self.rule.name
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings, and what each gives on some rows.
+    """Settings, and what each of them gives on some rows.
 
     Attributes:
-        sums: `[settings, terms]` over the rows.
-        costs: `[settings]` mean time of a row.
+        sums: `[settings, terms]` over the rows, see `StoppingCosts.terms`.
+        costs: `[settings]` mean seconds of a row.
         drops: `[settings]` estimated drop, as a share.
-        full_cost: mean time of a row at full depth.
-        candidate: a setting by its number.
+        full_cost: mean seconds of a row at full depth.
+        candidate: gives a setting by its number.
     """
 
     sums: Array
@@ -52,57 +52,52 @@ class Settings:
     full_cost: float
     candidate: Callable[[int], Candidate]
 
-    def front(self, bounds: Array | None = None) -> NDArray[np.intp]:
-        """Numbers of the settings that no other beats, by rising drop.
+    def front(self, bounds: Array) -> Front:
+        """The settings that no other setting beats in both cost and bound.
 
         Args:
-            bounds: `[settings]` what counts in place of the drops.
+            bounds: `[settings]` bound of the drop as a share, such as `drops`.
         """
-        order = np.lexsort((self.costs, self.drops if bounds is None else bounds))
+        order = np.lexsort((self.costs, bounds))
         cheapest = np.minimum.accumulate(self.costs[order])
-        return np.asarray(order[np.append(True, cheapest[1:] < cheapest[:-1])])
+        numbers = order[np.append(True, cheapest[1:] < cheapest[:-1])]
+        return Front(self, numbers, bounds[numbers], self.costs[numbers])
 
 
 @dataclass(frozen=True)
 class Front:
-    """Settings that no other beats: each is cheaper than all with a smaller bound.
+    """Settings that no other setting beats: each is cheaper than all with a smaller bound.
 
     Attributes:
-        bounds: `[settings]` of the drop as a share, ascending.
-        costs: `[settings]` mean time of a row, descending.
-        full_cost: mean time of a row at full depth.
-        candidates: the settings.
+        settings: all settings.
+        numbers: the numbers of those in the front.
+        bounds: of their drops as shares, ascending.
+        costs: mean seconds of a row, descending.
     """
 
+    settings: Settings
+    numbers: NDArray[np.intp]
     bounds: Array
     costs: Array
-    full_cost: float
-    candidates: Sequence[Candidate]
-
-    @classmethod
-    def of(cls, settings: Settings, bounds: Array) -> Front:
-        """The front of settings, by the bounds of their drops."""
-        numbers = settings.front(bounds)
-        candidates = [settings.candidate(int(number)) for number in numbers]
-        return cls(bounds[numbers], settings.costs[numbers], settings.full_cost, candidates)
 
     def within(self, limit: float) -> Candidate | None:
-        """The cheapest setting whose bound is within a limit, as a share."""
+        """The cheapest setting whose bound is at most a limit, as a share."""
         count = int(np.searchsorted(self.bounds, limit, side="right"))
-        return self.candidates[count - 1] if count else None
+        return self.settings.candidate(int(self.numbers[count - 1])) if count else None
 
     def as_fast_as(self, speedup: float) -> Candidate:
-        """The setting with the least drop of those that are so fast.
+        """The setting with the smallest drop among those that reach a speed-up.
 
         Raises:
-            InputError: nothing is so fast.
+            InputError: no setting is that fast.
         """
-        fast = np.flatnonzero(self.costs <= self.full_cost / speedup)
+        full_cost = self.settings.full_cost
+        fast = np.flatnonzero(self.costs <= full_cost / speedup)
         if not len(fast):
             raise InputError(
-                f"nothing is {speedup:g} times as fast here: the most is "
-                f"{self.full_cost / self.costs[-1]:.2f} times, with an estimated drop of "
+                f"no setting is {speedup:g} times as fast here: the fastest is "
+                f"{full_cost / self.costs[-1]:.2f} times as fast, with an estimated drop of "
                 f"{100 * self.bounds[-1]:.1f} points",
-                "wish for less, or train with an earlier exit",
+                "ask for a smaller speed-up, or train a model with an earlier exit",
             )
-        return self.candidates[int(fast[0])]
+        return self.settings.candidate(int(self.numbers[fast[0]]))

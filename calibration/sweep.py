@@ -1,9 +1,16 @@
-"""What every threshold of a rule would do on a trace, all at once: no model runs again."""
+"""Try every threshold of a rule on a trace at once.
+
+`simulate` applies a rule with one setting, but a search wants thousands. So every rule can express
+everything but its threshold as one matrix, see `ExitRule.stop_scores`, and a sweep over thresholds
+is a cumulative histogram. `simulate` remains the reference: the tests compare the two row by row.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,17 +18,102 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
-from ..runtime.rules.measures import Answers, Array
-from ..runtime.rules.rules import ExitRule
-from .scoring import Rows
-from .stop_scores import Family, StopScores
+from ..runtime.rules.base import SearchSpace, ThresholdRule
+from ..runtime.rules.measures import Answers, Array, Measure
+from ..runtime.rules.rules import RULES, ExitRule
+from ..runtime.rules.runner import simulate
+from .scoring import LabelledLogits
+
+_GRID = 200
+
+
+@dataclass(frozen=True)
+class Family:
+    """All settings of a rule that differ in the threshold only.
+
+    Attributes:
+        rule: one of them.
+        scores: `[exits, rows]` stop scores.
+    """
+
+    rule: ExitRule
+    scores: Array
+
+    @cached_property
+    def grid(self) -> Array:
+        """Thresholds of the stop scores to try, ascending; the first stops no row early."""
+        finite = self.scores[:-1][np.isfinite(self.scores[:-1])]
+        if not isinstance(self.rule, ThresholdRule) or not finite.size:
+            return np.full(1, 0.5)
+        lowest, highest = finite.min(), finite.max()
+        values = np.quantile(finite, np.linspace(0, 1, _GRID - 2))
+        margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
+        return np.unique([lowest - margin, *map(rounded, values), highest + margin])
+
+    def with_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
+        """The rule with a threshold of its stop scores: one, or one for each exit."""
+        return self.rule.with_stop_threshold(threshold)
+
+
+def rounded(threshold: float) -> float:
+    """A threshold with four significant digits, as people can read it."""
+    return float(f"{threshold:.4g}")
+
+
+class StopScores:
+    """Makes the families of a trace; scores that several of them share are computed once.
+
+    Args:
+        rows: the trace.
+    """
+
+    def __init__(self, rows: LabelledLogits) -> None:
+        self.exits = rows.exits
+        self._rows = rows
+        self._known: dict[ExitRule, Array] = {}
+
+    def family(self, rule: ExitRule) -> Family:
+        """The settings that differ from a rule in the threshold only."""
+        return Family(rule, rule.stop_scores(self.scores_of))
+
+    def scores_of(self, rule: ExitRule) -> Array:
+        """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
+        if rule not in self._known:
+            rows = self._rows
+            result = simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds)
+            self._known[rule] = result.scores
+        return self._known[rule]
+
+
+def families(
+    stop: StopScores,
+    names: Sequence[str],
+    measures: Sequence[Measure],
+    first_exits: Sequence[int] = (1,),
+    patiences: Sequence[int] | None = None,
+) -> Iterator[Family]:
+    """Every setting of some rules but the threshold.
+
+    Args:
+        stop: the stop scores of the trace.
+        names: names of the rules.
+        measures: similarity measures to try.
+        first_exits: values of `min_exit` to try.
+        patiences: values of `patience` to try; None means all that can stop a row early.
+    """
+    every = range(1, stop.exits) if patiences is None else patiences
+    space = SearchSpace(stop.exits, measures, every, stop.scores_of)
+    for first in first_exits:
+        for name in names:
+            for rule in RULES[name].search_grid(space):
+                yield stop.family(dataclasses.replace(rule, min_exit=first))
 
 
 class Sweep:
     """Sums over rows at every threshold of a family.
 
-    As a threshold rises, a row moves from the last exit to earlier ones, each time at a known
-    threshold. So a sum over rows, at all thresholds, is a cumulative histogram of what the
+    As the threshold rises, a row moves from the last exit to earlier ones, each time at a known
+    threshold. A sum over rows, at all thresholds, is therefore a cumulative histogram of what the
     moves change.
 
     Args:
@@ -32,17 +124,18 @@ class Sweep:
     def __init__(self, family: Family, grid: Array) -> None:
         self.family = family
         self.grid = grid
-        # The first threshold of the grid at which a row stops at an exit or before.
+        # The first threshold of the grid at which a row stops at an exit or before it. A score
+        # that equals a threshold does not stop the row.
         self._reached = np.minimum.accumulate(
             np.searchsorted(grid, family.scores, side="right"), axis=0
         )
 
     def sums(self, values: Array, parts: NDArray[np.intp] | None = None) -> Array:
-        """Sums over rows, for each part of them.
+        """Sums over the rows of each part, at every threshold.
 
         Args:
-            values: `[exits, rows, terms]`, of a row that stops at an exit.
-            parts: `[rows]` the part of each row, from 0; None: all are one.
+            values: `[exits, rows, terms]` of a row that stops at an exit.
+            parts: `[rows]` the part of each row, from 0; None means that all rows are one part.
 
         Returns:
             `[parts, thresholds, terms]`.
@@ -59,9 +152,9 @@ class Sweep:
         moves = np.stack(columns, axis=-1).reshape(count, size, -1)
         return np.asarray(np.cumsum(moves, axis=1)[:, :-1])
 
-    def exits(self, threshold: int) -> Answers:
-        """The exit `[rows]` of each row at a threshold of the grid, by its number."""
-        return np.asarray((self._reached <= threshold).argmax(axis=0) + 1)
+    def exits(self, number: int) -> Answers:
+        """The exit of each row, `[rows]`, at the threshold of a number in the grid."""
+        return np.asarray((self._reached <= number).argmax(axis=0) + 1)
 
 
 def threshold_for_depth(
@@ -72,21 +165,18 @@ def threshold_for_depth(
     depth: float,
     label_thresholds: Sequence[float] = (),
 ) -> ExitRule:
-    """The rule with the threshold whose mean depth is closest to a wish.
+    """The rule with the threshold whose mean depth is closest to a given depth.
 
     About 200 thresholds are tried, at quantiles of the rule's scores.
 
     Args:
-        logits: `[exits, rows, labels]` of any floating-point type, at full depth: such as
+        logits: `[exits, rows, labels]` at full depth, of any floating-point type, such as
             `Trace.logits`.
         rule: the rule; its threshold is replaced by one for all exits.
-        problem_type: the task.
+        problem_type: the type of the task.
         exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
-        depth: the mean depth wanted, in layers; each row counts alike, whatever its length.
-        label_thresholds: multi-label decision cuts, see `Task.label_thresholds`; none means 0.5.
-
-    Returns:
-        The rule, with that threshold.
+        depth: the wanted mean depth in layers; every row counts the same, whatever its length.
+        label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
 
     Raises:
         RuleError: the rule has no threshold.
@@ -105,11 +195,13 @@ def threshold_for_depth(
             engine.predict(["play jazz"], rule=rule)
         ```
     """
-    if not hasattr(rule, "threshold"):
+    if not isinstance(rule, ThresholdRule):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
     lengths = np.ones(logits.shape[1], np.intp)
-    rows = Rows(logits.astype(np.float32), lengths, None, problem_type, tuple(label_thresholds))
-    family = StopScores(rows).family(dataclasses.replace(rule, threshold=0.0))  # type: ignore[call-arg]
+    rows = LabelledLogits(
+        logits.astype(np.float32), lengths, None, problem_type, tuple(label_thresholds)
+    )
+    family = StopScores(rows).family(rule.with_stop_threshold(0.0))
     sweep = Sweep(family, family.grid)
     layers = np.repeat(np.asarray(exit_layers, np.float64)[:, None], len(rows), axis=1)
     misses = np.abs(sweep.sums(layers[..., None])[0, :, 0] / len(rows) - depth)

@@ -69,38 +69,49 @@ def evaluate(predicted: Labels, expected: Labels, labels: int) -> dict[str, floa
         Multi-label: `exact_match`, `micro_f1`, `macro_f1`.
     """
     if predicted.ndim == 2:
-        return _multi_label(predicted, expected)
-    confusion = np.zeros((labels, labels), np.int64)
-    np.add.at(confusion, (expected, predicted), 1)
-    hits = np.diag(confusion)
-    of_truth, of_prediction = confusion.sum(axis=1), confusion.sum(axis=0)
-    occurs = (of_truth + of_prediction) > 0
+        hits = (predicted & expected).sum(axis=0)
+        total = predicted.sum(axis=0) + expected.sum(axis=0)
+        return {
+            "exact_match": float((predicted == expected).all(axis=1).mean()),
+            "micro_f1": float(f1(hits.sum(), total.sum())),
+            "macro_f1": float(f1(hits, total).mean()),
+        }
+    correct = expected[predicted == expected]
+    hits, found, truth = (
+        np.bincount(numbers, minlength=labels) for numbers in (correct, predicted, expected)
+    )
+    rows = len(expected)
     return {
-        "accuracy": float(hits.sum() / max(1, len(expected))),
-        "macro_f1": float(_f1(hits, of_truth + of_prediction)[occurs].mean()),
-        "matthews": _matthews(confusion),
+        "accuracy": float(hits.sum() / max(1, rows)),
+        "macro_f1": float(f1(hits, found + truth)[found + truth > 0].mean()),
+        "matthews": float(matthews(hits, found, truth, rows)),
     }
 
 
-def _multi_label(predicted: Labels, expected: Labels) -> dict[str, float]:
-    hits = (predicted & expected).sum(axis=0)
-    total = predicted.sum(axis=0) + expected.sum(axis=0)
-    return {
-        "exact_match": float((predicted == expected).all(axis=1).mean()),
-        "micro_f1": float(_f1(hits.sum(), total.sum())),
-        "macro_f1": float(_f1(hits, total).mean()),
-    }
+def f1(hits: ArrayLike, total: ArrayLike) -> NDArray[np.float64]:
+    """F1 = 2 TP / (2 TP + FP + FN), and 0 for a label that never occurs.
 
-
-def _f1(hits: ArrayLike, total: ArrayLike) -> NDArray[np.float64]:
-    """F1 = 2 TP / (2 TP + FP + FN); 0 if a label never occurs."""
+    Args:
+        hits: `[...]` rows that have the label and are predicted to have it.
+        total: `[...]` rows that have the label, plus rows that are predicted to have it.
+    """
     return np.asarray(np.multiply(2.0, hits) / np.maximum(total, 1))
 
 
-def _matthews(confusion: Labels) -> float:
-    """Matthews correlation for any number of classes (Gorodkin 2004, R_K)."""
-    counts = confusion.astype(np.float64)
-    rows, of_truth, of_prediction = counts.sum(), counts.sum(axis=1), counts.sum(axis=0)
-    covariance = np.trace(counts) * rows - of_truth @ of_prediction
-    spread = (rows**2 - of_truth @ of_truth) * (rows**2 - of_prediction @ of_prediction)
-    return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
+def matthews(
+    hits: ArrayLike, found: ArrayLike, truth: ArrayLike, rows: float
+) -> NDArray[np.float64]:
+    """Matthews correlation for any number of classes (Gorodkin 2004, R_K); 0 if undefined.
+
+    Args:
+        hits: `[..., labels]` rows that have the label and are predicted to have it.
+        found: `[..., labels]` rows that are predicted to have the label.
+        truth: `[..., labels]` rows that have the label.
+        rows: how many rows there are.
+    """
+    hits, found, truth = (np.asarray(counts, np.float64) for counts in (hits, found, truth))
+    squared = float(rows) ** 2
+    covariance = hits.sum(axis=-1) * rows - (found * truth).sum(axis=-1)
+    spread = (squared - np.square(truth).sum(-1)) * (squared - np.square(found).sum(-1))
+    defined = spread > 0
+    return np.asarray(np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1.0)), 0.0))

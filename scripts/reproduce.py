@@ -28,7 +28,7 @@ from transformers import AlbertConfig, AutoTokenizer
 
 from fpabee.calibration.choose import every_setting
 from fpabee.calibration.outcome import exits_of
-from fpabee.calibration.scoring import METRICS, Rows, Scorer
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
@@ -124,14 +124,16 @@ def files_of(run: Run, data: Path) -> dict[str, Path]:
     return {part: data / run.data / f"{part}.jsonl.gz" for part in ("train", "dev", "test")}
 
 
-def trace(folder: Path, data: Path, place: Path, threads: int | None) -> tuple[Rows, list[int]]:
+def trace(
+    folder: Path, data: Path, place: Path, threads: int | None
+) -> tuple[LabelledLogits, list[int]]:
     """The trace of a file, which is stored in `place`, and the layer of each exit."""
     with Engine.load(folder, threads=threads) as engine:
         rows = trace_rows(engine, list(read_rows(data)), place, progress=_print_end)
         return rows, list(engine.manifest.exit_layers)
 
 
-def compare(dev: Rows, test: Rows, layers: Sequence[int]) -> dict[str, Any]:
+def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
     costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)

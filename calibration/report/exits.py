@@ -12,7 +12,7 @@ from ...runtime.artifact.manifest import ProblemType
 from ...runtime.rules.measures import Array, Outputs
 from ..outcome import drop_interval
 from ..result import Calibration
-from ..scoring import Rows
+from ..scoring import LabelledLogits
 
 _BINS = 10
 
@@ -93,7 +93,7 @@ def reliability(result: Calibration) -> list[Bin]:
     ]
 
 
-def _probabilities(rows: Rows, number: int) -> tuple[Array, NDArray[np.bool_]]:
+def _probabilities(rows: LabelledLogits, number: int) -> tuple[Array, NDArray[np.bool_]]:
     """Probabilities of an exit, and whether each of them is about something true."""
     outputs = Outputs(rows.logits[number - 1], rows.problem_type)
     assert rows.expected is not None

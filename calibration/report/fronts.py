@@ -54,8 +54,7 @@ def rule_fronts(result: Calibration, progress: Progress) -> list[FrontSetting]:
     found = []
     for number, kind in enumerate(kinds):
         progress(f"report: {kind}", number, len(kinds))
-        narrowed = selector.narrowed(lambda candidate, kind=kind: candidate.kind == kind)  # type: ignore[misc]
-        found += list(_curve(result, kind, narrowed, speeds))
+        found += list(_curve(result, kind, selector, speeds))
     return found
 
 

@@ -12,6 +12,7 @@ thresholds are tried at once (`stop_scores`), and how far rounding can move its 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,6 +94,8 @@ class ExitRule(ABC):
 
     name: ClassVar[str]
     """The name of the rule in commands and in the manifest."""
+    first_exit_with_signal: ClassVar[int] = 1
+    """The first exit that can give a signal; `signal` is not called before it."""
     uses_labels: ClassVar[bool] = False
     """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
     fits_per_exit: ClassVar[bool] = False
@@ -129,11 +132,6 @@ class ExitRule(ABC):
         """
 
     @property
-    def first_exit_with_signal(self) -> int:
-        """The first exit that can give a signal; `signal` is not called before it."""
-        return 1
-
-    @property
     def signals_needed(self) -> int:
         """How many signals in a row stop a row."""
         return int(getattr(self, "patience", 1))
@@ -155,15 +153,23 @@ class ExitRule(ABC):
         return None
 
     @classmethod
-    @abstractmethod
     def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """The settings that calibration tries.
+        """The settings that calibration tries: here every combination of what the rule takes.
 
-        Thresholds are swept separately, so a single setting stands for all thresholds.
+        Thresholds are swept separately, so one of them stands for all.
 
         Args:
             space: what can be tried on the trace.
         """
+        values: dict[str, Sequence[Any]] = {
+            "exit": range(1, space.exits + 1),
+            "threshold": (0.0,),
+            "measure": space.measures,
+            "patience": space.patiences,
+        }
+        names = [field.name for field in dataclasses.fields(cls) if field.name in values]
+        for settings in itertools.product(*(values[name] for name in names)):
+            yield cls(**dict(zip(names, settings, strict=True)))
 
     def stop_scores(self, scores_of: ScoresOf) -> Array:
         """Everything about the rule but its threshold, as one score for each exit and row.
@@ -310,11 +316,6 @@ class ThresholdRule(ExitRule):
         numbers = self.threshold
         return numbers[exit_number - 1] if isinstance(numbers, tuple) else numbers
 
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """One setting; only its threshold varies."""
-        yield cls(threshold=0.0)
-
     @property
     def stop_thresholds(self) -> Array:
         """What stop scores are compared with: `[exits, 1]`, or `[1, 1]` for all exits."""
@@ -322,16 +323,12 @@ class ThresholdRule(ExitRule):
 
     def with_stop_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
         """This rule with another threshold for its stop scores, see `ExitRule`."""
-        if isinstance(threshold, float):
-            return dataclasses.replace(self, threshold=self.sign * threshold)
-        numbers = tuple(self.sign * float(number) for number in threshold)
-        return dataclasses.replace(self, threshold=numbers)
+        numbers = self.sign * np.asarray(threshold, np.float64)
+        return dataclasses.replace(self, threshold=numbers.tolist())
 
     def shifted(self, by: float) -> ExitRule:
         """This rule with its threshold moved by `by`, see `ExitRule`."""
-        numbers = self.threshold
-        moved = tuple(n + by for n in numbers) if isinstance(numbers, tuple) else numbers + by
-        return dataclasses.replace(self, threshold=moved)
+        return dataclasses.replace(self, threshold=(np.asarray(self.threshold) + by).tolist())
 
 
 def _whole_number(what: str, value: Any) -> int:

@@ -58,15 +58,11 @@ class FPabee(ThresholdRule):
     """
 
     name: ClassVar[str] = "fpabee"
+    first_exit_with_signal: ClassVar[int] = 2
     fits_per_exit: ClassVar[bool] = True
 
     measure: Measure = Measure.JSKD
     patience: int = 1
-
-    @property
-    def first_exit_with_signal(self) -> int:
-        """Exit 2, since the measure compares two exits."""
-        return 2
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The measure, summed over labels."""
@@ -89,13 +85,6 @@ class FPabee(ThresholdRule):
         # NaN is never beyond the margin, so numpy decides about it as well.
         return bool(excess < 0) if abs(excess) > _TOO_CLOSE * (1 + abs(threshold)) else None
 
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every measure with every patience."""
-        for measure in space.measures:
-            for patience in space.patiences:
-                yield cls(threshold=0.0, measure=measure, patience=patience)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pabee(ExitRule):
@@ -109,25 +98,16 @@ class Pabee(ExitRule):
     """
 
     name: ClassVar[str] = "pabee"
+    first_exit_with_signal: ClassVar[int] = 2
     uses_labels: ClassVar[bool] = True
 
     patience: int
-
-    @property
-    def first_exit_with_signal(self) -> int:
-        """Exit 2, since the answers of two exits are compared."""
-        return 2
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The score is 0 if the previous exit gave the same answer, else 1."""
         assert earlier is not None
         same = now.unchanged(earlier)
         return Signal(np.where(same, 0.0, 1.0), same)
-
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every patience."""
-        return (cls(patience=patience) for patience in space.patiences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +182,6 @@ class Pcee(ThresholdRule):
         """The normalised entropy."""
         return now.normalised_entropy()
 
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every patience."""
-        return (cls(threshold=0.0, patience=patience) for patience in space.patiences)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _SureOrSettled(ThresholdRule):
@@ -262,11 +237,6 @@ class Epee(_SureOrSettled):
     @cached_property
     def _settled(self) -> ExitRule:
         return Pabee(patience=self.patience)
-
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every patience."""
-        return (cls(threshold=0.0, patience=patience) for patience in space.patiences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,25 +294,15 @@ class Budget(ExitRule):
 
     exit: int
 
-    @property
-    def first_exit_with_signal(self) -> int:
-        """The exit of the rule."""
-        return self.exit
-
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
-        """Every row gives its signal, without a score."""
-        return Signal(None, np.ones(len(now.logits), np.bool_))
+        """Every row gives its signal from that exit on; there is no score."""
+        return Signal(None, np.full(len(now.logits), exit_number >= self.exit))
 
     def row_signal(
         self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
     ) -> bool | None:
         """Whether the exit is reached."""
         return exit_number >= self.exit
-
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every exit."""
-        return (cls(exit=number) for number in range(1, space.exits + 1))
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
         scores = np.full_like(scores_of(self), np.inf)

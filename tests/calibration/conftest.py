@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.calibration.scoring import Rows
-from fpabee.runtime import ProblemType
+from fpabee.calibration.choose import Selector
+from fpabee.calibration.scoring import LabelledLogits
+from fpabee.calibration.stopping_costs import StoppingCosts
+from fpabee.calibration.sweep import StopScores, families
+from fpabee.runtime import RULES, Measure, ProblemType
 
 
 @pytest.fixture(scope="session")
-def make_rows() -> Callable[..., Rows]:
+def make_rows() -> Callable[..., LabelledLogits]:
     """Makes a trace whose rows are easy or hard, with their labels."""
 
     def make(
@@ -23,7 +26,7 @@ def make_rows() -> Callable[..., Rows]:
         labels: int = 3,
         problem_type: ProblemType = ProblemType.SINGLE_LABEL,
         seed: int = 0,
-    ) -> Rows:
+    ) -> LabelledLogits:
         generator = np.random.default_rng(seed)
         ease = generator.uniform(0.3, 2.0, size=count)
         noise = generator.normal(size=(exits, count, labels)).cumsum(axis=0)
@@ -38,6 +41,22 @@ def make_rows() -> Callable[..., Rows]:
             towards = np.asarray(2.0 * truth - 1)
         logits = (towards * depth + noise).astype(np.float32)
         lengths = generator.integers(5, 40, count)
-        return Rows(logits, lengths.astype(np.intp), truth, problem_type)
+        return LabelledLogits(logits, lengths.astype(np.intp), truth, problem_type)
 
     return make
+
+
+def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
+    """One second for each exit."""
+    return np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+
+
+def make_selector(
+    rows: LabelledLogits, metric: str = "accuracy", names: tuple[str, ...] = ()
+) -> Selector:
+    """Settings of some rules, by default all, and two rules with a threshold for each exit."""
+    stop = StopScores(rows)
+    swept = families(stop, names or list(RULES), [Measure.JSKD, Measure.REKD])
+    fitted = families(stop, ["entropy", "fpabee"], [Measure.JSKD], patiences=[1])
+    costs = StoppingCosts(rows, metric, layer_costs(rows))
+    return Selector(costs, list(swept), list(fitted))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.calibration.scoring import METRICS, Rows, Scorer
-from fpabee.calibration.stop_scores import StopScores, families
-from fpabee.calibration.sweep import Sweep
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
+from fpabee.calibration.sweep import StopScores, Sweep, families
 from fpabee.runtime import (
     RULES,
     Entropy,
@@ -21,30 +21,37 @@ from fpabee.runtime import (
     RuleError,
     simulate,
 )
+from fpabee.runtime.rules.base import ThresholdRule
 
 LAYERS = (2, 4, 6, 8, 10, 12)
 
 
 @pytest.mark.parametrize("task", ProblemType)
 def test_every_family_stops_rows_where_simulate_does(
-    make_rows: Callable[..., Rows], task: ProblemType
+    make_rows: Callable[..., LabelledLogits], task: ProblemType
 ) -> None:
     rows = make_rows(count=200, problem_type=task)
     generator = np.random.default_rng(1)
     seen = set()
     for family in families(StopScores(rows), list(RULES), list(Measure), first_exits=(1, 3)):
-        sweep = Sweep(family, family.grid)
         seen.add(family.rule.name)
-        for number in {0, len(family.grid) - 1, int(generator.integers(len(family.grid)))}:
-            rule = family.with_threshold(float(family.grid[number]))
-            expected = simulate(rows.logits, rule, task).exits
-            np.testing.assert_array_equal(sweep.exits(number), expected, err_msg=str(rule))
+        # Also thresholds that equal a score, which does not stop the row.
+        finite = family.scores[np.isfinite(family.scores)]
+        grids = [family.grid]
+        if isinstance(family.rule, ThresholdRule) and finite.size:
+            grids.append(np.unique(generator.choice(finite, 3)))
+        for grid in grids:
+            sweep = Sweep(family, grid)
+            for number in {0, len(grid) - 1, int(generator.integers(len(grid)))}:
+                rule = family.with_threshold(float(grid[number]))
+                expected = simulate(rows.logits, rule, task).exits
+                np.testing.assert_array_equal(sweep.exits(number), expected, err_msg=str(rule))
     assert seen == set(RULES)
 
 
 @pytest.mark.parametrize("task", ProblemType)
 def test_sums_are_those_of_the_rows_at_their_exits(
-    make_rows: Callable[..., Rows], task: ProblemType
+    make_rows: Callable[..., LabelledLogits], task: ProblemType
 ) -> None:
     rows = make_rows(problem_type=task)
     scorer = Scorer(rows, METRICS[task][1])
@@ -60,7 +67,7 @@ def test_sums_are_those_of_the_rows_at_their_exits(
 
 
 def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
-    make_rows: Callable[..., Rows],
+    make_rows: Callable[..., LabelledLogits],
 ) -> None:
     rows = make_rows()
     for name in ("entropy", "confidence", "energy"):
@@ -70,32 +77,32 @@ def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
         assert (sweep.exits(len(family.grid) - 1) == 1).all()
 
 
-def test_every_patience_and_min_exit_is_a_family(make_rows: Callable[..., Rows]) -> None:
+def test_every_patience_and_min_exit_is_a_family(make_rows: Callable[..., LabelledLogits]) -> None:
     stop = StopScores(make_rows(count=50))
     found = [f.rule for f in families(stop, ["fpabee"], list(Measure), first_exits=range(1, 6))]
     assert len(set(found)) == len(found) == 8 * 5 * 5
 
 
-@pytest.mark.parametrize("depth", [4.0, 7.0, 10.0])
-def test_mean_depth_is_the_wish(make_rows: Callable[..., Rows], depth: float) -> None:
+@pytest.mark.parametrize(
+    ("rule", "depth"),
+    [
+        (Entropy(threshold=0.0), 4.0),
+        (Entropy(threshold=0.0), 7.0),
+        (FPabee(threshold=0.0, patience=2, min_exit=3), 10.0),
+    ],
+)
+def test_the_threshold_gives_the_mean_depth_and_other_settings_stay(
+    make_rows: Callable[..., LabelledLogits], rule: ThresholdRule, depth: float
+) -> None:
     rows = make_rows()
-    rule = threshold_for_depth(
-        rows.logits, Entropy(threshold=0.0), rows.problem_type, LAYERS, depth
-    )
-    exits = simulate(rows.logits, rule, rows.problem_type).exits
+    found = threshold_for_depth(rows.logits, rule, rows.problem_type, LAYERS, depth)
+    exits = simulate(rows.logits, found, rows.problem_type).exits
     assert np.array(LAYERS)[exits - 1].mean() == pytest.approx(depth, abs=0.15)
+    assert isinstance(found, ThresholdRule)
+    assert found == dataclasses.replace(rule, threshold=found.threshold)
 
 
-def test_other_settings_are_kept(make_rows: Callable[..., Rows]) -> None:
-    rows = make_rows()
-    rule = FPabee(threshold=0.0, patience=2, min_exit=3)
-    found = threshold_for_depth(rows.logits, rule, rows.problem_type, LAYERS, 10.0)
-    assert isinstance(found, FPabee)
-    assert (found.patience, found.min_exit) == (2, 3)
-    assert found.threshold_at(1) > 0
-
-
-def test_a_rule_without_threshold_is_refused(make_rows: Callable[..., Rows]) -> None:
-    rows = make_rows()
+def test_a_rule_without_threshold_is_refused(make_rows: Callable[..., LabelledLogits]) -> None:
+    rows = make_rows(count=9)
     with pytest.raises(RuleError, match="has no threshold"):
         threshold_for_depth(rows.logits, Pabee(patience=1), rows.problem_type, LAYERS, 5.0)

@@ -1,4 +1,4 @@
-"""A kept trace is used while it fits, and one that is damaged or harmful is made anew."""
+"""A kept trace is used while it fits; a damaged or harmful one is replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
 
 
 def changed(**arrays: Callable[[Any], Any]) -> Callable[[Path], object]:
-    """A trace with other arrays, as the one that is there has its keys."""
+    """Changes some arrays of a trace."""
 
     def change(path: Path) -> None:
         with np.load(path) as content:

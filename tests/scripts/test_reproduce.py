@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
-from fpabee.calibration.scoring import Rows
+from fpabee.calibration.scoring import LabelledLogits
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
 from fpabee.runtime.rules.rules import ExitRule
@@ -27,14 +27,14 @@ def reproduce(load_script: Callable[[str], ModuleType]) -> ModuleType:
     return load_script("reproduce")
 
 
-def make(seed: int) -> Rows:
+def make(seed: int) -> LabelledLogits:
     """Rows whose logits become more certain with depth."""
     generator = np.random.default_rng(seed)
     truth = generator.integers(0, 3, 200)
     depth = np.linspace(0.5, 3, len(LAYERS))[:, None, None]
     noise = generator.normal(size=(len(LAYERS), 200, 3))
     logits = (2 * np.eye(3)[truth] * depth + noise).astype(np.float32)
-    return Rows(logits, np.full(200, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
+    return LabelledLogits(logits, np.full(200, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
 
 
 def test_settings_save_enough_on_dev_and_are_evaluated_on_test(reproduce: ModuleType) -> None:

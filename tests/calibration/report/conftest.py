@@ -14,10 +14,10 @@ from fpabee.calibration.choose import Selector
 from fpabee.calibration.costs import CostModel
 from fpabee.calibration.outcome import Outcome, exits_of, outcome
 from fpabee.calibration.result import RuleComparison
-from fpabee.calibration.scoring import METRICS, Rows, Scorer
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.settings import Candidate
-from fpabee.calibration.stop_scores import StopScores, families
 from fpabee.calibration.stopping_costs import StoppingCosts
+from fpabee.calibration.sweep import StopScores, families
 from fpabee.runtime import Budget, Measure, ProblemType, read_manifest
 from fpabee.runtime.artifact.operating_point import Certificate, Goal
 from fpabee.runtime.files import Row
@@ -25,7 +25,7 @@ from fpabee.runtime.files import Row
 NAMES = ("fpabee", "pabee", "entropy", "budget")
 
 
-def _rows(rows: Rows, names: tuple[str, ...]) -> list[Row]:
+def _rows(rows: LabelledLogits, names: tuple[str, ...]) -> list[Row]:
     found = []
     for number in range(len(rows)):
         labels = None
@@ -39,7 +39,7 @@ def _rows(rows: Rows, names: tuple[str, ...]) -> list[Row]:
 
 @pytest.fixture
 def make_calibration(
-    engines: Mapping[str, Path], make_rows: Callable[..., Rows]
+    engines: Mapping[str, Path], make_rows: Callable[..., LabelledLogits]
 ) -> Callable[..., Calibration]:
     """Makes a calibration of one of the tiny engines folders, as `calibrate` would."""
 
@@ -63,7 +63,7 @@ def make_calibration(
         texts = _rows(rows, task.labels)
         if unlabelled:
             metric = "agreement"
-            rows = Rows(rows.logits, rows.lengths, None, rows.problem_type)
+            rows = LabelledLogits(rows.logits, rows.lengths, None, rows.problem_type)
             texts = [Row(row.text, None, None, {}, row.line) for row in texts]
         metric = metric or METRICS[task.problem_type][0]
         costs = tuple(
@@ -75,7 +75,7 @@ def make_calibration(
         fitted = list(families(stop, ["entropy"], [], patiences=[1]))
         selector = Selector(stopping_costs, swept, fitted)
 
-        def judged(chosen: Candidate, some: Rows) -> Outcome:
+        def judged(chosen: Candidate, some: LabelledLogits) -> Outcome:
             times = costs[-1].row_costs(some.lengths)
             stops = exits_of(chosen.rule, some)
             return outcome(Scorer(some, metric), stops, some.lengths, times, layers)

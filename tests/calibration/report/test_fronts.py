@@ -9,7 +9,7 @@ import pytest
 from fpabee.calibration import Calibration
 from fpabee.calibration.outcome import exits_of, outcome
 from fpabee.calibration.report.fronts import MOST_CURVES, FrontSetting, rule_fronts
-from fpabee.calibration.scoring import Rows, Scorer
+from fpabee.calibration.scoring import LabelledLogits, Scorer
 from fpabee.runtime.artifact.operating_point import Goal
 from fpabee.runtime.progress import silent
 from fpabee.runtime.rules.measures import Answers
@@ -17,7 +17,7 @@ from fpabee.runtime.rules.measures import Answers
 Make = Callable[..., Calibration]
 
 
-def given(result: Calibration, rows: Rows, exits: Answers) -> tuple[float, float, float]:
+def given(result: Calibration, rows: LabelledLogits, exits: Answers) -> tuple[float, float, float]:
     """Speed-up, drop, mean depth."""
     scorer = Scorer(rows, result.selector.stopping_costs.scorer.metric)
     costs = result.costs[-1].row_costs(rows.lengths)

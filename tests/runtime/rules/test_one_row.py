@@ -1,4 +1,4 @@
-"""One row without numpy: the verdicts are the decider's, also where they are close."""
+"""A single row without numpy: the same decisions as the runner's, also close to a threshold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime import Budget, ExitRule, FPabee, Measure, ProblemType, simulate
+from fpabee.runtime.rules.measures import FLOATS, MEASURES, RowOutputs
 from fpabee.runtime.rules.one_row import OneRow
 from fpabee.runtime.rules.runner import RuleRunner
 
@@ -33,7 +34,7 @@ def test_exits_are_those_of_simulate(logits: Logits, task: ProblemType, rule: Ex
 
 
 @given(traces(least_rows=1), tasks, st.sampled_from(Measure), st.integers(1, 2), st.data())
-def test_a_threshold_on_or_beside_a_score_changes_nothing(
+def test_a_threshold_at_or_beside_a_score_changes_nothing(
     logits: Logits, task: ProblemType, measure: Measure, patience: int, data: st.DataObject
 ) -> None:
     rule = FPabee(threshold=0.0, measure=measure, patience=patience)
@@ -44,8 +45,27 @@ def test_a_threshold_on_or_beside_a_score_changes_nothing(
     assert exits_one_by_one(logits, near, task) == simulate(logits, near, task).exits.tolist()
 
 
+@pytest.mark.parametrize("task", ProblemType)
+def test_rounding_never_decides(task: ProblemType) -> None:
+    """A threshold between the scores of numpy and of plain floats: the exits are numpy's."""
+    logits = np.random.default_rng(4).normal(scale=2, size=(3, 100, 5)).astype(np.float32)
+    outputs = [[RowOutputs(row, task).distributions for row in z.tolist()] for z in logits[:2]]
+    differing = 0
+    for measure in Measure:
+        scores = simulate(logits, FPabee(threshold=0.0, measure=measure), task).scores[1].tolist()
+        for row, (score, first, second) in enumerate(zip(scores, *outputs, strict=True)):
+            pairs = zip(first, second, strict=True)
+            plain = sum(MEASURES[measure](FLOATS, p, q) for p, q in pairs)
+            if plain != score:
+                differing += 1
+                rule = FPabee(threshold=max(score, plain), measure=measure)
+                own = logits[:, row : row + 1]
+                assert exits_one_by_one(own, rule, task) == simulate(own, rule, task).exits.tolist()
+    assert differing > 20, "there are too few rows whose scores differ"
+
+
 @pytest.mark.parametrize("rule", [FPabee(threshold=0.3), Budget(exit=2)])
-def test_what_is_certain_does_not_ask_the_decider(
+def test_a_certain_decision_does_not_need_the_runner(
     rule: ExitRule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decide(*arguments: Any) -> Any:
@@ -57,7 +77,7 @@ def test_what_is_certain_does_not_ask_the_decider(
 
 
 @pytest.mark.parametrize("task", ProblemType)
-def test_logits_that_are_no_numbers_decide_alike(task: ProblemType) -> None:
+def test_logits_that_are_not_numbers_give_the_same_exits(task: ProblemType) -> None:
     logits = np.array([[[1, 2]], [[np.inf, 1]], [[np.nan, 1]], [[1, 2]]], np.float32)
     rule = FPabee(threshold=0.6)
     with np.errstate(invalid="ignore"):

@@ -1,0 +1,77 @@
+"""Depth, speed-up, and intervals that cover the drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fpabee.calibration.outcome import drop_interval, exits_of, outcome
+from fpabee.calibration.scoring import LabelledLogits, Scorer
+from fpabee.runtime import Entropy, ProblemType
+
+from .conftest import layer_costs
+
+Make = Callable[..., LabelledLogits]
+
+
+@pytest.mark.parametrize(("metric", "samples"), [("accuracy", 100), ("macro_f1", 25)])
+def test_intervals_cover_the_drop(make_rows: Make, metric: str, samples: int) -> None:
+    population = make_rows(count=50_000, seed=4)
+    generator = np.random.default_rng(0)
+    scorer = Scorer(population, metric)
+    exits = exits_of(Entropy(threshold=0.5), population)
+    drop = 100 * (scorer.full_depth - scorer.score(exits))
+    covered = 0
+    for _ in range(samples):
+        part = generator.integers(0, len(population), 800)
+        low, high = drop_interval(Scorer(population.take(part), metric), exits[part])
+        covered += low <= drop <= high
+    assert covered >= 0.85 * samples
+
+
+def two_exits(changed: np.ndarray) -> LabelledLogits:
+    """Rows that the last exit gets right; the first exit does where nothing changed."""
+    right = np.eye(2, dtype=np.float32)[np.zeros(len(changed), np.intp)]
+    logits = np.stack([np.where(changed[:, None], right[:, ::-1], right), right])
+    lengths, truth = np.full(len(changed), 9, np.intp), np.zeros(len(changed), np.int64)
+    return LabelledLogits(logits, lengths, truth, ProblemType.SINGLE_LABEL)
+
+
+def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
+    rows = two_exits(np.zeros(800, bool))
+    early, full = np.ones(800, np.int64), np.full(800, 2)
+    # The exact (Clopper-Pearson) bound for 0 of 800, by scipy.stats.binomtest.
+    scorer = Scorer(rows, "accuracy")
+    assert drop_interval(scorer, early) == pytest.approx((-0.46004845, 0.46004845))
+    assert drop_interval(scorer, early, level=0.9)[1] == pytest.approx(0.37376628)
+    assert drop_interval(scorer, full) == (0.0, 0.0), "full depth is full depth"
+    agreement = drop_interval(Scorer(rows, "agreement"), early)
+    assert agreement == pytest.approx((0.0, 0.46004845))
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.0015, 0.003])
+def test_intervals_cover_rare_changes(share: float) -> None:
+    generator = np.random.default_rng(2)
+    early = np.ones(800, np.int64)
+    covered = 0
+    for _ in range(100):
+        scorer = Scorer(two_exits(generator.random(800) < share), "accuracy")
+        low, high = drop_interval(scorer, early)
+        covered += low <= 100 * share <= high
+    assert covered >= 95
+
+
+def test_an_outcome_counts_layers_and_tokens(make_rows: Make) -> None:
+    rows = make_rows(count=400)
+    exits = np.random.default_rng(0).integers(1, 7, 400)
+    found = outcome(
+        Scorer(rows, "accuracy"), exits, rows.lengths, layer_costs(rows), (2, 4, 6, 8, 10, 12)
+    )
+    assert found.mean_depth == pytest.approx(2 * exits.mean())
+    tokens = rows.lengths.sum() / (exits * rows.lengths).sum()
+    assert found.theoretical == pytest.approx(6 * tokens)
+    assert found.estimated == pytest.approx(6 / exits.mean())
+    assert sum(found.exits) == found.rows == 400
+    assert found.interval[0] < found.drop < found.interval[1]
