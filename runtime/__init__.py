@@ -35,7 +35,7 @@ from .artifact.manifest import (
     Verification,
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
-from .backends.base import Bucket, Limits
+from .backends.shapes import Bucket, Limits
 from .chain import Regroup, WindowResult
 from .encoding import EncodedRow, Text
 from .engine import Engine

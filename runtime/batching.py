@@ -1,6 +1,6 @@
-"""Cut rows into groups, and decide when undecided rows of several groups are joined.
+"""Split rows into groups, and decide when the undecided rows of several groups are joined.
 
-Pure functions of lengths and measured times; no backend in sight.
+These are pure functions of lengths and measured times.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Limits
+from .backends.shapes import Limits
 
 RowNumbers = NDArray[np.intp]
 
 
 def make_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
-    """Groups of rows of like length, longest first, within the token budget.
+    """Groups of rows of similar length within the token budget, longest rows first.
 
     Args:
-        lengths: `[rows]` tokens of each row.
-        limits: what the backend runs well.
+        lengths: `[rows]` tokens in each row.
+        limits: the shapes that the backend runs.
 
     Returns:
-        Row numbers of each group, ascending in length within it.
+        Row numbers of each group, from the longest row to the shortest.
     """
     order = np.argsort(-lengths, kind="stable")
     groups = []
@@ -33,7 +33,7 @@ def make_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
         longest = int(lengths[order[start]])
         padded = limits.bucket(1, longest).sequence
         size = min(max(1, limits.group_tokens // padded), limits.max_batch, len(order) - start)
-        # A batch that is itself padded up may exceed the budget: take the step below it.
+        # A batch that is padded to a larger one may exceed the budget; then take a smaller one.
         while size > 1 and _tokens(size, longest, limits) > limits.group_tokens:
             size = max((step for step in limits.batch_sizes if step < size), default=1)
         groups.append(order[start : start + size])
@@ -43,12 +43,12 @@ def make_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Measured time of a middle segment by padded tokens of a group.
+    """Measured time of a middle segment by the padded tokens of a group.
 
     Attributes:
-        tokens: ascending sizes that were measured.
+        tokens: the sizes that were measured, ascending.
         seconds: time of one segment at each size.
-        copy_seconds: time of joining groups, per token.
+        copy_seconds: time of joining groups, in seconds per token.
     """
 
     tokens: tuple[int, ...]
@@ -56,7 +56,7 @@ class CostCurve:
     copy_seconds: float
 
     def __call__(self, tokens: int) -> float:
-        """Seconds at a size: linear between measurements, and in proportion beyond them."""
+        """Seconds at a size: linear between measurements, and proportional to tokens beyond."""
         if tokens > self.tokens[-1]:
             return self.seconds[-1] * tokens / self.tokens[-1]
         return float(np.interp(tokens, self.tokens, self.seconds))
@@ -67,12 +67,12 @@ def plan_joins(
 ) -> list[list[int]]:
     """Which neighbouring groups to join before the next segment.
 
-    Joining pays if the joined group's segment is faster than the groups' own by more than
-    the copy takes.
+    Joining saves time if the segment is faster on the joined group than on its parts, by more
+    than the copy takes.
 
     Args:
-        lengths: the row lengths of each group, in the order of the groups.
-        limits: what the backend runs.
+        lengths: the row lengths of each group, in tokens.
+        limits: the shapes that the backend runs.
         cost: its measured times.
 
     Returns:
@@ -87,9 +87,8 @@ def plan_joins(
             limits.group_tokens, limits.bucket(1, joined_longest).sequence
         )
         if plan and fits:
-            apart = cost(_tokens(rows, longest, limits)) + cost(
-                _tokens(len(group), max(group), limits)
-            )
+            parts = (_tokens(rows, longest, limits), _tokens(len(group), max(group), limits))
+            apart = cost(parts[0]) + cost(parts[1])
             if cost(joined) + cost.copy_seconds * joined < apart:
                 plan[-1].append(number)
                 rows, longest = joined_rows, joined_longest

@@ -1,4 +1,4 @@
-"""The deepest exit that fits a time, by measured times of the segments."""
+"""The deepest exit that meets a deadline, according to measured times of the segments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .backends.base import Limits
+from .backends.shapes import Limits
 from .rules.measures import Answers, Array, Floats, Mask
 from .rules.runner import RuleRunner
 
@@ -19,11 +19,11 @@ _LEAST_TOKENS = 8
 
 @dataclass(frozen=True)
 class Cap:
-    """How deep a deadline lets rows go.
+    """How deep rows may go under a deadline.
 
     Attributes:
-        exit: the deepest exit that fits, at least 1.
-        deadline_missed: whether even exit 1 does not fit.
+        exit: the deepest exit that meets the deadline, from 1.
+        deadline_missed: whether even exit 1 misses the deadline.
     """
 
     exit: int
@@ -31,14 +31,17 @@ class Cap:
 
 
 class SegmentTimes:
-    """Seconds of each segment by the shape of a group, measured once when first asked for.
+    """Seconds of each segment by the shape of a group, measured on first use.
 
-    Lengths between two measured ones are interpolated, and so are the rows between one and a
-    full group. Thread-safe.
+    Times are interpolated between two measured lengths, and between one row and a full group.
+    Thread-safe.
 
     Args:
         limits: the shapes that the target runs.
-        measure: runs a group of (rows, tokens) once; gives the seconds of each segment.
+        measure: runs a group of (rows, tokens) once, and returns the seconds of each segment.
+
+    Attributes:
+        lengths: the lengths that are measured, in tokens, ascending.
     """
 
     def __init__(self, limits: Limits, measure: Callable[[int, int], Sequence[float]]) -> None:
@@ -46,12 +49,15 @@ class SegmentTimes:
         self._measure = measure
         self._known: dict[tuple[int, int], Array] = {}
         self._lock = threading.Lock()
-        steps = limits.sequence_lengths or _powers_of_two(limits.max_sequence)
-        self.lengths = tuple(steps)
-        """Tokens a row that are measured, ascending."""
+        self.lengths = limits.sequence_lengths or _powers_of_two(limits.max_sequence)
 
     def __call__(self, rows: int, tokens: int) -> Array:
-        """`[segments]` seconds on a group of rows, the longest of so many tokens."""
+        """Seconds of each segment, `[segments]` float64.
+
+        Args:
+            rows: rows in the group.
+            tokens: tokens in its longest row.
+        """
         above = next((n for n in self.lengths if n >= tokens), self.lengths[-1])
         below = max((n for n in self.lengths if n <= tokens), default=above)
         if above == below or self._limits.sequence_lengths:
@@ -60,11 +66,11 @@ class SegmentTimes:
         return (1 - share) * self._at(rows, below) + share * self._at(rows, above)
 
     def deepest(self, groups: Sequence[tuple[int, int]], seconds: float) -> Cap:
-        """The deepest exit that groups reach within a time, as if no row stopped before it.
+        """The deepest exit that all rows reach within a time, if none stops before it.
 
         Args:
-            groups: rows and longest row in tokens of each.
-            seconds: the time.
+            groups: for each group its rows, and the tokens in its longest row.
+            seconds: the time, in seconds.
         """
         if not groups:
             return Cap(len(self(1, 1)), False)
@@ -84,38 +90,41 @@ class SegmentTimes:
         with self._lock:
             known = self._known.get((rows, tokens))
             if known is None:
-                # The first run warms up.
+                # The first run only warms up.
                 runs = [self._measure(rows, tokens) for _ in range(_REPEATS + 1)][1:]
                 known = np.array([statistics.median(times) for times in zip(*runs, strict=True)])
                 self._known[rows, tokens] = known
         return known
 
 
-def _powers_of_two(longest: int) -> list[int]:
+def _powers_of_two(longest: int) -> tuple[int, ...]:
     steps = [min(_LEAST_TOKENS, longest)]
     while steps[-1] < longest:
         steps.append(min(2 * steps[-1], longest))
-    return steps
+    return tuple(steps)
 
 
 def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, cap: Cap) -> Mask:
-    """`[rows]`: which rows the cap stopped, and not their rule.
+    """Which rows the deadline stopped before their rule would have.
 
     Args:
         runner: the rule without the cap.
-        exits: `[rows]` exit of each row, counted from 1.
-        logits: `[exits, rows, labels]` of the run.
-        cap: what the deadline let rows do.
+        exits: `[rows]` int64, the exit of each row, from 1.
+        logits: `[exits, rows, labels]` float32 of the run.
+        cap: how deep the deadline let rows go.
+
+    Returns:
+        `[rows]` bool.
     """
-    deadline_limited: Mask = np.asarray(exits == cap.exit)
-    if not deadline_limited.any() or cap.exit >= runner.last:
+    limited: Mask = np.asarray(exits == cap.exit)
+    if cap.exit >= runner.last:
         return np.zeros(len(exits), np.bool_)
-    numbers = np.flatnonzero(deadline_limited)
+    numbers = np.flatnonzero(limited)
     state = runner.start(len(numbers))
     stops: Mask | None = None
     for exit_number in range(1, cap.exit + 1):
         now = logits[exit_number - 1, numbers].astype(np.float64)
         stops, _ = runner.decide(exit_number, state, now)
     if stops is not None:
-        deadline_limited[numbers[stops]] = False
-    return deadline_limited
+        limited[numbers[stops]] = False
+    return limited

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the tokenizer that the artifact holds."""
+"""Tokenize texts with the tokenizer of the artifact, and pad rows into batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_tokenizer
-from .errors import ArtifactError, FpabeeError, InputError, first_line
+from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, Remedy, first_line
 
-# Texts that are tokenized in one call, so that memory stays flat on long lines too.
+# Texts that are tokenized in one call; bounded, so that memory stays flat even for long texts.
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 4 * 2**20
 
@@ -34,7 +34,7 @@ class EncodedRow:
 
     Attributes:
         input_ids: `[tokens]` int64.
-        token_type_ids: `[tokens]` int64; zeros where the model takes none.
+        token_type_ids: `[tokens]` int64; zeros if the model has no token types.
         truncated: whether the text had more tokens than the model takes.
     """
 
@@ -52,7 +52,7 @@ class EncodedRow:
             name: `input_ids`, `token_type_ids` or `attention_bias`.
 
         Returns:
-            `[tokens]` int64; for the attention bias 0, which it is on every real token.
+            `[tokens]` int64. The attention bias is 0 on every real token, so it is one number.
         """
         if name == ATTENTION_BIAS:
             return 0.0
@@ -60,7 +60,7 @@ class EncodedRow:
 
 
 def padding_values(tokenizer: TokenizerSpec) -> dict[str, float]:
-    """What each input of segment 1 holds beyond the end of a row, by the name of the input."""
+    """The value on padding of each input of segment 1, by the name of the input."""
     return {
         "input_ids": tokenizer.pad_id,
         "token_type_ids": tokenizer.pad_type_id,
@@ -69,13 +69,13 @@ def padding_values(tokenizer: TokenizerSpec) -> dict[str, float]:
 
 
 def write_rows(array: NDArray[Any], name: str, rows: Sequence[EncodedRow], padding: float) -> None:
-    """Write one model input of some rows into an array, and padding around them.
+    """Write one model input of some rows into an array, and fill the rest with padding.
 
     Args:
-        array: `[batch, ..., sequence]`, at least as large as the rows; all of it is written.
+        array: `[batch, ..., sequence]`, at least as large as the rows.
         name: the model input, as in `EncodedRow.model_input`.
-        rows: the rows, from the first of the array on.
-        padding: the value beyond the end of each row, and of rows of padding.
+        rows: the rows.
+        padding: the value on padding.
     """
     array[...] = padding
     for number, row in enumerate(rows):
@@ -87,19 +87,18 @@ def padded_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> A
 
     Args:
         rows: at least one row.
-        padding: the padding of each input that is wanted, see `padding_values`.
+        padding: the value on padding of each input that is wanted, see `padding_values`.
 
     Returns:
-        In the order of `padding`: token ids and types `[rows, tokens]` int64, the attention bias
-        `[rows, 1, 1, tokens]` float32.
+        Arrays in the order of `padding`: token ids and types are `[rows, tokens]` int64, the
+        attention bias is `[rows, 1, 1, tokens]` float32.
     """
     batch, sequence = len(rows), max(len(row) for row in rows)
     arrays: Arrays = {}
     for name, value in padding.items():
-        if name == ATTENTION_BIAS:
-            arrays[name] = np.empty((batch, 1, 1, sequence), np.float32)
-        else:
-            arrays[name] = np.empty((batch, sequence), np.int64)
+        is_bias = name == ATTENTION_BIAS
+        shape = (batch, 1, 1, sequence) if is_bias else (batch, sequence)
+        arrays[name] = np.empty(shape, np.float32 if is_bias else np.int64)
         write_rows(arrays[name], name, rows, value)
     return arrays
 
@@ -107,28 +106,28 @@ def padded_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> A
 def padded_batches(
     rows: Sequence[EncodedRow], padding: Mapping[str, float], batch: int
 ) -> Iterator[Arrays]:
-    """Model inputs of rows in batches, in their order; see `padded_inputs`.
+    """Model inputs of rows in batches, see `padded_inputs`.
 
     Args:
-        rows: the rows.
-        padding: the padding of each input that is wanted, see `padding_values`.
-        batch: rows in a batch; the last one may have fewer.
+        rows: the rows, which keep their order.
+        padding: the value on padding of each input that is wanted, see `padding_values`.
+        batch: rows in a batch; the last batch may have fewer.
     """
     for start in range(0, len(rows), batch):
         yield padded_inputs(rows[start : start + batch], padding)
 
 
 class TextEncoder:
-    """Tokenizes rows, truncated to the model's longest sequence.
+    """Tokenizes texts, truncated to the longest sequence that the model takes.
 
     Args:
         folder: the engines folder.
         spec: the tokenizer's part of the manifest.
-        max_length: a shorter limit than the spec's, in tokens.
+        max_length: a shorter limit than the spec's, in tokens, special tokens included.
 
     Raises:
-        ArtifactError: the tokenizer is missing or damaged, or makes far more of a text than it is.
-        InputError: `max_length` is no whole number, or leaves no room for text.
+        ArtifactError: the tokenizer is missing or damaged, or could expand texts without bound.
+        InputError: `max_length` is not a whole number, or leaves no room for text.
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
@@ -145,73 +144,79 @@ class TextEncoder:
         if limit <= special:
             raise InputError(
                 f"max_length {limit} leaves no room for text beside {special} special tokens",
-                f"give {special + 1} to {spec.max_length} tokens",
+                Remedy(
+                    "give {max_length} between {low} and {high}",
+                    low=special + 1,
+                    high=spec.max_length,
+                ),
             )
         with tokenizer_errors(f"{self._path} cannot truncate"):
             self._tokenizer.enable_truncation(limit)
         self._limit = limit
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """Tokenize texts or pairs.
+        """Tokenize texts or pairs of texts.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+
+        Returns:
+            One row for each text, in their order.
 
         Raises:
-            InputError: a text is neither a string nor a pair of strings, is not Unicode, or has no
-                tokens.
-            ArtifactError: the tokenizer is damaged, as only this text shows.
+            InputError: a text is neither a string nor a pair of strings, is not valid Unicode, or
+                has no tokens.
+            ArtifactError: the tokenizer fails on a text.
         """
         for number, text in enumerate(texts, start=1):
             _check(text, number)
         with tokenizer_errors(f"{self._path} fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts))
         longest = max((len(encoding) for encoding in encodings), default=0)
-        if longest > self._limit:  # its template puts more than once what was truncated
+        if longest > self._limit:  # its template repeats text after truncation
             raise ArtifactError(
-                f"{self._path} gives {longest} tokens, though told to give {self._limit} at most",
-                "export the model again with fpabee-export",
+                f"{self._path} gives {longest} tokens instead of at most {self._limit}",
+                EXPORT_AGAIN,
             )
+        rows = []
         for number, encoding in enumerate(encodings, start=1):
-            if not len(encoding):  # the mean over no tokens would be one over its padding
+            if not len(encoding):  # a mean over no tokens would be a mean over padding
                 raise InputError(
-                    f"text {number} has no tokens: {self._path} adds none of its own",
+                    f"text {number} has no tokens: {self._path} adds no special tokens",
                     "leave such texts out, or export with a tokenizer that adds special tokens",
                 )
-        return [
-            EncodedRow(
-                np.asarray(encoding.ids, np.int64),
-                np.asarray(encoding.type_ids, np.int64)
-                if self._uses_types
-                else np.zeros(len(encoding.ids), np.int64),
-                bool(encoding.overflowing),
+            ids = np.asarray(encoding.ids, np.int64)
+            types = (
+                np.asarray(encoding.type_ids, np.int64) if self._uses_types else np.zeros_like(ids)
             )
-            for encoding in encodings
-        ]
+            rows.append(EncodedRow(ids, types, bool(encoding.overflowing)))
+        return rows
 
 
 @contextmanager
 def tokenizer_errors(
     what: str,
     kind: type[FpabeeError] = ArtifactError,
-    hint: str = "export the model again with fpabee-export",
+    remedy: str | Remedy = EXPORT_AGAIN,
 ) -> Iterator[None]:
-    """Turn what the library, or the check before it, raises on a bad tokenizer into our error.
+    """Replace what the tokenizers library, or the check before it, raises by an error of ours.
 
     Args:
         what: what failed.
-        kind: of our error.
-        hint: of our error.
+        kind: class of our error.
+        remedy: remedy of our error.
     """
     try:
         yield
-    # The bare Exception, or for a panic of its Rust code one that is not even that.
+    # The library raises Exception itself. A panic of its Rust code is only a BaseException.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{what}: {first_line(error)}", hint) from error
+        raise kind(f"{what}: {first_line(error)}", remedy) from error
 
 
 def _check(text: object, number: int) -> None:
-    is_pair = isinstance(text, tuple) and len(text) == 2
-    parts = text if isinstance(text, tuple) and is_pair else (text,)
+    parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
     for part in parts:
         if not isinstance(part, str):
             raise InputError(
@@ -221,13 +226,14 @@ def _check(text: object, number: int) -> None:
             part.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"text {number} is not Unicode: {error.reason} at character {error.start + 1}",
+                f"text {number} is not valid Unicode: {error.reason} at character "
+                f"{error.start + 1}",
                 "decode the file as UTF-8, or replace the character",
             ) from error
 
 
 def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Texts in parts that are bounded in number and characters."""
+    """Split texts into lists that are bounded in texts and in characters."""
     iterator = iter(texts)
     for first in iterator:
         chunk, characters = [first], _characters(first)
@@ -240,6 +246,6 @@ def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def _characters(text: Text) -> int:
-    """Size of a text or a pair; what is neither is refused when it is encoded."""
+    """Characters of a text or pair; anything else is refused when it is encoded."""
     parts = text if isinstance(text, tuple) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))

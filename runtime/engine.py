@@ -15,7 +15,8 @@ from .agreement import Agreement, Logits
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import NEXT, Manifest, ProblemType
-from .backends.base import Backend, Limits
+from .backends.backend import Backend
+from .backends.shapes import Limits
 from .batching import CostCurve, make_groups
 from .chain import Chain, Regroup, WindowResult
 from .deadline import Cap, SegmentTimes, deadline_limited_rows

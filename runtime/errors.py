@@ -87,6 +87,15 @@ class Remedy:
         return "".join(parts)
 
 
+EXPORT_AGAIN = Remedy("export the model again: {call}", call=Call("export", "MODEL_DIR", "ENGINES"))
+"""For an engines folder whose content cannot be used."""
+COPY_AGAIN = Remedy(
+    "copy the engines folder again, or export the model again: {call}",
+    call=Call("export", "MODEL_DIR", "ENGINES"),
+)
+"""For an engines folder that may have been damaged on its way."""
+
+
 class FpabeeError(Exception):
     """Base of all errors that a user can fix; commands print one line and exit with code 1.
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import __version__
 from .artifact.folder import resolve, verified, verified_graph
-from .artifact.manifest import Manifest, Target
+from .artifact.manifest import Manifest
 from .engine import Engine
-from .errors import ArtifactError, BackendError, FpabeeError
+from .errors import ArtifactError, FpabeeError
 from .rules.runner import RuleRunner
-from .targets import operating_point_of, rule_of
+from .targets import backend_class, operating_point_of, rule_of
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,16 @@ def chain_parts(folder: Path, manifest: Manifest) -> list[Part]:
     return parts
 
 
-def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
-    """The targets of a folder, and whether each can run here."""
+def target_states(
+    folder: Path, manifest: Manifest, describe: Callable[[FpabeeError], str] = str
+) -> list[TargetState]:
+    """The targets of a folder, and whether each can run here.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        describe: how to write the error that explains why a target cannot run here.
+    """
     states = []
     for name, target in manifest.targets.items():
         graphs = target.files or manifest.graphs_in(target.precision)
@@ -95,9 +102,9 @@ def target_states(folder: Path, manifest: Manifest) -> list[TargetState]:
         try:
             for file in files:
                 resolve(folder, file)
-            _check_backend(target, name)
+            backend_class(target).check(target, name)
         except FpabeeError as error:
-            unavailable_reason = str(error)
+            unavailable_reason = describe(error)
         try:
             _check_rule(folder, manifest, name)
         except FpabeeError as error:
@@ -156,20 +163,3 @@ def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
     rule = rule_of(manifest, name, operating_point_of(folder, manifest, name, None))
     task = manifest.task
     RuleRunner(rule, task.problem_type, len(manifest.segments), task.label_thresholds)
-
-
-def _check_backend(target: Target, name: str) -> None:
-    """Raise an error if the target cannot run on this machine."""
-    if target.backend == "onnxruntime":
-        from .backends.onnxruntime_session import check_device
-
-        check_device(target.device)
-    elif target.backend in ("tensorrt", "tensorrt-rtx"):
-        from .backends.tensorrt import check_target
-
-        check_target(target, name)
-    else:
-        raise BackendError(
-            f"fpabee {__version__} does not have the backend {target.backend!r}",
-            "pip install -U fpabee",
-        )

@@ -1,23 +1,28 @@
-"""Which target and operating point of a folder run, and the backend that runs them."""
+"""Choose the target and operating point of an engines folder, and open the target's backend."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .arguments import whole_number
-from .artifact.manifest import Manifest
-from .backends.base import Backend
-from .errors import ArtifactError, BackendError, RuleError
+from .artifact.manifest import Manifest, Target
+from .backends.backend import Backend
+from .errors import BackendError, Call, Remedy, RuleError
 from .rules.rules import ExitRule
 
-# ONNX Runtime starts them all: more than any machine has would only exhaust it.
+# ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 _MOST_THREADS = 1024
 
 
 def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
-    """The target to run: the one that is named, or the folder's default.
+    """The name of the target to run.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        name: a target; default: the manifest's default target.
 
     Raises:
         BackendError: the folder has no such target.
@@ -26,7 +31,10 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     if chosen not in manifest.targets:
         raise BackendError(
             f"{folder} has no target {chosen!r}; it has {', '.join(manifest.targets)}",
-            "choose one with --target, or build it with fpabee-export",
+            Remedy(
+                "choose a {target} that it has, or build one: {call}",
+                call=Call("add_targets", folder),
+            ),
         )
     return chosen
 
@@ -34,13 +42,19 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
 def operating_point_of(
     folder: Path, manifest: Manifest, target: str, name: str | None
 ) -> str | None:
-    """The operating point to run: the one that is named, or the target's default if it has one.
+    """The name of the operating point to run; None if the target has no default.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        target: the target's name.
+        name: an operating point; default: the target's default.
 
     Raises:
         RuleError: the target has no such point.
     """
     points = manifest.targets[target].operating_points
-    command = f"fpabee-calibrate {folder} --data DATA --target {shlex.quote(target)}"
+    calibrate = Call("calibrate", folder, data="DATA", target=target)
     if name is None:
         return manifest.targets[target].default_operating_point or None
     if name in points:
@@ -49,45 +63,60 @@ def operating_point_of(
     if elsewhere:
         raise RuleError(
             f"operating point {name!r} was measured on {', '.join(elsewhere)}, not on {target}",
-            f"calibrate it here: {command}",
+            Remedy("calibrate this target: {call}", call=calibrate),
         )
     raise RuleError(
         f"target {target} has no operating point {name!r}; it has: "
         f"{', '.join(points) or 'none yet'}",
-        f"make points: {command}",
+        Remedy("calibrate it: {call}", call=calibrate),
     )
 
 
 def rule_of(manifest: Manifest, target: str, point: str | None) -> ExitRule:
-    """The rule of an operating point; without one, the folder's."""
+    """The rule of an operating point, or the folder's default rule if `point` is None."""
     if point is None:
         return ExitRule.from_dict(manifest.default_rule)
     return ExitRule.from_dict(manifest.targets[target].operating_points[point].rule)
 
 
-def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:
-    """The backend of a target.
+def backend_class(target: Target) -> type[Backend[Any]]:
+    """The class of a target's backend; its inference library is not imported yet.
 
     Raises:
-        ArtifactError: files are missing or damaged, or the backend is not known.
-        BackendError: the target cannot run here, or the number of threads is impossible.
+        BackendError: this fpabee does not have the backend.
     """
-    if threads is not None:
-        threads = whole_number("threads", threads, BackendError, _MOST_THREADS)
-    target = manifest.targets[name]
     if target.backend == "onnxruntime" and target.device == "cuda":
         from .backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-        return OnnxRuntimeCudaBackend(folder, manifest, target)
+        return OnnxRuntimeCudaBackend
     if target.backend == "onnxruntime":
         from .backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(folder, manifest, target, threads)
+        return OnnxRuntimeBackend
     if target.backend in ("tensorrt", "tensorrt-rtx"):
         from .backends.tensorrt import TensorRtBackend
 
-        return TensorRtBackend(folder, manifest, target, name)
-    raise ArtifactError(
-        f"the manifest names backend {target.backend!r}, which this fpabee does not have",
-        "pip install -U fpabee, or choose another --target",
+        return TensorRtBackend
+    raise BackendError(
+        f"the manifest names backend {target.backend!r}, which fpabee {__version__} does not have",
+        Remedy("pip install -U fpabee, or choose another {target}"),
     )
+
+
+def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:
+    """The backend of a target.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        name: the target's name.
+        threads: CPU threads, at most 1024; default: the cores that this process may use.
+
+    Raises:
+        ArtifactError: a file of the target is missing or damaged.
+        BackendError: the target cannot run on this machine, or `threads` is out of range.
+        MissingExtraError: the target's inference library is not installed.
+    """
+    if threads is not None:
+        threads = whole_number("threads", threads, BackendError, _MOST_THREADS)
+    return backend_class(manifest.targets[name])(folder, manifest, name, threads)

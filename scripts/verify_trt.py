@@ -21,7 +21,7 @@ from fpabee.calibration.activations import graph_inputs
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest, verified, verified_graph
 from fpabee.runtime.artifact.reference import read_reference
-from fpabee.runtime.backends.tensorrt import check_target
+from fpabee.runtime.backends.tensorrt import TensorRtBackend
 from fpabee.runtime.encoding import TextEncoder
 
 LENGTH = 32
@@ -32,7 +32,7 @@ def compare(folder: Path, target_name: str, rows: int) -> bool:
     """Print the largest difference of each graph; whether all are within tolerance."""
     manifest = read_manifest(folder)
     target = manifest.targets[target_name]
-    check_target(target, target_name)
+    TensorRtBackend.check(target, target_name)
     if target.backend == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     from onnxruntime import InferenceSession

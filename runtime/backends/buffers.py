@@ -1,24 +1,25 @@
-"""Which buffer holds what: the same plan for every backend that keeps buffers by shape."""
+"""Which buffer holds which tensor, and which buffers are kept: the same for every backend."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..artifact.manifest import NEXT, Graph, Manifest, TensorSpec
-from .base import Bucket
+from .shapes import Bucket
 
 BufferName = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A graph's run within a segment: which buffer each input and output is in.
+    """A graph's run within a segment, and the buffer of each input and output.
 
-    A tensor that segments write more than once (`next_X` replaces `X`) has two buffers that
-    take turns: `(X, 0)` and `(X, 1)`. Whose turn it is is known before anything runs.
+    A tensor that several segments write (`next_X` replaces `X`) alternates between two buffers,
+    `(X, 0)` and `(X, 1)`. The plan is made before anything runs.
     """
 
     graph: str
@@ -28,14 +29,19 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A segment's calls, and where its live inputs are before them."""
+    """A segment's calls.
+
+    Attributes:
+        live: the buffers of all tensors that it or a later segment reads, by tensor.
+        calls: in order.
+    """
 
     live: Mapping[str, BufferName]
     calls: tuple[Call, ...]
 
 
 def plan_buffers(manifest: Manifest) -> list[Stage]:
-    """For every segment, which buffer each tensor of each call is in."""
+    """For every segment, the buffer of each tensor of each call."""
     turn: dict[str, int] = {}
     planned = []
     for segment, live in zip(manifest.segments, _live_tensors(manifest), strict=True):
@@ -55,7 +61,7 @@ def plan_buffers(manifest: Manifest) -> list[Stage]:
 
 
 def _live_tensors(manifest: Manifest) -> list[set[str]]:
-    """For each segment, the tensors from before it that it or a later one reads."""
+    """For each segment, the tensors made before it that it or a later segment reads."""
     live: list[set[str]] = []
     needed: set[str] = set()
     for segment in reversed(manifest.segments):
@@ -68,7 +74,7 @@ def _live_tensors(manifest: Manifest) -> list[set[str]]:
 
 
 def carried_specs(graphs: Mapping[str, Graph]) -> dict[str, TensorSpec]:
-    """Every tensor between and around graphs, by the name it is carried under."""
+    """Every tensor between and around graphs, by name; `next_X` counts as `X`."""
     return {
         spec.name.removeprefix(NEXT): spec
         for graph in graphs.values()
@@ -83,36 +89,87 @@ def shape_of(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:
 
 
 def crop_of(spec: TensorSpec, bucket: Bucket) -> tuple[slice, ...]:
-    """The part of a longer tensor that a bucket needs."""
+    """The part of a tensor for longer rows that a bucket needs."""
     return tuple(
         slice(bucket.sequence) if size == "sequence" else slice(None) for size in spec.shape
     )
 
 
-class BufferSet(Protocol):
-    """The memory of one group at one padded shape."""
+V = TypeVar("V")
+S = TypeVar("S")
+
+
+class Buffers(ABC, Generic[V, S]):
+    """The memory of one group at one padded shape, and what runs segments over it.
+
+    `V` is how a backend holds one buffer, and `S` is what it prepares to run a segment.
+
+    Attributes:
+        bucket: the padded shape.
+        nbytes: memory that is held so far, in bytes.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.nbytes = 0
+        self._values: dict[BufferName, V] = {}
+        self._steps: dict[int, S] = {}
+
+    def buffer(self, name: BufferName) -> V:
+        """A buffer, allocated on first use."""
+        value = self._values.get(name)
+        if value is None:
+            value = self._values[name] = self._allocate(name)
+        return value
+
+    def step(self, segment: int) -> S:
+        """What runs a segment, counted from 0, prepared on first use."""
+        step = self._steps.get(segment)
+        if step is None:
+            step = self._steps[segment] = self._prepare(segment)
+        return step
+
+    @abstractmethod
+    def _allocate(self, name: BufferName) -> V:
+        """Allocate a buffer, and add its size to `nbytes`."""
+
+    @abstractmethod
+    def _prepare(self, segment: int) -> S:
+        """Prepare to run a segment."""
+
+    def free(self) -> None:
+        """Free the memory, unless it is freed together with this object."""
+
+
+B = TypeVar("B", bound=Buffers[Any, Any])
+
+
+@dataclass(slots=True, eq=False)
+class Hidden(Generic[B]):
+    """The hidden states of a group between two segments, and what travels with its rows.
+
+    Attributes:
+        rows: real rows; the rest of the bucket is padding.
+        buffers: the memory.
+        segment: the segment that runs next, from 0.
+    """
+
+    rows: int
+    buffers: B
+    segment: int = 0
 
     @property
     def bucket(self) -> Bucket:
         """Padded shape."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it holds so far."""
-
-    def free(self) -> None:
-        """Give its memory back."""
-
-
-B = TypeVar("B", bound=BufferSet)
+        return self.buffers.bucket
 
 
 class Store(Generic[B]):
-    """Buffers that no group uses, by shape; the least recently used shapes are dropped.
+    """Unused buffers by shape. The least recently used shapes are dropped.
 
     Args:
         make: makes the buffers of a shape.
-        most_bytes: memory that is kept.
+        most_bytes: memory that is kept, in bytes.
     """
 
     def __init__(self, make: Callable[[Bucket], B], most_bytes: int) -> None:
@@ -122,7 +179,7 @@ class Store(Generic[B]):
         self.nbytes = 0
 
     def take(self, bucket: Bucket) -> B:
-        """Buffers of a shape, used before if there are any."""
+        """Buffers of a shape: unused ones if possible, otherwise new ones."""
         free = self._free.get(bucket)
         if not free:
             return self._make(bucket)
@@ -138,7 +195,7 @@ class Store(Generic[B]):
         self.shrink(self._most_bytes)
 
     def shrink(self, most_bytes: int) -> None:
-        """Drop what was used longest ago until no more memory is held than this."""
+        """Free the least recently used buffers until at most `most_bytes` are held."""
         while self.nbytes > most_bytes:
             oldest, free = next(iter(self._free.items()))
             if free:

@@ -1,7 +1,6 @@
-"""The CUDA calls that a backend makes: memory, streams, events, graphs. Torch-free.
+"""The CUDA calls that backends make: memory, streams, events, graphs. Needs no torch.
 
-This is the boundary that tests replace: nothing else talks to the driver. Pointers and
-handles are numbers; every call that fails says what was asked for.
+Nothing else talks to the driver, so tests replace this class. Addresses and handles are integers.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,8 @@ from ..errors import BackendError, MissingExtraError
 
 class Cuda:
     """CUDA's runtime library on the first device, through `cuda-bindings`.
+
+    Every method raises `BackendError` if CUDA reports an error.
 
     Raises:
         MissingExtraError: `cuda-bindings` is not installed.
@@ -35,10 +36,10 @@ class Cuda:
         self._check(runtime.cudaSetDevice(0))
 
     def malloc(self, size: int) -> int:
-        """Device memory of `size` bytes.
+        """Allocate `size` bytes of device memory, and return their address.
 
         Raises:
-            BackendError: there is not enough.
+            BackendError: too little memory is free.
         """
         status, pointer = self._runtime.cudaMalloc(size)
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
@@ -47,27 +48,27 @@ class Cuda:
         return int(pointer)
 
     def no_room(self, size: int) -> BackendError:
-        """The error that `size` bytes of device memory are not free."""
+        """The error that `size` bytes of device memory cannot be allocated."""
         free, total = self.memory()
         return BackendError(
             f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
             f"{total / 2**20:.0f} MiB are free",
-            "use smaller batches or fewer threads, or close what else uses the GPU",
+            "use smaller batches or fewer threads, or close other programs that use the GPU",
         )
 
     def free(self, pointer: int) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         self._check(self._runtime.cudaFree(pointer))
 
     def memory(self) -> tuple[int, int]:
-        """Free and total device memory in bytes."""
+        """Free and total device memory, in bytes."""
         free, total = self._check(self._runtime.cudaMemGetInfo())
         return int(free), int(total)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
-        """Host memory that the device copies to and from while the host goes on.
+        """Host memory that the device can copy to and from while the host goes on.
 
-        It is given back when the last view of the array is gone.
+        It is freed when the last view of the array is gone.
         """
         count = int(np.prod(shape))
         size = max(1, count * dtype.itemsize)
@@ -80,7 +81,7 @@ class Cuda:
         return PinnedArray(array.view(dtype).reshape(shape), int(pointer))
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        """Copy bytes, in the stream's order, between any two places."""
+        """Enqueue a copy of `size` bytes between two addresses, on the host or the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
 
@@ -94,7 +95,7 @@ class Cuda:
         rows: int,
         stream: int,
     ) -> None:
-        """Copy `rows` pieces of `width` bytes that lie a pitch apart."""
+        """Enqueue a copy of `rows` pieces of `width` bytes, whose starts are a pitch apart."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         self._check(
             self._runtime.cudaMemcpy2DAsync(
@@ -103,57 +104,57 @@ class Cuda:
         )
 
     def clear(self, pointer: int, size: int, stream: int) -> None:
-        """Set device memory to zero."""
+        """Enqueue setting `size` bytes of device memory to zero."""
         self._check(self._runtime.cudaMemsetAsync(pointer, 0, size, stream))
 
     def stream(self) -> int:
-        """A stream of its own, which does not wait for the default one."""
+        """Create a stream that does not wait for the default stream."""
         flag = self._runtime.cudaStreamNonBlocking
         return int(self._check(self._runtime.cudaStreamCreateWithFlags(flag))[0])
 
     def synchronize(self, stream: int) -> None:
-        """Wait for everything in a stream."""
+        """Wait until all work in a stream is done."""
         self._check(self._runtime.cudaStreamSynchronize(stream))
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self._check(self._runtime.cudaStreamDestroy(stream))
 
     def event(self) -> int:
-        """A mark that a stream can be waited for at."""
+        """Create an event."""
         flag = self._runtime.cudaEventDisableTiming
         return int(self._check(self._runtime.cudaEventCreateWithFlags(flag))[0])
 
     def record(self, event: int, stream: int) -> None:
-        """Put the mark where the stream is now."""
+        """Let an event mark the current end of a stream."""
         self._check(self._runtime.cudaEventRecord(event, stream))
 
     def wait(self, event: int) -> None:
-        """Wait until the mark is reached; at once if it was never recorded."""
+        """Wait until the stream reaches the mark; returns at once if there is none."""
         self._check(self._runtime.cudaEventSynchronize(event))
 
     def destroy_event(self, event: int) -> None:
-        """Give an event back."""
+        """Destroy an event."""
         self._check(self._runtime.cudaEventDestroy(event))
 
     def begin_capture(self, stream: int) -> None:
-        """Note what is put into the stream from here on, instead of running it."""
+        """Capture what is enqueued from now on, instead of running it."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
 
     def end_capture(self, stream: int) -> int:
-        """What was noted, as one thing to launch."""
+        """End the capture, and return an executable graph."""
         (graph,) = self._check(self._runtime.cudaStreamEndCapture(stream))
         (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
         self._check(self._runtime.cudaGraphDestroy(graph))
         return int(executable)
 
     def launch(self, executable: int, stream: int) -> None:
-        """Run a captured graph."""
+        """Enqueue a captured graph."""
         self._check(self._runtime.cudaGraphLaunch(executable, stream))
 
     def destroy_graph(self, executable: int) -> None:
-        """Give a captured graph back."""
+        """Destroy a captured graph."""
         self._check(self._runtime.cudaGraphExecDestroy(executable))
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -162,22 +163,19 @@ class Cuda:
             _, text = self._runtime.cudaGetErrorString(status)
             raise BackendError(
                 f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
-                "check the driver with nvidia-smi, and that no other program holds the GPU",
+                "check the driver with nvidia-smi, and close other programs that use the GPU",
             )
         return tuple(values)
 
 
-class PinnedArray:
+class PinnedArray(NamedTuple):
     """Pinned host memory as an array, and its address."""
 
-    __slots__ = ("array", "pointer")
-
-    def __init__(self, array: NDArray[Any], pointer: int) -> None:
-        self.array = array
-        self.pointer = pointer
+    array: NDArray[Any]
+    pointer: int
 
 
 @functools.cache
 def cuda() -> Cuda:
-    """The library, loaded once."""
+    """CUDA's runtime library, loaded once."""
     return Cuda()

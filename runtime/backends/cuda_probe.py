@@ -1,7 +1,6 @@
 """Ask the NVIDIA driver for a GPU, without any CUDA package.
 
-TensorRT's own classes can crash the interpreter on a machine without a GPU, so this is
-asked first.
+TensorRT's own classes can crash the interpreter on a machine without a GPU, so this comes first.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import functools
 import sys
 from dataclasses import dataclass
 
+from ..errors import BackendError, Remedy
+
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -19,9 +20,9 @@ class CudaDevice:
     """The first GPU, or why there is none.
 
     Attributes:
-        name: as the driver calls it.
+        name: the driver's name for it.
         compute_capability: such as `8.6`.
-        error: why there is no GPU to use; empty if there is one.
+        error: why no GPU can be used; empty if one can.
     """
 
     name: str = ""
@@ -53,3 +54,21 @@ def cuda_device() -> CudaDevice:
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
         parts.append(str(value.value))
     return CudaDevice(text.value.decode(errors="replace"), ".".join(parts))
+
+
+def required_gpu(target: str) -> CudaDevice:
+    """The first GPU.
+
+    Args:
+        target: name of the target that needs it, for messages.
+
+    Raises:
+        BackendError: no GPU can be used.
+    """
+    device = cuda_device()
+    if device.error:
+        raise BackendError(
+            f"target {target} needs an NVIDIA GPU, but {device.error}",
+            Remedy("choose another {target}, such as onnxruntime-fp32"),
+        )
+    return device

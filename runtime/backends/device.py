@@ -1,36 +1,34 @@
-"""Hidden states on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
+"""Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
 
-Each group's buffers have runners of their own, whose shapes and addresses never change, so
-that a segment is one launch: the first run warms up, the second is captured as a CUDA
-graph, later ones replay it. Segments run one after another, so all runners of an execution
-share one piece of scratch memory. Only the heads' outputs come back, into pinned memory,
-with an event to wait for.
-
-Rows are regrouped by copies on the device, one for each run of neighbouring rows: every
-call is the driver's own, so nothing here needs a compiler on the device or a kernel for
-each GPU. A group is a few dozen rows, and most neighbours stay together.
+Each group's buffers have runners of their own, whose shapes and addresses never change. So a
+segment becomes one launch: its first run warms up, the second is captured as a CUDA graph,
+and later ones replay it. Segments run one after another, so all runners of an execution
+share one piece of scratch memory. Only the outputs of exit heads come back, into pinned
+memory, with an event to wait for.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, TensorSpec
-from ..encoding import EncodedRow, write_rows
+from ..artifact.manifest import ATTENTION_BIAS, NEXT, Manifest, TensorSpec
+from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import BackendError
-from .base import Bucket, Rows
-from .buffers import BufferName, Stage, Store, shape_of
-from .cuda import Cuda, PinnedArray
+from .backend import Backend, Execution
+from .buffers import BufferName, Buffers, Hidden, shape_of
+from .cuda import Cuda, PinnedArray, cuda
+from .device_tensors import bias_of, bits_of, crop, dtype_of, gather_rows, nbytes_of
+from .shapes import Bucket, Rows
 
-# Device memory of buffers that no group uses; each also keeps its contexts and graphs.
+# Unused buffers keep up to this much device memory; each also keeps its contexts and graphs.
 _FREE_BYTES = 256 * 2**20
-# What numpy has no type for is handled by its bits.
-_DTYPES = {"bfloat16": np.dtype(np.uint16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,116 +40,126 @@ class Place:
     dtype: str
 
 
-class Runner(Protocol):
-    """One graph at one shape, over addresses that stay."""
+class Runner(ABC):
+    """One graph at one shape, bound to fixed addresses."""
 
+    @abstractmethod
     def run(self) -> None:
-        """Put the graph into the stream."""
+        """Enqueue the graph in its stream."""
 
     def can_capture(self) -> bool:
         """Whether its next run can be part of a CUDA graph."""
+        return False
 
     def scratch_bytes(self) -> int:
-        """Scratch memory it needs; 0 if it brings its own."""
+        """Scratch memory that it needs, in bytes; 0 if it allocates its own."""
+        return 0
 
+    @abstractmethod
     def use_scratch(self, pointer: int, size: int) -> None:
-        """Take the execution's scratch memory."""
+        """Use the execution's scratch memory: its address, and its size in bytes."""
 
 
-class DeviceBackend(Protocol):
-    """What a backend on a CUDA device gives its executions.
+class DeviceBackend(Backend["_DeviceBuffers"]):
+    """A backend on the first CUDA device; see `Backend`.
 
     Attributes:
         cuda: the driver.
-        stages: which buffer holds what.
-        specs: every carried tensor.
-        padding: value of padding for each input of segment 1.
+        stream: the stream of all executions; None if each makes its own.
     """
 
-    cuda: Cuda
-    stages: list[Stage]
-    specs: dict[str, TensorSpec]
-    padding: dict[str, float]
+    stream: int | None = None
 
+    def __init__(
+        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
+    ) -> None:
+        super().__init__(folder, manifest, name, threads)
+        self.cuda = cuda()
+        self._executions: list[DeviceExecution] = []
+
+    def open(self) -> DeviceExecution:
+        """A new execution, for one thread."""
+        execution = DeviceExecution(self)
+        with self._lock:
+            self._executions.append(execution)
+        return execution
+
+    @abstractmethod
     def check_bucket(self, bucket: Bucket) -> None:
-        """Raise `BackendError` for a shape that is not run."""
+        """Raise `BackendError` for a shape that the target does not run."""
 
+    @abstractmethod
     def runner(
         self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
     ) -> Runner:
-        """What runs a graph over given places, by input and output name."""
+        """A runner of a graph.
+
+        Args:
+            graph: name of the graph.
+            bucket: the padded shape.
+            places: where each input and output is, by its name.
+            stream: the stream to run in.
+        """
+
+    def _free(self) -> None:
+        for execution in self._executions:
+            execution.close()
+        self._executions.clear()
+
+
+class _Pending(NamedTuple):
+    """Head outputs on their way into pinned memory."""
+
+    cuda: Cuda
+    event: int
+    arrays: Arrays
+    rows: int
+
+    def result(self) -> Arrays:
+        """Wait for the outputs."""
+        self.cuda.wait(self.event)
+        return {name: array[: self.rows] for name, array in self.arrays.items()}
 
 
 @dataclass(slots=True, eq=False)
-class GpuHidden:
-    """A group between two segments."""
-
-    rows: int
-    buffers: _DeviceBuffers
-    segment: int
-    lengths: NDArray[np.intp]
-
-    @property
-    def bucket(self) -> Bucket:
-        """Padded shape."""
-        return self.buffers.bucket
-
-
-class _Pending:
-    """Head outputs on their way into pinned memory."""
-
-    __slots__ = ("_arrays", "_cuda", "_event", "_rows")
-
-    def __init__(
-        self, driver: Cuda, event: int, arrays: Mapping[str, NDArray[Any]], rows: int
-    ) -> None:
-        self._cuda = driver
-        self._event = event
-        self._arrays = arrays
-        self._rows = rows
-
-    def result(self) -> Mapping[str, NDArray[Any]]:
-        """Wait for the outputs."""
-        self._cuda.wait(self._event)
-        return {name: array[: self._rows] for name, array in self._arrays.items()}
-
-
 class _Step:
-    """A segment over one group's buffers: what runs it, and its captured graph."""
+    """A segment over one group's buffers.
 
-    def __init__(self) -> None:
-        self.runners: list[Runner] = []
-        self.copies: list[tuple[PinnedArray, int, int]] = []
-        self.arrays: dict[str, NDArray[Any]] = {}
-        self.event = 0
-        self.executable: int | None = None
-        self.runs = 0
-        self.scratch = 0
+    Attributes:
+        event: marks the end of its last run.
+        runners: its graphs, in order.
+        copies: pinned memory, device address and bytes of each output of the head.
+        arrays: the pinned memory by the name of the output.
+        executable: its captured CUDA graph; None before it is captured.
+        runs: runs since the scratch memory was last set.
+        scratch: address of the scratch memory that its runners use; 0 if none is set.
+    """
+
+    event: int
+    runners: list[Runner] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    arrays: Arrays = field(default_factory=dict)
+    executable: int | None = None
+    runs: int = 0
+    scratch: int = 0
 
 
-class _DeviceBuffers:
-    """The device memory of one group at one padded shape, and what runs segments over it."""
+class _DeviceBuffers(Buffers[int, _Step]):
+    """Device memory, each buffer as its address.
+
+    Attributes:
+        lengths: `[rows]` int64, tokens of each row that the buffers hold.
+    """
 
     def __init__(self, execution: DeviceExecution, bucket: Bucket) -> None:
-        self.bucket = bucket
-        self.nbytes = 0
+        super().__init__(bucket)
         execution.backend.check_bucket(bucket)
         self._execution = execution
         self._cuda = execution.backend.cuda
-        self._pointers: dict[BufferName, int] = {}
         self._pinned: dict[BufferName, PinnedArray] = {}
         self._events: list[int] = []
-        self._steps: dict[int, _Step] = {}
         self._uploaded = self._event()
-
-    def pointer(self, buffer: BufferName) -> int:
-        """The address of a buffer; its memory is taken when first asked for."""
-        pointer = self._pointers.get(buffer)
-        if pointer is None:
-            size = _nbytes(self._execution.backend.specs[buffer[0]], self.bucket)
-            pointer = self._pointers[buffer] = self._execution.malloc(size)
-            self.nbytes += size
-        return pointer
+        self.lengths = np.zeros(0, np.intp)
 
     def upload(self, values: Mapping[BufferName, NDArray[Any]]) -> None:
         """Copy host arrays into buffers, in the stream's order."""
@@ -160,37 +168,36 @@ class _DeviceBuffers:
             staging = self._staging(buffer)
             staging.array[...] = value
             size = staging.array.nbytes
-            self._cuda.copy(self.pointer(buffer), staging.pointer, size, self._execution.stream)
+            self._cuda.copy(self.buffer(buffer), staging.pointer, size, self._execution.stream)
         self._cuda.record(self._uploaded, self._execution.stream)
 
-    def step(self, segment: int) -> _Step:
-        """What runs a segment."""
-        step = self._steps.get(segment)
-        if step is None:
-            step = self._steps[segment] = self._prepare(segment)
-        return step
-
     def free(self) -> None:
-        """Give everything back, once the device no longer uses it."""
+        """Free everything, once the device no longer uses it."""
         self._cuda.synchronize(self._execution.stream)
         for step in self._steps.values():
             if step.executable is not None:
                 self._cuda.destroy_graph(step.executable)
             step.runners.clear()
-        for pointer in self._pointers.values():
+        for pointer in self._values.values():
             self._cuda.free(pointer)
         for event in self._events:
             self._cuda.destroy_event(event)
-        for kept in (self._steps, self._pointers, self._pinned, self._events):
+        for kept in (self._steps, self._values, self._pinned, self._events):
             kept.clear()
         self._execution.made.discard(self)
+
+    def _allocate(self, name: BufferName) -> int:
+        size = nbytes_of(self._execution.backend.specs[name[0]], self.bucket)
+        pointer = self._execution.malloc(size)
+        self.nbytes += size
+        return pointer
 
     def _staging(self, buffer: BufferName) -> PinnedArray:
         pinned = self._pinned.get(buffer)
         if pinned is None:
             spec = self._execution.backend.specs[buffer[0]]
             shape = shape_of(spec, self.bucket)
-            pinned = self._pinned[buffer] = self._cuda.pinned(shape, _dtype(spec))
+            pinned = self._pinned[buffer] = self._cuda.pinned(shape, dtype_of(spec))
         return pinned
 
     def _event(self) -> int:
@@ -198,70 +205,49 @@ class _DeviceBuffers:
         return self._events[-1]
 
     def _prepare(self, segment: int) -> _Step:
-        backend, stream = self._execution.backend, self._execution.stream
-        step = _Step()
+        backend = self._execution.backend
+        step = _Step(self._event())
         for call in backend.stages[segment].calls:
-            ends = (*call.inputs, *call.outputs)
-            places = {
-                name: Place(
-                    self.pointer(buffer),
-                    shape_of(backend.specs[buffer[0]], self.bucket),
-                    backend.specs[buffer[0]].dtype,
-                )
-                for name, buffer in ends
-            }
+            places = {}
+            for name, buffer in (*call.inputs, *call.outputs):
+                spec = backend.specs[buffer[0]]
+                places[name] = Place(self.buffer(buffer), shape_of(spec, self.bucket), spec.dtype)
+            stream = self._execution.stream
             step.runners.append(backend.runner(call.graph, self.bucket, places, stream))
             for name, buffer in call.outputs:
                 if not name.startswith(NEXT):
                     host = self._staging(buffer)
-                    step.copies.append((host, self.pointer(buffer), host.array.nbytes))
+                    step.copies.append((host.pointer, self.buffer(buffer), host.array.nbytes))
                     step.arrays[name] = host.array
-        step.event = self._event()
         return step
 
 
-class DeviceExecution:
-    """Runs segments on a stream. For one thread.
+class DeviceExecution(Execution[_DeviceBuffers]):
+    """Runs segments in a stream; see `Execution`.
 
     Args:
-        backend: what runs graphs.
-        stream: the stream; None makes one of its own.
+        backend: the backend, which may have one stream for all of its executions.
     """
 
     lookahead = True
-    """The next segment can be enqueued before this one's exit is read."""
 
-    def __init__(self, backend: DeviceBackend, stream: int | None = None) -> None:
+    def __init__(self, backend: DeviceBackend) -> None:
+        super().__init__(backend, _FREE_BYTES)
         self.backend = backend
-        self.stream = backend.cuda.stream() if stream is None else stream
-        self._owns_stream = stream is None
+        self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
-        self._store: Store[_DeviceBuffers] = Store(self._make, _FREE_BYTES)
         self.made: set[_DeviceBuffers] = set()
 
-    def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> GpuHidden:
-        """Copy padded token ids and the attention bias to the device."""
-        buffers = self._store.take(bucket)
-        values = {}
-        for name, buffer in self.backend.stages[0].live.items():
-            spec = self.backend.specs[name]
-            values[buffer] = np.empty(shape_of(spec, bucket), _dtype(spec))
-            padding = _bits(self.backend.padding[name], spec)
-            write_rows(values[buffer], name, encoded, padding)
-        buffers.upload(values)
-        lengths = np.array([len(row) for row in encoded], np.intp)
-        return GpuHidden(len(encoded), buffers, 0, lengths)
-
-    def enqueue(self, segment: int, hidden: GpuHidden) -> tuple[GpuHidden, _Pending]:
-        """Start a segment; nothing waits."""
+    def enqueue(self, segment: int, hidden: Hidden[_DeviceBuffers]) -> _Pending:
+        """Enqueue a segment without waiting for it."""
         step = hidden.buffers.step(segment)
         self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
         elif step.runs == 0 or not all(runner.can_capture() for runner in step.runners):
-            # A first run may allocate, which no graph may hold.
+            # A first run may allocate memory, which cannot be captured.
             self._run(step)
         else:
             self._cuda.begin_capture(self.stream)
@@ -271,36 +257,10 @@ class DeviceExecution:
         step.runs += 1
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
-        return hidden, _Pending(self._cuda, step.event, step.arrays, hidden.rows)
-
-    def regroup(
-        self, hiddens: Sequence[GpuHidden], rows: Sequence[Rows], bucket: Bucket
-    ) -> GpuHidden:
-        """Copy rows into other buffers, on the device."""
-        segment = hiddens[0].segment
-        buffers = self._store.take(bucket)
-        parts = zip(hiddens, rows, strict=True)
-        lengths = np.concatenate([hidden.lengths[numbers] for hidden, numbers in parts])
-        for name, buffer in self.backend.stages[segment].live.items():
-            spec = self.backend.specs[name]
-            if name == ATTENTION_BIAS:
-                # A few numbers that the lengths say: cheaper sent than gathered.
-                buffers.upload({buffer: _bias_of(lengths, spec, bucket)})
-            elif "batch" in spec.shape:
-                self._gather(spec, buffer, hiddens, rows, buffers)
-            else:
-                longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence)
-                self._crop(spec, buffer, longest.buffers, buffers)
-        for hidden in hiddens:
-            self.release(hidden)
-        return GpuHidden(len(lengths), buffers, segment, lengths)
-
-    def release(self, hidden: GpuHidden) -> None:
-        """Keep the buffers for the next group of their shape; the stream keeps the order."""
-        self._store.give(hidden.buffers)
+        return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
 
     def malloc(self, size: int) -> int:
-        """Device memory; buffers that no group uses make room if there is none."""
+        """Allocate device memory, and free unused buffers if there is too little."""
         try:
             return self._cuda.malloc(size)
         except BackendError:
@@ -310,7 +270,7 @@ class DeviceExecution:
             return self._cuda.malloc(size)
 
     def close(self) -> None:
-        """Give everything back, also what groups held that an error cut short."""
+        """Free everything, including the buffers of groups that an error interrupted."""
         self._store.shrink(0)
         self._cuda.synchronize(self.stream)
         for buffers in list(self.made):
@@ -318,7 +278,7 @@ class DeviceExecution:
         if self._scratch:
             self._cuda.free(self._scratch)
             self._scratch = self._scratch_size = 0
-        if self._owns_stream:
+        if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
     def _make(self, bucket: Bucket) -> _DeviceBuffers:
@@ -326,19 +286,52 @@ class DeviceExecution:
         self.made.add(buffers)
         return buffers
 
+    def _write(self, buffers: _DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
+        values = {}
+        for name, buffer in self._stages[0].live.items():
+            spec = self._specs[name]
+            values[buffer] = np.empty(shape_of(spec, buffers.bucket), dtype_of(spec))
+            write_rows(values[buffer], name, encoded, bits_of(self._padding[name], spec))
+        buffers.upload(values)
+        buffers.lengths = np.array([len(row) for row in encoded], np.intp)
+
+    def _gather(
+        self,
+        spec: TensorSpec,
+        buffer: BufferName,
+        hiddens: Sequence[Hidden[_DeviceBuffers]],
+        rows: Sequence[Rows],
+        target: _DeviceBuffers,
+    ) -> None:
+        parts = list(zip((hidden.buffers for hidden in hiddens), rows, strict=True))
+        if spec.name == ATTENTION_BIAS:
+            # The lengths tell these few numbers, so sending them is cheaper than gathering.
+            target.lengths = np.concatenate([source.lengths[part] for source, part in parts])
+            target.upload({buffer: bias_of(target.lengths, spec, target.bucket)})
+            return
+        sources = [(source.buffer(buffer), source.bucket, part) for source, part in parts]
+        pointer = target.buffer(buffer)
+        gather_rows(self._cuda, self.stream, spec, sources, pointer, target.bucket)
+
+    def _crop(
+        self, spec: TensorSpec, buffer: BufferName, source: _DeviceBuffers, target: _DeviceBuffers
+    ) -> None:
+        whole, part = ((each.buffer(buffer), each.bucket) for each in (source, target))
+        crop(self._cuda, self.stream, spec, whole, part)
+
     def _run(self, step: _Step) -> None:
         for runner in step.runners:
             runner.run()
         for host, pointer, size in step.copies:
-            self._cuda.copy(host.pointer, pointer, size, self.stream)
+            self._cuda.copy(host, pointer, size, self.stream)
 
     def _share_scratch(self, step: _Step) -> None:
-        """Give a step's runners the scratch memory of all, grown if they need more."""
+        """Let a step's runners use the common scratch memory, which grows if they need more."""
         if step.scratch and step.scratch == self._scratch:
             return
         need = max(runner.scratch_bytes() for runner in step.runners)
         if need > self._scratch_size or not self._scratch:
-            if self._scratch:  # what is in the stream still uses it
+            if self._scratch:  # work in the stream still uses it
                 self._cuda.synchronize(self.stream)
                 self._cuda.free(self._scratch)
                 self._scratch = 0
@@ -351,89 +344,3 @@ class DeviceExecution:
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
         step.scratch, step.runs = self._scratch, 0
-
-    def _gather(
-        self,
-        spec: TensorSpec,
-        buffer: BufferName,
-        hiddens: Sequence[GpuHidden],
-        rows: Sequence[Rows],
-        target: _DeviceBuffers,
-    ) -> None:
-        """Copy each run of neighbouring rows; what is new padding becomes zero."""
-        pitch = _nbytes(spec, Bucket(1, target.bucket.sequence))
-        pointer = target.pointer(buffer)
-        widest = min(hidden.bucket.sequence for hidden in hiddens)
-        count = sum(len(part) for part in rows)
-        if "sequence" in spec.shape and widest < target.bucket.sequence:
-            self._cuda.clear(pointer, pitch * target.bucket.batch, self.stream)
-        elif count < target.bucket.batch:
-            rest = (target.bucket.batch - count) * pitch
-            self._cuda.clear(pointer + count * pitch, rest, self.stream)
-        position = 0
-        for hidden, numbers in zip(hiddens, rows, strict=True):
-            source_pitch = _nbytes(spec, Bucket(1, hidden.bucket.sequence))
-            source = hidden.buffers.pointer(buffer)
-            for first, length in _runs(numbers):
-                self._cuda.copy_rows(
-                    pointer + position * pitch,
-                    pitch,
-                    source + first * source_pitch,
-                    source_pitch,
-                    min(pitch, source_pitch),
-                    length,
-                    self.stream,
-                )
-                position += length
-
-    def _crop(
-        self, spec: TensorSpec, buffer: BufferName, source: _DeviceBuffers, target: _DeviceBuffers
-    ) -> None:
-        """Copy the part of a tensor without a batch that a shorter sequence needs."""
-        wide = shape_of(spec, source.bucket)
-        narrow = shape_of(spec, target.bucket)
-        itemsize = _dtype(spec).itemsize
-        # The innermost rows are cut to their new width; of the axis before, fewer are taken.
-        pitches = wide[-1] * itemsize, narrow[-1] * itemsize
-        for matrix in range(int(np.prod(narrow[:-2]))):
-            self._cuda.copy_rows(
-                target.pointer(buffer) + matrix * narrow[-2] * pitches[1],
-                pitches[1],
-                source.pointer(buffer) + matrix * wide[-2] * pitches[0],
-                pitches[0],
-                pitches[1],
-                narrow[-2],
-                self.stream,
-            )
-
-
-def _dtype(spec: TensorSpec) -> np.dtype[Any]:
-    return _DTYPES.get(spec.dtype) or np.dtype(spec.dtype)
-
-
-def _bits(value: float, spec: TensorSpec) -> float:
-    """A number as it is written into an array of a tensor's type."""
-    if spec.dtype != "bfloat16":
-        return value
-    bits = int(np.array(value, np.float32).view(np.uint32))
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-
-
-def _nbytes(spec: TensorSpec, bucket: Bucket) -> int:
-    return int(np.prod(shape_of(spec, bucket))) * _dtype(spec).itemsize
-
-
-def _bias_of(lengths: NDArray[np.intp], spec: TensorSpec, bucket: Bucket) -> NDArray[Any]:
-    bias = np.full(shape_of(spec, bucket), _bits(MASK_FILL, spec), _dtype(spec))
-    for number, length in enumerate(lengths):
-        bias[number, ..., :length] = 0
-    return bias
-
-
-def _runs(numbers: Rows) -> list[tuple[int, int]]:
-    """Runs of neighbouring rows: first row and length."""
-    if len(numbers) == 0:
-        return []
-    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1)
-    lengths = np.diff(starts, append=len(numbers))
-    return [(int(numbers[start]), int(size)) for start, size in zip(starts, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions that share one process-wide thread pool and one arena."""
+"""ONNX Runtime sessions on the CPU that share one process-wide thread pool and one arena."""
 
 from __future__ import annotations
 
@@ -8,90 +8,81 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, MissingExtraError, first_line
-from .cuda_probe import cuda_device
+from ..errors import MissingExtraError, first_line
 
 logger = logging.getLogger(__name__)
 
 DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
-"""For `InferenceSession`: measured, the fused kernel takes twice the time of its parts."""
+"""For `InferenceSession`: the fused kernel takes twice the time of its parts (measured)."""
 
-_AGAIN = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'"
+_REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'"
 
 
-class _Environment:
-    """The process-wide thread pool and arena, set up before our first session."""
+_lock = threading.Lock()
+_threads: int | None = None  # of the process-wide pool; None before the first session
+_shared = True  # whether sessions use that pool
+_refused: set[int] = set()
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ready = False
-        self._threads: int | None = None
-        self._refused: set[int | None] = set()
-        self._shared = True
 
-    def prepare(self, threads: int | None) -> bool:
-        """Set up once; returns whether sessions use the process-wide pool."""
-        import onnxruntime as ort
+def _uses_shared_pool(threads: int | None) -> bool:
+    """Whether sessions use the process-wide pool and arena, which the first call sets up."""
+    global _threads, _shared
+    import onnxruntime as ort
 
-        with self._lock:
-            if self._ready:
-                if self._shared and threads not in (None, self._threads, *self._refused):
-                    self._refused.add(threads)
-                    logger.warning(
-                        "threads=%s has no effect: this process already runs ONNX Runtime "
-                        "with threads=%s",
-                        threads,
-                        self._threads,
-                    )
-                return self._shared
-            self._threads = threads or usable_cores()
-            self._shared = self._set_pool(self._threads)
+    with _lock:
+        if _threads is None:
+            _threads = threads or usable_cores()
+            _shared = _set_up_pool(_threads)
             info = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
-            self._ready = True
             try:
                 ort.create_and_register_allocator(info, None)
             except ort_errors() as error:
-                logger.warning("ONNX Runtime keeps its arena as it is: %s", first_line(error))
-            return self._shared
+                logger.warning("sessions do not share an arena: %s", first_line(error))
+        elif _shared and threads is not None and threads not in {_threads, *_refused}:
+            _refused.add(threads)
+            logger.warning(
+                "threads=%s has no effect: this process already runs ONNX Runtime with threads=%s",
+                threads,
+                _threads,
+            )
+        return _shared
 
-    def _set_pool(self, threads: int) -> bool:
-        import onnxruntime as ort
 
-        # Once there is a process-wide pool, ONNX Runtime refuses sessions with a pool of
-        # their own: an application that makes sessions owns its threads, so leave them be.
-        reason = "the application made ONNX Runtime sessions"
-        if not _sessions_alive(ort.InferenceSession):
-            try:
-                ort.set_global_thread_pool_sizes(threads, 1)
-            except ort_errors() as error:
-                if "already been created" in str(error):
-                    logger.warning(
-                        "the application set up ONNX Runtime's process-wide thread pool before "
-                        "fpabee: it is used, threads=%s has no effect",
-                        threads,
-                    )
-                    return True
-                reason = f"ONNX Runtime refuses a process-wide pool ({first_line(error)})"
-            else:
+def _set_up_pool(threads: int) -> bool:
+    """Set up the process-wide pool, and return whether sessions can use it."""
+    import onnxruntime as ort
+
+    # Once a process-wide pool exists, ONNX Runtime refuses sessions with their own pool. An
+    # application that has made sessions may make more of them, so then no pool is set up.
+    reason = "the application made ONNX Runtime sessions"
+    if not _sessions_alive(ort.InferenceSession):
+        try:
+            ort.set_global_thread_pool_sizes(threads, 1)
+            return True
+        except ort_errors() as error:
+            if "already been created" in str(error):
+                logger.warning(
+                    "the application set up ONNX Runtime's process-wide thread pool before "
+                    "fpabee, so it is used, and threads=%s has no effect",
+                    threads,
+                )
                 return True
-        logger.warning(
-            "%s before fpabee: every segment gets a thread pool of its own, without spinning",
-            reason,
-        )
-        return False
+            reason = f"ONNX Runtime refuses a process-wide pool ({first_line(error)})"
+    logger.warning(
+        "%s before fpabee, so every segment gets its own thread pool, without spinning", reason
+    )
+    return False
 
 
 def _sessions_alive(kind: type) -> bool:
-    """Whether this process holds sessions; ONNX Runtime itself cannot be asked."""
+    """Whether this process holds sessions; ONNX Runtime itself does not tell."""
     return any(issubclass(type(item), kind) for item in gc.get_objects())
-
-
-_environment = _Environment()
 
 
 def usable_cores() -> int:
@@ -102,19 +93,23 @@ def usable_cores() -> int:
 
 
 def session_options(threads: int | None = None) -> Any:
-    """Session options of the process-wide pool and arena, which are set up if need be.
+    """Session options for the process-wide pool and arena, which the first call sets up.
+
+    Args:
+        threads: CPU threads; default: the usable cores. Only the first call sets the size of the
+            process-wide pool.
 
     Raises:
-        MissingExtraError: ONNX Runtime is not installed, or twice.
+        MissingExtraError: ONNX Runtime is not installed, or installed twice.
     """
     check_installed()
     import onnxruntime as ort
 
-    shared = _environment.prepare(threads)
+    shared = _uses_shared_pool(threads)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what it would print comes as an exception
+    options.log_severity_level = 4  # its errors also arrive as exceptions
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Shapes vary from group to group: patterns of earlier shapes only cost memory.
+    # Shapes vary from group to group, so memory patterns of earlier shapes are of no use.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_env_allocators", "1")
     if shared:
@@ -146,89 +141,48 @@ def cpu_session(
 
 
 def check_installed() -> None:
-    """Check that exactly one ONNX Runtime package is installed, and whole.
+    """Check that exactly one ONNX Runtime package is installed, and that it is complete.
 
     Raises:
-        MissingExtraError: none, two that overwrite each other, or what is left of them.
+        MissingExtraError: no package, a damaged one, or two that overwrite each other.
     """
     from importlib import metadata
 
     found = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        found.append(name)
+        with suppress(metadata.PackageNotFoundError):
+            found.append(metadata.distribution(name))
     if not found:
         raise MissingExtraError("ONNX Runtime is not installed", "pip install 'fpabee[cpu]'")
     if len(found) > 1:
         raise MissingExtraError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
-            f"keep one: {_AGAIN}",
+            f"keep one: {_REINSTALL}",
         )
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError(
-            f"ONNX Runtime cannot be loaded: {first_line(error)}", f"install it again: {_AGAIN}"
+            f"ONNX Runtime cannot be loaded: {first_line(error)}", f"reinstall it: {_REINSTALL}"
         ) from error
     if not hasattr(ort, "InferenceSession"):
         raise MissingExtraError(
-            "ONNX Runtime is damaged: its module is empty, as when one of its two packages was "
-            "removed",
-            f"install it again: {_AGAIN}",
-        )
-
-
-def check_device(device: str) -> None:
-    """Check that ONNX Runtime can run on a device: none is the CPU, or `cuda`.
-
-    Raises:
-        MissingExtraError: ONNX Runtime is not installed, or twice.
-        BackendError: it has no CUDA provider, or there is no GPU.
-    """
-    check_installed()
-    if device != "cuda":
-        return
-    import onnxruntime as ort
-
-    found = cuda_device()
-    if found.error:
-        raise BackendError(
-            f"this target needs an NVIDIA GPU, and here {found.error}",
-            "choose another target: --target onnxruntime-fp32",
-        )
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise BackendError(
-            f"onnxruntime {ort.__version__} as installed here has no CUDA provider",
-            "pip uninstall -y onnxruntime && pip install 'fpabee[gpu]'",
+            "ONNX Runtime is damaged: its module is empty, which happens when one of its two "
+            "packages is removed",
+            f"reinstall it: {_REINSTALL}",
         )
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own exceptions share no base, and some are bare."""
+    """The exceptions that ONNX Runtime raises; its own have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = (
-        "DeviceReset",
-        "EngineError",
-        "EPFail",
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "ModelRequiresCompilation",
-        "NoModel",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-    )
-    own = tuple(getattr(state, name) for name in names if hasattr(state, name))
+    found = (value for value in vars(state).values() if isinstance(value, type))
+    own = (value for value in found if issubclass(value, Exception))
     return (*own, RuntimeError, MemoryError)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a run failed for want of memory: ONNX Runtime says it in words only."""
+    """Whether a run failed because of too little memory; only the error's words tell."""
     words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: which plans can run here, and how one is run.
+"""TensorRT and TensorRT for RTX: whether plans can run on this machine, and how they run.
 
 Buffers, regrouping and CUDA graphs are in `device.py`.
 """
@@ -9,22 +9,19 @@ import importlib
 import logging
 import os
 import re
-import threading
+import shlex
 from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from ..agreement import BARS
-from ..artifact.folder import resolve, verified
+from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
-from ..encoding import padding_values
-from ..errors import ArtifactError, BackendError, MissingExtraError
-from .base import Bucket, Limits
-from .buffers import carried_specs, plan_buffers
-from .cuda import cuda
-from .cuda_probe import cuda_device
-from .device import DeviceExecution, Place
+from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
+from .cuda_probe import required_gpu
+from .device import DeviceBackend, Place, Runner
+from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +31,36 @@ _HEADER_BYTES = 64
 _AMPERE = 8
 
 
-class PlanRunner:
-    """An execution context whose shapes and addresses are set."""
+class PlanRunner(Runner):
+    """An execution context whose shapes and addresses are set; see `Runner`."""
 
     def __init__(self, context: Any, stream: int) -> None:
-        self._context = context
+        self.context = context
         self._stream = stream
 
     def run(self) -> None:
-        """Put the plan into the stream."""
-        context = self._context
-        _must(context.execute_async_v3(self._stream), "TensorRT could not start a segment")
+        """Enqueue the plan in the stream."""
+        _must(self.context.execute_async_v3(self._stream), "TensorRT could not start a segment")
 
     def can_capture(self) -> bool:
         """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
-        context = self._context
-        ask = getattr(context, "is_stream_capturable", None)
+        ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._stream))
 
     def scratch_bytes(self) -> int:
-        """What the context needs at its shapes."""
-        context = self._context
-        return int(context.update_device_memory_size_for_shapes())
+        """Scratch memory that the context needs at its shapes, in bytes."""
+        return int(self.context.update_device_memory_size_for_shapes())
 
     def use_scratch(self, pointer: int, size: int) -> None:
-        """Let the context use shared memory."""
-        context = self._context
-        context.set_device_memory(pointer, size)
+        """Let the context use scratch memory at an address, of a size in bytes."""
+        self.context.set_device_memory(pointer, size)
 
 
 class RuntimeCache:
-    """What TensorRT for RTX compiled for this GPU, kept beside the plans from run to run.
+    """What TensorRT for RTX compiled for this GPU, kept in a file from run to run.
 
     Args:
-        path: the file; it is not part of the artifact, and its absence only costs time.
+        path: the file. It is not part of the artifact: without it, loading takes longer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,12 +74,12 @@ class RuntimeCache:
         if self._cache is None:
             self._cache = runtime_config.create_runtime_cache()
             if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
-                logger.warning("%s is of another GPU or release: it is made anew", self._path)
+                logger.warning("%s is for another GPU or release, so it is replaced", self._path)
         runtime_config.set_runtime_cache(self._cache)
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache; a folder that cannot be written is said once."""
+        """Write the cache; warns if that is not possible."""
         if self._cache is None:
             return
         content = bytes(self._cache.serialize())
@@ -95,88 +88,73 @@ class RuntimeCache:
             temporary.write_bytes(content)
             temporary.replace(self._path)
         except OSError as error:
-            logger.warning("%s cannot be kept: %s", self._path, error.strerror)
+            logger.warning("%s cannot be written: %s", self._path, error.strerror)
 
 
-class TensorRtBackend:
-    """Plans of one target on the first GPU, loaded when first needed.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest.
-        target: the target's record.
-        name: the target's name, for messages.
+class TensorRtBackend(DeviceBackend):
+    """Plans of TensorRT or of TensorRT for RTX; see `Backend`.
 
     Raises:
-        MissingExtraError: the library or `cuda-bindings` is not installed.
-        BackendError: no GPU, or one that the plans are not for, or another library version.
+        ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, target: Target, name: str) -> None:
-        check_target(target, name)
-        self.cuda = cuda()
-        self.trt: Any = importlib.import_module(MODULES[target.backend])
-        self.manifest = manifest
-        self.stages = plan_buffers(manifest)
-        self.specs = carried_specs(manifest.graphs_in(target.precision))
-        self._folder = folder
-        self._target = target
-        self._name = name
+    def __init__(
+        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
+    ) -> None:
+        super().__init__(folder, manifest, name, threads)
+        self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._log = error_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
-        # Such a plan brings the library code that runs it.
-        self._runtime.engine_host_code_allowed = target.version_compatible
-        self._engines: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._executions: list[DeviceExecution] = []
-        self._closed = False
+        # A version-compatible plan brings the library code that runs it.
+        self._runtime.engine_host_code_allowed = self.target.version_compatible
         self._compiled = None
-        if target.backend == "tensorrt-rtx":
+        if self.target.backend == "tensorrt-rtx":
             self._compiled = RuntimeCache(folder / "targets" / name / "runtime.cache")
-        graphs = manifest.graphs_in(target.precision)
-        for graph_name, file in target.files.items():
-            path = resolve(folder, file.file)
-            if file.onnx_sha256 != graphs[graph_name].sha256:
+        for graph, file in self.target.files.items():
+            if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
-                    f"{path} was built from another graph than the one in the folder",
-                    rebuild(target),
+                    f"{folder / file.file} was built from another graph than the one in the folder",
+                    rebuild(self.target),
                 )
-        self.padding = padding_values(manifest.tokenizer)
+
+    @staticmethod
+    def check(target: Target, name: str) -> None:
+        """Check the library, its version and the GPU; see `Backend.check`."""
+        module = MODULES[target.backend]
+        if util.find_spec(module) is None:
+            raise MissingExtraError(
+                f"target {name} needs {module}, which is not installed",
+                Remedy(
+                    "pip install 'fpabee[{extra}]', or choose another {target}",
+                    extra=target.backend,
+                ),
+            )
+        gpu = required_gpu(name)
+        if not _is_for(target, gpu.compute_capability):
+            raise BackendError(
+                f"target {name} is for compute capability "
+                f"{', '.join(target.compute_capabilities)}; this {gpu.name} has "
+                f"{gpu.compute_capability}",
+                rebuild(target),
+            )
+        built, here = target.versions.get(module, "unknown"), library_version(module)
+        if built != here and not (target.version_compatible and _is_later(here, built)):
+            raise BackendError(
+                f"target {name} was built by {module} {built}, but {module} {here} is installed, "
+                "which cannot load it",
+                rebuild(target, f"pip install {shlex.quote(f'{module}=={built}')}"),
+            )
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""
-        last = self._target.profiles[-1]
-        typical = self._target.profiles[0]
+        typical, longest = self.target.profiles[0], self.target.profiles[-1]
         return Limits(
-            max_batch=last.batch.max,
-            max_sequence=last.sequence.max,
+            max_batch=longest.batch.max,
+            max_sequence=longest.sequence.max,
             group_tokens=typical.batch.max * typical.sequence.opt,
-            batch_sizes=self._target.batch_sizes,
-            sequence_lengths=self._target.sequence_lengths,
+            batch_sizes=self.target.batch_sizes,
+            sequence_lengths=self.target.sequence_lengths,
         )
-
-    def open(self) -> DeviceExecution:
-        """A new execution, for one thread."""
-        execution = DeviceExecution(self)
-        with self._lock:
-            self._executions.append(execution)
-        return execution
-
-    def preload(self) -> None:
-        """Load all plans now."""
-        for name in self._target.files:
-            self.engine(name)
-
-    def close(self) -> None:
-        """Give all device memory back, keep what the device compiled, and drop the plans."""
-        with self._lock:
-            if self._compiled is not None and not self._closed:
-                self._compiled.save()
-            self._closed = True
-            for execution in self._executions:
-                execution.close()
-            self._executions.clear()
-            self._engines.clear()
 
     def check_bucket(self, bucket: Bucket) -> None:
         """Refuse a shape that no profile takes."""
@@ -187,61 +165,43 @@ class TensorRtBackend:
     ) -> PlanRunner:
         """A context of a graph with its shapes and addresses set."""
         context = self._context(graph)
-        _must(
-            context.set_optimization_profile_async(self._profile(bucket), stream),
-            f"{graph} does not take its profile",
-        )
-        inputs = {spec.name for spec in self.manifest.graphs[graph].inputs}
+        done = context.set_optimization_profile_async(self._profile(bucket), stream)
+        _must(done, f"{graph} does not accept its profile")
+        inputs = {spec.name for spec in self.graphs[graph].inputs}
         for name, place in places.items():
-            if name in inputs:
-                _must(
-                    context.set_input_shape(name, place.shape),
-                    f"{graph} does not take {name} of shape {list(place.shape)}",
-                )
-            _must(
-                context.set_tensor_address(name, place.pointer),
-                f"{graph} does not take the address of {name}",
-            )
+            done = name not in inputs or context.set_input_shape(name, place.shape)
+            _must(done, f"{graph} does not accept {name} of shape {list(place.shape)}")
+            done = context.set_tensor_address(name, place.pointer)
+            _must(done, f"{graph} does not accept the address of {name}")
         missing = context.infer_shapes()
-        _must(not missing, f"{graph} misses the shapes of {', '.join(missing)}")
+        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
         return PlanRunner(context, stream)
 
     def _profile(self, bucket: Bucket) -> int:
-        """The optimization profile that a shape is in.
+        """The optimization profile for a shape.
 
         Raises:
-            BackendError: none.
+            BackendError: no profile includes the shape.
         """
-        for number, shapes in enumerate(self._target.profiles):
-            batch, sequence = shapes.batch, shapes.sequence
-            if (
-                batch.min <= bucket.batch <= batch.max
-                and sequence.min <= bucket.sequence <= sequence.max
-            ):
+        for number, shapes in enumerate(self.target.profiles):
+            fits_batch = shapes.batch.min <= bucket.batch <= shapes.batch.max
+            if fits_batch and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max:
                 return number
         ranges = "; ".join(
             f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
-            for p in self._target.profiles
+            for p in self.target.profiles
         )
         raise BackendError(
-            f"target {self._name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
-            "build it for more: fpabee-export --from ENGINES --batch 1,8,64 --sequence 16,64,256",
+            f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
+            Remedy(
+                "build it for more shapes: {call}",
+                call=Call("add_targets", "ENGINES", batch="1,8,64", sequence="16,64,256"),
+            ),
         )
 
-    def engine(self, name: str) -> Any:
-        """The engine of a graph, loaded on first use."""
-        engine = self._engines.get(name)
-        if engine is None:
-            with self._lock:
-                if self._closed:
-                    raise BackendError("this engine is closed", "load it again with Engine.load")
-                engine = self._engines.get(name) or self._load(name)
-                self._engines[name] = engine
-        return engine
-
     def _context(self, name: str) -> Any:
-        """A context of a graph, whose scratch memory is the execution's."""
-        engine = self.engine(name)
+        """A context of a graph that uses the execution's scratch memory."""
+        engine = self.graph(name)
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._compiled is None:
             context = engine.create_execution_context(strategy)
@@ -251,63 +211,35 @@ class TensorRtBackend:
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(
-                f"{self._name}: no execution context for {name}: {self._log.last}; "
+                f"{self.name}: no execution context for {name}: {self._log.last}; "
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
-                "use fewer threads, or close what else uses the GPU",
+                "use fewer threads, or close other programs that use the GPU",
             )
         return context
 
     def _load(self, name: str) -> Any:
-        file = self._target.files[name]
+        file = self._file(name)
         path = verified(self._folder, file.file, file.sha256)
         plan = path.read_bytes()
-        if self._target.backend == "tensorrt-rtx":
+        if self._compiled is not None:
             validity, _ = self._runtime.get_engine_validity(plan[:_HEADER_BYTES])
             if validity == self.trt.EngineValidity.INVALID:
                 raise ArtifactError(
-                    f"{path} is no plan for this GPU and this release: {self._log.last}",
-                    rebuild(self._target),
+                    f"{path} was not built for this GPU and this release of TensorRT for RTX: "
+                    f"{self._log.last}",
+                    rebuild(self.target),
                 )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             if self.cuda.memory()[0] < len(plan):
                 raise self.cuda.no_room(len(plan))
-            raise ArtifactError(f"{path} cannot be loaded: {self._log.last}", rebuild(self._target))
+            raise ArtifactError(f"{path} cannot be loaded: {self._log.last}", rebuild(self.target))
         return engine
 
-
-def check_target(target: Target, name: str) -> None:
-    """Whether a target's plans can run here, before any is loaded.
-
-    Raises:
-        MissingExtraError: the library is not installed.
-        BackendError: no GPU, another GPU, or another version of the library.
-    """
-    module = MODULES[target.backend]
-    if util.find_spec(module) is None:
-        raise MissingExtraError(
-            f"target {name} needs {module}, which is not installed",
-            f"pip install 'fpabee[{target.backend}]', or --target onnxruntime-fp32",
-        )
-    device = cuda_device()
-    if device.error:
-        raise BackendError(
-            f"target {name} needs an NVIDIA GPU, and here {device.error}",
-            "choose another target: --target onnxruntime-fp32",
-        )
-    if not _is_for(target, device.compute_capability):
-        raise BackendError(
-            f"target {name} is for compute capability {', '.join(target.compute_capabilities)}; "
-            f"this {device.name} has {device.compute_capability}",
-            rebuild(target),
-        )
-    built = target.versions.get(module, "unknown")
-    here = library_version(module)
-    if built != here and not (target.version_compatible and _is_later(here, built)):
-        raise BackendError(
-            f"target {name} was built by {module} {built}; here is {here}, which cannot load it",
-            f"{rebuild(target)}, or pip install {module}=={built}",
-        )
+    def _free(self) -> None:
+        if self._compiled is not None:
+            self._compiled.save()
+        super()._free()
 
 
 def _is_for(target: Target, compute_capability: str) -> bool:
@@ -324,8 +256,8 @@ def _is_later(here: str, built: str) -> bool:
 def build_command(backend: str, precision: str) -> str:
     """The command that builds the plans of a precision, with ENGINES for the folder.
 
-    Empty where this fpabee does not know the backend or the precision: a manifest may say
-    anything, and a command is there to be run.
+    Empty if this fpabee does not know the backend or the precision: a manifest may say
+    anything, and people run the commands that they are shown.
     """
     if backend not in MODULES or precision not in BARS:
         return ""
@@ -333,14 +265,27 @@ def build_command(backend: str, precision: str) -> str:
     return f"fpabee-export --from ENGINES --backend {backend}{flag}"
 
 
-def rebuild(target: Target) -> str:
-    """How to build a target on this machine."""
-    command = build_command(target.backend, target.precision)
-    return f"build it here: {command}" if command else "pip install -U fpabee"
+def rebuild(target: Target, otherwise: str = "") -> Remedy | str:
+    """The remedy to build a target on this machine.
+
+    Args:
+        target: the target's record.
+        otherwise: another remedy.
+    """
+    if target.backend not in MODULES or target.precision not in BARS:
+        return "pip install -U fpabee"
+    precision = {} if target.precision == "fp32" else {target.precision: True}
+    call = Call("add_targets", "ENGINES", backend=target.backend, **precision)
+    text = "build it here: {call}; or {otherwise}" if otherwise else "build it here: {call}"
+    return Remedy(text, call=call, otherwise=otherwise)
 
 
 def library_version(module: str) -> str:
-    """The version of `tensorrt` or `tensorrt_rtx`; it is loaded only if no package says it."""
+    """The version of `tensorrt` or `tensorrt_rtx`; imports it only if no package metadata exists.
+
+    Args:
+        module: name of the module.
+    """
     for name in metadata.packages_distributions().get(module, []):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
@@ -369,4 +314,5 @@ def error_logger(trt: Any) -> Any:
 
 def _must(done: bool, what: str) -> None:
     if not done:
-        raise BackendError(what, "build the target again with fpabee-export --from ENGINES")
+        call = Call("add_targets", "ENGINES")
+        raise BackendError(what, Remedy("build the target again: {call}", call=call))

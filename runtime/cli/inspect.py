@@ -24,6 +24,7 @@ from ..inspection import Integrity, Part, TargetState, chain_parts, check_integr
 from . import options
 from .command import command
 from .console import echo, table_console
+from .errors import in_terms_of_options
 
 
 def not_built_lines(not_built: Mapping[str, NotBuilt], folder: Path) -> list[str]:
@@ -73,7 +74,8 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
                 Remedy("create one with {call}", call=Call("export", "MODEL_DIR", engines)),
             )
         manifest = read_manifest(engines)
-        parts, states = chain_parts(engines, manifest), target_states(engines, manifest)
+        parts = chain_parts(engines, manifest)
+        states = target_states(engines, manifest, in_terms_of_options)
         found = check_integrity(engines, manifest, states) if check else None
         content |= _summary(manifest) | {
             "chain": [asdict(part) for part in parts],

@@ -133,7 +133,7 @@ CASES = [
     Case("a tokenizer without its unknown token", tokenizer_without("model", "vocab", "[UNK]"),
          ("tokenizer.json fails on a text: ", "export the model again")),
     Case("a tokenizer that gives a text four times", text_many_times(3),
-         ("tokens, though told to give 64 at most", "export the model again")),
+         ("tokens instead of at most 64", "export the model again")),
     Case("a tokenizer that gives a text many times", text_many_times(2000),
          ("its post-processor makes up to 2e+03 parts of one text", "export the model again")),
     Case("a tokenizer that grows a text", growing,

@@ -15,7 +15,7 @@ from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import BuiltFile, Range, Shapes, Target
-from fpabee.runtime.backends import onnxruntime_cuda, onnxruntime_session, tensorrt
+from fpabee.runtime.backends import cuda_probe, device, onnxruntime_cuda, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
 from .cuda import FakeCuda
@@ -39,7 +39,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let everything that asks for a GPU find this one."""
-    for module in (tensorrt, targets, target_check):
+    for module in (cuda_probe, targets, target_check):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 
@@ -50,7 +50,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     trt = FakeTensorRt(cuda, plans_of(folder), name, builder_parts(configs))
     trt.Builder = lambda logger: FakeBuilder(trt, configs)  # type: ignore[attr-defined]
     patch.setitem(sys.modules, name, trt)
-    patch.setattr(tensorrt, "cuda", lambda: cuda)
+    patch.setattr(device, "cuda", lambda: cuda)
     set_gpu(patch)
     if backend == "tensorrt":
         patch.setattr(targets, "_run_worker", plan_worker.build_plan)
@@ -123,9 +123,9 @@ def install_cuda_provider(
 def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
     """Let the double run the graphs of every folder as ONNX Runtime's CUDA provider."""
     cuda = FakeCuda()
-    patch.setattr(onnxruntime_cuda, "cuda", lambda: cuda)
-    for module in (onnxruntime_cuda, onnxruntime_session):
-        patch.setattr(module, "check_device", lambda device: None)
+    patch.setattr(device, "cuda", lambda: cuda)
+    check = staticmethod(lambda target, name: None)
+    patch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "check", check)
     patch.setattr(
         onnxruntime_cuda,
         "create_session",

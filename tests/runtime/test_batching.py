@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fpabee.runtime.backends.base import Bucket, Limits
+from fpabee.runtime.backends.shapes import Bucket, Limits
 from fpabee.runtime.batching import CostCurve, make_groups, plan_joins
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)

@@ -24,7 +24,7 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime import engine as engine_module
-from fpabee.runtime.backends.base import Limits
+from fpabee.runtime.backends.shapes import Limits
 from fpabee.runtime.deadline import Cap, SegmentTimes
 from fpabee.runtime.encoding import Text
 

@@ -54,7 +54,9 @@ def test_every_target_is_timed_or_says_why_not(
         times = report["milliseconds"][name]
         assert len(times) == 4
         assert all(milliseconds > 0 for milliseconds in times.values())
-    monkeypatch.setattr("fpabee.runtime.backends.tensorrt.cuda_device", lambda: CudaDevice("", "7"))
+    monkeypatch.setattr(
+        "fpabee.runtime.backends.cuda_probe.cuda_device", lambda: CudaDevice("", "7")
+    )
     script.main(str(folder), texts)
     report = json.loads(capsys.readouterr().out)
     assert "compute capability" in report["milliseconds"][made.target]["why_not"]

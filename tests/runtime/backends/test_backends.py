@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.buffers import shape_of
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.targets import open_backend
 
@@ -69,7 +69,7 @@ class Chain:
         hidden = self.execution.begin([row], Bucket(1, len(row)))
         steps = []
         for segment in range(self.segments):
-            hidden, pending = self.execution.enqueue(segment, hidden)
+            pending = self.execution.enqueue(segment, hidden)
             tensors = {name: array.copy() for name, array in self.tensors(hidden).items()}
             steps.append((pending.result()["logits"].copy(), tensors))
         self.execution.release(hidden)
@@ -81,14 +81,14 @@ class Chain:
             return {}
         live = self.backend.stages[hidden.segment].live
         if self.double is None:
-            return {name: hidden.buffers.array(buffer) for name, buffer in live.items()}
+            return {name: hidden.buffers.buffer(buffer)[0] for name, buffer in live.items()}
         self.double.cuda.synchronize(self.execution.stream)
         tensors = {}
         for name, buffer in live.items():
             spec = self.backend.specs[name]
             shape = shape_of(spec, hidden.bucket)
             size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-            memory = self.double.cuda.view(hidden.buffers.pointer(buffer), size)
+            memory = self.double.cuda.view(hidden.buffers.buffer(buffer), size)
             tensors[name] = memory.view(spec.dtype).reshape(shape)
         return tensors
 
@@ -151,7 +151,7 @@ def test_regroup_loses_and_mixes_up_no_row(
     for group in groups:
         hidden = chain.begin(group)
         for segment in range(rest):
-            hidden, _ = chain.execution.enqueue(segment, hidden)
+            chain.execution.enqueue(segment, hidden)
         hiddens.append(hidden)
     keeps = [
         data.draw(st.permutations(range(len(group))))[: data.draw(st.integers(0, 5))]
@@ -170,7 +170,7 @@ def test_regroup_loses_and_mixes_up_no_row(
     assert joined.bucket == bucket
     chain.check_tensors(joined, numbers, after=rest - 1)
     for segment in range(rest, chain.segments):
-        joined, pending = chain.execution.enqueue(segment, joined)
+        pending = chain.execution.enqueue(segment, joined)
         logits = pending.result()["logits"]
         assert logits.shape[0] == len(numbers)
         alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
@@ -184,7 +184,7 @@ def test_padding_changes_no_row(chain: Chain, group: list[int], rows: int, token
     longest = max(len(chain.rows[number]) for number in group)
     hidden = chain.begin(group, Bucket(len(group) + rows, min(longest + tokens, 64)))
     for segment in range(chain.segments):
-        hidden, pending = chain.execution.enqueue(segment, hidden)
+        pending = chain.execution.enqueue(segment, hidden)
         logits = pending.result()["logits"]
         assert logits.dtype == np.float32
         alone = np.concatenate([chain.alone[number][segment][0] for number in group])
@@ -200,10 +200,11 @@ def test_rows_differ_so_that_a_mix_up_shows(chain: Chain) -> None:
 
 
 def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
-    hidden, pending = chain.execution.enqueue(0, chain.begin([3, 4]))
+    hidden = chain.begin([3, 4])
+    pending = chain.execution.enqueue(0, hidden)
     kept = pending.result()["logits"]
     before = kept.copy()
-    hidden, _ = chain.execution.enqueue(1, hidden)
+    chain.execution.enqueue(1, hidden)
     np.testing.assert_array_equal(kept, before)
     chain.execution.release(hidden)
 
@@ -217,14 +218,15 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)
             for segment in range(chain.segments):
-                hidden, pending = execution.enqueue(segment, hidden)
+                pending = execution.enqueue(segment, hidden)
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
                 np.testing.assert_allclose(pending.result()["logits"], alone, atol=1e-5)
             execution.release(hidden)
 
 
 def test_only_what_later_segments_read_is_carried(chain: Chain) -> None:
-    hidden, _ = chain.execution.enqueue(0, chain.begin([3]))
+    hidden = chain.begin([3])
+    chain.execution.enqueue(0, hidden)
     assert "input_ids" not in chain.tensors(hidden)
     assert "hidden_states" in chain.tensors(hidden)
 
@@ -232,7 +234,8 @@ def test_only_what_later_segments_read_is_carried(chain: Chain) -> None:
 def test_mpnet_carries_its_position_bias(engines: Mapping[str, Path]) -> None:
     chain = Chain(engines["mpnet"])
     assert not chain.batched["position_bias"]
-    hidden, _ = chain.execution.enqueue(0, chain.begin([3, 7]))
+    hidden = chain.begin([3, 7])
+    chain.execution.enqueue(0, hidden)
     whole = chain.tensors(hidden)["position_bias"].copy()
     assert np.ptp(whole) > 0
     length = len(chain.rows[3])
@@ -244,7 +247,7 @@ def test_mpnet_carries_its_position_bias(engines: Mapping[str, Path]) -> None:
 
 def backend_of(folder: Path) -> OnnxRuntimeBackend:
     manifest = read_manifest(folder)
-    return OnnxRuntimeBackend(folder, manifest, manifest.targets[manifest.default_target])
+    return OnnxRuntimeBackend(folder, manifest, manifest.default_target)
 
 
 @pytest.mark.parametrize("how", ["missing", "flipped"])
@@ -257,9 +260,9 @@ def test_segments_are_loaded_when_first_needed(engine_copy: Callable[..., Path],
     last.unlink()
     if how == "flipped":
         last.write_bytes(content)
-    backend.session("segment_01")
+    backend.graph("segment_01")
     with pytest.raises(ArtifactError, match="is missing" if how == "missing" else "is damaged"):
-        backend.session("segment_03")
+        backend.graph("segment_03")
     with pytest.raises(ArtifactError, match=r"segment_03\.onnx"):
         backend.preload()
 
@@ -273,9 +276,9 @@ def test_a_graph_for_a_later_onnxruntime_is_refused(engine_copy: Callable[..., P
     onnx.save(proto, folder / graph.file)
     graph = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
     changed = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "segment_01": graph})
-    backend = OnnxRuntimeBackend(folder, changed, manifest.targets[manifest.default_target])
+    backend = OnnxRuntimeBackend(folder, changed, manifest.default_target)
     with pytest.raises(ArtifactError, match=r"segment_01\.onnx.*export"):
-        backend.session("segment_01")
+        backend.graph("segment_01")
 
 
 def test_limits_are_those_of_the_model(chain: Chain) -> None:

@@ -16,7 +16,7 @@ from fpabee.runtime.backends import onnxruntime_cuda
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.onnxruntime_cuda import create_session, run_options
 
-from ...doubles.device import Double, install_cuda_provider
+from ...doubles.device import Double, install_cuda_provider, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
@@ -61,7 +61,7 @@ def test_it_never_falls_back_in_silence(
     monkeypatch.setattr(onnxruntime_cuda, "create_session", refuses_fallback)
     with load(made) as engine:
         engine.predict(["rain"])
-    assert "segment_01 does not run on the GPU alone (nodes are assigned" in caplog.text
+    assert "segment_01 cannot run on the GPU alone (nodes are assigned" in caplog.text
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
     with load(made) as engine, pytest.raises(BackendError, match="not on the GPU"):
         engine.predict(["rain"])
@@ -72,11 +72,10 @@ def test_it_needs_a_gpu_and_its_package(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         made = install_cuda_provider(patch, engine_copy())
-    session = "fpabee.runtime.backends.onnxruntime_session.cuda_device"
-    monkeypatch.setattr(session, lambda: CudaDevice(error="there is no GPU"))
-    with pytest.raises(BackendError, match="needs an NVIDIA GPU, and here there is no GPU"):
+    set_gpu(monkeypatch, CudaDevice(error="there is no GPU"))
+    with pytest.raises(BackendError, match=r"NVIDIA GPU.*there is no GPU -> .*another target"):
         load(made)
-    monkeypatch.setattr(session, lambda: CudaDevice("a double", "8.6"))
+    set_gpu(monkeypatch)
     with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu\]"):
         load(made)
 
@@ -132,7 +131,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
         raise RuntimeError("CUDA failure 100\nat line 7")
 
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
-    message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> update it.*fpabee\[gpu\]"
+    message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu\]"
     with load(made) as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 

@@ -66,7 +66,7 @@ def test_gpus_that_plans_run_on(
         with load(made) as engine:
             np.testing.assert_allclose(engine.trace(["rain"]).logits, logits(made), atol=1e-5)
         return
-    message = rf"is for compute capability 8\.6; this another has {capability} -> build it here"
+    message = rf"compute capability 8\.6; this another has {capability} -> .*add_targets"
     with pytest.raises(BackendError, match=message):
         load(made)
 
@@ -93,7 +93,7 @@ def test_versions_that_run_a_plan(
         with load(made) as engine:
             np.testing.assert_allclose(engine.trace(["rain"]).logits, logits(made), atol=1e-5)
         return
-    with pytest.raises(BackendError, match=rf"built by tensorrt {built}; here is {HERE}, which"):
+    with pytest.raises(BackendError, match=rf"tensorrt {built}, .*tensorrt {HERE} is installed"):
         load(made)
 
 
@@ -106,7 +106,7 @@ def test_only_version_compatible_plans_may_bring_code(
         assert backend._runtime.engine_host_code_allowed is allowed
 
 
-def test_a_plan_that_the_gpu_has_no_room_for(double: Callable[..., Double]) -> None:
+def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:
     made = double()
     plan = made.folder / "targets" / made.target / "segment_01.plan"
     plan.write_bytes(plan.read_bytes().ljust(5 * MIB, b"."))

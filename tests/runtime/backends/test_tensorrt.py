@@ -6,7 +6,7 @@ What only a GPU can show (times, kernels, plans that run) is not tested here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fpabee.runtime import (
     BackendError,
     Budget,
     Engine,
+    Entropy,
     ExitRule,
     FPabee,
     MissingExtraError,
@@ -29,7 +30,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import cuda as cuda_module
-from fpabee.runtime.backends import tensorrt
+from fpabee.runtime.backends import cuda_probe, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
 from ...bad_input.cases import changed_heads
@@ -38,6 +39,8 @@ from ...doubles.tensorrt import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
+SOME_STOP_FIRST = Entropy(threshold=0.3)
+"""Some of the texts, but not all, stop at exit 1 of BERT."""
 
 
 @pytest.fixture
@@ -54,7 +57,9 @@ def load(double: Double, **settings: Any) -> Engine:
     return Engine.load(double.folder, target=double.target, rule=RULE, **settings)
 
 
-@pytest.mark.parametrize("rule", [RULE, FPabee(threshold=0.6, patience=2), Budget(exit=2)])
+@pytest.mark.parametrize(
+    "rule", [RULE, FPabee(threshold=0.6, patience=2), Budget(exit=2), SOME_STOP_FIRST]
+)
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
 def test_answers_are_those_of_onnxruntime(
     family: str, rule: ExitRule, double: Callable[..., Double]
@@ -69,6 +74,27 @@ def test_answers_are_those_of_onnxruntime(
                 np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
         assert made.cuda.launches > 0
     assert made.cuda.memory_of == {}
+
+
+@pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:4], TEXTS * 2])
+def test_windows_leave_no_device_memory_behind(
+    texts: list[str], rule: ExitRule, double: Callable[..., Double]
+) -> None:
+    """One text, one group that looks ahead, and several groups."""
+    made = double(batch=(1, 2, 4))
+    with load(made) as engine:
+        used = []
+        for _ in range(3):
+            engine.predict(texts, rule=rule)
+            used.append(sum(memory.nbytes for memory in made.cuda.memory_of.values()))
+        assert used[0] == used[1] == used[2] > 0
+
+
+def test_some_texts_stop_at_the_first_exit(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"]) as engine:
+        exits = engine.trace(TEXTS, rule=SOME_STOP_FIRST).exits
+    assert {1} < set(exits.tolist())
 
 
 def test_contexts_and_graphs_are_made_once_for_a_shape(double: Callable[..., Double]) -> None:
@@ -129,7 +155,7 @@ def test_logits_that_are_not_finite_are_refused(
         with Engine.load(made.folder, target=target) as engine:
             engine.predict(texts, rule=Budget(exit=1))
             for run in (engine.trace, partial(engine.predict, rule=Budget(exit=3))):
-                with pytest.raises(BackendError, match=r"not finite numbers at exit 2 .*--check"):
+                with pytest.raises(BackendError, match=r"not finite numbers at exit 2 .*check"):
                     run(texts)
 
 
@@ -147,8 +173,8 @@ def test_an_output_that_was_not_waited_for_is_not_there(double: Callable[..., Do
         execution: Any = engine._backend.open()
         rows = engine.encode(["rain"])
         hidden = execution.begin(rows, engine.limits.bucket(1, len(rows[0])))
-        hidden, pending = execution.enqueue(0, hidden)
-        assert np.isnan(pending._arrays["logits"]).all()
+        pending = execution.enqueue(0, hidden)
+        assert np.isnan(pending.arrays["logits"]).all()
         assert np.isfinite(pending.result()["logits"]).all()
         execution.release(hidden)
 
@@ -211,16 +237,19 @@ def test_target_is_checked_before_a_plan_is_loaded(
     made = double()
     monkeypatch.setattr(made.trt, "Runtime", None)
     cases: list[tuple[CudaDevice, str]] = [
-        (CudaDevice(error="no NVIDIA driver is installed"), r"needs an NVIDIA GPU.*--target onnx"),
-        (CudaDevice("Orin", "8.7"), r"is for compute capability 8\.6; this Orin has 8\.7 -> build"),
+        (CudaDevice(error="no NVIDIA driver is installed"), r"NVIDIA GPU.*another target"),
+        (
+            CudaDevice("Orin", "8.7"),
+            r"capability 8\.6; this Orin has 8\.7 -> .*add_targets",
+        ),
     ]
     for device, message in cases:
-        monkeypatch.setattr(tensorrt, "cuda_device", lambda device=device: device)
+        monkeypatch.setattr(cuda_probe, "cuda_device", lambda device=device: device)
         with pytest.raises(BackendError, match=message):
             load(made)
-    monkeypatch.setattr(tensorrt, "cuda_device", lambda: CudaDevice("a double", "8.6"))
+    monkeypatch.setattr(cuda_probe, "cuda_device", lambda: CudaDevice("a double", "8.6"))
     monkeypatch.setattr(tensorrt, "library_version", lambda module: "10.3.0")
-    with pytest.raises(BackendError, match=r"built by tensorrt 10\.99; here is 10\.3\.0.*build it"):
+    with pytest.raises(BackendError, match=r"tensorrt 10\.99, .* 10\.3\.0 .*add_targets.*=10\.99$"):
         load(made)
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt\]'"):
@@ -236,7 +265,7 @@ def test_a_plan_that_does_not_load_says_why_and_what_to_run(
         load(made) as engine,
         pytest.raises(
             ArtifactError,
-            match=r"segment_01\.plan cannot be loaded: Version tag does not match -> build it here",
+            match=r"segment_01\.plan .*: Version tag does not match -> .*add_targets",
         ),
     ):
         engine.predict(["rain"])
@@ -257,7 +286,10 @@ def test_rtx_asks_whether_a_plan_is_valid_here(
     with load(made) as engine:
         assert len(engine.predict(["rain"])) == 1
     made.trt.plans = lambda content: None
-    with load(made) as engine, pytest.raises(ArtifactError, match="is no plan for this GPU"):
+    with (
+        load(made) as engine,
+        pytest.raises(ArtifactError, match=r"segment_01\.plan was not built for this GPU"),
+    ):
         engine.predict(["rain"])
 
 
@@ -273,7 +305,7 @@ def test_rtx_keeps_what_the_device_compiled(
     cache.write_bytes(b"of another release")
     with load(made) as engine:
         engine.trace(["rain"])
-    assert "runtime.cache is of another GPU or release" in caplog.text
+    assert "runtime.cache is for another GPU or release" in caplog.text
     assert cache.read_bytes() == b"compiled 3"
 
 

@@ -242,9 +242,9 @@ def test_targets_that_cannot_run_say_why(
     states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
     assert states == {"onnxruntime-fp32": "", made.target: ""}
     none = CudaDevice(error="no NVIDIA driver is installed")
-    monkeypatch.setattr("fpabee.runtime.backends.tensorrt.cuda_device", lambda: none)
+    monkeypatch.setattr("fpabee.runtime.backends.cuda_probe.cuda_device", lambda: none)
     states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
-    assert "needs an NVIDIA GPU, and here no NVIDIA driver" in states[made.target]
+    assert "needs an NVIDIA GPU, but no NVIDIA driver" in states[made.target]
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
     assert "segment_01.plan is missing" in states[made.target]

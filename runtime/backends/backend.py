@@ -1,0 +1,242 @@
+"""What a backend is, and what all backends have in common.
+
+A `Backend` belongs to one target of an engines folder, and threads may share it. Each thread
+opens its own `Execution`, which owns buffers, bindings and streams. Hidden states are opaque
+to the engine: only the outputs of exit heads reach it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol
+
+from ..artifact.folder import resolve
+from ..artifact.manifest import BuiltFile, Graph, Manifest, Target, TensorSpec
+from ..encoding import Arrays, EncodedRow, padding_values
+from ..errors import BackendError
+from .buffers import B, BufferName, Hidden, Store, carried_specs, plan_buffers
+from .shapes import Bucket, Limits, Rows
+
+
+class Pending(Protocol):
+    """Outputs of an exit head, which may not have been computed yet."""
+
+    def result(self) -> Arrays:
+        """Wait for the outputs.
+
+        Returns:
+            Arrays by name: `logits` is `[rows, labels]` float32. They may be views of memory that
+            is overwritten when the group's next segment but one is enqueued, or after the group
+            is released.
+        """
+
+
+class Execution(ABC, Generic[B]):
+    """Runs segments over pooled buffers, for one thread.
+
+    Args:
+        backend: the backend.
+        most_bytes: unused buffers are kept up to this size, in bytes.
+
+    Attributes:
+        lookahead: whether `enqueue` returns before the segment has run. Then the next segment is
+            enqueued before this one's exit is read.
+    """
+
+    lookahead: ClassVar[bool]
+
+    def __init__(self, backend: Backend[B], most_bytes: int) -> None:
+        self._stages = backend.stages
+        self._specs = backend.specs
+        self._padding = backend.padding
+        self._store = Store(self._make, most_bytes)
+
+    def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden[B]:
+        """Put the tokens of a group where segment 1 reads them.
+
+        Args:
+            encoded: the rows, at most as many as the bucket has.
+            bucket: padded shape of the group.
+
+        Raises:
+            BackendError: memory is lacking, or the target does not run the shape.
+        """
+        buffers = self._store.take(bucket)
+        self._write(buffers, encoded)
+        return Hidden(len(encoded), buffers)
+
+    @abstractmethod
+    def enqueue(self, segment: int, hidden: Hidden[B]) -> Pending:
+        """Start a segment on a group, whose hidden states it replaces.
+
+        Args:
+            segment: the segment, from 0.
+            hidden: the group.
+
+        Returns:
+            The outputs of the exit at the end of the segment.
+
+        Raises:
+            BackendError: the library or the device failed, for example for lack of memory.
+            ArtifactError: the segment is loaded now, and is missing or damaged.
+        """
+
+    def regroup(
+        self, hiddens: Sequence[Hidden[B]], rows: Sequence[Rows], bucket: Bucket
+    ) -> Hidden[B]:
+        """Gather, join and pad rows in one step. The old groups are released.
+
+        Args:
+            hiddens: the groups to take rows from.
+            rows: for each group the rows to keep, in their new order.
+            bucket: padded shape of the new group, no longer than the longest group.
+        """
+        segment = hiddens[0].segment
+        buffers = self._store.take(bucket)
+        for name, buffer in self._stages[segment].live.items():
+            spec = self._specs[name]
+            if "batch" in spec.shape:
+                self._gather(spec, buffer, hiddens, rows, buffers)
+            else:
+                longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence)
+                self._crop(spec, buffer, longest.buffers, buffers)
+        for hidden in hiddens:
+            self.release(hidden)
+        return Hidden(sum(map(len, rows)), buffers, segment)
+
+    def release(self, hidden: Hidden[B]) -> None:
+        """Keep the buffers of a group for the next group of its shape."""
+        self._store.give(hidden.buffers)
+
+    @abstractmethod
+    def _make(self, bucket: Bucket) -> B:
+        """Make the buffers of a shape."""
+
+    @abstractmethod
+    def _write(self, buffers: B, encoded: Sequence[EncodedRow]) -> None:
+        """Write the inputs of segment 1 into buffers, padding included."""
+
+    @abstractmethod
+    def _gather(
+        self,
+        spec: TensorSpec,
+        buffer: BufferName,
+        hiddens: Sequence[Hidden[B]],
+        rows: Sequence[Rows],
+        target: B,
+    ) -> None:
+        """Copy rows of a tensor from several groups into one buffer; see `regroup`."""
+
+    @abstractmethod
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: B, target: B) -> None:
+        """Copy the part of a tensor without a batch axis that a shorter sequence needs."""
+
+
+class Backend(ABC, Generic[B]):
+    """The graphs of one target, each loaded when first needed. Threads may share it.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        name: the target's name.
+        threads: CPU threads; default: the cores that this process may use. Backends on a GPU
+            ignore it.
+
+    Attributes:
+        name: the target's name.
+        target: the target's record in the manifest.
+        graphs: the graphs in the target's precision, by name.
+        stages: for each segment, which buffers its graphs read and write.
+        specs: every tensor between and around graphs, by name.
+        padding: what each input of segment 1 holds on padding, by name.
+
+    Raises:
+        MissingExtraError: the inference library is not installed.
+        BackendError: the target cannot run on this machine.
+        ArtifactError: a file of the target is missing.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
+    ) -> None:
+        self.name = name
+        self.target = manifest.targets[name]
+        self.check(self.target, name)
+        self.graphs = manifest.graphs_in(self.target.precision)
+        self.stages = plan_buffers(manifest)
+        self.specs = carried_specs(self.graphs)
+        self.padding = padding_values(manifest.tokenizer)
+        self._folder = folder
+        self._shapes = manifest.shapes
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Any] = {}
+        self._closed = False
+        # Hashing waits until a file is loaded, but a missing one is reported now.
+        for graph in self.graphs:
+            resolve(folder, self._file(graph).file)
+
+    @staticmethod
+    @abstractmethod
+    def check(target: Target, name: str) -> None:
+        """Check that a target can run on this machine, without loading any of its files.
+
+        Args:
+            target: the target's record.
+            name: its name, for messages.
+
+        Raises:
+            MissingExtraError: the inference library is not installed.
+            BackendError: the library, its version or the device does not fit.
+        """
+
+    @abstractmethod
+    def limits(self) -> Limits:
+        """The shapes that this target runs."""
+
+    @abstractmethod
+    def open(self) -> Execution[B]:
+        """A new execution, for one thread."""
+
+    @abstractmethod
+    def _load(self, name: str) -> Any:
+        """Load a graph by name; called once for each graph."""
+
+    def graph(self, name: str) -> Any:
+        """The loaded graph, as the inference library represents it.
+
+        Raises:
+            ArtifactError: its file is missing or damaged, or the library refuses it.
+            BackendError: the backend is closed, or lacks memory.
+        """
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            with self._lock:
+                if self._closed:
+                    raise BackendError("this engine is closed", "load it again with Engine.load")
+                loaded = self._loaded.get(name) or self._load(name)
+                self._loaded[name] = loaded
+        return loaded
+
+    def preload(self) -> None:
+        """Load all graphs now."""
+        for name in self.graphs:
+            self.graph(name)
+
+    def close(self) -> None:
+        """Free what is loaded. No execution may be used afterwards."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._free()
+                self._loaded.clear()
+
+    def _free(self) -> None:
+        """Free what a backend holds besides its graphs; called once."""
+
+    def _file(self, graph: str) -> BuiltFile | Graph:
+        """The file that this target runs for a graph."""
+        return self.target.files.get(graph) or self.graphs[graph]

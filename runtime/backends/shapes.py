@@ -1,0 +1,52 @@
+"""The padded shapes of groups, and which shapes a backend runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.intp]
+"""Row numbers within a group, from 0."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Padded shape of a group.
+
+    Attributes:
+        batch: rows, rows of padding included.
+        sequence: tokens in a row, padding included.
+    """
+
+    batch: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Shapes that a backend runs.
+
+    Attributes:
+        max_batch: most rows in a group.
+        max_sequence: longest row, in tokens.
+        group_tokens: padded tokens of a group that runs efficiently; more rows are split.
+        batch_sizes: the batch sizes to pad to, ascending; empty: any size is possible.
+        sequence_lengths: the lengths to pad to, ascending; empty: any length is possible.
+    """
+
+    max_batch: int
+    max_sequence: int
+    group_tokens: int
+    batch_sizes: tuple[int, ...] = ()
+    sequence_lengths: tuple[int, ...] = ()
+
+    def bucket(self, rows: int, longest: int) -> Bucket:
+        """The smallest shape that holds `rows` rows of at most `longest` tokens."""
+        sequence = _at_least(max(1, longest), self.sequence_lengths)
+        return Bucket(_at_least(rows, self.batch_sizes), sequence)
+
+
+def _at_least(value: int, steps: tuple[int, ...]) -> int:
+    return next((step for step in steps if step >= value), value)
