@@ -52,7 +52,8 @@ from .errors import (
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
-from .rules.measures import Measure, Outputs
+from .rules.base import SearchSpace, ThresholdRule
+from .rules.measures import Measure, Outputs, RowOutputs
 from .rules.rules import (
     RULES,
     Budget,
@@ -111,8 +112,10 @@ __all__ = [
     "Regroup",
     "Row",
     "RowError",
+    "RowOutputs",
     "RuleError",
     "RuleSettings",
+    "SearchSpace",
     "Segment",
     "Shapes",
     "Signal",
@@ -124,6 +127,7 @@ __all__ = [
     "Text",
     "TextFormat",
     "Threshold",
+    "ThresholdRule",
     "TokenizerSpec",
     "Trace",
     "Verification",

@@ -10,37 +10,18 @@ from .. import __version__
 from .backends.cuda_probe import cuda_device
 
 _PACKAGES = (
-    "numpy",
-    "tokenizers",
-    "msgspec",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-    "cuda-bindings",
-    "onnx",
-    "torch",
-    "transformers",
+    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu tensorrt tensorrt-rtx-cu13 cuda-bindings "
+    "onnx torch transformers"
 )
 # Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
-_CPU_FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
+_CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve"
 
 
 def environment() -> dict[str, str]:
     """Versions and devices by name."""
     device = cuda_device()
     found = {"fpabee": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in _PACKAGES.split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -71,7 +52,7 @@ def cpu_name() -> str:
 def _cpu_with_features() -> str:
     info = _cpu_info()
     flags = info.get("flags", info.get("Features", "")).split()
-    found = [feature for feature in _CPU_FEATURES if feature in flags]
+    found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
     return f"{cpu_name()} ({' '.join(found)})" if info else cpu_name()
 
 

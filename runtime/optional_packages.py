@@ -6,21 +6,14 @@ from importlib import util
 
 from .errors import MissingExtraError
 
-_EXPORT = "fpabee[export,cpu]"
-# For each feature: the packages that it needs, and the requirement that installs them.
+# For each feature: the packages that it needs, and the extra of fpabee that installs them.
 _PACKAGES = {
-    "export": (
-        ("torch", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub"),
-        _EXPORT,
-    ),
-    "bench": (("onnx",), _EXPORT),
-    "half": (("onnx", "onnxruntime"), _EXPORT),
-    "merge": (("onnx", "onnxruntime"), _EXPORT),
-    "train": (
-        ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
-        "fpabee[train]",
-    ),
-    "plot": (("matplotlib", "jinja2"), "fpabee[plot]"),
+    "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
+    "bench": ("onnx", "export,cpu"),
+    "half": ("onnx onnxruntime", "export,cpu"),
+    "merge": ("onnx onnxruntime", "export,cpu"),
+    "train": ("torch transformers accelerate datasets safetensors huggingface_hub", "train"),
+    "plot": ("matplotlib jinja2", "plot"),
 }
 
 
@@ -30,9 +23,9 @@ def require(feature: str) -> None:
     Raises:
         MissingExtraError: names the missing packages and the command that installs them.
     """
-    packages, requirement = _PACKAGES[feature]
-    missing = [name for name in packages if util.find_spec(name) is None]
+    packages, extra = _PACKAGES[feature]
+    missing = [name for name in packages.split() if util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"this needs {', '.join(missing)}, not installed here", f"pip install '{requirement}'"
+            f"this needs {', '.join(missing)}, not installed here", f"pip install 'fpabee[{extra}]'"
         )

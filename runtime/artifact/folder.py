@@ -209,7 +209,7 @@ class _Version(msgspec.Struct):
 
 def _read_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
-    call = Call("export", "MODEL_DIR", output="ENGINES")
+    call = Call("export", "MODEL_DIR", "ENGINES")
     remedy = Remedy("export a model: {call}", call=call)
     if not folder.is_dir():
         raise ArtifactError(f"engines folder {folder} does not exist", remedy)

@@ -1,10 +1,9 @@
-"""The engine: batching, order, padding and threads never change an answer."""
+"""The engine: batching, order, padding and threads do not change an answer."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import random
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime import engine as engine_module
+from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.encoding import Text
@@ -66,12 +66,10 @@ RULES: tuple[ExitRule, ...] = (
     Epee(threshold=0.7, patience=1),
     Budget(exit=2),
 )
-# The project's promise for fp32 logits, and what that may do to a score or margin.
+# The project's promise for fp32 logits.
 LOGIT_TOLERANCE = 1e-5
-SCORE_TOLERANCE = 1e-4
 
 Rows = list[Text]
-Floats = NDArray[np.float64]
 
 
 def _texts() -> Rows:
@@ -86,36 +84,20 @@ TEXTS = _texts()
 
 
 class Case:
-    """An engine of one family, and what every text gives alone."""
+    """An engine of one family, and the logits of every text when it runs alone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.engine = Engine.load(folder)
-        self.task = self.engine.manifest.task.problem_type
+        self.task = self.engine.manifest.task
         self.alone = np.concatenate([self.engine.trace([text]).logits for text in TEXTS], axis=1)
 
     def simulate(self, logits: Any, rule: ExitRule) -> Simulation:
-        return simulate(logits, rule, self.task)
+        return simulate(logits, rule, self.task.problem_type)
 
     def near(self, rule: ExitRule) -> NDArray[np.bool_]:
         """Texts whose exit may differ: a score or margin within tolerance of its threshold."""
-        threshold = getattr(rule, "threshold", None)
-        near = np.zeros(len(TEXTS), np.bool_)
-        if threshold is not None:
-            scores = self.simulate(self.alone, rule).scores
-            with np.errstate(invalid="ignore"):
-                near |= (np.abs(scores - threshold) <= SCORE_TOLERANCE).any(axis=0)
-        if isinstance(rule, (Pabee, Epee)):
-            near |= (self.margins() <= 2 * LOGIT_TOLERANCE).any(axis=0)
-        return near
-
-    def margins(self) -> Floats:
-        """Logits between the answer and the next one, `[exits, rows]`."""
-        if self.engine.multi_label:
-            return np.asarray(np.abs(self.alone).min(axis=-1), np.float64)
-        top = np.sort(self.alone, axis=-1)
-        margins: Floats = (top[..., -1] - top[..., -2]).astype(np.float64)
-        return margins
+        return exits_near_ties(self.alone, rule, self.task, LOGIT_TOLERANCE)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -141,7 +123,7 @@ def tuned(
     chunk: int = 256,
     regroup: Regroup = Regroup.AUTO,
 ) -> Iterator[Engine]:
-    """An engine with groups and windows of its own size; a window is a group at least."""
+    """An engine with other sizes of groups and windows; a window is at least a group."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "_GROUP_TOKENS", group_tokens)
         patch.setattr(onnxruntime, "_MAX_BATCH", max_batch)
@@ -158,7 +140,7 @@ def reached(trace: Trace) -> NDArray[np.bool_]:
 
 
 def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
-    """A live run against each row alone; returns how many exits differ, all near ties."""
+    """Compare a live run with each row alone; returns how many exits differ, all near ties."""
     ran = reached(trace)
     assert (np.isnan(trace.logits).all(axis=-1) == ~ran).all()
     difference = np.abs(trace.logits - case.alone[:, numbers])[ran]
@@ -167,7 +149,8 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     near = case.near(rule)[numbers]
     differ = trace.exits != expected.exits[numbers]
     assert not (differ & ~near).any()
-    alike = ~differ & (case.margins()[expected.exits - 1, range(len(TEXTS))] > 1e-4)[numbers]
+    ties = near_ties(case.alone, case.task, LOGIT_TOLERANCE)[expected.exits - 1, range(len(TEXTS))]
+    alike = ~differ & ~ties[numbers]
     np.testing.assert_array_equal(trace.predictions[alike], expected.predictions[numbers][alike])
     return int(differ.sum())
 
@@ -182,7 +165,7 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     chunk=st.sampled_from([1, 7, 256]),
     regroup=st.sampled_from([Regroup.ALWAYS, Regroup.NEVER]),
 )
-def test_a_row_gives_what_it_gives_alone(
+def test_a_row_gets_the_same_answer_as_alone(
     case: Case, numbers: list[int], rule: ExitRule, regroup: Regroup, **sizes: int
 ) -> None:
     with tuned(case.folder, regroup=regroup, **sizes) as engine:
@@ -231,7 +214,7 @@ def test_full_depth_runs_every_layer(case: Case) -> None:
     assert {(prediction.exit, prediction.layer) for prediction in full} == {(3, 3)}
 
 
-def test_predictions_say_what_the_trace_says(case: Case) -> None:
+def test_predictions_match_the_trace(case: Case) -> None:
     rule = Confidence(threshold=0.55)
     trace = case.engine.trace(TEXTS, rule=rule)
     predictions = case.engine.predict(TEXTS, rule=rule)
@@ -253,10 +236,10 @@ def test_predictions_say_what_the_trace_says(case: Case) -> None:
 def test_lengths_and_truncation_are_reported(case: Case) -> None:
     lengths = case.engine.trace(TEXTS).lengths.tolist()
     assert lengths == [len(row) for row in case.engine.encode(TEXTS)]
-    deadline_limited = [prediction.truncated for prediction in case.engine.predict(TEXTS)]
-    assert deadline_limited[-1]
+    truncated = [prediction.truncated for prediction in case.engine.predict(TEXTS)]
+    assert truncated[-1]
     assert lengths[-1] == max(lengths) == 64
-    assert not any(deadline_limited[:-1])
+    assert not any(truncated[:-1])
 
 
 def test_a_pair_is_not_its_texts_joined(case: Case) -> None:
@@ -299,44 +282,33 @@ def test_four_threads_agree_with_one(case: Case) -> None:
                 assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
 
 
-def test_every_thread_has_an_execution_of_its_own(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    users: list[tuple[int, int]] = []
-    enqueue = onnxruntime.OnnxRuntimeExecution.enqueue
-
-    def recording(self: Any, *arguments: Any) -> Any:
-        users.append((id(self), threading.get_ident()))
-        return enqueue(self, *arguments)
-
-    monkeypatch.setattr(onnxruntime.OnnxRuntimeExecution, "enqueue", recording)
-    with Engine.load(engines["bert"]) as engine:
+def test_every_thread_has_an_execution_of_its_own(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"]) as engine, ThreadPoolExecutor(4) as pool:
         start = threading.Barrier(4)
 
-        def work(_: int) -> None:
+        def work(_: int) -> Any:
             start.wait()
             engine.predict(["rain"])
+            first = engine._chain()._execution
             engine.predict(["the film"])
-            start.wait()
+            assert engine._chain()._execution is first
+            return first
 
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(work, range(4)))
-    pairs = set(users)
-    assert len(pairs) == len({thread for _, thread in pairs}) == 4
-    assert len({execution for execution, _ in pairs}) == 4
+        executions = list(pool.map(work, range(4)))
+    assert len({id(execution) for execution in executions}) == 4
 
 
-def test_windows_hold_the_tokens_they_may(
+def test_windows_hold_a_limited_number_of_tokens(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tuned(engines["bert"], group_tokens=50, window_tokens=100, chunk=7) as engine:
-        run, sizes = engine.run_encoded, list[int]()
+        run, sizes = engine._run, list[int]()
 
-        def recording(rows: Any, rule: ExitRule) -> Any:
+        def recording(rows: Any, runner: Any) -> Any:
             sizes.append(len(rows))
-            return run(rows, rule)
+            return run(rows, runner)
 
-        monkeypatch.setattr(engine, "run_encoded", recording)
+        monkeypatch.setattr(engine, "_run", recording)
         engine.predict(["the bad film"] * 45)
     assert sizes == [20, 20, 5]
 
@@ -387,22 +359,12 @@ def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
     engine.close()
 
 
-def test_what_is_not_a_text_is_refused(bert: Engine) -> None:
+def test_texts_of_another_type_are_refused(bert: Engine) -> None:
     with pytest.raises(InputError, match="text 2 is a int"):
         bert.predict(["the", 5])  # type: ignore[list-item]
-
-
-def test_one_string_is_not_taken_for_a_list_of_characters(bert: Engine) -> None:
     for call in (bert.predict, bert.trace):
         with pytest.raises(InputError, match=r"one string.*engine\.predict\(\[text\]\)"):
             call("turn on the light")
-
-
-def test_a_missing_late_segment_is_refused_at_load(engine_copy: Callable[..., Path]) -> None:
-    folder = engine_copy()
-    (folder / "onnx" / "fp32" / "segment_03.onnx").unlink()
-    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is missing"):
-        Engine.load(folder)
 
 
 def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
@@ -443,20 +405,19 @@ def test_a_rule_that_does_not_fit_is_refused_at_once(
             call()
 
 
-def test_names_in_place_of_a_rule_or_a_regrouping(engines: Mapping[str, Path]) -> None:
+def test_names_instead_of_a_rule_or_a_regrouping_are_refused(engines: Mapping[str, Path]) -> None:
     named: Any = "fpabee"
     with pytest.raises(RuleError, match=r"the rule is 'fpabee', a str -> .*FPabee\(threshold="):
         Engine.load(engines["bert"], rule=named)
     with pytest.raises(ValueError, match="'often' is not a valid Regroup"):
         Engine.load(engines["bert"], regroup=cast(Any, "often"))
     with Engine.load(engines["bert"], regroup=cast(Any, "never")) as engine:
-        with pytest.raises(RuleError, match="the rule is 'fpabee'"):
-            engine.predict(["the"], rule=named)
-        with pytest.raises(RuleError, match="the rule is 'fpabee'"):
-            engine.predict(["the"], rule=named, max_exit=2)
+        for limit in (None, 2):
+            with pytest.raises(RuleError, match="the rule is 'fpabee'"):
+                engine.predict(["the"], rule=named, max_exit=limit)
 
 
-def test_the_rule_is_the_calls_or_the_engines_or_the_folders(
+def test_the_rule_of_a_call_replaces_that_of_the_engine_and_of_the_folder(
     bert: Engine, engines: Mapping[str, Path]
 ) -> None:
     assert bert.rule == ExitRule.from_dict(bert.manifest.default_rule)
@@ -506,7 +467,7 @@ def test_a_point_of_another_target_is_refused(
         assert engine.rule == ExitRule.from_dict(manifest.default_rule)
 
 
-def test_multi_label_cuts_of_the_manifest_are_applied(engine_copy: Callable[..., Path]) -> None:
+def test_label_thresholds_of_the_manifest_are_applied(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy("mpnet")
     manifest = read_manifest(folder)
     label_thresholds = (0.0, 1.0, 0.5, 0.2, 0.8)
@@ -517,10 +478,7 @@ def test_multi_label_cuts_of_the_manifest_are_applied(engine_copy: Callable[...,
         predictions = engine.predict(TEXTS)
         trace = engine.trace(TEXTS, rule=rule)
     for prediction in predictions:
-        above = [
-            p > deadline_limited
-            for p, deadline_limited in zip(prediction.probabilities, label_thresholds, strict=True)
-        ]
+        above = np.array(prediction.probabilities) > label_thresholds
         assert prediction.labels == tuple(np.array(task.labels)[above].tolist())
     simulated = simulate(trace.logits, rule, task.problem_type, label_thresholds)
     np.testing.assert_array_equal(simulated.exits, trace.exits)
@@ -560,7 +518,7 @@ def test_threads_must_be_a_whole_number(engines: Mapping[str, Path], threads: An
         ("time_segments", {"rows": 1, "tokens": None}, "tokens is None"),
     ],
 )
-def test_sizes_that_are_no_whole_numbers(
+def test_sizes_must_be_whole_numbers(
     bert: Engine, method: str, given: dict[str, object], says: str
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -576,7 +534,7 @@ def test_a_shorter_max_length_truncates(engines: Mapping[str, Path], bert: Engin
     assert short.probabilities == pytest.approx(same.probabilities, abs=1e-5)
 
 
-def test_segments_are_loaded_when_rows_get_there(engine_copy: Callable[..., Path]) -> None:
+def test_segments_are_loaded_when_rows_reach_them(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy("bert")
     (folder / read_manifest(folder).graphs["segment_03"].file).write_bytes(b"damaged")
     with Engine.load(folder) as engine:
@@ -587,7 +545,7 @@ def test_segments_are_loaded_when_rows_get_there(engine_copy: Callable[..., Path
         Engine.load(folder, preload=True)
 
 
-def test_other_threads_than_the_first_engines_are_said_to_have_no_effect_once(
+def test_a_different_number_of_threads_is_reported_once_to_have_no_effect(
     engines: Mapping[str, Path], bert: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     bert.predict(["the"])
@@ -615,8 +573,3 @@ def test_predicting_needs_no_torch_transformers_or_onnx(engines: Mapping[str, Pa
         text=True,
     )
     assert done.stdout.split() == ["onnxruntime"]
-
-
-def test_probabilities_of_one_row_sum_to_one(bert: Engine) -> None:
-    for prediction in bert.predict(TEXTS):
-        assert math.fsum(prediction.probabilities) == pytest.approx(1.0, abs=1e-9)

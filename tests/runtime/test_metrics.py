@@ -57,12 +57,12 @@ def test_labels_become_numbers() -> None:
 
 
 @pytest.mark.parametrize("task", ProblemType)
-def test_an_unknown_label_is_named_with_those_there_are(task: ProblemType) -> None:
+def test_an_unknown_label_is_named_with_the_known_ones(task: ProblemType) -> None:
     with pytest.raises(InputError, match=r"row 2 has label 'maybe'.*no, perhaps, yes"):
         encode_labels([["yes"], ["maybe"]], NAMES, task)
 
 
 @pytest.mark.parametrize("row", [[], ["yes", "no"]])
 def test_single_label_rows_need_one_label(row: list[str]) -> None:
-    with pytest.raises(InputError, match=f"row 1 has {len(row)} labels.*--problem-type"):
+    with pytest.raises(InputError, match=f"row 1 has {len(row)} labels.*problem_type"):
         encode_labels([row], NAMES, SINGLE)

@@ -1,4 +1,4 @@
-"""`check=True`: a target that is not the model that was exported is refused, whatever its hash."""
+"""`Engine.check`: a target that is not the exported model is refused, even if its hash matches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_an_export_passes(engines: Mapping[str, Path], family: str) -> None:
     assert found.label_agreement == found.exit_agreement == 1.0
 
 
-def test_truncation_of_ones_own_does_not_matter(engines: Mapping[str, Path]) -> None:
+def test_the_engines_max_length_does_not_matter(engines: Mapping[str, Path]) -> None:
     with Engine.load(engines["bert"], threads=1, check=True, max_length=4) as engine:
         assert engine.predict(["the film is not bad"])[0].truncated
 
@@ -51,7 +51,9 @@ def test_other_logits_are_refused(
     Engine.load(folder, threads=1).close()
 
 
-def test_labels_that_only_the_cuts_change_are_said(engine_copy: Callable[..., Path]) -> None:
+def test_the_remedy_names_label_thresholds_if_only_labels_differ(
+    engine_copy: Callable[..., Path],
+) -> None:
     folder = engine_copy()
     manifest = read_manifest(folder)
     _, logits = read_reference(folder, manifest)
@@ -93,10 +95,10 @@ def test_rounding_of_another_machine_is_accepted(engine_copy: Callable[..., Path
             lambda path: np.savez(
                 path, texts=np.frombuffer(b'["a"]', np.uint8), logits=np.zeros((3, 2, 4))
             ),
-            r"shape \[3, 2, 4\], expected \[3, 1, 4\]",
+            r"shape \[3, 2, 4\]; expected \[3, 1, 4\]",
         ),
     ],
-    ids=["cut", "no archive", "no texts", "no JSON", "pickle", "another shape"],
+    ids=["truncated", "not an archive", "no texts", "not JSON", "pickle", "another shape"],
 )
 def test_a_damaged_reference_is_refused(
     engine_copy: Callable[..., Path], damage: Callable[[Path], object], says: str
@@ -108,9 +110,7 @@ def test_a_damaged_reference_is_refused(
         read_reference(folder, read_manifest(folder))
 
 
-def test_an_archive_that_unpacks_to_too_much(
-    engine_copy: Callable[..., Path],
-) -> None:
+def test_an_archive_that_unpacks_to_too_much_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     zeros = np.zeros((3, 10**6, 4), np.float32)
     np.savez_compressed(folder / REFERENCE_NAME, texts=zeros, logits=zeros)
@@ -119,7 +119,7 @@ def test_an_archive_that_unpacks_to_too_much(
         read_reference(folder, read_manifest(folder))
 
 
-def test_a_folder_without_reference(engine_copy: Callable[..., Path]) -> None:
+def test_a_folder_without_a_reference_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     path = folder / "manifest.json"
     content = json.loads(path.read_text())

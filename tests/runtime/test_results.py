@@ -1,4 +1,4 @@
-"""The tally: what an application sees of an engine's exits."""
+"""The tally, in which an application sees the exits of an engine's answers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_answers_are_counted(engine: Engine) -> None:
     assert sum(engine.tally.shares) == pytest.approx(1)
 
 
-def test_late_and_cut_rows_are_counted(engine: Engine) -> None:
+def test_rows_that_a_deadline_stops_are_counted(engine: Engine) -> None:
     engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=-1)
     assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
 
 
-def test_reset_gives_the_tally_until_then(engine: Engine) -> None:
+def test_reset_returns_the_tally_so_far(engine: Engine) -> None:
     engine.predict(TEXTS, rule=Budget(exit=2))
     assert engine.reset_tally().exits == (0, 4, 0)
     assert engine.tally.rows == 0
@@ -67,10 +67,10 @@ def test_drift_is_between_shares() -> None:
 def test_threads_lose_no_row() -> None:
     counter = Counter(3)
     exits = np.array([1, 3, 3], np.int64)
-    deadline_limited = np.array([True, False, False])
+    limited = np.array([True, False, False])
     with ThreadPoolExecutor(8) as pool:
         for _ in range(500):
-            pool.submit(counter.add, exits, 1, deadline_limited, True, 2)
+            pool.submit(counter.add, exits, 1, limited, True, 2)
     assert counter.read() == Tally(
         (500, 0, 1000), truncated=500, deadline_limited=500, deadline_missed=1500, wasted=1000
     )

@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, manifest: Manifest) -> 
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
-    assert "has no manifest.json -> export a model: export(MODEL_DIR, " in refusal(tmp_path)
+    assert "has no manifest.json -> export a model: export(MODEL_DIR, ENGINES)" in refusal(tmp_path)
     assert "does not exist -> export a model" in refusal(tmp_path / "nowhere")
 
 

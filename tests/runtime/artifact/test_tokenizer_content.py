@@ -1,4 +1,4 @@
-"""How much a tokenizer may grow a text: the bound holds, and real tokenizers stay far below it."""
+"""The bound on how much a tokenizer grows a text holds, and real tokenizers are far below it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def replace(pattern: str, content: str, kind: str = "String") -> Part:
 
 
 def charsmap_of(table: dict[bytes, bytes]) -> bytes:
-    """A table as SentencePiece writes it, its trie laid out without regard to space."""
+    """A table in SentencePiece's format, with a trie that wastes space."""
     tree: Any = {}
     texts = b""
     for key, text in table.items():
@@ -238,14 +238,14 @@ REFUSED: dict[str, tuple[Part, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_grows_or_is_damaged_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_tokenizer_that_grows_texts_or_is_damaged_is_refused(name: str, tmp_path: Path) -> None:
     parts, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         check_tokenizer(written(tmp_path, **parts))
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
-    """The library reads the second type as if none were given, and guesses: it is a Replace."""
+    """The library ignores both types and guesses that it is a Replace."""
     path = written(tmp_path, normalizer=A_THOUSAND)
     text = path.read_text().replace('"type": "Replace"', '"type": "NFC", "type": "Replace"')
     normalizer = Tokenizer.from_str(text).normalizer
@@ -277,8 +277,8 @@ def test_a_table_is_read_as_it_was_written(table: dict[bytes, bytes]) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(0, 10**4))
-def test_bytes_that_are_no_table_are_refused_or_read(content: bytes, at: int) -> None:
-    """Never another error, and never memory that the file does not warrant."""
+def test_any_bytes_are_read_or_refused(content: bytes, at: int) -> None:
+    """Without any other error, and with memory in proportion to the file."""
     whole = bytearray(charsmap_of(TABLE))
     at %= len(whole)
     whole[at : at + len(content)] = content
