@@ -289,9 +289,9 @@ def test_every_thread_has_an_execution_of_its_own(engines: Mapping[str, Path]) -
         def work(_: int) -> Any:
             start.wait()
             engine.predict(["rain"])
-            first = engine._chain()._execution
+            first = engine._chain().execution
             engine.predict(["the film"])
-            assert engine._chain()._execution is first
+            assert engine._chain().execution is first
             return first
 
         executions = list(pool.map(work, range(4)))
