@@ -1,10 +1,10 @@
-"""Time the chain against one full graph and against plain PyTorch, interleaved.
+"""Time the chain against one graph of the whole model and against plain PyTorch.
 
-A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts.
-For every unit the variants run one after another, so that a machine whose speed drifts
-treats them alike; only PyTorch comes after them, since its threads would slow its
-neighbour. A unit's time is the median of its repeats, and speed-ups are ratios of the sums
-over units. Tokenization is left out everywhere.
+A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts. For each
+unit the variants run one after another, so that a machine whose speed drifts treats them alike.
+Only PyTorch runs after all others, because its threads keep spinning and would slow them down. The
+time of a unit is the median of its repeats, and a speed-up is a ratio of sums over units.
+Tokenization is never included.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy as np
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.backends.onnxruntime_session import cpu_session, session_options, usable_cores
 from ..runtime.batching import make_groups
-from ..runtime.cli.console import duration
 from ..runtime.encoding import EncodedRow, Text, padded_inputs, padding_values
 from ..runtime.engine import Engine
 from ..runtime.environment import cpu_name
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, Remedy
+from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.rules.runner import RuleRunner
@@ -40,7 +40,7 @@ PADDED_32 = "full graph, padded 32"
 PYTORCH = "PyTorch, rule"
 
 _WINDOW = 256
-# How long idle threads of PyTorch may keep a core busy.
+# How long PyTorch's idle threads may keep a core busy.
 _SPIN_SECONDS = 0.3
 _FILE_BATCH = 32
 
@@ -51,14 +51,14 @@ class BenchOptions:
 
     Attributes:
         rule: the exit rule.
-        repeats: times each unit is run at most.
+        repeats: how often each unit is run at most.
         max_seconds: of a workload, after which its units are run only once.
-        shapes: (rows, tokens) of the synthetic batches; those longer than the target
-            takes are left out.
-        max_rows: texts of the file that are used.
-        max_single: texts of the file that are also run one at a time.
+        shapes: (rows, tokens) of the synthetic batches; those longer than the target takes are
+            left out.
+        max_rows: how many texts of the file are used at most.
+        max_single: how many of them are also run one at a time, at most.
         model_dir: the PyTorch model, to time the same rule in plain PyTorch.
-        threads: CPU threads for all variants.
+        threads: CPU threads of all variants.
     """
 
     rule: ExitRule
@@ -73,7 +73,13 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one variant over a workload: of a unit its median, p95 over every run."""
+    """Times of one variant over a workload.
+
+    Attributes:
+        total_s: the sum over units.
+        median_ms: the median over units.
+        p95_ms: the 95th percentile of every single run.
+    """
 
     total_s: float
     median_ms: float
@@ -86,10 +92,10 @@ class Workload:
 
     Attributes:
         name: what was run.
-        units: how many units.
-        rows: how many rows in all.
+        units: the number of units.
+        rows: the number of rows in all units.
         timings: by variant.
-        mean_depth: layers that ran for a row under the rule.
+        mean_depth: layers that ran for a row under the rule, on average.
         theoretical: speed-up of the rule in layers, weighted by tokens.
     """
 
@@ -101,7 +107,7 @@ class Workload:
     theoretical: float
 
     def speedup(self, variant: str, baseline: str = FULL_GRAPH) -> float:
-        """Baseline time over the variant's."""
+        """The time of the baseline over the time of the variant."""
         return self.timings[baseline].total_s / self.timings[variant].total_s
 
     @property
@@ -112,7 +118,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All workloads, and the machine they ran on."""
+    """All workloads, and the machine that ran them."""
 
     engines: str
     target: str
@@ -123,51 +129,60 @@ class BenchReport:
     workloads: list[Workload] = field(default_factory=list)
 
 
-Variants = dict[str, Callable[[Sequence[EncodedRow]], Any]]
 Units = Sequence[Sequence[EncodedRow]]
+Variants = dict[str, Callable[[Sequence[EncodedRow]], Any]]
 
 
 class _Runner:
-    """The variants, ready to be run on encoded rows."""
+    """Runs encoded rows in each variant."""
 
     def __init__(self, folder: Path, engine: Engine, options: BenchOptions) -> None:
         self.engine = engine
         self.rule = options.rule
-        self.limits = engine.limits
         proto = merge_chain(folder, engine.manifest)
         self._full = cpu_session(
-            serialized(proto, "the full graph, all segments in one,"),
-            session_options(options.threads),
+            serialized(proto, "one graph of all segments"), session_options(options.threads)
         )
         self._padding = padding_values(engine.manifest.tokenizer)
         self._full_padding = {v.name: self._padding[v.name] for v in self._full.get_inputs()}
         self._torch = _load_torch(options, engine.manifest.model.source_sha256)
 
-    @property
-    def has_torch(self) -> bool:
-        return self._torch is not None
+    def variants(self, in_file_order: bool) -> Variants:
+        """The variants by name.
 
-    def full_graph(self, rows: Sequence[EncodedRow]) -> None:
+        Args:
+            in_file_order: also the full graph over padded batches in file order.
+        """
+        variants: Variants = {
+            FULL_GRAPH: self._full_graph,
+            FULL_DEPTH: self._full_depth,
+            WITH_RULE: self._with_rule,
+        }
+        if self._torch is not None:
+            variants[PYTORCH] = self._pytorch
+        if in_file_order:
+            variants[PADDED_32] = self._padded
+        return variants
+
+    def _full_graph(self, rows: Sequence[EncodedRow]) -> None:
         """The full graph over the groups that the chain starts with."""
         lengths = np.array([len(row) for row in rows], np.intp)
-        for numbers in make_groups(lengths, self.limits):
+        for numbers in make_groups(lengths, self.engine.limits):
             self._run_full([rows[number] for number in numbers])
 
-    def padded(self, rows: Sequence[EncodedRow]) -> None:
-        """The full graph over padded batches in file order."""
+    def _padded(self, rows: Sequence[EncodedRow]) -> None:
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_full(rows[start : start + _FILE_BATCH])
 
-    def full_depth(self, rows: Sequence[EncodedRow]) -> None:
-        """The chain, every layer for every row."""
+    def _full_depth(self, rows: Sequence[EncodedRow]) -> None:
         self.engine.run_encoded(rows, Budget(exit=len(self.engine.manifest.segments)))
 
-    def with_rule(self, rows: Sequence[EncodedRow]) -> Any:
-        """The chain with the rule; gives the exit of each row."""
+    def _with_rule(self, rows: Sequence[EncodedRow]) -> Any:
+        """The exit of each row."""
         return self.engine.run_encoded(rows, self.rule).exits
 
-    def pytorch(self, rows: Sequence[EncodedRow]) -> None:
-        """The same rule in PyTorch, as published: a batch goes on until its last row stops."""
+    def _pytorch(self, rows: Sequence[EncodedRow]) -> None:
+        """The same rule in PyTorch, as published: a batch runs on until its last row stops."""
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_torch(rows[start : start + _FILE_BATCH])
 
@@ -187,23 +202,22 @@ class _Runner:
 
         from .model import token_weights
 
-        model = self._torch
+        model, task = self._torch, self.engine.manifest.task
         arrays = padded_inputs(rows, self._padding)
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
-        task = self.engine.manifest.task
         embeddings, blocks, heads = model.parts
-        layers = model.exit_config.exits
-        runner = RuleRunner(self.rule, task.problem_type, len(layers), task.label_thresholds)
-        progress, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
+        head_of = dict(zip(model.exit_config.exits, heads, strict=True))
+        runner = RuleRunner(self.rule, task.problem_type, len(heads), task.label_thresholds)
+        state, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
             weights = token_weights(bias)
             hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
             for layer, block in enumerate(blocks, start=1):
                 hidden = block(hidden, bias, **carried)
-                if layer == layers[number]:
-                    logits = heads[number](hidden, weights).numpy()
+                if layer in head_of:
                     number += 1
-                    stops, _ = runner.decide(number, progress, logits)
+                    logits = head_of[layer](hidden, weights).numpy()
+                    stops, _ = runner.decide(number, state, logits)
                     if stops is not None:
                         done |= stops
                     if done.all():
@@ -220,66 +234,47 @@ def run_bench(
 
     Args:
         folder: the engines folder.
-        texts: the texts of the file workloads; also the source of the synthetic batches.
+        texts: the texts of the file workloads, whose tokens also fill the synthetic batches.
         options: what to measure.
-        progress: called with (what, done, total): the workload with the time that it is expected
-            to take, and how many of its runs are done.
+        progress: called with (what, done, total): the workload with its expected duration, and
+            how many of its runs are done.
+
+    Raises:
+        ModelError: the PyTorch model is not the exported one.
     """
+    import onnxruntime
+
     progress("load", 0, 1)
     with Engine.load(folder, threads=options.threads, preload=True) as engine:
         runner = _Runner(Path(folder), engine, options)
         rows = engine.encode(texts[: options.max_rows])
+        threads = options.threads or usable_cores()
         report = BenchReport(
             engines=str(folder),
             target=engine.target,
             rule=options.rule.to_dict(),
             layers=engine.manifest.model.layers,
-            hardware=hardware_line(options.threads),
-            versions=_versions(),
+            hardware=f"{cpu_name()}, {threads} threads, {platform.system()}",
+            versions={
+                "python": platform.python_version(),
+                "onnxruntime": onnxruntime.__version__,
+                "numpy": np.__version__,
+            },
         )
-        fitting = [s for s in options.shapes if s[1] <= engine.limits.max_sequence]
         work: dict[str, Units] = {
             f"{batch} x {tokens} tokens": _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
-            for batch, tokens in fitting
+            for batch, tokens in options.shapes
+            if tokens <= engine.limits.max_sequence
         }
         single = [[row] for row in _spread(rows, min(options.max_single, len(rows)))]
         work[f"file, batch 1 ({len(single)} texts)"] = single
         whole = f"file, all {len(rows)} texts"
         work[whole] = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
         for number, (name, units) in enumerate(work.items(), start=1):
-            variants = _as_file(runner) if name == whole else _in_groups(runner)
             place = f"{number} of {len(work)}"
-            measured = _measure(name, place, units, runner, options, variants, progress)
+            measured = _measure(name, place, units, runner, options, name == whole, progress)
             report.workloads.append(measured)
     return report
-
-
-def hardware_line(threads: int | None) -> str:
-    """Processor, threads and system, for the line beside a table."""
-    return f"{cpu_name()}, {threads or usable_cores()} threads, {platform.system()}"
-
-
-def _versions() -> dict[str, str]:
-    import onnxruntime
-
-    return {
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _in_groups(runner: _Runner) -> Variants:
-    variants: Variants = {
-        FULL_GRAPH: runner.full_graph,
-        FULL_DEPTH: runner.full_depth,
-        WITH_RULE: runner.with_rule,
-    }
-    return variants | ({PYTORCH: runner.pytorch} if runner.has_torch else {})
-
-
-def _as_file(runner: _Runner) -> Variants:
-    return _in_groups(runner) | {PADDED_32: runner.padded}
 
 
 def _measure(
@@ -288,92 +283,79 @@ def _measure(
     units: Units,
     runner: _Runner,
     options: BenchOptions,
-    variants: Variants,
+    in_file_order: bool,
     progress: Progress,
 ) -> Workload:
     what, total = f"{place}: {name}", len(units) * options.repeats
     progress(what, 0, total)
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    every: dict[str, list[float]] = {variant: [] for variant in variants}
-    layers = np.array(runner.engine.manifest.exit_layers)
-    depth = weighted = tokens = 0.0
-    alone = 0.0
-    for variant, run in variants.items():
-        started = time.perf_counter()
-        run(units[0])  # loads segments, prepares bindings, measures the cost curve
-        alone = time.perf_counter() - started if variant == PYTORCH else alone
+    together = runner.variants(in_file_order)
+    # The first run loads segments, prepares bindings and measures the cost curve.
+    first = {variant: _timed(run, units[0])[0] for variant, run in together.items()}
+    every: dict[str, list[list[float]]] = {variant: [] for variant in together}
+    pytorch = together.pop(PYTORCH, None)
+    exits = []
     time.sleep(_SPIN_SECONDS)
     begun = time.perf_counter()
     for number, unit in enumerate(units, start=1):
-        times: dict[str, list[float]] = {variant: [] for variant in variants}
-        results: dict[str, Any] = {}
+        for times in every.values():
+            times.append([])
         until = begun + options.max_seconds * number / len(units)
-        together = {name: run for name, run in variants.items() if name != PYTORCH}
         for repeat in range(options.repeats):
             if repeat and time.perf_counter() > until:
                 break
+            results = {}
             for variant, run in together.items():
-                started = time.perf_counter()
-                results[variant] = run(unit)
-                times[variant].append(time.perf_counter() - started)
+                seconds, results[variant] = _timed(run, unit)
+                every[variant][-1].append(seconds)
             if (number, repeat) == (1, 0):
+                # Repeats end when their time is up, but every unit runs once.
                 once = time.perf_counter() - begun
-                # Repeats end with the time that they are given, but every unit runs once.
                 runs = min(total, max(len(units), options.max_seconds / once))
-                pauses = len(units) * _SPIN_SECONDS if alone else 0.0
-                what += f", about {duration(runs * (once + alone) + pauses)}"
+                pauses = len(units) * _SPIN_SECONDS if pytorch else 0.0
+                minutes, rest = divmod(round(runs * (once + first.get(PYTORCH, 0)) + pauses), 60)
+                what += f", about {minutes}:{rest:02d}"
             progress(what, (number - 1) * options.repeats + repeat + 1, total)
-        if PYTORCH in variants:
-            times[PYTORCH] = _alone(variants[PYTORCH], unit, len(times[FULL_GRAPH]))
-        for variant, values in times.items():
-            seconds[variant].append(statistics.median(values))
-            every[variant] += values
-        ran = layers[results[WITH_RULE] - 1]
-        lengths = np.array([len(row) for row in unit])
-        depth += float(ran.sum())
-        weighted += float((ran * lengths).sum())
-        tokens += float(lengths.sum())
-    rows = sum(len(unit) for unit in units)
+        exits.append(results[WITH_RULE])
+        if pytorch is not None:
+            every[PYTORCH][-1] += [_timed(pytorch, unit)[0] for _ in every[FULL_GRAPH][-1]]
+            time.sleep(_SPIN_SECONDS)
+    layers = np.array(runner.engine.manifest.exit_layers)
+    ran = layers[np.concatenate(exits) - 1]
+    tokens = np.array([len(row) for unit in units for row in unit])
     return Workload(
         name=name,
         units=len(units),
-        rows=rows,
-        timings={name: _timing(values, every[name]) for name, values in seconds.items()},
-        mean_depth=depth / rows,
-        theoretical=float(layers[-1]) * tokens / weighted,
+        rows=len(ran),
+        timings={variant: _timing(times) for variant, times in every.items()},
+        mean_depth=float(ran.mean()),
+        theoretical=float(layers[-1] * tokens.sum() / (ran * tokens).sum()),
     )
 
 
-def _alone(
-    run: Callable[[Sequence[EncodedRow]], Any], unit: Sequence[EncodedRow], repeats: int
-) -> list[float]:
-    """Times of what must not run beside the others: PyTorch's threads spin on when it is done."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run(unit)
-        times.append(time.perf_counter() - started)
-    time.sleep(_SPIN_SECONDS)
-    return times
+def _timed(
+    run: Callable[[Sequence[EncodedRow]], Any], unit: Sequence[EncodedRow]
+) -> tuple[float, Any]:
+    """Seconds, and the result."""
+    started = time.perf_counter()
+    result = run(unit)
+    return time.perf_counter() - started, result
 
 
-def _timing(seconds: list[float], every: list[float]) -> Timing:
-    milliseconds = np.array(seconds) * 1e3
+def _timing(times: Sequence[Sequence[float]]) -> Timing:
+    """The timing of a variant from its seconds, by unit and repeat."""
+    medians = [statistics.median(repeats) for repeats in times]
     return Timing(
-        total_s=float(milliseconds.sum() / 1e3),
-        median_ms=float(np.median(milliseconds)),
-        p95_ms=float(np.percentile(every, 95) * 1e3),
+        total_s=sum(medians),
+        median_ms=1e3 * statistics.median(medians),
+        p95_ms=1e3 * float(np.percentile(np.concatenate(times), 95)),
     )
 
 
-def _synthetic(
-    rows: Sequence[EncodedRow], batch: int, tokens: int, units: int
-) -> list[list[EncodedRow]]:
+def _synthetic(rows: Sequence[EncodedRow], batch: int, tokens: int, units: int) -> Units:
     """Batches of one exact length, of real token ids: a row is repeated or cut to fit."""
-    chosen = _spread(rows, batch * units)
     resized = [
         EncodedRow(np.resize(row.input_ids, tokens), np.resize(row.token_type_ids, tokens), False)
-        for row in chosen
+        for row in _spread(rows, batch * units)
     ]
     return [resized[start : start + batch] for start in range(0, len(resized), batch)]
 
@@ -384,11 +366,9 @@ def _spread(rows: Sequence[EncodedRow], count: int) -> list[EncodedRow]:
 
 
 def _load_torch(options: BenchOptions, exported: Mapping[str, str]) -> Any:
-    """The PyTorch model, if it is asked for; another than the exported one is no comparison."""
+    """The PyTorch model, if it is asked for; it must be the exported one."""
     if options.model_dir is None:
         return None
-    from ..runtime.optional_packages import require
-
     require("export")
     import torch
 
@@ -400,8 +380,8 @@ def _load_torch(options: BenchOptions, exported: Mapping[str, str]) -> Any:
         path = folder / name
         if name in exported and path.is_file() and sha256_of(path) != exported[name]:
             raise ModelError(
-                f"{path} is not what was exported: its hash differs",
-                "give --model-dir the model that the engines folder was made of",
+                f"{path} is not the exported model: its hash differs",
+                Remedy("give the model that the engines folder was made from as {model_dir}"),
             )
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 """Read and write model_dir: a multi-exit checkpoint in the Hugging Face layout.
 
-Checkpoints of PABEE, F-PABEE, PCEE-BERT and EPEE training code load as they are: without
-our block in `config.json` there is one exit per layer, pooled at the first token.
+Checkpoints of PABEE, F-PABEE, PCEE-BERT and EPEE training code load unchanged. Without our block in
+`config.json` there is one exit per layer, pooled at the first token.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import ModelError, first_line
+from ..runtime.errors import ModelError, Remedy, first_line
 from .backbones import build_encoder, family_of
 from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
-from .weights import TRAIN_HINT, WEIGHTS, fitting_weights, read_weights
+from .weights import COPY_WEIGHTS, TRAIN, WEIGHTS, fitting_weights, read_weights
 
 CONFIG_BLOCK = "fpabee"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Not the copies for other frameworks that many repositories hold.
+# These leave out the copies for other frameworks that many repositories hold.
 _HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS]
-# What makes a model large without any weight to hold it against; no encoder has more.
-_MOST = {
+# Settings that make a model large without a weight whose shape contradicts them. No encoder has
+# larger ones.
+_LARGEST = {
     "num_hidden_layers": 1024,
     "n_layers": 1024,
     "num_hidden_groups": 1024,
@@ -34,32 +35,42 @@ _MOST = {
     "num_labels": 2**20,
     "max_position_embeddings": 2**20,
 }
+_COPY_CONFIG = "copy config.json again from where the model was trained"
+# Which error a wrong configuration raises depends on the setting.
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def resolve_model_dir(source: str | Path) -> Path:
-    """The folder of a model: a local folder, or a model hub's id, which is downloaded.
+    """The folder of a model, downloaded if it is on the Hugging Face hub.
+
+    Args:
+        source: a local folder or a hub id.
 
     Raises:
-        ModelError: neither a folder nor an id that the hub can serve.
+        ModelError: there is no such folder, and the hub has no such model.
     """
     path = Path(source)
     if path.is_dir():
         return path
     if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
-        raise ModelError(f"model_dir {source} does not exist", TRAIN_HINT)
+        raise ModelError(f"model_dir {source} does not exist", TRAIN)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
+    # The hub's own errors are kinds of these.
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"{source} is not a local folder, and the model hub does not give it: {reason}",
+            f"{source} is not a local folder, and the hub does not provide it: {first_line(error)}",
             "check the name and the network, or give a local folder",
         ) from error
 
@@ -74,18 +85,18 @@ def load_checkpoint(
     Args:
         source: a model_dir or a hub id.
         problem_type: the task, if the checkpoint does not name it.
-        attention: Hugging Face's attention implementation.
+        attention: Hugging Face's attention implementation; None: the fastest.
 
     Raises:
-        ModelError: missing or damaged files, an unsupported family, no exit heads, heads
-            that do not fit, weights that are missing or not finite.
+        ModelError: files are missing or damaged, the family is not supported, there are no exit
+            heads or they do not fit, or weights are missing or not finite.
     """
     folder = resolve_model_dir(source)
     config = load_config(folder)
     family = family_of(config.model_type)
     weights = read_weights(folder)
     exit_config = _exit_config(folder, config, weights, problem_type)
-    # First without memory: the configuration may ask for far more than the weights fill.
+    # First without memory, because the configuration may ask for far more than the weights fill.
     with torch.device("meta"):
         planned = _build(folder, config, exit_config, attention)
     fitting = fitting_weights(planned.state_dict(), weights, folder, family.prefix)
@@ -99,25 +110,21 @@ def _build(
 ) -> MultiExitModel:
     try:
         return MultiExitModel(build_encoder(config, attention), exit_config)
-    # What a configuration that does not fit raises depends on the setting.
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _CONFIG_ERRORS as error:
         raise ModelError(
-            f"{folder / 'config.json'} describes no encoder that can be built: "
+            f"no encoder can be built from {folder / 'config.json'}: "
             f"{type(error).__name__}: {first_line(error)}",
-            "copy config.json again from where the model was trained",
+            _COPY_CONFIG,
         ) from error
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`; the tokenizer is the caller's."""
+    """Write `config.json` and `model.safetensors`, without a tokenizer.
+
+    Args:
+        model: the model.
+        folder: the folder to write to; it is made if it does not exist.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,41 +146,36 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
 def load_config(folder: Path) -> Any:
     """The Hugging Face configuration of a folder.
 
+    Args:
+        folder: a model_dir, or the folder of another Hugging Face model.
+
     Raises:
-        ModelError: missing or damaged, or a family that is not supported.
+        ModelError: it is missing or damaged, or names a family that is not supported.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json", TRAIN_HINT)
+        raise ModelError(f"{folder} has no config.json", TRAIN)
     try:
         content = json.loads(
             path.read_text(encoding="utf-8"), parse_constant=_refuse, object_hook=_tagged_float
         )
         model_type = content["model_type"]
-        _check_numbers(content)
+        for name, value in content.items():
+            _check_number(name, value)
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise ModelError(
             f"{path} is not the configuration of a model: {type(error).__name__}: {error}",
-            "copy config.json again from where the model was trained",
+            _COPY_CONFIG,
         ) from error
     family_of(str(model_type))
     try:
         return AutoConfig.from_pretrained(folder)
-    except (
-        AttributeError,
-        LookupError,
-        OSError,
-        RecursionError,
-        StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (StrictDataclassError, *_CONFIG_ERRORS) as error:
         raise ModelError(
-            f"{path} is not a valid configuration: {' '.join(str(error).split())}",
-            "copy config.json again from where the model was trained",
+            f"{path} is not a valid configuration: {' '.join(str(error).split())}", _COPY_CONFIG
         ) from error
 
 
@@ -186,33 +188,24 @@ def _tagged_float(record: dict[str, Any]) -> Any:
     return float(record["__float__"]) if record.keys() == {"__float__"} else record
 
 
-def _check_numbers(content: dict[str, Any]) -> None:
-    for name, value in content.items():
-        if not isinstance(value, (int, float)):
-            continue
-        if value > _MOST.get(name, value):
-            raise ValueError(f"{name} is {value}, expected at most {_MOST[name]}")
-        if name.endswith("_eps"):
-            _check_eps(name, value)
-
-
-def _check_eps(name: str, value: float) -> None:
-    if not 0 <= value < 1:
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        return
+    if value > _LARGEST.get(name, value):
+        raise ValueError(f"{name} is {value}, expected at most {_LARGEST[name]}")
+    if name.endswith("_eps") and not 0 <= value < 1:
         raise ValueError(f"{name} is {value}, expected a small number that is not negative")
 
 
 def _exit_config(
     folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
 ) -> MultiExitConfig:
-    heads = sorted(
-        int(match[1])
-        for name in weights
-        if (match := re.fullmatch(r"classifiers\.(\d+)\.weight", name))
-    )
+    found = [re.fullmatch(r"classifiers\.(\d+)\.weight", name) for name in weights]
+    heads = sorted(int(match[1]) for match in found if match)
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            TRAIN_HINT,
+            TRAIN,
         )
     layers = int(config.num_hidden_layers)
     block = getattr(config, CONFIG_BLOCK, None) or {}
@@ -224,27 +217,26 @@ def _exit_config(
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
-            "expected exits: [layers], pooling: cls or mean, problem_type: "
+            "give exits as a list of layers, pooling as cls or mean, and problem_type as "
             f"{' or '.join(kind.value for kind in ProblemType)}",
         ) from error
     if heads != list(range(len(exits))):
         missing = sorted(set(range(len(exits))) - set(heads))
-        found = f"head(s) {missing} are missing" if missing else f"there are {len(heads)} heads"
+        problem = f"head(s) {missing} are missing" if missing else f"there are {len(heads)} heads"
         raise ModelError(
-            f"{folder}: {found}; expected one classifier for each of the {len(exits)} exits",
-            "copy the weights again, or train again",
+            f"{folder}: {problem}; expected one classifier for each of the {len(exits)} exits",
+            COPY_WEIGHTS,
         )
     first = weights["classifiers.0.weight"]
     if first.ndim != 2:
         raise ModelError(
             f"{folder}: weight classifiers.0.weight has shape {tuple(first.shape)}; "
             "expected (labels, hidden size)",
-            "copy the weights again, or train again",
+            COPY_WEIGHTS,
         )
-    labels = label_names(folder, config, int(first.shape[0]))
     return MultiExitConfig(
         exits=exits,
-        labels=labels,
+        labels=label_names(folder, config, int(first.shape[0])),
         problem_type=agreed_problem_type(folder, named, problem_type),
         pooling=pooling,
         last_head=last_head,
@@ -256,10 +248,9 @@ def _last_head(block: Any) -> LastHead | None:
 
     if block is None:
         return None
-    eps = block.get("norm_eps")
-    if eps is not None:
-        _check_eps("norm_eps", eps)
-    head = LastHead(Pooling(block["pooling"]), block["activation"], eps and float(eps))
+    eps = None if block.get("norm_eps") is None else float(block["norm_eps"])
+    _check_number("norm_eps", eps)
+    head = LastHead(Pooling(block["pooling"]), block["activation"], eps)
     if head.activation not in ACT2FN:
         raise ValueError(f"unknown activation {head.activation!r}")
     return head
@@ -268,15 +259,20 @@ def _last_head(block: Any) -> LastHead | None:
 def agreed_problem_type(
     folder: Path, named: ProblemType | None, asked: ProblemType | None
 ) -> ProblemType:
-    """The task that a checkpoint names or a caller asks for.
+    """The task that the checkpoint names or the caller asks for; default: single-label.
+
+    Args:
+        folder: the model_dir, for the message.
+        named: the task that its configuration names.
+        asked: the task that the caller asks for.
 
     Raises:
         ModelError: they contradict each other.
     """
     if named and asked and named is not asked:
         raise ModelError(
-            f"{folder} was trained for {named.value}, but --problem-type says {asked.value}",
-            "leave out --problem-type",
+            f"{folder} was trained for {named.value}, not for {asked.value}",
+            Remedy("leave out {problem_type}"),
         )
     return named or asked or ProblemType.SINGLE_LABEL
 
@@ -284,8 +280,13 @@ def agreed_problem_type(
 def label_names(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
     """The labels that a configuration names, in order.
 
+    Args:
+        folder: the model_dir, for messages.
+        config: its configuration.
+        outputs: how many logits the heads give.
+
     Raises:
-        ModelError: not as many as there are outputs, or not distinct.
+        ModelError: there are more or fewer labels than logits, or a label appears twice.
     """
     labels = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
     if len(labels) != outputs:

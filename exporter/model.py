@@ -1,10 +1,9 @@
 """The multi-exit model: an encoder with a classifier after chosen layers.
 
-State-dict layout (that of PABEE, F-PABEE, PCEE-BERT and EPEE training code): the encoder
-under its usual prefix, the pooler inside it (without use in `Pooling.MEAN`), and
-`classifiers.{i}.weight/bias` for exit i from 0. Of our own: `pooler.dense`, the pooler of
-families whose encoder has none, and `last_head.dense` and `last_head.norm` of a last exit that
-was a plain classifier's head.
+The state dict has the layout of PABEE, F-PABEE, PCEE-BERT and EPEE training code: the encoder under
+its usual prefix, with the pooler (unused by `Pooling.MEAN`), and `classifiers.{i}.weight/bias` for
+exit i from 0. Our additions are `pooler.dense`, for families whose encoder has no pooler, and
+`last_head.dense` and `last_head.norm`, for a last exit that was the head of a plain classifier.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, Remedy
 from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
 from .pooling import Pooling as Pooling
 
 
 @dataclass(frozen=True)
 class LastHead:
-    """What the head of the last exit does before its linear classifier, where it is of its own.
+    """The last exit's head, if it came from a plain classifier that became a multi-exit model.
 
-    It pools, then has a dense layer, an activation and perhaps a layer norm: the head of a
-    plain classifier that became a multi-exit model.
+    Before the linear classifier it has pooling, a dense layer, an activation and perhaps a layer
+    norm.
 
     Attributes:
         pooling: what the dense layer sees.
-        activation: after the dense layer, as `transformers` calls it.
-        norm_eps: of the layer norm after the activation; None: there is none.
+        activation: after the dense layer, by its name in `transformers`.
+        norm_eps: epsilon of the layer norm after the activation; None: no layer norm.
     """
 
     pooling: Pooling
@@ -44,11 +43,11 @@ class MultiExitConfig:
     """What makes an encoder a multi-exit classifier.
 
     Attributes:
-        exits: the layer after which each exit sits, counted from 1, ascending.
+        exits: the layer of each exit, counted from 1, ascending.
         labels: label names in the order of the logits.
         problem_type: single-label or multi-label classification.
         pooling: what the heads see.
-        last_head: the last exit's head, if it is not like the others.
+        last_head: the head of the last exit, if it differs from the others.
     """
 
     exits: tuple[int, ...]
@@ -58,40 +57,42 @@ class MultiExitConfig:
     last_head: LastHead | None = None
 
     def validate(self, layers: int) -> None:
-        """Check the exits against an encoder's depth.
+        """Check the exits against the depth of an encoder.
+
+        Args:
+            layers: its number of layers.
 
         Raises:
-            ModelError: exits are not ascending layers between 1 and `layers`.
+            ModelError: the exits are not ascending layers between 1 and `layers`.
         """
+        remedy = Remedy("give {exits} as layers between 1 and {layers}", layers=layers)
         if not self.exits or list(self.exits) != sorted(set(self.exits)):
             raise ModelError(
-                f"exits {list(self.exits)} are not an ascending list of layers",
-                f"give layers between 1 and {layers}, for example 2,4,{layers}",
+                f"exits {list(self.exits)} are not an ascending list of layers", remedy
             )
         if self.exits[0] < 1 or self.exits[-1] > layers:
             raise ModelError(
-                f"exits {list(self.exits)} do not fit an encoder of {layers} layers",
-                f"give layers between 1 and {layers}",
+                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", remedy
             )
 
 
 def token_weights(attention_bias: Tensor) -> Tensor:
-    """Weights `[rows, 1, sequence]` that make a sum over tokens the mean over real ones.
+    """Weights `[rows, 1, sequence]` with which a sum over tokens is the mean over real tokens.
 
     Args:
         attention_bias: `[rows, 1, 1, sequence]`, 0 on real tokens and MASK_FILL on padding.
     """
-    # So its softmax is 1/n on the n real tokens, and 0 on padding.
+    # Its softmax is 1/n on each of the n real tokens, and 0 on padding.
     return torch.softmax(attention_bias.squeeze(1), dim=-1)
 
 
 class Transform(nn.Module):
-    """What a head does between pooling and its classifier: dense layer, activation, norm.
+    """The part of a head between pooling and classifier: a dense layer, an activation, a norm.
 
     Args:
-        dense: hidden size to hidden size.
-        activation: as `transformers` calls it.
-        norm: after the activation.
+        dense: from hidden size to hidden size.
+        activation: by its name in `transformers`.
+        norm: after the activation; None: no norm.
     """
 
     def __init__(
@@ -111,13 +112,13 @@ class Transform(nn.Module):
 
 
 class Head(nn.Module):
-    """Exit head: norm and pool the hidden states, transform them, then a linear classifier.
+    """The head of an exit: norm, pooling, a transformation, and a linear classifier.
 
     Args:
-        classifier: hidden size to labels.
+        classifier: from hidden size to labels.
         pooling: how hidden states are pooled.
-        pooler: between pooling and the classifier.
-        norm: before pooling.
+        pooler: between pooling and classifier; None: nothing.
+        norm: before pooling; None: no norm.
         dropout: before the classifier, in training.
     """
 
@@ -146,7 +147,8 @@ class Head(nn.Module):
 
         Args:
             hidden_states: `[rows, sequence, hidden]`.
-            token_weights: see `token_weights`; only `Pooling.MEAN` reads them.
+            token_weights: `[rows, 1, sequence]`, see the function of this name; None is allowed
+                unless pooling is `Pooling.MEAN`.
         """
         if self.mean:
             assert token_weights is not None
@@ -158,11 +160,16 @@ class Head(nn.Module):
 
 
 class MultiExitModel(nn.Module):
-    """An encoder with one classifier per exit.
+    """An encoder with one classifier for each exit.
 
     Args:
         encoder: a Hugging Face encoder (see `backbones`).
         config: exits, labels, task and pooling.
+
+    Attributes:
+        exit_config: the same.
+        backbone: the adapter of the encoder's family.
+        parts: the embeddings, one block for each layer, and one head for each exit.
 
     Raises:
         ModelError: the family is not supported, or the exits do not fit the encoder.
@@ -182,8 +189,8 @@ class MultiExitModel(nn.Module):
         own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
         self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)}) if own_pooler else None
         self.last_head = self._last_head(hidden)
-        # Views of modules registered above; tuples keep them out of the state dict.
-        self._parts = (
+        # Their modules are registered above; tuples keep them out of the state dict.
+        self.parts: tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]] = (
             self.backbone.embeddings(),
             tuple(self.backbone.blocks()),
             tuple(self._head(number) for number in range(len(config.exits))),
@@ -213,19 +220,14 @@ class MultiExitModel(nn.Module):
             pooler = Transform(_linear(dense))
         return Head(classifier, pooling, pooler, norm, dropout)
 
-    @property
-    def parts(self) -> tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]]:
-        """Embeddings, one block per layer, one head per exit: what segments are cut from."""
-        return self._parts
-
     def train(self, mode: bool = True) -> MultiExitModel:
         """Set the mode of the model and of the heads, which are not registered modules."""
         super().train(mode)
-        for head in self._parts[2]:
+        for head in self.parts[2]:
             head.train(mode)
-        # An encoder that does not learn needs no dropout.
+        # A frozen encoder needs no dropout.
         if not any(
-            weight.requires_grad for block in self._parts[1] for weight in block.parameters()
+            weight.requires_grad for block in self.parts[1] for weight in block.parameters()
         ):
             self.backbone.encoder.eval()
         return self
@@ -246,7 +248,7 @@ class MultiExitModel(nn.Module):
         Returns:
             `[exits, rows, labels]` float32.
         """
-        embeddings, blocks, heads = self._parts
+        embeddings, blocks, heads = self.parts
         bias = attention_bias(attention_mask)
         weights = token_weights(bias)
         types = token_type_ids if self.backbone.token_types else None

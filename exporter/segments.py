@@ -1,18 +1,19 @@
-"""Cut a multi-exit model into ONNX graphs, one segment per exit.
+"""Cut a multi-exit model into ONNX graphs, with one segment for each exit.
 
-A segment is one graph: the layers from the exit before, and the head. Where layers share
-their weights (ALBERT), the shared block is stored once and a segment is a list of calls:
-the embeddings first, the block once per layer, then the head.
+A segment is one graph: the layers after the previous exit, and the head. If layers share their
+weights (ALBERT), the shared block is stored once and a segment is a list of calls: the embeddings
+in the first segment, the block once for each layer, then the head.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
@@ -36,25 +36,26 @@ from ..runtime.artifact.manifest import (
 )
 from .backbones import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
-from .onnx_file import serialized
+from .onnx_file import write_graph
 
 OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
 
+_TOKEN_IDS, _TOKEN_TYPES = "input_ids", "token_type_ids"
 _EXAMPLE = {"batch": 3, "sequence": 7}
-# Where the exporter notes the modules that a node comes from, outermost first.
+# Where torch's exporter notes the modules that a node comes from, outermost first.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class GraphModule(nn.Module):
-    """A stretch of the model: optionally the embeddings, some blocks, optionally a head.
+    """A part of the model: optionally the embeddings, some blocks, optionally a head.
 
     Args:
-        embeddings: for the first stretch.
+        embeddings: for the first part.
         blocks: the layers to run.
         head: the exit at its end.
-        mean: whether any head of the model takes the mean over tokens.
-        is_last: whether nothing follows, so that hidden states need not leave.
+        inputs: names of its inputs, in order.
+        outputs: names of its outputs, in order.
     """
 
     def __init__(
@@ -62,64 +63,34 @@ class GraphModule(nn.Module):
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
         head: Head | None,
-        mean: bool,
-        is_last: bool = False,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
     ) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.blocks = nn.ModuleList(blocks)
         self.head = head
-        self.is_last = is_last
-        self.mean = mean
-
-    @property
-    def needs_bias(self) -> bool:
-        """Whether the attention bias is read."""
-        return len(self.blocks) > 0 or (self.mean and self.embeddings is not None)
-
-    @property
-    def needs_weights(self) -> bool:
-        """Whether the token weights are read; the first stretch makes them for all heads."""
-        return self.head is not None and self.head.mean and self.embeddings is None
-
-    @property
-    def gives_weights(self) -> bool:
-        """Whether token weights leave."""
-        return self.mean and self.embeddings is not None and not self.is_last
-
-    @property
-    def gives_hidden(self) -> bool:
-        """Whether hidden states leave."""
-        return not self.is_last and (self.embeddings is not None or len(self.blocks) > 0)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self._reads_weights = head is not None and head.mean
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, see `TensorSpec` in the manifest."""
-        bias = inputs.get(ATTENTION_BIAS)
-        weights = inputs.get(TOKEN_WEIGHTS)
-        outputs = {}
+        """The outputs by name, see `TensorSpec` in the manifest."""
+        values = dict(inputs)
+        bias, weights = values.pop(ATTENTION_BIAS, None), values.pop(TOKEN_WEIGHTS, None)
         if self.embeddings is not None:
-            hidden_states, carried = self.embeddings(
-                inputs["input_ids"], inputs.get("token_type_ids")
-            )
-            outputs = {NEXT + name: value for name, value in carried.items()}
-            if self.mean:
+            hidden_states, carried = self.embeddings(values[_TOKEN_IDS], values.get(_TOKEN_TYPES))
+            if self._reads_weights or NEXT + TOKEN_WEIGHTS in self.outputs:
                 weights = token_weights(inputs[ATTENTION_BIAS])
-            if self.gives_weights:
-                outputs[NEXT + TOKEN_WEIGHTS] = weights
         else:
-            hidden_states = inputs[HIDDEN_STATES]
-            carried = {
-                name: value
-                for name, value in inputs.items()
-                if name not in (HIDDEN_STATES, ATTENTION_BIAS, TOKEN_WEIGHTS)
-            }
+            hidden_states, carried = values.pop(HIDDEN_STATES), values
         for block in self.blocks:
             hidden_states = block(hidden_states, bias, **carried)
-        if self.gives_hidden:
-            outputs[NEXT + HIDDEN_STATES] = hidden_states
+        leaving = {**carried, TOKEN_WEIGHTS: weights, HIDDEN_STATES: hidden_states}
+        outputs = {NEXT + name: value for name, value in leaving.items()}
         if self.head is not None:
             outputs[LOGITS] = self.head(hidden_states, weights)
-        return outputs
+        return {name: outputs[name] for name in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -130,138 +101,159 @@ class Cut:
     segments: tuple[Segment, ...]
 
 
-def cut(model: MultiExitModel, exits: Sequence[int]) -> Cut:
+def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -> Cut:
     """Cut a model at chosen exits.
 
     Args:
         model: the model, in eval mode.
-        exits: exit numbers to keep, counted from 1, ascending.
+        exits: numbers of the exits to keep, counted from 1, ascending.
+        token_types: whether the tokenizer gives token types.
     """
     layers = [model.exit_config.exits[number - 1] for number in exits]
     heads = [model.parts[2][number - 1] for number in exits]
-    if model.backbone.shared_layers:
-        return _cut_shared(model, layers, heads)
     positions = model.backbone.max_positions()
-    embeddings = model.parts[0].frozen(positions)
-    blocks = [block.frozen(positions) for block in model.parts[1][: layers[-1]]]
+    embeddings, blocks = model.parts[0].frozen(positions), model.parts[1][: layers[-1]]
     mean = any(head.mean for head in heads)
-    modules, segments = {}, []
-    start = 0
+    part = functools.partial(_part, model, mean, token_types)
+    if model.backbone.shared_layers:
+        return _cut_shared(part, embeddings, blocks, layers, heads)
+    blocks = tuple(block.frozen(positions) for block in blocks)
+    modules, segments, start = {}, [], 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
-        name = f"segment_{number:02d}"
-        modules[name] = GraphModule(
-            embeddings if number == 1 else None,
-            blocks[start:layer],
-            head,
-            mean,
-            is_last=number == len(layers),
-        ).eval()
+        name, is_last = f"segment_{number:02d}", number == len(layers)
+        first = embeddings if number == 1 else None
+        modules[name] = part(first, blocks[start:layer], head, is_last)
         segments.append(Segment(exit=number, layer=layer, calls=(name,)))
         start = layer
     return Cut(modules, tuple(segments))
 
 
-def _cut_shared(model: MultiExitModel, layers: Sequence[int], heads: Sequence[Head]) -> Cut:
-    blocks = model.parts[1]
-    embeddings = model.parts[0].frozen(model.backbone.max_positions())
-    mean = any(head.mean for head in heads)
+def _cut_shared(
+    part: Callable[..., GraphModule],
+    embeddings: Embeddings,
+    blocks: Sequence[Block],
+    layers: Sequence[int],
+    heads: Sequence[Head],
+) -> Cut:
+    modules = {"embeddings": part(embeddings, (), None)}
     names: dict[int, str] = {}
-    modules = {"embeddings": GraphModule(embeddings, (), None, mean).eval()}
     block_names = []
-    for block in blocks[: layers[-1]]:
+    for block in blocks:
         name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
-        modules.setdefault(name, GraphModule(None, [block], None, mean).eval())
+        modules.setdefault(name, part(None, [block], None))
         block_names.append(name)
-    segments = []
-    start = 0
+    segments, start = [], 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
-        head_name = f"head_{number:02d}"
-        modules[head_name] = GraphModule(None, (), head, mean, is_last=True).eval()
-        first = ["embeddings"] if number == 1 else []
-        calls = (*first, *block_names[start:layer], head_name)
-        segments.append(Segment(exit=number, layer=layer, calls=calls))
+        name = f"head_{number:02d}"
+        modules[name] = part(None, (), head, True)
+        calls = [*(["embeddings"] if number == 1 else []), *block_names[start:layer], name]
+        segments.append(Segment(exit=number, layer=layer, calls=tuple(calls)))
         start = layer
     return Cut(modules, tuple(segments))
 
 
-def input_specs(
-    model: MultiExitModel, module: GraphModule, tokenizer_inputs: Sequence[str]
-) -> list[TensorSpec]:
-    """The inputs of a graph."""
-    hidden = int(model.backbone.config.hidden_size)
-    specs = []
-    if module.embeddings is not None:
-        names = ["input_ids"]
-        if model.backbone.token_types and "token_type_ids" in tokenizer_inputs:
-            names.append("token_type_ids")
-        specs += [TensorSpec(name=n, dtype="int64", shape=("batch", "sequence")) for n in names]
+def _part(
+    model: MultiExitModel,
+    mean: bool,
+    token_types: bool,
+    embeddings: Embeddings | None,
+    blocks: Sequence[Block],
+    head: Head | None,
+    is_last: bool = False,
+) -> GraphModule:
+    """A part of a cut with its inputs and outputs.
+
+    Args:
+        model: the whole model.
+        mean: whether any head of the cut takes the mean over tokens.
+        token_types: whether the tokenizer gives token types.
+        embeddings: for the first part.
+        blocks: the layers to run.
+        head: the exit at its end.
+        is_last: whether no other part reads its hidden states.
+    """
+    outputs = []
+    if embeddings is not None:
+        inputs = [_TOKEN_IDS]
+        if token_types and model.backbone.token_types:
+            inputs.append(_TOKEN_TYPES)
+        if blocks or mean:
+            inputs.append(ATTENTION_BIAS)
+        outputs += [NEXT + name for name in model.backbone.carried]
+        # The first part makes the token weights for the heads of all parts.
+        if mean and not is_last:
+            outputs.append(NEXT + TOKEN_WEIGHTS)
     else:
-        specs.append(
-            TensorSpec(name=HIDDEN_STATES, dtype="float32", shape=("batch", "sequence", hidden))
-        )
-    if module.needs_bias:
-        specs.append(
-            TensorSpec(name=ATTENTION_BIAS, dtype="float32", shape=("batch", 1, 1, "sequence"))
-        )
-    if module.needs_weights:
-        specs.append(_weights_spec(""))
-    if module.embeddings is None and len(module.blocks):
-        specs += _carried_specs(model, "")
-    return specs
+        inputs = [HIDDEN_STATES]
+        if blocks:
+            inputs.append(ATTENTION_BIAS)
+        if head is not None and head.mean:
+            inputs.append(TOKEN_WEIGHTS)
+        if blocks:
+            inputs += model.backbone.carried
+    if not is_last:
+        outputs.append(NEXT + HIDDEN_STATES)
+    if head is not None:
+        outputs.append(LOGITS)
+    return GraphModule(embeddings, blocks, head, inputs, outputs).eval()
 
 
-def output_specs(model: MultiExitModel, module: GraphModule) -> list[TensorSpec]:
-    """The outputs of a graph."""
+def _specs(model: MultiExitModel, names: Sequence[str]) -> list[TensorSpec]:
+    """Types and shapes of inputs or outputs."""
     hidden = int(model.backbone.config.hidden_size)
-    specs = _carried_specs(model, NEXT) if module.embeddings is not None else []
-    if module.gives_weights:
-        specs.append(_weights_spec(NEXT))
-    if module.gives_hidden:
-        shape: tuple[Size, ...] = ("batch", "sequence", hidden)
-        specs.append(TensorSpec(name=NEXT + HIDDEN_STATES, dtype="float32", shape=shape))
-    if module.head is not None:
-        labels = len(model.exit_config.labels)
-        specs.append(TensorSpec(name=LOGITS, dtype="float32", shape=("batch", labels)))
-    return specs
-
-
-def _carried_specs(model: MultiExitModel, prefix: str) -> list[TensorSpec]:
+    shapes: dict[str, tuple[Size, ...]] = {
+        _TOKEN_IDS: ("batch", "sequence"),
+        _TOKEN_TYPES: ("batch", "sequence"),
+        ATTENTION_BIAS: ("batch", 1, 1, "sequence"),
+        TOKEN_WEIGHTS: ("batch", 1, "sequence"),
+        HIDDEN_STATES: ("batch", "sequence", hidden),
+        LOGITS: ("batch", len(model.exit_config.labels)),
+        **model.backbone.carried,
+    }
     return [
-        TensorSpec(name=prefix + name, dtype="float32", shape=shape)
-        for name, shape in model.backbone.carried.items()
+        TensorSpec(
+            name=name,
+            dtype="int64" if name in (_TOKEN_IDS, _TOKEN_TYPES) else "float32",
+            shape=shapes[name.removeprefix(NEXT)],
+        )
+        for name in names
     ]
 
 
-def _weights_spec(prefix: str) -> TensorSpec:
-    return TensorSpec(name=prefix + TOKEN_WEIGHTS, dtype="float32", shape=("batch", 1, "sequence"))
+def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: str) -> Graph:
+    """Write one ONNX graph: opset 20, dynamic batch and sequence, always the same bytes.
 
+    Args:
+        model: the whole model.
+        module: the part to write.
+        path: where to write it.
+        file: its path in the engines folder.
 
-def export_graph(
-    module: GraphModule,
-    inputs: list[TensorSpec],
-    outputs: list[TensorSpec],
-    path: Path,
-    max_positions: int,
-) -> None:
-    """Write one ONNX file: opset 20, dynamic batch and sequence, the same bytes every time."""
-    # torch.export assumes at least 2 of each; the ONNX graph that comes out has no such limit.
+    Returns:
+        The record of the graph.
+
+    Raises:
+        ModelError: it is larger than protobuf allows.
+    """
+    inputs, outputs = _specs(model, module.inputs), _specs(model, module.outputs)
+    # torch.export assumes at least 2 of each; the resulting ONNX graph has no such limit.
     dims = {
         "batch": torch.export.Dim("batch", min=2),
-        "sequence": torch.export.Dim("sequence", min=2, max=max_positions),
+        "sequence": torch.export.Dim("sequence", min=2, max=model.backbone.max_positions()),
     }
     shapes = {
         spec.name: {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in inputs
     }
     with _quiet(), torch.no_grad():
-        # Captured here, since torch.onnx.export would take the dictionary for keywords.
+        # Captured here, because torch.onnx.export would take the dictionary for keywords.
         captured = torch.export.export(
             module, (_example(inputs),), dynamic_shapes={"inputs": shapes}, strict=False
         )
         program = torch.onnx.export(
             captured,
-            input_names=[spec.name for spec in inputs],
-            output_names=[spec.name for spec in outputs],
+            input_names=module.inputs,
+            output_names=module.outputs,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -272,20 +264,7 @@ def export_graph(
     _name_nodes(proto)
     _bound_fills(proto)
     _strip(proto)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(serialized(proto, path.name))
-
-
-def graph_record(
-    folder: Path, path: Path, inputs: list[TensorSpec], outputs: list[TensorSpec]
-) -> Graph:
-    """What the manifest says of a written graph."""
-    return Graph(
-        file=path.relative_to(folder).as_posix(),
-        sha256=sha256_of(path),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-    )
+    return write_graph(path, file, proto, inputs, outputs)
 
 
 def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
@@ -298,7 +277,7 @@ def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
 
 
 def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
-    """Call the symbolic dimensions `batch` and `sequence` instead of s32 and s41."""
+    """Rename symbolic dimensions such as s32 and s41 to `batch` and `sequence`."""
     values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
     names = {
         dimension.dim_param: size
@@ -313,9 +292,9 @@ def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
 
 
 def _name_nodes(proto: Any) -> None:
-    """Call nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
+    """Name nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
 
-    Messages name nodes, and what is in a head is told by its name.
+    Messages name nodes, and the nodes of a head are recognised by their names.
     """
     for node in proto.graph.node:
         scopes = next((item.value for item in node.metadata_props if item.key == _SCOPES), "['']")
@@ -325,7 +304,7 @@ def _name_nodes(proto: Any) -> None:
 
 
 def _bound_fills(proto: Any) -> None:
-    """Where a model masks scores with the lowest float, use MASK_FILL: fp16 can hold it too."""
+    """Replace the lowest float as a mask by MASK_FILL, which fp16 can represent too."""
     lowest = np.finfo(np.float32).min
     for tensor in proto.graph.initializer:
         is_number = tensor.data_type == onnx.TensorProto.FLOAT and not tensor.dims
@@ -335,7 +314,7 @@ def _bound_fills(proto: Any) -> None:
 
 
 def _strip(proto: Any) -> None:
-    """Drop what differs from run to run or names files of this machine."""
+    """Remove what differs from run to run or names files of this machine."""
     nodes = [*proto.graph.node, *(node for f in proto.functions for node in f.node)]
     values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
     for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
@@ -345,7 +324,7 @@ def _strip(proto: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's own chatter out of our output."""
+    """Suppress the messages of torch's exporter."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

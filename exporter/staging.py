@@ -1,4 +1,4 @@
-"""Where an engines folder is written: never over what is not ours, never half."""
+"""Write an engines folder completely or not at all, and never over anything else."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtime.artifact.folder import is_engines_folder
-from ..runtime.errors import ArtifactError
+from ..runtime.errors import ArtifactError, Remedy
+
+_ELSEWHERE = Remedy("give another folder as {output}")
 
 
 def resolved(output: str | Path) -> Path:
-    """The folder itself: a link or the current folder is replaced, and not what names it.
+    """The real folder, so that a link keeps its place and its destination is replaced.
 
     Raises:
         ArtifactError: it is a link to itself.
     """
     target = Path(os.path.realpath(output))
     if target.is_symlink():
-        raise ArtifactError(f"{output} is a link to itself", "give another folder with -o")
+        raise ArtifactError(f"{output} is a link to itself", _ELSEWHERE)
     return target
 
 
 def check_output(target: Path, force: bool) -> None:
-    """Refuse a folder that is not free.
+    """Refuse a folder that must not be written.
 
     Args:
         target: the folder.
@@ -35,21 +37,21 @@ def check_output(target: Path, force: bool) -> None:
     Raises:
         ArtifactError: it holds something else, or an engines folder that may not be replaced.
     """
-    if not target.exists():
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    is_free = target.is_dir() and not any(target.iterdir())
-    if not is_free and not is_engines_folder(target):
+    if not is_engines_folder(target):
         raise ArtifactError(
-            f"{target} exists and is not an engines folder; it will not be replaced",
-            "give another folder with -o",
+            f"{target} exists and is not an engines folder; it will not be replaced", _ELSEWHERE
         )
-    if not force and not is_free:
-        raise ArtifactError(f"{target} already holds an engines folder", "replace it with --force")
+    if not force:
+        raise ArtifactError(
+            f"{target} already holds an engines folder", Remedy("replace it with {force}")
+        )
 
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone afterwards unless published.
+    """A temporary folder beside the target; it is deleted afterwards unless it was published.
 
     Raises:
         ArtifactError: nothing can be written there.
@@ -60,7 +62,7 @@ def staging(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ArtifactError(
             f"cannot write in {target.parent}: {error.strerror}",
-            "give a writable folder with -o",
+            Remedy("give a writable folder as {output}"),
         ) from error
     folder = Path(name)
     try:
@@ -75,10 +77,10 @@ def staging(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder whose files get their places in the target when all are written.
+    """A temporary folder whose files are moved to the target when all of them are written.
 
     Raises:
-        OSError: they cannot be written; the target is as it was.
+        OSError: a file cannot be written; the target is unchanged.
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
         yield Path(name)
@@ -88,8 +90,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Put the temporary folder in the place of the target."""
-    folder.chmod(0o777 & ~_umask())
+    """Move the temporary folder to the target."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
     if not target.exists():
         folder.replace(target)
         return
@@ -101,9 +105,3 @@ def publish(folder: Path, target: Path) -> None:
         old.replace(target)
         raise
     shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""Make `tokenizer.json` of any Hugging Face tokenizer, and say what the runtime must know."""
+"""Convert a Hugging Face tokenizer to `tokenizer.json`, with what the runtime must know of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
 from ..runtime.artifact.protobuf import fields
 from ..runtime.artifact.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, Remedy
 from .model import MultiExitModel
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
 _CONFIG = "tokenizer_config.json"
-_HINT = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
+_REMEDY = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
 # Fields of SentencePiece's model: ModelProto.normalizer_spec.precompiled_charsmap.
 _NORMALIZER_SPEC, _CHARSMAP = 3, 2
 
@@ -30,21 +30,26 @@ def save_tokenizer(
 
     Args:
         source: the model_dir; slow tokenizers are converted.
-        model: for the longest sequence that it takes.
+        model: limits the length of a sequence and the token ids.
         folder: the engines folder.
-        max_length: a limit in tokens; default: the tokenizer's and the model's.
+        max_length: longest sequence in tokens, including special tokens; None: the longest that
+            the tokenizer and the model take.
 
     Raises:
-        ModelError: no tokenizer, or one that cannot be converted, or an impossible limit.
+        ModelError: there is no tokenizer, or it cannot be converted or does not fit the model, or
+            the length is impossible.
     """
     tokenizer = _load(source)
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    limit = max_length or _own_limit(source, tokenizer.model_max_length, model, special)
-    if max_length is not None and not special < max_length <= model.backbone.max_positions():
-        raise ModelError(
-            f"max_length {max_length} is impossible for this model",
-            f"give {special + 1} to {model.backbone.max_positions()} tokens",
-        )
+    longest, own = model.backbone.max_positions(), tokenizer.model_max_length
+    remedy = Remedy("give {max_length} between {low} and {high}", low=special + 1, high=longest)
+    if max_length is not None:
+        if not special < max_length <= longest:
+            raise ModelError(f"max_length {max_length} is impossible for this model", remedy)
+    elif not isinstance(own, (int, float)) or own <= special:
+        raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", remedy)
+    else:
+        max_length = min(longest, int(own)) if own < _NO_LIMIT else longest
     largest = max(tokenizer.get_vocab().values())
     if largest >= model.backbone.config.vocab_size:
         raise ModelError(
@@ -61,32 +66,22 @@ def save_tokenizer(
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
-        max_length=limit,
+        max_length=max_length,
         pad_id=int(pad if pad is not None else model.backbone.config.pad_token_id or 0),
         pad_type_id=int(tokenizer.pad_token_type_id),
         inputs=tuple(tokenizer.model_input_names),
     )
 
 
-def _own_limit(source: Path, said: Any, model: MultiExitModel, special: int) -> int:
-    positions = model.backbone.max_positions()
-    if not isinstance(said, (int, float)) or said <= special:
-        raise ModelError(
-            f"the tokenizer of {source} says model_max_length {said!r}",
-            f"give --max-length {special + 1} to {positions}",
-        )
-    return min(positions, int(said)) if said < _NO_LIMIT else positions
-
-
 def _model_errors(source: Path) -> AbstractContextManager[None]:
-    return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _HINT)
+    return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _REMEDY)
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """Refuse a model whose table of replacements is damaged; a file of another kind passes.
+    """Refuse a SentencePiece model with a damaged table of replacements; other files pass.
 
     Raises:
-        ValueError: it is.
+        ValueError: the table is damaged.
     """
     for number, _, spec in fields(memoryview(path.read_bytes())):
         if number == _NORMALIZER_SPEC and isinstance(spec, memoryview):
@@ -106,14 +101,14 @@ def _load(source: Path) -> Any:
             _check_sentencepiece(path)
         tokenizer = AutoTokenizer.from_pretrained(source)
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
-    # Without any, transformers makes an empty tokenizer that knows no word.
+    # Without these files, transformers makes an empty tokenizer that knows no word.
     if not any((source / name).is_file() for name in files):
         raise ModelError(
-            f"{source} has no tokenizer: none of {', '.join(sorted(files))} is there", _HINT
+            f"{source} has no tokenizer: it has none of {', '.join(sorted(files))}", _REMEDY
         )
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             f"the tokenizer of {source} ({type(tokenizer).__name__}) has no fast version",
-            "convert it to tokenizer.json and put that into the folder",
+            "convert it to tokenizer.json and put this file into the folder",
         )
     return tokenizer

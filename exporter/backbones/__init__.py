@@ -1,9 +1,8 @@
-"""One small adapter per encoder family: where its embeddings, layers and head are.
+"""One small adapter for each encoder family, which knows its embeddings, layers and head.
 
-An adapter holds no modelling code: it only names and calls the modules of the installed
-`transformers`. To add a family, subclass `Backbone` and say how its parts are reached, add it
-to `_FAMILIES`, and add a tiny model to `tests/conftest.py` and to the lists of families in
-`tests/exporter/`.
+An adapter contains no modelling code; it only calls the modules of the installed `transformers`. To
+add a family, subclass `Backbone`, add the class to `_FAMILIES`, add a tiny model to
+`tests/conftest.py`, and add its name to the lists of families in `tests/exporter/`.
 """
 
 from __future__ import annotations
@@ -49,14 +48,17 @@ _FAMILIES: dict[str, type[Backbone]] = {
 def family_of(model_type: str) -> type[Backbone]:
     """The adapter of a family.
 
+    Args:
+        model_type: the name of the family in `config.json`.
+
     Raises:
-        ModelError: no adapter for this family.
+        ModelError: there is no adapter for this family.
     """
     if model_type not in _FAMILIES:
         raise ModelError(
             f"the encoder family {model_type!r} is not supported; "
             f"supported: {', '.join(sorted(_FAMILIES))}",
-            "train on a backbone of one of these families, or add an adapter to exporter/backbones",
+            "use an encoder of one of these families, or add an adapter to exporter/backbones",
         )
     return _FAMILIES[model_type]
 
@@ -66,8 +68,8 @@ def build_encoder(config: Any, attention: str | None = "eager") -> Any:
 
     Args:
         config: a `PretrainedConfig` of a supported family.
-        attention: Hugging Face's attention implementation; export needs `eager`. None takes
-            the fastest that the family has.
+        attention: Hugging Face's attention implementation; an export needs `eager`. None: the
+            fastest one of the family.
     """
     from transformers import AutoModel
 

@@ -1,4 +1,4 @@
-"""What an adapter is: how to reach the embeddings, layers and head of an encoder family."""
+"""The base of all adapters: how to reach the embeddings, layers and head of an encoder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ...runtime.artifact.manifest import MASK_FILL, Size
 
 
 def attention_bias(attention_mask: Tensor) -> Tensor:
-    """Additive attention bias `[rows, 1, 1, sequence]` float32 of a 0/1 mask `[rows, sequence]`."""
+    """The additive bias `[rows, 1, 1, sequence]` float32 for a 0/1 mask `[rows, sequence]`."""
     return (1.0 - attention_mask[:, None, None, :].float()) * MASK_FILL
 
 
 class Embeddings(nn.Module):
-    """Token ids to the first hidden states, and to what the layers need besides them."""
+    """From token ids to the first hidden states, and to the tensors that all layers read."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
@@ -25,16 +25,16 @@ class Embeddings(nn.Module):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states `[rows, sequence, hidden]`, and carried tensors by name."""
+        """Hidden states `[rows, sequence, hidden]`, and the carried tensors by name."""
         return self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids), {}
 
     def frozen(self, max_positions: int) -> Embeddings:
-        """The same with what no text changes computed ahead: less to do in a segment."""
+        """The same module with everything computed ahead that does not depend on the text."""
         return self
 
 
 class Block(nn.Module):
-    """One encoder layer: hidden states in, hidden states out."""
+    """One encoder layer, from hidden states to hidden states."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -43,27 +43,28 @@ class Block(nn.Module):
     def forward(self, hidden_states: Tensor, attention_bias: Tensor, **carried: Tensor) -> Tensor:
         """Hidden states `[rows, sequence, hidden]` after this layer."""
         output = self.layer(hidden_states, attention_bias, **carried)
-        # Which of the two depends on the family: MPNet's layers give (hidden, attentions...).
+        # Some families, such as MPNet, return a tuple of hidden states and attentions.
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
     def frozen(self, max_positions: int) -> Block:
-        """The same with what no text changes computed ahead: less to do in a segment."""
+        """The same module with everything computed ahead that does not depend on the text."""
         return self
 
 
 @dataclass(frozen=True)
 class ClassifierParts:
-    """Where a plain classifier of a family (`AutoModelForSequenceClassification`) has its head.
+    """The head of a plain classifier of a family (`AutoModelForSequenceClassification`).
 
-    What they all do: pool, dense layer, activation, perhaps a norm, linear classifier.
+    In all families it pools and has a dense layer, an activation, perhaps a layer norm, and a
+    linear classifier.
 
     Attributes:
         dense: name of the dense layer.
         classifier: name of the linear layer that gives the logits.
-        activation: after the dense layer, as `transformers` calls it.
-        norm: name of the layer norm after the activation, if there is one.
-        pooling: what the dense layer sees: `cls`, the first token, or `mean`.
+        activation: after the dense layer, by its name in `transformers`.
+        norm: name of the layer norm after the activation; None: there is none.
+        pooling: what the dense layer sees: `cls` (the first token) or `mean`.
     """
 
     dense: str
@@ -76,13 +77,16 @@ class ClassifierParts:
 class Backbone:
     """How to reach the parts of one encoder family.
 
+    Args:
+        encoder: a Hugging Face encoder of the family.
+
     Attributes:
-        model_type: the family as `config.json` calls it.
+        model_type: the name of the family in `config.json`.
         prefix: the prefix of the encoder's weights in a checkpoint.
-        carried: tensors that the embeddings make and every layer takes: name to symbolic
-            shape. They travel with their rows.
-        token_types: whether the embeddings take `token_type_ids`.
-        shared_layers: whether several layers are calls of one module.
+        encoder: the encoder.
+        config: its configuration.
+        carried: symbolic shapes, by name, of the tensors that the embeddings make and every layer
+            reads. They stay with their rows.
     """
 
     model_type: ClassVar[str]
@@ -95,7 +99,7 @@ class Backbone:
 
     @property
     def token_types(self) -> bool:
-        """Whether there is more than one type of token, as in the texts of a pair."""
+        """Whether the embeddings distinguish types of tokens, such as the two texts of a pair."""
         return int(getattr(self.config, "type_vocab_size", 0)) > 1
 
     @property
@@ -109,19 +113,19 @@ class Backbone:
         return Embeddings(self.encoder.embeddings)
 
     def layers(self) -> list[nn.Module]:
-        """The encoder layers in depth order; a shared layer is listed once per call."""
+        """The encoder layers in depth order; a shared layer is listed once for each call."""
         return list(self.encoder.encoder.layer)
 
     def blocks(self) -> list[Block]:
-        """The encoder layers in depth order, as modules that all take the same."""
+        """The encoder layers in depth order, as modules with the same arguments in all families."""
         return [Block(layer) for layer in self.layers()]
 
     def norm(self) -> nn.Module | None:
-        """The norm that follows the last layer, where layers end without one: every exit has it."""
+        """The norm after the last layer, which every exit applies; None: layers end with a norm."""
         return None
 
     def pooler(self) -> nn.Linear | None:
-        """The dense layer of the pooler that all exits share; None: the family has no pooler."""
+        """The dense layer of the encoder's pooler, which all exits share; None: there is none."""
         return None
 
     def head_dropout(self) -> float:
@@ -132,9 +136,9 @@ class Backbone:
         return float(dropout or 0.0)
 
     def classifier_parts(self) -> ClassifierParts:
-        """Where a plain classifier of this family has its head."""
+        """The head of a plain classifier of this family."""
         return ClassifierParts(dense="classifier.dense", classifier="classifier.out_proj")
 
     def max_positions(self) -> int:
-        """The longest sequence that the model was made for, special tokens included."""
+        """The longest sequence that the model takes, including special tokens."""
         return int(self.config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""BERT and its relatives: absolute positions, layers that take the attention bias as it is."""
+"""BERT and its relatives: absolute positions, and layers that add the attention bias."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Bert(Backbone):
 
 
 class Roberta(Backbone):
-    """RoBERTa: positions are counted from the padding index on."""
+    """RoBERTa: positions start after the padding index."""
 
     model_type = "roberta"
     prefix = "roberta"
@@ -52,7 +52,7 @@ class Camembert(Roberta):
 
 
 class _MappedEmbeddings(Embeddings):
-    """Embeddings that are narrower than the layers, and their mapping to the hidden size."""
+    """Embeddings narrower than the layers, and their projection to the hidden size."""
 
     def __init__(self, embeddings: nn.Module, mapping: nn.Module) -> None:
         super().__init__(embeddings)
@@ -65,18 +65,18 @@ class _MappedEmbeddings(Embeddings):
 
 
 class Albert(Backbone):
-    """ALBERT: its layers share their weights, in one group or several."""
+    """ALBERT: layers share their weights, in one group or several."""
 
     model_type = "albert"
     prefix = "albert"
 
     def embeddings(self) -> Embeddings:
-        """The embeddings and their mapping to the hidden size."""
+        """The embeddings and their projection to the hidden size."""
         mapping = self.encoder.encoder.embedding_hidden_mapping_in
         return _MappedEmbeddings(self.encoder.embeddings, mapping)
 
     def layers(self) -> list[nn.Module]:
-        """One entry per call: the same group appears several times."""
+        """One entry for each call, so a group appears several times."""
         groups = self.encoder.encoder.albert_layer_groups
         count = self.config.num_hidden_layers
         return [groups[index * len(groups) // count] for index in range(count)]
@@ -92,25 +92,25 @@ class Albert(Backbone):
 
 
 class Electra(Backbone):
-    """ELECTRA: BERT without a pooler, and in its small sizes with narrow embeddings."""
+    """ELECTRA: BERT without a pooler; small models have narrow embeddings."""
 
     model_type = "electra"
     prefix = "electra"
 
     def embeddings(self) -> Embeddings:
-        """The embeddings, mapped to the hidden size where they are narrower."""
+        """The embeddings, projected to the hidden size if they are narrower."""
         mapping = getattr(self.encoder, "embeddings_project", None)
         if mapping is None:
             return Embeddings(self.encoder.embeddings)
         return _MappedEmbeddings(self.encoder.embeddings, mapping)
 
     def classifier_parts(self) -> ClassifierParts:
-        """As RoBERTa's, with another activation."""
+        """That of RoBERTa with another activation."""
         return ClassifierParts("classifier.dense", "classifier.out_proj", activation="gelu")
 
 
 class _UntypedEmbeddings(Embeddings):
-    """Embeddings of families that know no token types."""
+    """Embeddings of families without token types."""
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
@@ -129,13 +129,13 @@ class DistilBert(Backbone):
         return _UntypedEmbeddings(self.encoder.embeddings)
 
     def layers(self) -> list[nn.Module]:
-        """Its encoder is called `transformer`."""
+        """The layers of its `transformer`."""
         return list(self.encoder.transformer.layer)
 
     def head_dropout(self) -> float:
-        """Has a name of its own."""
+        """Its configuration has another name for it."""
         return float(self.config.seq_classif_dropout)
 
     def classifier_parts(self) -> ClassifierParts:
-        """Two layers of the model itself."""
+        """Two layers of the classifier itself."""
         return ClassifierParts(dense="pre_classifier", activation="relu")

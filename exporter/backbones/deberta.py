@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention over contents and over relative positions."""
+"""DeBERTa-v2 and v3: attention over contents and relative positions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .base import Backbone, Block, ClassifierParts
 
 
 class _RelativePositions(nn.Module):
-    """What the layers know of relative positions: the same for every row and layer."""
+    """The relative positions and their embeddings, the same for every row and layer."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        # Registered alone, so that an exported segment does not hold other layers' weights.
+        # Registered one by one, so that a segment does not contain the weights of other layers.
         self.relative_attention = encoder.relative_attention
         if self.relative_attention:
             self.rel_embeddings = encoder.rel_embeddings
@@ -33,7 +33,7 @@ class _RelativePositions(nn.Module):
 
 
 class _RelativePositionsTable(nn.Module):
-    """The same by distance: looked up, where computing it takes a dozen small operations.
+    """The same, looked up by distance: computing them takes a dozen small operations.
 
     Args:
         longest: `[1, positions, positions]`, the ids of the longest sequence.
@@ -43,7 +43,7 @@ class _RelativePositionsTable(nn.Module):
     def __init__(self, longest: Tensor, embeddings: Tensor) -> None:
         super().__init__()
         self.positions = longest.shape[-1]
-        # Distance query - key, from 1 - positions on: the first row, then the first column.
+        # Distances query - key in ascending order from 1 - positions.
         by_distance = torch.cat([longest[0, 0, 1:].flip(-1), longest[0, :, 0]])
         self.register_buffer("by_distance", by_distance)
         self.register_buffer("embeddings", embeddings)
@@ -55,7 +55,7 @@ class _RelativePositionsTable(nn.Module):
 
 
 class _DebertaBlock(Block):
-    """A layer; the first may have a convolution over the embeddings beside it."""
+    """A layer; beside the first there may be a convolution over the embeddings."""
 
     def __init__(self, layer: nn.Module, positions: nn.Module, conv: nn.Module | None) -> None:
         super().__init__(layer)
@@ -65,14 +65,14 @@ class _DebertaBlock(Block):
     def forward(self, hidden_states: Tensor, attention_bias: Tensor, **carried: Tensor) -> Tensor:
         ids, embeddings = self.positions(hidden_states)
         real = attention_bias == 0
-        # Whether tokens are real, not what is added to scores; padding may look at the rest.
+        # The layer takes a mask of the real tokens instead of a bias.
         after: Tensor = self.layer(
             hidden_states, real, relative_pos=ids, rel_embeddings=embeddings
         )[0]
         if self.conv is None:
             return after
         mask = real[:, 0, 0, :].to(hidden_states.dtype)
-        # What a real token at the end sees beside it is nothing, however long the padding.
+        # The convolution must not see padding, so that its length does not matter.
         convolved: Tensor = self.conv(hidden_states * mask[:, :, None], after, mask)
         return convolved
 
@@ -87,14 +87,14 @@ class _DebertaBlock(Block):
 class DebertaV2(Backbone):
     """DeBERTa-v2 and v3, which share their model type.
 
-    Relative positions have no end, but one was chosen in training: `max_positions`.
+    Relative positions do not limit the length, but the model was trained up to `max_positions`.
     """
 
     model_type = "deberta-v2"
     prefix = "deberta"
 
     def blocks(self) -> list[Block]:
-        """Every layer looks up relative positions by itself: a table is cheap to hold."""
+        """Every layer looks up its relative positions, because the table is small."""
         encoder = self.encoder.encoder
         positions = _RelativePositions(encoder)
         first, *others = self.layers()
@@ -104,5 +104,5 @@ class DebertaV2(Backbone):
         ]
 
     def classifier_parts(self) -> ClassifierParts:
-        """A pooler that is not part of the encoder."""
+        """Its pooler is not part of the encoder."""
         return ClassifierParts(dense="pooler.dense", activation=self.config.pooler_hidden_act)

@@ -1,4 +1,4 @@
-"""ModernBERT: rotary positions, and layers that only look at their neighbourhood."""
+"""ModernBERT: rotary positions, and layers with local attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Backbone, Block, ClassifierParts, Embeddings
 
 ROTARY = "rotary"
 
-# Kinds of rotary positions that depend on the length of the text.
+# Types of rotary positions that depend on the length of the text.
 _BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -35,10 +35,10 @@ class _ModernBertEmbeddings(Embeddings):
 
 
 class _Rotary(nn.Module):
-    """Cosines and sines of the rotary positions, of all kinds of layers.
+    """Cosines and sines of the rotary positions, for all kinds of layers.
 
     Args:
-        embedding: makes those of one kind.
+        embedding: computes those of one kind.
         kinds: the kinds of layers.
     """
 
@@ -56,7 +56,7 @@ class _Rotary(nn.Module):
 
 
 class _RotaryTable(nn.Module):
-    """The same, looked up in those of the longest sequence: half precision cannot compute them."""
+    """The same, taken from those of the longest sequence: 16-bit floats cannot compute them."""
 
     def __init__(self, longest: Tensor) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class _ModernBertBlock(Block):
 
     Args:
         layer: the layer.
-        kind: which of the kinds of rotary positions is its own.
-        reach: how far it looks in either direction; None: over the whole text.
+        kind: the number of its kind of rotary positions.
+        reach: how far it attends in either direction; None: over the whole text.
     """
 
     def __init__(self, layer: nn.Module, kind: int, reach: int | None) -> None:
@@ -86,7 +86,7 @@ class _ModernBertBlock(Block):
         if self.reach is not None:
             positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             near = (positions[:, None] - positions[None, :]).abs() <= self.reach
-            # Not a sum of two biases, which half precision could not hold.
+            # Not a sum of two biases, which could overflow in fp16.
             bias = torch.where(near, bias, MASK_FILL)
         hidden: Tensor = self.layer(
             hidden_states, attention_mask=bias, position_embeddings=(cosine, sine)
@@ -95,7 +95,7 @@ class _ModernBertBlock(Block):
 
 
 class ModernBert(Backbone):
-    """ModernBERT: the first segment gives rotary positions, and every exit the final norm."""
+    """ModernBERT: the first segment computes rotary positions; every exit has the final norm."""
 
     model_type = "modernbert"
     prefix = "model"
@@ -120,11 +120,11 @@ class ModernBert(Backbone):
         return _ModernBertEmbeddings(self.encoder.embeddings, rotary)
 
     def layers(self) -> list[nn.Module]:
-        """They stand in the model itself."""
+        """The layers of the model itself."""
         return list(self.encoder.layers)
 
     def blocks(self) -> list[Block]:
-        """Which layers look at their neighbourhood only, the configuration says."""
+        """The configuration says which layers have local attention."""
         return [
             _ModernBertBlock(
                 layer,
@@ -135,12 +135,12 @@ class ModernBert(Backbone):
         ]
 
     def norm(self) -> nn.Module | None:
-        """Layers add to the hidden states and never scale them: exits do."""
+        """The final norm: layers only add to the hidden states, so exits must scale them."""
         norm: nn.Module = self.encoder.final_norm
         return norm
 
     def classifier_parts(self) -> ClassifierParts:
-        """What its configuration says of the classifier."""
+        """Its head, for which the configuration names activation and pooling."""
         return ClassifierParts(
             dense="head.dense",
             activation=self.config.classifier_activation,

@@ -1,4 +1,4 @@
-"""MPNet: a relative position bias, made once, that every layer adds."""
+"""MPNet: a relative position bias, computed once, that every layer adds."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class _MPNetEmbeddings(Embeddings):
 
 
 class _PositionBias(nn.Module):
-    """The relative position bias of MPNet: the same for every row, so computed for one."""
+    """The relative position bias of MPNet; it is the same for every row."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        # Registered alone, so that an exported segment does not hold the layers' weights.
+        # Registered one by one, so that a segment does not contain the weights of the layers.
         self.relative_attention_bias = encoder.relative_attention_bias
         self._compute = type(encoder).compute_position_bias
         self.relative_position_bucket = type(encoder).relative_position_bucket
@@ -45,7 +45,7 @@ class _PositionBias(nn.Module):
 
 
 class _PositionBiasTable(nn.Module):
-    """The same by distance: looked up, where computing it takes forty small operations.
+    """The same, looked up by distance: computing it takes forty small operations.
 
     Args:
         longest: `[1, heads, positions, positions]`, the bias of the longest sequence.
@@ -54,7 +54,7 @@ class _PositionBiasTable(nn.Module):
     def __init__(self, longest: Tensor) -> None:
         super().__init__()
         self.positions = longest.shape[-1]
-        # Distance key - query, from 1 - positions on: the first column, then the first row.
+        # Distances key - query in ascending order from 1 - positions.
         by_distance = torch.cat([longest[0, :, 1:, 0].flip(-1), longest[0, :, 0, :]], dim=-1)
         self.register_buffer("by_distance", by_distance)
 

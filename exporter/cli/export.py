@@ -180,10 +180,10 @@ def main(
         kept = DropExitsOptions(
             exits=exits,
             target=settings["target"],
-            data=settings["calibration_data"],
+            calibration_data=settings["calibration_data"],
             force=settings["force"],
             threads=settings["threads"],
-            targets=replace(targets, int8_data=None),
+            targets=replace(targets, calibration_data=None),
             reading=reading,
         )
         with step_progress(quiet) as progress:
@@ -258,7 +258,7 @@ def _target_options(settings: dict[str, Any], reading: ReadOptions) -> AddTarget
     return AddTargetsOptions(
         precisions=tuple(half for half in Half if settings[half.value]),
         int8=settings["int8"],
-        int8_data=settings["calibration_data"],
+        calibration_data=settings["calibration_data"],
         backends=settings["backends"] or None,
         keep_fp32=settings["keep_fp32"],
         verify_data=settings["verify_data"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -32,9 +33,11 @@ def to_dict(result: DropExitsResult) -> dict[str, Any]:
             for name, point in result.points.items()
         },
         "default_operating_point": result.default or "",
-        "not_valid_any_more": [asdict(lost) for lost in result.lost],
+        "not_valid_any_more": [
+            asdict(lost) | {"command": _calibrate(result, lost.target)} for lost in result.lost
+        ],
         "built": list(result.built),
-        "not_built": msgspec.to_builtins(result.not_built),
+        "not_built": msgspec.to_builtins(result.manifest.not_built),
     }
 
 
@@ -64,14 +67,19 @@ def show(result: DropExitsResult, console: Console, exits_before: int) -> None:
         console.print("times are not compared here: fpabee-bench measures them")
     for lost in result.lost:
         console.print(f"not valid any more: {lost.point} of {lost.target}: {lost.reason}")
-        console.print(f"  {lost.command}")
+        console.print(f"  {_calibrate(result, lost.target)}")
     if result.default not in (None, result.default_before):
         now, before = (name or CAUTIOUS for name in (result.default, result.default_before))
         console.print(f"default, where no point is named: {now} (before: {before})")
     for name in result.built:
         console.print(f"built {name} again")
-    for line in not_built_lines(result.not_built, result.folder):
+    for line in not_built_lines(result.manifest.not_built, result.folder):
         console.print(line)
+
+
+def _calibrate(result: DropExitsResult, target: str) -> str:
+    """The command that calibrates the points of a target."""
+    return f"fpabee-calibrate {result.folder} --data DATA --target {shlex.quote(target)}"
 
 
 def _points(result: DropExitsResult) -> Table:

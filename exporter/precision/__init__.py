@@ -1,1 +1,1 @@
-"""The segments in other precisions than fp32."""
+"""The graphs in precisions other than fp32."""

@@ -1,66 +1,27 @@
-"""Write an engines folder's graphs in half precision, after checking that they survive it.
-
-The check runs the emulation of `precision.emulate` over real texts: what overflows, and
-where first, whether labels and exits stay. It needs neither torch nor a GPU.
-"""
+"""Write an engines folder's graphs in fp16 or bf16, after a check that the model survives it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from ...runtime.agreement import BARS, Agreement, compare
-from ...runtime.artifact.folder import sha256_of, verified_graph
-from ...runtime.artifact.manifest import LOGITS, NEXT, Graph, Manifest, TensorSpec
+from ...runtime.artifact.manifest import NEXT, Manifest, TensorSpec
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
-from ...runtime.errors import VerificationError
+from ...runtime.encoding import Text, TextEncoder
+from ...runtime.errors import Remedy, VerificationError
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
+from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
+from .emulation import PrecisionReport, report_on, run_emulated
 from .formats import Half
-from .rounding import ABS_MAX, Lowering, choose_lowering, emulate, largest_weight, lower
+from .lowering import Lowering, choose_lowering, largest_weight, lower
 
 AUTO = "auto"
-
-_BATCH = 16
-
-
-@dataclass(frozen=True)
-class PrecisionReport:
-    """What half precision does to a model, by emulation.
-
-    Attributes:
-        precision: the format.
-        rows: texts that were run.
-        kept: nodes and tensors kept in fp32 on request, as `GRAPH:NAME`.
-        max_abs: for each graph, its node with the largest |x|, and that value.
-        overflows: nodes whose values the format cannot hold, in order of execution.
-        agreement: with the fp32 model.
-    """
-
-    precision: str
-    rows: int
-    kept: tuple[str, ...]
-    max_abs: dict[str, tuple[str, float]]
-    overflows: tuple[str, ...]
-    agreement: Agreement
-
-    @property
-    def passed(self) -> bool:
-        """Whether the model survives the format."""
-        return not self.overflows and self.agreement.passed
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        content = asdict(self) | {"passed": self.passed}
-        return content | {"agreement": self.agreement.to_dict()}
 
 
 def add_half(
@@ -68,7 +29,7 @@ def add_half(
     manifest: Manifest,
     half: Half,
     rule: ExitRule,
-    keep: Sequence[str] = (),
+    keep_fp32: Sequence[str] = (),
     texts: Sequence[Text] = (),
     progress: Progress = silent,
     *,
@@ -78,141 +39,115 @@ def add_half(
 
     Args:
         folder: the engines folder.
-        manifest: its manifest; the one with the new graphs is returned, not written.
+        manifest: its manifest. The one with the new graphs is returned, not written.
         half: the format.
-        rule: whose exits must stay.
-        keep: what stays in fp32: `auto`, or node names, as `GRAPH:NODE` or alone for every
-            graph that has them.
+        rule: the rule whose exits must stay.
+        keep_fp32: what stays in fp32: `auto` for all that overflows, or node names, as
+            `GRAPH:NODE` or alone for every graph that has such a node.
         texts: more texts to check with than those of `reference.npz`.
         progress: called with (what, done, total).
-        turing: check it as plans for compute capability 7.5 compute it, with the heads'
-            matrix products in the format too; the graphs are the same.
+        turing: check it as plans for compute capability 7.5 compute it, with the matrix products
+            of the heads in the format too. The written graphs are the same.
+
+    Returns:
+        The manifest with the new graphs, and what was found.
 
     Raises:
-        VerificationError: the model does not survive the format.
-        ModelError: a weight does not fit it.
+        VerificationError: the model does not survive the format, or a name in `keep_fp32` does
+            not exist.
+        ModelError: a weight does not fit the format.
     """
-    import onnx
-
-    protos = {
-        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
-        for name, graph in manifest.graphs.items()
-    }
-    known, logits = read_reference(folder, manifest)
-    # An export has verified, and kept, the same texts.
+    protos = load_graphs(folder, manifest.graphs)
+    known, expected = read_reference(folder, manifest)
+    # The reference may hold the same texts already, from the export's own verification.
     more = [text for text in dict.fromkeys(texts) if text not in known]
-    chain = Emulation(folder, manifest, protos, half, progress)
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *more])
-    kept = _resolve(keep, protos)
-    expected = logits
-    if more or AUTO in keep:
-        fp32 = chain.run(rows, chain.exact)
-        expected = np.concatenate([logits, fp32.logits[:, len(known) :]], axis=1)
-        if AUTO in keep:
+    kept = _kept_nodes(keep_fp32, protos)
+    if more or AUTO in keep_fp32:
+        fp32 = run_emulated(manifest, protos, {}, half, rows, progress)
+        expected = np.concatenate([expected, fp32.logits[:, len(known) :]], axis=1)
+        if AUTO in keep_fp32:
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
-    plans = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
-    checked = {name: choose_lowering(proto, kept[name], turing) for name, proto in protos.items()}
-    found = chain.run(rows, checked)
-    report = report_of(manifest, half.value, rule, found, expected, checked, half)
+    lowerings = {name: choose_lowering(proto, kept[name], turing) for name, proto in protos.items()}
+    found = run_emulated(manifest, protos, lowerings, half, rows, progress)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
-    report = replace(report, kept=listed)
-    if not report.passed:
-        raise VerificationError(_what_failed(report), _how_to_mend(report, half, keep))
-    place = folder / "onnx" / half.value
-    with replacing(place) as temporary:
+    report = report_on(found, expected, manifest, half.value, rule, lowerings, half, listed)
+    report.check(_remedy(report, half, keep_fp32))
+    written = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
+    place = f"onnx/{half.value}"
+    new = with_lowered(folder, manifest, half.value, place, protos, written, half, progress)
+    return new, report
+
+
+def with_lowered(
+    folder: Path,
+    manifest: Manifest,
+    precision: str,
+    place: str,
+    protos: Mapping[str, Any],
+    lowerings: Mapping[str, Lowering],
+    half: Half,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write lowered graphs; all of them get their places at once.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest. The one with the new graphs is returned, not written.
+        precision: what the manifest calls them.
+        place: their folder in the engines folder.
+        protos: the graphs to lower, by name.
+        lowerings: what to lower in each of them.
+        half: the format.
+        progress: called with (what, done, total).
+    """
+    dtype = "float16" if half is Half.FP16 else "bfloat16"
+
+    def typed(specs: Sequence[TensorSpec], lowering: Lowering) -> list[TensorSpec]:
+        return [
+            msgspec.structs.replace(spec, dtype=dtype) if spec.name in lowering.tensors else spec
+            for spec in specs
+        ]
+
+    graphs = {}
+    with replacing(folder / place) as temporary:
         for number, (name, proto) in enumerate(protos.items()):
-            progress(f"{half.value} {name}", number, len(protos))
-            lowered = lower(proto, half, plans[name]).SerializeToString(deterministic=True)
-            (temporary / f"{name}.onnx").write_bytes(lowered)
-    graphs = {
-        name: record_of(folder, place / f"{name}.onnx", manifest.graphs[name], half, plans[name])
-        for name in protos
-    }
-    precisions = {**manifest.precisions, half.value: graphs}
-    return msgspec.structs.replace(manifest, precisions=precisions), report
+            progress(f"{precision} {name}", number, len(protos))
+            lowering, exact = lowerings[name], manifest.graphs[name]
+            graphs[name] = write_graph(
+                temporary / f"{name}.onnx",
+                f"{place}/{name}.onnx",
+                lower(proto, half, lowering),
+                typed(exact.inputs, lowering),
+                typed(exact.outputs, lowering),
+            )
+    return msgspec.structs.replace(manifest, precisions={**manifest.precisions, precision: graphs})
 
 
-@dataclass(frozen=True)
-class Run:
-    """Logits `[exits, rows, labels]`, and by graph and node the largest |x| before rounding."""
-
-    logits: NDArray[np.float32]
-    abs_max: dict[str, dict[str, float]]
-
-
-class Emulation:
-    """Runs the chain through ONNX Runtime with every rounding in place."""
-
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        protos: dict[str, Any],
-        half: Half,
-        progress: Progress,
-    ) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._protos = protos
-        self._half = half
-        self._progress = progress
-
-    @property
-    def exact(self) -> dict[str, Lowering]:
-        """Plans that lower nothing."""
-        return {name: Lowering(frozenset(), frozenset()) for name in self._protos}
-
-    def run(self, rows: Sequence[EncodedRow], plans: dict[str, Lowering]) -> Run:
-        """Logits of every exit, and the largest |x| of every node before rounding."""
-        from ...runtime.backends.stepping import steps
-
-        calls = sum(len(segment.calls) for segment in self._manifest.segments)
-        batches = padded_batches(rows, padding_values(self._manifest.tokenizer), _BATCH)
-        worst: dict[str, dict[str, float]] = {}
-        logits: dict[int, list[NDArray[np.float32]]] = {}
-        for step in steps(self._manifest, batches, lambda name: self._session(name, plans[name])):
-            if step.batch == 0:
-                self._progress(f"check {self._half.value}", step.call, calls)
-            graph_worst = worst.setdefault(step.graph, {})
-            for output, value in step.outputs.items():
-                if output.startswith(ABS_MAX):
-                    node = output.removeprefix(ABS_MAX)
-                    # Unlike max(), keeps NaN.
-                    graph_worst[node] = float(np.maximum(graph_worst.get(node, 0.0), value))
-            if LOGITS in step.outputs:
-                logits.setdefault(step.call, []).append(step.outputs[LOGITS])
-        return Run(np.stack([np.concatenate(part) for part in logits.values()]), worst)
-
-    def _session(self, name: str, chosen: Lowering) -> Any:
-        import onnxruntime as ort
-
-        from ...runtime.backends.onnxruntime_session import cpu_session, session_options
-
-        options = session_options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        proto = emulate(self._protos[name], self._half, chosen)
-        return cpu_session(proto.SerializeToString(), options)
-
-
-def _resolve(keep: Sequence[str], protos: dict[str, Any]) -> dict[str, set[str]]:
+def _kept_nodes(keep_fp32: Sequence[str], protos: Mapping[str, Any]) -> dict[str, set[str]]:
+    """By graph, the nodes and tensors that are named."""
     kept: dict[str, set[str]] = {name: set() for name in protos}
-    for goal in keep:
-        if goal == AUTO:
+    for asked in keep_fp32:
+        if asked == AUTO:
             continue
-        graph, _, node = goal.rpartition(":")
-        names = {
+        graph, _, node = asked.rpartition(":")
+        found = [
             name
             for name, proto in protos.items()
             if graph in ("", name) and node in _names_of(proto)
-        }
-        if not names:
+        ]
+        if not found:
             example = next(iter(protos.values())).graph.node[-1].name
             raise VerificationError(
-                f"--keep-fp32 {goal}: no graph has such a node or tensor",
-                f"names look like segment_01:{example}; or give auto",
+                f"{asked!r} cannot be kept in fp32: no graph has such a node or tensor",
+                Remedy(
+                    "give {keep_fp32} names such as segment_01:{example}, or {auto}",
+                    example=example,
+                    auto=AUTO,
+                ),
             )
-        for name in names:
+        for name in found:
             kept[name].add(node)
     return kept
 
@@ -223,9 +158,9 @@ def _names_of(proto: Any) -> set[str]:
 
 
 def _too_large(
-    protos: dict[str, Any], abs_max: dict[str, dict[str, float]], half: Half
+    protos: Mapping[str, Any], abs_max: Mapping[str, Mapping[str, float]], half: Half
 ) -> dict[str, set[str]]:
-    """Nodes that make or read values beyond half the format's range, and such tensors."""
+    """By graph, the nodes and tensors with values beyond half of the format's range."""
     limit = half.largest / 2
     large: dict[str, set[str]] = {}
     carried: set[str] = set()
@@ -242,89 +177,15 @@ def _too_large(
             for node in proto.graph.node
             if values.intersection((*node.input, *node.output))
         }
-    # A tensor between two graphs has one type, and what reads it must be able to hold it.
+    # A tensor between two graphs has one type, which the nodes that read it must take.
     for name, proto in protos.items():
         large[name] |= carried
         large[name] |= {n.name for n in proto.graph.node if carried.intersection(n.input)}
     return large
 
 
-def report_of(
-    manifest: Manifest,
-    precision: str,
-    rule: ExitRule,
-    found: Run,
-    expected: NDArray[np.float32],
-    plans: dict[str, Lowering],
-    half: Half,
-) -> PrecisionReport:
-    """What an emulation says of a precision, whose floats are in `half`."""
-    overflows = tuple(
-        f"{name}:{node}"
-        for name, nodes in found.abs_max.items()
-        for node, value in nodes.items()
-        if node in plans[name].nodes and not value <= half.largest
-    )
-    worst = {name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()}
-    return PrecisionReport(
-        precision=precision,
-        rows=expected.shape[1],
-        kept=(),
-        max_abs=worst,
-        overflows=overflows,
-        agreement=compare(found.logits, expected, rule, manifest.task, BARS[precision]),
-    )
-
-
-def _size(item: tuple[str, float]) -> float:
-    return np.inf if np.isnan(item[1]) else item[1]
-
-
-def _what_failed(report: PrecisionReport) -> str:
-    if report.overflows:
-        first = report.overflows[0]
-        graph, node = first.split(":", 1)
-        more = len(report.overflows) - 1
-        return (
-            f"{report.precision} overflows first in {graph} at {node}"
-            + (f" and then at {more} more nodes" if more else "")
-            + f" (largest value seen: {report.max_abs[graph][1]:.3g})"
-        )
-    return (
-        f"{report.precision} changes answers from segment {report.agreement.first_bad_exit} on: "
-        f"{report.agreement} of {report.rows} texts"
-    )
-
-
-def _how_to_mend(report: PrecisionReport, half: Half, keep: Collection[str]) -> str:
-    if report.overflows and AUTO not in keep:
-        return f"keep what overflows in fp32: --keep-fp32 {AUTO}"
-    if half is Half.FP16:
-        return "try --bf16, or name nodes to keep with --keep-fp32"
-    return "stay with fp32, or name nodes to keep with --keep-fp32"
-
-
-def record_of(folder: Path, path: Path, graph: Graph, half: Half, chosen: Lowering) -> Graph:
-    """The record of a lowered graph.
-
-    Args:
-        folder: the engines folder.
-        path: the file that was written.
-        graph: the record in fp32.
-        half: the format.
-        chosen: what was lowered.
-    """
-
-    def specs(old: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        dtype = "float16" if half is Half.FP16 else "bfloat16"
-        return tuple(
-            msgspec.structs.replace(spec, dtype=dtype) if spec.name in chosen.tensors else spec
-            for spec in old
-        )
-
-    return Graph(
-        file=path.relative_to(folder).as_posix(),
-        sha256=sha256_of(path),
-        inputs=specs(graph.inputs),
-        outputs=specs(graph.outputs),
-    )
+def _remedy(report: PrecisionReport, half: Half, keep_fp32: Sequence[str]) -> Remedy:
+    if report.overflows and AUTO not in keep_fp32:
+        return Remedy("keep what overflows in fp32: {keep_fp32} {auto}", auto=AUTO)
+    other = "use bf16" if half is Half.FP16 else "stay with fp32"
+    return Remedy("{other}, or name nodes to keep in fp32 as {keep_fp32}", other=other)

@@ -1,4 +1,4 @@
-"""16-bit float formats, and what stays out of them."""
+"""The precisions beside fp32, and the part of a graph that always stays in fp32."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class Half(str, Enum):
     """A 16-bit float format."""
 
     FP16 = "fp16"
-    """5 bits of exponent: nothing above 65504."""
+    """5 bits of exponent: values up to 65504."""
     BF16 = "bf16"
-    """The range of fp32, 8 bits of precision; Ampere and later."""
+    """The range of fp32 with 8 bits of precision; needs an Ampere or later GPU."""
 
     @property
     def largest(self) -> float:
-        """Largest finite value."""
+        """The largest finite value."""
         return 65504.0 if self is Half.FP16 else 3.3895e38
 
 
 def in_head(node: str) -> bool:
-    """Whether a node, by its name, belongs to an exit head: `head/...` or `head.classifier/...`."""
+    """Whether a node belongs to an exit head, by its name: `head/...` or `head.classifier/...`."""
     return node.split("/")[0].split(".")[0] == "head"

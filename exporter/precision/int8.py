@@ -1,7 +1,7 @@
-"""int8 for TensorRT: explicit, symmetric Q/DQ around the matrix products with weights.
+"""int8 for TensorRT: explicit, symmetric Q/DQ nodes around the matrix products with weights.
 
-Ranges come from the user's own texts. What is not quantized is in fp16, as TensorRT runs
-it. ONNX Runtime's CPU wants unsigned activations, so these graphs are not for it.
+The ranges come from the user's own texts. What is not quantized is in fp16, as TensorRT runs it.
+ONNX Runtime needs unsigned activations on the CPU, so these graphs are not for its CPU target.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from ...calibration.activations import graph_inputs
@@ -21,16 +20,16 @@ from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Arrays, Text, TextEncoder
-from ...runtime.errors import InputError, VerificationError
+from ...runtime.errors import InputError, Remedy, VerificationError
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.rules import ExitRule
-from ..staging import replacing
-from .float16 import Emulation, PrecisionReport, record_of, report_of
+from ..onnx_file import load_graphs
+from .emulation import PrecisionReport, report_on, run_emulated
+from .float16 import with_lowered
 from .formats import INT8, Half
-from .rounding import choose_lowering, lower
+from .lowering import choose_lowering
 
-FOLDER = "int8-qdq"
-
+_FOLDER = "onnx/int8-qdq"
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
 
@@ -46,78 +45,54 @@ def add_int8(
 
     Args:
         folder: the engines folder.
-        manifest: its manifest; the one with the new graphs is returned, not written.
-        rule: whose exits must stay.
-        texts: from the same source as what will be classified; a part of them gives the
-            ranges, and the rest is what agreement is measured on.
+        manifest: its manifest. The one with the new graphs is returned, not written.
+        rule: the rule whose exits must stay.
+        texts: at least 32 texts like those that will be classified. Every other text gives the
+            ranges; the agreement is measured on the rest.
         progress: called with (what, done, total).
+
+    Returns:
+        The manifest with the new graphs, and what was found.
 
     Raises:
         InputError: too few texts.
-        VerificationError: labels or exits change by more than the bar.
+        VerificationError: too many labels or exits change.
     """
     if len(texts) < _LEAST_TEXTS:
         raise InputError(
-            f"--calibration-data holds {len(texts)} texts; int8 ranges need at least "
-            f"{_LEAST_TEXTS}",
-            "give a few hundred texts like those that will be classified",
+            f"int8 ranges need at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
+            Remedy("give a few hundred texts like those to classify as {calibration_data}"),
         )
-    rows = TextEncoder(folder, manifest.tokenizer).encode(texts[: 2 * _MOST_TEXTS])
+    encoder = TextEncoder(folder, manifest.tokenizer)
+    rows = encoder.encode(texts[: 2 * _MOST_TEXTS])
     ranges, judged = rows[::2], rows[1::2]
     progress("int8 ranges", 0, len(manifest.graphs))
-    feeds = graph_inputs(folder, manifest, ranges)
+    inputs = graph_inputs(folder, manifest, ranges)
     quantized: dict[str, Any] = {}
     for number, (name, graph) in enumerate(manifest.graphs.items()):
         progress(f"int8 {name}", number, len(manifest.graphs))
         path = verified_graph(folder, graph.file, graph.sha256)
-        quantized[name] = _quantize(name, path, feeds.pop(name))
-    plans = {name: choose_lowering(proto) for name, proto in quantized.items()}
-    chain = Emulation(folder, manifest, quantized, Half.FP16, progress)
-    fp32 = _fp32_chain(folder, manifest, progress)
+        quantized[name] = _quantize(name, path, inputs.pop(name))
+    lowerings = {name: choose_lowering(proto) for name, proto in quantized.items()}
+    exact = load_graphs(folder, manifest.graphs)
+    fp32 = run_emulated(manifest, exact, {}, Half.FP16, judged, progress)
     known, logits = read_reference(folder, manifest)
-    reference = TextEncoder(folder, manifest.tokenizer).encode(known)
-    everything = [*reference, *judged]
-    expected = np.concatenate([logits, fp32.run(judged, fp32.exact).logits], axis=1)
-    found = chain.run(everything, plans)
-    report = report_of(manifest, INT8, rule, found, expected, plans, Half.FP16)
-    if not report.passed:
-        raise VerificationError(
-            f"int8 changes answers from segment {report.agreement.first_bad_exit} on: "
-            f"{report.agreement} of {report.rows} texts",
-            "give more calibration texts, or stay with --fp16",
-        )
-    place = folder / "onnx" / FOLDER
-    with replacing(place) as temporary:
-        for name, proto in quantized.items():
-            lowered = lower(proto, Half.FP16, plans[name]).SerializeToString(deterministic=True)
-            (temporary / f"{name}.onnx").write_bytes(lowered)
-    graphs = {
-        name: record_of(
-            folder, place / f"{name}.onnx", manifest.graphs[name], Half.FP16, plans[name]
-        )
-        for name in quantized
-    }
-    precisions = {**manifest.precisions, INT8: graphs}
-    return msgspec.structs.replace(manifest, precisions=precisions), report
+    expected = np.concatenate([logits, fp32.logits], axis=1)
+    rows = [*encoder.encode(known), *judged]
+    found = run_emulated(manifest, quantized, lowerings, Half.FP16, rows, progress)
+    report = report_on(found, expected, manifest, INT8, rule, lowerings, Half.FP16)
+    report.check(Remedy("give more texts as {calibration_data}, or stay with fp16"))
+    new = with_lowered(folder, manifest, INT8, _FOLDER, quantized, lowerings, Half.FP16)
+    return new, report
 
 
-def _fp32_chain(folder: Path, manifest: Manifest, progress: Progress) -> Emulation:
-    import onnx
-
-    protos = {
-        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
-        for name, graph in manifest.graphs.items()
-    }
-    return Emulation(folder, manifest, protos, Half.FP16, progress)
-
-
-def _quantize(name: str, path: Path, feeds: list[Arrays]) -> Any:
-    """The graph with Q/DQ, made by a process of its own, see `int8_worker`."""
+def _quantize(name: str, path: Path, inputs: Sequence[Arrays]) -> Any:
+    """The graph with Q/DQ nodes, made in a separate process, see `int8_worker`."""
     import onnx
 
     with tempfile.TemporaryDirectory() as temporary:
-        stored, target = Path(temporary) / "feeds.npz", Path(temporary) / "quantized.onnx"
-        arrays = {f"{n}/{key}": v for n, feed in enumerate(feeds) for key, v in feed.items()}
+        stored, target = Path(temporary) / "inputs.npz", Path(temporary) / "quantized.onnx"
+        arrays = {f"{n}/{key}": v for n, batch in enumerate(inputs) for key, v in batch.items()}
         np.savez(stored, **arrays)  # type: ignore[arg-type]
         worker = [sys.executable, "-m", "fpabee.exporter.precision.int8_worker"]
         command = [*worker, str(path), str(stored), str(target)]
@@ -126,6 +101,6 @@ def _quantize(name: str, path: Path, feeds: list[Arrays]) -> Any:
             lines = done.stderr.strip().splitlines() or ["no reason given"]
             raise VerificationError(
                 f"{name} could not be quantized: {lines[-1]}",
-                "stay with --fp16, and please report this with your model's config.json",
+                "stay with fp16, and please report this with your model's config.json",
             )
         return onnx.load(target)

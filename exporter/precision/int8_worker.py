@@ -1,10 +1,10 @@
-"""Quantize one graph: a process of its own.
+"""Quantize one graph in a process of its own.
 
-    python -m fpabee.exporter.precision.int8_worker graph.onnx feeds.npz quantized.onnx
+    python -m fpabee.exporter.precision.int8_worker graph.onnx inputs.npz quantized.onnx
 
-ONNX Runtime's quantizer makes sessions with thread pools of their own, which it refuses in a
-process that has the shared pool of our runtime. `feeds.npz` holds arrays called
-`<number>/<input>`.
+ONNX Runtime's quantizer creates sessions with their own thread pools, which ONNX Runtime refuses
+in a process with the shared pool of our runtime. `inputs.npz` holds arrays named
+`<batch>/<input>`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import onnx
 from .formats import in_head
 
 
-def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
-    """Write a graph with symmetric Q/DQ around every product with a weight, heads left out.
+def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
+    """Write a graph with symmetric Q/DQ around every product with a weight, except in heads.
 
     Args:
         source: the fp32 graph.
-        feeds: inputs that give the ranges.
+        batches: inputs of the graph, which give the ranges.
         target: the file to write.
     """
     from onnxruntime.quantization import (
@@ -37,12 +37,11 @@ def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._feeds = iter(feeds)
+            self._batches = iter(batches)
 
         def get_next(self) -> dict[str, Any] | None:
-            return next(self._feeds, None)
+            return next(self._batches, None)
 
-    heads = [node.name for node in onnx.load(source).graph.node if in_head(node.name)]
     with tempfile.TemporaryDirectory() as temporary:
         quantized = Path(temporary) / "quantized.onnx"
         quantize_static(
@@ -54,14 +53,14 @@ def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=heads,
+            nodes_to_exclude=[n.name for n in onnx.load(source).graph.node if in_head(n.name)],
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "MatMulConstBOnly": True,
             },
         )
-        # Types of the new values are what tells which nodes are lowered to fp16.
+        # The types of the new values say which nodes are lowered to fp16.
         proto = onnx.shape_inference.infer_shapes(onnx.load(quantized))
     for item in [proto, proto.graph, *proto.graph.node, *proto.graph.initializer]:
         item.ClearField("metadata_props")
@@ -70,14 +69,14 @@ def quantize(source: Path, feeds: list[dict[str, Any]], target: Path) -> None:
 
 
 def main() -> None:
-    """Quantize what the arguments name."""
+    """Quantize the graph that the arguments name."""
     source, stored, target = (Path(argument) for argument in sys.argv[1:])
-    feeds: dict[int, dict[str, Any]] = {}
+    batches: dict[str, dict[str, Any]] = {}
     with np.load(stored, allow_pickle=False) as content:
         for key in content.files:
             number, name = key.split("/", 1)
-            feeds.setdefault(int(number), {})[name] = content[key]
-    quantize(source, [feeds[number] for number in sorted(feeds)], target)
+            batches.setdefault(number, {})[name] = content[key]
+    quantize(source, list(batches.values()), target)
 
 
 if __name__ == "__main__":

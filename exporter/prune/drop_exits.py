@@ -1,24 +1,21 @@
-"""Drop exits: a new engines folder with some of the exits, calibrated again. Torch-free."""
+"""Drop exits: a new engines folder with some of the exits, calibrated again. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...calibration.calibrate import calibrate
-from ...calibration.goals import CalibrationOptions
-from ...calibration.risk import Bound, RiskOf
+from ...calibration import Bound, CalibrationOptions, RiskOf, calibrate
 from ...calibration.scoring import AGREEMENT
 from ...calibration.trace import expected_labels, stored_rows
 from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import read_manifest
-from ...runtime.artifact.manifest import Manifest, NotBuilt
+from ...runtime.artifact.manifest import Manifest, Target
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.engine import Engine
-from ...runtime.errors import ArtifactError, FpabeeError, InputError
+from ...runtime.errors import ArtifactError, FpabeeError, InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
@@ -35,18 +32,19 @@ class DropExitsOptions:
     """Which exits are kept, and how.
 
     Attributes:
-        exits: those to keep, counted from 1, ascending.
-        target: whose points are calibrated again; None: the manifest's default.
-        data: labelled rows (any format of `read_rows`); None: those that calibrated the points.
+        exits: the exits to keep, counted from 1, ascending.
+        target: the target whose operating points are calibrated again; None: the default one.
+        calibration_data: a file of labelled rows, in any format of `read_rows`; None: the rows
+            that calibrated each point, which the engines folder holds.
         reading: how that file is read.
-        force: replace an engines folder that is there.
+        force: replace an engines folder that exists.
         threads: CPU threads.
         targets: how plans are built again.
     """
 
     exits: tuple[int, ...]
     target: str | None = None
-    data: Path | None = None
+    calibration_data: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     force: bool = False
     threads: int | None = None
@@ -59,7 +57,7 @@ class RecalibratedPoint:
 
     Attributes:
         before: with all exits.
-        after: with those kept, on the same rows.
+        after: with the kept exits, on the same rows.
     """
 
     before: OperatingPoint
@@ -68,36 +66,33 @@ class RecalibratedPoint:
 
 @dataclass(frozen=True)
 class LostPoint:
-    """An operating point that does not hold for the new exits.
+    """An operating point that the new folder does not have.
 
     Attributes:
-        target: of the old folder.
+        target: its target in the old folder.
         point: its name there.
-        reason: why it could not be made again.
-        command: what makes it again.
+        reason: why it was not calibrated again.
     """
 
     target: str
     point: str
     reason: str
-    command: str
 
 
 @dataclass(frozen=True)
 class DropExitsResult:
-    """What was made.
+    """A new engines folder with fewer exits.
 
     Attributes:
         folder: the new engines folder.
         manifest: its manifest.
-        exits: the old numbers of the exits that were kept.
+        exits: the numbers that the kept exits had in the old folder.
         agreement: how closely the new chain agrees with the PyTorch model.
         points: the operating points that were calibrated again, by name.
         lost: those that were not.
         built: targets that were built again.
-        not_built: targets that could not be, and how to.
         target: the target whose points were calibrated again.
-        default_before: its point that ran when none was named; empty: none did.
+        default_before: the point of this target that ran if none was named; may be empty.
     """
 
     folder: Path
@@ -107,13 +102,12 @@ class DropExitsResult:
     points: dict[str, RecalibratedPoint]
     lost: tuple[LostPoint, ...]
     built: tuple[str, ...]
-    not_built: dict[str, NotBuilt]
     target: str
     default_before: str
 
     @property
     def default(self) -> str | None:
-        """The target's point that runs now when none is named; None: the target is not built."""
+        """The point that runs now if none is named; may be empty. None: the target is missing."""
         target = self.manifest.targets.get(self.target)
         return None if target is None else target.default_operating_point
 
@@ -126,15 +120,18 @@ def drop_exits(
 ) -> DropExitsResult:
     """Write an engines folder with fewer exits, and calibrate its operating points again.
 
+    Targets that were built are built again if this machine can. Points of one target are
+    calibrated again, for the same goals, on the rows that calibrated them.
+
     Args:
-        source: the engines folder to start from; it stays as it is.
+        source: the engines folder to start from; it is not changed.
         output: the folder to write.
-        options: see `DropExitsOptions`.
+        options: the exits to keep, and more.
         progress: called with (what, done, total).
 
     Raises:
         ModelError: exits that the model does not have.
-        InputError: the rows that are given cannot be read, or lack labels.
+        InputError: the given rows cannot be read, or lack labels.
         ArtifactError: a folder is damaged, exists, or cannot be written.
         VerificationError: the new chain does not reproduce the PyTorch model.
         BackendError: the target cannot run here.
@@ -143,20 +140,38 @@ def drop_exits(
     old, new = Path(source), resolved(output)
     manifest = read_manifest(old)
     if new.is_relative_to(old.resolve()):
-        raise ArtifactError(f"{old} cannot be written over itself", "give another folder with -o")
+        raise ArtifactError(
+            f"{old} cannot be overwritten with its own contents",
+            Remedy("give another folder as {output}"),
+        )
     check_output(new, options.force)
     check_exits(options.exits, len(manifest.segments))
-    # First of all: rows that cannot be used must not be found out when the folder is written.
-    given = _given(options)
     with Engine.load(old, options.target, threads=options.threads) as engine:
-        if given is not None:
-            _check_labels(engine, given)
-        progress("merge", 0, len(options.exits))
-        with staging(new) as folder:
-            kept, agreement = keep_exits(old, manifest, options.exits, folder)
-            publish(folder, new)
-        kept, built = _rebuild(new, manifest, kept, options.targets, progress)
-        points, lost = _calibrate(engine, old, new, options, given, progress)
+        name = engine.target
+    target = manifest.targets[name]
+    # Unusable rows are refused before the folder is written.
+    rows = None
+    if options.calibration_data is not None:
+        rows = list(read_rows(options.calibration_data, options.reading))
+        if any(point.metric != AGREEMENT for point in target.operating_points.values()):
+            expected_labels(rows, manifest.task)
+    progress("merge", 0, len(options.exits))
+    with staging(new) as folder:
+        kept, agreement = keep_exits(old, manifest, options.exits, folder)
+        publish(folder, new)
+    built = _rebuild(new, manifest, kept, options.targets, progress)
+    points: dict[str, RecalibratedPoint] = {}
+    lost: list[LostPoint] = []
+    for other, its in manifest.targets.items():
+        if other != name:
+            lost += _lost(other, its.operating_points, "it was measured on another target")
+        elif name not in read_manifest(new).targets:
+            lost += _lost(name, its.operating_points, "the target could not be built here")
+    for group in _groups(target) if name in read_manifest(new).targets else ():
+        try:
+            points |= _recalibrate(old, manifest, new, name, group, rows, options, progress)
+        except FpabeeError as error:
+            lost += _lost(name, group, error.message)
     return DropExitsResult(
         folder=Path(output),
         manifest=read_manifest(new),
@@ -165,141 +180,90 @@ def drop_exits(
         points=points,
         lost=tuple(lost),
         built=tuple(built),
-        not_built=kept.not_built,
-        target=engine.target,
-        default_before=manifest.targets[engine.target].default_operating_point,
+        target=name,
+        default_before=target.default_operating_point,
     )
-
-
-def _given(options: DropExitsOptions) -> list[Row] | None:
-    if options.data is None:
-        return None
-    return list(read_rows(options.data, options.reading))
-
-
-def _check_labels(engine: Engine, rows: Sequence[Row]) -> None:
-    points = engine.manifest.targets[engine.target].operating_points.values()
-    if any(point.metric != AGREEMENT for point in points):
-        expected_labels(rows, engine.manifest.task)
-
-
-def _rows(engine: Engine, folder: Path, point: OperatingPoint) -> list[Row] | None:
-    """The rows that calibrated a point, if they are still there."""
-    place = folder / "calibration"
-    return stored_rows(place, engine.manifest, engine.target, point.data_sha256)
-
-
-def _is_unlabelled(point: OperatingPoint, rows: Sequence[Row]) -> bool:
-    return point.metric == AGREEMENT and any(row.labels is None for row in rows)
-
-
-def _batch(point: OperatingPoint) -> int:
-    """The batch size that the point was chosen for."""
-    return max((int(size) for size in point.measured_speedup), default=1)
 
 
 def _rebuild(
     folder: Path, old: Manifest, manifest: Manifest, options: AddTargetsOptions, progress: Progress
-) -> tuple[Manifest, list[str]]:
-    """Build again what the old folder had built, as far as this machine can."""
+) -> list[str]:
+    """Build what the old folder had built, as far as this machine can; gives the names."""
     built = []
     for target in old.targets.values():
         if not target.files:
             continue
         plans = options.plans
         if target.backend == RTX:
-            capabilities = target.compute_capabilities
-            plans = dataclasses.replace(plans, compute_capabilities=capabilities)
+            plans = dataclasses.replace(plans, compute_capabilities=target.compute_capabilities)
         changed = dataclasses.replace(options, plans=plans)
         manifest, name = add_target(
             folder, manifest, target.backend, target.precision, changed, progress
         )
         if name is not None:
             built.append(name)
-    return manifest, built
+    return built
 
 
-def _calibrate(
-    engine: Engine,
-    old: Path,
-    new: Path,
-    options: DropExitsOptions,
-    given: list[Row] | None,
-    progress: Progress,
-) -> tuple[dict[str, RecalibratedPoint], list[LostPoint]]:
-    """Make the target's operating points again; name those of other targets."""
-    points: dict[str, RecalibratedPoint] = {}
-    lost: list[LostPoint] = []
-    for name, target in engine.manifest.targets.items():
-        command = f"fpabee-calibrate {new} --data DATA --target {shlex.quote(name)}"
-        if name != engine.target:
-            reason = "it was measured on another target"
-            lost += [LostPoint(name, point, reason, command) for point in target.operating_points]
-            continue
-        if name not in read_manifest(new).targets:
-            reason = "the target is not built here"
-            lost += [LostPoint(name, point, reason, command) for point in target.operating_points]
-            continue
-        for group in _groups(target.operating_points, target.default_operating_point):
-            try:
-                points |= _calibrate_group(engine, old, new, group, options, given, progress)
-            except FpabeeError as error:
-                lost += [LostPoint(name, point, error.message, command) for point in group]
-    return points, lost
+def _lost(target: str, points: Iterable[str], reason: str) -> list[LostPoint]:
+    return [LostPoint(target, point, reason) for point in points]
 
 
-def _groups(points: dict[str, OperatingPoint], default: str) -> Iterator[dict[str, OperatingPoint]]:
-    """Points that one calibration can make; the one with the default comes last, to stay it.
+def _groups(target: Target) -> list[dict[str, OperatingPoint]]:
+    """Points that one calibration can make; the group of the default comes last, so it stays so.
 
-    A bound is made alone, and so is a wish for speed: what cannot be granted takes no other along.
+    A bound needs its own calibration. So does a goal for speed: if it cannot be met, the other
+    points are not lost with it.
     """
-    groups: dict[tuple[str, ...], dict[str, OperatingPoint]] = {}
-    for name, point in points.items():
+    groups: dict[tuple[object, ...], dict[str, OperatingPoint]] = {}
+    for name, point in target.operating_points.items():
         alone = name if point.goal is None or point.goal.speedup is not None else ""
-        key = (point.metric, point.data_sha256, str(_batch(point)), alone)
+        key = (point.metric, point.data_sha256, _batch_size(point), alone)
         groups.setdefault(key, {})[name] = point
-    yield from sorted(groups.values(), key=lambda group: default in group)
+    return sorted(groups.values(), key=lambda group: target.default_operating_point in group)
 
 
-def _calibrate_group(
-    engine: Engine,
+def _batch_size(point: OperatingPoint) -> int:
+    """The batch size that the point was chosen for."""
+    return max((int(size) for size in point.measured_speedup), default=1)
+
+
+def _recalibrate(
     old: Path,
+    manifest: Manifest,
     new: Path,
+    name: str,
     group: dict[str, OperatingPoint],
+    rows: Sequence[Row] | None,
     options: DropExitsOptions,
-    given: list[Row] | None,
     progress: Progress,
 ) -> dict[str, RecalibratedPoint]:
+    """Calibrate points of a target again, for what they were calibrated for."""
     first = next(iter(group.values()))
-    rows = _rows(engine, old, first) if given is None else given
     if rows is None:
-        raise InputError(
-            f"its rows are not in {old / 'calibration'}", "give them with --calibration-data"
-        )
-    target = engine.manifest.targets[engine.target]
+        rows = stored_rows(old / "calibration", manifest, name, first.data_sha256)
+    if rows is None:
+        raise InputError(f"its rows are not in {old / 'calibration'}")
     rules = [ExitRule.from_dict(point.rule) for point in group.values()]
     measures = [getattr(rule, "measure", None) for rule in rules]
-    default = target.default_operating_point
-    wished = CalibrationOptions(
-        goals={name: point.goal for name, point in group.items() if point.goal is not None},
-        bound=_bound(first),
+    bound, certificate = None, first.certificate
+    if first.goal is None and certificate is not None:
+        risk_of = RiskOf(certificate.risk_of)
+        bound = Bound(certificate.risk / 100, certificate.confidence / 100, risk_of)
+    default = manifest.targets[name].default_operating_point
+    chosen = CalibrationOptions(
+        goals={point: its.goal for point, its in group.items() if its.goal is not None},
+        bound=bound,
         name=next(iter(group)),
         default=default if default in group else next(iter(group)),
         metric=first.metric,
         rules=tuple(dict.fromkeys(rule.name for rule in rules)),
         measures=tuple(dict.fromkeys(m for m in measures if m is not None)) or tuple(Measure),
-        target=engine.target,
-        unlabelled=_is_unlabelled(first, rows),
-        batch_size=_batch(first),
+        target=name,
+        unlabelled=first.metric == AGREEMENT and any(row.labels is None for row in rows),
+        batch_size=_batch_size(first),
         threads=options.threads,
     )
-    calibrate(new, rows, wished, progress)
-    made = read_manifest(new).targets[engine.target].operating_points
-    return {name: RecalibratedPoint(point, made[name]) for name, point in group.items()}
-
-
-def _bound(point: OperatingPoint) -> Bound | None:
-    if point.goal is not None or point.certificate is None:
-        return None
-    risk, confidence = point.certificate.risk / 100, point.certificate.confidence / 100
-    return Bound(risk, confidence, RiskOf(point.certificate.risk_of))
+    calibrate(new, rows, chosen, progress)
+    made = read_manifest(new).targets[name].operating_points
+    return {point: RecalibratedPoint(before, made[point]) for point, before in group.items()}

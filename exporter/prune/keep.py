@@ -1,24 +1,21 @@
-"""Write an engines folder that keeps some exits of another one. Torch-free.
+"""Write an engines folder that keeps some of the exits of another one. Needs no torch.
 
-The layers between two kept exits become one segment without the heads in between, in every
-precision that the folder has. Where layers share their weights (ALBERT), graphs stay as
-they are and the segments call fewer heads.
+In every precision of the folder, the layers between two kept exits become one graph without the
+heads in between. If layers share their weights (ALBERT), the graphs are copied unchanged and each
+segment just calls fewer heads.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from ... import __version__
 from ...runtime.agreement import Agreement
-from ...runtime.artifact.folder import sha256_of, verified, verified_graph, write_manifest
+from ...runtime.artifact.folder import sha256_of, verified, write_manifest
 from ...runtime.artifact.manifest import (
     LOGITS,
     NEXT,
@@ -26,12 +23,11 @@ from ...runtime.artifact.manifest import (
     Graph,
     Manifest,
     Segment,
-    TensorSpec,
 )
 from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
-from ...runtime.errors import ModelError
-from ..onnx_file import serialized
+from ...runtime.errors import ModelError, Remedy
+from ..onnx_file import load_graphs, write_graph
 from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
@@ -39,23 +35,27 @@ from .merge import merge_graphs
 def check_exits(exits: Sequence[int], count: int) -> None:
     """Refuse exits that a model does not have.
 
+    Args:
+        exits: numbers of the exits to keep, counted from 1.
+        count: how many exits the model has.
+
     Raises:
-        ModelError: not ascending numbers between 1 and `count`.
+        ModelError: the exits are not ascending numbers between 1 and `count`.
     """
     if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
         raise ModelError(
-            f"--exits {','.join(map(str, exits))} does not fit a model with {count} exits",
-            f"give ascending exit numbers between 1 and {count}",
+            f"exits {','.join(map(str, exits))} do not fit a model with {count} exits",
+            Remedy("give {exits} as ascending numbers between 1 and {count}", count=count),
         )
 
 
 def keep_exits(
     source: Path, manifest: Manifest, exits: Sequence[int], folder: Path
 ) -> tuple[Manifest, Agreement]:
-    """Write the folder, with the targets that run ONNX graphs as they are, and verify it.
+    """Write the folder, with those targets that run ONNX graphs directly, and verify it.
 
     Args:
-        source: the engines folder to take from.
+        source: the engines folder to copy from.
         manifest: its manifest.
         exits: the exits to keep, counted from 1, ascending.
         folder: an empty folder to write.
@@ -70,14 +70,27 @@ def keep_exits(
         VerificationError: the new chain does not reproduce the PyTorch model.
     """
     check_exits(exits, len(manifest.segments))
-    joined = _joined(manifest, exits)
-    graphs, precisions = {}, {}
-    for precision in ("fp32", *manifest.precisions):
-        written = _write_graphs(source, manifest.graphs_in(precision), joined, precision, folder)
-        if precision == "fp32":
-            graphs = written
-        else:
-            precisions[precision] = written
+    calls = _calls(manifest, exits)
+    every = [name for part in calls for name in part]
+    is_shared = len(set(every)) < len(every)
+
+    def write(precision: str) -> dict[str, Graph]:
+        old = manifest.graphs_in(precision)
+        if not is_shared:
+            return _merge(source, old, calls, f"onnx/{precision}", folder)
+        graphs = {name: old[name] for name in every}
+        for graph in graphs.values():
+            _copy(source, graph.file, graph.sha256, folder)
+        return graphs
+
+    graphs = write("fp32")
+    precisions = {precision: write(precision) for precision in manifest.precisions}
+    segments = tuple(
+        Segment(exit=number, layer=manifest.segments[old - 1].layer, calls=tuple(part))
+        for number, (old, part) in enumerate(
+            zip(exits, calls if is_shared else [[name] for name in graphs], strict=True), start=1
+        )
+    )
     _copy(source, manifest.tokenizer.file, manifest.tokenizer.sha256, folder)
     texts, logits = read_reference(source, manifest)
     logits = logits[[number - 1 for number in exits]]
@@ -91,10 +104,10 @@ def keep_exits(
     kept = msgspec.structs.replace(
         manifest,
         fpabee_version=__version__,
-        model=msgspec.structs.replace(manifest.model, layers=joined[-1].segment.layer),
+        model=msgspec.structs.replace(manifest.model, layers=segments[-1].layer),
         graphs=graphs,
         precisions=precisions,
-        segments=tuple(part.segment for part in joined),
+        segments=segments,
         targets=targets,
         default_target=default if default in targets else next(iter(targets)),
         verification=None,
@@ -108,91 +121,47 @@ def keep_exits(
     return kept, agreement
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """A segment of the new folder.
-
-    Attributes:
-        segment: its record.
-        merged: the graphs of the old folder that become one; empty: calls stay as they are.
-        outputs: what leaves the merged graph.
-    """
-
-    segment: Segment
-    merged: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-
-
-def _joined(manifest: Manifest, exits: Sequence[int]) -> list[_Joined]:
-    """The segments up to each kept exit."""
-    parts: list[list[str]] = []
-    start = 0
+def _calls(manifest: Manifest, exits: Sequence[int]) -> list[list[str]]:
+    """The graphs that run up to each kept exit, without the heads of dropped exits."""
+    heads = {
+        name
+        for name, graph in manifest.graphs.items()
+        if [spec.name for spec in graph.outputs] == [LOGITS]
+    }
+    calls, start = [], 0
     for number in exits:
-        between, end = manifest.segments[start : number - 1], manifest.segments[number - 1]
-        calls = [call for segment in between for call in segment.calls]
-        parts.append([call for call in calls if not _is_head(manifest.graphs[call])])
-        parts[-1] += end.calls
+        between, last = manifest.segments[start : number - 1], manifest.segments[number - 1]
+        dropped = [name for segment in between for name in segment.calls if name not in heads]
+        calls.append([*dropped, *last.calls])
         start = number
-    shared = max(Counter(call for part in parts for call in part).values()) > 1
-    joined = []
-    for number, (exit_, calls) in enumerate(zip(exits, parts, strict=True), start=1):
-        layer = manifest.segments[exit_ - 1].layer
-        if shared:
-            joined.append(_Joined(Segment(exit=number, layer=layer, calls=tuple(calls))))
-            continue
-        later = {
-            spec.name
-            for part in parts[number:]
-            for call in part
-            for spec in manifest.graphs[call].inputs
-        }
-        made = dict.fromkeys(s.name for call in calls for s in manifest.graphs[call].outputs)
-        outputs = [name for name in made if name != LOGITS and name.removeprefix(NEXT) in later]
-        segment = Segment(exit=number, layer=layer, calls=(f"segment_{number:02d}",))
-        joined.append(_Joined(segment, tuple(calls), (*outputs, LOGITS)))
-    return joined
+    return calls
 
 
-def _is_head(graph: Graph) -> bool:
-    return [spec.name for spec in graph.outputs] == [LOGITS]
-
-
-def _write_graphs(
-    source: Path, old: dict[str, Graph], joined: Sequence[_Joined], precision: str, folder: Path
+def _merge(
+    source: Path, old: dict[str, Graph], calls: Sequence[Sequence[str]], place: str, folder: Path
 ) -> dict[str, Graph]:
-    """The graphs of one precision, by name."""
-    import onnx
-
-    place = folder / "onnx" / precision
-    place.mkdir(parents=True)
-    graphs: dict[str, Graph] = {}
-    for part in joined:
-        if not part.merged:
-            for name in part.segment.calls:
-                graphs[name] = old[name]
-            continue
-        (name,) = part.segment.calls
-        path = place / f"{name}.onnx"
-        protos = [
-            (n, onnx.load(verified_graph(source, old[n].file, old[n].sha256))) for n in part.merged
+    """Write one graph for each list of calls, and give their records by name."""
+    merged = {}
+    for number, part in enumerate(calls, start=1):
+        later = {s.name for names in calls[number:] for name in names for s in old[name].inputs}
+        specs = {s.name: s for name in part for s in (*old[name].inputs, *old[name].outputs)}
+        leaving = [
+            name
+            for name in dict.fromkeys(s.name for call in part for s in old[call].outputs)
+            if name != LOGITS and name.removeprefix(NEXT) in later
         ]
-        proto = merge_graphs(protos, part.outputs)
-        path.write_bytes(serialized(proto, path.name))
-        specs = {s.name: s for n in part.merged for s in (*old[n].inputs, *old[n].outputs)}
-        graphs[name] = Graph(
-            file=path.relative_to(folder).as_posix(),
-            sha256=sha256_of(path),
-            inputs=_specs(specs, proto.graph.input),
-            outputs=_specs(specs, proto.graph.output),
+        protos = load_graphs(source, {name: old[name] for name in part})
+        proto = merge_graphs([(name, protos[name]) for name in part], [*leaving, LOGITS])
+        name = f"segment_{number:02d}"
+        file = f"{place}/{name}.onnx"
+        merged[name] = write_graph(
+            folder / file,
+            file,
+            proto,
+            [specs[value.name] for value in proto.graph.input],
+            [specs[value.name] for value in proto.graph.output],
         )
-    for graph in graphs.values():
-        if not (folder / graph.file).exists():
-            _copy(source, graph.file, graph.sha256, folder)
-    return graphs
-
-
-def _specs(known: dict[str, TensorSpec], values: Any) -> tuple[TensorSpec, ...]:
-    return tuple(known[value.name] for value in values)
+    return merged
 
 
 def _copy(source: Path, relative: str, sha256: str, folder: Path) -> None:

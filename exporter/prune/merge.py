@@ -1,8 +1,8 @@
-"""Join graphs that run one after another into one ONNX graph. Torch-free.
+"""Join graphs that run one after another into one ONNX graph. Needs no torch.
 
-The baseline that a chain is held against is one such graph, and so is the segment that is
-left where exits are dropped. `onnx.compose` is not used: it refuses two graphs that read
-the same input, and cannot keep one copy of weights that graphs share (ALBERT).
+Benchmarks compare the chain with one such graph, and where exits are dropped, each new segment is
+one. `onnx.compose` is not used: it refuses two graphs that read the same input, and cannot keep
+one copy of weights that graphs share (ALBERT).
 """
 
 from __future__ import annotations
@@ -11,38 +11,34 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import LOGITS, NEXT, Manifest
+from ..onnx_file import load_graphs
 
 
 def merge_chain(folder: Path, manifest: Manifest) -> Any:
-    """One `onnx.ModelProto` from token ids to the logits of the last exit, no other heads.
+    """One `onnx.ModelProto` from token ids to the logits of the last exit, without other heads.
 
     Args:
         folder: the engines folder.
         manifest: its manifest.
     """
-    import onnx
-
-    parts = {
-        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
-        for name, graph in manifest.graphs.items()
-    }
+    parts = load_graphs(folder, manifest.graphs)
     calls = [name for segment in manifest.segments for name in segment.calls]
     return merge_graphs([(name, parts[name]) for name in calls], [LOGITS])
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
-    """One graph that does what several do in a row.
+    """One graph that does what several graphs do one after another.
 
     Args:
-        calls: name and `onnx.ModelProto` of each graph, in order; one that is called twice
-            keeps one copy of its weights.
-        outputs: what must leave: `LOGITS`, or `NEXT` and the name of a carried tensor.
+        calls: name and `onnx.ModelProto` of each graph, in order. The weights of a graph that is
+            called twice are stored once.
+        outputs: the outputs of the new graph: `LOGITS`, or `NEXT` and the name of a carried
+            tensor.
 
     Returns:
-        An `onnx.ModelProto`. Nodes that no output needs are left out, such as the heads
-        before the last. A node keeps its name, with the number of the call at its end.
+        An `onnx.ModelProto`. Nodes that no output needs, such as the heads before the last, are
+        left out. A node keeps its name, with the number of the call appended.
     """
     import onnx
 
@@ -68,8 +64,13 @@ def _append(
 ) -> None:
     """Add one call.
 
-    `tensors` says what the carried tensors and the logits are called so far, and `made` what
-    type and shape they left a graph with.
+    Args:
+        merged: the graph to add to.
+        graph: the graph that is called.
+        name: its name, which becomes a prefix of its weights.
+        suffix: what is appended to the names of its nodes and values.
+        tensors: the current names of the carried tensors and the logits; updated.
+        made: the types and shapes of the latter, as outputs of the last graph; updated.
     """
     rename = {tensor.name: f"{name}/{tensor.name}" for tensor in graph.initializer}
     for value in graph.input:
@@ -101,7 +102,7 @@ def _append(
 
 
 def _prune(graph: Any, outputs: Collection[str]) -> None:
-    """Drop what the outputs do not need: nodes, initializers, inputs and types of values."""
+    """Remove the nodes, weights, inputs and value types that the outputs do not need."""
     needed = set(outputs)
     kept = []
     for node in reversed(graph.node):
@@ -122,7 +123,7 @@ def _prune(graph: Any, outputs: Collection[str]) -> None:
 
 
 def _rename(graph: Any, old: str, new: str) -> None:
-    """Call a value by another name wherever it stands."""
+    """Rename a value wherever it is used, and forget its inner type."""
     for node in graph.node:
         for names in (node.input, node.output):
             for number, name in enumerate(names):

@@ -1,1 +1,1 @@
-"""Built targets: what a backend needs besides the ONNX graphs."""
+"""Targets that are built from the ONNX graphs: TensorRT plans."""

@@ -1,4 +1,4 @@
-"""How TensorRT plans are built: settings, what they cannot be, and the shapes they give."""
+"""Settings for building TensorRT plans: shapes, GPUs, and what cannot be built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
-from ...runtime.errors import BackendError
+from ...runtime.errors import BackendError, Call, Remedy
 
 RTX = "tensorrt-rtx"
 TENSORRT = "tensorrt"
@@ -15,6 +15,8 @@ PORTABLE = ("8.6", "8.9", "12.0")
 TURING = "7.5"
 
 RTX_CAPABILITIES = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
+BUILD_ON_DEVICE = Call("add_targets", "ENGINES", backend=TENSORRT)
+
 _BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LENGTH_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -24,13 +26,13 @@ class PlanOptions:
     """How plans are built.
 
     Attributes:
-        batch: smallest, typical and largest number of rows.
-        sequence: the same in tokens; the largest is lowered to what the model takes.
+        batch: the smallest, typical and largest number of rows.
+        sequence: the same for the number of tokens; the largest is lowered to the model's limit.
         compute_capabilities: GPUs to build for; only with TensorRT for RTX.
-        version_compatible: plans that later versions of TensorRT can run.
-        hardware_compatible: plans for Ampere and everything after it.
-        optimization_level: 0 to 5; None: the library's own.
-        workspace: most scratch memory in bytes; None: no limit.
+        version_compatible: whether later versions of TensorRT can run the plans.
+        hardware_compatible: whether all GPUs from Ampere on can run the plans.
+        optimization_level: 0 to 5; None: the library's default.
+        workspace: the most scratch memory in bytes; None: no limit.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
@@ -42,17 +44,22 @@ class PlanOptions:
     workspace: int | None = None
 
     def fitted(self, manifest: Manifest, backend: str, precision: str) -> PlanOptions:
-        """The options with shapes that the model takes, and GPUs only where they are chosen.
+        """These options with shapes that the model takes and GPUs that the backend asks for.
+
+        Args:
+            manifest: of the engines folder.
+            backend: `tensorrt-rtx` or `tensorrt`.
+            precision: of the graphs to build.
 
         Raises:
-            BackendError: the backend builds no such plans in this precision.
+            BackendError: the backend cannot build such plans in this precision.
         """
         longest = manifest.tokenizer.max_length
         low, typical, high = (min(length, longest) for length in self.sequence)
         if list(self.batch) != sorted(self.batch) or not low <= typical <= high:
             raise BackendError(
                 f"batch {self.batch} or sequence {self.sequence} does not ascend",
-                "give smallest, typical and largest: --batch 1,8,32 --sequence 16,64,128",
+                Remedy("give the smallest, typical and largest size as {batch} and {sequence}"),
             )
         if backend == RTX:
             self._check_rtx(precision)
@@ -65,31 +72,31 @@ class PlanOptions:
         for capability in self.compute_capabilities:
             if capability not in RTX_CAPABILITIES:
                 raise BackendError(
-                    f"TensorRT for RTX has no support for compute capability {capability}; "
-                    f"it has {', '.join(RTX_CAPABILITIES)}",
-                    "there use TensorRT, on the device: fpabee-export --from ENGINES "
-                    "--backend tensorrt",
+                    f"TensorRT for RTX does not support compute capability {capability}, only "
+                    f"{', '.join(RTX_CAPABILITIES)}",
+                    Remedy("use TensorRT on the device instead: {call}", call=BUILD_ON_DEVICE),
                 )
-            if capability == TURING and precision in ("fp32", "bf16"):
-                raise BackendError(
-                    f"TensorRT for RTX has no {precision} matrix products on compute "
-                    f"capability {TURING}",
-                    "export with --fp16, or leave 75 out of --sm",
-                )
+        if TURING in self.compute_capabilities and precision in ("fp32", "bf16"):
+            raise BackendError(
+                f"TensorRT for RTX has no {precision} matrix products for compute capability "
+                f"{TURING}",
+                Remedy(f"build fp16 plans, or leave {TURING} out of {{compute_capabilities}}"),
+            )
         if self.version_compatible or self.hardware_compatible:
             raise BackendError(
-                "plans of TensorRT for RTX are for one release and the GPUs of --sm",
-                "--version-compatible and --hardware-compatible go with --backend tensorrt",
+                "plans of TensorRT for RTX run only with the release that built them and on the "
+                "GPUs that they were built for",
+                Remedy("leave out {version_compatible} and {hardware_compatible}, or use TensorRT"),
             )
 
     def profiles(self) -> tuple[Shapes, ...]:
-        """Two length buckets: up to the typical length, and beyond it."""
+        """Two ranges of lengths: up to the typical length, and beyond it."""
         batch = Range(**dict(zip(("min", "opt", "max"), self.batch, strict=True)))
         low, typical, high = self.sequence
         profiles = [Shapes(batch=batch, sequence=Range(min=low, opt=typical, max=typical))]
         if high > typical:
             profiles.append(
-                Shapes(batch=batch, sequence=Range(min=min(typical + 1, high), opt=high, max=high))
+                Shapes(batch=batch, sequence=Range(min=typical + 1, opt=high, max=high))
             )
         return tuple(profiles)
 
@@ -105,7 +112,7 @@ class PlanOptions:
 
 
 def profile_of(spec: TensorSpec, shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
-    """A tensor's smallest, typical and largest shape."""
+    """The smallest, typical and largest shape of a tensor."""
 
     def shape(which: str) -> list[int]:
         sizes = {
@@ -117,7 +124,7 @@ def profile_of(spec: TensorSpec, shapes: Shapes) -> tuple[list[int], list[int], 
     return shape("min"), shape("opt"), shape("max")
 
 
-def _steps(steps: tuple[int, ...], asked: tuple[int, int, int]) -> tuple[int, ...]:
-    """Few sizes, so that prepared graphs are used again."""
-    inside = {step for step in steps if asked[0] < step < asked[2]}
-    return tuple(sorted(inside | set(asked)))
+def _steps(steps: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:
+    """A few sizes within the limits, so that prepared CUDA graphs are used again."""
+    inside = {step for step in steps if limits[0] < step < limits[2]}
+    return tuple(sorted(inside | set(limits)))

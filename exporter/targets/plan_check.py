@@ -1,14 +1,14 @@
-"""A plan must be in the precision that it was built for: a silently fp32 one must not pass.
+"""Check that a plan is in its precision: a plan that is silently in fp32 must not pass.
 
-The evidence is in the weights that the graph holds in another precision than the fp32 graph does.
-TensorRT for RTX compiles on the device only. Until then, the plan keeps every weight as the graph
-has it, row by row: this was found at widths of 128, 384 and 768 in fp16, bf16, int8 and fp32. So
-the bytes of those weights are in the plan, unless it is in another precision. TensorRT chooses its
-kernels when it builds and may order the weights for them, but there a GPU can load the plan, and
-the engine inspector names the types of the layers.
+The evidence is the weights that the graph holds in another precision than the fp32 graph does.
+TensorRT for RTX compiles on the device only, and until then the plan keeps every weight as the
+graph has it, row by row. This was found at widths of 128, 384 and 768 in fp16, bf16, int8 and fp32.
+So the plan contains the bytes of those weights, unless it is in another precision. TensorRT chooses
+its kernels when it builds and may reorder the weights for them. But it builds on the GPU that can
+load the plan, so its engine inspector names the types of the layers.
 
-The size of a plan is no evidence: it holds 1 to 3 MiB besides the weights, which is as much as a
-layer of 384 saves in fp16. This module needs no onnx, because devices do not have it.
+The size of a plan is no evidence: besides the weights it holds 1 to 3 MiB, as much as a layer of
+width 384 saves in fp16. This module does without onnx, which devices do not have.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ...runtime.errors import VerificationError
 from .plan_worker import PlanResult
 
 _LAYER_TYPE = re.compile(r'"Format/Datatype":\s*"([^"]*)"')
-# How engine inspectors write a precision: by type, or by memory format.
+# How engine inspectors name a precision: by type, or by memory format.
 _WRITTEN = {"fp16": ("Half", "FP16"), "bf16": ("BFloat16", "BF16"), "int8": ("Int8", "INT8")}
 
-# Builders may fold smaller weights into others.
+# Builders may fold smaller weights into other ones.
 _LARGE_BYTES = 16 * 2**10
 _SAMPLES = 4
-# Two weights do not share this many bytes by chance, unless most of the bytes are the same.
+# Two weights do not share this many bytes by chance, unless they repeat a few values.
 _SAMPLE_BYTES = 32
 _LEAST_DISTINCT = 8
 
@@ -45,15 +45,15 @@ def check_precision(
     """Check a plan's inputs and outputs, and the types of its layers or else its weights.
 
     Args:
-        plan: the file; it is deleted if it fails.
-        graph: the record of the graph it was built from.
-        result: what the builder said.
-        precision: what the plan should be in.
-        source: the ONNX file it was built from.
+        plan: the file; it is deleted if the check fails.
+        graph: the record of the graph that it was built from.
+        result: what the builder reported.
+        precision: the precision that the plan should be in.
+        source: the ONNX file that it was built from.
         fp32: the same graph in fp32.
 
     Raises:
-        VerificationError: it is not in the precision.
+        VerificationError: the plan is in another precision.
     """
     problem = _wrong_ends(graph, result) or _wrong_weights(plan, result, precision, source, fp32)
     if problem:
@@ -71,7 +71,7 @@ def _wrong_ends(graph: Graph, result: PlanResult) -> str:
 
 def _wrong_weights(plan: Path, result: PlanResult, precision: str, source: Path, fp32: Path) -> str:
     in_source, in_fp32 = _large_weights(source), _large_weights(fp32)
-    # What the graph keeps in fp32 is in both.
+    # Weights that the graph keeps in fp32 are in both.
     low, full = in_source - in_fp32, in_fp32 - in_source
     if not low:
         return ""
@@ -84,7 +84,7 @@ def _wrong_weights(plan: Path, result: PlanResult, precision: str, source: Path,
         sum(any(sample in content for sample in samples) for samples in weights)
         for weights in (low, full)
     )
-    # Not all: DeBERTa's scale of the attention is folded into two matrices of each layer.
+    # Half of them suffice: in DeBERTa, the attention's scale is folded into two matrices a layer.
     if low_found >= len(low) / 2 and not full_found:
         return ""
     return (
@@ -94,7 +94,7 @@ def _wrong_weights(plan: Path, result: PlanResult, precision: str, source: Path,
 
 
 def _large_weights(file: Path) -> set[tuple[bytes, ...]]:
-    """Samples of each large weight of an ONNX file that is not mostly one value."""
+    """Samples of each large weight of an ONNX file, unless it repeats a few values."""
     with file.open("rb") as opened:
         onnx = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     weights = (weight for weight in _values(onnx, _WEIGHTS) if len(weight) >= _LARGE_BYTES)

@@ -1,10 +1,10 @@
-"""Build one TensorRT plan: a process of its own, so that a failed build spoils no other.
+"""Build one TensorRT plan in a process of its own, so that a crash does not affect other builds.
 
     python -m fpabee.exporter.targets.plan_worker < request.json > result.json
 
-One adapter for `tensorrt` (10.3 to 11) and `tensorrt_rtx` (1.5 on): every class used here is
-in both, and what only one has is asked for by attribute. Networks are always strongly
-typed: the precision is the graph's. Imports neither torch nor onnx.
+This serves both `tensorrt` (10.3 to 11) and `tensorrt_rtx` (1.5 and later). Both have every class
+used here; attributes that only one of them has are looked up by name. Networks are always strongly
+typed, so the graph decides the precision. Imports neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -20,60 +20,50 @@ import msgspec
 
 from ...runtime.backends.tensorrt import error_logger
 from ..precision.formats import in_head
+from .options import TURING, PlanOptions
 
-_TURING = "7.5"
 _DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build.
+    """One plan to build.
 
     Attributes:
         module: `tensorrt` or `tensorrt_rtx`.
-        onnx: the graph.
+        onnx: the file of the graph.
         plan: the file to write.
-        profiles: for each optimization profile, by input name its smallest, typical and
-            largest shape.
-        compute_capabilities: GPUs to build for, such as `8.6`; empty: the one that is here.
-        workspace: most scratch memory in bytes; None: no limit.
-        optimization_level: 0 to 5; None: the library's.
-        version_compatible: a plan that later versions of the library can run.
-        hardware_compatible: a plan for Ampere and everything after it.
-        timing_cache: file to read and to add to.
+        timing_cache: a file to read and to add to.
+        profiles: for each optimization profile, the smallest, typical and largest shape of each
+            input, by its name.
+        options: the other settings; with no compute capabilities, for the GPU of this machine.
     """
 
     module: str
     onnx: str
     plan: str
+    timing_cache: str
     profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
-    compute_capabilities: list[str] = []
-    workspace: int | None = None
-    optimization_level: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    timing_cache: str | None = None
+    options: PlanOptions
 
 
 class PlanResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was built.
+    """What the build gave.
 
     Attributes:
-        error: why there is no plan; empty if there is one.
+        error: why there is no plan; empty: it was built.
         seconds: time of parsing and building.
-        size: bytes of the plan.
-        dtypes: type of each input and output, as the network has it.
-        layers: layer types with their output formats, where the library tells.
+        dtypes: type of each input and output of the network.
+        layers: what the engine inspector says of the layers, as JSON; empty with TensorRT for RTX.
     """
 
     error: str = ""
     seconds: float = 0.0
-    size: int = 0
     dtypes: dict[str, str] = {}
     layers: str = ""
 
 
 def build_plan(request: PlanRequest) -> PlanResult:
-    """Build a plan and write it; errors come back in the result."""
+    """Build a plan and write it. Errors are returned in the result."""
     trt = importlib.import_module(request.module)
     log = error_logger(trt)
     started = time.perf_counter()
@@ -83,37 +73,37 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
-    if _TURING in request.compute_capabilities:
+    if TURING in request.options.compute_capabilities:
         _lower_heads(trt, network)
     config = builder.create_builder_config()
     problem = _configure(trt, builder, config, request)
     if problem:
         return PlanResult(error=problem)
-    cache = _timing_cache(trt, config, request.timing_cache)
+    timing_cache = Path(request.timing_cache)
+    cache = _timing_cache(trt, config, timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return PlanResult(error=log.last)
     path = Path(request.plan)
-    path.unlink(missing_ok=True)  # if it is a link, the file that it leads to is not ours
+    path.unlink(missing_ok=True)  # if it is a link, its destination is not ours
     path.write_bytes(memoryview(plan))
-    if cache is not None and request.timing_cache:
-        _keep(cache, config, Path(request.timing_cache))
+    if cache is not None:
+        _keep(cache, config, timing_cache)
     return PlanResult(
         seconds=time.perf_counter() - started,
-        size=path.stat().st_size,
         dtypes=_dtypes(network),
-        layers=_layers(trt, log, plan, request.version_compatible),
+        layers=_layers(trt, log, plan, request.options.version_compatible),
     )
 
 
 def _creation_flags(trt: Any) -> int:
-    # Version 10 must be told; later ones know no other kind.
+    # Version 10 must be told; later versions have no other kind of network.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _lower_heads(trt: Any, network: Any) -> None:
-    """Compute the matrix products of exit heads in fp16: RTX has no others for Turing."""
+    """Compute the products of exit heads in fp16: TensorRT for RTX has no others for Turing."""
     layers = [network.get_layer(number) for number in range(network.num_layers)]
     for layer in layers:
         is_product = layer.type == trt.LayerType.MATRIX_MULTIPLY
@@ -141,40 +131,40 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
         for name, (low, typical, high) in shapes.items():
             profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
         config.add_optimization_profile(profile)
-    if request.compute_capabilities:
-        config.num_compute_capabilities = len(request.compute_capabilities)
-        for number, capability in enumerate(request.compute_capabilities):
+    options = request.options
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for number, capability in enumerate(options.compute_capabilities):
             name = "SM" + capability.replace(".", "")
             value = getattr(trt.ComputeCapability, name, None)
             if value is None or not config.set_compute_capability(value, number):
                 return f"{request.module} {trt.__version__} cannot build for {name}"
-    if request.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
-    if request.optimization_level is not None:
-        config.builder_optimization_level = request.optimization_level
-    if request.version_compatible:
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if request.hardware_compatible:
+    if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     return ""
 
 
-def _timing_cache(trt: Any, config: Any, path: str | None) -> Any:
-    """The shared timing cache; None where the library has none (RTX compiles on the device)."""
-    if path is None or trt.__name__ == "tensorrt_rtx":
+def _timing_cache(trt: Any, config: Any, file: Path) -> Any:
+    """The shared timing cache; None with TensorRT for RTX, which compiles on the device."""
+    if trt.__name__ == "tensorrt_rtx":
         return None
-    file = Path(path)
     for content in (file.read_bytes() if file.is_file() else b"", b""):
         cache = config.create_timing_cache(content)
-        # What another version or GPU timed is refused: then it is timed anew.
+        # Timings of another version or GPU are refused, so the cache starts empty.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
     return None
 
 
 def _keep(cache: Any, config: Any, file: Path) -> None:
-    """Write the timing cache, with what other builds have added to it meanwhile."""
+    """Write the timing cache, merged with what other builds have added in the meantime."""
     if file.is_file():
         newer = config.create_timing_cache(file.read_bytes())
         if newer is not None:
@@ -191,7 +181,7 @@ def _dtypes(network: Any) -> dict[str, str]:
 
 
 def _layers(trt: Any, log: Any, plan: Any, version_compatible: bool) -> str:
-    """What the inspector says; only where the plan can be loaded, on a GPU."""
+    """What the engine inspector says, if the plan can be loaded here."""
     if trt.__name__ == "tensorrt_rtx":
         return ""
     runtime = trt.Runtime(log)

@@ -1,7 +1,7 @@
 """Build TensorRT plans from an engines folder's graphs. Needs neither torch nor onnx.
 
-`tensorrt-rtx` builds on any machine, for the GPUs that are named; `tensorrt` builds on the
-GPU that will run the plans.
+`tensorrt-rtx` builds on any machine, for the GPUs that are named; `tensorrt` builds on the GPU that
+will run the plans.
 """
 
 from __future__ import annotations
@@ -18,35 +18,38 @@ from pathlib import Path
 import msgspec
 
 from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
-from ...runtime.artifact.manifest import BuiltFile, Graph, Manifest, Target
+from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.cuda_probe import cuda_device
-from ...runtime.backends.tensorrt import MODULES, build_command, library_version
+from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import (
     BackendError,
+    Call,
     FpabeeError,
     MissingExtraError,
+    Remedy,
     VerificationError,
 )
 from ...runtime.progress import Progress, silent
-from .options import RTX, TENSORRT, PlanOptions, profile_of
+from .options import BUILD_ON_DEVICE, RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision
 from .plan_worker import PlanRequest, PlanResult
 
 _BUILD_FILE = "build.json"
 _MAX_BUILD_BYTES = 16 * 2**20
-_SIGKILL = 9  # the module `signal` lacks it on Windows
+_SIGKILL = 9  # on Windows, the module `signal` does not have it
 _LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
 
 
 class _Built(msgspec.Struct, frozen=True):
+    """A plan: the hash of the graph it was built from, its own hash, and the time it took."""
+
     onnx_sha256: str
     sha256: str
     seconds: float
-    size: int
 
 
 class _BuildRecord(msgspec.Struct):
-    """`build.json`: what is in a target's folder, and how it came about."""
+    """`build.json`: how the plans in a target's folder were built."""
 
     library: str
     version: str
@@ -55,7 +58,7 @@ class _BuildRecord(msgspec.Struct):
 
 
 def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
-    """Why a backend cannot build here; None if it can."""
+    """Why a backend cannot build on this machine; None: it can."""
     if util.find_spec(MODULES[backend]) is None:
         return MissingExtraError(
             f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{backend}]'"
@@ -65,16 +68,20 @@ def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
         if device.error:
             return BackendError(
                 f"TensorRT builds on the GPU that runs the plans, and here {device.error}",
-                "run this on the device: fpabee-export --from ENGINES --backend tensorrt",
+                Remedy("run this on the device: {call}", call=BUILD_ON_DEVICE),
             )
     return None
 
 
-def target_name(backend: str, precision: str) -> str:
-    """The name of the target that is built here."""
-    if backend == RTX:
-        return f"{RTX}-{precision}"
-    return f"{TENSORRT}-{precision}-sm{cuda_device().compute_capability.replace('.', '')}"
+def lacks_memory(error: FpabeeError) -> bool:
+    """Whether a build failed for lack of memory, so that the same build may succeed later."""
+    return bool(_LACKS_MEMORY.search(error.message))
+
+
+def can_run(target: Target) -> bool:
+    """Whether a built target can run on this machine."""
+    device = cuda_device()
+    return not device.error and device.compute_capability in target.compute_capabilities
 
 
 def build_target(
@@ -91,133 +98,141 @@ def build_target(
 
     Args:
         folder: the engines folder.
-        manifest: its manifest; the one with the target is returned, not written.
+        manifest: its manifest. The one with the target is returned, not written.
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
-        options: see `PlanOptions`.
-        jobs: builds at a time.
-        resume: keep plans that are there, of the same graph, options and library.
+        options: shapes, GPUs and limits.
+        jobs: the number of builds at a time.
+        resume: keep existing plans of the same graph, options and library.
         progress: called with (what, done, total).
 
     Returns:
         The manifest with the target, and the target's name.
 
     Raises:
-        BackendError: the backend cannot build this here, or a segment failed; plans that were
-            built stay where they are. The hint ends with `--resume` if the same build may succeed.
-        VerificationError: a plan is not in its precision; the others stay as well.
+        BackendError: the backend cannot build this here, or a build failed. The plans that could
+            be built are kept for `resume`.
+        VerificationError: a plan is not in its precision. The others are kept as well.
     """
     error = unavailable_reason(backend)
     if error:
         raise error
     options = options.fitted(manifest, backend, precision)
     graphs = manifest.graphs_in(precision)
-    name = target_name(backend, precision)
+    device = "" if backend == RTX else "sm" + cuda_device().compute_capability.replace(".", "")
+    name = f"{backend}-{precision}" + (f"-{device}" if device else "")
     home = folder / "targets" / name
     home.mkdir(parents=True, exist_ok=True)
-    record = _record(home, backend, options, resume)
-    wanted = {g: graph for g, graph in graphs.items() if not _is_built(home, g, graph, record)}
-    done, lock = len(graphs) - len(wanted), threading.Lock()
-    progress(name, done, len(graphs))
+    record = _BuildRecord(backend, library_version(MODULES[backend]), asdict(options))
+    if resume:
+        record.graphs = {
+            graph: built
+            for graph, built in _earlier_plans(home, record).items()
+            if graph in graphs and built.onnx_sha256 == graphs[graph].sha256
+        }
+    wanted = [graph for graph in graphs if graph not in record.graphs]
+    lock = threading.Lock()
+    progress(name, len(record.graphs), len(graphs))
 
-    def build(item: tuple[str, Graph]) -> FpabeeError | None:
-        nonlocal done
-        graph_name, graph = item
+    def build(graph_name: str) -> FpabeeError | None:
+        graph, exact = graphs[graph_name], manifest.graphs[graph_name]
         onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
-        result = _run_worker(_request(backend, onnx, plan, graph, options, home))
+        result = _run_worker(
+            PlanRequest(
+                module=MODULES[backend],
+                onnx=str(onnx),
+                plan=str(plan),
+                timing_cache=str(home / "timing.cache"),
+                profiles=[
+                    {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
+                    for shapes in options.profiles()
+                ],
+                options=options,
+            )
+        )
         if result.error:
             return BackendError(f"{graph_name}: {result.error}")
-        exact = manifest.graphs[graph_name]
         fp32 = verified_graph(folder, exact.file, exact.sha256)
         try:
             check_precision(plan, graph, result, precision, onnx, fp32)
         except VerificationError as error:
             return error
-        built = _Built(graph.sha256, sha256_of(plan), round(result.seconds, 3), result.size)
         with lock:
-            record.graphs[graph_name] = built
-            # Anew: if it is a link, the file that it leads to is not ours.
+            record.graphs[graph_name] = _Built(
+                graph.sha256, sha256_of(plan), round(result.seconds, 3)
+            )
+            # Written anew: if it is a link, its destination is not ours.
             (home / _BUILD_FILE).unlink(missing_ok=True)
             (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
-            done += 1
+            done = len(record.graphs)
             progress(f"{name} {graph_name} ({result.seconds:.1f} s)", done, len(graphs))
         return None
 
     with ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failure in pool.map(build, wanted.items()) if failure]
+        failures = [failure for failure in pool.map(build, wanted) if failure]
     if failures:
         first = failures[0]
         raise type(first)(
             f"{name}: {len(failures)} of {len(graphs)} plans could not be built, "
             f"first {first.message}",
-            _remedy(folder, manifest, backend, precision, first),
+            _remedy(folder, backend, precision, first),
         )
-    target = _target(folder, home, backend, precision, graphs, record, options)
-    targets = {**manifest.targets, name: target}
-    return msgspec.structs.replace(manifest, targets=targets), name
+    target = Target(
+        backend=backend,
+        precision=precision,
+        device=device,
+        versions={MODULES[backend]: record.version},
+        files={
+            graph: BuiltFile(
+                file=f"targets/{name}/{graph}.plan",
+                sha256=record.graphs[graph].sha256,
+                onnx_sha256=graphs[graph].sha256,
+            )
+            for graph in graphs
+        },
+        tolerance=None,
+        compute_capabilities=options.compute_capabilities or (cuda_device().compute_capability,),
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        profiles=options.profiles(),
+        batch_sizes=options.batch_sizes,
+        sequence_lengths=options.sequence_lengths,
+    )
+    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target}), name
 
 
-def _remedy(
-    folder: Path, manifest: Manifest, backend: str, precision: str, failure: FpabeeError
-) -> str:
-    """What helps after a failed build: to repeat it, only if it lacked memory."""
-    if _LACKS_MEMORY.search(failure.message):
-        command = build_command(backend, precision).replace("ENGINES", str(folder))
-        return f"free some memory, and build the missing plans with fewer jobs: {command} --resume"
-    portable = [name for name, target in manifest.targets.items() if not target.files]
-    same = [name for name in portable if manifest.targets[name].precision == precision]
-    other = "--bf16" if precision == "fp16" else "--fp16"
-    return (
-        f"try another precision ({other}), or run the graphs without plans (fpabee-run {folder} "
-        f"--input texts.txt --target {(same or portable or ['onnxruntime-fp32'])[0]}); "
-        "please report this with the versions that fpabee-inspect --env prints"
+def _remedy(folder: Path, backend: str, precision: str, failure: FpabeeError) -> Remedy:
+    if lacks_memory(failure):
+        settings = {} if precision == "fp32" else {precision: True}
+        call = Call("add_targets", folder, backend=backend, **settings, resume=True)
+        return Remedy(
+            "free some memory, and build the missing plans with fewer {jobs}: {call}", call=call
+        )
+    return Remedy(
+        "try {other}, or run the graphs without plans, on onnxruntime-fp32; please report this "
+        "with the output of {call}",
+        other="bf16" if precision == "fp16" else "fp16",
+        call=Call("inspect", env=True),
     )
 
 
-def _record(home: Path, backend: str, options: PlanOptions, resume: bool) -> _BuildRecord:
-    fresh = _BuildRecord(backend, library_version(MODULES[backend]), asdict(options))
-    if not resume:
-        return fresh
+def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, _Built]:
+    """The intact plans of an earlier build with the same options and library."""
     try:
         raw = read_regular(home / _BUILD_FILE, _MAX_BUILD_BYTES)
         known = msgspec.json.decode(raw, type=_BuildRecord)
     except (OSError, msgspec.DecodeError):
-        return fresh
-    plain = msgspec.json.decode(msgspec.json.encode(fresh.options))
-    same = (known.library, known.version, known.options) == (backend, fresh.version, plain)
-    return known if same else fresh
-
-
-def _is_built(home: Path, name: str, graph: Graph, record: _BuildRecord) -> bool:
-    built = record.graphs.get(name)
-    plan = home / f"{name}.plan"
-    return (
-        built is not None
-        and built.onnx_sha256 == graph.sha256
-        and plan.is_file()
-        and sha256_of(plan) == built.sha256
-    )
-
-
-def _request(
-    backend: str, onnx: Path, plan: Path, graph: Graph, options: PlanOptions, home: Path
-) -> PlanRequest:
-    return PlanRequest(
-        module=MODULES[backend],
-        onnx=str(onnx),
-        plan=str(plan),
-        profiles=[
-            {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
-            for shapes in options.profiles()
-        ],
-        compute_capabilities=list(options.compute_capabilities),
-        workspace=options.workspace,
-        optimization_level=options.optimization_level,
-        version_compatible=options.version_compatible,
-        hardware_compatible=options.hardware_compatible,
-        timing_cache=str(home / "timing.cache"),
-    )
+        return {}
+    options = msgspec.json.decode(msgspec.json.encode(wanted.options))
+    if (known.library, known.version, known.options) != (wanted.library, wanted.version, options):
+        return {}
+    plans = {graph: home / f"{graph}.plan" for graph in known.graphs}
+    return {
+        graph: built
+        for graph, built in known.graphs.items()
+        if plans[graph].is_file() and sha256_of(plans[graph]) == built.sha256
+    }
 
 
 def _run_worker(request: PlanRequest) -> PlanResult:
@@ -237,38 +252,3 @@ def _run_worker(request: PlanRequest) -> PlanResult:
             error=f"the builder ended with code {done.returncode}"
             + (f": {lines[-1]}" if lines else "")
         )
-
-
-def _target(
-    folder: Path,
-    home: Path,
-    backend: str,
-    precision: str,
-    graphs: dict[str, Graph],
-    record: _BuildRecord,
-    options: PlanOptions,
-) -> Target:
-    files = {
-        name: BuiltFile(
-            file=(home / f"{name}.plan").relative_to(folder).as_posix(),
-            sha256=record.graphs[name].sha256,
-            onnx_sha256=graph.sha256,
-        )
-        for name, graph in graphs.items()
-    }
-    device = "" if backend == RTX else f"sm{cuda_device().compute_capability.replace('.', '')}"
-    capabilities = options.compute_capabilities or (cuda_device().compute_capability,)
-    return Target(
-        backend=backend,
-        precision=precision,
-        device=device,
-        versions={MODULES[backend]: record.version},
-        files=files,
-        tolerance=None,
-        compute_capabilities=capabilities,
-        hardware_compatible=options.hardware_compatible,
-        version_compatible=options.version_compatible,
-        profiles=options.profiles(),
-        batch_sizes=options.batch_sizes,
-        sequence_lengths=options.sequence_lengths,
-    )

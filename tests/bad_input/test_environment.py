@@ -231,7 +231,7 @@ SETTINGS = [
     Case("no model to compare with", bench("--model-dir", "none"), ("does not exist",), "bench"),
     Case("another model to compare with",
          lambda p: [*bench()(p), "--model-dir", p.shared_model("albert")],
-         ("is not what was exported", "give --model-dir the model"), "bench"),
+         ("is not the exported model", "as --model-dir"), "bench"),
     Case("an engines folder of a name too long", lambda p: ["a" * 300],
          ("File name too long", "check the path"), "inspect"),
     Case("no folder to inspect", lambda p: [p.root / "none"], ("is not a folder",), "inspect"),

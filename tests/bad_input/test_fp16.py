@@ -137,38 +137,38 @@ def fp16_again(place: Place) -> Arguments:
     return ["--from", folder, "--quiet", "--fp16", "--keep-fp32", "auto"]
 
 
-AUTO = "keep what overflows in fp32: --keep-fp32 auto"
+AUTO = "in fp32: --keep-fp32 auto"
 PRECISIONS = [
     Case("activations beyond fp16", own(scaled(1e6), "--fp16"),
          ("fp16 overflows first in segment_02 at blocks.0.layer.intermediate.dense", AUTO)),
     Case("weights beyond fp16", own(scaled(1e9), "--fp16"), ("fp16 overflows", AUTO)),
     Case("weights beyond bf16", own(scaled(1e38), "--bf16"), ("bf16 changes", "stay with fp32")),
     Case("activations beyond fp16 on old GPUs", own(scaled(1e6), "--fp16", "--sm", "75"), (AUTO,)),
-    Case("heads of NaN", own(not_numbers, "--fp16"), ("from segment 2 on", "try --bf16")),
+    Case("heads of NaN", own(not_numbers, "--fp16"), ("from exit 2 on", "use bf16")),
     Case("heads of NaN in bf16", own(not_numbers, "--bf16"), ("logits differ by nan", "fp32")),
     Case("answers that change in fp16", other_bars(extend("--fp16"), "fp16"),
          ("fp16 changes answers", "--keep-fp32")),
     Case("answers that change in bf16", other_bars(extend("--bf16"), "bf16"),
          ("bf16 changes answers", "stay with fp32")),
     Case("answers that change in int8", other_bars(texts(TEXTS), "int8"),
-         ("int8 changes answers", "more calibration texts")),
+         ("int8 changes answers", "more texts as --calibration-data")),
     Case("a node that is not there", extend("--fp16", "--keep-fp32", "segment_01:nothing"),
-         ("no graph has such a node", "names look like segment_01:")),
+         ("no graph has such a node", "names such as segment_01:")),
     Case("a node of another graph", extend("--fp16", "--keep-fp32", "segment_09:hidden_states"),
-         ("no graph has such a node", "or give auto")),
+         ("no graph has such a node", "or auto")),
     Case("a node of no name", extend("--fp16", "--keep-fp32", ""), ("no graph has such a node",)),
 ]  # fmt: skip
 
 INT8 = [
-    Case("int8 without texts", extend("--int8"), ("no int8 graphs", "--calibration-data FILE")),
-    Case("too few texts", texts("rain\n" * 31), ("holds 31 texts", "at least 32")),
+    Case("int8 without texts", extend("--int8"), ("no int8 graphs", "as --calibration-data")),
+    Case("too few texts", texts("rain\n" * 31), ("31", "at least 32 texts")),
     Case("no file of texts for a new export", fresh("--int8", "--calibration-data", "none.txt"),
          ("none.txt does not exist",)),
     Case("texts of an unknown kind", fresh("--int8", "--calibration-data", "texts.doc"),
          ("texts.doc",)),
     Case("no TensorRT for a new export", fresh("--fp16", "--backend", "tensorrt"),
          ("tensorrt is not installed",)),
-    Case("one text", texts("rain\n"), ("holds 1 texts", "a few hundred")),
+    Case("one text", texts("rain\n"), ("there are 1", "a few hundred")),
 ]  # fmt: skip
 
 FOLDERS = [
@@ -189,9 +189,9 @@ FOLDERS = [
 
 PLANS = [
     Case("bf16 for old GPUs", extend("--bf16", "--backend", "tensorrt-rtx", "--sm", "75,86"),
-         ("no bf16 matrix products on compute capability 7.5", "leave 75 out of --sm")),
+         ("no bf16 matrix products for compute capability 7.5", "out of --sm")),
     Case("fp32 for old GPUs", extend("--backend", "tensorrt-rtx", "--sm", "75"),
-         ("no fp32 matrix products", "export with --fp16")),
+         ("no fp32 matrix products", "build fp16 plans")),
     Case("a file where plans are to be",
          own(in_the_way("targets"), "--backend", "tensorrt-rtx", "--sm", "86"),
          ("cannot write", "Not a directory")),

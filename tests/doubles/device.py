@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from fpabee.exporter.targets import check as target_check
 from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
@@ -39,7 +38,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let everything that asks for a GPU find this one."""
-    for module in (cuda_probe, targets, target_check):
+    for module in (cuda_probe, targets):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
+import onnx
 import pytest
 
 from fpabee.exporter import export, segments
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import Graph
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -25,11 +30,36 @@ def golden_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def ready_graphs(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets exports of the tiny BERT take their graphs from the export that is already there."""
-    # Those folders that tests copy are made now: afterwards no graph can be exported.
-    source, _ = (engines[family] / "onnx" / "fp32" for family in ("bert", "albert"))
+    # Folders that tests copy are made now, because afterwards no graph can be exported.
+    source, _ = (engines[family] for family in ("bert", "albert"))
+    graphs = read_manifest(source).graphs
 
-    def copy(_module: Any, _inputs: Any, _outputs: Any, path: Path, _positions: int) -> None:
+    def copy(_model: Any, _module: Any, path: Path, file: str) -> Graph:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path.name, path)
+        shutil.copyfile(source / file, path)
+        return graphs[path.stem]
 
     monkeypatch.setattr(segments, "export_graph", copy)
+
+
+@pytest.fixture
+def spoil_segment_2(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets exports write a bias into segment 2 that is too large by an amount."""
+
+    def spoil(amount: float) -> None:
+        right = segments.export_graph
+
+        def wrong(model: Any, module: Any, path: Path, file: str) -> Graph:
+            graph = right(model, module, path, file)
+            if path.name != "segment_02.onnx":
+                return graph
+            proto = onnx.load(path)
+            weight = next(w for w in proto.graph.initializer if w.name == "head.classifier.bias")
+            values = onnx.numpy_helper.to_array(weight) + np.float32(amount)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+            onnx.save(proto, path)
+            return msgspec.structs.replace(graph, sha256=sha256_of(path))
+
+        monkeypatch.setattr(segments, "export_graph", wrong)
+
+    return spoil

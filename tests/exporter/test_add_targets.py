@@ -1,102 +1,113 @@
-"""What an engines folder says of itself after something was, or was not, added to it."""
+"""What the manifest says after something was added to a folder, or could not be."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.cli.export import main as export
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets import tensorrt
-from fpabee.exporter.targets.options import PlanOptions
+from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
 from fpabee.runtime.cli.inspect import main as inspect
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+from ..doubles.device import Double, serve
 
 SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
+OPTIONS = AddTargetsOptions(backends=(TENSORRT,), plans=SMALL)
+NAME = "tensorrt-fp32-sm86"
 
 
-def test_what_was_not_built_stands_in_the_manifest(engine_copy: Callable[..., Path]) -> None:
+@pytest.fixture
+def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
+    return serve(monkeypatch, engine_copy())
+
+
+def patch_builds(monkeypatch: pytest.MonkeyPatch, **errors: str) -> None:
+    """Let builds give other plans than before, and some of them errors."""
+    worker = tensorrt._run_worker
+
+    def other(request: PlanRequest) -> PlanResult:
+        plan = Path(request.plan)
+        if plan.stem in errors:
+            return PlanResult(error=errors[plan.stem])
+        result = worker(request)
+        plan.write_bytes(plan.read_bytes() + b"other")
+        return result
+
+    monkeypatch.setattr(tensorrt, "_run_worker", other)
+
+
+def test_the_manifest_says_what_was_not_built(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = engine_copy()
-    result = add_targets(folder, AddTargetsOptions((Half.FP16,), plans=SMALL))
-    assert result.built == ("tensorrt-rtx-fp16",)
-    (name,) = result.not_built
-    left = read_manifest(folder).not_built[name]
-    assert name == "tensorrt-fp16"
-    assert left.command == "fpabee-export --from ENGINES --backend tensorrt --fp16"
-    assert "tensorrt is not installed" in left.reason
+    add_targets(folder, AddTargetsOptions((Half.FP16,), backends=()))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        result = add_targets(folder, AddTargetsOptions(plans=SMALL))
+    assert result.built == ()
+    notes = read_manifest(folder).not_built
+    assert result.not_built == notes
+    command = "fpabee-export --from ENGINES --backend {} --fp16"
+    assert {name: note.command for name, note in notes.items()} == {
+        "tensorrt-fp16": command.format(TENSORRT),
+        "tensorrt-rtx-fp16": f"pip install 'fpabee[tensorrt-rtx]' && {command.format(RTX)}",
+    }
+    assert "tensorrt is not installed" in notes["tensorrt-fp16"].reason
     said = CliRunner().invoke(inspect, [str(folder)]).stdout
-    assert f"not built: tensorrt-fp16: {left.reason}\n" in said
-    assert f"there: fpabee-export --from {folder} --backend tensorrt --fp16\n" in said
+    assert f"not built: tensorrt-fp16: {notes['tensorrt-fp16'].reason}\n" in said
+    assert f"fpabee-export --from {folder} --backend tensorrt --fp16\n" in said
 
 
 @pytest.mark.parametrize(
-    ("error", "command"), [("no tactics", "--fp16"), ("out of memory", "--fp16 --resume")]
+    ("error", "command"), [("no tactics", TENSORRT), ("out of memory", f"{TENSORRT} --resume")]
 )
 def test_a_failed_build_is_noted_until_it_succeeds(
-    error: str, command: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    error: str, command: str, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = engine_copy()
-    options = AddTargetsOptions((Half.FP16,), backends=("tensorrt-rtx",), plans=SMALL)
-    add_targets(folder, options)
-    worker = tensorrt._run_worker
-
-    def fails(request: PlanRequest) -> PlanResult:
-        if request.plan.endswith("segment_02.plan"):
-            return PlanResult(error=error)
-        return worker(request)
-
-    other = AddTargetsOptions(
-        (Half.FP16,), backends=("tensorrt-rtx",), plans=PlanOptions((1, 1, 2), (8, 8, 16), ("8.6",))
-    )
+    built = add_targets(double.folder, OPTIONS).manifest.targets[NAME]
+    assert built.tolerance is not None, "it was verified"
     with monkeypatch.context() as patch:
-        patch.setattr(tensorrt, "_run_worker", fails)
+        patch_builds(patch, segment_02=error)
         with pytest.raises(BackendError, match=f"first segment_02: {error}"):
-            add_targets(folder, other)
-    manifest = read_manifest(folder)
-    assert error in manifest.not_built["tensorrt-rtx-fp16"].reason
-    assert manifest.not_built["tensorrt-rtx-fp16"].command.endswith(command)
-    assert manifest.precisions["fp16"].keys() == manifest.graphs.keys()
-    assert "onnxruntime-fp16-cuda" in manifest.targets
-    assert "tensorrt-rtx-fp16" not in manifest.targets, "its plans were written over"
-    with Engine.load(folder) as engine:
+            add_targets(double.folder, OPTIONS)
+    manifest = read_manifest(double.folder)
+    assert error in manifest.not_built["tensorrt-fp32"].reason
+    assert manifest.not_built["tensorrt-fp32"].command.endswith(command)
+    assert NAME not in manifest.targets, "its plans were replaced"
+    with Engine.load(double.folder) as engine:
         assert len(engine.predict(["rain"])) == 1
-    add_targets(folder, other)
-    manifest = read_manifest(folder)
-    assert "tensorrt-rtx-fp16" in manifest.targets
+    add_targets(double.folder, OPTIONS)
+    manifest = read_manifest(double.folder)
+    assert manifest.targets[NAME] == built
     assert manifest.not_built == {}
 
 
 def test_points_stay_with_their_plans_and_are_named_when_lost(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+    double: Double, set_points: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, name = engine_copy(), "tensorrt-rtx-fp32"
-    options = AddTargetsOptions(backends=("tensorrt-rtx",), plans=SMALL)
-    add_targets(folder, options)
-    set_points(folder, name, default="fast", fast=FPabee(threshold=0.3))
-    again = add_targets(folder, replace(options, resume=True))
-    assert again.lost_points == {}
-    assert read_manifest(folder).targets[name].default_operating_point == "fast"
-    shapes = ["--batch", "1,1,2", "--sequence", "8,8,16", "--sm", "86"]
-    command = ["--from", str(folder), "--backend", "tensorrt-rtx", "--quiet", *shapes]
-    said = CliRunner().invoke(export, command).stdout
-    assert f"not valid any more: fast of {name}" in said
-    assert f"fpabee-calibrate {folder} --data DATA --target {name}" in said
-    assert read_manifest(folder).targets[name].operating_points == {}
+    add_targets(double.folder, OPTIONS)
+    set_points(double.folder, NAME, default="fast", fast=FPabee(threshold=0.3))
+    assert add_targets(double.folder, OPTIONS).lost_points == {}
+    assert read_manifest(double.folder).targets[NAME].default_operating_point == "fast"
+    patch_builds(monkeypatch)
+    assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
+    assert read_manifest(double.folder).targets[NAME].operating_points == {}
 
 
+@pytest.mark.slow
 def test_building_needs_neither_torch_nor_transformers_nor_onnx(
     engine_copy: Callable[..., Path],
 ) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = engine_copy()
     command = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""The baseline graph is the same model, and the report says what was run."""
+"""The baseline graph is the same model, and the report says what was measured."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_report(engines: Mapping[str, Path], tiny_models: Mapping[str, Path]) ->
         assert all(timing.total_s > 0 for timing in workload.timings.values())
 
 
-def test_progress_says_what_is_measured_and_for_how_long(engines: Mapping[str, Path]) -> None:
+def test_progress_names_the_workload_and_its_expected_duration(engines: Mapping[str, Path]) -> None:
     told: list[tuple[str, int, int]] = []
     options = BenchOptions(Budget(exit=1), repeats=2, shapes=((1, 8),), max_single=2)
     run_bench(engines["bert"], TEXTS, options, lambda *state: told.append(state))
@@ -123,7 +123,7 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
     assert report["workloads"][0]["realised"] > 0
 
 
-def test_the_table_in_a_file_breaks_no_cell(engines: Mapping[str, Path], tmp_path: Path) -> None:
+def test_the_table_is_not_cut_in_a_file(engines: Mapping[str, Path], tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS))
     command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--shapes", ""]
@@ -145,9 +145,9 @@ def test_units_are_repeated_while_there_is_time(
     counts: list[int] = []
     count = bench._timing
 
-    def noted(medians: list[float], every: list[float]) -> bench.Timing:
-        counts.append(len(every))
-        return count(medians, every)
+    def noted(times: list[list[float]]) -> bench.Timing:
+        counts.append(sum(map(len, times)))
+        return count(times)
 
     monkeypatch.setattr(bench, "_timing", noted)
     options = BenchOptions(Budget(exit=1), 3, seconds, shapes=(), max_single=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +16,14 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig
 
-from fpabee.exporter.checkpoint import load_checkpoint, resolve_model_dir, save_checkpoint
+from fpabee.exporter.checkpoint import (
+    label_names,
+    load_checkpoint,
+    resolve_model_dir,
+    save_checkpoint,
+)
 from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
@@ -159,7 +163,7 @@ def test_problem_type_comes_from_the_checkpoint_then_from_the_caller(
 
 def test_problem_type_that_contradicts_the_checkpoint_is_refused(bert: Path) -> None:
     change_config(problem_type="multi_label_classification")(bert)
-    with pytest.raises(ModelError, match=r"trained for multi_label.*leave out --problem-type"):
+    with pytest.raises(ModelError, match=r"trained for multi_label.*leave out problem_type"):
         load_checkpoint(bert, ProblemType.SINGLE_LABEL)
 
 
@@ -204,8 +208,8 @@ def test_hub_failure_is_one_error_with_its_reason(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["someone--else/model", "-a/model", "ünï/code"])
-def test_id_that_the_hub_does_not_allow_is_refused(
+@pytest.mark.parametrize("name", ["someone--else/model", "ünï/code"])
+def test_an_id_that_the_hub_does_not_allow_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -213,8 +217,14 @@ def test_id_that_the_hub_does_not_allow_is_refused(
         resolve_model_dir(name)
 
 
-@pytest.mark.parametrize("name", ["model_dir", "models/mine", "a/b/c", "/no/such/folder"])
-def test_missing_folder_is_not_looked_for_on_the_hub(
+def test_labels_are_in_the_order_of_their_numbers() -> None:
+    """Not in the order of the file, and not in that of their names as text."""
+    config = BertConfig(id2label={"10": "k", "0": "a", "2": "c", "1": "b"})
+    assert label_names(Path("model"), config, 4) == ("a", "b", "c", "k")
+
+
+@pytest.mark.parametrize("name", ["model_dir", "models/mine", "/no/such/folder"])
+def test_a_missing_folder_is_not_searched_for_on_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def download(repo: str, **_: Any) -> str:
@@ -277,10 +287,6 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     ),
     "head without bias": (change_weights(classifiers__2__bias=None), r"'classifiers\.2\.bias'"),
     "head too many": (change_weights(classifiers__6__weight=torch.ones(3, 48)), "7 heads"),
-    "missing layer": (
-        change_weights(bert__encoder__layer__3__output__dense__weight=None),
-        r"'bert\.encoder\.layer\.3\.output\.dense\.weight'",
-    ),
     "NaN": (change_weights(classifiers__1__bias=NOT_FINITE[0]), r"classifiers\.1\.bias holds NaN"),
     "infinity": (change_weights(classifiers__1__bias=NOT_FINITE[1]), r"classifiers\.1\.bias holds"),
     "head of another shape": (
@@ -293,26 +299,14 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
         lambda folder: write("pytorch_model.bin", torch_file(folder)[:-1000])(folder),
         "pytorch_model.bin cannot be read",
     ),
-    "empty file": (write("pytorch_model.bin", b""), "pytorch_model.bin cannot be read"),
     "text": (write("pytorch_model.bin", b"hello world\n" * 9), "pytorch_model.bin cannot be read"),
-    "LFS pointer": (
-        write("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n"),
-        "pytorch_model.bin cannot be read",
-    ),
-    "plain pickle": (write("pytorch_model.bin", pickle.dumps([1], 2)), "pytorch_model.bin"),
     "a list": (lambda folder: torch.save([1, 2], folder / "pytorch_model.bin"), "pytorch_model"),
-    "a tensor": (
-        lambda folder: torch.save(torch.ones(2), folder / "pytorch_model.bin"),
-        "pytorch_model",
-    ),
     "not a tensor": (change_weights(bert__pooler__dense__bias=[1.0]), "pooler.dense.bias|pytorch_"),
 }
 
 CONFIG: dict[str, tuple[Change, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "not JSON": (write("config.json", b"{"), "config.json is not the configuration"),
-    "not UTF-8": (write("config.json", b"\xff\xfe{}"), "config.json is not the configuration"),
-    "not an object": (write("config.json", b"[1]"), "config.json is not the configuration"),
     "deeply nested": (write("config.json", b"[" * 10**5), "config.json is not the configuration"),
     "no family": (write("config.json", b"{}"), "config.json is not the configuration"),
     "unsupported family": (
@@ -324,21 +318,17 @@ CONFIG: dict[str, tuple[Change, str]] = {
         "names 2 labels, but the heads give 3",
     ),
     "label twice": (change_config(id2label={"0": "a", "1": "b", "2": "a"}), "names a label twice"),
-    "labels as a list": (change_config(id2label=["a", "b", "c"]), "config.json"),
     "labels not numbered": (change_config(id2label={"a": "b"}), "config.json"),
     "unknown task": (change_config(problem_type="regression"), "'regression'"),
     "exits not numbers": (change_config(fpabee={"exits": "all"}), "wrong 'fpabee' block"),
-    "exits null": (change_config(fpabee={"exits": None}), "wrong 'fpabee' block"),
     "exits not ascending": (
         change_config(fpabee={"exits": [6, 5, 4, 3, 2, 1]}),
         "not an ascending",
     ),
     "exits too deep": (change_config(fpabee={"exits": [2, 3, 4, 5, 6, 7]}), "of 6 layers"),
     "unknown pooling": (change_config(fpabee={"pooling": "max"}), "'max'"),
-    "block is a list": (change_config(fpabee=[1]), "wrong 'fpabee' block"),
     "layers as a word": (change_config(num_hidden_layers="six"), "num_hidden_layers"),
     "width not a multiple of heads": (change_config(num_attention_heads=5), "config.json"),
-    "unknown activation": (change_config(hidden_act="nope"), "config.json"),
     "another width": (change_config(hidden_size=52), "has shape .* but config.json asks for"),
 }
 

@@ -20,7 +20,7 @@ from fpabee.calibration.activations import graph_inputs
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.onnx_file import serialized
 from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.precision.rounding import choose_lowering, lower
+from fpabee.exporter.precision.lowering import choose_lowering, lower
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact import graph_content
 from fpabee.runtime.artifact.folder import read_manifest

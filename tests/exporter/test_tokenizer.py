@@ -167,7 +167,7 @@ def test_max_length_that_the_model_takes(
 def test_impossible_max_length_is_refused_with_the_range(
     length: int, source: Path, model: MultiExitModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=f"max_length {length} .*give 4 to 64 tokens"):
+    with pytest.raises(ModelError, match=f"max_length {length} .*between 4 and 64"):
         save_tokenizer(source, model, tmp_path, length)
 
 

@@ -8,17 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from fpabee import __version__
-from fpabee.exporter import segments
 from fpabee.exporter.add_targets import drop_graphs
 from fpabee.exporter.cli.export import main
 from fpabee.runtime import ArtifactError
@@ -111,20 +107,9 @@ def test_force_replaces_an_engines_folder(bert: Path, engine_copy: Callable[...,
 
 
 def test_failed_verification_is_one_line_and_leaves_nothing(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: Path, tmp_path: Path, spoil_segment_2: Callable[[float], None]
 ) -> None:
-    right = segments.export_graph
-
-    def wrong(module: Any, inputs: Any, outputs: Any, path: Path, positions: int) -> None:
-        right(module, inputs, outputs, path, positions)
-        if path.name == "segment_02.onnx":
-            proto = onnx.load(path)
-            weight = next(w for w in proto.graph.initializer if w.name == "head.classifier.bias")
-            values = onnx.numpy_helper.to_array(weight) + np.float32(0.01)
-            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-            onnx.save(proto, path)
-
-    monkeypatch.setattr(segments, "export_graph", wrong)
+    spoil_segment_2(0.01)
     result = run(bert, "-o", tmp_path / "engines", "--quiet")
     assert_one_error(result, "segment_02 differs from its PyTorch module by 1.00e-02")
     assert list(tmp_path.iterdir()) == []

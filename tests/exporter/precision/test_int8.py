@@ -1,4 +1,4 @@
-"""int8 for TensorRT: symmetric Q/DQ, judged on texts that gave no ranges, really built."""
+"""int8 for TensorRT: symmetric Q/DQ, judged on texts that gave no ranges, and really built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RULE = FPabee(threshold=0.5)
 
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random model has no robust answers: what is tested is what is written."""
+    """Lower the bar: a tiny random model has no robust answers, and the written graphs matter."""
     bars = replace(agreement.BARS["int8"], labels=0.5, exits=0.3)
     monkeypatch.setitem(agreement.BARS, "int8", bars)
 
@@ -54,6 +54,7 @@ def test_products_with_weights_are_quantized_symmetrically(
     assert quantized > 10
 
 
+@pytest.mark.slow
 def test_int8_builds_as_an_rtx_plan(engine_copy: Callable[..., Path], lenient: None) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = engine_copy()

@@ -1,4 +1,4 @@
-"""`fpabee-export --from ENGINES --exits`: a new folder, calibrated again; the old one stays."""
+"""`fpabee-export --from ENGINES --exits`: a new folder, calibrated again, beside the old one."""
 
 from __future__ import annotations
 
@@ -96,16 +96,7 @@ def test_points_are_calibrated_again_and_the_old_folder_stays(
         engine.predict([row.content for row in made[1]])
 
 
-def test_nothing_dropped_is_no_gain(calibrated: Path, tmp_path: Path) -> None:
-    result = run("--from", calibrated, "--exits", "1,2,3", "-o", tmp_path / "new", *QUICK)
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert "nothing was dropped: all exits are kept" in lines
-    assert "calibrated again on the same rows: careful, usual" in lines
-    assert not re.search(r"\d\.\d+x|before|over old", result.stdout)
-
-
-def test_exits_by_hand_with_a_table_for_people(calibrated: Path, tmp_path: Path) -> None:
+def test_a_table_compares_the_points_for_people(calibrated: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     result = run("--from", calibrated, "--exits", "2,3", "-o", new, *QUICK)
     assert result.exit_code == 0, result.output
@@ -114,18 +105,36 @@ def test_exits_by_hand_with_a_table_for_people(calibrated: Path, tmp_path: Path)
     assert "the last exit is gone" not in result.stdout
     for word in ("careful", "usual", "before", "after"):
         assert word in result.stdout
-    assert not re.search(r"\d\.\d+x|over old|speed-up", result.stdout), "no times to compare"
-    assert "nothing was dropped" not in result.stdout
+    assert not re.search(r"\d\.\d+x|over old|speed-up", result.stdout), "times are not compared"
     assert result.stdout.splitlines()[-1] == f"next: fpabee-run {new} texts.txt"
     points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
     assert points["usual"].rows == 100
     assert len(points["usual"].exits) == 2
 
 
-def test_a_new_full_depth_is_said(calibrated: Path, tmp_path: Path) -> None:
-    result = run("--from", calibrated, "--exits", "1,2", "-o", tmp_path / "new", *QUICK)
+@pytest.mark.parametrize(
+    ("exits", "said", "not_said"),
+    [
+        (
+            "1,2,3",
+            "all exits are kept\ncalibrated again on the same rows: careful, usual",
+            "before",
+        ),
+        ("1,2", "the last exit is gone: full depth is layer 2 now", "all exits are kept"),
+        ("3", "1 of 3 exits kept, after layers 3", "the last exit is gone"),
+    ],
+)
+def test_what_else_is_said_for_people(
+    exits: str, said: str, not_said: str, calibrated: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    result = run("--from", calibrated, "--exits", exits, "-o", new, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "the last exit is gone: full depth is layer 2 now" in result.stdout
+    assert said in result.stdout
+    assert not_said not in result.stdout
+    points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
+    if exits == "3":
+        assert [point.mean_depth for point in points.values()] == [3.0, 3.0]
 
 
 def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> 
     assert read_manifest(new).targets["gpu"].operating_points == {}
 
 
-def test_a_wish_for_speed_that_fewer_exits_cannot_grant_is_lost_alone(
+def test_a_goal_for_speed_that_fewer_exits_cannot_meet_is_lost_alone(
     calibrated: Path, tmp_path: Path
 ) -> None:
     manifest = read_manifest(calibrated)
@@ -172,14 +181,7 @@ def test_a_wish_for_speed_that_fewer_exits_cannot_grant_is_lost_alone(
     assert made.default_operating_point == "careful"
 
 
-def test_one_exit_runs_all_rows(calibrated: Path, tmp_path: Path) -> None:
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "3", "-o", new, *QUICK)
-    assert result.exit_code == 0, result.output
-    points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
-    assert [point.mean_depth for point in points.values()] == [3.0, 3.0]
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not util.find_spec("tensorrt_rtx"), reason="needs tensorrt_rtx")
 def test_built_targets_are_built_again(calibrated: Path, tmp_path: Path) -> None:
     plans = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
@@ -249,25 +251,16 @@ def assert_one_error(result: Result, *parts: str) -> None:
         assert part in line
 
 
-def test_what_cannot_be_placed(
+def test_impossible_settings_are_refused(
     engine_copy: Callable[..., Path], calibrated: Path, tmp_path: Path
 ) -> None:
     new, plain = tmp_path / "new", engine_copy("bert", "plain")
     given = ("--from", calibrated, *QUICK)
     assert_one_error(run(*given, "--exits", "1,3", "-o", new, "--target", "tpu"), "no target 'tpu'")
     assert_one_error(run(*given, "--exits", "2,4", "-o", new), "a model with 3 exits")
-    assert_one_error(run(*given, "--exits", "2,3", "-o", calibrated), "over itself", "-o")
+    assert_one_error(run(*given, "--exits", "2,3", "-o", calibrated), "overwritten", "output")
     assert_one_error(run(*given, "--exits", "2,3", "-o", plain), "--force")
     assert not new.exists()
-
-
-def test_an_engines_folder_is_replaced_when_asked(
-    engine_copy: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, new = engine_copy("bert"), engine_copy("albert", "new")
-    result = run("--from", source, "--exits", "2,3", "-o", new, "--force", *QUICK)
-    assert result.exit_code == 0, result.output
-    assert read_manifest(new).exit_layers == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -347,11 +340,13 @@ def test_labels_are_not_needed_for_points_that_did_without(
     assert result.exit_code == 0, result.output
 
 
-def test_the_default_rule_of_a_bare_folder_stays(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], tmp_path: Path
+def test_a_folder_without_points_keeps_its_rule_and_replaces_another(
+    engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source, new = engine_copy("bert"), tmp_path / "new"
-    assert run("--from", source, "--exits", "1,3", "-o", new, *QUICK).exit_code == 0
+    source, new = engine_copy("bert"), engine_copy("albert", "new")
+    result = run("--from", source, "--exits", "1,3", "-o", new, "--force", *QUICK)
+    assert result.exit_code == 0, result.output
     with Engine.load(new, threads=1) as engine:
+        assert engine.manifest.exit_layers == (1, 3)
         assert engine.rule == FPabee(threshold=0.1, patience=1)
         assert engine.predict(["the good film"])[0].layer in (1, 3)

@@ -1,4 +1,4 @@
-"""What the builder is told, and the timing cache that builds share, over a double of TensorRT."""
+"""The settings of the builder, and the timing cache that builds share, over a double."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest
 
 from ...doubles.device import Double, serve
+from ...doubles.tensorrt_builder import FakeBuilder
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
@@ -60,7 +62,7 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
     assert target.compute_capabilities == ("8.6",)
 
 
-def test_nothing_is_set_that_was_not_asked_for(double: Double) -> None:
+def test_settings_that_are_not_given_are_left_to_the_library(double: Double) -> None:
     build(double)
     config = double.configs[0]
     assert (config.flags, config.limits) == (set(), {})
@@ -76,9 +78,23 @@ def test_segments_share_what_was_timed(double: Double) -> None:
     assert [len(timed) for timed in seen] == [1, 2, 3], "a segment starts from those before it"
 
 
+def test_timings_of_simultaneous_builds_are_merged(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, build_network = timing_cache(double), FakeBuilder.build_serialized_network
+
+    def beside_another(*arguments: Any) -> bytes:
+        cache.write_bytes(b'["10.99", ["of another build"]]')
+        return build_network(*arguments)
+
+    monkeypatch.setattr(FakeBuilder, "build_serialized_network", beside_another)
+    build(double)
+    assert json.loads(cache.read_bytes()) == ["10.99", ["of another build", *SEGMENTS]]
+
+
 @pytest.mark.parametrize("content", [b"no cache at all", b'["10.3.0", ["other"]]'])
-def test_what_cannot_be_used_is_timed_anew(content: bytes, double: Double) -> None:
-    """Damaged, or of another version of TensorRT."""
+def test_an_unusable_cache_is_replaced(content: bytes, double: Double) -> None:
+    """It is damaged, or of another version of TensorRT."""
     cache = timing_cache(double)
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content)
@@ -86,7 +102,7 @@ def test_what_cannot_be_used_is_timed_anew(content: bytes, double: Double) -> No
     assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
 
 
-def test_a_cache_is_there_whole_or_as_it_was(
+def test_a_cache_that_cannot_be_written_stays_unchanged(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(double)
@@ -106,7 +122,7 @@ def test_a_cache_is_there_whole_or_as_it_was(
     assert cache.read_bytes() == before
 
 
-def test_a_graph_that_is_not_parsed_says_which_and_why(
+def test_a_graph_that_cannot_be_parsed_is_named(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parser = double.trt.__dict__["OnnxParser"]
@@ -116,7 +132,7 @@ def test_a_graph_that_is_not_parsed_says_which_and_why(
         build(double)
 
 
-def test_links_in_the_place_of_plans_are_replaced_and_not_followed(double: Double) -> None:
+def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
     build(double)
     home = timing_cache(double).parent
     mine = double.folder / "mine"
@@ -129,7 +145,7 @@ def test_links_in_the_place_of_plans_are_replaced_and_not_followed(double: Doubl
     assert not any(path.is_symlink() for path in home.iterdir())
 
 
-def test_a_pipe_in_the_place_of_the_record_is_no_record(double: Double) -> None:
+def test_a_pipe_is_not_read_as_the_record(double: Double) -> None:
     build(double)
     record = timing_cache(double).with_name("build.json")
     record.unlink()

@@ -1,4 +1,4 @@
-"""Which nodes are lowered, what the lowered graph is, and that its emulation rounds."""
+"""Which nodes are lowered, what the lowered graph holds, and that its emulation rounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.precision.rounding import ABS_MAX, Lowering, choose_lowering, emulate, lower
+from fpabee.exporter.precision.lowering import ABS_MAX, Lowering, choose_lowering, emulate, lower
 from fpabee.runtime import ModelError, read_manifest
 from fpabee.runtime.backends.onnxruntime_session import session_options
 
@@ -27,7 +27,7 @@ def graphs_of(folder: Path) -> dict[str, Any]:
 
 
 def types_of(proto: Any) -> dict[str, int]:
-    """The element type of every value, worked out anew."""
+    """The element type of every value, inferred again."""
     inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     values = (*inferred.input, *inferred.output, *inferred.value_info)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -63,7 +63,7 @@ def run(proto: Any, x: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("half", Half)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_products_are_lowered_and_what_is_fragile_is_not(
+def test_products_are_lowered_and_fragile_nodes_are_not(
     family: str, half: Half, engines: Mapping[str, Path]
 ) -> None:
     products = 0
@@ -92,7 +92,7 @@ def test_weights_of_fp32_nodes_are_not_rounded(engines: Mapping[str, Path]) -> N
     assert len(kept) >= 5  # the exporter stores equal weights once
     for name in kept:
         np.testing.assert_array_equal(after[name], before[name])
-    assert after["blocks.0.layer.output.dense.bias"].dtype == np.float16
+    assert after["blocks.0.layer.output.dense.bias/fp16"].dtype == np.float16
 
 
 def test_the_same_graph_gives_the_same_bytes(engines: Mapping[str, Path]) -> None:
@@ -118,11 +118,11 @@ def test_kept_nodes_and_tensors_stay_in_fp32(engines: Mapping[str, Path]) -> Non
 @pytest.mark.parametrize(("half", "step"), [(Half.FP16, 2**-10), (Half.BF16, 2**-7)])
 def test_emulation_rounds_to_the_format(half: Half, step: float) -> None:
     proto = small("Add", step / 4)
-    exact = run(emulate(proto, half, Lowering(frozenset(), frozenset())), 1.0)
+    exact = run(emulate(proto, half, Lowering()), 1.0)
     rounded = run(emulate(proto, half, choose_lowering(proto)), 1.0)
     assert exact["y"] == 1.0 + step / 4
     assert rounded["y"] == 1.0
-    # Before rounding, so that the size of what overflows can be told.
+    # Before rounding, so that a message can say how large the value is.
     assert rounded[f"{ABS_MAX}body/op"] == 1.0 + step / 4
 
 
@@ -141,8 +141,8 @@ def test_emulation_overflows_like_the_format() -> None:
     )
 
 
-def test_emulation_rounds_what_fp32_nodes_hand_on() -> None:
-    """`lower` casts there: what an fp32 node makes may be too much for its reader."""
+def test_emulation_rounds_what_lowered_nodes_read() -> None:
+    """`lower` casts there, and the output of an fp32 node may overflow in this cast."""
     proto = small("Mul", 1000.0, again=1e-3)
     chosen = choose_lowering(proto, keep=["body/op"])
     assert chosen.nodes == {"body/again"}
@@ -153,13 +153,26 @@ def test_emulation_rounds_what_fp32_nodes_hand_on() -> None:
 
 def test_emulation_leaves_fp32_nodes_alone() -> None:
     proto = small("Mul", 1 / 3, "head/op")
-    found = run(emulate(proto, Half.FP16, Lowering(frozenset(), frozenset())), 3.0)
+    found = run(emulate(proto, Half.FP16, Lowering()), 3.0)
     assert found["y"] == 1.0
+
+
+def test_a_weight_of_nodes_in_both_precisions_is_rounded_for_one_only() -> None:
+    """Rounding must depend on the node that reads a weight, in the graph as in its emulation."""
+    proto = small("Mul", 1 / 3, again=1.0)
+    proto.graph.node[1].input[1] = "w"
+    del proto.graph.initializer[1]
+    chosen = choose_lowering(proto, keep=["body/again"])
+    weights = {tensor.data_type for tensor in lower(proto, Half.FP16, chosen).graph.initializer}
+    assert weights == {TensorProto.FLOAT, TensorProto.FLOAT16}
+    found = run(emulate(proto, Half.FP16, chosen), 1.0)["y"]
+    rounded = np.float16(1 / 3).astype(np.float32)
+    assert found == float(rounded * np.float32(1 / 3)) != float(rounded * rounded)
 
 
 def test_a_weight_that_does_not_fit_is_named() -> None:
     proto = small("Mul", 1e5)
-    with pytest.raises(ModelError, match=r"weight w holds 1e\+05.*fp16.*--bf16"):
+    with pytest.raises(ModelError, match=r"weight w holds 1e\+05.*fp16.*bf16.*keep_fp32"):
         lower(proto, Half.FP16, choose_lowering(proto))
     lower(proto, Half.BF16, choose_lowering(proto))
 
