@@ -1,12 +1,14 @@
-"""What `scripts/gpu_check` runs: tests marked `gpu`, then every target of a folder timed.
+"""What `scripts/gpu_check` runs: the tests marked `gpu`, and then every target of a folder.
 
-Each target is timed on the same texts, interleaved with the others, one text at a time and
-all at once: with its rule and at full depth. Medians, in milliseconds. The exit code is 1 if
-there is no GPU, a test fails, or a target does not run; the JSON is written all the same.
+Each target must reproduce the reference logits of the folder. It is timed on the same texts,
+interleaved with the others: one text and all texts, each with its rule and at full depth, in
+milliseconds of a whole call (median). The exit code is 1 if there is no GPU, a test fails, or a
+target does not run; the JSON is complete all the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fpabee.runtime import Budget, Engine, FpabeeError
+from fpabee.runtime import Engine, FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device
@@ -24,6 +26,7 @@ from fpabee.runtime.files import read_rows
 from fpabee.runtime.inspection import target_states
 
 ROOT = Path(__file__).parents[1]
+WARM_UP = 2
 REPEATS = 9
 TEXTS = 256
 
@@ -36,48 +39,33 @@ def run_tests(root: Path) -> dict[str, Any]:
 
 
 def time_targets(folder: Path, manifest: Manifest, texts: list[Any]) -> dict[str, Any]:
-    """Median milliseconds of every target that can run here; of others why not, or the error."""
-    states = target_states(folder, manifest)
-    report: dict[str, Any] = {
-        s.name: {"why_not": s.unavailable_reason} for s in states if s.unavailable_reason
-    }
-    full = Budget(exit=len(manifest.segments))
-    units = {"one text": [[text] for text in texts[:20]], "all": [texts]}
+    """Median milliseconds of every target that can run here; of the others the reason or error."""
+    report: dict[str, Any] = {}
     engines: dict[str, Engine] = {}
-    for state in states:
-        if state.unavailable_reason:
-            continue
+    for state in target_states(folder, manifest):
         try:
-            engine = Engine.load(folder, target=state.name)
-            for _ in range(2):  # to warm up
-                _pass(engine, units, full)
+            if state.unavailable_reason:
+                report[state.name] = {"unavailable": state.unavailable_reason}
+            else:
+                engines[state.name] = Engine.load(folder, target=state.name, check=True)
         except FpabeeError as error:
             report[state.name] = {"error": str(error)}
-        else:
-            engines[state.name] = engine
-    times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(REPEATS):
-        for name, engine in engines.items():
-            for what, seconds in _pass(engine, units, full).items():
-                times.setdefault((name, what), []).append(seconds)
-    for (name, what), measured in times.items():
-        report.setdefault(name, {})[what] = round(statistics.median(measured) * 1e3, 3)
-    for engine in engines.values():
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    workloads = itertools.product(("one text", "all texts"), ("rule", "full depth"))
+    for (rows, depth), (name, engine) in itertools.product(
+        [*workloads] * (WARM_UP + REPEATS), engines.items()
+    ):
+        started = time.perf_counter()
+        engine.predict(texts[:1] if rows == "one text" else texts, full_depth=depth != "rule")
+        seconds = time.perf_counter() - started
+        times[name].setdefault(f"{rows}, {depth}", []).append(seconds)
+    for name, engine in engines.items():
         engine.close()
+        report[name] = {
+            what: round(statistics.median(measured[WARM_UP:]) * 1e3, 3)
+            for what, measured in times[name].items()
+        }
     return report
-
-
-def _pass(engine: Engine, units: dict[str, list[list[Any]]], full: Budget) -> dict[str, float]:
-    """Seconds of a call, for each unit and rule."""
-    seconds = {}
-    for unit, parts in units.items():
-        encoded = [engine.encode(part) for part in parts]
-        for kind, rule in (("rule", engine.rule), ("full depth", full)):
-            started = time.perf_counter()
-            for rows in encoded:
-                engine.run_encoded(rows, rule)
-            seconds[f"{unit}, {kind}"] = (time.perf_counter() - started) / len(parts)
-    return seconds
 
 
 def problems(report: dict[str, Any]) -> list[str]:

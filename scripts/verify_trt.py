@@ -3,9 +3,9 @@
 
     python scripts/verify_trt.py engines/ --target tensorrt-fp16-sm89
 
-Needs the GPU that the plans are for, and `pip install polygraphy`. Inputs are what the chain
-feeds each graph on the reference texts, so every graph sees real values. Prints one line a
-graph; exit code 1 if one misses the tolerance.
+Needs a GPU that the plans are for, and `pip install polygraphy`. Each graph reads what the chain
+gives it for the reference texts. Prints one line for each call of a graph; the exit code is 1 if
+one of them misses the tolerance.
 """
 
 from __future__ import annotations
@@ -13,54 +13,53 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
-from fpabee.calibration.activations import graph_inputs
-from fpabee.runtime import FpabeeError
-from fpabee.runtime.artifact.folder import read_manifest, verified, verified_graph
+from fpabee.runtime import FpabeeError, Manifest, read_manifest
+from fpabee.runtime.artifact.folder import verified, verified_graph
 from fpabee.runtime.artifact.reference import read_reference
-from fpabee.runtime.backends.tensorrt import TensorRtBackend
-from fpabee.runtime.encoding import TextEncoder
+from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.backends.stepping import steps
+from fpabee.runtime.backends.tensorrt import check_target
+from fpabee.runtime.encoding import TextEncoder, padded_batches, padding_values
 
 LENGTH = 32
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}
 
 
-def compare(folder: Path, target_name: str, rows: int) -> bool:
-    """Print the largest difference of each graph; whether all are within tolerance."""
-    manifest = read_manifest(folder)
+def compare(folder: Path, manifest: Manifest, target_name: str, rows: int) -> bool:
+    """Print the largest difference of each graph; returns whether all are within tolerance."""
     target = manifest.targets[target_name]
-    TensorRtBackend.check(target, target_name)
+    check_target(target, target_name)
     if target.backend == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-    from onnxruntime import InferenceSession
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
+    def open_session(name: str) -> Any:
+        graph = manifest.graphs[name]
+        return cpu_session(verified_graph(folder, graph.file, graph.sha256))
+
     texts, _ = read_reference(folder, manifest)
     encoded = TextEncoder(folder, manifest.tokenizer, LENGTH).encode(texts[:rows])
-    feeds = graph_inputs(folder, manifest, encoded, batch=rows)
+    batches = padded_batches(encoded, padding_values(manifest.tokenizer), rows)
     passed = True
-    for name, graph in manifest.graphs.items():
-        low = {spec.name: spec.dtype for spec in manifest.graphs_in(target.precision)[name].inputs}
-        fp32 = verified_graph(folder, graph.file, graph.sha256)
-        session = InferenceSession(str(fp32), providers=["CPUExecutionProvider"])
-        outputs = [spec.name for spec in graph.outputs]
-        expected = dict(zip(outputs, session.run(outputs, feeds[name][0]), strict=True))
-        inputs = {key: value.astype(low[key]) for key, value in feeds[name][0].items()}
-        file = target.files[name]
+    for step in steps(manifest, batches, open_session):
+        graph, file = manifest.graphs_in(target.precision)[step.graph], target.files[step.graph]
+        inputs = {spec.name: step.inputs[spec.name].astype(spec.dtype) for spec in graph.inputs}
         plan = BytesFromPath(str(verified(folder, file.file, file.sha256)))
         with TrtRunner(EngineFromBytes(plan)) as runner:
             found = runner.infer(inputs)
         worst = max(
-            float(np.abs(np.asarray(found[key], np.float32) - value).max())
-            for key, value in expected.items()
+            float(np.abs(np.asarray(found[name], np.float32) - value).max())
+            for name, value in step.outputs.items()
         )
         good = worst <= TOLERANCE[target.precision]
         passed &= good
-        click.echo(f"{name}: {worst:.2e} {'ok' if good else 'TOO LARGE'}")
+        click.echo(f"{step.graph}: {worst:.2e} {'ok' if good else 'TOO LARGE'}")
     return passed
 
 
@@ -73,8 +72,8 @@ def main(engines: Path, target: str, rows: int) -> None:
     try:
         manifest = read_manifest(engines)
         if target not in manifest.targets or not manifest.targets[target].files:
-            raise click.UsageError(f"{target} is no TensorRT target of {engines}")
-        passed = compare(engines, target, rows)
+            raise click.UsageError(f"{target} is not a TensorRT target of {engines}")
+        passed = compare(engines, manifest, target, rows)
     except FpabeeError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -1,160 +1,153 @@
-"""What a case of the tables is, and what its command may leave: one line, and nothing else."""
+"""A case of bad input, and what its command may leave behind: one line, and nothing else."""
 
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
+from fpabee import __main__ as fpabee
+from fpabee.calibration import cli as calibrate
+from fpabee.exporter.cli import bench, export, train
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
+from fpabee.runtime.cli import inspect, run
 
-COMMANDS = {
-    "run": "fpabee.runtime.cli.run",
-    "inspect": "fpabee.runtime.cli.inspect",
-    "calibrate": "fpabee.calibration.cli",
-    "export": "fpabee.exporter.cli.export",
-    "bench": "fpabee.exporter.cli.bench",
-    "fpabee": "fpabee.__main__",
+COMMANDS: dict[str, click.Command] = {
+    "run": run.main,
+    "inspect": inspect.main,
+    "calibrate": calibrate.main,
+    "export": export.main,
+    "train": train.main,
+    "bench": bench.main,
+    "fpabee": fpabee.main,
 }
+OPTIONS = {
+    name for command in COMMANDS.values() for option in command.params for name in option.opts
+} | {"--help"}
+QUIET = ("--threads", 1, "--quiet")
+
+Arguments = Sequence[object]
+Change = Callable[[Path], object]
+Make = Callable[["Place"], Arguments]
 
 
+@dataclass
 class Place:
-    """A folder of the case's own, and copies of what is shared in it, made when asked for."""
+    """A folder of the case's own, and the models and engines folders that all cases share."""
 
-    def __init__(
-        self,
-        root: Path,
-        models: Mapping[str, Path],
-        engines: Mapping[str, Path],
-        patch: pytest.MonkeyPatch,
-    ) -> None:
-        self.root = root
-        self.patch = patch
-        self.stdin = b""
-        self._models = models
-        self._engines = engines
+    root: Path
+    models: Mapping[str, Path]
+    shared: Mapping[str, Path]
+    patch: pytest.MonkeyPatch
+    stdin: bytes = field(default=b"")
 
-    def model(self, family: str = "bert") -> Path:
-        """A copy of a tiny model."""
-        return Path(shutil.copytree(self._models[family], self.root / f"model-{family}"))
+    def model(self, change: Change, family: str = "bert") -> Path:
+        """A copy of a tiny model, changed."""
+        folder = Path(shutil.copytree(self.models[family], self.root / "model"))
+        change(folder)
+        return folder
 
-    def engines(self, family: str = "bert") -> Path:
-        """A copy of its engines folder."""
-        return Path(shutil.copytree(self._engines[family], self.root / f"engines-{family}"))
-
-    def shared_model(self, family: str = "bert") -> Path:
-        """The model itself, for cases that do not touch it."""
-        return self._models[family]
-
-    def shared_engines(self, family: str = "bert") -> Path:
-        """The engines folder itself, for cases that do not touch it."""
-        return self._engines[family]
+    def engines(self, change: Change = lambda _: None, family: str = "bert") -> Path:
+        """A copy of an engines folder, changed."""
+        folder = Path(shutil.copytree(self.shared[family], self.root / "engines"))
+        change(folder)
+        return folder
 
     def file(self, name: str, content: bytes | str) -> Path:
-        """A file."""
         path = self.root / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def texts(self) -> Path:
-        """A good input."""
-        return self.file("texts.txt", "the film is not bad\nrain\n")
+    def run(self, source: object, *options: object, folder: Path | None = None) -> Arguments:
+        """The arguments that classify a file of texts."""
+        return ["run", folder or self.shared["bert"], "--input", source, *QUIET, *options]
+
+    def run_texts(self, *options: object, folder: Path | None = None) -> Arguments:
+        """The arguments that classify good texts."""
+        return self.run(self.file("texts.txt", "rain\n"), *options, folder=folder)
+
+    def export(self, model: object, *options: object) -> Arguments:
+        return ["export", model, "-o", self.root / "out", "--quiet", *options]
 
 
-Arguments = Sequence[object]
-
-
-@dataclass(frozen=True)
 class Case:
-    """One row of a table.
+    """Something bad, the command that must refuse it, and what its message must name.
 
-    Attributes:
-        name: what is wrong.
-        make: makes it, and gives the arguments of the command.
-        says: what the line must contain.
-        command: which command, see `COMMANDS`.
-        code: its exit code: 1 for bad input, 2 for usage.
+    Args:
+        name: what is bad.
+        make: makes it; returns the command, see `COMMANDS`, and its arguments.
+        *facts: names and numbers that the message contains; its wording is free.
+        code: the exit code: 1 for bad input, 2 for wrong usage.
     """
 
-    name: str
-    make: Callable[[Place], Arguments]
-    says: tuple[str, ...]
-    command: str = "run"
-    code: int = 1
+    def __init__(self, name: str, make: Make, *facts: str, code: int = 1) -> None:
+        self.name = name
+        self.make = make
+        self.facts = facts
+        self.code = code
 
 
-def no_space(what: str, make: Callable[[Place], Arguments]) -> Callable[[Place], Arguments]:
-    """As if the disk were full for a function, named by its path."""
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def case(place: Place) -> Arguments:
-        arguments = make(place)
-        place.patch.setattr(what, full)
-        return arguments
-
-    return case
+def each(*tables: Sequence[Case]) -> pytest.MarkDecorator:
+    """Runs a test for each case."""
+    cases = [case for table in tables for case in table]
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command gave."""
+    """What a command printed, and its exit code."""
 
     code: int
     out: str
     err: str
 
 
-def run(
-    command: str, arguments: Arguments, place: Place, capfd: pytest.CaptureFixture[str]
-) -> Outcome:
-    """Run a command in this process; its output is taken at the file descriptors."""
-    main = importlib.import_module(COMMANDS[command]).main
-    assert isinstance(main, click.Command)
+def execute(arguments: Arguments, place: Place, capfd: pytest.CaptureFixture[str]) -> Outcome:
+    """Run a command in this process; its output is captured at the file descriptors."""
+    main = COMMANDS[str(arguments[0])]
     place.patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(place.stdin)))
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments[1:]])
     return Outcome(int(caught.value.code or 0), *capfd.readouterr())
 
 
 def check(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    """Run a case: its exit code, one line, nothing on stdout, nothing half written."""
+    """The exit code is right, one line says why, stdout is empty, and no file has changed."""
     arguments = case.make(place)
     before = contents(place.root)
-    outcome = run(case.command, arguments, place, capfd)
+    outcome = execute(arguments, place, capfd)
     place.patch.undo()
     assert outcome.out == ""
-    check_line(outcome.err, case.says)
-    assert outcome.code == case.code
+    assert outcome.code == case.code, outcome.err
+    check_message(outcome.err, case)
     assert contents(place.root) == before
 
 
-def check_line(err: str, says: Sequence[str]) -> None:
-    """One line that can be printed and says what is wrong and what to do."""
-    assert "Traceback" not in err
-    lines = err.splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: "), err
-    message, _, hint = lines[0].partition(" -> ")
-    assert message
-    assert hint.strip(), "it does not say what to do"
-    assert len(lines[0]) < 1000
-    assert lines[0].isprintable()
-    for part in says:
-        assert part in lines[0], lines[0]
+def check_message(err: str, case: Case) -> None:
+    """A message is one printable line that says what to do, with options that exist."""
+    assert err.count("\n") == 1, err
+    line = err.removesuffix("\n")
+    message, _, remedy = line.partition(" -> ")
+    assert message.startswith("error: ")
+    assert remedy.strip(), "it does not say what to do"
+    assert line.isprintable()
+    assert len(line) < 1000
+    options = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", line)) - set(case.facts)
+    assert options <= OPTIONS, "it names an option that no command has"
+    for fact in case.facts:
+        assert fact in line, err
 
 
 def contents(root: Path) -> dict[str, str | None]:
@@ -165,6 +158,15 @@ def contents(root: Path) -> dict[str, str | None]:
     }
 
 
+def no_space(place: Place, what: str) -> None:
+    """Let a function, named by its path, fail as on a full disk."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place.patch.setattr(what, full)
+
+
 def change_json(path: Path, change: Callable[[Any], object]) -> None:
     """Change the content of a JSON file."""
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -172,35 +174,41 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def change_manifest(folder: Path, change: Callable[[Any], object]) -> Path:
-    """Change the manifest of an engines folder."""
-    change_json(folder / MANIFEST_NAME, change)
-    return folder
+def manifest(change: Callable[[Any], object]) -> Change:
+    """Changes the manifest of an engines folder."""
+    return lambda folder: change_json(folder / MANIFEST_NAME, change)
 
 
-def changed_heads(folder: Path, file: str, change: Callable[[Any], Any]) -> Path:
+def corrected(file: str, change: Change) -> Change:
+    """Changes a file of an engines folder and corrects its hash, as its maker would."""
+
+    def apply(folder: Path) -> None:
+        change(folder / file)
+        digest = sha256_of(folder / file)
+
+        def correct(content: Any) -> None:
+            for record in (content["tokenizer"], *content["graphs"].values()):
+                if record["file"] == file:
+                    record["sha256"] = digest
+            if file in content["files"]:
+                content["files"][file] = digest
+
+        manifest(correct)(folder)
+
+    return apply
+
+
+def changed_heads(folder: Path, file: str, change: Callable[[Any], Any]) -> None:
     """Change the weights of a segment's head, and correct the hash."""
     import onnx
     from onnx import numpy_helper
 
-    proto = onnx.load(folder / file)
-    for tensor in proto.graph.initializer:
-        if "classifier" in tensor.name:
-            values = change(numpy_helper.to_array(tensor).copy())
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    onnx.save(proto, folder / file)
-    return corrected(folder, file)
+    def apply(path: Path) -> None:
+        proto = onnx.load(path)
+        for tensor in proto.graph.initializer:
+            if "classifier" in tensor.name:
+                values = change(numpy_helper.to_array(tensor).copy())
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        onnx.save(proto, path)
 
-
-def corrected(folder: Path, file: str) -> Path:
-    """Write the hash of a file as it is now into the manifest, as its maker would."""
-    digest = sha256_of(folder / file)
-
-    def correct(manifest: Any) -> None:
-        for record in (manifest["tokenizer"], *manifest["graphs"].values()):
-            if record["file"] == file:
-                record["sha256"] = digest
-        if file in manifest["files"]:
-            manifest["files"][file] = digest
-
-    return change_manifest(folder, correct)
+    corrected(file, apply)(folder)

@@ -1,4 +1,4 @@
-"""What is fuzzed: a file, how it is changed, and what reads it as the commands do."""
+"""What is fuzzed: a kind of file, how it is changed, and what reads it as the commands do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,10 @@ import gzip
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import fuzz_parquet
 import msgspec
-from fuzz_mutate import (
-    Mutation,
-    archived,
-    headed,
-    mutate_json,
-    mutate_json_lines,
-    mutate_lines,
-    packed,
-)
 
 from fpabee.runtime.artifact.folder import (
     is_engines_folder,
@@ -36,27 +25,31 @@ from fpabee.runtime.files import Inputs, Row
 from fpabee.runtime.files.records import to_json
 from fpabee.runtime.targets import operating_point_of, rule_of, target_of
 
-# Rows of an input that are read: a packed file may hold any number, one after another.
+from . import parquet_files
+from .mutations import (
+    Mutation,
+    compressed,
+    headed,
+    mutate_archive,
+    mutate_json,
+    mutate_json_lines,
+    mutate_lines,
+)
+
+# A compressed file may hold any number of rows; they are read one after another.
 _MOST_ROWS = 5000
 _MOST_WRITTEN = 2**24
-_TEXTS: list[Text] = [
-    "",
-    "the film is not bad",
-    "\U0001f469\u200d é\u0301 \u202e",
-    "a" * 300,
-    ("a", "b"),
-]
+_TEXTS: list[Text] = ["", "the film is not bad", "\U0001f469\u200d é\u0301", "a" * 300, ("a", "b")]
 _ROWS = [
     b'{"text": "rain", "label": "a", "id": 1}',
     b'{"text": "a \\u00e9", "text_pair": "b", "labels": ["a", "b"], "more": {"x": [1.5]}}',
     b'{"text": "", "labels": []}',
 ]
-_TABLE = [
-    b"text,text_pair,label,id",
-    b'rain,"a, ""b""",a,1',
-    b'"two\nlines",,b,',
-    b"",
-]
+_TABLE = b'text,text_pair,label,id\nrain,"a, ""b""",a,1\n"two\nlines",,b,\n'
+NAMES = (
+    *("manifest", "tokenizer", "reference", "config.json", "model.safetensors", "parquet"),
+    *("txt", "jsonl", "csv", "tsv", "txt.gz", "jsonl.gz", "csv.gz", "tsv.gz"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,47 +57,48 @@ class Target:
     """A kind of file.
 
     Attributes:
-        group: what `--only` chooses: manifest, reference, inputs, tokenizer or model.
-        seeds: files to begin with.
+        seeds: files to begin with; the first can be read.
         mutate: changes one.
-        path: where the file must stand to be read.
+        path: where the file must be to be read.
         read: reads it; raises only our errors.
     """
 
-    group: str
     seeds: tuple[bytes, ...]
     mutate: Mutation
     path: Path
     read: Callable[[], object]
 
 
-def every_target(engines: Path, model_dir: Path | None, place: Path) -> dict[str, Target]:
+def every_target(place: Path, engines: Path, model_dir: Path) -> dict[str, Target]:
     """All targets by name.
 
     Args:
+        place: an empty folder for the files to be read.
         engines: an engines folder.
-        model_dir: the folder of a model, or none, and its files are not fuzzed.
-        place: an empty folder of the caller's, where files will stand.
+        model_dir: a model folder.
     """
     manifest = read_manifest(engines)
     targets = {
         "manifest": _manifest(engines, place / "engines"),
         "tokenizer": _tokenizer(engines, manifest, place / "tokenizer"),
         "reference": _reference(engines, manifest, place / "reference"),
+        "config.json": _model(model_dir, place / "config", "config.json", mutate_json),
+        "model.safetensors": _model(
+            model_dir, place / "weights", "model.safetensors", headed(mutate_json)
+        ),
+        "parquet": _input(place / "input.parquet", parquet_files.seeds(), parquet_files.mutate),
     }
-    table = b"\n".join(_TABLE)
     for suffix, seed, mutation in (
         ("txt", b"rain\nthe film is not bad\n\n", mutate_lines),
         ("jsonl", b"\n".join(_ROWS), mutate_json_lines),
-        ("csv", table, mutate_lines),
-        ("tsv", table.replace(b",", b"\t"), mutate_lines),
+        ("csv", _TABLE, mutate_lines),
+        ("tsv", _TABLE.replace(b",", b"\t"), mutate_lines),
     ):
         targets[suffix] = _input(place / f"input.{suffix}", (seed,), mutation)
         targets[f"{suffix}.gz"] = _input(
-            place / f"input.{suffix}.gz", (gzip.compress(seed, mtime=0),), packed(mutation)
+            place / f"input.{suffix}.gz", (gzip.compress(seed, mtime=0),), compressed(mutation)
         )
-    targets["parquet"] = _input(place / "input.parquet", fuzz_parquet.seeds(), fuzz_parquet.mutate)
-    return targets | ({} if model_dir is None else _model(model_dir, place / "model"))
+    return targets
 
 
 def _manifest(engines: Path, folder: Path) -> Target:
@@ -124,7 +118,7 @@ def _manifest(engines: Path, folder: Path) -> Target:
             resolve(folder, graph.file)
         write_manifest(folder, manifest)
 
-    return Target("manifest", (path.read_bytes(),), mutate_json, path, read)
+    return Target((path.read_bytes(),), mutate_json, path, read)
 
 
 def _tokenizer(engines: Path, manifest: Manifest, folder: Path) -> Target:
@@ -138,7 +132,7 @@ def _tokenizer(engines: Path, manifest: Manifest, folder: Path) -> Target:
         rows = TextEncoder(folder, correct).encode(_TEXTS)
         assert all(len(row) <= spec.max_length for row in rows)
 
-    return Target("tokenizer", ((engines / spec.file).read_bytes(),), mutate_json, path, read)
+    return Target(((engines / spec.file).read_bytes(),), mutate_json, path, read)
 
 
 def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
@@ -149,8 +143,7 @@ def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
         files = {**manifest.files, REFERENCE_NAME: sha256_of(path)}
         read_reference(folder, msgspec.structs.replace(manifest, files=files))
 
-    seeds = ((engines / REFERENCE_NAME).read_bytes(),)
-    return Target("reference", seeds, archived, path, read)
+    return Target(((engines / REFERENCE_NAME).read_bytes(),), mutate_archive, path, read)
 
 
 def _input(path: Path, seeds: tuple[bytes, ...], mutation: Mutation) -> Target:
@@ -163,24 +156,12 @@ def _input(path: Path, seeds: tuple[bytes, ...], mutation: Mutation) -> Target:
             if written > _MOST_WRITTEN:
                 break
 
-    return Target("inputs", seeds, mutation, path, read)
+    return Target(seeds, mutation, path, read)
 
 
-def _model(model_dir: Path, folder: Path) -> dict[str, Target]:
+def _model(model_dir: Path, folder: Path, name: str, mutation: Mutation) -> Target:
     from fpabee.exporter.checkpoint import load_checkpoint
 
-    targets = {}
-    for name, mutation in (
-        ("config.json", mutate_json),
-        ("model.safetensors", headed(mutate_json)),
-    ):
-        copy = folder / name
-        shutil.copytree(model_dir, copy)
-        targets[name] = Target(
-            "model",
-            ((copy / name).read_bytes(),),
-            mutation,
-            copy / name,
-            partial(load_checkpoint, copy),
-        )
-    return targets
+    shutil.copytree(model_dir, folder)
+    path = folder / name
+    return Target((path.read_bytes(),), mutation, path, lambda: load_checkpoint(folder))

@@ -1,7 +1,7 @@
 """Mutations that keep the structure of a file, so that a fuzzer gets past its parser.
 
-Every function takes the bytes of a file and a source of chance, and gives other bytes; where
-the bytes no longer have the structure, a few of them are changed instead.
+Each function takes the bytes of a file and a source of randomness, and returns other bytes. Where
+the bytes no longer have that structure, a few of them are changed instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 Mutation = Callable[[bytes, Random], bytes]
 
-# Values as JSON text, for a JSON library writes few of them.
+# Values as JSON text, because a JSON library would not write many of them.
 _ODD = (
     *("null", "true", "false", "0", "-0.0", "-1", "1", "3", "0.5", "1e308", "-1e308", "1e999"),
     *("NaN", "Infinity", "-Infinity", "2147483648", "4294967296", "9223372036854775808"),
@@ -34,11 +34,10 @@ _PIECES = (
     *("\u2028".encode(), "\u0085".encode(), "\U0001f469".encode(), b"\x1c", b"\x1a"),
     *(b"," * 3000, b'"' * 3001, b"a" * 200_000, b"\n" * 3000, b"[" * 100_000),
 )
-_UNPACKED = 2**20
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:
-    """Flip, cut, copy or insert a few bytes."""
+    """Flip, replace, drop, repeat or insert a few bytes."""
     content = bytearray(data)
     for _ in range(random.choice((1, 1, 2, 4, 16))):
         at = random.randrange(len(content) + 1)
@@ -61,72 +60,63 @@ def mutate_json(data: bytes, random: Random) -> bytes:
     """Change a few values or keys of a JSON document."""
     try:
         root = [json.loads(data)]
+        odd: list[str] = []
+        for _ in range(random.choice((1, 1, 1, 2, 4))):
+            _change(root, odd, random)
+        text = json.dumps(root[0])
     except (ValueError, RecursionError):
         return mutate_bytes(data, random)
-    raw: list[str] = []
-    for _ in range(random.choice((1, 1, 1, 2, 4))):
-        _change(*_place(root, random), root, raw, random)
-    try:
-        text = json.dumps(root[0] if root else None)
-    except RecursionError:
-        return mutate_bytes(data, random)
-    for number, piece in enumerate(raw):
-        text = text.replace(f'"@{number}@"', piece)
+    for number, value in enumerate(odd):
+        text = text.replace(f'"@{number}@"', value)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _place(root: Any, random: Random) -> tuple[Any, Any]:
-    """A container and one of its keys: any depth is likely, however long the lists are."""
-    inner, key = root, 0
-    while True:
-        content = inner[key]
-        if not isinstance(content, (dict, list)) or not content or random.random() < 0.2:
-            return inner, key
-        inner = content
-        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
-
-
-def _change(inner: Any, key: Any, root: list[Any], raw: list[str], random: Random) -> None:
-    value, odd = inner[key], random.choice(_ODD)
-    kind = random.randrange(8)
+def _change(root: list[Any], odd: list[str], random: Random) -> None:
+    """Change one value; an odd one is written as `@number@` first."""
+    inner, key = _place(root, random)
+    value = inner[key]
+    kind = random.randrange(7)
     if kind == 0 and inner is not root:
         del inner[key]
-    elif kind == 1:  # the value of another place
+    elif kind == 1:
         other, name = _place(root, random)
         inner[key] = json.loads(json.dumps(other[name]))
-    elif kind == 2 and isinstance(inner, list):
+    elif kind == 2 and isinstance(inner, list) and inner is not root:
         inner.extend([value] * random.choice((1, 2, 2000)))
-    elif kind == 2 and isinstance(inner, dict):  # a key twice
-        raw.append(f"{json.dumps(value)}, {json.dumps(key)}: {odd}")
-        inner[key] = f"@{len(raw) - 1}@"
     elif kind == 3 and isinstance(inner, dict):
         inner[random.choice(("", "x", "type", f"{key}2", "a" * 1000))] = inner.pop(key)
     elif kind == 4 and isinstance(value, (int, float)):
         inner[key] = random.choice((-value, value + 1, value - 1, value * 2**20, value / 2))
     elif kind == 4 and isinstance(value, str):
         at = random.randrange(len(value) + 1)
-        inner[key] = (
-            value[:at] + random.choice(("", "\0", "\ud800", "é", " ", "/")) + value[at + 1 :]
-        )
-    elif kind == 4 and isinstance(value, list):
-        random.shuffle(value)
+        inner[key] = value[:at] + random.choice(("", "\0", "\ud800", "é", "/")) + value[at + 1 :]
     else:
-        raw.append(odd)
-        inner[key] = f"@{len(raw) - 1}@"
+        inner[key] = f"@{len(odd)}@"
+        odd.append(random.choice(_ODD))
+        if kind == 5 and isinstance(inner, dict):  # the same key twice
+            odd[-1] += f", {json.dumps(key)}: {json.dumps(value)}"
+
+
+def _place(root: Any, random: Random) -> tuple[Any, Any]:
+    """A container and one of its keys: any depth is likely, however long the lists are."""
+    inner, key = root, 0
+    while isinstance(inner[key], (dict, list)) and inner[key] and random.random() < 0.8:
+        inner = inner[key]
+        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+    return inner, key
 
 
 def mutate_lines(data: bytes, random: Random) -> bytes:
-    """Change, copy, drop or swap lines."""
+    """Repeat, drop, swap or change lines."""
     lines = data.split(b"\n")
     for _ in range(random.choice((1, 1, 2, 4))):
-        at = random.randrange(len(lines))
+        at, other = random.randrange(len(lines)), random.randrange(len(lines))
         kind = random.randrange(6)
         if kind == 0:
-            lines.insert(at, random.choice(lines))
+            lines.insert(at, lines[other])
         elif kind == 1 and len(lines) > 1:
             del lines[at]
         elif kind == 2:
-            other = random.randrange(len(lines))
             lines[at], lines[other] = lines[other], lines[at]
         elif kind == 3:
             lines[at] = b",".join(random.choices(_PIECES, k=3))
@@ -137,35 +127,34 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
 
 def mutate_json_lines(data: bytes, random: Random) -> bytes:
     """Change a value in a line, or the lines."""
-    lines = data.split(b"\n")
-    at = random.randrange(len(lines))
     if random.random() < 0.3:
         return mutate_lines(data, random)
+    lines = data.split(b"\n")
+    at = random.randrange(len(lines))
     lines[at] = mutate_json(lines[at], random)
     return b"\n".join(lines)
 
 
-def packed(mutation: Mutation) -> Mutation:
-    """The same of what is packed with gzip; at times of the packed bytes."""
+def compressed(mutation: Mutation) -> Mutation:
+    """The mutation of what is compressed with gzip; sometimes one of the compressed bytes."""
 
     def mutate(data: bytes, random: Random) -> bytes:
         try:
-            content = zlib.decompressobj(31).decompress(data, _UNPACKED)
+            content = zlib.decompressobj(31).decompress(data, 2**20)
         except zlib.error:
             return mutate_bytes(data, random)
         kind = random.randrange(40)
         if kind < 10:
             return mutate_bytes(data, random)
-        if kind == 10:  # much of little
+        if kind == 10:
             content += random.choice((b"a" * 2**25, b'"' * 2**25, b"\n" * 2**20))
-            return gzip.compress(content, compresslevel=1, mtime=0)
         return gzip.compress(mutation(content, random), compresslevel=1, mtime=0)
 
     return mutate
 
 
 def headed(mutation: Mutation) -> Mutation:
-    """The same of the JSON header that safetensors has behind its length."""
+    """The mutation of the JSON header that safetensors has behind its length."""
 
     def mutate(data: bytes, random: Random) -> bytes:
         length = int.from_bytes(data[:8], "little")
@@ -178,21 +167,18 @@ def headed(mutation: Mutation) -> Mutation:
     return mutate
 
 
-def archived(data: bytes, random: Random) -> bytes:
+def mutate_archive(data: bytes, random: Random) -> bytes:
     """Change one file of an archive such as numpy's, or the bytes of the archive."""
-    if random.random() < 0.2:
-        return mutate_bytes(data, random)
     out = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
-            names = old.namelist()
-            chosen = random.randrange(len(names))
-            for number, name in enumerate(names):
+            chosen = random.choice([*old.namelist(), None])
+            for name in old.namelist():
                 content = old.read(name)
-                if number == chosen:
+                if name == chosen:
                     head = random.choice((128, len(content)))
                     content = mutate_bytes(content[:head], random) + content[head:]
                 new.writestr(zipfile.ZipInfo(name), content)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError, zlib.error):
         return mutate_bytes(data, random)
-    return out.getvalue()
+    return mutate_bytes(data, random) if chosen is None else out.getvalue()

@@ -1,0 +1,238 @@
+"""Outputs, disks, packages, settings and usage that a command must refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from importlib import metadata, util
+
+import pytest
+
+from .cases import Arguments, Case, Make, Place, check, check_message, each, no_space
+
+PROGRAM = "from fpabee.__main__ import main; main(prog_name='fpabee')"
+
+
+def run(*options: object) -> Make:
+    return lambda place: place.run_texts(*options)
+
+
+def out(name: str, *options: object, folder: str = "", link: str = "") -> Make:
+    """An output in the case's folder, where a folder or a link may be in the way."""
+
+    def make(place: Place) -> Arguments:
+        if folder:
+            (place.root / folder).mkdir()
+        if link:
+            (place.root / name).symlink_to(link)
+        return place.run_texts("--output", place.root / name, *options)
+
+    return make
+
+
+def command(name: str, *options: object) -> Make:
+    """A command with a good engines folder, or for an export with a good model."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.shared["bert"]
+        arguments = {
+            "bench": ["bench", folder, "--input", place.file("in.txt", "rain\n")],
+            "calibrate": ["calibrate", folder, "--data", "none.jsonl"],
+            "export": place.export(place.models["bert"]),
+            "from": ["export", "--from", folder],
+        }[name]
+        return [*arguments, *options, "--quiet"]
+
+    return make
+
+
+def without(module: str, make: Make) -> Make:
+    """As if a package were not installed."""
+    find = util.find_spec
+
+    def case(place: Place) -> Arguments:
+        arguments = make(place)
+        place.patch.setitem(sys.modules, module, None)
+        place.patch.setattr(util, "find_spec", lambda n, *p: None if n == module else find(n, *p))
+        return arguments
+
+    return case
+
+
+def packages(*installed: str) -> Make:
+    """As if these packages of ONNX Runtime were installed."""
+
+    def distribution(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return name
+
+    def case(place: Place) -> Arguments:
+        place.patch.setattr(metadata, "distribution", distribution)
+        return place.run_texts()
+
+    return case
+
+
+def empty_module(place: Place) -> Arguments:
+    """What is left of two packages that hold the same module."""
+    place.patch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    return place.run_texts()
+
+
+def full_disk(place: Place) -> Arguments:
+    no_space(place, "fpabee.runtime.files.partial.Partial.write")
+    return out("out.jsonl")(place)
+
+
+def onto_its_input(place: Place) -> Arguments:
+    source = place.file("in.jsonl", '{"text": "rain"}\n')
+    (place.root / "link.jsonl").symlink_to(source)
+    return place.run(source, "--output", place.root / "link.jsonl")
+
+
+def interrupted(settings: str, *options: object) -> Make:
+    """Rows of an earlier run beside the output."""
+
+    def case(place: Place) -> Arguments:
+        place.file("out.jsonl.partial", '{"index": 0}\n')
+        place.file("out.jsonl.partial.run", settings)
+        return out("out.jsonl", *options)(place)
+
+    return case
+
+
+OUTPUTS = [
+    Case("a folder", out("out.jsonl", folder="out.jsonl"), "out.jsonl", "--output"),
+    Case("in no folder", out("none/a\nb.jsonl"), r"none/a\nb.jsonl", "--output"),
+    Case("below a file", out("texts.txt/out.jsonl"), "texts.txt/out.jsonl", "--output"),
+    Case("a name too long for .partial", out("a" * 244 + ".jsonl"), "--output"),
+    Case("a name that is too long", out("a" * 300), "File name too long"),
+    Case("a link to nowhere", out("out.jsonl", link="none/x"), "out.jsonl", "--output"),
+    Case("its .run is a folder", out("out.jsonl", folder="out.jsonl.partial.run"), "--output"),
+    Case("a full device", run("--output", "/dev/full"), "/dev/full", "No space left"),
+    Case("a full disk", full_disk, "out.jsonl", "No space left"),
+    Case("an unknown suffix", out("out.xls"), ".xls", "--output-format"),
+    Case("Parquet in gzip", out("out.parquet.gz"), "out.parquet.gz", ".parquet"),
+    Case("a link to its input", onto_its_input, "link.jsonl", "--output"),
+    Case("rows of another run", interrupted('{"fpabee": "0.0"}', "--resume"), '"0.0"'),
+    Case("rows that would be lost", interrupted("{}"), "1", "--resume"),
+]  # fmt: skip
+
+PACKAGES = [
+    Case("no onnxruntime", packages(), "pip install 'fpabee[cpu]'"),
+    Case("onnxruntime twice", packages("onnxruntime", "onnxruntime-gpu"), "pip uninstall"),
+    Case("an onnxruntime that cannot be loaded", without("onnxruntime", run()), "pip uninstall"),
+    Case("an empty onnxruntime", empty_module, "pip uninstall"),
+    Case("no pyarrow", without("pyarrow", out("x.parquet")), "pip install 'fpabee[parquet]'"),
+    Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
+    Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
+    Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),
+         "matplotlib", "'fpabee[plot]'"),
+    Case("no TensorRT", without("tensorrt", command("from", "--backend", "tensorrt")),
+         "tensorrt", "'fpabee[tensorrt]'"),
+    Case("no TensorRT for a new export",
+         without("tensorrt", command("export", "--fp16", "--backend", "tensorrt")), "tensorrt"),
+]  # fmt: skip
+
+BUDGET = ("--rule", "budget")
+SETTINGS = [
+    Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
+    Case("an unknown target", run("--target", "a\x1b\n"), r"'a\x1b\n'", "onnxruntime-fp32"),
+    Case("an unknown point", run("--operating-point", "x"), "'x'", "fpabee-calibrate"),
+    Case("an infinite threshold", run("--threshold", "1e400"), "threshold", "inf"),
+    Case("1000 thresholds", run("--threshold", ",".join("1" * 1000)), "1000", "3"),
+    Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
+    Case("a measure without its threshold", run("--measure", "jsd"), "threshold"),
+    Case("a setting of another rule", run("--rule", "pabee", "--patience", 1, "--threshold", 1),
+         "pabee", "threshold"),
+    Case("exit 10^30", run(*BUDGET, "--exit", 10**30), str(10**30), "3"),
+    Case("a last exit before the first", run("--min-exit", 3, "--max-exit", 2), "2", "3"),
+    Case("no room for a token", run("--max-length", 2), "2", "3"),
+    Case("a depth without threshold",
+         command("bench", "--depth", 0.5, "--rule", "pabee", "--patience", 1), "pabee"),
+    Case("another model to compare with",
+         lambda p: [*command("bench")(p), "--model-dir", p.models["albert"]], "--model-dir"),
+    Case("no model to compare with", command("bench", "--model-dir", "none"), "none"),
+    Case("a model of a name too long", lambda p: p.export("a" * 300), "File name too long"),
+    Case("no folder to inspect", lambda p: ["inspect", p.root / "none"], "none", "fpabee-export"),
+    Case("a model to inspect", lambda p: ["inspect", p.models["bert"]], "manifest.json"),
+]  # fmt: skip
+
+# What is given, and what the message names.
+USAGE: list[tuple[Make, str]] = [
+    (run("--patience", "1.5"), "'1.5'"),
+    (run("--rule", "berxit"), "'berxit'"),
+    (run("--threshold", "0.1,"), "'0.1,'"),
+    (run("--agreement", "nan"), "'nan'"),
+    (run("--full-depth", "--rule", "pabee"), "--full-depth"),
+    (run("--operating-point", "a", "--patience", 1), "--operating-point"),
+    (run("--resume"), "--output"),
+    (run("--unbuffered", "--resume"), "--unbuffered"),
+    (run("--verbose"), "--verbose"),
+    (lambda p: ["inspect"], "--env"),
+    (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
+    (command("bench", "--depth", 0.5, "--threshold", 0.1), "--threshold"),
+    (command("bench", "--depth", 0), "--depth"),
+    (command("bench", "--shapes", "ax8"), "'ax8'"),
+    (command("bench", "--shapes", "1000000000x8"), "1048576"),
+    (lambda p: ["export"], "--from"),
+    (command("export", "--exits", "1,,2"), "'1,,2'"),
+    (command("export", "--exits", "auto"), "auto"),
+    (command("export", "--batch", "8,4,2"), "'8,4,2'"),
+    (command("export", "--threads", 1), "--threads"),
+    (command("export", "--no-onnx"), "--from"),
+    (command("export", "--int8"), "--calibration-data"),
+    (command("export", "--calibration-data", "a"), "--int8"),
+    (command("export", "--text-column", "body"), "--verify-data"),
+    (command("export", "--exits", "1", "--verify-data", "a", "--label-separator", ";"), "--exits"),
+    (command("export", "--keep-fp32", "auto"), "--keep-fp32"),
+    (command("from", "--exits", "1,2"), "--exits"),
+    (command("from", "--force"), "--from"),
+    (command("from", "--exits", "1,3", "-o", "x", "--fp16"), "--from"),
+    (command("from", "--exits", "1,3", "-o", "x", "--max-length", 9), "--from"),
+    (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
+    (command("from", "--fp16", "--hardware-compatible"), "--hardware-compatible"),
+    (command("from", "--sm", "8"), "'8'"),
+    (command("from", "--fp16", "--sm", "86,90"), "9.0"),
+    (lambda p: ["fpabee", "none"], "'none'"),
+    (lambda p: ["fpabee", "run"], "ENGINES"),
+]
+
+
+@each(OUTPUTS, PACKAGES, SETTINGS)
+def test_a_bad_environment(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    check(case, place, capfd)
+
+
+@pytest.mark.parametrize(("make", "fact"), USAGE)
+def test_a_wrong_use(
+    make: Make,
+    fact: str,
+    place: Place,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    check(Case(fact, make, fact, code=2), place, capfd)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "facts"),
+    [
+        ("run {engines} --input {texts} --quiet >&-", ("standard output", "--output")),
+        ("run {engines} --input {texts} --quiet >/dev/full", ("No space left",)),
+        ("run {engines} --input - --quiet <&-", ("standard input",)),
+        ("inspect {engines} >/dev/full", ("standard output", "No space left")),
+        ("inspect {engines} --json >/dev/full", ("standard output", "No space left")),
+    ],
+)
+def test_standard_streams_that_are_closed_or_full(
+    redirection: str, facts: tuple[str, ...], place: Place
+) -> None:
+    engines, texts = place.shared["bert"], place.file("texts.txt", "rain\n")
+    shell = f'"$0" -c "$1" {redirection.format(engines=engines, texts=texts)}'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable, PROGRAM], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    check_message(done.stderr, Case(redirection, lambda _: [], *facts))

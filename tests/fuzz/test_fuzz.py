@@ -1,0 +1,137 @@
+"""Fuzzes every reader of files that may come from strangers, and tests the fuzzer itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from fpabee.runtime.errors import ArtifactError
+
+from ..child_process import Child, Ended, Report
+from . import fuzzer
+from .targets import NAMES, Target, every_target
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory in Linux's /proc")
+
+INPUTS = 15
+FINDS = Path(__file__).parents[2] / "fuzz-finds"
+
+
+@pytest.fixture(scope="module")
+def folders(engines: Mapping[str, Path], tiny_models: Mapping[str, Path]) -> dict[str, Path]:
+    return {"engines": engines["bert"], "model_dir": tiny_models["bert"]}
+
+
+@pytest.fixture(scope="module")
+def targets(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Target]:
+    return every_target(tmp_path_factory.mktemp("fuzz"), **folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_fuzzing_finds_nothing(
+    name: str, folders: dict[str, Path], tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    seconds = pytestconfig.getoption("--seconds")
+    assert fuzzer.fuzz(name, tmp_path, FINDS / name, seconds, **folders) == {}
+
+
+def test_every_target_has_a_name(targets: dict[str, Target]) -> None:
+    assert set(NAMES) == set(targets)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_changed_files_are_read_or_refused(name: str, targets: dict[str, Target]) -> None:
+    target, random = targets[name], Random(name)
+    judge = fuzzer.Judge(target)
+    changed = [target.mutate(random.choice(target.seeds), random) for _ in range(INPUTS)]
+    assert len(set(changed) - set(target.seeds)) > INPUTS // 2
+    for data in (*target.seeds, *changed):
+        assert judge(data) == []
+    assert 0 < judge.accepted <= judge.inputs == INPUTS + len(target.seeds)
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+def raises(error: BaseException) -> Callable[[], object]:
+    def read() -> None:
+        raise error
+
+    return read
+
+
+def large_child() -> None:
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    code = f"bytearray(b'x') * ({peak} + 2**26)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("defect", "limits", "found"),
+    [
+        (raises(KeyError("x")), {}, ["KeyError"]),
+        (raises(Panic("x")), {}, ["Panic"]),
+        (raises(ArtifactError("it is damaged")), {}, []),
+        (lambda: sum(range(10**6)), {"seconds": 0.001}, ["more than 0.001 s"]),
+        (lambda: bytearray(b"x") * 2**26, {"mebibytes": 32}, ["more than 32 MiB"]),
+        (large_child, {"mebibytes": 32}, ["more than 32 MiB"]),
+    ],
+    ids=["exception", "panic", "refused", "slow", "large", "large child"],
+)
+def test_the_judge_finds_a_defect(
+    tmp_path: Path, defect: Callable[[], object], limits: dict[str, float], found: list[str]
+) -> None:
+    path = tmp_path / "input"
+
+    def read() -> None:
+        if path.read_bytes() == b"bad":
+            defect()
+
+    judge = fuzzer.Judge(Target((b"good",), lambda data, _: data, path, read), **limits)
+    assert judge(b"good") == []
+    assert judge(b"bad") == found
+
+
+def aborts(report: Report) -> None:
+    report("before")
+    os.abort()
+
+
+def never_ends(report: Report) -> None:
+    report("before")
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "failure"), [(aborts, "exit code -6: .*Aborted"), (never_ends, "within 2 s")]
+)
+def test_how_a_process_ends(function: Callable[[Report], None], failure: str) -> None:
+    ended = Child(function).wait(2)
+    assert ended.reports == ["before"]
+    assert re.search(failure, ended.failure)
+
+
+def test_the_input_of_a_crash_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_bytes(b"bad")
+    ended = Ended([str(bad), ["KeyError", "an input"]], "exit code -6: Aborted")
+    monkeypatch.setattr(Child, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(Child, "wait", lambda *_: ended)
+    finds = fuzzer.fuzz("manifest", tmp_path, tmp_path / "keep", 1)
+    assert finds.pop("KeyError") == Path("an input")
+    assert finds.pop(ended.failure).read_bytes() == b"bad"
+    assert finds == {}
