@@ -23,7 +23,7 @@ from fpabee.runtime.artifact.folder import verified, verified_graph
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
 from fpabee.runtime.backends.stepping import steps
-from fpabee.runtime.backends.tensorrt import check_target
+from fpabee.runtime.backends.tensorrt import TensorRtBackend
 from fpabee.runtime.encoding import TextEncoder, padded_batches, padding_values
 
 LENGTH = 32
@@ -33,7 +33,7 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}
 def compare(folder: Path, manifest: Manifest, target_name: str, rows: int) -> bool:
     """Print the largest difference of each graph; returns whether all are within tolerance."""
     target = manifest.targets[target_name]
-    check_target(target, target_name)
+    TensorRtBackend.check(target, target_name)
     if target.backend == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     from polygraphy.backend.common import BytesFromPath
