@@ -23,32 +23,9 @@ PACKAGES = ("exporter", "runtime", "calibration")
 _FLAG = re.compile(r"(?<![\w-])--[a-z]|\bfpabee-[a-z]")
 # Modules that still mention options or commands.
 _WITH_FLAGS = {
-    "calibration/calibrate.py",
-    "calibration/label_thresholds.py",
-    "calibration/risk.py",
-    "calibration/scoring.py",
-    "calibration/trace.py",
     "exporter/add_targets.py",
-    "exporter/bench.py",
-    "exporter/checkpoint.py",
-    "exporter/onnx_file.py",
-    "exporter/pipeline.py",
-    "exporter/precision/float16.py",
-    "exporter/precision/int8.py",
-    "exporter/precision/rounding.py",
-    "exporter/prune/drop_exits.py",
-    "exporter/prune/keep.py",
-    "exporter/staging.py",
-    "exporter/targets/options.py",
-    "exporter/targets/tensorrt.py",
-    "exporter/tokenizer.py",
     "exporter/training/model_card.py",
-    "runtime/backends/onnxruntime.py",
-    "runtime/backends/onnxruntime_cuda.py",
-    "runtime/backends/onnxruntime_session.py",
     "runtime/backends/tensorrt.py",
-    "runtime/chain.py",
-    "runtime/encoding.py",
     "runtime/files/destination.py",
     "runtime/files/job.py",
     "runtime/files/parquet.py",
@@ -58,7 +35,6 @@ _WITH_FLAGS = {
     "runtime/files/summary.py",
     "runtime/files/tables.py",
     "runtime/files/writers.py",
-    "runtime/targets.py",
 }
 
 

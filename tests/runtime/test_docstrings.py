@@ -12,9 +12,11 @@ from ..docstrings import run_code, run_sessions
 def test_code_runs(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "engines").symlink_to(bert)
     (tmp_path / "dev.jsonl").write_text('{"text": "play music", "label": "music"}\n')
+    (tmp_path / "dev.csv").write_text("sentence,sentiment\nfine,positive\n")
     monkeypatch.chdir(tmp_path)
 
-    assert run_code("fpabee.runtime") == ["", "Engine", "Manifest", "read_rows"]
+    ran = run_code("fpabee.runtime")
+    assert ran == ["", "Engine", "Manifest", "ReadOptions", "read_rows"]
 
 
 def test_sessions_print_what_they_say() -> None:
