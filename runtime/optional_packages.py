@@ -13,6 +13,7 @@ _PACKAGES = {
     "half": ("onnx onnxruntime", "export,cpu"),
     "merge": ("onnx onnxruntime", "export,cpu"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub", "train"),
+    "parquet": ("pyarrow", "parquet"),
     "plot": ("matplotlib jinja2", "plot"),
 }
 

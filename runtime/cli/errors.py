@@ -13,9 +13,10 @@ from typing import Any
 import rich_click as click
 
 from ..errors import Call, FpabeeError, Remedy, in_one_line
-from ..files.destination import INTERRUPTED
+from ..files.destination import Interrupted
 from .console import echo
 
+_INTERRUPTED = 130  # as in a shell
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 # How a call of each public function that a remedy may name is typed: the command, and the option
@@ -47,14 +48,16 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
             ours = error if isinstance(error, FpabeeError) else _of_the_system(error)
             echo(f"error: {in_terms_of_options(ours)}", err=True)
             sys.exit(1)
-        except KeyboardInterrupt:
-            echo("interrupted", err=True)
-            sys.exit(INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            kept = isinstance(interrupt, Interrupted)
+            more = f": {in_terms_of_options(interrupt)}" if kept else ""
+            echo(f"interrupted{more}", err=True)
+            sys.exit(_INTERRUPTED)
 
     return wrapper
 
 
-def in_terms_of_options(error: FpabeeError) -> str:
+def in_terms_of_options(error: FpabeeError | Interrupted) -> str:
     """An error with its parameters written as options and its functions as commands."""
     remedy = error.remedy
     text = remedy.render(option_of, _command) if isinstance(remedy, Remedy) else remedy

@@ -16,18 +16,19 @@ from ..artifact.manifest import MANIFEST_NAME
 from ..chain import Regroup
 from ..engine import Engine
 from ..errors import InputError
-from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, ReadOptions
+from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, ReadOptions, TextFormat
 from ..files.destination import Destination, open_sink
+from ..files.formats import OUTPUT_FORMATS
 from ..files.job import Job, run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
-from ..files.writers import OutputFormat
 from ..files.writers import output_format as format_of
 from ..rules.rules import ExitRule
 from . import options
 from .command import READING, RULE, command
-from .console import PlainConsole, echo
+from .console import echo
 from .progress import row_progress
+from .run_summary import print_scores, print_summary
 
 
 @command(
@@ -79,7 +80,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     "--output-format",
     "FORMAT",
     "Format of the results. Default: by the name of the output file, or jsonl.",
-    OutputFormat,
+    OUTPUT_FORMATS,
 )
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.flag("--all-scores", "Write the probabilities of all labels.")
@@ -152,7 +153,7 @@ def main(
             errors=skips,
             separator=reading.label_separator or LABEL_SEPARATOR,
         )
-        if destination.chosen in (OutputFormat.CSV, OutputFormat.TSV):
+        if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
             schema.check_separator()
         job = Job(engine, chosen, full_depth, schema, skips, destination.unbuffered)
 
@@ -175,9 +176,9 @@ def main(
             found = {} if checked is None else {"check": checked.to_dict()}
             click.echo(json.dumps(summary.to_dict(point) | found), err=True)
         elif not quiet:
-            summary.print(PlainConsole(stderr=True), point)
+            print_summary(summary, engine, point)
         elif metrics:
-            summary.print_metrics(PlainConsole(stderr=True))
+            print_scores(summary)
     if first_error is not None and summary.errors == summary.rows:
         raise InputError(
             f"none of {summary.rows} rows could be read; the first: {first_error.message}",
@@ -190,9 +191,9 @@ def _destination(
 ) -> Destination:
     output = None if output == Path("-") else output
     options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
-    if unbuffered and format_name == OutputFormat.PARQUET.value:
+    if unbuffered and format_name == TextFormat.PARQUET.value:
         raise click.UsageError("--unbuffered cannot write Parquet, which is written as a whole")
-    chosen = format_of(output, OutputFormat(format_name) if format_name else None)
+    chosen = format_of(output, TextFormat(format_name) if format_name else None)
     destination = Destination(output, chosen, resume, unbuffered)
     options.not_with(
         "unbuffered",

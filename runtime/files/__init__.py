@@ -1,14 +1,28 @@
-"""Read texts and labels: one row at a time, so that memory stays flat.
+"""Rows in, predictions out: all that reads texts and labels, and writes results.
 
-`.txt`: a line is a text, and an empty line an empty text, so that results line up with
-the file. `.jsonl`: a line is an object with `text`, optionally `text_pair`, `label` or
-`labels`, and any other field. `.csv`, `.tsv`: a header row names the same columns; an empty
-`text_pair` or `label` is none, and `labels` are separated by `|`. `.parquet`: the same
-columns, with `labels` a list. All but Parquet also with `.gz`. UTF-8, with or without a byte
-order mark. `-` is standard input, as text or JSON lines unless said otherwise.
+Reading, one row at a time, so that memory stays flat:
+
+- `sources`: files and standard input, in the format that their names tell (`formats`)
+- `rows`: what a row is, and the options that say how it is read
+- `lines` (plain text, JSON lines), `tables` (CSV, TSV), `parquet`, and `parquet_process`, which
+  runs the latter in a child process
+
+Writing:
+
+- `records`: what is written for a row; `writers`: in which format
+- `destination`: the output as a whole; `partial`: the rows of a file that is not complete yet
+- `job`: from rows to records, block by block; `summary`: what it counted
+
+`.txt`: each line is a text, and an empty line is an empty text, so that results line up with the
+file. `.jsonl`: each line is an object with `text`, optionally `text_pair`, `label` or `labels`, and
+any other fields. `.csv`, `.tsv`: a header row names the same columns; an empty `text_pair` or
+`label` means that there is none, and `labels` are separated by `|`. `.parquet`: the same columns,
+with `labels` a list. All but Parquet may be compressed (`.gz`). UTF-8, with or without a byte order
+mark. `-` is standard input, as text or JSON lines unless the options say otherwise.
 """
 
-from .rows import LABEL_SEPARATOR, ReadOptions, Row, TextFormat
+from .formats import TextFormat
+from .rows import LABEL_SEPARATOR, ReadOptions, Row
 from .sources import STANDARD_INPUT, Inputs, read_rows
 
 __all__ = [

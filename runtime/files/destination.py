@@ -1,4 +1,4 @@
-"""Where results go: standard output, a pipe, or a file that appears only when complete."""
+"""Where results go: standard output, a pipe, or a file that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -12,43 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..cli.console import echo
-from ..errors import FpabeeError, InputError
-from . import STANDARD_INPUT
+from ..errors import FpabeeError, InputError, Remedy
+from .formats import TextFormat
 from .partial import Partial
 from .records import Record, RecordSchema
-from .writers import OutputFormat, StreamWriter, convert
+from .sources import STANDARD_INPUT
+from .writers import StreamWriter, convert
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+_RESUME = Remedy("use {resume} to continue")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that can be continued.
+
+    Attributes:
+        message: where the rows that are done are kept.
+        remedy: how to continue.
+    """
+
+    def __init__(self, message: str, remedy: Remedy) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where results go, and as what.
+    """Where results go, and in which format.
 
     Attributes:
         output: the file; None for standard output.
         chosen: the format.
-        resume: whether to go on with the rows that an earlier run has done.
-        unbuffered: whether each record is handed to the system at once; of files all are.
+        resume: whether to continue after the rows that an earlier run has done.
+        unbuffered: whether each record is handed to the operating system at once; records for a
+            file always are.
     """
 
     output: Path | None
-    chosen: OutputFormat
+    chosen: TextFormat
     resume: bool = False
     unbuffered: bool = False
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file, which is replaced as a whole; not a pipe or a device."""
+        """Whether it is a file, which is replaced as a whole, and not a pipe or a device."""
         return self.output is not None and (self.output.is_file() or not self.output.exists())
 
     def check_inputs(self, sources: Sequence[str]) -> None:
-        """Check that no input would be replaced by its results.
+        """Check that the results would not replace an input.
 
         Args:
-            sources: the inputs, which are there; `-` is standard input.
+            sources: the inputs, which exist; `-` is standard input.
 
         Raises:
             InputError: one of them is the output.
@@ -58,18 +72,18 @@ class Destination:
         for source in sources:
             if source != STANDARD_INPUT and self.output.samefile(source):
                 raise InputError(
-                    f"{self.output} is an input: its results would take its place",
-                    "give another --output",
+                    f"{self.output} is an input, which the results would replace",
+                    Remedy("set another {output}"),
                 )
 
 
 @dataclass(frozen=True)
 class Sink:
-    """An output that is open.
+    """An open output.
 
     Attributes:
         write: takes the next record.
-        completed: the records that an earlier run has written; it yields them once.
+        completed: yields the records that an earlier run has written, once.
     """
 
     write: Callable[[Record], None]
@@ -82,57 +96,62 @@ def open_sink(
 ) -> Iterator[Sink]:
     """Open the output.
 
-    A file gets its name when all is written; until then, and after an error or Ctrl-C, its
-    rows are in `OUT.partial`.
+    A file gets its name when it is complete. Until then, and after an error or Ctrl-C, its rows
+    are in `OUT.partial`.
 
     Args:
         destination: where results go.
-        schema: what records hold.
-        settings: tells what is run, on what; asked for only where a run can be resumed.
+        schema: what the records contain.
+        settings: returns what is run on which inputs; called only if the output is a file.
 
     Raises:
-        InputError: it cannot be written, or what stands there is of another run.
+        InputError: the output cannot be written, or an earlier run left rows that do not fit.
+        Interrupted: Ctrl-C, and the rows that are done are kept.
     """
-    if not destination.is_file:
-        with _errors_named(destination.output), _stream(destination) as stream:
+    if destination.is_file:
+        assert destination.output is not None
+        # A link stays; the file that it leads to is replaced.
+        output = Path(os.path.realpath(destination.output))
+        with _errors_named(destination):
+            partial = Partial(output, settings(), destination.resume)
+        with _kept(partial, output):
+            yield Sink(partial.write, partial.records())
+            partial.sync()
+            _finish(partial, output, destination.chosen, schema)
+    else:
+        with _errors_named(destination), _stream(destination) as stream:
             writer = StreamWriter(stream, destination.chosen, schema)
             yield Sink(writer.write, iter(()))
             writer.finish()
-        return
-    assert destination.output is not None
-    # The file behind a link is replaced, not the link.
-    output = Path(os.path.realpath(destination.output))
-    with _errors_named(destination.output):
-        partial = Partial(output, settings(), destination.resume)
+
+
+@contextmanager
+def _kept(partial: Partial, output: Path) -> Iterator[None]:
+    """Keep the rows that are done after an error, and say where they are."""
     try:
-        yield Sink(partial.write, partial.records())
-        partial.sync()
-        _finish(partial, output, destination.chosen, schema)
-    except KeyboardInterrupt:
-        _close(partial)
-        done = _completed(partial)
-        echo("interrupted" + (f" -> {done}; go on with --resume" if done else ""), err=True)
-        sys.exit(INTERRUPTED)
-    except FpabeeError as error:
-        _close(partial)
-        done = _completed(partial)
-        if done:
-            raise type(error)(error.message, f"{error.hint}; {done}") from error
-        raise
-    except OSError as error:
-        _close(partial)
-        done = _completed(partial)
-        hint = f"free some space, then go on with --resume; {done}" if done else "free some space"
-        raise InputError(f"cannot write {output}: {error.strerror}", hint) from error
-    except BaseException:
-        _close(partial)
+        yield
+    except BaseException as error:
+        # On a full disk closing fails too: the next run drops the line that is incomplete.
+        with contextlib.suppress(OSError):
+            partial.close(keep=partial.rows > 0)
+        done = f"{partial.rows} finished rows are in {partial.path}"
+        if isinstance(error, OSError):
+            message = f"cannot write {output}: {error.strerror}"
+            if not partial.rows:
+                raise InputError(message, "free some space") from error
+            raise InputError(
+                f"{message}; {done}", Remedy("free some space, then use {resume} to continue")
+            ) from error
+        if partial.rows and isinstance(error, FpabeeError):
+            raise type(error)(f"{error.message}; {done}", error.remedy) from error
+        if partial.rows and isinstance(error, KeyboardInterrupt):
+            raise Interrupted(done, _RESUME) from error
         raise
 
 
-def _finish(partial: Partial, output: Path, chosen: OutputFormat, schema: RecordSchema) -> None:
-    if chosen is OutputFormat.JSON_LINES and output.suffix != ".gz":
+def _finish(partial: Partial, output: Path, chosen: TextFormat, schema: RecordSchema) -> None:
+    if chosen is TextFormat.JSON_LINES and output.suffix != ".gz":
         partial.become(output)
-        partial.close(keep=True)
         return
     table = output.with_name(output.name + ".partial.out")
     try:
@@ -145,45 +164,30 @@ def _finish(partial: Partial, output: Path, chosen: OutputFormat, schema: Record
     partial.close(keep=False)
 
 
-def _close(partial: Partial) -> None:
-    # A full disk, once more: what could not be written is cut off by the next run.
-    with contextlib.suppress(OSError):
-        partial.close(keep=partial.rows > 0)
-
-
-def _completed(partial: Partial) -> str:
-    return f"{partial.rows} rows done so far are in {partial.path}" if partial.rows else ""
-
-
 @contextmanager
 def _stream(destination: Destination) -> Iterator[IO[str]]:
-    output = destination.output
-    # A record ends with its line.
-    buffering = 1 if destination.unbuffered else -1
-    if output is None:
+    target: Any = destination.output
+    if target is None:
         if sys.stdout is None:  # closed before Python began
             raise OSError(errno.EBADF, "it is closed")
-        target: Any = sys.stdout.fileno()
-        with open(target, "w", buffering, encoding="utf-8", newline="", closefd=False) as stream:
-            yield stream
-        return
-    with output.open("w", buffering, encoding="utf-8", newline="") as stream:
+        target = sys.stdout.fileno()
+    buffering = 1 if destination.unbuffered else -1  # 1: by lines, each of which is a record
+    is_ours = destination.output is not None
+    with open(target, "w", buffering, encoding="utf-8", newline="", closefd=is_ours) as stream:
         yield stream
 
 
 @contextmanager
-def _errors_named(output: Path | None) -> Iterator[None]:
-    name = "standard output" if output is None else str(output)
+def _errors_named(destination: Destination) -> Iterator[None]:
+    output = destination.output
     try:
         if output is not None and output.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
+        remedy = "set another {output}" if output else "free some space there, or set {output}"
         raise InputError(
-            f"cannot write {name}: {error.strerror}",
-            "give another --output"
-            if output is not None
-            else "make room where it goes to, or give --output",
+            f"cannot write {output or 'standard output'}: {error.strerror}", Remedy(remedy)
         ) from error

@@ -1,8 +1,8 @@
-"""Classify the rows of inputs, block by block, and go on where an earlier run stopped.
+"""Classify the rows of inputs in blocks, and continue where an earlier run stopped.
 
-A block is cut by the rows alone and gets windows of its own. So a run that goes on with the
-block where another stopped puts the same rows together, and gets the same bytes: a row's last
-digits may depend on the rows that it is computed with.
+Blocks are cut by the rows alone, and each is run by itself. So a run that continues with the block
+in which another stopped batches the same rows together and writes the same bytes: the last digits
+of a row may depend on the rows in its batch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..engine import Engine
-from ..errors import InputError, RowError
+from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
 from ..rules.rules import ExitRule
-from . import Row
 from .destination import Sink
-from .records import Record, RecordSchema
+from .records import RecordSchema
+from .rows import Row
 from .summary import Summary
 
 BLOCK_ROWS = 4096
@@ -25,7 +25,7 @@ BLOCK_CHARACTERS = 512 * 2**10
 
 Item = Row | RowError
 
-_AGAIN = "start again without --resume"
+_START_AGAIN = Remedy("start again without {resume}")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Job:
 
     Attributes:
         engine: the engine.
-        rule: when rows stop.
+        rule: decides where rows stop.
         full_depth: run every layer for every row instead.
         schema: what is written for a row.
-        skip: whether a row that cannot be read becomes a record of its error; else it ends
+        skip: whether a row that cannot be read becomes a record of its error; otherwise it ends
             the run.
-        unbuffered: whether a row's record is written before the next row is read.
+        unbuffered: whether the record of a row is written before the next row is read.
     """
 
     engine: Engine
@@ -62,32 +62,32 @@ def run(
     Args:
         job: what is run.
         items: the rows.
-        sink: where records go; rows that stand there already are not run again, only counted.
+        sink: where records go; rows that are completed already are only counted.
         summary: counts every row.
-        advance: told of every record with the number of rows read so far.
+        advance: called after every record with the number of rows read so far.
 
     Returns:
         The error of the first row that was skipped.
 
     Raises:
-        InputError: a row cannot be read and is not to be skipped, or the rows that stand
-            there are not of these inputs.
+        InputError: a row cannot be read and is not to be skipped, or the completed rows are not
+            those of these inputs.
     """
     first_error: RowError | None = None
-    most = 1 if job.unbuffered else BLOCK_ROWS
-    for block in blocks(_checked(job, items, summary), most):
+    for block in blocks(_checked(job, items, summary), 1 if job.unbuffered else BLOCK_ROWS):
         first_error = first_error or next((x for x in block if isinstance(x, RowError)), None)
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
-            _count_completed(job, summary, item, record)
-        kept = summary.rows - start
-        if kept == len(block):
+            if isinstance(item, RowError) != ("error" in record) or not job.schema.fits(record):
+                raise InputError(
+                    f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
+                )
+            summary.add_completed(item, record)
+        done = summary.rows - start
+        if done == len(block):
             continue
-        read = start + len(block)
-        for number, (item, prediction) in enumerate(_predicted(job, block)):
-            # The rows of a block are run together even where some of them stand already.
-            if number < kept:
-                continue
+        # The whole block is run even if some of its rows are completed already.
+        for item, prediction in itertools.islice(_predicted(job, block), done, None):
             if isinstance(item, RowError):
                 sink.write(job.schema.error(summary.rows, item))
                 summary.add_error()
@@ -95,23 +95,14 @@ def run(
                 assert prediction is not None
                 sink.write(job.schema.record(summary.rows, item, prediction))
                 summary.add(item, prediction)
-            advance(summary, read)
+            advance(summary, start + len(block))
     if next(sink.completed, None) is not None:
-        raise InputError("more rows are written than the inputs have", _AGAIN)
+        raise InputError("the earlier run has more rows than the inputs", _START_AGAIN)
     return first_error
 
 
-def _count_completed(job: Job, summary: Summary, item: Item, record: Record) -> None:
-    if isinstance(item, RowError) != ("error" in record) or not job.schema.fits(record):
-        raise InputError(f"row {summary.rows} that is written is not of these inputs", _AGAIN)
-    if isinstance(item, RowError):
-        summary.add_error()
-    else:
-        summary.add_record(item, record)
-
-
 def blocks(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
-    """Rows in blocks of at most so many, whose characters are bounded too."""
+    """Rows in blocks of at most `most` rows, whose number of characters is bounded too."""
     block: list[Item] = []
     characters = 0
     for item in items:
@@ -126,11 +117,12 @@ def blocks(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
 
 
 def _checked(job: Job, items: Iterable[Item], summary: Summary) -> Iterator[Item]:
+    """The rows; an error in place of each row that cannot be scored, if scores are wanted."""
     for item in items:
-        error = item if isinstance(item, RowError) else summary.unavailable_reason(item)
-        if error is not None and not job.skip:
-            raise error
-        yield item if error is None else error
+        checked = item if isinstance(item, RowError) else summary.label_error(item) or item
+        if isinstance(checked, RowError) and not job.skip:
+            raise checked
+        yield checked
 
 
 def _predicted(job: Job, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:

@@ -1,6 +1,6 @@
-"""Parquet, through pyarrow: the extra `parquet`. Read in small batches.
+"""Parquet inputs, through pyarrow; read in small batches.
 
-pyarrow may end the process on a damaged file: `parquet_process` reads such files in a child.
+pyarrow may end the process on a damaged file, so `parquet_process` calls this in a child process.
 """
 
 from __future__ import annotations
@@ -8,88 +8,74 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..errors import InputError, MissingExtraError, RowError
+from ..errors import InputError, MissingExtraError, Remedy, RowError
 from .rows import ReadOptions, Row, class_name
 
-# Few: a long value that stands in the file once may be that of every row.
+# Small, since a long value that the file holds once may be the value of every row.
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 _DICTIONARY_BYTES = 8 * 2**20
+_STRINGS = ("string", "large_string", "string_view", "null")
 
 
 def load_pyarrow() -> tuple[Any, Any]:
     """The modules `pyarrow` and `pyarrow.parquet`.
 
     Raises:
-        MissingExtraError: they are not installed.
+        MissingExtraError: they cannot be imported.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise _missing() from error
+        raise MissingExtraError(
+            f"Parquet needs pyarrow, which cannot be imported: {error}",
+            "pip install 'fpabee[parquet]'",
+        ) from error
     return pyarrow, parquet
-
-
-def check_pyarrow() -> None:
-    """Check that pyarrow is installed, without importing it.
-
-    Raises:
-        MissingExtraError: it is not.
-    """
-    if util.find_spec("pyarrow") is None:
-        raise _missing()
-
-
-def _missing() -> MissingExtraError:
-    return MissingExtraError(
-        "Parquet needs pyarrow, not installed here", "pip install 'fpabee[parquet]'"
-    )
 
 
 def parquet_rows(
     path: Path, options: ReadOptions, progress: Callable[[float], None]
 ) -> Iterator[Row | RowError]:
-    """A row for each row of a Parquet file.
+    """One row for each row of a Parquet file.
 
     Args:
         path: the file.
         options: which columns are text and labels; the others are passed through.
-        progress: told the share of the rows that has been read.
+        progress: called with the share of the rows that has been read.
 
     Raises:
-        InputError: the file is damaged, or lacks a column or has it in another type.
+        InputError: the file is damaged, or a column is missing or has the wrong type.
         MissingExtraError: pyarrow is not installed.
     """
     pyarrow, parquet = load_pyarrow()
     try:
         metadata = parquet.read_metadata(path)
-        # Without the buffer, a row group of a million rows is read at once. Without a
-        # dictionary, a long text that the file holds once is there once for each row; with one,
-        # all texts of a row group are there at once.
+        # Without a buffer size, whole row groups are read. Without a dictionary, a long text that
+        # the file holds once is repeated in memory for each row; with one, all texts of a row
+        # group are in memory.
         with parquet.ParquetFile(
             path,
             metadata=metadata,
-            read_dictionary=_few_texts(metadata),
+            read_dictionary=_small_texts(metadata),
             buffer_size=_BUFFER_BYTES,
         ) as file:
             options.check(file.schema_arrow.names, str(path))
-            _check_types(pyarrow, file.schema_arrow, options, path)
-            names = _class_names(file.schema_arrow, options)
-            total = max(1, metadata.num_rows)
+            _check_types(file.schema_arrow, options, path)
+            classes = _class_names(file.schema_arrow, options)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for start in range(batch.num_rows):
+                for at in range(batch.num_rows):
                     number += 1
-                    yield _row(batch, start, options, names, f"{path}, row {number}", number)
-                progress(number / total)
-    # The last where a column's name is no text.
+                    yield _row(batch, at, options, classes, f"{path}, row {number}", number)
+                progress(number / max(1, metadata.num_rows))
+    # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
@@ -97,8 +83,8 @@ def parquet_rows(
         ) from error
 
 
-def _few_texts(metadata: Any) -> list[str]:
-    """The columns of strings and bytes, also those within others, that are small in the file."""
+def _small_texts(metadata: Any) -> list[str]:
+    """The columns of strings and bytes, nested ones too, that take little space in the file."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     found = []
     for number in range(metadata.num_columns):
@@ -111,27 +97,32 @@ def _few_texts(metadata: Any) -> list[str]:
 
 
 def _row(
-    batch: Any, at: int, options: ReadOptions, names: dict[str, list[str]], where: str, number: int
+    batch: Any,
+    at: int,
+    options: ReadOptions,
+    classes: dict[str, list[str]],
+    where: str,
+    number: int,
 ) -> Row | RowError:
     try:
         content = {
             name: _value(column[at], f'{where}: the column "{name}"')
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
-        for name, known in names.items():
-            content[name] = class_name(content[name], known)
+        for name, names in classes.items():
+            content[name] = class_name(content[name], names)
         return options.row(content, where, number, table=True)
     except RowError as error:
         return error
 
 
 def _value(scalar: Any, where: str) -> Any:
-    """A value as JSON has it."""
+    """A value in terms of JSON."""
     try:
         return _plain(scalar.as_py())
     except UnicodeDecodeError as error:
         raise RowError(f"{where} is not UTF-8: {error.reason}", "write the file again") from error
-    # A time outside of Python's years or in a zone that is not known here, or deep nesting.
+    # A time beyond Python's years or in an unknown time zone, or deep nesting.
     except (ArithmeticError, ValueError, RecursionError) as error:
         raise RowError(
             f"{where} holds a {scalar.type} that cannot be read: {' '.join(str(error).split())}",
@@ -140,7 +131,7 @@ def _value(scalar: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: dates, decimals and the like as strings, bytes in base64."""
+    """A value in terms of JSON: dates, decimals and the like as strings, bytes in base64."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
@@ -152,33 +143,34 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
 
 
-def _check_types(pyarrow: Any, schema: Any, options: ReadOptions, path: Path) -> None:
-    for name in (options.text_column, options.pair_name):
+def _check_types(schema: Any, options: ReadOptions, path: Path) -> None:
+    for option, name in (
+        ("text_column", options.text_column),
+        ("text_pair_column", options.pair_name),
+    ):
         if name not in schema.names:
             continue
         kind = schema.field(name).type
-        kind = getattr(kind, "value_type", kind) if pyarrow.types.is_dictionary(kind) else kind
-        types = pyarrow.types
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)) and (
-            str(kind) != "string_view"
-        ):
+        if str(kind).startswith("dictionary"):
+            kind = kind.value_type
+        if str(kind) not in _STRINGS:
             raise InputError(
                 f'{path}: the column "{name}" is {kind}, not a string',
-                "choose another with --text-column or --text-pair-column",
+                Remedy("set {" + option + "} to a column of strings"),
             )
 
 
 def _class_names(schema: Any, options: ReadOptions) -> dict[str, list[str]]:
-    """Names of numbered labels, which the `datasets` library keeps beside the schema."""
+    """The names of numbered labels, which the `datasets` library keeps in the metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         kinds = {name: features.get(name, {}) for name in options.label_names}
-        # Of several labels a row, the feature is a list of classes.
+        # With several labels per row, the feature is a list of classes.
         found = {name: kind.get("feature", kind).get("names") for name, kind in kinds.items()}
     except (KeyError, TypeError, AttributeError, ValueError):
         return {}
     return {
-        name: [str(part) for part in known]
-        for name, known in found.items()
-        if isinstance(known, list) and name in schema.names
+        name: [str(part) for part in names]
+        for name, names in found.items()
+        if isinstance(names, list) and name in schema.names
     }

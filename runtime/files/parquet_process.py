@@ -1,9 +1,9 @@
-"""Read a Parquet file in a process of its own.
+"""Read a Parquet file in a child process.
 
 pyarrow ends the whole process on some damaged files: its C++ code aborts where Python would raise.
-So a child process reads the file, and sends its rows through a pipe as messages in MessagePack,
-each behind its length. If the child dies, the caller gets an `InputError`. The child ends as soon
-as its standard input does: when the caller stops reading, and also when the caller is killed.
+So a child process reads the file and sends its rows as lines of JSON. If the child dies, the caller
+gets an `InputError`. The child ends as soon as its standard input is closed: when the caller stops
+reading, and also when the caller is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
 
 import msgspec
 
@@ -26,78 +25,87 @@ from ..errors import FpabeeError, InputError, MissingExtraError, Remedy, RowErro
 from .parquet import parquet_rows
 from .rows import ReadOptions, Row
 
-# A message is sent when it has so many bytes, or when a batch of rows has been read.
-_MESSAGE_BYTES = 2**18
-_LENGTH_BYTES = 8
+# Lines are sent when there are this many bytes, or when a batch of rows has been read.
+_BUFFER_BYTES = 2**18
 # The child imports from where its caller does, and not from the working folder.
 _START = f"import sys; sys.path[:] = sys.argv[2:]; from {__name__} import main; main()"
 _ERRORS: dict[str, type[FpabeeError]] = {
-    error.__name__: error for error in (InputError, MissingExtraError)
+    error.__name__: error for error in (InputError, MissingExtraError, RowError)
 }
-_CRASHED = "copy the file again"
-_HINTS = {"SIGKILL": "free some memory, and run it again"}
+_DAMAGED = "copy the file again"
+_REMEDIES = {"SIGKILL": "free some memory, and run it again"}
 
 
-class _Good(msgspec.Struct, array_like=True, tag="row", gc=False):
-    text: str
-    text_pair: str | None
-    labels: tuple[str, ...] | None
-    fields: dict[str, Any]
-    line: int
+class _Failure(msgspec.Struct, array_like=True):
+    """An error on its way to the caller."""
 
-
-# The text and the values of a remedy.
-_Advice = tuple[str, dict[str, str]]
-
-
-class _Bad(msgspec.Struct, array_like=True, tag="error", gc=False):
+    kind: str
     message: str
-    advice: _Advice
+    remedy: str
+    values: dict[str, str]
+
+    @classmethod
+    def of(cls, error: FpabeeError) -> _Failure:
+        remedy = error.remedy
+        if isinstance(remedy, str):
+            remedy = Remedy("{plain}", plain=remedy)
+        values = {name: str(value) for name, value in remedy.values.items()}
+        return cls(type(error).__name__, error.message, remedy.text, values)
+
+    def error(self) -> FpabeeError:
+        return _ERRORS[self.kind](self.message, Remedy(self.remedy, **self.values))
 
 
-class _Message(msgspec.Struct, array_like=True):
-    rows: list[_Good | _Bad] = []
-    share: float = 0.0
-    is_last: bool = False
-    # The class of an error, its message and its remedy.
-    error: tuple[str, str, _Advice] | None = None
-    bug: str = ""
+class _Line(msgspec.Struct, array_like=True):
+    """One line of what the child sends: one of the fields, or none at the end."""
+
+    row: Row | None = None
+    failure: _Failure | None = None
+    share: float | None = None
+    traceback: str | None = None
 
 
 def isolated_parquet_rows(
     path: Path, options: ReadOptions, progress: Callable[[float], None]
 ) -> Iterator[Row | RowError]:
-    """A row for each row of a Parquet file, which a child process reads.
+    """One row for each row of a Parquet file, which a child process reads.
 
     Args:
         path: the file.
         options: which columns are text and labels; the others are passed through.
-        progress: told the share of the rows that has been read.
+        progress: called with the share of the rows that has been read.
 
     Raises:
-        InputError: the file is damaged, or lacks a column or has it in another type.
+        InputError: the file is damaged, or a column is missing or has the wrong type.
         MissingExtraError: pyarrow cannot be imported.
         RuntimeError: a defect of the reader, with the child's traceback.
     """
+    decode = msgspec.json.Decoder(_Line).decode
     process = _start(path, options)
     with process:
         try:
             assert process.stdout is not None
-            for message in _messages(process.stdout):
-                for item in message.rows:
-                    yield _row(item, path)
-                progress(message.share)
-                if message.error is not None:
-                    kind, said, advice = message.error
-                    raise _ERRORS[kind](said, _remedy(advice))
-                if message.bug:
-                    raise RuntimeError(f"the reader of {path} failed:\n{message.bug}")
-                if message.is_last:
+            for content in process.stdout:
+                if not content.endswith(b"\n"):  # cut off
+                    break
+                line = decode(content)
+                if line.row is not None:
+                    yield line.row
+                elif line.failure is not None:
+                    error = line.failure.error()
+                    if not isinstance(error, RowError):
+                        raise error
+                    yield error
+                elif line.share is not None:
+                    progress(line.share)
+                elif line.traceback is not None:
+                    raise RuntimeError(f"the reader of {path} failed:\n{line.traceback}")
+                else:
                     return
             name = end_of(process.wait())
             raise InputError(
                 f"{path} cannot be read as Parquet: the reader crashed ({name})",
-                _HINTS.get(name, _CRASHED),
+                _REMEDIES.get(name, _DAMAGED),
             )
         finally:
             process.kill()
@@ -108,47 +116,19 @@ def _start(path: Path, options: ReadOptions) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             [sys.executable, "-c", _START, request, *sys.path],
+            bufsize=_BUFFER_BYTES,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # What the C++ library says as it aborts is of no use to anybody.
+            # What the C++ library prints when it aborts does not help anybody.
             stderr=subprocess.DEVNULL,
-            # Ctrl-C is for the caller, which then ends the child.
+            # Ctrl-C goes to the caller only, which then ends the child.
             start_new_session=True,
         )
     except OSError as error:
         raise InputError(
-            f"cannot start {sys.executable}, which is to read {path}: {error.strerror}",
+            f"cannot start {sys.executable} to read {path}: {error.strerror}",
             "end other processes, or save the file as .csv or .jsonl",
         ) from error
-
-
-def _messages(stream: IO[bytes]) -> Iterator[_Message]:
-    """The messages, up to the last whole one."""
-    decoder = msgspec.msgpack.Decoder(_Message)
-    while len(head := stream.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
-        length = int.from_bytes(head, "little")
-        content = stream.read(length)
-        if len(content) < length:
-            return
-        yield decoder.decode(content)
-
-
-def _row(item: _Good | _Bad, path: Path) -> Row | RowError:
-    if isinstance(item, _Bad):
-        return RowError(item.message, _remedy(item.advice))
-    where = f"{path}, row {item.line}"
-    return Row(item.text, item.text_pair, item.labels, item.fields, item.line, where)
-
-
-def _advice(error: FpabeeError) -> _Advice:
-    if isinstance(error.remedy, str):
-        return "{remedy}", {"remedy": error.remedy}
-    return error.remedy.text, {name: str(value) for name, value in error.remedy.values.items()}
-
-
-def _remedy(advice: _Advice) -> Remedy:
-    text, values = advice
-    return Remedy(text, **values)
 
 
 def end_of(code: int) -> str:
@@ -159,61 +139,37 @@ def end_of(code: int) -> str:
         return f"exit code {code}"
 
 
-class _Sender:
-    """Collects rows in messages, and sends them."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._encoder = msgspec.msgpack.Encoder()
-        self._rows: list[msgspec.Raw] = []
-        self._size = 0
-        self._share = 0.0
-
-    def add(self, row: Row | RowError) -> None:
-        """Add a row; rows are encoded one by one, so that many long ones are never held."""
-        item = (
-            _Bad(row.message, _advice(row))
-            if isinstance(row, RowError)
-            else _Good(row.text, row.text_pair, row.labels, row.fields, row.line)
-        )
-        encoded = self._encoder.encode(item)
-        self._rows.append(msgspec.Raw(encoded))
-        self._size += len(encoded)
-        if self._size >= _MESSAGE_BYTES:
-            self.send()
-
-    def progress(self, share: float) -> None:
-        """Send the rows up to here, and their share of all rows."""
-        self._share = share
-        self.send()
-
-    def send(self, *end: Any) -> None:
-        """Send the rows, and how reading ended, in the order of the fields of a message."""
-        content = self._encoder.encode((self._rows, self._share, *end))
-        self._stream.write(len(content).to_bytes(_LENGTH_BYTES, "little") + content)
-        self._stream.flush()
-        self._rows, self._size = [], 0
-
-
 def main() -> None:
-    """Read the file that the first argument names, and write its messages to standard output."""
+    """Read the file that the first argument names, and write its rows to standard output."""
     path, options = json.loads(sys.argv[1])
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    # Whatever a library prints must not get between the messages.
-    stream = os.fdopen(os.dup(1), "wb")
+    # What a library prints must not get between the lines.
+    stream = os.fdopen(os.dup(1), "wb", _BUFFER_BYTES)
     os.dup2(2, 1)
-    sender = _Sender(stream)
+    encode = msgspec.json.Encoder().encode
+
+    def send(line: _Line) -> None:
+        stream.write(encode(line) + b"\n")
+
+    def progress(share: float) -> None:
+        send(_Line(share=share))
+        stream.flush()
+
     try:
-        for row in parquet_rows(Path(path), ReadOptions(**options), sender.progress):
-            sender.add(row)
-        sender.send(True)
+        for row in parquet_rows(Path(path), ReadOptions(**options), progress):
+            if isinstance(row, Row):
+                send(_Line(row))
+            else:
+                send(_Line(failure=_Failure.of(row)))
+        send(_Line())
     except FpabeeError as error:
-        sender.send(True, (type(error).__name__, error.message, _advice(error)))
+        send(_Line(failure=_Failure.of(error)))
     except Exception:  # noqa: BLE001
-        sender.send(True, None, traceback.format_exc())
+        send(_Line(traceback=traceback.format_exc()))
+    stream.flush()
 
 
 def _end_with_stdin() -> None:
-    # Not through sys.stdin, whose lock Python could not take at its end.
+    # Not through sys.stdin: Python could not take its lock while it shuts down.
     os.read(0, 1)
     os._exit(0)

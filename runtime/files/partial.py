@@ -1,8 +1,8 @@
-"""`OUT.partial`: the rows of a run that are done, so that a later run can go on with them.
+"""`OUT.partial`: the rows that a run has done, so that a later run can continue after them.
 
-Rows stand in it as JSON lines, each handed to the system before the next one is worked on, so
-that neither Ctrl-C nor `kill -9` loses one. `OUT.partial.run` beside it says what was run on
-which inputs; only the same run may go on. A last line that was cut off is dropped.
+It holds JSON lines. Each is handed to the operating system before the next row is worked on, so
+that neither Ctrl-C nor `kill -9` loses one; an incomplete last line is dropped. `OUT.partial.run`
+beside it says what was run on which inputs: only the same run may continue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, Remedy
 from .records import Record, to_json
 from .writers import records_of
 
@@ -22,43 +22,45 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_BLOCK_BYTES = 2**16
-
 
 class Partial:
-    """The rows done so far of one output file.
+    """The rows of one output file that are done.
 
     Args:
         output: the file that they are for.
-        settings: what is run, on what.
-        resume: whether to go on with what stands there.
+        settings: what is run on which inputs.
+        resume: whether to continue after the rows of an earlier run.
+
+    Attributes:
+        path: the file that holds them.
+        rows: how many are done.
+        completed: how many of these were done by an earlier run.
 
     Raises:
-        InputError: what stands there is of another run, or would be lost, or is being
-            written by another process.
-        OSError: it cannot be written.
+        InputError: the rows are from another run, would be lost, or are being written by another
+            process.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], resume: bool) -> None:
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
-        self.rows = 0
         existed, had_settings = self.path.exists(), self._settings_path.exists()
-        # Opened to append: nothing is lost before we know that it may be.
+        # Opened to append, so that nothing is lost before we know that it may be.
         self._stream = self.path.open("ab")
         try:
             self._lock()
-            whole, self.rows = _whole_lines(self.path)
+            self.rows, size = _whole_lines(self.path)
             if self.rows and not resume:
                 raise InputError(
                     f"{self.path} holds {self.rows} rows of a run that did not finish",
-                    "go on with --resume, or delete it to start again",
+                    Remedy("use {resume} to continue, or delete it to start again"),
                 )
             if self.rows:
                 self._check(settings)
             else:
-                self._write_settings(settings)
-            self._stream.truncate(whole)
+                self._settings_path.write_text(to_json(settings) + "\n", encoding="utf-8")
+            self._stream.truncate(size)
         except BaseException:
             self._stream.close()
             if not existed:
@@ -69,7 +71,7 @@ class Partial:
         self.completed = self.rows
 
     def records(self) -> Iterator[Record]:
-        """The records that stood there at the start.
+        """The records that an earlier run has written.
 
         Raises:
             InputError: they are damaged.
@@ -82,12 +84,11 @@ class Partial:
                 yield record
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
-                f"{self.path}, line {index + 1} is not what this program writes",
-                "delete the file to start again",
+                f"{self.path}, line {index + 1} is damaged", "delete the file to start again"
             ) from error
 
     def write(self, record: Record) -> None:
-        """Add a record; it stands there when this returns."""
+        """Add a record; the operating system has it when this returns."""
         self._stream.write(to_json(record).encode() + b"\n")
         self._stream.flush()
         self.rows += 1
@@ -97,7 +98,7 @@ class Partial:
         os.fsync(self._stream.fileno())
 
     def close(self, keep: bool) -> None:
-        """Close the file; drop it unless it is to be kept."""
+        """Close the file, and delete it unless it is to be kept."""
         try:
             self._stream.close()
         finally:
@@ -106,8 +107,9 @@ class Partial:
                 self._settings_path.unlink(missing_ok=True)
 
     def become(self, output: Path) -> None:
-        """Be the output."""
+        """Turn the file into the output."""
         self.path.replace(output)
+        self._stream.close()
         self._settings_path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
@@ -118,49 +120,49 @@ class Partial:
         except BlockingIOError as error:
             raise InputError(
                 f"{self.path} is being written by another run",
-                "wait for it, or give another --output",
+                Remedy("wait for that run, or set another {output}"),
             ) from error
 
-    def _write_settings(self, settings: dict[str, Any]) -> None:
-        self._settings_path.write_text(to_json(settings) + "\n", encoding="utf-8")
-
     def _check(self, settings: dict[str, Any]) -> None:
-        again = f"delete {self.path} to start again"
+        """Check that the rows are those of the same run.
+
+        Raises:
+            InputError: its settings are other ones, or unknown.
+        """
+        remedy = f"delete {self.path} to start again"
         try:
             before = json.loads(self._settings_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{self._settings_path}, which says what was run, is missing or damaged", again
+                f"{self._settings_path}, which says what was run, is missing or damaged", remedy
             ) from error
-        # As they would be read: tuples are lists there.
+        # As JSON has them, with lists in place of tuples.
         now = json.loads(to_json(settings))
+        earlier = before if isinstance(before, dict) else {}
         for name in now:
-            if not isinstance(before, dict) or before.get(name) != now[name]:
-                was = before.get(name) if isinstance(before, dict) else None
+            if earlier.get(name) != now[name]:
+                difference = _difference(name, earlier.get(name), now[name])
                 raise InputError(
-                    f"{self.path} is of another run: {_difference(name, was, now[name])}",
-                    f"run it as before, or {again}",
+                    f"{self.path} is from another run: {difference}",
+                    f"run it as before, or {remedy}",
                 )
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    if name != "inputs" or not isinstance(before, list) or len(before) != len(now):
-        return f"{name} was {to_json(before)} and is {to_json(now)}"
-    for was, item in zip(before, now, strict=True):
-        if was != item:
-            same = isinstance(was, dict) and was.get("name") == item["name"]
-            return f"{item['name']} has changed" if same else f"{item['name']} was not its input"
-    return "its inputs differ"
+    if name == "inputs" and isinstance(before, list) and len(before) == len(now):
+        for was, item in zip(before, now, strict=True):
+            if isinstance(was, dict) and was.get("name") != item["name"]:
+                return f"{item['name']} was not its input"
+            if was != item:
+                return f"{item['name']} has changed"
+    return f"{name} was {to_json(before)} and is {to_json(now)}"
 
 
 def _whole_lines(path: Path) -> tuple[int, int]:
-    """Bytes and number of the lines that are whole."""
-    end = position = count = 0
+    """The number of complete lines, and their size in bytes."""
+    count = size = 0
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            count += block.count(b"\n")
-            last = block.rfind(b"\n")
-            if last >= 0:
-                end = position + last + 1
-            position += len(block)
-    return end, count
+        for line in stream:
+            if line.endswith(b"\n"):
+                count, size = count + 1, size + len(line)
+    return count, size

@@ -1,4 +1,4 @@
-"""What is written for a row: a record, and its cells where the output is a table."""
+"""The record that is written for a row, and its cells if the output is a table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import InputError, RowError
+from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
-from . import LABEL_SEPARATOR, Row
+from .rows import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]
 
@@ -19,15 +19,15 @@ _ALL_SCORES = "all_scores"
 
 @dataclass(frozen=True)
 class RecordSchema:
-    """What a record holds.
+    """What a record contains.
 
     Attributes:
-        labels: the model's labels.
-        multi_label: whether a row has any number of them.
+        labels: the labels of the model.
+        multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
-        all_scores: whether the probabilities of all labels are given.
+        all_scores: whether the probabilities of all labels are included.
         errors: whether a record may be an error.
-        separator: between labels, and between scores, in a cell.
+        separator: separates labels, and scores, in a cell.
     """
 
     labels: tuple[str, ...]
@@ -38,10 +38,9 @@ class RecordSchema:
     separator: str = LABEL_SEPARATOR
 
     def record(self, index: int, row: Row, prediction: Prediction) -> Record:
-        """The record of a row; a field of the input never hides a result."""
-        taken = self._names
-        fields = {name: value for name, value in row.fields.items() if name not in taken}
-        record: Record = {"index": index, **fields}
+        """The record of a row; a field of the input never replaces a result."""
+        record: Record = {"index": index}
+        record |= {name: v for name, v in row.fields.items() if name not in self._names}
         if self.with_text:
             record["text"] = row.text
             if row.text_pair is not None:
@@ -62,11 +61,11 @@ class RecordSchema:
         return record
 
     def error(self, index: int, error: RowError) -> Record:
-        """The record in place of a row that could not be read."""
+        """The record of a row that could not be read."""
         return {"index": index, "error": str(error)}
 
     def fits(self, record: Record) -> bool:
-        """Whether a record that was read is one of this layout: an error, or labels and an exit."""
+        """Whether a record that was read may be of this schema: an error, or labels and an exit."""
         if "error" in record:
             return isinstance(record["error"], str)
         exit_number = record.get("exit")
@@ -78,32 +77,27 @@ class RecordSchema:
             and all(isinstance(label, str) and label in self.labels for label in labels)
         )
 
-    @property
+    @cached_property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()
         answer = ("labels", "scores") if self.multi_label else ("label", "score")
-        return (*text, *answer, "exit", "layer", "truncated")
-
-    @cached_property
-    def _score_columns(self) -> tuple[str, ...]:
-        return tuple(f"{_ALL_SCORES}.{label}" for label in self.labels) if self.all_scores else ()
+        scores = [f"{_ALL_SCORES}.{label}" for label in self.labels] if self.all_scores else ()
+        return (*text, *answer, "exit", "layer", "truncated", *scores)
 
     @cached_property
     def _names(self) -> set[str]:
-        return {"index", "error", _ALL_SCORES, *self._results, *self._score_columns}
+        return {"index", "error", _ALL_SCORES, *self._results}
 
     def columns(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """The columns of a table: index, the input's other fields, the results."""
-        error = ("error",) if self.errors else ()
-        return ("index", *fields, *self._results, *self._score_columns, *error)
+        """The columns of a table: the index, the other fields of the input, and the results."""
+        return ("index", *fields, *self._results, *(("error",) if self.errors else ()))
 
     def fields(self, record: Record) -> list[str]:
-        """The input's fields in a record."""
-        names = self._names
-        return [name for name in record if name not in names]
+        """The fields in a record that come from the input."""
+        return [name for name in record if name not in self._names]
 
     def flat(self, record: Record) -> Record:
-        """A record with a value for each column that is not the input's."""
+        """A record with a value of its own for every column of results."""
         record = dict(record)
         scores = record.pop(_ALL_SCORES, {})
         record |= {f"{_ALL_SCORES}.{label}": value for label, value in scores.items()}
@@ -112,7 +106,7 @@ class RecordSchema:
         return record
 
     def cell(self, value: Any) -> str:
-        """A value of a flat record as text: nothing for none, labels and scores joined."""
+        """A value as text: empty for None; labels and scores are joined; the rest is JSON."""
         if value is None:
             return ""
         if isinstance(value, str):
@@ -122,19 +116,19 @@ class RecordSchema:
         return to_json(value)
 
     def check_separator(self) -> None:
-        """Check that labels can be joined and split again.
+        """Check that labels which are joined in a cell can be told apart again.
 
         Raises:
-            InputError: a label holds the separator.
+            InputError: a label contains the separator.
         """
-        held = [label for label in self.labels if self.separator in label]
-        if self.multi_label and held:
-            raise InputError(
-                f"the label {held[0]!r} holds {self.separator!r}, which separates labels in a cell",
-                "give another --label-separator, or write JSON lines",
-            )
+        for label in self.labels if self.multi_label else ():
+            if self.separator in label:
+                raise InputError(
+                    f"the label {label!r} contains {self.separator!r}, which separates labels",
+                    Remedy("set another {label_separator}, or write JSON lines"),
+                )
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON."""
+    """JSON in one line."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,52 +1,36 @@
-"""What a row is, and how one is made of named values, whatever file they stand in."""
+"""A row of an input, and how the named values of a line or record become one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import InputError, Remedy, RowError
-
-T = TypeVar("T")
+from .formats import TextFormat
 
 LABEL_SEPARATOR = "|"
-"""Between the labels of a cell of a column `labels`, in and out."""
+"""Separates the labels in a cell of a column `labels`, in inputs and in outputs."""
 
-# Far above any data, and far below what Python's JSON writes.
-_MOST_NESTED = 100
+# Far more than real data has, and far less than Python's JSON encoder can write.
+_MAX_NESTING = 100
 
 _TEXT_PAIR = "text_pair"
 _LABELS = ("labels", "label")
 
 
-class TextFormat(str, Enum):
-    """How an input is read; all but Parquet are UTF-8, and may be compressed with gzip."""
-
-    TEXT = "txt"
-    """A text a line; an empty line is an empty text."""
-    JSON_LINES = "jsonl"
-    """An object a line."""
-    CSV = "csv"
-    """A header row, and cells between commas; empty lines are no rows."""
-    TSV = "tsv"
-    """As CSV, with cells between tabs."""
-    PARQUET = "parquet"
-    """A file, not a pipe; needs pyarrow."""
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an input; all but the text may be left out.
+    """One row of an input; everything but the text is optional.
 
     Attributes:
-        text: the text, or the first of a pair.
-        text_pair: the second of a pair; None: there is none.
-        labels: the true label names, one for single-label; None: not known.
-        fields: any other fields, to be passed through.
-        line: line number, counted from 1; in Parquet the number of the row.
+        text: the text, or the first text of a pair.
+        text_pair: the second text of a pair; None if the row is a single text.
+        labels: names of the true labels, exactly one if the task is single-label; None if they
+            are not known.
+        fields: all other fields, which are passed through to the output.
+        line: line number, counted from 1; in Parquet the row number.
         where: file and line, for messages.
     """
 
@@ -59,12 +43,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """What to call the row in messages: file and line, or the line alone."""
+        """How messages refer to the row: by file and line, or by the line alone."""
         return self.where or f"line {self.line}"
 
     @property
     def content(self) -> str | tuple[str, str]:
-        """What the engine takes: a text or a pair."""
+        """The text or pair of texts, as the engine takes it."""
         return self.text if self.text_pair is None else (self.text, self.text_pair)
 
 
@@ -75,9 +59,10 @@ class ReadOptions:
     Attributes:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
-        text_column: name of the column or field of the text.
-        text_pair_column: that of the second text; None: `text_pair`, if there is one.
-        label_column: that of the true label or labels; None: `labels` or `label`, if there is one.
+        text_column: the column or field that holds the text.
+        text_pair_column: the one with the second text; None: `text_pair`, if there is one.
+        label_column: the one with the true label or labels; None: `labels` or `label`, if there
+            is one.
         label_separator: splits a string into labels; None: `|` splits the cells of a column
             named `labels` in a table, and nothing else is split.
         literal_quotes: whether `"` is an ordinary character in CSV and TSV; by default it
@@ -118,7 +103,7 @@ class ReadOptions:
 
     @property
     def pair_name(self) -> str:
-        """The name of the column of the second text."""
+        """The name of the column that holds the second text."""
         return self.text_pair_column or _TEXT_PAIR
 
     @property
@@ -127,24 +112,24 @@ class ReadOptions:
         return _LABELS if self.label_column is None else (self.label_column,)
 
     def separator_of(self, name: str) -> str | None:
-        """What separates the labels in a cell of a table, by the name of the cell's column."""
+        """What separates the labels in a cell of the named column of a table, if anything does."""
         return self.label_separator or (LABEL_SEPARATOR if name == "labels" else None)
 
     def check(self, names: Sequence[str], where: str) -> None:
-        """Check that a table has the columns.
+        """Check that a table has the columns that will be read.
 
         Args:
-            names: the columns that it has.
+            names: the columns of the table.
             where: the file, for messages.
 
         Raises:
-            InputError: the text column, or one that was asked for by name, is not there, or
-                any column is there twice.
+            InputError: the text column or another column that the options name is missing, or
+                two columns have the same name.
         """
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise InputError(
-                f'{where} names the column "{twice}" twice', "give every column its own name"
+                f'{where} has two columns named "{twice}"', "give every column its own name"
             )
         for option in ("text_column", "text_pair_column", "label_column"):
             name = getattr(self, option)
@@ -155,38 +140,35 @@ class ReadOptions:
                 )
 
     def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
-        """A row of named values.
+        """Make a row of named values.
 
         Args:
-            content: values by name.
+            content: the values by name.
             where: file and line, for messages.
-            number: the line.
-            table: whether a string in a column `labels` is split.
+            number: the line number.
+            table: whether the values are cells, so that a string in `labels` is split.
 
         Raises:
-            RowError: the text is no string, the pair or labels are not what they should be, or
-                another field is nested too deeply to be written again.
+            RowError: the text or the pair is not a string, the labels are not names, or another
+                field is nested too deeply to be written to the output.
         """
         text = content.get(self.text_column)
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text_column}"',
-                Remedy(
-                    "give every row one, or set {text_column} to the name of the field that holds "
-                    "the text"
-                ),
+                Remedy("give it one, or set {text_column} to the name of the field with the text"),
             )
         pair = content.get(self.pair_name)
         if pair is not None and not isinstance(pair, str):
             raise RowError(
                 f'{where}: "{self.pair_name}" is a {type(pair).__name__}',
-                "expected a string, or no such field",
+                "make it a string, or leave it out",
             )
         used = (self.text_column, self.pair_name, *self.label_names)
         fields = {name: value for name, value in content.items() if name not in used}
         if _is_deep(fields):
             raise RowError(
-                f"{where} has a field that is nested deeper than {_MOST_NESTED} lists or objects",
+                f"{where} has a field that is nested deeper than {_MAX_NESTING} lists or objects",
                 "leave that field out",
             )
         return Row(text, pair, self._labels(content, where, table), fields, number, where)
@@ -202,26 +184,26 @@ class ReadOptions:
             if separator and isinstance(value, str):
                 return tuple(part.strip() for part in value.split(separator) if part.strip())
             is_list = isinstance(value, list)
-            if name == "labels" and not is_list:
-                raise RowError(f'{where}: "labels" is not a list of names', 'such as ["a", "b"]')
             if isinstance(value, dict) or (is_list and name == "label"):
-                raise RowError(f'{where}: "{name}" is not a name', 'such as "positive"')
-            if is_list and any(part is None or isinstance(part, (dict, list)) for part in value):
-                raise RowError(f'{where}: "{name}" is not a list of names', 'such as ["a", "b"]')
-            return tuple(str(part) for part in (value if is_list else [value]))
+                raise RowError(f'{where}: "{name}" is not a name', 'write a string: "positive"')
+            names = value if is_list else [value]
+            if (name == "labels" and not is_list) or any(
+                part is None or isinstance(part, (dict, list)) for part in names
+            ):
+                raise RowError(f'{where}: "{name}" is not a list of names', 'write ["a", "b"]')
+            return tuple(map(str, names))
         return None
 
 
 def class_name(value: Any, names: Sequence[str]) -> Any:
-    """The name of a numbered class, or of each in a list, as the `datasets` library has them.
+    """The name of a numbered class, or of each class in a list, as in the `datasets` library.
 
     Args:
-        value: what stands in a label column.
-        names: of the classes.
+        value: the value of a label column.
+        names: the names of the classes.
 
     Returns:
-        The name; None for -1, which data sets write where the class is not known; other values
-        as they are.
+        The name; None for -1, which stands for an unknown class; other values unchanged.
     """
     if isinstance(value, list):
         return [class_name(part, names) for part in value]
@@ -232,10 +214,10 @@ def class_name(value: Any, names: Sequence[str]) -> Any:
     return None if value == -1 else value
 
 
-def _is_deep(value: object) -> bool:
-    """Whether a value is nested too deeply; without recursion, which could itself be too deep."""
-    level = [value]
-    for _ in range(_MOST_NESTED + 2):  # the first is the value itself
+def _is_deep(fields: dict[str, Any]) -> bool:
+    """Whether a field is nested too deeply; not recursive, since that could itself go too deep."""
+    level: list[Any] = [fields]
+    for _ in range(_MAX_NESTING + 2):  # the first level is the fields themselves
         inner = [part for part in level if isinstance(part, (dict, list)) and part]
         if not inner:
             return False
@@ -243,15 +225,20 @@ def _is_deep(value: object) -> bool:
     return True
 
 
-def parsed(lines: Iterator[T], parse: Callable[[T], Row | None]) -> Iterator[Row | RowError]:
-    """What is made of each line; the error in place of a row that cannot be read."""
+def all_rows(read: Callable[[], Row | None]) -> Iterator[Row | RowError]:
+    """All rows that a function reads, and an error in place of each row that it cannot read.
+
+    Args:
+        read: reads the next row, or returns None for a line that is not a row; raises `RowError`
+            if it cannot, and `StopIteration` at the end.
+    """
     while True:
         try:
-            row = parse(next(lines))
+            row = read()
         except StopIteration:
             return
         except RowError as error:
             yield error
-            continue
-        if row is not None:
-            yield row
+        else:
+            if row is not None:
+                yield row

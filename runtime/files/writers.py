@@ -1,8 +1,8 @@
-"""Formats of the output: JSON lines, CSV, TSV and Parquet, the first of them row by row.
+"""Write records as JSON lines, CSV, TSV or Parquet.
 
-A table needs its columns before its first row, and Parquet cannot be appended to, so a file
-is written as JSON lines first and made into a table at the end, in two passes: which columns
-there are, then the rows. A table on standard output has the columns of its first row.
+A table needs its columns before its first row, and Parquet cannot be appended to. So a file is
+written as JSON lines first and converted at the end, in two passes: find the columns, then write
+the rows. A table on standard output has the columns of its first row.
 """
 
 from __future__ import annotations
@@ -10,67 +10,50 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import Enum
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from ..errors import InputError
+from ..errors import InputError, Remedy
+from .formats import DELIMITERS, OUTPUT_FORMATS, TextFormat, format_by_suffix, suffix_of
 from .parquet import load_pyarrow
 from .records import Record, RecordSchema, to_json
 
 _GROUP_ROWS = 16_384
 _GROUP_BYTES = 32 * 2**20
 _MAX_HELD = 4096
+# Beyond this, a float cannot represent all integers.
+_MAX_EXACT = 2**53
 
 
-class OutputFormat(str, Enum):
-    """How results are written."""
+def output_format(output: Path | None, given: TextFormat | None) -> TextFormat:
+    """The format of an output.
 
-    JSON_LINES = "jsonl"
-    CSV = "csv"
-    TSV = "tsv"
-    PARQUET = "parquet"
-
-
-_SUFFIXES = {
-    "": OutputFormat.JSON_LINES,
-    ".jsonl": OutputFormat.JSON_LINES,
-    ".ndjson": OutputFormat.JSON_LINES,
-    ".json": OutputFormat.JSON_LINES,
-    ".csv": OutputFormat.CSV,
-    ".tsv": OutputFormat.TSV,
-    ".parquet": OutputFormat.PARQUET,
-    ".pq": OutputFormat.PARQUET,
-}
-_DELIMITERS = {OutputFormat.CSV: ",", OutputFormat.TSV: "\t"}
-
-
-def output_format(output: Path | None, said: OutputFormat | None) -> OutputFormat:
-    """The format of an output; None is standard output.
+    Args:
+        output: the file; None for standard output.
+        given: the format that was asked for; None: the suffix of the file name decides.
 
     Raises:
-        InputError: the file's name does not tell, or the format does not go there.
-        MissingExtraError: it is Parquet, and pyarrow is not installed.
+        InputError: the suffix is unknown, or the format cannot be written there.
+        MissingExtraError: the format is Parquet, and pyarrow is not installed.
     """
-    compressed = output is not None and output.suffix == ".gz"
-    suffixes = [] if output is None else [s for s in output.suffixes if s != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if said is None and suffix not in _SUFFIXES:
+    suffix = "" if output is None else suffix_of(output)
+    chosen = given or format_by_suffix(suffix or ".jsonl")
+    if chosen not in OUTPUT_FORMATS:
         raise InputError(
             f"{output}: cannot tell the format from {suffix!r}",
-            "name the file .jsonl, .csv, .tsv or .parquet, or give --output-format",
+            Remedy("name the file .jsonl, .csv, .tsv or .parquet, or set {output_format}"),
         )
-    chosen = said or _SUFFIXES[suffix]
-    if chosen is OutputFormat.PARQUET:
-        if compressed or output is None:
-            what = "standard output" if output is None else f"{output}"
+    if chosen is TextFormat.PARQUET:
+        if output is None or output.suffix == ".gz":
             raise InputError(
-                f"{what} cannot be Parquet, which is compressed inside and needs a file",
-                "give --output with a name that ends in .parquet",
+                f"{output or 'standard output'} cannot be Parquet, which is compressed already "
+                "and needs a file",
+                Remedy("set {output} to a name that ends in .parquet"),
             )
         load_pyarrow()
     return chosen
@@ -80,167 +63,153 @@ class StreamWriter:
     """Writes records to a stream as they come.
 
     Args:
-        stream: where to.
+        stream: the stream.
         chosen: JSON lines, CSV or TSV.
-        schema: what records hold.
+        schema: what the records contain.
     """
 
-    def __init__(self, stream: IO[str], chosen: OutputFormat, schema: RecordSchema) -> None:
+    def __init__(self, stream: IO[str], chosen: TextFormat, schema: RecordSchema) -> None:
         self._stream = stream
         self._schema = schema
-        self._delimiter = _DELIMITERS.get(chosen)
-        self._line: Callable[[Record], str] | None = None
-        self._fields: set[str] = set()
+        self._delimiter = DELIMITERS.get(chosen)
+        self._table: _Table | None = None
+        # Errors at the beginning, which do not tell the columns.
         self._held: list[Record] = []
 
     def write(self, record: Record) -> None:
         """Write a record.
 
         Raises:
-            InputError: the record has a field that the first one had not, in a table.
+            InputError: the output is a table, and the record has a field that is not among its
+                columns.
         """
         if self._delimiter is None:
             self._stream.write(to_json(record) + "\n")
-            return
-        if self._line is None:
-            # An error says nothing of the columns: the first row does.
-            if "error" in record and len(self._held) < _MAX_HELD:
-                self._held.append(record)
-                return
-            self._begin(record)
+        elif self._table is not None:
+            self._table.write(record)
+        elif "error" in record and len(self._held) < _MAX_HELD:
+            self._held.append(record)
+        else:
+            self._begin(self._delimiter, record)
+            self.write(record)
+
+    def finish(self) -> None:
+        """Write the records that were held back."""
+        if self._held and self._delimiter is not None:
+            self._begin(self._delimiter, self._held[0])
+
+    def _begin(self, delimiter: str, first: Record) -> None:
+        self._table = _Table(self._stream, delimiter, self._schema, self._schema.fields(first))
+        for held in self._held:
+            self._table.write(held)
+        self._held = []
+
+
+class _Table:
+    """A table of text with a header."""
+
+    def __init__(
+        self, stream: IO[str], delimiter: str, schema: RecordSchema, fields: Iterable[str]
+    ) -> None:
+        self._schema = schema
+        self._fields = set(fields)
+        self._columns = schema.columns(fields)
+        # Older versions of Python quote a carriage return in a cell with this line end only.
+        self._write = csv.writer(
+            _LineFeeds(stream), delimiter=delimiter, lineterminator="\r\n"
+        ).writerow
+        self._write(self._columns)
+
+    def write(self, record: Record) -> None:
         new = [name for name in self._schema.fields(record) if name not in self._fields]
         if new:
             raise InputError(
-                f'row {record["index"]} has a field "{new[0]}", which the first row has not: the '
-                "columns of a table on standard output are those of its first row",
-                "give --output FILE, or write JSON lines",
+                f'row {record["index"]} has a field "{new[0]}", which the first row does not have: '
+                "a table on standard output has the columns of its first row",
+                Remedy("set {output} to a file, or write JSON lines"),
             )
-        self._put(record)
+        flat = self._schema.flat(record)
+        self._write([self._schema.cell(flat.get(name)) for name in self._columns])
 
-    def finish(self) -> None:
-        """Write what was held back."""
-        if self._line is None and self._held:
-            self._begin(self._held[0])
 
-    def _begin(self, record: Record) -> None:
-        assert self._delimiter is not None
-        fields = self._schema.fields(record)
-        self._fields = set(fields)
-        columns = self._schema.columns(fields)
-        self._line = _table_line(columns, self._delimiter, self._schema)
-        self._stream.write(_csv_line(columns, self._delimiter))
-        for held in self._held:
-            self._put(held)
-        self._held = []
+class _LineFeeds:
+    """A stream for `csv.writer`, with a line feed as the end of each row."""
 
-    def _put(self, record: Record) -> None:
-        assert self._line is not None
-        self._stream.write(self._line(record))
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, line: str) -> None:
+        self._stream.write(line[:-2] + "\n")
 
 
 def convert(
-    partial: Path, target: Path, chosen: OutputFormat, schema: RecordSchema, name: Path
+    partial: Path, target: Path, chosen: TextFormat, schema: RecordSchema, name: Path
 ) -> None:
-    """Write the records of a file of JSON lines in another format, in flat memory.
+    """Convert a file of JSON lines to another format, in flat memory.
 
     Args:
         partial: the JSON lines.
         target: the file to write.
         chosen: its format.
-        schema: what the records hold.
-        name: what the file will be called: `.gz` compresses it.
+        schema: what the records contain.
+        name: the final name of the file: it is compressed if that ends in `.gz`.
     """
-    fields: dict[str, _Kind] = {}
-    for record in records_of(partial):
-        for field in schema.fields(record):
-            kind = fields.setdefault(field, _Kind())
-            kind.see(record[field])
-    if chosen is OutputFormat.PARQUET:
-        _write_parquet(partial, target, schema, fields)
+    if chosen is TextFormat.PARQUET:
+        _write_parquet(partial, target, schema)
         return
-    with _text_file(target, compressed=name.suffix == ".gz") as stream:
-        if chosen is OutputFormat.JSON_LINES:
-            for record in records_of(partial):
-                stream.write(to_json(record) + "\n")
-            return
-        columns = schema.columns(fields)
-        line = _table_line(columns, _DELIMITERS[chosen], schema)
-        stream.write(_csv_line(columns, _DELIMITERS[chosen]))
-        for record in records_of(partial):
-            stream.write(line(record))
+    with target.open("wb") as raw:
+        # Without a time and a name in it, the same rows give the same bytes.
+        packed: AbstractContextManager[Any] = nullcontext(raw)
+        if name.suffix == ".gz":
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+        with packed as stream:
+            if chosen is TextFormat.JSON_LINES:
+                with partial.open("rb") as lines:
+                    shutil.copyfileobj(lines, stream)
+                return
+            with io.TextIOWrapper(stream, "utf-8", newline="") as text:
+                table = _Table(text, DELIMITERS[chosen], schema, _kinds(partial, schema))
+                for record in records_of(partial):
+                    table.write(record)
 
 
 def records_of(partial: Path) -> Iterator[Record]:
-    """Records of a file of JSON lines that this module's callers wrote."""
+    """The records of a file of JSON lines."""
     with partial.open("rb") as stream:
         for line in stream:
             yield msgspec.json.decode(line)
 
 
-@contextmanager
-def _text_file(target: Path, compressed: bool) -> Iterator[IO[str]]:
-    with target.open("wb") as raw:
-        if not compressed:
-            with io.TextIOWrapper(raw, "utf-8", newline="", write_through=False) as stream:
-                yield stream
-            return
-        # No time and no name inside: the same rows are the same bytes.
-        with (
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-            io.TextIOWrapper(packed, "utf-8", newline="") as stream,
-        ):
-            yield stream
+def _kinds(partial: Path, schema: RecordSchema) -> dict[str, set[str]]:
+    """The fields of the input, and the kinds of values that each of them has."""
+    kinds: dict[str, set[str]] = {}
+    for record in records_of(partial):
+        for field in schema.fields(record):
+            held = kinds.setdefault(field, set())
+            if record[field] is not None:
+                held.add(_kind(record[field]))
+    return kinds
 
 
-def _table_line(
-    columns: tuple[str, ...], delimiter: str, schema: RecordSchema
-) -> Callable[[Record], str]:
-    def line(record: Record) -> str:
-        flat = schema.flat(record)
-        return _csv_line([schema.cell(flat.get(name)) for name in columns], delimiter)
-
-    return line
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) <= _MAX_EXACT:
+            return "int"
+        return "long" if -(2**63) <= value < 2**63 else "other"
+    return type(value).__name__
 
 
-def _csv_line(cells: Any, delimiter: str) -> str:
-    buffer = io.StringIO()
-    # Only with this line end does every Python quote a cell with a carriage return in it.
-    csv.writer(buffer, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
-    return buffer.getvalue()[:-2] + "\n"
-
-
-class _Kind:
-    """The narrowest type that holds every value of a field."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def see(self, value: Any) -> None:
-        """Take a value into account."""
-        if isinstance(value, bool):
-            self._seen.add("bool")
-        elif isinstance(value, int):
-            is_exact = abs(value) <= 2**53
-            fits = -(2**63) <= value < 2**63
-            self._seen.add("int" if is_exact else "long" if fits else "other")
-        elif value is not None:
-            self._seen.add({float: "float", str: "str"}.get(type(value), "other"))
-
-    def type(self, pyarrow: Any) -> Any:
-        """The type of the column: text where nothing narrower holds all values."""
-        if self._seen and self._seen <= {"bool"}:
-            return pyarrow.bool_()
-        if self._seen and self._seen <= {"int", "long"}:
-            return pyarrow.int64()
-        if self._seen and self._seen <= {"int", "float"}:
-            return pyarrow.float64()
-        return pyarrow.string()
-
-
-def _write_parquet(
-    partial: Path, target: Path, schema: RecordSchema, fields: dict[str, _Kind]
-) -> None:
+def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
     pyarrow, parquet = load_pyarrow()
+
+    def narrowest(kinds: set[str]) -> Any:
+        """The narrowest type that represents all values exactly; everything fits in a string."""
+        if kinds == {"bool"}:
+            return pyarrow.bool_()
+        if kinds and kinds <= {"int", "long"}:
+            return pyarrow.int64()
+        return pyarrow.float64() if kinds and kinds <= {"int", "float"} else pyarrow.string()
+
     types = {
         "index": pyarrow.int64(),
         "exit": pyarrow.int32(),
@@ -251,26 +220,20 @@ def _write_parquet(
         "labels": pyarrow.list_(pyarrow.string()),
     }
     types |= {f"all_scores.{label}": pyarrow.float64() for label in schema.labels}
-    types |= {name: kind.type(pyarrow) for name, kind in fields.items()}
-    table = pyarrow.schema(
-        [(name, types.get(name, pyarrow.string())) for name in schema.columns(fields)]
-    )
+    kinds = _kinds(partial, schema)
+    types |= {name: narrowest(held) for name, held in kinds.items()}
+    columns = [(name, types.get(name, pyarrow.string())) for name in schema.columns(kinds)]
+    texts = [name for name, kind in columns if kind == pyarrow.string()]
+    table = pyarrow.schema(columns)
     with parquet.ParquetWriter(target, table) as writer:
         for group in _groups(partial):
-            flat = [schema.flat(record) for record in group]
-            arrays = [
-                pyarrow.array(
-                    [_typed(record.get(f.name), f.type, pyarrow) for record in flat], f.type
-                )
-                for f in table
-            ]
-            writer.write_batch(pyarrow.record_batch(arrays, schema=table))
-
-
-def _typed(value: Any, kind: Any, pyarrow: Any) -> Any:
-    if kind == pyarrow.string() and value is not None and not isinstance(value, str):
-        return to_json(value)
-    return value
+            rows = [schema.flat(record) for record in group]
+            for row in rows:
+                for name in texts:
+                    value = row.get(name)
+                    if value is not None and not isinstance(value, str):
+                        row[name] = to_json(value)
+            writer.write_table(pyarrow.Table.from_pylist(rows, table))
 
 
 def _groups(partial: Path) -> Iterator[list[Record]]:

@@ -207,7 +207,7 @@ def test_multi_label_tables_need_a_separator_of_their_own(
     source = write_lines(tmp_path / "in.jsonl", {"text": "rain"})
     options = ["--input", source, "--output-format", "csv", "--quiet", "--full-depth"]
     refused = run(engines["mpnet"], *options, "--label-separator", "o")
-    check_refused(refused, "the label 'food' holds 'o'", "--label-separator")
+    check_refused(refused, "the label 'food' contains 'o'", "--label-separator")
     assert run(engines["mpnet"], *options, "--label-separator", ";").code == 0
 
 

@@ -131,7 +131,7 @@ def test_a_resumed_run_gives_the_same_bytes(
     if how == "no space":
         assert stopped.returncode == 1
         assert stopped.stderr.startswith("error: cannot write ")
-        assert "File too large -> free some space, then go on with --resume" in stopped.stderr
+        assert "File too large; " in stopped.stderr
         assert 64 < done < ROWS
         assert not partial.read_bytes().endswith(b"\n")
     else:
@@ -139,7 +139,7 @@ def test_a_resumed_run_gives_the_same_bytes(
         assert (stopped.returncode, done) == (code, 150)
     if how == "Ctrl-C":
         assert stopped.stderr == (
-            f"interrupted -> 150 rows done so far are in {partial}; go on with --resume\n"
+            f"interrupted: 150 finished rows are in {partial} -> use --resume to continue\n"
         )
     # No finished row is lost, now or later.
     completed = b"".join(partial.read_bytes().splitlines(keepends=True)[:done])
@@ -246,7 +246,8 @@ def test_a_full_disk(
     check_refused(
         refused,
         "No space left on device",
-        "free some space, then go on with --resume; 100 rows done so far are in",
+        "100 finished rows are in",
+        "--resume",
     )
     assert run(bert, "--input", source, "--output", output, *RULE, "--resume").code == 0
     assert output.read_text() == run(bert, "--input", source, *RULE).out
@@ -265,7 +266,7 @@ def test_a_disk_that_is_full_when_the_table_is_made(
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "convert", full)
         refused = run(bert, "--input", source, "--output", output, *RULE)
-    check_refused(refused, "No space left on device", f"{ROWS} rows done so far are in")
+    check_refused(refused, "No space left on device", f"{ROWS} finished rows are in")
     assert output.read_text() == "old"
     assert files(tmp_path) == ["in.jsonl", "out.csv", "out.csv.partial", "out.csv.partial.run"]
 
@@ -329,7 +330,7 @@ def test_rows_that_are_done_are_not_thrown_away(
     partial = tmp_path / "out.jsonl.partial"
     before = partial.read_bytes()
     refused = run(*arguments)
-    check_refused(refused, "holds 100 rows of a run that did not finish", "--resume, or delete it")
+    check_refused(refused, "holds 100 rows of a run that did not finish", "--resume")
     assert partial.read_bytes() == before
     partial.unlink()
     assert run(*arguments).code == 0
@@ -366,7 +367,7 @@ def test_a_resume_with_other_settings_is_refused(
     write_partial(run, monkeypatch, *arguments)
     before = (tmp_path / "out.jsonl.partial").read_bytes()
     refused = run(*arguments, *options, "--resume")
-    check_refused(refused, "is of another run", says, "to start again")
+    check_refused(refused, "is from another run", says, "to start again")
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
 
 
@@ -418,38 +419,38 @@ def test_a_resume_with_another_model_is_refused(
     [
         (lambda partial, run: run.unlink(), "out.jsonl.partial.run"),
         (lambda partial, run: run.write_text("{"), "out.jsonl.partial.run"),
-        (lambda partial, run: run.write_text("[]"), "is of another run"),
+        (lambda partial, run: run.write_text("[]"), "is from another run"),
         (
             lambda partial, run: partial.write_bytes(b"\0" * 50 + b"\n" + partial.read_bytes()),
-            "line 1 is not what this program writes",
+            "line 1 is damaged",
         ),
         (
             lambda partial, run: partial.write_bytes(
                 partial.read_bytes().replace(b'x": 7', b'x": 8')
             ),
-            "line 8 is not what this program writes",
+            "line 8 is damaged",
         ),
         (
             lambda partial, run: partial.write_bytes(b"[" * 10**5 + b"\n" + partial.read_bytes()),
-            "line 1 is not what this program writes",
+            "line 1 is damaged",
         ),
         (
             lambda partial, run: partial.write_bytes(
                 partial.read_bytes().replace(b'"label": "', b'"label": "x', 1)
             ),
-            "row 0 that is written is not of these inputs",
+            "row 0 of the earlier run is not from these inputs",
         ),
         (
             lambda partial, run: partial.write_bytes(
                 partial.read_bytes().replace(b'"exit": ', b'"exit": -', 1)
             ),
-            "row 0 that is written is not of these inputs",
+            "row 0 of the earlier run is not from these inputs",
         ),
         (
             lambda partial, run: partial.write_bytes(
                 partial.read_bytes().replace(b'"label"', b'"lable"', 1)
             ),
-            "row 0 that is written is not of these inputs",
+            "row 0 of the earlier run is not from these inputs",
         ),
     ],
 )
@@ -476,7 +477,7 @@ def test_a_run_that_stopped_at_a_bad_row_can_go_on_by_skipping_it(
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"text": "b"}\n{\n{"text": "c"}\n')
     arguments = (bert, "--input", source, "--output", tmp_path / "out.jsonl", *RULE)
-    check_refused(run(*arguments), "line 3 is not JSON", "2 rows done so far are in")
+    check_refused(run(*arguments), "line 3 is not JSON", "2 finished rows are in")
     check_refused(run(*arguments, "--resume"), "line 3 is not JSON")
     assert run(*arguments, "--resume", "--on-error", "skip").code == 0
     unbroken = run(bert, "--input", source, *RULE, "--on-error", "skip").out

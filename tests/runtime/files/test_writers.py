@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Row, read_rows
+from fpabee.runtime.files import Row, TextFormat, read_rows
 from fpabee.runtime.files.records import Record, RecordSchema, to_json
-from fpabee.runtime.files.writers import OutputFormat, StreamWriter, convert, output_format
+from fpabee.runtime.files.writers import StreamWriter, convert, output_format
 from fpabee.runtime.results import Prediction
 
 SINGLE = RecordSchema(("no", "yes"), multi_label=False)
@@ -114,7 +114,7 @@ def test_multi_label_tables_read_back(tmp_path: Path) -> None:
 
 def test_labels_that_hold_the_separator_are_refused() -> None:
     schema = RecordSchema(("a|b", "c"), multi_label=True)
-    with pytest.raises(InputError, match=r"label 'a\|b' holds '\|'.*--label-separator"):
+    with pytest.raises(InputError, match=r"label 'a\|b' contains '\|'.*label_separator"):
         schema.check_separator()
     RecordSchema(("a|b", "c"), multi_label=True, separator=";").check_separator()
     RecordSchema(("a|b", "c"), multi_label=False).check_separator()
@@ -174,17 +174,17 @@ def test_the_same_rows_are_the_same_bytes_when_compressed(tmp_path: Path) -> Non
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 
 
-@pytest.mark.parametrize("chosen", [OutputFormat.CSV, OutputFormat.TSV])
+@pytest.mark.parametrize("chosen", [TextFormat.CSV, TextFormat.TSV])
 @given(values=st.lists(st.tuples(texts, texts), min_size=1))
 def test_every_text_comes_back_from_a_table(
-    chosen: OutputFormat, values: list[tuple[str, str]]
+    chosen: TextFormat, values: list[tuple[str, str]]
 ) -> None:
     stream = io.StringIO(newline="")
     writer = StreamWriter(stream, chosen, SINGLE)
     for number, (one, two) in enumerate(values):
         writer.write(record(number, one=one, two=two))
     writer.finish()
-    delimiter = "," if chosen is OutputFormat.CSV else "\t"
+    delimiter = "," if chosen is TextFormat.CSV else "\t"
     rows = csv.DictReader(io.StringIO(stream.getvalue(), newline=""), delimiter=delimiter)
     assert [(row["one"], row["two"]) for row in rows] == values
 
@@ -192,12 +192,12 @@ def test_every_text_comes_back_from_a_table(
 def test_a_table_on_a_stream_has_the_columns_of_its_first_row() -> None:
     stream = io.StringIO()
     schema = RecordSchema(("no", "yes"), multi_label=False, errors=True)
-    writer = StreamWriter(stream, OutputFormat.CSV, schema)
+    writer = StreamWriter(stream, TextFormat.CSV, schema)
     writer.write(schema.error(0, RowError("bad")))
     assert stream.getvalue() == ""
     writer.write(record(1, id="a"))
     writer.write(record(2))
-    with pytest.raises(InputError, match=r'row 3 has a field "more".*give --output FILE'):
+    with pytest.raises(InputError, match=r'row 3 has a field "more".*output'):
         writer.write(record(3, id="b", more=1))
     assert stream.getvalue().splitlines() == [
         "index,id,label,score,exit,layer,truncated,error",
@@ -210,7 +210,7 @@ def test_a_table_on_a_stream_has_the_columns_of_its_first_row() -> None:
 def test_a_table_of_errors_only() -> None:
     stream = io.StringIO()
     schema = RecordSchema(("no", "yes"), multi_label=False, errors=True)
-    writer = StreamWriter(stream, OutputFormat.CSV, schema)
+    writer = StreamWriter(stream, TextFormat.CSV, schema)
     writer.write(schema.error(0, RowError("bad")))
     writer.finish()
     assert stream.getvalue().splitlines()[1] == "0,,,,,,bad"
@@ -219,15 +219,15 @@ def test_a_table_of_errors_only() -> None:
 @pytest.mark.parametrize(
     ("name", "said", "expected"),
     [
-        ("x", None, OutputFormat.JSON_LINES),
-        ("x.json", None, OutputFormat.JSON_LINES),
-        ("x.csv.gz", None, OutputFormat.CSV),
-        ("x.dat", OutputFormat.TSV, OutputFormat.TSV),
-        (None, None, OutputFormat.JSON_LINES),
-        (None, OutputFormat.CSV, OutputFormat.CSV),
+        ("x", None, TextFormat.JSON_LINES),
+        ("x.json", None, TextFormat.JSON_LINES),
+        ("x.csv.gz", None, TextFormat.CSV),
+        ("x.dat", TextFormat.TSV, TextFormat.TSV),
+        (None, None, TextFormat.JSON_LINES),
+        (None, TextFormat.CSV, TextFormat.CSV),
     ],
 )
-def test_formats(name: str | None, said: OutputFormat | None, expected: OutputFormat) -> None:
+def test_formats(name: str | None, said: TextFormat | None, expected: TextFormat) -> None:
     assert output_format(Path(name) if name else None, said) is expected
 
 
@@ -236,9 +236,9 @@ def test_formats(name: str | None, said: OutputFormat | None, expected: OutputFo
     [
         ("x.xlsx", None, "cannot tell the format from '.xlsx'"),
         ("x.parquet.gz", None, "cannot be Parquet"),
-        (None, OutputFormat.PARQUET, "standard output cannot be Parquet"),
+        (None, TextFormat.PARQUET, "standard output cannot be Parquet"),
     ],
 )
-def test_formats_that_do_not_fit(name: str | None, said: OutputFormat | None, says: str) -> None:
+def test_formats_that_do_not_fit(name: str | None, said: TextFormat | None, says: str) -> None:
     with pytest.raises(InputError, match=says):
         output_format(Path(name) if name else None, said)

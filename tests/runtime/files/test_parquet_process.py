@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from fpabee.runtime.errors import InputError, MissingExtraError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import parquet_process as module
 
-from .cli.test_run import COMMAND
+from ..cli.test_run import COMMAND
 
 # Two rows of two columns, with one byte changed: pyarrow 26.0.1 aborts.
 ABORTS = base64.b85decode(
@@ -183,16 +182,6 @@ def test_the_child_ends_with_its_caller(path: Path, number: signal.Signals) -> N
             assert ended
         finally:
             os.close(child)
-
-
-def test_long_rows_are_sent_one_by_one() -> None:
-    stream = io.BytesIO()
-    sender = module._Sender(stream)
-    for number in range(10):
-        sender.add(Row("a" * 2**20, line=number))
-        assert stream.tell() > (number + 1) * 2**20
-    stream.seek(0)
-    assert [len(message.rows) for message in module._messages(stream)] == [1] * 10
 
 
 def test_shares_are_of_what_was_taken(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""The summary of a run, as `fpabee-run` prints it."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..engine import Engine
+from ..files.summary import Summary
+from ..rules.rules import ExitRule
+from .console import PlainConsole
+
+_BAR_WIDTH = 30
+
+
+def print_summary(summary: Summary, engine: Engine, operating_point: str | None) -> None:
+    """Print the tally of a run to standard error.
+
+    Args:
+        summary: the tally.
+        engine: the engine that ran.
+        operating_point: the name of the calibrated rule that was run, if it was one.
+    """
+    console = PlainConsole(stderr=True)
+    seconds = summary.seconds
+    rate = (summary.rows - summary.completed) / seconds
+    rule = "full depth" if summary.rule is None else _in_words(summary.rule)
+    if operating_point:
+        rule = f"operating point {operating_point}: {rule}"
+    lines = [
+        f"{summary.rows} rows in {seconds:.1f} s ({rate:.0f} rows/s) on {engine.target}, {rule}",
+        f"mean depth {summary.mean_depth:.2f} of {engine.manifest.model.layers} layers, saving "
+        f"{summary.saving:.1%}; {summary.truncated} truncated, {summary.empty} empty",
+    ]
+    if summary.completed:
+        lines.append(f"{summary.completed} rows were done by an earlier run")
+    if summary.errors:
+        lines.append(f"{summary.errors} rows could not be read: their records are errors")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
+    for number, layer in enumerate(engine.manifest.exit_layers, start=1):
+        count = summary.exits[number]
+        share = count / max(1, summary.rows - summary.errors)
+        bar = "█" * round(_BAR_WIDTH * share)
+        table.add_row(str(number), str(layer), str(count), f"{share:.1%}", bar)
+    console.print(table)
+    if summary.metrics:
+        print_scores(summary)
+    if operating_point is None and summary.rule is not None:
+        points = ", ".join(engine.manifest.targets[engine.target].operating_points)
+        console.print(
+            f"The rule is not one of the operating points of {engine.target}: {points}."
+            if points
+            else f"The rule is not calibrated for your data on {engine.target}: run "
+            "fpabee-calibrate on labelled rows.",
+            soft_wrap=True,
+        )
+
+
+def print_scores(summary: Summary) -> None:
+    """Print the scores of a run to standard error."""
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores().items())
+    PlainConsole(stderr=True).print(scores)
+
+
+def _in_words(rule: ExitRule) -> str:
+    settings = dict(rule.to_dict())
+    name = settings.pop("name")
+    return f"rule {name} (" + ", ".join(f"{k} {v}" for k, v in settings.items()) + ")"
