@@ -49,8 +49,9 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
             echo(f"error: {in_terms_of_options(ours)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            kept = isinstance(interrupt, Interrupted)
-            more = f": {in_terms_of_options(interrupt)}" if kept else ""
+            more = ""
+            if isinstance(interrupt, Interrupted):
+                more = f": {in_terms_of_options(interrupt)}"
             echo(f"interrupted{more}", err=True)
             sys.exit(_INTERRUPTED)
 

@@ -233,4 +233,4 @@ def test_files_come_before_inputs(run: Run, bert: Path, tmp_path: Path) -> None:
 def test_nothing_to_classify_is_wrong_usage(run: Run, bert: Path) -> None:
     result = run(bert, "--quiet")
     assert (result.code, result.out) == (2, "")
-    assert "give files, such as texts.txt, or - for standard input" in result.err
+    assert "or - for standard input" in result.err
