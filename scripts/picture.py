@@ -106,7 +106,7 @@ def draw(results: Path, folder: Path) -> None:
     content = json.loads(results.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     for theme in THEMES:
-        style = {"svg.hashsalt": "fpabee", "svg.fonttype": "none", "font.size": 11}
+        style: dict[Any, Any] = {"svg.hashsalt": "fpabee", "svg.fonttype": "none", "font.size": 11}
         with mpl.rc_context(style):
             figure = picture(content, theme)
             path = folder / f"score-{theme.name}.svg"
