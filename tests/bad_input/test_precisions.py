@@ -82,7 +82,7 @@ CASES = [
     Case("activations beyond fp16", folder(scaled(1e6), "--fp16"), "fp16", "segment_02",
          "intermediate.dense", "--keep-fp32 auto"),
     Case("weights beyond bf16", folder(scaled(1e38), "--bf16"), "bf16", "2"),
-    Case("heads of NaN", folder(with_nan, "--fp16"), "fp16", "2", "--bf16"),
+    Case("heads of NaN", folder(with_nan, "--fp16"), "fp16", "2", "bf16"),
     Case("answers that change in fp16", changed_answers("fp16", shared("--fp16")), "fp16"),
     Case("answers that change in int8", changed_answers("int8", texts(TEXTS)), "int8"),
     Case("a node that is not there", shared("--fp16", "--keep-fp32", "segment_01:nothing"),
@@ -97,7 +97,7 @@ CASES = [
 
 RTX = ("--backend", "tensorrt-rtx")
 PLANS = [
-    Case("bf16 for old GPUs", shared("--bf16", *RTX, "--sm", "75,86"), "bf16", "7.5", "--fp16"),
+    Case("bf16 for old GPUs", shared("--bf16", *RTX, "--sm", "75,86"), "bf16", "7.5", "fp16"),
     Case("a file where plans are to be",
          folder(lambda f: (f / "targets").write_text("mine"), *RTX, "--sm", "86"), "targets"),
 ]  # fmt: skip
