@@ -8,8 +8,8 @@ runtime only: neither torch nor transformers nor onnx.
 
 The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows),
 `scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs` (what stopping
-early costs and loses), `sweep` (all thresholds), `per_exit` (one threshold per exit), `settings`
-and `choose`, `risk` (certificates), `outcome` (judge), `result`; `calibrate` runs them.
+early costs and loses), `sweep` (all thresholds), `per_exit` (one threshold per exit), `choose`,
+`risk` (certificates), `outcome` (judge), `result`; `calibrate` runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.encoding import EncodedRow
+from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row, read_rows
-from ..runtime.metrics import Labels
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.rules import RULES, Budget, ExitRule
-from .choose import PARTS, Selector, every_setting
+from ..runtime.rules.base import ExitRule
+from ..runtime.rules.measures import Answers
+from ..runtime.rules.rules import RULES, Budget
+from .choose import PARTS, PER_EXIT, Selector, every_setting
 from .costs import CostModel, measure_costs, measure_speedup
 from .goals import CalibrationOptions
-from .label_thresholds import check_label_thresholds, tune_label_thresholds, with_label_thresholds
+from .label_thresholds import check_label_thresholds, tune_label_thresholds
 from .outcome import Outcome, exits_of, outcome
 from .result import Calibration, Point, RuleComparison, with_points
 from .risk import Bound, RiskOf, check_row_mean, control
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer, check_metric
-from .settings import PER_EXIT, Candidate
 from .stopping_costs import StoppingCosts
 from .trace import data_sha256, expected_labels, trace_rows
 
@@ -82,211 +83,202 @@ def calibrate(
         ```
     """
     path, options = Path(folder), options or CalibrationOptions()
-    reading = options.reading
-    rows = list(read_rows(data, reading) if isinstance(data, str | Path) else data)
-    test = list(read_rows(options.test, reading)) if options.test else None
+    rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
+    test = list(read_rows(options.test, options.reading)) if options.test else None
     with Engine.load(path, target=options.target, threads=options.threads) as engine:
-        result = _Session(engine, path, options, progress).run(rows, test)
+        metric = _metric(engine, options)
+        _check(engine, options, metric, rows, test)
+        place = Path(options.output or path / "calibration")
+        seen = trace_rows(engine, rows, place, not options.unlabelled, progress)
+        held = None
+        if test is not None:
+            held = trace_rows(engine, test, place, not options.unlabelled, progress)
+        label_thresholds = None
+        if options.tune_label_thresholds:
+            tuned_by = METRICS[seen.problem_type][0] if metric == AGREEMENT else metric
+            label_thresholds = tune_label_thresholds(seen, tuned_by)
+            seen = replace(seen, label_thresholds=label_thresholds.values)
+            held = held and replace(held, label_thresholds=label_thresholds.values)
+        costs = _measure(engine, options, seen, progress)
+        stopping_costs = StoppingCosts(seen, metric, costs[-1].row_costs(seen.lengths))
+        selector = _sweep(stopping_costs, options, progress)
+        chooser = _Chooser(engine, options, progress, selector, costs, held)
+        points = chooser.points([row.content for row in rows])
+        default = options.default if options.default in options.asked else points[0].name
+        result = Calibration(
+            folder=path,
+            target=engine.target,
+            held_out=_held_out_name(options),
+            rows=seen,
+            texts=rows,
+            test=held,
+            points=points,
+            default=default,
+            comparisons=chooser.comparisons(options.asked[default]),
+            costs=costs,
+            selector=selector,
+            label_thresholds=label_thresholds,
+            layers=engine.manifest.exit_layers,
+        )
     write_manifest(path, with_points(read_manifest(path), result, data_sha256(rows)))
     return result
 
 
-class _Session:
-    """One calibration."""
+def _metric(engine: Engine, options: CalibrationOptions) -> str:
+    """The metric that settings are judged by."""
+    disagreement = options.bound is not None and options.bound.risk_of is RiskOf.DISAGREEMENT
+    if options.metric is None and (options.unlabelled or disagreement):
+        return AGREEMENT
+    return options.metric or METRICS[engine.manifest.task.problem_type][0]
 
-    def __init__(
-        self, engine: Engine, folder: Path, options: CalibrationOptions, progress: Progress
-    ) -> None:
-        self.engine = engine
-        self.folder = folder
-        self.options = options
-        self.progress = progress
-        self.layers = engine.manifest.exit_layers
-        bound = options.bound
-        if bound is not None and not engine.manifest.targets[engine.target].row_invariant:
+
+def _check(
+    engine: Engine,
+    options: CalibrationOptions,
+    metric: str,
+    rows: Sequence[Row],
+    test: Sequence[Row] | None,
+) -> None:
+    """Refuse what cannot be calibrated before the model runs."""
+    task, labelled = engine.manifest.task, not options.unlabelled
+    if options.bound is not None:
+        if not engine.manifest.targets[engine.target].row_invariant:
             raise InputError(
                 f"on target {engine.target} the answer of a row depends on the other rows of its "
                 "batch, so the risk of a row cannot be bounded",
                 Remedy("choose another {target}, or give {max_drop} instead"),
             )
-        self.metric = options.metric or METRICS[engine.manifest.task.problem_type][0]
-        disagreement = bound is not None and bound.risk_of is RiskOf.DISAGREEMENT
-        if options.metric is None and (options.unlabelled or disagreement):
-            self.metric = AGREEMENT
-
-    def run(self, rows: Sequence[Row], test: Sequence[Row] | None) -> Calibration:
-        """Trace, measure, choose, report."""
-        options = self.options
-        self._check(rows, test)
-        seen = self._trace(rows)
-        held = None if test is None else self._trace(test)
-        label_thresholds = None
-        if options.tune_label_thresholds:
-            metric = METRICS[seen.problem_type][0] if self.metric == AGREEMENT else self.metric
-            label_thresholds = tune_label_thresholds(seen, metric)
-            seen = with_label_thresholds(seen, label_thresholds.values)
-            held = None if held is None else with_label_thresholds(held, label_thresholds.values)
-        costs = self._measure(seen)
-        self.progress("sweep", 0, 1)
-        started = time.perf_counter()
-        stopping_costs = StoppingCosts(seen, self.metric, costs[-1].row_costs(seen.lengths))
-        names = list(dict.fromkeys([*(options.rules or RULES), *SHOWN_RULES]))
-        selector = every_setting(stopping_costs, names, options.measures, options.seed)
-        self.progress(f"sweep: {time.perf_counter() - started:.1f} s", 1, 1)
-        judge = _Judge(selector, costs[-1], held, self.layers)
-        encoded = self.engine.encode([row.content for row in rows])
-        points = []
-        for number, (name, goal) in enumerate(options.asked.items()):
-            self.progress(f"choose {name}", number, len(options.asked))
-            points.append(self._point(name, goal, judge, costs, encoded))
-        default = options.default if options.default in options.asked else points[0].name
-        return Calibration(
-            folder=self.folder,
-            target=self.engine.target,
-            held_out=self._held_out_name(),
-            rows=seen,
-            texts=rows,
-            test=held,
-            points=tuple(points),
-            default=default,
-            comparisons=self._comparisons(judge, options.asked[default]),
-            costs=costs,
-            selector=selector,
-            label_thresholds=label_thresholds,
-            layers=self.layers,
-        )
-
-    def _check(self, rows: Sequence[Row], test: Sequence[Row] | None) -> None:
-        """Refuse what cannot be calibrated before the model runs."""
-        options, task = self.options, self.engine.manifest.task
-        labelled = not options.unlabelled
-        check_metric(self.metric, task.problem_type, labelled)
-        if options.tune_label_thresholds:
-            check_label_thresholds(task.problem_type, labelled)
-        if options.bound is not None and options.bound.risk_of is RiskOf.DROP:
-            check_row_mean(self.metric)
-        _check_rows(len(rows), expected_labels(rows, task) if labelled else None)
-        if test is None:
-            return
-        if labelled:
-            expected_labels(test, task)
-        if data_sha256(test, labels=False) == data_sha256(rows, labels=False):
-            raise InputError(
-                "the test rows are the rows that choose, so they would look better than new rows",
-                Remedy("give {test} other rows, or leave it out"),
-            )
-
-    def _trace(self, rows: Sequence[Row]) -> LabelledLogits:
-        place = Path(self.options.output or self.folder / "calibration")
-        return trace_rows(self.engine, rows, place, not self.options.unlabelled, self.progress)
-
-    def _measure(self, rows: LabelledLogits) -> tuple[CostModel, ...]:
-        models = []
-        sizes = sorted({1, self.options.batch_size})
-        for number, batch in enumerate(sizes):
-            self.progress(f"time segments, batch {batch}", number, len(sizes))
-            models.append(measure_costs(self.engine, rows.lengths, batch))
-        return tuple(models)
-
-    def _point(
-        self,
-        name: str,
-        goal: Goal | Bound,
-        judge: _Judge,
-        costs: Sequence[CostModel],
-        encoded: Sequence[EncodedRow],
-    ) -> Point:
-        # Other kinds of rules may be among the settings, to be shown beside these.
-        names = self.options.rules or tuple(RULES)
-        kinds = [kind for kind in judge.selector.kinds if kind.removesuffix(PER_EXIT) in names]
-        certificate = None
-        if isinstance(goal, Bound):
-            found = control(judge.selector, kinds, goal)
-            candidate, certificate = found.candidate, found.certificate
-            tested = judge.rows.take(found.tested) if judge.held is None else judge.held
-            held_out = judge.rule_on(candidate.rule, tested)
-        else:
-            chosen = judge.selector.choose(goal, kinds)
-            candidate = chosen or Candidate(Budget(exit=judge.rows.exits))
-            held_out = judge.choice(candidate, goal, kinds)
-        measured = {
-            str(model.batch): measure_speedup(self.engine, encoded, candidate.rule, model.batch)
-            for model in costs
-        }
-        chosen_on = judge.rule_on(candidate.rule, judge.rows)
-        return Point(
-            name, goal, candidate.kind, candidate.rule, chosen_on, held_out, measured, certificate
-        )
-
-    def _held_out_name(self) -> str:
-        if self.options.test is not None:
-            return Path(self.options.test).name
-        return "rows that tested the bound" if self.options.bound else CROSS_FITTED
-
-    def _comparisons(self, judge: _Judge, goal: Goal | Bound) -> tuple[RuleComparison, ...]:
-        """The best setting of every kind of rule, the fastest first."""
-        if isinstance(goal, Bound):
-            goal = goal.as_goal()
-        found, kinds = [], judge.selector.kinds
-        for number, kind in enumerate(kinds):
-            self.progress(f"compare {kind}", number, len(kinds))
-            try:
-                candidate = judge.selector.choose(goal, [kind])
-                if candidate is not None:
-                    held_out = judge.choice(candidate, goal, [kind])
-                    found.append(RuleComparison(kind, candidate.rule, held_out))
-            except InputError:  # no setting of this kind is fast enough
-                continue
-        return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
-
-
-class _Judge:
-    """What settings give on rows that did not choose them.
-
-    Args:
-        selector: the settings.
-        costs: the times that count.
-        held: rows to judge on; None means cross-fitting on the rows that choose.
-        layers: the layer of each exit.
-    """
-
-    def __init__(
-        self,
-        selector: Selector,
-        costs: CostModel,
-        held: LabelledLogits | None,
-        layers: Sequence[int],
-    ) -> None:
-        self.selector = selector
-        self.rows = selector.stopping_costs.rows
-        self.held = held
-        self._scorer = selector.stopping_costs.scorer
-        self._costs = costs
-        self._layers = layers
-
-    def choice(self, candidate: Candidate, goal: Goal, kinds: Collection[str]) -> Outcome:
-        """What a candidate gives that all rows chose for a goal."""
-        if self.held is not None:
-            return self.rule_on(candidate.rule, self.held)
-        exits, lengths = self.selector.held_out(goal, kinds), self.rows.lengths
-        costs = self._costs.row_costs(lengths)
-        return outcome(self._scorer, exits, lengths, costs, self._layers)
-
-    def rule_on(self, rule: ExitRule, rows: LabelledLogits) -> Outcome:
-        """What a rule gives on some rows."""
-        scorer, costs = Scorer(rows, self._scorer.metric), self._costs.row_costs(rows.lengths)
-        return outcome(scorer, exits_of(rule, rows), rows.lengths, costs, self._layers)
-
-
-def _check_rows(count: int, expected: Labels | None) -> None:
-    """Refuse rows that nothing can be learnt from."""
-    if count < LEAST_ROWS:
+        if options.bound.risk_of is RiskOf.DROP:
+            check_row_mean(metric)
+    check_metric(metric, task.problem_type, labelled)
+    if options.tune_label_thresholds:
+        check_label_thresholds(task.problem_type, labelled)
+    if len(rows) < LEAST_ROWS:
         raise InputError(
-            f"{count} rows are too few to choose on one part and judge on another",
+            f"{len(rows)} rows are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; a few hundred rows tell half a point from chance",
         )
-    if expected is not None and len(np.unique(expected, axis=0)) < 2:
+    if labelled and len(np.unique(expected_labels(rows, task), axis=0)) < 2:
         raise InputError(
             "all rows have the same label, so a rule that always predicts it looks perfect",
             "give rows of every label, in the proportions of real use",
         )
+    if test is None:
+        return
+    if labelled:
+        expected_labels(test, task)
+    if data_sha256(test, labels=False) == data_sha256(rows, labels=False):
+        raise InputError(
+            "the test rows are the rows that choose, so they would look better than new rows",
+            Remedy("give {test} other rows, or leave it out"),
+        )
+
+
+def _measure(
+    engine: Engine, options: CalibrationOptions, rows: LabelledLogits, progress: Progress
+) -> tuple[CostModel, ...]:
+    models = []
+    sizes = sorted({1, options.batch_size})
+    for number, batch in enumerate(sizes):
+        progress(f"time segments, batch {batch}", number, len(sizes))
+        models.append(measure_costs(engine, rows.lengths, batch))
+    return tuple(models)
+
+
+def _sweep(
+    stopping_costs: StoppingCosts, options: CalibrationOptions, progress: Progress
+) -> Selector:
+    progress("sweep", 0, 1)
+    started = time.perf_counter()
+    names = list(dict.fromkeys([*(options.rules or RULES), *SHOWN_RULES]))
+    selector = every_setting(stopping_costs, names, options.measures, options.seed)
+    progress(f"sweep: {time.perf_counter() - started:.1f} s", 1, 1)
+    return selector
+
+
+def _held_out_name(options: CalibrationOptions) -> str:
+    if options.test is not None:
+        return Path(options.test).name
+    return "rows that tested the bound" if options.bound else CROSS_FITTED
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Chooses settings, and judges them on rows that did not choose them.
+
+    Attributes:
+        engine: measures speed-ups.
+        options: what is asked for.
+        progress: reports the current step.
+        selector: the settings.
+        costs: measured times; the last ones count.
+        held: rows to judge on; None means cross-fitting on the rows that choose.
+    """
+
+    engine: Engine
+    options: CalibrationOptions
+    progress: Progress
+    selector: Selector
+    costs: Sequence[CostModel]
+    held: LabelledLogits | None
+
+    def points(self, texts: Sequence[Text]) -> tuple[Point, ...]:
+        """An operating point for everything that is asked; texts are for measuring speed-ups."""
+        encoded = self.engine.encode(texts)
+        found = []
+        for number, (name, goal) in enumerate(self.options.asked.items()):
+            self.progress(f"choose {name}", number, len(self.options.asked))
+            found.append(self._point(name, goal, encoded))
+        return tuple(found)
+
+    def comparisons(self, goal: Goal | Bound) -> tuple[RuleComparison, ...]:
+        """The best setting of every kind of rule, the fastest first."""
+        if isinstance(goal, Bound):
+            goal = goal.as_goal()
+        found, kinds = [], self.selector.kinds
+        for number, kind in enumerate(kinds):
+            self.progress(f"compare {kind}", number, len(kinds))
+            try:
+                rule = self.selector.choose(goal, [kind])
+                if rule is not None:
+                    found.append(RuleComparison(rule, self._held_out(rule, goal, [kind])))
+            except InputError:  # no setting of this kind is fast enough
+                continue
+        return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
+
+    def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
+        rows = self.selector.stopping_costs.rows
+        # Other kinds of rules may be among the settings, to be shown beside these.
+        names = self.options.rules or tuple(RULES)
+        kinds = [kind for kind in self.selector.kinds if kind.removesuffix(PER_EXIT) in names]
+        certificate = None
+        if isinstance(goal, Bound):
+            found = control(self.selector, kinds, goal)
+            rule, certificate = found.rule, found.certificate
+            held_out = self._judge(rule, self.held or rows.take(found.tested))
+        else:
+            rule = self.selector.choose(goal, kinds) or Budget(exit=rows.exits)
+            held_out = self._held_out(rule, goal, kinds)
+        measured = {
+            str(model.batch): measure_speedup(self.engine, encoded, rule, model.batch)
+            for model in self.costs
+        }
+        chosen_on = self._judge(rule, rows)
+        return Point(name, goal, rule, chosen_on, held_out, measured, certificate)
+
+    def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
+        """What a rule gives, which was chosen for a goal, on rows that did not choose it."""
+        if self.held is not None:
+            return self._judge(rule, self.held)
+        costs = self.selector.stopping_costs
+        exits = self.selector.held_out(goal, kinds)
+        return self._outcome(costs.scorer, exits, costs.rows)
+
+    def _judge(self, rule: ExitRule, rows: LabelledLogits) -> Outcome:
+        """What a rule gives on some rows."""
+        scorer = Scorer(rows, self.selector.stopping_costs.scorer.metric)
+        return self._outcome(scorer, exits_of(rule, rows), rows)
+
+    def _outcome(self, scorer: Scorer, exits: Answers, rows: LabelledLogits) -> Outcome:
+        costs, layers = self.costs[-1].row_costs(rows.lengths), self.engine.manifest.exit_layers
+        return outcome(scorer, exits, rows.lengths, costs, layers)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import bisect
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.rules.measures import Answers, Measure
-from ..runtime.rules.rules import RULES, ExitRule
+from ..runtime.errors import InputError
+from ..runtime.rules.base import ExitRule, ThresholdRule
+from ..runtime.rules.measures import Answers, Array, Measure
+from ..runtime.rules.rules import RULES
 from .outcome import drop_interval, exits_of
 from .per_exit import PerExit
 from .scoring import Scorer
-from .settings import Candidate, Front, Settings
 from .stopping_costs import COST, StoppingCosts
-from .sweep import Family, StopScores, Sweep, families
+from .sweep import Family, StopScores
 
 PARTS = 5
 """How many parts rows are dealt into for cross-fitting."""
@@ -28,6 +32,84 @@ _TRIED = 60
 _SHARES = tuple(np.linspace(1.0, 0.0, 9))
 # Measures that are also fitted per exit, since that takes long.
 _FITTED_MEASURES = (Measure.JSKD, Measure.REKD)
+
+PER_EXIT = " per exit"
+"""The end of the kind of a rule that has one fitted threshold for each exit."""
+
+
+def kind_of(rule: ExitRule) -> str:
+    """The name of a rule, with `PER_EXIT` after it if it has a threshold for each exit."""
+    fitted = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)
+    return rule.name + PER_EXIT if fitted else rule.name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings, and what each of them gives on some rows.
+
+    Attributes:
+        sums: `[settings, terms]` over the rows, see `StoppingCosts.terms`.
+        costs: `[settings]` mean seconds of a row.
+        drops: `[settings]` estimated drop, as a share.
+        full_cost: mean seconds of a row at full depth.
+        rule: gives a setting by its number.
+    """
+
+    sums: Array
+    costs: Array
+    drops: Array
+    full_cost: float
+    rule: Callable[[int], ExitRule]
+
+    def front(self, bounds: Array) -> Front:
+        """The settings that no other setting beats in both cost and bound.
+
+        Args:
+            bounds: `[settings]` bound of the drop as a share, such as `drops`.
+        """
+        order = np.lexsort((self.costs, bounds))
+        cheapest = np.minimum.accumulate(self.costs[order])
+        numbers = order[np.append(True, cheapest[1:] < cheapest[:-1])]
+        return Front(self, numbers, bounds[numbers], self.costs[numbers])
+
+
+@dataclass(frozen=True)
+class Front:
+    """Settings that no other setting beats: each is cheaper than all with a smaller bound.
+
+    Attributes:
+        settings: all settings.
+        numbers: the numbers of those in the front.
+        bounds: of their drops as shares, ascending.
+        costs: mean seconds of a row, descending.
+    """
+
+    settings: Settings
+    numbers: NDArray[np.intp]
+    bounds: Array
+    costs: Array
+
+    def within(self, limit: float) -> ExitRule | None:
+        """The cheapest setting whose bound is at most a limit, as a share."""
+        count = int(np.searchsorted(self.bounds, limit, side="right"))
+        return self.settings.rule(int(self.numbers[count - 1])) if count else None
+
+    def as_fast_as(self, speedup: float) -> ExitRule:
+        """The setting with the smallest drop among those that reach a speed-up.
+
+        Raises:
+            InputError: no setting is that fast.
+        """
+        full_cost = self.settings.full_cost
+        fast = np.flatnonzero(self.costs <= full_cost / speedup)
+        if not len(fast):
+            raise InputError(
+                f"no setting is {speedup:g} times as fast here: the fastest is "
+                f"{full_cost / self.costs[-1]:.2f} times as fast, with an estimated drop of "
+                f"{100 * self.bounds[-1]:.1f} points",
+                "ask for a smaller speed-up, or train a model with an earlier exit",
+            )
+        return self.settings.rule(int(self.numbers[fast[0]]))
 
 
 class Selector:
@@ -52,20 +134,20 @@ class Selector:
         self.parts = np.random.default_rng(seed).permutation(np.arange(rows) % PARTS)
         self._fitted = list(fitted)
         self._per_exit = PerExit(stopping_costs, self.parts)
-        self._sweeps = [Sweep(family, family.grid) for family in families]
-        self._sums = [sweep.sums(stopping_costs.terms, self.parts) for sweep in self._sweeps]
+        self._families = list(families)
+        self._sums = [family.sums(stopping_costs.terms, self.parts) for family in families]
         self._fronts: dict[tuple[frozenset[str], frozenset[int], bool], Front] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of rules that there are, see `Candidate.kind`."""
-        swept = [Candidate(sweep.family.rule) for sweep in self._sweeps]
-        fitted = [Candidate(family.rule, fitted=True) for family in self._fitted]
-        return tuple(dict.fromkeys(candidate.kind for candidate in [*swept, *fitted]))
+        """The kinds of rules that there are, see `kind_of`."""
+        swept = [family.rule.name for family in self._families]
+        fitted = [family.rule.name + PER_EXIT for family in self._fitted]
+        return tuple(dict.fromkeys([*swept, *fitted]))
 
     def choose(
         self, goal: Goal, kinds: Collection[str], using: frozenset[int] = ALL
-    ) -> Candidate | None:
+    ) -> ExitRule | None:
         """The best setting for a goal.
 
         A drop is accepted if *choosing* keeps to it: each part of the rows is scored with the
@@ -75,7 +157,7 @@ class Selector:
 
         Args:
             goal: what is asked for.
-            kinds: the kinds of settings to choose from, see `Candidate.kind`.
+            kinds: the kinds of settings to choose from, see `kind_of`.
             using: the parts of the rows that choose.
 
         Returns:
@@ -94,7 +176,7 @@ class Selector:
             found.append(self._within_drop(guaranteed, kinds, using))
         rows = self.rows_of(using)
 
-        def cost(chosen: Candidate) -> float:
+        def cost(chosen: ExitRule) -> float:
             return float(self.stopping_costs.costs[self._exits(chosen, rows) - 1, rows].mean())
 
         return min((chosen for chosen in found if chosen is not None), key=cost, default=None)
@@ -115,26 +197,24 @@ class Selector:
         """Every setting of some kinds, and what it gives on some parts of the rows."""
         rows = self.rows_of(using)
         sums = [np.zeros((0, self.stopping_costs.terms.shape[2]))]
-        sweeps = []
-        for sweep, each in zip(self._sweeps, self._sums, strict=True):
-            if sweep.family.rule.name in kinds:
-                sweeps.append(sweep)
+        swept = []
+        for family, each in zip(self._families, self._sums, strict=True):
+            if family.rule.name in kinds:
+                swept.append(family)
                 sums.append(each[list(using)].sum(axis=0))
-        starts = np.cumsum([0, *(len(sweep.grid) for sweep in sweeps)])
+        starts = [0, *itertools.accumulate(len(family.grid) for family in swept)]
         fitted: list[ExitRule] = []
         for family in self._fitted:
-            if Candidate(family.rule, fitted=True).kind in kinds:
+            if family.rule.name + PER_EXIT in kinds:
                 found = self._per_exit.settings(family, using)
                 fitted += found
                 sums.append(np.array(list(found.values())))
 
-        def candidate(number: int) -> Candidate:
+        def rule(number: int) -> ExitRule:
             if number >= starts[-1]:
-                return Candidate(fitted[number - starts[-1]], fitted=True)
-            which = int(np.searchsorted(starts, number, side="right")) - 1
-            sweep = sweeps[which]
-            threshold = float(sweep.grid[number - starts[which]])
-            return Candidate(sweep.family.with_threshold(threshold))
+                return fitted[number - starts[-1]]
+            which = bisect.bisect(starts, number) - 1
+            return swept[which].setting(number - starts[which])
 
         together = np.concatenate(sums)
         return Settings(
@@ -142,12 +222,12 @@ class Selector:
             costs=together[:, COST] / len(rows),
             drops=self.stopping_costs.drops(together, rows),
             full_cost=float(self.stopping_costs.costs[-1][rows].mean()),
-            candidate=candidate,
+            rule=rule,
         )
 
     def _within_drop(
         self, goal: Goal, kinds: Collection[str], using: frozenset[int]
-    ) -> Candidate | None:
+    ) -> ExitRule | None:
         """The fastest setting within such a share of the allowed drop that choosing it holds."""
         assert goal.max_drop is not None
         limit = goal.max_drop / 100
@@ -181,16 +261,16 @@ class Selector:
             self._fronts[key] = settings.front(bounds)
         return self._fronts[key]
 
-    def _exits(self, chosen: Candidate | None, numbers: NDArray[np.intp]) -> Answers:
+    def _exits(self, chosen: ExitRule | None, numbers: NDArray[np.intp]) -> Answers:
         """The exits of some rows; full depth if nothing is chosen."""
         rows = self.stopping_costs.rows
         if chosen is None:
             return np.full(len(numbers), rows.exits, np.int64)
-        return exits_of(chosen.rule, rows.take(numbers))
+        return exits_of(chosen, rows.take(numbers))
 
     def _bootstrapped(
         self, limit: float, kinds: Collection[str], using: frozenset[int]
-    ) -> Candidate | None:
+    ) -> ExitRule | None:
         """The first setting whose bootstrap bound is within the limit, if there is one."""
         settings = self.settings(kinds, using)
         fits = np.flatnonzero(settings.drops <= limit)
@@ -198,14 +278,15 @@ class Selector:
         rows = self.stopping_costs.rows.take(self.rows_of(using))
         scorer = Scorer(rows, self.stopping_costs.scorer.metric)
         for number in fits[:_TRIED]:
-            candidate = settings.candidate(int(number))
-            exits = exits_of(candidate.rule, rows)
+            rule = settings.rule(int(number))
+            exits = exits_of(rule, rows)
             bound = drop_interval(scorer, exits, level=0.9)[1]
-            if candidate.fitted:  # to these rows: the bound is as much too low as their drop
+            # Fitted to these rows, a rule has a bound that is as much too low as its drop.
+            if kind_of(rule) != rule.name:
                 own = scorer.full_depth - scorer.score(exits)
                 bound += 100 * max(0.0, float(settings.drops[number]) - own)
             if bound <= 100 * limit:
-                return candidate
+                return rule
         return None
 
 
@@ -222,8 +303,8 @@ def every_setting(
     """
     stop = StopScores(stopping_costs.rows)
     first_exits = range(1, max(2, stopping_costs.rows.exits))
-    swept = families(stop, rules, measures, first_exits)
+    swept = stop.families(rules, measures, first_exits)
     fitted_rules = [name for name in rules if RULES[name].fits_per_exit]
     fitted_measures = [measure for measure in _FITTED_MEASURES if measure in measures]
-    fitted = families(stop, fitted_rules, fitted_measures, patiences=[1])
+    fitted = stop.families(fitted_rules, fitted_measures, patiences=[1])
     return Selector(stopping_costs, list(swept), list(fitted), seed)

@@ -18,8 +18,9 @@ from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, table_console
 from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
+from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import RULES, ExitRule
+from ..runtime.rules.rules import RULES
 from .calibrate import CROSS_FITTED, calibrate
 from .descriptions import drop_in_words, rule_in_words
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name

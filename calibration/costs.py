@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
+from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
-from ..runtime.rules.rules import Budget, ExitRule
+from ..runtime.rules.rules import Budget
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.rules.rules import ExitRule
+from ..runtime.rules.base import ExitRule
 from .outcome import Outcome
 
 

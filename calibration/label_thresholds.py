@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,11 +81,6 @@ def tune_label_thresholds(rows: LabelledLogits, metric: str, seed: int = 0) -> T
     after = _score(predicted, expected, metric)
     chosen = _search(probabilities, expected, metric).tolist() if after > before else ()
     return TunedLabelThresholds(tuple(chosen), metric, before, after)
-
-
-def with_label_thresholds(rows: LabelledLogits, values: tuple[float, ...]) -> LabelledLogits:
-    """The same rows with other label thresholds."""
-    return replace(rows, label_thresholds=values)
 
 
 def _search(probabilities: Array, expected: Labels, metric: str) -> Array:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array
-from ..runtime.rules.rules import ExitRule
 from ..runtime.rules.runner import simulate
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
-from ..runtime.rules.rules import ExitRule
 from .stopping_costs import StoppingCosts
 from .sweep import Family, rounded
 
@@ -29,18 +29,19 @@ _PRICES = 30
 _ROUNDS = 6
 
 
-def fit_path(family: Family, costs: Array, losses: Array) -> Iterator[ExitRule]:
+def fit_path(rule: ExitRule, scores: Array, costs: Array, losses: Array) -> Iterator[ExitRule]:
     """Rules with a threshold for each exit, one for each price, from low prices to high ones.
 
     Args:
-        family: the rule, with patience 1.
+        rule: the rule, with patience 1.
+        scores: `[exits, rows]` its stop scores.
         costs: `[exits, rows]` seconds of a row that stops at an exit.
         losses: `[exits, rows]` its expected losses.
     """
-    order = np.argsort(family.scores, axis=1, kind="stable")
+    order = np.argsort(scores, axis=1, kind="stable")
     for price in np.geomspace(0.3, 300.0, _PRICES) * costs[-1].mean():
-        thresholds = _descend(family.scores, order, costs + price * losses)
-        yield family.with_threshold([rounded(threshold) for threshold in thresholds])
+        thresholds = _descend(scores, order, costs + price * losses)
+        yield rule.with_stop_threshold([rounded(threshold) for threshold in thresholds])
 
 
 def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
@@ -134,7 +135,7 @@ class PerExit:
         key = family.rule, using
         if key not in self._fits:
             numbers = np.flatnonzero(np.isin(self._parts, list(using)))
-            part = Family(family.rule, family.scores[:, numbers])
-            costs, losses = self._stopping_costs.costs, self._stopping_costs.losses
-            self._fits[key] = list(fit_path(part, costs[:, numbers], losses[:, numbers]))
+            every = family.scores, self._stopping_costs.costs, self._stopping_costs.losses
+            scores, costs, losses = (values[:, numbers] for values in every)
+            self._fits[key] = list(fit_path(family.rule, scores, costs, losses))
         return self._fits[key]

@@ -12,8 +12,9 @@ from .. import __version__
 from ..runtime.artifact.manifest import Manifest, Target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.files import Row
-from ..runtime.rules.rules import Budget, ExitRule
-from .choose import Selector
+from ..runtime.rules.base import ExitRule
+from ..runtime.rules.rules import Budget
+from .choose import Selector, kind_of
 from .costs import CostModel
 from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
@@ -28,8 +29,6 @@ class Point:
     Attributes:
         name: its name.
         goal: what was asked for.
-        kind: the name of its rule, followed by ` per exit` if it has one fitted threshold for
-            each exit.
         rule: the rule.
         chosen_on: what it gives on the rows that chose it.
         held_out: what it gives on other rows.
@@ -39,12 +38,16 @@ class Point:
 
     name: str
     goal: Goal | Bound
-    kind: str
     rule: ExitRule
     chosen_on: Outcome
     held_out: Outcome
     measured: dict[str, float]
     certificate: Certificate | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of its rule, see `kind_of`."""
+        return kind_of(self.rule)
 
     @property
     def optimism(self) -> float:
@@ -57,14 +60,17 @@ class RuleComparison:
     """The best setting of one kind of rule, for the goal of the default point.
 
     Attributes:
-        kind: see `Point.kind`.
         rule: the rule.
         held_out: what it gives on rows that did not choose it.
     """
 
-    kind: str
     rule: ExitRule
     held_out: Outcome
+
+    @property
+    def kind(self) -> str:
+        """The kind of the rule, see `kind_of`."""
+        return kind_of(self.rule)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.errors import InputError, Remedy
+from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
-from .choose import ALL, PARTS, Selector
+from .choose import ALL, PARTS, Selector, Settings
 from .outcome import exits_of
 from .scoring import ROW_MEANS, Scorer, same_answers
-from .settings import Candidate, Settings
 from .stopping_costs import observed_losses
 
 # How many settings are tested one after another, at most.
@@ -195,12 +195,12 @@ class Controlled:
     """A certified setting.
 
     Attributes:
-        candidate: the setting.
+        rule: the setting.
         tested: the numbers of the rows that it was tested on.
         certificate: the bound that holds.
     """
 
-    candidate: Candidate
+    rule: ExitRule
     tested: NDArray[np.intp]
     certificate: Certificate
 
@@ -217,13 +217,13 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
         InputError: no setting passes; the message says how many rows would be needed.
     """
     settings = selector.settings(kinds, _ORDERING)
-    path = [settings.candidate(int(number)) for number in path_of(settings)]
+    path = [settings.rule(int(number)) for number in path_of(settings)]
     tested = selector.rows_of(ALL - _ORDERING)
     rows = selector.stopping_costs.rows.take(tested)
     each = losses(selector.stopping_costs.scorer, bound.risk_of)[:, tested]
     sequence = np.zeros((len(path), len(tested)))
-    for number, candidate in enumerate(path):
-        sequence[number] = each[exits_of(candidate.rule, rows) - 1, np.arange(len(tested))]
+    for number, rule in enumerate(path):
+        sequence[number] = each[exits_of(rule, rows) - 1, np.arange(len(tested))]
     last = certify(sequence, bound) if path else None
     if last is None:
         least = float(sequence[0].mean()) if path else 1.0

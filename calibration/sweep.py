@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,120 +17,54 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
-from ..runtime.rules.base import SearchSpace, ThresholdRule
+from ..runtime.rules.base import ExitRule, SearchSpace, ThresholdRule
 from ..runtime.rules.measures import Answers, Array, Measure
-from ..runtime.rules.rules import RULES, ExitRule
+from ..runtime.rules.rules import RULES
 from ..runtime.rules.runner import simulate
 from .scoring import LabelledLogits
 
 _GRID = 200
 
 
-@dataclass(frozen=True)
 class Family:
-    """All settings of a rule that differ in the threshold only.
-
-    Attributes:
-        rule: one of them.
-        scores: `[exits, rows]` stop scores.
-    """
-
-    rule: ExitRule
-    scores: Array
-
-    @cached_property
-    def grid(self) -> Array:
-        """Thresholds of the stop scores to try, ascending; the first stops no row early."""
-        finite = self.scores[:-1][np.isfinite(self.scores[:-1])]
-        if not isinstance(self.rule, ThresholdRule) or not finite.size:
-            return np.full(1, 0.5)
-        lowest, highest = finite.min(), finite.max()
-        values = np.quantile(finite, np.linspace(0, 1, _GRID - 2))
-        margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
-        return np.unique([lowest - margin, *map(rounded, values), highest + margin])
-
-    def with_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
-        """The rule with a threshold of its stop scores: one, or one for each exit."""
-        return self.rule.with_stop_threshold(threshold)
-
-
-def rounded(threshold: float) -> float:
-    """A threshold with four significant digits, as people can read it."""
-    return float(f"{threshold:.4g}")
-
-
-class StopScores:
-    """Makes the families of a trace; scores that several of them share are computed once.
-
-    Args:
-        rows: the trace.
-    """
-
-    def __init__(self, rows: LabelledLogits) -> None:
-        self.exits = rows.exits
-        self._rows = rows
-        self._known: dict[ExitRule, Array] = {}
-
-    def family(self, rule: ExitRule) -> Family:
-        """The settings that differ from a rule in the threshold only."""
-        return Family(rule, rule.stop_scores(self.scores_of))
-
-    def scores_of(self, rule: ExitRule) -> Array:
-        """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
-        if rule not in self._known:
-            rows = self._rows
-            result = simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds)
-            self._known[rule] = result.scores
-        return self._known[rule]
-
-
-def families(
-    stop: StopScores,
-    names: Sequence[str],
-    measures: Sequence[Measure],
-    first_exits: Sequence[int] = (1,),
-    patiences: Sequence[int] | None = None,
-) -> Iterator[Family]:
-    """Every setting of some rules but the threshold.
-
-    Args:
-        stop: the stop scores of the trace.
-        names: names of the rules.
-        measures: similarity measures to try.
-        first_exits: values of `min_exit` to try.
-        patiences: values of `patience` to try; None means all that can stop a row early.
-    """
-    every = range(1, stop.exits) if patiences is None else patiences
-    space = SearchSpace(stop.exits, measures, every, stop.scores_of)
-    for first in first_exits:
-        for name in names:
-            for rule in RULES[name].search_grid(space):
-                yield stop.family(dataclasses.replace(rule, min_exit=first))
-
-
-class Sweep:
-    """Sums over rows at every threshold of a family.
+    """All settings of a rule that differ in the threshold only, and sums over rows for each.
 
     As the threshold rises, a row moves from the last exit to earlier ones, each time at a known
     threshold. A sum over rows, at all thresholds, is therefore a cumulative histogram of what the
     moves change.
 
     Args:
-        family: the rule.
-        grid: thresholds of its stop scores, ascending.
+        rule: one of the settings.
+        scores: `[exits, rows]` stop scores of the rule.
+
+    Attributes:
+        rule: as given.
+        scores: as given.
+        grid: thresholds of the stop scores to try, ascending; the first stops no row early.
     """
 
-    def __init__(self, family: Family, grid: Array) -> None:
-        self.family = family
-        self.grid = grid
-        # The first threshold of the grid at which a row stops at an exit or before it. A score
-        # that equals a threshold does not stop the row.
-        self._reached = np.minimum.accumulate(
-            np.searchsorted(grid, family.scores, side="right"), axis=0
-        )
+    def __init__(self, rule: ExitRule, scores: Array) -> None:
+        self.rule = rule
+        self.scores = scores
+        self.grid = np.full(1, 0.5)
+        finite = scores[:-1][np.isfinite(scores[:-1])]
+        if isinstance(rule, ThresholdRule) and finite.size:
+            lowest, highest = finite.min(), finite.max()
+            margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
+            inner = map(rounded, np.quantile(finite, np.linspace(0, 1, _GRID - 2)))
+            self.grid = np.unique([lowest - margin, *inner, highest + margin])
+
+    @cached_property
+    def _reached(self) -> NDArray[np.intp]:
+        """The first threshold of the grid at which a row stops at an exit or before it.
+
+        A score that equals a threshold does not stop the row.
+        """
+        places = np.searchsorted(self.grid, self.scores, side="right")
+        return np.asarray(np.minimum.accumulate(places, axis=0))
 
     def sums(self, values: Array, parts: NDArray[np.intp] | None = None) -> Array:
-        """Sums over the rows of each part, at every threshold.
+        """Sums over the rows of each part, at every threshold of the grid.
 
         Args:
             values: `[exits, rows, terms]` of a row that stops at an exit.
@@ -152,9 +85,65 @@ class Sweep:
         moves = np.stack(columns, axis=-1).reshape(count, size, -1)
         return np.asarray(np.cumsum(moves, axis=1)[:, :-1])
 
+    def setting(self, number: int) -> ExitRule:
+        """The rule with the threshold of a number in the grid."""
+        return self.rule.with_stop_threshold(float(self.grid[number]))
+
     def exits(self, number: int) -> Answers:
-        """The exit of each row, `[rows]`, at the threshold of a number in the grid."""
+        """The exit of each row, `[rows]`, under `setting(number)`."""
         return np.asarray((self._reached <= number).argmax(axis=0) + 1)
+
+
+def rounded(threshold: float) -> float:
+    """A threshold with four significant digits, as people can read it."""
+    return float(f"{threshold:.4g}")
+
+
+class StopScores:
+    """Makes the families of a trace; scores that several of them share are computed once.
+
+    Args:
+        rows: the trace.
+    """
+
+    def __init__(self, rows: LabelledLogits) -> None:
+        self._rows = rows
+        self._known: dict[ExitRule, Array] = {}
+
+    def scores_of(self, rule: ExitRule) -> Array:
+        """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
+        if rule not in self._known:
+            rows = self._rows
+            result = simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds)
+            self._known[rule] = result.scores
+        return self._known[rule]
+
+    def family(self, rule: ExitRule) -> Family:
+        """The settings that differ from a rule in the threshold only."""
+        return Family(rule, rule.stop_scores(self.scores_of))
+
+    def families(
+        self,
+        names: Sequence[str],
+        measures: Sequence[Measure],
+        first_exits: Sequence[int] = (1,),
+        patiences: Sequence[int] | None = None,
+    ) -> Iterator[Family]:
+        """Every setting of some rules but the threshold.
+
+        Args:
+            names: names of the rules.
+            measures: similarity measures to try.
+            first_exits: values of `min_exit` to try.
+            patiences: values of `patience` to try; None means all that can stop a row early.
+        """
+        exits = self._rows.exits
+        every = range(1, exits) if patiences is None else patiences
+        space = SearchSpace(exits, measures, every, self.scores_of)
+        for first in first_exits:
+            for name in names:
+                for rule in RULES[name].search_grid(space):
+                    yield self.family(dataclasses.replace(rule, min_exit=first))
 
 
 def threshold_for_depth(
@@ -202,7 +191,6 @@ def threshold_for_depth(
         logits.astype(np.float32), lengths, None, problem_type, tuple(label_thresholds)
     )
     family = StopScores(rows).family(rule.with_stop_threshold(0.0))
-    sweep = Sweep(family, family.grid)
     layers = np.repeat(np.asarray(exit_layers, np.float64)[:, None], len(rows), axis=1)
-    misses = np.abs(sweep.sums(layers[..., None])[0, :, 0] / len(rows) - depth)
-    return family.with_threshold(float(sweep.grid[misses.argmin()]))
+    misses = np.abs(family.sums(layers[..., None])[0, :, 0] / len(rows) - depth)
+    return family.setting(int(misses.argmin()))

@@ -29,7 +29,7 @@ from ..runtime.errors import (
 from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.rules import ExitRule
+from ..runtime.rules.base import ExitRule
 from .precision.formats import INT8, Half
 from .targets.options import BUILD_ON_DEVICE, RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, can_run, lacks_memory, unavailable_reason

@@ -28,7 +28,8 @@ from ..runtime.environment import cpu_name
 from ..runtime.errors import ModelError, Remedy
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.rules import Budget, ExitRule
+from ..runtime.rules.base import ExitRule
+from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
 from .onnx_file import serialized
 from .prune.merge import merge_chain

@@ -52,7 +52,7 @@ from .errors import (
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
-from .rules.base import SearchSpace, ThresholdRule
+from .rules.base import ExitRule, SearchSpace, Signal, Threshold, ThresholdRule
 from .rules.measures import Measure, Outputs, RowOutputs
 from .rules.rules import (
     RULES,
@@ -62,12 +62,9 @@ from .rules.rules import (
     Energy,
     Entropy,
     Epee,
-    ExitRule,
     FPabee,
     Pabee,
     Pcee,
-    Signal,
-    Threshold,
 )
 from .rules.runner import Simulation, simulate
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import ProblemType, Task
+from .rules.base import ExitRule
 from .rules.measures import Answers, Mask, Outputs
-from .rules.rules import ExitRule
 from .rules.runner import simulate
 
 Logits = NDArray[np.float32]

@@ -24,8 +24,9 @@ from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError, RuleError
 from .reference_check import check_reference
 from .results import Counter, Prediction, Tally, Trace
+from .rules.base import ExitRule
 from .rules.measures import Outputs
-from .rules.rules import Budget, ExitRule
+from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, operating_point_of, rule_of, target_of
 

@@ -17,7 +17,7 @@ from .artifact.manifest import Manifest, Target
 from .artifact.reference import read_reference
 from .encoding import EncodedRow, TextEncoder
 from .errors import ArtifactError, Remedy, VerificationError
-from .rules.rules import ExitRule
+from .rules.base import ExitRule
 
 _WINDOW_ROWS = 32
 # Another CPU or driver rounds differently from the one on which the tolerance was measured.

@@ -10,7 +10,7 @@ from .arguments import whole_number
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
 from .errors import BackendError, Call, Remedy, RuleError
-from .rules.rules import ExitRule
+from .rules.base import ExitRule
 
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 _MOST_THREADS = 1024

@@ -148,13 +148,13 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
                 continue
             if chosen is None:
                 continue
-            exits = exits_of(chosen.rule, test)
+            exits = exits_of(chosen, test)
             depth = np.asarray(layers)[exits - 1].mean()
             found.append(
                 {
                     "kind": kind,
                     "wished": saving,
-                    "rule": chosen.rule.to_dict(),
+                    "rule": chosen.to_dict(),
                     "saving": float(1 - depth / layers[-1]),
                     "score": scorer.score(exits),
                 }

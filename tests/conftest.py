@@ -18,7 +18,7 @@ from filelock import FileLock
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
-from fpabee.runtime.rules.rules import ExitRule
+from fpabee.runtime.rules.base import ExitRule
 
 # fmt: off
 WORDS = (

@@ -12,7 +12,7 @@ from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.environment import environment
 from ...runtime.progress import Progress
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from ..descriptions import rule_in_words
 from ..outcome import Outcome
 from ..result import Calibration, Point

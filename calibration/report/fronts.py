@@ -10,7 +10,7 @@ import numpy as np
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.errors import InputError
 from ...runtime.progress import Progress
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from ..calibrate import SHOWN_RULES
 from ..choose import Selector
 from ..outcome import exits_of, outcome
@@ -67,14 +67,11 @@ def _curve(
     for speed in speeds:
         goal = Goal(speedup=speed)
         try:
-            candidate = selector.choose(goal, [kind])
-            if candidate is None:
+            rule = selector.choose(goal, [kind])
+            if rule is None:
                 return
-            if result.test is None:
-                exits = selector.held_out(goal, [kind])
-            else:
-                exits = exits_of(candidate.rule, rows)
+            exits = exits_of(rule, rows) if result.test else selector.held_out(goal, [kind])
         except InputError:  # no setting of this kind is fast enough
             return
         held = outcome(scorer, exits, rows.lengths, costs, result.layers)
-        yield FrontSetting(kind, speed, candidate.rule, held.estimated, held.drop, held.mean_depth)
+        yield FrontSetting(kind, speed, rule, held.estimated, held.drop, held.mean_depth)

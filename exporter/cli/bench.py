@@ -22,7 +22,8 @@ from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
-from ...runtime.rules.rules import ExitRule, takes_threshold
+from ...runtime.rules.base import ExitRule
+from ...runtime.rules.rules import takes_threshold
 from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 
 _MOST_TOKENS = 2**20

@@ -13,7 +13,7 @@ from rich.table import Table
 from ...calibration.descriptions import rule_in_words
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.cli.inspect import not_built_lines
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from ..prune.drop_exits import DropExitsResult
 
 CAUTIOUS = "the cautious rule"

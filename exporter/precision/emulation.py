@@ -18,7 +18,7 @@ from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import Remedy, VerificationError
 from ...runtime.progress import Progress
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from .formats import Half
 from .lowering import ABS_MAX, Lowering, emulate
 

@@ -14,7 +14,7 @@ from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text, TextEncoder
 from ...runtime.errors import Remedy, VerificationError
 from ...runtime.progress import Progress, silent
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
 from .emulation import PrecisionReport, report_on, run_emulated

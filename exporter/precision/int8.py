@@ -22,7 +22,7 @@ from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Arrays, Text, TextEncoder
 from ...runtime.errors import InputError, Remedy, VerificationError
 from ...runtime.progress import Progress, silent
-from ...runtime.rules.rules import ExitRule
+from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs
 from .emulation import PrecisionReport, report_on, run_emulated
 from .float16 import with_lowered

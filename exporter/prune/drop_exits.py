@@ -19,8 +19,8 @@ from ...runtime.errors import ArtifactError, FpabeeError, InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
+from ...runtime.rules.base import ExitRule
 from ...runtime.rules.measures import Measure
-from ...runtime.rules.rules import ExitRule
 from ..add_targets import AddTargetsOptions, add_target
 from ..staging import check_output, publish, resolved, staging
 from ..targets.options import RTX

@@ -14,8 +14,9 @@ from click import get_current_context
 from click.core import ParameterSource
 
 from ..files import LABEL_SEPARATOR, ReadOptions, TextFormat
+from ..rules.base import ExitRule, Threshold
 from ..rules.measures import Measure
-from ..rules.rules import RULES, ExitRule, Threshold
+from ..rules.rules import RULES
 from .errors import option_of
 
 Function = Callable[..., Any]

@@ -23,7 +23,7 @@ from ..files.job import Job, run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
 from ..files.writers import output_format as format_of
-from ..rules.rules import ExitRule
+from ..rules.base import ExitRule
 from . import options
 from .command import READING, RULE, command
 from .console import echo

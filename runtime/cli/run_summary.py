@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ..engine import Engine
 from ..files.summary import Summary
-from ..rules.rules import ExitRule
+from ..rules.base import ExitRule
 from .console import PlainConsole
 
 _BAR_WIDTH = 30

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..engine import Engine
 from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
-from ..rules.rules import ExitRule
+from ..rules.base import ExitRule
 from .destination import Sink
 from .records import RecordSchema
 from .rows import Row

@@ -13,7 +13,7 @@ from ..engine import Engine
 from ..errors import InputError, Remedy, RowError
 from ..metrics import encode_labels, evaluate
 from ..results import Prediction
-from ..rules.rules import ExitRule
+from ..rules.base import ExitRule
 from .records import Record
 from .rows import Row
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,34 +25,24 @@ TINY = 1e-12
 """The smallest argument of a logarithm."""
 
 
-class Primitives(Protocol):
-    """What the measures consist of, for one representation of distributions."""
-
-    def mean(self, p: Any, q: Any) -> Any:
-        """The mean distribution."""
-
-    def cross_entropy(self, p: Any, q: Any) -> Any:
-        """-sum p log q."""
-
-    def divergence(self, p: Any, q: Any) -> Any:
-        """Sum p log(p/q), never negative."""
-
-
 class _Arrays:
-    """Distributions along the last axis of arrays."""
+    """What the measures consist of, for arrays of distributions along the last axis."""
 
     def mean(self, p: Array, q: Array) -> Array:
+        """The mean distribution."""
         return (p + q) / 2
 
     def cross_entropy(self, p: Array, q: Array) -> Array:
+        """-sum p log q."""
         return -_sum(p * _log(q))
 
     def divergence(self, p: Array, q: Array) -> Array:
+        """Sum p log(p/q), never negative."""
         return np.maximum(_sum(p * (_log(p) - _log(q))), 0.0)
 
 
 ARRAYS = _Arrays()
-"""Primitives for arrays `[..., outcomes]`."""
+"""For arrays `[..., outcomes]`."""
 
 
 def _sum(values: Array) -> Array:
@@ -68,7 +58,7 @@ RowDistribution = tuple[float, ...]
 
 
 class _Floats:
-    """One distribution as a tuple of floats: for a single row faster than numpy."""
+    """The same for one distribution as a tuple of floats, faster than numpy for a single row."""
 
     def mean(self, p: RowDistribution, q: RowDistribution) -> RowDistribution:
         return tuple([(a + b) / 2 for a, b in zip(p, q, strict=True)])
@@ -84,7 +74,7 @@ class _Floats:
 
 
 FLOATS = _Floats()
-"""Primitives for tuples of floats."""
+"""For tuples of floats."""
 
 
 class Measure(str, Enum):
@@ -112,17 +102,17 @@ class Measure(str, Enum):
     """Jensen-Shannon divergence (KL(p, m) + KL(q, m))/2: small also if both are uninformed."""
 
 
-def _jensen_shannon(use: Primitives, p: Any, q: Any) -> Any:
+def _jensen_shannon(use: Any, p: Any, q: Any) -> Any:
     m = use.mean(p, q)
     return (use.divergence(p, m) + use.divergence(q, m)) / 2
 
 
-def _mean_entropy(use: Primitives, p: Any, q: Any) -> Any:
+def _mean_entropy(use: Any, p: Any, q: Any) -> Any:
     m = use.mean(p, q)
     return use.cross_entropy(m, m)
 
 
-MEASURES: dict[Measure, Callable[[Primitives, Any, Any], Any]] = {
+MEASURES: dict[Measure, Callable[[Any, Any, Any], Any]] = {
     Measure.KD: lambda use, p, q: use.cross_entropy(p, q),
     Measure.REKD: lambda use, p, q: use.cross_entropy(q, p),
     Measure.SYMKD: lambda use, p, q: use.cross_entropy(p, q) + use.cross_entropy(q, p),
@@ -132,7 +122,7 @@ MEASURES: dict[Measure, Callable[[Primitives, Any, Any], Any]] = {
     Measure.SYMKL: lambda use, p, q: use.divergence(p, q) + use.divergence(q, p),
     Measure.JSD: _jensen_shannon,
 }
-"""The formula of each measure: `MEASURES[measure](primitives, p, q)`."""
+"""The formula of each measure: `MEASURES[measure](ARRAYS, p, q)`."""
 
 
 class Outputs:

@@ -16,25 +16,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import ExitRule, ScoresOf, SearchSpace, Signal, Threshold, ThresholdRule
+from .base import ExitRule, ScoresOf, SearchSpace, Signal, ThresholdRule
 from .measures import ARRAYS, FLOATS, MEASURES, Array, Measure, Outputs, RowOutputs, per_row
-
-__all__ = [
-    "RULES",
-    "Budget",
-    "Confidence",
-    "Either",
-    "Energy",
-    "Entropy",
-    "Epee",
-    "ExitRule",
-    "FPabee",
-    "Pabee",
-    "Pcee",
-    "Signal",
-    "Threshold",
-    "takes_threshold",
-]
 
 # Numpy and plain Python round differently. A score this close to the threshold is left to numpy.
 _TOO_CLOSE = 1e-9

@@ -10,32 +10,30 @@ from numpy.typing import NDArray
 
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
+from .base import ExitRule, Signal
 from .measures import Answers, Array, Floats, Mask, Outputs
-from .rules import ExitRule, Signal
 
 
+@dataclass(slots=True, eq=False)
 class PatienceState:
     """What a rule remembers of a group of rows from one exit to the next.
 
-    Args:
-        streak: `[rows]` int64, signals in a row so far.
-        earlier: outputs of the exit before; None before exit 1.
+    Attributes:
+        streak: `[rows]` int64, how many signals in a row each row has given.
+        earlier: outputs of the previous exit; None before exit 1.
     """
 
-    __slots__ = ("earlier", "streak")
-
-    def __init__(self, streak: Answers, earlier: Outputs | None = None) -> None:
-        self.streak = streak
-        self.earlier = earlier
+    streak: Answers
+    earlier: Outputs | None = None
 
     def take(self, rows: NDArray[np.intp]) -> PatienceState:
-        """That of some of the rows."""
+        """The state of some of the rows."""
         earlier = None if self.earlier is None else self.earlier.take(rows)
         return PatienceState(self.streak[rows], earlier)
 
     @staticmethod
     def join(parts: Sequence[PatienceState]) -> PatienceState:
-        """That of several groups, all of them past the same exit."""
+        """The state of several groups that have all passed the same exit."""
         earlier = [part.earlier for part in parts if part.earlier is not None]
         return PatienceState(
             np.concatenate([part.streak for part in parts]),
@@ -48,17 +46,17 @@ class RuleRunner:
 
     Args:
         rule: the rule.
-        problem_type: the task.
+        problem_type: the type of the task.
         exits: number of exits of the model.
-        label_thresholds: multi-label decision cuts, see `Task.label_thresholds`.
+        label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
 
     Attributes:
         rule: the rule.
-        problem_type: the task.
+        problem_type: the type of the task.
         last: the exit at which every row stops.
 
     Raises:
-        RuleError: that is no rule, or it names an exit that the model does not have.
+        RuleError: `rule` is not a rule, or it does not fit the number of exits.
     """
 
     def __init__(
@@ -91,30 +89,30 @@ class RuleRunner:
         self.problem_type = problem_type
         self.last = rule.max_exit or exits
         self._label_thresholds = label_thresholds
-        self._first_exit_with_signal = rule.first_exit_with_signal
         self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:
-        """The progress of a group of rows before exit 1."""
+        """The state of a group of rows before exit 1."""
         return PatienceState(np.zeros(rows, np.int64))
 
     def decide(
         self, exit_number: int, state: PatienceState, logits: Floats
     ) -> tuple[Mask | None, Array | None]:
-        """Decide for the rows of a group at an exit, and note it in their progress.
+        """Decide which rows of a group stop at an exit, and update their state.
 
         Args:
-            exit_number: from 1; a group sees every exit in turn.
-            state: that of the group's rows.
+            exit_number: counted from 1; a group sees every exit in turn.
+            state: the state of the group.
             logits: `[rows, labels]` of these rows at this exit.
 
         Returns:
-            Which rows stop `[rows]`, None if none does, and their scores `[rows]` or None.
+            Which rows stop, `[rows]`, or None if no row does; and their scores, `[rows]`, or None
+            if the rule has no score here.
         """
         now = Outputs(logits, self.problem_type, self._label_thresholds)
         earlier, state.earlier = state.earlier, now
         stops, scores = None, None
-        if exit_number >= self._first_exit_with_signal:
+        if exit_number >= self.rule.first_exit_with_signal:
             signal = self.rule.signal(exit_number, earlier, now)
             stops, scores = self._count(state, signal), signal.scores
         if exit_number >= self.last:
@@ -124,7 +122,7 @@ class RuleRunner:
         return stops, scores
 
     def _count(self, state: PatienceState, signal: Signal) -> Mask:
-        """Which rows have enough signs."""
+        """Which rows have given enough signals."""
         enough = signal.agrees
         if self._signals_needed > 1:
             state.streak += 1
@@ -138,11 +136,11 @@ class Simulation:
     """What a rule does with a trace.
 
     Attributes:
-        exits: `[rows]` int64, exit of each row, counted from 1.
-        predictions: int64, the answer at that exit: `[rows]` class indices, or for
-            multi-label `[rows, labels]` of 0 and 1.
-        scores: `[exits, rows]` float64, at all exits, also those after a row's; NaN where the
-            rule has none.
+        exits: `[rows]` int64, the exit of each row, counted from 1.
+        predictions: int64, the answer at that exit: class indices `[rows]`, or for multi-label
+            tasks `[rows, labels]` of 0 and 1.
+        scores: `[exits, rows]` float64, at all exits, including those after a row's exit; NaN
+            where the rule has no score.
     """
 
     exits: Answers
@@ -156,21 +154,22 @@ def simulate(
     problem_type: ProblemType | str,
     label_thresholds: Sequence[float] = (),
 ) -> Simulation:
-    """Apply a rule to a trace: exactly the exits of a live run that gave these logits.
+    """Apply a rule to a trace: exactly the exits of a live run that gives these logits.
 
     Args:
-        logits: `[exits, rows, labels]` of any floating-point type, at full depth: such as
+        logits: `[exits, rows, labels]` at full depth, of any floating-point type, such as
             `Trace.logits`. Scores are computed in float64.
         rule: the rule.
         problem_type: `single_label_classification` or `multi_label_classification`.
-        label_thresholds: multi-label: `[labels]`, see `Task.label_thresholds`; empty means 0.5.
+        label_thresholds: `[labels]` for multi-label tasks, see `Task.label_thresholds`; empty
+            means 0.5.
 
     Raises:
-        RuleError: the logits are not of that shape, or the rule does not fit.
-        ValueError: there is no such problem type.
+        RuleError: the logits have another shape, or the rule does not fit the number of exits.
+        ValueError: the problem type does not exist.
 
     Example:
-        Two exits, two rows: exit 1 is sure of the first row only.
+        Two exits and two rows, where exit 1 is sure of the first row only:
 
         >>> import numpy as np
         >>> from fpabee.runtime import Confidence, simulate

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fpabee.calibration.choose import Selector
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
-from fpabee.calibration.sweep import StopScores, families
+from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import RULES, Measure, ProblemType
 
 
@@ -56,7 +56,7 @@ def make_selector(
 ) -> Selector:
     """Settings of some rules, by default all, and two rules with a threshold for each exit."""
     stop = StopScores(rows)
-    swept = families(stop, names or list(RULES), [Measure.JSKD, Measure.REKD])
-    fitted = families(stop, ["entropy", "fpabee"], [Measure.JSKD], patiences=[1])
+    swept = stop.families(names or list(RULES), [Measure.JSKD, Measure.REKD])
+    fitted = stop.families(["entropy", "fpabee"], [Measure.JSKD], patiences=[1])
     costs = StoppingCosts(rows, metric, layer_costs(rows))
     return Selector(costs, list(swept), list(fitted))

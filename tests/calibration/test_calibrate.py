@@ -19,7 +19,7 @@ from fpabee.calibration import trace as trace_module
 from fpabee.calibration.cli import main
 from fpabee.runtime import Budget, Engine, read_manifest, simulate
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.rules.rules import ExitRule
+from fpabee.runtime.rules.base import ExitRule
 
 WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")
 

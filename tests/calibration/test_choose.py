@@ -7,14 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fpabee.calibration.choose import ALL, Selector
+from fpabee.calibration.choose import ALL, PER_EXIT, Selector
 from fpabee.calibration.outcome import drop_interval, exits_of
 from fpabee.calibration.per_exit import fit_path
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.calibration.settings import PER_EXIT, Candidate
 from fpabee.calibration.stopping_costs import EXPECTED, OBSERVED, StoppingCosts
-from fpabee.calibration.sweep import StopScores, families
-from fpabee.runtime import RULES, InputError, Measure, ProblemType, simulate
+from fpabee.calibration.sweep import StopScores
+from fpabee.runtime import RULES, ExitRule, InputError, Measure, ProblemType, simulate
 from fpabee.runtime.artifact.operating_point import Goal
 
 from .conftest import layer_costs, make_selector
@@ -22,11 +21,11 @@ from .conftest import layer_costs, make_selector
 Make = Callable[..., LabelledLogits]
 
 
-def exits_under(chosen: Candidate | None, rows: LabelledLogits) -> np.ndarray:
-    return np.full(len(rows), rows.exits) if chosen is None else exits_of(chosen.rule, rows)
+def exits_under(chosen: ExitRule | None, rows: LabelledLogits) -> np.ndarray:
+    return np.full(len(rows), rows.exits) if chosen is None else exits_of(chosen, rows)
 
 
-def drop_on(rows: LabelledLogits, chosen: Candidate | None, metric: str = "accuracy") -> float:
+def drop_on(rows: LabelledLogits, chosen: ExitRule | None, metric: str = "accuracy") -> float:
     """The drop in points."""
     scorer = Scorer(rows, metric)
     return 100 * (scorer.full_depth - scorer.score(exits_under(chosen, rows)))
@@ -103,7 +102,7 @@ def test_held_out_exits_are_by_settings_that_other_rows_chose(make_rows: Make) -
     for part, numbers in zip(ALL, parts, strict=True):
         chosen = selector.choose(goal, ["entropy"], ALL - {part})
         assert chosen is not None
-        expected = simulate(rows.logits[:, numbers], chosen.rule, rows.problem_type).exits
+        expected = simulate(rows.logits[:, numbers], chosen, rows.problem_type).exits
         np.testing.assert_array_equal(exits[numbers], expected)
 
 
@@ -129,9 +128,9 @@ def test_thresholds_for_each_exit_are_better_than_one(make_rows: Make, name: str
     rows = make_rows(count=3000)
     costs = layer_costs(rows)
     stopping_costs = StoppingCosts(rows, "accuracy", costs)
-    (family,) = families(StopScores(rows), [name], [Measure.JSKD], patiences=[1])
+    (family,) = StopScores(rows).families([name], [Measure.JSKD], patiences=[1])
     one = Selector(stopping_costs, [family]).settings([name])
-    rules = list(fit_path(family, costs, stopping_costs.losses))
+    rules = list(fit_path(family.rule, family.scores, costs, stopping_costs.losses))
     better = 0
     for rule in rules:
         at = exits_of(rule, rows) - 1, np.arange(len(rows))
@@ -159,11 +158,11 @@ def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to(
     for _ in range(6):
         rows = population.take(generator.integers(0, len(population), 300))
         stopping_costs = StoppingCosts(rows, "accuracy", layer_costs(rows))
-        fitted = list(families(StopScores(rows), ["entropy"], [], patiences=[1]))
+        fitted = list(StopScores(rows).families(["entropy"], [], patiences=[1]))
         settings = Selector(stopping_costs, fitted, fitted).settings(["entropy per exit"])
         for number in range(0, len(settings.drops), 5):
             lost = 100 * settings.sums[number, OBSERVED] / len(rows)
-            misses.append(drop_on(population, settings.candidate(number)) - lost)
+            misses.append(drop_on(population, settings.rule(number)) - lost)
     assert abs(np.mean(misses)) < 0.5
 
 

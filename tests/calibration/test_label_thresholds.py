@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fpabee.calibration.label_thresholds import tune_label_thresholds, with_label_thresholds
+from fpabee.calibration.label_thresholds import tune_label_thresholds
 from fpabee.calibration.scoring import LabelledLogits, Scorer
 from fpabee.runtime import InputError, ProblemType
 
@@ -30,7 +31,7 @@ def test_a_label_that_is_missed_gets_a_lower_threshold(
     assert tuned.after > tuned.before
     # New rows get what was promised.
     new = shifted(make_rows, 1.5, seed=1)
-    after = Scorer(with_label_thresholds(new, tuned.values), metric).full_depth
+    after = Scorer(replace(new, label_thresholds=tuned.values), metric).full_depth
     assert after == pytest.approx(tuned.after, abs=0.03)
     assert after > Scorer(new, metric).full_depth
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fpabee.calibration.choose import Settings
 from fpabee.calibration.risk import (
     Bound,
     RiskOf,
@@ -19,8 +20,7 @@ from fpabee.calibration.risk import (
     path_of,
 )
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.calibration.settings import Candidate, Settings
-from fpabee.calibration.sweep import StopScores, Sweep, families
+from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import Budget, InputError, ProblemType
 
 from .conftest import make_selector
@@ -33,11 +33,11 @@ def population(
 ) -> tuple[NDArray[np.float32], ...]:
     """Losses and costs `[settings, rows]` of entropy's thresholds on 40,000 rows."""
     rows = make_rows(count=40_000, seed=9)
-    (family,) = families(StopScores(rows), ["entropy"], [])
-    sweep = Sweep(family, np.unique(np.quantile(family.scores[:-1], np.linspace(0, 1, 30))))
+    (family,) = StopScores(rows).families(["entropy"], [])
+    family.grid = np.unique(np.quantile(family.scores[:-1], np.linspace(0, 1, 30)))
     each = losses(Scorer(rows, "accuracy"), risk_of)
     numbers = np.arange(len(rows))
-    stops = [sweep.exits(number) for number in range(len(sweep.grid))]
+    stops = [family.exits(number) for number in range(len(family.grid))]
     found = np.array([each[exits - 1, numbers] for exits in stops])
     return found.astype(np.float32), (np.array(stops) / rows.exits).astype(np.float32)
 
@@ -61,7 +61,7 @@ def test_the_guarantee_holds_on_a_population_with_known_risk(
             costs=all_costs[:, ordering].mean(axis=1, dtype=np.float64),
             drops=all_losses[:, ordering].mean(axis=1, dtype=np.float64),
             full_cost=1.0,
-            candidate=lambda number: Candidate(Budget(exit=1)),
+            rule=lambda number: Budget(exit=1),
         )
         path = path_of(settings)
         last = certify(all_losses[path][:, tested].astype(np.float64), bound)
@@ -111,7 +111,7 @@ def test_control_certifies_a_rule_that_stops_early(
         assert found.certificate.risk_of == risk_of.value
         assert (found.certificate.risk, found.certificate.confidence) == (4.0, 95.0)
         assert found.certificate.rows == len(found.tested) == 3600
-        assert found.candidate.rule.name == "entropy"
+        assert found.rule.name == "entropy"
 
 
 @pytest.mark.parametrize(

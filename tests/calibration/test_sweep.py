@@ -10,7 +10,7 @@ import pytest
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.sweep import StopScores, Sweep, families
+from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import (
     RULES,
     Entropy,
@@ -33,19 +33,19 @@ def test_every_family_stops_rows_where_simulate_does(
     rows = make_rows(count=200, problem_type=task)
     generator = np.random.default_rng(1)
     seen = set()
-    for family in families(StopScores(rows), list(RULES), list(Measure), first_exits=(1, 3)):
+    for family in StopScores(rows).families(list(RULES), list(Measure), first_exits=(1, 3)):
         seen.add(family.rule.name)
-        # Also thresholds that equal a score, which does not stop the row.
+        numbers = {0, len(family.grid) - 1, int(generator.integers(len(family.grid)))}
         finite = family.scores[np.isfinite(family.scores)]
-        grids = [family.grid]
         if isinstance(family.rule, ThresholdRule) and finite.size:
-            grids.append(np.unique(generator.choice(finite, 3)))
-        for grid in grids:
-            sweep = Sweep(family, grid)
-            for number in {0, len(grid) - 1, int(generator.integers(len(grid)))}:
-                rule = family.with_threshold(float(grid[number]))
-                expected = simulate(rows.logits, rule, task).exits
-                np.testing.assert_array_equal(sweep.exits(number), expected, err_msg=str(rule))
+            # Thresholds that equal a score, which does not stop the row.
+            exact = generator.choice(finite, 2)
+            family.grid = np.unique([*family.grid, *exact])
+            numbers |= {int(number) for number in np.searchsorted(family.grid, exact)}
+        for number in numbers:
+            rule = family.setting(number)
+            expected = simulate(rows.logits, rule, task).exits
+            np.testing.assert_array_equal(family.exits(number), expected, err_msg=str(rule))
     assert seen == set(RULES)
 
 
@@ -57,13 +57,12 @@ def test_sums_are_those_of_the_rows_at_their_exits(
     scorer = Scorer(rows, METRICS[task][1])
     parts = np.arange(len(rows)) % 3
     family = StopScores(rows).family(FPabee(threshold=0.0, patience=2))
-    sweep = Sweep(family, family.grid)
-    sums = sweep.sums(scorer.sums, parts)
-    for number in range(0, len(sweep.grid), 17):
-        terms = scorer.at(sweep.exits(number))
+    sums = family.sums(scorer.sums, parts)
+    for number in range(0, len(family.grid), 17):
+        terms = scorer.at(family.exits(number))
         for part in range(3):
             np.testing.assert_allclose(sums[part, number], terms[parts == part].sum(axis=0))
-    np.testing.assert_allclose(sums.sum(axis=0), sweep.sums(scorer.sums)[0])
+    np.testing.assert_allclose(sums.sum(axis=0), family.sums(scorer.sums)[0])
 
 
 def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
@@ -71,15 +70,14 @@ def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
 ) -> None:
     rows = make_rows()
     for name in ("entropy", "confidence", "energy"):
-        (family,) = families(StopScores(rows), [name], [])
-        sweep = Sweep(family, family.grid)
-        assert (sweep.exits(0) == rows.exits).all()
-        assert (sweep.exits(len(family.grid) - 1) == 1).all()
+        (family,) = StopScores(rows).families([name], [])
+        assert (family.exits(0) == rows.exits).all()
+        assert (family.exits(len(family.grid) - 1) == 1).all()
 
 
 def test_every_patience_and_min_exit_is_a_family(make_rows: Callable[..., LabelledLogits]) -> None:
     stop = StopScores(make_rows(count=50))
-    found = [f.rule for f in families(stop, ["fpabee"], list(Measure), first_exits=range(1, 6))]
+    found = [f.rule for f in stop.families(["fpabee"], list(Measure), first_exits=range(1, 6))]
     assert len(set(found)) == len(found) == 8 * 5 * 5
 
 

@@ -16,7 +16,7 @@ from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
-from fpabee.runtime.rules.rules import ExitRule
+from fpabee.runtime.rules.base import ExitRule
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 LAYERS = [1, 2, 3, 4]

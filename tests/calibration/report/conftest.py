@@ -15,10 +15,9 @@ from fpabee.calibration.costs import CostModel
 from fpabee.calibration.outcome import Outcome, exits_of, outcome
 from fpabee.calibration.result import RuleComparison
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.settings import Candidate
 from fpabee.calibration.stopping_costs import StoppingCosts
-from fpabee.calibration.sweep import StopScores, families
-from fpabee.runtime import Budget, Measure, ProblemType, read_manifest
+from fpabee.calibration.sweep import StopScores
+from fpabee.runtime import Budget, ExitRule, Measure, ProblemType, read_manifest
 from fpabee.runtime.artifact.operating_point import Certificate, Goal
 from fpabee.runtime.files import Row
 
@@ -71,33 +70,31 @@ def make_calibration(
         )
         stopping_costs = StoppingCosts(rows, metric, costs[-1].row_costs(rows.lengths))
         stop = StopScores(rows)
-        swept = list(families(stop, NAMES, [Measure.JSKD, Measure.KL]))
-        fitted = list(families(stop, ["entropy"], [], patiences=[1]))
+        swept = list(stop.families(NAMES, [Measure.JSKD, Measure.KL]))
+        fitted = list(stop.families(["entropy"], [], patiences=[1]))
         selector = Selector(stopping_costs, swept, fitted)
 
-        def judged(chosen: Candidate, some: LabelledLogits) -> Outcome:
+        def judged(rule: ExitRule, some: LabelledLogits) -> Outcome:
             times = costs[-1].row_costs(some.lengths)
-            stops = exits_of(chosen.rule, some)
+            stops = exits_of(rule, some)
             return outcome(Scorer(some, metric), stops, some.lengths, times, layers)
 
         asked: dict[str, Goal | Bound] = {name: bound} if bound else dict(DEFAULT_GOALS)
         points, comparisons = [], []
         for point, goal in asked.items():
             plain = goal if isinstance(goal, Goal) else Goal(max_drop=100 * goal.risk)
-            chosen = selector.choose(plain, selector.kinds) or Candidate(Budget(exit=exits))
+            chosen = selector.choose(plain, selector.kinds) or Budget(exit=exits)
             certificate = None
             if isinstance(goal, Bound):
                 certificate = Certificate(risk_of="drop", risk=5.0, confidence=95.0, rows=90)
             own = judged(chosen, rows)
             held = judged(chosen, rows if test is None else test)
             speeds = {"1": 1.5, "32": 1.25}
-            points.append(
-                Point(point, goal, chosen.kind, chosen.rule, own, held, speeds, certificate)
-            )
+            points.append(Point(point, goal, chosen, own, held, speeds, certificate))
         for kind in selector.kinds:
             best = selector.choose(Goal(max_drop=2.0), [kind])
             if best is not None:
-                comparisons.append(RuleComparison(kind, best.rule, judged(best, rows)))
+                comparisons.append(RuleComparison(best, judged(best, rows)))
         return Calibration(
             folder=engines[family],
             target=manifest.default_target,
