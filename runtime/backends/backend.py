@@ -96,13 +96,14 @@ class Execution(ABC, Generic[B]):
         """
         segment = hiddens[0].segment
         buffers = self._store.take(bucket)
+        sources = [(hidden.buffers, part) for hidden, part in zip(hiddens, rows, strict=True)]
         for name, buffer in self._stages[segment].live.items():
             spec = self._specs[name]
             if "batch" in spec.shape:
-                self._gather(spec, buffer, hiddens, rows, buffers)
+                self._gather(spec, buffer, sources, buffers)
             else:
-                longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence)
-                self._crop(spec, buffer, longest.buffers, buffers)
+                longest, _ = max(sources, key=lambda source: source[0].bucket.sequence)
+                self._crop(spec, buffer, longest, buffers)
         for hidden in hiddens:
             self.release(hidden)
         return Hidden(sum(map(len, rows)), buffers, segment)
@@ -121,14 +122,9 @@ class Execution(ABC, Generic[B]):
 
     @abstractmethod
     def _gather(
-        self,
-        spec: TensorSpec,
-        buffer: BufferName,
-        hiddens: Sequence[Hidden[B]],
-        rows: Sequence[Rows],
-        target: B,
+        self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[B, Rows]], target: B
     ) -> None:
-        """Copy rows of a tensor from several groups into one buffer; see `regroup`."""
+        """Copy rows of a tensor from the buffers of several groups into those of one."""
 
     @abstractmethod
     def _crop(self, spec: TensorSpec, buffer: BufferName, source: B, target: B) -> None:

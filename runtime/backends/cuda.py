@@ -86,22 +86,19 @@ class Cuda:
         self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
 
     def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
+        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
     ) -> None:
-        """Enqueue a copy of `rows` pieces of `width` bytes, whose starts are a pitch apart."""
+        """Enqueue a copy of `rows` pieces of `width` bytes.
+
+        Args:
+            target: the address of the first piece, and the distance between pieces in bytes.
+            source: the same of where to copy from.
+            width: bytes of a piece.
+            rows: number of pieces.
+            stream: the stream.
+        """
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(
-            self._runtime.cudaMemcpy2DAsync(
-                target, target_pitch, source, source_pitch, width, rows, kind, stream
-            )
-        )
+        self._check(self._runtime.cudaMemcpy2DAsync(*target, *source, width, rows, kind, stream))
 
     def clear(self, pointer: int, size: int, stream: int) -> None:
         """Enqueue setting `size` bytes of device memory to zero."""

@@ -5,6 +5,10 @@ segment becomes one launch: its first run warms up, the second is captured as a 
 and later ones replay it. Segments run one after another, so all runners of an execution
 share one piece of scratch memory. Only the outputs of exit heads come back, into pinned
 memory, with an event to wait for.
+
+Rows are regrouped by the driver's own copies on the device, one for each run of neighbouring
+rows. So nothing here needs a compiler on the device or a kernel for each GPU. A group has a
+few dozen rows, and most neighbours stay together.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from ..errors import BackendError
 from .backend import Backend, Execution
 from .buffers import BufferName, Buffers, Hidden, shape_of
 from .cuda import Cuda, PinnedArray, cuda
-from .device_tensors import bias_of, bits_of, crop, dtype_of, gather_rows, nbytes_of
+from .device_tensors import bias_of, bits_of, dtype_of, nbytes_of, runs_of
 from .shapes import Bucket, Rows
 
 # Unused buffers keep up to this much device memory; each also keeps its contexts and graphs.
@@ -299,25 +303,42 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self,
         spec: TensorSpec,
         buffer: BufferName,
-        hiddens: Sequence[Hidden[_DeviceBuffers]],
-        rows: Sequence[Rows],
+        sources: Sequence[tuple[_DeviceBuffers, Rows]],
         target: _DeviceBuffers,
     ) -> None:
-        parts = list(zip((hidden.buffers for hidden in hiddens), rows, strict=True))
         if spec.name == ATTENTION_BIAS:
             # The lengths tell these few numbers, so sending them is cheaper than gathering.
-            target.lengths = np.concatenate([source.lengths[part] for source, part in parts])
+            target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
             target.upload({buffer: bias_of(target.lengths, spec, target.bucket)})
             return
-        sources = [(source.buffer(buffer), source.bucket, part) for source, part in parts]
+        batch, sequence = target.bucket.batch, target.bucket.sequence
+        pitch = nbytes_of(spec, Bucket(1, sequence))
         pointer = target.buffer(buffer)
-        gather_rows(self._cuda, self.stream, spec, sources, pointer, target.bucket)
+        count = sum(len(rows) for _, rows in sources)
+        shortest = min(source.bucket.sequence for source, _ in sources)
+        if "sequence" in spec.shape and shortest < sequence:
+            self._cuda.clear(pointer, pitch * batch, self.stream)
+        elif count < batch:
+            self._cuda.clear(pointer + count * pitch, (batch - count) * pitch, self.stream)
+        for source, rows in sources:
+            source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
+            width = min(pitch, source_pitch)
+            for first, length in runs_of(rows):
+                start = (source.buffer(buffer) + first * source_pitch, source_pitch)
+                self._cuda.copy_rows((pointer, pitch), start, width, length, self.stream)
+                pointer += length * pitch
 
     def _crop(
         self, spec: TensorSpec, buffer: BufferName, source: _DeviceBuffers, target: _DeviceBuffers
     ) -> None:
-        whole, part = ((each.buffer(buffer), each.bucket) for each in (source, target))
-        crop(self._cuda, self.stream, spec, whole, part)
+        wide, narrow = shape_of(spec, source.bucket), shape_of(spec, target.bucket)
+        itemsize = dtype_of(spec).itemsize
+        # The innermost rows are cut to their new width; of the axis before, fewer are taken.
+        wide_pitch, pitch = wide[-1] * itemsize, narrow[-1] * itemsize
+        for matrix in range(int(np.prod(narrow[:-2]))):
+            start = (source.buffer(buffer) + matrix * wide[-2] * wide_pitch, wide_pitch)
+            end = (target.buffer(buffer) + matrix * narrow[-2] * pitch, pitch)
+            self._cuda.copy_rows(end, start, pitch, narrow[-2], self.stream)
 
     def _run(self, step: _Step) -> None:
         for runner in step.runners:

@@ -171,8 +171,7 @@ class OnnxRuntimeExecution(Execution[_CpuBuffers]):
         self,
         spec: TensorSpec,
         buffer: BufferName,
-        hiddens: Sequence[Hidden[_CpuBuffers]],
-        rows: Sequence[Rows],
+        sources: Sequence[tuple[_CpuBuffers, Rows]],
         target: _CpuBuffers,
     ) -> None:
         out = target.buffer(buffer)[0]
@@ -180,8 +179,8 @@ class OnnxRuntimeExecution(Execution[_CpuBuffers]):
         # Attention never reads the hidden states of padding, so they only have to be finite.
         fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
         position = 0
-        for hidden, numbers in zip(hiddens, rows, strict=True):
-            source = hidden.buffers.buffer(buffer)[0]
+        for buffers, numbers in sources:
+            source = buffers.buffer(buffer)[0]
             part = out[position : position + len(numbers)]
             position += len(numbers)
             if axis is None or source.shape[axis] == out.shape[axis]:

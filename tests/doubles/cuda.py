@@ -1,8 +1,8 @@
-"""A double of the CUDA driver, at the boundary that fpabee calls.
+"""A double of the CUDA driver.
 
-Device memory is numpy memory behind made-up addresses: every access is checked for bounds
-and for memory that was given back. Streams are queues that run only when someone waits, as
-late as the driver may: whoever reads pinned memory before its event reads NaN.
+Device memory is NumPy memory behind made-up addresses: every access is checked for bounds
+and for freed memory. Streams are queues that run only when someone waits, which is as late as
+the driver may run them. Reading pinned memory before its event gives NaN.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True)
 class _Queued:
-    """Work in a stream; `stop_now` shows that its result is not there yet."""
+    """Work in a stream; `when_queued` invalidates its result until it has run."""
 
     work: Work
-    stop_now: Work | None = None
+    when_queued: Work | None = None
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Stream:
 
 
 class FakeCuda(Cuda):
-    """The calls of `Cuda`, over numpy memory."""
+    """The calls of `Cuda` over NumPy memory."""
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.room = room
@@ -49,7 +49,6 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
         self.launches = 0
-        self.copied_rows = 0
         self._next = itertools.count(1 << 40, 1 << 30)
         self._handles = itertools.count(1)
 
@@ -83,7 +82,7 @@ class FakeCuda(Cuda):
         return PinnedArray(array, pointer)
 
     def view(self, pointer: int, size: int) -> NDArray[np.uint8]:
-        """`size` bytes at an address that is somebody's."""
+        """`size` bytes of allocated memory at an address."""
         for memory_of in (self.memory_of, self.pinned_of):
             for start, memory in list(memory_of.items()):
                 if start <= pointer < start + _GAP + memory.nbytes:
@@ -93,42 +92,33 @@ class FakeCuda(Cuda):
         raise AssertionError(f"{pointer:#x} is nobody's memory, or was given back")
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        self.copy_rows(target, size, source, size, size, 1, stream)
-        self.copied_rows -= 1
+        self.copy_rows((target, size), (source, size), size, 1, stream)
 
     def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
+        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
     ) -> None:
-        assert width <= min(target_pitch, source_pitch)
+        assert width <= min(target[1], source[1])
         assert rows > 0
-        self.copied_rows += 1
 
         def work() -> None:
             for row in range(rows):
-                from_ = self.view(source + row * source_pitch, width)
-                self.view(target + row * target_pitch, width)[...] = from_
+                from_ = self.view(source[0] + row * source[1], width)
+                self.view(target[0] + row * target[1], width)[...] = from_
 
-        def stop_now() -> None:
-            if target in self.pinned_of:
-                self.view(target, width)[...] = 0xFF  # not there before it was waited for
+        def when_queued() -> None:
+            if target[0] in self.pinned_of:
+                self.view(target[0], width)[...] = 0xFF  # invalid until it has been waited for
 
-        self.put(stream, work, stop_now)
+        self.put(stream, work, when_queued)
 
     def clear(self, pointer: int, size: int, stream: int) -> None:
         self.put(stream, lambda: self.view(pointer, size).fill(0))
 
     # -- order
 
-    def put(self, stream: int, work: Work, stop_now: Work | None = None) -> None:
-        """Queue work, or note it while a graph is captured."""
-        self._put(stream, _Queued(work, stop_now))
+    def put(self, stream: int, work: Work, when_queued: Work | None = None) -> None:
+        """Queue work, or record it while a graph is captured."""
+        self._put(stream, _Queued(work, when_queued))
 
     def _put(self, stream: int, queued: _Queued) -> None:
         state = self.streams[stream]
@@ -136,8 +126,8 @@ class FakeCuda(Cuda):
             state.capture.append(queued)
             return
         state.queue.append(queued)
-        if queued.stop_now is not None:
-            queued.stop_now()
+        if queued.when_queued is not None:
+            queued.when_queued()
 
     def stream(self) -> int:
         handle = next(self._handles)

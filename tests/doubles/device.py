@@ -1,4 +1,4 @@
-"""A machine with a GPU, made of doubles: engines folders get targets that run on it."""
+"""Targets of engines folders that run on doubles of a GPU and its libraries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
+from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import BuiltFile, Range, Shapes, Target
 from fpabee.runtime.backends import cuda_probe, device, onnxruntime_cuda, tensorrt
@@ -27,7 +28,7 @@ GPU = CudaDevice("a double", "8.6")
 
 @dataclass
 class Double:
-    """A double in place of the driver and of TensorRT, and the folder it serves."""
+    """Doubles of the driver and of TensorRT, and the folder whose target they run."""
 
     folder: Path
     target: str
@@ -35,15 +36,30 @@ class Double:
     trt: FakeTensorRt
     configs: list[FakeConfig] = field(default_factory=list)
 
+    def load(self, **settings: Any) -> Engine:
+        """The engine on the double."""
+        return Engine.load(self.folder, target=self.target, **settings)
+
+    def used(self) -> int:
+        """Device memory that is allocated, in bytes."""
+        return sum(memory.nbytes for memory in self.cuda.memory_of.values())
+
+    def change_plan(self, graph: str, **changes: Any) -> None:
+        """Change the record of a plan in the manifest."""
+        manifest = read_manifest(self.folder)
+        target = manifest.targets[self.target]
+        files = {**target.files, graph: msgspec.structs.replace(target.files[graph], **changes)}
+        _add_target(self.folder, self.target, msgspec.structs.replace(target, files=files))
+
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
-    """Let everything that asks for a GPU find this one."""
+    """Let the code find this GPU."""
     for module in (cuda_probe, targets):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 
 def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
-    """Let the double build (TensorRT) and run (both) the plans of an engines folder."""
+    """Let doubles run the plans of an engines folder, and build those of TensorRT."""
     cuda, configs = FakeCuda(), list[FakeConfig]()
     name = tensorrt.MODULES[backend]
     trt = FakeTensorRt(cuda, plans_of(folder), name, builder_parts(configs))
@@ -64,7 +80,7 @@ def install(
     sequence: tuple[int, ...] = (1, 32, 64),
     **changes: Any,
 ) -> Double:
-    """Add a target of made-up plans to an engines folder, and let the double run it.
+    """Add a target of made-up plans to an engines folder, and let doubles run it.
 
     Args:
         patch: undoes it.
@@ -111,7 +127,7 @@ def install(
 def install_cuda_provider(
     patch: pytest.MonkeyPatch, folder: Path, precision: str = "fp32"
 ) -> Double:
-    """Add a target of ONNX Runtime's CUDA provider, and let the double run it."""
+    """Add a target of ONNX Runtime's CUDA provider, and let doubles run it."""
     name = f"onnxruntime-{precision}-cuda"
     target = Target(backend="onnxruntime", precision=precision, device="cuda", tolerance=None)
     _add_target(folder, name, target)
@@ -120,7 +136,7 @@ def install_cuda_provider(
 
 
 def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
-    """Let the double run the graphs of every folder as ONNX Runtime's CUDA provider."""
+    """Let doubles run the graphs of all folders as ONNX Runtime's CUDA provider."""
     cuda = FakeCuda()
     patch.setattr(device, "cuda", lambda: cuda)
     check = staticmethod(lambda target, name: None)

@@ -1,25 +1,47 @@
-"""A double of ONNX Runtime's CUDA provider, over the double of the driver."""
+"""Doubles that run ONNX graphs over the double of the driver."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.backends.onnxruntime_session import cpu_session
 
 from .cuda import FakeCuda
 
+Place = tuple[int, Any, Any]
+"""Address, type and shape of a tensor."""
+
+
+class DeviceGraph:
+    """A graph that reads and writes device memory, and runs on the CPU."""
+
+    def __init__(self, cuda: FakeCuda, path: Path) -> None:
+        self._cuda = cuda
+        self._session = cpu_session(path)
+
+    def run(self, inputs: Mapping[str, Place], outputs: Mapping[str, tuple[int, Any]]) -> None:
+        """Run the graph on inputs at given places; outputs have an address and a type."""
+        feed = {name: self._array(*place) for name, place in inputs.items()}
+        values = self._session.run(list(outputs), feed)
+        for (pointer, dtype), value in zip(outputs.values(), values, strict=True):
+            self._array(pointer, dtype, value.shape)[...] = value
+
+    def _array(self, pointer: int, dtype: Any, shape: Any) -> NDArray[Any]:
+        memory = self._cuda.view(pointer, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.asarray(memory.view(dtype).reshape(shape))
+
 
 class FakeBinding:
-    """An IO binding: what is where."""
+    """An IO binding: where each input and output is."""
 
     def __init__(self) -> None:
-        self.inputs: dict[str, tuple[int, Any, list[int]]] = {}
-        self.outputs: dict[str, tuple[int, Any, list[int]]] = {}
+        self.inputs: dict[str, Place] = {}
+        self.outputs: dict[str, tuple[int, Any]] = {}
 
     def bind_input(
         self, name: str, device: str, number: int, dtype: Any, shape: list[int], pointer: int
@@ -31,7 +53,7 @@ class FakeBinding:
         self, name: str, device: str, number: int, dtype: Any, shape: list[int], pointer: int
     ) -> None:
         assert (device, number) == ("cuda", 0)
-        self.outputs[name] = (pointer, dtype, shape)
+        self.outputs[name] = (pointer, dtype)
 
 
 class FakeCudaSession:
@@ -40,9 +62,7 @@ class FakeCudaSession:
     def __init__(self, cuda: FakeCuda, path: Path, stream: int) -> None:
         self._cuda = cuda
         self._stream = stream
-        self._session = ort.InferenceSession(
-            str(path), session_options(), providers=["CPUExecutionProvider"]
-        )
+        self._graph = DeviceGraph(cuda, path)
 
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -52,14 +72,4 @@ class FakeCudaSession:
 
     def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
-        self._cuda.put(self._stream, lambda: self._run(binding))
-
-    def _run(self, binding: FakeBinding) -> None:
-        feed = {name: self._array(*place) for name, place in binding.inputs.items()}
-        names = list(binding.outputs)
-        for name, value in zip(names, self._session.run(names, feed), strict=True):
-            self._array(*binding.outputs[name])[...] = value
-
-    def _array(self, pointer: int, dtype: Any, shape: list[int]) -> NDArray[Any]:
-        memory = self._cuda.view(pointer, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return np.asarray(memory.view(dtype).reshape(shape))
+        self._cuda.put(self._stream, lambda: self._graph.run(binding.inputs, binding.outputs))

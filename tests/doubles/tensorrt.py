@@ -1,8 +1,8 @@
 """A double of TensorRT's runtime, over the double of the driver.
 
-Engines run their ONNX graphs with ONNX Runtime at the addresses they were given. A context
-refuses what TensorRT refuses: shapes outside its profile, a capture before a first run,
-missing scratch memory, the default stream.
+Contexts run ONNX graphs with ONNX Runtime at the given addresses. They refuse what TensorRT
+refuses: shapes outside the profile, a capture before a first run, too little scratch memory,
+and the default stream.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
-from numpy.typing import NDArray
-
 from fpabee.exporter.targets.options import profile_of
 from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import Graph, Shapes, TensorSpec
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.artifact.manifest import Graph, Shapes
 
 from .cuda import FakeCuda
+from .onnxruntime_cuda import DeviceGraph
 
 SCRATCH = 4096
 
 
 @dataclass
 class Plan:
-    """What a plan stands for."""
+    """The content of a plan."""
 
     onnx: Path
     graph: Graph
@@ -40,7 +36,7 @@ class Plan:
 
 
 def plans_of(folder: Path) -> Callable[[bytes], Plan | None]:
-    """Finds a plan, by its content or the beginning of it, among a folder's targets."""
+    """A function that finds a plan of a folder by its bytes, or by the first of them."""
 
     def find(content: bytes) -> Plan | None:
         manifest = read_manifest(folder)
@@ -62,15 +58,13 @@ class FakeContext:
     def __init__(self, trt: FakeTensorRt, plan: Plan) -> None:
         self.trt = trt
         self.plan = plan
-        self.session = ort.InferenceSession(
-            str(plan.onnx), session_options(), providers=["CPUExecutionProvider"]
-        )
+        self.graph = DeviceGraph(trt.cuda, plan.onnx)
         self.profile: Shapes | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.runs = 0
-        if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 has no such question
+        if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 does not have it
             self.is_stream_capturable = lambda stream: self._can_be_captured()
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -121,28 +115,20 @@ class FakeContext:
         self, shapes: dict[str, Any], addresses: dict[str, int], scratch: int, need: int
     ) -> None:
         self.trt.cuda.view(scratch, need).fill(0xA5)
-        feed = {
-            spec.name: self._array(spec, addresses[spec.name], shapes[spec.name])
-            for spec in self.plan.graph.inputs
-        }
-        names = [spec.name for spec in self.plan.graph.outputs]
-        for spec, value in zip(self.plan.graph.outputs, self.session.run(names, feed), strict=True):
-            self._array(spec, addresses[spec.name], value.shape)[...] = value
-
-    def _array(self, spec: TensorSpec, address: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        dtype = np.dtype(spec.dtype)
-        memory = self.trt.cuda.view(address, int(np.prod(shape)) * dtype.itemsize)
-        return memory.view(dtype).reshape(shape)
+        self.graph.run(
+            {s.name: (addresses[s.name], s.dtype, shapes[s.name]) for s in self.plan.graph.inputs},
+            {s.name: (addresses[s.name], s.dtype) for s in self.plan.graph.outputs},
+        )
 
 
 class FakeTensorRt(types.ModuleType):
-    """The module `tensorrt` or `tensorrt_rtx`, as far as the runtime uses it.
+    """The module `tensorrt` or `tensorrt_rtx`, with the names that the runtime uses.
 
     Args:
         cuda: the driver.
-        plans: what the bytes of a plan, or the first of them, stand for; None: nothing known.
+        plans: finds a plan by its bytes; None: it cannot be loaded.
         name: the module's name.
-        more: what a builder needs, see `trt_builder_double`.
+        more: the names that a builder uses, see `builder_parts`.
     """
 
     __version__ = "10.99"
@@ -221,10 +207,9 @@ class FakeRuntime:
 
 
 class FakeRuntimeCache:
-    """What was compiled: the number of contexts that were ever made with it."""
+    """What was compiled, represented by the number of contexts made with it."""
 
-    def __init__(self) -> None:
-        self.content = 0
+    content = 0
 
     def serialize(self) -> bytes:
         return b"compiled %d" % self.content
@@ -237,11 +222,10 @@ class FakeRuntimeCache:
 
 
 class FakeRuntimeConfig:
-    """How contexts are made."""
+    """The configuration of contexts."""
 
-    def __init__(self) -> None:
-        self.strategy: Any = None
-        self.cache: FakeRuntimeCache | None = None
+    strategy: Any = None
+    cache: FakeRuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -256,7 +240,7 @@ class FakeRuntimeConfig:
 
 
 class FakeEngine:
-    """Makes contexts, and tells of its layers."""
+    """Makes contexts, and describes its layers."""
 
     def __init__(self, trt: FakeTensorRt, plan: Plan | None, layers: str) -> None:
         self._trt = trt

@@ -1,7 +1,7 @@
-"""A double of TensorRT's builder: for machines where TensorRT itself cannot build.
+"""A double of TensorRT's builder, for machines where TensorRT itself cannot build.
 
-It reads the ONNX file, holds the adapter to the rules of TensorRT 10.3 to 11 (strongly typed
-networks, a profile for every input, a timing cache of its own kind), and gives bytes.
+It reads the ONNX file, and checks what TensorRT 10.3 to 11 require: strongly typed networks, a
+profile for every input, and a timing cache of the same version.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,27 +19,17 @@ from .tensorrt import FakeTensorRt
 _TYPES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
 
 
-class Named:
-    """Something that has a name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class FakeTensor:
+def _tensor(value: Any) -> SimpleNamespace:
     """An input or output of a network."""
-
-    def __init__(self, value: Any) -> None:
-        self.name = value.name
-        self.dtype = Named(_TYPES[value.type.tensor_type.elem_type])
+    dtype = SimpleNamespace(name=_TYPES[value.type.tensor_type.elem_type])
+    return SimpleNamespace(name=value.name, dtype=dtype)
 
 
 class FakeNetwork:
-    """What was parsed."""
+    """A parsed graph."""
 
-    def __init__(self) -> None:
-        self.proto: Any = None
-        self.num_layers = 0
+    proto: Any = None
+    num_layers = 0
 
     @property
     def num_inputs(self) -> int:
@@ -48,15 +39,15 @@ class FakeNetwork:
     def num_outputs(self) -> int:
         return len(self.proto.graph.output)
 
-    def get_input(self, number: int) -> FakeTensor:
-        return FakeTensor(self.proto.graph.input[number])
+    def get_input(self, number: int) -> SimpleNamespace:
+        return _tensor(self.proto.graph.input[number])
 
-    def get_output(self, number: int) -> FakeTensor:
-        return FakeTensor(self.proto.graph.output[number])
+    def get_output(self, number: int) -> SimpleNamespace:
+        return _tensor(self.proto.graph.output[number])
 
 
 class FakeTimingCache:
-    """What was timed: names of graphs, by a version of the library."""
+    """The names of graphs that a version of the library has timed."""
 
     def __init__(self, content: bytes, version: str) -> None:
         self.version, timed = json.loads(content or json.dumps([version, []]))
@@ -74,7 +65,7 @@ class FakeTimingCache:
 
 
 class FakeProfile:
-    """Shapes by input."""
+    """The shapes of each input."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, Any] = {}
@@ -85,7 +76,7 @@ class FakeProfile:
 
 
 class FakeConfig:
-    """How to build, with a version of the library."""
+    """The configuration of a build by a version of the library."""
 
     def __init__(self, version: str) -> None:
         self._version = version
@@ -121,35 +112,23 @@ class FakeConfig:
         return True
 
 
-class FakeError:
-    """Why a file was not parsed."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def desc(self) -> str:
-        return self._reason
-
-
 class FakeParser:
     """Reads ONNX files."""
 
+    num_errors = 0
+
     def __init__(self, network: FakeNetwork, logger: Any) -> None:
         self._network = network
-        self._errors: list[FakeError] = []
+        self._error = ""
 
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, number: int) -> FakeError:
-        return self._errors[number]
+    def get_error(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(desc=lambda: self._error)
 
     def parse_from_file(self, path: str) -> bool:
         try:
             self._network.proto = onnx.load(path)
         except Exception as error:  # noqa: BLE001 - protobuf's own
-            self._errors.append(FakeError(str(error)))
+            self.num_errors, self._error = 1, str(error)
             return False
         self._network.proto.graph.doc_string = Path(path).stem
         return True
@@ -159,8 +138,8 @@ class FakeBuilder:
     """Builds plans.
 
     Args:
-        trt: the module; it keeps what the inspector says of each plan.
-        configs: every configuration that was built with is added here.
+        trt: the module, which keeps the inspector's description of each plan.
+        configs: the configuration of every build is added here.
     """
 
     def __init__(self, trt: FakeTensorRt, configs: list[FakeConfig]) -> None:
@@ -201,7 +180,7 @@ class CreationFlag(enum.IntEnum):
 
 
 def builder_parts(configs: list[FakeConfig]) -> dict[str, Any]:
-    """What a module needs besides its runtime to build: names, as in TensorRT 10.3."""
+    """The names in a module that building uses, as in TensorRT 10.3."""
     return {
         "NetworkDefinitionCreationFlag": CreationFlag,
         "MemoryPoolType": enum.Enum("MemoryPoolType", ["WORKSPACE"]),

@@ -1,4 +1,4 @@
-"""Groups hold every row once and stay within the budget; joins keep every group once."""
+"""Groups contain every row once and keep to the budget; joins contain every group once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_row_is_in_one_group(lengths: list[int], limits: Limits) -> None:
 
 @example([1, 1, 1], Limits(4, 64, group_tokens=50, batch_sizes=(1, 2, 4), sequence_lengths=(16,)))
 @given(row_lengths, some_limits)
-def test_groups_keep_to_the_budget_and_are_of_like_length(
+def test_groups_keep_to_the_budget_and_have_similar_lengths(
     lengths: list[int], limits: Limits
 ) -> None:
     groups = groups_of(lengths, limits)
@@ -83,14 +83,14 @@ def test_joins_fill_groups_where_every_call_costs_the_same() -> None:
     assert plan_joins([[5], [5, 4], [4], [4], [4, 3]], limits, constant) == [[0, 1, 2], [3, 4]]
 
 
-def test_joins_do_not_pay_where_time_goes_with_tokens() -> None:
+def test_groups_stay_apart_where_time_is_proportional_to_tokens() -> None:
     limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
     proportional = CostCurve((1, 1000), (0.001, 1.0), 1e-6)
     groups = [[8, 8], [8], [8, 8, 8]]
     assert plan_joins(groups, limits, proportional) == [[0], [1], [2]]
 
 
-def test_joins_weigh_the_copy() -> None:
+def test_joins_consider_the_time_of_the_copy() -> None:
     limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
     groups = [[8], [8]]
     # Two calls of 8 tokens take 2 s, one of 16 takes 1 s and the copy.
@@ -107,7 +107,7 @@ def test_cost_is_linear_between_measurements_and_proportional_beyond(
     assert CostCurve((32, 128), (1.0, 3.0), 0.0)(tokens) == pytest.approx(seconds)
 
 
-def test_buckets_round_up_to_the_steps_and_leave_what_is_beyond() -> None:
+def test_buckets_round_up_to_the_next_step_if_there_is_one() -> None:
     limits = Limits(64, 64, 100, batch_sizes=(1, 4), sequence_lengths=(16, 64))
     assert limits.bucket(1, 16) == Bucket(1, 16)
     assert limits.bucket(2, 17) == Bucket(4, 64)

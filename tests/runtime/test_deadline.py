@@ -1,4 +1,4 @@
-"""Deadlines: the deepest exit that fits, by times that the tests make up."""
+"""Deadlines: the deepest exit that meets them, with made-up times."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEVER = FPabee(threshold=-1.0)
 
 
 class Device:
-    """Takes 1 ms for segment 1 and 2 ms for the others, for each token; counts its runs."""
+    """Takes 1 ms per token for segment 1 and 2 ms for the others, and records its runs."""
 
     def __init__(self, segments: int = 3) -> None:
         self.runs: list[tuple[int, int]] = []
@@ -46,8 +46,8 @@ class Device:
 
 
 @given(rows=st.integers(1, 16), tokens=st.integers(8, 100))
-def test_times_in_proportion_to_tokens_come_back(rows: int, tokens: int) -> None:
-    # A group is never larger than what runs well.
+def test_proportional_times_are_reproduced(rows: int, tokens: int) -> None:
+    # Groups are never larger than the token budget.
     rows = min(rows, LIMITS.group_tokens // tokens)
     if rows:
         times = SegmentTimes(LIMITS, Device())(rows, tokens)
@@ -68,7 +68,7 @@ def test_each_shape_is_measured_once() -> None:
     assert set(device.runs[before:]) == {(8, 16)}
 
 
-def test_a_target_of_few_lengths_is_measured_at_those() -> None:
+def test_a_target_with_fixed_lengths_is_measured_at_those() -> None:
     device = Device()
     limits = Limits(16, 64, 128, batch_sizes=(1, 16), sequence_lengths=(16, 64))
     assert SegmentTimes(limits, device)(1, 20)[0] == pytest.approx(64e-3)
@@ -91,13 +91,13 @@ def test_the_deepest_exit_fits_and_the_next_does_not(
     assert not cap.deadline_missed or cap.exit == 1
 
 
-def test_no_rows_fit_any_time() -> None:
+def test_no_rows_meet_every_deadline() -> None:
     assert SegmentTimes(LIMITS, Device()).deepest([], -1.0) == Cap(3, False)
 
 
 @pytest.fixture
 def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An engine whose segments take 10 ms each for a group of any shape, and nothing else does."""
+    """An engine whose segments take 10 ms each for any group, and everything else no time."""
     monkeypatch.setattr(engine_module, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(Engine, "time_segments", lambda *_: [0.01] * 3)
     with Engine.load(engines["bert"], threads=1) as engine:
@@ -116,7 +116,7 @@ def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iter
         (-5, 1, True),
     ],
 )
-def test_rows_go_as_deep_as_the_deadline_lets_them(
+def test_rows_go_as_deep_as_the_deadline_allows(
     engine: Engine, deadline_ms: float, exit_number: int, deadline_missed: bool
 ) -> None:
     answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=deadline_ms)
@@ -127,7 +127,7 @@ def test_rows_go_as_deep_as_the_deadline_lets_them(
     assert [a.probabilities for a in answers] == [a.probabilities for a in expected]
 
 
-def test_only_rows_that_their_rule_would_let_go_on_are_cut(engine: Engine) -> None:
+def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) -> None:
     for rule in (FPabee(threshold=0.3), Entropy(threshold=1.1), Entropy(threshold=1.1, min_exit=3)):
         own = engine.predict(TEXTS, rule=rule)
         for deadline_ms, last in ((10.5, 1), (20.5, 2)):
@@ -140,15 +140,17 @@ def test_only_rows_that_their_rule_would_let_go_on_are_cut(engine: Engine) -> No
 def test_the_deadline_is_for_the_whole_call(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Windows of one group: every text of its own length is one of 10 ms a segment.
+    # Each text has its own window and length, so each of its segments takes 10 ms.
     monkeypatch.setattr(engine, "_window_tokens", 1)
     assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=149)} == {2}
     assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=151)} == {3}
-    # In a stream it is for each window.
+    # In a stream, the deadline applies to each window.
     assert {a.exit for a in engine.stream(TEXTS, rule=NEVER, deadline_ms=29)} == {2}
 
 
-def test_tokenization_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenization_counts_towards_the_deadline(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = itertools.count(0.0, 0.015)
     monkeypatch.setattr(engine_module, "perf_counter", lambda: next(clock))
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=30)[0].exit == 1
@@ -163,7 +165,7 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
     ):
         assert [(a.exit, a.deadline_limited) for a in answers] == [(2, False)] * len(TEXTS)
     assert engine.predict(["rain"], full_depth=True, max_exit=1)[0].exit == 1
-    # The deadline of a call that may not go deeper anyway cuts nothing.
+    # A deadline limits nothing if the call may not go deeper anyway.
     (answer,) = engine.predict(["rain"], rule=rule, max_exit=1, deadline_ms=15)
     assert (answer.exit, answer.deadline_limited) == (1, False)
 
@@ -180,7 +182,7 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
         ({"deadline_ms": True}, InputError, "deadline_ms is True"),
     ],
 )
-def test_what_is_refused(
+def test_impossible_limits_are_refused(
     engine: Engine, options: dict[str, float], error: type[FpabeeError], says: str
 ) -> None:
     call: Callable[..., object] = engine.predict
@@ -191,13 +193,10 @@ def test_what_is_refused(
         list(engine.stream(["rain"], **options))  # type: ignore[arg-type]
 
 
-def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
+def test_numbers_of_numpy_are_accepted(engine: Engine) -> None:
     given: dict[str, Any] = {"max_exit": np.int64(1), "deadline_ms": np.float32(1000)}
     assert engine.predict(["rain"], **given)[0].exit == 1
-
-
-def test_no_texts(engine: Engine) -> None:
-    assert engine.predict([], deadline_ms=1) == []
+    assert engine.predict([], **given) == []
 
 
 def test_real_times_are_measured_when_first_needed_or_before(engines: Mapping[str, Path]) -> None:

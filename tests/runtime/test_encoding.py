@@ -1,4 +1,4 @@
-"""Texts to tokens: what the artifact's tokenizer gives, truncated and checked."""
+"""Tokenizing texts with the artifact's tokenizer, truncating them, and padding batches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_texts_and_pairs_may_be_mixed(bert: TextEncoder) -> None:
     assert [ids(row) for row in rows] == [[2, 4, 3], [2, 4, 3, 4, 3], [2, 3, 3]]
 
 
-def test_long_texts_are_truncated_and_say_so(bert: TextEncoder) -> None:
+def test_long_texts_are_truncated_and_marked(bert: TextEncoder) -> None:
     exact, longer, pair = bert.encode(["the " * 62, "the " * 63, ("the " * 70, "a")])
     assert [len(exact), len(longer), len(pair)] == [64, 64, 64]
     assert [exact.truncated, longer.truncated, pair.truncated] == [False, True, True]
@@ -65,7 +65,7 @@ def test_long_texts_are_truncated_and_say_so(bert: TextEncoder) -> None:
     assert pair.token_type_ids.tolist() == [0] * 62 + [1, 1]
 
 
-def test_a_shorter_limit_can_be_asked_but_not_a_longer(engines: Mapping[str, Path]) -> None:
+def test_a_limit_can_shorten_rows_but_not_lengthen_them(engines: Mapping[str, Path]) -> None:
     text = ["the " * 100]
     assert len(encoder_of(engines["bert"], 5).encode(text)[0]) == 5
     assert len(encoder_of(engines["bert"], 1000).encode(text)[0]) == 64
@@ -103,19 +103,19 @@ def test_padding_values_are_those_of_the_tokenizer(engines: Mapping[str, Path]) 
     [None, 5, b"bytes", ["a", "b"], ("a",), ("a", "b", "c"), ("a", 5), (), {"text": "a"}],
     ids=repr,
 )
-def test_what_is_not_a_text_is_refused(bert: TextEncoder, text: Any) -> None:
+def test_only_texts_and_pairs_are_accepted(bert: TextEncoder, text: Any) -> None:
     with pytest.raises(InputError, match=f"text 2 is a {type(text).__name__}.*give a string"):
         bert.encode(["good", text])
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", ("a", "\udfff")])
-def test_what_is_not_unicode_is_refused(bert: TextEncoder, text: Any) -> None:
+def test_invalid_unicode_is_refused(bert: TextEncoder, text: Any) -> None:
     with pytest.raises(InputError, match=r"text 1 is not valid Unicode: .* at character \d"):
         bert.encode([text])
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 100_000])
-def test_a_file_that_is_no_tokenizer_is_refused(
+def test_a_file_that_is_not_a_tokenizer_is_refused(
     engine_copy: Callable[..., Path], content: bytes
 ) -> None:
     folder = engine_copy("bert")

@@ -1,4 +1,4 @@
-"""The contract of a backend: rows keep their values, whatever group they are in."""
+"""What every backend guarantees: rows keep their values, whatever group they are in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Logits = NDArray[np.float32]
 
 
 class Chain:
-    """A backend, the rows of `TEXTS`, and what each gives when run alone."""
+    """A backend, the rows of `TEXTS`, and the results of running each of them alone."""
 
     def __init__(self, folder: Path, double: Double | None = None) -> None:
         manifest = read_manifest(folder)
@@ -65,7 +65,7 @@ class Chain:
         return self.execution.begin(rows, bucket or Bucket(len(rows), max(map(len, rows))))
 
     def run_alone(self, row: EncodedRow) -> list[tuple[Logits, Tensors]]:
-        """For each segment its logits, and copies of the tensors after it."""
+        """For each segment, its logits and copies of the tensors after it."""
         hidden = self.execution.begin([row], Bucket(1, len(row)))
         steps = []
         for segment in range(self.segments):
@@ -76,7 +76,7 @@ class Chain:
         return steps
 
     def tensors(self, hidden: Any) -> Tensors:
-        """What later segments read, in the group's buffers."""
+        """The tensors in a group's buffers that later segments read."""
         if hidden.segment == self.segments:
             return {}
         live = self.backend.stages[hidden.segment].live
@@ -93,7 +93,7 @@ class Chain:
         return tensors
 
     def check_tensors(self, hidden: Any, numbers: list[int], after: int) -> None:
-        """The tensors of a group are those of its rows, run alone."""
+        """Check that the tensors of a group equal those of its rows run alone."""
         assert hidden.rows == len(numbers)
         tensors = self.tensors(hidden)
         for position, number in enumerate(numbers):
@@ -115,7 +115,7 @@ def chain(
     engines: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Chain]:
-    """Every family on every backend that exists; the CUDA driver is a double."""
+    """Every family on every backend, over a double of the CUDA driver."""
     family, kind = request.param.split()
     with pytest.MonkeyPatch.context() as patch:
         if kind == "onnxruntime":
@@ -143,7 +143,7 @@ def numbers_of(least: int = 1) -> st.SearchStrategy[list[int]]:
 
 @settings(deadline=None, max_examples=30)
 @given(groups=st.lists(numbers_of(), min_size=1, max_size=4), data=st.data())
-def test_regroup_loses_and_mixes_up_no_row(
+def test_regrouping_neither_loses_nor_mixes_up_rows(
     chain: Chain, groups: list[list[int]], data: st.DataObject
 ) -> None:
     rest = data.draw(st.integers(1, chain.segments - 1), label="segments before regrouping")
@@ -180,7 +180,7 @@ def test_regroup_loses_and_mixes_up_no_row(
 
 @settings(deadline=None, max_examples=20)
 @given(group=numbers_of(), rows=st.integers(0, 3), tokens=st.integers(0, 30))
-def test_padding_changes_no_row(chain: Chain, group: list[int], rows: int, tokens: int) -> None:
+def test_padding_changes_nothing(chain: Chain, group: list[int], rows: int, tokens: int) -> None:
     longest = max(len(chain.rows[number]) for number in group)
     hidden = chain.begin(group, Bucket(len(group) + rows, min(longest + tokens, 64)))
     for segment in range(chain.segments):
@@ -192,14 +192,14 @@ def test_padding_changes_no_row(chain: Chain, group: list[int], rows: int, token
     chain.execution.release(hidden)
 
 
-def test_rows_differ_so_that_a_mix_up_shows(chain: Chain) -> None:
+def test_rows_differ_enough_to_notice_a_mix_up(chain: Chain) -> None:
     for segment in range(chain.segments):
         logits = np.concatenate([alone[segment][0] for alone in chain.alone])
         apart = np.abs(logits[:, None] - logits[None]).max(axis=-1)
         assert apart[~np.eye(len(TEXTS), dtype=bool)].min() > 1e-3
 
 
-def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
+def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
     hidden = chain.begin([3, 4])
     pending = chain.execution.enqueue(0, hidden)
     kept = pending.result()["logits"]
@@ -212,8 +212,8 @@ def test_results_stay_while_the_next_segment_runs(chain: Chain) -> None:
 def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
     bucket = Bucket(2, 64)
     fresh = chain.backend.open()
-    # The fresh one last: the double lets no memory be given back while any stream is busy, and
-    # tests before this one may have left the other's so.
+    # The fresh one comes last: the double does not allow freeing memory while a stream is busy,
+    # and earlier tests may have left the other stream busy.
     for execution in (chain.execution, fresh):
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)

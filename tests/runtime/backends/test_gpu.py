@@ -1,7 +1,6 @@
-"""Targets built and run where a GPU is: each test also runs over the double of the driver.
+"""Build targets and run them, on a GPU and over the double of the driver.
 
-On the double, TensorRT's builder is a double too, and plans of TensorRT for RTX are built for
-real. What both share is the whole way from `add_targets` to the answers.
+Over the double, the builder of TensorRT is a double too, but TensorRT for RTX builds real plans.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import pytest
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets.options import RTX_CAPABILITIES, PlanOptions
-from fpabee.runtime import Budget, Engine, FPabee
+from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device
 from fpabee.runtime.backends.onnxruntime_cuda import PROVIDER
@@ -29,9 +28,9 @@ from ...doubles.device import GPU, serve, serve_cuda_provider
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 THRESHOLD = 3.0
-"""Some of the texts stop early with it."""
+"""With this threshold some of the texts stop early."""
 DIFFERENCE = 0.05
-"""Largest difference of a logit that fp16 may make, of logits up to about 10."""
+"""Largest difference that fp16 may make to a logit; logits go up to about 10."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def built(
         yield _build(folder, backend, GPU.compute_capability)
 
 
-def test_what_is_built_here_is_for_this_gpu_and_verified(built: Built) -> None:
+def test_a_target_that_is_built_here_runs_and_is_verified(built: Built) -> None:
     states = {
         state.name: state.unavailable_reason
         for state in target_states(built.folder, built.manifest)
@@ -144,11 +143,3 @@ def test_rows_that_exit_early_are_regrouped_on_the_device(built: Built) -> None:
     assert len(set(expected.exits.tolist())) > 1, "all rows stop at once"
     np.testing.assert_array_equal(found.exits, expected.exits)
     assert np.nanmax(np.abs(found.logits - expected.logits)) < DIFFERENCE
-
-
-def test_what_was_run_ahead_in_vain_is_in_the_tally(built: Built) -> None:
-    with Engine.load(built.folder, target=built.target) as engine:
-        engine.predict(TEXTS[:2], rule=Budget(exit=3))
-        assert engine.tally.wasted == 0
-        engine.predict(TEXTS[:2], rule=Budget(exit=1))
-        assert engine.tally.wasted == 2

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider, over a double of the driver; no session falls back in silence."""
+"""ONNX Runtime's CUDA provider over a double of the driver: no fallback to the CPU is silent."""
 
 from __future__ import annotations
 
@@ -6,51 +6,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from fpabee.runtime import ArtifactError, BackendError, Engine, FPabee, read_manifest
+from fpabee.runtime import ArtifactError, BackendError, Engine, read_manifest
+from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends import onnxruntime_cuda
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.backends.onnxruntime_cuda import create_session, run_options
+from fpabee.runtime.backends.onnxruntime_cuda import (
+    OnnxRuntimeCudaBackend,
+    create_session,
+    run_options,
+)
 
-from ...doubles.device import Double, install_cuda_provider, set_gpu
+from ...doubles.device import Double, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
-RULE = FPabee(threshold=0.45)
 UNAVAILABLE = "ignore:Specified provider 'CUDAExecutionProvider' is not in available"
 
 
-def load(double: Double, **settings: Any) -> Engine:
-    return Engine.load(double.folder, target=double.target, rule=RULE, **settings)
-
-
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
-def test_answers_are_those_of_the_cpu(
-    family: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = engine_copy(family)
-    made = install_cuda_provider(monkeypatch, folder)
-    with load(made, preload=True) as engine, Engine.load(folder) as usual:
-        for texts in (TEXTS, TEXTS[:1]):
-            found, expected = (each.trace(texts, rule=RULE) for each in (engine, usual))
-            np.testing.assert_array_equal(found.exits, expected.exits)
-            np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        assert made.cuda.graphs == {}, "sessions are not captured"
-    assert made.cuda.memory_of == {}
-    assert made.cuda.streams == {}
-
-
-def test_it_never_falls_back_in_silence(
-    engine_copy: Callable[..., Path],
+def test_a_fallback_is_never_silent(
+    double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = engine_copy()
-    made = install_cuda_provider(monkeypatch, folder)
+    made = double(backend="onnxruntime")
     create = onnxruntime_cuda.create_session
 
     def refuses_fallback(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
@@ -59,31 +40,29 @@ def test_it_never_falls_back_in_silence(
         return create(path, stream)
 
     monkeypatch.setattr(onnxruntime_cuda, "create_session", refuses_fallback)
-    with load(made) as engine:
+    with made.load() as engine:
         engine.predict(["rain"])
     assert "segment_01 cannot run on the GPU alone (nodes are assigned" in caplog.text
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    with load(made) as engine, pytest.raises(BackendError, match="not on the GPU"):
+    with made.load() as engine, pytest.raises(BackendError, match="not on the GPU"):
         engine.predict(["rain"])
 
 
-def test_it_needs_a_gpu_and_its_package(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        made = install_cuda_provider(patch, engine_copy())
+def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(backend="onnxruntime", precision="fp32", device="cuda", tolerance=None)
     set_gpu(monkeypatch, CudaDevice(error="there is no GPU"))
-    with pytest.raises(BackendError, match=r"NVIDIA GPU.*there is no GPU -> .*another target"):
-        load(made)
+    with pytest.raises(BackendError, match=r"target x .*there is no GPU -> .*another target"):
+        OnnxRuntimeCudaBackend.check(target, "x")
     set_gpu(monkeypatch)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu\]"):
-        load(made)
+        OnnxRuntimeCudaBackend.check(target, "x")
 
 
 def test_nothing_may_fall_back_to_the_cpu(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a node, and not the session; it runs in the stream that it is given."""
+    """Neither a node nor the whole session; and it runs in the given stream."""
     made: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, **others: made.append((options, others))
@@ -105,17 +84,17 @@ def test_a_run_does_not_wait_for_the_device() -> None:
 )
 @pytest.mark.filterwarnings(UNAVAILABLE)
 def test_an_onnxruntime_without_cuda_is_refused(
-    engine_copy: Callable[..., Path],
+    double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """ONNX Runtime only warns, and gives a session on the CPU; a CPU target runs beside it."""
-    made = install_cuda_provider(monkeypatch, engine_copy())
+    """ONNX Runtime only warns and makes a session on the CPU. A CPU target still works."""
+    made = double(backend="onnxruntime")
     monkeypatch.setattr(onnxruntime_cuda, "create_session", create_session)
     with Engine.load(made.folder) as usual:
         assert len(usual.predict(["rain"])) == 1
         with (
-            load(made) as engine,
+            made.load() as engine,
             pytest.raises(BackendError, match=r"put segment_01 on CPUExecutionProvider, not on"),
         ):
             engine.predict(["rain"])
@@ -123,30 +102,30 @@ def test_an_onnxruntime_without_cuda_is_refused(
 
 
 def test_a_graph_that_cannot_be_loaded_at_all(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = install_cuda_provider(monkeypatch, engine_copy())
+    made = double(backend="onnxruntime")
 
     def fails(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
         raise RuntimeError("CUDA failure 100\nat line 7")
 
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
     message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu\]"
-    with load(made) as engine, pytest.raises(ArtifactError, match=message):
+    with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, state.Fail, state.EPFail])
 def test_a_run_that_fails_names_its_graph(
-    error: type[Exception], engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = install_cuda_provider(monkeypatch, engine_copy())
+    made = double(backend="onnxruntime")
     run = FakeCudaSession.run_with_iobinding
 
     def fails(session: Any, binding: Any, options: Any) -> None:
         raise error("out of memory")
 
-    with load(made) as engine:
+    with made.load() as engine:
         monkeypatch.setattr(FakeCudaSession, "run_with_iobinding", fails)
         with pytest.raises(BackendError, match=r"segment_01 on the GPU: out of memory.*nvidia-smi"):
             engine.predict(["rain"])
@@ -155,21 +134,21 @@ def test_a_run_that_fails_names_its_graph(
     assert made.cuda.memory_of == {}
 
 
-def test_buffers_for_which_there_is_no_room(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_buffers_that_do_not_fit_into_device_memory(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = install_cuda_provider(monkeypatch, engine_copy())
-    with load(made) as engine:
+    made = double(backend="onnxruntime")
+    with made.load() as engine:
         made.cuda.room = 64
         with pytest.raises(BackendError, match=r"no room for 0\.\d MiB: 0 of 0 MiB are free"):
             engine.predict(["rain"])
 
 
 def test_lengths_are_padded_in_steps(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = install_cuda_provider(monkeypatch, engine_copy())
+    made = double(backend="onnxruntime")
     longest = read_manifest(made.folder).tokenizer.max_length
-    with load(made) as engine:
+    with made.load() as engine:
         assert engine.limits.sequence_lengths == (*range(16, longest, 16), longest)
         assert engine.limits.bucket(3, 17).sequence == 32

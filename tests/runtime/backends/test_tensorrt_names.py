@@ -1,4 +1,4 @@
-"""Every name of CUDA and TensorRT that is used is there, in all versions that are supported."""
+"""Every name of CUDA and TensorRT that is used exists in all supported versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
     "_cache": "IRuntimeCache",
     "runtime_config": "IRuntimeConfig",
 }
-"""The class of each variable that holds an object of TensorRT."""
+"""The TensorRT class of each variable."""
 
 IN_BOTH = """
     AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
@@ -42,25 +42,24 @@ IN_BOTH = """
     set_input_shape set_memory_pool_limit set_optimization_profile_async set_shape
     set_tensor_address set_timing_cache update_device_memory_size_for_shapes
 """
-"""Found in the bindings of TensorRT 10.3.0 and of 11.4.0 (tensorrt-cu12-bindings and
-tensorrt-cu13-bindings, whose libraries they were read without). Whoever uses another name looks
-for it there, and adds it."""
+"""These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
+tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
     ComputeCapability EngineValidity INVALID create_runtime_cache create_runtime_config
     get_engine_validity num_compute_capabilities set_compute_capability
     set_execution_context_allocation_strategy set_runtime_cache
 """
-"""Not in all versions of TensorRT, which is not asked for them."""
+"""Used only with TensorRT for RTX, because not all versions of TensorRT have them."""
 
 
 def names_of(variable: str) -> set[str]:
-    """What is asked of a variable in the source."""
+    """The attributes of a variable that the source uses."""
     found = re.findall(rf"(?<![\w.]){variable}\.(\w+)|self\.{variable}\.(\w+)", SOURCE)
     return {first or second for first, second in found}
 
 
 def names_of_module() -> set[str]:
-    """What is taken from the module, with dots."""
+    """The dotted names of the module that the source uses."""
     return set(re.findall(r"trt\.((?:\w+\.)*\w+)", SOURCE)) - {"__version__", "__name__"}
 
 
@@ -90,7 +89,7 @@ def test_every_name_exists_in_tensorrt_for_rtx(variable: str) -> None:
         resolve(trt, name)
 
 
-def test_every_name_was_looked_for_in_the_oldest_and_newest_tensorrt() -> None:
+def test_every_name_exists_in_the_oldest_and_newest_tensorrt() -> None:
     used = set().union(*map(names_of, KINDS))
     used |= {part for name in names_of_module() for part in name.split(".")} - {"__init__"}
     assert used == {*IN_BOTH.split(), *ONLY_WITH_RTX.split()}
