@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,7 @@ def main(
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
     is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
     destination = _destination(output, output_format, resume, unbuffered)
-    if is_typed and not destination.is_file:
-        destination = replace(destination, unbuffered=True)
+    unbuffered = unbuffered or (is_typed and not destination.is_file)
     inputs = Inputs(sources, reading)
     destination.check_inputs(sources)
     shows = not (quiet or as_json)
@@ -155,7 +154,7 @@ def main(
         )
         if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
             schema.check_separator()
-        job = Job(engine, chosen, full_depth, schema, skips, destination.unbuffered)
+        job = Job(engine, chosen, full_depth, schema, skips, unbuffered)
 
         def settings_of_run() -> dict[str, Any]:
             return _settings_of_run(engines, job, inputs, reading, resume) | {
@@ -168,7 +167,7 @@ def main(
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
             open_sink(destination, schema, settings_of_run) as sink,
-            row_progress(not shows or destination.unbuffered, lambda: inputs.share) as advance,
+            row_progress(not shows or unbuffered, lambda: inputs.share) as advance,
         ):
             first_error = run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
@@ -194,7 +193,7 @@ def _destination(
     if unbuffered and format_name == TextFormat.PARQUET.value:
         raise click.UsageError("--unbuffered cannot write Parquet, which is written as a whole")
     chosen = format_of(output, TextFormat(format_name) if format_name else None)
-    destination = Destination(output, chosen, resume, unbuffered)
+    destination = Destination(output, chosen, resume)
     options.not_with(
         "unbuffered",
         destination.is_file,

@@ -44,14 +44,11 @@ class Destination:
         output: the file; None for standard output.
         chosen: the format.
         resume: whether to continue after the rows that an earlier run has done.
-        unbuffered: whether each record is handed to the operating system at once; records for a
-            file always are.
     """
 
     output: Path | None
     chosen: TextFormat
     resume: bool = False
-    unbuffered: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -171,9 +168,9 @@ def _stream(destination: Destination) -> Iterator[IO[str]]:
         if sys.stdout is None:  # closed before Python began
             raise OSError(errno.EBADF, "it is closed")
         target = sys.stdout.fileno()
-    buffering = 1 if destination.unbuffered else -1  # 1: by lines, each of which is a record
     is_ours = destination.output is not None
-    with open(target, "w", buffering, encoding="utf-8", newline="", closefd=is_ours) as stream:
+    # Buffered by lines, so that each record is handed to the operating system at once.
+    with open(target, "w", 1, encoding="utf-8", newline="", closefd=is_ours) as stream:
         yield stream
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
+
+from ..errors import InputError, Remedy
+from ..optional_packages import require
 
 
 class TextFormat(str, Enum):
@@ -28,7 +32,6 @@ DELIMITERS = {TextFormat.CSV: ",", TextFormat.TSV: "\t"}
 """What separates the cells of a table."""
 
 _SUFFIXES = {
-    ".txt": TextFormat.TEXT,
     ".jsonl": TextFormat.JSON_LINES,
     ".ndjson": TextFormat.JSON_LINES,
     ".json": TextFormat.JSON_LINES,
@@ -37,14 +40,49 @@ _SUFFIXES = {
     ".parquet": TextFormat.PARQUET,
     ".pq": TextFormat.PARQUET,
 }
+INPUT_SUFFIXES = {"": TextFormat.TEXT, ".txt": TextFormat.TEXT, **_SUFFIXES}
+"""The format of an input by the suffix of its name."""
+OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES, **_SUFFIXES}
+"""The format of an output by the suffix of its name."""
 
 
-def format_by_suffix(suffix: str) -> TextFormat | None:
-    """The format that a suffix such as `.csv` stands for; None if it stands for none."""
-    return _SUFFIXES.get(suffix)
+def format_by_name(path: Path, suffixes: Mapping[str, TextFormat], option: str) -> TextFormat:
+    """The format that a file name tells; `.gz` at its end does not count.
+
+    Args:
+        path: the file.
+        suffixes: the known ones.
+        option: the parameter that sets the format, for the remedy.
+
+    Raises:
+        InputError: the suffix is unknown.
+    """
+    suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
+    if suffix not in suffixes:
+        raise InputError(
+            f"{path}: cannot tell the format from {suffix!r}",
+            Remedy(
+                "rename the file to {known}, or set {" + option + "}",
+                known=", ".join(filter(None, suffixes)),
+            ),
+        )
+    return suffixes[suffix]
 
 
-def suffix_of(path: Path) -> str:
-    """The last suffix of a file name, `.gz` left aside; empty if there is none."""
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    return suffixes[-1] if suffixes else ""
+def check_parquet(place: Path | str, is_file: bool) -> None:
+    """Check that Parquet can be read from a place, or written to it.
+
+    Args:
+        place: the file, or how messages refer to a stream.
+        is_file: whether it is a plain file, or will be one.
+
+    Raises:
+        InputError: it is not, or its name says that it is compressed.
+        MissingExtraError: pyarrow is not installed.
+    """
+    if not is_file or Path(place).suffix == ".gz":
+        raise InputError(
+            f"{place} cannot be Parquet, which needs a plain file",
+            "use a file whose name ends in .parquet: Parquet is compressed already",
+        )
+    require("parquet")

@@ -20,6 +20,7 @@ from .rows import ReadOptions, Row, class_name
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 _DICTIONARY_BYTES = 8 * 2**20
+_Classes = dict[str, list[str]]
 _STRINGS = ("string", "large_string", "string_view", "null")
 
 
@@ -97,37 +98,24 @@ def _small_texts(metadata: Any) -> list[str]:
 
 
 def _row(
-    batch: Any,
-    at: int,
-    options: ReadOptions,
-    classes: dict[str, list[str]],
-    where: str,
-    number: int,
+    batch: Any, at: int, options: ReadOptions, classes: _Classes, where: str, number: int
 ) -> Row | RowError:
+    content = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value = _plain(column[at].as_py())
+        # Not UTF-8, a time beyond Python's years or in an unknown time zone, or deep nesting.
+        except (ArithmeticError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            return RowError(
+                f'{where}: the column "{name}" holds a {column.type} that cannot be read: {reason}',
+                "write it as a string in UTF-8, or leave the column out",
+            )
+        content[name] = class_name(value, classes[name]) if name in classes else value
     try:
-        content = {
-            name: _value(column[at], f'{where}: the column "{name}"')
-            for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
-        for name, names in classes.items():
-            content[name] = class_name(content[name], names)
         return options.row(content, where, number, table=True)
     except RowError as error:
         return error
-
-
-def _value(scalar: Any, where: str) -> Any:
-    """A value in terms of JSON."""
-    try:
-        return _plain(scalar.as_py())
-    except UnicodeDecodeError as error:
-        raise RowError(f"{where} is not UTF-8: {error.reason}", "write the file again") from error
-    # A time beyond Python's years or in an unknown time zone, or deep nesting.
-    except (ArithmeticError, ValueError, RecursionError) as error:
-        raise RowError(
-            f"{where} holds a {scalar.type} that cannot be read: {' '.join(str(error).split())}",
-            "write it as a string, or leave the column out",
-        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -160,7 +148,7 @@ def _check_types(schema: Any, options: ReadOptions, path: Path) -> None:
             )
 
 
-def _class_names(schema: Any, options: ReadOptions) -> dict[str, list[str]]:
+def _class_names(schema: Any, options: ReadOptions) -> _Classes:
     """The names of numbered labels, which the `datasets` library keeps in the metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]

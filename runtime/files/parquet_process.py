@@ -32,8 +32,6 @@ _START = f"import sys; sys.path[:] = sys.argv[2:]; from {__name__} import main; 
 _ERRORS: dict[str, type[FpabeeError]] = {
     error.__name__: error for error in (InputError, MissingExtraError, RowError)
 }
-_DAMAGED = "copy the file again"
-_REMEDIES = {"SIGKILL": "free some memory, and run it again"}
 
 
 class _Failure(msgspec.Struct, array_like=True):
@@ -105,7 +103,7 @@ def isolated_parquet_rows(
             name = end_of(process.wait())
             raise InputError(
                 f"{path} cannot be read as Parquet: the reader crashed ({name})",
-                _REMEDIES.get(name, _DAMAGED),
+                "free some memory" if name == "SIGKILL" else "copy the file again",
             )
         finally:
             process.kill()

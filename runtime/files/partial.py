@@ -45,7 +45,7 @@ class Partial:
     def __init__(self, output: Path, settings: dict[str, Any], resume: bool) -> None:
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
-        existed, had_settings = self.path.exists(), self._settings_path.exists()
+        existed = self.path.exists()
         # Opened to append, so that nothing is lost before we know that it may be.
         self._stream = self.path.open("ab")
         try:
@@ -64,9 +64,7 @@ class Partial:
         except BaseException:
             self._stream.close()
             if not existed:
-                self.path.unlink(missing_ok=True)
-                if not had_settings:
-                    self._settings_path.unlink(missing_ok=True)
+                self._delete()
             raise
         self.completed = self.rows
 
@@ -103,13 +101,16 @@ class Partial:
             self._stream.close()
         finally:
             if not keep:
-                self.path.unlink(missing_ok=True)
-                self._settings_path.unlink(missing_ok=True)
+                self._delete()
 
     def become(self, output: Path) -> None:
         """Turn the file into the output."""
         self.path.replace(output)
         self._stream.close()
+        self._settings_path.unlink(missing_ok=True)
+
+    def _delete(self) -> None:
+        self.path.unlink(missing_ok=True)
         self._settings_path.unlink(missing_ok=True)
 
     def _lock(self) -> None:

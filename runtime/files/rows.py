@@ -184,13 +184,14 @@ class ReadOptions:
             if separator and isinstance(value, str):
                 return tuple(part.strip() for part in value.split(separator) if part.strip())
             is_list = isinstance(value, list)
-            if isinstance(value, dict) or (is_list and name == "label"):
-                raise RowError(f'{where}: "{name}" is not a name', 'write a string: "positive"')
+            expects_list = {"label": False, "labels": True}.get(name, is_list)
             names = value if is_list else [value]
-            if (name == "labels" and not is_list) or any(
-                part is None or isinstance(part, (dict, list)) for part in names
-            ):
-                raise RowError(f'{where}: "{name}" is not a list of names', 'write ["a", "b"]')
+            has_other = any(part is None or isinstance(part, (dict, list)) for part in names)
+            if has_other or is_list is not expects_list:
+                raise RowError(
+                    f'{where}: "{name}" is not {"a list of names" if expects_list else "a name"}',
+                    'write ["a", "b"]' if expects_list else 'write a string, such as "positive"',
+                )
             return tuple(map(str, names))
         return None
 

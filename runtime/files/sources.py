@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..errors import InputError, Remedy, RowError
-from ..optional_packages import require
-from .formats import DELIMITERS, TextFormat, format_by_suffix, suffix_of
+from .formats import DELIMITERS, INPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
 from .lines import Lines, json_rows, text_rows
 from .parquet_process import isolated_parquet_rows
 from .rows import ReadOptions, Row
@@ -197,21 +196,9 @@ def _format_of(source: str, given: TextFormat | None) -> TextFormat | None:
             f"input file {path} {what}",
             "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
         )
-    suffix = suffix_of(path)
-    chosen = given or (None if is_stdin else format_by_suffix(suffix or ".txt"))
+    chosen = given
     if chosen is None and not is_stdin:
-        raise InputError(
-            f"{source}: cannot tell the format from {suffix!r}",
-            Remedy(
-                "rename the file to .txt (one text per line), .jsonl (one JSON object per line), "
-                ".csv, .tsv or .parquet, or set {input_format}"
-            ),
-        )
+        chosen = format_by_name(path, INPUT_SUFFIXES, "input_format")
     if chosen is TextFormat.PARQUET:
-        if is_stdin or path.suffix == ".gz" or not path.is_file():
-            raise InputError(
-                f"{_name(source)} cannot be read as Parquet, which needs a plain file",
-                "save it as a .parquet file, which is compressed already",
-            )
-        require("parquet")
+        check_parquet(_name(source), not is_stdin and path.is_file())
     return chosen

@@ -19,7 +19,7 @@ from typing import IO, Any
 import msgspec
 
 from ..errors import InputError, Remedy
-from .formats import DELIMITERS, OUTPUT_FORMATS, TextFormat, format_by_suffix, suffix_of
+from .formats import DELIMITERS, OUTPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
 from .parquet import load_pyarrow
 from .records import Record, RecordSchema, to_json
 
@@ -41,21 +41,14 @@ def output_format(output: Path | None, given: TextFormat | None) -> TextFormat:
         InputError: the suffix is unknown, or the format cannot be written there.
         MissingExtraError: the format is Parquet, and pyarrow is not installed.
     """
-    suffix = "" if output is None else suffix_of(output)
-    chosen = given or format_by_suffix(suffix or ".jsonl")
-    if chosen not in OUTPUT_FORMATS:
-        raise InputError(
-            f"{output}: cannot tell the format from {suffix!r}",
-            Remedy("name the file .jsonl, .csv, .tsv or .parquet, or set {output_format}"),
-        )
+    if given is not None:
+        chosen = given
+    elif output is None:
+        chosen = TextFormat.JSON_LINES
+    else:
+        chosen = format_by_name(output, OUTPUT_SUFFIXES, "output_format")
     if chosen is TextFormat.PARQUET:
-        if output is None or output.suffix == ".gz":
-            raise InputError(
-                f"{output or 'standard output'} cannot be Parquet, which is compressed already "
-                "and needs a file",
-                Remedy("set {output} to a name that ends in .parquet"),
-            )
-        load_pyarrow()
+        check_parquet(output or "standard output", output is not None)
     return chosen
 
 

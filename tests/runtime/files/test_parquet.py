@@ -1,4 +1,4 @@
-"""Parquet in: columns, types, class names, damage, and a missing pyarrow."""
+"""Parquet inputs: columns, types, class names, damage, and a missing pyarrow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError, RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
-from fpabee.runtime.files.parquet import parquet_rows
 
 # An example starts a process.
 FEW = settings(max_examples=25, deadline=None)
@@ -34,13 +33,10 @@ def read(path: Path, columns: dict[str, Any], options: ReadOptions | None = None
     return list(read_rows(write(path, columns), options))
 
 
-def test_columns_by_name(tmp_path: Path) -> None:
-    names = ReadOptions(text_column="q1", text_pair_column="q2", label_column="gold")
-    (row,) = read(tmp_path / "in.pq", {"q1": ["a"], "q2": ["b"], "gold": [3], "text": [1]}, names)
-    assert row == Row("a", "b", ("3",), {"text": 1}, 1)
-
-
 def test_columns(tmp_path: Path) -> None:
+    named = ReadOptions(text_column="q1", text_pair_column="q2", label_column="gold")
+    (row,) = read(tmp_path / "in.pq", {"q1": ["a"], "q2": ["b"], "gold": [3], "text": [1]}, named)
+    assert row == Row("a", "b", ("3",), {"text": 1}, 1)
     rows = read(
         tmp_path / "in.parquet",
         {"text": ["a", ""], "text_pair": ["b", None], "label": ["x", None], "id": [1, 2]},
@@ -62,19 +58,26 @@ def test_labels(tmp_path: Path, values: list[Any], expected: list[Any]) -> None:
     assert [row.labels for row in rows] == expected
 
 
-def test_numbered_labels_have_the_names_that_datasets_keeps(tmp_path: Path) -> None:
-    features = {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}, "text": {}}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    path = write(tmp_path / "in.parquet", {"text": ["a", "b"], "label": [1, 0]}, metadata)
-    assert [row.labels for row in read_rows(path)] == [("good",), ("bad",)]
-    path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [-1]}, metadata)
-    assert [row.labels for row in read_rows(path)] == [None], "a class that is not known"
-    several = {"labels": {"feature": features["label"], "_type": "List"}}
-    metadata = {"huggingface": json.dumps({"info": {"features": several}})}
-    path = write(tmp_path / "in.parquet", {"text": ["a"], "labels": [[1, 0]]}, metadata)
-    assert [row.labels for row in read_rows(path)] == [("good", "bad")]
-    path = write(tmp_path / "in.parquet", {"text": ["a"], "label": [1]}, {"huggingface": "[]"})
-    assert [row.labels for row in read_rows(path)] == [("1",)]
+CLASSES = {"names": ["bad", "good"], "_type": "ClassLabel"}
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "value", "expected"),
+    [
+        ("label", CLASSES, 1, ("good",)),
+        ("label", CLASSES, 0, ("bad",)),
+        ("label", CLASSES, -1, None),  # an unknown class
+        ("label", CLASSES, 2, ("2",)),
+        ("labels", {"feature": CLASSES, "_type": "List"}, [1, 0], ("good", "bad")),
+        ("label", [], 1, ("1",)),
+    ],
+)
+def test_numbered_labels_have_the_names_that_datasets_keeps(
+    tmp_path: Path, name: str, feature: Any, value: Any, expected: tuple[str, ...] | None
+) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": {name: feature, "text": {}}}})}
+    path = write(tmp_path / "in.parquet", {"text": ["a"], name: [value]}, metadata)
+    assert [row.labels for row in read_rows(path)] == [expected]
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
@@ -104,22 +107,18 @@ def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
     json.dumps(row.fields, allow_nan=False)
 
 
-def test_a_row_without_text_is_a_bad_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.parquet", {"text": ["a", None, "c"]})
-    found = list(Inputs([path]))
-    assert isinstance(found[1], RowError)
-    assert "row 2 has no string field" in found[1].message
-    assert [row.text for row in found if isinstance(row, Row)] == ["a", "c"]
-
-
-def test_a_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
-    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 2)))
-    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xff"))
-    path = write(tmp_path / "in.parquet", {"text": texts})
-    first, bad = Inputs([path])
-    assert isinstance(first, Row)
-    assert isinstance(bad, RowError)
-    assert 'row 2: the column "text" is not UTF-8' in bad.message
+def test_rows_after_a_bad_one_can_be_read(tmp_path: Path) -> None:
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 2, 2, 3)))
+    valid, content = pyarrow.py_buffer(b"\x0b"), pyarrow.py_buffer(b"a\xffd")
+    texts = pyarrow.StringArray.from_buffers(4, offsets, content, valid)
+    found = list(Inputs([write(tmp_path / "in.parquet", {"text": texts})]))
+    assert [row.text for row in found if isinstance(row, Row)] == ["a", "d"]
+    _, not_utf8, null, _ = found
+    assert isinstance(not_utf8, RowError)
+    assert 'row 2: the column "text" is not UTF-8' in not_utf8.message
+    assert isinstance(null, RowError)
+    assert "row 3 has no string field" in null.message
+    assert "text_column" in null.hint
 
 
 @pytest.mark.parametrize(
@@ -208,16 +207,3 @@ def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[fl
         except InputError:
             return
     assert all(isinstance(row, (Row, RowError)) for row in found)
-
-
-def test_a_value_of_many_rows_takes_little_memory(tmp_path: Path) -> None:
-    value = pyarrow.array(["x" * 2**20])
-    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, "int32"), value)
-    path = tmp_path / "in.parquet"
-    table = pyarrow.table({"text": ["a"] * 1000, "x": repeated})
-    parquet.write_table(table, path, store_schema=False)
-    assert path.stat().st_size < 2**17
-    before = pyarrow.total_allocated_bytes()
-    for row in parquet_rows(path, ReadOptions(), lambda share: None):
-        assert isinstance(row, Row)
-        assert pyarrow.total_allocated_bytes() - before < 2**28

@@ -1,10 +1,14 @@
-"""Reading texts: formats, encodings, and bad lines named by their number."""
+"""Inputs: their formats and encodings, their order, their identity, and how far they are read."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
+import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +16,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpabee.runtime.errors import InputError
-from fpabee.runtime.files import ReadOptions, Row, TextFormat, read_rows
+from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
 from fpabee.runtime.files import lines as lines_module
 
-
-class _Stdin:
-    """Standard input that holds given bytes."""
-
-    def __init__(self, content: bytes) -> None:
-        self.buffer = io.BytesIO(content)
+AS_TEXT = ReadOptions(TextFormat.TEXT)
 
 
-def read(path: Path, content: bytes) -> list[Row]:
+def read(path: Path, content: bytes, options: ReadOptions | None = None) -> list[Row]:
     path.write_bytes(content)
-    return list(read_rows(path))
+    return list(read_rows(path, options))
 
 
-def read_stdin(
-    monkeypatch: pytest.MonkeyPatch, content: bytes, text_format: TextFormat | None = None
-) -> list[Row]:
-    monkeypatch.setattr("sys.stdin", _Stdin(content))
-    return list(read_rows("-", ReadOptions(text_format)))
+def read_stdin(content: bytes, options: ReadOptions | None = None) -> list[Row | RowError]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", type("Stdin", (), {"buffer": io.BytesIO(content)}))
+        return list(Inputs(["-"], options))
 
 
-def texts(rows: list[Row]) -> list[str]:
-    return [row.text for row in rows]
+def texts(rows: Iterable[Row | RowError]) -> list[str]:
+    return [row.text for row in rows if isinstance(row, Row)]
 
 
 @pytest.mark.parametrize(
@@ -63,15 +61,22 @@ def test_text_file(tmp_path: Path, content: bytes, expected: list[str]) -> None:
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]))))
 def test_every_text_comes_back(lines: list[str]) -> None:
     content = "".join(line + "\n" for line in ["first", *lines]).encode()
-    with pytest.MonkeyPatch.context() as patch:
-        assert texts(read_stdin(patch, content, TextFormat.TEXT)) == ["first", *lines]
+    assert texts(read_stdin(content, AS_TEXT)) == ["first", *lines]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
 def test_every_json_text_comes_back(lines: list[str]) -> None:
     content = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
-    with pytest.MonkeyPatch.context() as patch:
-        assert texts(read_stdin(patch, content)) == lines
+    assert texts(read_stdin(content)) == lines
+
+
+@given(st.binary(), st.sampled_from([known for known in TextFormat if known.value != "parquet"]))
+def test_any_bytes_give_rows_or_our_errors(content: bytes, text_format: TextFormat) -> None:
+    try:
+        found = read_stdin(b"text,id\n" + content, ReadOptions(text_format))
+    except InputError:
+        return
+    assert all(isinstance(row, (Row, RowError)) for row in found)
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -83,18 +88,15 @@ def test_json_lines(tmp_path: Path) -> None:
         {"text": "e", "labels": []},
     ]
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
-    assert read(tmp_path / "in.jsonl", content) == [
+    rows = read(tmp_path / "in.jsonl", content)
+    assert rows == [
         Row("a", fields={"id": 10**30, "tags": [1, None, {"x": 0.5}]}, line=1),
         Row("b", "c", ("yes",), line=2),
         Row("", None, ("x", "y"), line=3),
         Row("d", None, ("3",), line=4),
         Row("e", None, (), line=5),
     ]
-
-
-def test_content_is_a_text_or_a_pair() -> None:
-    assert Row("a").content == "a"
-    assert Row("a", "").content == ("a", "")
+    assert [row.content for row in rows[:2]] == ["a", ("b", "c")]
 
 
 @pytest.mark.parametrize("name", ["in.txt.gz", "in.gz", "in.jsonl.gz", "in.ndjson.gz"])
@@ -110,20 +112,25 @@ def test_compressed_files(tmp_path: Path, name: str) -> None:
         (b"one\n{two\n", ["one", "{two"]),
         (b'{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
         (b'\xef\xbb\xbf  {"text": "one"}\n', ["one"]),
+        (b"\xff\nsecond\n", ["second"]),
     ],
 )
-def test_standard_input_is_json_if_it_begins_so(
-    monkeypatch: pytest.MonkeyPatch, content: bytes, expected: list[str]
+def test_the_first_line_of_standard_input_tells_its_format(
+    content: bytes, expected: list[str]
 ) -> None:
-    assert texts(read_stdin(monkeypatch, content)) == expected
+    assert texts(read_stdin(content)) == expected
 
 
-def test_the_format_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "in.csv"
-    path.write_bytes(b'{"text": "one"}\n')
-    assert texts(list(read_rows(path, ReadOptions(TextFormat.JSON_LINES)))) == ["one"]
-    assert texts(list(read_rows(path, ReadOptions(TextFormat.TEXT)))) == ['{"text": "one"}']
-    assert texts(read_stdin(monkeypatch, b'{"text": 1}\n', TextFormat.TEXT)) == ['{"text": 1}']
+def test_the_format_can_be_given(tmp_path: Path) -> None:
+    content = b'{"text": "one"}\n'
+    by_name: Any = "jsonl"
+    for given_format in (TextFormat.JSON_LINES, by_name):
+        assert texts(read(tmp_path / "in.csv", content, ReadOptions(given_format))) == ["one"]
+    assert texts(read(tmp_path / "in.csv", content, AS_TEXT)) == ['{"text": "one"}']
+    assert texts(read_stdin(content, AS_TEXT)) == ['{"text": "one"}']
+    unknown: Any = "xlsx"
+    with pytest.raises(InputError, match=r"'xlsx' -> .*input_format.* csv"):
+        ReadOptions(unknown)
 
 
 def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
@@ -131,14 +138,105 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "one"}\n{"text": "two"}\nbroken\n')
     rows = read_rows(path)
     assert [next(rows).text, next(rows).text] == ["one", "two"]
-    with pytest.raises(InputError, match="line 3"):
+    with pytest.raises(RowError, match="line 3"):
         next(rows)
 
 
-def test_a_line_may_be_as_long_as_the_limit(
+def test_errors_take_the_place_of_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{\n\xff\n\n{"text": 5}\n{"text": "b"}\n')
+    rows = list(Inputs([path]))
+    assert [type(row) for row in rows] == [Row, RowError, RowError, RowError, RowError, Row]
+    for number, row in enumerate(rows, start=1):
+        assert isinstance(row, Row) or f"line {number}" in row.message
+
+
+def test_a_line_that_is_too_long_is_skipped_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 8)
-    assert texts(read(tmp_path / "in.txt", b"1234567\n12345678")) == ["1234567", "12345678"]
-    with pytest.raises(InputError, match=r"line 2 is longer than .*split it"):
-        read(tmp_path / "in.txt", b"1234567\n12345678\n")
+    path = tmp_path / "in.txt"
+    assert texts(read(path, b"1234567\n12345678")) == ["1234567", "12345678"]
+    path.write_bytes(b"one\n" + b"x" * 100 + b"\nthree\n" + b"y" * 9)
+    found = list(Inputs([path]))
+    assert texts(found) == ["one", "three"]
+    for number in (2, 4):
+        row = found[number - 1]
+        assert isinstance(row, RowError)
+        assert f"line {number} is longer than" in row.message
+
+
+def test_a_damaged_file_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt.gz"
+    path.write_bytes(gzip.compress(b"one\n" * 100_000)[:-12])
+    with pytest.raises(InputError, match=r"in\.txt\.gz cannot be read") as caught:
+        list(Inputs([path]))
+    assert not isinstance(caught.value, RowError)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    plain, lines, table = (tmp_path / name for name in ("a.txt", "b.jsonl.gz", "c.tsv"))
+    plain.write_text("one\ntwo\n")
+    lines.write_bytes(gzip.compress(b'{"text": "three"}\n'))
+    table.write_text("id\ttext\n1\tfour\n")
+    return [plain, lines, table]
+
+
+def test_inputs_come_in_order(three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", type("Stdin", (), {"buffer": io.BytesIO(b"five\n")}))
+    rows = [row for row in Inputs([*three, "-", three[0]]) if isinstance(row, Row)]
+    assert texts(rows) == ["one", "two", "three", "four", "five", "one", "two"]
+    assert [row.line for row in rows] == [1, 2, 1, 2, 1, 1, 2]
+    assert rows[2].where == f"{three[1]}, line 1"
+
+
+def test_an_empty_file_among_others_is_no_error(three: list[Path], tmp_path: Path) -> None:
+    empty, header = tmp_path / "empty.txt", tmp_path / "header.csv"
+    empty.touch()
+    header.write_text("text\n")
+    assert len(texts(Inputs([empty, *three, header]))) == 4
+    with pytest.raises(InputError, match=r"empty\.txt has no rows.* 1 other"):
+        list(Inputs([empty, header]))
+
+
+def test_all_inputs_are_looked_for_before_the_first_is_read(three: list[Path]) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
+        Inputs([*three, three[0].with_name("nowhere.txt")])
+    with pytest.raises(InputError, match="standard input is given twice"):
+        Inputs(["-", "-"])
+
+
+def test_identity(three: list[Path]) -> None:
+    first, *_, pipe = Inputs([*three, "-"]).identity()
+    content = three[0].read_bytes()
+    assert first == {
+        "name": str(three[0]),
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    assert (pipe["size"], pipe["sha256"]) == (None, None)
+
+
+def test_share_grows_to_one(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.jsonl")]
+    paths[0].write_bytes(b"a text that is long\n" * 10_000)
+    paths[1].write_bytes(gzip.compress(os.urandom(60_000).hex().encode() + b"\n"))
+    paths[2].write_bytes(b'{"text": "x"}\n' * 10_000)
+    inputs = Inputs(paths)
+    for _ in range(2):  # they may be read again
+        shares = [inputs.share or 0.0 for _ in inputs]
+        assert shares == sorted(shares)
+        assert shares[0] < 0.05
+        assert shares[-1] == 1.0
+
+
+def test_a_pipe_is_read_but_its_end_is_not_known(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("text\none\n"))
+    inputs = Inputs([pipe])
+    writer.start()
+    assert texts(inputs) == ["one"]
+    writer.join()
+    assert inputs.share is None

@@ -1,4 +1,4 @@
-"""CSV and TSV in: headers, quotes, columns by name, labels, and bad rows named by their line."""
+"""CSV and TSV inputs: headers, quotes, columns, labels, and bad rows named by their line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import lines as lines_module
 from fpabee.runtime.files.lines import Lines
 from fpabee.runtime.files.tables import table_rows
@@ -52,10 +52,10 @@ def test_texts(tmp_path: Path, content: bytes, expected: list[str]) -> None:
     assert [row.text for row in read(tmp_path / "in.csv.gz", gzip.compress(content))] == expected
 
 
-def test_a_nul_byte_is_a_character_or_a_bad_row(tmp_path: Path) -> None:
+def test_a_nul_byte_is_a_character_or_makes_a_bad_row(tmp_path: Path) -> None:
     bad, last = read_all(tmp_path / "in.csv", b"text\na\0b\nlast\n")
     assert isinstance(last, Row)
-    # The csv module of Python 3.10 takes none.
+    # The csv module of Python 3.10 refuses it.
     if sys.version_info >= (3, 11):
         assert isinstance(bad, Row)
         assert bad.text == "a\0b"
@@ -63,28 +63,24 @@ def test_a_nul_byte_is_a_character_or_a_bad_row(tmp_path: Path) -> None:
         assert isinstance(bad, RowError)
 
 
-def test_columns_by_their_usual_names(tmp_path: Path) -> None:
-    content = b"id,text,label,text_pair\n7,a,yes,b\n8,c,,\n"
-    assert read(tmp_path / "in.csv", content) == [
-        Row("a", "b", ("yes",), {"id": "7"}, 2),
-        Row("c", None, None, {"id": "8"}, 3),
+def test_columns_and_lines(tmp_path: Path) -> None:
+    content = b'id,text,label,text_pair\n7,"a\nb",yes,c\n\n8,d,,\n'
+    rows = read(tmp_path / "in.csv", content)
+    assert rows == [
+        Row("a\nb", "c", ("yes",), {"id": "7"}, 2),
+        Row("d", None, None, {"id": "8"}, 5),
     ]
-
-
-def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
-    rows = read(tmp_path / "in.csv", b'text\n"two\nlines"\n\nlast\n')
-    assert [row.line for row in rows] == [2, 5]
     assert rows[1].where == f"{tmp_path / 'in.csv'}, line 5"
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    columns = ReadOptions(text_column="premise", text_pair_column="hypothesis", label_column="gold")
+    options = ReadOptions(text_column="premise", text_pair_column="hypothesis", label_column="gold")
     content = b"gold,premise,hypothesis,text,label\nno,a,b,c,d\n"
-    assert read(tmp_path / "in.csv", content, columns) == [
+    assert read(tmp_path / "in.csv", content, options) == [
         Row("a", "b", ("no",), {"text": "c", "label": "d"}, 2)
     ]
     lines = b'{"gold": ["x", "y"], "premise": "a", "text": "c"}\n{"premise": "b", "gold": 3}\n'
-    assert read(tmp_path / "in.jsonl", lines, columns) == [
+    assert read(tmp_path / "in.jsonl", lines, options) == [
         Row("a", None, ("x", "y"), {"text": "c"}, 1),
         Row("b", None, ("3",), {}, 2),
     ]
@@ -118,7 +114,7 @@ def test_a_separator_splits_in_json_too(tmp_path: Path) -> None:
     assert [row.labels for row in rows] == [("a", "b"), ("c",)]
 
 
-def test_quotes_can_be_characters_like_others(tmp_path: Path) -> None:
+def test_quotes_can_be_ordinary_characters(tmp_path: Path) -> None:
     content = b'text\tlabel\n"Never," he said\t1\nan " alone\t0\n'
     with pytest.raises(InputError, match=r"line 2 is not a row of a table.*literal_quotes"):
         read(tmp_path / "in.tsv", content)
@@ -179,17 +175,3 @@ def test_what_the_csv_module_writes_comes_back(separator: str, rows: list[tuple[
     lines = Lines(io.BytesIO(buffer.getvalue().encode()), "x")
     found = list(table_rows(lines, ReadOptions(), separator))
     assert [(r.text, r.fields["id"]) for r in found if isinstance(r, Row)] == rows
-
-
-@given(st.binary(), st.sampled_from(TextFormat))
-def test_any_bytes_give_rows_or_our_errors(content: bytes, text_format: TextFormat) -> None:
-    if text_format is TextFormat.PARQUET:
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        stdin = type("Stdin", (), {"buffer": io.BytesIO(b"text,id\n" + content)})
-        patch.setattr("sys.stdin", stdin)
-        try:
-            found = list(Inputs(["-"], ReadOptions(text_format)))
-        except InputError:
-            return
-    assert all(isinstance(row, (Row, RowError)) for row in found)

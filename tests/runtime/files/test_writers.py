@@ -1,4 +1,4 @@
-"""Results as JSON lines, CSV, TSV and Parquet, and that they read back as they were."""
+"""Results as JSON lines, CSV, TSV and Parquet, and that they read back unchanged."""
 
 from __future__ import annotations
 
@@ -39,18 +39,9 @@ def converted(
     return target
 
 
-def test_a_record() -> None:
-    assert record(3, id="a") == {
-        "index": 3,
-        "id": "a",
-        "label": "yes",
-        "score": 0.123457,
-        "exit": 2,
-        "layer": 4,
-    }
-
-
-def test_a_record_with_everything() -> None:
+def test_records() -> None:
+    answer = {"label": "yes", "score": 0.123457, "exit": 2, "layer": 4}
+    assert record(3, id="a") == {"index": 3, "id": "a", **answer}
     prediction = Prediction((), (), 1, 1, (0.25, 0.5), True)
     assert MULTI.record(1, Row("x", "y"), prediction) == {
         "index": 1,
@@ -66,7 +57,7 @@ def test_a_record_with_everything() -> None:
     assert MULTI.error(2, RowError("bad", "mend it")) == {"index": 2, "error": "bad -> mend it"}
 
 
-def test_fields_of_the_input_do_not_pass_for_results() -> None:
+def test_fields_of_the_input_never_replace_results() -> None:
     theirs = {"exit": 9, "truncated": True, "error": "x", "text": "kept", "labels": ["kept"]}
     found = record(0, **theirs)
     assert found["exit"] == 2
@@ -121,20 +112,29 @@ def test_labels_that_hold_the_separator_are_refused() -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
+    big = 2**60 + 1  # which no float is
     records = [
-        record(0, n=1, f=1, big=2**60, huge=2**70, mixed="a", t=True, none=None, deep=[1]),
-        record(1, n=2, f=0.5, big=1, huge=1, mixed=5, t=None),
+        record(0, n=1, f=1, big=big, both=big, huge=2**70, mixed="a", t=True, none=None, deep=[1]),
+        record(1, n=2, f=0.5, big=1, both=0.5, huge=1, mixed=5, t=None),
     ]
     table = parquet.read_table(converted(tmp_path, "x.parquet", records))
     types = {field.name: str(field.type) for field in table.schema}
     assert types == {
-        **{"index": "int64", "n": "int64", "f": "double", "big": "int64", "huge": "string"},
-        **{"mixed": "string", "t": "bool", "none": "string", "deep": "string"},
+        **{"index": "int64", "n": "int64", "f": "double", "big": "int64"},
+        **{
+            "both": "string",
+            "huge": "string",
+            "mixed": "string",
+            "t": "bool",
+            "none": "string",
+            "deep": "string",
+        },
         **{"label": "string", "score": "double", "exit": "int32", "layer": "int32"},
         "truncated": "bool",
     }
     first, second = table.to_pylist()
-    assert (first["f"], first["big"], first["huge"]) == (1.0, 2**60, str(2**70))
+    assert (first["f"], first["big"], first["huge"]) == (1.0, big, str(2**70))
+    assert (first["both"], second["both"]) == (str(big), "0.5")
     assert (first["mixed"], second["mixed"], first["deep"]) == ("a", "5", "[1]")
     assert (first["t"], second["t"], second["deep"]) == (True, None, None)
     assert first["truncated"] is False
@@ -207,11 +207,19 @@ def test_a_table_on_a_stream_has_the_columns_of_its_first_row() -> None:
     ]
 
 
-def test_a_table_of_errors_only() -> None:
+def test_errors_come_before_a_table_has_columns() -> None:
     stream = io.StringIO()
     schema = RecordSchema(("no", "yes"), multi_label=False, errors=True)
     writer = StreamWriter(stream, TextFormat.CSV, schema)
+    for number in range(5000):
+        writer.write(schema.error(number, RowError("bad")))
+    assert len(stream.getvalue().splitlines()) == 5001, "not all are held"
+    writer.finish()
+    assert stream.getvalue().splitlines()[1] == "0,,,,,,bad"
+    stream = io.StringIO()
+    writer = StreamWriter(stream, TextFormat.CSV, schema)
     writer.write(schema.error(0, RowError("bad")))
+    assert stream.getvalue() == ""
     writer.finish()
     assert stream.getvalue().splitlines()[1] == "0,,,,,,bad"
 
