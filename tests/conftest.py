@@ -168,8 +168,11 @@ _TINY = {
 }
 
 
-class _Made(Mapping[str, Path]):
-    """A folder for each family, made when a test first asks for it and shared by all workers."""
+class MadeOnce(Mapping[str, Path]):
+    """Folders by name, made when a test first asks for one and shared by all workers.
+
+    It iterates over the families of the tiny models.
+    """
 
     def __init__(self, root: Path, make: Callable[[str, Path], object]) -> None:
         self._root = root
@@ -200,7 +203,7 @@ def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(shared_root: Path) -> Mapping[str, Path]:
     """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
-    return _Made(shared_root / "models", make_model)
+    return MadeOnce(shared_root / "models", make_model)
 
 
 @pytest.fixture(scope="session")
@@ -208,7 +211,7 @@ def engines(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, 
     """The engines folder of each tiny model. Read-only: use `engine_copy` to damage one."""
     from fpabee.exporter import export
 
-    return _Made(
+    return MadeOnce(
         shared_root / "engines", lambda family, folder: export(tiny_models[family], folder)
     )
 

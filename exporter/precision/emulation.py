@@ -6,7 +6,7 @@ where first, and whether labels and exits stay. This needs neither torch nor a G
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import Remedy, VerificationError
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
-from .formats import Half
-from .lowering import ABS_MAX, Lowering, emulate
+from .lowering import ABS_MAX, LoweredGraphs, emulate
 
 _BATCH = 16
 
@@ -95,20 +94,13 @@ class Emulated:
 
 
 def run_emulated(
-    manifest: Manifest,
-    protos: Mapping[str, Any],
-    lowerings: Mapping[str, Lowering],
-    half: Half,
-    rows: Sequence[EncodedRow],
-    progress: Progress,
+    manifest: Manifest, graphs: LoweredGraphs, rows: Sequence[EncodedRow], progress: Progress
 ) -> Emulated:
     """Run rows through ONNX Runtime with every rounding in place.
 
     Args:
         manifest: says which segment calls which graphs.
-        protos: the graphs by name, in fp32.
-        lowerings: what is lowered in each of them; graphs that are not named stay in fp32.
-        half: the format.
+        graphs: the graphs, and what is lowered in them.
         rows: tokenized rows.
         progress: called with (what, done, total).
     """
@@ -120,7 +112,7 @@ def run_emulated(
     def open_session(name: str) -> Any:
         options = session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        proto = emulate(protos[name], half, lowerings.get(name, Lowering()))
+        proto = emulate(graphs.protos[name], graphs.half, graphs.lowering(name))
         return cpu_session(proto.SerializeToString(), options)
 
     calls = sum(len(segment.calls) for segment in manifest.segments)
@@ -129,7 +121,7 @@ def run_emulated(
     logits: dict[int, list[NDArray[np.float32]]] = {}
     for step in steps(manifest, batches, open_session):
         if step.batch == 0:
-            progress(f"check {half.value}", step.call, calls)
+            progress(f"check {graphs.half.value}", step.call, calls)
         largest = abs_max.setdefault(step.graph, {})
         for output, value in step.outputs.items():
             if output.startswith(ABS_MAX):
@@ -147,8 +139,7 @@ def report_on(
     manifest: Manifest,
     precision: str,
     rule: ExitRule,
-    lowerings: Mapping[str, Lowering],
-    half: Half,
+    graphs: LoweredGraphs,
     kept: tuple[str, ...] = (),
 ) -> PrecisionReport:
     """Compare an emulated run with the fp32 model.
@@ -159,15 +150,14 @@ def report_on(
         manifest: says what the labels are.
         precision: the precision that is judged.
         rule: the rule whose exits must stay.
-        lowerings: what was lowered in each graph.
-        half: the format that it was lowered to.
+        graphs: the graphs that ran.
         kept: nodes and tensors kept in fp32 on request, as `GRAPH:NAME`.
     """
     overflows = tuple(
         f"{name}:{node}"
         for name, nodes in found.abs_max.items()
         for node, value in nodes.items()
-        if node in lowerings[name].nodes and not value <= half.largest
+        if node in graphs.lowering(name).nodes and not value <= graphs.half.largest
     )
     return PrecisionReport(
         precision=precision,

@@ -19,7 +19,7 @@ from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
 from .emulation import PrecisionReport, report_on, run_emulated
 from .formats import Half
-from .lowering import Lowering, choose_lowering, largest_weight, lower
+from .lowering import LoweredGraphs, Lowering, choose_lowering, largest_weight, lower
 
 AUTO = "auto"
 
@@ -64,20 +64,21 @@ def add_half(
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *more])
     kept = _kept_nodes(keep_fp32, protos)
     if more or AUTO in keep_fp32:
-        fp32 = run_emulated(manifest, protos, {}, half, rows, progress)
+        fp32 = run_emulated(manifest, LoweredGraphs(protos, half), rows, progress)
         expected = np.concatenate([expected, fp32.logits[:, len(known) :]], axis=1)
         if AUTO in keep_fp32:
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
     lowerings = {name: choose_lowering(proto, kept[name], turing) for name, proto in protos.items()}
-    found = run_emulated(manifest, protos, lowerings, half, rows, progress)
+    checked = LoweredGraphs(protos, half, lowerings)
+    found = run_emulated(manifest, checked, rows, progress)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
-    report = report_on(found, expected, manifest, half.value, rule, lowerings, half, listed)
+    report = report_on(found, expected, manifest, half.value, rule, checked, listed)
     report.check(_remedy(report, half, keep_fp32))
-    written = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
+    lowerings = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
+    written = LoweredGraphs(protos, half, lowerings)
     place = f"onnx/{half.value}"
-    new = with_lowered(folder, manifest, half.value, place, protos, written, half, progress)
-    return new, report
+    return with_lowered(folder, manifest, half.value, place, written, progress), report
 
 
 def with_lowered(
@@ -85,9 +86,7 @@ def with_lowered(
     manifest: Manifest,
     precision: str,
     place: str,
-    protos: Mapping[str, Any],
-    lowerings: Mapping[str, Lowering],
-    half: Half,
+    lowered: LoweredGraphs,
     progress: Progress = silent,
 ) -> Manifest:
     """Write lowered graphs; all of them get their places at once.
@@ -97,12 +96,10 @@ def with_lowered(
         manifest: its manifest. The one with the new graphs is returned, not written.
         precision: what the manifest calls them.
         place: their folder in the engines folder.
-        protos: the graphs to lower, by name.
-        lowerings: what to lower in each of them.
-        half: the format.
+        lowered: the graphs to lower.
         progress: called with (what, done, total).
     """
-    dtype = "float16" if half is Half.FP16 else "bfloat16"
+    dtype = "float16" if lowered.half is Half.FP16 else "bfloat16"
 
     def typed(specs: Sequence[TensorSpec], lowering: Lowering) -> list[TensorSpec]:
         return [
@@ -112,13 +109,13 @@ def with_lowered(
 
     graphs = {}
     with replacing(folder / place) as temporary:
-        for number, (name, proto) in enumerate(protos.items()):
-            progress(f"{precision} {name}", number, len(protos))
-            lowering, exact = lowerings[name], manifest.graphs[name]
+        for number, (name, proto) in enumerate(lowered.protos.items()):
+            progress(f"{precision} {name}", number, len(lowered.protos))
+            lowering, exact = lowered.lowering(name), manifest.graphs[name]
             graphs[name] = write_graph(
                 temporary / f"{name}.onnx",
                 f"{place}/{name}.onnx",
-                lower(proto, half, lowering),
+                lower(proto, lowered.half, lowering),
                 typed(exact.inputs, lowering),
                 typed(exact.outputs, lowering),
             )

@@ -27,7 +27,7 @@ from ..onnx_file import load_graphs
 from .emulation import PrecisionReport, report_on, run_emulated
 from .float16 import with_lowered
 from .formats import INT8, Half
-from .lowering import choose_lowering
+from .lowering import LoweredGraphs, choose_lowering
 
 _FOLDER = "onnx/int8-qdq"
 _LEAST_TEXTS = 32
@@ -74,16 +74,16 @@ def add_int8(
         path = verified_graph(folder, graph.file, graph.sha256)
         quantized[name] = _quantize(name, path, inputs.pop(name))
     lowerings = {name: choose_lowering(proto) for name, proto in quantized.items()}
-    exact = load_graphs(folder, manifest.graphs)
-    fp32 = run_emulated(manifest, exact, {}, Half.FP16, judged, progress)
+    graphs = LoweredGraphs(quantized, Half.FP16, lowerings)
+    exact = LoweredGraphs(load_graphs(folder, manifest.graphs), Half.FP16)
+    fp32 = run_emulated(manifest, exact, judged, progress)
     known, logits = read_reference(folder, manifest)
     expected = np.concatenate([logits, fp32.logits], axis=1)
     rows = [*encoder.encode(known), *judged]
-    found = run_emulated(manifest, quantized, lowerings, Half.FP16, rows, progress)
-    report = report_on(found, expected, manifest, INT8, rule, lowerings, Half.FP16)
+    found = run_emulated(manifest, graphs, rows, progress)
+    report = report_on(found, expected, manifest, INT8, rule, graphs)
     report.check(Remedy("give more texts as {calibration_data}, or stay with fp16"))
-    new = with_lowered(folder, manifest, INT8, _FOLDER, quantized, lowerings, Half.FP16)
-    return new, report
+    return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
 
 
 def _quantize(name: str, path: Path, inputs: Sequence[Arrays]) -> Any:

@@ -12,7 +12,7 @@ computes it in fp32.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,25 @@ class Lowering:
 
     nodes: frozenset[str] = frozenset()
     tensors: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class LoweredGraphs:
+    """The graphs of a chain, and what is lowered in them.
+
+    Attributes:
+        protos: the fp32 graphs by name, each an `onnx.ModelProto`.
+        half: the format that they are lowered to.
+        lowerings: what is lowered, by graph; graphs without an entry stay in fp32.
+    """
+
+    protos: dict[str, Any]
+    half: Half
+    lowerings: dict[str, Lowering] = field(default_factory=dict)
+
+    def lowering(self, graph: str) -> Lowering:
+        """What is lowered in a graph."""
+        return self.lowerings.get(graph, Lowering())
 
 
 def choose_lowering(

@@ -1,4 +1,4 @@
-"""Exports that are shared, and a way to export without waiting for torch."""
+"""Shared exports, and ways to export quickly or wrongly."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fpabee.exporter import export, segments
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import Graph
 
+from ..conftest import MadeOnce
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def golden_engines(shared_root: Path) -> Mapping[str, Path]:
     """Engines folders of the published checkpoints. Read-only."""
-    root = tmp_path_factory.mktemp("golden")
-    names = ("pabee_bert", "fpabee_albert")
-    return {name: export(GOLDEN / name, root / name).folder for name in names}
+    return MadeOnce(shared_root / "golden", lambda name, folder: export(GOLDEN / name, folder))
 
 
 @pytest.fixture
 def ready_graphs(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets exports of the tiny BERT take their graphs from the export that is already there."""
+    """Lets exports of the tiny BERT take their graphs from an earlier export."""
     # Folders that tests copy are made now, because afterwards no graph can be exported.
     source, _ = (engines[family] for family in ("bert", "albert"))
     graphs = read_manifest(source).graphs

@@ -1,6 +1,6 @@
-"""What the families differ in, from PyTorch to the running engine.
+"""What is special about each family, from PyTorch to the running engine.
 
-`test_multi_exit.py` holds every family against Hugging Face's own forward pass.
+`test_model.py` compares every family with Hugging Face's own forward pass.
 """
 
 from __future__ import annotations
@@ -169,9 +169,7 @@ def test_local_layers_do_not_see_what_is_far(tiny_models: Mapping[str, Path]) ->
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ALIKE])
 @torch.no_grad()
-def test_attention_that_trains_fast_gives_the_same(
-    family: str, tiny_models: Mapping[str, Path]
-) -> None:
+def test_fast_attention_gives_the_same_logits(family: str, tiny_models: Mapping[str, Path]) -> None:
     eager = load_checkpoint(tiny_models[family])
     fast = load_checkpoint(tiny_models[family], attention=None)
     ids = torch.randint(5, 60, (3, 20))
@@ -204,7 +202,7 @@ def test_the_engine_gives_the_models_logits(
     assert together.lengths.tolist() == lengths
     np.testing.assert_allclose(together.logits, np.stack(expected, axis=1), rtol=0, atol=1e-4)
     np.testing.assert_allclose(together.logits, alone, rtol=0, atol=1e-5)
-    # Rows that stop take what they carry with them, and leave the others theirs.
+    # The carried tensors of rows that stop must leave with them, and those of others must stay.
     simulated = simulate(whole.logits, rule, problem_type)
     assert live.exits.tolist() == simulated.exits.tolist()
     assert len(set(live.exits.tolist())) > 1
@@ -212,7 +210,7 @@ def test_the_engine_gives_the_models_logits(
     np.testing.assert_allclose(live.logits[ran], whole.logits[ran], rtol=0, atol=1e-5)
 
 
-def test_roberta_counts_positions_from_its_padding_on(tiny_models: Mapping[str, Path]) -> None:
+def test_roberta_counts_positions_from_its_padding_index(tiny_models: Mapping[str, Path]) -> None:
     backbone = load_checkpoint(tiny_models["roberta"]).backbone
     assert (backbone.config.max_position_embeddings, backbone.config.pad_token_id) == (66, 1)
     assert backbone.max_positions() == 64

@@ -1,4 +1,4 @@
-"""The multi-exit model against a plain Hugging Face forward pass."""
+"""The multi-exit model gives the logits of a plain Hugging Face forward pass."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def bert(tiny_models: Mapping[str, Path], ready_graphs: None) -> Path:
 
 @pytest.mark.parametrize("name", ["pabee_bert", "fpabee_albert"])
 def test_published_checkpoint_gives_its_logits_from_the_engine(
-    name: str, golden_engines: dict[str, Path]
+    name: str, golden_engines: Mapping[str, Path]
 ) -> None:
     rows = json.loads((GOLDEN / name / "expected.json").read_text(encoding="utf-8"))
     texts = [(r["text"], r["text_pair"]) if "text_pair" in r else r["text"] for r in rows]
@@ -186,15 +186,6 @@ def test_max_length_and_task_reach_the_runtime(bert: Path, tmp_path: Path) -> No
     manifest = export(source, tmp_path / "engines", options).manifest
     assert manifest.tokenizer.max_length == 9
     assert manifest.task.problem_type is ProblemType.MULTI_LABEL
-
-
-def test_tokens_that_the_model_does_not_know_are_refused(bert: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(bert, tmp_path / "source"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(GOLDEN / "pabee_bert" / name, source)
-    with pytest.raises(ModelError, match="tokenizer"):
-        export(source, tmp_path / "engines")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.fixture

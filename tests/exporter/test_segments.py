@@ -1,4 +1,4 @@
-"""How a model is cut, and what stands in the ONNX files."""
+"""How a model is cut, and what its ONNX files contain."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ FAMILIES = (
     "deberta-v2",
     "modernbert",
 )
+GOLDEN = ("pabee_bert", "fpabee_albert")
 WIDTH, INNER = 32, 64
 
 
@@ -75,7 +76,7 @@ def messages(message: Any) -> Iterator[Any]:
 
 
 def wide_weights(proto: Any) -> int:
-    """How many weights of a feed-forward part, two a layer, a graph holds."""
+    """The number of feed-forward weights in a graph, two for each layer."""
     weights = [w for w in proto.graph.initializer if "embeddings" not in w.name]
     return sum(tuple(w.dims) in ((WIDTH, INNER), (INNER, WIDTH)) for w in weights)
 
@@ -104,7 +105,7 @@ def test_only_batch_and_sequence_are_dynamic(exported: Exported) -> None:
     assert dims == {"batch", "sequence"}
 
 
-def test_nothing_in_the_files_tells_of_this_machine(exported: Exported) -> None:
+def test_files_reveal_nothing_of_this_machine(exported: Exported) -> None:
     here = [str(Path(place)).encode() for place in (Path(__file__).parents[2], sys.prefix)]
     for path in exported.files.values():
         content = path.read_bytes()
@@ -140,7 +141,7 @@ def test_the_same_graph_has_the_same_bytes(
     assert path.read_bytes() == (engines[family] / manifest.graphs[name].file).read_bytes()
 
 
-def test_what_a_graph_reads_an_earlier_one_gave(exported: Exported) -> None:
+def test_every_input_is_an_output_of_an_earlier_graph(exported: Exported) -> None:
     carried = {"input_ids", "token_type_ids", "attention_bias"}
     for segment in exported.manifest.segments:
         for number, call in enumerate(segment.calls):
@@ -151,7 +152,7 @@ def test_what_a_graph_reads_an_earlier_one_gave(exported: Exported) -> None:
             assert ("logits" in given) is (number == len(segment.calls) - 1)
 
 
-def test_the_last_segment_gives_logits_alone(exported: Exported) -> None:
+def test_the_last_segment_gives_only_logits(exported: Exported) -> None:
     last = exported.manifest.graphs[exported.manifest.segments[-1].calls[-1]]
     assert [spec.name for spec in last.outputs] == ["logits"]
     assert last.outputs[0].shape == ("batch", len(exported.manifest.task.labels))
@@ -176,27 +177,28 @@ def test_each_segment_holds_its_own_layer_and_nothing_else(
     assert [wide_weights(proto) for proto in exported.graphs.values()] == [2, 2, 2]
 
 
-def test_position_bias_is_computed_once(engines: Mapping[str, Path]) -> None:
-    manifest = read_manifest(engines["mpnet"])
-    bias = TensorSpec(name="position_bias", dtype="float32", shape=(1, 4, "sequence", "sequence"))
-    first, *later = manifest.graphs.values()
-    assert "next_position_bias" in [spec.name for spec in first.outputs]
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("mpnet", "position_bias", (1, 4, "sequence", "sequence")),
+        ("modernbert", "rotary", (4, "sequence", 8)),
+    ],
+)
+def test_carried_tensors_are_computed_once(
+    family: str, name: str, shape: tuple[Any, ...], engines: Mapping[str, Path]
+) -> None:
+    exported = load(engines[family])
+    carried = TensorSpec(name=name, dtype="float32", shape=shape)
+    first, *later = exported.manifest.graphs.values()
+    assert f"next_{name}" in [spec.name for spec in first.outputs]
     for graph in later:
-        assert bias in graph.inputs
-        assert "next_position_bias" not in [spec.name for spec in graph.outputs]
+        assert carried in graph.inputs
+        assert f"next_{name}" not in [spec.name for spec in graph.outputs]
+    for proto in exported.graphs.values():
+        assert not {"Cos", "Sin"} & {node.op_type for node in proto.graph.node}
 
 
-def test_rotary_positions_are_computed_once(engines: Mapping[str, Path]) -> None:
-    manifest = read_manifest(engines["modernbert"])
-    rotary = TensorSpec(name="rotary", dtype="float32", shape=(4, "sequence", 8))
-    first, *later = manifest.graphs.values()
-    assert "next_rotary" in [spec.name for spec in first.outputs]
-    assert all(rotary in graph.inputs for graph in later)
-    for graph in load(engines["modernbert"]).graphs.values():
-        assert not {"Cos", "Sin"} & {node.op_type for node in graph.graph.node}
-
-
-def test_no_graph_holds_a_number_that_fp16_cannot(exported: Exported) -> None:
+def test_every_weight_fits_into_fp16(exported: Exported) -> None:
     for proto in exported.graphs.values():
         for tensor in proto.graph.initializer:
             if tensor.data_type == onnx.TensorProto.FLOAT:
@@ -218,11 +220,12 @@ def test_a_shared_block_is_stored_once_and_called_for_each_layer(
 
 
 def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
-    engines: Mapping[str, Path], golden_engines: dict[str, Path]
+    engines: Mapping[str, Path], golden_engines: Mapping[str, Path]
 ) -> None:
     first = {
         name: [spec.name for spec in next(iter(read_manifest(folder).graphs.values())).inputs]
-        for name, folder in {**{n: engines[n] for n in FAMILIES}, **golden_engines}.items()
+        for made, names in ((engines, FAMILIES), (golden_engines, GOLDEN))
+        for name, folder in ((name, made[name]) for name in names)
     }
     assert first == {
         "bert": ["input_ids", "token_type_ids", "attention_bias"],
@@ -247,17 +250,23 @@ def test_cut_at_fewer_exits_joins_their_layers(tiny_models: Mapping[str, Path]) 
     assert module.outputs == ("logits",)
 
 
-def test_shared_cut_at_fewer_exits_calls_the_block_more_often(
-    tiny_models: Mapping[str, Path],
+@pytest.mark.parametrize(
+    ("groups", "exits", "calls"),
+    [
+        (1, (2,), [("embeddings", "block_01", "block_01", "block_01", "block_01", "head_01")]),
+        (
+            2,
+            (1, 2),
+            [
+                ("embeddings", "block_01", "block_01", "block_02", "head_01"),
+                ("block_02", "head_02"),
+            ],
+        ),
+    ],
+)
+def test_shared_layers_are_called_once_for_each_layer(
+    groups: int, exits: tuple[int, ...], calls: list[tuple[str, ...]]
 ) -> None:
-    cut = segments.cut(load_checkpoint(tiny_models["albert"]), (1, 3))
-    assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [
-        (1, 1, ("embeddings", "block_01", "head_01")),
-        (2, 3, ("block_01", "block_01", "head_02")),
-    ]
-
-
-def test_groups_of_shared_layers_are_stored_once_each() -> None:
     config = AlbertConfig(
         vocab_size=64,
         embedding_size=8,
@@ -265,12 +274,9 @@ def test_groups_of_shared_layers_are_stored_once_each() -> None:
         num_hidden_layers=4,
         intermediate_size=24,
         num_attention_heads=2,
-        num_hidden_groups=2,
+        num_hidden_groups=groups,
     )
     model = MultiExitModel(build_encoder(config), MultiExitConfig((3, 4), ("a", "b"))).eval()
-    cut = segments.cut(model, (1, 2))
-    assert list(cut.modules) == ["embeddings", "block_01", "block_02", "head_01", "head_02"]
-    assert [segment.calls for segment in cut.segments] == [
-        ("embeddings", "block_01", "block_01", "block_02", "head_01"),
-        ("block_02", "head_02"),
-    ]
+    cut = segments.cut(model, exits)
+    assert [segment.calls for segment in cut.segments] == calls
+    assert set(cut.modules) == {name for part in calls for name in part}

@@ -132,7 +132,7 @@ def test_tokens_are_those_of_the_familys_own_tokenizer(
     assert ("token_type_ids" in spec.inputs) is has_types
 
 
-def test_the_runtime_is_told_what_it_must_know(
+def test_the_record_describes_the_tokenizer(
     source: Path, model: MultiExitModel, tmp_path: Path
 ) -> None:
     with_vocabulary(source)
@@ -143,7 +143,7 @@ def test_the_runtime_is_told_what_it_must_know(
     assert spec.sha256 == sha256_of(tmp_path / spec.file)
 
 
-def test_limit_of_the_model_holds_where_the_tokenizer_has_none(
+def test_the_model_limits_the_length_if_the_tokenizer_does_not(
     source: Path, model: MultiExitModel, tmp_path: Path
 ) -> None:
     path = source / "tokenizer_config.json"
@@ -172,9 +172,7 @@ def test_impossible_max_length_is_refused_with_the_range(
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "none": (without_tokenizer, "no tokenizer"),
     "configuration only": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
-    "not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "no tokenizer"),
     "empty object": (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer"),
     "configuration is a list": (
         lambda f: (f / "tokenizer_config.json").write_text("[]"),
@@ -199,7 +197,7 @@ def test_missing_or_damaged_tokenizer_is_refused(
 def test_a_panic_of_the_library_is_refused(
     source: Path, model: MultiExitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no Exception, and cannot be imported."""
+    """It is not an Exception, and cannot be imported."""
 
     class PanicException(BaseException):
         pass

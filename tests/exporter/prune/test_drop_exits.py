@@ -263,30 +263,6 @@ def test_impossible_settings_are_refused(
     assert not new.exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--from", "e", "--exits", "2"), "--output"),
-        (("--from", "e", "--exits", "auto", "-o", "n"), "not a list of numbers"),
-        (
-            ("--from", "e", "--exits", "2", "-o", "n", "--fp16"),
-            "--fp16 cannot be used with --from and --exits",
-        ),
-        (
-            ("--from", "e", "--exits", "2", "-o", "n", "--max-length", "9"),
-            "--max-length cannot be used with --from",
-        ),
-        (("m", "--exits", ""), "not a list of numbers"),
-        (("m", "--target", "fast"), "--target can be used only with --from and --exits"),
-        (("--from", "e", "--exits", "two", "-o", "n"), "not a list of numbers"),
-    ],
-)
-def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
 def test_a_merge_that_changes_the_model_leaves_nothing(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
