@@ -102,7 +102,7 @@ def test_a_table_compares_the_points_for_people(calibrated: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert "2 of 3 exits kept, after layers 2, 3" in result.stdout
     assert "of the PyTorch model" in result.stdout
-    assert "the last exit is gone" not in result.stdout
+    assert "the last exit was dropped" not in result.stdout
     for word in ("careful", "usual", "before", "after"):
         assert word in result.stdout
     assert not re.search(r"\d\.\d+x|over old|speed-up", result.stdout), "times are not compared"
@@ -117,11 +117,11 @@ def test_a_table_compares_the_points_for_people(calibrated: Path, tmp_path: Path
     [
         (
             "1,2,3",
-            "all exits are kept\ncalibrated again on the same rows: careful, usual",
+            "all exits are kept; calibrated again on the same rows: careful, usual",
             "before",
         ),
-        ("1,2", "the last exit is gone: full depth is layer 2 now", "all exits are kept"),
-        ("3", "1 of 3 exits kept, after layers 3", "the last exit is gone"),
+        ("1,2", "the last exit was dropped: full depth is now layer 2", "all exits are kept"),
+        ("3", "1 of 3 exits kept, after layers 3", "the last exit was dropped"),
     ],
 )
 def test_what_else_is_said_for_people(
@@ -174,8 +174,8 @@ def test_a_goal_for_speed_that_fewer_exits_cannot_meet_is_lost_alone(
     new = tmp_path / "new"
     result = run("--from", calibrated, "--exits", "2,3", "-o", new, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "not valid any more: quick of onnxruntime-fp32: " in result.stdout
-    assert "default, where no point is named: careful (before: quick)" in result.stdout
+    assert "no longer valid: quick of onnxruntime-fp32: " in result.stdout
+    assert "default operating point: careful (before: quick)" in result.stdout
     made = read_manifest(new).targets["onnxruntime-fp32"]
     assert set(made.operating_points) == {"careful", "usual"}
     assert made.default_operating_point == "careful"
@@ -238,7 +238,7 @@ def test_a_point_whose_rows_are_gone_is_named(calibrated: Path, tmp_path: Path) 
     shutil.rmtree(calibrated / "calibration")
     result = run("--from", calibrated, "--exits", "1,3", "-o", tmp_path / "new", *QUICK)
     assert result.exit_code == 0, result.output
-    assert "not valid any more: usual of onnxruntime-fp32: its rows are not in" in result.stdout
+    assert "no longer valid: usual of onnxruntime-fp32: its rows are not in" in result.stdout
 
 
 def assert_one_error(result: Result, *parts: str) -> None:

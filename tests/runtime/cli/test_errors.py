@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import string
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from fpabee.runtime.cli.errors import exits_with_one_line, in_terms_of_options
 from fpabee.runtime.errors import Call, InputError, Remedy
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = (
-    "fpabee.exporter.cli.train",
-    "fpabee.exporter.cli.export",
-    "fpabee.exporter.cli.bench",
-    "fpabee.calibration.cli",
-    "fpabee.runtime.cli.run",
-    "fpabee.runtime.cli.inspect",
-)
+COMMANDS = {
+    "train": "fpabee.exporter.cli.train",
+    "export": "fpabee.exporter.cli.export",
+    "bench": "fpabee.exporter.cli.bench",
+    "calibrate": "fpabee.calibration.cli",
+    "run": "fpabee.runtime.cli.run",
+    "inspect": "fpabee.runtime.cli.inspect",
+}
 
 
 @click.group()
@@ -83,28 +84,44 @@ def test_calls_become_commands(call: Call, expected: str) -> None:
 PYTHON_ONLY = {"bound", "goals"}
 
 
-def test_every_parameter_in_a_remedy_is_an_option_of_some_command() -> None:
-    options = {
+def _nodes(name: str) -> Iterator[tuple[Path, ast.Call]]:
+    """Everything in the packages that creates a `Remedy` or a `Call`."""
+    for package in ("exporter", "runtime", "calibration"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name:
+                    yield path.relative_to(ROOT), node
+
+
+def _options(module: str) -> set[str]:
+    """Parameters of a command, by their names and as their options are spelled."""
+    parameters = import_module(module).main.params
+    return {
         name
-        for module in COMMANDS
-        for option in import_module(module).main.params
-        for name in (option.name, *(flag.lstrip("-").replace("-", "_") for flag in option.opts))
+        for parameter in parameters
+        for name in (parameter.name, *(o.lstrip("-").replace("-", "_") for o in parameter.opts))
     }
+
+
+def test_every_parameter_in_a_remedy_is_an_option_of_some_command() -> None:
+    known = PYTHON_ONLY.union(*map(_options, COMMANDS.values()))
     unknown = {
-        f"{path.relative_to(ROOT)}: {field}"
-        for package in ("exporter", "runtime", "calibration")
-        for path in (ROOT / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Remedy"
-        for field in _parameters(node)
-        if field not in options | PYTHON_ONLY
+        f"{path}: {field}"
+        for path, node in _nodes("Remedy")
+        if node.args and isinstance(node.args[0], ast.Constant)
+        for _, field, _, _ in string.Formatter().parse(str(node.args[0].value))
+        if field and field not in known | {keyword.arg for keyword in node.keywords}
     }
     assert unknown == set()
 
 
-def _parameters(remedy: ast.Call) -> set[str]:
-    """Fields of a remedy whose text is written in place, without those that have values."""
-    if not remedy.args or not isinstance(remedy.args[0], ast.Constant):
-        return set()
-    fields = {field for _, field, _, _ in string.Formatter().parse(str(remedy.args[0].value))}
-    return {field for field in fields if field} - {keyword.arg for keyword in remedy.keywords}
+def test_every_call_in_a_remedy_is_a_command_with_its_options() -> None:
+    for path, node in _nodes("Call"):
+        if not isinstance(node.args[0], ast.Constant):
+            continue  # another class of that name
+        words = in_terms_of_options(
+            InputError("", Remedy("{call}", call=Call(str(node.args[0].value))))
+        ).split()
+        options = _options(COMMANDS[words[1].removeprefix("fpabee-")])
+        given = {keyword.arg for keyword in node.keywords if keyword.arg}
+        assert given <= options, f"{path}, line {node.lineno}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import subprocess
@@ -31,40 +30,34 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, "--input", source)
+    result = run(bert, source)
     with Engine.load(bert) as engine:
         predictions = engine.predict(TEXTS)
-    expected = [
-        {
+    for index, (record, prediction) in enumerate(zip(result.records, predictions, strict=True)):
+        assert record.pop("score") == pytest.approx(prediction.scores[0], abs=1e-5)
+        assert record.pop("truncated", False) == prediction.truncated == (index == 4)
+        assert record == {
             "index": index,
             "label": prediction.labels[0],
-            "score": pytest.approx(prediction.scores[0], abs=1e-5),
             "exit": prediction.exit,
             "layer": prediction.layer,
         }
-        for index, prediction in enumerate(predictions)
-    ]
-    expected[-1]["truncated"] = True
     assert result.code == 0
-    assert result.records == expected
 
 
-def test_a_check_that_passes_is_said(run: Run, bert: Path, source: Path) -> None:
+def test_a_check_that_passes_is_reported(run: Run, bert: Path, source: Path) -> None:
     texts, _ = read_reference(bert, read_manifest(bert))
-    result = run(bert, "--input", source, "--check")
-    assert result.code == 0
-    (line,) = [line for line in result.err.splitlines() if "reproduces" in line]
-    said = f"onnxruntime-fp32 reproduces the exported model: {len(texts)} reference texts, "
-    assert line.startswith(f"{said}largest difference of a logit ")
+    (line,) = [x for x in run(bert, source, "--check").err.splitlines() if "reproduces" in x]
+    assert line.startswith("onnxruntime-fp32 reproduces the exported model: ")
+    assert f" {len(texts)} reference texts" in line
     assert float(line.split()[-1]) < 1e-4
-    assert run(bert, "--input", source, "--check", "--quiet").err == ""
-    summary = json.loads(run(bert, "--input", source, "--check", "--json").err)
-    assert summary["check"]["rows"] == len(texts)
-    assert "check" not in json.loads(run(bert, "--input", source, "--json").err)
+    assert run(bert, source, "--check", "--quiet").err == ""
+    assert json.loads(run(bert, source, "--check", "--json").err)["check"]["rows"] == len(texts)
+    assert "check" not in json.loads(run(bert, source, "--json").err)
 
 
 def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:
-    result = run(engines["mpnet"], "--input", source, "--full-depth")
+    result = run(engines["mpnet"], source, "--full-depth")
     with Engine.load(engines["mpnet"]) as engine:
         predictions = engine.predict(TEXTS, full_depth=True)
     assert len({prediction.labels for prediction in predictions}) > 1
@@ -80,7 +73,7 @@ def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Pat
         {"text": "the film", "text_pair": "a bad plot", "id": "ü7", "extra": {"a": [1, None]}},
         {"text": "the film", "id": 10**30, "label": "music"},
     )
-    plain, with_text = run(bert, "--input", source), run(bert, "--input", source, "--with-text")
+    plain, with_text = run(bert, source), run(bert, source, "--with-text")
     with Engine.load(bert) as engine:
         pair, single = engine.predict([("the film", "a bad plot"), "the film"])
     first, second = plain.records
@@ -94,18 +87,8 @@ def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Pat
     assert [r.get("text_pair") for r in with_text.records] == ["a bad plot", None]
 
 
-def test_our_results_are_not_hidden_by_fields_of_the_input(
-    run: Run, bert: Path, tmp_path: Path
-) -> None:
-    taken = {"index": "theirs", "score": "theirs", "exit": "theirs", "layer": "theirs"}
-    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"text": "rain", **taken})
-    _, record = run(bert, "--input", source).records
-    assert record["index"] == 1
-    assert "theirs" not in record.values()
-
-
 def test_all_scores(run: Run, bert: Path, source: Path) -> None:
-    for record in run(bert, "--input", source, "--all-scores").records:
+    for record in run(bert, source, "--all-scores").records:
         scores = record["all_scores"]
         assert list(scores) == ["music", "weather", "alarm", "travel"]
         assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
@@ -114,7 +97,7 @@ def test_all_scores(run: Run, bert: Path, source: Path) -> None:
 
 
 def test_standard_input(run: Run, bert: Path, source: Path) -> None:
-    from_file = run(bert, "--input", source, "--quiet")
+    from_file = run(bert, source, "--quiet")
     as_text = run(bert, "--input", "-", "--quiet", stdin=source.read_bytes())
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     as_json = run(bert, "--input", "-", "--quiet", stdin=lines)
@@ -125,31 +108,13 @@ def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     assert said.out != from_file.out
 
 
-def test_compressed_input(run: Run, bert: Path, source: Path) -> None:
-    packed = source.with_name("texts.txt.gz")
-    packed.write_bytes(gzip.compress(source.read_bytes()))
-    assert run(bert, "--input", packed).out == run(bert, "--input", source).out
-
-
 def test_output_file(run: Run, bert: Path, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     output.write_text("old")
-    to_file = run(bert, "--input", source, "--output", output, "--quiet")
+    to_file = run(bert, source, "--output", output, "--quiet")
     assert to_file == Result(0, "", "")
-    assert output.read_text(encoding="utf-8") == run(bert, "--input", source).out
+    assert output.read_text(encoding="utf-8") == run(bert, source).out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.txt"]
-
-
-def test_a_failed_run_leaves_the_output_file_as_it_was(
-    run: Run, bert: Path, tmp_path: Path
-) -> None:
-    source = write_lines(tmp_path / "in.jsonl", {"text": "a"}, {"no": "text"})
-    output = tmp_path / "out.jsonl"
-    check_refused(run(bert, "--input", source, "--output", output), "line 2")
-    assert not output.exists()
-    output.write_text("old")
-    check_refused(run(bert, "--input", source, "--output", output), "line 2")
-    assert output.read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +138,7 @@ def test_a_failed_run_leaves_the_output_file_as_it_was(
     ids=str,
 )
 def test_rules(run: Run, bert: Path, source: Path, options: list[str], rule: Any) -> None:
-    result = run(bert, "--input", source, *options)
+    result = run(bert, source, *options)
     with Engine.load(bert) as engine:
         predictions = engine.predict(TEXTS, rule=rule)
     assert [(r["exit"], r["label"]) for r in result.records] == [
@@ -182,7 +147,7 @@ def test_rules(run: Run, bert: Path, source: Path, options: list[str], rule: Any
 
 
 def test_full_depth(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, "--input", source, "--full-depth")
+    result = run(bert, source, "--full-depth")
     assert [record["exit"] for record in result.records] == [3] * len(TEXTS)
     assert "full depth" in result.err
     assert "calibrated" not in result.err
@@ -193,21 +158,21 @@ def test_operating_point(
 ) -> None:
     folder = engine_copy("bert")
     set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
-    result = run(folder, "--input", source, "--operating-point", "fast")
+    result = run(folder, source, "--operating-point", "fast")
     assert {record["exit"] for record in result.records} == {1}
     assert "operating point fast: rule budget (exit 1)" in result.err
     assert "calibrated" not in result.err
-    result = run(folder, "--input", source)
+    result = run(folder, source)
     assert {record["exit"] for record in result.records} == {3}
     assert "operating point safe" in result.err
-    result = run(folder, "--input", source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
+    result = run(folder, source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
     assert "operating points of onnxruntime-fp32: fast, safe" in result.err
-    refused = run(folder, "--input", source, "--operating-point", "slow")
+    refused = run(folder, source, "--operating-point", "slow")
     check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
 
 
 def test_a_threshold_for_each_exit(run: Run, bert: Path, source: Path) -> None:
-    options = ("--input", source, "--rule", "entropy", "--threshold")
+    options = (source, "--rule", "entropy", "--threshold")
     result = run(bert, *options, "0,9,9")
     assert {record["exit"] for record in result.records} == {2}
     refused = run(bert, *options, "0,9")
@@ -215,19 +180,13 @@ def test_a_threshold_for_each_exit(run: Run, bert: Path, source: Path) -> None:
 
 
 def test_max_length(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, "--input", source, "--max-length", "4")
-    assert [record.get("truncated", False) for record in result.records] == [
-        True,
-        False,
-        False,
-        True,
-        True,
-    ]
+    result = run(bert, source, "--max-length", "4")
+    assert ["truncated" in record for record in result.records] == [True, False, False, True, True]
     assert "3 truncated" in result.err
 
 
 def test_summary(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, "--input", source, "--rule", "budget", "--exit", "2", "--threads", "1")
+    result = run(bert, source, "--rule", "budget", "--exit", "2", "--threads", "1")
     assert "5 rows in" in result.err
     assert "onnxruntime-fp32, rule budget (exit 2)" in result.err
     assert "mean depth 2.00 of 3 layers, saving 33.3%" in result.err
@@ -240,9 +199,9 @@ def test_summary(run: Run, bert: Path, source: Path) -> None:
 
 def test_summary_in_json(run: Run, bert: Path, source: Path) -> None:
     options = ("--rule", "budget", "--exit", "2", "--json")
-    result = run(bert, "--input", source, *options)
+    result = run(bert, source, *options)
     assert result.code == 0
-    assert result.out == run(bert, "--input", source, *options, "--quiet").out
+    assert result.out == run(bert, source, *options, "--quiet").out
     content = json.loads(result.err)
     assert content.pop("seconds") > 0
     assert content.pop("rows_per_second") > 0
@@ -266,7 +225,7 @@ def test_summary_in_json_of_labelled_and_bad_rows(run: Run, bert: Path, tmp_path
     rows = [{"text": "rain", "label": "weather"}, {"text": 1}]
     source = write_lines(tmp_path / "in.jsonl", *rows)
     options = ("--metrics", "--on-error", "skip", "--full-depth", "--json")
-    content = json.loads(run(bert, "--input", source, *options).err)
+    content = json.loads(run(bert, source, *options).err)
     assert (content["rows"], content["errors"], content["rule"]) == (2, 1, None)
     assert content["metrics"]["accuracy"] in (0.0, 1.0)
     assert content["mean_depth"] == 3.0
@@ -282,15 +241,15 @@ def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
     truth = [*found[:3], "weather", "alarm"]
     rows = [{"text": t, "label": label} for t, label in zip(TEXTS, truth, strict=True)]
     source = write_lines(tmp_path / "in.jsonl", *rows)
-    result = run(bert, "--input", source, "--metrics", "--full-depth", "--quiet")
+    result = run(bert, source, "--metrics", "--full-depth", "--quiet")
     assert result.code == 0
     assert result.err == (
         f"accuracy {accuracy_score(truth, found):.4f}, "
         f"macro_f1 {f1_score(truth, found, average='macro', zero_division=0):.4f}, "
         f"matthews {matthews_corrcoef(truth, found):.4f}\n"
     )
-    assert "accuracy" in run(bert, "--input", source, "--metrics").err
-    assert "accuracy" not in run(bert, "--input", source).err
+    assert "accuracy" in run(bert, source, "--metrics").err
+    assert "accuracy" not in run(bert, source).err
 
 
 def test_multi_label_metrics(run: Run, engines: Mapping[str, Path], tmp_path: Path) -> None:
@@ -298,19 +257,19 @@ def test_multi_label_metrics(run: Run, engines: Mapping[str, Path], tmp_path: Pa
         found = [list(p.labels) for p in engine.predict(TEXTS, full_depth=True)]
     rows = [{"text": text, "labels": names} for text, names in zip(TEXTS, found, strict=True)]
     source = write_lines(tmp_path / "in.jsonl", *rows)
-    result = run(engines["mpnet"], "--input", source, "--metrics", "--full-depth", "--quiet")
+    result = run(engines["mpnet"], source, "--metrics", "--full-depth", "--quiet")
     assert result.err.startswith("exact_match 1.0000, micro_f1 1.0000, macro_f1 ")
 
 
 def test_a_bug_keeps_its_traceback(
-    run: Run, bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Engine, "stream", bug)
     with pytest.raises(ZeroDivisionError):
-        main([str(bert), "--input", str(source)])
+        main([str(bert), str(source)])
 
 
 COMMAND = [sys.executable, "-c", "from fpabee.runtime.cli.run import main; main()"]
@@ -319,7 +278,7 @@ COMMAND = [sys.executable, "-c", "from fpabee.runtime.cli.run import main; main(
 def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"text": "é", "id": "東京"})
     done = subprocess.run(
-        [*COMMAND, bert, "--input", source, "--with-text"],
+        [*COMMAND, bert, source, "--with-text"],
         capture_output=True,
         check=True,
         env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -335,29 +294,26 @@ def test_a_reader_that_stops_early_is_no_error(
 ) -> None:
     source = tmp_path / "in.txt"
     source.write_text("rain\n" * 9000)
-    command = [*COMMAND, str(bert), "--input", str(source), "--quiet"]
-    command += ["--output-format", output_format]
+    command = [*COMMAND, bert, source, "--quiet", "--output-format", output_format]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        # As head does: more is written than a pipe holds, and nobody reads on.
-        head = subprocess.run(
-            ["head", "-n", "2"], stdin=process.stdout, capture_output=True, check=True
-        )
         assert process.stdout is not None
-        process.stdout.close()
         assert process.stderr is not None
+        # As head does: more is written than a pipe holds, and nobody reads on.
+        assert process.stdout.readline()
+        process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-    assert len(head.stdout.splitlines()) == 2
 
 
-def test_an_error_midway_keeps_the_rows_done_and_names_them(
+def test_an_error_midway_keeps_the_old_output_and_the_rows_done(
     run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 1)
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"text": "rain"}\n{"text": "sun"}\n{"text": 5}\n')
-    result = run(bert, "--input", source, "--output", tmp_path / "out.jsonl")
-    partial = tmp_path / "out.jsonl.partial"
-    check_refused(result, "line 3", f"2 finished rows are in {partial}")
-    assert not (tmp_path / "out.jsonl").exists()
+    source = write_lines(tmp_path / "in.jsonl", {"text": "rain"}, {"text": "sun"}, {"text": 5})
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    output.write_text("old")
+    check_refused(
+        run(bert, source, "--output", output), "line 3", f"2 finished rows are in {partial}"
+    )
+    assert output.read_text() == "old"
     assert [json.loads(line)["index"] for line in partial.read_text().splitlines()] == [0, 1]
