@@ -52,15 +52,15 @@ class Place:
     patch: pytest.MonkeyPatch
     stdin: bytes = field(default=b"")
 
-    def model(self, change: Change, family: str = "bert") -> Path:
+    def model(self, change: Change) -> Path:
         """A copy of a tiny model, changed."""
-        folder = Path(shutil.copytree(self.models[family], self.root / "model"))
+        folder = Path(shutil.copytree(self.models["bert"], self.root / "model"))
         change(folder)
         return folder
 
-    def engines(self, change: Change = lambda _: None, family: str = "bert") -> Path:
+    def engines(self, change: Change = lambda _: None) -> Path:
         """A copy of an engines folder, changed."""
-        folder = Path(shutil.copytree(self.shared[family], self.root / "engines"))
+        folder = Path(shutil.copytree(self.shared["bert"], self.root / "engines"))
         change(folder)
         return folder
 

@@ -106,9 +106,7 @@ def interrupted(settings: str, *options: object) -> Make:
 OUTPUTS = [
     Case("a folder", out("out.jsonl", folder="out.jsonl"), "out.jsonl", "--output"),
     Case("in no folder", out("none/a\nb.jsonl"), r"none/a\nb.jsonl", "--output"),
-    Case("below a file", out("texts.txt/out.jsonl"), "texts.txt/out.jsonl", "--output"),
     Case("a name too long for .partial", out("a" * 244 + ".jsonl"), "--output"),
-    Case("a name that is too long", out("a" * 300), "File name too long"),
     Case("a link to nowhere", out("out.jsonl", link="none/x"), "out.jsonl", "--output"),
     Case("its .run is a folder", out("out.jsonl", folder="out.jsonl.partial.run"), "--output"),
     Case("a full device", run("--output", "/dev/full"), "/dev/full", "No space left"),
@@ -144,7 +142,6 @@ SETTINGS = [
     Case("an infinite threshold", run("--threshold", "1e400"), "threshold", "inf"),
     Case("1000 thresholds", run("--threshold", ",".join("1" * 1000)), "1000", "3"),
     Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
-    Case("a measure without its threshold", run("--measure", "jsd"), "threshold"),
     Case("a setting of another rule", run("--rule", "pabee", "--patience", 1, "--threshold", 1),
          "pabee", "threshold"),
     Case("exit 10^30", run(*BUDGET, "--exit", 10**30), str(10**30), "3"),
@@ -154,10 +151,7 @@ SETTINGS = [
          command("bench", "--depth", 0.5, "--rule", "pabee", "--patience", 1), "pabee"),
     Case("another model to compare with",
          lambda p: [*command("bench")(p), "--model-dir", p.models["albert"]], "--model-dir"),
-    Case("no model to compare with", command("bench", "--model-dir", "none"), "none"),
-    Case("a model of a name too long", lambda p: p.export("a" * 300), "File name too long"),
     Case("no folder to inspect", lambda p: ["inspect", p.root / "none"], "none", "fpabee-export"),
-    Case("a model to inspect", lambda p: ["inspect", p.models["bert"]], "manifest.json"),
 ]  # fmt: skip
 
 # What is given, and what the message names.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -95,14 +94,6 @@ def test_an_odd_input_is_read(
     assert summary["truncated"] == sum(truncated)
 
 
-def test_many_columns_are_passed_through(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    values = {"text": "text", **{f"column {number}": str(number) for number in range(5000)}}
-    source = place.file("in.csv", f"{','.join(values)}\n{','.join(values.values())}\n")
-    output = place.root / "out.jsonl"
-    assert execute(place.run(source, "--with-text", "--output", output), place, capfd).code == 0
-    assert json.loads(output.read_text()).items() >= values.items()
-
-
 DEEP = "[" * 99 + "]" * 99
 
 
@@ -117,29 +108,3 @@ def test_odd_values_are_passed_through(
     assert (outcome.code, outcome.err) == (0, "")
     if name == "out.jsonl":
         assert json.loads(output.read_text())["x"] == json.loads(value)
-
-
-# What each format writes around a text.
-FORMATS = {
-    "in.txt": ("", "{}\n"),
-    "in.jsonl": ("", '{{"text": "{}"}}\n'),
-    "in.csv": ("text\r\n", '"{}"\r\n'),
-    "in.tsv": ("id\ttext\n", "1\t{}\n"),
-}
-
-
-def test_every_format_gives_the_same_records(
-    place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    chosen = random.Random(7)
-    alphabet = ("film", "rain", "عربى", "é", "\U0001f469\u200d\U0001f467", "\u200f", ";", "[", "'")
-    texts = [" ".join(chosen.choices(alphabet, k=chosen.randint(1, 9))) for _ in range(64)]
-    found = []
-    for name, (header, row) in FORMATS.items():
-        source = place.file(name, header + "".join(row.format(text) for text in texts))
-        outcome = execute(place.run(source, "--with-text"), place, capfd)
-        assert outcome.code == 0, outcome.err
-        records = [json.loads(line) for line in outcome.out.splitlines()]
-        found.append([{k: v for k, v in record.items() if k != "id"} for record in records])
-        assert [record["text"] for record in records] == texts
-    assert found == [found[0]] * len(FORMATS)
