@@ -294,7 +294,7 @@ def test_a_reader_that_stops_early_is_no_error(
 ) -> None:
     source = tmp_path / "in.txt"
     source.write_text("rain\n" * 9000)
-    command = [*COMMAND, bert, source, "--quiet", "--output-format", output_format]
+    command = [*COMMAND, str(bert), str(source), "--quiet", "--output-format", output_format]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
