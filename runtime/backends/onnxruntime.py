@@ -21,7 +21,6 @@ from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
 from .buffers import BufferName, Buffers, Hidden, crop_of, shape_of
 from .onnxruntime_session import (
-    DISABLED_OPTIMIZERS,
     check_installed,
     cpu_session,
     is_out_of_memory,
@@ -114,7 +113,7 @@ class OnnxRuntimeBackend(Backend[_CpuBuffers]):
         file = self._file(name)
         path = verified_graph(self._folder, file.file, file.sha256)
         try:
-            session = cpu_session(path, session_options(self._threads), DISABLED_OPTIMIZERS)
+            session = cpu_session(path, session_options(self._threads))
         except ort_errors() as error:
             raise ArtifactError(
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {first_line(error)}",
