@@ -113,7 +113,7 @@ class ExitRule(ABC):
                 value = value.tolist()
             if isinstance(value, list):
                 value = tuple(value)
-            check = _CHECKS[str(field.type)]
+            check = _CHECKS.get(str(field.type), _unchecked)
             object.__setattr__(self, field.name, check(f"{self.name}: {field.name}", value))
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
@@ -358,7 +358,11 @@ def _measure(what: str, value: Any) -> Measure:
         raise RuleError(f"measure {value!r} does not exist", f"choose from {known}") from None
 
 
-# How a setting is checked, by its annotation.
+def _unchecked(what: str, value: Any) -> Any:
+    return value
+
+
+# How a setting is checked, by its annotation; a rule may check settings of other types itself.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "int": _whole_number,
     "int | None": lambda what, value: None if value is None else _whole_number(what, value),

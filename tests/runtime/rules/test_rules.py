@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -25,10 +26,12 @@ from fpabee.runtime import (
     ExitRule,
     FPabee,
     Measure,
+    Outputs,
     Pabee,
     Pcee,
     ProblemType,
     RuleError,
+    Signal,
     simulate,
 )
 from fpabee.runtime.rules.base import ThresholdRule
@@ -437,3 +440,16 @@ def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
         exits.reverse()
     assert (exits[0] >= exits[1]).all()
     assert (exits[1] >= exits[2]).all()
+
+
+def test_a_rule_of_the_users_own_may_have_settings_of_any_type() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class ByName(ExitRule):
+        name: ClassVar[str] = "by-name"
+        wanted: frozenset[str] = frozenset()
+
+        def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+            return Signal(None, np.ones(len(now.logits), np.bool_))
+
+    assert ByName(wanted=frozenset("a")).wanted == {"a"}
+    assert simulate(np.zeros((2, 3, 2)), ByName(), SINGLE).exits.tolist() == [1, 1, 1]
