@@ -32,7 +32,7 @@ from fpabee.exporter.bench import (
 )
 from fpabee.runtime import Engine, FPabee, read_rows
 
-SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.45, 0.6, 0.75, 0.9)
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
@@ -77,7 +77,7 @@ def measure(engines: Path, model_dir: str, data: Path, output: Path) -> None:
             rule = threshold_for_depth(
                 trace.logits, FPabee(threshold=0.0), task.problem_type, layers, share * layers[-1]
             )
-            options = BenchOptions(rule, shapes=(), max_rows=100, model_dir=model_dir)
+            options = BenchOptions(rule, repeats=3, shapes=(), max_rows=60, model_dir=model_dir)
             report = run_bench(engines, texts, options)
             single, score = report.workloads[0], accuracy(rule=rule)
             times = {

@@ -51,12 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("thorough" if config.getoption("--all") else "fast")
 
 
+# Families whose encoders are those of another family that the fast tests cover.
+_NEAR_COPIES = ("xlm-roberta", "camembert", "electra")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--all") or "slow" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="slow: runs with --all or -m slow")
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords or any(family in item.name for family in _NEAR_COPIES):
             item.add_marker(skip)
 
 

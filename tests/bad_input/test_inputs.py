@@ -77,7 +77,7 @@ ENCODINGS = [
 ]  # fmt: skip
 
 JSON = [
-    Case("an empty line", line(""), "in.jsonl, line 2", '"text"'),
+    Case("an empty line", line(""), "in.jsonl, line 2", "JSON"),
     Case("a plain text", line("plain"), "line 2", "JSON"),
     Case("an array", line('[{"text": "a"}]'), "line 2", "jq -c '.[]'"),
     Case("an array over several lines", given("in.json", '[\n{"text": "a"}\n]\n'), "jq -c '.[]'"),

@@ -166,6 +166,7 @@ def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to(
     assert abs(np.mean(misses)) < 0.5
 
 
+@pytest.mark.slow
 def test_a_goal_is_met_although_thousands_of_settings_compete(make_rows: Make) -> None:
     """The best by its own estimate would lose about 1.8 where 1 is asked, and 3.3 where 2 is."""
     population = make_rows(count=20_000, seed=7)

@@ -42,6 +42,7 @@ def population(
     return found.astype(np.float32), (np.array(stops) / rows.exits).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("risk_of", "risk"), [("disagreement", 0.05), ("drop", 0.05)])
 def test_the_guarantee_holds_on_a_population_with_known_risk(
     make_rows: Callable[..., LabelledLogits], risk_of: str, risk: float

@@ -50,6 +50,7 @@ def test_every_target_has_a_name(targets: dict[str, Target]) -> None:
     assert set(NAMES) == set(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_changed_files_are_read_or_refused(name: str, targets: dict[str, Target]) -> None:

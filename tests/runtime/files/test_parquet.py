@@ -20,7 +20,7 @@ from fpabee.runtime.errors import InputError, MissingExtraError, RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
 
 # An example starts a process.
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=10, deadline=None)
 
 
 def write(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None = None) -> Path:
