@@ -138,7 +138,7 @@ def picture(content: dict[str, Any], theme: Theme) -> Figure:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(theme.ink)
-    axes.legend(frameon=False, labelcolor=theme.ink, loc="lower center")
+    figure.legend(frameon=False, labelcolor=theme.ink, loc="outside lower center", ncols=3)
     return figure
 
 
