@@ -229,4 +229,4 @@ def test_standard_streams_that_are_closed_or_full(
         ["sh", "-c", shell, sys.executable, PROGRAM], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
-    check_message(done.stderr, Case(redirection, lambda _: [], *facts))
+    check_message(done.stderr, Case(redirection, lambda _: [], *facts), place)
