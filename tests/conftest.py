@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import msgspec
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -51,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("thorough" if config.getoption("--all") else "fast")
 
 
-# Families whose encoders are those of another family that the fast tests cover.
-_NEAR_COPIES = ("xlm-roberta", "camembert", "electra")
+# Families whose encoders are those of another family. Their exports, which take seconds, are slow.
+_NEAR_COPIES = ("roberta", "xlm-roberta", "camembert", "electra")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="slow: runs with --all or -m slow")
     for item in items:
-        if "slow" in item.keywords or any(family in item.name for family in _NEAR_COPIES):
+        exports = "engines" in getattr(item, "fixturenames", ())
+        if "slow" in item.keywords or (exports and any(f in item.name for f in _NEAR_COPIES)):
             item.add_marker(skip)
 
 
@@ -76,119 +77,93 @@ class _Tiny:
     config: dict[str, Any]
 
 
-_ROBERTA_LIKE = _Tiny(
-    {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"},
-    ("left", "right"),
-    ProblemType.SINGLE_LABEL,
-    "mean",
-    False,
-    {"intermediate_size": 64, "max_position_embeddings": _POSITIONS + 2, "type_vocab_size": 1},
-)
+_SIZES = {"intermediate_size": 64, "max_position_embeddings": _POSITIONS}
+_OF_BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"}
+_OF_ROBERTA = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"}
+_SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+# The first two positions of these families are not used.
+_AFTER_PADDING = {"max_position_embeddings": _POSITIONS + 2}
+_LIKE_ROBERTA = _Tiny(
+    _OF_ROBERTA, ("left", "right"), _SINGLE, "mean", False,
+    _SIZES | _AFTER_PADDING | {"type_vocab_size": 1},
+)  # fmt: skip
 # The first three differ most in structure: most tests run over these. All of them are held
 # against Hugging Face's forward pass, and most are exported, in tests/exporter/.
 _TINY = {
     "bert": _Tiny(
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
-        ("music", "weather", "alarm", "travel"),
-        ProblemType.SINGLE_LABEL,
-        "mean",
-        True,
-        {"intermediate_size": 64, "max_position_embeddings": _POSITIONS},
+        _OF_BERT, ("music", "weather", "alarm", "travel"), _SINGLE, "mean", True, _SIZES
     ),
     "albert": _Tiny(
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
-        ("no", "perhaps", "yes"),
-        ProblemType.SINGLE_LABEL,
-        "cls",
-        True,
-        {
-            "embedding_size": 16,
-            "intermediate_size": 64,
-            "max_position_embeddings": _POSITIONS,
-        },
+        _OF_BERT, ("no", "perhaps", "yes"), _SINGLE, "cls", True, _SIZES | {"embedding_size": 16}
     ),
     "mpnet": _Tiny(
-        {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"},
-        ("food", "staff", "price", "place", "other"),
-        ProblemType.MULTI_LABEL,
-        "mean",
-        False,
-        {"intermediate_size": 64, "max_position_embeddings": _POSITIONS + 2},
+        _OF_ROBERTA, ("food", "staff", "price", "place", "other"), _MULTI, "mean", False,
+        _SIZES | _AFTER_PADDING,
     ),
-    "roberta": _ROBERTA_LIKE,
-    "xlm-roberta": _ROBERTA_LIKE,
-    "camembert": _ROBERTA_LIKE,
+    "roberta": _LIKE_ROBERTA,
+    "xlm-roberta": _LIKE_ROBERTA,
+    "camembert": _LIKE_ROBERTA,
     "electra": _Tiny(
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
-        ("real", "replaced", "unsure"),
-        ProblemType.SINGLE_LABEL,
-        "mean",
-        True,
-        {
-            "embedding_size": 16,
-            "intermediate_size": 64,
-            "max_position_embeddings": _POSITIONS,
-        },
+        _OF_BERT, ("real", "replaced", "unsure"), _SINGLE, "mean", True,
+        _SIZES | {"embedding_size": 16},
     ),
     "distilbert": _Tiny(
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
-        ("small", "fast"),
-        ProblemType.MULTI_LABEL,
-        "cls",
-        False,
+        _OF_BERT, ("small", "fast"), _MULTI, "cls", False,
         {"hidden_dim": 64, "max_position_embeddings": _POSITIONS},
     ),
     "deberta-v2": _Tiny(
         {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"},
-        ("entailment", "neutral", "contradiction"),
-        ProblemType.SINGLE_LABEL,
-        "mean",
+        ("entailment", "neutral", "contradiction"), _SINGLE, "mean",
         True,  # the tokenizer names them, the model has none
-        {
-            "intermediate_size": 64,
-            "max_position_embeddings": _POSITIONS,
-            "type_vocab_size": 0,
-            "relative_attention": True,
-            "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": "p2c|c2p",
-            "position_biased_input": False,
-            "conv_kernel_size": 3,
-        },
+        _SIZES
+        | {"type_vocab_size": 0, "relative_attention": True, "position_buckets": 8}
+        | {"norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p"}
+        | {"position_biased_input": False, "conv_kernel_size": 3},
     ),
     "modernbert": _Tiny(
         {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"},
-        ("old", "new", "both"),
-        ProblemType.SINGLE_LABEL,
-        "cls",
-        False,
-        {
-            "intermediate_size": 64,
-            "max_position_embeddings": _POSITIONS,
-            "local_attention": 8,
-        },
+        ("old", "new", "both"), _SINGLE, "cls", False, _SIZES | {"local_attention": 8},
     ),
-}
+}  # fmt: skip
 
 
 class MadeOnce(Mapping[str, Path]):
     """Folders by name, made when a test first asks for one and shared by all workers.
 
     It iterates over the families of the tiny models.
+
+    Args:
+        root: the folder of these folders.
+        make: makes one of them.
+        ahead: names that a worker makes, the last first, while another one makes what it needs.
     """
 
-    def __init__(self, root: Path, make: Callable[[str, Path], object]) -> None:
+    def __init__(
+        self, root: Path, make: Callable[[str, Path], object], ahead: Sequence[str] = ()
+    ) -> None:
         self._root = root
         self._make = make
+        self._ahead = ahead
         root.mkdir(exist_ok=True)
 
     def __getitem__(self, family: str) -> Path:
+        if not self._make_once(family, timeout=0):
+            missing = [name for name in self._ahead if not (self._root / name).is_dir()]
+            if missing:
+                self._make_once(missing[-1], timeout=0)
+            self._make_once(family)
+        return self._root / family
+
+    def _make_once(self, family: str, timeout: float = -1) -> bool:
+        """Make a folder that is not there; False if another worker makes it for too long."""
         folder = self._root / family
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                self._make(family, folder)
-        return folder
+        try:
+            with FileLock(f"{folder}.lock", timeout):
+                if not folder.is_dir():
+                    self._make(family, folder)
+        except Timeout:
+            return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(_TINY)
@@ -215,8 +190,9 @@ def engines(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, 
     """The engines folder of each tiny model. Read-only: use `engine_copy` to damage one."""
     from fpabee.exporter import export
 
+    ahead = [family for family in _TINY if family not in _NEAR_COPIES]  # a whole run needs them
     return MadeOnce(
-        shared_root / "engines", lambda family, folder: export(tiny_models[family], folder)
+        shared_root / "engines", lambda family, folder: export(tiny_models[family], folder), ahead
     )
 
 
@@ -287,6 +263,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
     tiny = _TINY[family]
     vocabulary = _vocabulary(tiny)
     exits = tuple(range(1, layers + 1))
+    begin, end, pad = (vocabulary[tiny.specials[role]] for role in ("cls", "sep", "pad"))
     config = AutoConfig.for_model(
         family,
         vocab_size=len(vocabulary),
@@ -294,11 +271,9 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
         num_hidden_layers=layers,
         num_attention_heads=4,
         initializer_range=0.15 * (32 / width) ** 0.5,
-        bos_token_id=vocabulary[tiny.specials["cls"]],
-        pad_token_id=vocabulary[tiny.specials["pad"]],
-        eos_token_id=vocabulary[tiny.specials["sep"]],
-        cls_token_id=vocabulary[tiny.specials["cls"]],
-        sep_token_id=vocabulary[tiny.specials["sep"]],
+        pad_token_id=pad,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), begin),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), end),
         **(tiny.config | sizes),
     )
     multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, Pooling(tiny.pooling))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from .tensorrt import FakeTensorRt, plans_of
 from .tensorrt_builder import FakeBuilder, FakeConfig, builder_parts
 
 GPU = CudaDevice("a double", "8.6")
+# Looking through all installed packages takes longer than a test.
+_packages = functools.cache(metadata.packages_distributions)
 
 
 @dataclass
@@ -66,6 +70,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     trt.Builder = lambda logger: FakeBuilder(trt, configs)  # type: ignore[attr-defined]
     patch.setitem(sys.modules, name, trt)
     patch.setattr(device, "cuda", lambda: cuda)
+    patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
     if backend == "tensorrt":
         patch.setattr(targets, "_run_worker", plan_worker.build_plan)

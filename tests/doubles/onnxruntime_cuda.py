@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ Place = tuple[int, Any, Any]
 """Address, type and shape of a tensor."""
 
 
+@functools.lru_cache(maxsize=64)
+def _session(content: bytes) -> Any:
+    """A session of a graph, which all tests share, because making one takes long."""
+    return cpu_session(content)
+
+
 class DeviceGraph:
     """A graph that reads and writes device memory, and runs on the CPU."""
 
     def __init__(self, cuda: FakeCuda, path: Path) -> None:
         self._cuda = cuda
-        self._session = cpu_session(path)
+        self._session = _session(path.read_bytes())
 
     def run(self, inputs: Mapping[str, Place], outputs: Mapping[str, tuple[int, Any]]) -> None:
         """Run the graph on inputs at given places; outputs have an address and a type."""
