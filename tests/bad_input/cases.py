@@ -23,6 +23,8 @@ from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.cli import inspect, run
 
+from ..runtime.running import Result
+
 COMMANDS: dict[str, click.Command] = {
     "run": run.main,
     "inspect": inspect.main,
@@ -104,23 +106,14 @@ def each(*tables: Sequence[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-
-def execute(arguments: Arguments, place: Place, capfd: pytest.CaptureFixture[str]) -> Outcome:
+def execute(arguments: Arguments, place: Place, capfd: pytest.CaptureFixture[str]) -> Result:
     """Run a command in this process; its output is captured at the file descriptors."""
     main = COMMANDS[str(arguments[0])]
     place.patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(place.stdin)))
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments[1:]])
-    return Outcome(int(caught.value.code or 0), *capfd.readouterr())
+    return Result(int(caught.value.code or 0), *capfd.readouterr())
 
 
 def check(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,6 @@ def closed(place: Place) -> Arguments:
 ENCODINGS = [
     Case("Latin-1", given("in.txt", b"a\nb\xe9\n"), "in.txt, line 2", "0xe9", "column 2"),
     Case("UTF-16", given("in.csv", "text\na\n".encode("utf-16")), "in.csv", "UTF-16"),
-    Case("UTF-16 without a mark", given("in.jsonl", '{"text": "a"}\n'.encode("utf-16-be")),
-         "in.jsonl", "UTF-16BE"),
     Case("UTF-16 whose rows are skipped",
          given("in.txt", "for skipped\n".encode("utf-16-le"), "--on-error", "skip"), "UTF-16LE"),
     Case("gzip without its name", given("in.txt", gzip.compress(b"a\n")), "in.txt", ".gz"),
@@ -78,19 +75,13 @@ ENCODINGS = [
 
 JSON = [
     Case("an empty line", line(""), "in.jsonl, line 2", "JSON"),
-    Case("a plain text", line("plain"), "line 2", "JSON"),
-    Case("an array", line('[{"text": "a"}]'), "line 2", "jq -c '.[]'"),
-    Case("an array over several lines", given("in.json", '[\n{"text": "a"}\n]\n'), "jq -c '.[]'"),
     Case("an object over several lines", given("in.json", '{\n"text": "a"\n}\n'), "jq -c . IN"),
     Case("half of a surrogate pair", line(r'{"text": "\ud800"}'), "line 2", r"\ufffd"),
     Case("NaN", line('{"text": "a", "x": NaN}'), "line 2", "NaN", "null"),
-    Case("a number out of range", line('{"text": "a", "x": 1e999}'), "line 2"),
-    Case("deep JSON", line('{"text": "a", "x": ' + "[" * 10**5), "line 2"),
     Case("deep JSON that is closed", line('{"text": "a", "x": ' + "[" * 900 + "]" * 900 + "}"),
          "line 2", "100"),
     Case("no text", line('{"body": "a"}'), "line 2", '"text"', "--text-column"),
     Case("a text that is a number", line('{"text": 5}'), "line 2", '"text"'),
-    Case("a pair that is a number", line('{"text": "a", "text_pair": 5}'), '"text_pair"'),
 ]  # fmt: skip
 
 TABLES = [
@@ -98,29 +89,22 @@ TABLES = [
          "in.csv, line 1", '"text"', "sentence, label", "--text-column"),
     Case("20,000 columns", given("in.csv", ",".join(map(str, range(20_000))) + "\na\n"), "19999"),
     Case("escape codes in a column name", given("in.csv", "te\x1b[31mxt\na\n"), r"te\x1b[31mxt"),
-    Case("a column twice", given("in.csv", "text,text\na,b\n"), '"text"'),
     Case("semicolons", given("in.csv", "text;label\na;b\n"), "semicolons"),
     Case("an open quote", given("in.csv", 'text,id\n"a,1\nb\n'), "line 2", "line 3", "--no-quotes"),
     Case("a quote in a quoted cell", given("in.csv", 'text\n"a "b" c"\n'), "line 2", '""'),
     Case("lines of an old Mac", given("in.csv", "text,id\ra,1\rb,2\r"), r"tr '\r' '\n'"),
-    Case("too few cells", given("in.csv", "text,id\na,1\nb\n"), "line 3", "1", "2"),
     Case("no label column", given("in.csv", "text\na\n", "--label-column", "gold"), '"gold"'),
 ]  # fmt: skip
 
 LABELLED = [
     Case("an unknown label", labelled("jazz"), "line 2", "'jazz'", "music, weather, alarm, travel"),
-    Case("a label of a megabyte", labelled("x\x1b" * 2**20), "line 2", r"x\x1bx"),
     Case("a label that is a list", labelled(["music"]), "line 2", '"label"'),
-    Case("no label", line('{"text": "a"}', "--metrics"), "line 2"),
     Case("two labels", labelled(["music", "alarm"], "labels"), "line 2", "2 labels"),
     Case("labels that are one name", labelled("music", "labels"), "line 2", '"labels"'),
 ]
 
 EMPTY = [
     Case("an empty file", given("in.txt", b"\xef\xbb\xbf"), "in.txt"),
-    Case("only a header", given("in.csv", "text,label\n\n\n"), "in.csv"),
-    Case("two empty files",
-         lambda p: p.run(p.file("a.txt", ""), "--input", p.file("b.txt", "")), "a.txt", "1"),
     Case("an empty pipe", piped(b""), "standard input"),
     Case("columns of a piped text", piped(b"a\n", "--text-column", "body"), "--input-format"),
 ]  # fmt: skip
@@ -134,8 +118,6 @@ FILES = [
     Case("gzip cut short", given("in.txt.gz", gzip.compress(b"a\n" * 99)[:-12]), "in.txt.gz"),
     Case("not Parquet", given("in.parquet", b"PAR1" + bytes(99) + b"PAR1"), "in.parquet"),
     Case("Parquet in a pipe", piped(b"PAR1", "--input-format", "parquet"), "standard input"),
-    Case("Parquet without the column", given("in.parquet", table(ONE, names=("body",))),
-         '"text"', "body"),
     Case("Parquet of numbers", given("in.parquet", table(pyarrow.array([1]))), '"text"', "int64"),
     Case("Parquet with a column twice", given("in.parquet", table(ONE, ONE, names=("text",) * 2)),
          '"text"'),
@@ -143,14 +125,11 @@ FILES = [
          given("in.parquet", table(ONE, ONE).replace(b"x", b"\xfc")), "in.parquet"),
     Case("a date that Python has not", given("in.parquet", table(ONE, FAR)), "row 1", '"x"',
          "date32[day]"),
-    Case("Parquet with a null", given("in.parquet", table(pyarrow.array(["a", None]))), "row 2"),
     Case("no file", lambda p: p.run(p.root / "a\nb.txt"), r"a\nb.txt"),
-    Case("a folder", lambda p: p.run(p.root), ".txt"),
     Case("a name that is too long", lambda p: p.run("a" * 300), "File name too long"),
     Case("a folder that may not be searched", closed, "/closed/in.txt", "Permission denied"),
     Case("a device that cannot be read", lambda p: p.run("/proc/self/mem"), "/proc/self/mem"),
     Case("standard input twice", lambda p: p.run("-", "--input", "-"), "standard input"),
-    Case("an unknown suffix", given("in.xls", "a\n"), ".xls"),
 ]  # fmt: skip
 
 USAGE = [
@@ -167,30 +146,30 @@ def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]
     check(case, place, capfd)
 
 
-READERS: dict[str, Callable[[Place, Path], Arguments]] = {
-    "calibrate --data": lambda p, bad: ["calibrate", p.shared["bert"], "--data", bad],
-    "calibrate --test": lambda p, bad: [
-        *("calibrate", p.shared["bert"], "--test", bad),
-        *("--data", p.file("dev.jsonl", '{"text": "a", "label": "b"}\n')),
-    ],
-    "bench --input": lambda p, bad: ["bench", p.shared["bert"], "--input", bad],
-    "export --verify-data": lambda p, bad: [
-        *("export", "--from", p.shared["bert"], "--fp16", "--verify-data", bad)
-    ],
-    "export --calibration-data": lambda p, bad: [
-        *("export", "--from", p.shared["bert"], "--int8", "--calibration-data", bad)
-    ],
-}
+# A command, the options before its engines folder, and those after it, the last for the file.
+READERS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("calibrate",), ("--data",)),
+    (("calibrate",), ("--data", "dev.jsonl", "--test")),
+    (("bench",), ("--input",)),
+    (("export", "--from"), ("--fp16", "--verify-data")),
+    (("export", "--from"), ("--int8", "--calibration-data")),
+]
 
 
 @pytest.mark.parametrize("bad", ["in.csv", "none.txt"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("command", "options"), READERS)
 def test_every_command_refuses_it(
-    reader: str, bad: str, place: Place, capfd: pytest.CaptureFixture[str]
+    command: tuple[str, ...],
+    options: tuple[str, ...],
+    bad: str,
+    place: Place,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     place.file("in.csv", "body\na\n")
-    case = Case(reader, lambda p: [*READERS[reader](p, p.root / bad), "--quiet"], bad)
-    check(case, place, capfd)
+    place.file("dev.jsonl", '{"text": "a", "label": "b"}\n')
+    place.patch.chdir(place.root)
+    arguments = [*command, place.shared["bert"], *options, bad, "--quiet"]
+    check(Case(bad, lambda _: arguments, bad), place, capfd)
 
 
 def test_a_gzip_bomb_takes_little_memory(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
