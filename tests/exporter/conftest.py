@@ -12,19 +12,23 @@ import numpy as np
 import onnx
 import pytest
 
-from fpabee.exporter import export, segments
+from fpabee.exporter import ExportOptions, export, segments
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import Graph
 
 from ..conftest import MadeOnce
+from ..doubles.device import Double, serve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden_engines(shared_root: Path) -> Mapping[str, Path]:
-    """Engines folders of the published checkpoints. Read-only."""
-    return MadeOnce(shared_root / "golden", lambda name, folder: export(GOLDEN / name, folder))
+    """Engines folders of two exits of the published checkpoints, to save time. Read-only."""
+    options = ExportOptions(exits=(2, 6))
+    return MadeOnce(
+        shared_root / "golden", lambda name, folder: export(GOLDEN / name, folder, options)
+    )
 
 
 @pytest.fixture
@@ -63,3 +67,9 @@ def spoil_segment_2(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(segments, "export_graph", wrong)
 
     return spoil
+
+
+@pytest.fixture
+def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
+    """A copy of the tiny BERT's engines folder, for which doubles build and run plans."""
+    return serve(monkeypatch, engine_copy())

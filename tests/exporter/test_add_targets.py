@@ -18,16 +18,11 @@ from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
 from fpabee.runtime.cli.inspect import main as inspect
 
-from ..doubles.device import Double, serve
+from ..doubles.device import Double
 
 SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
 OPTIONS = AddTargetsOptions(backends=(TENSORRT,), plans=SMALL)
 NAME = "tensorrt-fp32-sm86"
-
-
-@pytest.fixture
-def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
-    return serve(monkeypatch, engine_copy())
 
 
 def patch_builds(monkeypatch: pytest.MonkeyPatch, **errors: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import onnx
 import pytest
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from fpabee.calibration.activations import graph_inputs
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.onnx_file import serialized
 from fpabee.exporter.precision.formats import Half
@@ -25,17 +23,7 @@ from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact import graph_content
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
-from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.errors import ArtifactError, ModelError
-
-QUANTIZE = """
-import sys
-from fpabee.exporter.precision import int8_worker
-arguments = sys.argv[1:]
-for start in range(0, len(arguments), 3):
-    sys.argv[1:] = arguments[start : start + 3]
-    int8_worker.main()
-"""
 
 
 @pytest.mark.parametrize("family", sorted(_FAMILIES))
@@ -57,28 +45,7 @@ def test_fp32_half_and_kept_exits_pass(
             check_graph(tmp_path / "half.onnx")
 
 
-def test_int8_passes(engines: Mapping[str, Path], tmp_path: Path) -> None:
-    """The middle segment of every family, quantized in one process, since each takes seconds."""
-    arguments: list[str] = []
-    for family in sorted(_FAMILIES):
-        folder = engines[family]
-        manifest = read_manifest(folder)
-        rows = TextEncoder(folder, manifest.tokenizer).encode(["the film is not bad", "rain"])
-        name = manifest.segments[1].calls[0]
-        feed = graph_inputs(folder, manifest, rows)[name][0]
-        arrays: dict[str, Any] = {f"0/{key}": value for key, value in feed.items()}
-        np.savez(tmp_path / f"{family}.npz", **arrays)
-        paths = (folder / manifest.graphs[name].file, tmp_path / f"{family}.npz")
-        arguments += [*map(str, paths), str(tmp_path / f"{family}.onnx")]
-    subprocess.run([sys.executable, "-c", QUANTIZE, *arguments], check=True, capture_output=True)
-    for target in arguments[2::3]:
-        proto = onnx.load(target)
-        assert "QuantizeLinear" in {node.op_type for node in proto.graph.node}
-        onnx.save(lower(proto, Half.FP16, choose_lowering(proto)), target)
-        check_graph(Path(target))
-
-
-def test_numbers_of_fields_are_those_of_onnx() -> None:
+def test_numbers_of_fields_and_names_of_operators_are_those_of_onnx() -> None:
     for message, numbers in (
         (onnx.ModelProto, graph_content.MODEL),
         (onnx.GraphProto, graph_content.GRAPH),
@@ -89,9 +56,6 @@ def test_numbers_of_fields_are_those_of_onnx() -> None:
     ):
         fields = message.DESCRIPTOR.fields_by_name
         assert {name: fields[name].number for name in numbers} == numbers
-
-
-def test_operators_exist() -> None:
     known = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
     assert known >= graph_content.OPERATORS
 
@@ -116,6 +80,10 @@ def with_graph(name: str, kind: str, many: bool = False) -> Callable[[Any], obje
     return lambda m: m.graph.node.append(helper.make_node(name, [], ["x"], **attributes))
 
 
+def with_node(name: str, domain: str = "") -> Callable[[Any], object]:
+    return lambda m: m.graph.node.append(helper.make_node(name, [], ["x"], domain=domain))
+
+
 def sparse(model: Any) -> None:
     model.graph.sparse_initializer.add().values.CopyFrom(model.graph.initializer[0])
 
@@ -127,35 +95,18 @@ def sparse_attribute(model: Any) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "loop": (with_graph("Loop", "body"), "operator 'Loop'"),
-    "if": (with_graph("If", "then_branch"), "operator 'If'"),
-    "graphs": (
-        with_graph("Identity", "bodies", many=True),
-        "attribute of type graphs: control",
-    ),
-    "scan without a body": (
-        lambda m: m.graph.node.append(helper.make_node("Scan", [], ["x"])),
-        "operator 'Scan'.*pip install -U fpabee",
-    ),
-    "unknown operator": (
-        lambda m: m.graph.node.append(helper.make_node("Sumo", [], ["x"])),
-        "operator 'Sumo'.*export the model again",
-    ),
-    "node of another domain": (
-        lambda m: m.graph.node.append(helper.make_node("Gelu", [], ["x"], domain="com.microsoft")),
-        "domain 'com.microsoft'",
-    ),
+    "graphs": (with_graph("Identity", "bodies", many=True), "attribute of type graphs: control"),
+    "unknown operator": (with_node("Sumo"), "operator 'Sumo'.*export the model again"),
+    "node of another domain": (with_node("Gelu", "com.ours"), "domain 'com.ours'"),
     "import of another domain": (
-        lambda m: m.opset_import.append(helper.make_opsetid("com.microsoft", 1)),
-        "domain 'com.microsoft'",
+        lambda m: m.opset_import.append(helper.make_opsetid("com.ours", 1)),
+        "domain 'com.ours'",
     ),
     "function": (lambda m: m.functions.add(name="f"), "has functions"),
     "training": (lambda m: m.training_info.add(), "has training_info"),
     "sparse weights": (sparse, "has a sparse_initializer"),
     "sparse attribute": (sparse_attribute, "attribute of type sparse_tensor"),
-    "weights elsewhere": (
-        lambda m: outside(m.graph.initializer[0]),
-        "weights in other files.*export the model again",
-    ),
+    "weights elsewhere": (lambda m: outside(m.graph.initializer[0]), "weights in other files"),
     "location alone": (
         lambda m: setattr(m.graph.initializer[0], "data_location", TensorProto.EXTERNAL),
         "weights in other files",
@@ -218,7 +169,7 @@ def looped() -> bytes:
     return bytes(model.SerializeToString())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=100)
 @given(at=st.integers(0, len(looped()) - 1), byte=st.integers(0, 255))
 def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
     at: int, byte: int, tmp_path_factory: pytest.TempPathFactory
@@ -237,11 +188,6 @@ def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
 
 
 def test_a_graph_that_is_too_large_for_a_file_is_refused() -> None:
-    class TooLarge:
-        """Raises what protobuf raises beyond 2 GiB."""
-
-        def SerializeToString(self, deterministic: bool) -> bytes:  # noqa: N802
-            raise EncodeError("Failed to serialize proto")
-
+    beyond = Mock(side_effect=EncodeError("Failed to serialize proto"))
     with pytest.raises(ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more exits"):
-        serialized(TooLarge(), "segment_01.onnx")
+        serialized(SimpleNamespace(SerializeToString=beyond), "segment_01.onnx")

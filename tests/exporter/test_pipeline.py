@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from fpabee.exporter import ExportOptions, export, pipeline
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS
-from fpabee.runtime import Engine
+from fpabee.runtime import Engine, Trace
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
-from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.errors import ArtifactError, InputError, ModelError, VerificationError
+from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.errors import ArtifactError, VerificationError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")
@@ -39,16 +39,23 @@ def bert(tiny_models: Mapping[str, Path], ready_graphs: None) -> Path:
 
 
 @pytest.mark.parametrize("name", ["pabee_bert", "fpabee_albert"])
-def test_published_checkpoint_gives_its_logits_from_the_engine(
+def test_published_checkpoint_gives_its_logits_in_pytorch_and_from_the_engine(
     name: str, golden_engines: Mapping[str, Path]
 ) -> None:
     rows = json.loads((GOLDEN / name / "expected.json").read_text(encoding="utf-8"))
     texts = [(r["text"], r["text_pair"]) if "text_pair" in r else r["text"] for r in rows]
+    assert "" in texts
     assert any(isinstance(text, tuple) for text in texts)
+    assert not all(row["text"].isascii() for row in rows)
     with Engine.load(golden_engines[name]) as engine:
         logits = engine.trace(texts).logits
-    expected = np.array([row["logits"] for row in rows]).transpose(1, 0, 2)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    model, tokenizer = load_checkpoint(GOLDEN / name), AutoTokenizer.from_pretrained(GOLDEN / name)
+    for row, found in zip(rows, logits.transpose(1, 0, 2), strict=True):
+        inputs = tokenizer(row["text"], row.get("text_pair"), return_tensors="pt")
+        with torch.no_grad():
+            every = model(**{name: inputs[name] for name in tokenizer.model_input_names})[:, 0]
+        np.testing.assert_allclose(every, row["logits"], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found, np.array(row["logits"])[[1, 5]], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,57 +91,26 @@ def test_the_folder_describes_the_model_and_itself(
     assert list(record["graphs"]) == list(manifest.graphs)
     assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
     assert 0 < record["max_logit_difference"] < 1e-4
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reference_holds_the_logits_of_the_pytorch_model(
-    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
-) -> None:
-    with np.load(engines[family] / "reference.npz", allow_pickle=False) as reference:
-        stored, logits = json.loads(reference["texts"].tobytes()), reference["logits"]
-    texts = [text if isinstance(text, str) else tuple(text) for text in stored]
+    texts, logits = read_reference(folder, manifest)
     assert texts == list(BUILT_IN_TEXTS)
     assert logits.dtype == np.float32
-    model = load_checkpoint(tiny_models[family])
-    with Engine.load(engines[family]) as engine:
-        found = engine.trace(texts).logits
-        (row,) = engine.encode(["turn the lights off"])
-        one = engine.trace(["turn the lights off"]).logits
-    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
-    ids = torch.from_numpy(row.input_ids)[None]
-    with torch.no_grad():
-        np.testing.assert_allclose(one, model(ids, torch.ones_like(ids)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "exits"), [("mpnet", (2, 3)), ("bert", (1,))])
+@pytest.mark.slow
+@pytest.mark.parametrize("exits", [(2,), (2, 3)])
 def test_chosen_exits_give_the_logits_of_those_exits(
-    family: str,
     exits: tuple[int, ...],
     engines: Mapping[str, Path],
     tiny_models: Mapping[str, Path],
     tmp_path: Path,
 ) -> None:
-    options = ExportOptions(exits=exits)
-    manifest = export(tiny_models[family], tmp_path / "few", options).manifest
-    layers = list(enumerate(exits, start=1))
-    assert [(segment.exit, segment.layer) for segment in manifest.segments] == layers
+    manifest = export(tiny_models["mpnet"], tmp_path / "few", ExportOptions(exits=exits)).manifest
+    assert manifest.exit_layers == exits
     assert manifest.model.layers == exits[-1]
     texts = ["good film", "", "the plot is bad but the music is good"]
-    with Engine.load(engines[family]) as whole, Engine.load(tmp_path / "few") as few:
+    with Engine.load(engines["mpnet"]) as whole, Engine.load(tmp_path / "few") as few:
         expected = whole.trace(texts).logits[[number - 1 for number in exits]]
         np.testing.assert_allclose(few.trace(texts).logits, expected, rtol=0, atol=1e-5)
-        assert {prediction.layer for prediction in few.predict(texts)} <= {*exits}
-    with np.load(tmp_path / "few" / "reference.npz") as reference:
-        assert reference["logits"].shape[:2] == (len(exits), len(BUILT_IN_TEXTS))
-
-
-@pytest.mark.parametrize("exits", [(0,), (1, 4), (2, 1), (1, 1)])
-def test_exits_that_the_model_does_not_have_are_refused(
-    exits: tuple[int, ...], bert: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match=r"with 3 exits .*between 1 and 3"):
-        export(bert, tmp_path / "engines", ExportOptions(exits=exits))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_result_describes_a_folder_that_is_always_the_same(
@@ -154,38 +130,13 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert [path.name for path in folder.parent.iterdir()] == ["engines"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("more.jsonl", '{"text": "good film"}\n{"text": "rain", "text_pair": "sun"}\n'),
-        ("more.csv", "text_pair,text\n,good film\nsun,rain\n"),
-    ],
-)
-def test_verify_data_is_verified_too(bert: Path, tmp_path: Path, name: str, content: str) -> None:
-    data = tmp_path / name
-    data.write_text(content)
+def test_verify_data_is_verified_too(bert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "more.csv"
+    data.write_text("text_pair,text\n,good film\nsun,rain\n")
     result = export(bert, tmp_path / "engines", ExportOptions(verify_data=data))
     assert result.agreement.rows == len(BUILT_IN_TEXTS) + 2
-    with np.load(result.folder / "reference.npz") as reference:
-        texts = json.loads(reference["texts"].tobytes())
-    assert texts[-2:] == ["good film", ["rain", "sun"]]
-
-
-def test_missing_verify_data_is_refused(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"missing\.txt does not exist"):
-        export(bert, tmp_path / "engines", ExportOptions(verify_data=tmp_path / "missing.txt"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_max_length_and_task_reach_the_runtime(bert: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(bert, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_text())
-    del config["problem_type"]
-    (source / "config.json").write_text(json.dumps(config))
-    options = ExportOptions(problem_type=ProblemType.MULTI_LABEL, max_length=9)
-    manifest = export(source, tmp_path / "engines", options).manifest
-    assert manifest.tokenizer.max_length == 9
-    assert manifest.task.problem_type is ProblemType.MULTI_LABEL
+    texts, _ = read_reference(result.folder, result.manifest)
+    assert texts[-2:] == ["good film", ("rain", "sun")]
 
 
 @pytest.fixture
@@ -224,22 +175,20 @@ def test_an_engines_folder_is_replaced_by_force_alone(
 @pytest.mark.parametrize(
     "files",
     [
-        {"thesis.txt": "years of work"},
         {"manifest.json": '{"name": "a web application", "icons": []}', "app.js": "code"},
         {"manifest.json": "not even JSON"},
     ],
-    ids=["no manifest", "manifest of something else", "damaged manifest"],
 )
-@pytest.mark.parametrize("force", [False, True])
 def test_a_folder_of_someone_else_is_never_replaced(
-    force: bool, files: dict[str, str], bert: Path, tmp_path: Path
+    files: dict[str, str], bert: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_text(content)
-    with pytest.raises(ArtifactError, match="mine"):
-        export(bert, folder, ExportOptions(force=force))
+    for force in (False, True):
+        with pytest.raises(ArtifactError, match="mine"):
+            export(bert, folder, ExportOptions(force=force))
     assert {path.name: path.read_text() for path in folder.iterdir()} == files
 
 
@@ -247,16 +196,7 @@ def test_a_file_is_never_replaced(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="will not be replaced"):
         export(bert, tmp_path / "file", ExportOptions(force=True))
-    with pytest.raises(ArtifactError, match=r"cannot write in .*file"):
-        export(bert, tmp_path / "file" / "engines")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_parent_that_cannot_be_written_is_an_error(bert: Path, tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ArtifactError, match="locked"):
-        export(bert, tmp_path / "locked" / "engines")
 
 
 @pytest.mark.parametrize("amount", [0.01, np.nan])
@@ -276,14 +216,20 @@ def test_failed_verification_names_the_segment_and_keeps_the_old_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
+@pytest.mark.parametrize("is_alone", [False, True])
 def test_a_chain_that_differs_leaves_nothing(
-    bert: Path,
-    spoil_segment_2: Callable[[float], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    is_alone: bool, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_segment_2(0.01)
-    monkeypatch.setattr(pipeline, "check_graphs", lambda *_: {})
+    """For all texts together, or for each text alone."""
+    trace = Engine.trace
+
+    def wrong(engine: Engine, texts: Any, **options: Any) -> Trace:
+        found = trace(engine, texts, **options)
+        if (len(texts) == 1) is is_alone:
+            found.logits[1:] += 0.001
+        return found
+
+    monkeypatch.setattr(Engine, "trace", wrong)
     with pytest.raises(VerificationError, match="from exit 2 on"):
         export(bert, tmp_path / "engines")
     assert list(tmp_path.iterdir()) == []
@@ -313,10 +259,7 @@ def test_an_interrupted_export_leaves_nothing(
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
-    bert: Path,
-    engine_copy: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    bert: Path, engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = engine_copy("albert")
     before = contents(old)

@@ -29,7 +29,6 @@ FAMILIES = (
     "deberta-v2",
     "modernbert",
 )
-GOLDEN = ("pabee_bert", "fpabee_albert")
 WIDTH, INNER = 32, 64
 
 
@@ -81,28 +80,21 @@ def wide_weights(proto: Any) -> int:
     return sum(tuple(w.dims) in ((WIDTH, INNER), (INNER, WIDTH)) for w in weights)
 
 
-def test_graphs_are_valid_and_of_opset_20(exported: Exported) -> None:
-    for proto in exported.graphs.values():
+def test_graphs_are_valid_and_as_the_manifest_says(exported: Exported) -> None:
+    for name, proto in exported.graphs.items():
         onnx.checker.check_model(proto, full_check=True)
         assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
-
-
-def test_inputs_and_outputs_are_those_of_the_manifest(exported: Exported) -> None:
-    for name, proto in exported.graphs.items():
         graph = exported.manifest.graphs[name]
         assert specs(proto.graph.input) == list(graph.inputs)
         assert specs(proto.graph.output) == list(graph.outputs)
-
-
-def test_only_batch_and_sequence_are_dynamic(exported: Exported) -> None:
-    dims = {
-        size
-        for graph in exported.manifest.graphs.values()
-        for spec in (*graph.inputs, *graph.outputs)
-        for size in spec.shape
-        if isinstance(size, str)
-    }
-    assert dims == {"batch", "sequence"}
+        shapes = [size for spec in (*graph.inputs, *graph.outputs) for size in spec.shape]
+        assert {size for size in shapes if isinstance(size, str)} <= {"batch", "sequence"}
+        for tensor in proto.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                assert abs(onnx.numpy_helper.to_array(tensor)).max() < 65504, "fits into fp16"
+    last = exported.manifest.graphs[exported.manifest.segments[-1].calls[-1]]
+    assert [spec.name for spec in last.outputs] == ["logits"]
+    assert last.outputs[0].shape == ("batch", len(exported.manifest.task.labels))
 
 
 def test_files_reveal_nothing_of_this_machine(exported: Exported) -> None:
@@ -120,10 +112,9 @@ def test_files_reveal_nothing_of_this_machine(exported: Exported) -> None:
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("mpnet", "segment_02"),
         ("albert", "head_01"),
-        ("deberta-v2", "segment_01"),
-        ("modernbert", "segment_02"),
+        pytest.param("deberta-v2", "segment_01", marks=pytest.mark.slow),
+        pytest.param("modernbert", "segment_02", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_graph_has_the_same_bytes(
@@ -141,34 +132,13 @@ def test_the_same_graph_has_the_same_bytes(
     assert path.read_bytes() == (engines[family] / manifest.graphs[name].file).read_bytes()
 
 
-def test_every_input_is_an_output_of_an_earlier_graph(exported: Exported) -> None:
-    carried = {"input_ids", "token_type_ids", "attention_bias"}
-    for segment in exported.manifest.segments:
-        for number, call in enumerate(segment.calls):
-            graph = exported.manifest.graphs[call]
-            assert {spec.name for spec in graph.inputs} <= carried
-            given = {spec.name for spec in graph.outputs}
-            carried |= {name.removeprefix("next_") for name in given if name.startswith("next_")}
-            assert ("logits" in given) is (number == len(segment.calls) - 1)
-
-
-def test_the_last_segment_gives_only_logits(exported: Exported) -> None:
-    last = exported.manifest.graphs[exported.manifest.segments[-1].calls[-1]]
-    assert [spec.name for spec in last.outputs] == ["logits"]
-    assert last.outputs[0].shape == ("batch", len(exported.manifest.task.labels))
-
-
 @pytest.mark.parametrize("family", ["bert", "mpnet", "deberta-v2", "distilbert"])
 def test_each_segment_holds_its_own_layer_and_nothing_else(
     family: str, engines: Mapping[str, Path]
 ) -> None:
     exported = load(engines[family])
-    assert [segment.calls for segment in exported.manifest.segments] == [
-        ("segment_01",),
-        ("segment_02",),
-        ("segment_03",),
-    ]
-    assert [segment.layer for segment in exported.manifest.segments] == [1, 2, 3]
+    found = [(segment.layer, segment.calls) for segment in exported.manifest.segments]
+    assert found == [(number, (f"segment_0{number}",)) for number in (1, 2, 3)]
     embeddings = [
         any("embeddings" in weight.name for weight in proto.graph.initializer)
         for proto in exported.graphs.values()
@@ -198,13 +168,6 @@ def test_carried_tensors_are_computed_once(
         assert not {"Cos", "Sin"} & {node.op_type for node in proto.graph.node}
 
 
-def test_every_weight_fits_into_fp16(exported: Exported) -> None:
-    for proto in exported.graphs.values():
-        for tensor in proto.graph.initializer:
-            if tensor.data_type == onnx.TensorProto.FLOAT:
-                assert abs(onnx.numpy_helper.to_array(tensor)).max() < 65504
-
-
 def test_a_shared_block_is_stored_once_and_called_for_each_layer(
     engines: Mapping[str, Path],
 ) -> None:
@@ -219,64 +182,33 @@ def test_a_shared_block_is_stored_once_and_called_for_each_layer(
     assert holds == {"embeddings": 0, "block_01": 2, **heads}
 
 
+FIRST_INPUTS = {
+    "bert": ["input_ids", "token_type_ids", "attention_bias"],
+    "albert": ["input_ids", "token_type_ids"],
+    "mpnet": ["input_ids", "attention_bias"],
+    "distilbert": ["input_ids", "attention_bias"],
+    "deberta-v2": ["input_ids", "attention_bias"],  # the tokenizer does, the model does not
+    "pabee_bert": ["input_ids", "attention_bias"],
+    "fpabee_albert": ["input_ids"],
+}
+
+
+@pytest.mark.parametrize("name", FIRST_INPUTS)
 def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
-    engines: Mapping[str, Path], golden_engines: Mapping[str, Path]
+    name: str, engines: Mapping[str, Path], golden_engines: Mapping[str, Path]
 ) -> None:
-    first = {
-        name: [spec.name for spec in next(iter(read_manifest(folder).graphs.values())).inputs]
-        for made, names in ((engines, FAMILIES), (golden_engines, GOLDEN))
-        for name, folder in ((name, made[name]) for name in names)
-    }
-    assert first == {
-        "bert": ["input_ids", "token_type_ids", "attention_bias"],
-        "albert": ["input_ids", "token_type_ids"],
-        "mpnet": ["input_ids", "attention_bias"],
-        "roberta": ["input_ids", "attention_bias"],
-        "electra": ["input_ids", "token_type_ids", "attention_bias"],
-        "distilbert": ["input_ids", "attention_bias"],
-        "deberta-v2": ["input_ids", "attention_bias"],  # the tokenizer does, the model does not
-        "modernbert": ["input_ids", "attention_bias"],
-        "pabee_bert": ["input_ids", "attention_bias"],
-        "fpabee_albert": ["input_ids"],
-    }
+    folder = (golden_engines if name in ("pabee_bert", "fpabee_albert") else engines)[name]
+    first = next(iter(read_manifest(folder).graphs.values()))
+    assert [spec.name for spec in first.inputs] == FIRST_INPUTS[name]
 
 
-def test_cut_at_fewer_exits_joins_their_layers(tiny_models: Mapping[str, Path]) -> None:
-    cut = segments.cut(load_checkpoint(tiny_models["bert"]), (2,))
-    assert [(s.exit, s.layer, s.calls) for s in cut.segments] == [(1, 2, ("segment_01",))]
-    (module,) = cut.modules.values()
-    assert len(module.blocks) == 2
-    assert module.embeddings is not None
-    assert module.outputs == ("logits",)
-
-
-@pytest.mark.parametrize(
-    ("groups", "exits", "calls"),
-    [
-        (1, (2,), [("embeddings", "block_01", "block_01", "block_01", "block_01", "head_01")]),
-        (
-            2,
-            (1, 2),
-            [
-                ("embeddings", "block_01", "block_01", "block_02", "head_01"),
-                ("block_02", "head_02"),
-            ],
-        ),
-    ],
-)
-def test_shared_layers_are_called_once_for_each_layer(
-    groups: int, exits: tuple[int, ...], calls: list[tuple[str, ...]]
-) -> None:
-    config = AlbertConfig(
-        vocab_size=64,
-        embedding_size=8,
-        hidden_size=16,
-        num_hidden_layers=4,
-        intermediate_size=24,
-        num_attention_heads=2,
-        num_hidden_groups=groups,
-    )
+def test_shared_layers_are_called_once_for_each_layer() -> None:
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 24}
+    counts: dict[str, Any] = {"num_hidden_layers": 4, "num_hidden_groups": 2}
+    config = AlbertConfig(vocab_size=64, num_attention_heads=2, **sizes, **counts)
     model = MultiExitModel(build_encoder(config), MultiExitConfig((3, 4), ("a", "b"))).eval()
-    cut = segments.cut(model, exits)
-    assert [segment.calls for segment in cut.segments] == calls
+    cut = segments.cut(model, (1, 2))
+    calls = [segment.calls for segment in cut.segments]
+    first = ("embeddings", "block_01", "block_01", "block_02", "head_01")
+    assert calls == [first, ("block_02", "head_02")]
     assert set(cut.modules) == {name for part in calls for name in part}

@@ -40,13 +40,11 @@ def small(op: str, factor: float, name: str = "body/op", again: float | None = N
     tensors = [numpy_helper.from_array(np.array([w], np.float32), n) for n, w in weights.items()]
     nodes = [helper.make_node(op, ["x", "w"], ["y"], name=name)]
     if again is not None:
-        nodes = [
-            helper.make_node(op, ["x", "w"], ["z"], name=name),
-            helper.make_node(op, ["z", "v"], ["y"], name="body/again"),
-        ]
-    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xyz"]
-    inner = value[2:] if again is not None else []
-    graph = helper.make_graph(nodes, "small", value[:1], value[1:2], tensors, value_info=inner)
+        nodes[0].output[0] = "z"
+        nodes.append(helper.make_node(op, ["z", "v"], ["y"], name="body/again"))
+    x, y, z = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xyz")
+    inner = [] if again is None else [z]
+    graph = helper.make_graph(nodes, "small", [x], [y], tensors, value_info=inner)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -68,7 +66,9 @@ def test_products_are_lowered_and_fragile_nodes_are_not(
 ) -> None:
     products = 0
     for proto in graphs_of(engines[family]).values():
-        lowered = lower(proto, half, choose_lowering(proto))
+        lowered, again = (lower(proto, half, choose_lowering(proto)) for _ in range(2))
+        contents = {graph.SerializeToString(deterministic=True) for graph in (lowered, again)}
+        assert len(contents) == 1
         types = types_of(lowered)
         ends = {value.name: types[value.name] for value in lowered.graph.output}
         assert ends.get("logits", TensorProto.FLOAT) == TensorProto.FLOAT
@@ -95,15 +95,6 @@ def test_weights_of_fp32_nodes_are_not_rounded(engines: Mapping[str, Path]) -> N
     assert after["blocks.0.layer.output.dense.bias/fp16"].dtype == np.float16
 
 
-def test_the_same_graph_gives_the_same_bytes(engines: Mapping[str, Path]) -> None:
-    proto = graphs_of(engines["mpnet"])["segment_01"]
-    once, twice = (
-        lower(proto, Half.FP16, choose_lowering(proto)).SerializeToString(deterministic=True)
-        for _ in range(2)
-    )
-    assert once == twice
-
-
 def test_kept_nodes_and_tensors_stay_in_fp32(engines: Mapping[str, Path]) -> None:
     proto = graphs_of(engines["bert"])["segment_02"]
     node = next(n for n in proto.graph.node if n.name.startswith("blocks.0.layer.output.dense/Mat"))
@@ -126,12 +117,6 @@ def test_emulation_rounds_to_the_format(half: Half, step: float) -> None:
     assert rounded[f"{ABS_MAX}body/op"] == 1.0 + step / 4
 
 
-def test_emulation_rounds_weights() -> None:
-    proto = small("Mul", 1 / 3)
-    found = run(emulate(proto, Half.FP16, choose_lowering(proto)), 1.0)["y"]
-    assert found == float(np.float16(1 / 3)) != float(np.float32(1 / 3))
-
-
 def test_emulation_overflows_like_the_format() -> None:
     proto = small("Mul", 1000.0)
     found = run(emulate(proto, Half.FP16, choose_lowering(proto)), 70.0)
@@ -149,12 +134,6 @@ def test_emulation_rounds_what_lowered_nodes_read() -> None:
     found = run(emulate(proto, Half.FP16, chosen), 70.0)
     assert found[f"{ABS_MAX}body/op"] == 70000.0
     assert found[f"{ABS_MAX}body/again"] == np.inf
-
-
-def test_emulation_leaves_fp32_nodes_alone() -> None:
-    proto = small("Mul", 1 / 3, "head/op")
-    found = run(emulate(proto, Half.FP16, Lowering()), 3.0)
-    assert found["y"] == 1.0
 
 
 def test_a_weight_of_nodes_in_both_precisions_is_rounded_for_one_only() -> None:

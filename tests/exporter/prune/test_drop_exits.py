@@ -6,7 +6,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from onnx import numpy_helper
 
-from fpabee.calibration import CalibrationOptions, Goal, calibrate
+from fpabee.calibration import Bound, CalibrationOptions, Goal, RiskOf, calibrate
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.prune import keep as keep_exits_module
@@ -27,11 +28,9 @@ from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.files import Row
 
 WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")
-QUICK = ("--quiet", "--threads", "1")
+TARGET = "onnxruntime-fp32"
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+Drop = Callable[..., Result]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -54,10 +53,9 @@ def make_rows(folder: Path, count: int = 100) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def made(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory, engines: Mapping[str, Path]
 ) -> tuple[Path, list[Row]]:
     """A calibrated engines folder, and its rows. Read-only: see `calibrated`."""
-    engines = request.getfixturevalue("engines")
     folder = Path(shutil.copytree(engines["bert"], tmp_path_factory.mktemp("placed") / "engines"))
     rows = make_rows(folder)
     goals = {"careful": Goal(max_drop=2.0), "usual": Goal(max_drop=10.0)}
@@ -74,72 +72,40 @@ def calibrated(made: tuple[Path, list[Row]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made[0], tmp_path / "engines"))
 
 
-def test_points_are_calibrated_again_and_the_old_folder_stays(
-    calibrated: Path, made: tuple[Path, list[Row]], tmp_path: Path
-) -> None:
-    before, new = contents(calibrated), tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "1,3", "-o", new, *QUICK, "--json")
+@pytest.fixture
+def drop(tmp_path: Path) -> Drop:
+    """Drops exits of a folder; the new one is `new`, unless another is given."""
+
+    def run(source: Path, exits: str, *options: object, new: Path = tmp_path / "new") -> Result:
+        given = ("--from", source, "--exits", exits, "-o", new, "--quiet", "--threads", 1)
+        return CliRunner().invoke(main, [str(argument) for argument in (*given, *options)])
+
+    return run
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    return tmp_path / "new"
+
+
+def succeeded(result: Result) -> str:
     assert result.exit_code == 0, result.output
-    content = json.loads(result.stdout)
-    assert contents(calibrated) == before
-    manifest = read_manifest(new)
-    assert content["layers"] == content["exits"] == [1, 3] == list(manifest.exit_layers)
-    target = manifest.targets["onnxruntime-fp32"]
-    assert target.default_operating_point == "usual"
-    assert set(target.operating_points) == set(content["points"]) == {"careful", "usual"}
-    for name, point in content["points"].items():
-        assert point["before"]["wish"] == point["after"]["wish"]
-        rule = target.operating_points[name].rule
-        assert rule["name"] in ("fpabee", "budget")
-    with Engine.load(new, threads=1) as engine:
-        assert engine.operating_point == "usual"
-        engine.predict([row.content for row in made[1]])
+    return result.stdout
 
 
-def test_a_table_compares_the_points_for_people(calibrated: Path, tmp_path: Path) -> None:
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "2,3", "-o", new, *QUICK)
-    assert result.exit_code == 0, result.output
-    assert "2 of 3 exits kept, after layers 2, 3" in result.stdout
-    assert "of the PyTorch model" in result.stdout
-    assert "the last exit was dropped" not in result.stdout
-    for word in ("careful", "usual", "before", "after"):
-        assert word in result.stdout
-    assert not re.search(r"\d\.\d+x|over old|speed-up", result.stdout), "times are not compared"
-    assert result.stdout.splitlines()[-1] == f"next: fpabee-run {new} texts.txt"
-    points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
-    assert points["usual"].rows == 100
-    assert len(points["usual"].exits) == 2
+def assert_one_error(result: Result, *parts: str) -> None:
+    """Exit code 1, nothing on stdout, and one line that says what is wrong and what to do."""
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert line.startswith("error: ")
+    for part in (*parts, " -> "):
+        assert part in line
 
 
-@pytest.mark.parametrize(
-    ("exits", "said", "not_said"),
-    [
-        (
-            "1,2,3",
-            "all exits are kept; calibrated again on the same rows: careful, usual",
-            "before",
-        ),
-        ("1,2", "the last exit was dropped: full depth is now layer 2", "all exits are kept"),
-        ("3", "1 of 3 exits kept, after layers 3", "the last exit was dropped"),
-    ],
-)
-def test_what_else_is_said_for_people(
-    exits: str, said: str, not_said: str, calibrated: Path, tmp_path: Path
-) -> None:
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", exits, "-o", new, *QUICK)
-    assert result.exit_code == 0, result.output
-    assert said in result.stdout
-    assert not_said not in result.stdout
-    points = read_manifest(new).targets["onnxruntime-fp32"].operating_points
-    if exits == "3":
-        assert [point.mean_depth for point in points.values()] == [3.0, 3.0]
-
-
-def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(calibrated)
-    mine = manifest.targets["onnxruntime-fp32"]
+def change_target(folder: Path, **changes: Any) -> None:
+    """Change the record of the folder's target, and add another one with its points."""
+    manifest = read_manifest(folder)
+    mine = manifest.targets[TARGET]
     gpu = Target(
         backend="onnxruntime",
         precision="fp32",
@@ -147,51 +113,82 @@ def test_points_of_other_targets_are_named(calibrated: Path, tmp_path: Path) -> 
         tolerance=None,
         operating_points={"edge": mine.operating_points["usual"]},
     )
-    targets = {**manifest.targets, "gpu": gpu}
-    write_manifest(calibrated, msgspec.structs.replace(manifest, targets=targets))
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "1,3", "-o", new, *QUICK, "--json")
-    assert result.exit_code == 0, result.output
-    (lost,) = json.loads(result.stdout)["not_valid_any_more"]
+    targets = {TARGET: msgspec.structs.replace(mine, **changes), "gpu": gpu}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+
+
+def test_points_are_calibrated_again_and_the_old_folder_stays(
+    calibrated: Path, made: tuple[Path, list[Row]], drop: Drop, new: Path
+) -> None:
+    change_target(calibrated)
+    before = contents(calibrated)
+    content = json.loads(succeeded(drop(calibrated, "1,3", "--json")))
+    assert contents(calibrated) == before
+    manifest = read_manifest(new)
+    assert content["layers"] == content["exits"] == [1, 3] == list(manifest.exit_layers)
+    target = manifest.targets[TARGET]
+    assert target.default_operating_point == "usual"
+    assert set(target.operating_points) == set(content["points"]) == {"careful", "usual"}
+    for name, point in content["points"].items():
+        assert point["before"]["wish"] == point["after"]["wish"]
+        assert target.operating_points[name].rule["name"] in ("fpabee", "budget")
+        assert target.operating_points[name].rows == 100
+        assert len(target.operating_points[name].exits) == 2
+    (lost,) = content["not_valid_any_more"]
     assert (lost["target"], lost["point"]) == ("gpu", "edge")
     assert lost["command"] == f"fpabee-calibrate {new} --data DATA --target gpu"
-    assert read_manifest(new).targets["gpu"].operating_points == {}
+    assert manifest.targets["gpu"].operating_points == {}
+    with Engine.load(new, threads=1) as engine:
+        assert engine.operating_point == "usual"
+        engine.predict([row.content for row in made[1]])
+
+
+@pytest.mark.parametrize(
+    ("exits", "said", "not_said"),
+    [
+        ("2,3", ("2 of 3 exits kept, after layers 2, 3", "before", "after"), "last exit was"),
+        ("1,2,3", ("all exits are kept; calibrated again on the same rows: careful, usual",),
+         "before"),
+        ("1,2", ("the last exit was dropped: full depth is now layer 2",), "all exits are kept"),
+        ("3", ("1 of 3 exits kept, after layers 3",), "the last exit was dropped"),
+    ],
+)  # fmt: skip
+def test_what_is_said_to_people(
+    exits: str, said: tuple[str, ...], not_said: str, calibrated: Path, drop: Drop, new: Path
+) -> None:
+    shown = succeeded(drop(calibrated, exits))
+    for part in (*said, "careful", "usual", "of the PyTorch model"):
+        assert part in shown
+    assert not_said not in shown
+    assert not re.search(r"\d\.\d+x|over old|speed-up", shown), "times are not compared"
+    assert shown.splitlines()[-1] == f"next: fpabee-run {new} texts.txt"
+    points = read_manifest(new).targets[TARGET].operating_points
+    assert exits != "3" or [point.mean_depth for point in points.values()] == [3.0, 3.0]
 
 
 def test_a_goal_for_speed_that_fewer_exits_cannot_meet_is_lost_alone(
-    calibrated: Path, tmp_path: Path
+    calibrated: Path, drop: Drop, new: Path
 ) -> None:
-    manifest = read_manifest(calibrated)
-    target = manifest.targets["onnxruntime-fp32"]
-    usual = target.operating_points["usual"]
-    quick = msgspec.structs.replace(usual, goal=Goal(speedup=2.9))
-    points = {"quick": quick, **target.operating_points}
-    changed = msgspec.structs.replace(
-        target, operating_points=points, default_operating_point="quick"
-    )
-    targets = {**manifest.targets, "onnxruntime-fp32": changed}
-    write_manifest(calibrated, msgspec.structs.replace(manifest, targets=targets))
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "2,3", "-o", new, *QUICK)
-    assert result.exit_code == 0, result.output
-    assert "no longer valid: quick of onnxruntime-fp32: " in result.stdout
-    assert "default operating point: careful (before: quick)" in result.stdout
-    made = read_manifest(new).targets["onnxruntime-fp32"]
-    assert set(made.operating_points) == {"careful", "usual"}
-    assert made.default_operating_point == "careful"
+    points = read_manifest(calibrated).targets[TARGET].operating_points
+    quick = msgspec.structs.replace(points["usual"], goal=Goal(speedup=2.9))
+    changed = {"quick": quick, **points}
+    change_target(calibrated, operating_points=changed, default_operating_point="quick")
+    shown = succeeded(drop(calibrated, "2,3"))
+    assert "no longer valid: quick of onnxruntime-fp32: " in shown
+    assert "default operating point: careful (before: quick)" in shown
+    target = read_manifest(new).targets[TARGET]
+    assert set(target.operating_points) == {"careful", "usual"}
+    assert target.default_operating_point == "careful"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not util.find_spec("tensorrt_rtx"), reason="needs tensorrt_rtx")
-def test_built_targets_are_built_again(calibrated: Path, tmp_path: Path) -> None:
+def test_built_targets_are_built_again(calibrated: Path, drop: Drop, new: Path) -> None:
     plans = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
     add_targets(calibrated, AddTargetsOptions(backends=(RTX,), plans=plans))
     (name,) = [name for name in read_manifest(calibrated).targets if name.startswith(RTX)]
     shapes = ("--batch", "1,2,4", "--sequence", "8,16,32")
-    new = tmp_path / "new"
-    result = run("--from", calibrated, "--exits", "1,3", "-o", new, *QUICK, *shapes)
-    assert result.exit_code == 0, result.output
-    assert f"built {name} again" in result.stdout
+    assert f"built {name} again" in succeeded(drop(calibrated, "1,3", *shapes))
     target = read_manifest(new).targets[name]
     assert target.compute_capabilities == ("8.6",)
     assert sorted(target.files) == ["segment_01", "segment_02"]
@@ -200,128 +197,73 @@ def test_built_targets_are_built_again(calibrated: Path, tmp_path: Path) -> None
 
 
 def test_rows_that_were_not_kept_can_be_given(
-    calibrated: Path, made: tuple[Path, list[Row]], tmp_path: Path
+    calibrated: Path, made: tuple[Path, list[Row]], drop: Drop, new: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(calibrated / "calibration")
-    new = tmp_path / "new"
-    placed = ("--from", calibrated, "--exits", "1,3", "-o", new, *QUICK)
     data = tmp_path / "dev.rows"
+    columns = ("--input-format", "jsonl", "--text-column", "body", "--label-column", "kind")
+    given = ("--calibration-data", data, *columns)
+    data.write_text('{"body": "a"}\n')
+    assert_one_error(drop(calibrated, "1,3", *given), "line 1 has no label")
+    assert not new.exists()
     lines = [json.dumps({"body": row.text, "kind": (row.labels or ("",))[0]}) for row in made[1]]
     data.write_text("\n".join(lines) + "\n")
-    columns = ("--input-format", "jsonl", "--text-column", "body", "--label-column", "kind")
-    result = run(*placed, "--calibration-data", data, *columns)
-    assert result.exit_code == 0, result.output
-    assert set(read_manifest(new).targets["onnxruntime-fp32"].operating_points) == {
-        "careful",
-        "usual",
-    }
+    succeeded(drop(calibrated, "1,3", *given))
+    assert set(read_manifest(new).targets[TARGET].operating_points) == {"careful", "usual"}
     assert not (calibrated / "calibration").exists()
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [('{"texts": "a"}', 'no string field "text"'), ('{"text": "a"}', "line 1 has no label")],
-)
-def test_rows_that_cannot_be_used_are_refused_first(
-    calibrated: Path, tmp_path: Path, line: str, message: str
-) -> None:
-    data = tmp_path / "dev.jsonl"
-    data.write_text(f"{line}\n")
-    new = tmp_path / "new"
-    given = ("--calibration-data", data, *QUICK)
-    refused = run("--from", calibrated, "--exits", "1,3", "-o", new, *given)
-    assert_one_error(refused, message)
-    assert not new.exists()
-
-
-def test_a_point_whose_rows_are_gone_is_named(calibrated: Path, tmp_path: Path) -> None:
-    shutil.rmtree(calibrated / "calibration")
-    result = run("--from", calibrated, "--exits", "1,3", "-o", tmp_path / "new", *QUICK)
-    assert result.exit_code == 0, result.output
-    assert "no longer valid: usual of onnxruntime-fp32: its rows are not in" in result.stdout
-
-
-def assert_one_error(result: Result, *parts: str) -> None:
-    """Exit code 1, nothing on stdout, and one line that says what is wrong and what to do."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    (line,) = [line for line in result.stderr.splitlines() if line]
-    assert line.startswith("error: ")
-    for part in (*parts, " -> "):
-        assert part in line
+    shown = succeeded(drop(calibrated, "1,3", new=tmp_path / "without"))
+    assert "no longer valid: usual of onnxruntime-fp32: its rows are not in" in shown
 
 
 def test_impossible_settings_are_refused(
-    engine_copy: Callable[..., Path], calibrated: Path, tmp_path: Path
+    engine_copy: Callable[..., Path], calibrated: Path, drop: Drop, new: Path
 ) -> None:
-    new, plain = tmp_path / "new", engine_copy("bert", "plain")
-    given = ("--from", calibrated, *QUICK)
-    assert_one_error(run(*given, "--exits", "1,3", "-o", new, "--target", "tpu"), "no target 'tpu'")
-    assert_one_error(run(*given, "--exits", "2,4", "-o", new), "a model with 3 exits")
-    assert_one_error(run(*given, "--exits", "2,3", "-o", calibrated), "overwritten", "output")
-    assert_one_error(run(*given, "--exits", "2,3", "-o", plain), "--force")
+    assert_one_error(drop(calibrated, "1,3", "--target", "tpu"), "no target 'tpu'")
+    assert_one_error(drop(calibrated, "2,4"), "a model with 3 exits")
+    assert_one_error(drop(calibrated, "2,3", new=calibrated), "overwritten", "output")
+    assert_one_error(drop(calibrated, "2,3", new=engine_copy("bert", "plain")), "--force")
     assert not new.exists()
 
 
 def test_a_merge_that_changes_the_model_leaves_nothing(
-    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, drop: Drop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnx
-
-    merge = merge_graphs
-
     def wrong(*arguments: Any) -> Any:
-        proto = merge(*arguments)
+        proto = merge_graphs(*arguments)
         for tensor in proto.graph.initializer:
             if tensor.name.endswith("classifier.bias"):
-                values = onnx.numpy_helper.to_array(tensor) + 1
-                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+                values = numpy_helper.to_array(tensor) + 1
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         return proto
 
     monkeypatch.setattr(keep_exits_module, "merge_graphs", wrong)
-    result = run("--from", calibrated, "--exits", "2,3", "-o", tmp_path / "new", *QUICK)
-    assert_one_error(result, "differs from the PyTorch model from exit 1 on")
+    assert_one_error(drop(calibrated, "2,3"), "differs from the PyTorch model from exit 1 on")
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
-def test_a_bound_is_tested_again(
-    engine_copy: Callable[..., Path], made: tuple[Path, list[Row]], tmp_path: Path
+def test_a_bound_is_tested_again_and_needs_no_labels(
+    engine_copy: Callable[..., Path], made: tuple[Path, list[Row]], drop: Drop, new: Path
 ) -> None:
-    from fpabee.calibration import Bound, RiskOf
-
     source = engine_copy("bert")
+    rows = [Row(row.text, None, None, {}, row.line) for row in made[1]]
     bound = Bound(0.4, 0.95, RiskOf.DISAGREEMENT)
-    options = CalibrationOptions(bound=bound, name="sure", rules=("entropy",), threads=1)
-    calibrate(source, made[1], options)
-    new = tmp_path / "new"
-    result = run("--from", source, "--exits", "2,3", "-o", new, *QUICK, "--json")
-    assert result.exit_code == 0, result.output
-    target = read_manifest(new).targets["onnxruntime-fp32"]
+    options = CalibrationOptions(
+        bound=bound, name="sure", rules=("entropy",), unlabelled=True, threads=1
+    )
+    calibrate(source, rows, options)
+    succeeded(drop(source, "2,3", "--json"))
+    target = read_manifest(new).targets[TARGET]
     certificate = target.operating_points["sure"].certificate
     assert certificate is not None
     assert (certificate.risk_of, certificate.risk) == ("disagreement", 40.0)
     assert target.default_operating_point == "sure"
 
 
-def test_labels_are_not_needed_for_points_that_did_without(
-    engine_copy: Callable[..., Path], made: tuple[Path, list[Row]], tmp_path: Path
-) -> None:
-    source = engine_copy("bert")
-    rows = [Row(row.text, None, None, {}, row.line) for row in made[1]]
-    options = CalibrationOptions(
-        goals={"usual": Goal(max_drop=5.0)}, default="usual", unlabelled=True, threads=1
-    )
-    calibrate(source, rows, options)
-    result = run("--from", source, "--exits", "1,3", "-o", tmp_path / "new", *QUICK, "--json")
-    assert result.exit_code == 0, result.output
-
-
 def test_a_folder_without_points_keeps_its_rule_and_replaces_another(
-    engine_copy: Callable[..., Path], tmp_path: Path
+    engine_copy: Callable[..., Path], drop: Drop
 ) -> None:
     source, new = engine_copy("bert"), engine_copy("albert", "new")
-    result = run("--from", source, "--exits", "1,3", "-o", new, "--force", *QUICK)
-    assert result.exit_code == 0, result.output
+    succeeded(drop(source, "1,3", "--force"))
     with Engine.load(new, threads=1) as engine:
         assert engine.manifest.exit_layers == (1, 3)
         assert engine.rule == FPabee(threshold=0.1, patience=1)

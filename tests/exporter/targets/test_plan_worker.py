@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,11 @@ from fpabee.runtime import BackendError
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest
 
-from ...doubles.device import Double, serve
+from ...doubles.device import Double
 from ...doubles.tensorrt_builder import FakeBuilder
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
-
-
-@pytest.fixture
-def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
-    return serve(monkeypatch, engine_copy())
 
 
 def build(double: Double, options: PlanOptions = SMALL) -> Manifest:
@@ -62,15 +55,11 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
     assert target.compute_capabilities == ("8.6",)
 
 
-def test_settings_that_are_not_given_are_left_to_the_library(double: Double) -> None:
+def test_settings_are_left_to_the_library_and_segments_share_what_was_timed(double: Double) -> None:
     build(double)
     config = double.configs[0]
     assert (config.flags, config.limits) == (set(), {})
     assert config.builder_optimization_level is config.hardware_compatibility_level is None
-
-
-def test_segments_share_what_was_timed(double: Double) -> None:
-    build(double)
     cache = timing_cache(double)
     assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
     assert [path.name for path in cache.parent.glob("timing*")] == ["timing.cache"]
@@ -102,26 +91,6 @@ def test_an_unusable_cache_is_replaced(content: bytes, double: Double) -> None:
     assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
 
 
-def test_a_cache_that_cannot_be_written_stays_unchanged(
-    double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(double)
-    cache = timing_cache(double)
-    before = cache.read_bytes()
-    write = Path.write_bytes
-
-    def full_disk(path: Path, content: bytes) -> int:
-        if path.stem == "timing":
-            write(path, bytes(content)[:3])
-            raise OSError(28, "No space left on device")
-        return write(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        build(double)
-    assert cache.read_bytes() == before
-
-
 def test_a_graph_that_cannot_be_parsed_is_named(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,14 +112,3 @@ def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
     build(double)
     assert mine.read_bytes() == b"mine"
     assert not any(path.is_symlink() for path in home.iterdir())
-
-
-def test_a_pipe_is_not_read_as_the_record(double: Double) -> None:
-    build(double)
-    record = timing_cache(double).with_name("build.json")
-    record.unlink()
-    os.mkfifo(record)
-    manifest = read_manifest(double.folder)
-    build_target(double.folder, manifest, TENSORRT, "fp32", SMALL, resume=True)
-    assert len(double.configs) == 6
-    assert record.is_file()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
 
+from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.training import TrainOptions
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
@@ -35,8 +39,6 @@ def write_rows(tmp_path: Path) -> WriteRows:
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration and a tokenizer, but no weights."""
-    from transformers import BertConfig
-
     folder = tmp_path_factory.mktemp("backbone")
     BertConfig(
         vocab_size=800,
@@ -66,3 +68,48 @@ def options(backbone: Path, write_rows: WriteRows) -> Options:
         "max_length": 16,
     }
     return lambda **changes: TrainOptions(**(settings | changes))
+
+
+LABELS = ("no", "perhaps", "yes")
+# Families, with settings that change their heads.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in _FAMILIES},
+    "deberta-v2 with tanh": ("deberta-v2", {"pooler_hidden_act": "tanh"}),
+    "modernbert with means": (
+        "modernbert",
+        {
+            "classifier_pooling": "mean",
+            "classifier_bias": True,
+            "classifier_activation": "relu",
+            "norm_bias": True,
+        },
+    ),
+}
+
+
+@pytest.fixture
+def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Makes a classifier with random weights and the tokenizer of the tiny model."""
+
+    def make(kind: str, labels: Sequence[str] = LABELS, **changes: Any) -> Path:
+        family, settings = KINDS[kind]
+        source, folder = tiny_models[family], tmp_path / "classifier"
+        config = AutoConfig.from_pretrained(source)
+        del config.fpabee, config.architectures
+        config.problem_type = None
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        for name, value in (settings | changes).items():
+            setattr(config, name, value)
+        torch.manual_seed(5)
+        build: Any = AutoModelForSequenceClassification.from_config
+        model = build(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # by default they are all 0, or all 1
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+        for path in source.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        return folder
+
+    return make

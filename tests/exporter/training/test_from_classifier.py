@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +12,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
-from fpabee.exporter.model import LastHead, MultiExitModel, Pooling
+from fpabee.exporter.model import MultiExitModel, Pooling
 from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
-LABELS = ("no", "perhaps", "yes")
-# Families, with settings that change their heads.
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("bert", {}),
-    "albert": ("albert", {}),
-    "mpnet": ("mpnet", {}),
-    "roberta": ("roberta", {}),
-    "xlm-roberta": ("xlm-roberta", {}),
-    "camembert": ("camembert", {}),
-    "electra": ("electra", {}),
-    "distilbert": ("distilbert", {}),
-    "deberta-v2": ("deberta-v2", {}),
-    "deberta-v2 with tanh": ("deberta-v2", {"pooler_hidden_act": "tanh"}),
-    "modernbert": ("modernbert", {}),
-    "modernbert with means": (
-        "modernbert",
-        {
-            "classifier_pooling": "mean",
-            "classifier_bias": True,
-            "classifier_activation": "relu",
-            "norm_bias": True,
-        },
-    ),
-}
+from .conftest import KINDS, LABELS
 
-MakeClassifier = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> MakeClassifier:
-    """Makes a classifier with random weights and the tokenizer of the tiny model."""
-
-    def make(kind: str, **changes: Any) -> Path:
-        family, settings = KINDS[kind]
-        source, folder = tiny_models[family], tmp_path / "classifier"
-        config = AutoConfig.from_pretrained(source)
-        del config.fpabee, config.architectures
-        config.problem_type = None
-        config.id2label = dict(enumerate(LABELS))
-        config.label2id = {label: index for index, label in enumerate(LABELS)}
-        for name, value in (settings | changes).items():
-            setattr(config, name, value)
-        torch.manual_seed(5)
-        build: Any = AutoModelForSequenceClassification.from_config
-        model = build(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # by default they are all 0, or all 1
-                nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder)
-        for path in source.glob("tokenizer*"):
-            shutil.copy(path, folder)
-        return folder
-
-    return make
+Make = Callable[..., Path]
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -94,7 +38,7 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_last_exit_gives_the_logits_of_the_classifier(
-    kind: str, pooling: Pooling, make: MakeClassifier, tmp_path: Path
+    kind: str, pooling: Pooling, make: Make, tmp_path: Path
 ) -> None:
     classifier = Classifier(make(kind))
     model = classifier.multi_exit(None, pooling)
@@ -121,10 +65,10 @@ def test_the_last_exit_gives_the_logits_of_the_classifier(
     ],
 )
 def test_the_engine_gives_the_logits_of_the_classifier(
-    kind: str, pooling: Pooling, make: MakeClassifier, tmp_path: Path
+    kind: str, pooling: Pooling, make: Make, tmp_path: Path
 ) -> None:
     classifier = Classifier(make(kind))
-    save_checkpoint(classifier.multi_exit((2, 3), pooling), tmp_path / "model")
+    save_checkpoint(classifier.multi_exit((3,), pooling), tmp_path / "model")
     for path in classifier.folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "model")
     folder = export(tmp_path / "model", tmp_path / "engines").folder
@@ -142,20 +86,11 @@ def test_the_engine_gives_the_logits_of_the_classifier(
     np.testing.assert_allclose(logits[-1], np.stack(expected), rtol=0, atol=1e-5)
 
 
-def test_only_the_head_of_the_classifier_is_frozen(make: MakeClassifier) -> None:
-    model = Classifier(make("roberta")).multi_exit(None, Pooling.CLS)
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    assert frozen == {
-        "last_head.dense.weight",
-        "last_head.dense.bias",
-        "classifiers.2.weight",
-        "classifiers.2.bias",
-    }
-    assert model.exit_config.last_head == LastHead(Pooling.CLS, "tanh")
-
-
-def test_a_frozen_encoder_has_no_dropout(make: MakeClassifier) -> None:
+def test_a_frozen_encoder_has_no_dropout_and_the_head_is_always_frozen(make: Make) -> None:
     model = Classifier(make("bert", hidden_dropout_prob=0.5)).multi_exit(None, Pooling.MEAN)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert {name.split(".")[0] for name in frozen} <= {"last_head", "classifiers"}
+    assert {"classifiers.2.weight", "classifiers.2.bias"} <= frozen
     ids, mask = batch()
     model.train()
     assert not torch.equal(model(ids, mask)[-1], model(ids, mask)[-1])
@@ -168,7 +103,7 @@ def test_a_frozen_encoder_has_no_dropout(make: MakeClassifier) -> None:
 
 @pytest.mark.parametrize("problem_type", list(ProblemType))
 def test_soft_labels_are_the_predictions_for_each_row(
-    problem_type: ProblemType, make: MakeClassifier
+    problem_type: ProblemType, make: Make
 ) -> None:
     classifier = Classifier(make("electra", problem_type=problem_type.value))
     assert classifier.problem_type is problem_type
@@ -184,22 +119,16 @@ def test_soft_labels_are_the_predictions_for_each_row(
         assert found == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_the_last_layer_must_have_an_exit(make: MakeClassifier) -> None:
+def test_what_cannot_be_converted_is_refused(make: Make) -> None:
+    folder = make("electra", problem_type="single_label_classification")
+    with pytest.raises(ModelError, match="trained for single_label"):
+        Classifier(folder, ProblemType.MULTI_LABEL)
+    classifier = Classifier(folder)
     with pytest.raises(ModelError, match=r"after layer 3, .* \[1, 2\] .* -> add 3 to exits"):
-        Classifier(make("bert")).multi_exit((1, 2), Pooling.MEAN)
-
-
-def test_an_unusual_head_is_refused(make: MakeClassifier) -> None:
-    classifier = Classifier(make("electra"))
+        classifier.multi_exit((1, 2), Pooling.MEAN)
     classifier.model.classifier.activation = nn.Tanh()
     with pytest.raises(ModelError, match="does not have the usual head of its family"):
         classifier.multi_exit(None, Pooling.MEAN)
-
-
-def test_a_task_that_contradicts_the_classifier_is_refused(make: MakeClassifier) -> None:
-    folder = make("bert", problem_type="single_label_classification")
-    with pytest.raises(ModelError, match="trained for single_label"):
-        Classifier(folder, ProblemType.MULTI_LABEL)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -221,16 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no head": (without_head, "not a trained classifier: it lacks 2 weights, first 'classifier"),
     "regression": (lambda f: change_config(f, problem_type="regression"), "is a regression model"),
     "one label": (lambda f: change_config(f, id2label={"0": "x"}), "is a regression model"),
-    "another width": (
-        lambda f: change_config(f, hidden_size=16),
-        "does not hold a classifier that can be",
-    ),
     "truncated": (truncate, "does not hold a classifier that can be"),
-    "no weights": (
-        lambda f: (f / "model.safetensors").unlink(),
-        "does not hold a classifier that can be",
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "other family": (lambda f: change_config(f, model_type="gpt2"), "'gpt2' is not supported"),
     "label twice": (
         lambda f: change_config(f, id2label={"0": "a", "1": "b", "2": "a"}),
@@ -240,7 +160,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_anything_but_a_trained_classifier_is_refused(damage: str, make: MakeClassifier) -> None:
+def test_anything_but_a_trained_classifier_is_refused(damage: str, make: Make) -> None:
     change, message = DAMAGE[damage]
     folder = make("bert")
     change(folder)
@@ -252,12 +172,7 @@ def test_anything_but_a_trained_classifier_is_refused(damage: str, make: MakeCla
 
 WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "no pooling": ({"activation": "tanh"}, "wrong 'fpabee' block"),
-    "no activation": ({"pooling": "cls"}, "wrong 'fpabee' block"),
     "unknown activation": ({"pooling": "cls", "activation": "nope"}, "unknown activation 'nope'"),
-    "eps as a word": (
-        {"pooling": "cls", "activation": "tanh", "norm_eps": "x"},
-        "wrong 'fpabee' block",
-    ),
     "a norm that the weights lack": (
         {"pooling": "cls", "activation": "tanh", "norm_eps": 1e-5},
         r"lacks 2 weights, first 'last_head\.norm",
@@ -267,7 +182,7 @@ WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_HEADS)
 def test_a_wrong_last_head_in_a_model_dir_is_refused(
-    wrong: str, make: MakeClassifier, tmp_path: Path
+    wrong: str, make: Make, tmp_path: Path
 ) -> None:
     model: MultiExitModel = Classifier(make("bert")).multi_exit(None, Pooling.MEAN)
     save_checkpoint(model, tmp_path / "model")

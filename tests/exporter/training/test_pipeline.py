@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,22 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, TrainProgress, train
-from fpabee.exporter.training.pipeline import features
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
-from fpabee.runtime.files import Row, read_rows
+from fpabee.runtime.files import read_rows
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 
 Options = Callable[..., TrainOptions]
 WriteRows = Callable[..., str]
-
-
-def test_features_are_those_of_each_row_alone(backbone: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    rows = [Row("one", labels=("a",)), Row("two", "three", ("b",)), Row("x " * 99, labels=("a",))]
-    config = MultiExitConfig((1, 2), ("a", "b"))
-    first, second, third = features(rows, tokenizer, config, 16)
-    assert first["input_ids"] == tokenizer("one")["input_ids"]
-    assert second["input_ids"] == tokenizer("two", "three")["input_ids"]
-    assert len(third["input_ids"]) == 16
-    assert [first["labels"], second["labels"]] == [0, 1]
 
 
 def test_a_training_writes_a_model_its_scores_and_a_model_card(
@@ -65,9 +52,8 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     truth = torch.tensor([report.labels.index(label) for row in rows for label in row.labels or ()])
     accuracies = (predicted == truth).float().mean(dim=1).tolist()
     for name in ("dev", "test"):
-        assert [set(row) for row in report.scores[name]] == [
-            {"accuracy", "macro_f1", "matthews"}
-        ] * 2
+        for row in report.scores[name]:
+            assert set(row) == {"accuracy", "macro_f1", "matthews"}
         assert [row["accuracy"] for row in report.scores[name]] == pytest.approx(accuracies)
 
     assert [state.step for state in seen if not state.scores] == [1, 2, 3, 4, 5, 6]
@@ -79,11 +65,8 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     stored = json.loads((folder / "training.json").read_text())
     assert stored == report.to_dict()
     assert stored["options"]["distill"] == 0.5, "the documented default"
-    assert {name: data["rows"] for name, data in stored["data"].items()} == {
-        "train": 24,
-        "dev": 8,
-        "test": 8,
-    }
+    counts = {name: data["rows"] for name, data in stored["data"].items()}
+    assert counts == {"train": 24, "dev": 8, "test": 8}
     card = (folder / "README.md").read_text()
     metadata: Any = ModelCard(card).data
     assert metadata.library_name == "fpabee"
@@ -104,27 +87,19 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
 ) -> None:
     rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
     path = write_rows("multi.jsonl", rows)
-    settings = options(
-        backbone=str(GOLDEN),
-        random_init=False,
-        train=path,
-        dev=path,
-        exits=(2, 6),
-        pooling=Pooling.CLS,
-        problem_type=MULTI,
-        lr=1e-9,
-    )
+    start = {"backbone": str(GOLDEN), "random_init": False, "train": path, "dev": path}
+    model = {"exits": (2, 6), "pooling": Pooling.CLS, "problem_type": MULTI}
+    settings = options(**start, **model, lr=1e-9)
     assert settings.exit_lr == 1e-3
     report = train(tmp_path / "model", settings)
-    assert [set(row) for row in report.scores["dev"]] == [
-        {"exact_match", "micro_f1", "macro_f1"}
-    ] * 2
-    model, start = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
-    assert model.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
-    name = "bert.encoder.layer.5.output.dense.weight"
-    torch.testing.assert_close(
-        model.state_dict()[name], start.state_dict()[name], rtol=0, atol=1e-6
+    for row in report.scores["dev"]:
+        assert set(row) == {"exact_match", "micro_f1", "macro_f1"}
+    trained, given = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
+    assert trained.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
+    found, expected = (
+        each.state_dict()["bert.encoder.layer.5.output.dense.weight"] for each in (trained, given)
     )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_a_resumed_training_ends_like_an_uninterrupted_one(
@@ -182,11 +157,9 @@ def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_pat
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"train": "missing.jsonl"}, InputError, "missing.jsonl does not exist"),
     "no encoder": ({"backbone": "missing"}, ModelError, "missing does not exist"),
-    "exits": ({"exits": (1, 3)}, ModelError, "do not fit an encoder of 2 layers"),
     "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
     "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
     "unknown label": ({"dev": "other.jsonl"}, InputError, "line 1 has label 'other'"),
-    "nothing to resume": ({"resume": True}, InputError, "no finished epoch to resume after"),
 }
 
 
@@ -212,11 +185,9 @@ def test_nothing_is_written_when_the_input_is_bad(
     ("changes", "message"),
     [
         ({"backbone": None}, "found neither -> give either backbone or from_classifier"),
-        ({"from_classifier": "x"}, "found both"),
         ({"backbone": None, "from_classifier": "x"}, "cannot be random -> leave out random_init"),
         ({"epochs": 0.0}, "epochs is 0.0 -> give epochs above 0"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"head_lr": -1.0}, "head_lr is -1.0"),
         ({"max_length": 3}, "give max_length above 3"),
         ({"distill": 1.5}, "give distill from 0 to 1"),
     ],
@@ -231,43 +202,28 @@ TEXTS = [f"{one} {other}" for one in WORDS for other in WORDS[:5]]
 
 
 @pytest.fixture
-def from_classifier(
-    tiny_models: Mapping[str, Path], write_rows: WriteRows, tmp_path: Path
-) -> Options:
+def from_classifier(make: Callable[..., Path], write_rows: WriteRows) -> Options:
     """Makes options that train on texts without labels, from a classifier made for it."""
 
-    def make(problem_type: ProblemType = SINGLE, **changes: Any) -> TrainOptions:
+    def options(problem_type: ProblemType = SINGLE, **changes: Any) -> TrainOptions:
+        folder = make("roberta", labels=("bad", "good"), problem_type=problem_type.value)
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        model, tokenizer = load(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        rows = tokenizer(TEXTS, return_tensors="pt", padding=True)
+        with torch.no_grad():  # so that its predictions differ from text to text
+            model.classifier.out_proj.weight *= 2 / model(**rows).logits.std()
+            model.classifier.out_proj.bias -= model(**rows).logits.mean(dim=0)
+        model.save_pretrained(folder)
         dev = [{"text": "good film", "label": "good"}, {"text": "bad", "label": "bad"}]
         return TrainOptions(
-            from_classifier=str(make_classifier(tiny_models["roberta"], tmp_path, problem_type)),
+            from_classifier=str(folder),
             train=write_rows("texts.jsonl", [{"text": text} for text in TEXTS]),
             dev=write_rows("dev.jsonl", dev),
             batch_size=8,
             **changes,
         )
 
-    return make
-
-
-def make_classifier(source: Path, parent: Path, problem_type: ProblemType) -> Path:
-    folder = parent / "classifier"
-    config = RobertaConfig.from_pretrained(source)
-    del config.fpabee
-    config.id2label, config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
-    config.problem_type = problem_type.value
-    torch.manual_seed(3)
-    build: Any = AutoModelForSequenceClassification.from_config
-    model = build(config).eval()
-    trained = load_file(source / "model.safetensors")
-    model.load_state_dict({n: w for n, w in trained.items() if n.startswith("roberta.")}, False)
-    rows = AutoTokenizer.from_pretrained(source)(TEXTS, return_tensors="pt", padding=True)
-    with torch.no_grad():  # so that its predictions differ from text to text
-        model.classifier.out_proj.weight *= 2 / model(**rows).logits.std()
-        model.classifier.out_proj.bias -= model(**rows).logits.mean(dim=0)
-    model.save_pretrained(folder)
-    for path in source.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
+    return options
 
 
 @pytest.mark.slow
