@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -33,35 +31,26 @@ def padded(bucket: Bucket) -> int:
     return bucket.batch * bucket.sequence
 
 
-def groups_of(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    cut = make_groups(np.array(lengths, np.intp), limits)
-    return [[lengths[row] for row in group] for group in cut]
-
-
-@given(row_lengths, some_limits)
-def test_every_row_is_in_one_group(lengths: list[int], limits: Limits) -> None:
-    groups = make_groups(np.array(lengths, np.intp), limits)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    assert all(len(group) for group in groups)
-
-
 @example([1, 1, 1], Limits(4, 64, group_tokens=50, batch_sizes=(1, 2, 4), sequence_lengths=(16,)))
 @given(row_lengths, some_limits)
-def test_groups_keep_to_the_budget_and_have_similar_lengths(
+def test_every_row_is_in_one_group_of_similar_rows_within_the_budget(
     lengths: list[int], limits: Limits
 ) -> None:
-    groups = groups_of(lengths, limits)
+    groups = make_groups(np.array(lengths, np.intp), limits)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    descending: list[int] = []
     for group in groups:
-        assert len(group) <= limits.max_batch
-        bucket = limits.bucket(len(group), max(group))
-        assert len(group) == 1 or padded(bucket) <= limits.group_tokens
-    descending = [length for group in groups for length in sorted(group, reverse=True)]
+        assert 0 < len(group) <= limits.max_batch
+        rows = sorted((lengths[row] for row in group), reverse=True)
+        assert len(rows) == 1 or padded(limits.bucket(len(rows), rows[0])) <= limits.group_tokens
+        descending += rows
     assert descending == sorted(lengths, reverse=True)
 
 
 def test_groups_are_as_large_as_the_budget_allows() -> None:
     limits = Limits(max_batch=3, max_sequence=64, group_tokens=40)
-    assert [len(group) for group in groups_of([50, 20, 20, 5, 5, 5, 5], limits)] == [1, 2, 3, 1]
+    groups = make_groups(np.array([50, 20, 20, 5, 5, 5, 5], np.intp), limits)
+    assert [len(group) for group in groups] == [1, 2, 3, 1]
 
 
 @given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), curves)

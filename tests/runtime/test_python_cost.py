@@ -69,10 +69,3 @@ def test_calls_of_a_request_and_of_a_segment(rows: int, engine: Engine) -> None:
         for what, _, counts in counted
     )
     assert all(found[what] <= most[what] for what in found), f"{found}, at most {most}{tops}"
-
-
-def test_a_slow_path_is_counted() -> None:
-    def calls(times: int) -> Counter[str]:
-        return calls_of(lambda: [len("") for _ in range(times)])
-
-    assert calls(100).total() - calls(1).total() == 99

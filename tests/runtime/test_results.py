@@ -30,17 +30,13 @@ def test_answers_are_counted(engine: Engine) -> None:
     assert engine.tally == Tally((counts[0] + 4, counts[1], counts[2]), truncated=2)
     assert engine.tally.rows == 8
     assert sum(engine.tally.shares) == pytest.approx(1)
+    assert engine.reset_tally().rows == 8
+    assert engine.tally.rows == 0
 
 
 def test_rows_that_a_deadline_stops_are_counted(engine: Engine) -> None:
     engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=-1)
     assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
-
-
-def test_reset_returns_the_tally_so_far(engine: Engine) -> None:
-    engine.predict(TEXTS, rule=Budget(exit=2))
-    assert engine.reset_tally().exits == (0, 4, 0)
-    assert engine.tally.rows == 0
 
 
 def test_drift_from_an_operating_point(
@@ -54,14 +50,9 @@ def test_drift_from_an_operating_point(
         assert engine.tally.drift(point.exits) == 0
         engine.predict(TEXTS, rule=Budget(exit=3))
         assert engine.tally.drift(point.exits) == pytest.approx(0.5)
-
-
-def test_drift_is_between_shares() -> None:
-    assert Tally((3, 1)).drift((0.75, 0.25)) == pytest.approx(0)
     assert Tally((1, 0)).drift((0, 7)) == pytest.approx(1)
-    for wrong in ((1, 2, 3), (0, 0)):
-        with pytest.raises(ValueError, match="expected 2 counts"):
-            Tally((1, 0)).drift(wrong)
+    with pytest.raises(ValueError, match="expected 2 counts"):
+        Tally((1, 0)).drift((1, 2, 3))
 
 
 def test_threads_lose_no_row() -> None:

@@ -23,37 +23,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "engines"
 
 
-def test_a_file_with_the_right_hash_is_found(folder: Path) -> None:
+def test_a_file_with_the_right_hash_is_found_and_a_changed_byte_too(folder: Path) -> None:
     path = folder / "onnx" / "a.onnx"
     path.write_bytes(b"abc")
     assert sha256_of(path) == ABC_SHA256
     assert verified(folder, "onnx/a.onnx", ABC_SHA256) == path
-
-
-def test_a_changed_byte_is_found(folder: Path) -> None:
-    path = folder / "a.onnx"
     path.write_bytes(bytes(3 * 2**20))
     digest = sha256_of(path)
     with path.open("r+b") as file:
         file.seek(2**21)
         file.write(b"\1")
     with pytest.raises(ArtifactError, match=r"a\.onnx is damaged: sha256 .*copy"):
-        verified(folder, "a.onnx", digest)
+        verified(folder, "onnx/a.onnx", digest)
 
 
 @pytest.mark.parametrize(
     "relative",
-    [
-        "",
-        ".",
-        "..",
-        "../outside",
-        "onnx/../../outside",
-        "/etc/hosts",
-        "..\\outside",
-        "\0",
-        "a" * 5000,
-    ],
+    ["", ".", "../outside", "onnx/../../outside", "/etc/hosts", "..\\outside", "\0", "a" * 5000],
     ids=lambda relative: repr(relative[:20]),
 )
 def test_a_path_out_of_the_folder_or_to_no_file_is_refused(folder: Path, relative: str) -> None:
@@ -69,12 +55,6 @@ def test_a_link_may_leave_the_folder_if_the_hash_matches(folder: Path, relative:
     (folder.parent / "outside").write_bytes(b"abd")
     with pytest.raises(ArtifactError, match="is damaged"):
         verified(folder, relative, ABC_SHA256)
-
-
-def test_a_link_to_the_folder_is_followed(folder: Path) -> None:
-    (folder / "a.onnx").write_bytes(b"abc")
-    (folder / "link").symlink_to(".")
-    assert resolve(folder / "link", "a.onnx").read_bytes() == b"abc"
 
 
 @pytest.mark.parametrize(

@@ -64,14 +64,7 @@ def test_a_manifest_is_written_as_it_was_read(folder: Path, manifest: Manifest) 
 
 @pytest.mark.parametrize(
     "where",
-    [
-        (),
-        ("model",),
-        ("graphs", "two", "inputs", 0),
-        ("segments", 1),
-        ("targets", TARGET, "files", "one"),
-        ("targets", TARGET, "operating_points", "fast"),
-    ],
+    [(), ("graphs", "two", "inputs", 0), ("targets", TARGET, "operating_points", "fast")],
     ids=str,
 )
 def test_fields_of_a_newer_minor_version_survive_a_rewrite(
@@ -92,47 +85,23 @@ def test_fields_of_a_newer_minor_version_survive_a_rewrite(
     assert read_manifest(folder) == changed
 
 
-def test_removed_fields_do_not_come_back(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    without = {TARGET: msgspec.structs.replace(manifest.targets[TARGET], operating_points={})}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=without, files={}))
-    assert content_of(folder)["targets"][TARGET]["operating_points"] == {}
-    assert content_of(folder)["files"] == {}
-
-
-def with_target(**fields: Any) -> Callable[[Manifest], Manifest]:
-    def replaced(manifest: Manifest) -> Manifest:
-        target = msgspec.structs.replace(manifest.targets[TARGET], **fields)
-        return msgspec.structs.replace(manifest, targets={TARGET: target})
-
-    return replaced
-
-
-def with_point(**fields: Any) -> Callable[[Manifest], Manifest]:
-    def replaced(manifest: Manifest) -> Manifest:
-        point = manifest.targets[TARGET].operating_points["fast"]
-        points = {"fast": msgspec.structs.replace(point, **fields)}
-        return with_target(operating_points=points)(manifest)
-
-    return replaced
-
-
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("fields", "says"),
     [
-        (with_point(theoretical_speedup=NAN), "theoretical_speedup"),
-        (with_point(exits=(1.5,)), "exits"),
-        (with_point(rule={"name": "entropy", "threshold": NAN}), "a different one"),
-        (with_target(tolerance=NAN), "a different one"),
-        (lambda m: msgspec.structs.replace(m, default_target="none"), "default target 'none'"),
-        (lambda m: msgspec.structs.replace(m, fpabee_version="0" * 2**24), "bytes"),
+        ({"theoretical_speedup": NAN}, "theoretical_speedup"),
+        ({"exits": (1.5,)}, "exits"),
+        ({"rule": {"name": "entropy", "threshold": NAN}}, "a different one"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_again_is_not_written(
-    folder: Path, how: Callable[[Manifest], Manifest], says: str
+    folder: Path, fields: dict[str, Any], says: str
 ) -> None:
+    manifest = read_manifest(folder)
+    target = manifest.targets[TARGET]
+    point = msgspec.structs.replace(target.operating_points["fast"], **fields)
+    target = msgspec.structs.replace(target, operating_points={"fast": point})
     with pytest.raises(ArtifactError, match=f"was not written.*{says}") as caught:
-        write_manifest(folder, how(read_manifest(folder)))
+        write_manifest(folder, msgspec.structs.replace(manifest, targets={TARGET: target}))
     assert "report it" in caught.value.hint
     assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
     assert (folder / MANIFEST_NAME).read_bytes() == GOLDEN.read_bytes()
@@ -162,11 +131,6 @@ def test_a_manifest_that_is_a_pipe_or_a_device_is_not_read(
     assert not is_engines_folder(folder)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, manifest: Manifest) -> None:
-    with pytest.raises(ArtifactError, match=r"cannot write .*manifest.json"):
-        write_manifest(tmp_path / "nowhere", manifest)
-
-
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     assert "has no manifest.json -> export a model: export(MODEL_DIR, ENGINES)" in refusal(tmp_path)
     assert "does not exist -> export a model" in refusal(tmp_path / "nowhere")
@@ -177,11 +141,8 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     [
         ("2.0", "pip install 'fpabee==3.4.5'"),
         ("0.9", "this fpabee reads 1.0"),
-        ("1", "not of the form major.minor"),
         ("1.x", "not of the form major.minor"),
-        ("", "not of the form major.minor"),
         (1.0, "is damaged"),
-        (None, "is damaged"),
     ],
 )
 def test_other_schema_versions_are_refused(folder: Path, version: Any, says: str) -> None:
@@ -196,14 +157,11 @@ def test_other_schema_versions_are_refused(folder: Path, version: Any, says: str
     "raw",
     [
         b"",
-        b"not JSON",
         b"[]",
         b'{"schema_version": "1.0"}',
         b'{"schema_version": "1.0", "x": NaN}',
-        b'{"schema_version": "1.\xff"}',
         b'{"schema_version": "1.0", "x": "\xff"}',
         b'{"schema_version": "1.0", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b"[" * 100_000,
     ],
     ids=lambda raw: repr(raw[:40]),
 )
@@ -240,16 +198,11 @@ ONE = ("graphs", "one", "outputs", 0)
     ("how", "says"),
     [
         (updated(task=None), "task"),
-        (updated(segments=[]), "segments"),
-        (updated("segments", 0, exit="1"), "exit"),
         (updated("segments", 0, exit=2), "segment 1 says that it ends at exit 2"),
         (updated("segments", 0, calls=[]), "calls"),
         (updated("segments", 0, calls=["x"]), "calls graph 'x'"),
         (updated("segments", 0, layer=2), "do not ascend to 2"),
-        (updated("segments", 1, layer=3), "do not ascend to 2"),
-        (updated("model", layers=-1), "layers"),
         (updated("model", hidden_size=10**12), "hidden_size"),
-        (updated("task", labels=[]), "labels"),
         (updated("task", labels=["a", "a"]), "a label name appears twice"),
         (updated("task", labels=["a"], cuts=[]), "names 1 labels, but the heads give"),
         (updated("task", problem_type="regression"), "problem_type"),
@@ -258,21 +211,14 @@ ONE = ("graphs", "one", "outputs", 0)
         (updated("task", cuts=[0.5, NAN]), "malformed"),
         (updated("precisions", "fp16", one=None), "fp16 graphs do not have the names"),
         (updated(precisions={}), "is in fp16, but there are no such graphs"),
-        (updated("tokenizer", sha256="0" * 63), "sha256"),
         (updated("tokenizer", sha256="G" * 64), "sha256"),
         (updated("tokenizer", max_length=0), "max_length"),
-        (
-            updated("tokenizer", max_length=1000),
-            "texts may have 1000 tokens, but the graphs take 16",
-        ),
-        (updated("tokenizer", pad_id=-1), "pad_id"),
-        (updated("graphs", "one", inputs=[{"name": "x"}]), "inputs"),
+        (updated("tokenizer", max_length=1000), "may have 1000 tokens, but the graphs take 16"),
         (updated("graphs", "one", "inputs", 0, name="x"), "segment 1 needs 'x'"),
         (lambda m: m["graphs"]["one"]["outputs"].pop(), "segment 1 produces no logits"),
         (updated("graphs", "two", "inputs", 0, dtype="float16"), "different 'hidden_states'"),
         (updated(*ONE, dtype="O"), "dtype"),
         (updated(*ONE, shape=["time"]), "shape"),
-        (updated(*ONE, shape=[-1]), "shape"),
         (updated(*ONE, shape=[2**11, 2**11]), "larger than in any model"),
         (updated(default_target="other"), "default target 'other' is not listed"),
         (updated(default_rule={"name": ["x"]}), "default_rule"),

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fpabee.runtime import ArtifactError, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime import read_manifest
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.buffers import shape_of
-from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double, install, install_cuda_provider
 
-FAMILIES = ("bert", "albert", "mpnet", "modernbert")
+FAMILIES = ("albert", "mpnet", "modernbert")
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 TEXTS = (
     "",
@@ -49,12 +45,9 @@ class Chain:
     def __init__(self, folder: Path, double: Double | None = None) -> None:
         manifest = read_manifest(folder)
         self.double = double
-        self.backend: Any
-        if double is None:
-            self.backend = backend_of(folder)
-        else:
-            self.backend = open_backend(folder, manifest, double.target, None)
-        self.execution = self.backend.open()
+        target = double.target if double else manifest.default_target
+        self.backend: Any = open_backend(folder, manifest, target, None)
+        self.execution: Any = self.backend.open()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
         self.batched = {name: "batch" in spec.shape for name, spec in self.backend.specs.items()}
@@ -141,7 +134,6 @@ def numbers_of(least: int = 1) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, len(TEXTS) - 1), min_size=least, max_size=5)
 
 
-@settings(deadline=None, max_examples=30)
 @given(groups=st.lists(numbers_of(), min_size=1, max_size=4), data=st.data())
 def test_regrouping_neither_loses_nor_mixes_up_rows(
     chain: Chain, groups: list[list[int]], data: st.DataObject
@@ -178,7 +170,6 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
     chain.execution.release(joined)
 
 
-@settings(deadline=None, max_examples=20)
 @given(group=numbers_of(), rows=st.integers(0, 3), tokens=st.integers(0, 30))
 def test_padding_changes_nothing(chain: Chain, group: list[int], rows: int, tokens: int) -> None:
     longest = max(len(chain.rows[number]) for number in group)
@@ -204,6 +195,8 @@ def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
     pending = chain.execution.enqueue(0, hidden)
     kept = pending.result()["logits"]
     before = kept.copy()
+    assert "hidden_states" in chain.tensors(hidden)
+    assert "input_ids" not in chain.tensors(hidden), "no later segment reads them"
     chain.execution.enqueue(1, hidden)
     np.testing.assert_array_equal(kept, before)
     chain.execution.release(hidden)
@@ -222,63 +215,6 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
                 np.testing.assert_allclose(pending.result()["logits"], alone, atol=1e-5)
             execution.release(hidden)
-
-
-def test_only_what_later_segments_read_is_carried(chain: Chain) -> None:
-    hidden = chain.begin([3])
-    chain.execution.enqueue(0, hidden)
-    assert "input_ids" not in chain.tensors(hidden)
-    assert "hidden_states" in chain.tensors(hidden)
-
-
-def test_mpnet_carries_its_position_bias(engines: Mapping[str, Path]) -> None:
-    chain = Chain(engines["mpnet"])
-    assert not chain.batched["position_bias"]
-    hidden = chain.begin([3, 7])
-    chain.execution.enqueue(0, hidden)
-    whole = chain.tensors(hidden)["position_bias"].copy()
-    assert np.ptp(whole) > 0
-    length = len(chain.rows[3])
-    cropped = chain.execution.regroup([hidden], [np.array([0])], Bucket(1, length))
-    expected = whole[..., :length, :length]
-    np.testing.assert_array_equal(chain.tensors(cropped)["position_bias"], expected)
-    chain.backend.close()
-
-
-def backend_of(folder: Path) -> OnnxRuntimeBackend:
-    manifest = read_manifest(folder)
-    return OnnxRuntimeBackend(folder, manifest, manifest.default_target)
-
-
-@pytest.mark.parametrize("how", ["missing", "flipped"])
-def test_segments_are_loaded_when_first_needed(engine_copy: Callable[..., Path], how: str) -> None:
-    folder = engine_copy("bert")
-    backend = backend_of(folder)
-    last = folder / read_manifest(folder).graphs["segment_03"].file
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.unlink()
-    if how == "flipped":
-        last.write_bytes(content)
-    backend.graph("segment_01")
-    with pytest.raises(ArtifactError, match="is missing" if how == "missing" else "is damaged"):
-        backend.graph("segment_03")
-    with pytest.raises(ArtifactError, match=r"segment_03\.onnx"):
-        backend.preload()
-
-
-def test_a_graph_for_a_later_onnxruntime_is_refused(engine_copy: Callable[..., Path]) -> None:
-    folder = engine_copy("bert")
-    manifest = read_manifest(folder)
-    graph = manifest.graphs["segment_01"]
-    proto = onnx.load(folder / graph.file)
-    proto.opset_import[0].version = 999
-    onnx.save(proto, folder / graph.file)
-    graph = msgspec.structs.replace(graph, sha256=sha256_of(folder / graph.file))
-    changed = msgspec.structs.replace(manifest, graphs={**manifest.graphs, "segment_01": graph})
-    backend = OnnxRuntimeBackend(folder, changed, manifest.default_target)
-    with pytest.raises(ArtifactError, match=r"segment_01\.onnx.*export"):
-        backend.graph("segment_01")
 
 
 def test_limits_are_those_of_the_model(chain: Chain) -> None:

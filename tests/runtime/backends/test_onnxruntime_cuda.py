@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from fpabee.runtime import ArtifactError, BackendError, Engine, read_manifest
+from fpabee.runtime import ArtifactError, BackendError
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends import onnxruntime_cuda
 from fpabee.runtime.backends.cuda_probe import CudaDevice
@@ -23,13 +23,9 @@ from fpabee.runtime.backends.onnxruntime_cuda import (
 from ...doubles.device import Double, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession
 
-UNAVAILABLE = "ignore:Specified provider 'CUDAExecutionProvider' is not in available"
-
 
 def test_a_fallback_is_never_silent(
-    double: Callable[..., Double],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = double(backend="onnxruntime")
     create = onnxruntime_cuda.create_session
@@ -72,33 +68,8 @@ def test_nothing_may_fall_back_to_the_cpu(
     settings = {"device_id": "0", "user_compute_stream": "7"}
     assert others == {"providers": [("CUDAExecutionProvider", settings)], "enable_fallback": 0}
     assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-
-
-def test_a_run_does_not_wait_for_the_device() -> None:
     entry = "disable_synchronize_execution_providers"
-    assert run_options().get_run_config_entry(entry) == "1"
-
-
-@pytest.mark.skipif(
-    onnxruntime_cuda.PROVIDER in ort.get_available_providers(), reason="it has the CUDA provider"
-)
-@pytest.mark.filterwarnings(UNAVAILABLE)
-def test_an_onnxruntime_without_cuda_is_refused(
-    double: Callable[..., Double],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """ONNX Runtime only warns and makes a session on the CPU. A CPU target still works."""
-    made = double(backend="onnxruntime")
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", create_session)
-    with Engine.load(made.folder) as usual:
-        assert len(usual.predict(["rain"])) == 1
-        with (
-            made.load() as engine,
-            pytest.raises(BackendError, match=r"put segment_01 on CPUExecutionProvider, not on"),
-        ):
-            engine.predict(["rain"])
-    assert capsys.readouterr().out == ""
+    assert run_options().get_run_config_entry(entry) == "1", "a run does not wait for the device"
 
 
 def test_a_graph_that_cannot_be_loaded_at_all(
@@ -132,23 +103,3 @@ def test_a_run_that_fails_names_its_graph(
         monkeypatch.setattr(FakeCudaSession, "run_with_iobinding", run)
         assert len(engine.predict(["rain"])) == 1, "it can be tried again"
     assert made.cuda.memory_of == {}
-
-
-def test_buffers_that_do_not_fit_into_device_memory(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double(backend="onnxruntime")
-    with made.load() as engine:
-        made.cuda.room = 64
-        with pytest.raises(BackendError, match=r"no room for 0\.\d MiB: 0 of 0 MiB are free"):
-            engine.predict(["rain"])
-
-
-def test_lengths_are_padded_in_steps(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double(backend="onnxruntime")
-    longest = read_manifest(made.folder).tokenizer.max_length
-    with made.load() as engine:
-        assert engine.limits.sequence_lengths == (*range(16, longest, 16), longest)
-        assert engine.limits.bucket(3, 17).sequence == 32

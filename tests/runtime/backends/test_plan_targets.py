@@ -26,69 +26,48 @@ def check_runs(double: Double, times: int = 1) -> None:
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+ANY_GPU, ANY_VERSION = {"hardware_compatible": True}, {"version_compatible": True}
+
+
+def built_by(version: str) -> dict[str, Any]:
+    return {"versions": {"tensorrt": version}}
+
+
 @pytest.mark.parametrize(
-    ("hardware_compatible", "capability", "runs"),
+    ("target", "capability", "says"),
     [
-        (False, "8.6", True),
-        (False, "8.9", False),
-        (False, "12.0", False),
-        (True, "8.0", True),
-        (True, "8.9", True),
-        (True, "9.0", True),
-        (True, "12.0", True),
-        (True, "7.5", False),
+        ({}, "8.6", ""),
+        ({}, "8.9", r"capability 8\.6; this another has 8\.9 -> .*add_targets"),
+        (ANY_GPU, "8.0", ""),
+        (ANY_GPU, "12.0", ""),
+        (ANY_GPU, "7.5", r"capability 8\.6; this another has 7\.5"),
+        (built_by("10.98.7"), "8.6", rf"tensorrt 10\.98\.7, .*tensorrt {HERE} is installed"),
+        (ANY_VERSION | built_by("10.3.0.26"), "8.6", ""),
+        (ANY_VERSION | built_by("9.100"), "8.6", ""),
+        (ANY_VERSION | built_by("10.100"), "8.6", r"tensorrt 10\.100, "),
     ],
 )
-def test_gpus_that_plans_run_on(
-    hardware_compatible: bool,
+def test_gpus_and_versions_that_run_a_plan(
+    target: dict[str, Any],
     capability: str,
-    runs: bool,
+    says: str,
     double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hardware-compatible plans run on Ampere and every later GPU."""
-    made = double(hardware_compatible=hardware_compatible)
+    """On Ampere and later GPUs, and on the version that built it and later ones, if compatible."""
+    made = double(**target)
     set_gpu(monkeypatch, CudaDevice("another", capability))
-    if runs:
+    if not says:
         check_runs(made)
         return
-    message = rf"compute capability 8\.6; this another has {capability} -> .*add_targets"
-    with pytest.raises(BackendError, match=message):
+    with pytest.raises(BackendError, match=says):
         made.load()
 
 
-@pytest.mark.parametrize(
-    ("version_compatible", "built", "runs"),
-    [
-        (False, HERE, True),
-        (False, "10.98.7", False),
-        (True, HERE, True),
-        (True, "10.98.7", True),
-        (True, "10.3.0.26", True),
-        (True, "9.100", True),
-        (True, "10.100", False),
-        (True, "11.0", False),
-    ],
-)
-def test_versions_that_run_a_plan(
-    version_compatible: bool, built: str, runs: bool, double: Callable[..., Double]
-) -> None:
-    """Version-compatible plans run on the version that built them and on later ones."""
-    made = double(version_compatible=version_compatible, versions={"tensorrt": built})
-    if runs:
-        check_runs(made)
-        return
-    with pytest.raises(BackendError, match=rf"tensorrt {built}, .*tensorrt {HERE} is installed"):
-        made.load()
-
-
-@pytest.mark.parametrize("allowed", [False, True])
-def test_only_version_compatible_plans_may_bring_code(
-    allowed: bool, double: Callable[..., Double]
-) -> None:
-    with double(version_compatible=allowed).load() as engine:
+def test_other_plans_may_not_bring_code(double: Callable[..., Double]) -> None:
+    with double().load() as engine:
         backend: Any = engine._backend
-        assert backend._runtime.engine_host_code_allowed is allowed
+        assert backend._runtime.engine_host_code_allowed is False
 
 
 def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:

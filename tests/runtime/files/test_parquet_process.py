@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, MissingExtraError
-from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
+from fpabee.runtime.files import Inputs, read_rows
 from fpabee.runtime.files import parquet_process as module
 
 from ..cli.test_run import COMMAND
@@ -78,18 +79,12 @@ def test_a_reader_that_crashes(
     with pytest.raises(InputError, match=rf"as Parquet: the reader crashed \({name}\)") as caught:
         list(read_rows(path))
     assert hint in caught.value.hint
-
-
-def test_a_crash_midway_comes_after_the_rows_before_it(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     replace_reader(
-        monkeypatch,
-        "import itertools, os; yield from itertools.islice(real(*given), 70); os.abort()",
+        monkeypatch, f"import itertools; yield from itertools.islice(real(*given), 70); {what}"
     )
     rows = read_rows(path)
-    assert [next(rows).line for _ in range(64)] == list(range(1, 65))
-    with pytest.raises(InputError, match="SIGABRT"):
+    assert [next(rows).line for _ in range(64)] == list(range(1, 65)), "the rows before it"
+    with pytest.raises(InputError, match=re.escape(name)):
         list(rows)
 
 
@@ -159,7 +154,8 @@ def test_the_child_ends_with_its_caller(path: Path, number: signal.Signals) -> N
     """Also where it is in the middle of something that takes for ever."""
     waits = READS.format(what="import threading; threading.Event().wait()")
     code = (
-        "import subprocess, sys\n"
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         f"from {module.__package__} import parquet_process, read_rows\n"
         f"parquet_process._START = {waits!r}\n"
         "class Said(subprocess.Popen):\n"
@@ -190,13 +186,3 @@ def test_shares_are_of_what_was_taken(tmp_path: Path) -> None:
     inputs = Inputs([path])
     assert [inputs.share for _ in inputs] == [0.0] * 64 + [0.4] * 64 + [0.8] * 32
     assert inputs.share == 1.0
-
-
-def test_every_value_arrives(tmp_path: Path) -> None:
-    path = tmp_path / "in.parquet"
-    values = {"text": ["é\n"], "least": [-(2**63)], "nested": [{"a": [1.5, None]}]}
-    most = pyarrow.array([2**64 - 1], pyarrow.uint64())
-    parquet.write_table(pyarrow.table({**values, "most": most}), path)
-    fields = {"least": -(2**63), "nested": {"a": [1.5, None]}, "most": 2**64 - 1}
-    given = list(module.isolated_parquet_rows(path, ReadOptions(), lambda share: None))
-    assert given == [Row("é\n", None, None, fields, 1)]
