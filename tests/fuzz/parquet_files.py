@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 from decimal import Decimal
@@ -29,25 +28,17 @@ _COLUMNS: tuple[tuple[Any, ...], ...] = (
     (pa.large_string(), _TEXTS),
     (pa.string(), (b"\xff\xfe", b"a"), pa.binary()),
     (pa.int64(), (0, 1, -1, 2**62)),
-    (pa.uint64(), (2**64 - 1,)),
     (pa.float64(), (0.5, float("nan"), float("inf"), 1e308)),
-    (pa.float16(), (0.5,)),
     (pa.bool_(), (True, False)),
     (pa.null(), ()),
     (pa.binary(), (b"", b"\xff\0")),
-    (pa.binary(2), (b"ab",)),
     (pa.decimal128(38, 10), (Decimal("1.5"), Decimal("1e20"))),
-    (pa.decimal256(76, 0), (Decimal("1e70"),)),
-    (pa.date32(), (datetime.date(2020, 1, 1),)),
     (pa.date32(), (2**31 - 1, -(2**31)), pa.int32()),
     (pa.timestamp("us"), _FAR, pa.int64()),
     (pa.timestamp("ns"), _FAR, pa.int64()),
-    (pa.timestamp("s", "UTC"), (0, 253402300799), pa.int64()),
-    (pa.timestamp("ms", "Europe/Berlin"), _FAR, pa.int64()),
     (pa.timestamp("us", "No/Where"), (0, 1), pa.int64()),
     (pa.timestamp("us", "+99:99"), (0, 1), pa.int64()),
     (pa.time64("ns"), (0, 1, 86399999999999, 2**60, -1), pa.int64()),
-    (pa.time32("s"), (0, 86399, 2**30, -1), pa.int32()),
     (pa.duration("us"), _FAR, pa.int64()),
     (pa.list_(pa.string()), ([], ["a", None], ["a|b"])),
     (pa.list_(pa.list_(pa.int64())), ([[1], []],)),
@@ -68,8 +59,6 @@ def mutate(data: bytes, random: Random) -> bytes:
     kind = random.randrange(50)
     if kind < 20:
         return _table(random)
-    if kind == 20:
-        return _repeated(random)
     footer = int.from_bytes(data[-8:-4], "little") + 8
     if kind < 25 or footer >= len(data):
         return mutate_bytes(data, random)
@@ -95,14 +84,6 @@ def _column(random: Random, rows: int, kind: Any, values: Any, stored: Any = Non
     return chosen.view(kind) if stored else chosen
 
 
-def _repeated(random: Random) -> bytes:
-    """One long text, or an empty one, many times: little on disk, much in memory."""
-    text, rows = random.choice((("a" * 2**20, 2000), ("", 10**6)))
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
-    content = random.choice(({"text": column}, {"x": column, "text": ["a"] * rows}))
-    return _written(pa.table(content), random)
-
-
 def _written(table: Any, random: Random) -> bytes:
     out = io.BytesIO()
     try:
@@ -111,7 +92,7 @@ def _written(table: Any, random: Random) -> bytes:
             out,
             compression=random.choice(("none", "snappy", "gzip", "zstd", "lz4", "brotli")),
             store_schema=random.random() < 0.7,
-            row_group_size=random.choice((2, 10_000)) if len(table) < 100 else None,
+            row_group_size=random.choice((2, 10_000)),
             data_page_version=random.choice(("1.0", "2.0")),
         )
     except (pa.ArrowException, ValueError):  # Parquet does not have every type

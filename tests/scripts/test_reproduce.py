@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from transformers import AutoTokenizer
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
 from fpabee.runtime.rules.base import ExitRule
 
@@ -52,62 +49,6 @@ def test_settings_save_enough_on_dev_and_are_evaluated_on_test(reproduce: Module
         assert setting["score"] == pytest.approx((answers == test.expected).mean())
 
 
-@pytest.mark.parametrize("name", ["mini-mixsnips", "mini-mixsnips-distill"])
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_a_run_is_trained_once_and_resumed_if_it_was_interrupted(
-    reproduce: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_begun: bool,
-    name: str,
-) -> None:
-    called: list[tuple[TrainOptions, str]] = []
-    folder = tmp_path / "model"
-
-    def train(output: Path, options: TrainOptions, _: object, command: str) -> None:
-        called.append((options, command))
-        (output / "training.json").write_text('{"train_seconds": 1}')
-
-    monkeypatch.setattr(reproduce, "train", train)
-    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    if is_begun:
-        (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    for _ in range(2):
-        report = reproduce.train_run(name, 43, tmp_path / "data", "encoder", folder)
-        assert report == {"train_seconds": 1}
-    ((options, command),) = called
-    assert options.resume is is_begun
-    assert options.train == str(tmp_path / "data" / "mixsnips" / "train.jsonl.gz")
-    assert (options.backbone, options.epochs, options.seed) == ("encoder", 2.0, 43)
-    assert options.problem_type is ProblemType.MULTI_LABEL
-    assert options.distill == (0.5 if name.endswith("-distill") else 0.0)
-    assert command.endswith(f"--only {name} --seed 43")
-
-
-def test_a_failed_training_is_one_line(reproduce: ModuleType, tmp_path: Path) -> None:
-    arguments = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--only", "mini-mrpc"]
-    folders = ["--minilm", str(tmp_path / "none"), "--results", str(tmp_path / "results")]
-    (tmp_path / "work" / "albert").mkdir(parents=True)
-    (tmp_path / "work" / "albert" / "config.json").touch()
-    result = CliRunner().invoke(reproduce.main, [*arguments, *folders])
-    assert result.exit_code == 1
-    assert "train.jsonl.gz does not exist" in result.stderr.splitlines()[-1]
-
-
-def test_a_small_albert_shares_one_layer(
-    reproduce: ModuleType, tiny_models: Mapping[str, Path], tmp_path: Path
-) -> None:
-    folder = Path(reproduce.small_albert(str(tiny_models["bert"]), tmp_path / "albert"))
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["num_hidden_groups"]) == (12, 1)
-    words = AutoTokenizer.from_pretrained(folder)
-    assert config["vocab_size"] == len(words)
-    assert config["pad_token_id"] == words.pad_token_id
-    before = (folder / "config.json").stat().st_mtime_ns
-    assert reproduce.small_albert("no-such", folder) == str(folder)
-    assert (folder / "config.json").stat().st_mtime_ns == before
-
-
 Settings = list[tuple[str, float]]
 
 
@@ -116,17 +57,11 @@ def store(tmp_path: Path) -> Callable[..., None]:
     """Stores a run with these scores of rules that save half of the layers."""
 
     def write(name: str, seed: int, exits: list[float], settings: Settings) -> None:
+        half = {"wished": 0.5, "rule": {}, "saving": 0.51}
         run = {
-            "name": name,
-            "seed": seed,
-            "command": "python scripts/reproduce.py",
-            "metric": "accuracy",
-            "rows": {"dev": 10, "test": 20},
-            "exits": exits,
-            "settings": [
-                {"kind": kind, "wished": 0.5, "rule": {}, "saving": 0.51, "score": score}
-                for kind, score in settings
-            ],
+            **{"name": name, "seed": seed, "command": "python scripts/reproduce.py"},
+            **{"metric": "accuracy", "rows": {"dev": 10, "test": 20}, "exits": exits},
+            "settings": [{**half, "kind": kind, "score": score} for kind, score in settings],
         }
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(run))
 

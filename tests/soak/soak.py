@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fpabee.runtime import Budget, Engine, ExitRule, Prediction, simulate
+from fpabee.runtime import Budget, Engine, ExitRule, Prediction
+from fpabee.runtime.agreement import exits_near_ties, near_ties
 
 from ..child_process import MIB, Child, Report, memory_of
 
@@ -40,16 +41,11 @@ class Reference:
         self.rules[FULL_DEPTH] = Budget(exit=len(engine.manifest.segments))
         self.answers = {n: engine.predict(texts, rule=rule) for n, rule in self.rules.items()}
         logits, task = engine.trace(texts).logits, engine.manifest.task
-        noise = np.random.default_rng(0).uniform(-_TOLERANCE, _TOLERANCE, (8, *logits.shape))
-        self.unsure = {name: set[int]() for name in self.rules}
+        labels = near_ties(logits, task, _TOLERANCE).any(axis=0)
+        self.unsure: dict[str, set[int]] = {}
         for name, rule in self.rules.items():
-            runs = [
-                simulate(changed, rule, task.problem_type, task.label_thresholds)
-                for changed in (logits, *(logits + noise))
-            ]
-            outcomes = [np.column_stack([run.exits, run.predictions]) for run in runs]
-            unlike = np.any([outcome != outcomes[0] for outcome in outcomes], axis=(0, 2))
-            self.unsure[name].update(np.flatnonzero(unlike).tolist())
+            unsure = labels | exits_near_ties(logits, rule, task, _TOLERANCE)
+            self.unsure[name] = {*np.flatnonzero(unsure).tolist()}
 
     def wrong(
         self, names: Collection[str], rows: Sequence[int], found: Sequence[Prediction]

@@ -54,27 +54,22 @@ def test_a_few_calls_are_right(engine: Engine) -> None:
     assert min(memory) > MIB
 
 
-@pytest.mark.parametrize(
-    "change", [{"labels": ("none",)}, {"exit": 9}, {"probabilities": (0.25,) * 4}], ids=str
-)
-@pytest.mark.parametrize("rule", ["fast", soak.FULL_DEPTH])
-def test_a_wrong_answer_is_found(engine: Engine, change: dict[str, Any], rule: str) -> None:
-    reference = Reference(engine, TEXTS)
-    reference.unsure[rule].discard(0)
+def test_a_wrong_answer_is_found(engine: Engine) -> None:
+    reference, rule = Reference(engine, TEXTS), soak.FULL_DEPTH
     first, *others = reference.answers[rule]
-    reference.answers[rule] = [dataclasses.replace(first, **change), *others]
-    assert f"under {rule}" in reference.wrong([rule], [1, 0], [others[0], first])
-    reference.unsure[rule].add(0)
-    assert reference.wrong([rule], [1, 0], [others[0], first]) == ""
-
-
-def test_answers_under_no_point_are_found(engine: Engine) -> None:
-    reference = Reference(engine, TEXTS)
-    rows = [row for row in range(len(TEXTS)) if reference.answers["safe"][row].exit == 3][:2]
-    full = [reference.answers[soak.FULL_DEPTH][row] for row in rows]
-    mixed = [full[0], reference.answers["fast"][rows[1]]]
-    assert reference.wrong(["fast", "safe"], rows, full) == ""
-    assert reference.wrong(["fast", "safe"], rows, mixed)
+    changes: list[dict[str, Any]] = [
+        {"labels": ("none",)},
+        {"exit": 9},
+        {"probabilities": (0.25,) * 4},
+    ]
+    for change in changes:
+        reference.unsure[rule].discard(0)
+        reference.answers[rule] = [dataclasses.replace(first, **change), *others]
+        assert f"under {rule}" in reference.wrong([rule], [1, 0], [others[0], first])
+        reference.unsure[rule].add(0)
+        assert reference.wrong([rule], [1, 0], [others[0], first]) == ""
+    other = reference.answers["fast"][1]
+    assert reference.wrong(["fast", rule], [2, 1], [others[1], other]), "under no one point"
 
 
 def test_an_error_in_a_thread_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,12 +86,9 @@ def test_an_error_in_a_thread_is_found(engine: Engine, monkeypatch: pytest.Monke
     [
         ([100] * 100, False),
         ([50] * 15 + [100] * 85, False),  # warming up
-        ([100] * 50 + [131] * 50, False),
         ([100] * 50 + [133] * 50, True),
-        ([1000 + n // 2 for n in range(100)], False),
         ([1000 + n for n in range(100)], True),
         ([100] * 95 + [900] * 5, False),  # a peak
-        ([100], False),
     ],
 )
 def test_growth_is_judged_after_warming_up(samples: list[int], found: bool) -> None:
