@@ -14,16 +14,11 @@ import pytest
 
 from fpabee.runtime import RuleError
 
+from .runtime.cli.test_errors import COMMANDS as MODULES
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {
-    "fpabee-bench": "fpabee.exporter.cli.bench",
-    "fpabee-calibrate": "fpabee.calibration.cli",
-    "fpabee-export": "fpabee.exporter.cli.export",
-    "fpabee-inspect": "fpabee.runtime.cli.inspect",
-    "fpabee-run": "fpabee.runtime.cli.run",
-    "fpabee-train": "fpabee.exporter.cli.train",
-}
+COMMANDS = {f"fpabee-{name}": module for name, module in MODULES.items()}
 
 
 def _id(page: Path) -> str:

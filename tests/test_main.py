@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import click
 import pytest
@@ -14,14 +13,7 @@ from click.testing import CliRunner
 
 from fpabee.__main__ import main
 
-COMMANDS = {
-    "train": "fpabee.exporter.cli.train",
-    "export": "fpabee.exporter.cli.export",
-    "run": "fpabee.runtime.cli.run",
-    "bench": "fpabee.exporter.cli.bench",
-    "calibrate": "fpabee.calibration.cli",
-    "inspect": "fpabee.runtime.cli.inspect",
-}
+from .runtime.cli.test_errors import COMMANDS
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +33,7 @@ def test_the_module_lists_the_commands() -> None:
         assert part in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"]])
 def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -54,11 +46,11 @@ def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) ->
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_pages(name: str, width: int) -> None:
+def test_help_pages(name: str) -> None:
     """`fpabee NAME` and `fpabee-NAME` show the same page, which fits and ends with examples."""
     command = import_module(COMMANDS[name]).main
+    width = 80
     environment = {"COLUMNS": str(width)}
     own = CliRunner().invoke(command, ["--help"], prog_name=f"fpabee {name}", env=environment)
     result = CliRunner().invoke(main, [name, "--help"], prog_name="fpabee", env=environment)
@@ -84,24 +76,6 @@ def test_wrong_usage_is_one_escaped_line() -> None:
     assert line.startswith("error: ")
     assert line.endswith(" -> see fpabee run --help")
     assert "\x1b" not in line
-
-
-def test_errors_of_a_command_keep_their_code_and_their_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "none")])
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert CliRunner().invoke(main, ["inspect"]).exit_code == 2
-    assert CliRunner().invoke(main, ["none"]).exit_code == 2
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion_is_generated(shell: str) -> None:
-    result = CliRunner().invoke(
-        main, prog_name="fpabee", env={"_FPABEE_COMPLETE": f"{shell}_source"}
-    )
-    assert result.exit_code == 0, result.output
-    assert f"_FPABEE_COMPLETE={shell}_complete" in result.stdout
-    assert "fpabee" in result.stdout
 
 
 @pytest.mark.parametrize(
