@@ -108,6 +108,7 @@ def with_nan(folder: Path) -> None:
 UNLABELLED = [{"text": row["text"]} for row in rows()]
 CASES = [
     Case("no label", given([*rows(), {"text": "rain"}]), "dev.jsonl", "81", "--unlabelled"),
+    Case("one class", given([row | {"label": "music"} for row in rows()])),
     Case("too few rows", given(UNLABELLED[:49], "--unlabelled"), "49", "50"),
     Case("test rows without labels", held_out(UNLABELLED), "test.jsonl", "1"),
     Case("test rows that are those that choose", held_out(rows()), "--test"),
@@ -118,6 +119,8 @@ CASES = [
     Case("a risk where rows influence each other", goal("--risk", 5, change=manifest(neighbours)),
          "onnxruntime-fp32"),
     Case("a metric of another task", goal("--metric", "exact_match"), "exact_match", "macro_f1"),
+    Case("a metric of labels without labels", goal("--metric", "accuracy", "--unlabelled"),
+         "accuracy", "--unlabelled"),
     Case("thresholds of one label", goal("--tune-label-thresholds"), "--tune-label-thresholds"),
     Case("calibration/ is a file", in_the_way("calibration"), "calibration", "--output"),
     Case("the report is a file", in_the_way("x", "--report", "HERE"), "engines/x"),

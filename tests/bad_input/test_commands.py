@@ -9,7 +9,7 @@ from importlib import metadata, util
 
 import pytest
 
-from .cases import Arguments, Case, Make, Place, check, check_message, each, no_space
+from .cases import Arguments, Case, Make, Place, check, check_message, each
 
 PROGRAM = "from fpabee.__main__ import main; main(prog_name='fpabee')"
 
@@ -86,26 +86,10 @@ def empty_module(place: Place) -> Arguments:
     return place.run_texts()
 
 
-def full_disk(place: Place) -> Arguments:
-    no_space(place, "fpabee.runtime.files.partial.Partial.write")
-    return out("out.jsonl")(place)
-
-
 def onto_its_input(place: Place) -> Arguments:
     source = place.file("in.jsonl", '{"text": "rain"}\n')
     (place.root / "link.jsonl").symlink_to(source)
     return place.run(source, "--output", place.root / "link.jsonl")
-
-
-def interrupted(settings: str, *options: object) -> Make:
-    """Rows of an earlier run beside the output."""
-
-    def case(place: Place) -> Arguments:
-        place.file("out.jsonl.partial", '{"index": 0}\n')
-        place.file("out.jsonl.partial.run", settings)
-        return out("out.jsonl", *options)(place)
-
-    return case
 
 
 OUTPUTS = [
@@ -114,12 +98,9 @@ OUTPUTS = [
     Case("a link to nowhere", out("out.jsonl", link="none/x"), "out.jsonl", "--output"),
     Case("its .run is a folder", out("out.jsonl", folder="out.jsonl.partial.run"), "--output"),
     Case("a full device", run("--output", "/dev/full"), "/dev/full", "No space left"),
-    Case("a full disk", full_disk, "out.jsonl", "No space left"),
     Case("an unknown suffix", out("out.xls"), ".xls", "--output-format"),
     Case("Parquet in gzip", out("out.parquet.gz"), "out.parquet.gz", ".parquet"),
     Case("a link to its input", onto_its_input, "link.jsonl", "--output"),
-    Case("rows of another run", interrupted('{"fpabee": "0.0"}', "--resume"), '"0.0"'),
-    Case("rows that would be lost", interrupted("{}"), "1", "--resume"),
 ]  # fmt: skip
 
 PACKAGES = [
@@ -170,15 +151,18 @@ USAGE: list[tuple[Make, str]] = [
     (command("export", "--threads", 1), "--threads"),
     (command("export", "--no-onnx"), "--from"),
     (command("export", "--int8"), "--calibration-data"),
+    (command("export", "--calibration-data", "a"), "--int8"),
     (command("export", "--text-column", "body"), "--verify-data"),
     (command("export", "--exits", "1", "--verify-data", "a", "--label-separator", ";"), "--exits"),
     (command("export", "--keep-fp32", "auto"), "--keep-fp32"),
+    (command("from", "--exits", "1,2"), "--exits"),
     (command("from", "--force"), "--from"),
     (command("from", "--exits", "1,3", "-o", "x", "--fp16"), "--from"),
     (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
     (command("from", "--fp16", "--hardware-compatible"), "--hardware-compatible"),
     (command("from", "--sm", "8"), "'8'"),
     (command("from", "--fp16", "--sm", "86,90"), "9.0"),
+    (lambda p: ["fpabee", "none"], "'none'"),
 ]
 
 

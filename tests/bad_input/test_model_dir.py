@@ -140,8 +140,11 @@ LAYER = "bert.encoder.layer.1.output.dense.weight"
 
 CONFIGS = [
     Case("no folder", lambda p: p.export(p.root / "none"), "none", "train"),
+    Case("no config.json", removed(CONFIG), CONFIG),
     Case("an unknown family", config(model_type="gpt2"), "'gpt2'", "deberta-v2"),
     Case("a width of words", config(hidden_size="wide"), CONFIG, "hidden_size"),
+    Case("another width", config(hidden_size=64), "(173, 32)", "64"),
+    Case("no attention heads", config(num_attention_heads=0), CONFIG),
     Case("no layers", config(num_hidden_layers=0), "[1, 2, 3]", "0"),
     Case("10^9 layers", config(num_hidden_layers=10**9), "num_hidden_layers", "1000000000"),
     Case("100 layers", config(num_hidden_layers=100), "1552", "bert.encoder.layer."),
@@ -177,6 +180,7 @@ PARTS = [
     Case("a tensor larger than its values", model(repeated), "10000000000, 32)"),
     Case("a pickle cut short", model(pickle_cut_short), PICKLE),
     Case("a pickle with code in it", harmful(torch.save), PICKLE),
+    Case("a pickle of a list", model(pickled([1, 2])), PICKLE),
     Case("no tokenizer", removed(TOKENIZER, "tokenizer_config.json"), TOKENIZER, "vocab.txt"),
     Case("an empty tokenizer", file(TOKENIZER, "{}"), TOKENIZER),
     Case("a tokenizer without a fast version", model(slow_tokenizer), "EsmTokenizer"),
