@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,17 @@ TEXTS = [f"{one} {other}" for one in WORDS for other in WORDS[:5]]
 
 
 @pytest.fixture
-def from_classifier(make: Callable[..., Path], write_rows: WriteRows) -> Options:
+def from_classifier(
+    make: Callable[..., Path], tiny_models: Mapping[str, Path], write_rows: WriteRows
+) -> Options:
     """Makes options that train on texts without labels, from a classifier made for it."""
 
     def options(problem_type: ProblemType = SINGLE, **changes: Any) -> TrainOptions:
         folder = make("roberta", labels=("bad", "good"), problem_type=problem_type.value)
         load: Any = AutoModelForSequenceClassification.from_pretrained
         model, tokenizer = load(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        weights = load_file(tiny_models["roberta"] / "model.safetensors")
+        model.load_state_dict({n: w for n, w in weights.items() if n.startswith("roberta.")}, False)
         rows = tokenizer(TEXTS, return_tensors="pt", padding=True)
         with torch.no_grad():  # so that its predictions differ from text to text
             model.classifier.out_proj.weight *= 2 / model(**rows).logits.std()
