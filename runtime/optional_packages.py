@@ -12,7 +12,7 @@ _PACKAGES = {
     "bench": ("onnx", "export,cpu"),
     "half": ("onnx onnxruntime", "export,cpu"),
     "merge": ("onnx onnxruntime", "export,cpu"),
-    "train": ("torch transformers accelerate datasets safetensors huggingface_hub", "train"),
+    "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),
     "plot": ("matplotlib jinja2", "plot"),
 }

@@ -32,7 +32,7 @@ from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
-from fpabee.exporter.training import TrainOptions, TrainProgress, train
+from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.checkpoints import last_checkpoint
 from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.runtime import Engine, InputError, ProblemType
@@ -169,10 +169,9 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
     }
 
 
-def _print_scores(state: TrainProgress) -> None:
-    if state.scores:
-        scores = " ".join(f"{score:.3f}" for score in state.scores)
-        click.echo(f"step {state.step} of {state.steps}: {scores}", err=True)
+def _print_scores(what: str, done: int, total: int) -> None:
+    if "loss" not in what:
+        click.echo(f"{what} {done}/{total}", err=True)
 
 
 def _print_end(what: str, done: int, total: int) -> None:

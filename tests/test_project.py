@@ -141,7 +141,8 @@ def test_the_sdist_holds_what_the_readme_names(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     listed = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"}
-    assert listed | {"src/fpabee/py.typed", "src/fpabee/calibration/report/page.html"} <= names
+    packaged = ("py.typed", "calibration/report/page.html", "exporter/training/model_card.md")
+    assert listed | {f"src/fpabee/{name}" for name in packaged} <= names
     for folder in ("scripts", "tests"):
         kept = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert {str(path) for path in kept if path.suffix != ".pyc"} <= names

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import rich_click as click
 from click import get_current_context
 from rich.table import Table
@@ -22,7 +23,7 @@ from ...runtime.errors import InputError
 from ...runtime.optional_packages import require
 from ..pooling import Pooling
 from ..training.options import ExitWeights, TrainOptions
-from ..training.report import TrainProgress, TrainReport
+from ..training.report import TrainReport
 
 
 @command(
@@ -99,9 +100,6 @@ fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
 @options.labelled_texts
 def main(
     output: Path,
-    problem_type: str | None,
-    pooling: str,
-    exit_weights: str,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -109,13 +107,7 @@ def main(
     """Train a text classifier with an exit after every layer, or after chosen layers."""
     reading = options.read_options(settings)
     try:
-        wanted = TrainOptions(
-            problem_type=ProblemType(problem_type) if problem_type else None,
-            pooling=Pooling(pooling),
-            exit_weights=ExitWeights(exit_weights),
-            reading=reading,
-            **settings,
-        )
+        wanted = msgspec.convert(settings | {"reading": reading}, TrainOptions)
     except InputError as error:
         raise click.UsageError(in_terms_of_options(error)) from error
     require("train")
@@ -129,16 +121,7 @@ def main(
     logging.disable_progress_bar()
     program = get_current_context().find_root().info_name
     with step_progress(quiet) as progress:
-
-        def listener(state: TrainProgress) -> None:
-            if state.scores:
-                scores = " ".join(f"{score:.3f}" for score in state.scores)
-                if not quiet:
-                    echo(f"step {state.step}: dev {state.metric} by exit: {scores}", err=True)
-            else:
-                progress(f"train, loss {state.loss:.3f}", state.step, state.steps)
-
-        report = train(output, wanted, listener, f"{program} {shlex.join(sys.argv[1:])}")
+        report = train(output, wanted, progress, f"{program} {shlex.join(sys.argv[1:])}")
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.optional_packages import require
 from .options import ExitWeights, TrainOptions
-from .report import TrainProgress, TrainReport
+from .report import TrainReport
 
 if TYPE_CHECKING:
     from .pipeline import train
 
-__all__ = ["ExitWeights", "TrainOptions", "TrainProgress", "TrainReport", "train"]
+__all__ = ["ExitWeights", "TrainOptions", "TrainReport", "train"]
 
 
 def __getattr__(name: str) -> Any:

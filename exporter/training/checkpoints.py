@@ -22,19 +22,10 @@ def checkpoints_of(output: Path) -> Path:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint of an unfinished training; None if there is none."""
-    found = checkpoints_of(output).glob("checkpoint-*")
-    complete = [path for path in found if _is_json(path / "trainer_state.json")]
+    # The trainer writes this file last.
+    states = checkpoints_of(output).glob("checkpoint-*/trainer_state.json")
+    complete = [path.parent for path in states if path.stat().st_size]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    # The trainer writes this file last, so a checkpoint without it, or with half of it, is not
-    # complete.
-    try:
-        json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def check_output(output: Path, options: TrainOptions) -> None:
@@ -43,13 +34,13 @@ def check_output(output: Path, options: TrainOptions) -> None:
     Raises:
         InputError: there is already a model, or no finished epoch to resume after.
     """
-    is_finished = (output / REPORT_NAME).is_file()
-    if options.resume and last_checkpoint(output) is None:
-        raise InputError(
-            f"{checkpoints_of(output)} holds no finished epoch to resume after",
-            Remedy("leave out {resume}"),
-        )
-    if is_finished and not options.resume and not options.force:
+    if options.resume:
+        if last_checkpoint(output) is None:
+            raise InputError(
+                f"{checkpoints_of(output)} holds no finished epoch to resume after",
+                Remedy("leave out {resume}"),
+            )
+    elif (output / REPORT_NAME).is_file() and not options.force:
         raise InputError(
             f"{output} already holds a model",
             Remedy("give {force} to replace it, or another {output}"),

@@ -19,6 +19,7 @@ from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
+from ...runtime.progress import Progress, silent
 from ..backbones import build_encoder
 from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
 from ..model import MultiExitConfig, MultiExitModel
@@ -26,7 +27,7 @@ from .checkpoints import begin, check_output, checkpoints_of, last_checkpoint
 from .from_classifier import Classifier
 from .model_card import model_card
 from .options import TrainOptions
-from .report import REPORT_NAME, DataSource, Listener, TrainReport, silent
+from .report import REPORT_NAME, DataSource, TrainReport
 from .rows import label_names, load_rows
 from .trainer import Features, MultiExitTrainer, is_head
 
@@ -34,7 +35,7 @@ _PACKAGES = ("fpabee", "torch", "transformers")
 
 
 def train(
-    output: str | Path, options: TrainOptions, listener: Listener = silent, command: str = ""
+    output: str | Path, options: TrainOptions, progress: Progress = silent, command: str = ""
 ) -> TrainReport:
     """Train a multi-exit model.
 
@@ -44,7 +45,7 @@ def train(
         output: the model_dir to write: `config.json`, `model.safetensors`, the tokenizer, a model
             card (`README.md`) and the report (`training.json`).
         options: the settings.
-        listener: told about the progress.
+        progress: called with (loss and dev scores, steps done, steps in total).
         command: how this training was started, for the report.
 
     Returns:
@@ -89,7 +90,7 @@ def train(
     }
     begin(output, options, data_sha256(rows["train"]))
     checkpoints = checkpoints_of(output)
-    trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, listener)
+    trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, progress)
     started = time.perf_counter()
     resumed = str(last_checkpoint(output)) if options.resume else None
     trainer.train(resume_from_checkpoint=resumed)
@@ -109,7 +110,7 @@ def train(
         versions={"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     )
-    (output / "README.md").write_text(model_card(report), encoding="utf-8")
+    model_card(report).save(output / "README.md")
     # Last, because this file marks the training as finished.
     (output / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""What a training reports: its progress while it runs, and its result."""
+"""The result of a training, which it also writes to a file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,33 +11,6 @@ from ...runtime.artifact.manifest import ProblemType
 from .options import TrainOptions
 
 REPORT_NAME = "training.json"
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """The state of a running training.
-
-    Attributes:
-        step: steps done.
-        steps: steps in total.
-        loss: mean loss since the last report; None where there are `scores`.
-        metric: what `scores` are, such as `accuracy`.
-        scores: of the dev rows at each exit, from the first; empty unless an epoch has just ended.
-    """
-
-    step: int
-    steps: int
-    loss: float | None = None
-    metric: str = ""
-    scores: tuple[float, ...] = ()
-
-
-Listener = Callable[[TrainProgress], None]
-"""Called from time to time, and after every epoch."""
-
-
-def silent(state: TrainProgress) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)

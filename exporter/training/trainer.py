@@ -20,9 +20,9 @@ from transformers import (
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.metrics import evaluate
+from ...runtime.progress import Progress
 from ..model import MultiExitModel
 from .options import ExitWeights, TrainOptions
-from .report import Listener, TrainProgress
 
 Features = list[dict[str, Any]]
 
@@ -41,7 +41,7 @@ class MultiExitTrainer(Trainer):
         folder: where a checkpoint is written after every epoch.
         data: rows with labels, by name: `train`, `dev` and perhaps others.
         tokenizer: knows how to pad.
-        listener: told about the progress.
+        progress: called with (loss and scores, steps done, steps in total).
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MultiExitTrainer(Trainer):
         folder: Path,
         data: dict[str, Features],
         tokenizer: PreTrainedTokenizerBase,
-        listener: Listener,
+        progress: Progress,
     ) -> None:
         steps = -(-len(data["train"]) // options.batch_size) * options.epochs
         arguments = TrainingArguments(
@@ -85,7 +85,8 @@ class MultiExitTrainer(Trainer):
         self.options = options
         self.problem_type = model.exit_config.problem_type
         self.data = data
-        self.listener = listener
+        self.progress = progress
+        self.dev_scores = ""
 
     def compute_loss(
         self,
@@ -122,16 +123,18 @@ class MultiExitTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report the mean loss since the last report."""
+        """Report the mean loss since the last report, and the scores of the last epoch."""
         super().log(logs, start_time)
         if "loss" in logs:
-            self._report(logs["loss"])
+            self._report(f", loss {logs['loss']:.3f}")
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Report the main metric of every exit on dev; the trainer calls this after every epoch."""
         scores = self.scores("dev")
         metric = next(iter(scores[0]))
-        self._report(None, metric, tuple(row[metric] for row in scores))
+        values = " ".join(f"{row[metric]:.3f}" for row in scores)
+        self.dev_scores = f", dev {metric} by exit: {values}"
+        self._report()
         self.control.should_evaluate = False
         return {}
 
@@ -141,9 +144,9 @@ class MultiExitTrainer(Trainer):
         logits, labels = cast(Any, prediction.predictions), cast(Any, prediction.label_ids)
         return exit_scores(logits, labels, self.problem_type)
 
-    def _report(self, loss: float | None, metric: str = "", scores: tuple[float, ...] = ()) -> None:
+    def _report(self, loss: str = "") -> None:
         state = self.state
-        self.listener(TrainProgress(state.global_step, state.max_steps, loss, metric, scores))
+        self.progress(f"train{loss}{self.dev_scores}", state.global_step, state.max_steps)
 
 
 def is_head(name: str) -> bool:
@@ -173,7 +176,6 @@ def exit_loss(
     Returns:
         A scalar.
     """
-    exits = logits.shape[0]
     if problem_type is ProblemType.SINGLE_LABEL:
         loss: Any = functional.cross_entropy
         is_soft = labels.dtype.is_floating_point
@@ -187,6 +189,7 @@ def exit_loss(
     mixed = (1 - distill) * hard + distill * soft
     losses = torch.stack([*(loss(row, mixed) for row in logits[:-1]), loss(logits[-1], hard)])
     is_linear = weights is ExitWeights.LINEAR
+    exits = len(losses)
     weight = (torch.arange(1, exits + 1) if is_linear else torch.ones(exits)).to(losses)
     return (losses * weight).sum() / weight.sum()
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
-from fpabee.exporter.training import TrainOptions, TrainProgress, train
+from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -34,10 +34,10 @@ WriteRows = Callable[..., str]
 def test_a_training_writes_a_model_its_scores_and_a_model_card(
     options: Options, tmp_path: Path
 ) -> None:
-    seen: list[TrainProgress] = []
+    seen: list[tuple[str, int, int]] = []
     settings = options(test=str(tmp_path / "dev.jsonl"), lr=1e-3, epochs=2.0)
     folder = tmp_path / "model"
-    report = train(folder, settings, seen.append, "fpabee-train --of tests")
+    report = train(folder, settings, lambda *state: seen.append(state), "fpabee-train --of tests")
 
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names | {"README.md", "training.json"}
@@ -56,11 +56,11 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
             assert set(row) == {"accuracy", "macro_f1", "matthews"}
         assert [row["accuracy"] for row in report.scores[name]] == pytest.approx(accuracies)
 
-    assert [state.step for state in seen if not state.scores] == [1, 2, 3, 4, 5, 6]
-    assert {state.steps for state in seen} == {6}
-    epochs = [state for state in seen if state.scores]
-    assert [(state.step, state.metric) for state in epochs] == [(3, "accuracy"), (6, "accuracy")]
-    assert epochs[-1].scores == pytest.approx(accuracies)
+    assert [done for what, done, _ in seen if "loss" in what] == [1, 2, 3, 4, 5, 6]
+    assert {total for *_, total in seen} == {6}
+    assert [done for what, done, _ in seen if "loss" not in what] == [3, 6], "after every epoch"
+    scores = " ".join(f"{value:.3f}" for value in accuracies)
+    assert seen[-1][0] == f"train, dev accuracy by exit: {scores}"
 
     stored = json.loads((folder / "training.json").read_text())
     assert stored == report.to_dict()

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from fpabee.exporter.training import ExitWeights, TrainOptions
 from fpabee.exporter.training.pipeline import build_model
-from fpabee.exporter.training.report import silent
 from fpabee.exporter.training.trainer import MultiExitTrainer, exit_loss, exit_scores
 from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.progress import silent
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 LINEAR, UNIFORM = ExitWeights.LINEAR, ExitWeights.UNIFORM
