@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import util
@@ -40,21 +39,13 @@ _SIGKILL = 9  # on Windows, the module `signal` does not have it
 _LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
 
 
-class _Built(msgspec.Struct, frozen=True):
-    """A plan: the hash of the graph it was built from, its own hash, and the time it took."""
-
-    onnx_sha256: str
-    sha256: str
-    seconds: float
-
-
 class _BuildRecord(msgspec.Struct):
     """`build.json`: how the plans in a target's folder were built."""
 
     library: str
     version: str
     options: dict[str, object]
-    graphs: dict[str, _Built] = {}
+    graphs: dict[str, BuiltFile] = {}
 
 
 def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
@@ -131,10 +122,9 @@ def build_target(
             if graph in graphs and built.onnx_sha256 == graphs[graph].sha256
         }
     wanted = [graph for graph in graphs if graph not in record.graphs]
-    lock = threading.Lock()
     progress(name, len(record.graphs), len(graphs))
 
-    def build(graph_name: str) -> FpabeeError | None:
+    def build(graph_name: str) -> PlanResult | FpabeeError:
         graph, exact = graphs[graph_name], manifest.graphs[graph_name]
         onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
@@ -158,19 +148,23 @@ def build_target(
             check_precision(plan, graph, result, precision, onnx, fp32)
         except VerificationError as error:
             return error
-        with lock:
-            record.graphs[graph_name] = _Built(
-                graph.sha256, sha256_of(plan), round(result.seconds, 3)
+        return result
+
+    failures: list[FpabeeError] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for graph, result in zip(wanted, pool.map(build, wanted), strict=True):
+            if isinstance(result, FpabeeError):
+                failures.append(result)
+                continue
+            file = f"targets/{name}/{graph}.plan"
+            record.graphs[graph] = BuiltFile(
+                file=file, sha256=sha256_of(folder / file), onnx_sha256=graphs[graph].sha256
             )
             # Written anew: if it is a link, its destination is not ours.
             (home / _BUILD_FILE).unlink(missing_ok=True)
             (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
             done = len(record.graphs)
-            progress(f"{name} {graph_name} ({result.seconds:.1f} s)", done, len(graphs))
-        return None
-
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failure in pool.map(build, wanted) if failure]
+            progress(f"{name} {graph} ({result.seconds:.1f} s)", done, len(graphs))
     if failures:
         first = failures[0]
         raise type(first)(
@@ -183,14 +177,7 @@ def build_target(
         precision=precision,
         device=device,
         versions={MODULES[backend]: record.version},
-        files={
-            graph: BuiltFile(
-                file=f"targets/{name}/{graph}.plan",
-                sha256=record.graphs[graph].sha256,
-                onnx_sha256=graphs[graph].sha256,
-            )
-            for graph in graphs
-        },
+        files={graph: record.graphs[graph] for graph in graphs},
         tolerance=None,
         compute_capabilities=options.compute_capabilities or (cuda_device().compute_capability,),
         hardware_compatible=options.hardware_compatible,
@@ -217,7 +204,7 @@ def _remedy(folder: Path, backend: str, precision: str, failure: FpabeeError) ->
     )
 
 
-def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, _Built]:
+def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, BuiltFile]:
     """The intact plans of an earlier build with the same options and library."""
     try:
         raw = read_regular(home / _BUILD_FILE, _MAX_BUILD_BYTES)
@@ -227,12 +214,13 @@ def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, _Built]:
     options = msgspec.json.decode(msgspec.json.encode(wanted.options))
     if (known.library, known.version, known.options) != (wanted.library, wanted.version, options):
         return {}
-    plans = {graph: home / f"{graph}.plan" for graph in known.graphs}
-    return {
-        graph: built
-        for graph, built in known.graphs.items()
-        if plans[graph].is_file() and sha256_of(plans[graph]) == built.sha256
-    }
+
+    def is_intact(graph: str, built: BuiltFile) -> bool:
+        plan = home / f"{graph}.plan"
+        is_own = built.file == f"targets/{home.name}/{plan.name}"
+        return is_own and plan.is_file() and sha256_of(plan) == built.sha256
+
+    return {graph: built for graph, built in known.graphs.items() if is_intact(graph, built)}
 
 
 def _run_worker(request: PlanRequest) -> PlanResult:
