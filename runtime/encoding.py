@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_tokenizer
+from .blocks import blocks
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, Remedy, first_line
 
 # Texts that are tokenized in one call; bounded, so that memory stays flat even for long texts.
@@ -234,15 +234,7 @@ def _check(text: object, number: int) -> None:
 
 def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
     """Split texts into lists that are bounded in texts and in characters."""
-    iterator = iter(texts)
-    for first in iterator:
-        chunk, characters = [first], _characters(first)
-        for text in itertools.islice(iterator, _CHUNK_TEXTS - 1):
-            chunk.append(text)
-            characters += _characters(text)
-            if characters >= _CHUNK_CHARACTERS:
-                break
-        yield chunk
+    return blocks(texts, _characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
 
 
 def _characters(text: Text) -> int:

@@ -18,6 +18,7 @@ from .artifact.manifest import NEXT, Manifest, ProblemType
 from .backends.backend import Backend
 from .backends.shapes import Limits
 from .batching import CostCurve, make_groups
+from .blocks import blocks
 from .chain import Chain, Regroup, WindowResult
 from .deadline import Cap, SegmentTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder, chunks
@@ -425,17 +426,8 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        window: list[EncodedRow] = []
-        tokens = 0
-        for chunk in chunks(texts):
-            for row in self._encoder.encode(chunk):
-                window.append(row)
-                tokens += len(row)
-                if tokens >= self._window_tokens:
-                    yield window
-                    window, tokens = [], 0
-        if window:
-            yield window
+        rows = (row for chunk in chunks(texts) for row in self._encoder.encode(chunk))
+        return blocks(rows, len, self._window_tokens)
 
     def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
         """How deep the rows of all windows may go in a given time."""

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..blocks import blocks
 from ..engine import Engine
 from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
@@ -74,7 +75,8 @@ def run(
             those of these inputs.
     """
     first_error: RowError | None = None
-    for block in blocks(_checked(job, items, summary), 1 if job.unbuffered else BLOCK_ROWS):
+    most_rows = 1 if job.unbuffered else BLOCK_ROWS
+    for block in blocks(_checked(job, items, summary), _characters, BLOCK_CHARACTERS, most_rows):
         first_error = first_error or next((x for x in block if isinstance(x, RowError)), None)
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
@@ -101,19 +103,8 @@ def run(
     return first_error
 
 
-def blocks(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
-    """Rows in blocks of at most `most` rows, whose number of characters is bounded too."""
-    block: list[Item] = []
-    characters = 0
-    for item in items:
-        block.append(item)
-        if isinstance(item, Row):
-            characters += len(item.text) + len(item.text_pair or "")
-        if len(block) == most or characters >= BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
+def _characters(item: Item) -> int:
+    return len(item.text) + len(item.text_pair or "") if isinstance(item, Row) else 0
 
 
 def _checked(job: Job, items: Iterable[Item], summary: Summary) -> Iterator[Item]:

@@ -54,13 +54,9 @@ class _Failure(msgspec.Struct, array_like=True):
         return _ERRORS[self.kind](self.message, Remedy(self.remedy, **self.values))
 
 
-class _Line(msgspec.Struct, array_like=True):
-    """One line of what the child sends: one of the fields, or none at the end."""
-
-    row: Row | None = None
-    failure: _Failure | None = None
-    share: float | None = None
-    traceback: str | None = None
+# A line of what the child sends: a row, an error, the share of the rows that has been read, a
+# traceback, or null at the end.
+_Line = Row | _Failure | float | str | None
 
 
 def isolated_parquet_rows(
@@ -78,26 +74,25 @@ def isolated_parquet_rows(
         MissingExtraError: pyarrow cannot be imported.
         RuntimeError: a defect of the reader, with the child's traceback.
     """
-    decode = msgspec.json.Decoder(_Line).decode
-    process = _start(path, options)
-    with process:
+    decoder: msgspec.json.Decoder[_Line] = msgspec.json.Decoder(_Line)
+    with _start(path, options) as process:
         try:
             assert process.stdout is not None
             for content in process.stdout:
                 if not content.endswith(b"\n"):  # cut off
                     break
-                line = decode(content)
-                if line.row is not None:
-                    yield line.row
-                elif line.failure is not None:
-                    error = line.failure.error()
+                line = decoder.decode(content)
+                if isinstance(line, Row):
+                    yield line
+                elif isinstance(line, _Failure):
+                    error = line.error()
                     if not isinstance(error, RowError):
                         raise error
                     yield error
-                elif line.share is not None:
-                    progress(line.share)
-                elif line.traceback is not None:
-                    raise RuntimeError(f"the reader of {path} failed:\n{line.traceback}")
+                elif isinstance(line, float):
+                    progress(line)
+                elif isinstance(line, str):
+                    raise RuntimeError(f"the reader of {path} failed:\n{line}")
                 else:
                     return
             name = end_of(process.wait())
@@ -150,20 +145,17 @@ def main() -> None:
         stream.write(encode(line) + b"\n")
 
     def progress(share: float) -> None:
-        send(_Line(share=share))
+        send(share)
         stream.flush()
 
     try:
         for row in parquet_rows(Path(path), ReadOptions(**options), progress):
-            if isinstance(row, Row):
-                send(_Line(row))
-            else:
-                send(_Line(failure=_Failure.of(row)))
-        send(_Line())
+            send(row if isinstance(row, Row) else _Failure.of(row))
+        send(None)
     except FpabeeError as error:
-        send(_Line(failure=_Failure.of(error)))
+        send(_Failure.of(error))
     except Exception:  # noqa: BLE001
-        send(_Line(traceback=traceback.format_exc()))
+        send(traceback.format_exc())
     stream.flush()
 
 

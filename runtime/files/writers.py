@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import msgspec
 
+from ..blocks import blocks
 from ..errors import InputError, Remedy
 from .formats import DELIMITERS, OUTPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
 from .parquet import load_pyarrow
@@ -218,26 +219,12 @@ def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
     columns = [(name, types.get(name, pyarrow.string())) for name in schema.columns(kinds)]
     texts = [name for name, kind in columns if kind == pyarrow.string()]
     table = pyarrow.schema(columns)
-    with parquet.ParquetWriter(target, table) as writer:
-        for group in _groups(partial):
-            rows = [schema.flat(record) for record in group]
+    with partial.open("rb") as stream, parquet.ParquetWriter(target, table) as writer:
+        for group in blocks(stream, len, _GROUP_BYTES, _GROUP_ROWS):
+            rows = [schema.flat(msgspec.json.decode(line)) for line in group]
             for row in rows:
                 for name in texts:
                     value = row.get(name)
                     if value is not None and not isinstance(value, str):
                         row[name] = to_json(value)
             writer.write_table(pyarrow.Table.from_pylist(rows, table))
-
-
-def _groups(partial: Path) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    size = 0
-    with partial.open("rb") as stream:
-        for line in stream:
-            group.append(msgspec.json.decode(line))
-            size += len(line)
-            if len(group) == _GROUP_ROWS or size >= _GROUP_BYTES:
-                yield group
-                group, size = [], 0
-    if group:
-        yield group

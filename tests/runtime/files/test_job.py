@@ -12,27 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fpabee.runtime.errors import RowError
-from fpabee.runtime.files import Row
-from fpabee.runtime.files.job import BLOCK_CHARACTERS, BLOCK_ROWS, blocks
+from fpabee.runtime.blocks import blocks
 
 from ..running import Run, check_refused, write_lines
 
 TEXTS = ["the film is not bad", "rain", "turn the lights off", "book a table"]
 
 
-@given(st.lists(st.integers(0, 2 * BLOCK_CHARACTERS), max_size=20))
-def test_blocks_hold_all_rows_and_are_bounded(sizes: list[int]) -> None:
-    long = "x" * (2 * BLOCK_CHARACTERS)
-    rows: list[Row | RowError] = [Row(long[:size]) for size in sizes]
-    found = list(blocks(rows, BLOCK_ROWS))
-    assert [row for block in found for row in block] == rows
+@given(st.lists(st.integers(0, 20), max_size=20))
+def test_blocks_hold_all_items_and_are_bounded(sizes: list[int]) -> None:
+    texts = ["x" * size for size in sizes]
+    found = list(blocks(texts, len, 10, 4))
+    assert [text for block in found for text in block] == texts
     for block in found:
-        before = sum(len(row.text) for row in block[:-1] if isinstance(row, Row))
-        assert 0 < len(block) <= BLOCK_ROWS
-        assert before < BLOCK_CHARACTERS
-    bad = list(blocks([RowError("bad")] * (BLOCK_ROWS + 1), BLOCK_ROWS))
-    assert [len(block) for block in bad] == [BLOCK_ROWS, 1]
+        assert 0 < len(block) <= 4
+        assert sum(map(len, block[:-1])) < 10
 
 
 def test_columns_by_name(run: Run, bert: Path, tmp_path: Path) -> None:
