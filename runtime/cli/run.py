@@ -23,7 +23,6 @@ from ..files.job import Job, run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
 from ..files.writers import output_format as format_of
-from ..rules.base import ExitRule
 from . import options
 from .command import READING, RULE, command
 from .console import echo
@@ -142,7 +141,8 @@ def main(
                 err=True,
             )
         chosen = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
-        summary = Summary(engine, None if full_depth else chosen, metrics)
+        applied = None if full_depth else chosen
+        summary = Summary(engine, applied, metrics)
         skips = on_error == "skip"
         schema = RecordSchema(
             engine.labels,
@@ -154,10 +154,11 @@ def main(
         )
         if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
             schema.check_separator()
-        job = Job(engine, chosen, full_depth, schema, skips, unbuffered)
+        job = Job(engine, applied, schema, skips, unbuffered)
 
         def settings_of_run() -> dict[str, Any]:
-            return _settings_of_run(engines, job, inputs, reading, resume) | {
+            return _settings_of_run(job, inputs, reading, resume) | {
+                "engines": sha256_of(engines / MANIFEST_NAME),
                 "max_length": max_length,
                 "threads": threads,
                 "metrics": metrics,
@@ -169,7 +170,7 @@ def main(
             open_sink(destination, schema, settings_of_run) as sink,
             row_progress(not shows or unbuffered, lambda: inputs.share) as advance,
         ):
-            first_error = run(job, inputs, sink, summary, advance)
+            run(job, inputs, sink, summary, advance)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
             found = {} if checked is None else {"check": checked.to_dict()}
@@ -178,10 +179,10 @@ def main(
             print_summary(summary, engine, point)
         elif metrics:
             print_scores(summary)
-    if first_error is not None and summary.errors == summary.rows:
+    first = summary.first_error
+    if first is not None and summary.errors == summary.rows:
         raise InputError(
-            f"none of {summary.rows} rows could be read; the first: {first_error.message}",
-            first_error.remedy,
+            f"none of {summary.rows} rows could be read; the first: {first.message}", first.remedy
         )
 
 
@@ -216,23 +217,22 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
 
 
 def _settings_of_run(
-    engines: Path, job: Job, inputs: Inputs, reading: ReadOptions, resume: bool
+    job: Job, inputs: Inputs, reading: ReadOptions, resume: bool
 ) -> dict[str, Any]:
-    """Everything that the bytes of the output depend on, besides some options."""
-    identity = inputs.identity()
-    pipes = [item["name"] for item in identity if item["sha256"] is None]
+    """Everything that the bytes of the output depend on, besides the folder and some options."""
+    hashes = inputs.hashes()
+    pipes = [name for name, sha256 in hashes.items() if sha256 is None]
     if resume and pipes:
         raise InputError(
             f"{pipes[0]} can be read only once, so a run on it cannot be resumed",
             "save it to a file, and classify that file",
         )
-    rule: ExitRule | None = None if job.full_depth else job.rule
     return {
         "fpabee": __version__,
-        "engines": sha256_of(engines / MANIFEST_NAME),
         "target": job.engine.target,
-        "rule": "full depth" if rule is None else rule.to_dict(),
-        "inputs": identity,
+        "rule": "full depth" if job.rule is None else job.rule.to_dict(),
+        "inputs": list(hashes),
+        **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
         **asdict(reading),
         "with_text": job.schema.with_text,
         "all_scores": job.schema.all_scores,

@@ -19,8 +19,6 @@ from .records import Record, RecordSchema
 from .sources import STANDARD_INPUT
 from .writers import StreamWriter, convert
 
-_RESUME = Remedy("use {resume} to continue")
-
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run that can be continued.
@@ -105,25 +103,33 @@ def open_sink(
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
         Interrupted: Ctrl-C, and the rows that are done are kept.
     """
-    if destination.is_file:
-        assert destination.output is not None
-        # A link stays; the file that it leads to is replaced.
-        output = Path(os.path.realpath(destination.output))
-        with _errors_named(destination):
-            partial = Partial(output, settings(), destination.resume)
-        with _kept(partial, output):
-            yield Sink(partial.write, partial.records())
-            partial.sync()
-            _finish(partial, output, destination.chosen, schema)
-    else:
-        with _errors_named(destination), _stream(destination) as stream:
-            writer = StreamWriter(stream, destination.chosen, schema)
-            yield Sink(writer.write, iter(()))
-            writer.finish()
+    output = destination.output
+    try:
+        if output is not None and output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if output is not None and destination.is_file:
+            # A link stays; the file that it leads to is replaced.
+            partial = Partial(Path(os.path.realpath(output)), settings(), destination.resume)
+            with _kept(partial):
+                yield Sink(partial.write, partial.records())
+                partial.sync()
+                _finish(partial, destination.chosen, schema)
+        else:
+            with _stream(output) as stream:
+                writer = StreamWriter(stream, destination.chosen, schema)
+                yield Sink(writer.write, iter(()))
+                writer.finish()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        remedy = "set another {output}" if output else "free some space there, or set {output}"
+        raise InputError(
+            f"cannot write {output or 'standard output'}: {error.strerror}", Remedy(remedy)
+        ) from error
 
 
 @contextmanager
-def _kept(partial: Partial, output: Path) -> Iterator[None]:
+def _kept(partial: Partial) -> Iterator[None]:
     """Keep the rows that are done after an error, and say where they are."""
     try:
         yield
@@ -131,24 +137,25 @@ def _kept(partial: Partial, output: Path) -> Iterator[None]:
         # On a full disk closing fails too: the next run drops the line that is incomplete.
         with contextlib.suppress(OSError):
             partial.close(keep=partial.rows > 0)
+        if not partial.rows:
+            raise
         done = f"{partial.rows} finished rows are in {partial.path}"
         if isinstance(error, OSError):
-            message = f"cannot write {output}: {error.strerror}"
-            if not partial.rows:
-                raise InputError(message, "free some space") from error
             raise InputError(
-                f"{message}; {done}", Remedy("free some space, then use {resume} to continue")
+                f"cannot write {partial.output}: {error.strerror}; {done}",
+                Remedy("free some space, then use {resume} to continue"),
             ) from error
-        if partial.rows and isinstance(error, FpabeeError):
+        if isinstance(error, FpabeeError):
             raise type(error)(f"{error.message}; {done}", error.remedy) from error
-        if partial.rows and isinstance(error, KeyboardInterrupt):
-            raise Interrupted(done, _RESUME) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(done, Remedy("use {resume} to continue")) from error
         raise
 
 
-def _finish(partial: Partial, output: Path, chosen: TextFormat, schema: RecordSchema) -> None:
+def _finish(partial: Partial, chosen: TextFormat, schema: RecordSchema) -> None:
+    output = partial.output
     if chosen is TextFormat.JSON_LINES and output.suffix != ".gz":
-        partial.become(output)
+        partial.become_output()
         return
     table = output.with_name(output.name + ".partial.out")
     try:
@@ -162,29 +169,10 @@ def _finish(partial: Partial, output: Path, chosen: TextFormat, schema: RecordSc
 
 
 @contextmanager
-def _stream(destination: Destination) -> Iterator[IO[str]]:
-    target: Any = destination.output
-    if target is None:
-        if sys.stdout is None:  # closed before Python began
-            raise OSError(errno.EBADF, "it is closed")
-        target = sys.stdout.fileno()
-    is_ours = destination.output is not None
+def _stream(output: Path | None) -> Iterator[IO[str]]:
+    if output is None and sys.stdout is None:  # closed before Python began
+        raise OSError(errno.EBADF, "it is closed")
+    target: Any = output or sys.stdout.fileno()
     # Buffered by lines, so that each record is handed to the operating system at once.
-    with open(target, "w", 1, encoding="utf-8", newline="", closefd=is_ours) as stream:
+    with open(target, "w", 1, encoding="utf-8", newline="", closefd=bool(output)) as stream:
         yield stream
-
-
-@contextmanager
-def _errors_named(destination: Destination) -> Iterator[None]:
-    output = destination.output
-    try:
-        if output is not None and output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        remedy = "set another {output}" if output else "free some space there, or set {output}"
-        raise InputError(
-            f"cannot write {output or 'standard output'}: {error.strerror}", Remedy(remedy)
-        ) from error

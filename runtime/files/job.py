@@ -35,8 +35,7 @@ class Job:
 
     Attributes:
         engine: the engine.
-        rule: decides where rows stop.
-        full_depth: run every layer for every row instead.
+        rule: decides where rows stop; None: every row runs all layers.
         schema: what is written for a row.
         skip: whether a row that cannot be read becomes a record of its error; otherwise it ends
             the run.
@@ -44,8 +43,7 @@ class Job:
     """
 
     engine: Engine
-    rule: ExitRule
-    full_depth: bool
+    rule: ExitRule | None
     schema: RecordSchema
     skip: bool = False
     unbuffered: bool = False
@@ -57,7 +55,7 @@ def run(
     sink: Sink,
     summary: Summary,
     advance: Callable[[Summary, int], None],
-) -> RowError | None:
+) -> None:
     """Classify rows and write their records in order.
 
     Args:
@@ -67,17 +65,12 @@ def run(
         summary: counts every row.
         advance: called after every record with the number of rows read so far.
 
-    Returns:
-        The error of the first row that was skipped.
-
     Raises:
         InputError: a row cannot be read and is not to be skipped, or the completed rows are not
             those of these inputs.
     """
-    first_error: RowError | None = None
     most_rows = 1 if job.unbuffered else BLOCK_ROWS
     for block in blocks(_checked(job, items, summary), _characters, BLOCK_CHARACTERS, most_rows):
-        first_error = first_error or next((x for x in block if isinstance(x, RowError)), None)
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
             if isinstance(item, RowError) != ("error" in record) or not job.schema.fits(record):
@@ -92,7 +85,7 @@ def run(
         for item, prediction in itertools.islice(_predicted(job, block), done, None):
             if isinstance(item, RowError):
                 sink.write(job.schema.error(summary.rows, item))
-                summary.add_error()
+                summary.add_error(item)
             else:
                 assert prediction is not None
                 sink.write(job.schema.record(summary.rows, item, prediction))
@@ -100,7 +93,6 @@ def run(
             advance(summary, start + len(block))
     if next(sink.completed, None) is not None:
         raise InputError("the earlier run has more rows than the inputs", _START_AGAIN)
-    return first_error
 
 
 def _characters(item: Item) -> int:
@@ -118,6 +110,6 @@ def _checked(job: Job, items: Iterable[Item], summary: Summary) -> Iterator[Item
 
 def _predicted(job: Job, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:
     rows = [item.content for item in block if isinstance(item, Row)]
-    predictions = job.engine.stream(rows, rule=job.rule, full_depth=job.full_depth)
+    predictions = job.engine.stream(rows, rule=job.rule, full_depth=job.rule is None)
     for item in block:
         yield item, next(predictions) if isinstance(item, Row) else None

@@ -21,10 +21,6 @@ _ONE_PER_LINE = {
     "{": "write one object per line: jq -c . IN > OUT",
 }
 _NOT_FINITE = re.compile(r"[:,\[]\s*-?(NaN|Infinity)\b")
-_SURROGATE = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
-    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
 # Latin letters in UTF-16 without a byte order mark, which are also valid UTF-8.
 _UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){2,})|(?P<LE>([^\0]\0){2,}\n?)")
 # How files begin that are not UTF-8 text: what they are, and what to do.
@@ -156,11 +152,6 @@ def _why_not_json(line: str) -> tuple[str, str]:
     opened = _ONE_PER_LINE.get(line.strip())
     if opened:
         return "an object or array over several lines", opened
-    if _SURROGATE.search(line):
-        return (
-            "it has half of a surrogate pair, which is not a character",
-            r"split texts between characters, or replace the half by \ufffd",
-        )
     if _NOT_FINITE.search(line):
         return "JSON does not allow NaN or Infinity", "write null instead"
     return "", 'write an object such as {"text": "..."}'

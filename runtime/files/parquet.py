@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import InputError, MissingExtraError, Remedy, RowError
+from ..errors import InputError, MissingExtraError, RowError
 from .rows import ReadOptions, Row, class_name
 
 # Small, since a long value that the file holds once may be the value of every row.
@@ -21,7 +21,6 @@ _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 _DICTIONARY_BYTES = 8 * 2**20
 _Classes = dict[str, list[str]]
-_STRINGS = ("string", "large_string", "string_view", "null")
 
 
 def load_pyarrow() -> tuple[Any, Any]:
@@ -68,7 +67,6 @@ def parquet_rows(
             buffer_size=_BUFFER_BYTES,
         ) as file:
             options.check(file.schema_arrow.names, str(path))
-            _check_types(file.schema_arrow, options, path)
             classes = _class_names(file.schema_arrow, options)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
@@ -103,7 +101,9 @@ def _row(
     content = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            value = _plain(column[at].as_py())
+            value = column[at].as_py()
+            if name not in (options.text_column, options.pair_name):
+                value = _plain(value)
         # Not UTF-8, a time beyond Python's years or in an unknown time zone, or deep nesting.
         except (ArithmeticError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
@@ -129,23 +129,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
-
-
-def _check_types(schema: Any, options: ReadOptions, path: Path) -> None:
-    for option, name in (
-        ("text_column", options.text_column),
-        ("text_pair_column", options.pair_name),
-    ):
-        if name not in schema.names:
-            continue
-        kind = schema.field(name).type
-        if str(kind).startswith("dictionary"):
-            kind = kind.value_type
-        if str(kind) not in _STRINGS:
-            raise InputError(
-                f'{path}: the column "{name}" is {kind}, not a string',
-                Remedy("set {" + option + "} to a column of strings"),
-            )
 
 
 def _class_names(schema: Any, options: ReadOptions) -> _Classes:

@@ -32,6 +32,7 @@ class Partial:
         resume: whether to continue after the rows of an earlier run.
 
     Attributes:
+        output: as given.
         path: the file that holds them.
         rows: how many are done.
         completed: how many of these were done by an earlier run.
@@ -43,6 +44,7 @@ class Partial:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
         existed = self.path.exists()
@@ -103,9 +105,9 @@ class Partial:
             if not keep:
                 self._delete()
 
-    def become(self, output: Path) -> None:
+    def become_output(self) -> None:
         """Turn the file into the output."""
-        self.path.replace(output)
+        self.path.replace(self.output)
         self._stream.close()
         self._settings_path.unlink(missing_ok=True)
 
@@ -142,21 +144,11 @@ class Partial:
         earlier = before if isinstance(before, dict) else {}
         for name in now:
             if earlier.get(name) != now[name]:
-                difference = _difference(name, earlier.get(name), now[name])
                 raise InputError(
-                    f"{self.path} is from another run: {difference}",
+                    f"{self.path} is from another run: {name} was {to_json(earlier.get(name))} "
+                    f"and is {to_json(now[name])}",
                     f"run it as before, or {remedy}",
                 )
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if name == "inputs" and isinstance(before, list) and len(before) == len(now):
-        for was, item in zip(before, now, strict=True):
-            if isinstance(was, dict) and was.get("name") != item["name"]:
-                return f"{item['name']} was not its input"
-            if was != item:
-                return f"{item['name']} has changed"
-    return f"{name} was {to_json(before)} and is {to_json(now)}"
 
 
 def _whole_lines(path: Path) -> tuple[int, int]:

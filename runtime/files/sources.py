@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
+from ..artifact.folder import sha256_of
 from ..errors import InputError, Remedy, RowError
 from .formats import DELIMITERS, INPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
 from .lines import Lines, json_rows, text_rows
@@ -103,15 +103,12 @@ class Inputs:
         here = 0.0 if self._position is None else self._position()
         return min(1.0, (self._finished + here) / sum(sizes))
 
-    def identity(self) -> list[dict[str, Any]]:
-        """The name, size and hash of each input, which show whether it has changed.
-
-        A pipe has neither size nor hash, since it can be read only once.
-        """
-        return [
-            {"name": source, "size": size, "sha256": None if size is None else _sha256(source)}
+    def hashes(self) -> dict[str, str | None]:
+        """The SHA-256 of each input; None for a pipe, which can be read only once."""
+        return {
+            source: None if size is None else _sha256(source)
             for source, size in zip(self._sources, self._sizes, strict=True)
-        ]
+        }
 
     def _rows(
         self, source: str, chosen: TextFormat | None, size: int | None
@@ -176,14 +173,10 @@ def _size(source: str) -> int | None:
 
 
 def _sha256(source: str) -> str:
-    digest = hashlib.sha256()
     try:
-        with Path(source).open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+        return sha256_of(Path(source), most=sys.maxsize)
     except OSError as error:
         raise _unreadable(Path(source), error) from error
-    return digest.hexdigest()
 
 
 def _format_of(source: str, given: TextFormat | None) -> TextFormat | None:

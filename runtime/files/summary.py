@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections import Counter
 from typing import Any
 
@@ -32,6 +31,7 @@ class Summary:
         rows: number of rows.
         completed: how many of these an earlier run has classified.
         errors: how many of these could not be read.
+        first_error: the error of the first of them.
         truncated: how many of these were longer than the engine takes.
         empty: how many of these have an empty text.
         exits: rows by the exit at which they stopped, counted from 1.
@@ -43,14 +43,14 @@ class Summary:
         self.rows = 0
         self.completed = 0
         self.errors = 0
+        self.first_error: RowError | None = None
         self.truncated = 0
         self.empty = 0
         self.exits: Counter[int] = Counter()
         self._engine = engine
         self._started = time.perf_counter()
-        # Compact: a million rows take a few megabytes.
-        self._expected = array("i")
-        self._predicted = array("i")
+        # How often each pair of true and predicted labels occurred.
+        self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
 
     def add(self, row: Row, prediction: Prediction) -> None:
         """Count a row, which has a usable label if predictions are scored."""
@@ -59,14 +59,15 @@ class Summary:
     def add_completed(self, item: Row | RowError, record: Record) -> None:
         """Count a row that an earlier run has done."""
         if isinstance(item, RowError):
-            self.add_error()
+            self.add_error(item)
             return
         labels = record["labels"] if self._engine.multi_label else [record["label"]]
         self._count(item, record["exit"], tuple(labels), "truncated" in record)
         self.completed += 1
 
-    def add_error(self) -> None:
+    def add_error(self, error: RowError) -> None:
         """Count a row that could not be read."""
+        self.first_error = self.first_error or error
         self.rows += 1
         self.errors += 1
 
@@ -79,21 +80,24 @@ class Summary:
                 f"{row.place} has no label to score against",
                 Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
             )
+        task = self._engine.manifest.task
         try:
-            self._encoded(row.labels, row)
+            encode_labels([row.labels], task.labels, task.problem_type, [row.place])
         except InputError as error:
             return RowError(error.message, error.remedy)
         return None
 
     def scores(self) -> dict[str, float]:
-        """The scores of the rows so far, by `runtime.metrics.evaluate`."""
-        count = len(self._engine.labels)
-        shape = (-1, count) if self._engine.multi_label else (-1,)
-        predicted, expected = (
-            np.array(numbers, np.int64).reshape(shape)
-            for numbers in (self._predicted, self._expected)
+        """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""
+        if not self._answers:
+            return {}
+        task = self._engine.manifest.task
+        counts = list(self._answers.values())
+        expected, predicted = (
+            np.repeat(encode_labels(labels, task.labels, task.problem_type), counts, axis=0)
+            for labels in zip(*self._answers, strict=True)
         )
-        return evaluate(predicted, expected, count)
+        return evaluate(predicted, expected, len(task.labels))
 
     @property
     def seconds(self) -> float:
@@ -139,7 +143,7 @@ class Summary:
                 for number, layer in enumerate(manifest.exit_layers, start=1)
             ],
         }
-        return content | ({"metrics": self.scores()} if self._expected else {})
+        return content | ({"metrics": self.scores()} if self._answers else {})
 
     def _count(self, row: Row, exit_number: int, labels: tuple[str, ...], truncated: bool) -> None:
         self.rows += 1
@@ -147,10 +151,4 @@ class Summary:
         self.truncated += truncated
         self.empty += not row.text
         if self.metrics:
-            self._expected.extend(self._encoded(row.labels or (), row))
-            self._predicted.extend(self._encoded(labels, row))
-
-    def _encoded(self, labels: tuple[str, ...], row: Row) -> list[int]:
-        task = self._engine.manifest.task
-        encoded = encode_labels([labels], task.labels, task.problem_type, [row.place])
-        return [int(number) for number in encoded.ravel()]
+            self._answers[row.labels or (), labels] += 1

@@ -10,13 +10,8 @@ from . import lines as lines_module
 from .lines import Lines
 from .rows import ReadOptions, Row, all_rows
 
-# What may separate the names of a header by mistake, and what to do about it.
-_SEPARATORS: dict[str, tuple[str, str | Remedy]] = {
-    ";": ("semicolons", "save the file with commas (.csv) or tabs (.tsv)"),
-    "\t": ("tabs", Remedy("name the file .tsv, or set {input_format} to tsv")),
-    ",": ("commas", Remedy("name the file .csv, or set {input_format} to csv")),
-    "|": ("bars", "save the file with commas (.csv) or tabs (.tsv)"),
-}
+# What may separate the names of a header by mistake.
+_SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
 
 
 class _Records:
@@ -108,8 +103,9 @@ def _check_separator(lines: Lines, options: ReadOptions, separator: str) -> None
     header = lines.first
     if separator in header or header.strip('"') == options.text_column:
         return
-    for other, (name, remedy) in _SEPARATORS.items():
+    for other, name in _SEPARATORS.items():
         if other in header:
             raise InputError(
-                f"{lines.name}, line 1 is a header separated by {name}: {header}", remedy
+                f"{lines.name}, line 1 is a header separated by {name}: {header}",
+                Remedy("save the table with commas (.csv) or tabs (.tsv), or set {input_format}"),
             )

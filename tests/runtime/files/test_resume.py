@@ -271,9 +271,10 @@ def test_a_resume_on_a_changed_input_is_refused(
     times = classify.source.stat()
     classify.source.write_bytes(change(classify.source.read_bytes()))
     os.utime(classify.source, ns=(times.st_atime_ns, times.st_mtime_ns))
-    check_refused(classify("--resume"), f"{classify.source} has changed")
-    classify.source = classify.source.rename(classify.source.with_name("other.jsonl"))
-    check_refused(classify("--resume"), f"{classify.source} was not its input")
+    check_refused(classify("--resume"), f"the SHA-256 of {classify.source} was")
+    source = classify.source
+    classify.source = source.rename(source.with_name("other.jsonl"))
+    check_refused(classify("--resume"), f'inputs was ["{source}"] and is ["{classify.source}"]')
 
 
 def test_a_damaged_partial_is_refused(classify: Classify) -> None:
