@@ -16,14 +16,14 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import LOGITS, ProblemType
+from .artifact.manifest import LOGITS
 from .backends.backend import Execution
 from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve, RowNumbers, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
-from .rules.measures import Answers, Outputs
+from .rules.measures import Answers
 from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
 
@@ -59,17 +59,6 @@ class WindowResult:
     exits: Answers
     logits: NDArray[np.float32]
     wasted: int = 0
-
-    def outputs(self, problem_type: ProblemType, label_thresholds: Sequence[float] = ()) -> Outputs:
-        """The outputs of each row at its exit.
-
-        Args:
-            problem_type: single-label or multi-label.
-            label_thresholds: see `Task.label_thresholds`; empty means 0.5 for all labels.
-        """
-        return Outputs(
-            self.logits[self.exits - 1, np.arange(len(self.exits))], problem_type, label_thresholds
-        )
 
 
 @dataclass(slots=True, eq=False)

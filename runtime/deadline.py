@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,19 +14,6 @@ from .rules.runner import RuleRunner
 
 _REPEATS = 3
 _LEAST_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Cap:
-    """How deep rows may go under a deadline.
-
-    Attributes:
-        exit: the deepest exit that meets the deadline, from 1.
-        deadline_missed: whether even exit 1 misses the deadline.
-    """
-
-    exit: int
-    deadline_missed: bool
 
 
 class SegmentTimes:
@@ -65,18 +51,20 @@ class SegmentTimes:
         share = (tokens - below) / (above - below)
         return (1 - share) * self._at(rows, below) + share * self._at(rows, above)
 
-    def deepest(self, groups: Sequence[tuple[int, int]], seconds: float) -> Cap:
+    def deepest(self, groups: Sequence[tuple[int, int]], seconds: float) -> int:
         """The deepest exit that all rows reach within a time, if none stops before it.
 
         Args:
             groups: for each group its rows, and the tokens in its longest row.
             seconds: the time, in seconds.
+
+        Returns:
+            The exit, from 1; 0 if even exit 1 takes longer.
         """
         if not groups:
-            return Cap(len(self(1, 1)), False)
+            return len(self(1, 1))
         until = np.cumsum(np.sum([self(*group) for group in groups], axis=0))
-        fits = int(np.searchsorted(until, seconds, side="right"))
-        return Cap(max(1, fits), fits == 0)
+        return int(np.searchsorted(until, seconds, side="right"))
 
     def _at(self, rows: int, tokens: int) -> Array:
         full = max(1, min(self._limits.max_batch, self._limits.group_tokens // tokens))
@@ -104,25 +92,25 @@ def _powers_of_two(longest: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, cap: Cap) -> Mask:
+def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, cap: int) -> Mask:
     """Which rows the deadline stopped before their rule would have.
 
     Args:
         runner: the rule without the cap.
         exits: `[rows]` int64, the exit of each row, from 1.
         logits: `[exits, rows, labels]` float32 of the run.
-        cap: how deep the deadline let rows go.
+        cap: the deepest exit that the deadline let rows reach, from 1.
 
     Returns:
         `[rows]` bool.
     """
-    limited: Mask = np.asarray(exits == cap.exit)
-    if cap.exit >= runner.last:
+    limited: Mask = np.asarray(exits == cap)
+    if cap >= runner.last:
         return np.zeros(len(exits), np.bool_)
     numbers = np.flatnonzero(limited)
     state = runner.start(len(numbers))
     stops: Mask | None = None
-    for exit_number in range(1, cap.exit + 1):
+    for exit_number in range(1, cap + 1):
         now = logits[exit_number - 1, numbers].astype(np.float64)
         stops, _ = runner.decide(exit_number, state, now)
     if stops is not None:

@@ -45,19 +45,6 @@ class EncodedRow:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def model_input(self, name: str) -> NDArray[np.int64] | float:
-        """The row's values of a model input.
-
-        Args:
-            name: `input_ids`, `token_type_ids` or `attention_bias`.
-
-        Returns:
-            `[tokens]` int64. The attention bias is 0 on every real token, so it is one number.
-        """
-        if name == ATTENTION_BIAS:
-            return 0.0
-        return self.input_ids if name == "input_ids" else self.token_type_ids
-
 
 def padding_values(tokenizer: TokenizerSpec) -> dict[str, float]:
     """The value on padding of each input of segment 1, by the name of the input."""
@@ -73,13 +60,13 @@ def write_rows(array: NDArray[Any], name: str, rows: Sequence[EncodedRow], paddi
 
     Args:
         array: `[batch, ..., sequence]`, at least as large as the rows.
-        name: the model input, as in `EncodedRow.model_input`.
+        name: `input_ids`, `token_type_ids` or `attention_bias`, which is 0 on every token.
         rows: the rows.
         padding: the value on padding.
     """
     array[...] = padding
     for number, row in enumerate(rows):
-        array[number, ..., : len(row)] = row.model_input(name)
+        array[number, ..., : len(row)] = 0 if name == ATTENTION_BIAS else getattr(row, name)
 
 
 def padded_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> Arrays:

@@ -20,16 +20,16 @@ from .backends.shapes import Limits
 from .batching import CostCurve, make_groups
 from .blocks import blocks
 from .chain import Chain, Regroup, WindowResult
-from .deadline import Cap, SegmentTimes, deadline_limited_rows
+from .deadline import SegmentTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError, RuleError
 from .reference_check import check_reference
-from .results import Counter, Prediction, Tally, Trace
+from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
 from .rules.measures import Outputs
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
-from .targets import open_backend, operating_point_of, rule_of, target_of
+from .targets import open_backend, rule_of, target_of
 
 # Most memory of a window: the hidden states of all its rows, once as input and once as output.
 _WINDOW_BYTES = 256 * 2**20
@@ -37,6 +37,13 @@ _WINDOW_BYTES = 256 * 2**20
 
 class Engine:
     """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`.
+
+    Attributes:
+        manifest: the manifest of the folder, as it was when the engine was loaded.
+        target: the target in use.
+        labels: label names in the order of the logits.
+        multi_label: whether a row may have any number of labels.
+        limits: the shapes that the target runs.
 
     Example:
         ```python
@@ -102,8 +109,7 @@ class Engine:
         folder = Path(path)
         manifest = read_manifest(folder)
         name = target_of(folder, manifest, target)
-        point = None if rule else operating_point_of(folder, manifest, name, operating_point)
-        chosen = rule or rule_of(manifest, name, point)
+        point, chosen = (None, rule) if rule else rule_of(folder, manifest, name, operating_point)
         backend = open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
@@ -129,24 +135,26 @@ class Engine:
     ) -> None:
         """Called by `Engine.load`, which opens the backend."""
         self._folder = folder
-        self._manifest = manifest
-        self._task = manifest.task
+        self.manifest = manifest
+        self.target = target
+        self.labels = manifest.task.labels
+        self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
+        self.limits = backend.limits()
         self._exits = len(manifest.segments)
-        self._target = target
         self._backend = backend
         # One attribute, so that a thread never sees the rule of one point with another's name.
         self._in_use = (operating_point, rule)
         self._regroup = Regroup(regroup)
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
-        self._limits = backend.limits()
         self._local = threading.local()
         self._cost: CostCurve | None = None
         self._cost_lock = threading.Lock()
-        self._times = SegmentTimes(self._limits, self.time_segments)
-        self._counter = Counter(self._exits)
+        self._times = SegmentTimes(self.limits, self.time_segments)
+        self._tally = Tally((0,) * self._exits)
+        self._tally_lock = threading.Lock()
         self._closed = False
-        per_token = _bytes_per_token(manifest, self._limits)
-        self._window_tokens = max(self._limits.group_tokens, _WINDOW_BYTES // per_token)
+        per_token = _bytes_per_token(manifest, self.limits)
+        self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
         # Reports a rule that does not fit the model now, not at the first text.
         self._runner(rule)
 
@@ -190,8 +198,8 @@ class Engine:
         ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         runner = self._chosen(rule, full_depth, max_exit)
         windows = list(self._windows(texts))
-        cap = self._cap(windows, ends - perf_counter())
-        return [answer for rows in windows for answer in self._answer(rows, runner, cap)]
+        fits = self._deepest(windows, ends - perf_counter())
+        return [answer for rows in windows for answer in self._answer(rows, runner, fits)]
 
     def stream(
         self,
@@ -222,8 +230,8 @@ class Engine:
         seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
         runner = self._chosen(rule, full_depth, max_exit)
         for rows in self._windows(texts):
-            cap = None if seconds is None else self._cap([rows], seconds)
-            yield from self._answer(rows, runner, cap)
+            fits = None if seconds is None else self._deepest([rows], seconds)
+            yield from self._answer(rows, runner, fits)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -271,7 +279,7 @@ class Engine:
             return self.run_encoded(rows, full_depth).logits
 
         return check_reference(
-            self._folder, self._manifest, self._target, self.rule, run, self._limits.max_sequence
+            self._folder, self.manifest, self.target, self.rule, run, self.limits.max_sequence
         )
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
@@ -287,7 +295,7 @@ class Engine:
             ArtifactError: a segment is missing or damaged.
         """
         rows = whole_number("rows", rows, InputError)
-        longest = self._limits.max_sequence
+        longest = self.limits.max_sequence
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
         for length in self._times.lengths:
             self._times(rows, length)
@@ -303,29 +311,20 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point = operating_point_of(self._folder, self._manifest, self._target, operating_point)
-        rule = rule_of(self._manifest, self._target, point)
-        self._runner(rule)
-        self._in_use = (point, rule)
+        in_use = rule_of(self._folder, self.manifest, self.target, operating_point)
+        self._runner(in_use[1])
+        self._in_use = in_use
 
     @property
     def tally(self) -> Tally:
         """Counts of what `predict` and `stream` answered since the load or `reset_tally`."""
-        return self._counter.read()
+        return self._tally
 
     def reset_tally(self) -> Tally:
         """Start the tally again from zero; returns it as it was."""
-        return self._counter.reset()
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the folder, as it was when the engine was loaded."""
-        return self._manifest
-
-    @property
-    def target(self) -> str:
-        """The target in use."""
-        return self._target
+        with self._tally_lock:
+            before, self._tally = self._tally, Tally((0,) * self._exits)
+        return before
 
     @property
     def rule(self) -> ExitRule:
@@ -336,21 +335,6 @@ class Engine:
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
         return self._in_use[0]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Label names in the order of the logits."""
-        return self._task.labels
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether a row may have any number of labels."""
-        return self._task.problem_type is ProblemType.MULTI_LABEL
-
-    @property
-    def limits(self) -> Limits:
-        """The shapes that the target runs."""
-        return self._limits
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.
@@ -414,7 +398,7 @@ class Engine:
 
     def _runner(self, rule: ExitRule) -> RuleRunner:
         """A runner of the rule; raises RuleError if the rule does not fit the model."""
-        task = self._task
+        task = self.manifest.task
         return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
 
     def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
@@ -429,30 +413,43 @@ class Engine:
         rows = (row for chunk in chunks(texts) for row in self._encoder.encode(chunk))
         return blocks(rows, len, self._window_tokens)
 
-    def _cap(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> Cap:
-        """How deep the rows of all windows may go in a given time."""
+    def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
+        """The deepest exit that the rows of all windows reach in a given time; 0 if none."""
         groups = []
         for rows in windows:
             lengths = np.array([len(row) for row in rows], np.intp)
             groups += [
                 (len(numbers), int(lengths[numbers].max()))
-                for numbers in make_groups(lengths, self._limits)
+                for numbers in make_groups(lengths, self.limits)
             ]
         return self._times.deepest(groups, seconds)
 
     def _answer(
-        self, rows: list[EncodedRow], runner: RuleRunner, cap: Cap | None
+        self, rows: list[EncodedRow], runner: RuleRunner, fits: int | None
     ) -> Iterator[Prediction]:
-        """Run a window of rows, count them, and yield their predictions."""
-        limited, missed = np.zeros(len(rows), np.bool_), False
-        if cap is None:
+        """Run a window of rows, count them, and yield their predictions.
+
+        Args:
+            rows: the window.
+            runner: the rule.
+            fits: the deepest exit that meets the deadline, 0 if none does; None: no deadline.
+        """
+        limited, missed = np.zeros(len(rows), np.bool_), fits == 0
+        if fits is None:
             result = self._run(rows, runner)
         else:
-            result = self._run(rows, self._runner(runner.rule.capped(cap.exit)))
+            cap = max(1, fits)
+            result = self._run(rows, self._runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
-            missed = cap.deadline_missed
-        truncated = sum(row.truncated for row in rows)
-        self._counter.add(result.exits, truncated, limited, missed, result.wasted)
+        counts = Tally(
+            exits=tuple(np.bincount(result.exits, minlength=self._exits + 1)[1:].tolist()),
+            truncated=sum(row.truncated for row in rows),
+            deadline_limited=int(np.count_nonzero(limited)),
+            deadline_missed=len(rows) * missed,
+            wasted=result.wasted,
+        )
+        with self._tally_lock:
+            self._tally += counts
         outputs = self._outputs(result)
         probabilities = outputs.probabilities.tolist()
         for number, row in enumerate(rows):
@@ -463,7 +460,7 @@ class Engine:
                 labels=tuple(self.labels[index] for index in chosen),
                 scores=tuple(probabilities[number][index] for index in chosen),
                 exit=exit_number,
-                layer=self._manifest.segments[exit_number - 1].layer,
+                layer=self.manifest.segments[exit_number - 1].layer,
                 probabilities=tuple(probabilities[number]),
                 truncated=row.truncated,
                 deadline_limited=bool(limited[number]),
@@ -472,11 +469,13 @@ class Engine:
 
     def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         chain = self._chain()
-        is_large = sum(len(row) for row in rows) > self._limits.group_tokens
+        is_large = sum(len(row) for row in rows) > self.limits.group_tokens
         return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
 
     def _outputs(self, result: WindowResult) -> Outputs:
-        return result.outputs(self._task.problem_type, self._task.label_thresholds)
+        """The outputs of each row at its exit."""
+        logits = result.logits[result.exits - 1, np.arange(len(result.exits))]
+        return Outputs(logits, self.manifest.task.problem_type, self.manifest.task.label_thresholds)
 
     def _chain(self) -> Chain[Any]:
         """The chain of this thread."""
@@ -485,7 +484,7 @@ class Engine:
         chain: Chain[Any] | None = getattr(self._local, "chain", None)
         if chain is None:
             execution, labels = self._backend.open(), len(self.labels)
-            chain = Chain(execution, self._limits, self._exits, labels, self._target)
+            chain = Chain(execution, self.limits, self._exits, labels, self.target)
             self._local.chain = chain
         return chain
 
@@ -494,7 +493,7 @@ class Engine:
         if self._regroup is Regroup.NEVER or self._exits == 1:
             return None
         if self._regroup is Regroup.ALWAYS:
-            return CostCurve((1, self._limits.group_tokens), (1.0, 1.0), 0.0)
+            return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
         with self._cost_lock:
             if self._cost is None:
                 self._cost = chain.measure()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from .artifact.folder import resolve, verified, verified_graph
 from .artifact.manifest import Manifest
 from .engine import Engine
 from .errors import ArtifactError, FpabeeError
 from .rules.runner import RuleRunner
-from .targets import backend_class, operating_point_of, rule_of
+from .targets import backend_class, rule_of
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """One segment of the chain, in fp32.
 
     Attributes:
@@ -31,14 +31,13 @@ class Part:
     size: int | None
 
 
-@dataclass(frozen=True)
-class TargetState:
+class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "why_not"}):
     """One target of a folder.
 
     Attributes:
         name: the target.
         size: bytes of its files, or of the graphs that it runs, without missing files.
-        unavailable_reason: why it cannot run here; empty if it can.
+        unavailable_reason: why it cannot run here; empty if it can. The key in JSON is `why_not`.
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
     """
@@ -50,21 +49,21 @@ class TargetState:
     tolerance: float | None
 
 
-@dataclass(frozen=True)
-class Integrity:
+class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
     """The result of checking a folder.
 
     Attributes:
         files: how many files the manifest names.
         damaged: a message for each file that is missing or has another hash.
-        agreement: for each target that passed, how closely it agrees with the PyTorch model.
+        agreement: for each target that passed, how closely it agrees with the PyTorch model. The
+            key in JSON is `parity`.
         refused: for each target that can run here but did not pass, the reason.
     """
 
     files: int
     damaged: tuple[str, ...]
-    agreement: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, str]
+    refused: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -160,6 +159,6 @@ def _size(folder: Path, files: Iterable[str]) -> int | None:
 
 def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
     """Raise an error if the default rule of a target does not fit the model."""
-    rule = rule_of(manifest, name, operating_point_of(folder, manifest, name, None))
+    _, rule = rule_of(folder, manifest, name, None)
     task = manifest.task
     RuleRunner(rule, task.problem_type, len(manifest.segments), task.label_thresholds)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .rules.measures import Answers, Mask
+from .rules.measures import Answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,15 @@ class Tally:
     deadline_missed: int = 0
     wasted: int = 0
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            tuple(map(add, self.exits, other.exits)),
+            self.truncated + other.truncated,
+            self.deadline_limited + other.deadline_limited,
+            self.deadline_missed + other.deadline_missed,
+            self.wasted + other.wasted,
+        )
+
     @property
     def rows(self) -> int:
         """Number of rows."""
@@ -106,54 +115,3 @@ class Tally:
         total = sum(expected)
         pairs = zip(self.shares, expected, strict=True)
         return sum(abs(share - count / total) for share, count in pairs) / 2
-
-
-class Counter:
-    """A tally to which threads add.
-
-    Args:
-        exits: number of exits.
-    """
-
-    def __init__(self, exits: int) -> None:
-        self._lock = threading.Lock()
-        self._zero = Tally((0,) * exits)
-        self._now = self._zero
-
-    def add(
-        self,
-        exits: Answers,
-        truncated: int,
-        deadline_limited: Mask,
-        deadline_missed: bool,
-        wasted: int,
-    ) -> None:
-        """Count rows.
-
-        Args:
-            exits: `[rows]` exit of each row, counted from 1.
-            truncated: how many rows were truncated.
-            deadline_limited: `[rows]` which rows the deadline stopped.
-            deadline_missed: whether even exit 1 takes longer than their deadline.
-            wasted: segments that rows ran beyond their exit.
-        """
-        counts = np.bincount(exits, minlength=len(self._zero.exits) + 1)[1:].tolist()
-        with self._lock:
-            now = self._now
-            self._now = Tally(
-                tuple(a + b for a, b in zip(now.exits, counts, strict=True)),
-                now.truncated + truncated,
-                now.deadline_limited + int(np.count_nonzero(deadline_limited)),
-                now.deadline_missed + len(exits) * deadline_missed,
-                now.wasted + wasted,
-            )
-
-    def read(self) -> Tally:
-        """The current tally."""
-        return self._now
-
-    def reset(self) -> Tally:
-        """Start again from zero; returns the tally as it was."""
-        with self._lock:
-            before, self._now = self._now, self._zero
-        return before

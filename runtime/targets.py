@@ -39,44 +39,40 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     return chosen
 
 
-def operating_point_of(
-    folder: Path, manifest: Manifest, target: str, name: str | None
-) -> str | None:
-    """The name of the operating point to run; None if the target has no default.
+def rule_of(
+    folder: Path, manifest: Manifest, target: str, point: str | None
+) -> tuple[str | None, ExitRule]:
+    """The name of the operating point to run, and its rule.
 
     Args:
         folder: the engines folder.
         manifest: its manifest.
         target: the target's name.
-        name: an operating point; default: the target's default.
+        point: an operating point; default: the target's default. Without any, the name is None,
+            and the rule is the folder's default rule.
 
     Raises:
-        RuleError: the target has no such point.
+        RuleError: the target has no such point, or its rule does not exist.
     """
     points = manifest.targets[target].operating_points
+    if point is None:
+        point = manifest.targets[target].default_operating_point or None
+    if point is None:
+        return None, ExitRule.from_dict(manifest.default_rule)
+    if point in points:
+        return point, ExitRule.from_dict(points[point].rule)
     calibrate = Call("calibrate", folder, data="DATA", target=target)
-    if name is None:
-        return manifest.targets[target].default_operating_point or None
-    if name in points:
-        return name
-    elsewhere = [other for other, t in manifest.targets.items() if name in t.operating_points]
+    elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
     if elsewhere:
         raise RuleError(
-            f"operating point {name!r} was measured on {', '.join(elsewhere)}, not on {target}",
+            f"operating point {point!r} was measured on {', '.join(elsewhere)}, not on {target}",
             Remedy("calibrate this target: {call}", call=calibrate),
         )
     raise RuleError(
-        f"target {target} has no operating point {name!r}; it has: "
+        f"target {target} has no operating point {point!r}; it has: "
         f"{', '.join(points) or 'none yet'}",
         Remedy("calibrate it: {call}", call=calibrate),
     )
-
-
-def rule_of(manifest: Manifest, target: str, point: str | None) -> ExitRule:
-    """The rule of an operating point, or the folder's default rule if `point` is None."""
-    if point is None:
-        return ExitRule.from_dict(manifest.default_rule)
-    return ExitRule.from_dict(manifest.targets[target].operating_points[point].rule)
 
 
 def backend_class(target: Target) -> type[Backend[Any]]:

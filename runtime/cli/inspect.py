@@ -6,7 +6,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..artifact.folder import read_manifest
 from ..artifact.manifest import Manifest, NotBuilt
 from ..backends.tensorrt import build_command
 from ..environment import environment, providers
-from ..errors import ArtifactError, Call, Remedy, VerificationError
+from ..errors import VerificationError
 from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
 from . import options
 from .command import command
@@ -68,24 +67,17 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         if not as_json:
             _print_values(content["environment"])
     if engines is not None:
-        if not engines.is_dir():
-            raise ArtifactError(
-                f"{engines} is not a folder",
-                Remedy("create one with {call}", call=Call("export", "MODEL_DIR", engines)),
-            )
         manifest = read_manifest(engines)
         parts = chain_parts(engines, manifest)
         states = target_states(engines, manifest, in_terms_of_options)
         found = check_integrity(engines, manifest, states) if check else None
         content |= _summary(manifest) | {
-            "chain": [asdict(part) for part in parts],
-            "targets": [_target(state) for state in states],
+            "chain": msgspec.to_builtins(parts),
+            "targets": msgspec.to_builtins(states),
             "not_built": msgspec.to_builtins(manifest.not_built),
         }
         if found is not None:
-            # The key of the agreement has been "parity" since version 0.1.
-            content["check"] = asdict(found) | {"passed": found.passed}
-            content["check"]["parity"] = content["check"].pop("agreement")
+            content["check"] = msgspec.to_builtins(found) | {"passed": found.passed}
         if not as_json:
             _print(engines, manifest, parts, states)
             if found is not None:
@@ -119,13 +111,6 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
             if target.operating_points
         },
     }
-
-
-def _target(state: TargetState) -> dict[str, Any]:
-    """A target for JSON, where the reason keeps the key that it has had since version 0.1."""
-    content = asdict(state)
-    content["why_not"] = content.pop("unavailable_reason")
-    return content
 
 
 def _print(

@@ -14,7 +14,7 @@ from click import get_current_context
 from click.core import ParameterSource
 
 from ..files import LABEL_SEPARATOR, ReadOptions, TextFormat
-from ..rules.base import ExitRule, Threshold
+from ..rules.base import ExitRule
 from ..rules.measures import Measure
 from ..rules.rules import RULES
 from .errors import option_of
@@ -26,35 +26,28 @@ RULE_OPTIONS = "rule measure threshold agreement patience exit min_exit max_exit
 PATH = click.Path(path_type=Path)
 
 
-class Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers separated by commas."""
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas.
+
+    Args:
+        kind: int or float.
+        example: a list for the error message.
+    """
 
     name = "numbers"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse the text of an option."""
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 2,4,6", param, ctx)
-
-
-class ThresholdType(click.ParamType[Threshold]):
-    """One number, or one for each exit: `0.1` or `0.1,0.2,0.3`."""
-
-    name = "threshold"
+    def __init__(self, kind: type[float], example: str) -> None:
+        self._kind = kind
+        self._example = example
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Threshold:
+    ) -> tuple[float, ...]:
         """Parse the text of an option."""
         try:
-            numbers = tuple(float(part) for part in str(value).split(","))
+            return tuple(self._kind(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a number or a list such as 0.1,0.2", param, ctx)
-        return numbers if len(numbers) > 1 else numbers[0]
+            self.fail(f"{value!r} is not a list of numbers such as {self._example}", param, ctx)
 
 
 class FiniteRange(click.FloatRange):
@@ -97,7 +90,7 @@ def number(name: str, help: str, default: float | None = None, **limits: Any) ->
 
 def numbers(names: str, metavar: str, help: str, **settings: Any) -> Decorator:
     """An option that takes whole numbers separated by commas."""
-    return option(names, metavar, help, type=Numbers(), **settings)
+    return option(names, metavar, help, type=Numbers(int, "2,4,6"), **settings)
 
 
 def choice(
@@ -169,7 +162,7 @@ rule = together(
         "--threshold",
         "X[,X,...]",
         "Threshold of the rule: one number, or one for each exit.",
-        type=ThresholdType(),
+        type=Numbers(float, "0.1,0.2"),
     ),
     number("--agreement", "Similarity threshold of the rule either."),
     count("--patience", "Number of consecutive signals that stop a row."),
@@ -217,6 +210,8 @@ def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
     """
     values = {name: settings.pop(name) for name in RULE_OPTIONS.split()}
     name = values.pop("rule")
+    if values["threshold"] is not None and len(values["threshold"]) == 1:
+        (values["threshold"],) = values["threshold"]
     changes = {key: value for key, value in values.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
     if changes.get("measure", base.get("measure")) != base.get("measure"):

@@ -23,7 +23,7 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.files import Inputs, Row
 from fpabee.runtime.files.records import to_json
-from fpabee.runtime.targets import operating_point_of, rule_of, target_of
+from fpabee.runtime.targets import rule_of, target_of
 
 from . import parquet_files
 from .mutations import (
@@ -112,8 +112,8 @@ def _manifest(engines: Path, folder: Path) -> Target:
         for name in (None, *manifest.targets):
             target = target_of(folder, manifest, name)
             points = manifest.targets[target].operating_points
-            for point in (operating_point_of(folder, manifest, target, None), *points):
-                rule_of(manifest, target, point)
+            for point in (None, *points):
+                rule_of(folder, manifest, target, point)
         for graph in manifest.graphs.values():
             resolve(folder, graph.file)
         write_manifest(folder, manifest)

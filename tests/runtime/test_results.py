@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fpabee.runtime import Budget, Engine, FPabee, Tally
-from fpabee.runtime.results import Counter
 
 TEXTS = ["the film", "rain", "", "the " * 100]
 
@@ -55,13 +53,14 @@ def test_drift_from_an_operating_point(
         Tally((1, 0)).drift((1, 2, 3))
 
 
-def test_threads_lose_no_row() -> None:
-    counter = Counter(3)
-    exits = np.array([1, 3, 3], np.int64)
-    limited = np.array([True, False, False])
+def test_threads_lose_no_row(engine: Engine) -> None:
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(500):
-            pool.submit(counter.add, exits, 1, limited, True, 2)
-    assert counter.read() == Tally(
-        (500, 0, 1000), truncated=500, deadline_limited=500, deadline_missed=1500, wasted=1000
+        for _ in range(200):
+            pool.submit(engine.predict, ["rain", "the " * 100], rule=Budget(exit=1))
+    assert engine.tally == Tally((400, 0, 0), truncated=200)
+
+
+def test_tallies_add_up() -> None:
+    assert Tally((1, 0), 1, 2, 3, 4) + Tally((2, 5), 10, 20, 30, 40) == Tally(
+        (3, 5), 11, 22, 33, 44
     )
