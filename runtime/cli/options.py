@@ -163,6 +163,7 @@ rule = together(
         "X[,X,...]",
         "Threshold of the rule: one number, or one for each exit.",
         type=Numbers(float, "0.1,0.2"),
+        callback=lambda _, __, value: value[0] if value and len(value) == 1 else value,
     ),
     number("--agreement", "Similarity threshold of the rule either."),
     count("--patience", "Number of consecutive signals that stop a row."),
@@ -210,8 +211,6 @@ def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
     """
     values = {name: settings.pop(name) for name in RULE_OPTIONS.split()}
     name = values.pop("rule")
-    if values["threshold"] is not None and len(values["threshold"]) == 1:
-        (values["threshold"],) = values["threshold"]
     changes = {key: value for key, value in values.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
     if changes.get("measure", base.get("measure")) != base.get("measure"):
