@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, ReadOptions, TextFormat
 from ..files.destination import Destination, open_sink
 from ..files.formats import OUTPUT_FORMATS
-from ..files.job import Job, run
+from ..files.job import run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
 from ..files.writers import output_format as format_of
@@ -141,24 +141,23 @@ def main(
                 err=True,
             )
         chosen = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
-        applied = None if full_depth else chosen
-        summary = Summary(engine, applied, metrics)
-        skips = on_error == "skip"
+        summary = Summary(engine, None if full_depth else chosen, metrics)
         schema = RecordSchema(
             engine.labels,
             engine.multi_label,
             with_text,
             all_scores,
-            errors=skips,
+            errors=on_error == "skip",
             separator=reading.label_separator or LABEL_SEPARATOR,
         )
         if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
             schema.check_separator()
-        job = Job(engine, applied, schema, skips, unbuffered)
 
         def settings_of_run() -> dict[str, Any]:
-            return _settings_of_run(job, inputs, reading, resume) | {
+            return _settings_of_run(summary, inputs, reading, resume) | {
                 "engines": sha256_of(engines / MANIFEST_NAME),
+                "with_text": with_text,
+                "all_scores": all_scores,
                 "max_length": max_length,
                 "threads": threads,
                 "metrics": metrics,
@@ -170,13 +169,13 @@ def main(
             open_sink(destination, schema, settings_of_run) as sink,
             row_progress(not shows or unbuffered, lambda: inputs.share) as advance,
         ):
-            run(job, inputs, sink, summary, advance)
+            run(inputs, sink, schema, summary, advance, unbuffered)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
             found = {} if checked is None else {"check": checked.to_dict()}
             click.echo(json.dumps(summary.to_dict(point) | found), err=True)
         elif not quiet:
-            print_summary(summary, engine, point)
+            print_summary(summary, point)
         elif metrics:
             print_scores(summary)
     first = summary.first_error
@@ -217,7 +216,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
 
 
 def _settings_of_run(
-    job: Job, inputs: Inputs, reading: ReadOptions, resume: bool
+    summary: Summary, inputs: Inputs, reading: ReadOptions, resume: bool
 ) -> dict[str, Any]:
     """Everything that the bytes of the output depend on, besides the folder and some options."""
     hashes = inputs.hashes()
@@ -229,11 +228,9 @@ def _settings_of_run(
         )
     return {
         "fpabee": __version__,
-        "target": job.engine.target,
-        "rule": "full depth" if job.rule is None else job.rule.to_dict(),
+        "target": summary.engine.target,
+        "rule": "full depth" if summary.rule is None else summary.rule.to_dict(),
         "inputs": list(hashes),
         **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
         **asdict(reading),
-        "with_text": job.schema.with_text,
-        "all_scores": job.schema.all_scores,
     }

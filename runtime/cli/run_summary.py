@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..engine import Engine
 from ..files.summary import Summary
 from ..rules.base import ExitRule
 from .console import PlainConsole
@@ -12,15 +11,15 @@ from .console import PlainConsole
 _BAR_WIDTH = 30
 
 
-def print_summary(summary: Summary, engine: Engine, operating_point: str | None) -> None:
+def print_summary(summary: Summary, operating_point: str | None) -> None:
     """Print the tally of a run to standard error.
 
     Args:
         summary: the tally.
-        engine: the engine that ran.
         operating_point: the name of the calibrated rule that was run, if it was one.
     """
     console = PlainConsole(stderr=True)
+    engine = summary.engine
     seconds = summary.seconds
     rate = (summary.rows - summary.completed) / seconds
     rule = "full depth" if summary.rule is None else _in_words(summary.rule)

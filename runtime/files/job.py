@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from ..blocks import blocks
-from ..engine import Engine
 from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
-from ..rules.base import ExitRule
 from .destination import Sink
 from .records import RecordSchema
 from .rows import Row
@@ -29,51 +26,35 @@ Item = Row | RowError
 _START_AGAIN = Remedy("start again without {resume}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is run.
-
-    Attributes:
-        engine: the engine.
-        rule: decides where rows stop; None: every row runs all layers.
-        schema: what is written for a row.
-        skip: whether a row that cannot be read becomes a record of its error; otherwise it ends
-            the run.
-        unbuffered: whether the record of a row is written before the next row is read.
-    """
-
-    engine: Engine
-    rule: ExitRule | None
-    schema: RecordSchema
-    skip: bool = False
-    unbuffered: bool = False
-
-
 def run(
-    job: Job,
     items: Iterable[Item],
     sink: Sink,
+    schema: RecordSchema,
     summary: Summary,
     advance: Callable[[Summary, int], None],
+    unbuffered: bool = False,
 ) -> None:
     """Classify rows and write their records in order.
 
     Args:
-        job: what is run.
         items: the rows.
         sink: where records go; rows that are completed already are only counted.
-        summary: counts every row.
+        schema: what is written for a row. If a record may be an error, a row that cannot be read
+            becomes one; otherwise it ends the run.
+        summary: says which engine and rule run, and counts every row.
         advance: called after every record with the number of rows read so far.
+        unbuffered: whether the record of a row is written before the next row is read.
 
     Raises:
         InputError: a row cannot be read and is not to be skipped, or the completed rows are not
             those of these inputs.
     """
-    most_rows = 1 if job.unbuffered else BLOCK_ROWS
-    for block in blocks(_checked(job, items, summary), _characters, BLOCK_CHARACTERS, most_rows):
+    most_rows = 1 if unbuffered else BLOCK_ROWS
+    checked = _checked(items, summary, schema.errors)
+    for block in blocks(checked, _characters, BLOCK_CHARACTERS, most_rows):
         start = summary.rows
         for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
-            if isinstance(item, RowError) != ("error" in record) or not job.schema.fits(record):
+            if isinstance(item, RowError) != ("error" in record) or not schema.fits(record):
                 raise InputError(
                     f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
                 )
@@ -82,13 +63,13 @@ def run(
         if done == len(block):
             continue
         # The whole block is run even if some of its rows are completed already.
-        for item, prediction in itertools.islice(_predicted(job, block), done, None):
+        for item, prediction in itertools.islice(_predicted(summary, block), done, None):
             if isinstance(item, RowError):
-                sink.write(job.schema.error(summary.rows, item))
+                sink.write(schema.error(summary.rows, item))
                 summary.add_error(item)
             else:
                 assert prediction is not None
-                sink.write(job.schema.record(summary.rows, item, prediction))
+                sink.write(schema.record(summary.rows, item, prediction))
                 summary.add(item, prediction)
             advance(summary, start + len(block))
     if next(sink.completed, None) is not None:
@@ -99,17 +80,18 @@ def _characters(item: Item) -> int:
     return len(item.text) + len(item.text_pair or "") if isinstance(item, Row) else 0
 
 
-def _checked(job: Job, items: Iterable[Item], summary: Summary) -> Iterator[Item]:
+def _checked(items: Iterable[Item], summary: Summary, skip: bool) -> Iterator[Item]:
     """The rows; an error in place of each row that cannot be scored, if scores are wanted."""
     for item in items:
         checked = item if isinstance(item, RowError) else summary.label_error(item) or item
-        if isinstance(checked, RowError) and not job.skip:
+        if isinstance(checked, RowError) and not skip:
             raise checked
         yield checked
 
 
-def _predicted(job: Job, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:
+def _predicted(summary: Summary, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:
     rows = [item.content for item in block if isinstance(item, Row)]
-    predictions = job.engine.stream(rows, rule=job.rule, full_depth=job.rule is None)
+    rule = summary.rule
+    predictions = summary.engine.stream(rows, rule=rule, full_depth=rule is None)
     for item in block:
         yield item, next(predictions) if isinstance(item, Row) else None

@@ -26,6 +26,7 @@ class Summary:
         metrics: whether predictions are scored against the labels of the rows.
 
     Attributes:
+        engine: as given.
         rule: as given.
         metrics: as given.
         rows: number of rows.
@@ -47,7 +48,7 @@ class Summary:
         self.truncated = 0
         self.empty = 0
         self.exits: Counter[int] = Counter()
-        self._engine = engine
+        self.engine = engine
         self._started = time.perf_counter()
         # How often each pair of true and predicted labels occurred.
         self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
@@ -61,7 +62,7 @@ class Summary:
         if isinstance(item, RowError):
             self.add_error(item)
             return
-        labels = record["labels"] if self._engine.multi_label else [record["label"]]
+        labels = record["labels"] if self.engine.multi_label else [record["label"]]
         self._count(item, record["exit"], tuple(labels), "truncated" in record)
         self.completed += 1
 
@@ -80,7 +81,7 @@ class Summary:
                 f"{row.place} has no label to score against",
                 Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
             )
-        task = self._engine.manifest.task
+        task = self.engine.manifest.task
         try:
             encode_labels([row.labels], task.labels, task.problem_type, [row.place])
         except InputError as error:
@@ -91,7 +92,7 @@ class Summary:
         """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""
         if not self._answers:
             return {}
-        task = self._engine.manifest.task
+        task = self.engine.manifest.task
         counts = list(self._answers.values())
         expected, predicted = (
             np.repeat(encode_labels(labels, task.labels, task.problem_type), counts, axis=0)
@@ -107,14 +108,14 @@ class Summary:
     @property
     def mean_depth(self) -> float:
         """The mean number of layers that a row ran through."""
-        layers = self._engine.manifest.exit_layers
+        layers = self.engine.manifest.exit_layers
         total = sum(layers[number - 1] * count for number, count in self.exits.items())
         return total / max(1, self.rows - self.errors)
 
     @property
     def saving(self) -> float:
         """1 - mean depth / layers."""
-        return 1 - self.mean_depth / self._engine.manifest.model.layers
+        return 1 - self.mean_depth / self.engine.manifest.model.layers
 
     def to_dict(self, operating_point: str | None) -> dict[str, Any]:
         """The tally for JSON.
@@ -123,7 +124,7 @@ class Summary:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
         seconds = self.seconds
-        manifest = self._engine.manifest
+        manifest = self.engine.manifest
         content = {
             "rows": self.rows,
             "rows_before": self.completed,
@@ -132,7 +133,7 @@ class Summary:
             "empty": self.empty,
             "seconds": seconds,
             "rows_per_second": (self.rows - self.completed) / seconds,
-            "target": self._engine.target,
+            "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),
             "layers": manifest.model.layers,
