@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from .agreement import BARS, Agreement, Bars, Logits, compare
-from .artifact.folder import COPY_AGAIN
 from .artifact.manifest import Manifest, Target
 from .artifact.reference import read_reference
 from .encoding import EncodedRow, TextEncoder
-from .errors import ArtifactError, Remedy, VerificationError
+from .errors import COPY_AGAIN, ArtifactError, Remedy, VerificationError
 from .rules.base import ExitRule
 
 _WINDOW_ROWS = 32
@@ -61,7 +60,7 @@ def check_reference(
     found = np.concatenate([run([rows[n] for n in window]) for window in windows], axis=1)
     agreement = compare(found, expected[:, fits], rule, manifest.task, bars)
     if not agreement.passed:
-        remedy = Remedy(f"its files are of another model: {COPY_AGAIN}")
+        remedy = COPY_AGAIN
         if manifest.task.label_thresholds and agreement.max_logit_difference <= bars.logits:
             remedy = Remedy(
                 "its logits are close enough, but its labels at the tuned label thresholds are "

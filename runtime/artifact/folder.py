@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ArtifactError, Call, Remedy
+from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, Call, Remedy
 from .consistency import problems
 from .graph_content import check_graph
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
@@ -28,24 +28,25 @@ from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 MAX_FILE_BYTES = 16 * 2**30
 """Far more than any file of an artifact has: an ONNX file ends at 2 GiB, and plans are similar."""
 
-EXPORT_AGAIN = "export the model again"
-COPY_AGAIN = "copy the whole engines folder again, or export the model again"
-
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, most: int = MAX_FILE_BYTES) -> str:
     """SHA-256 of a file, in hexadecimal.
 
+    Args:
+        path: the file.
+        most: the largest number of bytes that it may have.
+
     Raises:
-        OSError: the file cannot be read, or has more than `MAX_FILE_BYTES` bytes.
+        OSError: the file cannot be read, or has more bytes.
     """
-    digest, left = hashlib.sha256(), MAX_FILE_BYTES
+    digest, left = hashlib.sha256(), most
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             left -= len(block)
             if left < 0:
-                raise OSError(errno.EFBIG, f"it has more than {MAX_FILE_BYTES} bytes", str(path))
+                raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
             digest.update(block)
     return digest.hexdigest()
 
@@ -140,7 +141,7 @@ def resolve(folder: Path, relative: str) -> Path:
     if odd or pure.is_absolute() or not path.is_relative_to(folder):
         raise ArtifactError(
             f"{folder / MANIFEST_NAME} names {relative!r}, which is outside the engines folder",
-            f"do not use this folder; {EXPORT_AGAIN}",
+            "do not use this folder; export the model again",
         )
     try:
         found = path.stat()
@@ -164,7 +165,7 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
     """
     path = resolve(folder, relative)
     try:
-        found = sha256_of(path)
+        found = sha256_of(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}", "check the permissions, or copy it again"
@@ -233,19 +234,16 @@ def _checked(folder: Path, raw: bytes) -> Manifest:
 
 def _check_readable(folder: Path, raw: bytes, manifest: Manifest) -> None:
     """Refuse to write what cannot be read again, such as NaN, which becomes null in JSON."""
-    problem = ""
+    problem = "it would have too many bytes, or be read as a different one"
     try:
-        if len(raw) > _MAX_MANIFEST_BYTES:
-            problem = f"it would have {len(raw)} bytes"
-        elif _checked(folder, raw) != manifest:
-            problem = "it would be read as a different one"
+        if len(raw) <= _MAX_MANIFEST_BYTES and _checked(folder, raw) == manifest:
+            return
     except ArtifactError as error:
         problem = error.message
-    if problem:
-        raise ArtifactError(
-            f"the new {MANIFEST_NAME} cannot be used, so it was not written: {problem}",
-            "nothing was changed; this is a defect of fpabee: please report it",
-        )
+    raise ArtifactError(
+        f"the new {MANIFEST_NAME} cannot be used, so it was not written: {problem}",
+        "nothing was changed; this is a defect of fpabee: please report it",
+    )
 
 
 def _check_version(version: str, fpabee_version: str) -> None:

@@ -44,6 +44,17 @@ ATTRIBUTE = {"t": 5, "g": 6, "tensors": 10, "graphs": 11, "sparse_tensor": 22, "
 TENSOR = {"external_data": 13, "data_location": 14}
 OPSET = {"domain": 1}
 
+# The messages inside others, by the field that holds them; all other fields of interest are values.
+_INSIDE = {
+    "graph": GRAPH,
+    "opset_import": OPSET,
+    "node": NODE,
+    "attribute": ATTRIBUTE,
+    "initializer": TENSOR,
+    "t": TENSOR,
+    "tensors": TENSOR,
+}
+
 
 def check_graph(path: Path) -> None:
     """Refuse an ONNX file with anything that the exporter does not write.
@@ -62,76 +73,44 @@ def check_graph(path: Path) -> None:
         with path.open("rb") as file:
             # Not closed here: an exception holds views of it, and frees it with the last of them.
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        problem = next(_model_problems(content), "")
+        found = (_problem(name, value) for name, value in _values(content, MODEL))
+        problem = next(filter(None, found), "")
+        if not problem and all(number != MODEL["graph"] for number, _, _ in fields(content)):
+            problem = "contains no graph"
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} is not an ONNX graph: {error}", _REMEDY) from error
     if problem:
         raise ArtifactError(f"{path} {problem}", _REMEDY)
 
 
-def _model_problems(model: memoryview) -> Iterator[str]:
-    has_graph = False
-    for name, content in _parts(model, MODEL):
-        if name == "graph":
-            has_graph = True
-            yield from _graph_problems(content)
-        elif name == "opset_import":
-            for _, domain in _parts(content, OPSET):
-                yield from _domain_problems(domain)
-        else:
-            yield f"has {name}, which fpabee never exports"
-    if not has_graph:
-        yield "contains no graph"
-
-
-def _graph_problems(graph: memoryview) -> Iterator[str]:
-    for name, content in _parts(graph, GRAPH):
-        if name == "node":
-            yield from _node_problems(content)
-        elif name == "initializer":
-            yield from _tensor_problems(content)
-        else:
-            yield f"has a {name}, which fpabee never exports"
-
-
-def _node_problems(node: memoryview) -> Iterator[str]:
-    for name, content in _parts(node, NODE):
-        if name == "domain":
-            yield from _domain_problems(content)
-        elif name == "op_type":
-            if _text(content) not in OPERATORS:
-                yield f"has a node of operator {_text(content)!r}, which fpabee never exports"
-        else:
-            for kind, value in _parts(content, ATTRIBUTE):
-                if kind in ("t", "tensors"):
-                    yield from _tensor_problems(value)
-                else:
-                    yield f"has a node attribute of type {kind}: control flow or a sparse tensor"
-
-
-def _tensor_problems(tensor: memoryview) -> Iterator[str]:
-    for number, _, value in fields(tensor):
-        # Data location 0 means that the data are in this file.
-        external = number == TENSOR["external_data"]
-        if external or (number == TENSOR["data_location"] and value != 0):
-            yield "keeps weights in other files, which no hash of the manifest covers"
-
-
-def _domain_problems(domain: memoryview) -> Iterator[str]:
-    if _text(domain) not in DOMAINS:
-        yield f"uses operators of domain {_text(domain)!r}; only ONNX's own are expected"
-
-
-def _parts(message: memoryview, known: dict[str, int]) -> Iterator[tuple[str, memoryview]]:
-    """The fields of a message that are named in `known`; all of these hold bytes or messages."""
+def _values(message: memoryview, known: dict[str, int]) -> Iterator[tuple[str, int | memoryview]]:
+    """The fields in `known` of a message and of the messages inside it, by name."""
     names = {number: name for name, number in known.items()}
     for number, wire, value in fields(message):
-        if number not in names:
+        name = names.get(number)
+        if name is None:
             continue
-        if wire != LEN or not isinstance(value, memoryview):
-            raise ValueError(f"its {names[number]} is of wire type {wire}")
-        yield names[number], value
+        if name in _INSIDE:
+            if wire != LEN or not isinstance(value, memoryview):
+                raise ValueError(f"its {name} is of wire type {wire}")
+            yield from _values(value, _INSIDE[name])
+        else:
+            yield name, value
 
 
-def _text(content: memoryview) -> str:
-    return bytes(content[:100]).decode(errors="replace")
+def _problem(name: str, value: int | memoryview) -> str:
+    """What is wrong with a value; empty if nothing is."""
+    if name == "data_location" and value == 0:  # the data are in this file
+        return ""
+    if name in TENSOR:
+        return "keeps weights in other files, which no hash of the manifest covers"
+    if name in ATTRIBUTE:
+        return f"has a node attribute of type {name}: control flow or a sparse tensor"
+    if name not in ("domain", "op_type"):
+        return f"has {name}, which fpabee never exports"
+    text = bytes(value[:100]).decode(errors="replace") if isinstance(value, memoryview) else ""
+    if name == "domain" and text not in DOMAINS:
+        return f"uses operators of domain {text!r}; only ONNX's own are expected"
+    if name == "op_type" and text not in OPERATORS:
+        return f"has a node of operator {text!r}, which fpabee never exports"
+    return ""

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArtifactError
+from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError
 from .arrays import read_arrays
-from .folder import COPY_AGAIN, EXPORT_AGAIN, verified
+from .folder import verified
 from .manifest import REFERENCE_NAME, Manifest
 
 Text = str | tuple[str, str]

@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "function": (lambda m: m.functions.add(name="f"), "has functions"),
     "training": (lambda m: m.training_info.add(), "has training_info"),
-    "sparse weights": (sparse, "has a sparse_initializer"),
+    "sparse weights": (sparse, "has sparse_initializer"),
     "sparse attribute": (sparse_attribute, "attribute of type sparse_tensor"),
     "weights elsewhere": (lambda m: outside(m.graph.initializer[0]), "weights in other files"),
     "location alone": (

@@ -60,7 +60,7 @@ def test_a_link_may_leave_the_folder_if_the_hash_matches(folder: Path, relative:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: None, "is missing.*copy the whole"),
+        (lambda path: None, "is missing.*copy the engines folder again"),
         (lambda path: path.symlink_to("../nowhere"), "is missing"),
         (lambda path: path.symlink_to("a.onnx"), "cannot be opened"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
