@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from ..runtime.agreement import EXPORT_BARS, Agreement, Logits, compare
+from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
@@ -103,10 +103,10 @@ def check_graphs(
                 difference = difference[is_real]
             # Unlike max(), this keeps NaN, which must fail.
             worst[step.graph] = float(np.maximum(worst[step.graph], difference.max()))
-        if not worst[step.graph] <= EXPORT_BARS.logits:
+        if not worst[step.graph] <= EXPORT_REQUIREMENTS.logits:
             raise VerificationError(
                 f"{step.graph} differs from its PyTorch module by {worst[step.graph]:.2e}; "
-                f"the bar is {EXPORT_BARS.logits:.0e}",
+                f"at most {EXPORT_REQUIREMENTS.logits:.0e} is allowed",
                 _REPORT,
             )
         step.outputs.update(expected)
@@ -131,7 +131,7 @@ def check_chain(
     alone = np.concatenate([engine.trace([text]).logits for text in texts[:_ALONE]], axis=1)
     rule, task = engine.rule, engine.manifest.task
     first, second = (
-        compare(found, expected[:, : found.shape[1]], rule, task, EXPORT_BARS)
+        compare(found, expected[:, : found.shape[1]], rule, task, EXPORT_REQUIREMENTS)
         for found in (together, alone)
     )
     for agreement in (first, second):

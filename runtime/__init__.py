@@ -16,7 +16,7 @@ Every error that a user can fix is a `FpabeeError`. Its message says what was fo
 expected, and its hint says what to do.
 """
 
-from .agreement import Agreement, Bars
+from .agreement import Agreement, Requirements
 from .artifact.folder import read_manifest
 from .artifact.manifest import (
     BuiltFile,
@@ -73,7 +73,6 @@ __all__ = [
     "Agreement",
     "ArtifactError",
     "BackendError",
-    "Bars",
     "Bucket",
     "Budget",
     "BuiltFile",
@@ -107,6 +106,7 @@ __all__ = [
     "Range",
     "ReadOptions",
     "Regroup",
+    "Requirements",
     "Row",
     "RowError",
     "RowOutputs",

@@ -22,8 +22,8 @@ Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Bars:
-    """What the agreement must reach.
+class Requirements:
+    """How closely a target must agree with the model.
 
     Attributes:
         labels: least share of equal labels.
@@ -39,18 +39,18 @@ class Bars:
     logits: float = np.inf
 
 
-BARS = {
-    "fp32": Bars(labels=0.999, exits=0.99, tie=1e-3),
-    "fp16": Bars(labels=0.999, exits=0.99, tie=0.01),
-    "bf16": Bars(labels=0.999, exits=0.99, tie=0.08),
+REQUIREMENTS = {
+    "fp32": Requirements(labels=0.999, exits=0.99, tie=1e-3),
+    "fp16": Requirements(labels=0.999, exits=0.99, tie=0.01),
+    "bf16": Requirements(labels=0.999, exits=0.99, tie=0.08),
     # int8 is a different model rather than a different rounding: thresholds should be calibrated
     # for it.
-    "int8": Bars(labels=0.99, exits=0.9, tie=0.25),
+    "int8": Requirements(labels=0.99, exits=0.9, tie=0.25),
 }
-"""The bars of a target, by its precision."""
+"""What is required of a target, by its precision."""
 
-EXPORT_BARS = Bars(labels=1.0, exits=1.0, tie=1e-4, logits=1e-4)
-"""The bars of a fresh fp32 export, which runs where the PyTorch model ran."""
+EXPORT_REQUIREMENTS = Requirements(labels=1.0, exits=1.0, tie=1e-4, logits=1e-4)
+"""What is required of a fresh fp32 export, which runs where the PyTorch model ran."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Agreement:
         label_agreement: share of (exit, row) pairs with the same labels, near ties left out.
         exit_agreement: share of rows with the same exit, near ties left out.
         near_ties: rows that were left out of either share.
-        bars: what the shares and the difference must reach.
+        required: the least shares and the largest difference with which the target passes.
         first_bad_exit: the first exit, from 1, where logits, labels or the decision to stop
             differ too much; None if there is no such exit.
         graphs: largest absolute difference of any output of each graph, by the graph's name;
@@ -75,36 +75,39 @@ class Agreement:
     label_agreement: float
     exit_agreement: float
     near_ties: int
-    bars: Bars
+    required: Requirements
     first_bad_exit: int | None = None
     graphs: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether the logits are finite and everything reaches its bar."""
+        """Whether the logits are finite and all requirements are met."""
         return bool(
             np.isfinite(self.max_logit_difference)
-            and self.max_logit_difference <= self.bars.logits
-            and self.label_agreement >= self.bars.labels
-            and self.exit_agreement >= self.bars.exits
+            and self.max_logit_difference <= self.required.logits
+            and self.label_agreement >= self.required.labels
+            and self.exit_agreement >= self.required.exits
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `verification.json`."""
         content = dataclasses.asdict(self) | {"passed": self.passed}
-        del content["bars"], content["first_bad_exit"]
+        del content["required"], content["first_bad_exit"]
         return content
 
     def __str__(self) -> str:
-        limit = f" (bar {self.bars.logits:.0e})" if np.isfinite(self.bars.logits) else ""
+        required = self.required
+        limit = f" (at most {required.logits:.0e} allowed)" if np.isfinite(required.logits) else ""
         return (
             f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
-            f"{self.label_agreement:.2%} (bar {self.bars.labels:.1%}), exits for "
-            f"{self.exit_agreement:.2%} (bar {self.bars.exits:.0%})"
+            f"{self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "
+            f"{self.exit_agreement:.2%} (at least {required.exits:.0%} required)"
         )
 
 
-def compare(found: Logits, expected: Logits, rule: ExitRule, task: Task, bars: Bars) -> Agreement:
+def compare(
+    found: Logits, expected: Logits, rule: ExitRule, task: Task, required: Requirements
+) -> Agreement:
     """Compare the logits of a target with those of the fp32 PyTorch model.
 
     Args:
@@ -112,7 +115,7 @@ def compare(found: Logits, expected: Logits, rule: ExitRule, task: Task, bars: B
         expected: the same of the model.
         rule: the rule whose exits are compared.
         task: what the labels are, and their thresholds.
-        bars: what the agreement must reach; its `tie` says what is a near tie.
+        required: how closely they must agree; its `tie` says what is a near tie.
     """
     finite = np.isfinite(found).all(axis=-1)
     logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
@@ -121,22 +124,23 @@ def compare(found: Logits, expected: Logits, rule: ExitRule, task: Task, bars: B
     same_labels = answers(logits, task) == answers(expected, task)
     same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
     same_labels &= finite
-    ties = near_ties(expected, task, bars.tie) & finite
+    ties = near_ties(expected, task, required.tie) & finite
 
     exits, expected_exits = _exits(logits, rule, task), _exits(expected, rule, task)
     same_exits = (exits == expected_exits) & finite.all(axis=0)
-    close_exits = exits_near_ties(expected, rule, task, bars.tie)
+    close_exits = exits_near_ties(expected, rule, task, required.tie)
 
-    bad = ~finite | (~same_labels & ~ties) | ~(differences <= bars.logits)
-    stopped_early = np.where(same_exits | close_exits, 0, np.minimum(exits, expected_exits))
-    bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + 1), *stopped_early[stopped_early > 0]}
+    bad = ~finite | (~same_labels & ~ties) | ~(differences <= required.logits)
+    # For a row that stops at another exit, the first exit where only one of the two stops it.
+    first_difference = np.where(same_exits | close_exits, 0, np.minimum(exits, expected_exits))
+    bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + 1), *first_difference[first_difference > 0]}
     return Agreement(
         rows=found.shape[1],
         max_logit_difference=float(differences.max(initial=0.0)),
         label_agreement=_share(same_labels[~ties]),
         exit_agreement=_share(same_exits[~close_exits]),
         near_ties=int((ties.any(axis=0) | close_exits).sum()),
-        bars=bars,
+        required=required,
         first_bad_exit=int(min(bad_exits)) if bad_exits else None,
     )
 

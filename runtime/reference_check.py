@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .agreement import BARS, Agreement, Bars, Logits, compare
+from .agreement import REQUIREMENTS, Agreement, Logits, Requirements, compare
 from .artifact.manifest import Manifest, Target
 from .artifact.reference import read_reference
 from .encoding import EncodedRow, TextEncoder
@@ -46,7 +46,7 @@ def check_reference(
         VerificationError: they are not. Logits may differ by ten times what was measured when
             the target was made.
     """
-    bars = _bars(name, manifest.targets[name])
+    required = _requirements(name, manifest.targets[name])
     texts, expected = read_reference(folder, manifest)
     # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
     rows = TextEncoder(folder, manifest.tokenizer).encode(texts)
@@ -58,10 +58,10 @@ def check_reference(
         )
     windows = [fits[start : start + _WINDOW_ROWS] for start in range(0, len(fits), _WINDOW_ROWS)]
     found = np.concatenate([run([rows[n] for n in window]) for window in windows], axis=1)
-    agreement = compare(found, expected[:, fits], rule, manifest.task, bars)
+    agreement = compare(found, expected[:, fits], rule, manifest.task, required)
     if not agreement.passed:
         remedy = COPY_AGAIN
-        if manifest.task.label_thresholds and agreement.max_logit_difference <= bars.logits:
+        if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:
             remedy = Remedy(
                 "its logits are close enough, but its labels at the tuned label thresholds are "
                 "not: choose another {target}, or calibrate without {tune_label_thresholds}"
@@ -72,13 +72,13 @@ def check_reference(
     return agreement
 
 
-def _bars(name: str, target: Target) -> Bars:
-    if target.precision not in BARS:
+def _requirements(name: str, target: Target) -> Requirements:
+    if target.precision not in REQUIREMENTS:
         raise ArtifactError(
             f"target {name} has precision {target.precision!r}, which this fpabee does not know",
             "pip install -U fpabee",
         )
-    bars = BARS[target.precision]
+    required = REQUIREMENTS[target.precision]
     if target.tolerance is None:
-        return bars
-    return dataclasses.replace(bars, logits=max(_SLACK * target.tolerance, bars.tie))
+        return required
+    return dataclasses.replace(required, logits=max(_SLACK * target.tolerance, required.tie))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.agreement import BARS, Agreement, compare
+from ...runtime.agreement import REQUIREMENTS, Agreement, compare
 from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import Remedy, VerificationError
@@ -165,7 +165,7 @@ def report_on(
         kept=kept,
         max_abs={name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()},
         overflows=overflows,
-        agreement=compare(found.logits, expected, rule, manifest.task, BARS[precision]),
+        agreement=compare(found.logits, expected, rule, manifest.task, REQUIREMENTS[precision]),
     )
 
 

@@ -15,7 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ..agreement import BARS
+from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
@@ -259,7 +259,7 @@ def build_command(backend: str, precision: str) -> str:
     Empty if this fpabee does not know the backend or the precision: a manifest may say
     anything, and people run the commands that they are shown.
     """
-    if backend not in MODULES or precision not in BARS:
+    if backend not in MODULES or precision not in REQUIREMENTS:
         return ""
     flag = "" if precision == "fp32" else f" --{precision}"
     return f"fpabee-export --from ENGINES --backend {backend}{flag}"
@@ -272,7 +272,7 @@ def rebuild(target: Target, otherwise: str = "") -> Remedy | str:
         target: the target's record.
         otherwise: another remedy.
     """
-    if target.backend not in MODULES or target.precision not in BARS:
+    if target.backend not in MODULES or target.precision not in REQUIREMENTS:
         return "pip install -U fpabee"
     precision = {} if target.precision == "fp32" else {target.precision: True}
     call = Call("add_targets", "ENGINES", backend=target.backend, **precision)

@@ -54,8 +54,8 @@ def changed_answers(precision: str, make: Make) -> Make:
     """As if answers changed, which those of a tiny model seldom do."""
 
     def case(place: Place) -> Arguments:
-        bars = dataclasses.replace(agreement.BARS[precision], labels=1.1)
-        place.patch.setitem(agreement.BARS, precision, bars)
+        required = dataclasses.replace(agreement.REQUIREMENTS[precision], labels=1.1)
+        place.patch.setitem(agreement.REQUIREMENTS, precision, required)
         return make(place)
 
     return case

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.runtime import Agreement, Bars, Confidence, ExitRule, FPabee, Pabee, ProblemType
-from fpabee.runtime.agreement import BARS, EXPORT_BARS, answers, compare, exits_near_ties, near_ties
+from fpabee.runtime import Agreement, Confidence, ExitRule, FPabee, Pabee, ProblemType, Requirements
+from fpabee.runtime.agreement import (
+    EXPORT_REQUIREMENTS,
+    REQUIREMENTS,
+    answers,
+    compare,
+    exits_near_ties,
+    near_ties,
+)
 from fpabee.runtime.artifact.manifest import Task
 
 Logits = NDArray[np.float32]
@@ -41,7 +48,7 @@ def changed(values: Logits, exit_number: int, amount: float) -> Logits:
 
 
 def export_agreement(found: Logits, expected: Logits, rule: ExitRule | None = None) -> Agreement:
-    return compare(found, expected, rule or FPabee(threshold=0.1), SINGLE, EXPORT_BARS)
+    return compare(found, expected, rule or FPabee(threshold=0.1), SINGLE, EXPORT_REQUIREMENTS)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,7 @@ def test_labels_within_the_tolerance_are_near_ties(
 
 def test_equal_logits_agree(clear: Logits) -> None:
     agreement = export_agreement(clear.copy(), clear)
-    assert agreement == Agreement(4, 0.0, 1.0, 1.0, 0, EXPORT_BARS)
+    assert agreement == Agreement(4, 0.0, 1.0, 1.0, 0, EXPORT_REQUIREMENTS)
     assert agreement.passed
     record = dataclasses.replace(agreement, graphs={"segment_01": 1e-6}).to_dict()
     assert json.loads(json.dumps(record)) == {
@@ -85,15 +92,20 @@ def test_equal_logits_agree(clear: Logits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bars", "amount"),
-    [(EXPORT_BARS, 1e-3), (EXPORT_BARS, np.nan), (BARS["int8"], np.nan), (BARS["int8"], np.inf)],
+    ("required", "amount"),
+    [
+        (EXPORT_REQUIREMENTS, 1e-3),
+        (EXPORT_REQUIREMENTS, np.nan),
+        (REQUIREMENTS["int8"], np.nan),
+        (REQUIREMENTS["int8"], np.inf),
+    ],
 )
 @pytest.mark.parametrize("exit_number", [1, 2])
 def test_the_first_bad_exit_is_named(
-    exit_number: int, amount: float, bars: Bars, clear: Logits
+    exit_number: int, amount: float, required: Requirements, clear: Logits
 ) -> None:
     found = changed(changed(clear, exit_number, amount), 3, amount)
-    agreement = compare(found, clear, FPabee(threshold=0.1), SINGLE, bars)
+    agreement = compare(found, clear, FPabee(threshold=0.1), SINGLE, required)
     assert agreement.first_bad_exit == exit_number
     assert not agreement.passed
     assert not np.isnan(amount) or np.isnan(agreement.max_logit_difference)
@@ -103,8 +115,8 @@ def test_logits_have_a_bar_of_their_own(clear: Logits) -> None:
     agreement = export_agreement(clear + np.float32(1e-3), clear)
     assert (agreement.label_agreement, agreement.exit_agreement) == (1.0, 1.0)
     assert (agreement.first_bad_exit, agreement.passed) == (1, False)
-    assert "1.00e-03 (bar 1e-04)" in str(agreement)
-    assert compare(clear + np.float32(1e-3), clear, NEVER, SINGLE, BARS["fp32"]).passed
+    assert "1.00e-03 (at most 1e-04 allowed)" in str(agreement)
+    assert compare(clear + np.float32(1e-3), clear, NEVER, SINGLE, REQUIREMENTS["fp32"]).passed
 
 
 @pytest.mark.parametrize(
@@ -119,7 +131,7 @@ def test_labels_that_change_at_a_near_tie_are_left_out_and_counted(
 ) -> None:
     sure = [3.0, -3.0, -3.0]
     before, after = logits([sure, expected, sure]), logits([sure, found, sure])
-    agreement = compare(after, before, NEVER, task, EXPORT_BARS)
+    agreement = compare(after, before, NEVER, task, EXPORT_REQUIREMENTS)
     assert (agreement.label_agreement, agreement.near_ties, agreement.passed) == (1.0, 1, True)
 
 
@@ -136,7 +148,7 @@ def test_an_exit_that_changes_elsewhere_counts() -> None:
     expected = logits([[1.0, 0.0], [5.0, 0.0]], [[9.0, 0.0]] * 2)
     found = expected.copy()
     found[0, 0, 0] = 2.0
-    agreement = compare(found, expected, Confidence(threshold=0.8), SINGLE, BARS["fp32"])
+    agreement = compare(found, expected, Confidence(threshold=0.8), SINGLE, REQUIREMENTS["fp32"])
     assert (agreement.label_agreement, agreement.exit_agreement) == (1.0, 0.5)
     assert (agreement.first_bad_exit, agreement.passed) == (1, False)
 
@@ -144,11 +156,11 @@ def test_an_exit_that_changes_elsewhere_counts() -> None:
 def test_label_thresholds_count_for_labels_and_exits() -> None:
     found, expected = logits([(LOG_9 - 0.5, 1.0)]), logits([(LOG_9 + 0.5, 1.0)])
     rule = Pabee(patience=1)
-    assert compare(found, expected, rule, MULTI, BARS["fp16"]).label_agreement == 1.0
-    tuned = compare(found, expected, rule, TUNED, BARS["fp16"])
+    assert compare(found, expected, rule, MULTI, REQUIREMENTS["fp16"]).label_agreement == 1.0
+    tuned = compare(found, expected, rule, TUNED, REQUIREMENTS["fp16"])
     assert (tuned.label_agreement, tuned.first_bad_exit, tuned.passed) == (0.0, 1, False)
     # Predicted: b, then a and b. With a threshold of 0.9 for a, the answer never changes.
     found, expected = logits([(-1.0, 2.0)], *[[(1.0, 2.0)]] * 2), logits(*[[(1.0, 2.0)]] * 3)
-    assert compare(found, expected, rule, MULTI, BARS["fp32"]).exit_agreement == 0.0
-    assert compare(found, expected, rule, TUNED, BARS["fp32"]).exit_agreement == 1.0
+    assert compare(found, expected, rule, MULTI, REQUIREMENTS["fp32"]).exit_agreement == 0.0
+    assert compare(found, expected, rule, TUNED, REQUIREMENTS["fp32"]).exit_agreement == 1.0
     assert exits_near_ties(expected, rule, TUNED, 1e-3).tolist() == [False]
