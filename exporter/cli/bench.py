@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ...calibration import threshold_for_depth
-from ...calibration.descriptions import rule_in_words
 from ...runtime.cli import options
 from ...runtime.cli.command import RULE, command
 from ...runtime.cli.console import table_console
@@ -22,6 +21,7 @@ from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
+from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.base import ExitRule
 from ...runtime.rules.rules import takes_threshold
 from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench

@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...calibration.descriptions import rule_in_words
 from ...runtime.cli.inspect import not_built_lines
+from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.base import ExitRule
 from ..prune.drop_exits import DropExitsResult
 
@@ -53,8 +53,8 @@ def show(result: DropExitsResult, console: Console, exits_before: int) -> None:
     )
     if result.exits[-1] < exits_before:
         console.print(
-            "the last exit was dropped: full depth is now layer "
-            f"{result.manifest.exit_layers[-1]}, and drops are relative to it"
+            "the last exit is not kept: full depth is now layer "
+            f"{result.manifest.exit_layers[-1]}, and scores are compared with the exit there"
         )
     if len(result.exits) == exits_before:
         points = ", ".join(result.points) or "no operating points"

@@ -20,6 +20,7 @@ from ..backends.tensorrt import build_command
 from ..environment import environment, providers
 from ..errors import VerificationError
 from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
+from ..rule_words import settings_in_words
 from . import options
 from .command import command
 from .console import echo, table_console
@@ -120,8 +121,7 @@ def _print(
     default, rule = shown.pop("default_target"), shown.pop("rule")
     del shown["operating_points"]
     _print_values(shown)
-    settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "name")
-    echo(f"rule without an operating point: {rule.get('name')}{settings}")
+    echo(f"rule without an operating point: {settings_in_words(rule)}")
     console = table_console()
     console.print(chain_table(parts))
     table = Table(

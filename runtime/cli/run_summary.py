@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..files.summary import Summary
-from ..rules.base import ExitRule
+from ..rule_words import rule_in_words
 from .console import PlainConsole
 
 _BAR_WIDTH = 30
@@ -22,7 +22,7 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     engine = summary.engine
     seconds = summary.seconds
     rate = (summary.rows - summary.completed) / seconds
-    rule = "full depth" if summary.rule is None else _in_words(summary.rule)
+    rule = "full depth" if summary.rule is None else f"rule {rule_in_words(summary.rule)}"
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
@@ -60,9 +60,3 @@ def print_scores(summary: Summary) -> None:
     """Print the scores of a run to standard error."""
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores().items())
     PlainConsole(stderr=True).print(scores)
-
-
-def _in_words(rule: ExitRule) -> str:
-    settings = dict(rule.to_dict())
-    name = settings.pop("name")
-    return f"rule {name} (" + ", ".join(f"{k} {v}" for k, v in settings.items()) + ")"

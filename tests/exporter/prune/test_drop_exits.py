@@ -146,11 +146,11 @@ def test_points_are_calibrated_again_and_the_old_folder_stays(
 @pytest.mark.parametrize(
     ("exits", "said", "not_said"),
     [
-        ("2,3", ("2 of 3 exits kept, after layers 2, 3", "before", "after"), "last exit was"),
+        ("2,3", ("2 of 3 exits kept, after layers 2, 3", "before", "after"), "exit is not kept"),
         ("1,2,3", ("all exits are kept; calibrated again on the same rows: careful, usual",),
          "before"),
-        ("1,2", ("the last exit was dropped: full depth is now layer 2",), "all exits are kept"),
-        ("3", ("1 of 3 exits kept, after layers 3",), "the last exit was dropped"),
+        ("1,2", ("the last exit is not kept: full depth is now layer 2",), "all exits are kept"),
+        ("3", ("1 of 3 exits kept, after layers 3",), "the last exit is not kept"),
     ],
 )  # fmt: skip
 def test_what_is_said_to_people(

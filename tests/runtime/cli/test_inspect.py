@@ -41,7 +41,7 @@ def test_a_folder_is_described(
         "onnxruntime-fp32 (default)",
         " fast, safe (default) ",
         " runs",
-        "rule without an operating point: fpabee, threshold 0.1, measure jskd, ",
+        "rule without an operating point: fpabee jskd 0.1\n",
     ):
         assert part in result.stdout
     content = json.loads(run(folder, "--env", "--json").stdout)

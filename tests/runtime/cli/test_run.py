@@ -139,7 +139,7 @@ def test_operating_point(
     set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
     result = run(folder, source, "--operating-point", "fast")
     assert {record["exit"] for record in result.records} == {1}
-    assert "operating point fast: rule budget (exit 1)" in result.err
+    assert "operating point fast: rule budget, exit 1" in result.err
     assert "calibrated" not in result.err
     result = run(folder, source)
     assert {record["exit"] for record in result.records} == {3}
@@ -153,7 +153,7 @@ def test_operating_point(
 def test_summary(run: Run, bert: Path, source: Path) -> None:
     result = run(bert, source, "--rule", "budget", "--exit", "2", "--threads", "1")
     assert "5 rows in" in result.err
-    assert "onnxruntime-fp32, rule budget (exit 2)" in result.err
+    assert "onnxruntime-fp32, rule budget, exit 2" in result.err
     assert "mean depth 2.00 of 3 layers, saving 33.3%" in result.err
     assert "1 truncated, 1 empty" in result.err
     histogram = [line.split()[:4] for line in result.err.splitlines()[-5:-1]]
