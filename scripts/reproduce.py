@@ -33,8 +33,8 @@ from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.checkpoints import last_checkpoint
 from fpabee.exporter.training.report import REPORT_NAME
+from fpabee.exporter.training.resume import last_checkpoint
 from fpabee.runtime import Engine, InputError, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 from fpabee.runtime.backends.onnxruntime_session import session_options

@@ -23,11 +23,11 @@ from ...runtime.progress import Progress, silent
 from ..backbones import build_encoder
 from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
 from ..model import MultiExitConfig, MultiExitModel
-from .checkpoints import begin, check_output, checkpoints_of, last_checkpoint
 from .from_classifier import Classifier
 from .model_card import model_card
 from .options import TrainOptions
 from .report import REPORT_NAME, DataSource, TrainReport
+from .resume import begin, check_output, checkpoints_of, last_checkpoint
 from .rows import label_names, load_rows
 from .trainer import Features, MultiExitTrainer, is_head
 

@@ -100,7 +100,7 @@ def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator
     wanted = [
         (texts, True),
         (pairs, reading.text_pair_column is not None),
-        (reading.label_names, labelled or reading.label_column is not None),
+        (reading.label_columns, labelled or reading.label_column is not None),
     ]
     found = [next((name for name in names if name in data.features), None) for names, _ in wanted]
     required = [names for names, is_required in wanted if is_required]

@@ -102,7 +102,7 @@ def _row(
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             value = column[at].as_py()
-            if name not in (options.text_column, options.pair_name):
+            if name not in (options.text_column, options.pair_column):
                 value = _plain(value)
         # Not UTF-8, a time beyond Python's years or in an unknown time zone, or deep nesting.
         except (ArithmeticError, ValueError, RecursionError) as error:
@@ -135,7 +135,7 @@ def _class_names(schema: Any, options: ReadOptions) -> _Classes:
     """The names of numbered labels, which the `datasets` library keeps in the metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: features.get(name, {}) for name in options.label_names}
+        kinds = {name: features.get(name, {}) for name in options.label_columns}
         # With several labels per row, the feature is a list of classes.
         found = {name: kind.get("feature", kind).get("names") for name, kind in kinds.items()}
     except (KeyError, TypeError, AttributeError, ValueError):

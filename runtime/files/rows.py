@@ -102,12 +102,12 @@ class ReadOptions:
             ) from error
 
     @property
-    def pair_name(self) -> str:
+    def pair_column(self) -> str:
         """The name of the column that holds the second text."""
         return self.text_pair_column or _TEXT_PAIR
 
     @property
-    def label_names(self) -> tuple[str, ...]:
+    def label_columns(self) -> tuple[str, ...]:
         """The columns that may hold labels; the first one that has a value counts."""
         return _LABELS if self.label_column is None else (self.label_column,)
 
@@ -158,13 +158,13 @@ class ReadOptions:
                 f'{where} has no string field "{self.text_column}"',
                 Remedy("give it one, or set {text_column} to the name of the field with the text"),
             )
-        pair = content.get(self.pair_name)
+        pair = content.get(self.pair_column)
         if pair is not None and not isinstance(pair, str):
             raise RowError(
-                f'{where}: "{self.pair_name}" is a {type(pair).__name__}',
+                f'{where}: "{self.pair_column}" is a {type(pair).__name__}',
                 "make it a string, or leave it out",
             )
-        used = (self.text_column, self.pair_name, *self.label_names)
+        used = (self.text_column, self.pair_column, *self.label_columns)
         fields = {name: value for name, value in content.items() if name not in used}
         if _is_deep(fields):
             raise RowError(
@@ -176,7 +176,7 @@ class ReadOptions:
     def _labels(
         self, content: Mapping[str, Any], where: str, table: bool
     ) -> tuple[str, ...] | None:
-        for name in self.label_names:
+        for name in self.label_columns:
             value = content.get(name)
             if value is None:
                 continue

@@ -49,7 +49,7 @@ class _Records:
         except csv.Error as error:
             if "new-line" in str(error):
                 raise RowError(
-                    f"{self.where} is not a row of a table: a carriage return is not a line end",
+                    f"{self.where} is not a row of a table: a carriage return is not a line ending",
                     r"convert the file: tr '\r' '\n' < IN > OUT",
                 ) from error
             last = self._lines.number
@@ -77,8 +77,8 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
     options.check(header, records.where)
     # A table has no other way to say that a row has no pair or no label.
     blank_is_none = [
-        options.pair_name,
-        *(name for name in options.label_names if not options.separator_of(name)),
+        options.pair_column,
+        *(name for name in options.label_columns if not options.separator_of(name)),
     ]
 
     def read() -> Row | None:
@@ -87,7 +87,7 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
             return None
         if len(cells) != len(header):
             raise RowError(
-                f"{records.where} has {len(cells)} columns, the header has {len(header)}",
+                f"{records.where} has {len(cells)} cells, but the header has {len(header)}",
                 "quote cells that contain the separator, and write all columns in every row",
             )
         content: dict[str, str | None] = dict(zip(header, cells, strict=True))

@@ -122,7 +122,7 @@ def test_skipped_rows_are_records_of_their_errors(
 def test_bad_rows_stop_a_run_unless_they_are_skipped(run: Run, bert: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
     source.write_text("text,id\nrain,1\nsun\n")
-    check_refused(run(bert, "--input", source), "line 3 has 1 columns")
+    check_refused(run(bert, "--input", source), "line 3 has 1 cells")
     result = run(bert, "--input", source, "--on-error", "skip", "--output-format", "csv")
     assert result.out.splitlines()[2].startswith("1,,,,,,,")
 

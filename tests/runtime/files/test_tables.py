@@ -117,7 +117,7 @@ def test_quotes_can_be_ordinary_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"a,b,c", "line 3 has 3 columns, the header has 2"),
+        (b"a,b,c", "line 3 has 3 cells, but the header has 2"),
         (b'"a" b,c', "line 3 is not a row of a table"),
         (b"a\xff,b", "line 3 is not UTF-8: byte 0xff at column 2"),
         (b"a" * 101 + b",b", "line 3 is longer than"),
