@@ -12,7 +12,7 @@
 
 Every message says what was found and what was expected, and its remedy says what to change. A
 message is one line, although the text that it quotes from a file or from the command line may
-contain line ends, escape codes, or megabytes.
+contain line endings, escape codes, or megabytes.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class VerificationError(FpabeeError):
 
 
 def printable(text: str) -> str:
-    """The text in one line, with line ends, escape codes and other control characters escaped."""
+    """The text in one line: line endings, escape codes and other control characters are escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -22,5 +22,8 @@ class Half(str, Enum):
 
 
 def in_head(node: str) -> bool:
-    """Whether a node belongs to an exit head, by its name: `head/...` or `head.classifier/...`."""
+    """Whether a node belongs to an exit head.
+
+    Its name tells: `segments` names nodes by their modules, such as `head.classifier/linear_5`.
+    """
     return node.split("/")[0].split(".")[0] == "head"

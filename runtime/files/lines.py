@@ -37,7 +37,7 @@ _SIGNATURES = {
 
 
 class Lines:
-    """The decoded lines of a stream, with their line ends.
+    """The decoded lines of a stream, with their line endings.
 
     `RowError` is raised for a line that cannot be read, and the next call continues after it.
     `InputError` is raised if the file is not UTF-8 text at all.

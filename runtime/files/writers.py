@@ -108,7 +108,7 @@ class _Table:
         self._schema = schema
         self._fields = set(fields)
         self._columns = schema.columns(fields)
-        # Older versions of Python quote a carriage return in a cell with this line end only.
+        # Older versions of Python quote a carriage return in a cell with this line ending only.
         self._write = csv.writer(
             _LineFeeds(stream), delimiter=delimiter, lineterminator="\r\n"
         ).writerow
