@@ -154,14 +154,9 @@ def main(
             schema.check_separator()
 
         def settings_of_run() -> dict[str, Any]:
-            return _settings_of_run(summary, inputs, reading, resume) | {
-                "engines": sha256_of(engines / MANIFEST_NAME),
-                "with_text": with_text,
-                "all_scores": all_scores,
-                "max_length": max_length,
-                "threads": threads,
-                "metrics": metrics,
-            }
+            return _settings_of_run(
+                engines, summary, schema, inputs, reading, resume, max_length, threads
+            )
 
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
@@ -181,7 +176,7 @@ def main(
     first = summary.first_error
     if first is not None and summary.errors == summary.rows:
         raise InputError(
-            f"none of {summary.rows} rows could be read; the first: {first.message}", first.remedy
+            f"none of {summary.rows} rows could be used; the first: {first.message}", first.remedy
         )
 
 
@@ -216,9 +211,20 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
 
 
 def _settings_of_run(
-    summary: Summary, inputs: Inputs, reading: ReadOptions, resume: bool
+    engines: Path,
+    summary: Summary,
+    schema: RecordSchema,
+    inputs: Inputs,
+    reading: ReadOptions,
+    resume: bool,
+    max_length: int | None,
+    threads: int | None,
 ) -> dict[str, Any]:
-    """Everything that the bytes of the output depend on, besides the folder and some options."""
+    """All settings that a run and the run that resumes it must share.
+
+    Raises:
+        InputError: the run is to be resumed, but an input can be read only once.
+    """
     hashes = inputs.hashes()
     pipes = [name for name, sha256 in hashes.items() if sha256 is None]
     if resume and pipes:
@@ -233,4 +239,10 @@ def _settings_of_run(
         "inputs": list(hashes),
         **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
         **asdict(reading),
+        "engines": sha256_of(engines / MANIFEST_NAME),
+        "with_text": schema.with_text,
+        "all_scores": schema.all_scores,
+        "max_length": max_length,
+        "threads": threads,
+        "metrics": summary.metrics,
     }

@@ -33,7 +33,8 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     if summary.completed:
         lines.append(f"{summary.completed} rows were done by an earlier run")
     if summary.errors:
-        lines.append(f"{summary.errors} rows could not be read: their records are errors")
+        unusable = " or have no usable label" if summary.metrics else ""
+        lines.append(f"{summary.errors} rows could not be read{unusable}: their records are errors")
     for line in lines:
         console.print(line, soft_wrap=True)
     table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)

@@ -130,7 +130,7 @@ def open_sink(
 
 @contextmanager
 def _kept(partial: Partial) -> Iterator[None]:
-    """Keep the rows that are done after an error, and say where they are."""
+    """After an error, keep the finished rows and say where they are."""
     try:
         yield
     except BaseException as error:

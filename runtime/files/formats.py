@@ -47,7 +47,7 @@ OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES, **_SUFFIXES}
 
 
 def format_by_name(path: Path, suffixes: Mapping[str, TextFormat], option: str) -> TextFormat:
-    """The format that a file name tells; `.gz` at its end does not count.
+    """The format that a file name stands for; `.gz` at its end is ignored.
 
     Args:
         path: the file.
@@ -77,7 +77,7 @@ def check_parquet(place: Path | str, is_file: bool) -> None:
         is_file: whether it is a plain file, or will be one.
 
     Raises:
-        InputError: it is not, or its name says that it is compressed.
+        InputError: it is not a plain file, or its name says that it is compressed.
         MissingExtraError: pyarrow is not installed.
     """
     if not is_file or Path(place).suffix == ".gz":

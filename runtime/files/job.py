@@ -1,8 +1,8 @@
 """Classify the rows of inputs in blocks, and continue where an earlier run stopped.
 
-Blocks are cut by the rows alone, and each is run by itself. So a run that continues with the block
-in which another stopped batches the same rows together and writes the same bytes: the last digits
-of a row may depend on the rows in its batch.
+Where a block ends depends only on the rows, and each block runs separately. A resumed run repeats
+the unfinished block with the same batches, so it writes the same bytes. (The last digits of a row's
+scores may depend on the rows in its batch.)
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def run(
     Args:
         items: the rows.
         sink: where records go; rows that are completed already are only counted.
-        schema: what is written for a row. If a record may be an error, a row that cannot be read
-            becomes one; otherwise it ends the run.
+        schema: what is written for a row. If records may be errors, the record of a row that
+            cannot be read is its error; otherwise such a row ends the run.
         summary: says which engine and rule run, and counts every row.
         advance: called after every record with the number of rows read so far.
         unbuffered: whether the record of a row is written before the next row is read.
@@ -53,13 +53,7 @@ def run(
     checked = _checked(items, summary, schema.errors)
     for block in blocks(checked, _characters, BLOCK_CHARACTERS, most_rows):
         start = summary.rows
-        for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
-            if isinstance(item, RowError) != ("error" in record) or not schema.fits(record):
-                raise InputError(
-                    f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
-                )
-            summary.add_completed(item, record)
-        done = summary.rows - start
+        done = _count_completed(block, sink, schema, summary)
         if done == len(block):
             continue
         # The whole block is run even if some of its rows are completed already.
@@ -74,6 +68,23 @@ def run(
             advance(summary, start + len(block))
     if next(sink.completed, None) is not None:
         raise InputError("the earlier run has more rows than the inputs", _START_AGAIN)
+
+
+def _count_completed(block: list[Item], sink: Sink, schema: RecordSchema, summary: Summary) -> int:
+    """Count the first rows of a block, which an earlier run has completed; returns how many.
+
+    Raises:
+        InputError: a completed record cannot be that of its row.
+    """
+    done = 0
+    for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
+        if isinstance(item, RowError) != ("error" in record) or not schema.fits(record):
+            raise InputError(
+                f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
+            )
+        summary.add_completed(item, record)
+        done += 1
+    return done
 
 
 def _characters(item: Item) -> int:

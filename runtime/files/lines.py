@@ -23,7 +23,7 @@ _ONE_PER_LINE = {
 _NOT_FINITE = re.compile(r"[:,\[]\s*-?(NaN|Infinity)\b")
 # Latin letters in UTF-16 without a byte order mark, which are also valid UTF-8.
 _UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){2,})|(?P<LE>([^\0]\0){2,}\n?)")
-# How files begin that are not UTF-8 text: what they are, and what to do.
+# The first bytes of files that are not UTF-8 text: what such a file is, and what to do.
 _SIGNATURES = {
     b"\xff\xfe": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
     b"\xfe\xff": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),

@@ -48,7 +48,7 @@ class Partial:
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
         existed = self.path.exists()
-        # Opened to append, so that nothing is lost before we know that it may be.
+        # Opened to append, because nothing may be lost before the checks below.
         self._stream = self.path.open("ab")
         try:
             self._lock()
@@ -130,7 +130,7 @@ class Partial:
         """Check that the rows are those of the same run.
 
         Raises:
-            InputError: its settings are other ones, or unknown.
+            InputError: the settings of the earlier run are different or unknown.
         """
         remedy = f"delete {self.path} to start again"
         try:
@@ -139,7 +139,7 @@ class Partial:
             raise InputError(
                 f"{self._settings_path}, which says what was run, is missing or damaged", remedy
             ) from error
-        # As JSON has them, with lists in place of tuples.
+        # Convert through JSON, because the stored settings have lists where these have tuples.
         now = json.loads(to_json(settings))
         earlier = before if isinstance(before, dict) else {}
         for name in now:

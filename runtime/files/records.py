@@ -61,7 +61,7 @@ class RecordSchema:
         return record
 
     def error(self, index: int, error: RowError) -> Record:
-        """The record of a row that could not be read."""
+        """The record of a row that has an error instead of an answer."""
         return {"index": index, "error": str(error)}
 
     def fits(self, record: Record) -> bool:
@@ -97,7 +97,7 @@ class RecordSchema:
         return [name for name in record if name not in self._names]
 
     def flat(self, record: Record) -> Record:
-        """A record with a value of its own for every column of results."""
+        """A record with one value for each column of results."""
         record = dict(record)
         scores = record.pop(_ALL_SCORES, {})
         record |= {f"{_ALL_SCORES}.{label}": value for label, value in scores.items()}

@@ -30,11 +30,12 @@ class Summary:
         rule: as given.
         metrics: as given.
         rows: number of rows.
-        completed: how many of these an earlier run has classified.
-        errors: how many of these could not be read.
-        first_error: the error of the first of them.
-        truncated: how many of these were longer than the engine takes.
-        empty: how many of these have an empty text.
+        completed: rows that an earlier run has classified.
+        errors: rows that could not be read, or that have no usable label if predictions are
+            scored.
+        first_error: the error of the first of these.
+        truncated: rows that were longer than the engine takes.
+        empty: rows with an empty text.
         exits: rows by the exit at which they stopped, counted from 1.
     """
 
@@ -67,7 +68,7 @@ class Summary:
         self.completed += 1
 
     def add_error(self, error: RowError) -> None:
-        """Count a row that could not be read."""
+        """Count a row that has an error instead of an answer."""
         self.first_error = self.first_error or error
         self.rows += 1
         self.errors += 1

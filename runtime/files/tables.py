@@ -24,8 +24,8 @@ class _Records:
     def __init__(self, lines: Lines, separator: str, literal_quotes: bool) -> None:
         self.line = 1
         self._lines = lines
-        # This also limits what a quote that is never closed can take. The limit is global: one
-        # that was set higher elsewhere remains.
+        # This also limits the memory that a quote which is never closed can take. The limit is
+        # global: one that was set higher elsewhere remains.
         csv.field_size_limit(max(csv.field_size_limit(), lines_module.MAX_LINE_BYTES))
         self._reader = csv.reader(
             lines,

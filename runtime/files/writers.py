@@ -67,7 +67,7 @@ class StreamWriter:
         self._schema = schema
         self._delimiter = DELIMITERS.get(chosen)
         self._table: _Table | None = None
-        # Errors at the beginning, which do not tell the columns.
+        # Errors at the beginning, which do not show what the columns are.
         self._held: list[Record] = []
 
     def write(self, record: Record) -> None:
@@ -152,7 +152,7 @@ def convert(
         _write_parquet(partial, target, schema)
         return
     with target.open("wb") as raw:
-        # Without a time and a name in it, the same rows give the same bytes.
+        # The gzip header gets no time and no name, so that the same rows give the same bytes.
         packed: AbstractContextManager[Any] = nullcontext(raw)
         if name.suffix == ".gz":
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
