@@ -1,14 +1,14 @@
 """Check that a plan is in its precision: a plan that is silently in fp32 must not pass.
 
-The evidence is the weights that the graph holds in another precision than the fp32 graph does.
-TensorRT for RTX compiles on the device only, and until then the plan keeps every weight as the
-graph has it, row by row. This was found at widths of 128, 384 and 768 in fp16, bf16, int8 and fp32.
-So the plan contains the bytes of those weights, unless it is in another precision. TensorRT chooses
-its kernels when it builds and may reorder the weights for them. But it builds on the GPU that can
-load the plan, so its engine inspector names the types of the layers.
+The check looks for the weights that differ between this graph and the fp32 graph. TensorRT for RTX
+compiles on the device, and until then the plan holds every weight as the graph has it, row by row.
+This was found at widths of 128, 384 and 768, in fp16, bf16, int8 and fp32. A plan that does not
+contain the bytes of these weights is therefore in another precision. TensorRT may reorder the
+weights, because it chooses its kernels when it builds. But it builds on a GPU that can load the
+plan, so its engine inspector can name the types of the layers.
 
-The size of a plan is no evidence: besides the weights it holds 1 to 3 MiB, as much as a layer of
-width 384 saves in fp16. This module does without onnx, which devices do not have.
+The size of a plan shows nothing: besides the weights it holds 1 to 3 MiB, as much as a layer of
+width 384 saves in fp16. This module does not use onnx, which devices do not have.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_precision(
     """Check a plan's inputs and outputs, and the types of its layers or else its weights.
 
     Args:
-        plan: the file; it is deleted if the check fails.
+        plan: the file.
         graph: the record of the graph that it was built from.
         result: what the builder reported.
         precision: the precision that the plan should be in.
@@ -57,7 +57,6 @@ def check_precision(
     """
     problem = _wrong_ends(graph, result) or _wrong_weights(plan, result, precision, source, fp32)
     if problem:
-        plan.unlink()
         raise VerificationError(f"{plan.name} is not in {precision}: {problem}")
 
 
@@ -84,7 +83,8 @@ def _wrong_weights(plan: Path, result: PlanResult, precision: str, source: Path,
         sum(any(sample in content for sample in samples) for samples in weights)
         for weights in (low, full)
     )
-    # Half of them suffice: in DeBERTa, the attention's scale is folded into two matrices a layer.
+    # Half of them suffice: in DeBERTa, builders multiply two matrices of each layer by the scale of
+    # the attention.
     if low_found >= len(low) / 2 and not full_found:
         return ""
     return (

@@ -85,7 +85,8 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if plan is None:
         return PlanResult(error=log.last)
     path = Path(request.plan)
-    path.unlink(missing_ok=True)  # if it is a link, its destination is not ours
+    # Remove the old file first: if it is a link, the file behind it must not be overwritten.
+    path.unlink(missing_ok=True)
     path.write_bytes(memoryview(plan))
     if cache is not None:
         _keep(cache, config, timing_cache)
@@ -97,13 +98,13 @@ def build_plan(request: PlanRequest) -> PlanResult:
 
 
 def _creation_flags(trt: Any) -> int:
-    # Version 10 must be told; later versions have no other kind of network.
+    # Version 10 needs this flag; in later versions, every network is strongly typed.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _lower_heads(trt: Any, network: Any) -> None:
-    """Compute the products of exit heads in fp16: TensorRT for RTX has no others for Turing."""
+    """Compute the products of exit heads in fp16: on Turing, TensorRT for RTX has none in fp32."""
     layers = [network.get_layer(number) for number in range(network.num_layers)]
     for layer in layers:
         is_product = layer.type == trt.LayerType.MATRIX_MULTIPLY

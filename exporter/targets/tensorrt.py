@@ -147,6 +147,7 @@ def build_target(
         try:
             check_precision(plan, graph, result, precision, onnx, fp32)
         except VerificationError as error:
+            plan.unlink()
             return error
         return result
 
@@ -160,7 +161,7 @@ def build_target(
             record.graphs[graph] = BuiltFile(
                 file=file, sha256=sha256_of(folder / file), onnx_sha256=graphs[graph].sha256
             )
-            # Written anew: if it is a link, its destination is not ours.
+            # Removed first: if it is a link, the file behind it must not be overwritten.
             (home / _BUILD_FILE).unlink(missing_ok=True)
             (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
             done = len(record.graphs)

@@ -95,7 +95,6 @@ def test_plans_with_other_weights_fail(
 ) -> None:
     with pytest.raises(VerificationError, match=rf"a\.plan is not in fp16: .*{message}"):
         check(tmp_path, stored, [*LOW])
-    assert not (tmp_path / "a.plan").exists()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,6 @@ def test_types_and_layers_of_another_precision_fail(
 ) -> None:
     with pytest.raises(VerificationError, match=rf"a\.plan is not in {precision}: {message}"):
         check(tmp_path, [*LOW], [*LOW], precision, **result)
-    assert not (tmp_path / "a.plan").exists()
 
 
 def test_a_graph_without_lowered_weights_may_have_fp32_layers(tmp_path: Path) -> None:

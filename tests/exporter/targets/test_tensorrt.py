@@ -137,6 +137,7 @@ def test_one_failed_plan_leaves_the_others(double: Double, monkeypatch: pytest.M
             build(double)
     assert "resume" not in str(why.value), "the same build would fail again"
     assert "try fp16" in str(why.value)
+    assert "segment_02" not in plans(double), "a plan in another precision is deleted"
     built = noted_builds(monkeypatch)
     mended = build(double, resume=True)
     assert built == ["segment_02"]
