@@ -29,8 +29,9 @@ class Cuda:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
+            # Not an extra: each backend on a GPU has its own, and all of them contain this package.
             raise MissingExtraError(
-                "cuda-bindings is not installed", "pip install 'fpabee[tensorrt]'"
+                "cuda-bindings is not installed", "pip install 'cuda-bindings>=12.6'"
             ) from error
         self._runtime: Any = runtime
         self._check(runtime.cudaSetDevice(0))
