@@ -1,4 +1,4 @@
-"""The exporter: a trained multi-exit PyTorch model to an engines folder.
+"""The exporter: it turns a trained multi-exit PyTorch model into an engines folder.
 
 `export` writes the folder, verified. Importing this package loads neither torch nor
 transformers; using a name of it does.

@@ -105,7 +105,8 @@ def add_targets(
     Raises:
         ArtifactError: the folder is missing or damaged, or cannot be written.
         InputError: texts cannot be read, or int8 has no texts.
-        VerificationError: the model does not survive a precision, or a plan is not in it.
+        VerificationError: a precision overflows or changes too many labels or exits, or a plan is
+            not in its precision.
         BackendError: a backend that was asked for cannot build here, or a build failed.
     """
     path = Path(folder)
@@ -121,7 +122,7 @@ def add_targets(
 
 
 def check_options(options: AddTargetsOptions) -> None:
-    """Refuse what cannot be added on this machine, before anything that takes long.
+    """Refuse what cannot be added on this machine, before any slow step begins.
 
     Raises:
         BackendError: a backend that was asked for cannot build here.
@@ -307,7 +308,7 @@ def drop_graphs(folder: Path) -> None:
 
 
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:
-    """Without the targets that were built from other graphs than the present ones."""
+    """The manifest without those targets of a precision whose graphs have changed since."""
     graphs = manifest.graphs_in(precision)
     return _only(
         manifest,
@@ -341,7 +342,7 @@ def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
 def _noting(
     manifest: Manifest, backend: str, precision: str, error: FpabeeError | None
 ) -> Manifest:
-    """The manifest with a note that a target is not built; without an error, without the note."""
+    """The manifest with a note that a target is not built; without an error, with no such note."""
     notes, label = dict(manifest.not_built), f"{backend}-{precision}"
     notes.pop(label, None)
     if error is not None:

@@ -179,7 +179,7 @@ class _Runner:
         self.engine.run_encoded(rows, Budget(exit=len(self.engine.manifest.segments)))
 
     def _with_rule(self, rows: Sequence[EncodedRow]) -> Any:
-        """The exit of each row."""
+        """The chain with the rule; returns the exit of each row."""
         return self.engine.run_encoded(rows, self.rule).exits
 
     def _pytorch(self, rows: Sequence[EncodedRow]) -> None:
@@ -309,7 +309,7 @@ def _measure(
                 seconds, results[variant] = _timed(run, unit)
                 every[variant][-1].append(seconds)
             if (number, repeat) == (1, 0):
-                # Repeats end when their time is up, but every unit runs once.
+                # Every unit runs once, even if the time for repeats is up.
                 once = time.perf_counter() - begun
                 runs = min(total, max(len(units), options.max_seconds / once))
                 pauses = len(units) * _SPIN_SECONDS if pytorch else 0.0

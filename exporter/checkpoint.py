@@ -25,8 +25,8 @@ CONFIG_BLOCK = "fpabee"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # These leave out the copies for other frameworks that many repositories hold.
 _HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS]
-# Settings that make a model large without a weight whose shape contradicts them. No encoder has
-# larger ones.
+# Settings that ask for memory although no weight has a shape that could contradict them, and the
+# largest values that are accepted, which are beyond those of any encoder.
 _LARGEST = {
     "num_hidden_layers": 1024,
     "n_layers": 1024,

@@ -136,7 +136,7 @@ def export(
     options = options or ExportOptions()
     target = resolved(output)
     check_output(target, options.force)
-    check_installed()  # verification needs a runtime: refuse before the long part
+    check_installed()  # verification needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     if source.resolve().is_relative_to(target):
         raise ArtifactError(

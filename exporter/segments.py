@@ -221,7 +221,7 @@ def _specs(model: MultiExitModel, names: Sequence[str]) -> list[TensorSpec]:
 
 
 def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: str) -> Graph:
-    """Write one ONNX graph: opset 20, dynamic batch and sequence, always the same bytes.
+    """Write one ONNX graph of opset 20 for any batch and sequence; it always has the same bytes.
 
     Args:
         model: the whole model.
@@ -305,7 +305,7 @@ def _name_nodes(proto: Any) -> None:
 
 
 def _bound_fills(proto: Any) -> None:
-    """Replace the lowest float as a mask by MASK_FILL, which fp16 can represent too."""
+    """Where the lowest float serves as a mask, use MASK_FILL, which fp16 can represent, too."""
     lowest = np.finfo(np.float32).min
     for tensor in proto.graph.initializer:
         is_number = tensor.data_type == onnx.TensorProto.FLOAT and not tensor.dims

@@ -16,7 +16,7 @@ _ELSEWHERE = Remedy("give another folder as {output}")
 
 
 def resolved(output: str | Path) -> Path:
-    """The real folder, so that a link keeps its place and its destination is replaced.
+    """The real folder: a link stays, and the folder that it leads to is replaced.
 
     Raises:
         ArtifactError: it is a link to itself.

@@ -2,7 +2,7 @@
 
 Every export checks each graph against its PyTorch module, on the inputs that the PyTorch model
 feeds it. Then it checks the chain of graphs, in the runtime that users run, against the whole
-model. Importing this module does not load torch: fewer exits are verified without it.
+model. Importing this module does not load torch, because dropping exits does not need it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FP32_TARGET = "onnxruntime-fp32"
 
-# What the logits of a row may differ by between batches, at least (fp32: 1e-5).
+# The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
 LEAST_TOLERANCE = 1e-5
 
 BUILT_IN_TEXTS: tuple[Text, ...] = (
@@ -76,7 +76,7 @@ def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> Logit
 def check_graphs(
     model: MultiExitModel, cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
 ) -> dict[str, float]:
-    """Largest output difference of each graph from its module, on the PyTorch model's own inputs.
+    """The largest difference between each graph and its module, on inputs from the PyTorch model.
 
     Raises:
         VerificationError: a graph differs too much; the first one is named.

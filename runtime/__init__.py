@@ -1,4 +1,6 @@
-"""The runtime runs an engines folder. It needs numpy, tokenizers and one inference library.
+"""The runtime runs an engines folder.
+
+It needs numpy, tokenizers, msgspec and one inference library.
 
 `Engine` runs a folder, and an `ExitRule` decides when a row stops. `simulate` computes the exits
 of a rule from logits alone. `Manifest` describes the content of a folder. Exits, layers and lines

@@ -10,7 +10,7 @@ from .errors import FpabeeError, InputError
 
 
 def whole_number(name: str, value: Any, error: type[FpabeeError], most: int | None = None) -> int:
-    """A whole number from 1, possibly a numpy integer.
+    """Check that an argument is a whole number from 1; a NumPy integer is one, too.
 
     Args:
         name: name of the argument.

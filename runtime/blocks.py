@@ -14,7 +14,7 @@ def blocks(
     """Lists of items, bounded in total size and in number.
 
     Args:
-        items: the items; they are read no further than the list that is taken.
+        items: the items; nothing is read beyond the list that is asked for.
         size: the size of an item.
         most: a list ends when its items have at least this size together.
         most_items: most items in a list; None: any number.

@@ -119,8 +119,8 @@ class Chain(Generic[B]):
         Args:
             rows: the window, at least one row.
             runner: the rule.
-            cost: measured times; undecided rows of several groups are joined where they say that
-                this saves time. None: groups are never joined.
+            cost: measured times. Undecided rows of several groups are joined if this saves time
+                according to them. None: groups are never joined.
 
         Raises:
             BackendError: a row is longer than the target takes, or the logits at an exit that it
@@ -168,7 +168,7 @@ class Chain(Generic[B]):
         return self.limits.bucket(rows, longest)
 
     def measure(self) -> CostCurve:
-        """Measure a middle segment, and the joining of groups, on a few thousand tokens."""
+        """Measure how long a middle segment takes by the size of a group, and how long joining."""
         sequence = min(_PROBE_LENGTH, self.limits.max_sequence)
         buckets = [
             self.limits.bucket(min(rows, self.limits.max_batch), sequence) for rows in _PROBE_ROWS
@@ -179,7 +179,7 @@ class Chain(Generic[B]):
         return CostCurve(tuple(sizes), tuple(seconds), copy)
 
     def time_segments(self, rows: int, tokens: int) -> list[float]:
-        """Seconds of each segment on a group of rows, the outputs of its head included.
+        """Seconds of each segment on a group of rows, including reading the outputs of its head.
 
         Args:
             rows: rows in the group.
@@ -204,7 +204,7 @@ class Chain(Generic[B]):
     def _time_segment(self, bucket: Bucket) -> float:
         hidden = self._made_up(bucket)
         self._timed(0, hidden)
-        # The last segment gives no hidden states, so it could not run on its own output.
+        # The last segment writes no hidden states, so it cannot run a second time.
         repeats = _PROBE_REPEATS if self.segments > 2 else 1
         seconds = min(self._timed(1, hidden) for _ in range(repeats))
         self.execution.release(hidden)
@@ -270,12 +270,18 @@ class _Window(Generic[B]):
     def _run_ahead(self, group: _Group[B]) -> None:
         """Run one group, and enqueue each segment before reading the exit before it.
 
-        So the device never waits for the rule. A row that stops has run one segment more than
-        necessary, which is counted.
+        The device therefore never waits for the rule. A row that stops has run one segment more
+        than necessary, which is counted.
+
+        Three arrays hold the positions of the remaining rows. For example, of the rows a, b and c,
+        row b stops at exit 1, after segment 2 has been enqueued for all three. Then:
+
+        - `ahead_at` is [0, 2], where a and c are in the outputs of segment 2. It becomes `read_at`
+          when these outputs are read.
+        - `hidden_at` is [0, 1] if the group is regrouped without b, otherwise [0, 2].
         """
         rows, hidden, state = group.rows, group.hidden, group.state
         pending = self._execution.enqueue(0, hidden)
-        # Positions of the remaining rows in the outputs to be read next, and in the hidden states.
         read_at = hidden_at = np.arange(len(rows))
         for segment in range(self._chain.segments):
             ahead, ahead_at = pending, hidden_at

@@ -52,7 +52,7 @@ class SegmentTimes:
         return (1 - share) * self._at(rows, below) + share * self._at(rows, above)
 
     def deepest(self, groups: Sequence[tuple[int, int]], seconds: float) -> int:
-        """The deepest exit that all rows reach within a time, if none stops before it.
+        """The deepest exit that all rows reach within a time even if no row stops early.
 
         Args:
             groups: for each group its rows, and the tokens in its longest row.

@@ -186,7 +186,7 @@ def tokenizer_errors(
     kind: type[FpabeeError] = ArtifactError,
     remedy: str | Remedy = EXPORT_AGAIN,
 ) -> Iterator[None]:
-    """Replace what the tokenizers library, or the check before it, raises by an error of ours.
+    """Turn the exceptions of the tokenizers library, and of `check_tokenizer`, into our errors.
 
     Args:
         what: what failed.

@@ -155,7 +155,7 @@ class Engine:
         self._closed = False
         per_token = _bytes_per_token(manifest, self.limits)
         self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
-        # Reports a rule that does not fit the model now, not at the first text.
+        # A rule that does not fit the model is refused now, not at the first text.
         self._runner(rule)
 
     def predict(
@@ -169,11 +169,12 @@ class Engine:
     ) -> list[Prediction]:
         """Classify texts.
 
-        A deadline is a budget for the whole call, tokenization included. Rows may go as deep as
-        the measured times of the segments allow if no row stops earlier. Rows that the rule
-        would have let go deeper are marked `deadline_limited`. There is always an answer: if even
-        exit 1 takes too long, rows stop there and are marked `deadline_missed`. The first call
-        with rows of some length also measures the segments, see `warm_up`.
+        A deadline is a budget for the whole call, tokenization included. The depth is limited so
+        that the call would be in time even if no row stopped early, according to measured times
+        of the segments. A row that the rule would not have stopped yet is marked
+        `deadline_limited`. There is always an answer: if even exit 1 takes too long, rows stop
+        there and are marked `deadline_missed`. The first call with rows of a new length also
+        measures the segments, see `warm_up`.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
@@ -328,7 +329,7 @@ class Engine:
 
     @property
     def rule(self) -> ExitRule:
-        """The rule of calls that give none."""
+        """The rule of calls that do not give one."""
         return self._in_use[1]
 
     @property
@@ -489,7 +490,7 @@ class Engine:
         return chain
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
-        """By which costs groups are joined; None: they are not."""
+        """The costs that decide which groups are joined; None if groups are never joined."""
         if self._regroup is Regroup.NEVER or self._exits == 1:
             return None
         if self._regroup is Regroup.ALWAYS:
@@ -503,8 +504,8 @@ class Engine:
 def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
     """Memory in bytes that each token of a window takes between segments.
 
-    Counts what segment 1 passes on, twice, as input and output of a segment, for the longest
-    rows: there a position bias is largest.
+    Each tensor that segment 1 passes on counts twice: as an input and as an output of a segment.
+    The rows are assumed to be the longest ones, because a position bias takes most memory there.
     """
     sequence = limits.max_sequence
     sizes = {"batch": max(1, limits.group_tokens // sequence), "sequence": sequence}

@@ -22,7 +22,8 @@ class Part(msgspec.Struct, frozen=True):
         exit: the exit at its end, from 1.
         layers: the first and the last encoder layer that it runs, from 1.
         calls: the graphs that it calls, in order.
-        size: bytes of the graphs that no segment before it calls; None: a file is missing.
+        size: bytes of its graphs, without those that an earlier segment calls, too; None: a file
+            is missing.
     """
 
     exit: int

@@ -31,7 +31,7 @@ def check_reference(
     run: Callable[[Sequence[EncodedRow]], Logits],
     max_sequence: int,
 ) -> Agreement:
-    """Run the reference texts; logits, labels and exits must be those of the PyTorch model.
+    """Run the reference texts, and compare logits, labels and exits with the PyTorch model.
 
     Args:
         folder: the engines folder.
@@ -43,8 +43,8 @@ def check_reference(
 
     Raises:
         ArtifactError: the reference is missing or damaged, or none of its texts fits the target.
-        VerificationError: they are not. Logits may differ by ten times what was measured when
-            the target was made.
+        VerificationError: they differ too much. Logits may differ by ten times what was measured
+            when the target was made.
     """
     required = _requirements(name, manifest.targets[name])
     texts, expected = read_reference(folder, manifest)

@@ -12,7 +12,7 @@ def rule_in_words(rule: ExitRule) -> str:
 
 
 def settings_in_words(settings: RuleSettings) -> str:
-    """The same for the settings of a rule that this version may not know."""
+    """The same for settings from a manifest, whose rule this version may not know."""
     rest = dict(settings)
     words = [str(rest.pop(name, "")) for name in ("name", "measure")]
     threshold = rest.pop("threshold", None)

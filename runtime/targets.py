@@ -48,8 +48,8 @@ def rule_of(
         folder: the engines folder.
         manifest: its manifest.
         target: the target's name.
-        point: an operating point; default: the target's default. Without any, the name is None,
-            and the rule is the folder's default rule.
+        point: an operating point; None: the target's default point. If the target has none, the
+            returned name is None, and the rule is the folder's default rule.
 
     Raises:
         RuleError: the target has no such point, or its rule does not exist.

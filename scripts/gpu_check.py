@@ -39,7 +39,7 @@ def run_tests(root: Path) -> dict[str, Any]:
 
 
 def time_targets(folder: Path, manifest: Manifest, texts: list[Any]) -> dict[str, Any]:
-    """Median milliseconds of every target that can run here; of the others the reason or error."""
+    """Median milliseconds of each target that can run here; the reason or error of the others."""
     report: dict[str, Any] = {}
     engines: dict[str, Engine] = {}
     for state in target_states(folder, manifest):

@@ -175,6 +175,6 @@ def draw(results: Path, name: str, path: Path) -> None:
     full = 100 * statistics.mean(run["exits"][-1] for run in runs)
     axes.axhline(full, color="black", linestyle=":", label="full depth")
     axes.legend(fontsize="x-small", ncols=2)
-    # Without this, the same figure would be another file each time.
+    # Without this, the same figure would have other bytes each time.
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(path, metadata={"Date": None})

@@ -29,7 +29,7 @@ class Embeddings(nn.Module):
         return self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids), {}
 
     def frozen(self, max_positions: int) -> Embeddings:
-        """The same module with everything computed ahead that does not depend on the text."""
+        """The same module, with everything that does not depend on the text computed in advance."""
         return self
 
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         return hidden
 
     def frozen(self, max_positions: int) -> Block:
-        """The same module with everything computed ahead that does not depend on the text."""
+        """The same module, with everything that does not depend on the text computed in advance."""
         return self
 
 

@@ -105,7 +105,7 @@ class Electra(Backbone):
         return _MappedEmbeddings(self.encoder.embeddings, mapping)
 
     def classifier_parts(self) -> ClassifierParts:
-        """That of RoBERTa with another activation."""
+        """The head of RoBERTa with another activation."""
         return ClassifierParts("classifier.dense", "classifier.out_proj", activation="gelu")
 
 
@@ -133,9 +133,9 @@ class DistilBert(Backbone):
         return list(self.encoder.transformer.layer)
 
     def head_dropout(self) -> float:
-        """Its configuration has another name for it."""
+        """The same, under the name that it has in this family's configuration."""
         return float(self.config.seq_classif_dropout)
 
     def classifier_parts(self) -> ClassifierParts:
-        """Two layers of the classifier itself."""
+        """The head consists of two layers of the classifier itself."""
         return ClassifierParts(dense="pre_classifier", activation="relu")

@@ -33,7 +33,7 @@ class _RelativePositions(nn.Module):
 
 
 class _RelativePositionsTable(nn.Module):
-    """The same, looked up by distance: computing them takes a dozen small operations.
+    """The relative positions in a table, because computing them takes a dozen small operations.
 
     Args:
         longest: `[1, positions, positions]`, the ids of the longest sequence.
@@ -55,7 +55,7 @@ class _RelativePositionsTable(nn.Module):
 
 
 class _DebertaBlock(Block):
-    """A layer; beside the first there may be a convolution over the embeddings."""
+    """A layer; the first may be combined with a convolution over the embeddings."""
 
     def __init__(self, layer: nn.Module, positions: nn.Module, conv: nn.Module | None) -> None:
         super().__init__(layer)
@@ -94,7 +94,7 @@ class DebertaV2(Backbone):
     prefix = "deberta"
 
     def blocks(self) -> list[Block]:
-        """Every layer looks up its relative positions, because the table is small."""
+        """The layers; each has its own copy of the table of relative positions, which is small."""
         encoder = self.encoder.encoder
         positions = _RelativePositions(encoder)
         first, *others = self.layers()

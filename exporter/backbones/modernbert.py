@@ -56,7 +56,11 @@ class _Rotary(nn.Module):
 
 
 class _RotaryTable(nn.Module):
-    """The same, taken from those of the longest sequence: 16-bit floats cannot compute them."""
+    """Cosines and sines from a table, because 16-bit floats are too coarse to compute them.
+
+    Args:
+        longest: the cosines and sines of the longest sequence.
+    """
 
     def __init__(self, longest: Tensor) -> None:
         super().__init__()
@@ -124,7 +128,7 @@ class ModernBert(Backbone):
         return list(self.encoder.layers)
 
     def blocks(self) -> list[Block]:
-        """The configuration says which layers have local attention."""
+        """The layers, some of which have local attention, as the configuration says."""
         return [
             _ModernBertBlock(
                 layer,

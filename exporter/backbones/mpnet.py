@@ -45,7 +45,7 @@ class _PositionBias(nn.Module):
 
 
 class _PositionBiasTable(nn.Module):
-    """The same, looked up by distance: computing it takes forty small operations.
+    """The position bias in a table, because computing it takes forty small operations.
 
     Args:
         longest: `[1, heads, positions, positions]`, the bias of the longest sequence.

@@ -122,7 +122,8 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.option(
     "--keep-fp32",
     "NODE",
-    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes that overflow.",
+    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes with values above "
+    "half of the range of fp16 or bf16, and the nodes that read or write these values.",
     multiple=True,
 )
 @options.path("--verify-data", "More texts to verify with.")
@@ -135,10 +136,10 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     default="86,89,120",
 )
 @options.numbers(
-    "--batch", "N,N,N", "Least, typical, most rows.", callback=_sizes, default="1,8,32"
+    "--batch", "N,N,N", "Smallest, typical, largest batch.", callback=_sizes, default="1,8,32"
 )
 @options.numbers(
-    "--sequence", "N,N,N", "Least, typical, most tokens.", callback=_sizes, default="16,64,128"
+    "--sequence", "N,N,N", "The same in tokens of a row.", callback=_sizes, default="16,64,128"
 )
 @options.count("--optimization-level", "Effort of the builder, 0 to 5.", min=0, max=5)
 @options.count("--workspace", "Largest scratch memory in MiB.", max=2**20)
@@ -209,7 +210,7 @@ def main(
 
 
 def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Path | None) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that contradict each other, or that have no effect.
 
     Raises:
         click.UsageError: which, and what they need.

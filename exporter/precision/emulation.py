@@ -1,7 +1,8 @@
-"""Check on real texts that a model survives a precision, before its graphs are written.
+"""Check on real texts that a model still gives the same labels and exits in a precision.
 
-The chain runs with every rounding in place, see `lowering.emulate`. The report says what overflows,
-where first, and whether labels and exits stay. This needs neither torch nor a GPU.
+This happens before the graphs are written. The chain runs with every rounding in place, see
+`lowering.emulate`. The report says which nodes overflow, in order of execution, and how many labels
+and exits change. This needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ class PrecisionReport:
         return asdict(self) | {"passed": self.passed, "agreement": agreement}
 
     def check(self, remedy: Remedy) -> None:
-        """Refuse a precision that the model does not survive.
+        """Refuse a precision that overflows, or that changes too many labels or exits.
 
         Args:
             remedy: what to change.
 
         Raises:
-            VerificationError: it does not; the message names the first node or exit.
+            VerificationError: it does. The message names the first node that overflows, or else
+                the first exit whose answers change.
         """
         if self.overflows:
             graph, node = self.overflows[0].split(":", 1)
@@ -149,7 +151,7 @@ def report_on(
         expected: logits `[exits, rows, labels]` of the fp32 model.
         manifest: says what the labels are.
         precision: the precision that is judged.
-        rule: the rule whose exits must stay.
+        rule: the rule whose exits must stay the same.
         graphs: the graphs that ran.
         kept: nodes and tensors kept in fp32 on request, as `GRAPH:NAME`.
     """

@@ -1,4 +1,7 @@
-"""Write an engines folder's graphs in fp16 or bf16, after a check that the model survives it."""
+"""Write an engines folder's graphs in fp16 or bf16.
+
+Before, it is checked that the model still gives the same labels and exits in this format.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ def add_half(
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
         half: the format.
-        rule: the rule whose exits must stay.
-        keep_fp32: what stays in fp32: `auto` for all that overflows, or node names, as
-            `GRAPH:NODE` or alone for every graph that has such a node.
+        rule: the rule whose exits must stay the same.
+        keep_fp32: what stays in fp32: `auto` for all nodes that read or write values beyond half
+            of the format's range, or node names, as `GRAPH:NODE` or alone for every graph that
+            has such a node.
         texts: more texts to check with than those of `reference.npz`.
         progress: called with (what, done, total).
         turing: check it as plans for compute capability 7.5 compute it, with the matrix products
@@ -53,8 +57,8 @@ def add_half(
         The manifest with the new graphs, and what was found.
 
     Raises:
-        VerificationError: the model does not survive the format, or a name in `keep_fp32` does
-            not exist.
+        VerificationError: the format overflows or changes too many labels or exits, or a name in
+            `keep_fp32` does not exist.
         ModelError: a weight does not fit the format.
     """
     protos = load_graphs(folder, manifest.graphs)
@@ -89,7 +93,7 @@ def with_lowered(
     lowered: LoweredGraphs,
     progress: Progress = silent,
 ) -> Manifest:
-    """Write lowered graphs; all of them get their places at once.
+    """Write lowered graphs. They replace earlier ones only when all of them are written.
 
     Args:
         folder: the engines folder.
@@ -157,7 +161,10 @@ def _names_of(proto: Any) -> set[str]:
 def _too_large(
     protos: Mapping[str, Any], abs_max: Mapping[str, Mapping[str, float]], half: Half
 ) -> dict[str, set[str]]:
-    """By graph, the nodes and tensors with values beyond half of the format's range."""
+    """By graph, the nodes that read or write values beyond half of the format's range.
+
+    Tensors between graphs with such values are included, by name.
+    """
     limit = half.largest / 2
     large: dict[str, set[str]] = {}
     carried: set[str] = set()
@@ -174,7 +181,7 @@ def _too_large(
             for node in proto.graph.node
             if values.intersection((*node.input, *node.output))
         }
-    # A tensor between two graphs has one type, which the nodes that read it must take.
+    # A tensor between two graphs has the same type in both, so its readers stay in fp32 as well.
     for name, proto in protos.items():
         large[name] |= carried
         large[name] |= {n.name for n in proto.graph.node if carried.intersection(n.input)}

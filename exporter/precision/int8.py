@@ -41,14 +41,15 @@ def add_int8(
     texts: Sequence[Text],
     progress: Progress = silent,
 ) -> tuple[Manifest, PrecisionReport]:
-    """Quantize the graphs to `onnx/int8-qdq/`, if labels and exits stay.
+    """Quantize the graphs to `onnx/int8-qdq/`, if enough labels and exits stay the same.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
-        rule: the rule whose exits must stay.
-        texts: at least 32 texts like those that will be classified. Every other text gives the
-            ranges; the agreement is measured on the rest.
+        rule: the rule whose exits must stay the same.
+        texts: at least 32 texts like those that will be classified, of which the first 512 are
+            used. Every other text gives the ranges. The agreement is measured on the rest, and on
+            the texts of `reference.npz`.
         progress: called with (what, done, total).
 
     Returns:

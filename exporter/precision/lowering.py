@@ -1,4 +1,4 @@
-"""Graphs in 16-bit floats: which nodes compute in them, the graph itself, and its emulation.
+"""Graphs in 16-bit floats: choose the nodes that compute in them, write the graph, emulate it.
 
 TensorRT networks are strongly typed: a graph runs in the precision it is written in. Matrix
 products are written in fp16 or bf16. Normalisation, softmax and the exit heads stay in fp32,
@@ -245,7 +245,7 @@ def _round(graph: Any, source: str, target: str, half: Half) -> None:
 
 
 def _lowered(tensor: Any, half: Half, check: bool) -> Any:
-    """The tensor in the format, with its name."""
+    """A tensor of the same name, converted to the format."""
     largest = largest_weight(tensor)
     if check and largest > half.largest:
         raise ModelError(
@@ -262,7 +262,7 @@ def _lowered(tensor: Any, half: Half, check: bool) -> Any:
 
 
 def _lower_attributes(node: Any, half: Half, check: bool) -> None:
-    """Lower what a node makes from other types or from nothing."""
+    """Change the output type of a Cast or Constant node to 16 bits."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = _ONNX_TYPE[half]

@@ -107,7 +107,7 @@ class DropExitsResult:
 
     @property
     def default(self) -> str | None:
-        """The point that runs now if none is named; may be empty. None: the target is missing."""
+        """The point that runs if none is named; may be empty. None: the target was not built."""
         target = self.manifest.targets.get(self.target)
         return None if target is None else target.default_operating_point
 
@@ -188,7 +188,7 @@ def drop_exits(
 def _rebuild(
     folder: Path, old: Manifest, manifest: Manifest, options: AddTargetsOptions, progress: Progress
 ) -> list[str]:
-    """Build what the old folder had built, as far as this machine can; gives the names."""
+    """Build again what this machine can build of the old targets; returns their names."""
     built = []
     for target in old.targets.values():
         if not target.files:
@@ -210,10 +210,11 @@ def _lost(target: str, points: Iterable[str], reason: str) -> list[LostPoint]:
 
 
 def _groups(target: Target) -> list[dict[str, OperatingPoint]]:
-    """Points that one calibration can make; the group of the default comes last, so it stays so.
+    """The points of a target, in groups that one calibration can make.
 
     A bound needs its own calibration. So does a goal for speed: if it cannot be met, the other
-    points are not lost with it.
+    points are not lost with it. The group with the default point comes last, so that it remains
+    the default.
     """
     groups: dict[tuple[object, ...], dict[str, OperatingPoint]] = {}
     for name, point in target.operating_points.items():
@@ -238,7 +239,7 @@ def _recalibrate(
     options: DropExitsOptions,
     progress: Progress,
 ) -> dict[str, RecalibratedPoint]:
-    """Calibrate points of a target again, for what they were calibrated for."""
+    """Calibrate points of a target again, for the same goals or the same bound."""
     first = next(iter(group.values()))
     if rows is None:
         rows = stored_rows(old / "calibration", manifest, name, first.data_sha256)

@@ -1,8 +1,8 @@
 """Join graphs that run one after another into one ONNX graph. Needs no torch.
 
-Benchmarks compare the chain with one such graph, and where exits are dropped, each new segment is
-one. `onnx.compose` is not used: it refuses two graphs that read the same input, and cannot keep
-one copy of weights that graphs share (ALBERT).
+Benchmarks compare the chain with one graph of the whole model. When exits are dropped, the layers
+between two kept exits become one graph. `onnx.compose` is not used, because it refuses two graphs
+that read the same input, and cannot store weights once that several graphs share (ALBERT).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _append(
         name: its name, which becomes a prefix of its weights.
         suffix: what is appended to the names of its nodes and values.
         tensors: the current names of the carried tensors and the logits; updated.
-        made: the types and shapes of the latter, as outputs of the last graph; updated.
+        made: the type and shape of each of these tensors, from the graph that wrote it; updated.
     """
     rename = {tensor.name: f"{name}/{tensor.name}" for tensor in graph.initializer}
     for value in graph.input:
@@ -123,7 +123,7 @@ def _prune(graph: Any, outputs: Collection[str]) -> None:
 
 
 def _rename(graph: Any, old: str, new: str) -> None:
-    """Rename a value wherever it is used, and forget its inner type."""
+    """Rename a value wherever it is used, and remove the note of its type."""
     for node in graph.node:
         for names in (node.input, node.output):
             for number, name in enumerate(names):

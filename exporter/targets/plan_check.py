@@ -42,7 +42,7 @@ _WEIGHTS = (MODEL["graph"], GRAPH["initializer"], _RAW_DATA)
 def check_precision(
     plan: Path, graph: Graph, result: PlanResult, precision: str, source: Path, fp32: Path
 ) -> None:
-    """Check a plan's inputs and outputs, and the types of its layers or else its weights.
+    """Check the types of a plan's inputs, outputs and layers, or its weights if it shows no layers.
 
     Args:
         plan: the file.

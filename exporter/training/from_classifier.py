@@ -127,7 +127,7 @@ class Classifier:
 
     @torch.no_grad()
     def _check_head(self, model: MultiExitModel) -> None:
-        """Compare logits: a model may name a family in its configuration and have another head."""
+        """Compare logits, because the head may not be the usual one of the model's family."""
         ids = torch.arange(16).view(2, 8) % int(model.backbone.config.vocab_size)
         mask = torch.ones_like(ids)
         found = model.eval()(ids, mask)[-1]
@@ -147,7 +147,7 @@ def _load(folder: Path) -> Any:
     load: Any = AutoModelForSequenceClassification.from_pretrained
     try:
         model, info = load(folder, dtype=torch.float32, output_loading_info=True)
-    # The kind of error depends on how the weights do not fit.
+    # Which error is raised depends on why the weights do not fit.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} does not hold a classifier that can be loaded: {first_line(error)}",

@@ -62,5 +62,5 @@ class TrainReport:
 
 
 def in_json_types(record: Any) -> dict[str, Any]:
-    """A dataclass in the types that reading its JSON gives."""
+    """A dataclass as a dictionary with the types of JSON."""
     return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(record)))

@@ -29,7 +29,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def check_output(output: Path, options: TrainOptions) -> None:
-    """Check that no model is replaced without being asked, and that there is a start to resume.
+    """Check that no model is replaced without `force`, and that there is something to resume.
 
     Raises:
         InputError: there is already a model, or no finished epoch to resume after.

@@ -27,7 +27,7 @@ from .options import ExitWeights, TrainOptions
 Features = list[dict[str, Any]]
 
 _WEIGHT_DECAY = 0.01
-# Shares of all steps: the warm-up, and from one report of the loss to the next.
+# Shares of all steps: the length of the warm-up, and the distance between reports of the loss.
 _WARMUP = 0.06
 _REPORTS = 0.02
 

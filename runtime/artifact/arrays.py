@@ -22,7 +22,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
-        # Numpy allocates before it reads. `savez` does not compress, so larger is malicious.
+        # NumPy allocates before it reads. `savez` does not compress, so a file that unpacks to more
+        # than its own size is malicious.
         if size > path.stat().st_size:
             raise ValueError(f"it unpacks to {size} bytes")
         with np.load(path, allow_pickle=False) as content:

@@ -26,7 +26,7 @@ from .graph_content import check_graph
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
 MAX_FILE_BYTES = 16 * 2**30
-"""Far more than any file of an artifact has: an ONNX file ends at 2 GiB, and plans are similar."""
+"""Far more than any file of an artifact has: an ONNX file and a plan have at most about 2 GiB."""
 
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -96,13 +96,13 @@ def is_engines_folder(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically, keeping fields of the old one that this version lacks.
+    """Write the manifest atomically; unknown fields of the old one are kept.
 
     A manifest that is a link is replaced; the file behind the link is not changed.
 
     Raises:
         ArtifactError: the folder cannot be written, or `read_manifest` would not return an equal
-            manifest. The old one then stays.
+            manifest. The old manifest is then unchanged.
     """
     new = _plain(manifest)
     if (folder / MANIFEST_NAME).is_file():

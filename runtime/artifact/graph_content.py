@@ -71,7 +71,7 @@ def check_graph(path: Path) -> None:
         raise ArtifactError(f"{path} is not named *.onnx, as an ONNX graph should be", _REMEDY)
     try:
         with path.open("rb") as file:
-            # Not closed here: an exception holds views of it, and frees it with the last of them.
+            # Not closed here: an exception may still hold views of it. It is freed with the last.
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         found = (_problem(name, value) for name, value in _values(content, MODEL))
         problem = next(filter(None, found), "")

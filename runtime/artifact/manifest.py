@@ -1,6 +1,6 @@
 """The artifact: the content of an engines folder, and the fields of its manifest.
 
-    manifest.json            the only file any code trusts, written last, atomically
+    manifest.json            describes everything else; written last, atomically
     tokenizer/tokenizer.json
     onnx/<precision>/*.onnx  portable source of every target
     targets/<target>/        built files, where a backend needs any

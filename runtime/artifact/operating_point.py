@@ -20,7 +20,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
         risk_of: `disagreement` with full depth, or `drop` of the score.
         risk: upper bound of the expected risk, in points.
         confidence: probability over the calibration rows that the bound holds, in percent.
-        rows: rows that the bound was tested on; other rows ordered the settings.
+        rows: rows that the bound was tested on; the order of the settings comes from other rows.
     """
 
     risk_of: str
@@ -57,8 +57,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
 
     Attributes:
         rule: name and settings, as `ExitRule.from_dict` reads them.
-        goal: the goal it was chosen for; None: the bound of the certificate. The key in
-            `manifest.json` is `wish`.
+        goal: the goal it was chosen for; None: it was chosen for the bound of its certificate.
+            The key in `manifest.json` is `wish`.
         metric: name of the score, which ranges from 0 to 1 (Matthews correlation from -1).
         score: score with the rule, on rows that did not choose it.
         full_depth_score: score of the last exit on the same rows.

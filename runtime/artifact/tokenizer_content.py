@@ -3,12 +3,12 @@
 The library does what the file says. Three normalizers that each replace a letter by a thousand turn
 it into a gigabyte, and a template may repeat a text any number of times. This module multiplies the
 factors by which each part can grow a text, in bytes, and refuses a product that no real tokenizer
-comes near. Those of BERT, RoBERTa, MPNet, XLM-RoBERTa, CamemBERT, ALBERT, DeBERTa, ModernBERT, T5,
-CLIP, Llama and Gemma grow a text at most 12 times by this count.
+comes near. By this count, the tokenizers of BERT, RoBERTa, MPNet, XLM-RoBERTa, CamemBERT, ALBERT,
+DeBERTa, ModernBERT, T5, CLIP, Llama and Gemma grow a text at most 12 times.
 
-Growth by Unicode normalization itself is left out, since it happens only once: a character has at
-most 33 bytes in NFKD, and 3 bytes become 4 in lower case. Replaced texts are therefore counted as
-if they were already normalized, see `_normalized_bytes`.
+Unicode normalization is not counted as a factor, because it lengthens a text only once (at most 33
+bytes per character). A text that replaces another one is therefore counted in its longest
+normalized form, see `_normalized_bytes`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _File(msgspec.Struct):
 
 
 def check_tokenizer(path: Path) -> None:
-    """Refuse a tokenizer.json that grows texts, or is damaged where the library does not check.
+    """Refuse a tokenizer.json that grows texts too much, or is damaged where no library checks it.
 
     Args:
         path: the file.
@@ -91,7 +91,7 @@ def _parsed(part: msgspec.Raw) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without duplicate names, of which the library may read another one."""
+    """Refuse a name that occurs twice: the library may use the other value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object in it has the same name twice")
@@ -191,7 +191,7 @@ def _metaspace(part: dict[str, Any]) -> float:
 
 
 def _template(part: dict[str, Any]) -> float:
-    """How many pieces a template joins; each is a text or a token of a special token."""
+    """How many pieces a template joins; a piece is a text, or one id of a special token."""
     sizes = {name: max(1, len(token["ids"])) for name, token in part["special_tokens"].items()}
     return max(
         float(sum(sizes[p["SpecialToken"]["id"]] if "SpecialToken" in p else 1 for p in part[name]))

@@ -1,1 +1,1 @@
-"""Backends: the libraries that run segments. Same names in every module; see `base`."""
+"""Backends: the libraries that run segments. What each of them implements is in `backend`."""

@@ -29,7 +29,7 @@ class Pending(Protocol):
 
         Returns:
             Arrays by name: `logits` is `[rows, labels]` float32. They may be views of memory that
-            is overwritten when the group's next segment but one is enqueued, or after the group
+            is overwritten when the second segment after this one is enqueued, or after the group
             is released.
         """
 
@@ -42,8 +42,8 @@ class Execution(ABC, Generic[B]):
         most_bytes: unused buffers are kept up to this size, in bytes.
 
     Attributes:
-        lookahead: whether `enqueue` returns before the segment has run. Then the next segment is
-            enqueued before this one's exit is read.
+        lookahead: whether `enqueue` returns before the segment has run. If so, the next segment
+            is enqueued before this one's exit is read.
     """
 
     lookahead: ClassVar[bool]
@@ -128,7 +128,7 @@ class Execution(ABC, Generic[B]):
 
     @abstractmethod
     def _crop(self, spec: TensorSpec, buffer: BufferName, source: B, target: B) -> None:
-        """Copy the part of a tensor without a batch axis that a shorter sequence needs."""
+        """Of a tensor that has no batch axis, copy the part that a shorter sequence needs."""
 
 
 class Backend(ABC, Generic[B]):

@@ -61,7 +61,7 @@ def plan_buffers(manifest: Manifest) -> list[Stage]:
 
 
 def _live_tensors(manifest: Manifest) -> list[set[str]]:
-    """For each segment, the tensors made before it that it or a later segment reads."""
+    """For each segment, the tensors that exist before it and that it or a later segment reads."""
     live: list[set[str]] = []
     needed: set[str] = set()
     for segment in reversed(manifest.segments):
@@ -100,7 +100,7 @@ S = TypeVar("S")
 
 
 class Buffers(ABC, Generic[V, S]):
-    """The memory of one group at one padded shape, and what runs segments over it.
+    """The memory of one group at one padded shape, and prepared runs of segments over it.
 
     `V` is how a backend holds one buffer, and `S` is what it prepares to run a segment.
 

@@ -1,14 +1,14 @@
 """Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
 
-Each group's buffers have runners of their own, whose shapes and addresses never change. So a
-segment becomes one launch: its first run warms up, the second is captured as a CUDA graph,
-and later ones replay it. Segments run one after another, so all runners of an execution
-share one piece of scratch memory. Only the outputs of exit heads come back, into pinned
-memory, with an event to wait for.
+Each group's buffers have runners of their own, whose shapes and addresses never change. A segment
+can therefore be started with one launch: its first run warms up, the second run is captured as a
+CUDA graph, and later runs replay this graph. Segments run one after another, so all runners of an
+execution share one piece of scratch memory. Only the outputs of exit heads are copied back, into
+pinned memory, with an event to wait for.
 
-Rows are regrouped by the driver's own copies on the device, one for each run of neighbouring
-rows. So nothing here needs a compiler on the device or a kernel for each GPU. A group has a
-few dozen rows, and most neighbours stay together.
+Rows are regrouped with copies of the CUDA driver, one for each run of neighbouring rows. Nothing
+here needs a compiler on the device, or a kernel for each GPU. A group has a few dozen rows, and
+most neighbours stay together.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         target: _DeviceBuffers,
     ) -> None:
         if spec.name == ATTENTION_BIAS:
-            # The lengths tell these few numbers, so sending them is cheaper than gathering.
+            # These few numbers follow from the lengths; uploading them is cheaper than gathering.
             target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
             target.upload({buffer: bias_of(target.lengths, spec, target.bucket)})
             return
@@ -333,7 +333,7 @@ class DeviceExecution(Execution[_DeviceBuffers]):
     ) -> None:
         wide, narrow = shape_of(spec, source.bucket), shape_of(spec, target.bucket)
         itemsize = dtype_of(spec).itemsize
-        # The innermost rows are cut to their new width; of the axis before, fewer are taken.
+        # The last two axes are a matrix, of which the first rows and columns are copied.
         wide_pitch, pitch = wide[-1] * itemsize, narrow[-1] * itemsize
         for matrix in range(int(np.prod(narrow[:-2]))):
             start = (source.buffer(buffer) + matrix * wide[-2] * wide_pitch, wide_pitch)

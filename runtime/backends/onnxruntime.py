@@ -1,9 +1,11 @@
 """ONNX Runtime on the CPU.
 
-Three things make a chain of sessions as fast as one graph. One process-wide thread pool, since
-the idle threads of several pools spin against each other (measured: up to 18 times slower).
-One shared arena, so that segments reuse the same warm memory (1.2 times). And prepared IO
-bindings over pooled buffers.
+Three things make a chain of sessions as fast as one graph:
+
+- one process-wide thread pool, because the idle threads of several pools spin against each other
+  (measured: up to 18 times slower)
+- one shared arena, so that segments reuse the same warm memory (1.2 times)
+- prepared IO bindings over pooled buffers
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ from .shapes import Bucket, Limits, Rows
 # Unused buffers are kept up to this size, about what a CPU cache holds. A larger store would
 # hand out cold memory where the allocator hands out warm memory.
 _FREE_BYTES = 32 * 2**20
-# What a binding takes besides its buffers (measured). For one short text that is a third of all.
+# Memory of a binding besides its buffers (measured): a third of the total for one short text.
 _BINDING_BYTES = 5 * 2**10
-# Measured on two cores: fewer tokens waste the matrix kernels, and more leave the caches.
+# Measured on two cores: with fewer tokens the matrix kernels are less efficient, and more tokens
+# do not fit into the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
 
@@ -77,7 +80,7 @@ class _CpuBuffers(Buffers[_Value, tuple[list[_Run], "_Ready"]]):
 
 
 class _Ready(NamedTuple):
-    """Outputs that are ready: the CPU has run by the time `enqueue` returns."""
+    """Outputs that are ready, because `enqueue` returns when the segment has run."""
 
     outputs: Arrays
 

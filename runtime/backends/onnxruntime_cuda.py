@@ -89,7 +89,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         return Limits(rows, longest, _GROUP_TOKENS, sequence_lengths=(*steps, longest))
 
     def check_bucket(self, bucket: Bucket) -> None:
-        """Every shape runs."""
+        """Accept every shape."""
 
     def runner(
         self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
@@ -133,7 +133,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
 
     def _free(self) -> None:
         super()._free()
-        self._loaded.clear()  # sessions go before the stream that they use
+        self._loaded.clear()  # sessions must be freed before the stream that they use
         self.cuda.destroy_stream(self.stream)
 
 

@@ -80,7 +80,7 @@ def _set_up_pool(threads: int) -> bool:
 
 
 def _sessions_alive(kind: type) -> bool:
-    """Whether this process holds sessions; ONNX Runtime itself does not tell."""
+    """Whether this process holds sessions; ONNX Runtime itself has no function for this."""
     return any(issubclass(type(item), kind) for item in gc.get_objects())
 
 
@@ -179,6 +179,6 @@ def ort_errors() -> tuple[type[Exception], ...]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a run failed because of too little memory; only the error's words tell."""
+    """Whether a run failed because of too little memory; only the error's message shows this."""
     words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))

@@ -1,4 +1,4 @@
-"""Run a chain graph by graph with ONNX Runtime, where every tensor in between is of interest.
+"""Run a chain graph by graph with ONNX Runtime, to see every tensor between graphs.
 
 This serves checks and measurements of an export; the engine runs segments through `Execution`.
 """
@@ -22,8 +22,8 @@ class Step:
         graph: name of the graph.
         batch: number of the batch, from 0.
         inputs: what the graph read, by input name.
-        outputs: what it gave, by output name. Later graphs read what this holds when the next
-            step is asked for, so a caller may replace values.
+        outputs: what it gave, by output name. Later graphs read these values. A caller may
+            replace them before it asks for the next step.
     """
 
     call: int
@@ -36,9 +36,9 @@ class Step:
 def steps(
     manifest: Manifest, batches: Iterable[Arrays], open_session: Callable[[str], Any]
 ) -> Iterator[Step]:
-    """Run every call of the chain on all batches before the next call.
+    """Run the calls of the chain one after another, each on all batches.
 
-    Only one graph is in memory at a time; the tensors of all batches are.
+    Only one graph is in memory at a time, together with the tensors of all batches.
 
     Args:
         manifest: says which segment calls which graphs.

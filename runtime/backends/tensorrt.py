@@ -105,7 +105,7 @@ class TensorRtBackend(DeviceBackend):
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._log = error_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
-        # A version-compatible plan brings the library code that runs it.
+        # A version-compatible plan contains the library code that runs it.
         self._runtime.engine_host_code_allowed = self.target.version_compatible
         self._compiled = None
         if self.target.backend == "tensorrt-rtx":

@@ -19,8 +19,8 @@ from .console import echo
 _INTERRUPTED = 130  # as in a shell
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
-# How a call of each public function that a remedy may name is typed: the command, and the option
-# that takes the second argument.
+# For each public function that a remedy may name: the command that calls it, and the option that
+# takes its second argument.
 _COMMANDS = {
     "export": ("fpabee-export", "-o"),
     "add_targets": ("fpabee-export --from", ""),

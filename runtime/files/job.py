@@ -92,7 +92,7 @@ def _characters(item: Item) -> int:
 
 
 def _checked(items: Iterable[Item], summary: Summary, skip: bool) -> Iterator[Item]:
-    """The rows; an error in place of each row that cannot be scored, if scores are wanted."""
+    """The rows; if scores are wanted, a row that cannot be scored is replaced by its error."""
     for item in items:
         checked = item if isinstance(item, RowError) else summary.label_error(item) or item
         if isinstance(checked, RowError) and not skip:

@@ -148,7 +148,7 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
 
 
 def _why_not_json(line: str) -> tuple[str, str]:
-    """What is wrong with a line that another program wrote, if it is a common mistake; a remedy."""
+    """A common mistake in a line, or nothing if it is not one of these; and a remedy."""
     opened = _ONE_PER_LINE.get(line.strip())
     if opened:
         return "an object or array over several lines", opened

@@ -16,7 +16,7 @@ import msgspec
 from ..errors import InputError, MissingExtraError, RowError
 from .rows import ReadOptions, Row, class_name
 
-# Small, since a long value that the file holds once may be the value of every row.
+# Few, because a long value that the file holds once may be the value of every row.
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 _DICTIONARY_BYTES = 8 * 2**20

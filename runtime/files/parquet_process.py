@@ -112,7 +112,7 @@ def _start(path: Path, options: ReadOptions) -> subprocess.Popen[bytes]:
             bufsize=_BUFFER_BYTES,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # What the C++ library prints when it aborts does not help anybody.
+            # The C++ library prints nothing helpful when it aborts.
             stderr=subprocess.DEVNULL,
             # Ctrl-C goes to the caller only, which then ends the child.
             start_new_session=True,
@@ -136,7 +136,7 @@ def main() -> None:
     """Read the file that the first argument names, and write its rows to standard output."""
     path, options = json.loads(sys.argv[1])
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    # What a library prints must not get between the lines.
+    # If a library prints something, it must not appear between the rows.
     stream = os.fdopen(os.dup(1), "wb", _BUFFER_BYTES)
     os.dup2(2, 1)
     encode = msgspec.json.Encoder().encode

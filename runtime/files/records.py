@@ -65,7 +65,7 @@ class RecordSchema:
         return {"index": index, "error": str(error)}
 
     def fits(self, record: Record) -> bool:
-        """Whether a record that was read may be of this schema: an error, or labels and an exit."""
+        """Whether a record from a file can be of this schema: an error, or labels and an exit."""
         if "error" in record:
             return isinstance(record["error"], str)
         exit_number = record.get("exit")

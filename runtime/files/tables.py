@@ -10,12 +10,12 @@ from . import lines as lines_module
 from .lines import Lines
 from .rows import ReadOptions, Row, all_rows
 
-# What may separate the names of a header by mistake.
+# Other separators, with which a header may be written by mistake.
 _SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
 
 
 class _Records:
-    """The records of a table. Raises for one that cannot be read; the next call continues after it.
+    """The records of a table. `RowError` is raised for a bad one; the next call continues after it.
 
     Attributes:
         line: the first line of the latest record.

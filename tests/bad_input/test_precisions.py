@@ -1,4 +1,4 @@
-"""Precisions that a model does not survive, and plans that cannot be built: nothing is written."""
+"""Precisions that change a model too much, plans that cannot be built: nothing is written."""
 
 from __future__ import annotations
 
