@@ -126,6 +126,7 @@ SETTINGS = [
     Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
     Case("a setting of another rule", run("--rule", "pabee", "--patience", 1, "--threshold", 1),
          "pabee", "threshold"),
+    Case("a measure whose threshold is unknown", run("--measure", "kd"), "needs", "--threshold"),
     Case("a last exit before the first", run("--min-exit", 3, "--max-exit", 2), "2", "3"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
     Case("a depth without threshold",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
-from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
+from fpabee.runtime import BackendError, Engine, FPabee, VerificationError, read_manifest
+from fpabee.runtime.agreement import BARS
 from fpabee.runtime.cli.inspect import main as inspect
 
 from ..doubles.device import Double
@@ -96,6 +98,22 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     patch_builds(monkeypatch)
     assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
     assert read_manifest(double.folder).targets[NAME].operating_points == {}
+
+
+def test_a_target_that_does_not_reproduce_the_model_is_removed(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BARS, "fp32", dataclasses.replace(BARS["fp32"], labels=1.1))
+    with pytest.raises(VerificationError, match="removed from the manifest"):
+        add_targets(double.folder, OPTIONS)
+    assert NAME not in read_manifest(double.folder).targets
+
+
+def test_new_graphs_of_a_precision_remove_the_plans_of_the_old_ones(double: Double) -> None:
+    options = dataclasses.replace(OPTIONS, precisions=(Half.FP16,))
+    (name,) = add_targets(double.folder, options).built
+    kept = dataclasses.replace(options, backends=(), keep_fp32=("hidden_states",))
+    assert name not in add_targets(double.folder, kept).manifest.targets
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fpabee.exporter.bench import (
 )
 from fpabee.exporter.cli.bench import main
 from fpabee.exporter.prune.merge import merge_chain
-from fpabee.runtime import Budget, Engine, read_manifest
+from fpabee.runtime import Budget, Engine, ExitRule, read_manifest
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
 from fpabee.runtime.encoding import padded_inputs, padding_values
 
@@ -78,7 +78,7 @@ def test_report_and_progress(
 def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
     texts = tmp_path / "rows"
     texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
-    command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--depth", "0.7"]
+    command = [str(engines["bert"]), "--input", str(texts), "--repeats", "1", "--depth", "0.8"]
     columns = ["--input-format", "jsonl", "--text-column", "body"]
 
     result = CliRunner().invoke(main, [*command, *columns, "--shapes", "2x8", "--json"])
@@ -86,7 +86,12 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["rule"]["name"] == "fpabee"
-    assert report["workloads"][0]["realised"] > 0
+    whole = report["workloads"][-1]
+    assert whole["realised"] > 0
+    with Engine.load(engines["bert"]) as engine:
+        trace = engine.trace(TEXTS, rule=ExitRule.from_dict(report["rule"]))
+    layers = (trace.exits * trace.lengths).sum()
+    assert whole["theoretical"] == pytest.approx(3 * trace.lengths.sum() / layers)
 
 
 def test_the_table_is_not_cut_in_a_file(engines: Mapping[str, Path], tmp_path: Path) -> None:

@@ -303,6 +303,11 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
             free = [buffers for part in store._free.values() for buffers in part]
             assert 0 < store.nbytes <= 100_000
             assert store.nbytes == sum(buffers.nbytes for buffers in free)
+            oldest, *_, newest = (bucket for bucket, part in store._free.items() if part)
+            assert newest.sequence == 41
+            for tokens in (oldest.sequence, oldest.sequence - 2):  # the second was dropped before
+                engine.trace([texts[tokens - 3]])
+            assert store._free[oldest], "it was used more recently than others"
     with Engine.load(engines["bert"]) as engine:
         usual = engine.trace(texts).logits
     np.testing.assert_allclose(np.concatenate(found, axis=1), usual, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +54,14 @@ def test_drift_from_an_operating_point(
         Tally((1, 0)).drift((1, 2, 3))
 
 
-def test_threads_lose_no_row(engine: Engine) -> None:
+def test_threads_lose_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Tally.__add__
+
+    def slow(one: Tally, other: Tally) -> Tally:
+        time.sleep(1e-4)  # lets other threads run
+        return add(one, other)
+
+    monkeypatch.setattr(Tally, "__add__", slow)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(200):
             pool.submit(engine.predict, ["rain", "the " * 100], rule=Budget(exit=1))

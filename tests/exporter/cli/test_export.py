@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.add_targets import drop_graphs
+from fpabee.exporter.add_targets import AddTargetsOptions, drop_graphs
 from fpabee.exporter.cli.export import main
 from fpabee.runtime import ArtifactError
 from fpabee.runtime.artifact.folder import read_manifest
@@ -103,6 +103,16 @@ def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path])
     assert not (folder / "onnx").exists()
     manifest = read_manifest(folder)
     assert list(manifest.targets) == [manifest.default_target] == ["tensorrt-rtx-fp32"]
+
+
+def test_workspace_is_in_mebibytes(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(folder: Path, options: AddTargetsOptions, progress: object) -> None:
+        raise ArtifactError(f"{options.plans.workspace} bytes")
+
+    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", stop)
+    assert f"{512 * 2**20} bytes" in run("--from", engines["bert"], "--workspace", 512).stderr
 
 
 def test_graphs_that_are_run_are_not_dropped(engine_copy: Callable[..., Path]) -> None:

@@ -131,6 +131,7 @@ def test_points_are_calibrated_again_and_the_old_folder_stays(
     assert set(target.operating_points) == set(content["points"]) == {"careful", "usual"}
     for name, point in content["points"].items():
         assert point["before"]["wish"] == point["after"]["wish"]
+        assert point["after"]["measured_speedup"].keys() == {"1", "4"}, "the same batch size"
         assert target.operating_points[name].rule["name"] in ("fpabee", "budget")
         assert target.operating_points[name].rows == 100
         assert len(target.operating_points[name].exits) == 2
@@ -164,6 +165,9 @@ def test_what_is_said_to_people(
     assert shown.splitlines()[-1] == f"next: fpabee-run {new} texts.txt"
     points = read_manifest(new).targets[TARGET].operating_points
     assert exits != "3" or [point.mean_depth for point in points.values()] == [3.0, 3.0]
+    old = read_manifest(calibrated).targets[TARGET].operating_points["usual"]
+    in_points = f"{100 * (old.full_depth_score - old.score):+.2f} ("
+    assert exits == "1,2,3" or in_points in shown
 
 
 def test_a_goal_for_speed_that_fewer_exits_cannot_meet_is_lost_alone(
@@ -255,7 +259,8 @@ def test_a_bound_is_tested_again_and_needs_no_labels(
     target = read_manifest(new).targets[TARGET]
     certificate = target.operating_points["sure"].certificate
     assert certificate is not None
-    assert (certificate.risk_of, certificate.risk) == ("disagreement", 40.0)
+    found = (certificate.risk_of, certificate.risk, certificate.confidence)
+    assert found == ("disagreement", 40.0, 95.0)
     assert target.default_operating_point == "sure"
 
 

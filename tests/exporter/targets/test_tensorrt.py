@@ -179,6 +179,7 @@ def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
     options = dataclasses.replace(SMALL, sequence=(16, 128, 512)).fitted(manifest, RTX, "fp16")
     assert options.sequence_lengths[-1] == manifest.tokenizer.max_length == 64
     assert [profile.sequence.max for profile in options.profiles()] == [64]
+    assert [(p.sequence.min, p.sequence.max) for p in SMALL.profiles()] == [(8, 16), (17, 32)]
 
 
 def test_tensorrt_needs_the_device(

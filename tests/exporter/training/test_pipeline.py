@@ -18,11 +18,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training.pipeline import build_model, features
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
-from fpabee.runtime.files import read_rows
+from fpabee.runtime.files import Row, read_rows
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -100,6 +101,12 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
         each.state_dict()["bert.encoder.layer.5.output.dense.weight"] for each in (trained, given)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_long_rows_are_truncated_for_training(options: Options) -> None:
+    model, tokenizer = build_model(options(), ("a", "b"))
+    (row,) = features([Row("film " * 30, None, ("a",))], tokenizer, model.exit_config, 8)
+    assert len(row["input_ids"]) == 8
 
 
 def test_a_resumed_training_ends_like_an_uninterrupted_one(

@@ -68,8 +68,8 @@ def test_rows_of_files_are_read(tmp_path: Path) -> None:
 def test_labels_are_in_the_order_of_labels_json_or_of_the_alphabet(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.touch()
-    rows = [Row("x", labels=("b",)), Row("y", labels=("a", "b")), Row("z")]
-    assert label_names(rows, str(path)) == ("a", "b")
+    rows = [Row("x", labels=("d", "c", "e")), Row("y", labels=("a", "b", "c")), Row("z")]
+    assert label_names(rows, str(path)) == ("a", "b", "c", "d", "e")
     (tmp_path / "labels.json").write_text('["z", "b", "a"]')
     assert label_names(rows, str(path)) == ("z", "b", "a")
 

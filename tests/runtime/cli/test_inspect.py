@@ -19,7 +19,7 @@ from fpabee.runtime.artifact.manifest import REFERENCE_NAME, NotBuilt
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.cli.inspect import chain_table, main
-from fpabee.runtime.inspection import Part, chain_parts, target_states
+from fpabee.runtime.inspection import Part, chain_parts, check_integrity, target_states
 
 from ...doubles.device import install
 
@@ -138,6 +138,18 @@ def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path]) -> None:
     assert "is damaged" in first
     assert "is missing" in second
     assert changed.name in run(folder, "--check").stdout
+
+
+def test_graphs_of_all_precisions_and_plans_are_checked(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    made = install(monkeypatch, folder)
+    manifest = read_manifest(folder)
+    other = {n: msgspec.structs.replace(g, sha256="0" * 64) for n, g in manifest.graphs.items()}
+    (folder / "targets" / made.target / "segment_01.plan").unlink()
+    manifest = msgspec.structs.replace(manifest, precisions={"bf16": other})
+    assert len(check_integrity(folder, manifest, states=()).damaged) == 1 + len(other)
 
 
 def test_the_environment_and_sizes_need_no_onnxruntime(

@@ -224,6 +224,11 @@ def test_the_summary_is_that_of_all_rows(classify: Classify) -> None:
     assert told(resumed.err) == told(unbroken.err)
     assert "2 rows could not be read" in resumed.err
     assert "32 rows were done by an earlier run" in resumed.err
+    classify.interrupt(33)
+    content = json.loads(classify("--resume", "--json").err)
+    assert content["rows_per_second"] * content["seconds"] == pytest.approx(60 - 32)
+    ran = sum(part["layer"] * part["rows"] for part in content["exits"])
+    assert content["mean_depth"] == pytest.approx(ran / 58), "of the rows that could be read"
 
 
 def test_rows_that_are_done_are_not_thrown_away(classify: Classify) -> None:
