@@ -192,11 +192,18 @@ def test_a_folder_of_someone_else_is_never_replaced(
     assert {path.name: path.read_text() for path in folder.iterdir()} == files
 
 
-def test_a_file_is_never_replaced(bert: Path, tmp_path: Path) -> None:
+def test_a_file_is_never_replaced(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="will not be replaced"):
         export(bert, tmp_path / "file", ExportOptions(force=True))
     assert (tmp_path / "file").read_text() == "mine"
+    late = tmp_path / "appears during the export"
+    monkeypatch.setattr(pipeline, "check_graphs", lambda *_: late.write_text("mine") and {})
+    with pytest.raises(ArtifactError, match="will not be replaced"):
+        export(bert, late)
+    assert late.read_text() == "mine"
 
 
 @pytest.mark.parametrize("amount", [0.01, np.nan])

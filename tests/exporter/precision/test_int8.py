@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.precision.emulation import run_emulated
 from fpabee.exporter.precision.int8 import add_int8
 from fpabee.runtime import FPabee, agreement, read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
@@ -34,12 +36,21 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if 
 
 @pytest.mark.parametrize("family", ["albert", *SLOW])
 def test_products_with_weights_are_quantized_symmetrically(
-    family: str, engine_copy: Callable[..., Path], lenient: None
+    family: str, engine_copy: Callable[..., Path], lenient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy(family)
-    manifest, report = add_int8(folder, read_manifest(folder), RULE, TEXTS)
+    judged: list[set[int]] = []
+
+    def noted(*given: Any) -> Any:
+        judged.append({len(row) for row in given[2]})
+        return run_emulated(*given)
+
+    monkeypatch.setattr("fpabee.exporter.precision.int8.run_emulated", noted)
+    texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
+    manifest, report = add_int8(folder, read_manifest(folder), RULE, texts)
     assert report.precision == "int8"
-    assert report.rows == 12 + len(TEXTS) // 2, "texts that gave ranges are not judged"
+    assert report.rows == 12 + len(texts) // 2
+    assert judged[0] == {3}, "texts that gave ranges, which have 4 tokens, are not judged"
     quantized = 0
     for graph in manifest.graphs_in("int8").values():
         assert graph.file.startswith("onnx/int8-qdq/")

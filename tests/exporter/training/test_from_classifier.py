@@ -129,6 +129,9 @@ def test_what_cannot_be_converted_is_refused(make: Make) -> None:
     classifier.model.classifier.activation = nn.Tanh()
     with pytest.raises(ModelError, match="does not have the usual head of its family"):
         classifier.multi_exit(None, Pooling.MEAN)
+    nn.init.constant_(classifier.model.classifier.dense.weight, torch.nan)
+    with pytest.raises(ModelError, match="differ from it by nan"):
+        classifier.multi_exit(None, Pooling.MEAN)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
