@@ -55,6 +55,7 @@ from .errors import (
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule, SearchSpace, Signal, Threshold, ThresholdRule
+from .rules.learned import Learned
 from .rules.measures import Measure, Outputs, RowOutputs
 from .rules.rules import (
     RULES,
@@ -92,6 +93,7 @@ __all__ = [
     "Goal",
     "Graph",
     "InputError",
+    "Learned",
     "Limits",
     "Manifest",
     "Measure",

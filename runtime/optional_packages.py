@@ -12,6 +12,7 @@ _PACKAGES = {
     "bench": ("onnx", "export,cpu"),
     "half": ("onnx onnxruntime", "export,cpu"),
     "merge": ("onnx onnxruntime", "export,cpu"),
+    "calibrate": ("sklearn", "calibrate"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),
     "plot": ("matplotlib jinja2", "plot"),

@@ -20,6 +20,10 @@ def settings_in_words(settings: RuleSettings) -> str:
         words.append("threshold per exit")
     elif threshold is not None:
         words.append(f"{threshold:.4g}" if isinstance(threshold, float) else str(threshold))
-    others = [f"{key.replace('_', ' ')} {value}" for key, value in rest.items()]
+    others = [
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in rest.items()
+        if not isinstance(value, tuple)
+    ]
     others = [text for text in others if text != "patience 1"]
     return ", ".join([" ".join(filter(None, words)), *others])

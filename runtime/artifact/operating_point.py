@@ -20,7 +20,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
         risk_of: `disagreement` with full depth, or `drop` of the score.
         risk: upper bound of the expected risk, in points.
         confidence: probability over the calibration rows that the bound holds, in percent.
-        rows: rows that the bound was tested on; the order of the settings comes from other rows.
+        rows: rows that the bound was tested on; other rows fixed which settings were tested.
     """
 
     risk_of: str
@@ -35,8 +35,8 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "sur
     Attributes:
         max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
             setting within it is chosen. None, the default, if `speedup` is given.
-        guaranteed: whether the upper 95 % bound of the drop must stay within `max_drop`, instead
-            of its estimate; default: no. The key in `manifest.json` is `surely`.
+        guaranteed: whether the drop must be within `max_drop` with 95 % confidence, instead of by
+            its estimate; default: no. The key in `manifest.json` is `surely`.
         speedup: least estimated speed-up, such as 2.0 for half the time; the setting with the
             smallest drop is chosen. None, the default, if `max_drop` is given.
     """
@@ -48,7 +48,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "sur
     def __str__(self) -> str:
         if self.max_drop is None:
             return f"at least {self.speedup:g} times as fast"
-        bound = ", by its upper 95 % bound" if self.guaranteed else ""
+        bound = ", with 95 % confidence" if self.guaranteed else ""
         return f"drop at most {self.max_drop:g} points{bound}"
 
 
@@ -63,8 +63,9 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
         score: score with the rule, on rows that did not choose it.
         full_depth_score: score of the last exit on the same rows.
         drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened if very
-            few rows change.
-        held_out: the rows of the scores: cross-fitted parts, another file, or the rows that
+            few rows change. If the point is guaranteed, the upper end is the one-sided bound at
+            the confidence of the guarantee.
+        held_out: the rows of the scores: cross-validated parts, another file, or the rows that
             tested a certificate.
         rows: number of these rows.
         data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
@@ -75,7 +76,7 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
         estimated_speedup: the same ratio in measured times of the segments.
         measured_speedup: ratio of run times on the target, by batch size in rows.
         versions: versions of the libraries that measured it.
-        certificate: a bound on the risk, if one was asked for.
+        certificate: a bound on the risk, if the point is guaranteed.
     """
 
     rule: RuleSettings

@@ -27,6 +27,12 @@ from ..artifact.operating_point import RuleSettings
 from ..errors import Remedy, RuleError
 from .measures import Array, Mask, Measure, Outputs, RowOutputs
 
+MOST_LABELS = 16
+"""With more labels than this, numpy is faster than plain Python even for a single row."""
+
+# Numpy and plain Python round differently. A score this close to the threshold is left to numpy.
+_TOO_CLOSE = 1e-9
+
 Threshold = float | tuple[float, ...]
 """One threshold for all exits, or one for each exit; the last exit stops every row anyway."""
 
@@ -60,13 +66,11 @@ class SearchSpace:
         exits: number of exits of the model.
         measures: similarity measures to try.
         patiences: values of `patience` to try.
-        scores_of: the scores of any rule on the trace.
     """
 
     exits: int
     measures: Sequence[Measure]
     patiences: Sequence[int]
-    scores_of: ScoresOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,6 @@ class ExitRule(ABC):
     """The first exit that can give a signal; `signal` is not called before it."""
     uses_labels: ClassVar[bool] = False
     """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
-    fits_per_exit: ClassVar[bool] = False
-    """Whether calibration also fits one threshold per exit for this rule."""
     sign: ClassVar[int] = 1
     """-1 if rows stop above the threshold, not below it: then stop scores are negated."""
 
@@ -130,6 +132,23 @@ class ExitRule(ABC):
             earlier: outputs of the previous exit for the same rows; None at exit 1.
             now: outputs of this exit.
         """
+
+    def check_exits(self, exits: int) -> None:
+        """Check that the rule fits a model.
+
+        Args:
+            exits: number of exits of the model.
+
+        Raises:
+            RuleError: a setting names a later exit, or is given for another number of exits.
+        """
+        for field in ("exit", "min_exit", "max_exit"):
+            value = getattr(self, field, None)
+            if value is not None and value > exits:
+                raise RuleError(
+                    f"rule {self.name}: {field} is {value}, but the model has {exits} exits",
+                    f"give at most {exits}",
+                )
 
     @property
     def signals_needed(self) -> int:
@@ -294,22 +313,40 @@ class ThresholdRule(ExitRule):
     threshold: Threshold
 
     @abstractmethod
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The scores `[rows]` of some rows at an exit.
 
         Args:
+            exit_number: counted from 1.
             earlier: outputs of the previous exit; None at exit 1.
             now: outputs of this exit.
         """
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The answer looks settled where the score is strictly beyond the threshold."""
-        scores = self.scores(earlier, now)
+        scores = self.scores(exit_number, earlier, now)
         return Signal(scores, self._passes(exit_number, scores))
 
     def _passes(self, exit_number: int, scores: Array) -> Mask:
         threshold = self.threshold_at(exit_number)
         return scores < threshold if self.sign > 0 else scores > threshold
+
+    def _row_passes(self, exit_number: int, score: float) -> bool | None:
+        """Whether the score of a single row is beyond the threshold; None if it is too close."""
+        threshold = self.threshold_at(exit_number)
+        excess = score - threshold
+        # NaN is never beyond the margin, so numpy decides about it as well.
+        return bool(excess < 0) if abs(excess) > _TOO_CLOSE * (1 + abs(threshold)) else None
+
+    def check_exits(self, exits: int) -> None:
+        """Check that the rule fits a model, see `ExitRule`."""
+        super().check_exits(exits)
+        if isinstance(self.threshold, tuple) and len(self.threshold) != exits:
+            raise RuleError(
+                f"rule {self.name} has {len(self.threshold)} thresholds, but the model has "
+                f"{exits} exits",
+                f"give one number, or {exits}: one for each exit",
+            )
 
     def threshold_at(self, exit_number: int) -> float:
         """The threshold at an exit, counted from 1."""
@@ -350,6 +387,12 @@ def _threshold(what: str, value: Any) -> Threshold:
     return value  # type: ignore[no-any-return]
 
 
+def _numbers(what: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, tuple):
+        raise RuleError(f"{what} is {value!r}", "give a sequence of numbers")
+    return tuple(_number(what, number) for number in value)
+
+
 def _measure(what: str, value: Any) -> Measure:
     try:
         return Measure(value)
@@ -368,5 +411,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "int | None": lambda what, value: None if value is None else _whole_number(what, value),
     "float": _number,
     "Threshold": _threshold,
+    "tuple[float, ...]": _numbers,
     "Measure": _measure,
 }

@@ -202,6 +202,11 @@ class Outputs:
         problems = 1 if self.distributions.ndim == 2 else self.distributions.shape[-2]
         return self.entropy() / (problems * math.log(max(2, outcomes)))
 
+    def confidence(self) -> Array:
+        """The largest probability `[rows]`; for multi-label tasks the smallest of all labels."""
+        best = self.distributions.max(axis=-1)
+        return np.asarray(best if best.ndim == 1 else best.min(axis=-1))
+
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
         same = self.answers == earlier.answers

@@ -16,15 +16,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import ExitRule, ScoresOf, SearchSpace, Signal, ThresholdRule
+from .base import MOST_LABELS, ExitRule, ScoresOf, SearchSpace, Signal, ThresholdRule
+from .learned import Learned
 from .measures import ARRAYS, FLOATS, MEASURES, Array, Measure, Outputs, RowOutputs, per_row
-
-# Numpy and plain Python round differently. A score this close to the threshold is left to numpy.
-_TOO_CLOSE = 1e-9
-# With more labels than this, numpy is faster even for a single row.
-_MOST_LABELS = 16
-# How many values of `agreement` are tried for each measure.
-_AGREEMENTS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +36,11 @@ class FPabee(ThresholdRule):
 
     name: ClassVar[str] = "fpabee"
     first_exit_with_signal: ClassVar[int] = 2
-    fits_per_exit: ClassVar[bool] = True
 
     measure: Measure = Measure.JSKD
     patience: int = 1
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The measure, summed over labels."""
         assert earlier is not None
         measure = MEASURES[self.measure]
@@ -57,16 +50,13 @@ class FPabee(ThresholdRule):
         self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
     ) -> bool | None:
         """Whether the measure is below the threshold, for up to 16 labels."""
-        if len(now.logits) > _MOST_LABELS:
+        if len(now.logits) > MOST_LABELS:
             return None
         if earlier is None:
             return False
         measure = MEASURES[self.measure]
         pairs = zip(earlier.distributions, now.distributions, strict=True)
-        threshold = self.threshold_at(exit_number)
-        excess = sum([measure(FLOATS, p, q) for p, q in pairs]) - threshold
-        # NaN is never beyond the margin, so numpy decides about it as well.
-        return bool(excess < 0) if abs(excess) > _TOO_CLOSE * (1 + abs(threshold)) else None
+        return self._row_passes(exit_number, sum([measure(FLOATS, p, q) for p, q in pairs]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +92,8 @@ class Entropy(ThresholdRule):
     """
 
     name: ClassVar[str] = "entropy"
-    fits_per_exit: ClassVar[bool] = True
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The entropy; for multi-label tasks the sum of the binary entropies."""
         return now.entropy()
 
@@ -120,10 +109,9 @@ class Confidence(ThresholdRule):
     name: ClassVar[str] = "confidence"
     sign: ClassVar[int] = -1
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The largest probability; for multi-label tasks the least max(p, 1 - p) of a label."""
-        best = now.distributions.max(axis=-1)
-        return np.asarray(best if best.ndim == 1 else best.min(axis=-1))
+        return now.confidence()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +123,8 @@ class Energy(ThresholdRule):
     """
 
     name: ClassVar[str] = "energy"
-    fits_per_exit: ClassVar[bool] = True
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The energy, computed without overflow."""
         top = np.maximum(now.logits.max(axis=-1), 0.0)
         total = np.exp(now.logits - top[:, None]).sum(axis=-1)
@@ -161,7 +148,7 @@ class Pcee(ThresholdRule):
 
     patience: int = 1
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The normalised entropy."""
         return now.normalised_entropy()
 
@@ -181,13 +168,13 @@ class _SureOrSettled(ThresholdRule):
     def _settled(self) -> ExitRule:
         """The rule that compares neighbouring exits."""
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
         """The scores that say whether an answer is sure."""
-        return self._sure.scores(earlier, now)
+        return self._sure.scores(exit_number, earlier, now)
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """A row stops now if its answer is sure, and gives a signal if its answer is settled."""
-        scores = self.scores(earlier, now)
+        scores = self.scores(exit_number, earlier, now)
         if earlier is None:
             agrees = np.zeros(len(scores), np.bool_)
         else:
@@ -255,14 +242,8 @@ class Either(_SureOrSettled):
 
     @classmethod
     def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Every measure, with `agreement` at quantiles of its scores; patience 1."""
-        for measure in space.measures:
-            scores = space.scores_of(FPabee(threshold=0.0, measure=measure))[1:]
-            if not scores.size:  # a single exit has no neighbour
-                return
-            shares = np.linspace(0, 0.75, _AGREEMENTS + 1)[1:]
-            for agreement in sorted({float(f"{v:.4g}") for v in np.quantile(scores, shares)}):
-                yield cls(threshold=0.0, agreement=agreement, measure=measure)
+        """Nothing: `Learned` saves more, so this rule only runs where it was chosen before."""
+        return iter(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +276,7 @@ class Budget(ExitRule):
 
 RULES: dict[str, type[ExitRule]] = {
     rule.name: rule
-    for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Budget)
+    for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Learned, Budget)
 }
 """The class of each rule by its name."""
 

@@ -71,20 +71,7 @@ class RuleRunner:
                 f"the rule is {rule!r}, a {type(rule).__name__}",
                 "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
             )
-        for field in ("exit", "min_exit", "max_exit"):
-            value = getattr(rule, field, None)
-            if value is not None and value > exits:
-                raise RuleError(
-                    f"rule {rule.name}: {field} is {value}, but the model has {exits} exits",
-                    f"give at most {exits}",
-                )
-        threshold = getattr(rule, "threshold", None)
-        if isinstance(threshold, tuple) and len(threshold) != exits:
-            raise RuleError(
-                f"rule {rule.name} has {len(threshold)} thresholds, but the model has {exits} "
-                "exits",
-                f"give one number, or {exits}: one for each exit",
-            )
+        rule.check_exits(exits)
         self.rule = rule
         self.problem_type = problem_type
         self.last = rule.max_exit or exits
