@@ -6,10 +6,12 @@ runtime only: neither torch nor transformers nor onnx.
 `calibrate` writes operating points into an engines folder, as `CalibrationOptions` ask for, and
 `write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
 
-The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows),
-`scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs` (what stopping
-early costs and loses), `sweep` (all thresholds), `per_exit` (one threshold per exit), `choose`,
-`risk` (certificates), `outcome` (judge), `result`; `calibrate` runs them.
+The modules in the order of the steps: `goals` (what is asked), `checks` (what is refused), `trace`
+(run the rows), `scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs`
+(what stopping early costs and loses), `sweep` (all thresholds of a rule), `per_exit` and `learned`
+(rules that are fitted), `families` (the settings that compete), `choose` (estimated goals), `risk`
+(guarantees), `points` (operating points, judged on other rows), `outcome`, `result`; `calibrate`
+runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal

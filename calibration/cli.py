@@ -18,15 +18,13 @@ from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, table_console
 from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import RULES
-from .calibrate import CROSS_FITTED, calibrate
-from .descriptions import drop_in_words, rule_in_words
+from .calibrate import CROSS_VALIDATED, calibrate
+from .descriptions import drop_in_words, promise_in_words, rule_in_words
+from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
-from .outcome import Outcome
 from .report import check_place, write_report
-from .result import Calibration, Point
+from .result import Calibration, Point, make_default
 from .risk import Bound, RiskOf
 from .scoring import METRICS
 
@@ -36,23 +34,26 @@ from .scoring import METRICS
 fpabee-calibrate engines/ --data dev.jsonl
 fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
+fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 """,
     panels={
         "With --risk": "--confidence --risk-of",
         "Choice of the rule": "--rule --measure --metric --unlabelled --tune-label-thresholds "
-        "--batch-size --seed",
+        "--batch-size --seed --time-again",
         **READING,
         "Writing results": "--name --output --no-texts",
     },
 )
 @options.engines
-@options.path("--data", "Labelled rows like those to classify.", required=True)
+@options.path("--data", "Labelled rows like those to classify.")
 @options.path("--test", "Other rows to evaluate the points on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
 @options.number("--risk", "Goal: at most this loss on new rows, in points, guaranteed.")
 @options.target
+@options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
+@options.option("--set-default", "NAME", "Only make this operating point the default.")
 @options.path("--report", "Folder for a page about the result.", "DIR")
 @options.threads
 @options.quiet
@@ -67,14 +68,15 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.choice(
     "--rule rules",
     "RULE",
-    "Exit rule to choose from. May be repeated. Default: auto, which compares all rules.",
-    ["auto", *RULES],
+    f"Exit rule to choose from. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}.",
+    ["auto", *CHOOSABLE_RULES],
     multiple=True,
 )
 @options.choice(
     "--measure measures",
     "MEASURE",
-    "Similarity measure to try. May be repeated. Default: all.",
+    "Similarity measure of F-PABEE to try. May be repeated. "
+    f"Default: {' and '.join(measure.value for measure in DEFAULT_MEASURES)}.",
     ["all", *Measure],
     multiple=True,
 )
@@ -87,14 +89,16 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
 @options.flag("--tune-label-thresholds", "Also choose a threshold for each label (multi-label).")
 @options.count("--batch-size", "Batch size at which the speed is measured.", 32)
-@options.count("--seed", "Seed of the cross-validation.", 0, min=0)
+@options.count("--seed", "Seed that shuffles the rows and deals them into parts.", 0, min=0)
+@options.flag("--time-again measure", "Measure times again, although they are stored.")
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
 @options.path("--output", "Folder for the trace. Default: ENGINES/calibration.", "DIR")
 @options.flag("--no-texts", "Leave the texts of the rows out of the report.")
 @options.labelled_texts
 def main(
     engines: Path,
-    data: Path,
+    data: Path | None,
+    set_default: str | None,
     report: Path | None,
     no_texts: bool,
     quiet: bool,
@@ -103,9 +107,16 @@ def main(
 ) -> None:
     """Choose operating points of ENGINES on the rows of --data, and write them into the folder.
 
-    With no goal given there are three: safe (the upper 95 % bound of the drop is at most 0.5
-    points), balanced (the estimated drop is at most 0.5 points; the default) and fast (at most 2).
+    With no goal given there are three: safe (the drop is at most 0.5 points with 95 % confidence),
+    balanced (the estimated drop is at most 0.5 points; the default) and fast (at most 2).
     """
+    if (data is None) == (set_default is None):
+        raise click.UsageError("give either --data or --set-default")
+    if set_default is not None:
+        target = make_default(engines, set_default, settings["target"])
+        echo(f"{set_default} is now the default operating point of {target}")
+        return
+    assert data is not None
     options.only_with("no_texts", report, "--report")
     wanted = _options(**settings)
     if report is not None:
@@ -152,7 +163,7 @@ def _options(
     if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
     if "auto" in rules and len(rules) > 1:
-        raise click.UsageError("--rule auto compares all rules: give no other rule with it")
+        raise click.UsageError("--rule auto names several rules: give no other rule with it")
     point = name or (goals[0] if goals else "balanced")
     bound = None
     if risk is not None:
@@ -166,7 +177,7 @@ def _options(
         default=point,
         reading=options.read_options(settings),
         rules=() if "auto" in rules else rules,
-        measures=tuple(Measure(m) for m in measures if "all" not in measures) or tuple(Measure),
+        measures=tuple(Measure) if "all" in measures else tuple(map(Measure, measures)),
         **settings,
     )
 
@@ -178,11 +189,14 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         "rows": len(result.rows),
         "held_out": result.held_out,
         "default": result.default,
-        "points": [_point(point) for point in result.points],
+        "points": [
+            {**_point(point), "promise": promise_in_words(point, result)} for point in result.points
+        ],
         "contenders": [
             {"kind": c.kind, "rule": c.rule.to_dict(), "held_out": asdict(c.held_out)}
             for c in result.comparisons
         ],
+        "warnings": result.warnings,
         "segment_seconds": [asdict(model) for model in result.costs],
         "cuts": None if result.label_thresholds is None else result.label_thresholds.to_dict(),
     }
@@ -209,41 +223,28 @@ def _point(point: Point) -> dict[str, Any]:
 
 def _print(result: Calibration, console: Console) -> None:
     first = result.points[0]
-    metric = first.held_out.metric
     console.print(
-        f"{result.target}: chosen on {len(result.rows)} rows, evaluated on {result.held_out}; "
-        f"{metric} {first.held_out.full_depth_score:.4f} at full depth"
+        f"{result.target}: {len(result.rows)} rows, "
+        f"{first.held_out.metric} {result.full_depth_score:.4f} at full depth"
     )
-    points = _table(result, "point")
+    sizes = list(first.measured)
+    speeds = [f"time saved, batch {size}" for size in sizes]
+    depth = f"depth of {result.layers[-1]}"
+    points = Table("point", "rule", depth, *speeds, "promise", box=box.SIMPLE_HEAD, pad_edge=False)
     for point in result.points:
-        points.add_row(_marked(point, result), *_cells(point.rule, point.held_out))
+        points.add_row(
+            point.name + " (default)" * (point.name == result.default),
+            rule_in_words(point.rule),
+            f"{point.chosen_on.mean_depth:.2f}",
+            *(f"{100 * (1 - 1 / point.measured[size]):.0f} %" for size in sizes),
+            promise_in_words(point, result),
+        )
     console.print(points)
-    speed = Table("point", "optimism", box=box.SIMPLE_HEAD)
-    for size in first.measured:
-        speed.add_column(f"speed-up measured, batch {size}")
-    for point in result.points:
-        ratios = (f"{ratio:.2f}x" for ratio in point.measured.values())
-        speed.add_row(_marked(point, result), f"{point.optimism:+.2f}", *ratios)
-    console.print(speed)
-    console.print("speed-up: theory by layers, estimate by the measured times of the segments")
-    if result.held_out == CROSS_FITTED:
-        console.print(
-            f"{metric} to estimate are cross-validated: each fifth of the rows is scored with what "
-            "the other four choose, so points with the same rule may differ"
-        )
-    for point in result.points:
-        if point.certificate is not None:
-            console.print(f"{point.name}: {point.goal}, tested on {point.certificate.rows} rows")
-    for point in result.at_full_depth:
-        console.print(
-            f"{point.name}: {len(result.rows)} rows are too few to confirm that any faster "
-            f'setting meets "{point.goal}" -> give more rows, or allow a larger drop'
-        )
-    console.print(f"best setting of each rule, {result.contenders_wish}:")
-    best = _table(result)
-    for comparison in result.comparisons:
-        best.add_row(*_cells(comparison.rule, comparison.held_out))
-    console.print(best)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}")
+    if result.comparisons:
+        console.print(f"best setting of each kind of rule; goal: {result.comparisons_goal}")
+        console.print(_comparisons(result))
     if result.label_thresholds is not None:
         tuned = result.label_thresholds
         kept = "kept" if tuned.values else "not kept, because 0.5 for all labels is as good"
@@ -253,26 +254,19 @@ def _print(result: Calibration, console: Console) -> None:
         )
 
 
-def _marked(point: Point, result: Calibration) -> str:
-    return point.name + " (default)" * (point.name == result.default)
-
-
-def _table(result: Calibration, *first: str) -> Table:
-    metric, depth = result.points[0].held_out.metric, f"depth of {result.layers[-1]}"
-    columns = (*first, "rule", metric, "drop (95 %)", depth, "theory", "estimate")
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _cells(rule: ExitRule, held: Outcome) -> tuple[str, ...]:
-    """A rule, and what it gives on rows that did not choose it."""
-    return (
-        rule_in_words(rule),
-        f"{held.score:.4f}",
-        drop_in_words(held),
-        f"{held.mean_depth:.2f}",
-        f"{held.theoretical:.2f}x",
-        f"{held.estimated:.2f}x",
-    )
+def _comparisons(result: Calibration) -> Table:
+    where = "cross-validated" if result.held_out == CROSS_VALIDATED else "on the test rows"
+    columns = ("rule", f"points lost, {where} (95 %)", "mean depth", "estimated speed-up")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for comparison in result.comparisons:
+        held = comparison.held_out
+        table.add_row(
+            rule_in_words(comparison.rule),
+            drop_in_words(held),
+            f"{held.mean_depth:.2f}",
+            f"{held.estimated:.2f}x",
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
-"""How long rows take on a target: measured times of the segments, and measured speed-ups."""
+"""How long rows take on a target: measured times of the segments, and measured speed-ups.
+
+Times are kept beside the trace, so that the same rows and folder always give the same answer.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.folder import read_regular
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
+from ..runtime.environment import cpu_name
+from ..runtime.errors import ArtifactError, Remedy
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget
@@ -23,6 +33,7 @@ _WINDOW_ROWS = 128
 _WINDOWS = 2
 _WINDOW_REPEATS = 2
 _MOST_SECONDS = 10.0
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,94 @@ class CostModel:
         """
         each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
         return np.cumsum(np.array(each), axis=0)
+
+
+class Timings(msgspec.Struct):
+    """The times that were measured on a machine, as they are stored.
+
+    Attributes:
+        measured_on: the target's files, the machine, and the number of threads.
+        models: times of the segments, by batch size.
+        speedups: measured speed-ups, by batch size and by the settings of the rule as JSON.
+    """
+
+    measured_on: tuple[str, str, int | None]
+    models: dict[int, CostModel] = {}
+    speedups: dict[int, dict[str, float]] = {}
+
+
+class TimedEngine:
+    """Measures times once, and reads them from a file afterwards.
+
+    Args:
+        engine: the engine.
+        path: the file.
+        artifact: hash of the target's files, see `trace.artifact_sha256`.
+        threads: number of threads that was asked for.
+        again: whether times in the file are ignored.
+    """
+
+    def __init__(
+        self, engine: Engine, path: Path, artifact: str, threads: int | None, again: bool
+    ) -> None:
+        self._engine = engine
+        self._path = path
+        self._timings = Timings((artifact, cpu_name(), threads))
+        if not again:
+            kept = _read(path, len(engine.manifest.segments))
+            if kept is not None and kept.measured_on == self._timings.measured_on:
+                self._timings = kept
+
+    def costs(self, lengths: NDArray[np.intp], batch: int) -> CostModel:
+        """The times of the segments, see `measure_costs`."""
+        models = self._timings.models
+        if batch not in models:
+            models[batch] = measure_costs(self._engine, lengths, batch)
+        return models[batch]
+
+    def speedup(self, rows: Sequence[EncodedRow], rule: ExitRule, batch: int) -> float:
+        """The measured speed-up of a rule, see `measure_speedup`; 1 for full depth."""
+        if rule == Budget(exit=len(self._engine.manifest.segments)):
+            return 1.0
+        speedups = self._timings.speedups.setdefault(batch, {})
+        key = json.dumps(rule.to_dict())
+        if key not in speedups:
+            speedups[key] = round(measure_speedup(self._engine, rows, rule, batch), 3)
+        return speedups[key]
+
+    def store(self) -> None:
+        """Write the file.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        partial = self._path.with_suffix(".partial")
+        try:
+            # A new file: if the path is a link, the file that it leads to is not ours.
+            partial.unlink(missing_ok=True)
+            partial.write_bytes(msgspec.json.encode(self._timings))
+            partial.replace(self._path)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {self._path}: {error.strerror}",
+                Remedy("give {output} a folder that can be written"),
+            ) from error
+
+
+def _read(path: Path, segments: int) -> Timings | None:
+    """Stored times; None if there are none, or if the file is damaged."""
+    try:
+        kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
+    except (OSError, ArtifactError, msgspec.DecodeError, RecursionError):
+        return None
+    numbers = [number for speedups in kept.speedups.values() for number in speedups.values()]
+    for model in kept.models.values():
+        if not model.lengths or len(model.seconds) != segments:
+            return None
+        if any(len(seconds) != len(model.lengths) for seconds in model.seconds):
+            return None
+        numbers += [number for seconds in model.seconds for number in seconds]
+    return kept if all(0 < number < math.inf for number in numbers) else None
 
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:

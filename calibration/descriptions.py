@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
+import math
+
+from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.rule_words import rule_in_words as rule_in_words
+from ..runtime.rules.rules import Budget
 from .outcome import Outcome
+from .result import Calibration, Point
+from .risk import RiskOf
 
 
 def drop_in_words(held: Outcome) -> str:
     """A drop in points with its interval: `+0.23 (-0.80 to +1.15)`."""
     return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
+
+
+def promise_in_words(point: Point, result: Calibration) -> str:
+    """What a point promises, and what would help if its goal is not met."""
+    held, goal = point.held_out, point.goal
+    low, high = held.interval
+    if point.rule == Budget(exit=len(result.layers)):
+        help = point.refusal or "give more rows, or allow a larger drop"
+        return f"nothing is lost, but these rows confirm no faster setting: {help}"
+    if point.certificate is not None:
+        rows = point.certificate.rows
+        return f"{guarantee_in_words(point.certificate)}, tested on {rows} other rows"
+    found = (
+        f"{where_in_words(result)}: {_lost(held.drop, ' points')} "
+        f"(95 %: {_lost(low)} to {_lost(high)})"
+    )
+    if isinstance(goal, Goal) and goal.max_drop is not None and held.drop > goal.max_drop:
+        # So many that half of the interval is as wide as the goal.
+        times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
+        return (
+            f"{found}, more than the goal of {goal.max_drop:g}; about {times * held.rows} rows "
+            "would tell more"
+        )
+    return found
+
+
+def _lost(points: float, unit: str = "") -> str:
+    return f"{abs(points):.1f}{unit} {'gained' if points < 0 else 'lost'}"
+
+
+def guarantee_in_words(certificate: Certificate) -> str:
+    """What a certificate says."""
+    lost = "changed answers" if certificate.risk_of == RiskOf.DISAGREEMENT else "lost"
+    return (
+        f"at most {certificate.risk:g} points {lost} on new rows, "
+        f"with {certificate.confidence:g} % confidence"
+    )
+
+
+def where_in_words(result: Calibration) -> str:
+    """The rows that points are judged on."""
+    return f"on {result.held_out}" if result.test is not None else "on rows that did not choose it"

@@ -10,7 +10,7 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import ReadOptions
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import RULES
+from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
 from .risk import Bound
 
 DEFAULT_GOALS = {
@@ -33,17 +33,20 @@ class CalibrationOptions:
         metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
             means the first of these, or agreement if labels are not used.
-        rules: names of the exit rules to choose from, see `runtime.RULES`; empty means all.
-        measures: similarity measures to try.
+        rules: names of the exit rules to choose from, of `CHOOSABLE_RULES`; empty means
+            `DEFAULT_RULES`.
+        measures: similarity measures to try; empty means `DEFAULT_MEASURES`.
         target: a built target; None means the default of the manifest.
-        test: a file with more rows to report the points on, instead of cross-fitting.
+        test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
         unlabelled: ignore labels, and compare answers with those at full depth.
         tune_label_thresholds: also tune the label thresholds of a multi-label model.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
         output: folder for traces; None means `calibration/` in the engines folder.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
-        seed: deals rows into the parts for cross-fitting; from 0.
+        seed: shuffles rows and deals them into parts; from 0.
+        compare: also evaluate the best setting of up to six kinds of rules.
+        measure: measure times again, although they are stored beside the trace.
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist, or a number
@@ -67,7 +70,7 @@ class CalibrationOptions:
     default: str = "balanced"
     metric: str | None = None
     rules: tuple[str, ...] = ()
-    measures: tuple[Measure, ...] = tuple(Measure)
+    measures: tuple[Measure, ...] = ()
     target: str | None = None
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -77,6 +80,8 @@ class CalibrationOptions:
     output: str | Path | None = None
     threads: int | None = None
     seed: int = 0
+    compare: bool = False
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals and self.bound is None:
@@ -90,16 +95,25 @@ class CalibrationOptions:
         for name, goal in self.goals.items():
             _check_goal(name, goal)
         for rule in self.rules:
-            if rule not in RULES:
+            if rule not in CHOOSABLE_RULES:
                 raise InputError(
-                    f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
+                    f"exit rule {rule!r} cannot be chosen",
+                    f"choose from {', '.join(CHOOSABLE_RULES)}",
                 )
-        if not self.measures:
-            raise InputError("no similarity measure is given", Remedy("give {measures}"))
         for setting, least in (("batch_size", 1), ("seed", 0)):
             value = getattr(self, setting)
             if value < least:
                 raise InputError(f"{setting} is {value}", f"give a number from {least}")
+
+    @property
+    def competing(self) -> tuple[str, ...]:
+        """Names of the rules that compete."""
+        return self.rules or DEFAULT_RULES
+
+    @property
+    def competing_measures(self) -> tuple[Measure, ...]:
+        """The similarity measures that compete."""
+        return self.measures or DEFAULT_MEASURES
 
     @property
     def asked(self) -> dict[str, Goal | Bound]:

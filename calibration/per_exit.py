@@ -15,33 +15,29 @@ it from fitting the luck of a few rows, see `stopping_costs`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from .stopping_costs import StoppingCosts
-from .sweep import Family, rounded
+from .sweep import exits_below, rounded
 
 _PRICES = 30
 _ROUNDS = 6
 
 
-def fit_path(rule: ExitRule, scores: Array, costs: Array, losses: Array) -> Iterator[ExitRule]:
-    """Rules with a threshold for each exit, one for each price, from low prices to high ones.
+def _fit(scores: Array, costs: Array, losses: Array) -> Array:
+    """Thresholds `[prices, exits]`, from low prices to high ones.
 
     Args:
-        rule: the rule, with patience 1.
-        scores: `[exits, rows]` its stop scores.
+        scores: `[exits, rows]` stop scores.
         costs: `[exits, rows]` seconds of a row that stops at an exit.
         losses: `[exits, rows]` its expected losses.
     """
     order = np.argsort(scores, axis=1, kind="stable")
-    for price in np.geomspace(0.3, 300.0, _PRICES) * costs[-1].mean():
-        thresholds = _descend(scores, order, costs + price * losses)
-        yield rule.with_stop_threshold([rounded(threshold) for threshold in thresholds])
+    prices = np.geomspace(300.0, 0.3, _PRICES) * costs[-1].mean()
+    return np.stack([_descend(scores, order, costs + price * losses) for price in prices])
 
 
 def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
@@ -91,51 +87,27 @@ def _between(ascending: Array, last: int) -> float:
     return (here + there) / 2
 
 
-class PerExit:
-    """Rules with a threshold for each exit, fitted to parts of the rows.
+def fit_per_exit(
+    rule: ExitRule, scores: Array, costs: StoppingCosts, parts: NDArray[np.intp]
+) -> tuple[list[ExitRule], NDArray[np.int16]]:
+    """Rules with a threshold for each exit, one for each price.
 
     Args:
-        stopping_costs: the rows and what they cost.
+        rule: the rule, with patience 1.
+        scores: `[exits, rows]` its stop scores.
+        costs: the rows, and what they cost and lose.
         parts: `[rows]` the part of each row.
+
+    Returns:
+        The rules; and where rows stop, `[rules, rows]` counted from 1, in each part under the
+        thresholds that the same price gives on the other parts.
     """
-
-    def __init__(self, stopping_costs: StoppingCosts, parts: NDArray[np.intp]) -> None:
-        self._stopping_costs = stopping_costs
-        self._parts = parts
-        self._judged: dict[tuple[ExitRule, frozenset[int]], dict[ExitRule, Array]] = {}
-        self._fits: dict[tuple[ExitRule, frozenset[int]], list[ExitRule]] = {}
-
-    def settings(self, family: Family, using: frozenset[int]) -> dict[ExitRule, Array]:
-        """Rules that are fitted to some parts of the rows, and sums `[terms]` over these parts.
-
-        The sums are cross-fitted: on each part they belong to the thresholds that the same price
-        gives on the other parts.
-        """
-        key = family.rule, using
-        if key not in self._judged:
-            sums = np.sum([self._judge(family, using, part) for part in using], axis=0)
-            found = self._judged[key] = {}
-            for rule, row in zip(self._fit(family, using), sums, strict=True):
-                found.setdefault(rule, row)
-        return self._judged[key]
-
-    def _judge(self, family: Family, using: frozenset[int], part: int) -> Array:
-        """Sums `[prices, terms]` over one part, with thresholds fitted to the other parts."""
-        numbers = np.flatnonzero(self._parts == part)
-        terms, scores = self._stopping_costs.terms[:, numbers], family.scores[:, numbers]
-        sums = []
-        for rule in self._fit(family, using - {part} or using):
-            stops = scores < rule.stop_thresholds
-            stops[-1] = True
-            sums.append(terms[stops.argmax(axis=0), np.arange(len(numbers))].sum(axis=0))
-        return np.array(sums)
-
-    def _fit(self, family: Family, using: frozenset[int]) -> list[ExitRule]:
-        """A rule for each price, fitted to some parts of the rows."""
-        key = family.rule, using
-        if key not in self._fits:
-            numbers = np.flatnonzero(np.isin(self._parts, list(using)))
-            every = family.scores, self._stopping_costs.costs, self._stopping_costs.losses
-            scores, costs, losses = (values[:, numbers] for values in every)
-            self._fits[key] = list(fit_path(family.rule, scores, costs, losses))
-        return self._fits[key]
+    exits = np.zeros((_PRICES, len(parts)), np.int16)
+    for part in np.unique(parts):
+        others, here = parts != part, parts == part
+        fitted = _fit(scores[:, others], costs.costs[:, others], costs.losses[:, others])
+        exits[:, here] = exits_below(scores[:, here], fitted)
+    return [
+        rule.with_stop_threshold([rounded(threshold) for threshold in thresholds])
+        for thresholds in _fit(scores, costs.costs, costs.losses)
+    ], exits

@@ -9,13 +9,15 @@ from pathlib import Path
 import msgspec
 
 from .. import __version__
+from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
+from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
 from ..runtime.rules.base import ExitRule
-from ..runtime.rules.rules import Budget
-from .choose import Selector, kind_of
+from .choose import Selector
 from .costs import CostModel
+from .families import kind_of
 from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .risk import Bound
@@ -34,6 +36,7 @@ class Point:
         held_out: what it gives on other rows.
         measured: measured speed-up over full depth on the target, by batch size in rows.
         certificate: a bound on the risk, if one was asked for.
+        refusal: what would allow a guarantee, if the rows allow none and every layer runs.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Point:
     held_out: Outcome
     measured: dict[str, float]
     certificate: Certificate | None = None
+    refusal: str = ""
 
     @property
     def kind(self) -> str:
@@ -92,6 +96,7 @@ class Calibration:
         selector: all settings; not public.
         label_thresholds: tuned label thresholds; None if they were not asked for.
         layers: the layer of each exit.
+        warnings: what is wrong with the rows without making the result useless.
     """
 
     folder: Path
@@ -107,20 +112,52 @@ class Calibration:
     selector: Selector
     label_thresholds: TunedLabelThresholds | None
     layers: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
-    def contenders_wish(self) -> str:
+    def comparisons_goal(self) -> str:
         """The goal of the comparisons: that of the default point, never more than an estimate."""
         goal = next(point.goal for point in self.points if point.name == self.default)
-        if isinstance(goal, Bound):
-            return f"{goal.as_goal()} by estimate, not certified"
-        return str(goal)
+        return str(goal.as_goal() if isinstance(goal, Bound) else goal)
 
     @property
-    def at_full_depth(self) -> tuple[Point, ...]:
-        """Points that run every layer, since no faster setting meets their goal."""
-        last = Budget(exit=len(self.layers))
-        return tuple(point for point in self.points if point.rule == last)
+    def full_depth_score(self) -> float:
+        """The metric at full depth on the rows that chose the points."""
+        return self.selector.stopping_costs.scorer.full_depth
+
+
+def make_default(folder: Path, name: str, target: str | None = None) -> str:
+    """Make an operating point the default of its target, without a new calibration.
+
+    Args:
+        folder: the engines folder.
+        name: the operating point.
+        target: the target; None means the default target of the manifest.
+
+    Returns:
+        The name of the target.
+
+    Raises:
+        ArtifactError: the folder is damaged, or cannot be written.
+        InputError: the target or the operating point does not exist.
+    """
+    manifest = read_manifest(folder)
+    target = target or manifest.default_target
+    if target not in manifest.targets:
+        raise InputError(
+            f"target {target!a} does not exist in {folder}",
+            Remedy("give a {target} of: {known}", known=", ".join(manifest.targets)),
+        )
+    known = manifest.targets[target].operating_points
+    if name not in known:
+        raise InputError(
+            f"target {target} has no operating point {name!a}",
+            f"choose from: {', '.join(known)}" if known else "calibrate the target first",
+        )
+    changed = msgspec.structs.replace(manifest.targets[target], default_operating_point=name)
+    targets = {**manifest.targets, target: changed}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+    return target
 
 
 def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Manifest:
@@ -166,7 +203,7 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         exits=held_out.exits,
         theoretical_speedup=held_out.theoretical,
         estimated_speedup=held_out.estimated,
-        measured_speedup={size: round(ratio, 3) for size, ratio in point.measured.items()},
+        measured_speedup=point.measured,
         versions={**target.versions, "fpabee": __version__},
         certificate=point.certificate,
     )

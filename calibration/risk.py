@@ -1,20 +1,22 @@
 """Risk control: the fastest setting whose risk on new rows is bounded, with stated confidence.
 
-This is Learn-then-Test (Angelopoulos et al., 2110.01052) with fixed-sequence testing. Some of the
-rows put settings in an order, from cautious to aggressive. The other rows then test them one after
-another, each at the full level, until one fails. The last setting that passed is certified. If
-thousands of settings were tested at once instead, each would have to pass at a thousandth of the
-level, and no calibration set of usual size allows that.
+This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence testing. The rows are
+shuffled. A fifth of them fix a path of settings, from cautious to bold. The other rows test these
+settings one after another, each at the full level, until one fails. The last setting that passed is
+certified. The rows that test have no part in anything else, so no test is biased, and because there
+is only one path, no level has to be divided.
 
 A test asks whether the expected loss could be above the bound. Its p-value is valid for any number
 of rows: the exact binomial tail for losses of 0 and 1, and for losses in [-1, 1] the capital of a
-bet against the bound (Waudby-Smith & Ramdas, 2010.09686).
+bet against the bound (Waudby-Smith & Ramdas, 2010.09686). F1 and Matthews correlation are no means
+over rows. For them, the same bound must hold for the share of right answers, and for the metric by
+a bootstrap, whose confidence is approximate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import NormalDist
@@ -25,16 +27,19 @@ from numpy.typing import NDArray
 from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.errors import InputError, Remedy
 from ..runtime.rules.base import ExitRule
-from ..runtime.rules.measures import Array
-from .choose import ALL, PARTS, Selector, Settings
-from .outcome import exits_of
+from ..runtime.rules.measures import Array, Measure
+from ..runtime.rules.rules import Budget
+from .choose import Search
+from .families import Family, make_families
+from .outcome import exits_of, upper_drop
 from .scoring import ROW_MEANS, Scorer, same_answers
-from .stopping_costs import observed_losses
+from .stopping_costs import StoppingCosts, observed_losses
+from .sweep import StopScores
 
-# How many settings are tested one after another, at most.
-_SEQUENCE = 100
-# The parts of the rows that put the settings in order.
-_ORDERING = frozenset({0, 1})
+PATH_RULES = ("entropy",)
+"""The rule of the path if none is named; to choose it from the rows would cost rows."""
+
+_PATH_SHARE = 0.2
 # A bet of everything would never recover from a single loss.
 _LARGEST_BET = 0.95
 
@@ -52,8 +57,8 @@ class RiskOf(str, Enum):
 class Bound:
     """A guarantee that is asked for, on new rows from the same source.
 
-    It is given by Learn-then-Test with fixed-sequence testing (arXiv 2110.01052): part of the rows
-    put the settings in order, and the other rows test them.
+    It is given by Learn then Test with fixed-sequence testing (arXiv 2110.01052): a fifth of the
+    rows fix a path of settings, and the other rows test them.
 
     Attributes:
         risk: largest expected loss, as a share of rows (0.01 is one point).
@@ -119,41 +124,38 @@ def check_row_mean(metric: str) -> None:
 def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
     """The loss of a row that stops at an exit, -1, 0 or 1: `[exits, rows]`.
 
-    Raises:
-        InputError: the metric is not a mean over rows, so that a row has no loss of its drop.
+    If the metric is not a mean over rows, the loss of a drop is that of a right answer.
     """
     if risk_of is RiskOf.DISAGREEMENT:
         answers = scorer.answers
         return np.asarray(1.0 - same_answers(answers, answers[-1], scorer.problem_type))
-    check_row_mean(scorer.metric)
     return observed_losses(scorer)
 
 
-def p_value(sample: Array, risk: float, level: float) -> Array:
-    """p-values `[settings]` against the hypothesis that the expected loss is above the risk.
+def p_value(sample: Array, risk: float, level: float) -> float:
+    """p-value against the hypothesis that the expected loss is above the risk.
 
     Args:
-        sample: `[settings, rows]` losses in [-1, 1], rows in random order.
+        sample: `[rows]` losses in [-1, 1], rows in random order.
         risk: the bound.
         level: what the p-value will be compared with. It is valid at any level, and most powerful
             at this one.
     """
     if sample.min(initial=0.0) >= 0.0:
-        return _binomial_tail(sample.sum(axis=1), sample.shape[1], risk)
+        return _binomial_tail(int(sample.sum()), len(sample), risk)
     return _betting(sample, risk, level)
 
 
-def _binomial_tail(counts: Array, rows: int, risk: float) -> Array:
+def _binomial_tail(count: int, rows: int, risk: float) -> float:
     """P(Binomial(rows, risk) <= count), exactly."""
     # Logarithms of C(n, k) p^k (1-p)^(n-k), each from the one before.
-    k = np.arange(1, int(counts.max(initial=0)) + 1)
+    k = np.arange(1, count + 1)
     steps = np.log((rows - k + 1) / k) + math.log(risk) - math.log1p(-risk)
     terms = np.cumsum([rows * math.log1p(-risk), *steps])
-    cumulative = np.cumsum(np.exp(terms))
-    return np.asarray(np.minimum(cumulative[counts.astype(np.intp)], 1.0))
+    return min(float(np.exp(terms).sum()), 1.0)
 
 
-def _betting(sample: Array, risk: float, level: float) -> Array:
+def _betting(sample: Array, risk: float, level: float) -> float:
     """One over the largest capital of a bet that the mean is below the risk.
 
     The capital after row t is the product of 1 + bet_i (risk - loss_i). A bet depends on earlier
@@ -162,77 +164,82 @@ def _betting(sample: Array, risk: float, level: float) -> Array:
     powerful ones for a given level and number of rows.
     """
     most = _LARGEST_BET / (1 - risk)
-    rows = sample.shape[1]
+    rows = len(sample)
     so_far = np.arange(1, rows + 1)
     # Mean and variance of the rows so far, and of one made-up row with the largest variance.
-    mean = (risk + np.cumsum(sample, axis=1)) / (so_far + 1)
-    variance = (0.25 + np.cumsum(np.square(sample - mean), axis=1)) / (so_far + 1)
+    mean = (risk + np.cumsum(sample)) / (so_far + 1)
+    variance = (0.25 + np.cumsum(np.square(sample - mean))) / (so_far + 1)
     # A bet knows the earlier rows only, not its own.
-    variance = np.concatenate([np.full((len(sample), 1), 0.25), variance[:, :-1]], axis=1)
+    variance = np.concatenate([[0.25], variance[:-1]])
     bets = np.minimum(np.sqrt(2 * math.log(1 / level) / (rows * variance)), most)
-    capital = np.cumsum(np.log1p(bets * (risk - sample)), axis=1).max(axis=1, initial=0.0)
-    return np.asarray(np.exp(-capital))
-
-
-def certify(sequence: Array, bound: Bound) -> int | None:
-    """Test settings in their order until one fails.
-
-    Args:
-        sequence: `[settings, rows]` losses on the test rows, the most cautious setting first.
-        bound: what is asked for.
-
-    Returns:
-        The number of the last setting that passed; None if the first one failed.
-    """
-    level = 1 - bound.confidence
-    failed = p_value(sequence, bound.risk, level) > level
-    passed = int(np.argmax(failed)) if failed.any() else len(failed)
-    return passed - 1 if passed else None
+    capital = np.cumsum(np.log1p(bets * (risk - sample))).max(initial=0.0)
+    return math.exp(-capital)
 
 
 @dataclass(frozen=True)
 class Controlled:
-    """A certified setting.
+    """A certified setting, or full depth.
 
     Attributes:
         rule: the setting.
         tested: the numbers of the rows that it was tested on.
-        certificate: the bound that holds.
+        certificate: the bound that holds; None if no setting is certified.
+        refusal: what would help, if no setting is certified.
     """
 
     rule: ExitRule
     tested: NDArray[np.intp]
-    certificate: Certificate
+    certificate: Certificate | None
+    refusal: str = ""
 
 
-def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Controlled:
-    """The most aggressive setting whose risk is bounded.
+def split(rows: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The numbers of the rows that fix a path, and of those that test it, in random order."""
+    order = np.random.default_rng(seed).permutation(rows)
+    count = math.ceil(_PATH_SHARE * rows)
+    return order[:count], order[count:]
+
+
+def control(
+    costs: StoppingCosts,
+    bound: Bound,
+    rules: Sequence[str],
+    measures: Sequence[Measure],
+    seed: int = 0,
+) -> Controlled:
+    """The boldest setting whose risk is bounded.
 
     Args:
-        selector: all settings; with the metric `agreement` if disagreement is bounded.
-        kinds: the kinds of settings to choose from.
+        costs: the rows, with the metric `agreement` if disagreement is bounded.
         bound: what is asked for.
+        rules: names of the rules of the path; empty means `PATH_RULES`.
+        measures: similarity measures of these rules.
+        seed: shuffles the rows.
 
     Raises:
         InputError: no setting passes; the message says how many rows would be needed.
     """
-    settings = selector.settings(kinds, _ORDERING)
-    path = [settings.rule(int(number)) for number in path_of(settings)]
-    tested = selector.rows_of(ALL - _ORDERING)
-    rows = selector.stopping_costs.rows.take(tested)
-    each = losses(selector.stopping_costs.scorer, bound.risk_of)[:, tested]
-    sequence = np.zeros((len(path), len(tested)))
-    for number, rule in enumerate(path):
-        sequence[number] = each[exits_of(rule, rows) - 1, np.arange(len(tested))]
-    last = certify(sequence, bound) if path else None
-    if last is None:
-        least = float(sequence[0].mean()) if path else 1.0
+    choosing, tested = split(len(costs.rows), seed)
+    family = _path(costs.take(choosing), bound, rules or PATH_RULES, measures, seed)
+    rows = costs.rows.take(tested)
+    scorer, stop = Scorer(rows, costs.scorer.metric), StopScores(rows)
+    passed, first = None, 1.0
+    for number in range(len(family.exits)):
+        rule = family.rule(number)
+        exits = stop.exits(rule)
+        if (exits == rows.exits).all():
+            continue
+        if not passes(scorer, exits, bound):
+            first = first if passed else scorer.full_depth - scorer.score(exits)
+            break
+        passed = rule
+    if passed is None:
         raise InputError(
             f"no setting is certain to have a risk ({bound.risk_of.value}) of at most "
             f"{100 * bound.risk:g} points at {100 * bound.confidence:g} % confidence: on the "
             f"{len(tested)} rows that tested it, the most cautious setting lost "
-            f"{100 * least:.2f} points",
-            _remedy(bound, least, len(tested)),
+            f"{100 * first:.2f} points",
+            _remedy(bound, first, len(tested)),
         )
     certificate = Certificate(
         risk_of=bound.risk_of.value,
@@ -240,18 +247,50 @@ def control(selector: Selector, kinds: Collection[str], bound: Bound) -> Control
         confidence=100 * bound.confidence,
         rows=len(tested),
     )
-    return Controlled(path[last], tested, certificate)
+    return Controlled(passed, tested, certificate)
 
 
-def path_of(settings: Settings) -> NDArray[np.intp]:
-    """The numbers of settings that no other beats, from cautious to aggressive, thinned out.
+def passes(scorer: Scorer, exits: NDArray[np.int64], bound: Bound) -> bool:
+    """Whether rows show, at the confidence of a bound, that the risk of a setting is within it.
 
-    Full depth is left out, since it needs no certificate.
+    Args:
+        scorer: the metric of the rows, which are in random order.
+        exits: `[rows]` where the setting stops them, counted from 1.
+        bound: what is asked for.
     """
-    front = settings.front(settings.drops)
-    early = front.numbers[front.costs < settings.full_cost * (1 - 1e-9)]
-    steps = np.linspace(0, len(early) - 1, min(len(early), _SEQUENCE)).round().astype(np.intp)
-    return np.asarray(early[steps])
+    level = 1 - bound.confidence
+    lost = losses(scorer, bound.risk_of)[exits - 1, np.arange(len(exits))]
+    if p_value(lost, bound.risk, level) > level:
+        return False
+    if scorer.is_row_mean or bound.risk_of is RiskOf.DISAGREEMENT:
+        return True
+    # A bootstrap alone would take rows without any change for certainty.
+    return upper_drop(scorer, exits, bound.confidence) <= 100 * bound.risk
+
+
+def _path(
+    costs: StoppingCosts,
+    bound: Bound,
+    rules: Sequence[str],
+    measures: Sequence[Measure],
+    seed: int,
+) -> Family:
+    """The settings to test: those of the rule that seems fastest on the rows that fix the path."""
+    # Thresholds that are fitted per exit have no cautious start.
+    families = make_families(costs, rules, measures, seed, per_exit=False)
+    if not families:
+        raise InputError(
+            "no setting of these rules can be tried on these rows", Remedy("name other {rules}")
+        )
+    if len(families) == 1:
+        return families[0]
+
+    def fastest(family: Family) -> float:
+        rule = Search(costs, [family], seed).choose(bound.as_goal(), [family.kind])
+        exits = exits_of(rule or Budget(exit=costs.rows.exits), costs.rows)
+        return float(costs.costs[exits - 1, np.arange(len(exits))].mean())
+
+    return min(families, key=fastest)
 
 
 def _remedy(bound: Bound, least: float, tested: int) -> Remedy:
@@ -264,5 +303,5 @@ def _remedy(bound: Bound, least: float, tested: int) -> Remedy:
         needed = max(needed, math.ceil((NormalDist().inv_cdf(bound.confidence) * deviation) ** 2))
     if needed <= tested:  # an estimate that these rows have shown to be too small
         needed = 2 * tested
-    rows = math.ceil(needed * PARTS / (PARTS - len(_ORDERING)))
+    rows = math.ceil(needed / (1 - _PATH_SHARE))
     return Remedy("give about {rows} rows, or a larger {risk}", rows=rows)

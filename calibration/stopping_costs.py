@@ -1,11 +1,11 @@
 """What a row costs and loses by stopping early.
 
-A drop of half a point on 900 rows is four or five rows, and choosing among thousands of settings
-finds the settings that were lucky with those rows. But the last exit knows more than whether its
-answer was right: where an early exit gives another answer, the calibrated probabilities of the
-last exit say how likely each of the two is right. Their difference is the *expected loss*. It
-varies far less than the *observed loss*, so a setting that is chosen by it keeps its promise on
-new rows. Where the two differ by more than chance, the labels win.
+A drop of half a point on 900 rows is four or five rows, and the best of many settings is the one
+that was lucky with those rows. But the last exit knows more than whether its answer was right:
+where an early exit gives another answer, the calibrated probabilities of the last exit say how
+likely each of the two is right. Their difference is the *expected loss*. It varies far less than
+the *observed loss*, so a setting that is chosen by it keeps its promise on new rows. Where the two
+differ by more than chance, the labels count, see `estimated`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.measures import TINY, Answers, Array, Outputs
 from .scoring import AGREEMENT, LabelledLogits, Scorer
-
-COST, OBSERVED, EXPECTED, SQUARES, LOST, WON, METRIC = range(7)
-"""The terms of `StoppingCosts.terms`. From `METRIC` on they are the terms of the metric."""
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
 
@@ -36,54 +32,46 @@ class StoppingCosts:
         rows: the rows.
         scorer: the metric of these rows.
         costs: `[exits, rows]` as given.
-        losses: `[exits, rows]` what settings are fitted to: expected losses, or observed ones if
-            the metric has no expected losses.
-        terms: `[exits, rows, terms]` what settings are chosen by, summed over rows.
+        observed: `[exits, rows]` observed losses, see `observed_losses`.
+        losses: `[exits, rows]` expected losses, or observed ones if the metric has no expected
+            losses.
     """
 
     def __init__(self, rows: LabelledLogits, metric: str, costs: Array) -> None:
         self.rows = rows
         self.scorer = Scorer(rows, metric)
         self.costs = costs
-        observed = self.losses = observed_losses(self.scorer)
+        self.observed = self.losses = observed_losses(self.scorer)
         if self.scorer.is_row_mean and metric != AGREEMENT:
             self.losses = expected_losses(rows, self.scorer)
-        squares = np.square(observed - self.losses)
-        terms = [costs, observed, self.losses, squares, observed > 0, observed < 0]
-        self.terms = np.concatenate([np.stack(terms, axis=-1), self.scorer.sums], axis=-1)
 
-    def drops(self, sums: Array, numbers: NDArray[np.intp]) -> Array:
-        """Estimated drops `[settings]`, as shares.
+    def drops(self, exits: NDArray[np.int16], weights: Array) -> Array:
+        """Estimated drops of the metric as shares, `[settings, samples]`.
 
         Args:
-            sums: `[settings, terms]` over some rows.
-            numbers: the numbers of those rows.
+            exits: `[settings, rows]`, counted from 1.
+            weights: `[rows, samples]` how often a sample contains a row; all have equal sums.
         """
-        rows = len(numbers)
+        at = exits - 1, np.arange(len(self.rows))
+        count = float(weights[:, 0].sum())
         if self.scorer.is_row_mean:
-            return shrunk(sums[:, OBSERVED], sums[:, EXPECTED], sums[:, SQUARES], rows)
-        full_depth = self.terms[-1, numbers, METRIC:].sum(axis=0)
-        return self.scorer.value(full_depth, rows) - self.scorer.value(sums[:, METRIC:], rows)
+            observed, expected = self.observed[at], self.losses[at]
+            squares = np.square(observed - expected)
+            return estimated(observed @ weights, expected @ weights, squares @ weights, count)
+        full = self.scorer.value(weights.T @ self.scorer.sums[-1], count)
+        return np.stack(
+            [full - self.scorer.value(weights.T @ self.scorer.at(row), count) for row in exits]
+        )
 
-    def bounds(self, goal: Goal, sums: Array, numbers: NDArray[np.intp]) -> Array:
-        """What must not exceed the drop of a goal: the estimate, or its upper bound; `[settings]`.
+    def mean_costs(self, exits: NDArray[np.int16], weights: Array) -> Array:
+        """Mean seconds of a row, `[settings, samples]`; the arguments are those of `drops`."""
+        at = exits - 1, np.arange(len(self.rows))
+        return np.asarray(self.costs[at] @ weights / weights[:, 0].sum())
 
-        If the metric is not a mean over rows, its upper bound does not follow from sums: then this
-        is always the estimate, see `is_summed`.
-
-        Args:
-            goal: the goal.
-            sums: `[settings, terms]` over some rows.
-            numbers: the numbers of those rows.
-        """
-        drops = self.drops(sums, numbers)
-        if goal.guaranteed and self.scorer.is_row_mean:
-            return np.maximum(drops, upper_bound(sums[:, WON], sums[:, LOST], len(numbers)))
-        return drops
-
-    def is_summed(self, goal: Goal) -> bool:
-        """Whether sums over rows are enough to tell if a setting meets a goal."""
-        return self.scorer.is_row_mean or not goal.guaranteed
+    def take(self, numbers: NDArray[np.intp]) -> StoppingCosts:
+        """The same for some of the rows, whose probabilities are calibrated anew."""
+        rows = self.rows.take(numbers)
+        return StoppingCosts(rows, self.scorer.metric, self.costs[:, numbers])
 
 
 def observed_losses(scorer: Scorer) -> Array:
@@ -119,11 +107,11 @@ def _log_likelihood(rows: LabelledLogits, temperature: float, answers: Answers) 
     return np.asarray(np.where(answers == 1, logs[..., 0], logs[..., 1]).sum(axis=-1))
 
 
-def shrunk(observed: Array, expected: Array, squares: Array, rows: float) -> Array:
-    """The mean loss: the expected one, plus the part of its error that is not chance.
+def estimated(observed: Array, expected: Array, squares: Array, rows: float) -> Array:
+    """The mean loss: the expected one, plus the part of its error that is more than chance.
 
-    The error (observed minus expected) is known to within its standard error, and is shrunk
-    towards 0 as James and Stein do.
+    The error (observed minus expected) is moved towards 0 by its standard error (soft
+    thresholding, Donoho 1995).
 
     Args:
         observed: `[...]` sum of the observed losses over rows.
@@ -132,23 +120,5 @@ def shrunk(observed: Array, expected: Array, squares: Array, rows: float) -> Arr
         rows: how many rows were summed.
     """
     error = (observed - expected) / rows
-    chance = np.maximum(squares / rows - np.square(error), 0.0) / rows
-    share = np.maximum(1 - chance / np.maximum(np.square(error), 1e-12), 0.0)
-    return np.asarray(expected / rows + share * error)
-
-
-def upper_bound(won: Array, lost: Array, rows: float, z: float = 1.645) -> Array:
-    """Upper bound of the paired drop, as a share of rows.
-
-    This is the adjusted Wald interval for paired proportions of Bonett & Price (2012), which adds
-    one row to either kind of change.
-
-    Args:
-        won: `[...]` rows that only the early answer gets right.
-        lost: `[...]` rows that only full depth gets right.
-        rows: how many rows there are in all.
-        z: normal quantile; 1.645 gives a one-sided 95 % bound.
-    """
-    lost, won, total = (lost + 1) / (rows + 2), (won + 1) / (rows + 2), rows + 2
-    variance = (lost + won - np.square(lost - won)) / total
-    return np.asarray(lost - won + z * np.sqrt(variance))
+    chance = np.sqrt(np.maximum(squares / rows - np.square(error), 0.0) / rows)
+    return np.asarray(expected / rows + np.sign(error) * np.maximum(np.abs(error) - chance, 0.0))

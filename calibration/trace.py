@@ -69,6 +69,11 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
     return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])
 
 
+def timings_path(folder: Path, target: str, rows: Sequence[Row]) -> Path:
+    """The file of the times that were measured with some rows, beside their trace."""
+    return folder / f"times-{target}-{data_sha256(rows, labels=False)[:12]}.json"
+
+
 def trace_rows(
     engine: Engine,
     rows: Sequence[Row],

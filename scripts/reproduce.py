@@ -26,7 +26,8 @@ import numpy as np
 from reproduce_tables import DISTILLED, SAVINGS, draw, stored, tables
 from transformers import AlbertConfig, AutoTokenizer
 
-from fpabee.calibration.choose import every_setting
+from fpabee.calibration.choose import Selector
+from fpabee.calibration.families import CHOOSABLE_RULES
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
@@ -41,7 +42,6 @@ from fpabee.runtime.backends.onnxruntime_session import session_options
 from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
-from fpabee.runtime.rules.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
 MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
@@ -137,7 +137,7 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
     costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)
-    selector = every_setting(StoppingCosts(dev, metric, costs), list(RULES), list(Measure))
+    selector = Selector(StoppingCosts(dev, metric, costs), CHOOSABLE_RULES, list(Measure))
     scorer = Scorer(test, metric)
     found = []
     for kind in selector.kinds:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fpabee.calibration.choose import PER_EXIT
+from fpabee.calibration.families import PER_EXIT
 
 SAVINGS = (0.25, 0.5, 0.75)
 JUDGED = ("fpabee", "entropy")

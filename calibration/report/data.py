@@ -13,7 +13,7 @@ from ...runtime.artifact.manifest import Manifest
 from ...runtime.environment import environment
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
-from ..descriptions import rule_in_words
+from ..descriptions import promise_in_words, rule_in_words
 from ..outcome import Outcome
 from ..result import Calibration, Point
 from ..scoring import Scorer
@@ -119,7 +119,7 @@ def tables(report: Report) -> dict[str, list[Record]]:
     """Every table of the report by name; the records of a table have the same keys."""
     result = report.result
     return {
-        "points": [_point(point, result.default) for point in result.points],
+        "points": [_point(point, result) for point in result.points],
         "contenders": [
             {"kind": one.kind, **_rule(one.rule), **_outcome(one.held_out)}
             for one in result.comparisons
@@ -129,7 +129,7 @@ def tables(report: Report) -> dict[str, list[Record]]:
             {"point": point.name, "exit": number, "layer": layer, "rows": rows}
             for point in result.points
             for number, (layer, rows) in enumerate(
-                zip(result.layers, point.held_out.exits, strict=True), start=1
+                zip(result.layers, point.chosen_on.exits, strict=True), start=1
             )
         ],
         "exits": [dataclasses.asdict(score) for score in report.exit_scores],
@@ -157,18 +157,20 @@ def _outcome(outcome: Outcome) -> Record:
     }
 
 
-def _point(point: Point, default: str) -> Record:
+def _point(point: Point, result: Calibration) -> Record:
     certificate = point.certificate
     tested = None if certificate is None else f"{point.goal}, tested on {certificate.rows} rows"
     return {
         "name": point.name,
-        "default": point.name == default,
+        "default": point.name == result.default,
         "wish": str(point.goal),
         "kind": point.kind,
         **_rule(point.rule),
         **_outcome(point.held_out),
         **{f"measured_speedup_batch_{size}": ratio for size, ratio in point.measured.items()},
+        "promise": promise_in_words(point, result),
         "chosen_on_drop": point.chosen_on.drop,
+        "chosen_on_mean_depth": point.chosen_on.mean_depth,
         "chosen_on_rows": point.chosen_on.rows,
         "optimism": point.optimism,
         "certificate": tested,

@@ -1,4 +1,4 @@
-"""Score against speed-up: what the rules that matter give at every speed, on held-out rows."""
+"""Score against speed-up: what the settings of the rules that matter give."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.artifact.operating_point import Goal
-from ...runtime.errors import InputError
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
-from ..calibrate import SHOWN_RULES
-from ..choose import Selector
+from ..families import Family
 from ..outcome import exits_of, outcome
+from ..points import compared_kinds
 from ..result import Calibration
 from ..scoring import Scorer
 
-MOST_CURVES = 6
 _SPEEDS = 16
 
 
@@ -27,15 +24,14 @@ class FrontSetting:
 
     Attributes:
         curve: the kind of rule.
-        wished_speedup: the speed-up that was asked for.
-        rule: the setting that all rows choose.
-        estimated_speedup: by measured times of the segments, on rows that did not choose.
-        drop: in points, on the same rows.
+        rule: the setting.
+        estimated_speedup: by measured times of the segments.
+        drop: in points, on the rows of the calibration or on its test rows. If a rule was fitted to
+            rows, each row was judged by a rule that was fitted to other rows.
         mean_depth: in layers, on the same rows.
     """
 
     curve: str
-    wished_speedup: float
     rule: ExitRule
     estimated_speedup: float
     drop: float
@@ -43,35 +39,32 @@ class FrontSetting:
 
 
 def rule_fronts(result: Calibration, progress: Progress) -> list[FrontSetting]:
-    """A curve for each rule that is always shown, and for the winners."""
-    selector = result.selector
-    everything = selector.settings(selector.kinds)
-    fastest = everything.full_cost / float(everything.costs.min())
-    speeds = np.geomspace(1.0, fastest * (1 - 1e-9), _SPEEDS).tolist()
-    wanted = [*SHOWN_RULES, *(point.kind for point in result.points)]
-    wanted += [comparison.kind for comparison in result.comparisons]
-    kinds = [kind for kind in dict.fromkeys(wanted) if kind in selector.kinds][:MOST_CURVES]
+    """A curve for each kind of rule that is compared, see `compared_kinds`."""
     found = []
+    kinds = compared_kinds(result.selector.kinds, result.points)
     for number, kind in enumerate(kinds):
         progress(f"report: {kind}", number, len(kinds))
-        found += list(_curve(result, kind, selector, speeds))
+        families = [family for family in result.selector.search.families if family.kind == kind]
+        found += list(_curve(result, families))
     return found
 
 
-def _curve(
-    result: Calibration, kind: str, selector: Selector, speeds: list[float]
-) -> Iterator[FrontSetting]:
+def _curve(result: Calibration, families: list[Family]) -> Iterator[FrontSetting]:
+    """About 16 settings that no other setting beats, from slow to fast."""
+    costs = result.selector.stopping_costs
     rows = result.rows if result.test is None else result.test
-    scorer = Scorer(rows, selector.stopping_costs.scorer.metric)
-    costs = result.costs[-1].row_costs(rows.lengths)
-    for speed in speeds:
-        goal = Goal(speedup=speed)
-        try:
-            rule = selector.choose(goal, [kind])
-            if rule is None:
-                return
-            exits = exits_of(rule, rows) if result.test else selector.held_out(goal, [kind])
-        except InputError:  # no setting of this kind is fast enough
-            return
-        held = outcome(scorer, exits, rows.lengths, costs, result.layers)
-        yield FrontSetting(kind, speed, rule, held.estimated, held.drop, held.mean_depth)
+    scorer = Scorer(rows, costs.scorer.metric)
+    seconds = result.costs[-1].row_costs(rows.lengths)
+    exits = np.concatenate([family.exits for family in families])
+    rules = [family.rule(number) for family in families for number in range(len(family.exits))]
+    once = np.ones((len(result.rows), 1))
+    drops, times = costs.drops(exits, once)[:, 0], costs.mean_costs(exits, once)[:, 0]
+    for limit in np.geomspace(times.max(), times.min(), _SPEEDS) * (1 + 1e-9):
+        best = int(np.where(times <= limit, drops, np.inf).argmin())
+        stops = exits[best].astype(np.int64)
+        if result.test is not None:
+            stops = exits_of(rules[best], rows)
+        held = outcome(scorer, stops, rows.lengths, seconds, result.layers)
+        yield FrontSetting(
+            families[0].kind, rules[best], held.estimated, held.drop, held.mean_depth
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...runtime.artifact.manifest import ProblemType
-from ..descriptions import drop_in_words, rule_in_words
+from ..descriptions import drop_in_words, promise_in_words, rule_in_words
 from .data import Report, summary
 from .texts import Names, changed_by_stopping
 
@@ -32,14 +32,16 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(rule=rule_in_words, drop=drop_in_words, clip=_clip, names=_names)
+    environment.filters.update(
+        rule=rule_in_words, drop=drop_in_words, promise=promise_in_words, clip=_clip, names=_names
+    )
     return environment.get_template("page.html").render(
         report=report,
         result=report.result,
         summary=summary(report),
         pictures={name: _data_uri(svg) for name, svg in pictures.items()},
         points=[_point(report, point.name) for point in report.result.points],
-        comparisons_goal=report.result.contenders_wish,
+        comparisons_goal=report.result.comparisons_goal,
         multi_label=report.manifest.task.problem_type is ProblemType.MULTI_LABEL,
         most_rows=_MOST_ROWS,
     )

@@ -95,7 +95,7 @@ def _speedup(report: Report) -> Figure:
         held = point.held_out
         low, high = held.interval
         axes.errorbar(
-            held.estimated,
+            point.chosen_on.estimated,
             -held.drop,
             # An interval from a bootstrap need not contain the estimate.
             yerr=[[max(0.0, high - held.drop)], [max(0.0, held.drop - low)]],
@@ -121,7 +121,7 @@ def _limit(axes: Axes, report: Report) -> None:
     points = report.result.points
     floor = max(_LEAST_FLOOR, 1.3 * max(point.held_out.interval[1] for point in points))
     seen = [setting for setting in report.fronts if setting.drop <= floor]
-    fastest = [s.estimated_speedup for s in seen] + [p.held_out.estimated for p in points]
+    fastest = [s.estimated_speedup for s in seen] + [p.chosen_on.estimated for p in points]
     tops = [-s.drop for s in seen] + [-p.held_out.interval[0] for p in points]
     axes.set_ylim(-floor, max(0.5, *tops) + 0.05 * floor)
     axes.set_xlim(0.95, 1.05 * max(1.2, *fastest))
@@ -133,7 +133,7 @@ def _depths(report: Report) -> Figure:
     figure = _figure(0.6 + 1.5 * len(points))
     panels = figure.subplots(len(points), 1, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, point in zip(panels, points, strict=True):
-        held = point.held_out
+        held = point.chosen_on
         shares = np.array(held.exits) / held.rows
         bars = axes.bar(layers, shares, color=_COLOURS[0], width=0.7)
         axes.bar_label(bars, [f"{100 * s:.0f} %" if s else "" for s in shares], fontsize=8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...calibration import Bound, CalibrationOptions, RiskOf, calibrate
+from ...calibration.families import CHOOSABLE_RULES
 from ...calibration.scoring import AGREEMENT
 from ...calibration.trace import expected_labels, stored_rows
 from ...runtime.agreement import Agreement
@@ -20,7 +21,6 @@ from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
-from ...runtime.rules.measures import Measure
 from ..add_targets import AddTargetsOptions, add_target
 from ..staging import check_output, publish, resolved, staging
 from ..targets.options import RTX
@@ -167,7 +167,9 @@ def drop_exits(
             lost += _lost(other, its.operating_points, "it was measured on another target")
         elif name not in read_manifest(new).targets:
             lost += _lost(name, its.operating_points, "the target could not be built here")
-    for group in _groups(target) if name in read_manifest(new).targets else ():
+    if rows is None:
+        lost += _lost(name, _guaranteed(target), "its guarantee needs rows that chose no exits")
+    for group in _groups(target, rows is not None) if name in read_manifest(new).targets else ():
         try:
             points |= _recalibrate(old, manifest, new, name, group, rows, options, progress)
         except FpabeeError as error:
@@ -209,7 +211,12 @@ def _lost(target: str, points: Iterable[str], reason: str) -> list[LostPoint]:
     return [LostPoint(target, point, reason) for point in points]
 
 
-def _groups(target: Target) -> list[dict[str, OperatingPoint]]:
+def _guaranteed(target: Target) -> list[str]:
+    """Points with a guarantee, which the rows that may have chosen the exits cannot renew."""
+    return [name for name, point in target.operating_points.items() if point.certificate]
+
+
+def _groups(target: Target, new_rows: bool) -> list[dict[str, OperatingPoint]]:
     """The points of a target, in groups that one calibration can make.
 
     A bound needs its own calibration. So does a goal for speed: if it cannot be met, the other
@@ -218,6 +225,8 @@ def _groups(target: Target) -> list[dict[str, OperatingPoint]]:
     """
     groups: dict[tuple[object, ...], dict[str, OperatingPoint]] = {}
     for name, point in target.operating_points.items():
+        if point.certificate and not new_rows:
+            continue
         alone = name if point.goal is None or point.goal.speedup is not None else ""
         key = (point.metric, point.data_sha256, _batch_size(point), alone)
         groups.setdefault(key, {})[name] = point
@@ -258,8 +267,8 @@ def _recalibrate(
         name=next(iter(group)),
         default=default if default in group else next(iter(group)),
         metric=first.metric,
-        rules=tuple(dict.fromkeys(rule.name for rule in rules)),
-        measures=tuple(dict.fromkeys(m for m in measures if m is not None)) or tuple(Measure),
+        rules=tuple(dict.fromkeys(rule.name for rule in rules if rule.name in CHOOSABLE_RULES)),
+        measures=tuple(dict.fromkeys(m for m in measures if m is not None)),
         target=name,
         unlabelled=first.metric == AGREEMENT and any(row.labels is None for row in rows),
         batch_size=_batch_size(first),

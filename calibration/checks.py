@@ -1,0 +1,86 @@
+"""Refuse what cannot be calibrated, before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ..runtime.artifact.manifest import Task
+from ..runtime.engine import Engine
+from ..runtime.errors import InputError, Remedy
+from ..runtime.files import Row
+from .goals import CalibrationOptions
+from .label_thresholds import check_label_thresholds
+from .risk import RiskOf, check_row_mean
+from .scoring import check_metric
+from .trace import expected_labels
+
+LEAST_ROWS = 50
+"""The least number of rows that is accepted."""
+
+
+def check_request(
+    engine: Engine,
+    options: CalibrationOptions,
+    metric: str,
+    rows: Sequence[Row],
+    test: Sequence[Row] | None,
+) -> list[str]:
+    """Refuse what cannot be calibrated before the model runs; gives warnings about the rows."""
+    task, labelled = engine.manifest.task, not options.unlabelled
+    if options.bound is not None:
+        if not engine.manifest.targets[engine.target].row_invariant:
+            raise InputError(
+                f"on target {engine.target} the answer of a row depends on the other rows of its "
+                "batch, so the risk of a row cannot be bounded",
+                Remedy("choose another {target}, or give {max_drop} instead"),
+            )
+        if options.bound.risk_of is RiskOf.DROP:
+            check_row_mean(metric)
+    check_metric(metric, task.problem_type, labelled)
+    if options.tune_label_thresholds:
+        check_label_thresholds(task.problem_type, labelled)
+    if len(rows) < LEAST_ROWS:
+        raise InputError(
+            f"{len(rows)} rows are too few to choose on one part and judge on another",
+            f"give at least {LEAST_ROWS}; a few hundred rows tell half a point from chance",
+        )
+    if len({row.content for row in rows}) == 1:
+        raise InputError("all rows are the same text", "give different texts, as in real use")
+    warnings = []
+    if labelled:
+        expected = expected_labels(rows, task)
+        if len(np.unique(expected, axis=0)) < 2:
+            raise InputError(
+                "all rows have the same label, so a rule that always predicts it looks perfect",
+                "give rows of every label, in the proportions of real use",
+            )
+        counts = expected.sum(axis=0) if expected.ndim > 1 else np.bincount(expected)
+        missing = len(task.labels) - int(np.count_nonzero(counts))
+        if missing:
+            warnings.append(
+                f"{missing} of {len(task.labels)} labels have no row, so the points promise "
+                "nothing about them"
+            )
+    return warnings + (_check_test(rows, test, labelled and task) if test is not None else [])
+
+
+def _check_test(rows: Sequence[Row], test: Sequence[Row], task: Task | Literal[False]) -> list[str]:
+    """Refuse or name test rows that are among the rows that choose."""
+    if task:
+        expected_labels(test, task)
+    known = {row.content for row in rows}
+    both = [row for row in test if row.content in known]
+    if len(both) == len(test):
+        raise InputError(
+            "the test rows are among the rows that choose, so they would look better than new rows",
+            Remedy("give {test} other rows, or leave it out"),
+        )
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(test)} test texts are also among the rows that choose (the first is "
+        f"{both[0].place}), so their figures look better than those of new rows"
+    ]

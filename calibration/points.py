@@ -1,0 +1,144 @@
+"""Operating points: what is chosen for each goal, and how that does on other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..runtime.artifact.operating_point import Goal
+from ..runtime.encoding import EncodedRow, Text
+from ..runtime.engine import Engine
+from ..runtime.errors import InputError
+from ..runtime.progress import Progress
+from ..runtime.rules.base import ExitRule
+from ..runtime.rules.measures import Answers
+from ..runtime.rules.rules import Budget
+from .choose import Selector
+from .costs import CostModel, TimedEngine
+from .families import PER_EXIT
+from .goals import CalibrationOptions
+from .outcome import Outcome, exits_of, outcome
+from .result import Point, RuleComparison
+from .risk import Bound, Controlled, control, split
+from .scoring import LabelledLogits, Scorer
+
+MOST_COMPARED = 6
+"""How many kinds of rules are compared."""
+
+# Confidence of the goals that are guaranteed.
+_CONFIDENCE = 0.95
+
+
+def compared_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:
+    """The kinds that are compared: F-PABEE and PABEE, those of the points, and others."""
+    first = ["fpabee", "pabee", *(point.kind for point in points)]
+    others = sorted(kinds, key=lambda kind: kind.endswith(PER_EXIT))
+    return [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds][:MOST_COMPARED]
+
+
+def bound_of(goal: Goal) -> Bound:
+    """What a guaranteed goal asks for, with 95 % confidence; a bound is never 0 or 1."""
+    assert goal.max_drop is not None
+    return Bound(min(max(goal.max_drop / 100, 1e-9), 1 - 1e-9), _CONFIDENCE)
+
+
+@dataclass(frozen=True)
+class PointMaker:
+    """Chooses settings, and judges them on rows that did not choose them.
+
+    Attributes:
+        engine: the engine.
+        options: what is asked for.
+        progress: reports the current step.
+        selector: the settings.
+        costs: measured times; the last ones count.
+        held: rows to judge on; None means cross-validation on the rows that choose.
+        timed: the engine, whose measured times are stored.
+    """
+
+    engine: Engine
+    options: CalibrationOptions
+    progress: Progress
+    selector: Selector
+    costs: Sequence[CostModel]
+    held: LabelledLogits | None
+    timed: TimedEngine
+
+    def points(self, texts: Sequence[Text]) -> tuple[Point, ...]:
+        """An operating point for everything that is asked; texts are for measuring speed-ups."""
+        encoded = self.engine.encode(texts)
+        found = []
+        for number, (name, goal) in enumerate(self.options.asked.items()):
+            self.progress(f"choose {name}", number, len(self.options.asked))
+            found.append(self._point(name, goal, encoded))
+        return tuple(found)
+
+    def comparisons(
+        self, goal: Goal | Bound, points: Sequence[Point]
+    ) -> tuple[RuleComparison, ...]:
+        """The best setting of every kind of rule that matters, the fastest first."""
+        if not self.options.compare:
+            return ()
+        if isinstance(goal, Bound):
+            goal = goal.as_goal()
+        kinds, found = compared_kinds(self.selector.kinds, points), []
+        for number, kind in enumerate(kinds):
+            self.progress(f"compare {kind}", number, len(kinds))
+            try:
+                rule = self.selector.choose(goal, [kind])
+                if rule is not None:
+                    found.append(RuleComparison(rule, self._held_out(rule, goal, [kind])))
+            except InputError:  # no setting of this kind is fast enough
+                continue
+        return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
+
+    def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
+        rows = self.selector.stopping_costs.rows
+        certificate, refusal = None, ""
+        if isinstance(goal, Bound) or goal.guaranteed:
+            found = self._guaranteed(goal)
+            rule, certificate, refusal = found.rule, found.certificate, found.refusal
+            level = 2 * (certificate.confidence / 100 if certificate else _CONFIDENCE) - 1
+            held_out = self._judge(rule, self.held or rows.take(found.tested), level)
+        else:
+            rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits)
+            held_out = self._held_out(rule, goal, self.selector.kinds)
+        measured = {
+            str(model.batch): self.timed.speedup(encoded, rule, model.batch) for model in self.costs
+        }
+        judged = self._judge(rule, rows)
+        return Point(name, goal, rule, judged, held_out, measured, certificate, refusal)
+
+    def _guaranteed(self, goal: Goal | Bound) -> Controlled:
+        """The boldest setting whose drop is bounded; full depth if a goal has none."""
+        costs, options = self.selector.stopping_costs, self.options
+        bound = goal if isinstance(goal, Bound) else bound_of(goal)
+        try:
+            return control(costs, bound, options.rules, options.competing_measures, options.seed)
+        except InputError as error:
+            if isinstance(goal, Bound):
+                raise
+            tested = split(len(costs.rows), options.seed)[1]
+            return Controlled(Budget(exit=costs.rows.exits), tested, None, error.hint)
+
+    def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
+        """How the choice for a goal does on rows that did not choose.
+
+        These are the test rows, on which the rule itself is judged. Without them, each part of the
+        rows is judged with the setting that the other parts choose.
+        """
+        if self.held is not None:
+            return self._judge(rule, self.held)
+        costs = self.selector.stopping_costs
+        return self._outcome(costs.scorer, self.selector.held_out(goal, kinds), costs.rows)
+
+    def _judge(self, rule: ExitRule, rows: LabelledLogits, level: float = 0.95) -> Outcome:
+        """What a rule gives on some rows."""
+        scorer = Scorer(rows, self.selector.stopping_costs.scorer.metric)
+        return self._outcome(scorer, exits_of(rule, rows), rows, level)
+
+    def _outcome(
+        self, scorer: Scorer, exits: Answers, rows: LabelledLogits, level: float = 0.95
+    ) -> Outcome:
+        costs, layers = self.costs[-1].row_costs(rows.lengths), self.engine.manifest.exit_layers
+        return outcome(scorer, exits, rows.lengths, costs, layers, level)
