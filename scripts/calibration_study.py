@@ -1,0 +1,344 @@
+#!/usr/bin/env python
+"""Does calibration keep its promises? Simulations on populations whose true risk is known.
+
+    python scripts/calibration_study.py --work WORK [--quick] [--population sst2] [--rows 1000]
+
+Each population is a large set of logits with labels: synthetic ones, and those of real models on
+real data (`scripts/logits/`, dev and test rows together). A calibration sees rows that are drawn
+from it with replacement. What it chooses is then evaluated on the whole population, so its true
+drop is known. The cost of a row is its number of layers.
+
+WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
+so the script can be stopped at any time. The table is written to `docs/calibration-study.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from fpabee.calibration import Bound, Goal, LabelledLogits, RiskOf
+from fpabee.calibration.choose import Search
+from fpabee.calibration.families import DEFAULT_MEASURES, DEFAULT_RULES, make_families
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.risk import control
+from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
+from fpabee.calibration.stopping_costs import StoppingCosts
+from fpabee.calibration.sweep import StopScores
+from fpabee.runtime import ExitRule, InputError, Learned, ProblemType
+from fpabee.runtime.cli.errors import exits_with_one_line
+
+LOGITS = Path(__file__).parent / "logits"
+PAGE = Path(__file__).parent.parent / "docs" / "calibration-study.md"
+SIZES = (200, 500, 1000, 3000)
+REPEATS = 500
+QUICK_SIZES, QUICK_REPEATS = (500, 1000), 60
+COLUMNS = (
+    *("population", "rows", "promise", "calibrations", "drop", "broken", "refused", "saving"),
+    "oracle",
+)
+_SYNTHETIC_ROWS = 20_000
+_SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A population of rows whose evidence for their label grows with depth.
+
+    The evidence at an exit is a Brownian motion with drift, sampled at the exit's information, so
+    the last exit's logits are log-likelihoods: it is calibrated if `sharpness` is 1, over-confident
+    above 1, and under-confident below 1. Earlier exits have some noise of their own.
+    """
+
+    exits: int
+    labels: int
+    problem_type: ProblemType = _SINGLE
+    sharpness: float = 1.0
+
+    def rows(self) -> LabelledLogits:
+        """The population."""
+        generator = np.random.default_rng(0)
+        shape = (_SYNTHETIC_ROWS, self.labels)
+        single = self.problem_type is _SINGLE
+        expected: NDArray[np.int64]
+        towards: NDArray[np.floating[Any]]
+        if single:
+            expected = generator.integers(0, self.labels, _SYNTHETIC_ROWS)
+            towards = np.eye(self.labels)[expected]
+        else:
+            expected = (generator.random(shape) < 0.3).astype(np.int64)
+            towards = 2.0 * expected - 1.0
+        strength = generator.gamma(2.0, 2.4 if single else 4.8, (_SYNTHETIC_ROWS, 1))
+        steps = np.diff(np.linspace(0.4, 1.0, self.exits) ** 2, prepend=0.0)
+        logits, evidence = [], np.zeros(shape)
+        for number, step in enumerate(steps):
+            gained = strength * step
+            evidence = evidence + towards * gained
+            evidence += np.sqrt(gained) * generator.normal(size=shape)
+            own = 0.5 * (1 - number / (self.exits - 1)) * generator.normal(size=shape)
+            logits.append(evidence + own if single else 2 * evidence + np.log(3 / 7) + own)
+        stacked = (self.sharpness * np.stack(logits)).astype(np.float32)
+        lengths = np.full(_SYNTHETIC_ROWS, 20, np.intp)
+        return LabelledLogits(stacked, lengths, expected, self.problem_type)
+
+
+SYNTHETIC = {
+    "calibrated, 6 exits": Synthetic(6, 4),
+    "over-confident, 6 exits": Synthetic(6, 4, sharpness=2.5),
+    "under-confident, 6 exits": Synthetic(6, 4, sharpness=0.4),
+    "calibrated, 12 exits": Synthetic(12, 2),
+    "over-confident, 12 exits": Synthetic(12, 2, sharpness=2.5),
+    "under-confident, 12 exits": Synthetic(12, 2, sharpness=0.4),
+    "multi-label, 6 exits": Synthetic(6, 8, _MULTI),
+    "multi-label, over-confident": Synthetic(6, 8, _MULTI, sharpness=2.5),
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a calibration is asked for.
+
+    Attributes:
+        name: as the table shows it.
+        goal: what is asked for.
+        metric: the metric; None means the first one of the task.
+        ordered: whether the rows come sorted by label instead of at random.
+    """
+
+    name: str
+    goal: Goal | Bound
+    metric: str | None = None
+    ordered: bool = False
+
+    @property
+    def allowed(self) -> float:
+        """The largest drop, in points."""
+        if isinstance(self.goal, Bound):
+            return 100 * self.goal.risk
+        assert self.goal.max_drop is not None
+        return self.goal.max_drop
+
+
+SAFE = Bound(0.005, 0.95)
+PROMISES = (
+    Promise("balanced", Goal(max_drop=0.5)),
+    Promise("fast", Goal(max_drop=2.0)),
+    Promise("safe", SAFE),
+    Promise("safe, macro-F1", SAFE, "macro_f1"),
+    Promise("safe, agreement", SAFE, AGREEMENT),
+    Promise("risk 1", Bound(0.01, 0.95)),
+    Promise("risk 1, sorted file", Bound(0.01, 0.95), ordered=True),
+    Promise("risk 2", Bound(0.02, 0.95)),
+    Promise("risk 2, disagreement", Bound(0.02, 0.95, RiskOf.DISAGREEMENT), AGREEMENT),
+)
+
+
+def populations() -> dict[str, Callable[[], LabelledLogits]]:
+    """Every population by name."""
+    found: dict[str, Callable[[], LabelledLogits]] = {
+        name: made.rows for name, made in SYNTHETIC.items()
+    }
+    for path in sorted(LOGITS.glob("*.npz")):
+        found[path.stem] = partial(stored_logits, path)
+    return found
+
+
+def stored_logits(path: Path, parts: Sequence[str] = ("dev", "test")) -> LabelledLogits:
+    """The rows of some parts of a stored file, one after another."""
+    with np.load(path) as content:
+        logits = np.concatenate([content[f"{part}_logits"] for part in parts], axis=1)
+        expected = np.concatenate([content[f"{part}_labels"] for part in parts]).astype(np.int64)
+        problem_type = _SINGLE if expected.ndim == 1 else _MULTI
+    lengths = np.full(len(expected), 20, np.intp)
+    return LabelledLogits(logits.astype(np.float32), lengths, expected, problem_type)
+
+
+class Population:
+    """A population, and the truth about rules on it."""
+
+    def __init__(self, rows: LabelledLogits) -> None:
+        self.rows = rows
+        self._scorers: dict[str, Scorer] = {}
+        self._stop = StopScores(rows)
+
+    def scorer(self, metric: str | None) -> Scorer:
+        """A metric of the whole population."""
+        name = metric or METRICS[self.rows.problem_type][0]
+        if name not in self._scorers:
+            self._scorers[name] = Scorer(self.rows, name)
+        return self._scorers[name]
+
+    def truth(self, rule: ExitRule | None, metric: str | None) -> tuple[float, float]:
+        """The true drop in points, and the share of layers saved."""
+        if rule is None:
+            return 0.0, 0.0
+        # The scores of a learned rule are never those of another calibration.
+        learned = isinstance(rule, Learned)
+        exits = exits_of(rule, self.rows) if learned else self._stop.exits(rule)
+        scorer = self.scorer(metric)
+        drop = 100 * (scorer.full_depth - scorer.score(exits))
+        return drop, float(1 - exits.mean() / self.rows.exits)
+
+    def oracle(self, promise: Promise) -> float:
+        """The largest saving of a setting whose true drop is within the promise."""
+        metric = self.scorer(promise.metric).metric
+        costs = StoppingCosts(self.rows, metric, layer_costs(self.rows))
+        best, everything = 0.0, np.arange(len(self.rows))
+        for family in make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES):
+            savings = 1 - family.exits.mean(axis=1) / self.rows.exits
+            for number in np.flatnonzero(savings > best):
+                exits = family.exits[number].astype(np.int64)
+                scored = costs.scorer.value(
+                    costs.scorer.sums[exits - 1, everything].sum(axis=0), len(self.rows)
+                )
+                if 100 * (costs.scorer.full_depth - float(scored)) <= promise.allowed:
+                    best = max(best, float(savings[number]))
+        return best
+
+
+def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
+    """One for each layer."""
+    return np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+
+
+def calibrate(
+    population: Population, promises: Sequence[Promise], count: int, seed: int
+) -> Iterator[tuple[str, float, float, bool]]:
+    """One calibration for each promise: its name, true drop, saving, and whether it refused."""
+    generator = np.random.default_rng(seed)
+    rows = population.rows.take(generator.integers(0, len(population.rows), count))
+    searches: dict[str, Search] = {}
+    for promise in promises:
+        metric, seen = population.scorer(promise.metric).metric, rows
+        if promise.ordered and rows.expected is not None:
+            keys = rows.expected if rows.expected.ndim == 1 else rows.expected.sum(axis=1)
+            seen = rows.take(np.argsort(keys, kind="stable"))
+        costs = StoppingCosts(seen, metric, layer_costs(seen))
+        rule: ExitRule | None
+        if isinstance(promise.goal, Bound):
+            try:
+                rule = control(costs, promise.goal, (), DEFAULT_MEASURES, seed).rule
+            except InputError:
+                rule = None
+        else:
+            if metric not in searches:
+                families = make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed)
+                searches[metric] = Search(costs, families, seed)
+            rule = searches[metric].choose(promise.goal, searches[metric].kinds)
+        yield promise.name, *population.truth(rule, promise.metric), rule is None
+
+
+def study(name: str, population: Population, count: int, repeats: int, work: Path) -> None:
+    """Run what is missing of one population and number of rows."""
+    path = work / f"{name}-{count}.jsonl"
+    done = len(path.read_text().splitlines()) if path.is_file() else 0
+    with path.open("a", encoding="utf-8") as file:
+        for seed in range(done, repeats):
+            found = calibrate(population, PROMISES, count, seed)
+            file.write(json.dumps({key: list(rest) for key, *rest in found}) + "\n")
+            file.flush()
+
+
+def table(names: Sequence[str], work: Path) -> Iterator[str]:
+    """The lines of the table, for what has been run."""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
+    for name in names:
+        oracle_path = work / f"{name}-oracle.json"
+        oracles = json.loads(oracle_path.read_text()) if oracle_path.is_file() else {}
+        for count in SIZES:
+            path = work / f"{name}-{count}.jsonl"
+            if not path.is_file():
+                continue
+            runs = [json.loads(line) for line in path.read_text().splitlines()]
+            for promise in PROMISES:
+                yield _line(name, count, promise, [run[promise.name] for run in runs], oracles)
+
+
+def _line(
+    name: str, count: int, promise: Promise, runs: list[Any], oracles: dict[str, float]
+) -> str:
+    drops, savings, refused = (np.array(column, float) for column in zip(*runs, strict=True))
+    broken = int((drops > promise.allowed + 1e-9).sum())
+    error = drops.std() / np.sqrt(len(drops))
+    share = "-"
+    if isinstance(promise.goal, Bound):
+        low, high = binomial_interval(broken, len(drops))
+        share = f"{100 * broken / len(drops):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    saving, best = savings.mean(), oracles.get(promise.name, 0.0)
+    of = f"{saving / best:.2f}" if best else "-"
+    return (
+        f"| {name} | {count} | {promise.name} | {len(drops)} | {drops.mean():.2f} ± {error:.2f} | "
+        f"{share} | {100 * refused.mean():.0f} % | {saving:.3f} | {of} |"
+    )
+
+
+def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    middle = (count + z**2 / 2) / (total + z**2)
+    half = z * np.sqrt(count * (total - count) / total + z**2 / 4) / (total + z**2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+HEADER = """# Calibration study
+
+Does calibration keep its promises on new rows? `scripts/calibration_study.py` draws rows from
+populations whose true risk is known, calibrates on them, and evaluates what was chosen on the whole
+population. {what}
+
+- **drop**: the mean true drop over calibrations, in points, with its standard error. The promise of
+  `balanced` is 0.5 on average, that of `fast` 2.
+- **broken**: share of calibrations whose true drop exceeds a guarantee, with its 95 % interval. It
+  should be at most 5 %.
+- **refused**: share of calibrations that choose full depth, because the rows cannot confirm more.
+- **saving**: mean share of layers that is saved; a refusal saves nothing.
+- **oracle**: the saving as a share of the oracle's. The oracle knows the population, and takes the
+  setting that saves most within the promise.
+
+`safe` promises at most 0.5 points and `risk N` at most N points, both with 95 % confidence. The
+populations with names such as `trec-minilm` are the logits of real models.
+"""
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Results so far.")
+@click.option("--population", "names", multiple=True, help="Default: all.")
+@click.option("--rows", "sizes", multiple=True, type=int, help=f"Default: {SIZES}.")
+@click.option("--repeats", type=int, help=f"Calibrations of each kind. Default: {REPEATS}.")
+@click.option("--quick", is_flag=True, help="Fewer calibrations: at most an hour on two cores.")
+@click.option("--page", default=PAGE, type=click.Path(path_type=Path), help="Where to write.")
+@exits_with_one_line
+def main(
+    work: Path,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    repeats: int | None,
+    quick: bool,
+    page: Path,
+) -> None:
+    """Run what is missing, then write the table of all that has been run."""
+    work.mkdir(parents=True, exist_ok=True)
+    makers = populations()
+    repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
+    for name in names or makers:
+        population = Population(makers[name]())
+        oracle = work / f"{name}-oracle.json"
+        if not oracle.is_file():
+            oracle.write_text(json.dumps({p.name: population.oracle(p) for p in PROMISES}))
+        for count in sizes or (QUICK_SIZES if quick else SIZES):
+            study(name, population, count, repeats, work)
+            click.echo(f"{name}, {count} rows: done", err=True)
+    lines = [HEADER.format(what=""), *table(list(makers), work)]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
