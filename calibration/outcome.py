@@ -85,11 +85,11 @@ def drop_interval(
 ) -> tuple[float, float]:
     """Interval of the drop in points: a bootstrap over rows, each with both of its answers.
 
-    A bootstrap cannot show a kind of change that the rows do not hold. So where the metric is a
-    mean over rows and some row stopped early, neither end is closer to the drop than the exact
-    binomial bound on the share of rows with a change that none of n rows shows:
-    1 - (alpha / 2)^(1/n), about 3.7/n at 95 % (Clopper & Pearson 1934; the "rule of three",
-    Hanley & Lippman-Hand 1983).
+    A bootstrap cannot show a kind of change that the rows do not hold. So where some row stopped
+    early, neither end is closer to the drop than the exact binomial bound on the share of rows
+    with a change that none of n rows shows: 1 - (alpha / 2)^(1/n), about 3.7/n at 95 % (Clopper &
+    Pearson 1934; the "rule of three", Hanley & Lippman-Hand 1983). This is exact for means over
+    rows, and a rule of thumb for other metrics.
 
     Args:
         scorer: the metric of the rows.
@@ -108,7 +108,7 @@ def drop_interval(
         weights = resampled(rows, resamples, generator)
         drops = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
-    if scorer.is_row_mean and (exits < len(scorer.sums)).any():
+    if (exits < len(scorer.sums)).any():
         drop = scorer.full_depth - scorer.score(exits)
         unseen = 1 - ((1 - level) / 2) ** (1 / rows)
         low, high = min(low, drop - unseen), max(high, drop + unseen)
