@@ -18,7 +18,7 @@ from .costs import TimedEngine
 from .goals import CalibrationOptions
 from .label_thresholds import tune_label_thresholds
 from .points import PointMaker
-from .result import Calibration, with_points
+from .result import TESTED, Calibration, with_points
 from .risk import Bound, RiskOf, split
 from .scoring import AGREEMENT, METRICS, LabelledLogits
 from .stopping_costs import StoppingCosts
@@ -144,4 +144,4 @@ def _metric(engine: Engine, options: CalibrationOptions) -> str:
 def _held_out_name(options: CalibrationOptions) -> str:
     if options.test is not None:
         return Path(options.test).name
-    return "rows that tested the bound" if options.bound else CROSS_VALIDATED
+    return TESTED if options.bound else CROSS_VALIDATED

@@ -11,6 +11,7 @@ from ..runtime.artifact.manifest import Task
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
+from ..runtime.optional_packages import require
 from .goals import CalibrationOptions
 from .label_thresholds import check_label_thresholds
 from .risk import RiskOf, check_row_mean
@@ -40,6 +41,8 @@ def check_request(
         if options.bound.risk_of is RiskOf.DROP:
             check_row_mean(metric)
     check_metric(metric, task.problem_type, labelled)
+    if "learned" in options.rules:
+        require("calibrate")
     if options.tune_label_thresholds:
         check_label_thresholds(task.problem_type, labelled)
     if len(rows) < LEAST_ROWS:

@@ -23,6 +23,9 @@ from .outcome import Outcome
 from .risk import Bound
 from .scoring import LabelledLogits
 
+TESTED = "rows that tested the bound"
+"""How points with a guarantee are judged without other rows."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -189,6 +192,7 @@ def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Ma
 
 def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:
     held_out = point.held_out
+    guaranteed = isinstance(point.goal, Bound) or point.goal.guaranteed
     return OperatingPoint(
         rule=point.rule.to_dict(),
         goal=point.goal if isinstance(point.goal, Goal) else None,
@@ -196,7 +200,7 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         score=held_out.score,
         full_depth_score=held_out.full_depth_score,
         drop_interval=held_out.interval,
-        held_out=result.held_out,
+        held_out=TESTED if guaranteed and result.test is None else result.held_out,
         rows=held_out.rows,
         data_sha256=data_sha256,
         mean_depth=held_out.mean_depth,

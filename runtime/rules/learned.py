@@ -1,6 +1,6 @@
 """The learned rule: an estimate of the probability that later exits will change the answer.
 
-`fpabee-calibrate` fits its weights. At run time it is a dot product of a few numbers that the other
+Calibration fits its weights. At run time it is a dot product of a few numbers that the other
 rules use one by one.
 """
 
