@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fpabee.runtime.files import read_rows
 
 from ..conftest import WORDS
 from .cases import (
+    COMMANDS,
     QUIET,
     Arguments,
     Case,
@@ -71,6 +73,13 @@ def traced(*options: object) -> Make:
     return make
 
 
+def again(place: Place) -> Arguments:
+    """The same calibration a second time, which only writes the manifest."""
+    arguments = goal("--max-drop", 5)(place)
+    COMMANDS["calibrate"].main([str(each) for each in arguments[1:]], standalone_mode=False)
+    return arguments
+
+
 def held_out(content: Rows) -> Make:
     """Other rows to report on."""
     return lambda place: [*goal()(place), "--test", file(place, content, "test.jsonl")]
@@ -85,6 +94,19 @@ def in_the_way(name: str, *options: str) -> Make:
         return goal(*paths, change=lambda folder: (folder / name).write_text("mine"))(place)
 
     return make
+
+
+def same_text(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"text": "rain"}
+
+
+def without_sklearn(place: Place) -> Arguments:
+    place.patch.setitem(sys.modules, "sklearn", None)
+    return goal("--rule", "learned")(place)
+
+
+def set_default(name: str, *options: object) -> Make:
+    return lambda place: ["calibrate", place.engines(), "--set-default", name, *options]
 
 
 def full_disk(what: str, make: Make) -> Make:
@@ -109,12 +131,18 @@ UNLABELLED = [{"text": row["text"]} for row in rows()]
 CASES = [
     Case("no label", given([*rows(), {"text": "rain"}]), "dev.jsonl", "81", "--unlabelled"),
     Case("one class", given([row | {"label": "music"} for row in rows()])),
+    Case("identical rows", given([same_text(row) for row in rows()])),
+    Case("an unknown label", given([*rows(), {"text": "a", "label": "food"}]), "81", "food"),
+    Case("learned without scikit-learn", without_sklearn, "sklearn", "'fpabee[calibrate]'"),
+    Case("an unknown point", set_default("slow"), "'slow'", "onnxruntime-fp32"),
+    Case("a point of an unknown target", set_default("fast", "--target", "tpu"), "'tpu'",
+         "onnxruntime-fp32", "--target"),
     Case("too few rows", given(UNLABELLED[:49], "--unlabelled"), "49", "50"),
     Case("test rows without labels", held_out(UNLABELLED), "test.jsonl", "1"),
     Case("test rows that are those that choose", held_out(rows()), "--test"),
     Case("a model that gives NaN", goal(change=with_nan), "exit 2"),
     Case("20 times as fast", traced("--speedup", 20), "20"),
-    Case("a risk that few rows cannot show", traced("--risk", 0.1), "0.1", "95", "48"),
+    Case("a risk that few rows cannot show", traced("--risk", 0.1), "0.1", "95", "64"),
     Case("a risk of F1", goal("--risk", 5, "--metric", "macro_f1"), "macro_f1", "accuracy"),
     Case("a risk where rows influence each other", goal("--risk", 5, change=manifest(neighbours)),
          "onnxruntime-fp32"),
@@ -127,7 +155,7 @@ CASES = [
     Case("no space for the trace",
          full_disk("numpy.savez", lambda p: [*goal()(p), "--output", p.root]), "No space left"),
     Case("no space for the manifest",
-         full_disk("fpabee.runtime.artifact.folder.os.fsync", traced("--max-drop", 5)),
+         full_disk("fpabee.runtime.artifact.folder.os.fsync", again),
          "manifest.json", "No space left"),
 ]  # fmt: skip
 
@@ -138,7 +166,9 @@ USAGE = [
     (("--name", "x"), "--name"),
     (("--max-drop", 1, "--name", "a\nb"), r"'a\nb'"),
     (("--rule", "auto", "--rule", "fpabee"), "auto"),
+    (("--rule", "either"), "either"),
     (("--no-texts",), "--report"),
+    (("--set-default", "fast"), "--set-default"),
 ]
 
 
@@ -153,3 +183,7 @@ def test_options_that_do_not_go_together(
 ) -> None:
     make = lambda _: ["calibrate", "engines", "--data", "x", *options]  # noqa: E731
     check(Case("usage", make, fact, code=2), place, capfd)
+
+
+def test_rows_or_a_default_are_needed(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    check(Case("neither", lambda _: ["calibrate", "engines"], "--data", code=2), place, capfd)

@@ -1,24 +1,30 @@
-"""Synthetic traces: deeper exits are surer and more often right."""
+"""Synthetic traces, and calibrations of tiny engines folders without measured times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.calibration.choose import Selector
+from fpabee.calibration import Calibration, CalibrationOptions, CostModel, calibrate, costs
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
-from fpabee.calibration.sweep import StopScores
-from fpabee.runtime import RULES, Measure, ProblemType
+from fpabee.runtime import Engine, ProblemType
+from fpabee.runtime.files import Row
+
+from ..conftest import WORDS
 
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., LabelledLogits]:
-    """Makes a trace whose rows are easy or hard, with their labels."""
+    """Makes a trace whose deeper exits are surer and more often right, with its labels."""
 
     def make(
         count: int = 600,
@@ -46,17 +52,89 @@ def make_rows() -> Callable[..., LabelledLogits]:
     return make
 
 
-def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
-    """One second for each exit."""
-    return np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+def with_costs(rows: LabelledLogits, metric: str = "accuracy") -> StoppingCosts:
+    """Rows whose every exit takes a second."""
+    costs = np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+    return StoppingCosts(rows, metric, costs)
 
 
-def make_selector(
-    rows: LabelledLogits, metric: str = "accuracy", names: tuple[str, ...] = ()
-) -> Selector:
-    """Settings of some rules, by default all, and two rules with a threshold for each exit."""
-    stop = StopScores(rows)
-    swept = stop.families(names or list(RULES), [Measure.JSKD, Measure.REKD])
-    fitted = stop.families(["entropy", "fpabee"], [Measure.JSKD], patiences=[1])
-    costs = StoppingCosts(rows, metric, layer_costs(rows))
-    return Selector(costs, list(swept), list(fitted))
+def label_rows(folder: Path, count: int = 120, seed: int = 0) -> list[Row]:
+    """Random texts, most of them labelled as the model labels them at full depth."""
+    generator = random.Random(seed)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(1, 12))) for _ in range(count)]
+    with Engine.load(folder, threads=1) as engine:
+        answers = [prediction.labels for prediction in engine.predict(texts, full_depth=True)]
+        names = engine.labels
+    return [
+        Row(text, None, answer if generator.random() > 0.15 else (generator.choice(names),), {}, n)
+        for n, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)
+    ]
+
+
+def write(rows: Sequence[Row], path: Path) -> Path:
+    """Rows as JSON lines."""
+    lines = [json.dumps({"text": row.text, "labels": row.labels}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def fix_times(patch: pytest.MonkeyPatch) -> list[str]:
+    """Every segment takes a second per row; gives a list that grows with each measurement."""
+    measured = []
+
+    def model(engine: Engine, lengths: Any, batch: int) -> CostModel:
+        measured.append(f"segments, batch {batch}")
+        return CostModel(batch, (1,), ((1.0,),) * len(engine.manifest.segments))
+
+    def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
+        measured.append(f"{rule}, batch {batch}")
+        return 1.25
+
+    patch.setattr(costs, "measure_costs", model)
+    patch.setattr(costs, "measure_speedup", speedup)
+    return measured
+
+
+@pytest.fixture(scope="session")
+def test_file(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other rows of the first tiny model to judge points on."""
+    return write(
+        label_rows(engines["bert"], count=90, seed=1),
+        tmp_path_factory.mktemp("rows") / "test.jsonl",
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Times are not measured but fixed, see `fix_times`."""
+    return fix_times(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Calibration]]:
+    """Calibrates a copy of a tiny engines folder; the same options give the same result."""
+    known: dict[str, Calibration] = {}
+
+    def run(family: str = "bert", count: int = 150, **options: Any) -> Calibration:
+        key = str((family, count, options))
+        if key not in known:
+            place = tmp_path_factory.mktemp("calibrated") / "engines"
+            folder = Path(shutil.copytree(engines[family], place))
+            rows = label_rows(folder, count)
+            known[key] = calibrate(folder, rows, CalibrationOptions(threads=1, **options))
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        fix_times(patch)
+        yield run
+
+
+def two_exits(changed: NDArray[np.bool_], truth: NDArray[np.int64] | None = None) -> LabelledLogits:
+    """Rows that the last exit gets right; the first exit does where nothing changed."""
+    truth = np.zeros(len(changed), np.int64) if truth is None else truth
+    right = 3 * np.eye(2, dtype=np.float32)[truth]
+    logits = np.stack([np.where(changed[:, None], right[:, ::-1], right), right])
+    lengths = np.full(len(changed), 9, np.intp)
+    return LabelledLogits(logits, lengths, truth, ProblemType.SINGLE_LABEL)

@@ -9,9 +9,9 @@ import pytest
 
 from fpabee.calibration.outcome import drop_interval, exits_of, outcome
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.runtime import Entropy, ProblemType
+from fpabee.runtime import Entropy
 
-from .conftest import layer_costs
+from .conftest import two_exits, with_costs
 
 Make = Callable[..., LabelledLogits]
 
@@ -31,14 +31,6 @@ def test_intervals_cover_the_drop(make_rows: Make, metric: str, samples: int) ->
     assert covered >= 0.85 * samples
 
 
-def two_exits(changed: np.ndarray) -> LabelledLogits:
-    """Rows that the last exit gets right; the first exit does where nothing changed."""
-    right = np.eye(2, dtype=np.float32)[np.zeros(len(changed), np.intp)]
-    logits = np.stack([np.where(changed[:, None], right[:, ::-1], right), right])
-    lengths, truth = np.full(len(changed), 9, np.intp), np.zeros(len(changed), np.int64)
-    return LabelledLogits(logits, lengths, truth, ProblemType.SINGLE_LABEL)
-
-
 def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
     rows = two_exits(np.zeros(800, bool))
     early, full = np.ones(800, np.int64), np.full(800, 2)
@@ -49,6 +41,8 @@ def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
     assert drop_interval(scorer, full) == (0.0, 0.0), "full depth is full depth"
     agreement = drop_interval(Scorer(rows, "agreement"), early)
     assert agreement == pytest.approx((0.0, 0.46004845))
+    for metric in ("macro_f1", "matthews"):
+        assert drop_interval(Scorer(rows, metric), early) != (0.0, 0.0)
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.0015, 0.003])
@@ -67,7 +61,7 @@ def test_an_outcome_counts_layers_and_tokens(make_rows: Make) -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
     found = outcome(
-        Scorer(rows, "accuracy"), exits, rows.lengths, layer_costs(rows), (2, 4, 6, 8, 10, 12)
+        Scorer(rows, "accuracy"), exits, rows.lengths, with_costs(rows).costs, range(2, 13, 2)
     )
     assert found.mean_depth == pytest.approx(2 * exits.mean())
     tokens = rows.lengths.sum() / (exits * rows.lengths).sum()

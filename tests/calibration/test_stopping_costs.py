@@ -1,21 +1,23 @@
-"""Expected losses, their shrinkage towards observed ones, and the bound of a drop."""
+"""Expected losses, where labels count more, and drops in samples of the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 import pytest
 
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import (
+    estimated,
     expected_losses,
     fit_temperature,
     observed_losses,
-    shrunk,
-    upper_bound,
 )
 from fpabee.runtime import ProblemType
+
+from .conftest import with_costs
 
 
 def calibrated(problem_type: ProblemType, rows: int, scale: float) -> LabelledLogits:
@@ -59,14 +61,29 @@ def test_the_same_answer_loses_nothing(make_rows: Callable[..., LabelledLogits])
 def test_the_expected_loss_stands_unless_labels_differ_by_more_than_chance() -> None:
     # Of 1,000 rows, 10 were expected to be lost: 14 may be chance, 60 are not.
     observed, expected, squares = np.array([14.0, 60.0]), np.full(2, 10.0), np.array([20.0, 66.0])
-    found = shrunk(observed, expected, squares, 1000)
-    assert found[0] == pytest.approx(0.010, abs=5e-4)
-    assert found[1] == pytest.approx(0.060, abs=2e-3)
+    found = estimated(observed, expected, squares, 1000)
+    assert found[0] == pytest.approx(0.010)
+    assert found[1] == pytest.approx(0.060 - 0.0081, abs=5e-4), "less the standard error"
 
 
-def test_the_upper_bound_covers() -> None:
-    generator = np.random.default_rng(3)
-    for lost, won in [(0.01, 0.0), (0.02, 0.02), (0.05, 0.01)]:
-        counts = generator.multinomial(900, [lost, won, 1 - lost - won], size=4000).astype(float)
-        bounds = upper_bound(counts[:, 1], counts[:, 0], 900)
-        assert (bounds >= lost - won).mean() >= 0.935
+@pytest.mark.parametrize("metric", METRICS[ProblemType.SINGLE_LABEL])
+def test_samples_weigh_rows(make_rows: Callable[..., LabelledLogits], metric: str) -> None:
+    rows = make_rows(count=200)
+    generator = np.random.default_rng(0)
+    exits = generator.integers(1, 7, (3, 200)).astype(np.int16)
+    drawn = generator.integers(0, 200, 200)
+    weights = np.stack([np.ones(200), np.bincount(drawn, minlength=200)], axis=1)
+    costs = with_costs(rows, metric)
+    # The rows of the sample themselves, with the losses that are expected of them.
+    sample = copy(costs.take(drawn))
+    sample.losses = costs.losses[:, drawn]
+    once = np.ones((200, 1))
+    for method in ("drops", "mean_costs"):
+        found = getattr(costs, method)(exits, weights)
+        expected = getattr(sample, method)(exits[:, drawn], once)
+        np.testing.assert_allclose(found[:, 1:], expected, atol=1e-12)
+    if not costs.scorer.is_row_mean or metric == "agreement":
+        scores = np.array([costs.scorer.score(row.astype(np.int64)) for row in exits])
+        np.testing.assert_allclose(
+            costs.drops(exits, once)[:, 0], costs.scorer.full_depth - scores, atol=1e-12
+        )

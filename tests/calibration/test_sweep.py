@@ -1,4 +1,4 @@
-"""Sweeps: every setting gives the exits of `simulate`, and sums of what rows give there."""
+"""Sweeps: every setting gives the exits of `simulate`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.sweep import StopScores
+from fpabee.calibration.families import CHOOSABLE_RULES, DEFAULT_MEASURES, make_families
+from fpabee.calibration.scoring import LabelledLogits
+from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import (
-    RULES,
     Entropy,
+    ExitRule,
     FPabee,
-    Measure,
     Pabee,
     ProblemType,
     RuleError,
@@ -23,62 +25,47 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.rules.base import ThresholdRule
 
+from ..runtime.rules.test_rules import Logits, fitting, rules, tasks, traces
+from .conftest import with_costs
+
 LAYERS = (2, 4, 6, 8, 10, 12)
 
 
+@given(traces(least_rows=1), tasks, rules, st.booleans(), st.data())
+def test_rows_stop_where_simulate_stops_them(
+    logits: Logits, task: ProblemType, rule: ExitRule, per_exit: bool, data: st.DataObject
+) -> None:
+    rule = fitting(rule, logits)
+    lengths = np.ones(logits.shape[1], np.intp)
+    scores = StopScores(LabelledLogits(logits, lengths, None, task)).stop_scores(rule)
+    finite = scores[np.isfinite(scores)].tolist()
+    if isinstance(rule, ThresholdRule) and finite:
+        # Thresholds that equal a score, which does not stop the row.
+        count = len(logits) if per_exit else 1
+        drawn = data.draw(st.lists(st.sampled_from(finite), min_size=count, max_size=count))
+        rule = rule.with_stop_threshold(drawn if per_exit else drawn[0])
+    found = exits_below(scores, rule.stop_thresholds.T)
+    np.testing.assert_array_equal(found, simulate(logits, rule, task).exits[None])
+
+
 @pytest.mark.parametrize("task", ProblemType)
-def test_every_family_stops_rows_where_simulate_does(
+def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
     make_rows: Callable[..., LabelledLogits], task: ProblemType
 ) -> None:
     rows = make_rows(count=200, problem_type=task)
-    generator = np.random.default_rng(1)
-    seen = set()
-    for family in StopScores(rows).families(list(RULES), list(Measure), first_exits=(1, 3)):
-        seen.add(family.rule.name)
-        numbers = {0, len(family.grid) - 1, int(generator.integers(len(family.grid)))}
-        finite = family.scores[np.isfinite(family.scores)]
-        if isinstance(family.rule, ThresholdRule) and finite.size:
-            # Thresholds that equal a score, which does not stop the row.
-            exact = generator.choice(finite, 2)
-            family.grid = np.unique([*family.grid, *exact])
-            numbers |= {int(number) for number in np.searchsorted(family.grid, exact)}
-        for number in numbers:
-            rule = family.setting(number)
-            expected = simulate(rows.logits, rule, task).exits
-            np.testing.assert_array_equal(family.exits(number), expected, err_msg=str(rule))
-    assert seen == set(RULES)
-
-
-@pytest.mark.parametrize("task", ProblemType)
-def test_sums_are_those_of_the_rows_at_their_exits(
-    make_rows: Callable[..., LabelledLogits], task: ProblemType
-) -> None:
-    rows = make_rows(problem_type=task)
-    scorer = Scorer(rows, METRICS[task][1])
-    parts = np.arange(len(rows)) % 3
-    family = StopScores(rows).family(FPabee(threshold=0.0, patience=2))
-    sums = family.sums(scorer.sums, parts)
-    for number in range(0, len(family.grid), 17):
-        terms = scorer.at(family.exits(number))
-        for part in range(3):
-            np.testing.assert_allclose(sums[part, number], terms[parts == part].sum(axis=0))
-    np.testing.assert_allclose(sums.sum(axis=0), family.sums(scorer.sums)[0])
-
-
-def test_a_grid_begins_with_no_early_exit_and_ends_with_all(
-    make_rows: Callable[..., LabelledLogits],
-) -> None:
-    rows = make_rows()
-    for name in ("entropy", "confidence", "energy"):
-        (family,) = StopScores(rows).families([name], [])
-        assert (family.exits(0) == rows.exits).all()
-        assert (family.exits(len(family.grid) - 1) == 1).all()
-
-
-def test_every_patience_and_min_exit_is_a_family(make_rows: Callable[..., LabelledLogits]) -> None:
-    stop = StopScores(make_rows(count=50))
-    found = [f.rule for f in stop.families(["fpabee"], list(Measure), first_exits=range(1, 6))]
-    assert len(set(found)) == len(found) == 8 * 5 * 5
+    metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
+    families = make_families(with_costs(rows, metric), CHOOSABLE_RULES, DEFAULT_MEASURES)
+    kinds = {family.kind for family in families}
+    assert kinds == {*CHOOSABLE_RULES, "entropy per exit", "fpabee per exit"}
+    for family in families:
+        depths = family.exits.mean(axis=1)
+        fitted = family.kind == "learned" or family.kind.endswith("per exit")
+        assert fitted or (np.diff(depths) <= 0).all()
+        for number in range(0, 0 if fitted else len(depths), 9):
+            exits = simulate(rows.logits, family.rule(number), task).exits
+            np.testing.assert_array_equal(family.exits[number], exits, err_msg=family.kind)
+        if family.kind in ("entropy", "confidence", "energy"):
+            assert (depths[0], depths[-1]) == (rows.exits, 1)
 
 
 @pytest.mark.parametrize(

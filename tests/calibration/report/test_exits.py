@@ -16,8 +16,8 @@ Make = Callable[..., Calibration]
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_an_exit_scores_as_a_budget_does(make_calibration: Make, family: str) -> None:
-    result = make_calibration(family)
+def test_an_exit_scores_as_a_budget_does(calibrated: Make, family: str) -> None:
+    result = calibrated(family)
     rows, stopping_costs = result.rows, result.selector.stopping_costs
     for score in exit_scores(result, []):
         exits = exits_of(Budget(exit=score.exit), rows)
@@ -30,8 +30,8 @@ def test_an_exit_scores_as_a_budget_does(make_calibration: Make, family: str) ->
         assert score.layer == found.mean_depth
 
 
-def test_reliability_of_answers(make_calibration: Make) -> None:
-    result = make_calibration(count=400)
+def test_reliability_of_answers(calibrated: Make) -> None:
+    result = calibrated(count=400)
     bins = reliability(result)
     scores = exit_scores(result, bins)
     for score, logits in zip(scores, result.rows.logits, strict=True):
@@ -51,8 +51,8 @@ def test_reliability_of_answers(make_calibration: Make) -> None:
         assert score.calibration_error == pytest.approx(error)
 
 
-def test_reliability_of_labels_one_by_one(make_calibration: Make) -> None:
-    result = make_calibration("mpnet")
+def test_reliability_of_labels_one_by_one(calibrated: Make) -> None:
+    result = calibrated("mpnet")
     assert result.rows.expected is not None
     bins = [bin for bin in reliability(result) if bin.exit == 2]
     assert sum(bin.count for bin in bins) == result.rows.expected.size
@@ -62,7 +62,7 @@ def test_reliability_of_labels_one_by_one(make_calibration: Make) -> None:
     assert bins[0].correct == pytest.approx(result.rows.expected[low].mean())
 
 
-def test_without_labels_there_is_no_reliability(make_calibration: Make) -> None:
-    result = make_calibration(unlabelled=True)
+def test_without_labels_there_is_no_reliability(calibrated: Make) -> None:
+    result = calibrated(unlabelled=True)
     assert reliability(result) == []
     assert [score.calibration_error for score in exit_scores(result, [])] == [None] * 3

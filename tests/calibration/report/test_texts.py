@@ -15,8 +15,8 @@ Make = Callable[..., Calibration]
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_rows_say_what_a_run_would(make_calibration: Make, family: str) -> None:
-    result = make_calibration(family)
+def test_rows_say_what_a_run_would(at_exit_1: Make, family: str) -> None:
+    result = at_exit_1(family)
     names = read_manifest(result.folder).task.labels
     rows = text_rows(result, names, texts=True)
     assert [row.text for row in rows] == [row.text for row in result.texts]

@@ -6,11 +6,8 @@ import csv
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,8 @@ import matplotlib as mpl
 import pytest
 
 from fpabee.calibration import Bound, Calibration, write_report
+from fpabee.calibration.descriptions import promise_in_words
 from fpabee.calibration.report import plots
-from fpabee.runtime import ArtifactError, Budget, MissingExtraError
-from fpabee.runtime.files import Row
 
 Make = Callable[..., Calibration]
 
@@ -60,12 +56,6 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def at_exit_1(result: Calibration) -> Calibration:
-    """With points that stop every row at exit 1, which changes many answers."""
-    points = [dataclasses.replace(point, rule=Budget(exit=1)) for point in result.points]
-    return dataclasses.replace(result, points=tuple(points))
-
-
 def with_texts(result: Calibration, texts: tuple[str, ...]) -> Calibration:
     rows = [
         dataclasses.replace(row, text=texts[number % len(texts)], text_pair="the pair")
@@ -74,8 +64,8 @@ def with_texts(result: Calibration, texts: tuple[str, ...]) -> Calibration:
     return dataclasses.replace(result, texts=rows)
 
 
-def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: Path) -> None:
-    result = make_calibration()
+def test_tables_say_what_the_calibration_says(calibrated: Make, tmp_path: Path) -> None:
+    result = calibrated(compare=True)
     page = write_report(result, tmp_path / "a" / "report")
     assert page == tmp_path / "a" / "report" / "report.html"
     files = {f"{name}.csv" for name in TABLES} | {"report.html", "report.json"}
@@ -83,7 +73,7 @@ def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: 
     content = json.loads((page.parent / "report.json").read_text(encoding="utf-8"))
     assert set(content) == {"summary", *TABLES}
     assert content["summary"]["rows"] == 150
-    assert content["summary"]["full_depth_score"] == result.points[0].held_out.full_depth_score
+    assert content["summary"]["full_depth_score"] == result.full_depth_score
     for name in TABLES:
         rows = table(page.parent, name)
         assert [list(row) for row in rows[:1]] == [list(content[name][0])]
@@ -97,11 +87,12 @@ def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: 
         assert stored["drop"] == held.drop
         assert float(row["drop"]) == pytest.approx(held.drop, rel=1e-5)
         assert float(row["optimism"]) == pytest.approx(point.optimism, rel=1e-5)
-        assert float(row["measured_speedup_batch_32"]) == 1.25
+        assert float(row["measured_speedup_batch_32"]) == point.measured["32"]
         counts = [r["rows"] for r in table(page.parent, "depths") if r["point"] == point.name]
-        assert tuple(map(int, counts)) == held.exits
+        assert tuple(map(int, counts)) == point.chosen_on.exits
+        assert row["promise"] == promise_in_words(point, result)
     first = table(page.parent, "rows")[0]
-    assert first["text"] == "text 0"
+    assert first["text"] == result.texts[0].text
     assert first["labels"] == "|".join(result.texts[0].labels or ())
     assert int(first["exit_fast"]) in (1, 2, 3)
 
@@ -111,19 +102,19 @@ def test_tables_say_what_the_calibration_says(make_calibration: Make, tmp_path: 
     ("case", "words"),
     [
         ({}, ["single-label, 4 labels", "150 labelled rows", "ECE"]),
-        ({"with_test": True}, ["90 held-out rows (test.jsonl)"]),
+        ({"with_test": True}, ["judged by: test.jsonl", "on test.jsonl: "]),
         ({"family": "mpnet"}, ["multi-label, 5 labels", "over all labels together"]),
         ({"family": "mpnet", "metric": "micro_f1"}, ["0.01 of the score"]),
         ({"unlabelled": True}, ["150 unlabelled rows", "Labels are needed"]),
         ({"family": "mpnet", "unlabelled": True}, ["by definition"]),
-        ({"exits": 1}, ["1 exit after layer 1"]),
     ],
     ids=str,
 )
 def test_every_section_is_there(
-    make_calibration: Make, tmp_path: Path, case: dict[str, Any], words: list[str]
+    calibrated: Make, test_file: Path, tmp_path: Path, case: dict[str, Any], words: list[str]
 ) -> None:
-    result = make_calibration(**case)
+    test = test_file if case.pop("with_test", False) else None
+    result = calibrated(**case, test=test)
     page = Page(write_report(result, tmp_path).read_text(encoding="utf-8"))
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert ids == PARTS
@@ -136,8 +127,8 @@ def test_every_section_is_there(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_page_fetches_nothing_and_escapes_texts(make_calibration: Make, tmp_path: Path) -> None:
-    result = at_exit_1(with_texts(make_calibration(), ODD))
+def test_the_page_fetches_nothing_and_escapes_texts(at_exit_1: Make, tmp_path: Path) -> None:
+    result = with_texts(at_exit_1(), ODD)
     text = write_report(result, tmp_path).read_text(encoding="utf-8")
     page = Page(text)
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
@@ -156,32 +147,24 @@ def test_the_page_fetches_nothing_and_escapes_texts(make_calibration: Make, tmp_
     assert {row["text"] for row in table(tmp_path, "rows")} == set(ODD)
 
 
-def test_names_may_hold_anything(make_calibration: Make, certified: Bound, tmp_path: Path) -> None:
+def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
+    calibrated: Make, tmp_path: Path
+) -> None:
     name = "$x_{<b>&天気" + "y" * 60
-    result = make_calibration(bound=certified, name=name)
+    result = calibrated(bound=Bound(0.3, 0.95), name=name, compare=True)
+    result = dataclasses.replace(result, warnings=("the rows are odd",))
     page = Page(write_report(result, tmp_path).read_text(encoding="utf-8"))
     assert name in page.text
-    assert "drop at most 5 points with 95 % confidence" in page.text
-    assert "tested on 90 rows" in page.text
-    assert "not certified" in page.text
+    assert "drop at most 30 points with 95 % confidence" in page.text
+    assert "at most 30 points lost on new rows, with 95 % confidence, tested on 120" in page.text
+    assert "Warning : the rows are odd." in page.text
     (row,) = table(tmp_path, "points")
-    assert row["certificate"].endswith("95 % confidence, tested on 90 rows")
+    assert row["certificate"].endswith("95 % confidence, tested on 120 rows")
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_point_that_is_full_depth_says_why(make_calibration: Make, tmp_path: Path) -> None:
-    result = make_calibration()
-    for count in (0, 1):
-        rule = Budget(exit=3 - count)
-        points = (dataclasses.replace(result.points[0], name="odd", rule=rule), *result.points[1:])
-        one = dataclasses.replace(result, points=points, default="odd")
-        page = Page(write_report(one, tmp_path).read_text(encoding="utf-8"))
-        assert ("odd runs every layer, because 150 rows are too few" in page.text) is (count == 0)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_no_texts_are_left_out_everywhere(make_calibration: Make, tmp_path: Path) -> None:
-    result = with_texts(make_calibration(), ("hushhush",))
+def test_no_texts_are_left_out_everywhere(calibrated: Make, tmp_path: Path) -> None:
+    result = with_texts(calibrated(), ("hushhush",))
     page = write_report(result, tmp_path, texts=False)
     assert "without the texts" in page.read_text(encoding="utf-8")
     for path in tmp_path.iterdir():
@@ -193,8 +176,8 @@ def test_no_texts_are_left_out_everywhere(make_calibration: Make, tmp_path: Path
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_rows_shown_are_limited_and_counted(make_calibration: Make, tmp_path: Path) -> None:
-    result = at_exit_1(make_calibration(count=400))
+def test_rows_shown_are_limited_and_counted(at_exit_1: Make, tmp_path: Path) -> None:
+    result = at_exit_1(count=400)
     text = write_report(result, tmp_path).read_text(encoding="utf-8")
     changed = [int(n) for n in re.findall(r": (\d+) of 400 answers changed", text)]
     rows, last = table(tmp_path, "rows"), "answer_exit_3"
@@ -207,43 +190,21 @@ def test_rows_shown_are_limited_and_counted(make_calibration: Make, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_old_files_of_ours_are_replaced_and_others_left(
-    make_calibration: Make, tmp_path: Path
-) -> None:
+def test_old_files_of_ours_are_replaced_and_others_left(calibrated: Make, tmp_path: Path) -> None:
     for name in ("reliability.csv", "points.csv", "mine.txt"):
         (tmp_path / name).write_text("of old")
     (tmp_path / "exits.csv").symlink_to("mine.txt")
-    write_report(make_calibration(unlabelled=True), tmp_path)
+    write_report(calibrated(unlabelled=True), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "of old"
     assert "of old" not in (tmp_path / "points.csv").read_text()
     assert not list(tmp_path.glob("reliability.*"))
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_folder_that_cannot_be_written(make_calibration: Make, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ArtifactError, match=r"cannot write the report into"):
-        write_report(make_calibration(), tmp_path / "file")
-
-
-def test_a_missing_extra_is_said(
-    make_calibration: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = make_calibration()
-    find = util.find_spec
-    monkeypatch.setattr(
-        util, "find_spec", lambda name, *more: None if name == "jinja2" else find(name, *more)
-    )
-    with pytest.raises(MissingExtraError, match=r"needs jinja2.*pip install 'fpabee\[plot\]'"):
-        write_report(result, tmp_path / "report")
-    assert not (tmp_path / "report").exists()
-
-
 def test_figures_are_the_same_bytes_and_nothing_global_is_touched(
-    make_calibration: Make, tmp_path: Path
+    calibrated: Make, tmp_path: Path
 ) -> None:
     before, backend = dict(mpl.rcParams), mpl.get_backend()
-    result = make_calibration("mpnet", unlabelled=True)
+    result = calibrated("mpnet", unlabelled=True)
     first, again = (write_report(result, tmp_path / name).parent for name in "ab")
     assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
     images = [
@@ -251,20 +212,3 @@ def test_figures_are_the_same_bytes_and_nothing_global_is_touched(
     ]
     assert len(images[0]) == 2
     assert images[0] == images[1]
-
-
-def test_pyplot_is_not_loaded() -> None:
-    code = (
-        "import sys, fpabee.calibration.report.plots\n"
-        "assert 'matplotlib' in sys.modules\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_rows_from_python_have_no_line(make_calibration: Make, tmp_path: Path) -> None:
-    result = make_calibration()
-    rows = [Row(row.text, None, row.labels) for row in result.texts]
-    write_report(dataclasses.replace(result, texts=rows), tmp_path)
-    assert [row["line"] for row in table(tmp_path, "rows")][:3] == ["1", "2", "3"]

@@ -22,7 +22,7 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.prune import keep as keep_exits_module
 from fpabee.exporter.prune.merge import merge_graphs
 from fpabee.exporter.targets.options import RTX, PlanOptions
-from fpabee.runtime import Engine, FPabee, read_manifest
+from fpabee.runtime import Either, Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.files import Row
@@ -245,23 +245,41 @@ def test_a_merge_that_changes_the_model_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
-def test_a_bound_is_tested_again_and_needs_no_labels(
-    engine_copy: Callable[..., Path], made: tuple[Path, list[Row]], drop: Drop, new: Path
+def test_a_guarantee_needs_rows_that_chose_no_exits_and_no_labels(
+    engine_copy: Callable[..., Path],
+    made: tuple[Path, list[Row]],
+    drop: Drop,
+    new: Path,
+    tmp_path: Path,
 ) -> None:
     source = engine_copy("bert")
     rows = [Row(row.text, None, None, {}, row.line) for row in made[1]]
     bound = Bound(0.4, 0.95, RiskOf.DISAGREEMENT)
-    options = CalibrationOptions(
-        bound=bound, name="sure", rules=("entropy",), unlabelled=True, threads=1
-    )
+    options = CalibrationOptions(bound=bound, name="sure", unlabelled=True, threads=1)
     calibrate(source, rows, options)
-    succeeded(drop(source, "2,3", "--json"))
+    shown = succeeded(drop(source, "2,3"))
+    assert "sure of onnxruntime-fp32: its guarantee needs rows that chose no exits" in shown
+    assert read_manifest(new).targets[TARGET].operating_points == {}
+    data = tmp_path / "new.txt"
+    data.write_text("\n".join(row.text for row in rows) + "\n")
+    succeeded(drop(source, "2,3", "--calibration-data", data, "--force"))
     target = read_manifest(new).targets[TARGET]
     certificate = target.operating_points["sure"].certificate
     assert certificate is not None
     found = (certificate.risk_of, certificate.risk, certificate.confidence)
     assert found == ("disagreement", 40.0, 95.0)
     assert target.default_operating_point == "sure"
+
+
+def test_rules_that_cannot_be_chosen_any_more_are_replaced(
+    calibrated: Path, drop: Drop, new: Path
+) -> None:
+    points = read_manifest(calibrated).targets[TARGET].operating_points
+    rule = Either(threshold=0.1, agreement=0.1).to_dict()
+    changed = {"usual": msgspec.structs.replace(points["usual"], rule=rule)}
+    change_target(calibrated, operating_points=changed, default_operating_point="usual")
+    succeeded(drop(calibrated, "1,3"))
+    assert read_manifest(new).targets[TARGET].operating_points["usual"].rule["name"] != "either"
 
 
 def test_a_folder_without_points_keeps_its_rule_and_replaces_another(

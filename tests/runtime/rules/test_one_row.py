@@ -15,7 +15,7 @@ from fpabee.runtime.rules.measures import FLOATS, MEASURES, RowOutputs
 from fpabee.runtime.rules.one_row import OneRow
 from fpabee.runtime.rules.runner import RuleRunner
 
-from .test_rules import Logits, rules, tasks, traces
+from .test_rules import Logits, fitting, rules, tasks, traces
 
 
 def exits_one_by_one(logits: Logits, rule: ExitRule, task: ProblemType) -> list[int]:
@@ -29,6 +29,7 @@ def exits_one_by_one(logits: Logits, rule: ExitRule, task: ProblemType) -> list[
 
 @given(traces(least_rows=1), tasks, rules)
 def test_exits_are_those_of_simulate(logits: Logits, task: ProblemType, rule: ExitRule) -> None:
+    rule = fitting(rule, logits)
     expected = simulate(logits, rule, task).exits.tolist()
     assert exits_one_by_one(logits, rule, task) == expected
 
