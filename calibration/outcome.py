@@ -105,7 +105,7 @@ def drop_interval(
         drawn = generator.multinomial(rows, counts / rows, resamples)
         drops = drawn @ kinds / rows
     else:
-        weights = resampled(rows, resamples, generator)
+        weights = resampled(rows, resamples, generator, rows)
         drops = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
     if (exits < len(scorer.sums)).any():
@@ -117,9 +117,16 @@ def drop_interval(
     return float(100 * low), float(100 * high)
 
 
-def resampled(rows: int, samples: int, generator: np.random.Generator) -> Array:
-    """How often each row is in each sample of a bootstrap: `[samples, rows]`."""
-    drawn = generator.integers(0, rows, (samples, rows)) + rows * np.arange(samples)[:, None]
+def resampled(rows: int, samples: int, generator: np.random.Generator, size: int) -> Array:
+    """How often each row is in each sample of a bootstrap: `[samples, rows]`.
+
+    Args:
+        rows: how many rows there are.
+        samples: how many samples are drawn.
+        generator: draws them.
+        size: how many rows each sample has, counting a row as often as it was drawn.
+    """
+    drawn = generator.integers(0, rows, (samples, size)) + rows * np.arange(samples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=samples * rows)
     return counts.reshape(samples, rows).astype(np.float64)
 

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.rules.measures import TINY, Answers, Array, Outputs
-from .scoring import AGREEMENT, LabelledLogits, Scorer
+from ..runtime.rules.measures import TINY, Answers, Array, Mask, Outputs
+from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
+_PRIOR_ROWS = 2.0
 
 
 class StoppingCosts:
@@ -44,6 +45,11 @@ class StoppingCosts:
         self.observed = self.losses = observed_losses(self.scorer)
         if self.scorer.is_row_mean and metric != AGREEMENT:
             self.losses = expected_losses(rows, self.scorer)
+
+    @property
+    def has_expected_losses(self) -> bool:
+        """Whether settings are judged by expected losses, which vary less than observed ones."""
+        return self.losses is not self.observed
 
     def drops(self, exits: NDArray[np.int16], weights: Array) -> Array:
         """Estimated drops of the metric as shares, `[settings, samples]`.
@@ -84,11 +90,32 @@ def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
     """How much more likely the answer of full depth is than the exit's answer: `[exits, rows]`.
 
     Both probabilities come from the last exit, at the temperature that fits the labels best (or
-    without a temperature if there are no labels). The same answer loses nothing.
+    without a temperature if there are no labels). The same answer loses nothing. Where the answers
+    differ, the last exit may be too sure or too timid even so, which `recalibrated` mends.
     """
     temperature = 1.0 if rows.expected is None else fit_temperature(rows)
     likely = np.exp(_log_likelihood(rows, temperature, scorer.answers))
-    return np.asarray(likely[-1] - likely)
+    differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
+    return recalibrated(likely[-1] - likely, observed_losses(scorer), differs)
+
+
+def recalibrated(expected: Array, observed: Array, differs: Mask) -> Array:
+    """Expected losses that fit the observed ones where answers differ: a + b expected.
+
+    This is a ridge regression towards a = 0 and b = 1. The answers of one row at several exits
+    count as one observation together, and the prior counts as two.
+
+    Args:
+        expected: `[exits, rows]` expected losses.
+        observed: `[exits, rows]` observed losses.
+        differs: `[exits, rows]` whether the exit's answer differs from that of full depth.
+    """
+    weights = (differs / np.maximum(differs.sum(axis=0), 1))[differs]
+    inputs = np.stack([np.ones(len(weights)), expected[differs]], axis=-1)
+    error = observed[differs] - expected[differs]
+    squares = (inputs.T * weights) @ inputs + _PRIOR_ROWS * np.eye(2)
+    offset, slope = np.linalg.solve(squares, (inputs.T * weights) @ error)
+    return np.where(differs, expected + offset + slope * expected, 0.0)
 
 
 def fit_temperature(rows: LabelledLogits) -> float:

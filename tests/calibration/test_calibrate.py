@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 from fpabee.calibration import Calibration, CalibrationOptions, Goal, calibrate
 from fpabee.calibration import trace as trace_module
-from fpabee.calibration.calibrate import compared_kinds
 from fpabee.calibration.cli import main
 from fpabee.calibration.descriptions import promise_in_words
 from fpabee.calibration.outcome import drop_interval, exits_of
+from fpabee.calibration.points import compared_kinds
 from fpabee.calibration.risk import split
 from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Budget, Engine, Entropy, read_manifest, simulate
@@ -140,7 +140,11 @@ def test_a_guarantee_is_shown_with_the_interval_of_the_rows_that_tested_it(
 @pytest.mark.parametrize(
     ("drop", "interval", "says"),
     [
-        (0.4, (-0.5, 1.3), "on rows that did not choose it: 0.4 points lost (95 %: -0.5 to 1.3)"),
+        (
+            0.4,
+            (-0.5, 1.3),
+            "on rows that did not choose it: 0.4 points lost (95 %: 0.5 gained to 1.3 lost)",
+        ),
         # The half of the interval is 1.7 points, and a goal of 1 needs 1.7^2 times as many rows.
         (1.2, (-0.5, 2.9), "more than the goal of 1; about 450 rows would tell more"),
     ],

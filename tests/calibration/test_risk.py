@@ -171,6 +171,7 @@ def test_what_is_certified(make_rows: Make, metric: str) -> None:
     risk_of = RiskOf.DISAGREEMENT if metric == "agreement" else RiskOf.DROP
     costs = with_costs(make_rows(count=2000), metric)
     found = control(costs, Bound(0.04, 0.95, risk_of), [], [])
+    assert found.certificate is not None
     assert found.certificate.risk_of == risk_of.value
     assert (found.certificate.risk, found.certificate.confidence) == (4.0, 95.0)
     assert found.certificate.rows == len(found.tested) == 1600

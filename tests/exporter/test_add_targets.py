@@ -17,7 +17,7 @@ from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.runtime import BackendError, Engine, FPabee, VerificationError, read_manifest
-from fpabee.runtime.agreement import BARS
+from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.cli.inspect import main as inspect
 
 from ..doubles.device import Double
@@ -103,7 +103,7 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
 def test_a_target_that_does_not_reproduce_the_model_is_removed(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BARS, "fp32", dataclasses.replace(BARS["fp32"], labels=1.1))
+    monkeypatch.setitem(REQUIREMENTS, "fp32", dataclasses.replace(REQUIREMENTS["fp32"], labels=1.1))
     with pytest.raises(VerificationError, match="removed from the manifest"):
         add_targets(double.folder, OPTIONS)
     assert NAME not in read_manifest(double.folder).targets
