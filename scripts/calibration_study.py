@@ -292,7 +292,7 @@ HEADER = """# Calibration study
 
 Does calibration keep its promises on new rows? `scripts/calibration_study.py` draws rows from
 populations whose true risk is known, calibrates on them, and evaluates what was chosen on the whole
-population. {what}
+population.
 
 - **drop**: the mean true drop over calibrations, in points, with its standard error. The promise of
   `balanced` is 0.5 on average, that of `fast` 2.
@@ -336,7 +336,7 @@ def main(
         for count in sizes or (QUICK_SIZES if quick else SIZES):
             study(name, population, count, repeats, work)
             click.echo(f"{name}, {count} rows: done", err=True)
-    lines = [HEADER.format(what=""), *table(list(makers), work)]
+    lines = [HEADER, *table(list(makers), work)]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -133,6 +133,17 @@ def trace(
         return rows, list(engine.manifest.exit_layers)
 
 
+def store_logits(path: Path, dev: LabelledLogits, test: LabelledLogits) -> None:
+    """Store the logits of two parts in 16 bits, with their labels and without their texts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {}
+    for part, rows in (("dev", dev), ("test", test)):
+        assert rows.expected is not None
+        content[f"{part}_logits"] = rows.logits.astype(np.float16)
+        content[f"{part}_labels"] = rows.expected.astype(np.int8)
+    np.savez_compressed(path, **content)
+
+
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
@@ -205,6 +216,7 @@ def small_albert(tokenizer: str, folder: Path) -> str:
 @click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
 @click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--logits", type=click.Path(path_type=Path), help="Also store logits there.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @exits_with_one_line
 def main(
@@ -215,6 +227,7 @@ def main(
     minilm: str,
     mpnet: str,
     results: Path,
+    logits: Path | None,
     threads: int | None,
 ) -> None:
     """Train, export, trace and compare; then write the table and the figures."""
@@ -237,6 +250,8 @@ def main(
             (dev, layers), (test, _) = (
                 trace(folder, files[part], work, threads) for part in ("dev", "test")
             )
+            if logits is not None:
+                store_logits(logits / f"{name}-{seed}.npz", dev, test)
             content = {
                 "name": name,
                 "seed": seed,
