@@ -14,6 +14,8 @@ from ..runtime.rules.runner import simulate
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 
 _RESAMPLES = 2000
+# Rows that are drawn at once, over all samples, to bound the memory.
+_BLOCK = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,12 @@ def drop_interval(
         drawn = generator.multinomial(rows, counts / rows, resamples)
         drops = drawn @ kinds / rows
     else:
-        weights = resampled(rows, resamples, generator, rows)
-        drops = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
+        drops = np.zeros(resamples)
+        step = max(1, _BLOCK // rows)
+        for start in range(0, resamples, step):
+            part = drops[start : start + step]
+            weights = resampled(rows, len(part), generator, rows)
+            part[:] = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
     if (exits < len(scorer.sums)).any():
         drop = scorer.full_depth - scorer.score(exits)
