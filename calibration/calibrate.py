@@ -85,7 +85,9 @@ def calibrate(
         label_thresholds = None
         if options.tune_label_thresholds:
             tuned_by = METRICS[seen.problem_type][0] if metric == AGREEMENT else metric
-            label_thresholds = tune_label_thresholds(_choosing(options, seen), tuned_by)
+            label_thresholds = tune_label_thresholds(
+                _choosing(options, seen), tuned_by, options.seed
+            )
             seen = replace(seen, label_thresholds=label_thresholds.values)
             held = held and replace(held, label_thresholds=label_thresholds.values)
         timed = TimedEngine(
@@ -104,8 +106,10 @@ def calibrate(
             stopping_costs, options.competing, options.competing_measures, options.seed
         )
         chooser = PointMaker(engine, options, progress, selector, costs, held, timed)
-        points = chooser.points([row.content for row in rows])
-        timed.store()
+        try:
+            points = chooser.points([row.content for row in rows])
+        finally:  # a goal that cannot be met loses no times
+            timed.store()
         default = options.default if options.default in options.asked else points[0].name
         result = Calibration(
             folder=path,

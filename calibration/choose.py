@@ -73,6 +73,8 @@ class Search:
         """
         chosen = [number for number, family in enumerate(self.families) if family.kind in kinds]
         if not chosen:
+            if goal.speedup is not None and goal.speedup > 1:
+                raise InputError("no setting stops a row early", "choose among other rules")
             return None
         drops = np.concatenate([self._known[number][0] for number in chosen])
         costs = np.concatenate([self._known[number][1] for number in chosen])
@@ -81,7 +83,9 @@ class Search:
             place: int | None = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
         else:
             place = self._within(goal.max_drop / 100, drops, costs)
-        return None if place is None else self._setting(chosen, place)
+        if place is None or costs[place, 0] >= self._full_cost:
+            return None
+        return self._setting(chosen, place)
 
     def _setting(self, chosen: Sequence[int], number: int) -> ExitRule:
         """A setting by its number among those of the chosen families."""
@@ -190,7 +194,10 @@ class Selector:
         rows = self.stopping_costs.rows
         exits = np.full(len(rows), rows.exits, np.int64)
         for numbers, search in self._folds:
-            rule = search.choose(goal, kinds)
+            try:
+                rule = search.choose(goal, kinds)
+            except InputError:  # the other parts have no setting that is quite as fast
+                rule = self.choose(goal, kinds)
             if rule is not None:
                 exits[numbers] = exits_of(rule, rows.take(numbers))
         return exits

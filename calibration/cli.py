@@ -19,7 +19,8 @@ from ..runtime.cli.console import echo, table_console
 from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
 from ..runtime.rules.measures import Measure
-from .calibrate import CROSS_VALIDATED, calibrate
+from ..runtime.rules.rules import Budget
+from .calibrate import calibrate
 from .descriptions import drop_in_words, promise_in_words, rule_in_words
 from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
@@ -68,7 +69,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.choice(
     "--rule rules",
     "RULE",
-    f"Exit rule to choose from. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}.",
+    f"Exit rule to choose from. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; for "
+    "guaranteed points, entropy.",
     ["auto", *CHOOSABLE_RULES],
     multiple=True,
 )
@@ -112,6 +114,11 @@ def main(
     """
     if (data is None) == (set_default is None):
         raise click.UsageError("give either --data or --set-default")
+    options.not_with(
+        "max_drop speedup risk test report rules measures metric compare as_json",
+        set_default,
+        "--set-default",
+    )
     if set_default is not None:
         target = make_default(engines, set_default, settings["target"])
         echo(f"{set_default} is now the default operating point of {target}")
@@ -255,13 +262,15 @@ def _print(result: Calibration, console: Console) -> None:
 
 
 def _comparisons(result: Calibration) -> Table:
-    where = "cross-validated" if result.held_out == CROSS_VALIDATED else "on the test rows"
+    where = "cross-validated" if result.test is None else "on the test rows"
     columns = ("rule", f"points lost, {where} (95 %)", "mean depth", "estimated speed-up")
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for comparison in result.comparisons:
         held = comparison.held_out
         table.add_row(
-            rule_in_words(comparison.rule),
+            f"{comparison.kind}: full depth"
+            if comparison.rule == Budget(exit=len(result.layers))
+            else rule_in_words(comparison.rule),
             drop_in_words(held),
             f"{held.mean_depth:.2f}",
             f"{held.estimated:.2f}x",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.folder import read_regular
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.environment import cpu_name
+from ..runtime.environment import environment
 from ..runtime.errors import ArtifactError, Remedy
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
@@ -65,12 +65,13 @@ class Timings(msgspec.Struct):
     """The times that were measured on a machine, as they are stored.
 
     Attributes:
-        measured_on: the target's files, the machine, and the number of threads.
+        measured_on: the target's files, the machine, the installed versions, the number of threads
+            and the label thresholds.
         models: times of the segments, by batch size.
         speedups: measured speed-ups, by batch size and by the settings of the rule as JSON.
     """
 
-    measured_on: tuple[str, str, int | None]
+    measured_on: dict[str, str]
     models: dict[int, CostModel] = {}
     speedups: dict[int, dict[str, float]] = {}
 
@@ -91,7 +92,9 @@ class TimedEngine:
     ) -> None:
         self._engine = engine
         self._path = path
-        self._timings = Timings((artifact, cpu_name(), threads))
+        thresholds = engine.manifest.task.label_thresholds
+        where = {"artifact": artifact, "threads": str(threads), "thresholds": str(thresholds)}
+        self._timings = Timings(environment() | where)
         if not again:
             kept = _read(path, len(engine.manifest.segments))
             if kept is not None and kept.measured_on == self._timings.measured_on:

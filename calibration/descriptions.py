@@ -10,6 +10,7 @@ from ..runtime.rules.rules import Budget
 from .outcome import Outcome
 from .result import Calibration, Point
 from .risk import RiskOf
+from .scoring import ROW_MEANS
 
 
 def drop_in_words(held: Outcome) -> str:
@@ -24,13 +25,16 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     if point.rule == Budget(exit=len(result.layers)):
         help = point.refusal or "give more rows, or allow a larger drop"
         return f"nothing is lost, but these rows confirm no faster setting: {help}"
-    if point.certificate is not None:
-        rows = point.certificate.rows
-        return f"{guarantee_in_words(point.certificate)}, tested on {rows} other rows"
+    level = "95 %" if point.certificate is None else f"{2 * point.certificate.confidence - 100:g} %"
     found = (
         f"{where_in_words(result)}: {_lost(held.drop, ' points')} "
-        f"(95 %: {_lost(low)} to {_lost(high)})"
+        f"({level}: {_lost(low)} to {_lost(high)})"
     )
+    if point.certificate is not None:
+        promise = guarantee_in_words(point.certificate, held.metric)
+        if result.test is not None:
+            return f"{promise}; {found}"
+        return f"{promise}, tested on {point.certificate.rows} other rows"
     if isinstance(goal, Goal) and goal.max_drop is not None and held.drop > goal.max_drop:
         # So many that half of the interval is as wide as the goal.
         times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
@@ -42,15 +46,16 @@ def promise_in_words(point: Point, result: Calibration) -> str:
 
 
 def _lost(points: float, unit: str = "") -> str:
-    return f"{abs(points):.1f}{unit} {'gained' if points < 0 else 'lost'}"
+    return f"{abs(points):.2f}{unit} {'gained' if points < 0 else 'lost'}"
 
 
-def guarantee_in_words(certificate: Certificate) -> str:
-    """What a certificate says."""
-    lost = "changed answers" if certificate.risk_of == RiskOf.DISAGREEMENT else "lost"
+def guarantee_in_words(certificate: Certificate, metric: str) -> str:
+    """What a certificate says about a metric."""
+    disagreement = certificate.risk_of == RiskOf.DISAGREEMENT
+    about = "" if disagreement or metric in ROW_MEANS else "about "
     return (
-        f"at most {certificate.risk:g} points {lost} on new rows, "
-        f"with {certificate.confidence:g} % confidence"
+        f"at most {certificate.risk:g} points {'changed answers' if disagreement else 'lost'} on "
+        f"new rows, with {about}{certificate.confidence:g} % confidence"
     )
 
 

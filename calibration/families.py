@@ -23,7 +23,7 @@ from .stopping_costs import StoppingCosts
 from .sweep import StopScores, exits_below, threshold_grid
 
 DEFAULT_RULES = ("fpabee", "pabee", "entropy", "confidence")
-"""Rules that compete if none is named; no other rule saves more, see the comparison in the docs."""
+"""Rules that compete if none is named: in comparisons no other rule saves clearly more."""
 CHOOSABLE_RULES = tuple(name for name in RULES if name != "either")
 """Rules that can be named. The rule `either` only runs where it was chosen before."""
 DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
@@ -33,7 +33,7 @@ PER_EXIT = " per exit"
 """The end of the kind of a rule that has one fitted threshold for each exit."""
 
 _FITTED_PER_EXIT = ("fpabee", "entropy")
-# Fewer signals in a row than this are tried; PABEE has nothing but its patience to choose.
+# At most this many signals in a row are tried; PABEE has nothing but its patience to choose.
 _MOST_PATIENCE = 3
 # Parts of the rows for scores and thresholds that are fitted: each is judged on the other parts.
 _PARTS = 5

@@ -34,7 +34,7 @@ class CalibrationOptions:
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
             means the first of these, or agreement if labels are not used.
         rules: names of the exit rules to choose from, of `CHOOSABLE_RULES`; empty means
-            `DEFAULT_RULES`.
+            `DEFAULT_RULES`, or entropy for what is guaranteed.
         measures: similarity measures to try; empty means `DEFAULT_MEASURES`.
         target: a built target; None means the default of the manifest.
         test: a file with more rows to report the points on, instead of cross-validation.

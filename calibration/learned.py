@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.optional_packages import require
-from ..runtime.rules.learned import FEATURES, Learned, features
+from ..runtime.rules.learned import Learned, features
 from ..runtime.rules.measures import Array, Mask, Outputs
 from .scoring import LabelledLogits, same_answers
 
@@ -31,7 +31,8 @@ def fit_learned(rows: LabelledLogits) -> Learned | None:
         rows: the rows; their labels are not used.
 
     Returns:
-        The rule; None if fewer than 5 answers at early exits differ from the last answer.
+        The rule; None if fewer than 5 answers at early exits differ from the last answer, or fewer
+        than 5 agree with it.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -42,10 +43,10 @@ def fit_learned(rows: LabelledLogits) -> Learned | None:
     # Evenly spaced, since a file may be sorted.
     used = np.linspace(0, len(rows) - 1, min(len(rows), _MOST_ROWS)).round().astype(np.intp)
     rows = rows.take(used)
-    inputs, predicted = _inputs(rows)
     changes = _changes(rows)
     if not _LEAST_CHANGES <= changes.sum() <= changes.size - _LEAST_CHANGES:
         return None
+    inputs, predicted = _inputs(rows)
     exits, count, size = inputs.shape
     # Without the bias, whose scale is 1.
     mean, scale = inputs.mean(axis=(0, 1)), np.maximum(inputs.std(axis=(0, 1)), 1e-6)
@@ -108,7 +109,6 @@ def _inputs(rows: LabelledLogits) -> tuple[Array, Array]:
     answers = np.stack([each.answers for each in outputs])
     single = rows.problem_type is ProblemType.SINGLE_LABEL
     predicted = np.eye(rows.logits.shape[2])[answers] if single else answers
-    assert found[0].shape[-1] == len(FEATURES)
     return np.stack(found), predicted.astype(np.float64)
 
 

@@ -28,7 +28,7 @@ _ROUNDS = 6
 
 
 def _fit(scores: Array, costs: Array, losses: Array) -> Array:
-    """Thresholds `[prices, exits]`, from low prices to high ones.
+    """Thresholds `[prices, exits]`, from high prices to low ones.
 
     Args:
         scores: `[exits, rows]` stop scores.
@@ -58,7 +58,7 @@ def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
         ahead = totals[-1].copy()  # what a row adds if it goes on
         for number in range(exits - 2, -1, -1):
             gone = np.logical_or.reduce(stops[:number], axis=0)
-            queue = order[number][~np.broadcast_to(gone, rows)[order[number]]]
+            queue = order[number][~gone[order[number]]]
             queue = queue[np.isfinite(scores[number][queue])]
             thresholds[number] = never[number]
             if len(queue):

@@ -81,13 +81,13 @@ class PointMaker:
             return ()
         if isinstance(goal, Bound):
             goal = goal.as_goal()
+        full_depth = Budget(exit=self.selector.stopping_costs.rows.exits)
         kinds, found = compared_kinds(self.selector.kinds, points), []
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))
             try:
-                rule = self.selector.choose(goal, [kind])
-                if rule is not None:
-                    found.append(RuleComparison(rule, self._held_out(rule, goal, [kind])))
+                rule = self.selector.choose(goal, [kind]) or full_depth
+                found.append(RuleComparison(kind, rule, self._held_out(rule, goal, [kind])))
             except InputError:  # no setting of this kind is fast enough
                 continue
         return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
@@ -112,14 +112,17 @@ class PointMaker:
     def _guaranteed(self, goal: Goal | Bound) -> Controlled:
         """The boldest setting whose drop is bounded; full depth if a goal has none."""
         costs, options = self.selector.stopping_costs, self.options
+        full_depth, tested = Budget(exit=costs.rows.exits), split(len(costs.rows), options.seed)[1]
+        if not self.engine.manifest.targets[self.engine.target].row_invariant:
+            why = "on this target, rows depend on the other rows of their batch"
+            return Controlled(full_depth, tested, None, why)
         bound = goal if isinstance(goal, Bound) else bound_of(goal)
         try:
             return control(costs, bound, options.rules, options.competing_measures, options.seed)
         except InputError as error:
             if isinstance(goal, Bound):
                 raise
-            tested = split(len(costs.rows), options.seed)[1]
-            return Controlled(Budget(exit=costs.rows.exits), tested, None, error.hint)
+            return Controlled(full_depth, tested, None, error.hint)
 
     def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
         """How the choice for a goal does on rows that did not choose.

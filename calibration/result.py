@@ -67,17 +67,14 @@ class RuleComparison:
     """The best setting of one kind of rule, for the goal of the default point.
 
     Attributes:
-        rule: the rule.
+        kind: the kind of the rule, see `kind_of`.
+        rule: the rule; full depth if no faster setting meets the goal.
         held_out: what it gives on rows that did not choose it.
     """
 
+    kind: str
     rule: ExitRule
     held_out: Outcome
-
-    @property
-    def kind(self) -> str:
-        """The kind of the rule, see `kind_of`."""
-        return kind_of(self.rule)
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Ma
 
 
 def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:
-    held_out = point.held_out
+    held_out, runs = point.held_out, point.chosen_on
     guaranteed = isinstance(point.goal, Bound) or point.goal.guaranteed
     return OperatingPoint(
         rule=point.rule.to_dict(),
@@ -203,10 +200,10 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         held_out=TESTED if guaranteed and result.test is None else result.held_out,
         rows=held_out.rows,
         data_sha256=data_sha256,
-        mean_depth=held_out.mean_depth,
-        exits=held_out.exits,
-        theoretical_speedup=held_out.theoretical,
-        estimated_speedup=held_out.estimated,
+        mean_depth=runs.mean_depth,
+        exits=runs.exits,
+        theoretical_speedup=runs.theoretical,
+        estimated_speedup=runs.estimated,
         measured_speedup=point.measured,
         versions={**target.versions, "fpabee": __version__},
         certificate=point.certificate,

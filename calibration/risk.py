@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -223,23 +224,27 @@ def control(
     family = _path(costs.take(choosing), bound, rules or PATH_RULES, measures, seed)
     rows = costs.rows.take(tested)
     scorer, stop = Scorer(rows, costs.scorer.metric), StopScores(rows)
-    passed, first = None, 1.0
+    passed: ExitRule | None = None
+    least: float | None = None
     for number in range(len(family.exits)):
         rule = family.rule(number)
         exits = stop.exits(rule)
         if (exits == rows.exits).all():
             continue
         if not passes(scorer, exits, bound):
-            first = first if passed else scorer.full_depth - scorer.score(exits)
+            lost = losses(scorer, bound.risk_of)[exits - 1, np.arange(len(exits))]
+            least = float(lost.mean())
             break
         passed = rule
     if passed is None:
+        if least is None:
+            raise InputError("no setting stops one of these rows early", Remedy("change {rules}"))
         raise InputError(
             f"no setting is certain to have a risk ({bound.risk_of.value}) of at most "
             f"{100 * bound.risk:g} points at {100 * bound.confidence:g} % confidence: on the "
             f"{len(tested)} rows that tested it, the most cautious setting lost "
-            f"{100 * first:.2f} points",
-            _remedy(bound, first, len(tested)),
+            f"{100 * least:.2f} points",
+            _remedy(bound, least, len(tested)),
         )
     certificate = Certificate(
         risk_of=bound.risk_of.value,
@@ -277,7 +282,7 @@ def _path(
 ) -> Family:
     """The settings to test: those of the rule that seems fastest on the rows that fix the path."""
     # Thresholds that are fitted per exit have no cautious start.
-    families = make_families(costs, rules, measures, seed, per_exit=False)
+    families = _joined(make_families(costs, rules, measures, seed, per_exit=False))
     if not families:
         raise InputError(
             "no setting of these rules can be tried on these rows", Remedy("name other {rules}")
@@ -291,6 +296,24 @@ def _path(
         return float(costs.costs[exits - 1, np.arange(len(exits))].mean())
 
     return min(families, key=fastest)
+
+
+def _joined(families: Sequence[Family]) -> list[Family]:
+    """The same settings, where families of one setting are one path, such as PABEE's patiences."""
+    found = [family for family in families if len(family.exits) > 1]
+    single: dict[str, list[Family]] = {}
+    for family in families:
+        if len(family.exits) == 1:
+            single.setdefault(family.kind, []).append(family)
+    for kind, members in single.items():
+        members.sort(key=lambda family: -float(family.exits.mean()))
+        exits = np.concatenate([family.exits for family in members])
+        found.append(Family(kind, exits, partial(_first_rule, members)))
+    return found
+
+
+def _first_rule(families: Sequence[Family], number: int) -> ExitRule:
+    return families[number].rule(0)
 
 
 def _remedy(bound: Bound, least: float, tested: int) -> Remedy:

@@ -89,12 +89,11 @@ def observed_losses(scorer: Scorer) -> Array:
 def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
     """How much more likely the answer of full depth is than the exit's answer: `[exits, rows]`.
 
-    Both probabilities come from the last exit, at the temperature that fits the labels best (or
-    without a temperature if there are no labels). The same answer loses nothing. Where the answers
-    differ, the last exit may be too sure or too timid even so, which `recalibrated` mends.
+    Both probabilities come from the last exit, at the temperature that fits the labels best. The
+    same answer loses nothing. Where the answers differ, the last exit may be too sure or too timid
+    even so, which `recalibrated` mends.
     """
-    temperature = 1.0 if rows.expected is None else fit_temperature(rows)
-    likely = np.exp(_log_likelihood(rows, temperature, scorer.answers))
+    likely = np.exp(_log_likelihood(rows, fit_temperature(rows), scorer.answers))
     differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
     return recalibrated(likely[-1] - likely, observed_losses(scorer), differs)
 

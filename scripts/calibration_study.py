@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 from fpabee.calibration import Bound, Goal, LabelledLogits, RiskOf
 from fpabee.calibration.choose import Search
 from fpabee.calibration.families import DEFAULT_MEASURES, DEFAULT_RULES, make_families
-from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.risk import control
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.sweep import StopScores
-from fpabee.runtime import ExitRule, InputError, Learned, ProblemType
+from fpabee.runtime import ExitRule, InputError, ProblemType
 from fpabee.runtime.cli.errors import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
@@ -180,9 +179,7 @@ class Population:
         """The true drop in points, and the share of layers saved."""
         if rule is None:
             return 0.0, 0.0
-        # The scores of a learned rule are never those of another calibration.
-        learned = isinstance(rule, Learned)
-        exits = exits_of(rule, self.rows) if learned else self._stop.exits(rule)
+        exits = self._stop.exits(rule)
         scorer = self.scorer(metric)
         drop = 100 * (scorer.full_depth - scorer.score(exits))
         return drop, float(1 - exits.mean() / self.rows.exits)
@@ -191,15 +188,13 @@ class Population:
         """The largest saving of a setting whose true drop is within the promise."""
         metric = self.scorer(promise.metric).metric
         costs = StoppingCosts(self.rows, metric, layer_costs(self.rows))
-        best, everything = 0.0, np.arange(len(self.rows))
+        best = 0.0
         for family in make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES):
             savings = 1 - family.exits.mean(axis=1) / self.rows.exits
             for number in np.flatnonzero(savings > best):
                 exits = family.exits[number].astype(np.int64)
-                scored = costs.scorer.value(
-                    costs.scorer.sums[exits - 1, everything].sum(axis=0), len(self.rows)
-                )
-                if 100 * (costs.scorer.full_depth - float(scored)) <= promise.allowed:
+                drop = costs.scorer.full_depth - costs.scorer.score(exits)
+                if 100 * drop <= promise.allowed:
                     best = max(best, float(savings[number]))
         return best
 
@@ -213,7 +208,8 @@ def calibrate(
     population: Population, promises: Sequence[Promise], count: int, seed: int
 ) -> Iterator[tuple[str, float, float, bool]]:
     """One calibration for each promise: its name, true drop, saving, and whether it refused."""
-    generator = np.random.default_rng(seed)
+    # Another stream than those of the calibration.
+    generator = np.random.default_rng([seed, 1])
     rows = population.rows.take(generator.integers(0, len(population.rows), count))
     searches: dict[str, Search] = {}
     for promise in promises:
@@ -254,10 +250,8 @@ def table(names: Sequence[str], work: Path) -> Iterator[str]:
     for name in names:
         oracle_path = work / f"{name}-oracle.json"
         oracles = json.loads(oracle_path.read_text()) if oracle_path.is_file() else {}
-        for count in SIZES:
-            path = work / f"{name}-{count}.jsonl"
-            if not path.is_file():
-                continue
+        found = {int(path.stem.rpartition("-")[2]): path for path in work.glob(f"{name}-*.jsonl")}
+        for count, path in sorted(found.items()):
             runs = [json.loads(line) for line in path.read_text().splitlines()]
             for promise in PROMISES:
                 yield _line(name, count, promise, [run[promise.name] for run in runs], oracles)

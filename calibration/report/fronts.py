@@ -55,16 +55,15 @@ def _curve(result: Calibration, families: list[Family]) -> Iterator[FrontSetting
     rows = result.rows if result.test is None else result.test
     scorer = Scorer(rows, costs.scorer.metric)
     seconds = result.costs[-1].row_costs(rows.lengths)
-    exits = np.concatenate([family.exits for family in families])
-    rules = [family.rule(number) for family in families for number in range(len(family.exits))]
+    settings = [(family, number) for family in families for number in range(len(family.exits))]
     once = np.ones((len(result.rows), 1))
-    drops, times = costs.drops(exits, once)[:, 0], costs.mean_costs(exits, once)[:, 0]
+    drops = np.concatenate([costs.drops(family.exits, once)[:, 0] for family in families])
+    times = np.concatenate([costs.mean_costs(family.exits, once)[:, 0] for family in families])
     for limit in np.geomspace(times.max(), times.min(), _SPEEDS) * (1 + 1e-9):
         best = int(np.where(times <= limit, drops, np.inf).argmin())
-        stops = exits[best].astype(np.int64)
+        family, number = settings[best]
+        rule, stops = family.rule(number), family.exits[number].astype(np.int64)
         if result.test is not None:
-            stops = exits_of(rules[best], rows)
+            stops = exits_of(rule, rows)
         held = outcome(scorer, stops, rows.lengths, seconds, result.layers)
-        yield FrontSetting(
-            families[0].kind, rules[best], held.estimated, held.drop, held.mean_depth
-        )
+        yield FrontSetting(family.kind, rule, held.estimated, held.drop, held.mean_depth)

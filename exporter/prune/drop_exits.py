@@ -167,7 +167,7 @@ def drop_exits(
             lost += _lost(other, its.operating_points, "it was measured on another target")
         elif name not in read_manifest(new).targets:
             lost += _lost(name, its.operating_points, "the target could not be built here")
-    if rows is None:
+    if rows is None and name in read_manifest(new).targets:
         lost += _lost(name, _guaranteed(target), "its guarantee needs rows that chose no exits")
     for group in _groups(target, rows is not None) if name in read_manifest(new).targets else ():
         try:
@@ -213,7 +213,7 @@ def _lost(target: str, points: Iterable[str], reason: str) -> list[LostPoint]:
 
 def _guaranteed(target: Target) -> list[str]:
     """Points with a guarantee, which the rows that may have chosen the exits cannot renew."""
-    return [name for name, point in target.operating_points.items() if point.certificate]
+    return [name for name, point in target.operating_points.items() if point.is_guaranteed]
 
 
 def _groups(target: Target, new_rows: bool) -> list[dict[str, OperatingPoint]]:
@@ -225,7 +225,7 @@ def _groups(target: Target, new_rows: bool) -> list[dict[str, OperatingPoint]]:
     """
     groups: dict[tuple[object, ...], dict[str, OperatingPoint]] = {}
     for name, point in target.operating_points.items():
-        if point.certificate and not new_rows:
+        if point.is_guaranteed and not new_rows:
             continue
         alone = name if point.goal is None or point.goal.speedup is not None else ""
         key = (point.metric, point.data_sha256, _batch_size(point), alone)
@@ -254,7 +254,10 @@ def _recalibrate(
         rows = stored_rows(old / "calibration", manifest, name, first.data_sha256)
     if rows is None:
         raise InputError(f"its rows are not in {old / 'calibration'}")
-    rules = [ExitRule.from_dict(point.rule) for point in group.values()]
+    # A guarantee has a path of its own, and full depth is no rule to choose from.
+    free = [point for point in group.values() if not point.is_guaranteed]
+    rules = [ExitRule.from_dict(point.rule) for point in free]
+    names = dict.fromkeys(rule.name for rule in rules)
     measures = [getattr(rule, "measure", None) for rule in rules]
     bound, certificate = None, first.certificate
     if first.goal is None and certificate is not None:
@@ -267,7 +270,7 @@ def _recalibrate(
         name=next(iter(group)),
         default=default if default in group else next(iter(group)),
         metric=first.metric,
-        rules=tuple(dict.fromkeys(rule.name for rule in rules if rule.name in CHOOSABLE_RULES)),
+        rules=tuple(rule for rule in names if rule in CHOOSABLE_RULES and rule != "budget"),
         measures=tuple(dict.fromkeys(m for m in measures if m is not None)),
         target=name,
         unlabelled=first.metric == AGREEMENT and any(row.labels is None for row in rows),

@@ -69,8 +69,9 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
             tested a certificate.
         rows: number of these rows.
         data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
-        mean_depth: layers that ran for a row, on average.
-        exits: rows that stopped at each exit.
+        mean_depth: layers that ran for a row, on average; as all figures below, on all of the rows
+            that chose the rule.
+        exits: how many of these rows stopped at each exit.
         theoretical_speedup: ratio of the layers of full depth to those of the rule, weighted by
             tokens.
         estimated_speedup: the same ratio in measured times of the segments.
@@ -95,3 +96,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
     measured_speedup: dict[str, float] = {}
     versions: dict[str, str] = {}
     certificate: Certificate | None = None
+
+    @property
+    def is_guaranteed(self) -> bool:
+        """Whether a guarantee was asked for."""
+        return self.certificate is not None or (self.goal is not None and self.goal.guaranteed)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import RuleError
-from .base import MOST_LABELS, ThresholdRule
+from .base import MOST_LABELS, ExitRule, ThresholdRule
 from .measures import ARRAYS, FLOATS, MEASURES, Array, Measure, Outputs, RowOutputs, per_row
 
 FEATURES = ("bias", "entropy", "confidence", "jskd", "jsd")
@@ -82,8 +82,8 @@ class Learned(ThresholdRule):
         if answers.ndim == 1:
             of_labels = np.take(self.label_weights, answers)
         else:
-            of_labels = answers @ np.asarray(self.label_weights)
-        # Row by row, because a matrix product rounds differently in batches of different sizes.
+            of_labels = np.add.reduce(answers * self.label_weights, axis=-1)
+        # No matrix products, because they round differently in batches of different sizes.
         odds = np.add.reduce(features(earlier, now) * weights, axis=-1) + of_labels
         return np.asarray(0.5 + 0.5 * np.tanh(0.5 * odds))
 
@@ -102,6 +102,17 @@ class Learned(ThresholdRule):
         odds = sum([w * v for w, v in zip(weights, values, strict=True)])
         odds += self.label_weights[now.logits.index(max(now.logits))]
         return self._row_passes(exit_number, 0.5 + 0.5 * math.tanh(0.5 * odds))
+
+    def shifted(self, by: float) -> ExitRule:
+        """This rule with its threshold moved, see `ExitRule`.
+
+        A score moves as much more than the features as the weights say: at most by a quarter of
+        their sum, which is the steepest slope of the logistic function.
+        """
+        size = len(FEATURES)
+        starts = range(0, len(self.weights), size)
+        sums = [sum(map(abs, self.weights[start + 1 : start + size])) for start in starts]
+        return super().shifted(by * max(1.0, 0.25 * max(sums, default=0.0)))
 
     def _weights_at(self, exit_number: int) -> tuple[float, ...]:
         start = (exit_number - 1) * len(FEATURES)

@@ -33,7 +33,11 @@ def change(**fields: Any) -> Any:
         ({"again": True}, lambda path, patch: None, True),
         ({"threads": 2}, lambda path, patch: None, True),
         ({"artifact": "other"}, lambda path, patch: None, True),
-        ({}, lambda path, patch: patch.setattr(costs, "cpu_name", lambda: "another"), True),
+        (
+            {},
+            lambda path, patch: patch.setattr(costs, "environment", lambda: {"cpu": "another"}),
+            True,
+        ),
         ({}, lambda path, patch: path.write_bytes(b"\xff{"), True),
         ({}, lambda path, patch: path.write_text("[" * 100_000), True),
         ({}, lambda path, patch: path.write_text("{}" + " " * 2**21), True),
