@@ -298,7 +298,8 @@ population.
   setting that saves most within the promise.
 
 `safe` promises at most 0.5 points and `risk N` at most N points, both with 95 % confidence. The
-populations with names such as `trec-minilm` are the logits of real models.
+populations with names such as `trec-minilm` are the logits of real models. The column
+`calibrations` says how many were run so far; the script continues up to 500 for each line.
 """
 
 
