@@ -25,10 +25,12 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     if point.rule == Budget(exit=len(result.layers)):
         help = point.refusal or "give more rows, or allow a larger drop"
         return f"nothing is lost, but these rows confirm no faster setting: {help}"
-    level = "95 %" if point.certificate is None else f"{2 * point.certificate.confidence - 100:g} %"
+    level = 95.0
+    if point.certificate is not None:  # the upper end is then a one-sided bound
+        level = max(0.0, 2 * point.certificate.confidence - 100)
     found = (
         f"{where_in_words(result)}: {_lost(held.drop, ' points')} "
-        f"({level}: {_lost(low)} to {_lost(high)})"
+        f"({level:g} %: {_lost(low)} to {_lost(high)})"
     )
     if point.certificate is not None:
         promise = guarantee_in_words(point.certificate, held.metric)

@@ -139,7 +139,7 @@ def resampled(rows: int, samples: int, generator: np.random.Generator, size: int
 
 def upper_drop(scorer: Scorer, exits: Answers, confidence: float) -> float:
     """One-sided upper bound of the drop in points; the arguments are those of `drop_interval`."""
-    return drop_interval(scorer, exits, 2 * confidence - 1, resamples=_RESAMPLES // 4)[1]
+    return drop_interval(scorer, exits, max(0.0, 2 * confidence - 1), resamples=_RESAMPLES // 4)[1]
 
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:

@@ -98,7 +98,8 @@ class PointMaker:
         if isinstance(goal, Bound) or goal.guaranteed:
             found = self._guaranteed(goal)
             rule, certificate, refusal = found.rule, found.certificate, found.refusal
-            level = 2 * (certificate.confidence / 100 if certificate else _CONFIDENCE) - 1
+            confidence = certificate.confidence / 100 if certificate else _CONFIDENCE
+            level = max(0.0, 2 * confidence - 1)  # the upper end is a one-sided bound
             held_out = self._judge(rule, self.held or rows.take(found.tested), level)
         else:
             rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits)

@@ -8,9 +8,9 @@ is only one path, no level has to be divided.
 
 A test asks whether the expected loss could be above the bound. Its p-value is valid for any number
 of rows: the exact binomial tail for losses of 0 and 1, and for losses in [-1, 1] the capital of a
-bet against the bound (Waudby-Smith & Ramdas, 2010.09686). F1 and Matthews correlation are no means
-over rows. For them, the same bound must hold for the share of right answers, and for the metric by
-a bootstrap, whose confidence is approximate.
+bet against the bound (Waudby-Smith & Ramdas, 2010.09686). F1 and Matthews correlation are not
+means over rows. For them, the same bound must hold for the share of right answers, and for the
+metric by a bootstrap, whose confidence is approximate.
 """
 
 from __future__ import annotations

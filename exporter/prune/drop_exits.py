@@ -254,7 +254,7 @@ def _recalibrate(
         rows = stored_rows(old / "calibration", manifest, name, first.data_sha256)
     if rows is None:
         raise InputError(f"its rows are not in {old / 'calibration'}")
-    # A guarantee has a path of its own, and full depth is no rule to choose from.
+    # A guaranteed point chooses its own rule, and full depth cannot be chosen as a rule.
     free = [point for point in group.values() if not point.is_guaranteed]
     rules = [ExitRule.from_dict(point.rule) for point in free]
     names = dict.fromkeys(rule.name for rule in rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from .console import PlainConsole, duration
 
 _BAR_SECONDS = 0.2
 _LINE_SECONDS = 30.0
+_DECIMAL = re.compile(r"\d+\.\d+")
 
 Advance = Callable[[Summary, int], None]
 
@@ -66,6 +68,8 @@ class _Display:
 def step_progress(quiet: bool) -> Iterator[Progress]:
     """Show the steps of an operation; without a terminal, one line for each.
 
+    A step is the same if only a decimal number in its text changed, such as the loss of a training.
+
     Args:
         quiet: show nothing.
     """
@@ -73,8 +77,9 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last
-        display.show(f"{what} {done}/{total}", done / total if total else None, what != last)
-        last = what
+        step = _DECIMAL.sub("", what)
+        display.show(f"{what} {done}/{total}", done / total if total else None, step != last)
+        last = step
 
     with _Display(quiet) as display:
         yield progress
