@@ -33,7 +33,7 @@ _POSITIONS = 64
 
 # By default the same examples are tried every time, so that a failure is due to a change.
 hypothesis.settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("thorough", max_examples=100, deadline=None, print_blob=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

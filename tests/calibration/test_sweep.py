@@ -41,6 +41,8 @@ def test_rows_stop_where_simulate_stops_them(
     finite = scores[np.isfinite(scores)].tolist()
     if isinstance(rule, ThresholdRule) and finite:
         # Thresholds that equal a score, which does not stop the row.
+        # More than one signal in a row is compared with one threshold only.
+        per_exit = per_exit and rule.signals_needed == 1
         count = len(logits) if per_exit else 1
         drawn = data.draw(st.lists(st.sampled_from(finite), min_size=count, max_size=count))
         rule = rule.with_stop_threshold(drawn if per_exit else drawn[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import importlib.machinery
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class FakeTensorRt(types.ModuleType):
         self.contexts: list[FakeContext] = []
         self.layers: dict[bytes, str] = {}
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
-        self.contexts_left = 1000
+        self.contexts_left = sys.maxsize
         self.__dict__.update(more or {})
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802

@@ -470,7 +470,10 @@ def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
     low, high = rule.shifted(-by), rule.shifted(by)
     if isinstance(rule, ThresholdRule):
         assert isinstance(high, ThresholdRule)
-        assert high.threshold_at(1) == pytest.approx(rule.threshold_at(1) + by)
+        moved = high.threshold_at(1) - rule.threshold_at(1)
+        # The weights of a learned rule may move its scores further than the features.
+        assert isinstance(rule, Learned) or moved == pytest.approx(by, abs=1e-9)
+        assert moved >= by - 1e-9
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]
     if isinstance(rule, Confidence):
         exits.reverse()
