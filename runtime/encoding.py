@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from .arguments import whole_number
 from .artifact.folder import verified
@@ -36,11 +36,13 @@ class EncodedRow:
         input_ids: `[tokens]` int64.
         token_type_ids: `[tokens]` int64; zeros if the model has no token types.
         truncated: whether the text had more tokens than the model takes.
+        pair_start: position of the first token of the second text; None for a single text.
     """
 
     input_ids: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
     truncated: bool
+    pair_start: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -166,18 +168,31 @@ class TextEncoder:
                 EXPORT_AGAIN,
             )
         rows = []
-        for number, encoding in enumerate(encodings, start=1):
+        for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True), start=1):
             if not len(encoding):  # a mean over no tokens would be a mean over padding
                 raise InputError(
                     f"text {number} has no tokens: {self._path} adds no special tokens",
                     "leave such texts out, or export with a tokenizer that adds special tokens",
                 )
-            ids = np.asarray(encoding.ids, np.int64)
-            types = (
-                np.asarray(encoding.type_ids, np.int64) if self._uses_types else np.zeros_like(ids)
-            )
-            rows.append(EncodedRow(ids, types, bool(encoding.overflowing)))
+            rows.append(encoded_row(encoding, isinstance(text, tuple), self._uses_types))
         return rows
+
+
+def encoded_row(encoding: Encoding, is_pair: bool, uses_types: bool) -> EncodedRow:
+    """A row from what the tokenizers library made of a text or a pair.
+
+    Args:
+        encoding: of the text.
+        is_pair: whether it was a pair of texts.
+        uses_types: whether the model has token types.
+    """
+    ids = np.asarray(encoding.ids, np.int64)
+    types = np.asarray(encoding.type_ids, np.int64) if uses_types else np.zeros_like(ids)
+    pair_start = None
+    if is_pair:
+        texts = encoding.sequence_ids  # None for special tokens
+        pair_start = texts.index(1) if 1 in texts else None
+    return EncodedRow(ids, types, bool(encoding.overflowing), pair_start)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def problems(manifest: Manifest) -> Iterator[str]:
     if asked > most:
         yield f"texts may have {asked} tokens, but the graphs take {most}"
     yield from _target_problems(manifest)
+    if manifest.exit_0 is not None and manifest.exit_0.buckets.bit_count() != 1:
+        yield f"exit 0 has {manifest.exit_0.buckets} buckets, which is not a power of two"
     labels, thresholds = manifest.task.labels, manifest.task.label_thresholds
     if len(set(labels)) != len(labels):
         yield "a label name appears twice"

@@ -4,6 +4,7 @@
     tokenizer/tokenizer.json
     onnx/<precision>/*.onnx  portable source of every target
     targets/<target>/        built files, where a backend needs any
+    exit_0.npz               classifier before layer 1, if the model has one
     reference.npz            texts and fp32 logits of the PyTorch model
     verification.json        agreement of the export with the PyTorch model
 
@@ -20,9 +21,10 @@ import msgspec
 from ..errors import ArtifactError, Call, Remedy
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
+EXIT_0_NAME = "exit_0.npz"
 VERIFICATION_NAME = "verification.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 
@@ -177,6 +179,22 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
 
+class ExitZeroSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The classifier before layer 1, see `fpabee.runtime.exit_0`.
+
+    Attributes:
+        file: its path in the folder.
+        sha256: its SHA-256, in hexadecimal.
+        unigrams: how many rows of its table belong to unigrams.
+        buckets: how many rows belong to hashed n-grams: a power of two.
+    """
+
+    file: str
+    sha256: Sha256
+    unigrams: Count
+    buckets: Count
+
+
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """Agreement of the export with the PyTorch model; `verification.json` has more.
 
@@ -275,7 +293,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         tokenizer: how texts become model inputs.
         shapes: the sizes that the graphs accept.
         graphs: ONNX graphs in fp32, by name.
-        segments: the chain, in order; one segment for each exit.
+        segments: the chain, in order; one segment for each exit from exit 1.
         targets: targets by name, such as `onnxruntime-fp32`.
         default_target: the target that runs when none is named.
         default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
@@ -283,6 +301,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
         not_built: targets that could not be built where the folder was made, by name.
+        exit_0: the classifier before layer 1; None: the model has none. Since schema 1.1.
 
     Example:
         ```python
@@ -311,6 +330,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
     not_built: dict[str, NotBuilt] = {}
+    exit_0: ExitZeroSpec | None = None
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:
         """The graphs in a precision.
@@ -333,6 +353,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return self.precisions[precision]
 
     @property
+    def exits(self) -> range:
+        """The numbers of the exits: from 0 if the model has exit 0, else from 1."""
+        return range(1 if self.exit_0 is None else 0, len(self.segments) + 1)
+
+    @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The layer of each exit, counted from 1."""
-        return tuple(segment.layer for segment in self.segments)
+        """The layer of each exit, in the order of `exits`: how many layers ran; 0 for exit 0."""
+        layers = tuple(segment.layer for segment in self.segments)
+        return layers if self.exit_0 is None else (0, *layers)
