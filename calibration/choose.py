@@ -192,7 +192,7 @@ class Selector:
     def held_out(self, goal: Goal, kinds: Collection[str]) -> Answers:
         """The exits `[rows]`: in each part by the setting that is chosen on the other parts."""
         rows = self.stopping_costs.rows
-        exits = np.full(len(rows), rows.exits, np.int64)
+        exits = np.full(len(rows), rows.exits[-1], np.int64)
         for numbers, search in self._folds:
             try:
                 rule = search.choose(goal, kinds)

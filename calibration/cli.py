@@ -269,7 +269,7 @@ def _comparisons(result: Calibration) -> Table:
         held = comparison.held_out
         table.add_row(
             f"{comparison.kind}: full depth"
-            if comparison.rule == Budget(exit=len(result.layers))
+            if comparison.rule == Budget(exit=result.rows.exits[-1])
             else rule_in_words(comparison.rule),
             drop_in_words(held),
             f"{held.mean_depth:.2f}",

@@ -38,13 +38,14 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of each segment for a row, by the length of the row.
+    """Seconds from each exit to the next for a row, by the length of the row.
 
     Attributes:
         batch: rows at a time; fewer were run where the target splits such a group.
         lengths: the row lengths that were measured, in tokens, ascending.
-        seconds: `[segments, lengths]` seconds for one row, which is the time of a batch divided
-            by its rows. The head is part of its segment.
+        seconds: `[exits, lengths]` seconds for one row, which is the time of a batch divided by
+            its rows, in the order of `Manifest.exits`: of exit 0 if there is one, then of the
+            segments with their heads.
     """
 
     batch: int
@@ -67,7 +68,7 @@ class Timings(msgspec.Struct):
     Attributes:
         measured_on: the target's files, the machine, the installed versions, the number of threads
             and the label thresholds.
-        models: times of the segments, by batch size.
+        models: times of the exits, by batch size.
         speedups: measured speed-ups, by batch size and by the settings of the rule as JSON.
     """
 
@@ -96,12 +97,12 @@ class TimedEngine:
         where = {"artifact": artifact, "threads": str(threads), "thresholds": str(thresholds)}
         self._timings = Timings(environment() | where)
         if not again:
-            kept = _read(path, len(engine.manifest.segments))
+            kept = _read(path, len(engine.manifest.exits))
             if kept is not None and kept.measured_on == self._timings.measured_on:
                 self._timings = kept
 
     def costs(self, lengths: NDArray[np.intp], batch: int) -> CostModel:
-        """The times of the segments, see `measure_costs`."""
+        """The times of the exits, see `measure_costs`."""
         models = self._timings.models
         if batch not in models:
             models[batch] = measure_costs(self._engine, lengths, batch)
@@ -109,7 +110,7 @@ class TimedEngine:
 
     def speedup(self, rows: Sequence[EncodedRow], rule: ExitRule, batch: int) -> float:
         """The measured speed-up of a rule, see `measure_speedup`; 1 for full depth."""
-        if rule == Budget(exit=len(self._engine.manifest.segments)):
+        if rule == Budget(exit=self._engine.manifest.exits[-1]):
             return 1.0
         speedups = self._timings.speedups.setdefault(batch, {})
         key = json.dumps(rule.to_dict())
@@ -136,7 +137,7 @@ class TimedEngine:
             ) from error
 
 
-def _read(path: Path, segments: int) -> Timings | None:
+def _read(path: Path, exits: int) -> Timings | None:
     """Stored times; None if there are none, or if the file is damaged."""
     try:
         kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
@@ -144,7 +145,7 @@ def _read(path: Path, segments: int) -> Timings | None:
         return None
     numbers = [number for speedups in kept.speedups.values() for number in speedups.values()]
     for model in kept.models.values():
-        if not model.lengths or len(model.seconds) != segments:
+        if not model.lengths or len(model.seconds) != exits:
             return None
         if any(len(seconds) != len(model.lengths) for seconds in model.seconds):
             return None
@@ -153,7 +154,7 @@ def _read(path: Path, segments: int) -> Timings | None:
 
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
-    """Time every segment at the typical lengths of some rows.
+    """Time every exit at the typical lengths of some rows.
 
     Args:
         engine: the engine; its target is timed.
@@ -164,7 +165,7 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
     columns = []
     for tokens in sizes:
         rows = min(batch, engine.limits.max_batch, max(1, engine.limits.group_tokens // tokens))
-        runs = [engine.time_segments(rows, tokens) for _ in range(_REPEATS + 1)][1:]
+        runs = [engine.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
         columns.append(np.median(np.array(runs), axis=0) / rows)
     seconds = np.stack(columns, axis=1)
     return CostModel(batch, tuple(sizes), tuple(tuple(row) for row in seconds.tolist()))
@@ -181,7 +182,7 @@ def measure_speedup(
         rule: the rule.
         batch: rows at a time; rows run in windows, as in files, if it is above 1.
     """
-    full_depth = Budget(exit=len(engine.manifest.segments))
+    full_depth = Budget(exit=engine.manifest.exits[-1])
     size, most, repeats = 1, _SINGLE_ROWS, _REPEATS
     if batch > 1:
         size, most, repeats = _WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS, _WINDOW_REPEATS

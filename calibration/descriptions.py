@@ -22,7 +22,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     """What a point promises, and what would help if its goal is not met."""
     held, goal = point.held_out, point.goal
     low, high = held.interval
-    if point.rule == Budget(exit=len(result.layers)):
+    if point.rule == Budget(exit=result.rows.exits[-1]):
         help = point.refusal or "give more rows, or allow a larger drop"
         return f"nothing is lost, but these rows confirm no faster setting: {help}"
     level = 95.0

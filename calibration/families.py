@@ -7,6 +7,7 @@ guards against that luck costs more speed than a finer search gains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,19 @@ from numpy.typing import NDArray
 
 from ..runtime.rules.base import ExitRule, SearchSpace, ThresholdRule
 from ..runtime.rules.measures import Array, Measure
-from ..runtime.rules.rules import RULES
+from ..runtime.rules.rules import RULES, Budget
 from .learned import fit_learned, out_of_fold_scores
 from .per_exit import fit_per_exit
 from .scoring import LabelledLogits
 from .stopping_costs import StoppingCosts
-from .sweep import StopScores, exits_below, threshold_grid
+from .sweep import (
+    NEVER,
+    StopScores,
+    exit_0_limit,
+    exits_below,
+    threshold_grid,
+    with_exit_0,
+)
 
 DEFAULT_RULES = ("fpabee", "pabee", "entropy", "confidence")
 """Rules that compete if none is named: in comparisons no other rule saves clearly more."""
@@ -31,12 +39,22 @@ DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
 
 PER_EXIT = " per exit"
 """The end of the kind of a rule that has one fitted threshold for each exit."""
+CASCADE = "cascade"
+"""The kind of the rule that only exit 0 and full depth answer."""
 
 _FITTED_PER_EXIT = ("fpabee", "entropy")
 # At most this many signals in a row are tried; PABEE has nothing but its patience to choose.
 _MOST_PATIENCE = 3
 # Parts of the rows for scores and thresholds that are fitted: each is judged on the other parts.
 _PARTS = 5
+# With exit 0 a setting has two thresholds. If the later exits alone stop a share s of the rows
+# early, exit 0 answers the share s^power, from none (infinity) to far more. So each power gives
+# settings from cautious to bold, and together they cover all combinations of both shares.
+_POWERS = (math.inf, 4.0, 2.0, 1.0, 0.5, 0.25)
+# Fewer than without exit 0, since each is tried with every power.
+_THRESHOLDS_WITH_EXIT_0 = 40
+# Shares that exit 0 answers, for rules without a threshold.
+_SHARES = (0.0, *(1 - np.geomspace(0.95, 0.01, 24)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,8 +63,8 @@ class Family:
 
     Attributes:
         kind: see `kind_of`.
-        exits: `[settings, rows]` int16, the exit of each row, counted from 1. If a rule is fitted
-            to rows, these are the exits of a rule that was fitted to other rows.
+        exits: `[settings, rows]` int16, the exit of each row. If a rule is fitted to rows, these
+            are the exits of a rule that was fitted to other rows.
         rule: gives a setting by its number.
     """
 
@@ -57,6 +75,8 @@ class Family:
 
 def kind_of(rule: ExitRule) -> str:
     """The name of a rule, with `PER_EXIT` after it if it has a threshold for each exit."""
+    if isinstance(rule, Budget) and rule.exit_0_threshold is not None:
+        return CASCADE
     fitted = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)
     return rule.name + PER_EXIT if fitted else rule.name
 
@@ -68,7 +88,7 @@ def make_families(
     seed: int = 0,
     per_exit: bool = True,
 ) -> list[Family]:
-    """The settings of some rules.
+    """The settings of some rules; if there is exit 0, also those of the cascade.
 
     Args:
         costs: the rows, and what they cost and lose.
@@ -77,21 +97,24 @@ def make_families(
         seed: deals the rows into parts, for rules that are fitted.
         per_exit: whether some rules also get one threshold for each exit.
     """
-    rows, stop = costs.rows, StopScores(costs.rows)
+    rows, stop, last = costs.rows, StopScores(costs.rows), costs.rows.exits[-1]
     parts = deal(len(rows), _PARTS, seed)
     found: list[Family] = []
     for name in rules:
         if name == "learned":
-            found += _learned(rows, parts)
+            found += _learned(rows, stop, parts)
             continue
-        patience = rows.exits - 1 if name == "pabee" else min(_MOST_PATIENCE, rows.exits - 1)
+        patience = last - 1 if name == "pabee" else min(_MOST_PATIENCE, last - 1)
         space = SearchSpace(rows.exits, measures, range(1, patience + 1))
         for rule in RULES[name].search_grid(space):
             scores = stop.stop_scores(rule)
-            found.append(_family(rule, scores))
+            found += _families(rule, scores, rows)
             if per_exit and name in _FITTED_PER_EXIT and rule.signals_needed == 1:
                 settings, exits = fit_per_exit(rule, scores, costs, parts)
                 found.append(Family(name + PER_EXIT, exits, settings.__getitem__))
+    if rows.first_exit == 0:
+        cascade = Budget(exit=last)
+        found += _families(cascade, stop.stop_scores(cascade), rows)
     return found
 
 
@@ -100,15 +123,50 @@ def deal(rows: int, parts: int, seed: int) -> NDArray[np.intp]:
     return np.random.default_rng(seed).permutation(np.arange(rows) % parts)
 
 
-def _learned(rows: LabelledLogits, parts: NDArray[np.intp]) -> Iterator[Family]:
+def _learned(rows: LabelledLogits, stop: StopScores, parts: NDArray[np.intp]) -> Iterator[Family]:
     rule, scores = fit_learned(rows), out_of_fold_scores(rows, parts)
     if rule is not None and scores is not None:
         scores[-1] = -np.inf
-        yield _family(rule, scores)
+        if rows.first_exit == 0:
+            scores = np.stack([stop.exit_0, *scores])
+        yield from _families(rule, scores, rows)
 
 
-def _family(rule: ExitRule, scores: Array) -> Family:
-    """The settings that differ in the threshold only."""
-    thresholds = threshold_grid(rule, scores)
-    exits = exits_below(scores, thresholds)
-    return Family(rule.name, exits, lambda number: rule.with_stop_threshold(thresholds[number]))
+def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[Family]:
+    """The settings that differ in their thresholds only.
+
+    Args:
+        rule: the rule.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included.
+        rows: the rows.
+    """
+    if rows.first_exit == 1:
+        thresholds = threshold_grid(rule, scores)
+        yield _family(rule, scores, thresholds, None)
+        return
+    later = scores[1:]
+    thresholds = threshold_grid(rule, later, _THRESHOLDS_WITH_EXIT_0)
+    if len(thresholds) == 1:
+        limits = np.quantile(scores[0], _SHARES, method="higher")
+        yield _family(rule, scores, thresholds * len(limits), limits)
+        return
+    early = (exits_below(later, thresholds) < rows.exits[-1]).mean(axis=1)
+    for power in _POWERS:
+        limits = np.quantile(scores[0], early**power, method="higher")
+        yield _family(rule, scores, thresholds, np.where(early**power > 0, limits, NEVER))
+
+
+def _family(
+    rule: ExitRule, scores: Array, thresholds: Sequence[float], limits: Array | None
+) -> Family:
+    """The settings of thresholds of stop scores and, if there is exit 0, of limits of its own."""
+    rules = [rule.with_stop_threshold(threshold) for threshold in thresholds]
+    if limits is None:
+        return Family(kind_of(rule), exits_below(scores, thresholds), rules.__getitem__)
+    rules = [with_exit_0(each, -limit) for each, limit in zip(rules, limits, strict=True)]
+    pairs = [
+        [exit_0_limit(each.exit_0_threshold), *[threshold] * (len(scores) - 1)]
+        for each, threshold in zip(rules, thresholds, strict=True)
+    ]
+    exits = exits_below(scores, np.array(pairs), first_exit=0)
+    return Family(kind_of(rules[-1]), exits, rules.__getitem__)

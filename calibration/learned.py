@@ -72,16 +72,17 @@ def fit_learned(rows: LabelledLogits) -> Learned | None:
 
 
 def out_of_fold_scores(rows: LabelledLogits, parts: NDArray[np.intp]) -> Array | None:
-    """The scores `[exits, rows]` of rules that are fitted to the other parts of the rows.
+    """The scores of rules that are fitted to the other parts of the rows.
 
     Args:
         rows: the rows.
         parts: `[rows]` the part of each row.
 
     Returns:
-        The scores; None if a part has too few changed answers outside of it.
+        The scores `[exits, rows]` from exit 1 on; None if a part has too few changed answers
+        outside of it.
     """
-    scores = np.zeros(rows.logits.shape[:2])
+    scores = np.zeros((rows.exits[-1], len(rows)))
     for part in np.unique(parts):
         rule = fit_learned(rows.take(np.flatnonzero(parts != part)))
         if rule is None:
@@ -92,29 +93,33 @@ def out_of_fold_scores(rows: LabelledLogits, parts: NDArray[np.intp]) -> Array |
 
 
 def scores_of(rule: Learned, rows: LabelledLogits) -> Array:
-    """The scores `[exits, rows]` of a learned rule."""
-    outputs = _outputs(rows)
-    pairs = zip([None, *outputs], outputs, strict=False)
+    """The scores `[exits, rows]` of a learned rule, from exit 1 on."""
+    pairs = _pairs(rows)
     return np.stack([rule.scores(number, *pair) for number, pair in enumerate(pairs, start=1)])
 
 
-def _outputs(rows: LabelledLogits) -> list[Outputs]:
-    return [Outputs(z, rows.problem_type, rows.label_thresholds) for z in rows.logits]
+def _pairs(rows: LabelledLogits) -> list[tuple[Outputs | None, Outputs]]:
+    """The outputs of each exit from exit 1 on, each after those of the exit before it."""
+    found = [Outputs(z, rows.problem_type, rows.label_thresholds) for z in rows.logits]
+    return list(zip([None, *found[:-1]], found, strict=True))[1 - rows.first_exit :]
 
 
 def _inputs(rows: LabelledLogits) -> tuple[Array, Array]:
-    """The features `[exits - 1, rows, FEATURES]` and the predicted labels `[.., rows, labels]`."""
-    outputs = _outputs(rows)[:-1]
-    found = [features(*pair) for pair in zip([None, *outputs], outputs, strict=False)]
-    answers = np.stack([each.answers for each in outputs])
+    """The features `[exits - 1, rows, FEATURES]` and the predicted labels `[.., rows, labels]`.
+
+    They are those of all exits from exit 1 on but the last.
+    """
+    pairs = _pairs(rows)[:-1]
+    found = [features(*pair) for pair in pairs]
+    answers = np.stack([now.answers for _, now in pairs])
     single = rows.problem_type is ProblemType.SINGLE_LABEL
     predicted = np.eye(rows.logits.shape[2])[answers] if single else answers
     return np.stack(found), predicted.astype(np.float64)
 
 
 def _changes(rows: LabelledLogits) -> Mask:
-    """Whether the last exit gives another answer: `[exits - 1, rows]`."""
-    answers = rows.answers()
+    """Whether the last exit gives another answer, from exit 1 on: `[exits - 1, rows]`."""
+    answers = rows.answers()[1 - rows.first_exit :]
     return ~same_answers(answers[:-1], answers[-1], rows.problem_type)
 
 

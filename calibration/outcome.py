@@ -30,7 +30,7 @@ class Outcome:
         interval: of the drop in points, see `drop_interval`: at 95 %, or at 90 % for settings that
             are guaranteed, so that its upper end is a one-sided 95 % bound like their promise.
         mean_depth: mean number of layers that ran for a row.
-        exits: how many rows stopped at each exit.
+        exits: how many rows stopped at each exit, from the first exit on.
         theoretical: speed-up over full depth in layers, weighted by tokens.
         estimated: speed-up over full depth in measured times of the segments.
         rows: how many rows there were.
@@ -60,13 +60,14 @@ def outcome(
 
     Args:
         scorer: the metric of the rows.
-        exits: `[rows]`, counted from 1.
+        exits: `[rows]` the exit of each row.
         lengths: `[rows]` tokens.
         costs: `[exits, rows]` seconds until an exit.
         layers: the layer of each exit.
         level: of the interval.
     """
-    ran = np.asarray(layers)[exits - 1]
+    places = scorer.rows.at(exits)
+    ran = np.asarray(layers)[places[0]]
     score, full = scorer.score(exits), scorer.full_depth
     return Outcome(
         metric=scorer.metric,
@@ -75,9 +76,10 @@ def outcome(
         drop=100 * (full - score),
         interval=drop_interval(scorer, exits, level),
         mean_depth=float(ran.mean()),
-        exits=tuple(int(n) for n in np.bincount(exits - 1, minlength=len(layers))),
-        theoretical=float(layers[-1] * lengths.sum() / (ran * lengths).sum()),
-        estimated=float(costs[-1].sum() / costs[exits - 1, np.arange(len(exits))].sum()),
+        exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
+        # Finite even if no row needs a layer.
+        theoretical=float(layers[-1] * lengths.sum() / max((ran * lengths).sum(), 1)),
+        estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
     )
 
@@ -95,7 +97,7 @@ def drop_interval(
 
     Args:
         scorer: the metric of the rows.
-        exits: `[rows]`, counted from 1.
+        exits: `[rows]` the exit of each row.
         level: the confidence level.
         resamples: of the bootstrap.
     """
@@ -114,7 +116,7 @@ def drop_interval(
             weights = resampled(rows, len(part), generator, rows)
             part[:] = scorer.value(weights @ full, rows) - scorer.value(weights @ early, rows)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
-    if (exits < len(scorer.sums)).any():
+    if (exits < scorer.rows.exits[-1]).any():
         drop = scorer.full_depth - scorer.score(exits)
         unseen = 1 - ((1 - level) / 2) ** (1 / rows)
         low, high = min(low, drop - unseen), max(high, drop + unseen)
@@ -144,4 +146,5 @@ def upper_drop(scorer: Scorer, exits: Answers, confidence: float) -> float:
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:
     """The exits `[rows]` of a rule, the same as in a live run with these logits."""
-    return simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds).exits
+    thresholds, first = rows.label_thresholds, rows.first_exit
+    return simulate(rows.logits, rule, rows.problem_type, thresholds, first).exits

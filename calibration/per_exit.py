@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from .stopping_costs import StoppingCosts
-from .sweep import exits_below, rounded
+from .sweep import exits_below, rounded, with_exit_0
 
 _PRICES = 30
 _ROUNDS = 6
@@ -31,7 +31,7 @@ def _fit(scores: Array, costs: Array, losses: Array) -> Array:
     """Thresholds `[prices, exits]`, from high prices to low ones.
 
     Args:
-        scores: `[exits, rows]` stop scores.
+        scores: `[exits, rows]` stop scores, those of exit 0 included.
         costs: `[exits, rows]` seconds of a row that stops at an exit.
         losses: `[exits, rows]` its expected losses.
     """
@@ -75,7 +75,7 @@ def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
 
 
 def _below(scores: Array) -> Array:
-    """A threshold for each exit that stops no row: just below its lowest finite score."""
+    """A threshold for each exit that stops no row: below its lowest finite score."""
     lowest = np.where(np.isfinite(scores), scores, np.inf).min(axis=1)
     return np.where(np.isfinite(lowest), np.minimum(lowest, 0.0) - 1e-3, 0.0)
 
@@ -94,20 +94,22 @@ def fit_per_exit(
 
     Args:
         rule: the rule, with patience 1.
-        scores: `[exits, rows]` its stop scores.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included.
         costs: the rows, and what they cost and lose.
         parts: `[rows]` the part of each row.
 
     Returns:
-        The rules; and where rows stop, `[rules, rows]` counted from 1, in each part under the
-        thresholds that the same price gives on the other parts.
+        The rules; and the exits of the rows, `[rules, rows]`, in each part under the thresholds
+        that the same price gives on the other parts.
     """
+    first = costs.rows.first_exit
     exits = np.zeros((_PRICES, len(parts)), np.int16)
     for part in np.unique(parts):
         others, here = parts != part, parts == part
         fitted = _fit(scores[:, others], costs.costs[:, others], costs.losses[:, others])
-        exits[:, here] = exits_below(scores[:, here], fitted)
-    return [
-        rule.with_stop_threshold([rounded(threshold) for threshold in thresholds])
-        for thresholds in _fit(scores, costs.costs, costs.losses)
-    ], exits
+        exits[:, here] = exits_below(scores[:, here], fitted, first)
+    fitted = _fit(scores, costs.costs, costs.losses)
+    rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in fitted]
+    if first == 0:
+        rules = [with_exit_0(rule, -limit) for rule, limit in zip(rules, fitted[:, 0], strict=True)]
+    return rules, exits

@@ -81,7 +81,7 @@ class PointMaker:
             return ()
         if isinstance(goal, Bound):
             goal = goal.as_goal()
-        full_depth = Budget(exit=self.selector.stopping_costs.rows.exits)
+        full_depth = Budget(exit=self.selector.stopping_costs.rows.exits[-1])
         kinds, found = compared_kinds(self.selector.kinds, points), []
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))
@@ -102,7 +102,7 @@ class PointMaker:
             level = max(0.0, 2 * confidence - 1)  # the upper end is a one-sided bound
             held_out = self._judge(rule, self.held or rows.take(found.tested), level)
         else:
-            rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits)
+            rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits[-1])
             held_out = self._held_out(rule, goal, self.selector.kinds)
         measured = {
             str(model.batch): self.timed.speedup(encoded, rule, model.batch) for model in self.costs
@@ -113,7 +113,10 @@ class PointMaker:
     def _guaranteed(self, goal: Goal | Bound) -> Controlled:
         """The boldest setting whose drop is bounded; full depth if a goal has none."""
         costs, options = self.selector.stopping_costs, self.options
-        full_depth, tested = Budget(exit=costs.rows.exits), split(len(costs.rows), options.seed)[1]
+        full_depth, tested = (
+            Budget(exit=costs.rows.exits[-1]),
+            split(len(costs.rows), options.seed)[1],
+        )
         if not self.engine.manifest.targets[self.engine.target].row_invariant:
             why = "on this target, rows depend on the other rows of their batch"
             return Controlled(full_depth, tested, None, why)

@@ -229,10 +229,10 @@ def control(
     for number in range(len(family.exits)):
         rule = family.rule(number)
         exits = stop.exits(rule)
-        if (exits == rows.exits).all():
+        if (exits == rows.exits[-1]).all():
             continue
         if not passes(scorer, exits, bound):
-            lost = losses(scorer, bound.risk_of)[exits - 1, np.arange(len(exits))]
+            lost = losses(scorer, bound.risk_of)[rows.at(exits)]
             least = float(lost.mean())
             break
         passed = rule
@@ -260,11 +260,11 @@ def passes(scorer: Scorer, exits: NDArray[np.int64], bound: Bound) -> bool:
 
     Args:
         scorer: the metric of the rows, which are in random order.
-        exits: `[rows]` where the setting stops them, counted from 1.
+        exits: `[rows]` where the setting stops them.
         bound: what is asked for.
     """
     level = 1 - bound.confidence
-    lost = losses(scorer, bound.risk_of)[exits - 1, np.arange(len(exits))]
+    lost = losses(scorer, bound.risk_of)[scorer.rows.at(exits)]
     if p_value(lost, bound.risk, level) > level:
         return False
     if scorer.is_row_mean or bound.risk_of is RiskOf.DISAGREEMENT:
@@ -292,8 +292,8 @@ def _path(
 
     def fastest(family: Family) -> float:
         rule = Search(costs, [family], seed).choose(bound.as_goal(), [family.kind])
-        exits = exits_of(rule or Budget(exit=costs.rows.exits), costs.rows)
-        return float(costs.costs[exits - 1, np.arange(len(exits))].mean())
+        exits = exits_of(rule or Budget(exit=costs.rows.exits[-1]), costs.rows)
+        return float(costs.costs[costs.rows.at(exits)].mean())
 
     return min(families, key=fastest)
 

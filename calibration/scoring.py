@@ -8,6 +8,7 @@ thresholds then only needs a few histograms.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,13 @@ class LabelledLogits:
     """The trace of some rows at full depth, with their labels.
 
     Attributes:
-        logits: `[exits, rows, labels]` float32.
+        logits: `[exits, rows, labels]` float32, from the first exit on.
         lengths: `[rows]` tokens.
         expected: the true labels, int64: class indices `[rows]`, or for multi-label tasks
             `[rows, labels]` of 0 and 1. None if the labels are not known.
         problem_type: the type of the task.
         label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
+        first_exit: 0 if the model has exit 0, else 1.
     """
 
     logits: NDArray[np.float32]
@@ -48,14 +50,23 @@ class LabelledLogits:
     expected: Answers | None
     problem_type: ProblemType
     label_thresholds: tuple[float, ...] = ()
+    first_exit: int = 1
 
     def __len__(self) -> int:
         return int(self.logits.shape[1])
 
     @property
-    def exits(self) -> int:
-        """Number of exits."""
-        return int(self.logits.shape[0])
+    def exits(self) -> range:
+        """The numbers of the exits."""
+        return range(self.first_exit, self.first_exit + len(self.logits))
+
+    def at(self, exits: NDArray[np.integer[Any]]) -> tuple[Any, ...]:
+        """Where arrays `[exits, rows]` hold what belongs to rows that stop at given exits.
+
+        Args:
+            exits: `[..., rows]` the exit of each row.
+        """
+        return exits - self.first_exit, np.arange(len(self))
 
     def take(self, numbers: NDArray[np.intp]) -> LabelledLogits:
         """Some of the rows, by their numbers from 0."""
@@ -96,6 +107,7 @@ class Scorer:
         metric: its name, see `METRICS`.
 
     Attributes:
+        rows: the rows.
         metric: its name.
         answers: the answers at every exit, see `LabelledLogits.answers`.
         expected: the true answers; for agreement, those at full depth.
@@ -109,6 +121,7 @@ class Scorer:
 
     def __init__(self, rows: LabelledLogits, metric: str) -> None:
         check_metric(metric, rows.problem_type, rows.expected is not None)
+        self.rows = rows
         self.metric = metric
         self.answers = rows.answers()
         self.expected = self.answers[-1]
@@ -145,12 +158,12 @@ class Scorer:
         return np.asarray(by_label.sum(axis=-1) / np.maximum(occurs, 1))
 
     def at(self, exits: Answers) -> Array:
-        """The terms `[rows, terms]` of rows that stop at given exits, counted from 1."""
-        return np.asarray(self.sums[exits - 1, np.arange(len(exits))])
+        """The terms `[rows, terms]` of rows that stop at given exits."""
+        return np.asarray(self.sums[self.rows.at(exits)])
 
     def score(self, exits: Answers) -> float:
         """The metric of rows that stop at given exits, computed as for any other run."""
-        predicted = self.answers[exits - 1, np.arange(len(exits))]
+        predicted = self.answers[self.rows.at(exits)]
         name = METRICS[self.problem_type][0] if self.metric == AGREEMENT else self.metric
         return evaluate(predicted, self.expected, self._labels)[name]
 

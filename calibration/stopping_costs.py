@@ -55,10 +55,10 @@ class StoppingCosts:
         """Estimated drops of the metric as shares, `[settings, samples]`.
 
         Args:
-            exits: `[settings, rows]`, counted from 1.
+            exits: `[settings, rows]` the exit of each row.
             weights: `[rows, samples]` how often a sample contains a row; all have equal sums.
         """
-        at = exits - 1, np.arange(len(self.rows))
+        at = self.rows.at(exits)
         count = float(weights[:, 0].sum())
         if self.scorer.is_row_mean:
             observed, expected = self.observed[at], self.losses[at]
@@ -71,7 +71,7 @@ class StoppingCosts:
 
     def mean_costs(self, exits: NDArray[np.int16], weights: Array) -> Array:
         """Mean seconds of a row, `[settings, samples]`; the arguments are those of `drops`."""
-        at = exits - 1, np.arange(len(self.rows))
+        at = self.rows.at(exits)
         return np.asarray(self.costs[at] @ weights / weights[:, 0].sum())
 
     def take(self, numbers: NDArray[np.intp]) -> StoppingCosts:

@@ -8,6 +8,8 @@ remains the reference: the tests compare the two row by row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,23 @@ from numpy.typing import NDArray
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
 from ..runtime.rules.base import ExitRule, ThresholdRule
-from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.measures import Answers, Array, Outputs
 from ..runtime.rules.runner import simulate
 from .scoring import LabelledLogits
 
 _THRESHOLDS = 64
+NEVER = -2.0
+"""A limit of the stop scores of exit 0 that no row reaches, since confidences are at most 1."""
 
 
 def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:
-    """Thresholds of stop scores `[exits, rows]` to try, ascending; the first stops no row early."""
+    """Thresholds of stop scores to try, ascending; the first stops no row early.
+
+    Args:
+        rule: the rule.
+        scores: `[exits, rows]` its stop scores from exit 1 on.
+        count: how many thresholds, at most.
+    """
     finite = scores[:-1][np.isfinite(scores[:-1])]
     if not isinstance(rule, ThresholdRule) or not finite.size:
         return [0.5]
@@ -39,22 +49,26 @@ def rounded(threshold: float) -> float:
     return float(f"{threshold:.4g}")
 
 
-def exits_below(scores: Array, thresholds: Sequence[float] | Array) -> NDArray[np.int16]:
+def exits_below(
+    scores: Array, thresholds: Sequence[float] | Array, first_exit: int = 1
+) -> NDArray[np.int16]:
     """Where rows stop: at the first exit with a stop score below the threshold.
 
     Args:
         scores: `[exits, rows]` stop scores.
         thresholds: `[settings]`, or `[settings, exits]` with one threshold for each exit.
+        first_exit: the exit of the first scores.
 
     Returns:
-        `[settings, rows]`, counted from 1.
+        `[settings, rows]` the exit of each row.
     """
     limits = np.asarray(thresholds, np.float64)
     limits = np.broadcast_to(limits.reshape(len(limits), -1), (len(limits), len(scores)))
-    exits = np.full((len(limits), scores.shape[1]), len(scores), np.int16)
-    for number in range(len(scores) - 1, 0, -1):
-        stops = scores[number - 1] < limits[:, number - 1, None]
-        exits[stops] = number
+    last = len(scores) - 1
+    exits = np.full((len(limits), scores.shape[1]), first_exit + last, np.int16)
+    for place in range(last - 1, -1, -1):
+        stops = scores[place] < limits[:, place, None]
+        exits[stops] = first_exit + place
     return exits
 
 
@@ -73,18 +87,46 @@ class StopScores:
         """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
         if rule not in self._known:
             rows = self._rows
-            result = simulate(rows.logits, rule, rows.problem_type, rows.label_thresholds)
+            thresholds, first = rows.label_thresholds, rows.first_exit
+            result = simulate(rows.logits, rule, rows.problem_type, thresholds, first)
             self._known[rule] = result.scores
         return self._known[rule]
 
+    @cached_property
+    def exit_0(self) -> Array:
+        """The stop scores `[rows]` of exit 0, below -t where the confidence is at least t."""
+        rows = self._rows
+        outputs = Outputs(rows.logits[0], rows.problem_type, rows.label_thresholds)
+        # One step down, because a row also stops if its confidence equals the threshold.
+        return np.asarray(np.nextafter(-outputs.confidence(), -np.inf))
+
     def stop_scores(self, rule: ExitRule) -> Array:
-        """The stop scores `[exits, rows]` of a rule."""
-        return rule.stop_scores(self.scores_of)
+        """The stop scores `[exits, rows]` of a rule, those of exit 0 included."""
+        first = self._rows.first_exit
+        scores = rule.stop_scores(lambda other: self.scores_of(other)[1 - first :])
+        if first == 1:
+            return scores
+        exit_0 = np.where(rule.min_exit > 0, np.inf, self.exit_0)
+        return np.stack([np.where(rule.ends_at_exit_0, -np.inf, exit_0), *scores])
 
     def exits(self, rule: ExitRule) -> Answers:
-        """The exits `[rows]` of a rule, counted from 1; the same as those of `simulate`."""
-        limits = np.ravel(rule.stop_thresholds)[None]
-        return np.asarray(exits_below(self.stop_scores(rule), limits)[0], np.int64)
+        """The exits `[rows]` of a rule; the same as those of `simulate`."""
+        scores, first = self.stop_scores(rule), self._rows.first_exit
+        limits = np.broadcast_to(rule.stop_thresholds, len(scores) - (1 - first))
+        if first == 0:
+            limits = np.array([exit_0_limit(rule.exit_0_threshold), *limits])
+        return np.asarray(exits_below(scores, limits[None], first)[0], np.int64)
+
+
+def with_exit_0(rule: ExitRule, threshold: float) -> ExitRule:
+    """A rule with a threshold for exit 0, rounded; none if no confidence reaches the threshold."""
+    limit = float(f"{threshold:.6g}")
+    return replace(rule, exit_0_threshold=limit if limit <= 1 else None)
+
+
+def exit_0_limit(threshold: float | None) -> float:
+    """What the stop scores of exit 0 are compared with, see `StopScores.exit_0`."""
+    return NEVER if threshold is None else -threshold
 
 
 def threshold_for_depth(
@@ -94,6 +136,7 @@ def threshold_for_depth(
     exit_layers: Sequence[int],
     depth: float,
     label_thresholds: Sequence[float] = (),
+    first_exit: int = 1,
 ) -> ExitRule:
     """The rule with the threshold whose mean depth is closest to a given depth.
 
@@ -107,6 +150,7 @@ def threshold_for_depth(
         exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
         depth: the wanted mean depth in layers; every row counts the same, whatever its length.
         label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
+        first_exit: the exit of the first logits, see `Trace.first_exit`.
 
     Raises:
         RuleError: the rule has no threshold.
@@ -121,7 +165,9 @@ def threshold_for_depth(
             task, layers = engine.manifest.task, engine.manifest.exit_layers
             half = layers[-1] / 2
             rule = FPabee(threshold=0.0)
-            rule = threshold_for_depth(trace.logits, rule, task.problem_type, layers, half)
+            rule = threshold_for_depth(
+                trace.logits, rule, task.problem_type, layers, half, first_exit=trace.first_exit
+            )
             engine.predict(["play jazz"], rule=rule)
         ```
     """
@@ -129,9 +175,16 @@ def threshold_for_depth(
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
     lengths = np.ones(logits.shape[1], np.intp)
     rows = LabelledLogits(
-        logits.astype(np.float32), lengths, None, problem_type, tuple(label_thresholds)
+        logits.astype(np.float32),
+        lengths,
+        None,
+        problem_type,
+        tuple(label_thresholds),
+        first_exit,
     )
-    scores = StopScores(rows).stop_scores(rule.with_stop_threshold(0.0))
-    thresholds = threshold_grid(rule, scores, count=200)
-    depths = np.asarray(exit_layers, np.float64)[exits_below(scores, thresholds) - 1].mean(axis=1)
-    return rule.with_stop_threshold(thresholds[int(np.abs(depths - depth).argmin())])
+    stop = StopScores(rows)
+    scores = stop.stop_scores(rule.with_stop_threshold(0.0))[1 - first_exit :]
+    rules = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, scores, count=200)]
+    layers = np.asarray(exit_layers, np.float64)
+    depths = [layers[rows.at(stop.exits(each))[0]].mean() for each in rules]
+    return rules[int(np.abs(np.array(depths) - depth).argmin())]

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -43,13 +44,15 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
     """Hash of everything that determines the logits of a target."""
     chosen = manifest.targets[target]
     graphs = manifest.graphs_in(chosen.precision)
-    content = [
+    content: list[Any] = [
         sorted((name, graph.sha256) for name, graph in graphs.items()),
         sorted((name, file.sha256) for name, file in chosen.files.items()),
         [list(segment.calls) for segment in manifest.segments],
         [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
         sorted(chosen.versions.items()),
     ]
+    if manifest.exit_0 is not None:
+        content.append([manifest.exit_0.sha256])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -108,7 +111,12 @@ def trace_rows(
         kept = StoredTrace(list(rows), kept.logits, kept.lengths)
         _write(path, artifact, kept)
     return LabelledLogits(
-        kept.logits, kept.lengths, expected, task.problem_type, task.label_thresholds
+        kept.logits,
+        kept.lengths,
+        expected,
+        task.problem_type,
+        task.label_thresholds,
+        manifest.exits[0],
     )
 
 
@@ -169,7 +177,7 @@ def _read(path: Path, artifact: str, manifest: Manifest) -> StoredTrace | None:
         return None
     rows = [Row(*row, {}, line) for line, row in enumerate(stored, 1)]
     logits, lengths = content["logits"], content["lengths"]
-    shape = len(manifest.segments), len(rows), len(manifest.task.labels)
+    shape = len(manifest.exits), len(rows), len(manifest.task.labels)
     fits = (
         str(content["artifact"]) == artifact
         and str(content["texts"]) == data_sha256(rows, labels=False)

@@ -9,6 +9,7 @@ Tokenization is never included.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import statistics
 import time
@@ -176,14 +177,17 @@ class _Runner:
             self._run_full(rows[start : start + _FILE_BATCH])
 
     def _full_depth(self, rows: Sequence[EncodedRow]) -> None:
-        self.engine.run_encoded(rows, Budget(exit=len(self.engine.manifest.segments)))
+        self.engine.run_encoded(rows, Budget(exit=self.engine.manifest.exits[-1]))
 
     def _with_rule(self, rows: Sequence[EncodedRow]) -> Any:
         """The chain with the rule; returns the exit of each row."""
         return self.engine.run_encoded(rows, self.rule).exits
 
     def _pytorch(self, rows: Sequence[EncodedRow]) -> None:
-        """The same rule in PyTorch, as published: a batch runs on until its last row stops."""
+        """The same rule in PyTorch, as published: a batch runs on until its last row stops.
+
+        There is no exit 0 in PyTorch.
+        """
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_torch(rows[start : start + _FILE_BATCH])
 
@@ -208,7 +212,9 @@ class _Runner:
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         embeddings, blocks, heads = model.parts
         head_of = dict(zip(model.exit_config.exits, heads, strict=True))
-        runner = RuleRunner(self.rule, task.problem_type, len(heads), task.label_thresholds)
+        exits = range(1, len(heads) + 1)
+        rule = dataclasses.replace(self.rule, exit_0_threshold=None)
+        runner = RuleRunner(rule, task.problem_type, exits, task.label_thresholds)
         state, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
             weights = token_weights(bias)
@@ -320,8 +326,9 @@ def _measure(
         if pytorch is not None:
             every[PYTORCH][-1] += [_timed(pytorch, unit)[0] for _ in every[FULL_GRAPH][-1]]
             time.sleep(_SPIN_SECONDS)
-    layers = np.array(runner.engine.manifest.exit_layers)
-    ran = layers[np.concatenate(exits) - 1]
+    manifest = runner.engine.manifest
+    layers = np.array(manifest.exit_layers)
+    ran = layers[np.concatenate(exits) - manifest.exits[0]]
     tokens = np.array([len(row) for unit in units for row in unit])
     return Workload(
         name=name,
@@ -329,7 +336,7 @@ def _measure(
         rows=len(ran),
         timings={variant: _timing(times) for variant, times in every.items()},
         mean_depth=float(ran.mean()),
-        theoretical=float(layers[-1] * tokens.sum() / (ran * tokens).sum()),
+        theoretical=float(layers[-1] * tokens.sum() / max((ran * tokens).sum(), 1)),
     )
 
 

@@ -64,8 +64,8 @@ class Agreement:
         exit_agreement: share of rows with the same exit, near ties left out.
         near_ties: rows that were left out of either share.
         required: the least shares and the largest difference with which the target passes.
-        first_bad_exit: the first exit, from 1, where logits, labels or the decision to stop
-            differ too much; None if there is no such exit.
+        first_bad_exit: the first exit where logits, labels or the decision to stop differ too much;
+            None if there is no such exit.
         graphs: largest absolute difference of any output of each graph, by the graph's name;
             empty if graphs were not compared one by one.
     """
@@ -106,7 +106,12 @@ class Agreement:
 
 
 def compare(
-    found: Logits, expected: Logits, rule: ExitRule, task: Task, required: Requirements
+    found: Logits,
+    expected: Logits,
+    rule: ExitRule,
+    task: Task,
+    required: Requirements,
+    first_exit: int = 1,
 ) -> Agreement:
     """Compare the logits of a target with those of the fp32 PyTorch model.
 
@@ -116,6 +121,7 @@ def compare(
         rule: the rule whose exits are compared.
         task: what the labels are, and their thresholds.
         required: how closely they must agree; its `tie` says what is a near tie.
+        first_exit: the exit of the first logits.
     """
     finite = np.isfinite(found).all(axis=-1)
     logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
@@ -126,14 +132,14 @@ def compare(
     same_labels &= finite
     ties = near_ties(expected, task, required.tie) & finite
 
-    exits, expected_exits = _exits(logits, rule, task), _exits(expected, rule, task)
+    exits, expected_exits = (_exits(z, rule, task, first_exit) for z in (logits, expected))
     same_exits = (exits == expected_exits) & finite.all(axis=0)
-    close_exits = exits_near_ties(expected, rule, task, required.tie)
+    close_exits = exits_near_ties(expected, rule, task, required.tie, first_exit)
 
     bad = ~finite | (~same_labels & ~ties) | ~(differences <= required.logits)
     # For a row that stops at another exit, the first exit where only one of the two stops it.
-    first_difference = np.where(same_exits | close_exits, 0, np.minimum(exits, expected_exits))
-    bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + 1), *first_difference[first_difference > 0]}
+    first_difference = np.minimum(exits, expected_exits)[~(same_exits | close_exits)]
+    bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + first_exit), *first_difference}
     return Agreement(
         rows=found.shape[1],
         max_logit_difference=float(differences.max(initial=0.0)),
@@ -161,18 +167,23 @@ def near_ties(logits: Logits, task: Task, tolerance: float) -> Mask:
     return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
 
 
-def exits_near_ties(logits: Logits, rule: ExitRule, task: Task, tolerance: float) -> Mask:
+def exits_near_ties(
+    logits: Logits, rule: ExitRule, task: Task, tolerance: float, first_exit: int = 1
+) -> Mask:
     """Which rows may leave at another exit if each logit moves by the tolerance: `[rows]`."""
     # A score moves by at most a few times as much as the logits.
-    low, high = (_exits(logits, rule.shifted(by), task) for by in (-10 * tolerance, 10 * tolerance))
+    low, high = (
+        _exits(logits, rule.shifted(by), task, first_exit)
+        for by in (-10 * tolerance, 10 * tolerance)
+    )
     unsure = low != high
     if rule.uses_labels:
         unsure |= near_ties(logits, task, tolerance).any(axis=0)
     return np.asarray(unsure)
 
 
-def _exits(logits: Logits, rule: ExitRule, task: Task) -> Answers:
-    return simulate(logits, rule, task.problem_type, label_thresholds=task.label_thresholds).exits
+def _exits(logits: Logits, rule: ExitRule, task: Task, first_exit: int) -> Answers:
+    return simulate(logits, rule, task.problem_type, task.label_thresholds, first_exit).exits
 
 
 def _share(values: Mask) -> float:

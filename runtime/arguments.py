@@ -9,19 +9,22 @@ from typing import Any
 from .errors import FpabeeError, InputError
 
 
-def whole_number(name: str, value: Any, error: type[FpabeeError], most: int | None = None) -> int:
-    """Check that an argument is a whole number from 1; a NumPy integer is one, too.
+def whole_number(
+    name: str, value: Any, error: type[FpabeeError], most: int | None = None, least: int = 1
+) -> int:
+    """Check that an argument is a whole number; a NumPy integer is one, too.
 
     Args:
         name: name of the argument.
         value: value of the argument.
         error: the error to raise if it is anything else.
         most: the largest number allowed; None: any.
+        least: the smallest number allowed.
     """
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_whole or value < 1 or (most is not None and value > most):
-        upto = "from 1" if most is None else f"from 1 to {most}"
-        raise error(f"{name} is {value!r}", f"give a whole number {upto}")
+    if not is_whole or value < least or (most is not None and value > most):
+        upto = "" if most is None else f" to {most}"
+        raise error(f"{name} is {value!r}", f"give a whole number from {least}{upto}")
     return int(value)
 
 

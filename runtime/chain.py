@@ -1,16 +1,17 @@
 """Run one window of rows through the chain.
 
-After each segment the rule decides which rows stop. The others are regrouped, and the next
-segment runs.
+Exit 0 answers first, if the model has one. After each segment the rule decides which rows stop.
+The others are regrouped, and the next segment runs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Generic
 
 import numpy as np
@@ -23,6 +24,7 @@ from .backends.shapes import Bucket, Limits
 from .batching import CostCurve, RowNumbers, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
+from .exit_0 import ExitZero
 from .rules.measures import Answers
 from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
@@ -51,13 +53,28 @@ class WindowResult:
     """The exits and logits of a window of rows.
 
     Attributes:
-        exits: `[rows]` int64, the exit of each row, from 1.
+        exits: `[rows]` int64, the exit of each row.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
         wasted: segments that rows ran beyond their exit; only devices that look ahead waste any.
     """
 
     exits: Answers
     logits: NDArray[np.float32]
+    wasted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """The logits of a single row.
+
+    Attributes:
+        exit: its exit.
+        logits: the logits of every exit that it reached, one list after another.
+        wasted: segments that it ran beyond its exit.
+    """
+
+    exit: int
+    logits: list[list[float]]
     wasted: int = 0
 
 
@@ -98,18 +115,25 @@ class Chain(Generic[B]):
     """The chain of segments on one execution, for one thread.
 
     Args:
-        execution: runs segments.
+        open_execution: opens what runs segments; it is called when the first row needs it.
         limits: the shapes that it runs.
         segments: number of segments.
         labels: number of labels.
         target: the target's name, for messages.
+        exit_0: the classifier before layer 1; None: there is none.
     """
 
-    execution: Execution[B]
+    open_execution: Callable[[], Execution[B]]
     limits: Limits
     segments: int
     labels: int
     target: str
+    exit_0: ExitZero | None = None
+
+    @cached_property
+    def execution(self) -> Execution[B]:
+        """What runs segments."""
+        return self.open_execution()
 
     def run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, cost: CostCurve | None
@@ -126,23 +150,29 @@ class Chain(Generic[B]):
             BackendError: a row is longer than the target takes, or the logits at an exit that it
                 reached are not finite.
         """
-        if len(rows) == 1:
-            return self._run_one(rows[0], OneRow(runner))
-        return _Window(self, rows, runner, cost).run()
+        if len(rows) > 1:
+            return _Window(self, rows, runner, cost).run()
+        found = self.run_one(rows[0], runner)
+        logits = np.full((len(runner.exits), 1, self.labels), np.nan, np.float32)
+        logits[: len(found.logits), 0] = found.logits
+        return WindowResult(np.array([found.exit], np.int64), logits, found.wasted)
 
-    def _run_one(self, row: EncodedRow, one: OneRow) -> WindowResult:
+    def run_one(self, row: EncodedRow, runner: RuleRunner) -> RowResult:
+        """Run a single row until the rule stops it; the errors are those of `run`."""
+        one, history = OneRow(runner), []
+        if self.exit_0 is not None:
+            history.append(self._finite(0, self.exit_0([row])[0].tolist()))
+            if one.stops(history[0]):
+                return RowResult(0, history)
         execution = self.execution
         hidden = execution.begin([row], self.bucket(1, len(row)))
         pending = execution.enqueue(0, hidden)
-        history: list[list[float]] = []
         wasted = 0
         for segment in range(1, self.segments + 1):
             ahead = pending
             if execution.lookahead and segment < self.segments:
                 ahead = execution.enqueue(segment, hidden)
-            history.append(pending.result()[LOGITS][0].tolist())
-            if not all(map(math.isfinite, history[-1])):
-                raise not_finite(self.target, segment)
+            history.append(self._finite(segment, pending.result()[LOGITS][0].tolist()))
             if one.stops(history[-1]):
                 wasted = int(ahead is not pending)
                 break
@@ -150,9 +180,12 @@ class Chain(Generic[B]):
                 ahead = execution.enqueue(segment, hidden)
             pending = ahead
         execution.release(hidden)
-        logits = np.full((self.segments, 1, self.labels), np.nan, np.float32)
-        logits[: len(history), 0] = history
-        return WindowResult(np.array([len(history)], np.int64), logits, wasted)
+        return RowResult(segment, history, wasted)
+
+    def _finite(self, exit_number: int, logits: list[float]) -> list[float]:
+        if not all(map(math.isfinite, logits)):
+            raise not_finite(self.target, exit_number)
+        return logits
 
     def bucket(self, rows: int, longest: int) -> Bucket:
         """The padded shape of a group whose longest row has `longest` tokens.
@@ -178,22 +211,31 @@ class Chain(Generic[B]):
         copy = min(self._time_copy(buckets[-1]) for _ in range(_PROBE_REPEATS)) / sizes[-1]
         return CostCurve(tuple(sizes), tuple(seconds), copy)
 
-    def time_segments(self, rows: int, tokens: int) -> list[float]:
-        """Seconds of each segment on a group of rows, including reading the outputs of its head.
+    def time_exits(self, rows: int, tokens: int) -> list[float]:
+        """Seconds from each exit to the next, on a group of rows.
+
+        The first number is that of exit 0, if there is one. The others are those of the segments,
+        including the time to read the outputs of their heads.
 
         Args:
             rows: rows in the group.
             tokens: tokens in each row.
         """
-        hidden = self._made_up(self.bucket(rows, tokens))
-        times = [self._timed(segment, hidden) for segment in range(self.segments)]
+        bucket = self.bucket(rows, tokens)
+        times = []
+        if self.exit_0 is not None:
+            made_up = [_made_up_row(tokens)] * rows
+            started = time.perf_counter()
+            self.exit_0(made_up)
+            times.append(time.perf_counter() - started)
+        hidden = self._made_up(bucket)
+        times += [self._timed(segment, hidden) for segment in range(self.segments)]
         self.execution.release(hidden)
         return times
 
     def _made_up(self, bucket: Bucket) -> Hidden[B]:
         """A group of made-up rows before segment 1."""
-        tokens = np.zeros(bucket.sequence, np.int64)
-        row = EncodedRow(tokens, tokens, truncated=False)
+        row = _made_up_row(bucket.sequence)
         return self.execution.begin([row] * bucket.batch, bucket)
 
     def _timed(self, segment: int, hidden: Hidden[B]) -> float:
@@ -220,6 +262,11 @@ class Chain(Generic[B]):
         return seconds
 
 
+def _made_up_row(tokens: int) -> EncodedRow:
+    ids = np.zeros(tokens, np.int64)
+    return EncodedRow(ids, ids, truncated=False)
+
+
 class _Window(Generic[B]):
     """A window of several rows on its way through the chain; see `Chain.run`."""
 
@@ -231,21 +278,33 @@ class _Window(Generic[B]):
         cost: CostCurve | None,
     ) -> None:
         self._chain = chain
-        self._execution = chain.execution
         self._runner = runner
         self._cost = cost
         self._lengths = np.array([len(row) for row in rows], np.intp)
         self._exits = np.zeros(len(rows), np.int64)
-        self._logits = np.full((chain.segments, len(rows), chain.labels), np.nan, np.float32)
+        self._logits = np.full((len(runner.exits), len(rows), chain.labels), np.nan, np.float32)
         self._wasted = 0
+        going, state = np.arange(len(rows)), runner.start(len(rows))
+        if chain.exit_0 is not None:
+            stops = self._decide(0, going, state, chain.exit_0(rows))
+            if stops is not None:
+                going = np.flatnonzero(~stops)
+                state = state.take(going)
         self._groups = []
-        for numbers in make_groups(self._lengths, chain.limits):
+        for places in make_groups(self._lengths[going], chain.limits) if len(going) else ():
+            numbers = going[places]
             bucket = chain.bucket(len(numbers), int(self._lengths[numbers].max()))
             hidden = self._execution.begin([rows[number] for number in numbers], bucket)
-            self._groups.append(_Group(numbers, hidden, runner.start(len(numbers))))
+            self._groups.append(_Group(numbers, hidden, state.take(places)))
+
+    @property
+    def _execution(self) -> Execution[B]:
+        return self._chain.execution
 
     def run(self) -> WindowResult:
         """Run all groups until every row has stopped."""
+        if not self._groups:
+            return WindowResult(self._exits, self._logits)
         if self._execution.lookahead and len(self._groups) == 1:
             self._run_ahead(self._groups[0])
         else:
@@ -258,7 +317,7 @@ class _Window(Generic[B]):
             pendings = [self._execution.enqueue(segment, group.hidden) for group in self._groups]
             changed = False
             for group, pending in zip(self._groups, pendings, strict=True):
-                stops = self._decide(segment, group.rows, group.state, pending.result()[LOGITS])
+                stops = self._decide(segment + 1, group.rows, group.state, pending.result()[LOGITS])
                 if stops is not None:
                     group.keep = np.flatnonzero(~stops)
                     changed = True
@@ -288,7 +347,7 @@ class _Window(Generic[B]):
             is_last = segment + 1 == self._chain.segments
             if not is_last:
                 ahead = self._execution.enqueue(segment + 1, hidden)
-            stops = self._decide(segment, rows, state, pending.result()[LOGITS][read_at])
+            stops = self._decide(segment + 1, rows, state, pending.result()[LOGITS][read_at])
             if stops is not None:
                 self._wasted += 0 if is_last else int(np.count_nonzero(stops))
                 keep = np.flatnonzero(~stops)
@@ -304,7 +363,7 @@ class _Window(Generic[B]):
         self._execution.release(hidden)
 
     def _decide(
-        self, segment: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]
+        self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]
     ) -> NDArray[np.bool_] | None:
         """Record the logits of some rows at an exit, and apply the rule to them.
 
@@ -312,11 +371,11 @@ class _Window(Generic[B]):
             `[rows]` bool, which of them stop; None if no row does.
         """
         if not np.isfinite(logits).all():
-            raise not_finite(self._chain.target, segment + 1)
-        self._logits[segment, rows] = logits
-        stops, _ = self._runner.decide(segment + 1, state, logits.astype(np.float64))
+            raise not_finite(self._chain.target, exit_number)
+        self._logits[self._runner.exits.index(exit_number), rows] = logits
+        stops, _ = self._runner.decide(exit_number, state, logits.astype(np.float64))
         if stops is not None:
-            self._exits[rows[stops]] = segment + 1
+            self._exits[rows[stops]] = exit_number
         return stops
 
     def _regroup(self) -> None:

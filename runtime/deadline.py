@@ -1,4 +1,4 @@
-"""The deepest exit that meets a deadline, according to measured times of the segments."""
+"""The deepest exit that meets a deadline, according to measured times of the exits."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ _REPEATS = 3
 _LEAST_TOKENS = 8
 
 
-class SegmentTimes:
-    """Seconds of each segment by the shape of a group, measured on first use.
+class ExitTimes:
+    """Seconds from each exit to the next by the shape of a group, measured on first use.
 
     Times are interpolated between two measured lengths, and between one row and a full group.
     Thread-safe.
 
     Args:
         limits: the shapes that the target runs.
-        measure: runs a group of (rows, tokens) once, and returns the seconds of each segment.
+        exits: the numbers of the exits.
+        measure: runs a group of (rows, tokens) once, and returns the seconds from each exit to the
+            next.
 
     Attributes:
         lengths: the lengths that are measured, in tokens, ascending.
     """
 
-    def __init__(self, limits: Limits, measure: Callable[[int, int], Sequence[float]]) -> None:
+    def __init__(
+        self, limits: Limits, exits: range, measure: Callable[[int, int], Sequence[float]]
+    ) -> None:
         self._limits = limits
+        self._exits = exits
         self._measure = measure
         self._known: dict[tuple[int, int], Array] = {}
         self._lock = threading.Lock()
         self.lengths = limits.sequence_lengths or _powers_of_two(limits.max_sequence)
 
     def __call__(self, rows: int, tokens: int) -> Array:
-        """Seconds of each segment, `[segments]` float64.
+        """Seconds from each exit to the next, `[exits]` float64.
 
         Args:
             rows: rows in the group.
@@ -59,12 +64,12 @@ class SegmentTimes:
             seconds: the time, in seconds.
 
         Returns:
-            The exit, from 1; 0 if even exit 1 takes longer.
+            The exit; a number below that of the first exit if even that takes longer.
         """
         if not groups:
-            return len(self(1, 1))
+            return self._exits[-1]
         until = np.cumsum(np.sum([self(*group) for group in groups], axis=0))
-        return int(np.searchsorted(until, seconds, side="right"))
+        return self._exits[0] - 1 + int(np.searchsorted(until, seconds, side="right"))
 
     def _at(self, rows: int, tokens: int) -> Array:
         full = max(1, min(self._limits.max_batch, self._limits.group_tokens // tokens))
@@ -97,9 +102,9 @@ def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, ca
 
     Args:
         runner: the rule without the cap.
-        exits: `[rows]` int64, the exit of each row, from 1.
+        exits: `[rows]` int64, the exit of each row.
         logits: `[exits, rows, labels]` float32 of the run.
-        cap: the deepest exit that the deadline let rows reach, from 1.
+        cap: the deepest exit that the deadline let rows reach.
 
     Returns:
         `[rows]` bool.
@@ -110,8 +115,8 @@ def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, ca
     numbers = np.flatnonzero(limited)
     state = runner.start(len(numbers))
     stops: Mask | None = None
-    for exit_number in range(1, cap + 1):
-        now = logits[exit_number - 1, numbers].astype(np.float64)
+    for place, exit_number in enumerate(range(runner.exits[0], cap + 1)):
+        now = logits[place, numbers].astype(np.float64)
         stops, _ = runner.decide(exit_number, state, now)
     if stops is not None:
         limited[numbers[stops]] = False

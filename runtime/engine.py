@@ -20,13 +20,14 @@ from .backends.shapes import Limits
 from .batching import CostCurve, make_groups
 from .blocks import blocks
 from .chain import Chain, Regroup, WindowResult
-from .deadline import SegmentTimes, deadline_limited_rows
+from .deadline import ExitTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder, chunks
 from .errors import BackendError, InputError, RuleError
+from .exit_0 import ExitZero
+from .predictions import PredictionMaker
 from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
-from .rules.measures import Outputs
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_of, target_of
@@ -140,23 +141,24 @@ class Engine:
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
         self.limits = backend.limits()
-        self._exits = len(manifest.segments)
+        self._exits = manifest.exits
         self._backend = backend
-        # One attribute, so that a thread never sees the rule of one point with another's name.
-        self._in_use = (operating_point, rule)
+        self._exit_0 = ExitZero.load(folder, manifest)
+        # One attribute, so that a thread never sees the rule of one point with another's name. A
+        # rule that does not fit the model is refused now, not at the first text.
+        self._in_use = (operating_point, self._runner(rule))
         self._regroup = Regroup(regroup)
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
         self._local = threading.local()
         self._cost: CostCurve | None = None
         self._cost_lock = threading.Lock()
-        self._times = SegmentTimes(self.limits, self.time_segments)
-        self._tally = Tally((0,) * self._exits)
+        self._times = ExitTimes(self.limits, self._exits, self.time_exits)
+        self._predictions = PredictionMaker(manifest)
+        self._tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
         self._closed = False
         per_token = _bytes_per_token(manifest, self.limits)
         self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
-        # A rule that does not fit the model is refused now, not at the first text.
-        self._runner(rule)
 
     def predict(
         self,
@@ -171,16 +173,16 @@ class Engine:
 
         A deadline is a budget for the whole call, tokenization included. The depth is limited so
         that the call would be in time even if no row stopped early, according to measured times
-        of the segments. A row that the rule would not have stopped yet is marked
-        `deadline_limited`. There is always an answer: if even exit 1 takes too long, rows stop
-        there and are marked `deadline_missed`. The first call with rows of a new length also
-        measures the segments, see `warm_up`.
+        of the exits. A row that the rule would not have stopped yet is marked `deadline_limited`.
+        There is always an answer: if even the first exit takes too long, rows stop there and are
+        marked `deadline_missed`. The first call with rows of a new length also measures the times,
+        see `warm_up`.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: replaces the engine's rule for this call.
             full_depth: run every layer for every row, whatever the rule.
-            max_exit: every row stops at this exit at the latest; counted from 1.
+            max_exit: every row stops at this exit at the latest.
             deadline_ms: milliseconds for the call.
 
         Returns:
@@ -194,6 +196,8 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
+        if deadline_ms is None and not isinstance(texts, str) and len(texts) == 1:
+            return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
         ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
@@ -218,7 +222,7 @@ class Engine:
                 predictions that are taken.
             rule: replaces the engine's rule.
             full_depth: run every layer for every row, whatever the rule.
-            max_exit: every row stops at this exit at the latest; counted from 1.
+            max_exit: every row stops at this exit at the latest.
             deadline_ms: milliseconds for each window of rows that run together, without
                 tokenization; see `predict`.
 
@@ -252,13 +256,16 @@ class Engine:
         windows = list(self._windows(texts))
         results = [self._run(rows, runner) for rows in windows]
         if not results:
-            shape = (self._exits, 0, len(self.labels))
+            shape = (len(self._exits), 0, len(self.labels))
             results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
+        logits = np.concatenate([result.logits for result in results], axis=1)
+        exits = np.concatenate([result.exits for result in results])
         return Trace(
-            logits=np.concatenate([result.logits for result in results], axis=1),
-            exits=np.concatenate([result.exits for result in results]),
-            predictions=np.concatenate([self._outputs(result).answers for result in results]),
+            logits=logits,
+            exits=exits,
+            predictions=self._predictions.outputs(exits, logits).answers,
             lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
+            first_exit=self._exits[0],
         )
 
     def check(self) -> Agreement:
@@ -312,9 +319,8 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        in_use = rule_of(self._folder, self.manifest, self.target, operating_point)
-        self._runner(in_use[1])
-        self._in_use = in_use
+        point, rule = rule_of(self._folder, self.manifest, self.target, operating_point)
+        self._in_use = (point, self._runner(rule))
 
     @property
     def tally(self) -> Tally:
@@ -324,13 +330,13 @@ class Engine:
     def reset_tally(self) -> Tally:
         """Start the tally again from zero; returns it as it was."""
         with self._tally_lock:
-            before, self._tally = self._tally, Tally((0,) * self._exits)
+            before, self._tally = self._tally, Tally((0,) * len(self._exits))
         return before
 
     @property
     def rule(self) -> ExitRule:
         """The rule of calls that do not give one."""
-        return self._in_use[1]
+        return self._in_use[1].rule
 
     @property
     def operating_point(self) -> str | None:
@@ -363,15 +369,16 @@ class Engine:
         """
         return self._run(rows, self._runner(rule))
 
-    def time_segments(self, rows: int, tokens: int) -> list[float]:
-        """Time each segment once, on a group of made-up rows.
+    def time_exits(self, rows: int, tokens: int) -> list[float]:
+        """Time the way from each exit to the next once, on a group of made-up rows.
 
         Args:
             rows: rows of the group.
             tokens: tokens in a row.
 
         Returns:
-            Seconds of each segment, including the time to read the logits of its exit.
+            Seconds for each exit, in the order of `Manifest.exits`. For exits from 1 this is the
+            time of a segment, including the time to read the logits.
 
         Raises:
             InputError: `rows` or `tokens` is not a whole number from 1.
@@ -379,7 +386,7 @@ class Engine:
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
-        return self._chain().time_segments(rows, tokens)
+        return self._chain().time_exits(rows, tokens)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards."""
@@ -395,7 +402,7 @@ class Engine:
         self.close()
 
     def _full_depth(self) -> ExitRule:
-        return Budget(exit=self._exits)
+        return Budget(exit=self._exits[-1])
 
     def _runner(self, rule: ExitRule) -> RuleRunner:
         """A runner of the rule; raises RuleError if the rule does not fit the model."""
@@ -404,7 +411,9 @@ class Engine:
 
     def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
         """The rule of a call."""
-        runner = self._runner(self._full_depth() if full_depth else rule or self.rule)
+        if full_depth:
+            rule = self._full_depth()
+        runner = self._in_use[1] if rule is None else self._runner(rule)
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
@@ -415,7 +424,7 @@ class Engine:
         return blocks(rows, len, self._window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
-        """The deepest exit that the rows of all windows reach in a given time; 0 if none."""
+        """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""
         groups = []
         for rows in windows:
             lengths = np.array([len(row) for row in rows], np.intp)
@@ -433,17 +442,19 @@ class Engine:
         Args:
             rows: the window.
             runner: the rule.
-            fits: the deepest exit that meets the deadline, 0 if none does; None: no deadline.
+            fits: the deepest exit that meets the deadline, a number below that of the first exit if
+                none does; None: no deadline.
         """
-        limited, missed = np.zeros(len(rows), np.bool_), fits == 0
+        first = self._exits[0]
+        limited, missed = np.zeros(len(rows), np.bool_), fits is not None and fits < first
         if fits is None:
             result = self._run(rows, runner)
         else:
-            cap = max(1, fits)
+            cap = max(first, fits)
             result = self._run(rows, self._runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
         counts = Tally(
-            exits=tuple(np.bincount(result.exits, minlength=self._exits + 1)[1:].tolist()),
+            exits=tuple(np.bincount(result.exits - first, minlength=len(self._exits)).tolist()),
             truncated=sum(row.truncated for row in rows),
             deadline_limited=int(np.count_nonzero(limited)),
             deadline_missed=len(rows) * missed,
@@ -451,32 +462,22 @@ class Engine:
         )
         with self._tally_lock:
             self._tally += counts
-        outputs = self._outputs(result)
-        probabilities = outputs.probabilities.tolist()
-        for number, row in enumerate(rows):
-            answer = outputs.answers[number]
-            chosen = np.flatnonzero(answer) if self.multi_label else [int(answer)]
-            exit_number = int(result.exits[number])
-            yield Prediction(
-                labels=tuple(self.labels[index] for index in chosen),
-                scores=tuple(probabilities[number][index] for index in chosen),
-                exit=exit_number,
-                layer=self.manifest.segments[exit_number - 1].layer,
-                probabilities=tuple(probabilities[number]),
-                truncated=row.truncated,
-                deadline_limited=bool(limited[number]),
-                deadline_missed=missed,
+        yield from self._predictions.window(rows, result.exits, result.logits, limited, missed)
+
+    def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
+        """The prediction of a single text, made with as little Python as possible."""
+        (row,) = self._encoder.encode(texts)
+        result = self._chain().run_one(row, runner)
+        with self._tally_lock:
+            self._tally = self._tally.with_row(
+                result.exit - self._exits[0], row.truncated, result.wasted
             )
+        return self._predictions.row(result.logits[-1], result.exit, row.truncated)
 
     def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         chain = self._chain()
         is_large = sum(len(row) for row in rows) > self.limits.group_tokens
         return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
-
-    def _outputs(self, result: WindowResult) -> Outputs:
-        """The outputs of each row at its exit."""
-        logits = result.logits[result.exits - 1, np.arange(len(result.exits))]
-        return Outputs(logits, self.manifest.task.problem_type, self.manifest.task.label_thresholds)
 
     def _chain(self) -> Chain[Any]:
         """The chain of this thread."""
@@ -484,14 +485,20 @@ class Engine:
             raise BackendError("this engine is closed", "load it again with Engine.load")
         chain: Chain[Any] | None = getattr(self._local, "chain", None)
         if chain is None:
-            execution, labels = self._backend.open(), len(self.labels)
-            chain = Chain(execution, self.limits, self._exits, labels, self.target)
+            chain = Chain(
+                self._backend.open,
+                self.limits,
+                len(self.manifest.segments),
+                len(self.labels),
+                self.target,
+                self._exit_0,
+            )
             self._local.chain = chain
         return chain
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
         """The costs that decide which groups are joined; None if groups are never joined."""
-        if self._regroup is Regroup.NEVER or self._exits == 1:
+        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
             return None
         if self._regroup is Regroup.ALWAYS:
             return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)

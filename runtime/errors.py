@@ -95,6 +95,9 @@ COPY_AGAIN = Remedy(
 )
 """For an engines folder that may have been damaged on its way."""
 
+TRAIN_EXIT_0 = Call("train", output="MODEL_DIR", exit_0_only=True, train="DATA", dev="DATA")
+"""The call that adds exit 0 to a model."""
+
 
 class FpabeeError(Exception):
     """Base of all errors that a user can fix; commands print one line and exit with code 1.

@@ -148,6 +148,8 @@ def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield from ((graph.file, graph.sha256) for graph in graphs.values())
     for target in manifest.targets.values():
         yield from ((file.file, file.sha256) for file in target.files.values())
+    if manifest.exit_0 is not None:
+        yield manifest.exit_0.file, manifest.exit_0.sha256
     yield from manifest.files.items()
 
 
@@ -162,4 +164,4 @@ def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
     """Raise an error if the default rule of a target does not fit the model."""
     _, rule = rule_of(folder, manifest, name, None)
     task = manifest.task
-    RuleRunner(rule, task.problem_type, len(manifest.segments), task.label_thresholds)
+    RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)

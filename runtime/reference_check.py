@@ -58,7 +58,8 @@ def check_reference(
         )
     windows = [fits[start : start + _WINDOW_ROWS] for start in range(0, len(fits), _WINDOW_ROWS)]
     found = np.concatenate([run([rows[n] for n in window]) for window in windows], axis=1)
-    agreement = compare(found, expected[:, fits], rule, manifest.task, required)
+    first = manifest.exits[0]
+    agreement = compare(found, expected[:, fits], rule, manifest.task, required, first)
     if not agreement.passed:
         remedy = COPY_AGAIN
         if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:

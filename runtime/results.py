@@ -19,12 +19,12 @@ class Prediction:
     Attributes:
         labels: the predicted label, or for multi-label the predicted labels (may be none).
         scores: the probability of each predicted label, in their order.
-        exit: the exit that answered, counted from 1.
+        exit: the exit that answered; exit 0 answers before layer 1.
         layer: the layer of that exit, which is the number of encoder layers that ran.
         probabilities: probabilities of all labels, in the order of `Engine.labels`.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.
-        deadline_missed: whether even exit 1 takes longer than the deadline.
+        deadline_missed: whether even the first exit takes longer than the deadline.
     """
 
     labels: tuple[str, ...]
@@ -42,17 +42,20 @@ class Trace:
     """Logits of the exits for some rows.
 
     Attributes:
-        logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach.
-        exits: `[rows]` int64, the exit of each row, counted from 1.
+        logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach. The first
+            axis has the exits from `first_exit` on.
+        exits: `[rows]` int64, the exit of each row.
         predictions: int64, the answer at that exit: `[rows]` class indices, or for
             multi-label `[rows, labels]` of 0 and 1.
         lengths: `[rows]` tokens of each row, special tokens included.
+        first_exit: 0 if the model has exit 0, else 1.
     """
 
     logits: NDArray[np.float32]
     exits: Answers
     predictions: Answers
     lengths: NDArray[np.intp]
+    first_exit: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ class Tally:
     """Counts of an engine's answers since it was loaded, or since its tally was reset.
 
     Attributes:
-        exits: rows that stopped at each exit.
+        exits: rows that stopped at each exit; the first number is that of exit 0 if the model has
+            one, as in `Manifest.exits`.
         truncated: rows with more tokens than the model takes.
         deadline_limited: rows that a deadline stopped before their rule did.
-        deadline_missed: rows for which even exit 1 took longer than the deadline.
+        deadline_missed: rows for which even the first exit took longer than the deadline.
         wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 
@@ -80,6 +84,24 @@ class Tally:
             self.deadline_limited + other.deadline_limited,
             self.deadline_missed + other.deadline_missed,
             self.wasted + other.wasted,
+        )
+
+    def with_row(self, place: int, truncated: bool, wasted: int) -> Tally:
+        """These counts and one more row, without a deadline.
+
+        Args:
+            place: of its exit in `exits`.
+            truncated: whether it had more tokens than the model takes.
+            wasted: segments that it ran beyond its exit.
+        """
+        exits = list(self.exits)
+        exits[place] += 1
+        return Tally(
+            tuple(exits),
+            self.truncated + truncated,
+            self.deadline_limited,
+            self.deadline_missed,
+            self.wasted + wasted,
         )
 
     @property

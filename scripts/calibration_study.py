@@ -182,7 +182,7 @@ class Population:
         exits = self._stop.exits(rule)
         scorer = self.scorer(metric)
         drop = 100 * (scorer.full_depth - scorer.score(exits))
-        return drop, float(1 - exits.mean() / self.rows.exits)
+        return drop, float(1 - exits.mean() / self.rows.exits[-1])
 
     def oracle(self, promise: Promise) -> float:
         """The largest saving of a setting whose true drop is within the promise."""
@@ -201,7 +201,7 @@ class Population:
 
 def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
     """One for each layer."""
-    return np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+    return np.repeat(np.array(rows.exits, np.float64)[:, None], len(rows), axis=1)
 
 
 def calibrate(

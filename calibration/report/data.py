@@ -128,8 +128,8 @@ def tables(report: Report) -> dict[str, list[Record]]:
         "depths": [
             {"point": point.name, "exit": number, "layer": layer, "rows": rows}
             for point in result.points
-            for number, (layer, rows) in enumerate(
-                zip(result.layers, point.chosen_on.exits, strict=True), start=1
+            for number, layer, rows in zip(
+                result.rows.exits, result.layers, point.chosen_on.exits, strict=True
             )
         ],
         "exits": [dataclasses.asdict(score) for score in report.exit_scores],
@@ -188,6 +188,6 @@ def _row(row: TextRow, texts: bool) -> Record:
     if texts:
         record |= {"text": row.text, "text_pair": row.text_pair}
     record |= {"labels": row.labels}
-    for number, answer in enumerate(row.answers, start=1):
+    for number, answer in row.answers.items():
         record[f"answer_exit_{number}"] = answer
     return record | {f"exit_{name}": number for name, number in row.exits.items()}

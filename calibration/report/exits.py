@@ -22,7 +22,7 @@ class ExitScore:
     """One exit, if every row stopped there.
 
     Attributes:
-        exit: number of the exit, from 1.
+        exit: number of the exit.
         layer: layer of the exit.
         score: the metric.
         drop: difference to the last exit, in points.
@@ -47,7 +47,7 @@ class Bin:
     """Answers of an exit whose probability lies in one interval.
 
     Attributes:
-        exit: number of the exit, from 1.
+        exit: number of the exit.
         layer: layer of the exit.
         low: lower end of the interval, excluded unless it is 0.
         high: upper end of the interval, included.
@@ -70,11 +70,11 @@ def exit_scores(result: Calibration, bins: list[Bin]) -> list[ExitScore]:
     stopping_costs, rows = result.selector.stopping_costs, len(result.rows)
     scorer, costs = stopping_costs.scorer, stopping_costs.costs.sum(axis=1)
     found = []
-    for number, layer in enumerate(result.layers, start=1):
+    for place, (number, layer) in enumerate(zip(result.rows.exits, result.layers, strict=True)):
         exits = np.full(rows, number)
         score = scorer.score(exits)
         drop = 100 * (scorer.full_depth - score)
-        speedup = float(costs[-1] / costs[number - 1])
+        speedup = float(costs[-1] / costs[place])
         error = _calibration_error(bins, number)
         found.append(
             ExitScore(number, layer, score, drop, *drop_interval(scorer, exits), speedup, error)
@@ -88,14 +88,14 @@ def reliability(result: Calibration) -> list[Bin]:
         return []
     return [
         bin
-        for number, layer in enumerate(result.layers, start=1)
-        for bin in _bins(number, layer, *_probabilities(result.rows, number))
+        for place, (number, layer) in enumerate(zip(result.rows.exits, result.layers, strict=True))
+        for bin in _bins(number, layer, *_probabilities(result.rows, place))
     ]
 
 
-def _probabilities(rows: LabelledLogits, number: int) -> tuple[Array, NDArray[np.bool_]]:
+def _probabilities(rows: LabelledLogits, place: int) -> tuple[Array, NDArray[np.bool_]]:
     """Probabilities of an exit, and whether each of them is about something true."""
-    outputs = Outputs(rows.logits[number - 1], rows.problem_type)
+    outputs = Outputs(rows.logits[place], rows.problem_type)
     assert rows.expected is not None
     if rows.problem_type is ProblemType.SINGLE_LABEL:
         return outputs.probabilities.max(axis=-1), outputs.answers == rows.expected

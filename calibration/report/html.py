@@ -38,6 +38,7 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
     return environment.get_template("page.html").render(
         report=report,
         result=report.result,
+        layers=dict(zip(report.result.rows.exits, report.result.layers, strict=True)),
         summary=summary(report),
         pictures={name: _data_uri(svg) for name, svg in pictures.items()},
         points=[_point(report, point.name) for point in report.result.points],
@@ -50,12 +51,12 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
 def _point(report: Report, name: str) -> dict[str, Any]:
     """The answers that an operating point changes."""
     changed = changed_by_stopping(report.rows, name)
-    right = [(row.right[row.exits[name] - 1], row.right[-1]) for row in changed]
+    gains = [row.gain(name) for row in changed]
     return {
         "name": name,
         "changed": changed,
-        "lost": sum(last and not early for early, last in right),
-        "gained": sum(early and not last for early, last in right),
+        "lost": gains.count(-1),
+        "gained": gains.count(1),
     }
 
 

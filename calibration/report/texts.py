@@ -22,7 +22,7 @@ class TextRow:
         text: the text; None if the report has no texts.
         text_pair: the second text of a pair.
         labels: the true labels; None if the row has none.
-        answers: the predicted labels at each exit.
+        answers: the predicted labels by exit, in order.
         right: whether the answer of each exit is right; without labels, whether it is the answer
             of the last exit.
         exits: where each operating point stops the row, by the point's name.
@@ -32,13 +32,22 @@ class TextRow:
     text: str | None
     text_pair: str | None
     labels: Names | None
-    answers: tuple[Names, ...]
-    right: tuple[bool, ...]
+    answers: dict[int, Names]
+    right: dict[int, bool]
     exits: dict[str, int]
 
     def differs(self, point: str) -> bool:
         """Whether an operating point answers otherwise than the last exit."""
-        return self.answers[self.exits[point] - 1] != self.answers[-1]
+        return self.answers[self.exits[point]] != self.last_answer
+
+    @property
+    def last_answer(self) -> Names:
+        """The predicted labels at the last exit."""
+        return self.answers[max(self.answers)]
+
+    def gain(self, point: str) -> int:
+        """1 if only the answer of an operating point is right, -1 if only the last one is."""
+        return self.right[self.exits[point]] - self.right[max(self.right)]
 
 
 def text_rows(result: Calibration, names: Names, texts: bool) -> list[TextRow]:
@@ -58,8 +67,11 @@ def text_rows(result: Calibration, names: Names, texts: bool) -> list[TextRow]:
             text=row.text if texts else None,
             text_pair=row.text_pair if texts else None,
             labels=None if rows.expected is None else _named(rows.expected[number], names),
-            answers=tuple(_named(answer, names) for answer in answers[:, number]),
-            right=tuple(bool(value) for value in right[:, number]),
+            answers={
+                exit_number: _named(answer, names)
+                for exit_number, answer in zip(rows.exits, answers[:, number], strict=True)
+            },
+            right=dict(zip(rows.exits, right[:, number].tolist(), strict=True)),
             exits={name: int(exits[number]) for name, exits in stops.items()},
         )
         for number, row in enumerate(result.texts)
@@ -69,7 +81,7 @@ def text_rows(result: Calibration, names: Names, texts: bool) -> list[TextRow]:
 def changed_by_stopping(rows: list[TextRow], point: str) -> list[TextRow]:
     """Rows whose early answer differs from full depth; rows that lose a right answer come first."""
     found = [row for row in rows if row.differs(point)]
-    return sorted(found, key=lambda row: row.right[row.exits[point] - 1] - row.right[-1])
+    return sorted(found, key=lambda row: row.gain(point))
 
 
 def _named(answer: Answers, names: Names) -> Names:

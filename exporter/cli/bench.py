@@ -113,10 +113,13 @@ def main(
 
 def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: float) -> ExitRule:
     """The rule with the threshold that makes the mean depth this share of the layers."""
-    logits = engine.trace(texts).logits
+    trace = engine.trace(texts)
     layers, task = engine.manifest.exit_layers, engine.manifest.task
     goal = depth * layers[-1]
-    return threshold_for_depth(logits, rule, task.problem_type, layers, goal, task.label_thresholds)
+    thresholds, first = task.label_thresholds, trace.first_exit
+    return threshold_for_depth(
+        trace.logits, rule, task.problem_type, layers, goal, thresholds, first
+    )
 
 
 def to_dict(report: BenchReport) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {reason}", COPY_AGAIN) from error
-    expected = (len(manifest.segments), len(rows), len(manifest.task.labels))
+    expected = (len(manifest.exits), len(rows), len(manifest.task.labels))
     if logits.shape != expected:
         raise ArtifactError(
             f"{path} holds logits of shape {list(logits.shape)}; expected {list(expected)}",

@@ -22,7 +22,7 @@ from .errors import option_of
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = "rule measure threshold agreement patience exit min_exit max_exit"
+RULE_OPTIONS = "rule measure threshold agreement patience exit min_exit max_exit exit_0_threshold"
 PATH = click.Path(path_type=Path)
 
 
@@ -167,9 +167,10 @@ rule = together(
     ),
     number("--agreement", "Similarity threshold of the rule either."),
     count("--patience", "Number of consecutive signals that stop a row."),
-    count("--exit", "Exit at which the rule budget stops every row."),
-    count("--min-exit", "First exit at which a row may stop."),
-    count("--max-exit", "Exit at which every row stops at the latest."),
+    count("--exit", "Exit at which the rule budget stops every row.", min=0),
+    count("--min-exit", "First exit at which a row may stop.", min=0),
+    count("--max-exit", "Exit at which every row stops at the latest.", min=0),
+    number("--exit-0-threshold", "Confidence from which a row stops at exit 0. Default: never."),
 )
 """Options that describe an exit rule; `chosen_rule` reads them."""
 

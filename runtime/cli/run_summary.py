@@ -38,7 +38,8 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
     table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
-    for number, layer in enumerate(engine.manifest.exit_layers, start=1):
+    manifest = engine.manifest
+    for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True):
         count = summary.exits[number]
         share = count / max(1, summary.rows - summary.errors)
         bar = "█" * round(_BAR_WIDTH * share)

@@ -36,7 +36,7 @@ class Summary:
         first_error: the error of the first of these.
         truncated: rows that were longer than the engine takes.
         empty: rows with an empty text.
-        exits: rows by the exit at which they stopped, counted from 1.
+        exits: rows by the exit at which they stopped.
     """
 
     def __init__(self, engine: Engine, rule: ExitRule | None, metrics: bool) -> None:
@@ -109,8 +109,9 @@ class Summary:
     @property
     def mean_depth(self) -> float:
         """The mean number of layers that a row ran through."""
-        layers = self.engine.manifest.exit_layers
-        total = sum(layers[number - 1] * count for number, count in self.exits.items())
+        manifest = self.engine.manifest
+        layers = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
+        total = sum(layers[number] * count for number, count in self.exits.items())
         return total / max(1, self.rows - self.errors)
 
     @property
@@ -142,7 +143,7 @@ class Summary:
             "saving": self.saving,
             "exits": [
                 {"exit": number, "layer": layer, "rows": self.exits[number]}
-                for number, layer in enumerate(manifest.exit_layers, start=1)
+                for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
             ],
         }
         return content | ({"metrics": self.scores()} if self._answers else {})

@@ -1,7 +1,9 @@
 """What all exit rules have in common.
 
-After every exit, a rule gives each row a *signal*: whether the answer looks settled. A row stops
-after as many signals in a row as the rule's patience; some rules can also stop a row at once.
+After every exit from exit 1, a rule gives each row a *signal*: whether the answer looks settled. A
+row stops after as many signals in a row as the rule's patience; some rules can also stop a row at
+once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats it
+the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
 
 A rule answers every question about itself: its signals for a batch (`signal`) and for a single
 row without numpy (`row_signal`), the settings that calibration tries (`search_grid`), how all
@@ -24,7 +26,7 @@ import numpy as np
 
 from ..arguments import whole_number
 from ..artifact.operating_point import RuleSettings
-from ..errors import Remedy, RuleError
+from ..errors import TRAIN_EXIT_0, Remedy, RuleError
 from .measures import Array, Mask, Measure, Outputs, RowOutputs
 
 MOST_LABELS = 16
@@ -63,12 +65,12 @@ class SearchSpace:
     """What a rule needs to know to list the settings that are worth trying on a trace.
 
     Attributes:
-        exits: number of exits of the model.
+        exits: the numbers of the exits of the model.
         measures: similarity measures to try.
         patiences: values of `patience` to try.
     """
 
-    exits: int
+    exits: range
     measures: Sequence[Measure]
     patiences: Sequence[int]
 
@@ -82,9 +84,12 @@ class ExitRule(ABC):
     Attributes:
         min_exit: the first exit at which a row may stop. Signals count from exit 1 on.
         max_exit: every row that reaches this exit stops there; None means the last exit.
+        exit_0_threshold: a row stops at exit 0 if its confidence there, see `Outputs.confidence`,
+            is at least this number; None means that no row does. Models without exit 0 allow None
+            only.
 
     Raises:
-        RuleError: a setting has the wrong type or value. Exits and patience are whole numbers
+        RuleError: a setting has the wrong type or value. Exits are whole numbers from 0, patience
             from 1, thresholds are finite numbers, and a measure is a `Measure` or its value.
 
     Example:
@@ -98,15 +103,16 @@ class ExitRule(ABC):
 
     name: ClassVar[str]
     """The name of the rule in commands and in the manifest."""
-    first_exit_with_signal: ClassVar[int] = 1
-    """The first exit that can give a signal; `signal` is not called before it."""
+    compares_exits: ClassVar[bool] = False
+    """Whether a signal needs the exit before; `signal` is then not called without one."""
     uses_labels: ClassVar[bool] = False
     """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
     sign: ClassVar[int] = 1
     """-1 if rows stop above the threshold, not below it: then stop scores are negated."""
 
-    min_exit: int = 1
+    min_exit: int = 0
     max_exit: int | None = None
+    exit_0_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -115,7 +121,7 @@ class ExitRule(ABC):
                 value = value.tolist()
             if isinstance(value, list):
                 value = tuple(value)
-            check = _CHECKS.get(str(field.type), _unchecked)
+            check = _CHECKS.get(field.name, _CHECKS.get(str(field.type), _unchecked))
             object.__setattr__(self, field.name, check(f"{self.name}: {field.name}", value))
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
@@ -128,27 +134,60 @@ class ExitRule(ABC):
         """Scores and signals of some rows at an exit; each row depends on its own outputs only.
 
         Args:
-            exit_number: counted from 1; at least `first_exit_with_signal`.
-            earlier: outputs of the previous exit for the same rows; None at exit 1.
+            exit_number: from 1.
+            earlier: outputs of the previous exit for the same rows; None if there is none.
             now: outputs of this exit.
         """
 
-    def check_exits(self, exits: int) -> None:
+    @property
+    def ends_at_exit_0(self) -> bool:
+        """Whether every row stops at exit 0."""
+        return self.max_exit == 0
+
+    def stops_at_exit_0(self, now: Outputs) -> Mask | None:
+        """Which rows stop at exit 0, `[rows]`; None if no row does.
+
+        Args:
+            now: outputs of exit 0.
+        """
+        if self.ends_at_exit_0:
+            return np.ones(len(now.logits), np.bool_)
+        if self.exit_0_threshold is None:
+            return None
+        return np.asarray(now.confidence() >= self.exit_0_threshold)
+
+    def row_stops_at_exit_0(self, now: RowOutputs) -> bool | None:
+        """Whether a single row stops at exit 0; None if rounding decides, see `row_signal`."""
+        threshold = self.exit_0_threshold
+        if threshold is None or self.ends_at_exit_0:
+            return self.ends_at_exit_0
+        excess = now.confidence() - threshold
+        return excess > 0 if abs(excess) > _TOO_CLOSE else None
+
+    def check_exits(self, exits: range) -> None:
         """Check that the rule fits a model.
 
         Args:
-            exits: number of exits of the model.
+            exits: the numbers of the exits of the model.
 
         Raises:
-            RuleError: a setting names a later exit, or is given for another number of exits.
+            RuleError: a setting names an exit that the model does not have, or is given for
+                another number of exits.
         """
+        if self.exit_0_threshold is not None and 0 not in exits:
+            raise RuleError(
+                f"rule {self.name} has a threshold for exit 0, but the model has no exit 0",
+                Remedy("leave out {exit_0_threshold}, or train exit 0: {call}", call=TRAIN_EXIT_0),
+            )
         for field in ("exit", "min_exit", "max_exit"):
             value = getattr(self, field, None)
-            if value is not None and value > exits:
-                raise RuleError(
-                    f"rule {self.name}: {field} is {value}, but the model has {exits} exits",
-                    f"give at most {exits}",
-                )
+            if value is None or value in exits or (field == "min_exit" and value == 0):
+                continue
+            raise RuleError(
+                f"rule {self.name}: {field} is {value}, but the exits of the model are "
+                f"{exits[0]} to {exits[-1]}",
+                f"give a number from {exits[0]} to {exits[-1]}",
+            )
 
     @property
     def signals_needed(self) -> int:
@@ -161,8 +200,8 @@ class ExitRule(ABC):
         """The signal of a single row, computed without numpy.
 
         Args:
-            exit_number: counted from 1.
-            earlier: outputs of the previous exit; None at exit 1.
+            exit_number: from 1.
+            earlier: outputs of the previous exit; None if there is none.
             now: outputs of this exit.
 
         Returns:
@@ -181,7 +220,7 @@ class ExitRule(ABC):
             space: what can be tried on the trace.
         """
         values: dict[str, Sequence[Any]] = {
-            "exit": range(1, space.exits + 1),
+            "exit": space.exits,
             "threshold": (0.0,),
             "measure": space.measures,
             "patience": space.patiences,
@@ -191,22 +230,23 @@ class ExitRule(ABC):
             yield cls(**dict(zip(names, settings, strict=True)))
 
     def stop_scores(self, scores_of: ScoresOf) -> Array:
-        """Everything about the rule but its threshold, as one score for each exit and row.
+        """Everything about the rule from exit 1 on but its threshold, as a score for each row.
 
         A row stops at the first exit whose stop score is below the threshold. A score of infinity
         never stops the row, and a score of minus infinity always does. Rules without a threshold
         behave as if it were 0.5.
 
         Args:
-            scores_of: the scores of any rule on the trace.
+            scores_of: the scores of any rule on the trace, from exit 1 on.
 
         Returns:
-            `[exits, rows]` float64.
+            `[exits, rows]` float64, from exit 1 on.
         """
         scores = self._stop_scores(scores_of)
         scores = np.where(np.isnan(scores), np.inf, scores)
-        scores[: self.min_exit - 1] = np.inf
-        scores[(self.max_exit or len(scores)) - 1 :] = -np.inf
+        scores[: max(0, self.min_exit - 1)] = np.inf
+        last = len(scores) if self.max_exit is None else self.max_exit
+        scores[max(0, last - 1) :] = -np.inf
         return scores
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
@@ -215,7 +255,10 @@ class ExitRule(ABC):
         NaN means that the rule cannot stop the row there.
         """
         # Settings that do not change the scores get the same value, so that scores are shared.
-        plain: dict[str, Any] = {"min_exit": 1, "max_exit": None, "patience": 1, "threshold": 0.0}
+        plain: dict[str, Any] = {
+            **{"min_exit": 0, "max_exit": None, "exit_0_threshold": None},
+            **{"patience": 1, "threshold": 0.0},
+        }
         bare = dataclasses.replace(self, **{k: v for k, v in plain.items() if hasattr(self, k)})
         scores, patience = self.sign * scores_of(bare), self.signals_needed
         largest = np.full_like(scores, np.nan)
@@ -226,8 +269,8 @@ class ExitRule(ABC):
 
     @property
     def stop_thresholds(self) -> Array:
-        """What stop scores are compared with: `[exits, 1]`, or `[1, 1]` for all exits."""
-        return np.full((1, 1), 0.5)
+        """What stop scores are compared with: `[exits]` from exit 1, or `[1]` for all exits."""
+        return np.full(1, 0.5)
 
     def with_stop_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
         """This rule with another threshold for its stop scores.
@@ -243,28 +286,28 @@ class ExitRule(ABC):
         A row whose scores change by less than `by` stops no earlier and no later than under the
         rule shifted down and the rule shifted up.
         """
-        return self
+        if self.exit_0_threshold is None:
+            return self
+        return dataclasses.replace(self, exit_0_threshold=self.exit_0_threshold - self.sign * by)
 
     def capped(self, max_exit: int) -> ExitRule:
         """This rule, except that no row goes beyond an exit.
 
         Args:
-            max_exit: that exit, counted from 1. A lower `max_exit` of the rule stays; a higher
-                `min_exit` is lowered.
+            max_exit: that exit. A lower `max_exit` of the rule stays; a higher `min_exit` is
+                lowered.
 
         Raises:
-            RuleError: the exit is not a whole number from 1.
+            RuleError: the exit is not a whole number from 0.
         """
-        max_exit = whole_number("max_exit", max_exit, RuleError)
-        return dataclasses.replace(
-            self,
-            min_exit=min(self.min_exit, max_exit),
-            max_exit=min(self.max_exit or max_exit, max_exit),
-        )
+        max_exit = whole_number("max_exit", max_exit, RuleError, least=0)
+        if self.max_exit is not None:
+            max_exit = min(max_exit, self.max_exit)
+        return dataclasses.replace(self, min_exit=min(self.min_exit, max_exit), max_exit=max_exit)
 
     def to_dict(self) -> RuleSettings:
         """The rule's name and settings, as the manifest stores them; `from_dict` reads them."""
-        left_out = {"min_exit": 1, "max_exit": None}
+        left_out = {"min_exit": 0, "max_exit": None, "exit_0_threshold": None}
         settings = {
             key: value.value if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(self).items()
@@ -307,7 +350,7 @@ class ThresholdRule(ExitRule):
     """Base class of the rules that compare a score with a threshold.
 
     Attributes:
-        threshold: one for all exits, or one for each exit.
+        threshold: one for all exits, or one for each exit from exit 1.
     """
 
     threshold: Threshold
@@ -317,8 +360,8 @@ class ThresholdRule(ExitRule):
         """The scores `[rows]` of some rows at an exit.
 
         Args:
-            exit_number: counted from 1.
-            earlier: outputs of the previous exit; None at exit 1.
+            exit_number: from 1.
+            earlier: outputs of the previous exit; None if there is none.
             now: outputs of this exit.
         """
 
@@ -338,25 +381,25 @@ class ThresholdRule(ExitRule):
         # NaN is never beyond the margin, so numpy decides about it as well.
         return bool(excess < 0) if abs(excess) > _TOO_CLOSE * (1 + abs(threshold)) else None
 
-    def check_exits(self, exits: int) -> None:
+    def check_exits(self, exits: range) -> None:
         """Check that the rule fits a model, see `ExitRule`."""
         super().check_exits(exits)
-        if isinstance(self.threshold, tuple) and len(self.threshold) != exits:
+        if isinstance(self.threshold, tuple) and len(self.threshold) != exits[-1]:
             raise RuleError(
                 f"rule {self.name} has {len(self.threshold)} thresholds, but the model has "
-                f"{exits} exits",
-                f"give one number, or {exits}: one for each exit",
+                f"{exits[-1]} exits after a layer",
+                f"give one number, or {exits[-1]}: one for each of these exits",
             )
 
     def threshold_at(self, exit_number: int) -> float:
-        """The threshold at an exit, counted from 1."""
+        """The threshold at an exit from 1."""
         numbers = self.threshold
         return numbers[exit_number - 1] if isinstance(numbers, tuple) else numbers
 
     @property
     def stop_thresholds(self) -> Array:
-        """What stop scores are compared with: `[exits, 1]`, or `[1, 1]` for all exits."""
-        return self.sign * np.array(self.threshold, np.float64).reshape(-1, 1)
+        """What stop scores are compared with: `[exits]` from exit 1, or `[1]` for all exits."""
+        return self.sign * np.array(self.threshold, np.float64).reshape(-1)
 
     def with_stop_threshold(self, threshold: float | Sequence[float]) -> ExitRule:
         """This rule with another threshold for its stop scores, see `ExitRule`."""
@@ -365,11 +408,17 @@ class ThresholdRule(ExitRule):
 
     def shifted(self, by: float) -> ExitRule:
         """This rule with its threshold moved by `by`, see `ExitRule`."""
-        return dataclasses.replace(self, threshold=(np.asarray(self.threshold) + by).tolist())
+        moved = super().shifted(by)
+        assert isinstance(moved, ThresholdRule)
+        return dataclasses.replace(moved, threshold=(np.asarray(self.threshold) + by).tolist())
 
 
 def _whole_number(what: str, value: Any) -> int:
     return whole_number(what, value, RuleError)
+
+
+def _exit(what: str, value: Any) -> int | None:
+    return None if value is None else whole_number(what, value, RuleError, least=0)
 
 
 def _number(what: str, value: Any, remedy: str = "give a number") -> float:
@@ -405,11 +454,14 @@ def _unchecked(what: str, value: Any) -> Any:
     return value
 
 
-# How a setting is checked, by its annotation; a rule may check settings of other types itself.
+# How a setting is checked, by its name or its annotation; a rule may check other types itself.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "exit": _exit,
+    "min_exit": _exit,
+    "max_exit": _exit,
     "int": _whole_number,
-    "int | None": lambda what, value: None if value is None else _whole_number(what, value),
     "float": _number,
+    "float | None": lambda what, value: None if value is None else _number(what, value),
     "Threshold": _threshold,
     "tuple[float, ...]": _numbers,
     "Measure": _measure,

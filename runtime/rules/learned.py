@@ -26,11 +26,11 @@ def features(earlier: Outputs | None, now: Outputs) -> Array:
     """The features of some rows at an exit, see `FEATURES`: `[rows, features]` float64.
 
     They are 1, the scores of the rules `entropy` and `confidence`, and the measures `jskd` and
-    `jsd` to the previous exit, where exit 1 is compared with itself. For multi-label tasks,
+    `jsd` to the previous exit. The first exit is compared with itself. For multi-label tasks,
     entropies and measures are summed over labels.
 
     Args:
-        earlier: outputs of the previous exit; None at exit 1.
+        earlier: outputs of the previous exit; None if there is none.
         now: outputs of this exit.
     """
     q = now.distributions
@@ -50,7 +50,8 @@ class Learned(ThresholdRule):
 
     Attributes:
         threshold: a probability; one for all exits, or one for each exit.
-        weights: `features.FEATURES` numbers for each exit but the last, one exit after another.
+        weights: `features.FEATURES` numbers for each exit from exit 1 but the last, one exit after
+            another.
         label_weights: one number for each label, which is added where the label is predicted.
     """
 
@@ -60,14 +61,14 @@ class Learned(ThresholdRule):
     weights: tuple[float, ...]
     label_weights: tuple[float, ...]
 
-    def check_exits(self, exits: int) -> None:
+    def check_exits(self, exits: range) -> None:
         """Check that the weights are for this number of exits, see `ExitRule`."""
         super().check_exits(exits)
-        expected = (exits - 1) * len(FEATURES)
+        expected = (exits[-1] - 1) * len(FEATURES)
         if len(self.weights) != expected:
             raise RuleError(
-                f"rule learned has {len(self.weights)} weights, but a model with {exits} exits "
-                f"needs {expected}",
+                f"rule learned has {len(self.weights)} weights, but a model whose last "
+                f"exit is exit {exits[-1]} needs {expected}",
                 "calibrate the rule on this model",
             )
 

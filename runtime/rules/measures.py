@@ -243,6 +243,10 @@ class RowOutputs:
             both.append((high, low) if z >= 0 else (low, high))
         return both
 
+    def confidence(self) -> float:
+        """The largest probability; for multi-label tasks the smallest of all labels."""
+        return min(map(max, self.distributions))
+
 
 def per_row(values: Array) -> Array:
     """The sum over labels, if there is one value for each label."""

@@ -40,14 +40,19 @@ class OneRow:
             logits: the logits of that exit, one for each label.
         """
         self._history.append(logits)
-        exit_number = len(self._history)
+        exit_number = self._runner.exits[len(self._history) - 1]
         if exit_number >= self._runner.last:
             return True
         now = RowOutputs(logits, self._runner.problem_type)
-        signal = self._rule.row_signal(exit_number, self._earlier, now)
+        if exit_number == 0:
+            signal = self._rule.row_stops_at_exit_0(now)
+        else:
+            signal = self._rule.row_signal(exit_number, self._earlier, now)
         self._earlier = now
         if signal is None:
             return self._replay()
+        if exit_number == 0:
+            return signal and self._rule.min_exit == 0
         self._streak = self._streak + 1 if signal else 0
         return self._streak >= self._rule.signals_needed and exit_number >= self._rule.min_exit
 
@@ -55,7 +60,8 @@ class OneRow:
         """Show the runner the exits that it has not seen yet; it says whether the row stops."""
         stops = None
         for logits in self._history[self._replayed :]:
+            exit_number = self._runner.exits[self._replayed]
+            stops, _ = self._runner.decide(exit_number, self._state, np.array([logits]))
             self._replayed += 1
-            stops, _ = self._runner.decide(self._replayed, self._state, np.array([logits]))
         self._streak = int(self._state.streak[0])
         return stops is not None

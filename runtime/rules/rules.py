@@ -18,15 +18,25 @@ import numpy as np
 
 from .base import MOST_LABELS, ExitRule, ScoresOf, SearchSpace, Signal, ThresholdRule
 from .learned import Learned
-from .measures import ARRAYS, FLOATS, MEASURES, Array, Measure, Outputs, RowOutputs, per_row
+from .measures import (
+    ARRAYS,
+    FLOATS,
+    MEASURES,
+    Array,
+    Measure,
+    Outputs,
+    RowOutputs,
+    per_row,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FPabee(ThresholdRule):
     """F-PABEE (arXiv 2305.11916): neighbouring exits are similar `patience` times in a row.
 
-    The measure of the distributions of two neighbouring exits is below the threshold. Exit 1 has
-    no neighbour, so no row stops before exit `patience` + 1.
+    The measure of the distributions of two neighbouring exits is below the threshold. The first
+    exit has no neighbour, so no row stops before exit `patience` + 1, or `patience` if the model
+    has exit 0.
 
     Attributes:
         threshold: in nats, the unit of the measure; one for all exits, or one for each exit.
@@ -35,7 +45,7 @@ class FPabee(ThresholdRule):
     """
 
     name: ClassVar[str] = "fpabee"
-    first_exit_with_signal: ClassVar[int] = 2
+    compares_exits: ClassVar[bool] = True
 
     measure: Measure = Measure.JSKD
     patience: int = 1
@@ -64,14 +74,14 @@ class Pabee(ExitRule):
     """PABEE (arXiv 2006.04152): the answer stays the same `patience` times in a row.
 
     For multi-label tasks the whole set of labels must stay the same. No row stops before exit
-    `patience` + 1.
+    `patience` + 1, or `patience` if the model has exit 0.
 
     Attributes:
         patience: how many signals in a row stop a row.
     """
 
     name: ClassVar[str] = "pabee"
-    first_exit_with_signal: ClassVar[int] = 2
+    compares_exits: ClassVar[bool] = True
     uses_labels: ClassVar[bool] = True
 
     patience: int
@@ -251,7 +261,7 @@ class Budget(ExitRule):
     """Every row stops at the same exit ("Budgeted-Exit" in F-PABEE's Table 1).
 
     Attributes:
-        exit: that exit, counted from 1.
+        exit: that exit.
     """
 
     name: ClassVar[str] = "budget"
@@ -262,6 +272,11 @@ class Budget(ExitRule):
         """Every row gives its signal from that exit on; there is no score."""
         return Signal(None, np.full(len(now.logits), exit_number >= self.exit))
 
+    @property
+    def ends_at_exit_0(self) -> bool:
+        """Whether exit 0 is that exit."""
+        return self.exit == 0 or super().ends_at_exit_0
+
     def row_signal(
         self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
     ) -> bool | None:
@@ -270,7 +285,7 @@ class Budget(ExitRule):
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
         scores = np.full_like(scores_of(self), np.inf)
-        scores[self.exit - 1 :] = -np.inf
+        scores[max(0, self.exit - 1) :] = -np.inf
         return scores
 
 

@@ -20,7 +20,7 @@ class PatienceState:
 
     Attributes:
         streak: `[rows]` int64, how many signals in a row each row has given.
-        earlier: outputs of the previous exit; None before exit 1.
+        earlier: outputs of the previous exit; None before the first exit.
     """
 
     streak: Answers
@@ -47,23 +47,24 @@ class RuleRunner:
     Args:
         rule: the rule.
         problem_type: the type of the task.
-        exits: number of exits of the model.
+        exits: the numbers of the exits of the model.
         label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
 
     Attributes:
         rule: the rule.
         problem_type: the type of the task.
+        exits: the numbers of the exits of the model.
         last: the exit at which every row stops.
 
     Raises:
-        RuleError: `rule` is not a rule, or it does not fit the number of exits.
+        RuleError: `rule` is not a rule, or it does not fit the exits.
     """
 
     def __init__(
         self,
         rule: ExitRule,
         problem_type: ProblemType,
-        exits: int,
+        exits: range,
         label_thresholds: Sequence[float] = (),
     ) -> None:
         if not isinstance(rule, ExitRule):
@@ -74,12 +75,13 @@ class RuleRunner:
         rule.check_exits(exits)
         self.rule = rule
         self.problem_type = problem_type
-        self.last = rule.max_exit or exits
+        self.exits = exits
+        self.last = exits[-1] if rule.max_exit is None else rule.max_exit
         self._label_thresholds = label_thresholds
         self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:
-        """The state of a group of rows before exit 1."""
+        """The state of a group of rows before the first exit."""
         return PatienceState(np.zeros(rows, np.int64))
 
     def decide(
@@ -88,7 +90,7 @@ class RuleRunner:
         """Decide which rows of a group stop at an exit, and update their state.
 
         Args:
-            exit_number: counted from 1; a group sees every exit in turn.
+            exit_number: a group sees every exit in turn.
             state: the state of the group.
             logits: `[rows, labels]` of these rows at this exit.
 
@@ -99,7 +101,9 @@ class RuleRunner:
         now = Outputs(logits, self.problem_type, self._label_thresholds)
         earlier, state.earlier = state.earlier, now
         stops, scores = None, None
-        if exit_number >= self.rule.first_exit_with_signal:
+        if exit_number == 0:
+            stops = self.rule.stops_at_exit_0(now)
+        elif earlier is not None or not self.rule.compares_exits:
             signal = self.rule.signal(exit_number, earlier, now)
             stops, scores = self._count(state, signal), signal.scores
         if exit_number >= self.last:
@@ -123,11 +127,11 @@ class Simulation:
     """What a rule does with a trace.
 
     Attributes:
-        exits: `[rows]` int64, the exit of each row, counted from 1.
+        exits: `[rows]` int64, the exit of each row.
         predictions: int64, the answer at that exit: class indices `[rows]`, or for multi-label
             tasks `[rows, labels]` of 0 and 1.
         scores: `[exits, rows]` float64, at all exits, including those after a row's exit; NaN
-            where the rule has no score.
+            where the rule has no score, such as at exit 0.
     """
 
     exits: Answers
@@ -140,6 +144,7 @@ def simulate(
     rule: ExitRule,
     problem_type: ProblemType | str,
     label_thresholds: Sequence[float] = (),
+    first_exit: int = 1,
 ) -> Simulation:
     """Apply a rule to a trace: exactly the exits of a live run that gives these logits.
 
@@ -150,9 +155,10 @@ def simulate(
         problem_type: `single_label_classification` or `multi_label_classification`.
         label_thresholds: `[labels]` for multi-label tasks, see `Task.label_thresholds`; empty
             means 0.5.
+        first_exit: the exit of the first logits, see `Trace.first_exit`.
 
     Raises:
-        RuleError: the logits have another shape, or the rule does not fit the number of exits.
+        RuleError: the logits have another shape, or the rule does not fit the exits.
         ValueError: the problem type does not exist.
 
     Example:
@@ -173,20 +179,20 @@ def simulate(
     logits = np.asarray(logits)
     if logits.ndim != 3 or logits.shape[0] == 0:
         raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
-    exits, rows, labels = logits.shape
-    task = ProblemType(problem_type)
+    count, rows, labels = logits.shape
+    task, exits = ProblemType(problem_type), range(first_exit, first_exit + len(logits))
     runner = RuleRunner(rule, task, exits, label_thresholds)
     state = runner.start(rows)
-    chosen = np.zeros(rows, np.int64)
+    chosen = np.full(rows, -1, np.int64)
     shape = (rows,) if task is ProblemType.SINGLE_LABEL else (rows, labels)
     predictions = np.zeros(shape, np.int64)
-    scores = np.full((exits, rows), np.nan)
-    for number in range(1, exits + 1):
-        stops, exit_scores = runner.decide(number, state, logits[number - 1])
+    scores = np.full((count, rows), np.nan)
+    for place, number in enumerate(exits):
+        stops, exit_scores = runner.decide(number, state, logits[place])
         if exit_scores is not None:
-            scores[number - 1] = exit_scores
+            scores[place] = exit_scores
         if stops is not None and state.earlier is not None:
-            new = stops & (chosen == 0)
+            new = stops & (chosen < 0)
             chosen[new] = number
             predictions[new] = state.earlier.answers[new]
     return Simulation(chosen, predictions, scores)

@@ -54,7 +54,7 @@ def make_rows() -> Callable[..., LabelledLogits]:
 
 def with_costs(rows: LabelledLogits, metric: str = "accuracy") -> StoppingCosts:
     """Rows whose every exit takes a second."""
-    costs = np.repeat(np.arange(1.0, rows.exits + 1)[:, None], len(rows), axis=1)
+    costs = np.repeat(np.arange(1.0, rows.exits[-1] + 1)[:, None], len(rows), axis=1)
     return StoppingCosts(rows, metric, costs)
 
 

@@ -45,7 +45,7 @@ def test_a_guarantee_holds_in_95_percent_however_the_rows_are_sorted(
     """
     everyone = make_rows(count=20_000, seed=9)
     assert everyone.expected is not None
-    everyone.logits[..., 0] += np.linspace(2.0, -2.0, everyone.exits)[:, None]
+    everyone.logits[..., 0] += np.linspace(2.0, -2.0, everyone.exits[-1])[:, None]
     scores = StopScores(everyone).stop_scores(Entropy(threshold=0.0))
     each = observed_losses(Scorer(everyone, "accuracy"))
     generator, numbers = np.random.default_rng(0), np.arange(len(everyone))

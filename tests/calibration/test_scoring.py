@@ -20,10 +20,10 @@ def test_a_metric_of_sums_is_the_metric_of_rows(
     rows = make_rows(problem_type=task, labels=5)
     scorer = Scorer(rows, metric)
     for seed in range(5):
-        exits = np.random.default_rng(seed).integers(1, rows.exits + 1, len(rows))
+        exits = np.random.default_rng(seed).integers(1, rows.exits[-1] + 1, len(rows))
         value = float(scorer.value(scorer.at(exits).sum(axis=0), len(rows)))
         assert value == pytest.approx(scorer.score(exits), abs=1e-12)
-    last = np.full(len(rows), rows.exits)
+    last = np.full(len(rows), rows.exits[-1])
     assert scorer.full_depth == pytest.approx(scorer.score(last))
 
 

@@ -25,7 +25,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.backends.shapes import Limits
-from fpabee.runtime.deadline import SegmentTimes
+from fpabee.runtime.deadline import ExitTimes
 from fpabee.runtime.encoding import Text
 
 LIMITS = Limits(max_batch=16, max_sequence=100, group_tokens=128)
@@ -50,13 +50,13 @@ def test_proportional_times_are_reproduced(rows: int, tokens: int) -> None:
     # Groups are never larger than the token budget.
     rows = min(rows, LIMITS.group_tokens // tokens)
     if rows:
-        times = SegmentTimes(LIMITS, Device())(rows, tokens)
+        times = ExitTimes(LIMITS, range(1, 4), Device())(rows, tokens)
         np.testing.assert_allclose(times, rows * tokens * 1e-3 * np.array([1, 2, 2]))
 
 
 def test_each_shape_is_measured_once() -> None:
     device = Device()
-    times = SegmentTimes(LIMITS, device)
+    times = ExitTimes(LIMITS, range(1, 4), device)
     assert times.lengths == (8, 16, 32, 64, 100)
     times(1, 20)
     assert set(device.runs) == {(1, 16), (1, 32)}
@@ -71,7 +71,7 @@ def test_each_shape_is_measured_once() -> None:
 def test_a_target_with_fixed_lengths_is_measured_at_those() -> None:
     device = Device()
     limits = Limits(16, 64, 128, batch_sizes=(1, 16), sequence_lengths=(16, 64))
-    assert SegmentTimes(limits, device)(1, 20)[0] == pytest.approx(64e-3)
+    assert ExitTimes(limits, range(1, 4), device)(1, 20)[0] == pytest.approx(64e-3)
     assert set(device.runs) == {(1, 64)}
 
 
@@ -82,7 +82,7 @@ def test_a_target_with_fixed_lengths_is_measured_at_those() -> None:
 def test_the_deepest_exit_fits_and_the_next_does_not(
     groups: list[tuple[int, int]], seconds: float
 ) -> None:
-    times = SegmentTimes(LIMITS, Device())
+    times = ExitTimes(LIMITS, range(1, 4), Device())
     deepest = times.deepest(groups, seconds)
     total = np.cumsum(sum(times(*group) for group in groups))
     assert deepest == 0 or total[deepest - 1] <= seconds
@@ -90,14 +90,14 @@ def test_the_deepest_exit_fits_and_the_next_does_not(
 
 
 def test_no_rows_meet_every_deadline() -> None:
-    assert SegmentTimes(LIMITS, Device()).deepest([], -1.0) == 3
+    assert ExitTimes(LIMITS, range(1, 4), Device()).deepest([], -1.0) == 3
 
 
 @pytest.fixture
 def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """An engine whose segments take 10 ms each for any group, and everything else no time."""
     monkeypatch.setattr(engine_module, "perf_counter", lambda: 0.0)
-    monkeypatch.setattr(Engine, "time_segments", lambda *_: [0.01] * 3)
+    monkeypatch.setattr(Engine, "time_exits", lambda *_: [0.01] * 3)
     with Engine.load(engines["bert"], threads=1) as engine:
         yield engine
 
@@ -172,7 +172,7 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
     ("options", "error", "says"),
     [
         ({"max_exit": 0}, RuleError, "max_exit is 0"),
-        ({"max_exit": 4}, RuleError, "the model has 3 exits"),
+        ({"max_exit": 4}, RuleError, "the exits of the model are 1 to 3"),
         ({"max_exit": "3"}, RuleError, "max_exit is '3'"),
         ({"deadline_ms": math.nan}, InputError, "deadline_ms is nan"),
         ({"deadline_ms": True}, InputError, "is True -> give milliseconds as a number"),

@@ -332,7 +332,7 @@ def test_a_rule_that_does_not_fit_is_refused_at_once(
 ) -> None:
     named: Any = "fpabee"
     for rule, says in (
-        (Budget(exit=4), "exit is 4, but the model has 3 exits"),
+        (Budget(exit=4), "exit is 4, but the exits of the model are 1 to 3"),
         (named, r"the rule is 'fpabee', a str -> .*FPabee\(threshold="),
     ):
         for call in (
@@ -427,8 +427,8 @@ def test_threads_must_be_a_whole_number(engines: Mapping[str, Path], threads: An
     [
         ("warm_up", {"rows": "2"}, "rows is '2' -> give a whole number from 1"),
         ("warm_up", {"tokens": 0}, "tokens is 0"),
-        ("time_segments", {"rows": 1.5, "tokens": 8}, "rows is 1.5"),
-        ("time_segments", {"rows": 1, "tokens": None}, "tokens is None"),
+        ("time_exits", {"rows": 1.5, "tokens": 8}, "rows is 1.5"),
+        ("time_exits", {"rows": 1, "tokens": None}, "tokens is None"),
     ],
 )
 def test_sizes_must_be_whole_numbers(

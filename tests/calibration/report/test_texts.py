@@ -26,10 +26,10 @@ def test_rows_say_what_a_run_would(at_exit_1: Make, family: str) -> None:
     for row, number, answer in zip(rows, ran.exits, ran.predictions, strict=True):
         indices = [int(answer)] if answer.ndim == 0 else np.flatnonzero(answer)
         assert row.exits[point.name] == number
-        assert row.answers[number - 1] == tuple(names[i] for i in indices)
-        assert row.right[number - 1] == (row.answers[number - 1] == row.labels)
+        assert row.answers[number] == tuple(names[i] for i in indices)
+        assert row.right[number] == (row.answers[number] == row.labels)
     changed = changed_by_stopping(rows, point.name)
     assert all(row.exits[point.name] < 3 for row in changed)
     assert len(changed) == sum(row.differs(point.name) for row in rows) > 0
-    lost = [row.right[2] and not row.right[row.exits[point.name] - 1] for row in changed]
+    lost = [row.right[3] and not row.right[row.exits[point.name]] for row in changed]
     assert lost == sorted(lost, reverse=True)

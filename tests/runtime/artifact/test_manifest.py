@@ -140,7 +140,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     ("version", "says"),
     [
         ("2.0", "pip install 'fpabee==3.4.5'"),
-        ("0.9", "this fpabee reads 1.0"),
+        ("0.9", "this fpabee reads 1.1"),
         ("1.x", "not of the form major.minor"),
         (1.0, "is damaged"),
     ],

@@ -60,7 +60,7 @@ def test_answers_are_those_of_the_cpu(
 
 def measure(engine: Engine) -> None:
     """Take the times that deadlines and the joining of groups depend on."""
-    engine.time_segments(2, 8)
+    engine.time_exits(2, 8)
     engine._chain().measure()
 
 

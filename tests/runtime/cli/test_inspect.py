@@ -176,7 +176,7 @@ def test_a_rule_that_cannot_be_used_is_named(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], point: str, where: str
 ) -> None:
     folder = engine_copy()
-    problem = "exit is 9, but the model has 3"
+    problem = "exit is 9, but the exits of the model are 1 to 3"
     if point:
         set_points(folder, default=point, **{point: Budget(exit=9)})
     else:

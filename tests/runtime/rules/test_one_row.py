@@ -22,7 +22,7 @@ def exits_one_by_one(logits: Logits, rule: ExitRule, task: ProblemType) -> list[
     exits, rows, _ = logits.shape
     found = []
     for row in range(rows):
-        one = OneRow(RuleRunner(rule, task, exits))
+        one = OneRow(RuleRunner(rule, task, range(1, exits + 1)))
         found.append(next(n + 1 for n in range(exits) if one.stops(logits[n, row].tolist())))
     return found
 
@@ -73,7 +73,7 @@ def test_a_certain_decision_does_not_need_the_runner(
         raise AssertionError("asked")
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    one = OneRow(RuleRunner(rule, ProblemType.SINGLE_LABEL, 4))
+    one = OneRow(RuleRunner(rule, ProblemType.SINGLE_LABEL, range(1, 5)))
     assert [one.stops([3.0, -3.0]) for _ in range(2)] == [False, True]
 
 

@@ -194,11 +194,13 @@ def test_a_threshold_for_each_exit_is_compared_at_its_exit(
 ) -> None:
     each = tuple(data.draw(st.lists(thresholds, min_size=len(logits), max_size=len(logits))))
     rule = dataclasses.replace(fitting(rule, logits), threshold=each)
-    runner = RuleRunner(rule, task, len(logits))
+    runner = RuleRunner(rule, task, range(1, len(logits) + 1))
     state = runner.start(logits.shape[1])
     for number, threshold in enumerate(each, start=1):
         # The same exit under the rule that has this threshold everywhere.
-        one = RuleRunner(dataclasses.replace(rule, threshold=threshold), task, len(logits))
+        one = RuleRunner(
+            dataclasses.replace(rule, threshold=threshold), task, range(1, len(logits) + 1)
+        )
         before = PatienceState(state.streak.copy(), state.earlier)
         found, _ = runner.decide(number, state, logits[number - 1])
         expected, _ = one.decide(number, before, logits[number - 1])
@@ -240,8 +242,9 @@ def test_a_cap_never_lets_rows_go_deeper(
 ) -> None:
     capped = Entropy(threshold=0.1, min_exit=3, max_exit=max_exit).capped(cap)
     assert (capped.min_exit, capped.max_exit) == expected
-    with pytest.raises(RuleError, match="max_exit is 0"):
-        capped.capped(0)
+    assert capped.capped(0).ends_at_exit_0
+    with pytest.raises(RuleError, match="max_exit is -1"):
+        capped.capped(-1)
 
 
 @pytest.mark.parametrize("measure", Measure)
@@ -263,7 +266,7 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
 ) -> None:
     exits, rows, _ = logits.shape
     rule = fitting(rule, logits)
-    runner = RuleRunner(rule, task, exits)
+    runner = RuleRunner(rule, task, range(1, exits + 1))
     found = np.zeros(rows, np.int64)
     groups = [(np.arange(rows), runner.start(rows))]
     for number in range(1, exits + 1):
@@ -343,7 +346,7 @@ def test_a_score_equal_to_the_threshold_does_not_stop(
     rule: ThresholdRule, task: ProblemType
 ) -> None:
     logits = np.random.default_rng(5).normal(size=(3, 1, 4)).astype(np.float32)
-    at = rule.first_exit_with_signal
+    at = 2 if rule.compares_exits else 1
     score = simulate(logits, rule, task).scores[at - 1, 0]
     beyond = np.nextafter(score, -np.inf if rule.sign < 0 else np.inf)
     equal = simulate(logits, dataclasses.replace(rule, threshold=float(score)), task)
@@ -400,21 +403,21 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
         ({"name": "learned", "threshold": 0.1, "weights": 1.0, "label_weights": []}, "weights is"),
         ({"name": "learned", "threshold": 0.1, "weights": ["x"], "label_weights": []}, "'x'"),
         ({"name": "learned", "threshold": 0.1, "weights": [1.0], "label_weights": []},
-         "has 1 weights, but a model with 3 exits needs 10"),
+         "has 1 weights, but a model whose last exit is exit 3 needs 10"),
         ({"name": "pabee", "patience": 0}, "patience is 0"),
         ({"name": "pabee", "patience": 1.5}, "patience is 1.5"),
         ({"name": "pabee", "patience": True}, "patience is True"),
         ({"name": "budget", "exit": -1}, "exit is -1"),
-        ({"name": "budget", "exit": 4}, "exit is 4, but the model has 3 exits"),
-        ({"name": "pabee", "patience": 1, "min_exit": 0}, "min_exit is 0"),
+        ({"name": "budget", "exit": 4}, "exit is 4, but the exits of the model are 1 to 3"),
+        ({"name": "pabee", "patience": 1, "min_exit": -1}, "min_exit is -1"),
         ({"name": "pabee", "patience": 1, "min_exit": 3, "max_exit": 2}, "before min_exit 3"),
-        ({"name": "pabee", "patience": 1, "min_exit": 4}, "min_exit is 4, but the model has 3"),
+        ({"name": "pabee", "patience": 1, "min_exit": 4}, "min_exit is 4, but the exits of the model are 1 to 3"),
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_settings_are_named(given_: dict[str, Any], says: str) -> None:
     with pytest.raises(RuleError) as caught:
-        RuleRunner(ExitRule.from_dict(given_), SINGLE, 3)
+        RuleRunner(ExitRule.from_dict(given_), SINGLE, range(1, 4))
     assert says in str(caught.value)
     assert caught.value.hint
 
@@ -426,7 +429,7 @@ def test_weights_for_other_labels_are_refused(task: ProblemType) -> None:
     with pytest.raises(RuleError, match=r"weights for 3 labels, but the model has 4"):
         simulate(logits, rule, task)
     with pytest.raises(RuleError, match=r"weights for 3 labels, but the model has 4"):
-        OneRow(RuleRunner(rule, task, 3)).stops(logits[0, 0].tolist())
+        OneRow(RuleRunner(rule, task, range(1, 4))).stops(logits[0, 0].tolist())
 
 
 def test_settings_may_come_from_numpy_and_lists() -> None:
