@@ -18,13 +18,13 @@ from torch import Tensor
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, Remedy, first_line
 from .backbones import build_encoder, family_of
+from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
 from .weights import COPY_WEIGHTS, TRAIN, WEIGHTS, fitting_weights, read_weights
 
-CONFIG_BLOCK = "fpabee"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # These leave out the copies for other frameworks that many repositories hold.
-_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS]
+_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
 # largest values that are accepted, which are beyond those of any encoder.
 _LARGEST = {
@@ -119,7 +119,7 @@ def _build(
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, without a tokenizer.
+    """Write `config.json` and `model.safetensors`, without a tokenizer and without exit 0.
 
     Args:
         model: the model.
@@ -141,6 +141,7 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+    (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
 
 
 def load_config(folder: Path) -> Any:

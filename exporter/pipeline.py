@@ -32,6 +32,7 @@ from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
+from .exit_0 import EXIT_0_FILE, ExitZeroWeights, export_exit_0, load_exit_0
 from .model import MultiExitModel
 from .prune.keep import check_exits
 from .staging import check_output, publish, resolved, staging
@@ -45,12 +46,13 @@ from .verify import (
     reference_logits,
     with_verification,
 )
+from .weights import WEIGHTS
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
 # classes, a mean probability of 0.98). It applies until the user calibrates.
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
-_SOURCES = ("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
+_SOURCES = ("config.json", *WEIGHTS, EXIT_0_FILE, "tokenizer.json")
 _MAX_BATCH = 256
 
 
@@ -144,12 +146,15 @@ def export(
             Remedy("give another folder as {output}"),
         )
     model = load_checkpoint(source, options.problem_type)
+    exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
     texts = list(BUILT_IN_TEXTS)
     if options.verify_data is not None:
         rows = read_rows(options.verify_data, options.reading)
         texts += [row.content for row in rows]
     with staging(target) as folder:
-        manifest, agreement = _write(folder, source, model, texts, options, progress or silent)
+        manifest, agreement = _write(
+            folder, source, model, exit_0, texts, options, progress or silent
+        )
         check_output(target, options.force)  # again, because it may have appeared meanwhile
         publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -160,6 +165,7 @@ def _write(
     folder: Path,
     source: Path,
     model: MultiExitModel,
+    exit_0: ExitZeroWeights | None,
     texts: Sequence[Text],
     options: ExportOptions,
     progress: Progress,
@@ -215,6 +221,7 @@ def _write(
         default_target=FP32_TARGET,
         default_rule=DEFAULT_RULE.to_dict(),
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
+        exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
     )
     write_manifest(folder, manifest)
     differences = check_graphs(model, cut, manifest, folder, rows)

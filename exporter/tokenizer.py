@@ -39,7 +39,7 @@ def save_tokenizer(
         ModelError: there is no tokenizer, or it cannot be converted or does not fit the model, or
             the length is impossible.
     """
-    tokenizer = _load(source)
+    tokenizer = load_tokenizer(source)
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest, own = model.backbone.max_positions(), tokenizer.model_max_length
     remedy = Remedy("give {max_length} between {low} and {high}", low=special + 1, high=longest)
@@ -90,7 +90,12 @@ def _check_sentencepiece(path: Path) -> None:
                     replacements(bytes(charsmap))
 
 
-def _load(source: Path) -> Any:
+def load_tokenizer(source: Path) -> Any:
+    """The fast Hugging Face tokenizer of a folder.
+
+    Raises:
+        ModelError: there is none, or it cannot be read or has no fast version.
+    """
     from transformers import AutoTokenizer
 
     with _model_errors(source):

@@ -30,8 +30,10 @@ from ..training.report import TrainReport
     examples="""
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
 fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
+fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
+        "Exit 0": "--no-exit-0 --exit-0-only",
         "Exits": "--exits --pooling --exit-weights --distill",
         "Optimisation": "--epochs --lr --head-lr --batch-size --max-length --freeze-encoder "
         "--random-init --seed --bf16",
@@ -97,6 +99,19 @@ fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
 @options.flag("--random-init", "Start from random weights.")
 @options.count("--seed", "Seed of all random choices.", TrainOptions.seed, min=0)
 @options.flag("--bf16", "Compute in bfloat16 where that is safe.")
+@click.option(
+    "--no-exit-0",
+    "exit_0",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Leave out exit 0, a bag of n-grams that can answer before layer 1.",
+)
+@options.flag(
+    "--exit-0-only",
+    "Train nothing but exit 0: add it to the model in the folder of --output, or make a model of "
+    "--from-classifier and exit 0.",
+)
 @options.labelled_texts
 def main(
     output: Path,
@@ -133,7 +148,7 @@ def main(
 def _print(report: TrainReport) -> None:
     for name, scores in report.scores.items():
         table = Table("exit", "layer", *scores[0], title=f"{name}: scores of every exit")
-        for number, (layer, row) in enumerate(zip(report.exits, scores, strict=True), start=1):
+        for number, layer, row in zip(report.numbers, report.exits, scores, strict=True):
             table.add_row(str(number), str(layer), *(f"{value:.4f}" for value in row.values()))
         table_console().print(table)
 

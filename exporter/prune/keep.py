@@ -92,6 +92,8 @@ def keep_exits(
         )
     )
     _copy(source, manifest.tokenizer.file, manifest.tokenizer.sha256, folder)
+    if manifest.exit_0 is not None:
+        _copy(source, manifest.exit_0.file, manifest.exit_0.sha256, folder)
     texts, logits = read_reference(source, manifest)
     logits = logits[[number - 1 for number in exits]]
     write_reference(folder, texts, logits)

@@ -6,7 +6,7 @@ and are trained on the predictions of the classifier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..model import LastHead, MultiExitConfig, MultiExitModel
 from ..pooling import Pooling
+from .predictions import Collate, Encoded, predict, probabilities
 
-_BATCH = 64
 _TOLERANCE = 1e-4
-
-Encoded = dict[str, Any]
 
 
 class Classifier:
@@ -101,29 +99,16 @@ class Classifier:
             part.requires_grad_(False)
         return model
 
-    @torch.no_grad()
-    def soft_labels(
-        self, rows: Sequence[Encoded], collate: Callable[[list[Encoded]], Any]
-    ) -> list[list[float]]:
+    def soft_labels(self, rows: Sequence[Encoded], collate: Collate) -> list[list[float]]:
         """The probabilities `[rows][labels]` that the classifier predicts.
 
         Args:
             rows: tokenized rows.
             collate: makes a padded batch of rows.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(device)
-        # Rows of similar length share a batch, which saves padding.
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
-        soft: dict[int, list[float]] = {}
-        for start in range(0, len(order), _BATCH):
-            numbers = order[start : start + _BATCH]
-            batch = collate([rows[number] for number in numbers])
-            logits = self.model(**{name: part.to(device) for name, part in batch.items()}).logits
-            single = self.problem_type is ProblemType.SINGLE_LABEL
-            probabilities = logits.softmax(dim=-1) if single else logits.sigmoid()
-            soft.update(zip(numbers, probabilities.tolist(), strict=True))
-        return [soft[number] for number in range(len(rows))]
+        logits = predict(self.model, rows, collate, lambda output: output.logits)
+        soft: list[list[float]] = probabilities(logits, self.problem_type).tolist()
+        return soft
 
     @torch.no_grad()
     def _check_head(self, model: MultiExitModel) -> None:

@@ -23,6 +23,11 @@ class ExitWeights(str, Enum):
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
+# Settings without effect where only exit 0 is trained.
+_OF_ENCODERS = (
+    *("backbone", "freeze_encoder", "random_init", "exits", "pooling", "exit_weights", "distill"),
+    *("epochs", "lr", "head_lr", "batch_size", "bf16", "resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class TrainOptions:
             truncated.
         seed: of all random choices.
         bf16: compute in bfloat16 where that is safe (autocast).
+        exit_0: whether exit 0, a bag of n-grams before layer 1, is trained after the encoder.
+        exit_0_only: train nothing but exit 0. Without `from_classifier` it is added to the model
+            in the output folder, or replaced there. With it, the new model has the classifier's
+            own head as its only other exit.
         reading: how the rows are read.
         resume: continue after the last finished epoch of an interrupted training.
         force: replace an existing model.
@@ -87,12 +96,16 @@ class TrainOptions:
     max_length: int = 128
     seed: int = 42
     bf16: bool = False
+    exit_0: bool = True
+    exit_0_only: bool = False
     reading: ReadOptions = field(default_factory=ReadOptions)
     resume: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
-        if bool(self.backbone) is bool(self.from_classifier):
+        if self.exit_0_only:
+            self._check_exit_0_only()
+        elif bool(self.backbone) is bool(self.from_classifier):
             given = "both" if self.backbone else "neither"
             raise InputError(
                 f"expected either an encoder or a classifier to train, found {given}",
@@ -111,6 +124,23 @@ class TrainOptions:
                 )
         if not 0 <= self.distill <= 1:
             raise InputError(f"distill is {self.distill}", Remedy("give {distill} from 0 to 1"))
+
+    def _check_exit_0_only(self) -> None:
+        if not self.exit_0:
+            raise InputError(
+                "exit 0 is asked for and left out", Remedy("leave out {exit_0} or {exit_0_only}")
+            )
+        for name in _OF_ENCODERS:
+            if getattr(self, name) != getattr(TrainOptions, name):
+                raise InputError(
+                    f"{name} is a setting of the encoder, of which nothing is trained",
+                    Remedy(f"leave out {{{name}}} or {{exit_0_only}}"),
+                )
+
+    @property
+    def in_place(self) -> bool:
+        """Whether exit 0 is added to the model in the output folder."""
+        return self.exit_0_only and not self.from_classifier
 
     @property
     def exit_lr(self) -> float:

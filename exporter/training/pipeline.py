@@ -1,4 +1,4 @@
-"""Train: read the rows, build the model, train all exits together, score every exit, save."""
+"""Train: read the rows, build the model, train its exits and exit 0, score every exit, save."""
 
 from __future__ import annotations
 
@@ -11,27 +11,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.encoding import EncodedRow
+from ...runtime.errors import ModelError
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
 from ...runtime.progress import Progress, silent
 from ..backbones import build_encoder
-from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
+from ..exit_0 import ExitZeroWeights, save_exit_0
 from ..model import MultiExitConfig, MultiExitModel
+from ..tokenizer import load_tokenizer
+from ..weights import TRAIN
+from .exit_0 import encoded_rows, train_exit_0
 from .from_classifier import Classifier
 from .model_card import model_card
 from .options import TrainOptions
+from .predictions import Collate, predict
 from .report import REPORT_NAME, DataSource, TrainReport
 from .resume import begin, check_output, checkpoints_of, last_checkpoint
 from .rows import label_names, load_rows
-from .trainer import Features, MultiExitTrainer, is_head
+from .trainer import Features, MultiExitTrainer, exit_scores, is_head
 
 _PACKAGES = ("fpabee", "torch", "transformers")
+_ROWS = 1024  # whose n-grams are in memory at once
 
 
 def train(
@@ -39,13 +48,16 @@ def train(
 ) -> TrainReport:
     """Train a multi-exit model.
 
-    All exits are trained together. The folder can be compiled with `fpabee.exporter.export`.
+    All exits of the encoder are trained together, and then exit 0. The folder can be compiled with
+    `fpabee.exporter.export`.
 
     Args:
-        output: the model_dir to write: `config.json`, `model.safetensors`, the tokenizer, a model
-            card (`README.md`) and the report (`training.json`).
+        output: the model_dir to write: `config.json`, `model.safetensors`, `exit_0.safetensors`,
+            the tokenizer, a model card (`README.md`) and the report (`training.json`). If exit 0
+            is added to the model there, only `config.json` and `exit_0.safetensors` are written.
         options: the settings.
-        progress: called with (loss and dev scores, steps done, steps in total).
+        progress: called with (loss and dev scores, steps done, steps in total) of the encoder,
+            and then of exit 0.
         command: how this training was started, for the report.
 
     Returns:
@@ -80,41 +92,77 @@ def train(
         for name, source in sources.items()
         if source
     }
-    labels = teacher.labels if teacher else label_names(rows["train"], options.train)
-    model, tokenizer = build_model(options, labels, teacher)
-    config, length = model.exit_config, options.max_length
+    if options.in_place:
+        model, tokenizer = load_model(output, options.problem_type)
+    else:
+        labels = teacher.labels if teacher else label_names(rows["train"], options.train)
+        model, tokenizer = build_model(options, labels, teacher)
+    config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
+    # Before the training, because a row without tokens is refused.
+    bags = {
+        name: encoded_rows(part, tokenizer, length) if options.exit_0 else []
+        for name, part in rows.items()
+    }
     teachers = {"train": teacher}
     data = {
         name: features(part, tokenizer, config, length, teachers.get(name))
         for name, part in rows.items()
     }
-    begin(output, options, data_sha256(rows["train"]))
-    checkpoints = checkpoints_of(output)
-    trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, progress)
     started = time.perf_counter()
-    resumed = str(last_checkpoint(output)) if options.resume else None
-    trainer.train(resume_from_checkpoint=resumed)
+    if not options.exit_0_only:
+        begin(output, options, data_sha256(rows["train"]))
+        checkpoints = checkpoints_of(output)
+        trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, progress)
+        resumed = str(last_checkpoint(output)) if options.resume else None
+        trainer.train(resume_from_checkpoint=resumed)
+    collate = DataCollatorWithPadding(tokenizer)
+    exit_0 = None
+    if options.exit_0:
+        # The last exit of a frozen classifier gives what the other exits are trained on.
+        is_taught = bool(teacher) and (options.freeze_encoder or options.exit_0_only)
+        exit_0 = train_exit_0(model, bags, data, collate, options.seed, progress, is_taught)
     seconds = time.perf_counter() - started
-    save_checkpoint(model, output)
-    tokenizer.save_pretrained(output)
     report = TrainReport(
         options=options,
         problem_type=config.problem_type,
         model_type=model.backbone.model_type,
         data={name: _source(str(sources[name]), part) for name, part in rows.items()},
         labels=config.labels,
-        exits=config.exits,
-        scores={name: trainer.scores(name) for name in data if name != "train"},
+        exits=(0, *config.exits) if exit_0 else config.exits,
+        exit_0_bytes=exit_0.size if exit_0 else 0,
+        scores={
+            name: _scores(model, exit_0, bags[name], part, collate)
+            for name, part in data.items()
+            if name != "train"
+        },
         train_seconds=round(seconds, 1),
         command=command,
         versions={"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     )
-    model_card(report).save(output / "README.md")
-    # Last, because this file marks the training as finished.
-    (output / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if not options.in_place:
+        save_checkpoint(model, output)
+        tokenizer.save_pretrained(output)
+    if exit_0:
+        save_exit_0(output, exit_0)
+    if not options.in_place:
+        model_card(report).save(output / "README.md")
+        # Last, because this file marks the training as finished.
+        text = json.dumps(report.to_dict(), indent=2)
+        (output / REPORT_NAME).write_text(text, encoding="utf-8")
+        shutil.rmtree(checkpoints_of(output), ignore_errors=True)
     return report
+
+
+def load_model(folder: Path, problem_type: ProblemType | None) -> tuple[MultiExitModel, Any]:
+    """The model in a folder, and its tokenizer.
+
+    Raises:
+        ModelError: the folder does not hold a multi-exit model.
+    """
+    if not folder.is_dir():  # the hub has no place for what is added
+        raise ModelError(f"model_dir {folder} does not exist", TRAIN)
+    return load_checkpoint(folder, problem_type, attention=None), load_tokenizer(folder)
 
 
 def build_model(
@@ -126,7 +174,10 @@ def build_model(
         ModelError: the encoder cannot be used, or the exits do not fit it.
     """
     if teacher:
-        folder, model = teacher.folder, teacher.multi_exit(options.exits, options.pooling)
+        folder, exits = teacher.folder, options.exits
+        if options.exit_0_only:
+            exits = (int(teacher.model.config.num_hidden_layers),)
+        model = teacher.multi_exit(exits, options.pooling)
     else:
         folder = resolve_model_dir(str(options.backbone))
         config = load_config(folder)
@@ -141,7 +192,7 @@ def build_model(
     if options.freeze_encoder:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and is_head(name))
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, load_tokenizer(folder)
 
 
 def features(
@@ -173,6 +224,23 @@ def features(
         places = [row.place for row in rows]
         targets = encode_labels(given, config.labels, config.problem_type, places).tolist()
     return [row | {"labels": target} for row, target in zip(inputs, targets, strict=True)]
+
+
+def _scores(
+    model: MultiExitModel,
+    exit_0: ExitZeroWeights | None,
+    rows: Sequence[EncodedRow],
+    data: Features,
+    collate: Collate,
+) -> list[dict[str, float]]:
+    """The scores of every exit on tokenized rows, exit 0 first if there is one."""
+    logits = predict(model, data, collate, lambda output: output.transpose(0, 1))
+    if exit_0:
+        classify = exit_0.classifier()
+        parts = [classify(rows[n : n + _ROWS]) for n in range(0, len(rows), _ROWS)]
+        logits = np.concatenate([np.concatenate(parts)[:, None], logits], axis=1)
+    labels = np.array([row["labels"] for row in data])
+    return exit_scores(logits, labels, model.exit_config.problem_type)
 
 
 def _source(source: str, rows: Sequence[Row]) -> DataSource:

@@ -38,7 +38,8 @@ class TrainReport:
         model_type: family of the encoder.
         data: by name: `train`, `dev` and, if given, `test`.
         labels: in the order of the logits.
-        exits: the layer of each exit.
+        exits: the layer of each exit; 0 for exit 0, which is the first if there is one.
+        exit_0_bytes: size of exit 0, in bytes; 0: there is none.
         scores: for `dev` and `test`: by exit, the value of each metric.
         train_seconds: how long the training took, without loading and the final scores.
         command: how it was started; empty: not known.
@@ -51,10 +52,17 @@ class TrainReport:
     data: dict[str, DataSource]
     labels: tuple[str, ...]
     exits: tuple[int, ...]
+    exit_0_bytes: int
     scores: dict[str, list[dict[str, float]]]
     train_seconds: float
     command: str
     versions: dict[str, str]
+
+    @property
+    def numbers(self) -> range:
+        """The number of each exit: from 0 with exit 0, else from 1."""
+        first = 0 if self.exits[0] == 0 else 1
+        return range(first, first + len(self.exits))
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has."""

@@ -35,7 +35,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
         scores = {"dev": [{"accuracy": 0.75}, {"accuracy": 0.875}]}
         data = {"train": DataSource(options.train, 8, "0")}
         task, labels, exits = ProblemType.SINGLE_LABEL, ("a", "b"), (2, 4)
-        return TrainReport(options, task, "bert", data, labels, exits, scores, 1.5, command, {})
+        return TrainReport(options, task, "bert", data, labels, exits, 0, scores, 1.5, command, {})
 
     monkeypatch.setattr(pipeline, "train", train)
     return calls
@@ -49,7 +49,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         *["--head-lr", "2e-3", "--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
         *["--resume", "--force", "--input-format", "csv", "--text-column", "body"],
         *["--text-pair-column", "other", "--label-column", "kind", "--label-separator", ";"],
-        "--no-quotes",
+        *["--no-quotes", "--no-exit-0"],
     )
     assert result.exit_code == 0, result.output
     expected = TrainOptions(
@@ -71,6 +71,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         max_length=64,
         seed=7,
         bf16=True,
+        exit_0=False,
         reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", ";", True),
         resume=True,
         force=True,
@@ -78,7 +79,12 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
     assert trained == [(Path("model dir"), expected)]
     assert run("--from-classifier", "classifier").exit_code == 0
     defaults = TrainOptions(train="train.jsonl", dev="dev.jsonl", from_classifier="classifier")
+    assert defaults.exit_0
+    assert not defaults.exit_0_only
     assert trained[1:] == [(Path("model dir"), defaults)]
+    assert run("--exit-0-only", "--max-length", "64", "--seed", "7").exit_code == 0
+    only = TrainOptions("train.jsonl", "dev.jsonl", exit_0_only=True, max_length=64, seed=7)
+    assert trained[2:] == [(Path("model dir"), only)]
 
 
 def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
@@ -102,6 +108,10 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
         (["--from-classifier", "y", "--random-init"], "leave out --random-init"),
         (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
         (["--backbone", "x", "--exits", "a"], "--exits"),
+        (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),
+        (["--exit-0-only", "--backbone", "x"], "leave out --backbone or --exit-0-only"),
+        (["--exit-0-only", "--resume"], "leave out --resume or --exit-0-only"),
+        (["--exit-0-only", "--from-classifier", "x", "--exits", "2"], "leave out --exits or"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], expected: str) -> None:

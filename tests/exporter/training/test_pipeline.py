@@ -41,7 +41,9 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     report = train(folder, settings, lambda *state: seen.append(state), "fpabee-train --of tests")
 
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"README.md", "training.json"}
+    names |= {"exit_0.safetensors", "README.md", "training.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert report.exits == (0, 1, 2)
     model = load_checkpoint(folder)
     assert model.exit_config == MultiExitConfig((1, 2), ("a f", "bad", "goo"), SINGLE, Pooling.MEAN)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -55,13 +57,18 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     for name in ("dev", "test"):
         for row in report.scores[name]:
             assert set(row) == {"accuracy", "macro_f1", "matthews"}
-        assert [row["accuracy"] for row in report.scores[name]] == pytest.approx(accuracies)
+        assert [row["accuracy"] for row in report.scores[name][1:]] == pytest.approx(accuracies)
 
-    assert [done for what, done, _ in seen if "loss" in what] == [1, 2, 3, 4, 5, 6]
-    assert {total for *_, total in seen} == {6}
-    assert [done for what, done, _ in seen if "loss" not in what] == [3, 6], "after every epoch"
+    encoder = [state for state in seen if state[0].startswith("train")]
+    assert [done for what, done, _ in encoder if "loss" in what] == [1, 2, 3, 4, 5, 6]
+    assert {total for *_, total in encoder} == {6}
+    assert [done for what, done, _ in encoder if "loss" not in what] == [3, 6], "after every epoch"
     scores = " ".join(f"{value:.3f}" for value in accuracies)
-    assert seen[-1][0] == f"train, dev accuracy by exit: {scores}"
+    assert encoder[-1][0] == f"train, dev accuracy by exit: {scores}"
+    after = [what for what, *_ in seen[len(encoder) :]]
+    assert after[0] == "last exit for exit 0"
+    assert after[1].startswith("exit 0, dev loss 1.")
+    assert after[-1].startswith("exit 0, dev loss 0."), "it falls"
 
     stored = json.loads((folder / "training.json").read_text())
     assert stored == report.to_dict()
@@ -76,7 +83,10 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
         "fpabee-train --of tests",
         "train.jsonl.gz | 24",
         sha256_of(tmp_path / "train.jsonl.gz"),
+        f"| 0 | 0 | {report.scores['dev'][0]['accuracy']:.4f} |",
         f"| 2 | 2 | {accuracies[1]:.4f} |",
+        "after the layers 1, 2:",
+        "Exit 0 can answer before layer 1. It is a bag of words and word pairs (0.4 MB)",
         torch.__version__,
     ):
         assert part in card
@@ -276,5 +286,5 @@ def test_the_head_of_a_classifier_is_kept(
     encoder = [name for name in given if name.startswith("roberta.")]
     assert len(encoder) > 40
     assert all(torch.equal(kept[name], given[name]) for name in encoder) is frozen
-    assert report.exits == (1, 3)
+    assert report.exits == (0, 1, 3)
     assert report.data["train"].rows == 40

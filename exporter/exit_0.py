@@ -1,0 +1,146 @@
+"""The files of exit 0: `exit_0.safetensors` in model_dir, and `exit_0.npz` in an engines folder.
+
+`runtime.exit_0` says what exit 0 is. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.artifact.folder import sha256_of
+from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
+from ..runtime.errors import Call, ModelError, Remedy, first_line
+from ..runtime.exit_0 import ARRAYS, ExitZero
+from .staging import replacing
+
+EXIT_0_FILE = "exit_0.safetensors"
+CONFIG_BLOCK = "fpabee"
+"""The key of `config.json` that holds our settings; its key `exit_0` holds those of exit 0."""
+
+_MOST_UNIGRAMS = 65536
+_TRAIN_AGAIN = Remedy("train exit 0 again: {call}", call=Call("train", exit_0_only=True))
+
+
+@dataclass(frozen=True)
+class ExitZeroWeights:
+    """The weights of exit 0, see `runtime.exit_0.ExitZero`.
+
+    Attributes:
+        unigrams: how many rows of the table belong to unigrams.
+        table: `[unigrams + buckets, width]` float16.
+        weights: `[width, labels]` float32.
+        bias: `[labels]` float32.
+    """
+
+    unigrams: int
+    table: NDArray[np.float16]
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    @property
+    def buckets(self) -> int:
+        """How many rows of the table belong to hashed n-grams."""
+        return len(self.table) - self.unigrams
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, as files hold them."""
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    @property
+    def size(self) -> int:
+        """Of all arrays, in bytes."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def classifier(self) -> ExitZero:
+        """What computes the logits.
+
+        Raises:
+            ValueError: the arrays cannot be used.
+        """
+        return ExitZero(self.unigrams, self.table, self.weights, self.bias)
+
+
+def unigrams_of(vocabulary: int) -> int:
+    """How many rows of the table belong to the unigrams of a vocabulary, which may share them."""
+    return min(vocabulary, _MOST_UNIGRAMS)
+
+
+def save_exit_0(folder: Path, exit_0: ExitZeroWeights) -> None:
+    """Add exit 0 to a model_dir, or replace it; nothing else in the folder changes.
+
+    Args:
+        folder: the model_dir, which has a `config.json`.
+        exit_0: the weights.
+
+    Raises:
+        OSError: the folder cannot be written, and is unchanged.
+    """
+    from safetensors.numpy import save_file
+
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
+    content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
+    with replacing(folder.resolve()) as new:
+        text = json.dumps(content, indent=2) + "\n"
+        (new / "config.json").write_text(text, encoding="utf-8")
+        save_file(exit_0.arrays, new / EXIT_0_FILE)
+
+
+def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | None:
+    """The exit 0 of a model_dir; None if it has none.
+
+    Args:
+        folder: the model_dir.
+        config: its Hugging Face configuration.
+        labels: how many labels the model has.
+
+    Raises:
+        ModelError: its file is missing or damaged, or does not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    block = (getattr(config, CONFIG_BLOCK, None) or {}).get("exit_0")
+    if block is None:
+        return None
+    path = folder / EXIT_0_FILE
+    if not path.is_file():
+        raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)
+    try:
+        arrays = load_file(path)
+        found = ExitZeroWeights(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
+        found.classifier()
+        if found.buckets != block["buckets"]:
+            raise ValueError(f"it has {found.buckets} buckets, expected {block['buckets']}")
+    # Damaged bytes, a missing array or block, or arrays that do not fit each other.
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
+        raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
+    expected = unigrams_of(int(config.vocab_size))
+    if found.unigrams != expected:
+        raise ModelError(
+            f"{path} belongs to another vocabulary: it has {found.unigrams} unigrams, expected "
+            f"{expected}",
+            _TRAIN_AGAIN,
+        )
+    if len(found.bias) != labels:
+        raise ModelError(
+            f"{path} gives {len(found.bias)} logits, but the model has {labels} labels",
+            _TRAIN_AGAIN,
+        )
+    return found
+
+
+def export_exit_0(folder: Path, exit_0: ExitZeroWeights) -> ExitZeroSpec:
+    """Write exit 0 into an engines folder, and return its part of the manifest."""
+    np.savez(folder / EXIT_0_NAME, table=exit_0.table, weights=exit_0.weights, bias=exit_0.bias)
+    digest = sha256_of(folder / EXIT_0_NAME)
+    return ExitZeroSpec(
+        file=EXIT_0_NAME, sha256=digest, unigrams=exit_0.unigrams, buckets=exit_0.buckets
+    )

@@ -1,0 +1,233 @@
+"""Train exit 0, a bag of n-grams, on labels and on the last exit of a trained model.
+
+The classifier is that of fastText (Joulin et al., arXiv 1607.01759); `runtime.exit_0` has its
+n-grams, so that training and runtime see the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...runtime.artifact.manifest import ProblemType
+from ...runtime.encoding import EncodedRow, encoded_row
+from ...runtime.errors import InputError, ModelError, Remedy
+from ...runtime.exit_0 import ngrams
+from ...runtime.files import Row
+from ...runtime.progress import Progress
+from ..exit_0 import ExitZeroWeights, unigrams_of
+from ..model import MultiExitModel
+from .predictions import Collate, Encoded, predict, probabilities
+
+_WIDTH = 64
+_BUCKETS = 65536
+_LR = 2e-3
+_BATCH = 32
+# Few rows need many passes, and some thousand rows about ten. The second limit keeps large data to
+# a minute or two.
+_MOST_EPOCHS, _MOST_ROWS = 100, 1_000_000
+_PATIENCE = 3
+# Up to so many labels, the table holds logits itself, which makes it smaller.
+_MOST_FOLDED = 64
+# Standard deviation of the vectors before training.
+_SPREAD = 0.05
+
+Part = tuple[Sequence[Tensor], Tensor]
+"""The vectors of each row, by number, and the probabilities `[rows, labels]` to learn."""
+
+
+class Vocabulary:
+    """The n-grams that occur in rows; all others share the last vector, which stays zero.
+
+    Args:
+        rows: tokenized rows.
+        unigrams: how many rows of the table of exit 0 belong to unigrams.
+    """
+
+    def __init__(self, rows: Sequence[EncodedRow], unigrams: int) -> None:
+        self.unigrams = unigrams
+        self.known = np.unique(ngrams(rows, unigrams, _BUCKETS)[0])
+        self._place = np.full(unigrams + _BUCKETS, len(self.known))
+        self._place[self.known] = np.arange(len(self.known))
+
+    def bags(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, ...]:
+        """The vectors of each row, by number."""
+        found, counts = ngrams(rows, self.unigrams, _BUCKETS)
+        return torch.split(torch.from_numpy(self._place[found]), counts.tolist())
+
+
+class BagOfNgrams(nn.Module):
+    """Exit 0 in PyTorch.
+
+    Args:
+        vocabulary: the n-grams that have a vector.
+        labels: how many logits it gives.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, labels: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        # Sparse: a batch changes the vectors of its own n-grams only.
+        self.vectors = nn.EmbeddingBag(len(vocabulary.known) + 1, _WIDTH, mode="mean", sparse=True)
+        nn.init.normal_(self.vectors.weight, std=_SPREAD)
+        nn.init.zeros_(self.vectors.weight[-1])
+        self.classifier = nn.Linear(_WIDTH, labels)
+
+    def forward(self, bags: Sequence[Tensor]) -> Tensor:
+        """Logits `[rows, labels]`.
+
+        Args:
+            bags: the vectors of each row, see `Vocabulary.bags`.
+        """
+        starts = torch.tensor([0, *map(len, bags[:-1])]).cumsum(0)
+        logits: Tensor = self.classifier(self.vectors(torch.cat(list(bags)), starts))
+        return logits
+
+    @torch.no_grad()
+    def weights(self) -> ExitZeroWeights:
+        """Its weights as they are stored."""
+        table, weights = self.vectors.weight[:-1], self.classifier.weight.T
+        labels = self.classifier.out_features
+        if labels <= _MOST_FOLDED:
+            # The mean of products is the product of the mean.
+            table, weights = table @ weights, torch.eye(labels)
+        known, unigrams = self.vocabulary.known, self.vocabulary.unigrams
+        full = np.zeros((unigrams + _BUCKETS, table.shape[1]), np.float16)
+        full[known] = table.numpy()
+        bias = self.classifier.bias.numpy().copy()
+        return ExitZeroWeights(unigrams, full, np.ascontiguousarray(weights.numpy()), bias)
+
+
+def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[EncodedRow]:
+    """Rows as the runtime tokenizes them.
+
+    Args:
+        rows: the rows.
+        tokenizer: the fast tokenizer of the model.
+        max_length: longer rows are truncated to so many tokens.
+
+    Raises:
+        InputError: a row has no tokens, and so no n-grams.
+    """
+    contents = [row.content for row in rows]
+    encoded = tokenizer(contents, truncation=True, max_length=max_length).encodings
+    found = []
+    for row, content, encoding in zip(rows, contents, encoded, strict=True):
+        if not len(encoding):
+            raise InputError(
+                f"{row.place} has no tokens: the tokenizer adds no special tokens",
+                "leave such rows out, or use a tokenizer that adds special tokens",
+            )
+        found.append(encoded_row(encoding, isinstance(content, tuple), uses_types=False))
+    return found
+
+
+def train_exit_0(
+    model: MultiExitModel,
+    rows: Mapping[str, Sequence[EncodedRow]],
+    data: Mapping[str, Sequence[Encoded]],
+    collate: Collate,
+    seed: int,
+    progress: Progress,
+    is_taught: bool = False,
+) -> ExitZeroWeights:
+    """Train exit 0 half on the labels and half on the last exit of a trained model.
+
+    Args:
+        model: the trained model.
+        rows: tokenized rows by name: `train` and `dev`, see `encoded_rows`.
+        data: the same rows as inputs of the model, with their `labels`.
+        collate: makes a padded batch of inputs.
+        seed: of all random choices.
+        progress: called with (what, done, total).
+        is_taught: whether the labels are already what the last exit gives.
+
+    Raises:
+        ModelError: the training diverged.
+    """
+    torch.manual_seed(seed)
+    config = model.exit_config
+    count = len(config.labels)
+    targets = {name: _targets(part, count) for name, part in data.items()}
+    wanted = targets["train"]
+    if not is_taught:
+        step = "last exit for exit 0"
+        last = predict(model, data["train"], collate, lambda output: output[-1], progress, step)
+        wanted = (wanted + probabilities(last, config.problem_type)) / 2
+    vocabulary = Vocabulary(rows["train"], unigrams_of(int(model.backbone.config.vocab_size)))
+    bag = BagOfNgrams(vocabulary, count)
+    train, dev = (vocabulary.bags(rows[name]) for name in ("train", "dev"))
+    trained = fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
+    try:
+        trained.classifier()
+    except ValueError as error:
+        raise ModelError(
+            f"the training of exit 0 diverged: {error}", Remedy("leave out {exit_0}")
+        ) from error
+    return trained
+
+
+def _targets(rows: Sequence[Encoded], labels: int) -> Tensor:
+    """Probabilities `[rows, labels]` of rows whose labels may be numbers."""
+    given = torch.tensor([row["labels"] for row in rows])
+    return (functional.one_hot(given, labels) if given.ndim == 1 else given).float()
+
+
+def fit(
+    bag: BagOfNgrams, train: Part, dev: Part, problem_type: ProblemType, progress: Progress
+) -> ExitZeroWeights:
+    """Train until the loss on dev has stopped falling.
+
+    Args:
+        bag: what is trained.
+        train: the rows to train on.
+        dev: the rows that say when to stop.
+        problem_type: the task.
+        progress: called with (loss on dev, passes over the rows done, the most passes).
+
+    Returns:
+        The weights after the pass with the smallest loss on dev.
+    """
+    optimizers = [
+        torch.optim.SparseAdam(list(bag.vectors.parameters()), lr=_LR),
+        torch.optim.Adam(bag.classifier.parameters(), lr=_LR),
+    ]
+    epochs = max(1, min(_MOST_EPOCHS, _MOST_ROWS // len(train[0])))
+    losses: list[float] = []
+    best = bag.state_dict()
+    for epoch in range(epochs):
+        for bags, targets in _batches(*train, torch.randperm(len(train[0]))):
+            bag.zero_grad()
+            torch.autograd.backward(_loss(bag(bags), targets, problem_type))
+            for optimizer in optimizers:
+                optimizer.step()
+        with torch.no_grad():
+            parts = _batches(*dev, torch.arange(len(dev[0])))
+            total = sum(float(_loss(bag(b), t, problem_type)) * len(t) for b, t in parts)
+        losses.append(total / len(dev[0]))
+        progress(f"exit 0, dev loss {losses[-1]:.3f}", epoch + 1, epochs)
+        if losses[-1] <= min(losses):
+            best = copy.deepcopy(bag.state_dict())
+        elif len(losses) - np.argmin(losses) > _PATIENCE:
+            break
+    bag.load_state_dict(best)
+    return bag.weights()
+
+
+def _batches(
+    bags: Sequence[Tensor], targets: Tensor, order: Tensor
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    for numbers in torch.split(order, _BATCH):
+        yield [bags[number] for number in numbers.tolist()], targets[numbers]
+
+
+def _loss(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> Tensor:
+    if problem_type is ProblemType.SINGLE_LABEL:
+        return functional.cross_entropy(logits, targets)
+    return functional.binary_cross_entropy_with_logits(logits, targets)
