@@ -1,0 +1,186 @@
+"""The files of exit 0: added to a model_dir, refused if they do not fit it, and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fpabee.exporter import export
+from fpabee.exporter.checkpoint import load_checkpoint, load_config, save_checkpoint
+from fpabee.exporter.exit_0 import (
+    EXIT_0_FILE,
+    ExitZeroWeights,
+    load_exit_0,
+    save_exit_0,
+    unigrams_of,
+)
+from fpabee.exporter.prune.keep import keep_exits
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import ExitZeroSpec
+from fpabee.runtime.encoding import Text, TextEncoder
+from fpabee.runtime.errors import ModelError
+from fpabee.runtime.exit_0 import ExitZero
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
+
+
+def random_exit_0(vocabulary: int, labels: int, buckets: int = 64) -> ExitZeroWeights:
+    random = np.random.default_rng(7)
+    table = random.normal(size=(vocabulary + buckets, labels)).astype(np.float16)
+    weights = np.eye(labels, dtype=np.float32)
+    return ExitZeroWeights(vocabulary, table, weights, np.ones(labels, np.float32))
+
+
+def read(folder: Path) -> ExitZeroWeights | None:
+    config = load_config(folder)
+    return load_exit_0(folder, config, len(config.id2label))
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A published checkpoint, with exit 0."""
+    folder = Path(shutil.copytree(GOLDEN / "pabee_bert", tmp_path / "bert"))
+    save_exit_0(folder, random_exit_0(load_config(folder).vocab_size, 3))
+    return folder
+
+
+def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> None:
+    source = GOLDEN / "pabee_bert"
+    assert read(source) is None, "checkpoints without it stay valid"
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, bert))
+    assert new == old | {"fpabee": {"exit_0": {"unigrams": 800, "buckets": 64}}}
+    names = {path.name for path in source.iterdir()}
+    assert {path.name for path in bert.iterdir()} == names | {EXIT_0_FILE}
+    for name in names - {"config.json"}:
+        assert sha256_of(bert / name) == sha256_of(source / name)
+    assert load_checkpoint(bert).exit_config == load_checkpoint(source).exit_config
+    assert [path.name for path in tmp_path.iterdir()] == ["bert"], "nothing is left beside it"
+
+    given = random_exit_0(800, 3)
+    found = read(bert)
+    assert found is not None
+    assert found.arrays.keys() == given.arrays.keys()
+    for name, array in given.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array)
+    assert found.size == 864 * 3 * 2 + 9 * 4 + 3 * 4
+
+    save_exit_0(bert, dataclasses.replace(given, bias=np.full(3, 5, np.float32)))
+    again = read(bert)
+    assert again is not None
+    assert again.bias.tolist() == [5, 5, 5]
+    save_checkpoint(load_checkpoint(bert), bert)
+    assert read(bert) is None
+    assert not (bert / EXIT_0_FILE).exists(), "a model that replaces another has its own exit 0"
+
+
+def test_vocabularies_of_more_than_65536_tokens_share_unigrams() -> None:
+    assert [unigrams_of(size) for size in (30522, 65536, 250_002)] == [30522, 65536, 65536]
+
+
+Damage = Callable[[Path], object]
+
+
+def change(**arrays: Any) -> Damage:
+    """Replaces arrays of the file; None drops them."""
+
+    def damage(folder: Path) -> None:
+        new = load_file(folder / EXIT_0_FILE) | arrays
+        kept = {name: array for name, array in new.items() if array is not None}
+        save_file(kept, folder / EXIT_0_FILE)
+
+    return damage
+
+
+def change_config(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    (folder / EXIT_0_FILE).write_bytes((folder / EXIT_0_FILE).read_bytes()[:-10])
+
+
+def into_folder(folder: Path) -> None:
+    (folder / EXIT_0_FILE).unlink()
+    (folder / EXIT_0_FILE).mkdir()
+
+
+NAN = np.full((864, 3), np.nan, np.float16)
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "missing": (lambda folder: (folder / EXIT_0_FILE).unlink(), "is missing, but config.json"),
+    "a folder": (into_folder, "is missing, but config.json"),
+    "cut": (cut, "is not an exit 0: "),
+    "no safetensors": (lambda f: (f / EXIT_0_FILE).write_bytes(b"x" * 99), "is not an exit 0: "),
+    "an array is missing": (change(bias=None), "is not an exit 0: 'bias'"),
+    "NaN": (change(table=NAN), "it holds numbers that are not finite"),
+    "buckets": (change(table=NAN[:860]), "60 buckets, which is not a power of two"),
+    "other buckets": (
+        change(table=(NAN[:832] == 0).astype(np.float16)),
+        "it has 32 buckets, expected 64",
+    ),
+    "float32": (change(table=NAN.astype(np.float32)), "its arrays are float32"),
+    "shapes": (change(bias=np.ones(4, np.float32)), "do not fit together"),
+    "vocabulary": (
+        lambda folder: save_exit_0(folder, random_exit_0(1000, 3)),
+        "another vocabulary: it has 1000 unigrams, expected 800",
+    ),
+    "labels": (
+        lambda folder: save_exit_0(folder, random_exit_0(800, 2)),
+        "gives 2 logits, but the model has 3 labels",
+    ),
+    "an empty block": (change_config(fpabee={"exit_0": {}}), "is not an exit 0: 'unigrams'"),
+    "a wrong block": (change_config(fpabee={"exit_0": "yes"}), "is not an exit 0: "),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_does_not_fit_the_model_is_refused(name: str, bert: Path) -> None:
+    damage, message = DAMAGES[name]
+    damage(bert)
+    with pytest.raises(ModelError, match=message) as caught:
+        read(bert)
+    assert caught.value.hint == "train exit 0 again: train(exit_0_only=True)"
+
+
+def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
+    tiny_models: Mapping[str, Path], tmp_path: Path, ready_graphs: None
+) -> None:
+    source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
+    given = random_exit_0(load_config(source).vocab_size, 4)
+    save_exit_0(source, given)
+    first = export(source, tmp_path / "engines")
+    (tmp_path / "few").mkdir()
+    few, _ = keep_exits(first.folder, first.manifest, (2,), tmp_path / "few")
+    for folder, manifest in ((first.folder, first.manifest), (tmp_path / "few", few)):
+        assert manifest == read_manifest(folder)
+        digest = sha256_of(folder / "exit_0.npz")
+        expected = ExitZeroSpec(
+            file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64
+        )
+        assert manifest.exit_0 == expected
+        assert manifest.exit_layers == ((0, 1, 2, 3) if folder == first.folder else (0, 2))
+        assert manifest.model.source_sha256[EXIT_0_FILE] == sha256_of(source / EXIT_0_FILE)
+        exit_0 = ExitZero.load(folder, manifest)
+        assert exit_0 is not None
+        rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
+        np.testing.assert_array_equal(exit_0(rows), given.classifier()(rows))
+
+
+def test_an_export_refuses_a_wrong_exit_0(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
+    save_exit_0(source, random_exit_0(load_config(source).vocab_size, 5))
+    with pytest.raises(ModelError, match="gives 5 logits, but the model has 4 labels"):
+        export(source, tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()

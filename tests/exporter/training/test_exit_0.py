@@ -1,0 +1,229 @@
+"""Training of exit 0: what it learns, how it is stored, and the models that it is added to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+
+from fpabee.exporter.checkpoint import load_checkpoint, load_config
+from fpabee.exporter.exit_0 import EXIT_0_FILE, ExitZeroWeights, load_exit_0
+from fpabee.exporter.model import MultiExitConfig
+from fpabee.exporter.training import TrainOptions, exit_0, pipeline, train
+from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, encoded_rows, train_exit_0
+from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.errors import InputError, ModelError
+from fpabee.runtime.files import Row
+from fpabee.runtime.progress import silent
+
+from .conftest import LABELS
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+
+Options = Callable[..., TrainOptions]
+WriteRows = Callable[..., str]
+
+
+class Stub(nn.Module):
+    """Stands for a trained model whose last exit always gives the same logits."""
+
+    def __init__(self, problem_type: ProblemType, logits: Sequence[float]) -> None:
+        super().__init__()
+        labels = tuple(map(str, range(len(logits))))
+        self.exit_config = MultiExitConfig((1,), labels, problem_type)
+        self.backbone = SimpleNamespace(config=SimpleNamespace(vocab_size=800))
+        self.logits = torch.tensor(logits)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.logits.expand(1, len(input_ids), -1)
+
+
+def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZeroWeights, Any]:
+    """Exit 0 trained on some rows, which are also its dev rows, and its logits for them."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "pabee_bert")
+    encoded = encoded_rows(rows, tokenizer, 16)
+    inputs = [{"input_ids": [0], "labels": label} for label in labels]
+    parts = ({"train": encoded, "dev": encoded}, {"train": inputs, "dev": inputs})
+
+    def collate(batch: Any) -> Any:
+        return {"input_ids": torch.tensor([row["input_ids"] for row in batch])}
+
+    model: Any = teacher
+    found = train_exit_0(model, *parts, collate, 3, silent)
+    return found, found.classifier()(encoded)
+
+
+def softmax(logits: Any) -> Any:
+    return torch.from_numpy(logits).softmax(-1).numpy()
+
+
+def test_it_learns_half_from_the_labels_and_half_from_the_last_exit() -> None:
+    rows = [Row("good film"), Row("bad film")] * 200
+    _, logits = learn(rows, [0, 1] * 200, Stub(SINGLE, [-20.0, -20.0, 20.0]))
+    np.testing.assert_allclose(softmax(logits)[:2], [[0.5, 0, 0.5], [0, 0.5, 0.5]], atol=0.1)
+    _, logits = learn(rows, [[1, 0], [0, 0]] * 200, Stub(MULTI, [20.0, 20.0]))
+    found = torch.from_numpy(logits).sigmoid().numpy()
+    np.testing.assert_allclose(found[:2], [[1, 0.5], [0.5, 0.5]], atol=0.1)
+
+
+def test_the_two_texts_of_a_pair_are_kept_apart() -> None:
+    rows = [Row("good", "bad"), Row("bad", "good")] * 100
+    _, logits = learn(rows, [0, 1] * 100, Stub(SINGLE, [0.0, 0.0]))
+    assert logits.argmax(-1).tolist() == [0, 1] * 100
+
+
+@pytest.mark.parametrize("labels", [3, 70])
+def test_numpy_gives_the_logits_of_torch(labels: int) -> None:
+    torch.manual_seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "pabee_bert")
+    words = ("good", "bad", "film", "plot")
+    rows = [Row(f"{a} {b} film"[: 3 + i]) for i, a in enumerate(words * 4) for b in words]
+    rows += [Row("good", "bad film"), Row("", ""), Row("")]
+    encoded = encoded_rows(rows, tokenizer, 16)
+    vocabulary = Vocabulary(encoded[:-20], 800)
+    bag = BagOfNgrams(vocabulary, labels)
+    nn.init.normal_(bag.vectors.weight[:-1])
+    with torch.no_grad():
+        expected = bag(vocabulary.bags(encoded)).numpy()
+    stored = bag.weights()
+    assert stored.table.shape == (800 + 65536, 3 if labels == 3 else 64), "it holds logits if few"
+    assert stored.table.dtype == np.float16
+    found = stored.classifier()(encoded)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.98
+
+
+def test_a_row_without_tokens_is_refused() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=words)
+    assert len(encoded_rows([Row("a a")], tokenizer, 8)[0]) == 2
+    with pytest.raises(InputError, match=r"line 7 has no tokens: the tokenizer adds no special"):
+        encoded_rows([Row("a"), Row("  ", line=7)], tokenizer, 8)
+
+
+def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exit_0, "_LR", float("inf"))
+    with pytest.raises(ModelError, match=r"training of exit 0 diverged: .* -> leave out exit_0"):
+        learn([Row("good"), Row("bad")], [0, 1], Stub(SINGLE, [0.0, 0.0]))
+
+
+def test_a_vocabulary_of_250_000_tokens_is_hashed_and_the_card_states_the_size(
+    options: Options, backbone: Path, tmp_path: Path
+) -> None:
+    large = Path(shutil.copytree(backbone, tmp_path / "large"))
+    config = BertConfig.from_pretrained(backbone)
+    config.vocab_size = 250_002
+    config.save_pretrained(large)
+    report = train(tmp_path / "model", options(backbone=str(large), epochs=0.3))
+    config = load_config(tmp_path / "model")
+    found = load_exit_0(tmp_path / "model", config, 3)
+    assert found is not None
+    assert config.fpabee["exit_0"] == {"unigrams": 65536, "buckets": 65536}
+    assert found.size == report.exit_0_bytes == 131072 * 3 * 2 + 9 * 4 + 3 * 4
+    assert "(0.8 MB)" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_exit_0_can_be_left_out(options: Options, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    train(folder, options(epochs=0.3))
+    assert (folder / EXIT_0_FILE).is_file()
+    report = train(folder, options(epochs=0.3, exit_0=False, force=True))
+    assert (report.exits, report.exit_0_bytes, list(report.numbers)) == ((1, 2), 0, [1, 2])
+    assert len(report.scores["dev"]) == 2
+    assert not (folder / EXIT_0_FILE).exists()
+    assert "exit_0" not in load_config(folder).fpabee
+    assert "Exit 0" not in (folder / "README.md").read_text()
+
+
+def test_a_training_that_stops_before_exit_0_is_resumed(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken, settings = tmp_path / "whole", tmp_path / "broken", options()
+
+    def stop(*_: object) -> None:
+        raise InputError("the power fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_exit_0", stop)
+        with pytest.raises(InputError, match="the power fails"):
+            train(broken, settings)
+    assert not (broken / EXIT_0_FILE).exists()
+    train(broken, dataclasses.replace(settings, resume=True))
+    train(whole, settings)
+    one, two = (load_file(folder / EXIT_0_FILE) for folder in (whole, broken))
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pabee_bert", "fpabee_albert"])
+def test_exit_0_is_added_to_a_published_checkpoint(
+    name: str, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(GOLDEN / name, tmp_path / "model"))
+    labels = load_checkpoint(folder).exit_config.labels
+    rows = [{"text": f"text {label}", "label": label} for label in labels]
+    path = write_rows("rows.jsonl", rows * 8)
+    before = {file.name: sha256_of(file) for file in folder.iterdir()}
+    report = train(folder, TrainOptions(path, path, exit_0_only=True))
+    after = {file.name: sha256_of(file) for file in folder.iterdir()}
+    changed = {name for name, digest in after.items() if before.get(name) != digest}
+    assert changed == {"config.json", EXIT_0_FILE}
+    assert report.exits == (0, *load_checkpoint(folder).exit_config.exits)
+    assert list(report.numbers) == list(range(len(report.exits)))
+    assert len(report.scores["dev"]) == len(report.exits)
+    old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, folder))
+    assert list(new.pop("fpabee")) == ["exit_0"]
+    assert new == old
+    train(folder, TrainOptions(path, path, exit_0_only=True, seed=7))
+    assert sha256_of(folder / EXIT_0_FILE) != after[EXIT_0_FILE], "replaced without force"
+
+
+def test_exit_0_needs_a_model_to_be_added_to(options: Options, tmp_path: Path) -> None:
+    settings = options()
+    only = TrainOptions(settings.train, settings.dev, exit_0_only=True)
+    with pytest.raises(ModelError, match=r"model_dir .*missing does not exist"):
+        train(tmp_path / "missing", only)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty has no config\.json"):
+        train(tmp_path / "empty", only)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_classifier_gets_exit_0_without_any_training_of_its_encoder(
+    make: Callable[..., Path], write_rows: WriteRows, tmp_path: Path
+) -> None:
+    classifier = Classifier(make("bert"))
+    rows = [{"text": f"good {'film ' * (n % 3)}", "label": LABELS[n % 3]} for n in range(12)]
+    path = write_rows("rows.jsonl", rows)
+    source = str(classifier.folder)
+    settings = TrainOptions(path, path, from_classifier=source, exit_0_only=True)
+    report = train(tmp_path / "model", settings)
+    assert (report.exits, report.labels) == ((0, 3), LABELS)
+    model = load_checkpoint(tmp_path / "model")
+    assert model.exit_config.exits == (3,)
+    ids, mask = torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        expected = classifier.model.cpu()(ids, attention_mask=mask).logits
+        torch.testing.assert_close(model(ids, mask)[-1], expected, rtol=0, atol=1e-5)
+    assert load_exit_0(tmp_path / "model", load_config(tmp_path / "model"), 3) is not None
+    assert "after the layers 3:" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(InputError, match="already holds a model"):
+        train(tmp_path / "model", settings)
