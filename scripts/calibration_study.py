@@ -201,7 +201,7 @@ class Population:
 
 def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
     """One for each layer."""
-    return np.repeat(np.array(rows.exits, np.float64)[:, None], len(rows), axis=1)
+    return np.repeat(np.maximum(rows.exits, 0.01)[:, None], len(rows), axis=1)
 
 
 def calibrate(

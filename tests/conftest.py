@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,23 @@ from typing import Any
 
 import hypothesis
 import msgspec
+import numpy as np
 import pytest
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
-from fpabee.runtime.artifact.folder import read_manifest, write_manifest
-from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import (
+    EXIT_0_NAME,
+    REFERENCE_NAME,
+    ExitZeroSpec,
+    ProblemType,
+)
 from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
+from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.encoding import TextEncoder
+from fpabee.runtime.engine import Engine
+from fpabee.runtime.exit_0 import ExitZero, ngrams
 from fpabee.runtime.rules.base import ExitRule
 
 # fmt: off
@@ -194,6 +206,62 @@ def engines(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, 
     return MadeOnce(
         shared_root / "engines", lambda family, folder: export(tiny_models[family], folder), ahead
     )
+
+
+@pytest.fixture(scope="session")
+def exit_0_engines(engines: Mapping[str, Path], shared_root: Path) -> Mapping[str, Path]:
+    """The same folders with an exit 0. Read-only."""
+
+    def make(family: str, folder: Path) -> None:
+        shutil.copytree(engines[family], folder)
+        add_exit_0(folder)
+
+    return MadeOnce(shared_root / "exit_0_engines", make)
+
+
+def add_exit_0(folder: Path, seed: int = 0) -> None:
+    """Give an engines folder an exit 0 that is often sure and akin to the later exits.
+
+    It is fitted to the last exit's logits on random texts, with noise that the seed draws.
+    """
+    manifest = read_manifest(folder)
+    texts = [" ".join(random.Random(n).choices(WORDS, k=n % 12 + 1)) for n in range(400)]
+    with Engine.load(folder, threads=1) as engine:
+        rows, logits = engine.encode(texts), engine.trace(texts).logits[-1]
+    unigrams, buckets = 200, 256
+    found, counts = ngrams(rows, unigrams, buckets)
+    bags = np.zeros((len(rows), unigrams + buckets))
+    np.add.at(bags, (np.repeat(np.arange(len(rows)), counts), found), np.repeat(1 / counts, counts))
+    squares = bags.T @ bags + 0.02 * np.eye(bags.shape[1])
+    table = np.linalg.solve(squares, bags.T @ logits)
+    table += np.random.default_rng(seed).normal(scale=0.5, size=table.shape)
+    labels = len(manifest.task.labels)
+    arrays = {
+        "table": table.astype(np.float16),
+        "weights": np.eye(labels, dtype=np.float32),
+        "bias": np.linspace(-0.1, 0.1, labels, dtype=np.float32),
+    }
+    set_exit_0(folder, unigrams, **arrays)
+    texts_of_reference, reference = read_reference(folder, manifest)
+    exit_0 = ExitZero(unigrams, **arrays)
+    encoder = TextEncoder(folder, manifest.tokenizer)
+    first = exit_0(encoder.encode(texts_of_reference))
+    write_reference(folder, texts_of_reference, np.stack([first, *reference]))
+    manifest = read_manifest(folder)
+    files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
+    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+
+
+def set_exit_0(folder: Path, unigrams: int, **arrays: NDArray[Any]) -> None:
+    """Write an exit 0 into an engines folder, with its hash in the manifest."""
+    np.savez(folder / EXIT_0_NAME, **arrays)  # type: ignore[arg-type]
+    spec = ExitZeroSpec(
+        file=EXIT_0_NAME,
+        sha256=sha256_of(folder / EXIT_0_NAME),
+        unigrams=unigrams,
+        buckets=len(arrays["table"]) - unigrams,
+    )
+    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), exit_0=spec))
 
 
 @pytest.fixture

@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.calibration.families import CHOOSABLE_RULES, DEFAULT_MEASURES, make_families
+from fpabee.calibration.families import (
+    CHOOSABLE_RULES,
+    DEFAULT_MEASURES,
+    DEFAULT_RULES,
+    make_families,
+)
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import (
+    Budget,
     Entropy,
     ExitRule,
     FPabee,
@@ -24,6 +30,7 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.rules.base import ThresholdRule
+from fpabee.runtime.rules.measures import Outputs
 
 from ..runtime.rules.test_rules import Logits, fitting, rules, tasks, traces
 from .conftest import with_costs
@@ -48,6 +55,59 @@ def test_rows_stop_where_simulate_stops_them(
         rule = rule.with_stop_threshold(drawn if per_exit else drawn[0])
     found = exits_below(scores, rule.stop_thresholds.T)
     np.testing.assert_array_equal(found, simulate(logits, rule, task).exits[None])
+
+
+@given(traces(least_rows=1), tasks, rules, st.booleans(), st.data())
+def test_the_same_with_exit_0(
+    logits: Logits, task: ProblemType, rule: ExitRule, stops: bool, data: st.DataObject
+) -> None:
+    rows = LabelledLogits(logits, np.ones(logits.shape[1], np.intp), None, task, first_exit=0)
+    threshold = None
+    if stops:
+        # A row also stops if its confidence equals the threshold.
+        confidences = Outputs(logits[0], task).confidence().tolist()
+        threshold = data.draw(st.sampled_from([*confidences, 0.7]))
+    last = data.draw(st.sampled_from([None, None, 0, 1]))
+    rule = dataclasses.replace(
+        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=0, max_exit=last
+    )
+    if len(logits) - 1 < getattr(rule, "exit", 1):
+        return
+    expected = simulate(logits, rule, task, first_exit=0).exits
+    np.testing.assert_array_equal(StopScores(rows).exits(rule), expected)
+    if not isinstance(rule, Budget):
+        later = dataclasses.replace(rule, min_exit=1, max_exit=None)
+        assert (simulate(logits, later, task, first_exit=0).exits >= 1).all()
+
+
+def with_exit_0(rows: LabelledLogits) -> LabelledLogits:
+    """The same rows, whose first exit is exit 0."""
+    return dataclasses.replace(rows, first_exit=0)
+
+
+@pytest.mark.parametrize("task", ProblemType)
+def test_families_with_exit_0_have_two_thresholds(
+    make_rows: Callable[..., LabelledLogits], task: ProblemType
+) -> None:
+    rows = with_exit_0(make_rows(count=200, problem_type=task))
+    metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
+    families = make_families(with_costs(rows, metric), CHOOSABLE_RULES, DEFAULT_MEASURES)
+    assert "cascade" in {family.kind for family in families}
+    answered = set()
+    for family in families:
+        depths = family.exits.mean(axis=1)
+        fitted = family.kind == "learned" or family.kind.endswith("per exit")
+        assert fitted or (np.diff(depths) <= 0).all()
+        for number in range(0, 0 if fitted else len(depths), 9):
+            rule = family.rule(number)
+            exits = simulate(rows.logits, rule, task, first_exit=0).exits
+            np.testing.assert_array_equal(family.exits[number], exits, err_msg=family.kind)
+            answered.add(round(float((exits == 0).mean()), 1))
+    assert len(answered) >= 9, "exit 0 answers from none to nearly all rows"
+    default = make_families(with_costs(rows, metric), DEFAULT_RULES, DEFAULT_MEASURES)
+    assert sum(len(family.exits) for family in default) <= 2400
+    (cascade,) = [family for family in default if family.kind == "cascade"]
+    assert set(np.unique(cascade.exits)) == {0, 5}
 
 
 @pytest.mark.parametrize("task", ProblemType)

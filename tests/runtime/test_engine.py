@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import random
@@ -66,6 +67,14 @@ RULES: tuple[ExitRule, ...] = (
     Epee(threshold=0.7, patience=1),
     Budget(exit=2),
 )
+RULES_WITH_EXIT_0: tuple[ExitRule, ...] = (
+    *(dataclasses.replace(rule, exit_0_threshold=0.6) for rule in RULES),
+    FPabee(threshold=1.2),
+    Pabee(patience=1),
+    Pabee(patience=2, exit_0_threshold=0.9, min_exit=1),
+    Budget(exit=0),
+    Entropy(threshold=1.1, max_exit=0),
+)
 # The project's promise for fp32 logits.
 LOGIT_TOLERANCE = 1e-5
 
@@ -90,19 +99,26 @@ class Case:
         self.folder = folder
         self.engine = Engine.load(folder)
         self.task = self.engine.manifest.task
+        self.first_exit = self.engine.manifest.exits[0]
+        self.rules = RULES if self.first_exit == 1 else RULES_WITH_EXIT_0
         self.alone = np.concatenate([self.engine.trace([text]).logits for text in TEXTS], axis=1)
 
     def simulate(self, logits: Any, rule: ExitRule) -> Simulation:
-        return simulate(logits, rule, self.task.problem_type)
+        return simulate(logits, rule, self.task.problem_type, first_exit=self.first_exit)
 
     def near(self, rule: ExitRule) -> NDArray[np.bool_]:
         """Texts whose exit may differ: a score or margin within tolerance of its threshold."""
-        return exits_near_ties(self.alone, rule, self.task, LOGIT_TOLERANCE)
+        return exits_near_ties(self.alone, rule, self.task, LOGIT_TOLERANCE, self.first_exit)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Case]:
-    case = Case(engines[request.param])
+@pytest.fixture(scope="module", params=[*FAMILIES, "bert with exit 0", "mpnet with exit 0"])
+def case(
+    request: pytest.FixtureRequest,
+    engines: Mapping[str, Path],
+    exit_0_engines: Mapping[str, Path],
+) -> Iterator[Case]:
+    family, *more = request.param.split(maxsplit=1)
+    case = Case((exit_0_engines if more else engines)[family])
     yield case
     case.engine.close()
 
@@ -136,7 +152,7 @@ def tuned(
 
 def reached(trace: Trace) -> NDArray[np.bool_]:
     """Exits that rows reached, `[exits, rows]`."""
-    return np.arange(1, len(trace.logits) + 1)[:, None] <= trace.exits
+    return trace.first_exit + np.arange(len(trace.logits))[:, None] <= trace.exits
 
 
 def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
@@ -149,7 +165,8 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     near = case.near(rule)[numbers]
     differ = trace.exits != expected.exits[numbers]
     assert not (differ & ~near).any()
-    ties = near_ties(case.alone, case.task, LOGIT_TOLERANCE)[expected.exits - 1, range(len(TEXTS))]
+    ties = near_ties(case.alone, case.task, LOGIT_TOLERANCE)
+    ties = ties[expected.exits - case.first_exit, range(len(TEXTS))]
     alike = ~differ & ~ties[numbers]
     np.testing.assert_array_equal(trace.predictions[alike], expected.predictions[numbers][alike])
     return int(differ.sum())
@@ -158,7 +175,7 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
 @settings(deadline=None, max_examples=40)
 @given(
     numbers=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=60),
-    rule=st.sampled_from(RULES),
+    data=st.data(),
     group_tokens=st.sampled_from([1, 40, 150, 1024]),
     max_batch=st.sampled_from([1, 3, 256]),
     window_tokens=st.sampled_from([1, 300, 10**6]),
@@ -166,8 +183,9 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     regroup=st.sampled_from([Regroup.ALWAYS, Regroup.NEVER]),
 )
 def test_a_row_gets_the_same_answer_as_alone(
-    case: Case, numbers: list[int], rule: ExitRule, regroup: Regroup, **sizes: int
+    case: Case, numbers: list[int], data: st.DataObject, regroup: Regroup, **sizes: int
 ) -> None:
+    rule = data.draw(st.sampled_from(case.rules))
     with tuned(case.folder, regroup=regroup, **sizes) as engine:
         trace = engine.trace([TEXTS[number] for number in numbers], rule=rule)
         check(case, trace, numbers, rule)
@@ -177,11 +195,11 @@ def test_a_row_gets_the_same_answer_as_alone(
 
 
 def test_the_rules_of_these_tests_use_every_exit(case: Case) -> None:
-    exits = [case.simulate(case.alone, rule).exits for rule in RULES]
-    assert set(np.concatenate(exits).tolist()) == {1, 2, 3}
+    exits = [case.simulate(case.alone, rule).exits for rule in case.rules]
+    assert set(np.concatenate(exits).tolist()) == {case.first_exit, 1, 2, 3}
     mixed = [len(set(row.tolist())) > 1 for row in exits]
     assert sum(mixed) >= 5
-    assert max(case.near(rule).sum() for rule in RULES) <= 2, "rows near a threshold are few"
+    assert max(case.near(rule).sum() for rule in case.rules) <= 2, "rows near a threshold are few"
 
 
 def test_regrouping_by_measured_cost_changes_no_answer(case: Case) -> None:
@@ -208,7 +226,7 @@ def test_predictions_match_the_trace(case: Case) -> None:
     predictions = case.engine.predict(TEXTS, rule=rule)
     assert [p.exit for p in predictions] == trace.exits.tolist()
     for row, prediction in enumerate(predictions):
-        z = trace.logits[prediction.exit - 1, row].astype(np.float64)
+        z = trace.logits[prediction.exit - case.first_exit, row].astype(np.float64)
         if case.engine.multi_label:
             p = 1 / (1 + np.exp(-z))
             chosen = [n for n, value in enumerate(z) if value > 0]
@@ -227,7 +245,7 @@ def test_no_texts_give_no_predictions(case: Case) -> None:
     assert list(engine.stream(iter(()))) == []
     for trace in (engine.trace([]), engine.trace([], rule=Pabee(patience=1))):
         labels = len(engine.labels)
-        assert trace.logits.shape == (3, 0, labels)
+        assert trace.logits.shape == (len(engine.manifest.exits), 0, labels)
         assert trace.exits.shape == trace.lengths.shape == (0,)
         assert trace.predictions.shape == ((0, labels) if engine.multi_label else (0,))
 

@@ -11,19 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime import Budget, ExitRule, FPabee, Measure, ProblemType, simulate
-from fpabee.runtime.rules.measures import FLOATS, MEASURES, RowOutputs
+from fpabee.runtime.rules.measures import FLOATS, MEASURES, Outputs, RowOutputs
 from fpabee.runtime.rules.one_row import OneRow
 from fpabee.runtime.rules.runner import RuleRunner
 
 from .test_rules import Logits, fitting, rules, tasks, traces
 
 
-def exits_one_by_one(logits: Logits, rule: ExitRule, task: ProblemType) -> list[int]:
-    exits, rows, _ = logits.shape
+def exits_one_by_one(
+    logits: Logits, rule: ExitRule, task: ProblemType, first_exit: int = 1
+) -> list[int]:
+    exits = range(first_exit, first_exit + len(logits))
     found = []
-    for row in range(rows):
-        one = OneRow(RuleRunner(rule, task, range(1, exits + 1)))
-        found.append(next(n + 1 for n in range(exits) if one.stops(logits[n, row].tolist())))
+    for row in range(logits.shape[1]):
+        one = OneRow(RuleRunner(rule, task, exits))
+        each = zip(exits, logits[:, row].tolist(), strict=True)
+        found.append(next(number for number, z in each if one.stops(z)))
     return found
 
 
@@ -32,6 +35,21 @@ def test_exits_are_those_of_simulate(logits: Logits, task: ProblemType, rule: Ex
     rule = fitting(rule, logits)
     expected = simulate(logits, rule, task).exits.tolist()
     assert exits_one_by_one(logits, rule, task) == expected
+
+
+@given(traces(least_rows=1), tasks, rules, st.data())
+def test_exits_with_exit_0_are_those_of_simulate(
+    logits: Logits, task: ProblemType, rule: ExitRule, data: st.DataObject
+) -> None:
+    confidences = Outputs(logits[0], task).confidence().tolist()
+    threshold = data.draw(st.sampled_from([None, 0.6, *confidences]))
+    rule = dataclasses.replace(
+        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=data.draw(st.integers(0, 1))
+    )
+    if isinstance(rule, Budget):
+        rule = dataclasses.replace(rule, exit=data.draw(st.integers(0, len(logits) - 1)))
+    expected = simulate(logits, rule, task, first_exit=0).exits.tolist()
+    assert exits_one_by_one(logits, rule, task, first_exit=0) == expected
 
 
 @given(traces(least_rows=1), tasks, st.sampled_from(Measure), st.integers(1, 2), st.data())
