@@ -236,7 +236,7 @@ def add_exit_0(folder: Path, seed: int = 0) -> None:
     table = np.linalg.solve(squares, bags.T @ logits)
     table += np.random.default_rng(seed).normal(scale=0.5, size=table.shape)
     labels = len(manifest.task.labels)
-    arrays = {
+    arrays: dict[str, Any] = {
         "table": table.astype(np.float16),
         "weights": np.eye(labels, dtype=np.float32),
         "bias": np.linspace(-0.1, 0.1, labels, dtype=np.float32),
