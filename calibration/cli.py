@@ -21,7 +21,7 @@ from ..runtime.optional_packages import require
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import Budget
 from .calibrate import calibrate
-from .descriptions import drop_in_words, promise_in_words, rule_in_words
+from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
 from .report import check_place, write_report
@@ -247,6 +247,9 @@ def _print(result: Calibration, console: Console) -> None:
             promise_in_words(point, result),
         )
     console.print(points)
+    if result.rows.first_exit == 0:
+        default = next(point for point in result.points if point.name == result.default)
+        console.print(f"exit 0 answers at {default.name}: {exit_0_in_words(default.chosen_on)}")
     for warning in result.warnings:
         console.print(f"warning: {warning}")
     if result.comparisons:
@@ -263,8 +266,9 @@ def _print(result: Calibration, console: Console) -> None:
 
 def _comparisons(result: Calibration) -> Table:
     where = "cross-validated" if result.test is None else "on the test rows"
-    columns = ("rule", f"points lost, {where} (95 %)", "mean depth", "estimated speed-up")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ["rule", f"points lost, {where} (95 %)", "mean depth", "estimated speed-up"]
+    has_exit_0 = result.rows.first_exit == 0
+    table = Table(*columns, *["exit 0 answers"] * has_exit_0, box=box.SIMPLE_HEAD, pad_edge=False)
     for comparison in result.comparisons:
         held = comparison.held_out
         table.add_row(
@@ -274,6 +278,7 @@ def _comparisons(result: Calibration) -> Table:
             drop_in_words(held),
             f"{held.mean_depth:.2f}",
             f"{held.estimated:.2f}x",
+            *[exit_0_in_words(held)] * has_exit_0,
         )
     return table
 

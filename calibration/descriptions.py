@@ -18,6 +18,15 @@ def drop_in_words(held: Outcome) -> str:
     return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
 
 
+def exit_0_in_words(held: Outcome) -> str:
+    """What exit 0 answers: `86 % of rows, 0.4 % of them unlike full depth`."""
+    count = held.exits[0]
+    if held.exit_0_changed is None or not count:
+        return "no row"
+    share, changed = 100 * count / held.rows, 100 * held.exit_0_changed / count
+    return f"{share:.0f} % of rows, {changed:.1f} % of them unlike full depth"
+
+
 def promise_in_words(point: Point, result: Calibration) -> str:
     """What a point promises, and what would help if its goal is not met."""
     held, goal = point.held_out, point.goal

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array
 from ..runtime.rules.runner import simulate
-from .scoring import AGREEMENT, LabelledLogits, Scorer
+from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 
 _RESAMPLES = 2000
 # Rows that are drawn at once, over all samples, to bound the memory.
@@ -34,6 +34,8 @@ class Outcome:
         theoretical: speed-up over full depth in layers, weighted by tokens.
         estimated: speed-up over full depth in measured times of the segments.
         rows: how many rows there were.
+        exit_0_changed: how many rows stopped at exit 0 with another answer than that of full depth;
+            None if the model has no exit 0.
     """
 
     metric: str
@@ -46,6 +48,7 @@ class Outcome:
     theoretical: float
     estimated: float
     rows: int
+    exit_0_changed: int | None = None
 
 
 def outcome(
@@ -81,7 +84,16 @@ def outcome(
         theoretical=float(layers[-1] * lengths.sum() / max((ran * lengths).sum(), 1)),
         estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
+        exit_0_changed=_changed_at_exit_0(scorer, exits),
     )
+
+
+def _changed_at_exit_0(scorer: Scorer, exits: Answers) -> int | None:
+    if scorer.rows.first_exit == 1:
+        return None
+    answers = scorer.answers
+    same = same_answers(answers[0], answers[-1], scorer.problem_type)
+    return int(np.count_nonzero(~same & (exits == 0)))
 
 
 def drop_interval(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,29 @@ class TextEncoder:
             rows.append(encoded_row(encoding, isinstance(text, tuple), self._uses_types))
         return rows
 
+    def stream(self, texts: Iterable[Text]) -> Iterator[EncodedRow]:
+        """Tokenize any number of texts; while the rows are used, a thread tokenizes the next ones.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples; they are read in the caller's thread.
+
+        Raises:
+            FpabeeError: as in `encode`.
+        """
+        parts = blocks(texts, _characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
+        first = next(parts, [])
+        following = next(parts, None)
+        if following is None:  # a thread would take longer than it saves
+            yield from self.encode(first)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.encode, first)
+            while following is not None:
+                rows, ahead = ahead.result(), pool.submit(self.encode, following)
+                yield from rows
+                following = next(parts, None)
+            yield from ahead.result()
+
 
 def encoded_row(encoding: Encoding, is_pair: bool, uses_types: bool) -> EncodedRow:
     """A row from what the tokenizers library made of a text or a pair.
@@ -232,11 +256,6 @@ def _check(text: object, number: int) -> None:
                 f"{error.start + 1}",
                 "decode the file as UTF-8, or replace the character",
             ) from error
-
-
-def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Split texts into lists that are bounded in texts and in characters."""
-    return blocks(texts, _characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
 
 
 def _characters(text: Text) -> int:

@@ -21,7 +21,7 @@ from .batching import CostCurve, make_groups
 from .blocks import blocks
 from .chain import Chain, Regroup, WindowResult
 from .deadline import ExitTimes, deadline_limited_rows
-from .encoding import EncodedRow, Text, TextEncoder, chunks
+from .encoding import EncodedRow, Text, TextEncoder
 from .errors import BackendError, InputError, RuleError
 from .exit_0 import ExitZero
 from .predictions import PredictionMaker
@@ -420,8 +420,7 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        rows = (row for chunk in chunks(texts) for row in self._encoder.encode(chunk))
-        return blocks(rows, len, self._window_tokens)
+        return blocks(self._encoder.stream(texts), len, self._window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
         """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...runtime.artifact.manifest import ProblemType
-from ..descriptions import drop_in_words, promise_in_words, rule_in_words
+from ..descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 from .data import Report, summary
 from .texts import Names, changed_by_stopping
 
@@ -33,7 +33,12 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        rule=rule_in_words, drop=drop_in_words, promise=promise_in_words, clip=_clip, names=_names
+        rule=rule_in_words,
+        drop=drop_in_words,
+        exit_0=exit_0_in_words,
+        promise=promise_in_words,
+        clip=_clip,
+        names=_names,
     )
     return environment.get_template("page.html").render(
         report=report,

@@ -72,7 +72,7 @@ class RecordSchema:
         labels = record.get("labels") if self.multi_label else [record.get("label")]
         return (
             type(exit_number) is int
-            and exit_number >= 1
+            and exit_number >= 0
             and isinstance(labels, list)
             and all(isinstance(label, str) and label in self.labels for label in labels)
         )
