@@ -105,6 +105,7 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     is_flag=True,
     flag_value=False,
     default=True,
+    show_default=False,
     help="Leave out exit 0, a bag of n-grams that can answer before layer 1.",
 )
 @options.flag(
