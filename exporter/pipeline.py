@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from .. import __version__
 from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import sha256_of, write_manifest
@@ -185,6 +187,8 @@ def _write(
     progress("verify", len(cut.modules), len(cut.modules))
     rows = TextEncoder(folder, tokenizer).encode(texts)
     logits = reference_logits(model, rows)[[number - 1 for number in exits]]
+    if exit_0:
+        logits = np.concatenate([exit_0.classifier()(rows)[None], logits])
     write_reference(folder, texts, logits)
     backbone, longest = model.backbone, tokenizer.max_length
     manifest = Manifest(

@@ -95,7 +95,9 @@ def keep_exits(
     if manifest.exit_0 is not None:
         _copy(source, manifest.exit_0.file, manifest.exit_0.sha256, folder)
     texts, logits = read_reference(source, manifest)
-    logits = logits[[number - 1 for number in exits]]
+    first = manifest.exits.start
+    # Exit 0 is kept.
+    logits = logits[[number - first for number in (*range(first, 1), *exits)]]
     write_reference(folder, texts, logits)
     targets = {
         name: msgspec.structs.replace(target, operating_points={}, default_operating_point="")

@@ -25,6 +25,7 @@ from fpabee.exporter.exit_0 import (
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import ExitZeroSpec
+from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
 from fpabee.runtime.exit_0 import ExitZero
@@ -176,6 +177,10 @@ def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
         assert exit_0 is not None
         rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
         np.testing.assert_array_equal(exit_0(rows), given.classifier()(rows))
+        texts, logits = read_reference(folder, manifest)
+        expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
+        np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
+        assert len(logits) == len(manifest.exit_layers)
 
 
 def test_an_export_refuses_a_wrong_exit_0(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
