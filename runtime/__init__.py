@@ -22,6 +22,7 @@ from .agreement import Agreement, Requirements
 from .artifact.folder import read_manifest
 from .artifact.manifest import (
     BuiltFile,
+    ExitZeroSpec,
     Graph,
     Manifest,
     Model,
@@ -88,6 +89,7 @@ __all__ = [
     "Entropy",
     "Epee",
     "ExitRule",
+    "ExitZeroSpec",
     "FPabee",
     "FpabeeError",
     "Goal",

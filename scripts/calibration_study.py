@@ -190,7 +190,7 @@ class Population:
         costs = StoppingCosts(self.rows, metric, layer_costs(self.rows))
         best = 0.0
         for family in make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES):
-            savings = 1 - family.exits.mean(axis=1) / self.rows.exits
+            savings = 1 - family.exits.mean(axis=1) / self.rows.exits[-1]
             for number in np.flatnonzero(savings > best):
                 exits = family.exits[number].astype(np.int64)
                 drop = costs.scorer.full_depth - costs.scorer.score(exits)

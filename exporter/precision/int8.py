@@ -21,6 +21,7 @@ from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Arrays, Text, TextEncoder
 from ...runtime.errors import InputError, Remedy, VerificationError
+from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs
@@ -79,7 +80,9 @@ def add_int8(
     exact = LoweredGraphs(load_graphs(folder, manifest.graphs), Half.FP16)
     fp32 = run_emulated(manifest, exact, judged, progress)
     known, logits = read_reference(folder, manifest)
-    expected = np.concatenate([logits, fp32.logits], axis=1)
+    exit_0 = ExitZero.load(folder, manifest)
+    first = [] if exit_0 is None else [exit_0(judged)]
+    expected = np.concatenate([logits, np.stack([*first, *fp32.logits])], axis=1)
     rows = [*encoder.encode(known), *judged]
     found = run_emulated(manifest, graphs, rows, progress)
     report = report_on(found, expected, manifest, INT8, rule, graphs)
