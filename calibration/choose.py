@@ -59,7 +59,8 @@ class Search:
         of many settings was lucky with the rows that chose it, so the limit is smaller than the
         allowed drop. How much smaller is found with the bootstrap (Efron 1979): samples of the
         rows choose within the same limit, and the mean drop of what they choose, on all rows, must
-        be at most the allowed drop.
+        be at most the allowed drop. Settings by which exit 0 answers rows have more luck than
+        others, so both kinds have a limit of their own, and the faster of the two choices counts.
 
         Args:
             goal: what is asked for; whether it is guaranteed makes no difference here.
@@ -72,10 +73,18 @@ class Search:
             InputError: no setting is as fast as the goal demands.
         """
         chosen = [number for number, family in enumerate(self.families) if family.kind in kinds]
-        if not chosen:
-            if goal.speedup is not None and goal.speedup > 1:
-                raise InputError("no setting stops a row early", "choose among other rules")
-            return None
+        groups = [chosen]
+        if goal.max_drop is not None:
+            by_exit_0 = [number for number in chosen if (self.families[number].exits == 0).any()]
+            groups = [[number for number in chosen if number not in by_exit_0], by_exit_0]
+        elif not chosen and goal.speedup is not None and goal.speedup > 1:
+            raise InputError("no setting stops a row early", "choose among other rules")
+        found = [self._choose(goal, group) for group in groups if group]
+        cost, rule = min(found, key=lambda each: each[0], default=(self._full_cost, None))
+        return rule if cost < self._full_cost else None
+
+    def _choose(self, goal: Goal, chosen: Sequence[int]) -> tuple[float, ExitRule | None]:
+        """The cost and the rule of the best setting of some families; for none, of full depth."""
         drops = np.concatenate([self._known[number][0] for number in chosen])
         costs = np.concatenate([self._known[number][1] for number in chosen])
         if goal.max_drop is None:
@@ -83,17 +92,14 @@ class Search:
             place: int | None = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
         else:
             place = self._within(goal.max_drop / 100, drops, costs)
-        if place is None or costs[place, 0] >= self._full_cost:
-            return None
-        return self._setting(chosen, place)
-
-    def _setting(self, chosen: Sequence[int], number: int) -> ExitRule:
-        """A setting by its number among those of the chosen families."""
-        for family_number in chosen:
-            family = self.families[family_number]
-            if number < len(family.exits):
-                return family.rule(number)
-            number -= len(family.exits)
+        if place is None:
+            return self._full_cost, None
+        cost = float(costs[place, 0])
+        for number in chosen:
+            family = self.families[number]
+            if place < len(family.exits):
+                return cost, family.rule(place)
+            place -= len(family.exits)
         raise AssertionError("the number of a setting that does not exist")
 
     @cached_property

@@ -152,8 +152,9 @@ def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[F
         return
     early = (exits_below(later, thresholds) < rows.exits[-1]).mean(axis=1)
     for power in _POWERS:
-        limits = np.quantile(scores[0], early**power, method="higher")
-        yield _family(rule, scores, thresholds, np.where(early**power > 0, limits, NEVER))
+        shares = early**power if math.isfinite(power) else np.zeros(len(early))
+        limits = np.quantile(scores[0], shares, method="higher")
+        yield _family(rule, scores, thresholds, np.where(shares > 0, limits, NEVER))
 
 
 def _family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -181,3 +182,24 @@ def test_a_last_exit_that_is_too_timid_does_not_hide_a_drop(make_rows: Make) -> 
     assert abs(expected - observed.mean()) < 2 * error
     found = costs.drops(early[None].astype(np.int16), np.ones((len(rows), 1))).item()
     assert found > observed.mean() - 2 * error
+
+
+@pytest.mark.parametrize("useful", [False, True])
+def test_exit_0_answers_rows_only_where_it_pays(
+    make_rows: Callable[..., LabelledLogits], useful: bool
+) -> None:
+    rows = make_rows(count=500, exits=6)
+    exit_0 = np.random.default_rng(1).normal(scale=3.0, size=rows.logits[0].shape)
+    if useful:  # it is as good as exit 4, where it is sure
+        exit_0 = rows.logits[3]
+    logits = np.concatenate([exit_0[None], rows.logits]).astype(np.float32)
+    with_exit_0 = dataclasses.replace(rows, logits=logits, first_exit=0)
+    depths = {}
+    for name, each in (("without", rows), ("with", with_exit_0)):
+        selector = Selector(with_costs(each), DEFAULT_RULES, DEFAULT_MEASURES)
+        chosen = selector.choose(Goal(max_drop=1.0), selector.kinds)
+        assert chosen is not None
+        exits = exits_of(chosen, each)
+        depths[name] = exits.mean()
+        assert useful == (0 in exits.tolist()) or name == "without"
+    assert depths["with"] <= depths["without"] * (0.6 if useful else 1.02)
