@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from fpabee.calibration.choose import PARTS, Search, Selector
-from fpabee.calibration.families import DEFAULT_RULES, PER_EXIT, Family, deal, make_families
+from fpabee.calibration.families import (
+    DEFAULT_MEASURES,
+    DEFAULT_RULES,
+    PER_EXIT,
+    Family,
+    deal,
+    make_families,
+)
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.per_exit import fit_per_exit
 from fpabee.calibration.scoring import LabelledLogits, Scorer
