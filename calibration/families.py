@@ -7,7 +7,6 @@ guards against that luck costs more speed than a finer search gains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,13 +47,13 @@ _MOST_PATIENCE = 3
 # Parts of the rows for scores and thresholds that are fitted: each is judged on the other parts.
 _PARTS = 5
 # With exit 0 a setting has two thresholds. If the later exits alone stop a share s of the rows
-# early, exit 0 answers the share s^power, from none (infinity) to far more. So each power gives
+# early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
 # settings from cautious to bold, and together they cover all combinations of both shares.
-_POWERS = (math.inf, 4.0, 2.0, 1.0, 0.5, 0.25)
+_POWERS = (4.0, 2.0, 1.0, 0.5, 0.25)
 # Fewer than without exit 0, since each is tried with every power.
-_THRESHOLDS_WITH_EXIT_0 = 40
+_THRESHOLDS_WITH_EXIT_0 = 32
 # Shares that exit 0 answers, for rules without a threshold.
-_SHARES = (0.0, *(1 - np.geomspace(0.95, 0.01, 24)), 1.0)
+_SHARES = (*(1 - np.geomspace(0.95, 0.01, 24)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,13 @@ def make_families(
         for rule in RULES[name].search_grid(space):
             scores = stop.stop_scores(rule)
             found += _families(rule, scores, rows)
-            if per_exit and name in _FITTED_PER_EXIT and rule.signals_needed == 1:
-                settings, exits = fit_per_exit(rule, scores, costs, parts)
+            if not per_exit or name not in _FITTED_PER_EXIT or rule.signals_needed > 1:
+                continue
+            settings, exits = fit_per_exit(rule, scores, costs, parts)
+            found.append(Family(name + PER_EXIT, exits, settings.__getitem__))
+            if rows.first_exit == 0:  # also without exit 0
+                later = np.concatenate([np.full((1, len(rows)), np.inf), scores[1:]])
+                settings, exits = fit_per_exit(rule, later, costs, parts)
                 found.append(Family(name + PER_EXIT, exits, settings.__getitem__))
     if rows.first_exit == 0:
         cascade = Budget(exit=last)
@@ -145,16 +149,17 @@ def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[F
         yield _family(rule, scores, thresholds, None)
         return
     later = scores[1:]
-    thresholds = threshold_grid(rule, later, _THRESHOLDS_WITH_EXIT_0)
+    thresholds = threshold_grid(rule, later)
+    yield _family(rule, scores, thresholds, np.full(len(thresholds), NEVER))
     if len(thresholds) == 1:
         limits = np.quantile(scores[0], _SHARES, method="higher")
         yield _family(rule, scores, thresholds * len(limits), limits)
         return
+    thresholds = threshold_grid(rule, later, _THRESHOLDS_WITH_EXIT_0)
     early = (exits_below(later, thresholds) < rows.exits[-1]).mean(axis=1)
     for power in _POWERS:
-        shares = early**power if math.isfinite(power) else np.zeros(len(early))
-        limits = np.quantile(scores[0], shares, method="higher")
-        yield _family(rule, scores, thresholds, np.where(shares > 0, limits, NEVER))
+        limits = np.quantile(scores[0], early**power, method="higher")
+        yield _family(rule, scores, thresholds, np.where(early > 0, limits, NEVER))
 
 
 def _family(
