@@ -94,7 +94,8 @@ def fit_per_exit(
 
     Args:
         rule: the rule, with patience 1.
-        scores: `[exits, rows]` its stop scores, those of exit 0 included.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included; if they are infinite, exit
+            0 gets no threshold.
         costs: the rows, and what they cost and lose.
         parts: `[rows]` the part of each row.
 
@@ -110,6 +111,6 @@ def fit_per_exit(
         exits[:, here] = exits_below(scores[:, here], fitted, first)
     fitted = _fit(scores, costs.costs, costs.losses)
     rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in fitted]
-    if first == 0:
+    if first == 0 and np.isfinite(scores[0]).any():
         rules = [with_exit_0(rule, -limit) for rule, limit in zip(rules, fitted[:, 0], strict=True)]
     return rules, exits
