@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import Budget, Engine, ExitRule, FPabee
+from fpabee.runtime import Budget, Confidence, Engine, ExitRule, FPabee
 
 from ..conftest import WORDS
 
@@ -24,7 +24,7 @@ TEXTS = [" ".join(WORDS[start : start + 6]) for start in range(8)]
 
 # Calls of functions in Python and C, about 10 % above what was counted when this was written: of a
 # request with its first segment, and of each further segment, by the number of rows.
-MOST_CALLS = {1: (244, 45), 8: (690, 47)}
+MOST_CALLS = {1: (163, 45), 8: (729, 47)}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,14 @@ def calls_of(function: Callable[[], object]) -> Counter[str]:
     finally:
         sys.setprofile(None)
     return counts
+
+
+def test_calls_of_a_text_that_stops_at_exit_0(exit_0_engines: Mapping[str, Path]) -> None:
+    rule = Confidence(threshold=0.9, exit_0_threshold=0.0)
+    with Engine.load(exit_0_engines["bert"], threads=1, rule=rule) as engine:
+        assert [p.exit for p in engine.predict(TEXTS[:1])] == [0]
+        counts = calls_of(lambda: engine.predict(TEXTS[:1]))
+    assert counts.total() <= 136, counts.most_common(20)
 
 
 @pytest.mark.parametrize("rows", MOST_CALLS)
