@@ -94,8 +94,8 @@ def fit_per_exit(
 
     Args:
         rule: the rule, with patience 1.
-        scores: `[exits, rows]` its stop scores, those of exit 0 included; if they are infinite, exit
-            0 gets no threshold.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included; if exit 0 has infinite
+            ones only, it gets no threshold.
         costs: the rows, and what they cost and lose.
         parts: `[rows]` the part of each row.
 
