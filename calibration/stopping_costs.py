@@ -10,6 +10,8 @@ differ by more than chance, the labels count, see `estimated`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,43 +93,55 @@ def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
 
     Both probabilities come from the last exit, at the temperature that fits the labels best. The
     same answer loses nothing. Where the answers differ, the last exit may be too sure or too timid
-    even so, which `recalibrated` mends.
+    even so, which `recalibrated` mends. Exit 0 is not part of the encoder, so what it makes of both
+    answers counts as well.
     """
-    likely = np.exp(_log_likelihood(rows, fit_temperature(rows), scorer.answers))
+    last = rows.logits[-1] / np.float32(fit_temperature(rows))
+    likely = np.exp(_log_likelihood(rows, last, scorer.answers))
+    expected, observed = likely[-1] - likely, observed_losses(scorer)
     differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
-    return recalibrated(likely[-1] - likely, observed_losses(scorer), differs)
+    if rows.first_exit == 1:
+        return recalibrated([expected], observed, differs)
+    both = np.exp(_log_likelihood(rows, rows.logits[0], scorer.answers[[-1, 0]]))
+    of_exit_0 = recalibrated([expected[:1], both[:1] - both[1:]], observed[:1], differs[:1])
+    return np.concatenate([of_exit_0, recalibrated([expected[1:]], observed[1:], differs[1:])])
 
 
-def recalibrated(expected: Array, observed: Array, differs: Mask) -> Array:
-    """Expected losses that fit the observed ones where answers differ: a + b expected.
+def recalibrated(estimates: Sequence[Array], observed: Array, differs: Mask) -> Array:
+    """Expected losses that fit the observed ones where answers differ: a linear combination.
 
-    This is a ridge regression towards a = 0 and b = 1. The answers of one row at several exits
-    count as one observation together, and the prior counts as two.
+    This is a ridge regression towards the first estimate alone. The answers of one row at several
+    exits count as one observation together, and the prior counts as two.
 
     Args:
-        expected: `[exits, rows]` expected losses.
+        estimates: each `[exits, rows]` expected losses.
         observed: `[exits, rows]` observed losses.
         differs: `[exits, rows]` whether the exit's answer differs from that of full depth.
     """
     weights = (differs / np.maximum(differs.sum(axis=0), 1))[differs]
-    inputs = np.stack([np.ones(len(weights)), expected[differs]], axis=-1)
-    error = observed[differs] - expected[differs]
-    squares = (inputs.T * weights) @ inputs + _PRIOR_ROWS * np.eye(2)
-    offset, slope = np.linalg.solve(squares, (inputs.T * weights) @ error)
-    return np.where(differs, expected + offset + slope * expected, 0.0)
+    columns = [np.ones_like(observed), *estimates]
+    inputs = np.stack([column[differs] for column in columns], axis=-1)
+    error = observed[differs] - estimates[0][differs]
+    squares = (inputs.T * weights) @ inputs + _PRIOR_ROWS * np.eye(len(columns))
+    factors = np.linalg.solve(squares, (inputs.T * weights) @ error)
+    mended = estimates[0] + sum(f * column for f, column in zip(factors, columns, strict=True))
+    return np.where(differs, mended, 0.0)
 
 
 def fit_temperature(rows: LabelledLogits) -> float:
     """The temperature of the last exit with the largest likelihood (Guo et al., 1706.04599)."""
     assert rows.expected is not None
-    fits = [_log_likelihood(rows, t, rows.expected).mean() for t in _TEMPERATURES]
+    last = rows.logits[-1]
+    fits = [
+        _log_likelihood(rows, last / np.float32(temperature), rows.expected).mean()
+        for temperature in _TEMPERATURES
+    ]
     return float(_TEMPERATURES[int(np.argmax(fits))])
 
 
-def _log_likelihood(rows: LabelledLogits, temperature: float, answers: Answers) -> Array:
-    """Log probability `[..., rows]` of answers at the last exit; labels as if independent."""
-    last = Outputs(rows.logits[-1] / np.float32(temperature), rows.problem_type)
-    logs = np.log(np.maximum(last.distributions, TINY))
+def _log_likelihood(rows: LabelledLogits, logits: NDArray[np.float32], answers: Answers) -> Array:
+    """Log probability `[..., rows]` of answers under logits; labels as if independent."""
+    logs = np.log(np.maximum(Outputs(logits, rows.problem_type).distributions, TINY))
     if rows.problem_type is ProblemType.SINGLE_LABEL:
         return np.asarray(logs[np.arange(len(rows)), answers])
     return np.asarray(np.where(answers == 1, logs[..., 0], logs[..., 1]).sum(axis=-1))

@@ -87,3 +87,18 @@ def test_samples_weigh_rows(make_rows: Callable[..., LabelledLogits], metric: st
         np.testing.assert_allclose(
             costs.drops(exits, once)[:, 0], costs.scorer.full_depth - scores, atol=1e-12
         )
+
+
+def test_what_exit_0_makes_of_both_answers_counts() -> None:
+    # Exit 0 differs from the last exit on every row. It is right where it is sure of its answer,
+    # and wrong where it is not; the last exit is equally sure of all rows.
+    sure = np.arange(400) % 2 == 0
+    truth = np.where(sure, 1, 0)
+    exit_0 = np.stack([np.zeros(400), np.where(sure, 4.0, 0.2)], axis=-1)
+    last = np.tile([2.0, 0.0], (400, 1))
+    logits = np.stack([exit_0, last]).astype(np.float32)
+    lengths = np.full(400, 9, np.intp)
+    rows = LabelledLogits(logits, lengths, truth, ProblemType.SINGLE_LABEL, (), 0)
+    expected = expected_losses(rows, Scorer(rows, "accuracy"))
+    assert expected[0][sure].mean() < -0.7
+    assert expected[0][~sure].mean() > 0.7
