@@ -19,9 +19,9 @@ class Part(msgspec.Struct, frozen=True):
     """One segment of the chain, in fp32.
 
     Attributes:
-        exit: the exit at its end, from 1.
-        layers: the first and the last encoder layer that it runs, from 1.
-        calls: the graphs that it calls, in order.
+        exit: the exit at its end.
+        layers: the first and the last encoder layer that it runs, from 1; for exit 0 both are 0.
+        calls: the graphs that it calls, in order; for exit 0 its file.
         size: bytes of its graphs, without those that an earlier segment calls, too; None: a file
             is missing.
     """
@@ -73,8 +73,11 @@ class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
 
 
 def chain_parts(folder: Path, manifest: Manifest) -> list[Part]:
-    """The segments of a folder in order."""
-    parts, known, before = [], set[str](), 0
+    """Exit 0, if there is one, and the segments of a folder in order."""
+    parts, known, before = list[Part](), set[str](), 0
+    if manifest.exit_0 is not None:
+        file = manifest.exit_0.file
+        parts.append(Part(0, (0, 0), (file,), _size(folder, [file])))
     for segment in manifest.segments:
         new = [name for name in dict.fromkeys(segment.calls) if name not in known]
         known.update(new)

@@ -160,7 +160,7 @@ def chain_table(parts: Sequence[Part]) -> Table:
         calls = Counter(part.calls).items()
         table.add_row(
             str(part.exit),
-            f"{first}" if first == last else f"{first}-{last}",
+            f"{first or 'none'}" if first == last else f"{first}-{last}",
             "missing" if part.size is None else _mebibytes(part.size),
             str(len(part.calls)),
             ", ".join(f"{name} x{times}" if times > 1 else name for name, times in calls),

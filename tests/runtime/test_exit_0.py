@@ -30,7 +30,7 @@ from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.exit_0 import ARRAYS, ExitZero, ngrams
-from fpabee.runtime.inspection import check_integrity, target_states
+from fpabee.runtime.inspection import chain_parts, check_integrity, target_states
 
 from ..conftest import WORDS, add_exit_0, set_exit_0
 
@@ -279,6 +279,13 @@ def test_another_number_of_ngrams_is_refused(folder: Path) -> None:
         write_manifest(folder, msgspec.structs.replace(manifest, exit_0=spec))
     with pytest.raises(ValueError, match="has 15 buckets, which is not a power of two"):
         ExitZero(11, *(arrays()[name] for name in ARRAYS))
+
+
+def test_the_parts_of_a_chain_begin_with_exit_0(folder: Path) -> None:
+    part, *others = chain_parts(folder, read_manifest(folder))
+    size = (folder / EXIT_0_NAME).stat().st_size
+    assert (part.exit, part.layers, part.calls, part.size) == (0, (0, 0), ("exit_0.npz",), size)
+    assert [other.exit for other in others] == [1, 2, 3]
 
 
 def test_a_missing_or_damaged_file_is_named(folder: Path) -> None:
