@@ -256,9 +256,10 @@ class Chain(Generic[B]):
         hidden = self._made_up(bucket)
         self._timed(0, hidden)
         started = time.perf_counter()
-        hidden = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
+        copied = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
         seconds = time.perf_counter() - started
-        self.execution.release(hidden)
+        for group in (hidden, copied):
+            self.execution.release(group)
         return seconds
 
 
@@ -342,12 +343,17 @@ class _Window(Generic[B]):
         rows, hidden, state = group.rows, group.hidden, group.state
         pending = self._execution.enqueue(0, hidden)
         read_at = hidden_at = np.arange(len(rows))
+        unread = None  # the buffers before regrouping, until the outputs in them are read
         for segment in range(self._chain.segments):
             ahead, ahead_at = pending, hidden_at
             is_last = segment + 1 == self._chain.segments
             if not is_last:
                 ahead = self._execution.enqueue(segment + 1, hidden)
-            stops = self._decide(segment + 1, rows, state, pending.result()[LOGITS][read_at])
+            logits = pending.result()[LOGITS][read_at]
+            if unread is not None:
+                self._execution.release(unread)
+                unread = None
+            stops = self._decide(segment + 1, rows, state, logits)
             if stops is not None:
                 self._wasted += 0 if is_last else int(np.count_nonzero(stops))
                 keep = np.flatnonzero(~stops)
@@ -357,6 +363,7 @@ class _Window(Generic[B]):
                 hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
                 bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
                 if bucket != hidden.bucket and segment + 2 < self._chain.segments:
+                    unread = hidden
                     hidden = self._execution.regroup([hidden], [hidden_at], bucket)
                     hidden_at = np.arange(len(rows))
             pending, read_at = ahead, ahead_at
@@ -399,5 +406,7 @@ class _Window(Generic[B]):
         bucket = self._chain.bucket(len(numbers), int(self._lengths[numbers].max()))
         keeps = [np.arange(len(p.rows)) if p.keep is None else p.keep for p in parts]
         hidden = self._execution.regroup([part.hidden for part in parts], keeps, bucket)
+        for part in parts:
+            self._execution.release(part.hidden)
         states = [part.state.take(keep) for part, keep in zip(parts, keeps, strict=True)]
         return _Group(numbers, hidden, PatienceState.join(states))

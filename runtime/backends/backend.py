@@ -87,7 +87,10 @@ class Execution(ABC, Generic[B]):
     def regroup(
         self, hiddens: Sequence[Hidden[B]], rows: Sequence[Rows], bucket: Bucket
     ) -> Hidden[B]:
-        """Gather, join and pad rows in one step. The old groups are released.
+        """Gather, join and pad rows in one step.
+
+        The old groups stay as they are until they are released, so that outputs of a segment that
+        was enqueued for them can still be read.
 
         Args:
             hiddens: the groups to take rows from.
@@ -104,8 +107,6 @@ class Execution(ABC, Generic[B]):
             else:
                 longest, _ = max(sources, key=lambda source: source[0].bucket.sequence)
                 self._crop(spec, buffer, longest, buffers)
-        for hidden in hiddens:
-            self.release(hidden)
         return Hidden(sum(map(len, rows)), buffers, segment)
 
     def release(self, hidden: Hidden[B]) -> None:

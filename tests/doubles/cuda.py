@@ -38,7 +38,14 @@ class _Stream:
 
 
 class FakeCuda(Cuda):
-    """The calls of `Cuda` over NumPy memory."""
+    """The calls of `Cuda` over NumPy memory.
+
+    Args:
+        room: device memory in bytes.
+
+    Attributes:
+        fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
+    """
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.room = room
@@ -49,6 +56,7 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
         self.launches = 0
+        self.fails_at: dict[str, int] = {}
         self._next = itertools.count(1 << 40, 1 << 30)
         self._handles = itertools.count(1)
 
@@ -57,7 +65,7 @@ class FakeCuda(Cuda):
     def malloc(self, size: int) -> int:
         self._refuse_in_capture()
         used = sum(memory.nbytes for memory in self.memory_of.values())
-        if used + size > self.room:
+        if used + size > self.room or self._fails("malloc"):
             raise self.no_room(size)
         pointer = next(self._next)
         self.memory_of[pointer] = np.full(size, 0xFF, np.uint8)
@@ -192,6 +200,11 @@ class FakeCuda(Cuda):
             first.work()
         elif first not in stream.queue:
             self.events[first] = True
+
+    def _fails(self, call: str) -> bool:
+        """Whether this call of a kind is the one that fails."""
+        self.fails_at[call] = self.fails_at.get(call, 0) - 1
+        return self.fails_at[call] == 0
 
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():

@@ -167,7 +167,8 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
         assert logits.shape[0] == len(numbers)
         alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
         np.testing.assert_allclose(logits, alone, atol=1e-5)
-    chain.execution.release(joined)
+    for hidden in (*hiddens, joined):
+        chain.execution.release(hidden)
 
 
 @given(group=numbers_of(), rows=st.integers(0, 3), tokens=st.integers(0, 30))

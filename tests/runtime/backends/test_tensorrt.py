@@ -147,6 +147,27 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
         assert len(engine.predict(["rain rain rain"])) == 1
 
 
+def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Double]) -> None:
+    """A group shrinks while outputs of its next segment are unread, and then memory is short.
+
+    Unused buffers are freed at each allocation in turn. The double notices every use of them.
+    """
+    made = double()
+    with made.load() as engine:
+        expected = engine.trace(TEXTS, rule=SOME_STOP_FIRST)
+    for number in range(1, 40):
+        with made.load() as engine:
+            engine.trace(TEXTS[:1])
+            made.cuda.fails_at["malloc"] = number
+            found = engine.trace(TEXTS, rule=SOME_STOP_FIRST)
+            was_last = made.cuda.fails_at["malloc"] > 0
+        np.testing.assert_array_equal(found.exits, expected.exits)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        if was_last:
+            return
+    raise AssertionError("a call makes fewer allocations")
+
+
 def test_a_target_is_checked_before_a_plan_is_loaded(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
