@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,16 +136,32 @@ class Cuda:
         """Destroy an event."""
         self._check(self._runtime.cudaEventDestroy(event))
 
-    def begin_capture(self, stream: int) -> None:
-        """Capture what is enqueued from now on, instead of running it."""
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Capture what a function enqueues in a stream, instead of running it.
+
+        Args:
+            stream: the stream. It can be used as before even if the capture fails.
+            work: the function.
+
+        Returns:
+            An executable graph.
+        """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
-
-    def end_capture(self, stream: int) -> int:
-        """End the capture, and return an executable graph."""
-        (graph,) = self._check(self._runtime.cudaStreamEndCapture(stream))
-        (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
-        self._check(self._runtime.cudaGraphDestroy(graph))
+        ended: tuple[Any, ...] = ()
+        try:
+            try:
+                work()
+            finally:
+                ended = self._runtime.cudaStreamEndCapture(stream)
+            (graph,) = self._check(ended)
+            (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
+        except BaseException:
+            self._runtime.cudaGetLastError()  # so that libraries do not take it for their own
+            raise
+        finally:
+            if ended and int(ended[0]) == 0:
+                self._runtime.cudaGraphDestroy(ended[1])
         return int(executable)
 
     def launch(self, executable: int, stream: int) -> None:

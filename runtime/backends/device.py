@@ -13,9 +13,11 @@ most neighbours stay together.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,8 @@ from .buffers import BufferName, Buffers, Hidden, shape_of
 from .cuda import Cuda, PinnedArray, cuda
 from .device_tensors import bias_of, bits_of, dtype_of, nbytes_of, runs_of
 from .shapes import Bucket, Rows
+
+logger = logging.getLogger(__name__)
 
 # Unused buffers keep up to this much device memory; each also keeps its contexts and graphs.
 _FREE_BYTES = 256 * 2**20
@@ -79,6 +83,7 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
     ) -> None:
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
+        self._warned = False
         self._executions: list[DeviceExecution] = []
 
     def open(self) -> DeviceExecution:
@@ -104,6 +109,12 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
             places: where each input and output is, by its name.
             stream: the stream to run in.
         """
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless this backend has logged one before."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: %s", self.name, message)
 
     def _free(self) -> None:
         for execution in self._executions:
@@ -135,6 +146,7 @@ class _Step:
         copies: pinned memory, device address and bytes of each output of the head.
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
+        can_capture: false once a capture has failed.
         runs: runs since the scratch memory was last set.
         scratch: address of the scratch memory that its runners use; 0 if none is set.
     """
@@ -144,6 +156,7 @@ class _Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     arrays: Arrays = field(default_factory=dict)
     executable: int | None = None
+    can_capture: bool = True
     runs: int = 0
     scratch: int = 0
 
@@ -250,14 +263,11 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
-        elif step.runs == 0 or not all(runner.can_capture() for runner in step.runners):
+        elif step.can_capture and step.runs and all(r.can_capture() for r in step.runners):
+            self._capture(step)
+        else:
             # A first run may allocate memory, which cannot be captured.
             self._run(step)
-        else:
-            self._cuda.begin_capture(self.stream)
-            self._run(step)
-            step.executable = self._cuda.end_capture(self.stream)
-            self._cuda.launch(step.executable, self.stream)
         step.runs += 1
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
@@ -345,6 +355,17 @@ class DeviceExecution(Execution[_DeviceBuffers]):
             runner.run()
         for host, pointer, size in step.copies:
             self._cuda.copy(host, pointer, size, self.stream)
+
+    def _capture(self, step: _Step) -> None:
+        """Capture a step and launch it. If that fails, run it, and do not try again."""
+        try:
+            step.executable = self._cuda.capture(self.stream, partial(self._run, step))
+        except BackendError as error:
+            step.can_capture = False
+            self.backend.warn_once(f"a segment runs without a CUDA graph: {error.message}")
+            self._run(step)
+        else:
+            self._cuda.launch(step.executable, self.stream)
 
     def _share_scratch(self, step: _Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpabee.runtime.backends.cuda import Cuda, PinnedArray
+from fpabee.runtime.errors import BackendError
 
 _GAP = 1 << 20
 
@@ -65,7 +66,7 @@ class FakeCuda(Cuda):
     def malloc(self, size: int) -> int:
         self._refuse_in_capture()
         used = sum(memory.nbytes for memory in self.memory_of.values())
-        if used + size > self.room or self._fails("malloc"):
+        if used + size > self.room or self.fails("malloc"):
             raise self.no_room(size)
         pointer = next(self._next)
         self.memory_of[pointer] = np.full(size, 0xFF, np.uint8)
@@ -171,16 +172,19 @@ class FakeCuda(Cuda):
     def destroy_event(self, event: int) -> None:
         del self.events[event]
 
-    def begin_capture(self, stream: int) -> None:
-        assert self.streams[stream].capture is None, "a capture within a capture"
-        self.streams[stream].capture = []
-
-    def end_capture(self, stream: int) -> int:
-        work = self.streams[stream].capture
-        assert work, "a captured graph is empty"
-        self.streams[stream].capture = None
+    def capture(self, stream: int, work: Work) -> int:
+        state = self.streams[stream]
+        assert state.capture is None, "a capture within a capture"
+        captured = state.capture = []
+        try:
+            work()
+        finally:
+            state.capture = None
+        if self.fails("capture"):
+            raise BackendError("CUDA: operation failed due to a previous error during capture", "")
+        assert captured, "a captured graph is empty"
         handle = next(self._handles)
-        self.graphs[handle] = stream, work
+        self.graphs[handle] = stream, captured
         return handle
 
     def launch(self, executable: int, stream: int) -> None:
@@ -201,7 +205,7 @@ class FakeCuda(Cuda):
         elif first not in stream.queue:
             self.events[first] = True
 
-    def _fails(self, call: str) -> bool:
+    def fails(self, call: str) -> bool:
         """Whether this call of a kind is the one that fails."""
         self.fails_at[call] = self.fails_at.get(call, 0) - 1
         return self.fails_at[call] == 0

@@ -104,6 +104,8 @@ class FakeContext:
         assert stream != 0, "the default stream"
         if cuda.streams[stream].capture is not None:
             assert self._can_be_captured(), "a first run was captured"
+            if cuda.fails("run in a capture"):
+                return False
         self.runs += 1
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch

@@ -121,3 +121,22 @@ def test_segments_that_can_never_be_captured_are_run(double: Callable[..., Doubl
     made.trt.runs_before_capture = 1000
     check_runs(made, times=4)
     assert made.cuda.launches == 0
+
+
+@pytest.mark.parametrize("failure", ["capture", "run in a capture"])
+def test_a_capture_that_fails(
+    failure: str, double: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step runs without a graph, is not captured later, and the others are captured."""
+    made = double()
+    with made.load() as engine, Engine.load(made.folder) as usual:
+        expected = usual.trace(["rain"]).logits
+        made.cuda.fails_at[failure] = 2
+        for graphs in (0, 2, 2):
+            np.testing.assert_allclose(engine.trace(["rain"]).logits, expected, atol=1e-5)
+            assert len(made.cuda.graphs) == graphs
+        made.cuda.fails_at[failure] = 1
+        engine.trace(["turn the lights on"])
+        engine.trace(["turn the lights on"])
+    assert caplog.text.count("runs without a CUDA graph") == 1
+    assert made.cuda.memory_of == made.cuda.graphs == {}

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,3 +238,48 @@ def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
     with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
         driver.synchronize(1)
+
+
+@pytest.mark.parametrize("fails", ["work", "cudaStreamEndCapture", "cudaGraphInstantiate", ""])
+def test_a_capture_always_ends(fails: str) -> None:
+    """With the calls of the real bindings: the stream leaves the capture, and no graph is left."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    calls: list[str] = []
+
+    def answer(name: str, *value: Any) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            calls.append(name)
+            failed = name == fails
+            status = runtime.cudaError_t(901 if failed else 0)
+            return (status, *([None] * len(value) if failed else value))
+
+        return call
+
+    def work() -> None:
+        if fails == "work":
+            raise BackendError("a segment failed", "")
+
+    driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
+    values = {"cudaStreamEndCapture": (7,), "cudaGraphInstantiate": (8,)}
+    names = ["BeginCapture", "EndCapture"]
+    driver._runtime = SimpleNamespace(
+        cudaStreamCaptureMode=runtime.cudaStreamCaptureMode,
+        cudaGetErrorString=lambda status: (0, b"capture invalidated"),
+        **{
+            name: answer(name, *values.get(name, ()))
+            for name in [
+                *(f"cudaStream{name}" for name in names),
+                "cudaGraphInstantiate",
+                "cudaGraphDestroy",
+                "cudaGetLastError",
+            ]
+        },
+    )
+    if not fails:
+        assert driver.capture(3, work) == 8
+    else:
+        with pytest.raises(BackendError, match=r"segment failed|invalidated"):
+            driver.capture(3, work)
+    assert calls[:2] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    assert ("cudaGraphDestroy" in calls) == (fails != "cudaStreamEndCapture")
+    assert ("cudaGetLastError" in calls) == bool(fails)
