@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import LOGITS
-from .backends.backend import Execution
+from .backends.backend import Backend, Execution
 from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve, RowNumbers, make_groups, plan_joins
@@ -110,12 +110,12 @@ def not_finite(target: str, exit_number: int) -> BackendError:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chain(Generic[B]):
-    """The chain of segments on one execution, for one thread.
+    """The chain of segments, for one call in a `with` statement.
 
     Args:
-        open_execution: opens what runs segments; it is called when the first row needs it.
+        backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
         segments: number of segments.
         labels: number of labels.
@@ -123,7 +123,7 @@ class Chain(Generic[B]):
         exit_0: the classifier before layer 1; None: there is none.
     """
 
-    open_execution: Callable[[], Execution[B]]
+    backend: Backend[B]
     limits: Limits
     segments: int
     labels: int
@@ -133,7 +133,15 @@ class Chain(Generic[B]):
     @cached_property
     def execution(self) -> Execution[B]:
         """What runs segments."""
-        return self.open_execution()
+        return self.backend.check_out()
+
+    def __enter__(self) -> Chain[B]:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        lent = self.__dict__.pop("execution", None)
+        if lent is not None:
+            self.backend.give_back(lent, failed=error is not None)
 
     def run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, cost: CostCurve | None

@@ -84,14 +84,10 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
         self._warned = False
-        self._executions: list[DeviceExecution] = []
 
     def open(self) -> DeviceExecution:
-        """A new execution, for one thread."""
-        execution = DeviceExecution(self)
-        with self._lock:
-            self._executions.append(execution)
-        return execution
+        """A new execution."""
+        return DeviceExecution(self)
 
     @abstractmethod
     def check_bucket(self, bucket: Bucket) -> None:
@@ -115,11 +111,6 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
         if not self._warned:
             self._warned = True
             logger.warning("%s: %s", self.name, message)
-
-    def _free(self) -> None:
-        for execution in self._executions:
-            execution.close()
-        self._executions.clear()
 
 
 class _Pending(NamedTuple):
@@ -201,7 +192,6 @@ class _DeviceBuffers(Buffers[int, _Step]):
             self._cuda.destroy_event(event)
         for kept in (self._steps, self._values, self._pinned, self._events):
             kept.clear()
-        self._execution.made.discard(self)
 
     def _allocate(self, name: BufferName) -> int:
         size = nbytes_of(self._execution.backend.specs[name[0]], self.bucket)
@@ -255,7 +245,6 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
-        self.made: set[_DeviceBuffers] = set()
 
     def enqueue(self, segment: int, hidden: Hidden[_DeviceBuffers]) -> _Pending:
         """Enqueue a segment without waiting for it."""
@@ -274,31 +263,26 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
 
     def malloc(self, size: int) -> int:
-        """Allocate device memory, and free unused buffers if there is too little."""
-        try:
-            return self._cuda.malloc(size)
-        except BackendError:
-            if self._store.nbytes == 0:
-                raise
-            self._store.shrink(0)
-            return self._cuda.malloc(size)
+        """Allocate device memory, and free what no call uses if there is too little."""
+        for free_some in (partial(self._store.shrink, 0), self.backend.drop_idle):
+            try:
+                return self._cuda.malloc(size)
+            except BackendError:
+                free_some()
+        return self._cuda.malloc(size)
 
     def close(self) -> None:
-        """Free everything, including the buffers of groups that an error interrupted."""
-        self._store.shrink(0)
-        self._cuda.synchronize(self.stream)
-        for buffers in list(self.made):
-            buffers.free()
+        """Free everything."""
+        super().close()
         if self._scratch:
+            self._cuda.synchronize(self.stream)
             self._cuda.free(self._scratch)
             self._scratch = self._scratch_size = 0
         if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
     def _make(self, bucket: Bucket) -> _DeviceBuffers:
-        buffers = _DeviceBuffers(self, bucket)
-        self.made.add(buffers)
-        return buffers
+        return _DeviceBuffers(self, bucket)
 
     def _write(self, buffers: _DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
         values = {}

@@ -132,7 +132,6 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
             ) from error
 
     def _free(self) -> None:
-        super()._free()
         self._loaded.clear()  # sessions must be freed before the stream that they use
         self.cuda.destroy_stream(self.stream)
 

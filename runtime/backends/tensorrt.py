@@ -239,7 +239,6 @@ class TensorRtBackend(DeviceBackend):
     def _free(self) -> None:
         if self._compiled is not None:
             self._compiled.save()
-        super()._free()
 
 
 def _is_for(target: Target, compute_capability: str) -> bool:

@@ -2,12 +2,15 @@
 
 Device memory is NumPy memory behind made-up addresses: every access is checked for bounds
 and for freed memory. Streams are queues that run only when someone waits, which is as late as
-the driver may run them. Reading pinned memory before its event gives NaN.
+the driver may run them. Freeing memory waits for all of them. Reading pinned memory before its
+event gives NaN. Threads may share the double; only one call runs at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,8 +39,25 @@ class _Queued:
 class _Stream:
     queue: list[_Queued | int] = field(default_factory=list)  # an int is an event
     capture: list[_Queued] | None = None
+    capturing: int = 0  # the thread that captures
 
 
+def one_at_a_time(kind: type[Any]) -> type[Any]:
+    """Lock every public method of a class that has a lock."""
+    for name, method in list(vars(kind).items()):
+        if callable(method) and not name.startswith("_"):
+
+            def locked(
+                self: Any, *arguments: Any, _method: Callable[..., Any] = method, **others: Any
+            ) -> Any:
+                with self._lock:
+                    return _method(self, *arguments, **others)
+
+            setattr(kind, name, functools.wraps(method)(locked))
+    return kind
+
+
+@one_at_a_time
 class FakeCuda(Cuda):
     """The calls of `Cuda` over NumPy memory.
 
@@ -46,6 +66,7 @@ class FakeCuda(Cuda):
 
     Attributes:
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
+        frees: how often device memory was freed; each waits for the whole device.
     """
 
     def __init__(self, room: int = 1 << 30) -> None:
@@ -57,7 +78,9 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
         self.launches = 0
+        self.frees = 0
         self.fails_at: dict[str, int] = {}
+        self._lock = threading.RLock()
         self._next = itertools.count(1 << 40, 1 << 30)
         self._handles = itertools.count(1)
 
@@ -74,8 +97,10 @@ class FakeCuda(Cuda):
 
     def free(self, pointer: int) -> None:
         self._refuse_in_capture()
+        self.frees += 1
         for stream in self.streams.values():
-            assert not stream.queue, "memory is given back while the device may use it"
+            while stream.queue:
+                self._step(stream)
         del self.memory_of[pointer]
 
     def memory(self) -> tuple[int, int]:
@@ -176,6 +201,7 @@ class FakeCuda(Cuda):
         state = self.streams[stream]
         assert state.capture is None, "a capture within a capture"
         captured = state.capture = []
+        state.capturing = threading.get_ident()
         try:
             work()
         finally:
@@ -212,4 +238,5 @@ class FakeCuda(Cuda):
 
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():
-            assert stream.capture is None, "memory must not change while a graph is captured"
+            captures = stream.capture is not None and stream.capturing == threading.get_ident()
+            assert not captures, "memory must not change while a graph is captured"

@@ -63,7 +63,8 @@ def test_answers_are_those_of_the_cpu(
 def measure(engine: Engine) -> None:
     """Take the times that deadlines and the joining of groups depend on."""
     engine.time_exits(2, 8)
-    engine._chain().measure()
+    with engine._chain() as chain:
+        chain.measure()
 
 
 @pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
