@@ -1,10 +1,11 @@
 """Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
 
 Each group's buffers have runners of their own, whose shapes and addresses never change. A segment
-can therefore be started with one launch: its first run warms up, the second run is captured as a
-CUDA graph, and later runs replay this graph. Segments run one after another, so all runners of an
-execution share one piece of scratch memory. Only the outputs of exit heads are copied back, into
-pinned memory, with an event to wait for.
+of a small group can therefore be started with one launch: its first run warms up, the second run is
+captured as a CUDA graph, and later runs replay this graph. Segments run one after another, so all
+runners of an execution share one piece of scratch memory, and those of the same graph and shape
+share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
+event to wait for.
 
 Rows are regrouped with copies of the CUDA driver, one for each run of neighbouring rows. Nothing
 here needs a compiler on the device, or a kernel for each GPU. A group has a few dozen rows, and
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +37,11 @@ from .shapes import Bucket, Rows
 
 logger = logging.getLogger(__name__)
 
-# Unused buffers keep up to this much device memory; each also keeps its contexts and graphs.
+# Unused buffers keep up to this much device memory; each also keeps its CUDA graphs.
 _FREE_BYTES = 256 * 2**20
+# Larger groups are not captured: their kernels take much longer than their launches, and a window
+# of many groups would need as many graphs for each segment.
+_CAPTURE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class Place:
 
 
 class Runner(ABC):
-    """One graph at one shape, bound to fixed addresses."""
+    """One graph at one shape, with fixed addresses."""
 
     @abstractmethod
     def run(self) -> None:
@@ -95,7 +100,7 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
 
     @abstractmethod
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> Runner:
         """A runner of a graph.
 
@@ -103,7 +108,7 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
             graph: name of the graph.
             bucket: the padded shape.
             places: where each input and output is, by its name.
-            stream: the stream to run in.
+            execution: has the stream to run in, and keeps what runners share.
         """
 
     def warn_once(self, message: str) -> None:
@@ -137,18 +142,16 @@ class _Step:
         copies: pinned memory, device address and bytes of each output of the head.
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
-        can_capture: false once a capture has failed.
-        runs: runs since the scratch memory was last set.
+        can_capture: false for a large group, and once a capture has failed.
         scratch: address of the scratch memory that its runners use; 0 if none is set.
     """
 
     event: int
+    can_capture: bool
     runners: list[Runner] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     arrays: Arrays = field(default_factory=dict)
     executable: int | None = None
-    can_capture: bool = True
-    runs: int = 0
     scratch: int = 0
 
 
@@ -192,6 +195,7 @@ class _DeviceBuffers(Buffers[int, _Step]):
             self._cuda.destroy_event(event)
         for kept in (self._steps, self._values, self._pinned, self._events):
             kept.clear()
+        self._execution.forget(self.bucket)
 
     def _allocate(self, name: BufferName) -> int:
         size = nbytes_of(self._execution.backend.specs[name[0]], self.bucket)
@@ -213,14 +217,15 @@ class _DeviceBuffers(Buffers[int, _Step]):
 
     def _prepare(self, segment: int) -> _Step:
         backend = self._execution.backend
-        step = _Step(self._event())
+        is_small = self.bucket.batch * self.bucket.sequence <= _CAPTURE_TOKENS
+        step = _Step(self._event(), is_small)
         for call in backend.stages[segment].calls:
             places = {}
             for name, buffer in (*call.inputs, *call.outputs):
                 spec = backend.specs[buffer[0]]
                 places[name] = Place(self.buffer(buffer), shape_of(spec, self.bucket), spec.dtype)
-            stream = self._execution.stream
-            step.runners.append(backend.runner(call.graph, self.bucket, places, stream))
+            runner = backend.runner(call.graph, self.bucket, places, self._execution)
+            step.runners.append(runner)
             for name, buffer in call.outputs:
                 if not name.startswith(NEXT):
                     host = self._staging(buffer)
@@ -234,6 +239,10 @@ class DeviceExecution(Execution[_DeviceBuffers]):
 
     Args:
         backend: the backend, which may have one stream for all of its executions.
+
+    Attributes:
+        stream: the stream.
+        shared: what runners of the same shape share, by shape and graph.
     """
 
     lookahead = True
@@ -245,6 +254,8 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
+        self._groups: Counter[Bucket] = Counter()
+        self.shared: dict[Bucket, dict[str, Any]] = {}
 
     def enqueue(self, segment: int, hidden: Hidden[_DeviceBuffers]) -> _Pending:
         """Enqueue a segment without waiting for it."""
@@ -252,12 +263,10 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
-        elif step.can_capture and step.runs and all(r.can_capture() for r in step.runners):
+        elif step.can_capture and all(runner.can_capture() for runner in step.runners):
             self._capture(step)
         else:
-            # A first run may allocate memory, which cannot be captured.
             self._run(step)
-        step.runs += 1
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
@@ -281,8 +290,16 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
+    def forget(self, bucket: Bucket) -> None:
+        """Called when buffers are freed; the last ones of a shape free what runners share."""
+        self._groups[bucket] -= 1
+        if not self._groups[bucket]:
+            self.shared.pop(bucket, None)
+
     def _make(self, bucket: Bucket) -> _DeviceBuffers:
-        return _DeviceBuffers(self, bucket)
+        buffers = _DeviceBuffers(self, bucket)
+        self._groups[bucket] += 1
+        return buffers
 
     def _write(self, buffers: _DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
         values = {}
@@ -356,17 +373,17 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         if step.scratch and step.scratch == self._scratch:
             return
         need = max(runner.scratch_bytes() for runner in step.runners)
-        if need > self._scratch_size or not self._scratch:
+        if need > self._scratch_size:
             if self._scratch:  # work in the stream still uses it
                 self._cuda.synchronize(self.stream)
                 self._cuda.free(self._scratch)
-                self._scratch = 0
-            self._scratch = self.malloc(max(1, need))
-            self._scratch_size = max(1, need)
+                self._scratch = self._scratch_size = 0
+            self._scratch = self.malloc(need)
+            self._scratch_size = need
         if step.executable is not None:  # it holds the old address
             self._cuda.synchronize(self.stream)
             self._cuda.destroy_graph(step.executable)
             step.executable = None
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
-        step.scratch, step.runs = self._scratch, 0
+        step.scratch = self._scratch

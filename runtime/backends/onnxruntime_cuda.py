@@ -17,7 +17,7 @@ from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Remedy, first_line
 from .cuda_probe import required_gpu
-from .device import DeviceBackend, Place, Runner
+from .device import DeviceBackend, DeviceExecution, Place, Runner
 from .onnxruntime_session import check_installed, is_out_of_memory, ort_errors, session_options
 from .shapes import Bucket, Limits
 
@@ -92,7 +92,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         """Accept every shape."""
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> SessionRunner:
         """A session of a graph, bound to places on the device."""
         session = self.graph(graph)

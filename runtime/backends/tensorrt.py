@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
 from .cuda_probe import required_gpu
-from .device import DeviceBackend, Place, Runner
+from .device import DeviceBackend, DeviceExecution, Place, Runner
 from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
@@ -31,29 +32,68 @@ _HEADER_BYTES = 64
 _AMPERE = 8
 
 
-class PlanRunner(Runner):
-    """An execution context whose shapes and addresses are set; see `Runner`."""
+@dataclass(eq=False)
+class PlanContext:
+    """An execution context at one shape, which all runners of this shape share.
 
-    def __init__(self, context: Any, stream: int) -> None:
-        self.context = context
-        self._stream = stream
+    Attributes:
+        context: the object of the library.
+        stream: the stream that it runs in.
+        scratch_bytes: scratch memory that it needs.
+        scratch: address of the scratch memory that it uses; 0 if none is set.
+        runner: the runner whose addresses are set.
+        is_warm: whether it has run with this scratch memory. A first run may allocate memory,
+            which cannot be captured.
+    """
+
+    context: Any
+    stream: int
+    scratch_bytes: int
+    scratch: int = 0
+    runner: PlanRunner | None = None
+    is_warm: bool = False
+
+
+class PlanRunner(Runner):
+    """Runs a context at fixed addresses; see `Runner`.
+
+    Args:
+        shared: the context.
+        addresses: the name and address of each input and output.
+    """
+
+    def __init__(self, shared: PlanContext, addresses: Sequence[tuple[str, int]]) -> None:
+        self._shared = shared
+        self._addresses = addresses
 
     def run(self) -> None:
         """Enqueue the plan in the stream."""
-        _must(self.context.execute_async_v3(self._stream), "TensorRT could not start a segment")
+        shared = self._shared
+        context = shared.context
+        if shared.runner is not self:
+            for name, address in self._addresses:
+                done = context.set_tensor_address(name, address)
+                _must(done, f"TensorRT does not accept the address of {name}")
+            shared.runner = self
+        done = context.execute_async_v3(shared.stream)
+        _must(done, "TensorRT could not start a segment")
+        shared.is_warm = True
 
     def can_capture(self) -> bool:
         """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
-        ask = getattr(self.context, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._stream))
+        ask = getattr(self._shared.context, "is_stream_capturable", None)
+        return self._shared.is_warm and (ask is None or bool(ask(self._shared.stream)))
 
     def scratch_bytes(self) -> int:
-        """Scratch memory that the context needs at its shapes, in bytes."""
-        return int(self.context.update_device_memory_size_for_shapes())
+        """Scratch memory that the context needs, in bytes."""
+        return self._shared.scratch_bytes
 
     def use_scratch(self, pointer: int, size: int) -> None:
         """Let the context use scratch memory at an address, of a size in bytes."""
-        self.context.set_device_memory(pointer, size)
+        context = self._shared.context
+        if pointer != self._shared.scratch:
+            context.set_device_memory(pointer, size)
+            self._shared.scratch, self._shared.is_warm = pointer, False
 
 
 class RuntimeCache:
@@ -66,9 +106,12 @@ class RuntimeCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._cache: Any = None
+        self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
-    def config(self, engine: Any, strategy: Any) -> Any:
-        """A configuration of an engine's contexts that uses the cache."""
+    def config(self, graph: str, engine: Any, strategy: Any) -> Any:
+        """The configuration of an engine's contexts, which use the cache."""
+        if graph in self._configs:
+            return self._configs[graph]
         runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         if self._cache is None:
@@ -76,6 +119,7 @@ class RuntimeCache:
             if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
                 logger.warning("%s is for another GPU or release, so it is replaced", self._path)
         runtime_config.set_runtime_cache(self._cache)
+        self._configs[graph] = runtime_config
         return runtime_config
 
     def save(self) -> None:
@@ -161,21 +205,13 @@ class TensorRtBackend(DeviceBackend):
         self._profile(bucket)
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> PlanRunner:
-        """A context of a graph with its shapes and addresses set."""
-        context = self._context(graph)
-        done = context.set_optimization_profile_async(self._profile(bucket), stream)
-        _must(done, f"{graph} does not accept its profile")
-        inputs = {spec.name for spec in self.graphs[graph].inputs}
-        for name, place in places.items():
-            done = name not in inputs or context.set_input_shape(name, place.shape)
-            _must(done, f"{graph} does not accept {name} of shape {list(place.shape)}")
-            done = context.set_tensor_address(name, place.pointer)
-            _must(done, f"{graph} does not accept the address of {name}")
-        missing = context.infer_shapes()
-        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
-        return PlanRunner(context, stream)
+        """A runner on the execution's context of a graph and shape."""
+        contexts = execution.shared.setdefault(bucket, {})
+        if graph not in contexts:
+            contexts[graph] = self._context(graph, bucket, places, execution.stream)
+        return PlanRunner(contexts[graph], [(name, p.pointer) for name, p in places.items()])
 
     def _profile(self, bucket: Bucket) -> int:
         """The optimization profile for a shape.
@@ -199,23 +235,37 @@ class TensorRtBackend(DeviceBackend):
             ),
         )
 
-    def _context(self, name: str) -> Any:
-        """A context of a graph that uses the execution's scratch memory."""
-        engine = self.graph(name)
+    def _context(
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+    ) -> PlanContext:
+        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+        engine = self.graph(graph)
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._compiled is None:
-            context = engine.create_execution_context(strategy)
-        else:
-            with self._lock:
-                context = engine.create_execution_context(self._compiled.config(engine, strategy))
+        with self._lock:
+            how = strategy
+            if self._compiled is not None:
+                how = self._compiled.config(graph, engine, strategy)
+            context = engine.create_execution_context(how)
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(
-                f"{self.name}: no execution context for {name}: {self._log.last}; "
+                f"{self.name}: no execution context for {graph}: {self._log.last}; "
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 "use fewer threads, or close other programs that use the GPU",
             )
-        return context
+        done = context.set_optimization_profile_async(self._profile(bucket), stream)
+        _must(done, f"{graph} does not accept its profile")
+        for spec in self.graphs[graph].inputs:
+            shape = places[spec.name].shape
+            done = context.set_input_shape(spec.name, shape)
+            _must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}")
+        missing = context.infer_shapes()
+        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
+        # Enough for every shape, so that the memory rarely has to grow.
+        most = int(engine.device_memory_size_v2)
+        need = int(context.update_device_memory_size_for_shapes())
+        _must(need > 0 or most == 0, f"{graph} does not tell how much scratch memory it needs")
+        return PlanContext(context, stream, max(need, most))
 
     def _load(self, name: str) -> Any:
         file = self._file(name)

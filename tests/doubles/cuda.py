@@ -78,10 +78,11 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
         self.launches = 0
+        self.captures = 0
         self.frees = 0
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
-        self._next = itertools.count(1 << 40, 1 << 30)
+        self._next = itertools.count((1 << 40) + 256, 1 << 30)  # aligned as the driver's
         self._handles = itertools.count(1)
 
     # -- memory
@@ -209,6 +210,7 @@ class FakeCuda(Cuda):
         if self.fails("capture"):
             raise BackendError("CUDA: operation failed due to a previous error during capture", "")
         assert captured, "a captured graph is empty"
+        self.captures += 1
         handle = next(self._handles)
         self.graphs[handle] = stream, captured
         return handle

@@ -85,13 +85,18 @@ class FakeContext:
         return [spec.name for spec in self.plan.graph.inputs if spec.name not in self.shapes]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
         self.addresses[name] = address
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
+        if self.trt.loses_scratch_size:
+            return 0
         return SCRATCH * max(shape[0] for shape in self.shapes.values())
 
     def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        assert size >= self.update_device_memory_size_for_shapes()
         self.scratch = (address, size)
         self.runs = 0
 
@@ -175,6 +180,7 @@ class FakeTensorRt(types.ModuleType):
         self.layers: dict[bytes, str] = {}
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
+        self.loses_scratch_size = False
         self.__dict__.update(more or {})
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
@@ -249,6 +255,11 @@ class FakeEngine:
         self._trt = trt
         self._plan = plan
         self._layers = layers
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        assert self._plan is not None
+        return SCRATCH * max(profile.batch.max for profile in self._plan.profiles)
 
     def create_runtime_config(self) -> FakeRuntimeConfig:
         assert self._trt.__name__ == "tensorrt_rtx", "TensorRT 10.3 has none"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine
+from fpabee.runtime import BackendError, Engine, Regroup
 from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.backends import device
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
 from ...doubles.device import Double, set_gpu
@@ -140,3 +141,30 @@ def test_a_capture_that_fails(
         engine.trace(["turn the lights on"])
     assert caplog.text.count("runs without a CUDA graph") == 1
     assert made.cuda.memory_of == made.cuda.graphs == {}
+
+
+def test_one_context_serves_all_groups_of_a_shape(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window has many groups of the same shape. Only small groups are captured."""
+    monkeypatch.setattr(device, "_CAPTURE_TOKENS", 4 * 8)
+    made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
+    texts = ["rain"] * 17 + ["rain " * 40] * 4
+    never = Regroup.NEVER  # otherwise times are measured, at other shapes
+    with made.load(regroup=never) as engine, Engine.load(made.folder) as usual:
+        expected = usual.trace(texts).logits
+        for _ in range(3):
+            np.testing.assert_allclose(engine.trace(texts).logits, expected, atol=1e-5)
+    shapes = [tuple(context.shapes["attention_bias"]) for context in made.trt.contexts]
+    assert len(shapes) == 3 * len(set(shapes)), "one for each segment and shape"
+    assert len(set(shapes)) == 3
+    # Four groups of 4 rows and one of a single row are small; the other four are not.
+    assert made.cuda.captures == 3 * 5
+
+
+def test_an_unknown_size_of_scratch_memory_is_an_error(double: Callable[..., Double]) -> None:
+    made = double()
+    made.trt.loses_scratch_size = True
+    with made.load() as engine, pytest.raises(BackendError, match="how much scratch memory"):
+        engine.predict(["rain"])
+    assert made.cuda.memory_of == {}
