@@ -133,6 +133,10 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
             profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
         config.add_optimization_profile(profile)
     options = request.options
+    # Otherwise products in fp32 would round their inputs to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if trt.__name__ == "tensorrt_rtx":  # without this flag, its runs cannot be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for number, capability in enumerate(options.compute_capabilities):

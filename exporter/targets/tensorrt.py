@@ -93,7 +93,8 @@ def build_target(
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
         options: shapes, GPUs and limits.
-        jobs: the number of builds at a time.
+        jobs: the number of builds at a time. It is 1 with `tensorrt`, which times kernels on the
+            GPU while it builds.
         resume: keep existing plans of the same graph, options and library.
         progress: called with (what, done, total).
 
@@ -152,7 +153,7 @@ def build_target(
         return result
 
     failures: list[FpabeeError] = []
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(1 if backend == TENSORRT else jobs) as pool:
         for graph, result in zip(wanted, pool.map(build, wanted), strict=True):
             if isinstance(result, FpabeeError):
                 failures.append(result)

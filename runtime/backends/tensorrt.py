@@ -108,12 +108,17 @@ class RuntimeCache:
         self._cache: Any = None
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
-    def config(self, graph: str, engine: Any, strategy: Any) -> Any:
+    def config(self, trt: Any, graph: str, engine: Any) -> Any:
         """The configuration of an engine's contexts, which use the cache."""
         if graph in self._configs:
             return self._configs[graph]
         runtime_config = engine.create_runtime_config()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         runtime_config.set_execution_context_allocation_strategy(strategy)
+        # By default, kernels for a shape are compiled in the background, and a CUDA graph that is
+        # captured before that keeps the slow ones.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is None:
             self._cache = runtime_config.create_runtime_cache()
             if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
@@ -240,11 +245,10 @@ class TensorRtBackend(DeviceBackend):
     ) -> PlanContext:
         """A context of a graph with its shapes set, which uses scratch memory of the execution."""
         engine = self.graph(graph)
-        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._lock:
-            how = strategy
+            how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
             if self._compiled is not None:
-                how = self._compiled.config(graph, engine, strategy)
+                how = self._compiled.config(self.trt, graph, engine)
             context = engine.create_execution_context(how)
         if context is None:
             free, total = self.cuda.memory()
@@ -253,6 +257,8 @@ class TensorRtBackend(DeviceBackend):
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 "use fewer threads, or close other programs that use the GPU",
             )
+        # Plans name their layers in detail, which would otherwise slow down every run.
+        context.nvtx_verbosity = self.trt.ProfilingVerbosity.NONE
         done = context.set_optimization_profile_async(self._profile(bucket), stream)
         _must(done, f"{graph} does not accept its profile")
         for spec in self.graphs[graph].inputs:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
+from fpabee.exporter.targets.plan_worker import PlanRequest, _configure
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import BackendError
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest
+from fpabee.runtime.backends.tensorrt import error_logger
 
 from ...doubles.device import Double
 from ...doubles.tensorrt_builder import FakeBuilder
@@ -112,3 +116,34 @@ def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
     build(double)
     assert mine.read_bytes() == b"mine"
     assert not any(path.is_symlink() for path in home.iterdir())
+
+
+def test_plans_of_rtx_can_be_captured_and_fp32_is_fp32() -> None:
+    """With the real library, whose defaults are different."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    builder = trt.Builder(error_logger(trt))
+    config = builder.create_builder_config()
+    request = PlanRequest(
+        module="tensorrt_rtx", onnx="", plan="", timing_cache="", profiles=[], options=SMALL
+    )
+    assert _configure(trt, builder, config, request) == ""
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+
+
+def test_tensorrt_builds_one_plan_at_a_time(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It times kernels on the GPU, so builds at the same time would disturb each other."""
+    builds, build_network = threading.Lock(), FakeBuilder.build_serialized_network
+
+    def alone(*arguments: Any) -> bytes:
+        assert builds.acquire(blocking=False), "two builds at the same time"
+        time.sleep(0.05)
+        try:
+            return build_network(*arguments)
+        finally:
+            builds.release()
+
+    monkeypatch.setattr(FakeBuilder, "build_serialized_network", alone)
+    build_target(double.folder, read_manifest(double.folder), TENSORRT, "fp32", SMALL, jobs=3)

@@ -29,6 +29,7 @@ KINDS = {
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
+    NONE TF32 clear_flag nvtx_verbosity
     AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
     HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
     MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
@@ -46,6 +47,8 @@ IN_BOTH = """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
+    DynamicShapesKernelSpecializationStrategy EAGER REQUIRE_USER_ALLOCATION
+    dynamic_shapes_kernel_specialization_strategy
     ComputeCapability EngineValidity INVALID create_runtime_cache create_runtime_config
     get_engine_validity num_compute_capabilities set_compute_capability
     set_execution_context_allocation_strategy set_runtime_cache
