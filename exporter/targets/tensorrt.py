@@ -18,7 +18,7 @@ import msgspec
 
 from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
-from ...runtime.backends.cuda_probe import cuda_device
+from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import (
     BackendError,
@@ -52,7 +52,7 @@ def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
     """Why a backend cannot build on this machine; None: it can."""
     if util.find_spec(MODULES[backend]) is None:
         return MissingExtraError(
-            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{backend}]'"
+            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{extra(backend)}]'"
         )
     if backend == TENSORRT:
         device = cuda_device()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
+from .cuda_probe import cuda_device
 
 
 class Cuda:
@@ -32,7 +33,8 @@ class Cuda:
         except ImportError as error:
             # Not an extra: each backend on a GPU has its own, and all of them contain this package.
             raise MissingExtraError(
-                "cuda-bindings is not installed", "pip install 'cuda-bindings>=12.6'"
+                "cuda-bindings is not installed",
+                f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
             ) from error
         self._runtime: Any = runtime
         self._check(runtime.cudaSetDevice(0))

@@ -20,7 +20,7 @@ from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
-from .cuda_probe import required_gpu
+from .cuda_probe import check_cuda, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution, Place, Runner
 from .shapes import Bucket, Limits
 
@@ -175,10 +175,11 @@ class TensorRtBackend(DeviceBackend):
                 f"target {name} needs {module}, which is not installed",
                 Remedy(
                     "pip install 'fpabee[{extra}]', or choose another {target}",
-                    extra=target.backend,
+                    extra=extra(target.backend),
                 ),
             )
         gpu = required_gpu(name)
+        check_cuda(name, module, _built_for(module), target.backend)
         if not _is_for(target, gpu.compute_capability):
             raise BackendError(
                 f"target {name} is for compute capability "
@@ -341,9 +342,19 @@ def library_version(module: str) -> str:
     Args:
         module: name of the module.
     """
-    for name in metadata.packages_distributions().get(module, []):
+    for name in _packages(module):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+
+
+def _packages(module: str) -> list[str]:
+    return list(metadata.packages_distributions().get(module, []))
+
+
+def _built_for(module: str) -> int:
+    """The major version of CUDA that a library was built for; 0: unknown, as on JetPack."""
+    found = [re.search(r"[-_]cu(\d+)", name) for name in _packages(module)]
+    return next((int(match[1]) for match in found if match), 0)
 
 
 def error_logger(trt: Any) -> Any:

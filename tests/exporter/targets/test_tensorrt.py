@@ -188,7 +188,7 @@ def test_tensorrt_needs_the_device(
     folder = engines["bert"]
     manifest = read_manifest(folder)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt-cu13\]'"):
         build_target(folder, manifest, TENSORRT, "fp32", SMALL)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(tensorrt, "cuda_device", lambda: CudaDevice(error="there is no GPU"))

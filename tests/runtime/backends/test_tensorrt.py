@@ -180,7 +180,7 @@ def test_a_target_is_checked_before_a_plan_is_loaded(
     with pytest.raises(BackendError, match=r"NVIDIA GPU.*no NVIDIA driver.*another target"):
         made.load()
     monkeypatch.delitem(sys.modules, "tensorrt")
-    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt-cu13\]'"):
         made.load()
 
 
