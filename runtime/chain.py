@@ -265,6 +265,7 @@ class Chain(Generic[B]):
         self._timed(0, hidden)
         started = time.perf_counter()
         copied = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
+        self.execution.wait()
         seconds = time.perf_counter() - started
         for group in (hidden, copied):
             self.execution.release(group)
@@ -370,12 +371,26 @@ class _Window(Generic[B]):
                 rows, state = rows[keep], state.take(keep)
                 hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
                 bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
-                if bucket != hidden.bucket and segment + 2 < self._chain.segments:
+                if self._saves_time(hidden.bucket, bucket, self._chain.segments - segment - 2):
                     unread = hidden
                     hidden = self._execution.regroup([hidden], [hidden_at], bucket)
                     hidden_at = np.arange(len(rows))
             pending, read_at = ahead, ahead_at
         self._execution.release(hidden)
+
+    def _saves_time(self, old: Bucket, new: Bucket, segments: int) -> bool:
+        """Whether to copy a group into a smaller shape for the number of segments that are left.
+
+        Without measured times, this is assumed if it at least halves the tokens.
+        """
+        before, after = old.batch * old.sequence, new.batch * new.sequence
+        if segments < 1 or after >= before:
+            return False
+        if self._cost is None:
+            return 2 * after <= before
+        return segments * self._cost(after) + self._cost.copy_seconds * after <= segments * (
+            self._cost(before)
+        )
 
     def _decide(
         self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]

@@ -115,6 +115,9 @@ class Execution(ABC, Generic[B]):
         """Keep the buffers of a group for the next group of its shape."""
         self._store.give(hidden.buffers)
 
+    def wait(self) -> None:
+        """Wait until everything that was started is done, for measurements."""
+
     def recover(self) -> None:
         """Free the buffers of groups that an error interrupted.
 

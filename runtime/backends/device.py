@@ -271,6 +271,10 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         hidden.segment = segment + 1
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
 
+    def wait(self) -> None:
+        """Wait for the stream."""
+        self._cuda.synchronize(self.stream)
+
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
         for free_some in (partial(self._store.shrink, 0), self.backend.drop_idle):

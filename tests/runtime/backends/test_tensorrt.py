@@ -24,6 +24,9 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.device import DeviceExecution
+from fpabee.runtime.batching import CostCurve
+from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, set_gpu
@@ -88,6 +91,50 @@ def test_windows_leave_no_device_memory_behind(
                 assert len(made.trt.contexts) == contexts, "made once for a shape"
         rows = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
         assert rows <= {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("stay", "copy_seconds", "regroups"),
+    [(4, None, 0), (2, None, 1), (4, 0.0, 1), (4, 1.0, 0)],
+)
+def test_a_group_shrinks_only_if_this_saves_time(
+    stay: int,
+    copy_seconds: float | None,
+    regroups: int,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without measured times if its tokens are halved, otherwise according to them."""
+    made = double()
+    cost = None if copy_seconds is None else CostCurve((1, 100), (0.01, 1.0), copy_seconds)
+    calls = []
+    regroup = DeviceExecution.regroup
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return regroup(*arguments)
+
+    monkeypatch.setattr(DeviceExecution, "regroup", counted)
+
+    def decide(runner: Any, exit_number: int, state: Any, logits: Any) -> Any:
+        stops = np.arange(len(logits)) >= (stay if exit_number < 3 else 0)
+        return (stops if stops.any() else None), None
+
+    monkeypatch.setattr(RuleRunner, "decide", decide)
+    with made.load() as engine, engine._chain() as chain:
+        chain.run(engine.encode(["rain"] * 5), engine._in_use[1], cost)
+    assert len(calls) == regroups
+
+
+def test_copies_are_timed_until_they_are_done(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+    made = double()
+    with made.load() as engine, engine._chain() as chain:
+        monkeypatch.setattr(DeviceExecution, "wait", lambda self: waited.append(self))
+        chain.measure()
+    assert waited
 
 
 def test_looking_ahead_counts_wasted_segments(double: Callable[..., Double]) -> None:
