@@ -143,7 +143,7 @@ class _Step:
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
         can_capture: false for a large group, and once a capture has failed.
-        scratch: address of the scratch memory that its runners use; 0 if none is set.
+        scratch: number of the scratch memory that its runners use; 0 if none is set.
     """
 
     event: int
@@ -254,6 +254,7 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
+        self._scratch_number = 0  # an address may be used again for less memory
         self._groups: Counter[Bucket] = Counter()
         self.shared: dict[Bucket, dict[str, Any]] = {}
 
@@ -374,7 +375,7 @@ class DeviceExecution(Execution[_DeviceBuffers]):
 
     def _share_scratch(self, step: _Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""
-        if step.scratch and step.scratch == self._scratch:
+        if step.scratch and step.scratch == self._scratch_number:
             return
         need = max(runner.scratch_bytes() for runner in step.runners)
         if need > self._scratch_size:
@@ -384,10 +385,11 @@ class DeviceExecution(Execution[_DeviceBuffers]):
                 self._scratch = self._scratch_size = 0
             self._scratch = self.malloc(need)
             self._scratch_size = need
+            self._scratch_number += 1
         if step.executable is not None:  # it holds the old address
             self._cuda.synchronize(self.stream)
             self._cuda.destroy_graph(step.executable)
             step.executable = None
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
-        step.scratch = self._scratch
+        step.scratch = self._scratch_number

@@ -40,7 +40,7 @@ class PlanContext:
         context: the object of the library.
         stream: the stream that it runs in.
         scratch_bytes: scratch memory that it needs.
-        scratch: address of the scratch memory that it uses; 0 if none is set.
+        scratch: address and size of the scratch memory that it uses.
         runner: the runner whose addresses are set.
         is_warm: whether it has run with this scratch memory. A first run may allocate memory,
             which cannot be captured.
@@ -49,7 +49,7 @@ class PlanContext:
     context: Any
     stream: int
     scratch_bytes: int
-    scratch: int = 0
+    scratch: tuple[int, int] = (0, 0)
     runner: PlanRunner | None = None
     is_warm: bool = False
 
@@ -91,9 +91,9 @@ class PlanRunner(Runner):
     def use_scratch(self, pointer: int, size: int) -> None:
         """Let the context use scratch memory at an address, of a size in bytes."""
         context = self._shared.context
-        if pointer != self._shared.scratch:
+        if (pointer, size) != self._shared.scratch:
             context.set_device_memory(pointer, size)
-            self._shared.scratch, self._shared.is_warm = pointer, False
+            self._shared.scratch, self._shared.is_warm = (pointer, size), False
 
 
 class RuntimeCache:

@@ -109,6 +109,7 @@ class FakeCuda(Cuda):
         return self.room - used, self.room
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
+        self._may_fail("pinned")
         pointer = next(self._next)
         count = int(np.prod(shape))
         memory = np.zeros(max(1, count * dtype.itemsize), np.uint8)
@@ -165,6 +166,7 @@ class FakeCuda(Cuda):
             queued.when_queued()
 
     def stream(self) -> int:
+        self._may_fail("stream")
         handle = next(self._handles)
         self.streams[handle] = _Stream()
         return handle
@@ -180,6 +182,7 @@ class FakeCuda(Cuda):
         del self.streams[stream]
 
     def event(self) -> int:
+        self._may_fail("event")
         handle = next(self._handles)
         self.events[handle] = True
         return handle
@@ -207,8 +210,7 @@ class FakeCuda(Cuda):
             work()
         finally:
             state.capture = None
-        if self.fails("capture"):
-            raise BackendError("CUDA: operation failed due to a previous error during capture", "")
+        self._may_fail("capture")
         assert captured, "a captured graph is empty"
         self.captures += 1
         handle = next(self._handles)
@@ -237,6 +239,10 @@ class FakeCuda(Cuda):
         """Whether this call of a kind is the one that fails."""
         self.fails_at[call] = self.fails_at.get(call, 0) - 1
         return self.fails_at[call] == 0
+
+    def _may_fail(self, call: str) -> None:
+        if self.fails(call):
+            raise BackendError(f"CUDA: {call} failed (error 2)", "")
 
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():

@@ -39,9 +39,12 @@ def test_a_fallback_is_never_silent(
     made = double(backend="onnxruntime")
     loaded: list[str] = []
     create = onnxruntime_cuda.create_session
-    monkeypatch.setattr(
-        onnxruntime_cuda, "create_session", lambda p, s: [loaded.append(p.name), create(p, s)][1]
-    )
+
+    def counted(path: Path, stream: int) -> Any:
+        loaded.append(path.name)
+        return create(path, stream)
+
+    monkeypatch.setattr(onnxruntime_cuda, "create_session", counted)
     nodes = [node("slow/conv", "Conv"), node("size", "Shape")]
     parts = [
         SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes),
