@@ -115,7 +115,8 @@ def build_target(
     name = f"{backend}-{precision}" + (f"-{device}" if device else "")
     home = folder / "targets" / name
     home.mkdir(parents=True, exist_ok=True)
-    record = _BuildRecord(backend, library_version(MODULES[backend]), asdict(options))
+    settings = asdict(options) | {"profiles": msgspec.to_builtins(options.profiles())}
+    record = _BuildRecord(backend, library_version(MODULES[backend]), settings)
     if resume:
         record.graphs = {
             graph: built

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -172,14 +172,18 @@ class _DeviceBuffers(Buffers[int, _Step]):
         self._uploaded = self._event()
         self.lengths = np.zeros(0, np.intp)
 
-    def upload(self, values: Mapping[BufferName, NDArray[Any]]) -> None:
-        """Copy host arrays into buffers, in the stream's order."""
-        self._cuda.wait(self._uploaded)  # the staging memory may still be read
-        for buffer, value in values.items():
-            staging = self._staging(buffer)
-            staging.array[...] = value
-            size = staging.array.nbytes
-            self._cuda.copy(self.buffer(buffer), staging.pointer, size, self._execution.stream)
+    def upload(self, buffers: Mapping[BufferName, Callable[[NDArray[Any]], None]]) -> None:
+        """Fill buffers, in the stream's order.
+
+        Args:
+            buffers: for each, what writes its content into pinned memory.
+        """
+        self._cuda.wait(self._uploaded)  # the pinned memory may still be read
+        for buffer, write in buffers.items():
+            pinned = self._staging(buffer)
+            write(pinned.array)
+            size = pinned.array.nbytes
+            self._cuda.copy(self.buffer(buffer), pinned.pointer, size, self._execution.stream)
         self._cuda.record(self._uploaded, self._execution.stream)
 
     def free(self) -> None:
@@ -307,12 +311,12 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         return buffers
 
     def _write(self, buffers: _DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
-        values = {}
-        for name, buffer in self._stages[0].live.items():
-            spec = self._specs[name]
-            values[buffer] = np.empty(shape_of(spec, buffers.bucket), dtype_of(spec))
-            write_rows(values[buffer], name, encoded, bits_of(self._padding[name], spec))
-        buffers.upload(values)
+        def writes(name: str) -> Callable[[NDArray[Any]], None]:
+            padding = bits_of(self._padding[name], self._specs[name])
+            return lambda array: write_rows(array, name, encoded, padding)
+
+        live = self._stages[0].live
+        buffers.upload({buffer: writes(name) for name, buffer in live.items()})
         buffers.lengths = np.array([len(row) for row in encoded], np.intp)
 
     def _gather(
@@ -325,7 +329,8 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         if spec.name == ATTENTION_BIAS:
             # These few numbers follow from the lengths; uploading them is cheaper than gathering.
             target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
-            target.upload({buffer: bias_of(target.lengths, spec, target.bucket)})
+            bias = bias_of(target.lengths, spec, target.bucket)
+            target.upload({buffer: lambda array: np.copyto(array, bias)})
             return
         batch, sequence = target.bucket.batch, target.bucket.sequence
         pitch = nbytes_of(spec, Bucket(1, sequence))

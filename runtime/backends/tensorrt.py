@@ -197,10 +197,11 @@ class TensorRtBackend(DeviceBackend):
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""
-        typical, longest = self.target.profiles[0], self.target.profiles[-1]
+        profiles = self.target.profiles
+        typical = profiles[0]
         return Limits(
-            max_batch=longest.batch.max,
-            max_sequence=longest.sequence.max,
+            max_batch=max(shapes.batch.max for shapes in profiles),
+            max_sequence=max(shapes.sequence.max for shapes in profiles),
             group_tokens=typical.batch.max * typical.sequence.opt,
             batch_sizes=self.target.batch_sizes,
             sequence_lengths=self.target.sequence_lengths,
@@ -220,18 +221,23 @@ class TensorRtBackend(DeviceBackend):
         return PlanRunner(contexts[graph], [(name, p.pointer) for name, p in places.items()])
 
     def _profile(self, bucket: Bucket) -> int:
-        """The optimization profile for a shape.
+        """The narrowest optimization profile for a shape.
 
         Raises:
             BackendError: no profile includes the shape.
         """
-        for number, shapes in enumerate(self.target.profiles):
-            fits_batch = shapes.batch.min <= bucket.batch <= shapes.batch.max
-            if fits_batch and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max:
-                return number
+        fitting = [
+            (shapes.batch.max, shapes.sequence.max - shapes.sequence.min, number)
+            for number, shapes in enumerate(self.target.profiles)
+            if shapes.batch.min <= bucket.batch <= shapes.batch.max
+            and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max
+        ]
+        if fitting:
+            return min(fitting)[-1]
         ranges = "; ".join(
             f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
             for p in self.target.profiles
+            if p.batch.max > 1 or len(self.target.profiles) < 3
         )
         raise BackendError(
             f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",

@@ -12,6 +12,7 @@ import functools
 import itertools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ def one_at_a_time(kind: type[Any]) -> type[Any]:
                 self: Any, *arguments: Any, _method: Callable[..., Any] = method, **others: Any
             ) -> Any:
                 with self._lock:
+                    self.calls[_method.__name__] += 1
                     return _method(self, *arguments, **others)
 
             setattr(kind, name, functools.wraps(method)(locked))
@@ -66,6 +68,7 @@ class FakeCuda(Cuda):
 
     Attributes:
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
+        calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
     """
 
@@ -82,6 +85,7 @@ class FakeCuda(Cuda):
         self.frees = 0
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
+        self.calls: Counter[str] = Counter()
         self._next = itertools.count((1 << 40) + 256, 1 << 30)  # aligned as the driver's
         self._handles = itertools.count(1)
 

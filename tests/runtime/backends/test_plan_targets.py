@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine, Regroup
+from fpabee.exporter.targets.options import PlanOptions
+from fpabee.runtime import BackendError, Engine, Regroup, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends import device
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.shapes import Bucket
+from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double, set_gpu
 
 HERE = "10.99"
+COUNTED = ("copy", "launch", "record", "wait")
 MIB = 2**20
 
 
@@ -168,3 +172,46 @@ def test_an_unknown_size_of_scratch_memory_is_an_error(double: Callable[..., Dou
     with made.load() as engine, pytest.raises(BackendError, match="how much scratch memory"):
         engine.predict(["rain"])
     assert made.cuda.memory_of == {}
+
+
+def test_the_host_work_of_one_text(double: Callable[..., Double]) -> None:
+    """Driver calls of a request whose segments are captured, at full depth."""
+    made = double()
+    with made.load() as engine:
+        for _ in range(3):
+            engine.predict(["rain"], full_depth=True)
+        made.cuda.calls.clear()
+        engine.predict(["rain"], full_depth=True)
+        counted = dict(made.cuda.calls)
+    inputs = len(engine._backend.stages[0].live)
+    calls = {name: count for name, count in counted.items() if name in COUNTED}
+    assert not counted.keys() & {"malloc", "free", "synchronize", "event", "pinned", "capture"}
+    segments = 3
+    assert calls == {
+        "copy": inputs,
+        "launch": segments,
+        "record": 1 + segments,
+        "wait": 1 + segments,
+    }
+
+
+@pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 8)])
+def test_one_row_runs_in_the_profile_of_its_length(
+    batch: tuple[int, int, int], double: Callable[..., Double]
+) -> None:
+    """Kernels are chosen for the typical shape of a profile. Older plans have two profiles."""
+    options = PlanOptions(batch=batch, compute_capabilities=())
+    profiles = options.profiles()
+    made = double(profiles=profiles, batch_sizes=options.batch_sizes)
+    backend: Any = open_backend(made.folder, read_manifest(made.folder), made.target, None)
+    limits = backend.limits()
+    assert (limits.max_batch, limits.max_sequence) == (options.batch[2], 128)
+    assert limits.group_tokens == options.batch[2] * 64
+    few = options.batch[0]
+    for length in options.sequence_lengths:
+        chosen = profiles[backend._profile(Bucket(few, length))]
+        assert (chosen.sequence.min == chosen.sequence.max == length) == (few == 1)
+        assert profiles[backend._profile(Bucket(8, length))].batch.max > 1
+    with pytest.raises(BackendError, match=r"takes \d to \d+ rows of 16 to 64 tokens; [^;]*, not"):
+        backend.check_bucket(Bucket(64, 16))
+    backend.close()

@@ -29,7 +29,8 @@ KINDS = {
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
-    NONE TF32 clear_flag nvtx_verbosity
+    NONE TF32 clear_flag nvtx_verbosity add_elementwise add_reduce add_shuffle
+    ElementWiseOperation PROD ReduceOperation SUM
     AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
     HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
     MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
