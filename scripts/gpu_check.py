@@ -2,8 +2,8 @@
 
 Each target must reproduce the reference logits of the folder. It is timed on the same texts,
 interleaved with the others: one text and all texts, each with its rule and at full depth, in
-milliseconds of a whole call: median, 99th percentile, and the first call. The exit code is 1 if there is no GPU, a test fails, or a
-target does not run; the JSON is complete all the same.
+milliseconds of a whole call: median, 99th percentile, and the first call. The exit code is 1 if
+there is no GPU, a test fails, or a target does not run; the JSON is complete all the same.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def compare(folder: Path, manifest: Manifest, target_name: str, rows: int) -> bo
 
 
 def _array(value: Any, dtype: str) -> Any:
-    """An input in the type of a plan. Polygraphy takes bfloat16, which NumPy lacks, from PyTorch."""
+    """An input in the type of a plan; bfloat16, which NumPy lacks, as a tensor of PyTorch."""
     if dtype != "bfloat16":
         return value.astype(dtype)
     import torch

@@ -257,6 +257,10 @@ class TensorRtBackend(DeviceBackend):
             if self._compiled is not None:
                 how = self._compiled.config(self.trt, graph, engine)
             context = engine.create_execution_context(how)
+        if context is None:  # for lack of memory, which executions that no call uses may hold
+            self.drop_idle()
+            with self._lock:
+                context = engine.create_execution_context(how)
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(

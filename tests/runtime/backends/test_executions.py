@@ -26,7 +26,7 @@ from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double
-from ...doubles.tensorrt import FakeContext
+from ...doubles.tensorrt import FakeContext, FakeEngine
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 BACKENDS = ["tensorrt", "onnxruntime"]
@@ -149,6 +149,24 @@ def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
     assert nothing_is_left(made)
 
 
+def test_idle_executions_make_room_for_a_context(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double()
+    create = FakeEngine.create_execution_context
+
+    def lacks_memory(engine: FakeEngine, how: Any) -> Any:
+        return create(engine, how) if len(made.cuda.streams) == 1 else None
+
+    with made.load() as engine:
+        with engine._chain() as chain, engine._chain() as other:
+            chain.time_exits(1, 8)
+            assert other.execution is not chain.execution
+        monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
+        assert len(engine.predict(["turn the lights on"])) == 1
+    assert nothing_is_left(made)
+
+
 class Group:
     """A group of rows on an execution, and outputs that were not read yet."""
 
@@ -209,6 +227,18 @@ class Calls(RuleBasedStateMachine):
                 pending = group.execution.enqueue(segment, group.hidden)
                 group.unread.append((segment, pending))
 
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        """A whole call, which is captured when it is repeated."""
+        execution = data.draw(st.sampled_from(self.lent))
+        with self.may_fail(execution):
+            hidden = execution.begin(self.rows[1:3], Bucket(4, 16))
+            for segment in range(self.segments):
+                logits = execution.enqueue(segment, hidden).result()["logits"]
+                np.testing.assert_allclose(logits, self.expected[segment][1:3], atol=1e-5)
+            execution.release(hidden)
+
     @precondition(lambda self: any(group.unread for group in self.groups))
     @rule(data=st.data())
     def read(self, data: st.DataObject) -> None:
@@ -255,7 +285,7 @@ class Calls(RuleBasedStateMachine):
     def fail(self, kind: str, number: int) -> None:
         self.double.cuda.fails_at[kind] = number
 
-    @rule(room=st.integers(20_000, 400_000))
+    @rule(room=st.integers(30_000, 400_000))
     def change_room(self, room: int) -> None:
         self.double.cuda.room = room
 
@@ -271,14 +301,15 @@ class Calls(RuleBasedStateMachine):
 @pytest.mark.parametrize("backend", [*BACKENDS, "tensorrt-rtx"])
 def test_any_order_of_calls_with_failures(backend: str, double: Callable[..., Double]) -> None:
     """No use after free, no leak, and the logits of every group are right."""
-    made = double(backend=backend)
+    made = double(backend=backend, batch=(1, 2, 4))
     made.trt.runs_before_capture = 1
     with Engine.load(made.folder) as usual:
         expected = usual.trace(TEXTS).logits
+    make: Any = lambda: Calls(made, expected)  # noqa: E731 - hypothesis calls it like a class
     run_state_machine_as_test(
-        lambda: Calls(made, expected),
+        make,
         settings=settings(
-            max_examples=60,
+            max_examples=30,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
