@@ -104,5 +104,5 @@ def test_its_environment_gets_tensorrt_once(tmp_path: Path) -> None:
         subprocess.run(command, env=environment, capture_output=True, check=True)
     pip, install, *runs = log.read_text(encoding="utf-8").splitlines()
     assert pip.endswith("--upgrade pip")
-    assert install == "-m pip install --quiet --editable .[dev,tensorrt]"
+    assert install == "-m pip install --quiet --editable .[dev,tensorrt-cu13]"
     assert runs == ["scripts/gpu_check.py engines texts.txt"] * 2
