@@ -261,6 +261,7 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     assert program is not None
     proto = program.model_proto
     _name_dimensions(proto, inputs)
+    _keep_shapes_constant(proto)
     _name_nodes(proto)
     _bound_fills(proto)
     _strip(proto)
@@ -289,6 +290,48 @@ def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in names:
                 dimension.dim_param = names[dimension.dim_param]
+
+
+def _keep_shapes_constant(proto: Any) -> None:
+    """Let each Reshape keep axes by number, as in [0, 0, heads, size], where this is possible.
+
+    Otherwise nodes compute the new shape from the shape of an input. ONNX Runtime runs these nodes
+    on the CPU, also when the others run on a GPU.
+    """
+    graph = proto.graph
+    sizes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.output, *graph.value_info]
+    }
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] in constants:
+            continue
+        before, after = (sizes.get(name, []) for name in (node.input[0], node.output[0]))
+        kept = [axis < len(before) and size == before[axis] for axis, size in enumerate(after)]
+        shape = [
+            0 if keep else size if isinstance(size, int) else -1
+            for keep, size in zip(kept, after, strict=True)
+        ]
+        if not after or shape.count(-1) > 1:
+            continue
+        name = f"shape_of_{node.output[0]}"
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), name))
+        node.input[1] = name
+        del node.attribute[:]  # a 0 would otherwise be a size
+    _remove_unread(graph)
+
+
+def _remove_unread(graph: Any) -> None:
+    """Remove nodes and initializers whose values nothing reads."""
+    read = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if read.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            read.update(node.input)
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
 
 
 def _name_nodes(proto: Any) -> None:

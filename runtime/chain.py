@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import LOGITS
-from .backends.backend import Execution
+from .backends.backend import Backend, Execution
 from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve, RowNumbers, make_groups, plan_joins
@@ -110,12 +110,12 @@ def not_finite(target: str, exit_number: int) -> BackendError:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chain(Generic[B]):
-    """The chain of segments on one execution, for one thread.
+    """The chain of segments, for one call in a `with` statement.
 
     Args:
-        open_execution: opens what runs segments; it is called when the first row needs it.
+        backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
         segments: number of segments.
         labels: number of labels.
@@ -123,7 +123,7 @@ class Chain(Generic[B]):
         exit_0: the classifier before layer 1; None: there is none.
     """
 
-    open_execution: Callable[[], Execution[B]]
+    backend: Backend[B]
     limits: Limits
     segments: int
     labels: int
@@ -133,7 +133,15 @@ class Chain(Generic[B]):
     @cached_property
     def execution(self) -> Execution[B]:
         """What runs segments."""
-        return self.open_execution()
+        return self.backend.check_out()
+
+    def __enter__(self) -> Chain[B]:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        lent = self.__dict__.pop("execution", None)
+        if lent is not None:
+            self.backend.give_back(lent, failed=error is not None)
 
     def run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, cost: CostCurve | None
@@ -256,9 +264,11 @@ class Chain(Generic[B]):
         hidden = self._made_up(bucket)
         self._timed(0, hidden)
         started = time.perf_counter()
-        hidden = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
+        copied = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
+        self.execution.wait()
         seconds = time.perf_counter() - started
-        self.execution.release(hidden)
+        for group in (hidden, copied):
+            self.execution.release(group)
         return seconds
 
 
@@ -342,12 +352,17 @@ class _Window(Generic[B]):
         rows, hidden, state = group.rows, group.hidden, group.state
         pending = self._execution.enqueue(0, hidden)
         read_at = hidden_at = np.arange(len(rows))
+        unread = None  # the buffers before regrouping, until the outputs in them are read
         for segment in range(self._chain.segments):
             ahead, ahead_at = pending, hidden_at
             is_last = segment + 1 == self._chain.segments
             if not is_last:
                 ahead = self._execution.enqueue(segment + 1, hidden)
-            stops = self._decide(segment + 1, rows, state, pending.result()[LOGITS][read_at])
+            logits = pending.result()[LOGITS][read_at]
+            if unread is not None:
+                self._execution.release(unread)
+                unread = None
+            stops = self._decide(segment + 1, rows, state, logits)
             if stops is not None:
                 self._wasted += 0 if is_last else int(np.count_nonzero(stops))
                 keep = np.flatnonzero(~stops)
@@ -356,11 +371,26 @@ class _Window(Generic[B]):
                 rows, state = rows[keep], state.take(keep)
                 hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
                 bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
-                if bucket != hidden.bucket and segment + 2 < self._chain.segments:
+                if self._saves_time(hidden.bucket, bucket, self._chain.segments - segment - 2):
+                    unread = hidden
                     hidden = self._execution.regroup([hidden], [hidden_at], bucket)
                     hidden_at = np.arange(len(rows))
             pending, read_at = ahead, ahead_at
         self._execution.release(hidden)
+
+    def _saves_time(self, old: Bucket, new: Bucket, segments: int) -> bool:
+        """Whether to copy a group into a smaller shape for the number of segments that are left.
+
+        Without measured times, this is assumed if it at least halves the tokens.
+        """
+        before, after = old.batch * old.sequence, new.batch * new.sequence
+        if segments < 1 or after >= before:
+            return False
+        if self._cost is None:
+            return 2 * after <= before
+        return segments * self._cost(after) + self._cost.copy_seconds * after <= segments * (
+            self._cost(before)
+        )
 
     def _decide(
         self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]
@@ -399,5 +429,7 @@ class _Window(Generic[B]):
         bucket = self._chain.bucket(len(numbers), int(self._lengths[numbers].max()))
         keeps = [np.arange(len(p.rows)) if p.keep is None else p.keep for p in parts]
         hidden = self._execution.regroup([part.hidden for part in parts], keeps, bucket)
+        for part in parts:
+            self._execution.release(part.hidden)
         states = [part.state.take(keep) for part, keep in zip(parts, keeps, strict=True)]
         return _Group(numbers, hidden, PatienceState.join(states))

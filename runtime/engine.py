@@ -149,7 +149,6 @@ class Engine:
         self._in_use = (operating_point, self._runner(rule))
         self._regroup = Regroup(regroup)
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
-        self._local = threading.local()
         self._cost: CostCurve | None = None
         self._cost_lock = threading.Lock()
         self._times = ExitTimes(self.limits, self._exits, self.time_exits)
@@ -386,13 +385,15 @@ class Engine:
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
-        return self._chain().time_exits(rows, tokens)
+        with self._chain() as chain:
+            return chain.time_exits(rows, tokens)
 
     def close(self) -> None:
-        """Free the segments; the engine cannot be used afterwards."""
+        """Free the segments; the engine cannot be used afterwards.
+
+        Calls of other threads that have begun are answered; the last of them frees the segments.
+        """
         self._closed = True
-        # The threads' executions hold sessions and buffers.
-        self._local = threading.local()
         self._backend.close()
 
     def __enter__(self) -> Engine:
@@ -466,7 +467,8 @@ class Engine:
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
         (row,) = self._encoder.encode(texts)
-        result = self._chain().run_one(row, runner)
+        with self._chain() as chain:
+            result = chain.run_one(row, runner)
         with self._tally_lock:
             self._tally = self._tally.with_row(
                 result.exit - self._exits[0], row.truncated, result.wasted
@@ -474,26 +476,22 @@ class Engine:
         return self._predictions.row(result.logits[-1], result.exit, row.truncated)
 
     def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
-        chain = self._chain()
         is_large = sum(len(row) for row in rows) > self.limits.group_tokens
-        return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
+        with self._chain() as chain:
+            return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
 
     def _chain(self) -> Chain[Any]:
-        """The chain of this thread."""
+        """A chain for one call; its execution comes from the backend's pool."""
         if self._closed:
             raise BackendError("this engine is closed", "load it again with Engine.load")
-        chain: Chain[Any] | None = getattr(self._local, "chain", None)
-        if chain is None:
-            chain = Chain(
-                self._backend.open,
-                self.limits,
-                len(self.manifest.segments),
-                len(self.labels),
-                self.target,
-                self._exit_0,
-            )
-            self._local.chain = chain
-        return chain
+        return Chain(
+            self._backend,
+            self.limits,
+            len(self.manifest.segments),
+            len(self.labels),
+            self.target,
+            self._exit_0,
+        )
 
     def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
         """The costs that decide which groups are joined; None if groups are never joined."""

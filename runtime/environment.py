@@ -10,8 +10,8 @@ from .. import __version__
 from .backends.cuda_probe import cuda_device
 
 _PACKAGES = (
-    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu tensorrt tensorrt-rtx-cu13 cuda-bindings "
-    "onnx torch transformers"
+    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu tensorrt tensorrt-cu12 tensorrt-cu13 "
+    "tensorrt-rtx-cu12 tensorrt-rtx-cu13 cuda-bindings onnx torch transformers"
 )
 # Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
 _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve"
@@ -29,7 +29,9 @@ def environment() -> dict[str, str]:
     return found | {
         "system": platform.platform(),
         "cpu": _cpu_with_features(),
-        "gpu": device.error or f"{device.name}, compute capability {device.compute_capability}",
+        "gpu": device.error
+        or f"{device.name}, compute capability {device.compute_capability}, "
+        f"driver for CUDA {device.cuda[0]}.{device.cuda[1]}",
     }
 
 

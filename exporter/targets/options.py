@@ -90,7 +90,12 @@ class PlanOptions:
             )
 
     def profiles(self) -> tuple[Shapes, ...]:
-        """Two ranges of lengths: up to the typical length, and beyond it."""
+        """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.
+
+        TensorRT chooses kernels for the typical shape of a profile, and those for many rows are
+        slow for a single one. So each length that one row is padded to has a profile of its own.
+        TensorRT for RTX compiles kernels for the actual shape on the device.
+        """
         batch = Range(**dict(zip(("min", "opt", "max"), self.batch, strict=True)))
         low, typical, high = self.sequence
         profiles = [Shapes(batch=batch, sequence=Range(min=low, opt=typical, max=typical))]
@@ -98,6 +103,12 @@ class PlanOptions:
             profiles.append(
                 Shapes(batch=batch, sequence=Range(min=typical + 1, opt=high, max=high))
             )
+        if not self.compute_capabilities and self.batch[0] == 1 < self.batch[2]:
+            one = Range(min=1, opt=1, max=1)
+            profiles += [
+                Shapes(batch=one, sequence=Range(min=length, opt=length, max=length))
+                for length in self.sequence_lengths
+            ]
         return tuple(profiles)
 
     @property

@@ -73,6 +73,7 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
+    _sum_tokens(trt, network)
     if TURING in request.options.compute_capabilities:
         _lower_heads(trt, network)
     config = builder.create_builder_config()
@@ -103,6 +104,39 @@ def _creation_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
+def _sum_tokens(trt: Any, network: Any) -> None:
+    """Compute the mean over tokens in heads as a product and a sum instead of a matrix product.
+
+    Builders fuse these into the layer norm before them: 12 kernels in a segment instead of 14. The
+    graph keeps the matrix product, because it is several times faster on a CPU.
+    """
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    for layer in layers:
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY or not in_head(layer.name):
+            continue
+        weights, values = layer.get_input(0), layer.get_input(1)
+        if len(weights.shape) != 3 or weights.shape[1] != 1:  # a product with a constant matrix
+            continue
+        turned = network.add_shuffle(weights)
+        turned.first_transpose = (0, 2, 1)
+        product = network.add_elementwise(
+            turned.get_output(0), values, trt.ElementWiseOperation.PROD
+        )
+        mean = network.add_reduce(product.get_output(0), trt.ReduceOperation.SUM, 1 << 1, True)
+        for reader, number in _readers(layers, layer.get_output(0)):
+            reader.set_input(number, mean.get_output(0))
+
+
+def _readers(layers: list[Any], tensor: Any) -> list[tuple[Any, int]]:
+    """The layers that read a tensor, and as which of their inputs."""
+    return [
+        (layer, number)
+        for layer in layers
+        for number in range(layer.num_inputs)
+        if layer.get_input(number) is not None and layer.get_input(number).name == tensor.name
+    ]
+
+
 def _lower_heads(trt: Any, network: Any) -> None:
     """Compute the products of exit heads in fp16: on Turing, TensorRT for RTX has none in fp32."""
     layers = [network.get_layer(number) for number in range(network.num_layers)]
@@ -111,13 +145,7 @@ def _lower_heads(trt: Any, network: Any) -> None:
         if not (is_product and in_head(layer.name)):
             continue
         product = layer.get_output(0)
-        readers = [
-            (reader, number)
-            for reader in layers
-            for number in range(reader.num_inputs)
-            if reader.get_input(number) is not None
-            and reader.get_input(number).name == product.name
-        ]
+        readers = _readers(layers, product)
         for number in range(layer.num_inputs):
             lowered = network.add_cast(layer.get_input(number), trt.DataType.HALF)
             layer.set_input(number, lowered.get_output(0))
@@ -133,6 +161,10 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
             profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
         config.add_optimization_profile(profile)
     options = request.options
+    # Otherwise products in fp32 would round their inputs to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if trt.__name__ == "tensorrt_rtx":  # without this flag, its runs cannot be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for number, capability in enumerate(options.compute_capabilities):

@@ -18,7 +18,7 @@ import msgspec
 
 from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
-from ...runtime.backends.cuda_probe import cuda_device
+from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import (
     BackendError,
@@ -52,7 +52,7 @@ def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
     """Why a backend cannot build on this machine; None: it can."""
     if util.find_spec(MODULES[backend]) is None:
         return MissingExtraError(
-            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{backend}]'"
+            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{extra(backend)}]'"
         )
     if backend == TENSORRT:
         device = cuda_device()
@@ -93,7 +93,8 @@ def build_target(
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
         options: shapes, GPUs and limits.
-        jobs: the number of builds at a time.
+        jobs: the number of builds at a time. It is 1 with `tensorrt`, which times kernels on the
+            GPU while it builds.
         resume: keep existing plans of the same graph, options and library.
         progress: called with (what, done, total).
 
@@ -114,7 +115,8 @@ def build_target(
     name = f"{backend}-{precision}" + (f"-{device}" if device else "")
     home = folder / "targets" / name
     home.mkdir(parents=True, exist_ok=True)
-    record = _BuildRecord(backend, library_version(MODULES[backend]), asdict(options))
+    settings = asdict(options) | {"profiles": msgspec.to_builtins(options.profiles())}
+    record = _BuildRecord(backend, library_version(MODULES[backend]), settings)
     if resume:
         record.graphs = {
             graph: built
@@ -152,7 +154,7 @@ def build_target(
         return result
 
     failures: list[FpabeeError] = []
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(1 if backend == TENSORRT else jobs) as pool:
         for graph, result in zip(wanted, pool.map(build, wanted), strict=True):
             if isinstance(result, FpabeeError):
                 failures.append(result)

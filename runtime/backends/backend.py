@@ -1,8 +1,9 @@
 """What a backend is, and what all backends have in common.
 
-A `Backend` belongs to one target of an engines folder, and threads may share it. Each thread
-opens its own `Execution`, which owns buffers, bindings and streams. Hidden states are opaque
-to the engine: only the outputs of exit heads reach it.
+A `Backend` belongs to one target of an engines folder, and threads may share it. An `Execution`
+owns buffers, bindings and streams. A call checks one out of a pool and gives it back, so there are
+as many as calls that ran at the same time. Hidden states are opaque to the engine: only the
+outputs of exit heads reach it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -35,7 +37,7 @@ class Pending(Protocol):
 
 
 class Execution(ABC, Generic[B]):
-    """Runs segments over pooled buffers, for one thread.
+    """Runs segments over pooled buffers, for one call at a time.
 
     Args:
         backend: the backend.
@@ -87,7 +89,10 @@ class Execution(ABC, Generic[B]):
     def regroup(
         self, hiddens: Sequence[Hidden[B]], rows: Sequence[Rows], bucket: Bucket
     ) -> Hidden[B]:
-        """Gather, join and pad rows in one step. The old groups are released.
+        """Gather, join and pad rows in one step.
+
+        The old groups stay as they are until they are released, so that outputs of a segment that
+        was enqueued for them can still be read.
 
         Args:
             hiddens: the groups to take rows from.
@@ -104,13 +109,27 @@ class Execution(ABC, Generic[B]):
             else:
                 longest, _ = max(sources, key=lambda source: source[0].bucket.sequence)
                 self._crop(spec, buffer, longest, buffers)
-        for hidden in hiddens:
-            self.release(hidden)
         return Hidden(sum(map(len, rows)), buffers, segment)
 
     def release(self, hidden: Hidden[B]) -> None:
         """Keep the buffers of a group for the next group of its shape."""
         self._store.give(hidden.buffers)
+
+    def wait(self) -> None:
+        """Wait until everything that was started is done, for measurements."""
+
+    def recover(self) -> None:
+        """Free the buffers of groups that an error interrupted.
+
+        Raises:
+            BackendError: the device has failed, so the execution cannot be used again.
+        """
+        self._store.free_taken()
+
+    def close(self) -> None:
+        """Free everything."""
+        self.recover()
+        self._store.shrink(0)
 
     @abstractmethod
     def _make(self, bucket: Bucket) -> B:
@@ -129,6 +148,10 @@ class Execution(ABC, Generic[B]):
     @abstractmethod
     def _crop(self, spec: TensorSpec, buffer: BufferName, source: B, target: B) -> None:
         """Of a tensor that has no batch axis, copy the part that a shorter sequence needs."""
+
+
+def _closed() -> BackendError:
+    return BackendError("this engine is closed", "load it again with Engine.load")
 
 
 class Backend(ABC, Generic[B]):
@@ -170,6 +193,10 @@ class Backend(ABC, Generic[B]):
         self._threads = threads
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
+        self._freed = False
+        self._pool_lock = threading.Lock()  # nothing else is locked while it is held
+        self._idle: list[Execution[B]] = []
+        self._lent = 0
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -193,9 +220,50 @@ class Backend(ABC, Generic[B]):
     def limits(self) -> Limits:
         """The shapes that this target runs."""
 
+    def check_out(self) -> Execution[B]:
+        """An execution for one call, which must be given back.
+
+        Raises:
+            BackendError: the backend is closed, or there is no memory for another execution.
+        """
+        with self._pool_lock:
+            if self._closed:
+                raise _closed()
+            self._lent += 1
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return self.open()
+        except BaseException:
+            self._end_call(None)
+            raise
+
+    def give_back(self, execution: Execution[B], failed: bool = False) -> None:
+        """Return an execution to the pool.
+
+        Args:
+            execution: the execution, which nobody uses any more.
+            failed: whether an error interrupted its call.
+        """
+        if failed:
+            try:
+                execution.recover()
+            except BackendError:  # the device has failed, so nothing can be freed
+                self._end_call(None)
+                return
+        self._end_call(execution)
+
+    def drop_idle(self) -> None:
+        """Close the executions that no call uses."""
+        with self._pool_lock:
+            idle, self._idle = self._idle, []
+        for execution in idle:
+            with suppress(BackendError):  # the device has failed, so nothing can be freed
+                execution.close()
+
     @abstractmethod
     def open(self) -> Execution[B]:
-        """A new execution, for one thread."""
+        """A new execution; `check_out` lends those that exist."""
 
     @abstractmethod
     def _load(self, name: str) -> Any:
@@ -211,8 +279,8 @@ class Backend(ABC, Generic[B]):
         loaded = self._loaded.get(name)
         if loaded is None:
             with self._lock:
-                if self._closed:
-                    raise BackendError("this engine is closed", "load it again with Engine.load")
+                if self._freed:
+                    raise _closed()
                 loaded = self._loaded.get(name) or self._load(name)
                 self._loaded[name] = loaded
         return loaded
@@ -223,12 +291,27 @@ class Backend(ABC, Generic[B]):
             self.graph(name)
 
     def close(self) -> None:
-        """Free what is loaded. No execution may be used afterwards."""
+        """Free what is loaded, as soon as the calls that have begun are done."""
+        with self._pool_lock:
+            self._closed = True
+        self._free_if_done()
+
+    def _end_call(self, execution: Execution[B] | None) -> None:
+        with self._pool_lock:
+            self._lent -= 1
+            if execution is not None:
+                self._idle.append(execution)
+        self._free_if_done()
+
+    def _free_if_done(self) -> None:
+        with self._pool_lock:
+            if not self._closed or self._lent or self._freed:
+                return
+            self._freed = True
+        self.drop_idle()
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._free()
-                self._loaded.clear()
+            self._free()
+            self._loaded.clear()
 
     def _free(self) -> None:
         """Free what a backend holds besides its graphs; called once."""

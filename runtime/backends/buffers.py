@@ -165,7 +165,7 @@ class Hidden(Generic[B]):
 
 
 class Store(Generic[B]):
-    """Unused buffers by shape. The least recently used shapes are dropped.
+    """Unused buffers by shape, and those that were taken. Least recently used shapes are dropped.
 
     Args:
         make: makes the buffers of a shape.
@@ -176,23 +176,32 @@ class Store(Generic[B]):
         self._make = make
         self._most_bytes = most_bytes
         self._free: OrderedDict[Bucket, list[B]] = OrderedDict()
+        self._taken: set[B] = set()
         self.nbytes = 0
 
     def take(self, bucket: Bucket) -> B:
         """Buffers of a shape: unused ones if possible, otherwise new ones."""
         free = self._free.get(bucket)
-        if not free:
-            return self._make(bucket)
-        buffers = free.pop()
-        self.nbytes -= buffers.nbytes
+        if free:
+            buffers = free.pop()
+            self.nbytes -= buffers.nbytes
+        else:
+            buffers = self._make(bucket)
+        self._taken.add(buffers)
         return buffers
 
     def give(self, buffers: B) -> None:
         """Keep buffers for the next group of their shape."""
+        self._taken.remove(buffers)
         self._free.setdefault(buffers.bucket, []).append(buffers)
         self._free.move_to_end(buffers.bucket)
         self.nbytes += buffers.nbytes
         self.shrink(self._most_bytes)
+
+    def free_taken(self) -> None:
+        """Free the buffers that were taken and will not be given back."""
+        while self._taken:
+            self._taken.pop().free()
 
     def shrink(self, most_bytes: int) -> None:
         """Free the least recently used buffers until at most `most_bytes` are held."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
+from .cuda_probe import cuda_device
 
 
 class Cuda:
@@ -31,7 +33,8 @@ class Cuda:
         except ImportError as error:
             # Not an extra: each backend on a GPU has its own, and all of them contain this package.
             raise MissingExtraError(
-                "cuda-bindings is not installed", "pip install 'cuda-bindings>=12.6'"
+                "cuda-bindings is not installed",
+                f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
             ) from error
         self._runtime: Any = runtime
         self._check(runtime.cudaSetDevice(0))
@@ -135,16 +138,32 @@ class Cuda:
         """Destroy an event."""
         self._check(self._runtime.cudaEventDestroy(event))
 
-    def begin_capture(self, stream: int) -> None:
-        """Capture what is enqueued from now on, instead of running it."""
+    def capture(self, stream: int, work: Callable[[], None]) -> int:
+        """Capture what a function enqueues in a stream, instead of running it.
+
+        Args:
+            stream: the stream. It can be used as before even if the capture fails.
+            work: the function.
+
+        Returns:
+            An executable graph.
+        """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
-
-    def end_capture(self, stream: int) -> int:
-        """End the capture, and return an executable graph."""
-        (graph,) = self._check(self._runtime.cudaStreamEndCapture(stream))
-        (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
-        self._check(self._runtime.cudaGraphDestroy(graph))
+        ended: tuple[Any, ...] = ()
+        try:
+            try:
+                work()
+            finally:
+                ended = self._runtime.cudaStreamEndCapture(stream)
+            (graph,) = self._check(ended)
+            (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
+        except BaseException:
+            self._runtime.cudaGetLastError()  # so that libraries do not take it for their own
+            raise
+        finally:
+            if ended and int(ended[0]) == 0:
+                self._runtime.cudaGraphDestroy(ended[1])
         return int(executable)
 
     def launch(self, executable: int, stream: int) -> None:

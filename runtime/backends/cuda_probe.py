@@ -9,9 +9,12 @@ import ctypes
 import functools
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 
 from ..errors import BackendError, Remedy
 
+# The oldest NVIDIA driver for each version of CUDA.
+_DRIVERS = {12: "525", 13: "580"}
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -22,11 +25,13 @@ class CudaDevice:
     Attributes:
         name: the driver's name for it.
         compute_capability: such as `8.6`.
+        cuda: the newest CUDA version that the driver runs, such as (12, 6); (0, 0) if unknown.
         error: why no GPU can be used; empty if one can.
     """
 
     name: str = ""
     compute_capability: str = ""
+    cuda: tuple[int, int] = (0, 0)
     error: str = ""
 
 
@@ -53,7 +58,15 @@ def cuda_device() -> CudaDevice:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
         parts.append(str(value.value))
-    return CudaDevice(text.value.decode(errors="replace"), ".".join(parts))
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    cuda = (version.value // 1000, version.value % 1000 // 10)
+    return CudaDevice(text.value.decode(errors="replace"), ".".join(parts), cuda)
+
+
+def extra(name: str) -> str:
+    """The extra of `fpabee` with this machine's CUDA version, such as `gpu-cu12`."""
+    return f"{name}-cu{12 if cuda_device().cuda[0] == 12 else 13}"
 
 
 def required_gpu(target: str) -> CudaDevice:
@@ -72,3 +85,40 @@ def required_gpu(target: str) -> CudaDevice:
             Remedy("choose another {target}, such as onnxruntime-fp32"),
         )
     return device
+
+
+def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:
+    """Check that a library and `cuda-bindings` are for the same CUDA, which the driver supports.
+
+    Args:
+        target: name of the target that needs them, for messages.
+        library: name of the library.
+        major: the major version of CUDA that it was built for; 0: unknown.
+        extra_name: the extra that installs it, without the version of CUDA.
+
+    Raises:
+        BackendError: the versions do not fit together.
+    """
+    bindings = bindings_cuda()
+    driver = cuda_device().cuda
+    for name, needed in ((library, major), ("cuda-bindings", bindings)):
+        if driver[0] and needed > driver[0]:
+            raise BackendError(
+                f"target {target} uses {name} for CUDA {needed}, but the NVIDIA driver of this "
+                f"machine supports CUDA {driver[0]}.{driver[1]}",
+                f"install NVIDIA driver {_DRIVERS.get(needed, 'for this CUDA version')} or later"
+                + (f", or pip install 'fpabee[{extra(extra_name)}]'" if driver[0] == 12 else ""),
+            )
+    if major and bindings and major != bindings:
+        raise BackendError(
+            f"{library} was built for CUDA {major}, but cuda-bindings is for CUDA {bindings}",
+            f"pip install 'fpabee[{extra(extra_name)}]'",
+        )
+
+
+def bindings_cuda() -> int:
+    """The major version of CUDA of the installed `cuda-bindings`; 0: it is not installed."""
+    try:
+        return int(metadata.version("cuda-bindings").partition(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0

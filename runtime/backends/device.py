@@ -1,10 +1,11 @@
 """Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
 
 Each group's buffers have runners of their own, whose shapes and addresses never change. A segment
-can therefore be started with one launch: its first run warms up, the second run is captured as a
-CUDA graph, and later runs replay this graph. Segments run one after another, so all runners of an
-execution share one piece of scratch memory. Only the outputs of exit heads are copied back, into
-pinned memory, with an event to wait for.
+of a small group can therefore be started with one launch: its first run warms up, the second run is
+captured as a CUDA graph, and later runs replay this graph. Segments run one after another, so all
+runners of an execution share one piece of scratch memory, and those of the same graph and shape
+share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
+event to wait for.
 
 Rows are regrouped with copies of the CUDA driver, one for each run of neighbouring rows. Nothing
 here needs a compiler on the device, or a kernel for each GPU. A group has a few dozen rows, and
@@ -13,9 +14,12 @@ most neighbours stay together.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +35,13 @@ from .cuda import Cuda, PinnedArray, cuda
 from .device_tensors import bias_of, bits_of, dtype_of, nbytes_of, runs_of
 from .shapes import Bucket, Rows
 
-# Unused buffers keep up to this much device memory; each also keeps its contexts and graphs.
+logger = logging.getLogger(__name__)
+
+# Unused buffers keep up to this much device memory; each also keeps its CUDA graphs.
 _FREE_BYTES = 256 * 2**20
+# Larger groups are not captured: their kernels take much longer than their launches, and a window
+# of many groups would need as many graphs for each segment.
+_CAPTURE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +54,7 @@ class Place:
 
 
 class Runner(ABC):
-    """One graph at one shape, bound to fixed addresses."""
+    """One graph at one shape, with fixed addresses."""
 
     @abstractmethod
     def run(self) -> None:
@@ -79,14 +88,11 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
     ) -> None:
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
-        self._executions: list[DeviceExecution] = []
+        self._warned = False
 
     def open(self) -> DeviceExecution:
-        """A new execution, for one thread."""
-        execution = DeviceExecution(self)
-        with self._lock:
-            self._executions.append(execution)
-        return execution
+        """A new execution."""
+        return DeviceExecution(self)
 
     @abstractmethod
     def check_bucket(self, bucket: Bucket) -> None:
@@ -94,7 +100,7 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
 
     @abstractmethod
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> Runner:
         """A runner of a graph.
 
@@ -102,13 +108,14 @@ class DeviceBackend(Backend["_DeviceBuffers"]):
             graph: name of the graph.
             bucket: the padded shape.
             places: where each input and output is, by its name.
-            stream: the stream to run in.
+            execution: has the stream to run in, and keeps what runners share.
         """
 
-    def _free(self) -> None:
-        for execution in self._executions:
-            execution.close()
-        self._executions.clear()
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless this backend has logged one before."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: %s", self.name, message)
 
 
 class _Pending(NamedTuple):
@@ -135,16 +142,16 @@ class _Step:
         copies: pinned memory, device address and bytes of each output of the head.
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
-        runs: runs since the scratch memory was last set.
-        scratch: address of the scratch memory that its runners use; 0 if none is set.
+        can_capture: false for a large group, and once a capture has failed.
+        scratch: number of the scratch memory that its runners use; 0 if none is set.
     """
 
     event: int
+    can_capture: bool
     runners: list[Runner] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     arrays: Arrays = field(default_factory=dict)
     executable: int | None = None
-    runs: int = 0
     scratch: int = 0
 
 
@@ -165,14 +172,18 @@ class _DeviceBuffers(Buffers[int, _Step]):
         self._uploaded = self._event()
         self.lengths = np.zeros(0, np.intp)
 
-    def upload(self, values: Mapping[BufferName, NDArray[Any]]) -> None:
-        """Copy host arrays into buffers, in the stream's order."""
-        self._cuda.wait(self._uploaded)  # the staging memory may still be read
-        for buffer, value in values.items():
-            staging = self._staging(buffer)
-            staging.array[...] = value
-            size = staging.array.nbytes
-            self._cuda.copy(self.buffer(buffer), staging.pointer, size, self._execution.stream)
+    def upload(self, buffers: Mapping[BufferName, Callable[[NDArray[Any]], None]]) -> None:
+        """Fill buffers, in the stream's order.
+
+        Args:
+            buffers: for each, what writes its content into pinned memory.
+        """
+        self._cuda.wait(self._uploaded)  # the pinned memory may still be read
+        for buffer, write in buffers.items():
+            pinned = self._staging(buffer)
+            write(pinned.array)
+            size = pinned.array.nbytes
+            self._cuda.copy(self.buffer(buffer), pinned.pointer, size, self._execution.stream)
         self._cuda.record(self._uploaded, self._execution.stream)
 
     def free(self) -> None:
@@ -188,7 +199,7 @@ class _DeviceBuffers(Buffers[int, _Step]):
             self._cuda.destroy_event(event)
         for kept in (self._steps, self._values, self._pinned, self._events):
             kept.clear()
-        self._execution.made.discard(self)
+        self._execution.forget(self.bucket)
 
     def _allocate(self, name: BufferName) -> int:
         size = nbytes_of(self._execution.backend.specs[name[0]], self.bucket)
@@ -210,14 +221,15 @@ class _DeviceBuffers(Buffers[int, _Step]):
 
     def _prepare(self, segment: int) -> _Step:
         backend = self._execution.backend
-        step = _Step(self._event())
+        is_small = self.bucket.batch * self.bucket.sequence <= _CAPTURE_TOKENS
+        step = _Step(self._event(), is_small)
         for call in backend.stages[segment].calls:
             places = {}
             for name, buffer in (*call.inputs, *call.outputs):
                 spec = backend.specs[buffer[0]]
                 places[name] = Place(self.buffer(buffer), shape_of(spec, self.bucket), spec.dtype)
-            stream = self._execution.stream
-            step.runners.append(backend.runner(call.graph, self.bucket, places, stream))
+            runner = backend.runner(call.graph, self.bucket, places, self._execution)
+            step.runners.append(runner)
             for name, buffer in call.outputs:
                 if not name.startswith(NEXT):
                     host = self._staging(buffer)
@@ -231,6 +243,10 @@ class DeviceExecution(Execution[_DeviceBuffers]):
 
     Args:
         backend: the backend, which may have one stream for all of its executions.
+
+    Attributes:
+        stream: the stream.
+        shared: what runners of the same shape share, by shape and graph.
     """
 
     lookahead = True
@@ -242,7 +258,9 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
-        self.made: set[_DeviceBuffers] = set()
+        self._scratch_number = 0  # an address may be used again for less memory
+        self._groups: Counter[Bucket] = Counter()
+        self.shared: dict[Bucket, dict[str, Any]] = {}
 
     def enqueue(self, segment: int, hidden: Hidden[_DeviceBuffers]) -> _Pending:
         """Enqueue a segment without waiting for it."""
@@ -250,53 +268,55 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
-        elif step.runs == 0 or not all(runner.can_capture() for runner in step.runners):
-            # A first run may allocate memory, which cannot be captured.
-            self._run(step)
+        elif step.can_capture and all(runner.can_capture() for runner in step.runners):
+            self._capture(step)
         else:
-            self._cuda.begin_capture(self.stream)
             self._run(step)
-            step.executable = self._cuda.end_capture(self.stream)
-            self._cuda.launch(step.executable, self.stream)
-        step.runs += 1
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
 
+    def wait(self) -> None:
+        """Wait for the stream."""
+        self._cuda.synchronize(self.stream)
+
     def malloc(self, size: int) -> int:
-        """Allocate device memory, and free unused buffers if there is too little."""
-        try:
-            return self._cuda.malloc(size)
-        except BackendError:
-            if self._store.nbytes == 0:
-                raise
-            self._store.shrink(0)
-            return self._cuda.malloc(size)
+        """Allocate device memory, and free what no call uses if there is too little."""
+        for free_some in (partial(self._store.shrink, 0), self.backend.drop_idle):
+            try:
+                return self._cuda.malloc(size)
+            except BackendError:
+                free_some()
+        return self._cuda.malloc(size)
 
     def close(self) -> None:
-        """Free everything, including the buffers of groups that an error interrupted."""
-        self._store.shrink(0)
-        self._cuda.synchronize(self.stream)
-        for buffers in list(self.made):
-            buffers.free()
+        """Free everything."""
+        super().close()
         if self._scratch:
+            self._cuda.synchronize(self.stream)
             self._cuda.free(self._scratch)
             self._scratch = self._scratch_size = 0
         if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
+    def forget(self, bucket: Bucket) -> None:
+        """Called when buffers are freed; the last ones of a shape free what runners share."""
+        self._groups[bucket] -= 1
+        if not self._groups[bucket]:
+            self.shared.pop(bucket, None)
+
     def _make(self, bucket: Bucket) -> _DeviceBuffers:
         buffers = _DeviceBuffers(self, bucket)
-        self.made.add(buffers)
+        self._groups[bucket] += 1
         return buffers
 
     def _write(self, buffers: _DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
-        values = {}
-        for name, buffer in self._stages[0].live.items():
-            spec = self._specs[name]
-            values[buffer] = np.empty(shape_of(spec, buffers.bucket), dtype_of(spec))
-            write_rows(values[buffer], name, encoded, bits_of(self._padding[name], spec))
-        buffers.upload(values)
+        def writes(name: str) -> Callable[[NDArray[Any]], None]:
+            padding = bits_of(self._padding[name], self._specs[name])
+            return lambda array: write_rows(array, name, encoded, padding)
+
+        live = self._stages[0].live
+        buffers.upload({buffer: writes(name) for name, buffer in live.items()})
         buffers.lengths = np.array([len(row) for row in encoded], np.intp)
 
     def _gather(
@@ -309,7 +329,8 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         if spec.name == ATTENTION_BIAS:
             # These few numbers follow from the lengths; uploading them is cheaper than gathering.
             target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
-            target.upload({buffer: bias_of(target.lengths, spec, target.bucket)})
+            bias = bias_of(target.lengths, spec, target.bucket)
+            target.upload({buffer: lambda array: np.copyto(array, bias)})
             return
         batch, sequence = target.bucket.batch, target.bucket.sequence
         pitch = nbytes_of(spec, Bucket(1, sequence))
@@ -346,22 +367,34 @@ class DeviceExecution(Execution[_DeviceBuffers]):
         for host, pointer, size in step.copies:
             self._cuda.copy(host, pointer, size, self.stream)
 
+    def _capture(self, step: _Step) -> None:
+        """Capture a step and launch it. If that fails, run it, and do not try again."""
+        try:
+            step.executable = self._cuda.capture(self.stream, partial(self._run, step))
+        except BackendError as error:
+            step.can_capture = False
+            self.backend.warn_once(f"a segment runs without a CUDA graph: {error.message}")
+            self._run(step)
+        else:
+            self._cuda.launch(step.executable, self.stream)
+
     def _share_scratch(self, step: _Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""
-        if step.scratch and step.scratch == self._scratch:
+        if step.scratch and step.scratch == self._scratch_number:
             return
         need = max(runner.scratch_bytes() for runner in step.runners)
-        if need > self._scratch_size or not self._scratch:
+        if need > self._scratch_size:
             if self._scratch:  # work in the stream still uses it
                 self._cuda.synchronize(self.stream)
                 self._cuda.free(self._scratch)
-                self._scratch = 0
-            self._scratch = self.malloc(max(1, need))
-            self._scratch_size = max(1, need)
+                self._scratch = self._scratch_size = 0
+            self._scratch = self.malloc(need)
+            self._scratch_size = need
+            self._scratch_number += 1
         if step.executable is not None:  # it holds the old address
             self._cuda.synchronize(self.stream)
             self._cuda.destroy_graph(step.executable)
             step.executable = None
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
-        step.scratch, step.runs = self._scratch, 0
+        step.scratch = self._scratch_number

@@ -107,7 +107,7 @@ class OnnxRuntimeBackend(Backend[_CpuBuffers]):
         return Limits(rows, self._shapes.sequence.max, _GROUP_TOKENS)
 
     def open(self) -> OnnxRuntimeExecution:
-        """A new execution, for one thread."""
+        """A new execution."""
         return OnnxRuntimeExecution(self)
 
     def _load(self, name: str) -> Any:

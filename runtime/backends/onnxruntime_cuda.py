@@ -6,6 +6,9 @@ Buffers and regrouping are in `device.py`. All sessions run in one stream.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +19,8 @@ import numpy as np
 from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Remedy, first_line
-from .cuda_probe import required_gpu
-from .device import DeviceBackend, Place, Runner
+from .cuda_probe import check_cuda, extra, required_gpu
+from .device import DeviceBackend, DeviceExecution, Place, Runner
 from .onnxruntime_session import check_installed, is_out_of_memory, ort_errors, session_options
 from .shapes import Bucket, Limits
 
@@ -28,7 +31,8 @@ PROVIDER = "CUDAExecutionProvider"
 _GROUP_TOKENS = 4096
 _MAX_BATCH = 256
 _LENGTH_STEP = 16
-_NO_FALLBACK = ("session.disable_cpu_ep_fallback", "1")
+# Their inputs are sizes, which the host knows.
+_SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 
 
 class SessionRunner(Runner):
@@ -78,8 +82,9 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         if PROVIDER not in ort.get_available_providers():
             raise BackendError(
                 f"the installed onnxruntime {ort.__version__} has no CUDA provider",
-                "pip uninstall -y onnxruntime && pip install 'fpabee[gpu]'",
+                f"pip uninstall -y onnxruntime && pip install 'fpabee[{extra('gpu')}]'",
             )
+        check_cuda(name, f"onnxruntime-gpu {ort.__version__}", _built_for(), "gpu")
 
     def limits(self) -> Limits:
         """Any batch; lengths in steps that suit the matrix units of a GPU."""
@@ -92,7 +97,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         """Accept every shape."""
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> SessionRunner:
         """A session of a graph, bound to places on the device."""
         session = self.graph(graph)
@@ -104,60 +109,95 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         return SessionRunner(session, binding, run_options(), graph)
 
     def _load(self, name: str) -> Any:
+        import onnxruntime as ort
+
         file = self._file(name)
         path = verified_graph(self._folder, file.file, file.sha256)
+        problems = _preload()
         try:
-            session = create_session(path, self.stream, _NO_FALLBACK)
-        except ort_errors() as error:
-            logger.warning(
-                "%s cannot run on the GPU alone (%s), so parts of it run on the CPU",
-                name,
-                first_line(error),
-            )
-            session = self._with_cpu(path)
-        if session.get_providers()[0] != PROVIDER:
-            raise BackendError(
-                f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU",
-                "check which CUDA and cuDNN versions the installed onnxruntime-gpu needs",
-            )
-        return session
-
-    def _with_cpu(self, path: Path) -> Any:
-        try:
-            return create_session(path, self.stream)
+            session = create_session(path, self.stream)
         except ort_errors() as error:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} on the GPU: {first_line(error)}",
-                Remedy("pip install -U 'fpabee[gpu]', or choose another {target}"),
+                Remedy(
+                    "pip install -U 'fpabee[{extra}]', or choose another {target}",
+                    extra=extra("gpu"),
+                ),
             ) from error
+        if session.get_providers()[0] != PROVIDER:
+            raise BackendError(
+                f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU"
+                + (f": {problems}" if problems else ""),
+                f"onnxruntime-gpu {ort.__version__} needs other CUDA or cuDNN libraries: "
+                f"pip install -U 'fpabee[{extra('gpu')}]'",
+            )
+        on_cpu = nodes_on_cpu(session)
+        if on_cpu:
+            logger.warning(
+                "%s: nodes run on the CPU, such as %s (%d in all), so it is slower than it could "
+                "be; export the model again",
+                name,
+                on_cpu[0],
+                len(on_cpu),
+            )
+        return session
 
     def _free(self) -> None:
-        super()._free()
         self._loaded.clear()  # sessions must be freed before the stream that they use
         self.cuda.destroy_stream(self.stream)
 
 
-def create_session(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
+def create_session(path: Path, stream: int) -> Any:
     """A session on the first GPU.
 
     Args:
         path: the ONNX file.
         stream: the CUDA stream that it runs in.
-        *entries: further configuration entries of the session, as key and value.
     """
     import onnxruntime as ort
 
     # Once a CPU target has set up the shared thread pool, a session with its own is refused.
     options = session_options()
-    for key, value in entries:
-        options.add_session_config_entry(key, value)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings = {"device_id": "0", "user_compute_stream": str(stream)}
-    # The CPU provider is always available; if it were named here, it could not be disabled.
     # Without enable_fallback=0, ONNX Runtime would move the whole session to the CPU and only
     # print a note.
     return ort.InferenceSession(
         str(path), options, providers=[(PROVIDER, settings)], enable_fallback=0
     )
+
+
+def nodes_on_cpu(session: Any) -> list[str]:
+    """The nodes of a session that run on the CPU, except those that compute shapes.
+
+    Empty before ONNX Runtime 1.24, which does not tell.
+    """
+    ask = getattr(session, "get_provider_graph_assignment_info", list)
+    return [
+        node.name
+        for part in ask()
+        if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes()
+        if node.op_type not in _SHAPE_NODES
+    ]
+
+
+def _built_for() -> int:
+    """The major version of CUDA that ONNX Runtime was built for; 0: unknown."""
+    from onnxruntime.capi import build_and_package_info as info
+
+    return int(getattr(info, "cuda_version", "0").partition(".")[0])
+
+
+@functools.cache
+def _preload() -> str:
+    """Load the CUDA libraries that pip installed; returns the first problem, or nothing."""
+    import onnxruntime as ort
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        ort.preload_dlls()
+    return printed.getvalue().partition("\n")[0]
 
 
 def run_options() -> Any:

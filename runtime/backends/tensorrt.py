@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
-from .cuda_probe import required_gpu
-from .device import DeviceBackend, Place, Runner
+from .cuda_probe import check_cuda, extra, required_gpu
+from .device import DeviceBackend, DeviceExecution, Place, Runner
 from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
@@ -31,29 +32,68 @@ _HEADER_BYTES = 64
 _AMPERE = 8
 
 
-class PlanRunner(Runner):
-    """An execution context whose shapes and addresses are set; see `Runner`."""
+@dataclass(eq=False)
+class PlanContext:
+    """An execution context at one shape, which all runners of this shape share.
 
-    def __init__(self, context: Any, stream: int) -> None:
-        self.context = context
-        self._stream = stream
+    Attributes:
+        context: the object of the library.
+        stream: the stream that it runs in.
+        scratch_bytes: scratch memory that it needs.
+        scratch: address and size of the scratch memory that it uses.
+        runner: the runner whose addresses are set.
+        is_warm: whether it has run with this scratch memory. A first run may allocate memory,
+            which cannot be captured.
+    """
+
+    context: Any
+    stream: int
+    scratch_bytes: int
+    scratch: tuple[int, int] = (0, 0)
+    runner: PlanRunner | None = None
+    is_warm: bool = False
+
+
+class PlanRunner(Runner):
+    """Runs a context at fixed addresses; see `Runner`.
+
+    Args:
+        shared: the context.
+        addresses: the name and address of each input and output.
+    """
+
+    def __init__(self, shared: PlanContext, addresses: Sequence[tuple[str, int]]) -> None:
+        self._shared = shared
+        self._addresses = addresses
 
     def run(self) -> None:
         """Enqueue the plan in the stream."""
-        _must(self.context.execute_async_v3(self._stream), "TensorRT could not start a segment")
+        shared = self._shared
+        context = shared.context
+        if shared.runner is not self:
+            for name, address in self._addresses:
+                done = context.set_tensor_address(name, address)
+                _must(done, f"TensorRT does not accept the address of {name}")
+            shared.runner = self
+        done = context.execute_async_v3(shared.stream)
+        _must(done, "TensorRT could not start a segment")
+        shared.is_warm = True
 
     def can_capture(self) -> bool:
         """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
-        ask = getattr(self.context, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._stream))
+        ask = getattr(self._shared.context, "is_stream_capturable", None)
+        return self._shared.is_warm and (ask is None or bool(ask(self._shared.stream)))
 
     def scratch_bytes(self) -> int:
-        """Scratch memory that the context needs at its shapes, in bytes."""
-        return int(self.context.update_device_memory_size_for_shapes())
+        """Scratch memory that the context needs, in bytes."""
+        return self._shared.scratch_bytes
 
     def use_scratch(self, pointer: int, size: int) -> None:
         """Let the context use scratch memory at an address, of a size in bytes."""
-        self.context.set_device_memory(pointer, size)
+        context = self._shared.context
+        if (pointer, size) != self._shared.scratch:
+            context.set_device_memory(pointer, size)
+            self._shared.scratch, self._shared.is_warm = (pointer, size), False
 
 
 class RuntimeCache:
@@ -66,16 +106,25 @@ class RuntimeCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._cache: Any = None
+        self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
-    def config(self, engine: Any, strategy: Any) -> Any:
-        """A configuration of an engine's contexts that uses the cache."""
+    def config(self, trt: Any, graph: str, engine: Any) -> Any:
+        """The configuration of an engine's contexts, which use the cache."""
+        if graph in self._configs:
+            return self._configs[graph]
         runtime_config = engine.create_runtime_config()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         runtime_config.set_execution_context_allocation_strategy(strategy)
+        # By default, kernels for a shape are compiled in the background, and a CUDA graph that is
+        # captured before that keeps the slow ones.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is None:
             self._cache = runtime_config.create_runtime_cache()
             if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
                 logger.warning("%s is for another GPU or release, so it is replaced", self._path)
         runtime_config.set_runtime_cache(self._cache)
+        self._configs[graph] = runtime_config
         return runtime_config
 
     def save(self) -> None:
@@ -126,10 +175,11 @@ class TensorRtBackend(DeviceBackend):
                 f"target {name} needs {module}, which is not installed",
                 Remedy(
                     "pip install 'fpabee[{extra}]', or choose another {target}",
-                    extra=target.backend,
+                    extra=extra(target.backend),
                 ),
             )
         gpu = required_gpu(name)
+        check_cuda(name, module, _built_for(module), target.backend)
         if not _is_for(target, gpu.compute_capability):
             raise BackendError(
                 f"target {name} is for compute capability "
@@ -147,10 +197,11 @@ class TensorRtBackend(DeviceBackend):
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""
-        typical, longest = self.target.profiles[0], self.target.profiles[-1]
+        profiles = self.target.profiles
+        typical = profiles[0]
         return Limits(
-            max_batch=longest.batch.max,
-            max_sequence=longest.sequence.max,
+            max_batch=max(shapes.batch.max for shapes in profiles),
+            max_sequence=max(shapes.sequence.max for shapes in profiles),
             group_tokens=typical.batch.max * typical.sequence.opt,
             batch_sizes=self.target.batch_sizes,
             sequence_lengths=self.target.sequence_lengths,
@@ -161,35 +212,32 @@ class TensorRtBackend(DeviceBackend):
         self._profile(bucket)
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
     ) -> PlanRunner:
-        """A context of a graph with its shapes and addresses set."""
-        context = self._context(graph)
-        done = context.set_optimization_profile_async(self._profile(bucket), stream)
-        _must(done, f"{graph} does not accept its profile")
-        inputs = {spec.name for spec in self.graphs[graph].inputs}
-        for name, place in places.items():
-            done = name not in inputs or context.set_input_shape(name, place.shape)
-            _must(done, f"{graph} does not accept {name} of shape {list(place.shape)}")
-            done = context.set_tensor_address(name, place.pointer)
-            _must(done, f"{graph} does not accept the address of {name}")
-        missing = context.infer_shapes()
-        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
-        return PlanRunner(context, stream)
+        """A runner on the execution's context of a graph and shape."""
+        contexts = execution.shared.setdefault(bucket, {})
+        if graph not in contexts:
+            contexts[graph] = self._context(graph, bucket, places, execution.stream)
+        return PlanRunner(contexts[graph], [(name, p.pointer) for name, p in places.items()])
 
     def _profile(self, bucket: Bucket) -> int:
-        """The optimization profile for a shape.
+        """The narrowest optimization profile for a shape.
 
         Raises:
             BackendError: no profile includes the shape.
         """
-        for number, shapes in enumerate(self.target.profiles):
-            fits_batch = shapes.batch.min <= bucket.batch <= shapes.batch.max
-            if fits_batch and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max:
-                return number
+        fitting = [
+            (shapes.batch.max, shapes.sequence.max - shapes.sequence.min, number)
+            for number, shapes in enumerate(self.target.profiles)
+            if shapes.batch.min <= bucket.batch <= shapes.batch.max
+            and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max
+        ]
+        if fitting:
+            return min(fitting)[-1]
         ranges = "; ".join(
             f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
             for p in self.target.profiles
+            if p.batch.max > 1 or len(self.target.profiles) < 3
         )
         raise BackendError(
             f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
@@ -199,23 +247,42 @@ class TensorRtBackend(DeviceBackend):
             ),
         )
 
-    def _context(self, name: str) -> Any:
-        """A context of a graph that uses the execution's scratch memory."""
-        engine = self.graph(name)
-        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._compiled is None:
-            context = engine.create_execution_context(strategy)
-        else:
+    def _context(
+        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
+    ) -> PlanContext:
+        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+        engine = self.graph(graph)
+        with self._lock:
+            how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            if self._compiled is not None:
+                how = self._compiled.config(self.trt, graph, engine)
+            context = engine.create_execution_context(how)
+        if context is None:  # for lack of memory, which executions that no call uses may hold
+            self.drop_idle()
             with self._lock:
-                context = engine.create_execution_context(self._compiled.config(engine, strategy))
+                context = engine.create_execution_context(how)
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(
-                f"{self.name}: no execution context for {name}: {self._log.last}; "
+                f"{self.name}: no execution context for {graph}: {self._log.last}; "
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 "use fewer threads, or close other programs that use the GPU",
             )
-        return context
+        # Plans name their layers in detail, which would otherwise slow down every run.
+        context.nvtx_verbosity = self.trt.ProfilingVerbosity.NONE
+        done = context.set_optimization_profile_async(self._profile(bucket), stream)
+        _must(done, f"{graph} does not accept its profile")
+        for spec in self.graphs[graph].inputs:
+            shape = places[spec.name].shape
+            done = context.set_input_shape(spec.name, shape)
+            _must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}")
+        missing = context.infer_shapes()
+        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
+        # Enough for every shape, so that the memory rarely has to grow.
+        most = int(engine.device_memory_size_v2)
+        need = int(context.update_device_memory_size_for_shapes())
+        _must(need > 0 or most == 0, f"{graph} does not tell how much scratch memory it needs")
+        return PlanContext(context, stream, max(need, most))
 
     def _load(self, name: str) -> Any:
         file = self._file(name)
@@ -239,7 +306,6 @@ class TensorRtBackend(DeviceBackend):
     def _free(self) -> None:
         if self._compiled is not None:
             self._compiled.save()
-        super()._free()
 
 
 def _is_for(target: Target, compute_capability: str) -> bool:
@@ -286,9 +352,19 @@ def library_version(module: str) -> str:
     Args:
         module: name of the module.
     """
-    for name in metadata.packages_distributions().get(module, []):
+    for name in _packages(module):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+
+
+def _packages(module: str) -> list[str]:
+    return list(metadata.packages_distributions().get(module, []))
+
+
+def _built_for(module: str) -> int:
+    """The major version of CUDA that a library was built for; 0: unknown, as on JetPack."""
+    found = [re.search(r"[-_]cu(\d+)", name) for name in _packages(module)]
+    return next((int(match[1]) for match in found if match), 0)
 
 
 def error_logger(trt: Any) -> Any:

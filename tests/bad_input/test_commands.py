@@ -115,7 +115,7 @@ PACKAGES = [
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),
          "matplotlib", "'fpabee[plot]'"),
     Case("no TensorRT", without("tensorrt", command("from", "--backend", "tensorrt")),
-         "tensorrt", "'fpabee[tensorrt]'"),
+         "tensorrt", "'fpabee[tensorrt-cu13]'"),
 ]  # fmt: skip
 
 BUDGET = ("--rule", "budget")

@@ -2,13 +2,17 @@
 
 Device memory is NumPy memory behind made-up addresses: every access is checked for bounds
 and for freed memory. Streams are queues that run only when someone waits, which is as late as
-the driver may run them. Reading pinned memory before its event gives NaN.
+the driver may run them. Freeing memory waits for all of them. Reading pinned memory before its
+event gives NaN. Threads may share the double; only one call runs at a time.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpabee.runtime.backends.cuda import Cuda, PinnedArray
+from fpabee.runtime.errors import BackendError
 
 _GAP = 1 << 20
 
@@ -35,10 +40,37 @@ class _Queued:
 class _Stream:
     queue: list[_Queued | int] = field(default_factory=list)  # an int is an event
     capture: list[_Queued] | None = None
+    capturing: int = 0  # the thread that captures
 
 
+def one_at_a_time(kind: type[Any]) -> type[Any]:
+    """Lock every public method of a class that has a lock."""
+    for name, method in list(vars(kind).items()):
+        if callable(method) and not name.startswith("_"):
+
+            def locked(
+                self: Any, *arguments: Any, _method: Callable[..., Any] = method, **others: Any
+            ) -> Any:
+                with self._lock:
+                    self.calls[_method.__name__] += 1
+                    return _method(self, *arguments, **others)
+
+            setattr(kind, name, functools.wraps(method)(locked))
+    return kind
+
+
+@one_at_a_time
 class FakeCuda(Cuda):
-    """The calls of `Cuda` over NumPy memory."""
+    """The calls of `Cuda` over NumPy memory.
+
+    Args:
+        room: device memory in bytes.
+
+    Attributes:
+        fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
+        calls: how often each method was called.
+        frees: how often device memory was freed; each waits for the whole device.
+    """
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.room = room
@@ -49,7 +81,12 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
         self.launches = 0
-        self._next = itertools.count(1 << 40, 1 << 30)
+        self.captures = 0
+        self.frees = 0
+        self.fails_at: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self.calls: Counter[str] = Counter()
+        self._next = itertools.count((1 << 40) + 256, 1 << 30)  # aligned as the driver's
         self._handles = itertools.count(1)
 
     # -- memory
@@ -57,7 +94,7 @@ class FakeCuda(Cuda):
     def malloc(self, size: int) -> int:
         self._refuse_in_capture()
         used = sum(memory.nbytes for memory in self.memory_of.values())
-        if used + size > self.room:
+        if used + size > self.room or self.fails("malloc"):
             raise self.no_room(size)
         pointer = next(self._next)
         self.memory_of[pointer] = np.full(size, 0xFF, np.uint8)
@@ -65,8 +102,10 @@ class FakeCuda(Cuda):
 
     def free(self, pointer: int) -> None:
         self._refuse_in_capture()
+        self.frees += 1
         for stream in self.streams.values():
-            assert not stream.queue, "memory is given back while the device may use it"
+            while stream.queue:
+                self._step(stream)
         del self.memory_of[pointer]
 
     def memory(self) -> tuple[int, int]:
@@ -74,6 +113,7 @@ class FakeCuda(Cuda):
         return self.room - used, self.room
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
+        self._may_fail("pinned")
         pointer = next(self._next)
         count = int(np.prod(shape))
         memory = np.zeros(max(1, count * dtype.itemsize), np.uint8)
@@ -130,6 +170,7 @@ class FakeCuda(Cuda):
             queued.when_queued()
 
     def stream(self) -> int:
+        self._may_fail("stream")
         handle = next(self._handles)
         self.streams[handle] = _Stream()
         return handle
@@ -145,6 +186,7 @@ class FakeCuda(Cuda):
         del self.streams[stream]
 
     def event(self) -> int:
+        self._may_fail("event")
         handle = next(self._handles)
         self.events[handle] = True
         return handle
@@ -163,16 +205,20 @@ class FakeCuda(Cuda):
     def destroy_event(self, event: int) -> None:
         del self.events[event]
 
-    def begin_capture(self, stream: int) -> None:
-        assert self.streams[stream].capture is None, "a capture within a capture"
-        self.streams[stream].capture = []
-
-    def end_capture(self, stream: int) -> int:
-        work = self.streams[stream].capture
-        assert work, "a captured graph is empty"
-        self.streams[stream].capture = None
+    def capture(self, stream: int, work: Work) -> int:
+        state = self.streams[stream]
+        assert state.capture is None, "a capture within a capture"
+        captured = state.capture = []
+        state.capturing = threading.get_ident()
+        try:
+            work()
+        finally:
+            state.capture = None
+        self._may_fail("capture")
+        assert captured, "a captured graph is empty"
+        self.captures += 1
         handle = next(self._handles)
-        self.graphs[handle] = stream, work
+        self.graphs[handle] = stream, captured
         return handle
 
     def launch(self, executable: int, stream: int) -> None:
@@ -193,6 +239,16 @@ class FakeCuda(Cuda):
         elif first not in stream.queue:
             self.events[first] = True
 
+    def fails(self, call: str) -> bool:
+        """Whether this call of a kind is the one that fails."""
+        self.fails_at[call] = self.fails_at.get(call, 0) - 1
+        return self.fails_at[call] == 0
+
+    def _may_fail(self, call: str) -> None:
+        if self.fails(call):
+            raise BackendError(f"CUDA: {call} failed (error 2)", "")
+
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():
-            assert stream.capture is None, "memory must not change while a graph is captured"
+            captures = stream.capture is not None and stream.capturing == threading.get_ident()
+            assert not captures, "memory must not change while a graph is captured"

@@ -149,7 +149,7 @@ def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
     patch.setattr(
         onnxruntime_cuda,
         "create_session",
-        lambda path, stream, *entries: FakeCudaSession(cuda, path, stream),
+        lambda path, stream: FakeCudaSession(cuda, path, stream),
     )
     return cuda
 

@@ -71,6 +71,9 @@ class FakeCudaSession:
         self._stream = stream
         self._graph = DeviceGraph(cuda, path)
 
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return []
+
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 

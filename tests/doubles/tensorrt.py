@@ -11,6 +11,7 @@ import enum
 import importlib.machinery
 import sys
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.runs = 0
+        self.config: Callable[[], Any] = lambda: self
+        self.is_eager = True
+        self.nvtx_verbosity = trt.ProfilingVerbosity.DETAILED
         if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 does not have it
             self.is_stream_capturable = lambda stream: self._can_be_captured()
 
@@ -85,13 +89,18 @@ class FakeContext:
         return [spec.name for spec in self.plan.graph.inputs if spec.name not in self.shapes]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
         self.addresses[name] = address
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
+        if self.trt.loses_scratch_size:
+            return 0
         return SCRATCH * max(shape[0] for shape in self.shapes.values())
 
     def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        assert size >= self.update_device_memory_size_for_shapes()
         self.scratch = (address, size)
         self.runs = 0
 
@@ -102,8 +111,13 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         cuda = self.trt.cuda
         assert stream != 0, "the default stream"
+        assert self.config() is not None, "the configuration was freed"
+        assert self.nvtx_verbosity is self.trt.ProfilingVerbosity.NONE
         if cuda.streams[stream].capture is not None:
             assert self._can_be_captured(), "a first run was captured"
+            assert self.is_eager, "slow kernels would be captured"
+            if cuda.fails("run in a capture"):
+                return False
         self.runs += 1
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch
@@ -152,6 +166,18 @@ class FakeTensorRt(types.ModuleType):
         STATIC = 0
         USER_MANAGED = 2
 
+    class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+        """As in TensorRT for RTX."""
+
+        LAZY = 0
+        EAGER = 1
+
+    class ProfilingVerbosity(enum.Enum):
+        """As in TensorRT."""
+
+        NONE = 1
+        DETAILED = 2
+
     class EngineValidity(enum.Enum):
         """As in TensorRT for RTX."""
 
@@ -173,6 +199,7 @@ class FakeTensorRt(types.ModuleType):
         self.layers: dict[bytes, str] = {}
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
+        self.loses_scratch_size = False
         self.__dict__.update(more or {})
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
@@ -226,6 +253,9 @@ class FakeRuntimeConfig:
     """The configuration of contexts."""
 
     strategy: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = (
+        FakeTensorRt.DynamicShapesKernelSpecializationStrategy.LAZY
+    )
     cache: FakeRuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
@@ -236,7 +266,6 @@ class FakeRuntimeConfig:
 
     def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         self.cache = cache
-        cache.content += 1
         return True
 
 
@@ -247,6 +276,11 @@ class FakeEngine:
         self._trt = trt
         self._plan = plan
         self._layers = layers
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        assert self._plan is not None
+        return SCRATCH * max(profile.batch.max for profile in self._plan.profiles)
 
     def create_runtime_config(self) -> FakeRuntimeConfig:
         assert self._trt.__name__ == "tensorrt_rtx", "TensorRT 10.3 has none"
@@ -259,13 +293,19 @@ class FakeEngine:
         return self._layers
 
     def create_execution_context(self, how: Any) -> FakeContext | None:
-        if isinstance(how, FakeRuntimeConfig):
-            assert how.cache is not None
-            how = how.strategy
-        assert how is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        config = how if isinstance(how, FakeRuntimeConfig) else None
+        strategy = how if config is None else config.strategy
+        assert strategy is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if len(self._trt.contexts) >= self._trt.contexts_left:
             return None
         assert self._plan is not None
         context = FakeContext(self._trt, self._plan)
+        if config is not None:
+            assert config.cache is not None
+            config.cache.content += 1
+            context.config = weakref.ref(config)
+            strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+            eager = config.dynamic_shapes_kernel_specialization_strategy is strategies.EAGER
+            context.is_eager = eager
         self._trt.contexts.append(context)
         return context

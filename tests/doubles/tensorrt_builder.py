@@ -19,6 +19,9 @@ from .tensorrt import FakeTensorRt
 _TYPES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
 
 
+BuilderFlag = enum.Enum("BuilderFlag", ["VERSION_COMPATIBLE", "TF32"])
+
+
 def _tensor(value: Any) -> SimpleNamespace:
     """An input or output of a network."""
     dtype = SimpleNamespace(name=_TYPES[value.type.tensor_type.elem_type])
@@ -82,7 +85,7 @@ class FakeConfig:
         self._version = version
         self.profiles: list[FakeProfile] = []
         self.limits: dict[Any, int] = {}
-        self.flags: set[Any] = set()
+        self.flags: set[Any] = {BuilderFlag.TF32}
         self.cache: FakeTimingCache | None = None
         self.builder_optimization_level: int | None = None
         self.hardware_compatibility_level: Any = None
@@ -97,6 +100,9 @@ class FakeConfig:
 
     def set_flag(self, flag: Any) -> None:
         self.flags.add(flag)
+
+    def clear_flag(self, flag: Any) -> None:
+        self.flags.discard(flag)
 
     def create_timing_cache(self, content: bytes) -> FakeTimingCache | None:
         try:
@@ -184,9 +190,8 @@ def builder_parts(configs: list[FakeConfig]) -> dict[str, Any]:
     return {
         "NetworkDefinitionCreationFlag": CreationFlag,
         "MemoryPoolType": enum.Enum("MemoryPoolType", ["WORKSPACE"]),
-        "BuilderFlag": enum.Enum("BuilderFlag", ["VERSION_COMPATIBLE"]),
+        "BuilderFlag": BuilderFlag,
         "HardwareCompatibilityLevel": enum.Enum("HardwareCompatibilityLevel", ["AMPERE_PLUS"]),
-        "ProfilingVerbosity": enum.Enum("ProfilingVerbosity", ["DETAILED"]),
         "LayerInformationFormat": enum.Enum("LayerInformationFormat", ["JSON"]),
         "OnnxParser": FakeParser,
         "configs": configs,

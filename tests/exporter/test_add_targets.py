@@ -56,7 +56,7 @@ def test_the_manifest_says_what_was_not_built(
     command = "fpabee-export --from ENGINES --backend {} --fp16"
     assert {name: note.command for name, note in notes.items()} == {
         "tensorrt-fp16": command.format(TENSORRT),
-        "tensorrt-rtx-fp16": f"pip install 'fpabee[tensorrt-rtx]' && {command.format(RTX)}",
+        "tensorrt-rtx-fp16": f"pip install 'fpabee[tensorrt-rtx-cu13]' && {command.format(RTX)}",
     }
     assert "tensorrt is not installed" in notes["tensorrt-fp16"].reason
     said = CliRunner().invoke(inspect, [str(folder)]).stdout

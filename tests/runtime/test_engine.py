@@ -316,7 +316,8 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(onnxruntime, "_FREE_BYTES", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
-            execution: Any = engine._chain().execution
+            with engine._chain() as chain:
+                execution: Any = chain.execution
             store = execution._store
             free = [buffers for part in store._free.values() for buffers in part]
             assert 0 < store.nbytes <= 100_000

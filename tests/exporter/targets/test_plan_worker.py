@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
+from fpabee.exporter.targets.plan_worker import PlanRequest, _configure, _sum_tokens
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import BackendError
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest
+from fpabee.runtime.backends.tensorrt import error_logger
 
 from ...doubles.device import Double
 from ...doubles.tensorrt_builder import FakeBuilder
@@ -49,7 +54,7 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
         assert config.hardware_compatibility_level is trt["HardwareCompatibilityLevel"].AMPERE_PLUS
         assert config.builder_optimization_level == 2
         assert config.limits == {trt["MemoryPoolType"].WORKSPACE: 1 << 20}
-        assert len(config.profiles) == len(target.profiles) == 2
+        assert len(config.profiles) == len(target.profiles) == 2 + len(target.sequence_lengths)
     assert target.version_compatible
     assert target.hardware_compatible
     assert target.compute_capabilities == ("8.6",)
@@ -112,3 +117,57 @@ def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
     build(double)
     assert mine.read_bytes() == b"mine"
     assert not any(path.is_symlink() for path in home.iterdir())
+
+
+def test_plans_of_rtx_can_be_captured_and_fp32_is_fp32() -> None:
+    """With the real library, whose defaults are different."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    builder = trt.Builder(error_logger(trt))
+    config = builder.create_builder_config()
+    request = PlanRequest(
+        module="tensorrt_rtx", onnx="", plan="", timing_cache="", profiles=[], options=SMALL
+    )
+    assert _configure(trt, builder, config, request) == ""
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+
+
+def test_tensorrt_builds_one_plan_at_a_time(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It times kernels on the GPU, so builds at the same time would disturb each other."""
+    builds, build_network = threading.Lock(), FakeBuilder.build_serialized_network
+
+    def alone(*arguments: Any) -> bytes:
+        assert builds.acquire(blocking=False), "two builds at the same time"
+        time.sleep(0.05)
+        try:
+            return build_network(*arguments)
+        finally:
+            builds.release()
+
+    monkeypatch.setattr(FakeBuilder, "build_serialized_network", alone)
+    build_target(double.folder, read_manifest(double.folder), TENSORRT, "fp32", SMALL, jobs=3)
+
+
+def test_the_mean_over_tokens_is_a_product_and_a_sum(engines: Mapping[str, Path]) -> None:
+    """In a network of the real library; a pooler's product with a matrix stays as it is."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    log = error_logger(trt)
+    network = trt.Builder(log).create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(engines["bert"] / "onnx/fp32/segment_02.onnx"))
+    before = network.num_layers
+    _sum_tokens(trt, network)
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    *_, turned, product, total = layers
+    assert len(layers) == before + 3
+    assert tuple(product.get_output(0).shape) == (-1, -1, 32)
+    assert tuple(total.get_output(0).shape) == (-1, 1, 32)
+    assert turned.get_input(0).name == "token_weights"
+    assert any(
+        layer.get_input(number).name == total.get_output(0).name
+        for layer in layers
+        for number in range(layer.num_inputs)
+        if layer.get_input(number) is not None
+    )

@@ -47,7 +47,7 @@ class Chain:
         self.double = double
         target = double.target if double else manifest.default_target
         self.backend: Any = open_backend(folder, manifest, target, None)
-        self.execution: Any = self.backend.open()
+        self.execution: Any = self.backend.check_out()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
         self.batched = {name: "batch" in spec.shape for name, spec in self.backend.specs.items()}
@@ -122,6 +122,7 @@ def chain(
                 double = install(patch, folder, backend=kind)
             chain = Chain(folder, double)
         yield chain
+        chain.backend.give_back(chain.execution)
         chain.backend.close()
         if chain.double is not None:
             cuda = chain.double.cuda
@@ -167,7 +168,8 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
         assert logits.shape[0] == len(numbers)
         alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
         np.testing.assert_allclose(logits, alone, atol=1e-5)
-    chain.execution.release(joined)
+    for hidden in (*hiddens, joined):
+        chain.execution.release(hidden)
 
 
 @given(group=numbers_of(), rows=st.integers(0, 3), tokens=st.integers(0, 30))
@@ -204,9 +206,7 @@ def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
 
 def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
     bucket = Bucket(2, 64)
-    fresh = chain.backend.open()
-    # The fresh one comes last: the double does not allow freeing memory while a stream is busy,
-    # and earlier tests may have left the other stream busy.
+    fresh = chain.backend.check_out()
     for execution in (chain.execution, fresh):
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)
@@ -215,6 +215,7 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
                 np.testing.assert_allclose(pending.result()["logits"], alone, atol=1e-5)
             execution.release(hidden)
+    chain.backend.give_back(fresh)
 
 
 def test_limits_are_those_of_the_model(chain: Chain) -> None:

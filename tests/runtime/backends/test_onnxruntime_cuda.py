@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -17,31 +19,69 @@ from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.onnxruntime_cuda import (
     OnnxRuntimeCudaBackend,
     create_session,
+    nodes_on_cpu,
     run_options,
 )
+from fpabee.runtime.backends.onnxruntime_session import cpu_session, session_options
 
 from ...doubles.device import Double, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession
 
 
+def node(name: str, kind: str) -> SimpleNamespace:
+    return SimpleNamespace(name=name, op_type=kind)
+
+
 def test_a_fallback_is_never_silent(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Neither of single nodes nor of a whole session; and each graph is loaded once."""
     made = double(backend="onnxruntime")
+    loaded: list[str] = []
     create = onnxruntime_cuda.create_session
 
-    def refuses_fallback(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
-        if entries:
-            raise RuntimeError("nodes are assigned to the default CPU EP")
+    def counted(path: Path, stream: int) -> Any:
+        loaded.append(path.name)
         return create(path, stream)
 
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", refuses_fallback)
+    monkeypatch.setattr(onnxruntime_cuda, "create_session", counted)
+    nodes = [node("slow/conv", "Conv"), node("size", "Shape")]
+    parts = [
+        SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes),
+        SimpleNamespace(ep_name=onnxruntime_cuda.PROVIDER, get_nodes=lambda: [node("x", "MatMul")]),
+    ]
+    ask = "get_provider_graph_assignment_info"
+    monkeypatch.setattr(FakeCudaSession, ask, lambda self: parts)
     with made.load() as engine:
         engine.predict(["rain"])
-    assert "segment_01 cannot run on the GPU alone (nodes are assigned" in caplog.text
+    assert "segment_01: nodes run on the CPU, such as slow/conv (1 in all)" in caplog.text
+    assert len(loaded) == len(set(loaded)) > 1
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    with made.load() as engine, pytest.raises(BackendError, match="not on the GPU"):
+    message = r"not on the GPU -> onnxruntime-gpu .*fpabee\[gpu-cu13\]"
+    with made.load() as engine, pytest.raises(BackendError, match=message):
         engine.predict(["rain"])
+
+
+def test_the_partition_of_a_real_session(engines: Mapping[str, Path]) -> None:
+    """On the CPU all nodes are reported, except those that compute shapes."""
+    options = session_options()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    path = engines["bert"] / "onnx/fp32/segment_02.onnx"
+    on_cpu = nodes_on_cpu(cpu_session(path, options))
+    assert any(name.startswith("blocks.0.layer.attention") for name in on_cpu)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "modernbert"])
+def test_graphs_compute_no_shapes_on_the_host(family: str, engines: Mapping[str, Path]) -> None:
+    """Reshape keeps axes by number. The first segment and a window of attention count positions."""
+    for path in sorted((engines[family] / "onnx/fp32").glob("*.onnx")):
+        graph = onnx.load(path).graph
+        constants = {tensor.name for tensor in graph.initializer}
+        reshapes = [each for each in graph.node if each.op_type == "Reshape"]
+        assert all(each.input[1] in constants for each in reshapes)
+        kinds = {each.op_type for each in graph.node}
+        if "Range" not in kinds and "Slice" not in kinds:
+            assert "Shape" not in kinds
 
 
 def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,25 +91,34 @@ def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -
         OnnxRuntimeCudaBackend.check(target, "x")
     set_gpu(monkeypatch)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu\]"):
+    with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu-cu13\]"):
         OnnxRuntimeCudaBackend.check(target, "x")
 
 
-def test_nothing_may_fall_back_to_the_cpu(
+def test_the_whole_session_runs_on_the_gpu_in_the_given_stream(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a node nor the whole session; and it runs in the given stream."""
     made: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(
         ort, "InferenceSession", lambda path, options, **others: made.append((options, others))
     )
-    create_session(engines["bert"] / "x.onnx", 7, onnxruntime_cuda._NO_FALLBACK)
+    create_session(engines["bert"] / "x.onnx", 7)
     ((options, others),) = made
     settings = {"device_id": "0", "user_compute_stream": "7"}
     assert others == {"providers": [("CUDAExecutionProvider", settings)], "enable_fallback": 0}
-    assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+    assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
     entry = "disable_synchronize_execution_providers"
     assert run_options().get_run_config_entry(entry) == "1", "a run does not wait for the device"
+
+
+def test_cuda_libraries_are_loaded_and_standard_output_stays_clean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudnn.so\nand more"))
+    onnxruntime_cuda._preload.cache_clear()
+    assert onnxruntime_cuda._preload() == "Failed to load libcudnn.so"
+    onnxruntime_cuda._preload.cache_clear()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_graph_that_cannot_be_loaded_at_all(
@@ -77,11 +126,11 @@ def test_a_graph_that_cannot_be_loaded_at_all(
 ) -> None:
     made = double(backend="onnxruntime")
 
-    def fails(path: Path, stream: int, *entries: tuple[str, str]) -> Any:
+    def fails(path: Path, stream: int) -> Any:
         raise RuntimeError("CUDA failure 100\nat line 7")
 
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
-    message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu\]"
+    message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 

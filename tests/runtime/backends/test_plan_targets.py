@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine
+from fpabee.exporter.targets.options import PlanOptions
+from fpabee.runtime import BackendError, Engine, Regroup, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.backends import device
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.shapes import Bucket
+from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double, set_gpu
 
 HERE = "10.99"
+COUNTED = ("copy", "launch", "record", "wait")
 MIB = 2**20
 
 
@@ -121,3 +126,92 @@ def test_segments_that_can_never_be_captured_are_run(double: Callable[..., Doubl
     made.trt.runs_before_capture = 1000
     check_runs(made, times=4)
     assert made.cuda.launches == 0
+
+
+@pytest.mark.parametrize("failure", ["capture", "run in a capture"])
+def test_a_capture_that_fails(
+    failure: str, double: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step runs without a graph, is not captured later, and the others are captured."""
+    made = double()
+    with made.load() as engine, Engine.load(made.folder) as usual:
+        expected = usual.trace(["rain"]).logits
+        made.cuda.fails_at[failure] = 2
+        for graphs in (0, 2, 2):
+            np.testing.assert_allclose(engine.trace(["rain"]).logits, expected, atol=1e-5)
+            assert len(made.cuda.graphs) == graphs
+        made.cuda.fails_at[failure] = 1
+        engine.trace(["turn the lights on"])
+        engine.trace(["turn the lights on"])
+    assert caplog.text.count("runs without a CUDA graph") == 1
+    assert made.cuda.memory_of == made.cuda.graphs == {}
+
+
+def test_one_context_serves_all_groups_of_a_shape(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window has many groups of the same shape. Only small groups are captured."""
+    monkeypatch.setattr(device, "_CAPTURE_TOKENS", 4 * 8)
+    made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
+    texts = ["rain"] * 17 + ["rain " * 40] * 4
+    never = Regroup.NEVER  # otherwise times are measured, at other shapes
+    with made.load(regroup=never) as engine, Engine.load(made.folder) as usual:
+        expected = usual.trace(texts).logits
+        for _ in range(3):
+            np.testing.assert_allclose(engine.trace(texts).logits, expected, atol=1e-5)
+    shapes = [tuple(context.shapes["attention_bias"]) for context in made.trt.contexts]
+    assert len(shapes) == 3 * len(set(shapes)), "one for each segment and shape"
+    assert len(set(shapes)) == 3
+    # Four groups of 4 rows and one of a single row are small; the other four are not.
+    assert made.cuda.captures == 3 * 5
+
+
+def test_an_unknown_size_of_scratch_memory_is_an_error(double: Callable[..., Double]) -> None:
+    made = double()
+    made.trt.loses_scratch_size = True
+    with made.load() as engine, pytest.raises(BackendError, match="how much scratch memory"):
+        engine.predict(["rain"])
+    assert made.cuda.memory_of == {}
+
+
+def test_the_host_work_of_one_text(double: Callable[..., Double]) -> None:
+    """Driver calls of a request whose segments are captured, at full depth."""
+    made = double()
+    with made.load() as engine:
+        for _ in range(3):
+            engine.predict(["rain"], full_depth=True)
+        made.cuda.calls.clear()
+        engine.predict(["rain"], full_depth=True)
+        counted = dict(made.cuda.calls)
+    inputs = len(engine._backend.stages[0].live)
+    calls = {name: count for name, count in counted.items() if name in COUNTED}
+    assert not counted.keys() & {"malloc", "free", "synchronize", "event", "pinned", "capture"}
+    segments = 3
+    assert calls == {
+        "copy": inputs,
+        "launch": segments,
+        "record": 1 + segments,
+        "wait": 1 + segments,
+    }
+
+
+@pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 8)])
+def test_one_row_runs_in_the_profile_of_its_length(
+    batch: tuple[int, int, int], double: Callable[..., Double]
+) -> None:
+    """Kernels are chosen for the typical shape of a profile. Older plans have two profiles."""
+    options = PlanOptions(batch=batch, compute_capabilities=())
+    profiles = options.profiles()
+    made = double(profiles=profiles, batch_sizes=options.batch_sizes)
+    backend: Any = open_backend(made.folder, read_manifest(made.folder), made.target, None)
+    limits = backend.limits()
+    assert (limits.max_batch, limits.max_sequence) == (options.batch[2], 128)
+    assert limits.group_tokens == options.batch[2] * 64
+    few = options.batch[0]
+    for length in options.sequence_lengths:
+        chosen = profiles[backend._profile(Bucket(few, length))]
+        assert (chosen.sequence.min == chosen.sequence.max == length) == (few == 1)
+        assert profiles[backend._profile(Bucket(8, length))].batch.max > 1
+    with pytest.raises(BackendError, match=r"takes \d to \d+ rows of 16 to 64 tokens; [^;]*, not"):
+        backend.check_bucket(Bucket(64, 16))
+    backend.close()

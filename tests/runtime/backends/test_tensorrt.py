@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.device import DeviceExecution
+from fpabee.runtime.batching import CostCurve
+from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, set_gpu
@@ -61,7 +66,8 @@ def test_answers_are_those_of_the_cpu(
 def measure(engine: Engine) -> None:
     """Take the times that deadlines and the joining of groups depend on."""
     engine.time_exits(2, 8)
-    engine._chain().measure()
+    with engine._chain() as chain:
+        chain.measure()
 
 
 @pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
@@ -85,6 +91,50 @@ def test_windows_leave_no_device_memory_behind(
                 assert len(made.trt.contexts) == contexts, "made once for a shape"
         rows = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
         assert rows <= {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("stay", "copy_seconds", "regroups"),
+    [(4, None, 0), (2, None, 1), (4, 0.0, 1), (4, 1.0, 0)],
+)
+def test_a_group_shrinks_only_if_this_saves_time(
+    stay: int,
+    copy_seconds: float | None,
+    regroups: int,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without measured times if its tokens are halved, otherwise according to them."""
+    made = double()
+    cost = None if copy_seconds is None else CostCurve((1, 100), (0.01, 1.0), copy_seconds)
+    calls = []
+    regroup = DeviceExecution.regroup
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return regroup(*arguments)
+
+    monkeypatch.setattr(DeviceExecution, "regroup", counted)
+
+    def decide(runner: Any, exit_number: int, state: Any, logits: Any) -> Any:
+        stops = np.arange(len(logits)) >= (stay if exit_number < 3 else 0)
+        return (stops if stops.any() else None), None
+
+    monkeypatch.setattr(RuleRunner, "decide", decide)
+    with made.load() as engine, engine._chain() as chain:
+        chain.run(engine.encode(["rain"] * 5), engine._in_use[1], cost)
+    assert len(calls) == regroups
+
+
+def test_copies_are_timed_until_they_are_done(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+    made = double()
+    with made.load() as engine, engine._chain() as chain:
+        monkeypatch.setattr(DeviceExecution, "wait", lambda self: waited.append(self))
+        chain.measure()
+    assert waited
 
 
 def test_looking_ahead_counts_wasted_segments(double: Callable[..., Double]) -> None:
@@ -147,6 +197,27 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
         assert len(engine.predict(["rain rain rain"])) == 1
 
 
+def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Double]) -> None:
+    """A group shrinks while outputs of its next segment are unread, and then memory is short.
+
+    Unused buffers are freed at each allocation in turn. The double notices every use of them.
+    """
+    made = double()
+    with made.load() as engine:
+        expected = engine.trace(TEXTS, rule=SOME_STOP_FIRST)
+    for number in range(1, 40):
+        with made.load() as engine:
+            engine.trace(TEXTS[:1])
+            made.cuda.fails_at["malloc"] = number
+            found = engine.trace(TEXTS, rule=SOME_STOP_FIRST)
+            was_last = made.cuda.fails_at["malloc"] > 0
+        np.testing.assert_array_equal(found.exits, expected.exits)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        if was_last:
+            return
+    raise AssertionError("a call makes fewer allocations")
+
+
 def test_a_target_is_checked_before_a_plan_is_loaded(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +227,7 @@ def test_a_target_is_checked_before_a_plan_is_loaded(
     with pytest.raises(BackendError, match=r"NVIDIA GPU.*no NVIDIA driver.*another target"):
         made.load()
     monkeypatch.delitem(sys.modules, "tensorrt")
-    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt-cu13\]'"):
         made.load()
 
 
@@ -215,3 +286,48 @@ def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
     with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
         driver.synchronize(1)
+
+
+@pytest.mark.parametrize("fails", ["work", "cudaStreamEndCapture", "cudaGraphInstantiate", ""])
+def test_a_capture_always_ends(fails: str) -> None:
+    """With the calls of the real bindings: the stream leaves the capture, and no graph is left."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    calls: list[str] = []
+
+    def answer(name: str, *value: Any) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            calls.append(name)
+            failed = name == fails
+            status = runtime.cudaError_t(901 if failed else 0)
+            return (status, *([None] * len(value) if failed else value))
+
+        return call
+
+    def work() -> None:
+        if fails == "work":
+            raise BackendError("a segment failed", "")
+
+    driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
+    values = {"cudaStreamEndCapture": (7,), "cudaGraphInstantiate": (8,)}
+    names = ["BeginCapture", "EndCapture"]
+    driver._runtime = SimpleNamespace(
+        cudaStreamCaptureMode=runtime.cudaStreamCaptureMode,
+        cudaGetErrorString=lambda status: (0, b"capture invalidated"),
+        **{
+            name: answer(name, *values.get(name, ()))
+            for name in [
+                *(f"cudaStream{name}" for name in names),
+                "cudaGraphInstantiate",
+                "cudaGraphDestroy",
+                "cudaGetLastError",
+            ]
+        },
+    )
+    if not fails:
+        assert driver.capture(3, work) == 8
+    else:
+        with pytest.raises(BackendError, match=r"segment failed|invalidated"):
+            driver.capture(3, work)
+    assert calls[:2] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    assert ("cudaGraphDestroy" in calls) == (fails != "cudaStreamEndCapture")
+    assert ("cudaGetLastError" in calls) == bool(fails)

@@ -29,6 +29,8 @@ KINDS = {
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
+    NONE TF32 clear_flag nvtx_verbosity add_elementwise add_reduce add_shuffle
+    ElementWiseOperation PROD ReduceOperation SUM
     AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
     HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
     MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
@@ -36,6 +38,7 @@ IN_BOTH = """
     add_cast add_optimization_profile build_serialized_network builder_optimization_level combine
     create_builder_config create_engine_inspector create_execution_context create_network
     create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
+    device_memory_size_v2
     engine_host_code_allowed execute_async_v3 get_engine_information get_error get_input get_layer
     get_output hardware_compatibility_level infer_shapes num_errors num_inputs num_layers
     num_outputs parse_from_file profiling_verbosity serialize set_device_memory set_flag
@@ -45,6 +48,8 @@ IN_BOTH = """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
+    DynamicShapesKernelSpecializationStrategy EAGER REQUIRE_USER_ALLOCATION
+    dynamic_shapes_kernel_specialization_strategy
     ComputeCapability EngineValidity INVALID create_runtime_cache create_runtime_config
     get_engine_validity num_compute_capabilities set_compute_capability
     set_execution_context_allocation_strategy set_runtime_cache

@@ -1,0 +1,97 @@
+"""CUDA 12 and 13 are not mixed: extras, the driver, cuda-bindings and inference libraries."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from fpabee.runtime import BackendError
+from fpabee.runtime.backends import cuda_probe, onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends.cuda_probe import CudaDevice, check_cuda, extra
+
+from ...doubles.device import Double, set_gpu
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+ROOT = Path(__file__).parents[3]
+NAMES = ["gpu", "tensorrt", "tensorrt-rtx"]
+BINDINGS = ["12.6.0", "12.9.0", "12.9.1", "12.9.10", "13.0.0", "13.5.0", "14.0.0"]
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found = map(Requirement, extras["optional-dependencies"][name])
+    return {requirement.name: requirement for requirement in found}
+
+
+def test_extras_for_different_cuda_versions_exclude_each_other() -> None:
+    for one, other in itertools.product(NAMES, NAMES):
+        old = requirements(f"{one}-cu12")["cuda-bindings"].specifier
+        new = requirements(f"{other}-cu13")["cuda-bindings"].specifier
+        assert not any(version in old and version in new for version in BINDINGS)
+        assert any(version in old for version in BINDINGS)
+        assert any(version in new for version in BINDINGS)
+        assert "12.9.0" not in old, "it holds the GIL while it waits"
+
+
+def test_onnxruntime_brings_its_cuda_libraries() -> None:
+    old, new = (requirements(f"gpu-{cuda}")["onnxruntime-gpu"] for cuda in ("cu12", "cu13"))
+    assert old.extras == new.extras == {"cuda", "cudnn"}
+    assert "1.26.0" in old.specifier
+    assert "1.27.0" not in old.specifier, "the first release for CUDA 13"
+    assert "1.27.0" not in new.specifier, "its extras name packages that do not exist"
+
+
+@pytest.mark.parametrize(
+    ("driver", "bindings", "library", "says"),
+    [
+        ((13, 0), 13, 13, ""),
+        ((13, 0), 12, 12, ""),
+        ((12, 6), 12, 0, ""),
+        ((0, 0), 13, 13, ""),
+        ((13, 0), 0, 13, ""),
+        ((12, 6), 13, 0, r"cuda-bindings for CUDA 13.* CUDA 12\.6 -> .*driver 580.*\[gpu-cu12\]"),
+        ((12, 6), 12, 13, r"x uses lib for CUDA 13.*driver 580 or later, or pip .*\[gpu-cu12\]"),
+        ((11, 4), 12, 12, r"CUDA 11\.4 -> install NVIDIA driver 525 or later$"),
+        ((13, 0), 13, 12, r"lib was built for CUDA 12, but cuda-bindings .* 13 -> .*gpu-cu13"),
+        ((13, 0), 12, 13, r"lib was built for CUDA 13, but cuda-bindings .* 12 -> .*gpu-cu13"),
+    ],
+)
+def test_drivers_bindings_and_libraries(
+    driver: tuple[int, int],
+    bindings: int,
+    library: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_gpu(monkeypatch, CudaDevice("a GPU", "8.6", driver))
+    monkeypatch.setattr(cuda_probe, "bindings_cuda", lambda: bindings)
+    if not says:
+        check_cuda("x", "lib", library, "gpu")
+        return
+    with pytest.raises(BackendError, match=says):
+        check_cuda("x", "lib", library, "gpu")
+
+
+def test_an_old_driver_is_named_before_anything_is_loaded(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double()
+    monkeypatch.setattr(made.trt, "Runtime", None)
+    monkeypatch.setattr(cuda_probe, "bindings_cuda", lambda: 13)
+    set_gpu(monkeypatch, CudaDevice("Orin", "8.6", (12, 6)))
+    assert extra("tensorrt") == "tensorrt-cu12"
+    with pytest.raises(BackendError, match=r"driver 580 or later.*fpabee\[tensorrt-cu12\]"):
+        made.load()
+
+
+def test_what_installed_libraries_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = {"tensorrt_rtx": ["tensorrt_rtx_cu12"], "tensorrt": ["tensorrt"]}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: packages)
+    assert tensorrt._built_for("tensorrt_rtx") == 12
+    assert tensorrt._built_for("tensorrt") == 0, "JetPack's does not tell"
+    assert onnxruntime_cuda._built_for() == 0, "onnxruntime for the CPU is installed here"

@@ -1,0 +1,319 @@
+"""Executions are lent to calls: threads come and go, die, and the engine closes around them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from fpabee.runtime import BackendError, Engine, read_manifest
+from fpabee.runtime.backends.backend import Backend
+from fpabee.runtime.backends.shapes import Bucket
+from fpabee.runtime.encoding import TextEncoder
+from fpabee.runtime.targets import open_backend
+
+from ...doubles.device import Double
+from ...doubles.tensorrt import FakeContext, FakeEngine
+
+TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
+BACKENDS = ["tensorrt", "onnxruntime"]
+FAILURES = ["malloc", "pinned", "event", "stream", "capture", "run in a capture"]
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    """The result of a call in a thread of its own, which has then ended."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def nothing_is_left(double: Double) -> bool:
+    cuda = double.cuda
+    return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.graphs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_that_end_leave_nothing_behind(backend: str, double: Callable[..., Double]) -> None:
+    made = double(backend=backend)
+    with made.load() as engine:
+        found = [in_thread(lambda: engine.trace(TEXTS).logits) for _ in range(2)]
+        before = made.used(), len(made.cuda.streams), len(made.trt.contexts), made.cuda.frees
+        found += [in_thread(lambda: engine.trace(TEXTS).logits) for _ in range(3)]
+        after = made.used(), len(made.cuda.streams), len(made.trt.contexts), made.cuda.frees
+        assert after == before
+        assert before[1] == 1
+        for logits in found[1:]:
+            np.testing.assert_allclose(logits, found[0], atol=1e-5)
+    assert nothing_is_left(made)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -> None:
+    made = double(backend=backend)
+    start = threading.Barrier(3)
+    with made.load() as engine, Engine.load(made.folder) as usual:
+
+        def answers(texts: list[str]) -> Any:
+            start.wait()
+            return [engine.trace(texts).logits for _ in range(4)]
+
+        parts = [TEXTS, TEXTS[:1], TEXTS[3:]]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(answers, parts))
+        for texts, times in zip(parts, found, strict=True):
+            expected = usual.trace(texts).logits
+            for logits in times:
+                np.testing.assert_allclose(logits, expected, atol=1e-5)
+        assert len(made.cuda.streams) <= 3
+    assert nothing_is_left(made)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_during_a_call(
+    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is answered and then frees everything; later calls are refused."""
+    made = double(backend=backend)
+    begun, closed = threading.Event(), threading.Event()
+    engine = made.load()
+    graph = Backend.graph
+
+    def waits(backend: Any, name: str) -> Any:
+        begun.set()
+        assert closed.wait(60)
+        return graph(backend, name)
+
+    monkeypatch.setattr(Backend, "graph", waits)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(engine.predict, TEXTS)
+        assert begun.wait(60)
+        engine.close()
+        assert not nothing_is_left(made)
+        with pytest.raises(BackendError, match="closed"):
+            engine.predict(TEXTS)
+        closed.set()
+        assert len(answer.result()) == len(TEXTS)
+    assert nothing_is_left(made)
+
+
+@pytest.mark.parametrize("death", [SystemExit, MemoryError, BackendError])
+def test_a_thread_that_dies_during_a_call(
+    death: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffers are freed at once, and its execution serves the next call."""
+    made = double()
+    run = FakeContext.execute_async_v3
+
+    def dies(context: FakeContext, stream: int) -> bool:
+        raise death("dead", "")
+
+    with made.load() as engine:
+        engine.trace(TEXTS)
+        used, streams = made.used(), len(made.cuda.streams)
+        monkeypatch.setattr(FakeContext, "execute_async_v3", dies)
+        for _ in range(3):
+            with pytest.raises(death):
+                in_thread(lambda: engine.trace(TEXTS))
+            assert made.used() < used
+        monkeypatch.setattr(FakeContext, "execute_async_v3", run)
+        assert len(in_thread(lambda: engine.predict(TEXTS))) == len(TEXTS)
+        assert len(made.cuda.streams) == streams
+    assert nothing_is_left(made)
+
+
+def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
+    """A burst of threads leaves executions behind; a call that lacks memory closes them."""
+    made = double()
+    with made.load() as engine:
+        lent = [engine._chain() for _ in range(2)]
+        for chain in lent:
+            chain.time_exits(5, 12)
+        for chain in lent:
+            chain.__exit__(None)
+        assert len(made.cuda.streams) == 2
+        made.cuda.room = made.used()
+        assert len(engine.predict(["rain " * 40] * 2)) == 2
+        assert len(made.cuda.streams) == 1
+    assert nothing_is_left(made)
+
+
+def test_idle_executions_make_room_for_a_context(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double()
+    create = FakeEngine.create_execution_context
+
+    def lacks_memory(engine: FakeEngine, how: Any) -> Any:
+        return create(engine, how) if len(made.cuda.streams) == 1 else None
+
+    with made.load() as engine:
+        with engine._chain() as chain, engine._chain() as other:
+            chain.time_exits(1, 8)
+            assert other.execution is not chain.execution
+        monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
+        assert len(engine.predict(["turn the lights on"])) == 1
+    assert nothing_is_left(made)
+
+
+class Group:
+    """A group of rows on an execution, and outputs that were not read yet."""
+
+    def __init__(self, execution: Any, hidden: Any, numbers: list[int]) -> None:
+        self.execution, self.hidden, self.numbers = execution, hidden, numbers
+        self.unread: list[tuple[int, Any]] = []
+
+
+class Calls(RuleBasedStateMachine):
+    """Calls on one backend in any order, of which some fail. `TEXTS` are its rows."""
+
+    def __init__(self, double: Double, expected: Any) -> None:
+        super().__init__()
+        self.double, self.expected = double, expected
+        manifest = read_manifest(double.folder)
+        self.segments = len(manifest.segments)
+        self.backend: Any = open_backend(double.folder, manifest, double.target, None)
+        self.rows = TextEncoder(double.folder, manifest.tokenizer).encode(TEXTS)
+        self.lent: list[Any] = []
+        self.groups: list[Group] = []
+
+    def end_call(self, execution: Any, failed: bool) -> None:
+        self.groups = [group for group in self.groups if group.execution is not execution]
+        self.lent.remove(execution)
+        self.backend.give_back(execution, failed)
+
+    @contextmanager
+    def may_fail(self, execution: Any) -> Iterator[None]:
+        try:
+            yield
+        except BackendError:
+            self.end_call(execution, failed=True)
+
+    @precondition(lambda self: len(self.lent) < 2)
+    @rule()
+    def check_out(self) -> None:
+        with suppress(BackendError):
+            self.lent.append(self.backend.check_out())
+
+    @precondition(lambda self: self.lent and len(self.groups) < 4)
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        execution = data.draw(st.sampled_from(self.lent))
+        rows = st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=3)
+        numbers = data.draw(rows, label="rows")
+        bucket = Bucket(4, data.draw(st.sampled_from([16, 24])))
+        with self.may_fail(execution):
+            hidden = execution.begin([self.rows[number] for number in numbers], bucket)
+            self.groups.append(Group(execution, hidden, numbers))
+
+    @precondition(lambda self: self.groups)
+    @rule(data=st.data())
+    def enqueue(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from(self.groups))
+        segment = group.hidden.segment
+        if segment < self.segments and len(group.unread) < 2:
+            with self.may_fail(group.execution):
+                pending = group.execution.enqueue(segment, group.hidden)
+                group.unread.append((segment, pending))
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        """A whole call, which is captured when it is repeated."""
+        execution = data.draw(st.sampled_from(self.lent))
+        with self.may_fail(execution):
+            hidden = execution.begin(self.rows[1:3], Bucket(4, 16))
+            for segment in range(self.segments):
+                logits = execution.enqueue(segment, hidden).result()["logits"]
+                np.testing.assert_allclose(logits, self.expected[segment][1:3], atol=1e-5)
+            execution.release(hidden)
+
+    @precondition(lambda self: any(group.unread for group in self.groups))
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from([group for group in self.groups if group.unread]))
+        segment, pending = group.unread.pop(0)
+        expected = self.expected[segment][group.numbers]
+        np.testing.assert_allclose(pending.result()["logits"], expected, atol=1e-5)
+
+    @precondition(lambda self: self.groups)
+    @rule(data=st.data(), length=st.sampled_from([16, 24]))
+    def regroup(self, data: st.DataObject, length: int) -> None:
+        first = data.draw(st.sampled_from(self.groups))
+        same = [
+            group
+            for group in self.groups
+            if group.execution is first.execution and group.hidden.segment == first.hidden.segment
+        ][:2]
+        longest = max(group.hidden.bucket.sequence for group in same)
+        if not 0 < first.hidden.segment < self.segments or length > longest:
+            return
+        with self.may_fail(first.execution):
+            keep = [np.arange(len(group.numbers) - 1, -1, -1)[:2] for group in same]
+            hidden = first.execution.regroup([g.hidden for g in same], keep, Bucket(4, length))
+            numbers = [g.numbers[row] for g, rows in zip(same, keep, strict=True) for row in rows]
+            self.groups.append(Group(first.execution, hidden, numbers))
+
+    @precondition(lambda self: self.groups)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from(self.groups))
+        group.execution.release(group.hidden)
+        self.groups.remove(group)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data(), failed=st.booleans())
+    def give_back(self, data: st.DataObject, failed: bool) -> None:
+        execution = data.draw(st.sampled_from(self.lent))
+        for group in self.groups:
+            if group.execution is execution and not failed:
+                execution.release(group.hidden)
+        self.end_call(execution, failed)
+
+    @rule(kind=st.sampled_from(FAILURES), number=st.integers(1, 6))
+    def fail(self, kind: str, number: int) -> None:
+        self.double.cuda.fails_at[kind] = number
+
+    @rule(room=st.integers(30_000, 400_000))
+    def change_room(self, room: int) -> None:
+        self.double.cuda.room = room
+
+    def teardown(self) -> None:
+        self.backend.close()
+        for execution in list(self.lent):
+            self.end_call(execution, failed=True)
+        self.double.cuda.fails_at.clear()
+        self.double.cuda.room = 1 << 30
+        assert nothing_is_left(self.double)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "tensorrt-rtx"])
+def test_any_order_of_calls_with_failures(backend: str, double: Callable[..., Double]) -> None:
+    """No use after free, no leak, and the logits of every group are right."""
+    made = double(backend=backend, batch=(1, 2, 4))
+    made.trt.runs_before_capture = 1
+    with Engine.load(made.folder) as usual:
+        expected = usual.trace(TEXTS).logits
+    make: Any = lambda: Calls(made, expected)  # noqa: E731 - hypothesis calls it like a class
+    run_state_machine_as_test(
+        make,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    if backend != "onnxruntime":
+        assert made.cuda.captures > 0, "nothing was captured"
