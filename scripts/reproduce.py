@@ -310,7 +310,7 @@ def main(
         for seed in seeds or range(42, 42 + run.seeds):
             model, backbone = work / f"{name}-{seed}", backbones[run.backbone]
             path, other = (folder / f"{name}-{seed}.json" for folder in (runs, others))
-            if path.is_file() and (other.is_file() or not run.exit_0):
+            if path.is_file() and (not run.exit_0 or _is_compared(other, train_cuts)):
                 continue
             report = train_run(run, seed, data, backbone, model, _command(name, seed))
             folder, files = engines_of(model), files_of(run, data)
@@ -347,6 +347,14 @@ def main(
         if stored(runs, name):
             draw(runs, name, results / f"{name}.svg")
     click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
+
+
+def _is_compared(path: Path, with_cuts: bool) -> bool:
+    """Whether a comparison is stored; without cut encoders it may not be complete."""
+    if not path.is_file():
+        return False
+    systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
+    return not with_cuts or any(system["name"].startswith("cut") for system in systems)
 
 
 def _store(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -178,7 +179,10 @@ def _systems(runs: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def _saved(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
     """How many times fewer layers a system runs, and the points that it loses; seed means."""
     mine, full = _systems(runs, name), _systems(runs, "full depth")
-    times = statistics.mean(a["layers"] / b["layers"] for a, b in zip(full, mine, strict=True))
+    times = statistics.mean(
+        a["layers"] / b["layers"] if b["layers"] else math.inf
+        for a, b in zip(full, mine, strict=True)
+    )
     loss = statistics.mean(a["score"] - b["score"] for a, b in zip(full, mine, strict=True))
     return [f"{times:.2f}x", f"{100 * loss:+.2f}"]
 

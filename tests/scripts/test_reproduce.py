@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from tests.conftest import WORDS
 
@@ -241,6 +242,44 @@ def test_the_table_of_alternatives_has_targets_and_shifts(
     assert any(line.startswith("| model2vec 0.10.0 (1 seeds) | 0.7000") for line in lines)
     assert "| 43 | cola | 5 | 0.500 | 0.250 |" in lines
     assert any("seeds 42, 43.\na machine; torch 2." in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_elsewhere_gets_exit_0_and_is_compared(
+    reproduce: ModuleType,
+    tiny_models: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "work" / "mini-sst2-exit-0-42"
+    shutil.copytree(tiny_models["bert"], model)
+    options = dict.fromkeys(("epochs", "lr", "distill", "bf16"), 0)
+    (model / "training.json").write_text(json.dumps({"options": options, "train_seconds": 1}))
+    for data in ("sst2", "mrpc", "cola"):
+        (tmp_path / data).mkdir()
+        for part in ("train", "dev", "test"):
+            rows = [
+                {
+                    "text": " ".join(WORDS[n % 30 : n % 30 + n % 4 + 1]),
+                    "label": ("music", "alarm")[n % 2],
+                }
+                for n in range(90)
+            ]
+            with gzip.open(tmp_path / data / f"{part}.jsonl.gz", "wt") as file:
+                file.write("\n".join(map(json.dumps, rows)))
+    other = {"score": 0.5, "layers": 0, "median_ms": 1, "mean_ms": 1, "rows_per_s": 1}
+    monkeypatch.setattr(reproduce, "static_model", lambda *_: {"name": "model2vec", **other})
+    command = ["--only", "mini-sst2-exit-0", "--seed", 42, "--no-train-cuts", "--threads", 1]
+    command += ["--minilm", model]
+    command += ["--data", tmp_path, "--work", tmp_path / "work", "--results", tmp_path / "results"]
+    for _ in range(2):
+        result = CliRunner().invoke(reproduce.main, [str(word) for word in command])
+        assert result.exit_code == 0, result.output
+        monkeypatch.setattr(reproduce, "compare_alternatives", None)  # not called again
+    text = (tmp_path / "results" / "alternatives.md").read_text()
+    for start in ("| balanced |", "| cascade |", "| model2vec |", "| 42 | sst2 |", "| 42 | cola |"):
+        assert f"\n{start}" in text
+    assert "| cascade |" in (tmp_path / "results" / "table.md").read_text()
 
 
 class Bag:
