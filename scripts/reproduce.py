@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 import numpy as np
-from reproduce_alternatives import compare_alternatives, shift, static_model
+from reproduce_alternatives import compare_alternatives, static_model
 from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, draw, stored, tables
 from transformers import AlbertConfig, AutoTokenizer
 
@@ -102,8 +102,8 @@ _DISTILLED = {
 _EXIT_0 = {
     "mini-sst2": Run(MINILM, "sst2", shifted=("mrpc", "cola")),
     "mini-trec": Run(MINILM, "trec"),
-    "mini-mrpc": Run(MINILM, "mrpc"),
-    "mini-snips": Run(MINILM, "snips", 1),
+    "mini-mrpc": Run(MINILM, "mrpc", options={"epochs": 2.0}),
+    "mini-snips": Run(MINILM, "snips", 1, {"epochs": 1.0}),
     "mini-mixsnips": replace(_PLAIN["mini-mixsnips"], seeds=1),
     "mini-mixatis": replace(_PLAIN["mini-mixatis"], seeds=1),
     "mpnet-sst2": Run(MPNET, "sst2", 1, {"epochs": 1.0}),
@@ -332,13 +332,11 @@ def main(
                 _store(path, head | compare(dev, test, layers))
             if run.exit_0:
                 cuts = cut_encoders(name, seed, data, backbone, work, train_cuts)
-                found = compare_alternatives(folder, files["dev"], files["test"], cuts, threads)
+                sources = (run.data, *run.shifted) if run.shifted else ()
+                shifted = {source: data / source / "test.jsonl.gz" for source in sources}
+                parts = files["dev"], files["test"]
+                found = compare_alternatives(folder, *parts, cuts, shifted, threads)
                 found["systems"].append(static_model(backbone, work, data / run.data, threads))
-                found["shift"] = {
-                    source: shift(folder, texts_of(data / source / "test.jsonl.gz"), threads)
-                    for source in (run.data, *run.shifted)
-                    if run.shifted
-                }
                 _store(other, head | found)
     text = {"table": tables(runs, RUNS), "alternatives": alternatives(others, RUNS)}
     for name, lines in text.items():
@@ -361,11 +359,6 @@ def _store(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{path} is written")
-
-
-def texts_of(path: Path) -> list[str]:
-    """The texts of a file, of pairs the first one."""
-    return [row.text for row in read_rows(path)]
 
 
 if __name__ == "__main__":

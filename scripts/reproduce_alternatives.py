@@ -29,7 +29,8 @@ from fpabee.calibration import Calibration, CalibrationOptions, calibrate
 from fpabee.calibration.choose import Selector
 from fpabee.calibration.families import CASCADE, DEFAULT_MEASURES, DEFAULT_RULES
 from fpabee.calibration.goals import DEFAULT_GOALS
-from fpabee.calibration.scoring import METRICS
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.scoring import METRICS, LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import expected_labels
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
@@ -47,7 +48,7 @@ MODEL2VEC = "model2vec==0.10.0"
 
 _FULL = Budget(exit=1)  # of engines with one segment
 _SINGLE_ROWS = 200
-_REPEATS = 3
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class System:
 
 
 def compare_alternatives(
-    folder: Path, dev: Path, test: Path, cuts: dict[int, Path], threads: int | None
+    folder: Path,
+    dev: Path,
+    test: Path,
+    cuts: dict[int, Path],
+    shifted: dict[str, Path],
+    threads: int | None,
 ) -> dict[str, Any]:
     """Score, layers and times of exits and of what people would do instead.
 
@@ -69,6 +75,7 @@ def compare_alternatives(
         dev: the file of rows that choose settings.
         test: the file of rows that are timed and scored.
         cuts: engines folders of encoders that were cut, by their number of layers.
+        shifted: files whose texts are of another kind, or of the same; of pairs, the first ones.
         threads: CPU threads; None: all cores.
     """
     # Made before the calibration, whose points do not fit them.
@@ -78,6 +85,7 @@ def compare_alternatives(
     choose = _chooser(calibration)
     cascade = choose(DEFAULT_GOALS[POINT], [CASCADE])
     limit = cascade.exit_0_threshold if cascade else None
+    others = {source: [row.text for row in read_rows(path)] for source, path in shifted.items()}
     with ExitStack() as stack:
 
         def load(path: Path) -> Engine:
@@ -102,6 +110,12 @@ def compare_alternatives(
             "layers": calibration.layers[-1],
             "rule": systems[1].rule.to_dict(),
             "systems": measured(systems, list(read_rows(test))),
+            "shift": [
+                {"rule": name, "texts": source, **shift(engine, rule, calibration.rows, texts)}
+                for name, rule in ((POINT, systems[1].rule), (CASCADE, cascade))
+                for source, texts in others.items()
+                if rule
+            ],
         }
 
 
@@ -211,26 +225,27 @@ def static_model(backbone: str, work: Path, data: Path, threads: int | None) -> 
     return content
 
 
-def shift(folder: Path, texts: Sequence[Text], threads: int | None) -> dict[str, float]:
-    """How a calibrated single-label model does on texts, compared with its last exit.
+def shift(
+    engine: Engine, rule: ExitRule, dev: LabelledLogits, texts: Sequence[Text]
+) -> dict[str, float]:
+    """How a rule does on texts, compared with the last exit.
 
     Args:
-        folder: the engines folder, whose default operating point runs.
+        engine: a single-label model with exit 0.
+        rule: the rule.
+        dev: the rows that chose the rule.
         texts: the texts; they need no labels.
-        threads: CPU threads; None: all cores.
 
     Returns:
         `rows`; `exit_0`, the share that exit 0 answers; `agreement_at_exit_0` with the last exit
         on these rows, and that of exit 1 on the same rows; `agreement` on all rows; `drift` from
-        the exits of the point, and about how much there would be by chance.
+        the exits on dev, and about how much there would be by chance.
     """
-    manifest = read_manifest(folder)
-    target = manifest.targets[manifest.default_target]
-    point = target.operating_points[target.default_operating_point]
-    with Engine.load(folder, threads=threads) as engine:
-        exits = np.array([answer.exit for answer in engine.predict(texts)])
-        drift = engine.tally.drift(point.exits)
-        answers = engine.trace(texts).logits.argmax(axis=-1)
+    engine.reset_tally()
+    exits = np.array([answer.exit for answer in engine.predict(texts, rule=rule)])
+    expected = np.bincount(exits_of(rule, dev), minlength=len(dev.exits)).tolist()
+    drift = engine.tally.drift(expected)
+    answers = engine.trace(texts).logits.argmax(axis=-1)
     same, early = answers == answers[-1], exits == 0
     there = [float(one[early].sum() / max(1, early.sum())) for one in same[:2]]
     return {
@@ -240,5 +255,5 @@ def shift(folder: Path, texts: Sequence[Text], threads: int | None) -> dict[str,
         "agreement_of_exit_1": there[1],
         "agreement": float(same[exits, np.arange(len(texts))].mean()),
         "drift": drift,
-        "by_chance": float(np.sqrt(len(point.exits) / len(texts))),
+        "by_chance": float(np.sqrt(len(dev.exits) / len(texts))),
     }

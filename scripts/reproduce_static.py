@@ -22,7 +22,7 @@ import numpy as np
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 SINGLE_ROWS = 200
-REPEATS = 3
+REPEATS = 5
 
 Row = dict[str, Any]
 

@@ -145,21 +145,20 @@ def alternatives(results: Path, names: Iterable[str]) -> Iterator[str]:
             ]
             few = "" if len(part) == len(mine) else f" ({len(part)} seeds)"
             yield f"| {system}{few} | {' | '.join(cells)} |"
-        shifts = [(run["seed"], *item) for run in mine for item in run.get("shift", {}).items()]
+        shifts = [(run["seed"], found) for run in mine for found in run["shift"]]
         if shifts:
             yield ""
             yield from _head(
                 f"{name}, on other texts",
-                "What the point `balanced` does on the texts of other data sets. Agreement is "
-                "with the last exit.",
+                "What two rules do on texts of other data sets. Agreement is with the last exit.",
                 [
-                    *("seed", "texts", "rows", "at exit 0", "agreement there"),
+                    *("seed", "rule", "texts", "rows", "at exit 0", "agreement there"),
                     *("of exit 1 there", "agreement on all", "drift", "drift by chance"),
                 ],
             )
-        for seed, source, found in shifts:
-            cells = [f"{value:.3f}" for key, value in found.items() if key != "rows"]
-            yield f"| {seed} | {source} | {found['rows']} | {' | '.join(cells)} |"
+        for seed, found in shifts:
+            cells = [f"{x:.3f}" if isinstance(x, float) else f"{x}" for x in found.values()]
+            yield f"| {seed} | {' | '.join(cells)} |"
 
 
 _COLUMNS = {
@@ -184,7 +183,7 @@ def _saved(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
         for a, b in zip(full, mine, strict=True)
     )
     loss = statistics.mean(a["score"] - b["score"] for a, b in zip(full, mine, strict=True))
-    return [f"{times:.2f}x", f"{100 * loss:+.2f}"]
+    return ["no layer runs" if math.isinf(times) else f"{times:.2f}x", f"{100 * loss:+.2f}"]
 
 
 def _versions(run: dict[str, Any]) -> str:

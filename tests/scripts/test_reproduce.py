@@ -176,7 +176,7 @@ def compared(
     exit_0_engines: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     load_script: Callable[[str], ModuleType],
-) -> tuple[Path, dict[str, Any]]:
+) -> dict[str, Any]:
     """A calibrated tiny model, and how it compares with what people would do instead."""
     alternatives, root = load_script("reproduce_alternatives"), tmp_path_factory.mktemp("tiny")
     folder = Path(shutil.copytree(exit_0_engines["bert"], root / "engines"))
@@ -189,11 +189,16 @@ def compared(
         lines = (json.dumps({"text": text, "label": label}) for text, label in rows)
         path.write_text("\n".join(lines))
     drop_exits(folder, root / "cut", DropExitsOptions(exits=(1,)))
-    return folder, alternatives.compare_alternatives(folder, *files, {1: root / "cut"}, 1)
+    (root / "other.jsonl").write_text('{"text": "zzz"}\n' * 240)
+    shifted = {"same": files[1], "other": root / "other.jsonl"}
+    found: dict[str, Any] = alternatives.compare_alternatives(
+        folder, *files, {1: root / "cut"}, shifted, 1
+    )
+    return found
 
 
-def test_exits_are_compared_with_alternatives(compared: tuple[Path, dict[str, Any]]) -> None:
-    systems = {system["name"]: system for system in compared[1]["systems"]}
+def test_exits_are_compared_with_alternatives(compared: dict[str, Any]) -> None:
+    systems = {system["name"]: system for system in compared["systems"]}
     assert list(systems)[:3] == ["full depth", "balanced", "balanced, without exit 0"]
     assert (systems["full depth"]["score"], systems["full depth"]["layers"]) == (1.0, 3.0)
     assert (systems["exit 0 alone"]["layers"], systems["exit 0 alone"]["exit_0"]) == (0.0, 1.0)
@@ -206,13 +211,10 @@ def test_exits_are_compared_with_alternatives(compared: tuple[Path, dict[str, An
         assert min(system["median_ms"], system["mean_ms"], system["rows_per_s"]) > 0
 
 
-def test_a_shift_shows_in_agreement_and_drift(
-    compared: tuple[Path, dict[str, Any]], load_script: Callable[[str], ModuleType]
-) -> None:
-    shift = load_script("reproduce_alternatives").shift
-    texts = [" ".join(random.Random(n).choices(WORDS, k=n % 9 + 2)) for n in range(240)]
-    same, other = (shift(compared[0], part, 1) for part in (texts, ["zzz"] * 240))
-    assert same["rows"] == other["rows"] == 240
+def test_a_shift_shows_in_agreement_and_drift(compared: dict[str, Any]) -> None:
+    found = {(shift["rule"], shift["texts"]): shift for shift in compared["shift"]}
+    same, other = (found["balanced", texts] for texts in ("same", "other"))
+    assert (same["rows"], other["rows"]) == (400, 240)
     assert same["drift"] < same["by_chance"] < other["drift"]
     assert 0 < same["agreement"] <= 1
 
@@ -233,14 +235,14 @@ def test_the_table_of_alternatives_has_targets_and_shifts(
             **{"name": "mini-trec-exit-0", "seed": seed, "command": "x", "hardware": "a machine"},
             **{"metric": "accuracy", "layers": 6, "versions": {"torch": "2"}},
             "systems": systems if seed == 42 else systems[:3],
-            "shift": {"cola": {"rows": 5, "exit_0": 0.5, "drift": 0.25}},
+            "shift": [{"rule": "cascade", "texts": "cola", "rows": 5, "drift": 0.25}],
         }
         (tmp_path / f"{seed}.json").write_text(json.dumps(run))
     lines = list(reproduce.alternatives(tmp_path, reproduce.RUNS))
     assert "| mini-trec-exit-0 | 2 | 3.9x | 4.50x | +0.50 | 2.00x | +1.00 |" in lines
     assert "| balanced | 0.8950 | 1.50 | 0% | 0.50 | 1.50 | 900 |" in lines
     assert any(line.startswith("| model2vec 0.10.0 (1 seeds) | 0.7000") for line in lines)
-    assert "| 43 | cola | 5 | 0.500 | 0.250 |" in lines
+    assert "| 43 | cascade | cola | 5 | 0.250 |" in lines
     assert any("seeds 42, 43.\na machine; torch 2." in line for line in lines)
 
 
@@ -277,7 +279,7 @@ def test_a_model_that_was_trained_elsewhere_gets_exit_0_and_is_compared(
         assert result.exit_code == 0, result.output
         monkeypatch.setattr(reproduce, "compare_alternatives", None)  # not called again
     text = (tmp_path / "results" / "alternatives.md").read_text()
-    for start in ("| balanced |", "| cascade |", "| model2vec |", "| 42 | sst2 |", "| 42 | cola |"):
+    for start in ("| balanced |", "| cascade |", "| model2vec |", "| 42 | balanced | cola |"):
         assert f"\n{start}" in text
     assert "| cascade |" in (tmp_path / "results" / "table.md").read_text()
 
