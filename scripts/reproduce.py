@@ -8,7 +8,12 @@ each kind of rule, the setting with the least drop among those that save enough 
 and evaluated on test. Models are trained with the loss of the paper; those named `-distill` also
 use self-distillation, and are compared with the others. DATA holds a folder for each dataset, with
 train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped at
-any time. Results are in `scripts/results/`: a JSON file for each run, a table, and figures.
+any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED. Results are in
+`scripts/results/`: a JSON file for each run, tables, and figures.
+
+Models named `-exit-0` also have exit 0, and are trained with the default options. They are compared
+with what people would do instead: the cascade, encoders that are cut after the first layers, and
+model2vec. For this, nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ from typing import Any
 
 import click
 import numpy as np
-from reproduce_tables import DISTILLED, SAVINGS, draw, stored, tables
+from reproduce_alternatives import compare_alternatives, static_model
+from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, draw, stored, tables
 from transformers import AlbertConfig, AutoTokenizer
 
 from fpabee.calibration.choose import Selector
@@ -33,6 +39,7 @@ from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
+from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.exporter.training.resume import last_checkpoint
@@ -58,6 +65,8 @@ class Run:
         options: of the training, where they differ from the defaults.
         problem_type: the task.
         distill: the option of that name; 0 gives the loss of the paper.
+        exit_0: whether the model has exit 0.
+        shifted: folders of datasets whose first texts are of another kind.
     """
 
     backbone: str
@@ -66,6 +75,8 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     problem_type: ProblemType = ProblemType.SINGLE_LABEL
     distill: float = 0.0
+    exit_0: bool = False
+    shifted: tuple[str, ...] = ()
 
 
 _MULTI = ProblemType.MULTI_LABEL
@@ -88,21 +99,37 @@ _DISTILLED = {
     "mini-mixatis": 1,
     "mpnet-sst2": 1,
 }
-RUNS = _PLAIN | {
-    name + DISTILLED: replace(_PLAIN[name], seeds=seeds, distill=0.5)
-    for name, seeds in _DISTILLED.items()
+_EXIT_0 = {
+    "mini-sst2": Run(MINILM, "sst2", shifted=("mrpc", "cola")),
+    "mini-trec": Run(MINILM, "trec"),
+    "mini-mrpc": Run(MINILM, "mrpc", options={"epochs": 2.0}),
+    "mini-snips": Run(MINILM, "snips", 1, {"epochs": 1.0}),
+    "mini-mixsnips": replace(_PLAIN["mini-mixsnips"], seeds=1),
+    "mini-mixatis": replace(_PLAIN["mini-mixatis"], seeds=1),
+    "mpnet-sst2": Run(MPNET, "sst2", 1, {"epochs": 1.0}),
 }
+RUNS = (
+    _PLAIN
+    | {
+        name + DISTILLED: replace(_PLAIN[name], seeds=seeds, distill=0.5)
+        for name, seeds in _DISTILLED.items()
+    }
+    | {name + EXIT_0: replace(run, distill=0.5, exit_0=True) for name, run in _EXIT_0.items()}
+)
+# Options that differed between runs.
+_REPORTED = ("epochs", "lr", "distill", "bf16")
+# Encoders that are cut after so many layers are compared with exits.
+_CUTS = (1, 2, 3)
 
 
-def train_run(name: str, seed: int, data: Path, backbone: str, folder: Path) -> dict[str, Any]:
+def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path, command: str) -> Any:
     """Train the model of a run, unless that is done, and return its report.
 
-    An interrupted training is resumed.
+    An interrupted training is resumed, and a model gets exit 0 if that alone is missing.
     """
     report = folder / REPORT_NAME
+    files: Any = {part: str(path) for part, path in files_of(run, data).items()}
     if not report.is_file():
-        run = RUNS[name]
-        files: Any = {part: str(path) for part, path in files_of(run, data).items()}
         options = TrainOptions(
             **files,
             backbone=backbone,
@@ -110,13 +137,51 @@ def train_run(name: str, seed: int, data: Path, backbone: str, folder: Path) -> 
             distill=run.distill,
             seed=seed,
             bf16=True,
+            exit_0=run.exit_0,
             resume=last_checkpoint(folder) is not None,
             **run.options,
         )
-        command = f"python scripts/reproduce.py --data DATA --work WORK --only {name} --seed {seed}"
         train(folder, options, _print_scores, command)
-    content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    return content
+    elif run.exit_0 and not (folder / EXIT_0_FILE).is_file():
+        train(folder, TrainOptions(**files, exit_0_only=True, seed=seed), _print_scores)
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def engines_of(folder: Path) -> Path:
+    """The engines folder of a model_dir, which is exported unless that is done."""
+    engines = folder.with_name(f"{folder.name}-engines")
+    if not (engines / "manifest.json").is_file():
+        export(folder, engines)
+    return engines
+
+
+def cut_encoders(
+    name: str, seed: int, data: Path, backbone: str, work: Path, is_trained: bool
+) -> dict[int, Path]:
+    """Engines folders of encoders that are cut after the first layers, by their number.
+
+    Args:
+        name: of the run, whose options the training has.
+        seed: of the training.
+        data: the folder of the datasets.
+        backbone: the encoder.
+        work: the folder of the models.
+        is_trained: whether encoders are trained; otherwise only those in `work` count.
+    """
+    found = {}
+    for layers in _CUTS:
+        run = RUNS[name]
+        run = replace(run, options={**run.options, "exits": (layers,)}, distill=0.0, exit_0=False)
+        folder = work / f"{name.removesuffix(EXIT_0)}-cut-{layers}-{seed}"
+        if is_trained:
+            train_run(run, seed, data, backbone, folder, _command(name, seed))
+        if (folder / REPORT_NAME).is_file():
+            found[layers] = engines_of(folder)
+    return found
+
+
+def _command(name: str, seed: int) -> str:
+    return f"python scripts/reproduce.py --data DATA --work WORK --only {name} --seed {seed}"
 
 
 def files_of(run: Run, data: Path) -> dict[str, Path]:
@@ -124,11 +189,10 @@ def files_of(run: Run, data: Path) -> dict[str, Path]:
     return {part: data / run.data / f"{part}.jsonl.gz" for part in ("train", "dev", "test")}
 
 
-def trace(
-    folder: Path, data: Path, place: Path, threads: int | None
-) -> tuple[LabelledLogits, list[int]]:
-    """The trace of a file, which is stored in `place`, and the layer of each exit."""
+def trace(folder: Path, data: Path, threads: int | None) -> tuple[LabelledLogits, list[int]]:
+    """The trace of a file, which is stored in the engines folder, and the layer of each exit."""
     with Engine.load(folder, threads=threads) as engine:
+        place = folder / "calibration"
         rows = trace_rows(engine, list(read_rows(data)), place, progress=_print_end)
         return rows, list(engine.manifest.exit_layers)
 
@@ -160,7 +224,7 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
             if chosen is None:
                 continue
             exits = exits_of(chosen, test)
-            depth = np.asarray(layers)[exits - 1].mean()
+            depth = np.asarray(layers)[test.at(exits)[0]].mean()
             found.append(
                 {
                     "kind": kind,
@@ -217,6 +281,11 @@ def small_albert(tokenizer: str, folder: Path) -> str:
 @click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--logits", type=click.Path(path_type=Path), help="Also store logits there.")
+@click.option(
+    "--train-cuts/--no-train-cuts",
+    default=True,
+    help="Train encoders that are cut, or use only those in WORK/NAME-cut-LAYERS-SEED.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @exits_with_one_line
 def main(
@@ -228,46 +297,68 @@ def main(
     mpnet: str,
     results: Path,
     logits: Path | None,
+    train_cuts: bool,
     threads: int | None,
 ) -> None:
-    """Train, export, trace and compare; then write the table and the figures."""
+    """Train, export, trace and compare; then write the tables and the figures."""
     # First, because an export would set up the process's thread pool with all cores.
     session_options(threads)
     backbones = {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
-    runs = results / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
+    runs, others = results / "runs", results / "alternatives"
     for name in only or RUNS:
         run = RUNS[name]
         for seed in seeds or range(42, 42 + run.seeds):
-            path = runs / f"{name}-{seed}.json"
-            if path.is_file():
+            model, backbone = work / f"{name}-{seed}", backbones[run.backbone]
+            path, other = (folder / f"{name}-{seed}.json" for folder in (runs, others))
+            if path.is_file() and (not run.exit_0 or _is_compared(other, train_cuts)):
                 continue
-            model, folder = work / f"{name}-{seed}", work / f"{name}-{seed}-engines"
-            report = train_run(name, seed, data, backbones[run.backbone], model)
-            if not (folder / "manifest.json").is_file():
-                export(model, folder)
-            files = files_of(run, data)
-            (dev, layers), (test, _) = (
-                trace(folder, files[part], work, threads) for part in ("dev", "test")
-            )
-            if logits is not None:
-                store_logits(logits / f"{name}-{seed}.npz", dev, test)
-            content = {
+            report = train_run(run, seed, data, backbone, model, _command(name, seed))
+            folder, files = engines_of(model), files_of(run, data)
+            head = {
                 "name": name,
                 "seed": seed,
-                "command": report["command"],
+                "command": _command(name, seed),
+                "training": {key: report["options"][key] for key in _REPORTED},
                 "train_seconds": report["train_seconds"],
                 "hardware": f"{platform.machine()}, {platform.system()}",
                 "versions": {n: metadata.version(n) for n in ("torch", "onnxruntime", "fpabee")},
-                **compare(dev, test, layers),
             }
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            click.echo(f"{path}: {content['exits'][-1]:.4f} at full depth")
-    (results / "table.md").write_text("\n".join(tables(runs, RUNS)) + "\n", encoding="utf-8")
+            if not path.is_file():
+                (dev, layers), (test, _) = (
+                    trace(folder, files[part], threads) for part in ("dev", "test")
+                )
+                if logits is not None:
+                    store_logits(logits / f"{name}-{seed}.npz", dev, test)
+                _store(path, head | compare(dev, test, layers))
+            if run.exit_0:
+                cuts = cut_encoders(name, seed, data, backbone, work, train_cuts)
+                sources = (run.data, *run.shifted) if run.shifted else ()
+                shifted = {source: data / source / "test.jsonl.gz" for source in sources}
+                parts = files["dev"], files["test"]
+                found = compare_alternatives(folder, *parts, cuts, shifted, threads)
+                found["systems"].append(static_model(backbone, work, data / run.data, threads))
+                _store(other, head | found)
+    text = {"table": tables(runs, RUNS), "alternatives": alternatives(others, RUNS)}
+    for name, lines in text.items():
+        (results / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name in RUNS:
         if stored(runs, name):
             draw(runs, name, results / f"{name}.svg")
     click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
+
+
+def _is_compared(path: Path, with_cuts: bool) -> bool:
+    """Whether a comparison is stored; without cut encoders it may not be complete."""
+    if not path.is_file():
+        return False
+    systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
+    return not with_cuts or any(system["name"].startswith("cut") for system in systems)
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"{path} is written")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ JUDGED = ("fpabee", "entropy")
 COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
 DISTILLED = "-distill"
 """Suffix of the names of runs with self-distillation."""
+EXIT_0 = "-exit-0"
+"""Suffix of the names of runs with exit 0 and self-distillation."""
+TARGETS = {"mini-trec": 3.9, "mini-snips": 8.0, "mini-sst2": 2.5, "mpnet-sst2": 3.0}
+"""How many times fewer layers `balanced` should run."""
 
 
 def stored(results: Path, name: str) -> list[dict[str, Any]]:
@@ -94,6 +99,95 @@ def _distillation(of: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         exits = " ".join(f"{100 * gain:+.2f}" for gain in np.mean(gains, axis=0))
         cells = (_differences(mine, before, kind, kind) for kind in JUDGED)
         yield f"| {name} | {len(mine)} | {exits} | {' | '.join(cells)} |"
+
+
+def alternatives(results: Path, names: Iterable[str]) -> Iterator[str]:
+    """The lines of `alternatives.md`: exits with exit 0, and what people would do instead.
+
+    Args:
+        results: the folder of the stored comparisons.
+        names: the runs in the order of the tables.
+    """
+    of = {name: stored(results, name) for name in names}
+    of = {name: mine for name, mine in of.items() if mine}
+    yield "# Exits, and what people would do instead"
+    yield ""
+    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and evaluated on test. Times"
+    yield "include tokenization. Means over the seeds."
+    yield ""
+    yield from _head(
+        "Targets of `balanced`",
+        "How many times fewer layers run than at full depth, and what the score loses, in points.",
+        ["model", "seeds", "target", "layers", "loss", "layers without exit 0", "loss"],
+    )
+    for name, mine in of.items():
+        target = TARGETS.get(name.removesuffix(EXIT_0))
+        cells = [name, f"{len(mine)}", f"{target}x" if target else "-"]
+        cells += _saved(mine, "balanced") + _saved(mine, "balanced, without exit 0")
+        yield f"| {' | '.join(cells)} |"
+    for name, mine in of.items():
+        yield ""
+        yield from _head(
+            name,
+            f"`{mine[0]['command']}`, and so on; seeds "
+            f"{', '.join(str(run['seed']) for run in mine)}.\n"
+            f"{mine[0]['hardware']}; {_versions(mine[0])}.",
+            [
+                *("system", mine[0]["metric"], f"layers of {mine[0]['layers']}"),
+                *("at exit 0", "one text, median ms", "mean ms", "file, rows/s"),
+            ],
+        )
+        for system in dict.fromkeys(s["name"] for run in mine for s in run["systems"]):
+            part = _systems(mine, system)
+            cells = [
+                form.format(statistics.mean(s.get(key, 0) for s in part))
+                for key, form in _COLUMNS.items()
+            ]
+            few = "" if len(part) == len(mine) else f" ({len(part)} seeds)"
+            yield f"| {system}{few} | {' | '.join(cells)} |"
+        shifts = [(run["seed"], found) for run in mine for found in run["shift"]]
+        if shifts:
+            yield ""
+            yield from _head(
+                f"{name}, on other texts",
+                "What two rules do on texts of other data sets. Agreement is with the last exit.",
+                [
+                    *("seed", "rule", "texts", "rows", "at exit 0", "agreement there"),
+                    *("of exit 1 there", "agreement on all", "drift", "drift by chance"),
+                ],
+            )
+        for seed, found in shifts:
+            cells = [f"{x:.3f}" if isinstance(x, float) else f"{x}" for x in found.values()]
+            yield f"| {seed} | {' | '.join(cells)} |"
+
+
+_COLUMNS = {
+    "score": "{:.4f}",
+    "layers": "{:.2f}",
+    "exit_0": "{:.0%}",
+    "median_ms": "{:.2f}",
+    "mean_ms": "{:.2f}",
+    "rows_per_s": "{:.0f}",
+}
+
+
+def _systems(runs: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [system for run in runs for system in run["systems"] if system["name"] == name]
+
+
+def _saved(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """How many times fewer layers a system runs, and the points that it loses; seed means."""
+    mine, full = _systems(runs, name), _systems(runs, "full depth")
+    times = statistics.mean(
+        a["layers"] / b["layers"] if b["layers"] else math.inf
+        for a, b in zip(full, mine, strict=True)
+    )
+    loss = statistics.mean(a["score"] - b["score"] for a, b in zip(full, mine, strict=True))
+    return ["no layer runs" if math.isinf(times) else f"{times:.2f}x", f"{100 * loss:+.2f}"]
+
+
+def _versions(run: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run["versions"].items())
 
 
 def _head(title: str, what: str, columns: Sequence[str]) -> Iterator[str]:
