@@ -96,7 +96,7 @@ def target_states(
     """
     states = []
     for name, target in manifest.targets.items():
-        graphs = target.files or manifest.graphs_in(target.precision)
+        graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
         unavailable_reason = no_rule = ""
         try:

@@ -89,6 +89,10 @@ def backend_class(target: Target) -> type[Backend[Any]]:
         from .backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend
+    if target.backend == "openvino":
+        from .backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend
     if target.backend in ("tensorrt", "tensorrt-rtx"):
         from .backends.tensorrt import TensorRtBackend
 

@@ -231,6 +231,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend: inference library, such as `onnxruntime` or `tensorrt`.
         precision: numeric format of the weights and activations, such as `fp32`.
+        graph_precision: that of the ONNX graphs which are run, or from which the files were built;
+            empty: the target's own. OpenVINO rounds fp32 graphs to bf16.
         device: device class that the files are bound to; empty: any.
         versions: version of each library that built or verified it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
@@ -250,6 +252,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: str
     precision: str
+    graph_precision: str = ""
     device: str = ""
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
@@ -351,6 +354,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 Remedy("add the graphs: {call}", call=Call("add_targets", "ENGINES", **flag)),
             )
         return self.precisions[precision]
+
+    def graphs_of(self, target: Target) -> dict[str, Graph]:
+        """The ONNX graphs that a target runs, or from which its files were built.
+
+        Args:
+            target: one of `targets`.
+
+        Raises:
+            ArtifactError: the folder does not have them.
+        """
+        return self.graphs_in(target.graph_precision or target.precision)
 
     @property
     def exits(self) -> range:
