@@ -6,7 +6,7 @@ The folder stays usable at every moment: new files are written first, the manife
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,14 +30,18 @@ from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.base import ExitRule
+from ..runtime.targets import target_of
 from .precision.formats import INT8, Half
+from .targets import cpu
+from .targets.cpu import CpuTarget
 from .targets.options import BUILD_ON_DEVICE, RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, can_run, lacks_memory, unavailable_reason
 
 if TYPE_CHECKING:
     from .precision.emulation import PrecisionReport
 
-BACKENDS = (RTX, TENSORRT)
+PLAN_BACKENDS = (RTX, TENSORRT)
+BACKENDS = (*PLAN_BACKENDS, cpu.OPENVINO)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class AddTargetsOptions:
         calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
             folder has int8 graphs already.
         backends: backends whose targets must be built; None: those that this machine can build.
+        default_target: the target to make the default; None: the fastest target for CPUs, if
+            targets for CPUs are added.
         keep_fp32: `auto`, or nodes that stay in fp32, see `add_half`.
         verify_data: texts to check 16-bit formats with, in any format of `read_rows`.
         reading: how these two files are read.
@@ -62,6 +68,7 @@ class AddTargetsOptions:
     int8: bool = False
     calibration_data: Path | None = None
     backends: tuple[str, ...] | None = None
+    default_target: str | None = None
     keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -78,6 +85,8 @@ class AddTargetsResult:
         manifest: the folder's new manifest.
         checks: what each precision that was written does to the model.
         built: names of the targets that were built.
+        cpu: what the checks of new targets for CPUs found.
+        default: one line that says which target is the default, and why; empty: as before.
         not_built: targets that this machine cannot build, as in the manifest.
         lost_points: names of operating points, by target, that were removed because their graphs
             or plans have changed.
@@ -86,6 +95,8 @@ class AddTargetsResult:
     manifest: Manifest
     checks: tuple[PrecisionReport, ...]
     built: tuple[str, ...]
+    cpu: tuple[CpuTarget, ...]
+    default: str
     not_built: dict[str, NotBuilt]
     lost_points: dict[str, tuple[str, ...]]
 
@@ -129,7 +140,8 @@ def check_options(options: AddTargetsOptions) -> None:
         InputError: a file of texts does not exist, or its format is unknown.
     """
     for backend in options.backends or ():
-        error = unavailable_reason(backend)
+        is_cpu = backend == cpu.OPENVINO
+        error = cpu.unavailable_reason() if is_cpu else unavailable_reason(backend)
         if error:
             raise error
     for data in (options.calibration_data, options.verify_data):
@@ -145,6 +157,7 @@ def _add_targets(
     targets = [
         (backend, precision)
         for backend in backends
+        if backend in PLAN_BACKENDS
         for precision in asked or tuple(before.precisions) or ("fp32",)
     ]
     for backend, precision in targets:
@@ -161,8 +174,32 @@ def _add_targets(
         else:
             label = f"{backend}-{precision}"
             not_built[label] = manifest.not_built[label]
+    checked: list[CpuTarget] = []
+    if cpu.OPENVINO in backends:
+        manifest, checked = cpu.add_openvino(path, manifest, progress)
+    manifest, default = _with_default(path, manifest, checked, options, progress)
+    write_manifest(path, manifest)
     lost = _lost_points(before, manifest)
-    return AddTargetsResult(manifest, tuple(checks), tuple(built), not_built, lost)
+    return AddTargetsResult(
+        manifest, tuple(checks), tuple(built), tuple(checked), default, not_built, lost
+    )
+
+
+def _with_default(
+    path: Path,
+    manifest: Manifest,
+    checked: Sequence[CpuTarget],
+    options: AddTargetsOptions,
+    progress: Progress,
+) -> tuple[Manifest, str]:
+    """The manifest with its default target, and what there is to say about it."""
+    name = options.default_target
+    if name is not None:
+        fixed = target_of(path, manifest, name)
+        manifest = msgspec.structs.replace(manifest, default_target=fixed, default_is_fixed=True)
+    if name is None and not any(target.agreement for target in checked):
+        return manifest, ""
+    return cpu.with_fastest_default(path, manifest, progress)
 
 
 def _add_precisions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from .backends.backend import Backend
 from .errors import BackendError, Call, Remedy, RuleError
 from .rules.base import ExitRule
 
+logger = logging.getLogger(__name__)
+
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 _MOST_THREADS = 1024
+# Folders and default targets for which a warning said that another target runs.
+_told: set[tuple[Path, str]] = set()
 
 
 def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
@@ -22,12 +27,15 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     Args:
         folder: the engines folder.
         manifest: its manifest.
-        name: a target; default: the manifest's default target.
+        name: a target; None: the default target, or if this machine cannot run it, the fastest
+            target that it can run. A warning says so, once for each folder.
 
     Raises:
         BackendError: the folder has no such target.
     """
-    chosen = manifest.default_target if name is None else name
+    if name is None:
+        return _default_target(folder, manifest)
+    chosen = name
     if chosen not in manifest.targets:
         raise BackendError(
             f"{folder} has no target {chosen!r}; it has {', '.join(manifest.targets)}",
@@ -37,6 +45,33 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
             ),
         )
     return chosen
+
+
+def why_not(manifest: Manifest, name: str) -> BackendError | None:
+    """Why this machine cannot run a target; None: it can."""
+    target = manifest.targets[name]
+    try:
+        backend_class(target).check(target, name)
+    except BackendError as error:
+        return error
+    return None
+
+
+def _default_target(folder: Path, manifest: Manifest) -> str:
+    default = manifest.default_target
+    error = why_not(manifest, default)
+    if error is None:
+        return default
+    speeds = {name: target.relative_speed or 0.0 for name, target in manifest.targets.items()}
+    for name in sorted(speeds, key=speeds.__getitem__, reverse=True):
+        if why_not(manifest, name) is None:
+            if (folder, default) not in _told:
+                _told.add((folder, default))
+                logger.warning(
+                    "%s runs instead of the default target %s: %s", name, default, error.message
+                )
+            return name
+    return default  # whose error is the one to report
 
 
 def rule_of(

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,12 @@ def has_bf16() -> bool:
     flags = cpu_info().get("flags", "").split()
     # OpenVINO also emulates bf16, which is slower than fp32.
     return "BF16" in capabilities and (not flags or "avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def openvino_version() -> str:
+    """The installed version; see `has_bf16` for the errors."""
+    _core()
+    return metadata.version("openvino")
 
 
 def length_steps(longest: int) -> tuple[int, ...]:
