@@ -31,7 +31,7 @@ from ..add_targets import (
 )
 from ..precision.formats import Half
 from ..prune.drop_exits import DropExitsOptions, drop_exits
-from ..targets.cpu import OPENVINO, is_installed
+from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from . import prune
 
@@ -94,12 +94,12 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
-@options.flag("--int8", "Also export int8 for TensorRT, and build its targets.")
+@options.flag("--int8", "Also export int8, and build its targets.")
 @options.choice(
     "--backend backends",
     "BACKEND",
     "Build for this backend, or fail. May be repeated. Default: build what this machine can.",
-    [TENSORRT, RTX, OPENVINO],
+    [TENSORRT, RTX, OPENVINO, ONNXRUNTIME],
     multiple=True,
 )
 @options.flag("--force", "Replace an existing engines folder.")

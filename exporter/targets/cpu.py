@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -16,21 +16,26 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ...runtime.agreement import Agreement
+from ...runtime.agreement import REQUIREMENTS, Agreement, compare
 from ...runtime.artifact.manifest import Manifest, Target
 from ...runtime.artifact.reference import read_reference
+from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
+from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.errors import FpabeeError
+from ...runtime.errors import FpabeeError, VerificationError
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, why_not
 
+FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
+ONNXRUNTIME = "onnxruntime"
+BACKENDS = (ONNXRUNTIME, OPENVINO)
 
 # Rows and tokens of the batches that are timed: a single text, and many.
 _SHAPES = ((1, 32), (32, 32))
 _REPEATS = 5
-# A target that is this little faster than the default target does not replace it.
+# Speeds that differ by less count as equal.
 _LEAST_GAIN = 1.05
 _MOST_TEXTS = 32
 # How long idle threads of the libraries may keep a core busy.
@@ -60,13 +65,27 @@ def is_installed() -> bool:
     return util.find_spec(OPENVINO) is not None
 
 
-def unavailable_reason() -> FpabeeError | None:
-    """Why OpenVINO cannot run on this machine; None: it can."""
+def unavailable_reason(backend: str = OPENVINO) -> FpabeeError | None:
+    """Why a backend for CPUs cannot run on this machine; None: it can."""
     try:
-        openvino_version()
+        if backend == OPENVINO:
+            openvino_version()
+        else:
+            check_installed()
     except FpabeeError as error:
         return error
     return None
+
+
+def version_of(backend: str) -> str:
+    """The version of a backend's library; empty if it cannot run on this machine."""
+    if unavailable_reason(backend):
+        return ""
+    if backend == OPENVINO:
+        return openvino_version()
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
 
 
 def add_openvino(
@@ -110,8 +129,17 @@ def add_openvino(
     return manifest, found
 
 
+def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
+    """The manifest with some of its targets; unchanged if none would remain."""
+    targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
+    if not targets:
+        return manifest
+    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
+    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
+
+
 def verified_target(
-    folder: Path, manifest: Manifest, name: str, target: Target
+    folder: Path, manifest: Manifest, name: str, target: Target, texts: Sequence[Text] = ()
 ) -> tuple[Manifest, CpuTarget]:
     """Run the reference texts on a target for CPUs, alone and together.
 
@@ -120,19 +148,28 @@ def verified_target(
         manifest: its manifest. The new one is returned, not written.
         name: the target's name. An older target of this name is replaced.
         target: its record, without what is measured.
+        texts: more texts, on which it is compared with `onnxruntime-fp32`.
 
     Returns:
         The manifest with the target if it passed, or without it, and what was found.
     """
-    rest = {other: kept for other, kept in manifest.targets.items() if other != name}
-    candidate = msgspec.structs.replace(manifest, targets={**rest, name: target})
+    old = manifest.targets.get(name)
+    if old is not None and (old.versions, old.files) == (target.versions, target.files):
+        target = msgspec.structs.replace(
+            target,
+            operating_points=old.operating_points,
+            default_operating_point=old.default_operating_point,
+        )
+    candidate = _with_target(manifest, name, target)
     try:
         with _engine(folder, candidate, name) as engine:
             agreement = engine.check()
+            if texts:
+                agreement = _agreement_on(folder, manifest, engine, texts)
             difference = _row_difference(folder, engine)
     except FpabeeError as error:
-        kept = msgspec.structs.replace(manifest, targets=rest) if rest else manifest
-        return kept, CpuTarget(name, refused=error.message)
+        rest = only(manifest, lambda other, _: other != name)
+        return rest, CpuTarget(name, refused=error.message)
     tolerance = agreement.max_logit_difference
     passed = msgspec.structs.replace(
         target,
@@ -140,8 +177,37 @@ def verified_target(
         row_difference=difference,
         row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
     )
-    candidate = msgspec.structs.replace(manifest, targets={**rest, name: passed})
-    return candidate, CpuTarget(name, agreement, difference)
+    return _with_target(manifest, name, passed), CpuTarget(name, agreement, difference)
+
+
+def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
+    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
+
+
+def _agreement_on(
+    folder: Path, manifest: Manifest, engine: Engine, texts: Sequence[Text]
+) -> Agreement:
+    """The agreement of an engine with `onnxruntime-fp32` on texts.
+
+    Raises:
+        VerificationError: too many labels or exits differ.
+    """
+    with _engine(folder, manifest, FP32_TARGET) as exact:
+        expected = exact.trace(texts).logits
+    agreement = compare(
+        engine.trace(texts).logits,
+        expected,
+        engine.rule,
+        manifest.task,
+        REQUIREMENTS[engine.manifest.targets[engine.target].precision],
+        manifest.exits[0],
+    )
+    if not agreement.passed:
+        raise VerificationError(
+            f"it changes answers from exit {agreement.first_bad_exit} on: {agreement} of "
+            f"{len(texts)} texts"
+        )
+    return agreement
 
 
 def with_fastest_default(
@@ -175,7 +241,9 @@ def with_fastest_default(
     for name, speed in speeds.items():
         targets[name] = msgspec.structs.replace(targets[name], relative_speed=round(speed, 3))
     before = manifest.default_target
-    fastest = max(speeds, key=speeds.__getitem__)
+    near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
+    # Of targets that are about as fast, the most exact; fp32 is as exact as fp32.
+    fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, 1e-4))
     why = f"{speeds[fastest]:.2f} times as fast as {names[0]} here, at full depth"
     if manifest.default_is_fixed:
         chosen, why = before, "as chosen by hand"
@@ -199,7 +267,7 @@ def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
 
 def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
     target = manifest.targets[name]
-    is_for_cpus = target.backend in ("onnxruntime", OPENVINO) and not target.device
+    is_for_cpus = target.backend in BACKENDS and not target.device
     return is_for_cpus and why_not(manifest, name) is None
 
 
