@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from .arguments import whole_number
+from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
 from .errors import BackendError, Call, Remedy, RuleError
@@ -45,6 +46,21 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
             ),
         )
     return chosen
+
+
+def runnable_targets(folder: Path) -> list[str]:
+    """The names of a folder's targets that this machine can run.
+
+    Raises:
+        ArtifactError: the folder is not an engines folder, or is damaged.
+        BackendError: it can run none of them.
+    """
+    manifest = read_manifest(folder)
+    errors = {name: why_not(manifest, name) for name in manifest.targets}
+    names = [name for name, error in errors.items() if error is None]
+    if not names:
+        raise next(error for error in errors.values() if error is not None)
+    return names
 
 
 def why_not(manifest: Manifest, name: str) -> BackendError | None:
