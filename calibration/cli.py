@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import Budget
+from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
 from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
@@ -35,6 +36,7 @@ from .scoring import METRICS
 fpabee-calibrate engines/ --data dev.jsonl
 fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
+fpabee-calibrate engines/ --data dev.jsonl --all-targets
 fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 """,
@@ -43,7 +45,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
         "Choice of the rule": "--rule --measure --metric --unlabelled --tune-label-thresholds "
         "--batch-size --seed --time-again",
         **READING,
-        "Writing results": "--name --output --no-texts",
+        "Writing results": "--all-targets --name --output --no-texts",
     },
 )
 @options.engines
@@ -53,6 +55,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
 @options.number("--risk", "Goal: at most this loss on new rows, in points, guaranteed.")
 @options.target
+@options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
 @options.option("--set-default", "NAME", "Only make this operating point the default.")
 @options.path("--report", "Folder for a page about the result.", "DIR")
@@ -103,6 +106,7 @@ def main(
     set_default: str | None,
     report: Path | None,
     no_texts: bool,
+    all_targets: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -115,7 +119,7 @@ def main(
     if (data is None) == (set_default is None):
         raise click.UsageError("give either --data or --set-default")
     options.not_with(
-        "max_drop speedup risk test report rules measures metric compare as_json",
+        "max_drop speedup risk test report rules measures metric compare all_targets as_json",
         set_default,
         "--set-default",
     )
@@ -125,17 +129,24 @@ def main(
         return
     assert data is not None
     options.only_with("no_texts", report, "--report")
+    options.not_with("report target", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")
         check_place(report)
-    with step_progress(quiet) as progress:
-        result = calibrate(engines, data, wanted, progress)
+    names = runnable_targets(engines) if all_targets else [wanted.target]
+    results = []
+    for name in names:
+        with step_progress(quiet) as progress:
+            result = calibrate(engines, data, replace(wanted, target=name), progress)
+        results.append(result)
+        if not as_json:
+            _print(result, table_console())
     # The report comes last, because an error in it should not lose the calibration.
     if as_json:
-        click.echo(json.dumps(to_dict(result)))
+        found = [to_dict(result) for result in results]
+        click.echo(json.dumps(found if all_targets else found[0]))
     else:
-        _print(result, table_console())
         echo(f"next: fpabee-run {engines} texts.txt --operating-point {result.default}")
     if report is not None:
         with step_progress(quiet) as progress:

@@ -43,7 +43,7 @@ def data_sha256(rows: Sequence[Row], labels: bool = True) -> str:
 def artifact_sha256(manifest: Manifest, target: str) -> str:
     """Hash of everything that determines the logits of a target."""
     chosen = manifest.targets[target]
-    graphs = manifest.graphs_in(chosen.precision)
+    graphs = manifest.graphs_of(chosen)
     content: list[Any] = [
         sorted((name, graph.sha256) for name, graph in graphs.items()),
         sorted((name, file.sha256) for name, file in chosen.files.items()),

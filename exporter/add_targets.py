@@ -6,8 +6,9 @@ The folder stays usable at every moment: new files are written first, the manife
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,14 +31,18 @@ from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.base import ExitRule
+from ..runtime.targets import target_of
 from .precision.formats import INT8, Half
+from .targets import cpu
+from .targets.cpu import CpuTarget
 from .targets.options import BUILD_ON_DEVICE, RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, can_run, lacks_memory, unavailable_reason
 
 if TYPE_CHECKING:
     from .precision.emulation import PrecisionReport
 
-BACKENDS = (RTX, TENSORRT)
+PLAN_BACKENDS = (RTX, TENSORRT)
+BACKENDS = (*PLAN_BACKENDS, *cpu.BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class AddTargetsOptions:
         calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
             folder has int8 graphs already.
         backends: backends whose targets must be built; None: those that this machine can build.
+        default_target: the target to make the default; None: the fastest target for CPUs, if
+            targets for CPUs are added.
         keep_fp32: `auto`, or nodes that stay in fp32, see `add_half`.
         verify_data: texts to check 16-bit formats with, in any format of `read_rows`.
         reading: how these two files are read.
@@ -62,6 +69,7 @@ class AddTargetsOptions:
     int8: bool = False
     calibration_data: Path | None = None
     backends: tuple[str, ...] | None = None
+    default_target: str | None = None
     keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -78,6 +86,8 @@ class AddTargetsResult:
         manifest: the folder's new manifest.
         checks: what each precision that was written does to the model.
         built: names of the targets that were built.
+        cpu: what the checks of new targets for CPUs found.
+        default: one line that says which target is the default, and why; empty: as before.
         not_built: targets that this machine cannot build, as in the manifest.
         lost_points: names of operating points, by target, that were removed because their graphs
             or plans have changed.
@@ -86,6 +96,8 @@ class AddTargetsResult:
     manifest: Manifest
     checks: tuple[PrecisionReport, ...]
     built: tuple[str, ...]
+    cpu: tuple[CpuTarget, ...]
+    default: str
     not_built: dict[str, NotBuilt]
     lost_points: dict[str, tuple[str, ...]]
 
@@ -129,9 +141,12 @@ def check_options(options: AddTargetsOptions) -> None:
         InputError: a file of texts does not exist, or its format is unknown.
     """
     for backend in options.backends or ():
-        error = unavailable_reason(backend)
+        is_cpu = backend in cpu.BACKENDS
+        error = cpu.unavailable_reason(backend) if is_cpu else unavailable_reason(backend)
         if error:
             raise error
+    if options.calibration_data is not None and set(options.backends or ()) & set(cpu.BACKENDS):
+        require("quantize")
     for data in (options.calibration_data, options.verify_data):
         if data is not None:
             Inputs([data], options.reading)
@@ -140,18 +155,20 @@ def check_options(options: AddTargetsOptions) -> None:
 def _add_targets(
     path: Path, before: Manifest, options: AddTargetsOptions, progress: Progress
 ) -> AddTargetsResult:
-    asked = [half.value for half in options.precisions] + ([INT8] if options.int8 else [])
+    for_plans, for_cpus = _int8_forms(options)
+    asked = [half.value for half in options.precisions] + ([INT8] if for_plans else [])
     backends = BACKENDS if options.backends is None else options.backends
     targets = [
         (backend, precision)
         for backend in backends
+        if backend in PLAN_BACKENDS
         for precision in asked or tuple(before.precisions) or ("fp32",)
     ]
     for backend, precision in targets:
         if unavailable_reason(backend) is None:
             # Plans that cannot be built are refused before anything is written.
             options.plans.fitted(before, backend, precision)
-    manifest, checks = _add_precisions(path, before, options, progress)
+    manifest, checks = _add_precisions(path, before, options, for_plans, progress)
     built: list[str] = []
     not_built: dict[str, NotBuilt] = {}
     for backend, precision in targets:
@@ -161,12 +178,48 @@ def _add_targets(
         else:
             label = f"{backend}-{precision}"
             not_built[label] = manifest.not_built[label]
+    checked: list[CpuTarget] = []
+    if cpu.OPENVINO in backends:
+        manifest, checked = cpu.add_openvino(path, manifest, progress)
+    if for_cpus and options.calibration_data is not None:
+        from .targets.cpu_int8 import add_cpu_int8
+
+        versions = {name: cpu.version_of(name) for name in cpu.BACKENDS if name in backends}
+        usable = {name: version for name, version in versions.items() if version}
+        texts = _texts(options.calibration_data, options)
+        manifest, int8 = add_cpu_int8(path, manifest, usable, texts, progress)
+        checked += int8
+    manifest, default = _with_default(path, manifest, checked, options, progress)
+    write_manifest(path, manifest)
     lost = _lost_points(before, manifest)
-    return AddTargetsResult(manifest, tuple(checks), tuple(built), not_built, lost)
+    return AddTargetsResult(
+        manifest, tuple(checks), tuple(built), tuple(checked), default, not_built, lost
+    )
+
+
+def _with_default(
+    path: Path,
+    manifest: Manifest,
+    checked: Sequence[CpuTarget],
+    options: AddTargetsOptions,
+    progress: Progress,
+) -> tuple[Manifest, str]:
+    """The manifest with its default target, and what there is to say about it."""
+    name = options.default_target
+    if name is not None:
+        fixed = target_of(path, manifest, name)
+        manifest = msgspec.structs.replace(manifest, default_target=fixed, default_is_fixed=True)
+    if name is None and not any(target.agreement for target in checked):
+        return manifest, ""
+    return cpu.with_fastest_default(path, manifest, progress)
 
 
 def _add_precisions(
-    path: Path, manifest: Manifest, options: AddTargetsOptions, progress: Progress
+    path: Path,
+    manifest: Manifest,
+    options: AddTargetsOptions,
+    int8_for_plans: bool,
+    progress: Progress,
 ) -> tuple[Manifest, list[PrecisionReport]]:
     """Write the graphs in the precisions that are asked for."""
     texts = _texts(options.verify_data, options)
@@ -191,7 +244,7 @@ def _add_precisions(
             manifest = _with_target(manifest, f"onnxruntime-{half.value}-cuda", target)
         write_manifest(path, manifest)
         checks.append(report)
-    if options.calibration_data is not None:
+    if options.calibration_data is not None and int8_for_plans:
         require("half")
         from .precision.int8 import add_int8
 
@@ -200,12 +253,32 @@ def _add_precisions(
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)
-    elif options.int8 and INT8 not in manifest.precisions:
+    elif options.calibration_data is None and options.int8 and not _has_int8(manifest, options):
         raise InputError(
             f"{path} has no int8 graphs, and no texts are given for their ranges",
             Remedy("give texts like those to classify as {calibration_data}"),
         )
     return manifest, checks
+
+
+def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
+    """Whether int8 is built for plans, and whether for CPUs; the two need other graphs."""
+    if not options.int8:
+        return False, False
+    if options.backends is None:
+        for_cpus = util.find_spec("nncf") is not None
+        can_build = any(unavailable_reason(backend) is None for backend in PLAN_BACKENDS)
+        return can_build or not for_cpus, for_cpus
+    for_cpus = bool(set(options.backends) & set(cpu.BACKENDS))
+    return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
+
+
+def _has_int8(manifest: Manifest, options: AddTargetsOptions) -> bool:
+    """Whether nothing has to be quantized for the int8 targets that are asked for."""
+    for_plans, _ = _int8_forms(options)
+    if for_plans:
+        return INT8 in manifest.precisions
+    return any(target.precision == INT8 for target in manifest.targets.values())
 
 
 def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
@@ -252,7 +325,7 @@ def add_target(
         )
     except FpabeeError as failure:
         # The failed build may have replaced files of an earlier one.
-        left = _only(manifest, lambda target: _is_intact(path, target))
+        left = cpu.only(manifest, lambda _, target: _is_intact(path, target))
         write_manifest(path, _noting(left, backend, precision, failure))
         raise
     old, new = manifest.targets.get(name), built.targets[name]
@@ -303,17 +376,18 @@ def drop_graphs(folder: Path) -> None:
             f"{folder} has no built target: {', '.join(users)} run the ONNX graphs themselves",
             Remedy("build one first: {call}", call=BUILD_ON_DEVICE),
         )
-    write_manifest(folder, _only(manifest, lambda target: bool(target.files)))
+    write_manifest(folder, cpu.only(manifest, lambda _, target: bool(target.files)))
     shutil.rmtree(folder / "onnx")
 
 
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:
     """The manifest without those targets of a precision whose graphs have changed since."""
     graphs = manifest.graphs_in(precision)
-    return _only(
+    return cpu.only(
         manifest,
-        lambda target: (
+        lambda _, target: (
             target.precision != precision
+            or target.backend not in PLAN_BACKENDS
             or all(file.onnx_sha256 == graphs[g].sha256 for g, file in target.files.items())
         ),
     )
@@ -324,15 +398,6 @@ def _is_intact(path: Path, target: Target) -> bool:
         return (path / file.file).is_file() and sha256_of(path / file.file) == file.sha256
 
     return all(map(is_whole, target.files.values()))
-
-
-def _only(manifest: Manifest, keep: Callable[[Target], bool]) -> Manifest:
-    """The manifest with some of its targets; unchanged if none would remain."""
-    targets = {name: target for name, target in manifest.targets.items() if keep(target)}
-    if not targets:
-        return manifest
-    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
-    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
 
 
 def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:

@@ -30,12 +30,11 @@ from ..runtime.artifact.manifest import (
 from ..runtime.encoding import EncodedRow, Text, padded_batches
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
+from .targets.cpu import FP32_TARGET as FP32_TARGET
 
 if TYPE_CHECKING:
     from .model import MultiExitModel
     from .segments import Cut
-
-FP32_TARGET = "onnxruntime-fp32"
 
 # The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
 LEAST_TOLERANCE = 1e-5

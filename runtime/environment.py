@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from pathlib import Path
 
 from .. import __version__
 from .backends.cuda_probe import cuda_device
+from .cpu import cpu_info
 
 _PACKAGES = (
-    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu tensorrt tensorrt-cu12 tensorrt-cu13 "
-    "tensorrt-rtx-cu12 tensorrt-rtx-cu13 cuda-bindings onnx torch transformers"
+    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-cu12 "
+    "tensorrt-cu13 tensorrt-rtx-cu12 tensorrt-rtx-cu13 cuda-bindings onnx torch transformers"
 )
 # Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
 _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve"
@@ -48,19 +48,11 @@ def providers() -> str:
 
 def cpu_name() -> str:
     """The model of this machine's processor, or its architecture if the model is unknown."""
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_with_features() -> str:
-    info = _cpu_info()
+    info = cpu_info()
     flags = info.get("flags", info.get("Features", "")).split()
     found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
     return f"{cpu_name()} ({' '.join(found)})" if info else cpu_name()
-
-
-def _cpu_info() -> dict[str, str]:
-    """What Linux reports about the first core; empty on other systems."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines()[:40] if file.is_file() else []
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}

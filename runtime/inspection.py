@@ -41,6 +41,8 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
         unavailable_reason: why it cannot run here; empty if it can. The key in JSON is `why_not`.
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
+        relative_speed: see `Target`.
+        row_difference: see `Target`.
     """
 
     name: str
@@ -48,6 +50,8 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
     unavailable_reason: str
     no_rule: str
     tolerance: float | None
+    relative_speed: float | None
+    row_difference: float | None
 
 
 class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
@@ -99,7 +103,7 @@ def target_states(
     """
     states = []
     for name, target in manifest.targets.items():
-        graphs = target.files or manifest.graphs_in(target.precision)
+        graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
         unavailable_reason = no_rule = ""
         try:
@@ -113,7 +117,8 @@ def target_states(
         except FpabeeError as error:
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
-        states.append(TargetState(name, size, unavailable_reason, no_rule, target.tolerance))
+        measured = target.tolerance, target.relative_speed, target.row_difference
+        states.append(TargetState(name, size, unavailable_reason, no_rule, *measured))
     return states
 
 

@@ -11,6 +11,7 @@ _PACKAGES = {
     "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
     "bench": ("onnx", "export,cpu"),
     "half": ("onnx onnxruntime", "export,cpu"),
+    "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
     "merge": ("onnx onnxruntime", "export,cpu"),
     "calibrate": ("sklearn", "calibrate"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),

@@ -68,7 +68,9 @@ def check_reference(
                 "not: choose another {target}, or calibrate without {tune_label_thresholds}"
             )
         raise VerificationError(
-            f"target {name} is not the model that was exported: {agreement}", remedy
+            f"target {name} is not the model that was exported, from exit "
+            f"{agreement.first_bad_exit} on: {agreement}",
+            remedy,
         )
     return agreement
 

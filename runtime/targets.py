@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from .arguments import whole_number
+from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
 from .errors import BackendError, Call, Remedy, RuleError
 from .rules.base import ExitRule
 
+logger = logging.getLogger(__name__)
+
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 _MOST_THREADS = 1024
+# Folders and default targets for which a warning said that another target runs.
+_told: set[tuple[Path, str]] = set()
 
 
 def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
@@ -22,12 +28,15 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     Args:
         folder: the engines folder.
         manifest: its manifest.
-        name: a target; default: the manifest's default target.
+        name: a target; None: the default target, or if this machine cannot run it, the fastest
+            target that it can run. A warning says so, once for each folder.
 
     Raises:
         BackendError: the folder has no such target.
     """
-    chosen = manifest.default_target if name is None else name
+    if name is None:
+        return _default_target(folder, manifest)
+    chosen = name
     if chosen not in manifest.targets:
         raise BackendError(
             f"{folder} has no target {chosen!r}; it has {', '.join(manifest.targets)}",
@@ -37,6 +46,48 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
             ),
         )
     return chosen
+
+
+def runnable_targets(folder: Path) -> list[str]:
+    """The names of a folder's targets that this machine can run.
+
+    Raises:
+        ArtifactError: the folder is not an engines folder, or is damaged.
+        BackendError: it can run none of them.
+    """
+    manifest = read_manifest(folder)
+    errors = {name: why_not(manifest, name) for name in manifest.targets}
+    names = [name for name, error in errors.items() if error is None]
+    if not names:
+        raise next(error for error in errors.values() if error is not None)
+    return names
+
+
+def why_not(manifest: Manifest, name: str) -> BackendError | None:
+    """Why this machine cannot run a target; None: it can."""
+    target = manifest.targets[name]
+    try:
+        backend_class(target).check(target, name)
+    except BackendError as error:
+        return error
+    return None
+
+
+def _default_target(folder: Path, manifest: Manifest) -> str:
+    default = manifest.default_target
+    error = why_not(manifest, default)
+    if error is None:
+        return default
+    speeds = {name: target.relative_speed or 0.0 for name, target in manifest.targets.items()}
+    for name in sorted(speeds, key=speeds.__getitem__, reverse=True):
+        if why_not(manifest, name) is None:
+            if (folder, default) not in _told:
+                _told.add((folder, default))
+                logger.warning(
+                    "%s runs instead of the default target %s: %s", name, default, error.message
+                )
+            return name
+    return default  # whose error is the one to report
 
 
 def rule_of(
@@ -89,6 +140,10 @@ def backend_class(target: Target) -> type[Backend[Any]]:
         from .backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend
+    if target.backend == "openvino":
+        from .backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend
     if target.backend in ("tensorrt", "tensorrt-rtx"):
         from .backends.tensorrt import TensorRtBackend
 

@@ -31,6 +31,7 @@ from ..add_targets import (
 )
 from ..precision.formats import Half
 from ..prune.drop_exits import DropExitsOptions, drop_exits
+from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from . import prune
 
@@ -68,11 +69,11 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 """,
     panels={
         "Model": "--problem-type --max-length",
-        "Precision and verification": "--calibration-data --keep-fp32 --verify-data",
+        "Precision and verification": "--calibration-data --keep-fp32 --verify-data --target",
         **READING,
         "TensorRT plans": "--sm --batch --sequence --optimization-level --workspace "
         "--version-compatible --hardware-compatible --jobs --resume --no-onnx",
-        "Fewer exits, with --from and --exits": "--target --threads",
+        "Fewer exits, with --from and --exits": "--threads",
     },
 )
 @click.argument(
@@ -93,12 +94,12 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
-@options.flag("--int8", "Also export int8 for TensorRT, and build its targets.")
+@options.flag("--int8", "Also export int8, and build its targets.")
 @options.choice(
     "--backend backends",
     "BACKEND",
     "Build for this backend, or fail. May be repeated. Default: build what this machine can.",
-    [TENSORRT, RTX],
+    [TENSORRT, RTX, OPENVINO, ONNXRUNTIME],
     multiple=True,
 )
 @options.flag("--force", "Replace an existing engines folder.")
@@ -151,7 +152,8 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.option(
     "--target",
     "NAME",
-    "Target whose operating points to calibrate again. Default: the folder's default target.",
+    "Target to make the default. Default: the fastest one on this machine. With --from and "
+    "--exits: target whose operating points to calibrate again.",
 )
 @options.threads
 def main(
@@ -184,7 +186,7 @@ def main(
             calibration_data=settings["calibration_data"],
             force=settings["force"],
             threads=settings["threads"],
-            targets=replace(targets, calibration_data=None),
+            targets=replace(targets, calibration_data=None, default_target=None),
             reading=reading,
         )
         with step_progress(quiet) as progress:
@@ -195,7 +197,10 @@ def main(
     if model_dir is not None:
         check_options(targets)
         content = _export(model_dir, folder, exits, settings, reading, quiet, say)
-    adds = targets.precisions or targets.int8 or targets.backends
+        if not (targets.precisions or targets.int8 or targets.backends):
+            # Plans are built only if they are asked for. OpenVINO needs no files.
+            targets = replace(targets, backends=(OPENVINO,) if is_installed() else ())
+    adds = targets.precisions or targets.int8 or targets.backends or targets.default_target
     if adds or (source is not None and exits is None):
         with step_progress(quiet) as progress:
             added = add_targets(folder, targets, progress)
@@ -233,7 +238,7 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
         "--from and --exits: add precisions and targets to the new folder afterwards",
     )
     not_with("output force", adds, "--from, unless --exits is given")
-    only_with("target threads", drops, "--from and --exits")
+    only_with("threads", drops, "--from and --exits")
     only_with("keep_fp32", half, "--fp16 or --bf16")
     only_with("verify_data", is_new or half, "a new export, --fp16 or --bf16")
     only_with("calibration_data", drops or settings["int8"], "--int8, or --from and --exits")
@@ -261,6 +266,7 @@ def _target_options(settings: dict[str, Any], reading: ReadOptions) -> AddTarget
         int8=settings["int8"],
         calibration_data=settings["calibration_data"],
         backends=settings["backends"] or None,
+        default_target=settings["target"],
         keep_fp32=settings["keep_fp32"],
         verify_data=settings["verify_data"],
         plans=PlanOptions(
@@ -323,6 +329,16 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
         within = target.tolerance
         ran = "not run here" if within is None else f"logits within {within:.1e}"
         say(f"built {name} for compute capability {where} ({ran})")
+    for checked in result.cpu:
+        if checked.refused:
+            say(f"{checked.name} is not kept: {checked.refused}")
+        else:
+            say(
+                f"added {checked.name}: {checked.agreement}; a row alone and among others: within "
+                f"{checked.row_difference:.1e}"
+            )
+    if result.default:
+        say(result.default)
     for line in not_built_lines(result.not_built, folder):
         say(line)
     for name, points in result.lost_points.items():
@@ -332,6 +348,16 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
         "targets": list(result.manifest.targets),
         "precisions": [check.to_dict() for check in result.checks],
         "built": list(result.built),
+        "checked": [
+            {
+                "target": checked.name,
+                "row_difference": checked.row_difference,
+                "refused": checked.refused,
+                "agreement": checked.agreement.to_dict() if checked.agreement else None,
+            }
+            for checked in result.cpu
+        ],
+        "default_target": result.manifest.default_target,
         "not_built": msgspec.to_builtins(result.not_built),
         "not_valid_any_more": result.lost_points,
     }

@@ -1,7 +1,7 @@
 """int8 for TensorRT: explicit, symmetric Q/DQ nodes around the matrix products with weights.
 
 The ranges come from the user's own texts. What is not quantized is in fp16, as TensorRT runs it.
-ONNX Runtime needs unsigned activations on the CPU, so these graphs are not for its CPU target.
+CPUs need unsigned activations, see `exporter.targets.cpu_int8`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...calibration.activations import graph_inputs
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import Arrays, Text, TextEncoder
+from ...runtime.encoding import EncodedRow, Text, TextEncoder
 from ...runtime.errors import InputError, Remedy, VerificationError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
@@ -60,21 +60,9 @@ def add_int8(
         InputError: too few texts.
         VerificationError: too many labels or exits change.
     """
-    if len(texts) < _LEAST_TEXTS:
-        raise InputError(
-            f"int8 ranges need at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
-            Remedy("give a few hundred texts like those to classify as {calibration_data}"),
-        )
     encoder = TextEncoder(folder, manifest.tokenizer)
-    rows = encoder.encode(texts[: 2 * _MOST_TEXTS])
-    ranges, judged = rows[::2], rows[1::2]
-    progress("int8 ranges", 0, len(manifest.graphs))
-    inputs = graph_inputs(folder, manifest, ranges)
-    quantized: dict[str, Any] = {}
-    for number, (name, graph) in enumerate(manifest.graphs.items()):
-        progress(f"int8 {name}", number, len(manifest.graphs))
-        path = verified_graph(folder, graph.file, graph.sha256)
-        quantized[name] = _quantize(name, path, inputs.pop(name))
+    ranges, judged = (encoder.encode(part) for part in split_texts(texts))
+    quantized = quantize(folder, manifest, ranges, "int8_worker", progress)
     lowerings = {name: choose_lowering(proto) for name, proto in quantized.items()}
     graphs = LoweredGraphs(quantized, Half.FP16, lowerings)
     exact = LoweredGraphs(load_graphs(folder, manifest.graphs), Half.FP16)
@@ -90,21 +78,58 @@ def add_int8(
     return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
 
 
-def _quantize(name: str, path: Path, inputs: Sequence[Arrays]) -> Any:
-    """The graph with Q/DQ nodes, made in a separate process, see `int8_worker`."""
+def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
+    """The texts that give the ranges, and those that judge the result.
+
+    Raises:
+        InputError: too few texts.
+    """
+    if len(texts) < _LEAST_TEXTS:
+        raise InputError(
+            f"int8 ranges need at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
+            Remedy("give a few hundred texts like those to classify as {calibration_data}"),
+        )
+    used = texts[: 2 * _MOST_TEXTS]
+    return used[::2], used[1::2]
+
+
+def quantize(
+    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], worker: str, progress: Progress
+) -> dict[str, Any]:
+    """The graphs with Q/DQ nodes, made in a separate process, see `int8_worker`.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        rows: tokenized rows that give the ranges.
+        worker: the module that quantizes.
+        progress: called with (what, done, total).
+
+    Raises:
+        VerificationError: a graph could not be quantized.
+    """
     import onnx
 
+    progress("int8 ranges", 0, 1)
+    inputs = graph_inputs(folder, manifest, rows)
     with tempfile.TemporaryDirectory() as temporary:
-        stored, target = Path(temporary) / "inputs.npz", Path(temporary) / "quantized.onnx"
-        arrays = {f"{n}/{key}": v for n, batch in enumerate(inputs) for key, v in batch.items()}
-        np.savez(stored, **arrays)  # type: ignore[arg-type]
-        worker = [sys.executable, "-m", "fpabee.exporter.precision.int8_worker"]
-        command = [*worker, str(path), str(stored), str(target)]
+        arguments: list[str] = []
+        targets = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
+        for name, graph in manifest.graphs.items():
+            stored = Path(temporary) / f"{name}.npz"
+            batches = enumerate(inputs.pop(name))
+            arrays = {f"{n}/{key}": v for n, batch in batches for key, v in batch.items()}
+            np.savez(stored, **arrays)  # type: ignore[arg-type]
+            path = verified_graph(folder, graph.file, graph.sha256)
+            arguments += [str(path), str(stored), str(targets[name])]
+        progress("int8 graphs", 0, 1)
+        command = [sys.executable, "-m", f"fpabee.exporter.precision.{worker}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
+            failed = next((name for name in targets if not targets[name].exists()), "a graph")
             lines = done.stderr.strip().splitlines() or ["no reason given"]
             raise VerificationError(
-                f"{name} could not be quantized: {lines[-1]}",
-                "stay with fp16, and please report this with your model's config.json",
+                f"{failed} could not be quantized: {lines[-1]}",
+                "use another precision, and please report this with your model's config.json",
             )
-        return onnx.load(target)
+        return {name: onnx.load(target) for name, target in targets.items()}

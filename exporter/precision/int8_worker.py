@@ -1,6 +1,6 @@
-"""Quantize one graph in a process of its own.
+"""Quantize graphs in a process of its own.
 
-    python -m fpabee.exporter.precision.int8_worker graph.onnx inputs.npz quantized.onnx
+    python -m fpabee.exporter.precision.int8_worker graph.onnx inputs.npz quantized.onnx ...
 
 ONNX Runtime's quantizer creates sessions with their own thread pools, which ONNX Runtime refuses
 in a process with the shared pool of our runtime. `inputs.npz` holds arrays named
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import numpy as np
 import onnx
 
 from .formats import in_head
+
+Quantize = Callable[[Path, list[dict[str, Any]], Path], None]
+"""Writes a graph, given the fp32 graph, batches of its inputs, and the file to write."""
 
 
 def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
@@ -61,22 +65,31 @@ def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
             },
         )
         # The types of the new values say which nodes are lowered to fp16.
-        proto = onnx.shape_inference.infer_shapes(onnx.load(quantized))
+        write(onnx.shape_inference.infer_shapes(onnx.load(quantized)), target)
+
+
+def write(proto: Any, target: Path) -> None:
+    """Write a graph without what the quantizer says about itself."""
     for item in [proto, proto.graph, *proto.graph.node, *proto.graph.initializer]:
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
     target.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def main() -> None:
-    """Quantize the graph that the arguments name."""
-    source, stored, target = (Path(argument) for argument in sys.argv[1:])
-    batches: dict[str, dict[str, Any]] = {}
-    with np.load(stored, allow_pickle=False) as content:
-        for key in content.files:
-            number, name = key.split("/", 1)
-            batches.setdefault(number, {})[name] = content[key]
-    quantize(source, list(batches.values()), target)
+def main(quantize: Quantize = quantize) -> None:
+    """Quantize the graphs that the arguments name.
+
+    Args:
+        quantize: writes one quantized graph.
+    """
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    for source, stored, target in zip(*(arguments[start::3] for start in range(3)), strict=True):
+        batches: dict[str, dict[str, Any]] = {}
+        with np.load(stored, allow_pickle=False) as content:
+            for key in content.files:
+                number, name = key.split("/", 1)
+                batches.setdefault(number, {})[name] = content[key]
+        quantize(source, list(batches.values()), target)
 
 
 if __name__ == "__main__":

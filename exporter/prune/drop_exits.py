@@ -21,7 +21,7 @@ from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
-from ..add_targets import AddTargetsOptions, add_target
+from ..add_targets import PLAN_BACKENDS, AddTargetsOptions, add_target
 from ..staging import check_output, publish, resolved, staging
 from ..targets.options import RTX
 from .keep import check_exits, keep_exits
@@ -193,7 +193,7 @@ def _rebuild(
     """Build again what this machine can build of the old targets; returns their names."""
     built = []
     for target in old.targets.values():
-        if not target.files:
+        if target.backend not in PLAN_BACKENDS:
             continue
         plans = options.plans
         if target.backend == RTX:

@@ -83,8 +83,9 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
     for name, target in manifest.targets.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):  # it is part of the names of files
             yield f"{name!r} cannot be the name of a target"
-        if target.precision != "fp32" and target.precision not in manifest.precisions:
-            yield f"target {name} is in {target.precision}, but there are no such graphs"
+        precision = target.graph_precision or target.precision
+        if precision != "fp32" and precision not in manifest.precisions:
+            yield f"target {name} is in {precision}, but there are no such graphs"
         default = target.default_operating_point
         if default and default not in target.operating_points:
             yield f"target {name} has no operating point {default!r}, its default"

@@ -231,12 +231,18 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend: inference library, such as `onnxruntime` or `tensorrt`.
         precision: numeric format of the weights and activations, such as `fp32`.
+        graph_precision: that of the ONNX graphs which are run, or from which the files were built;
+            empty: the target's own. OpenVINO rounds fp32 graphs to bf16.
         device: device class that the files are bound to; empty: any.
         versions: version of each library that built or verified it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
         tolerance: largest measured difference in logits from the PyTorch model in fp32;
             None: it was built where it cannot run.
         row_invariant: whether a row's logits are independent of its neighbours.
+        row_difference: largest measured difference of a logit between a row alone, among others,
+            and with other padding; None: not measured.
+        relative_speed: how many times as fast as the folder's first target it was at full depth,
+            where the default target was chosen; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
         hardware_compatible: whether they also run on Ampere and every later GPU.
         version_compatible: whether they also run with later versions of the library.
@@ -250,11 +256,14 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: str
     precision: str
+    graph_precision: str = ""
     device: str = ""
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
     row_invariant: bool = True
+    row_difference: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatible: bool = False
     version_compatible: bool = False
@@ -296,6 +305,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         segments: the chain, in order; one segment for each exit from exit 1.
         targets: targets by name, such as `onnxruntime-fp32`.
         default_target: the target that runs when none is named.
+        default_is_fixed: whether the default target was chosen by hand.
         default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
         verification: agreement of the export with the PyTorch model; None: not verified.
         files: SHA-256 of the other files in the folder, by path.
@@ -325,6 +335,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     segments: Annotated[tuple[Segment, ...], msgspec.Meta(min_length=1, max_length=1024)]
     targets: dict[str, Target]
     default_target: str
+    default_is_fixed: bool = False
     default_rule: RuleSettings
     verification: Verification | None = None
     files: dict[str, Sha256] = {}
@@ -351,6 +362,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 Remedy("add the graphs: {call}", call=Call("add_targets", "ENGINES", **flag)),
             )
         return self.precisions[precision]
+
+    def graphs_of(self, target: Target) -> dict[str, Graph]:
+        """The ONNX graphs that a target runs, or from which its files were built.
+
+        Args:
+            target: one of `targets`.
+
+        Raises:
+            ArtifactError: the folder does not have them.
+        """
+        return self.graphs_in(target.graph_precision or target.precision)
 
     @property
     def exits(self) -> range:

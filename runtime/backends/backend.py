@@ -167,7 +167,7 @@ class Backend(ABC, Generic[B]):
     Attributes:
         name: the target's name.
         target: the target's record in the manifest.
-        graphs: the graphs in the target's precision, by name.
+        graphs: the ONNX graphs behind the target, by name.
         stages: for each segment, which buffers its graphs read and write.
         specs: every tensor between and around graphs, by name.
         padding: what each input of segment 1 holds on padding, by name.
@@ -184,7 +184,7 @@ class Backend(ABC, Generic[B]):
         self.name = name
         self.target = manifest.targets[name]
         self.check(self.target, name)
-        self.graphs = manifest.graphs_in(self.target.precision)
+        self.graphs = manifest.graphs_of(self.target)
         self.stages = plan_buffers(manifest)
         self.specs = carried_specs(self.graphs)
         self.padding = padding_values(manifest.tokenizer)

@@ -21,6 +21,7 @@ from ..environment import environment, providers
 from ..errors import VerificationError
 from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
 from ..rule_words import settings_in_words
+from ..targets import target_of
 from . import options
 from .command import command
 from .console import echo, table_console
@@ -125,7 +126,9 @@ def _print(
     console = table_console()
     console.print(chain_table(parts))
     table = Table(
-        "target", "MiB", "logits within", "operating points", "on this machine", box=box.SIMPLE_HEAD
+        *("target", "MiB", "logits within", "rows within", "speed"),
+        *("operating points", "on this machine"),
+        box=box.SIMPLE_HEAD,
     )
     for state in states:
         target = manifest.targets[state.name]
@@ -137,10 +140,16 @@ def _print(
             state.name + " (default)" * (state.name == default),
             _mebibytes(state.size),
             "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
+            "" if state.row_difference is None else f"{state.row_difference:.1e}",
+            "" if state.relative_speed is None else f"{state.relative_speed:.2f}x",
             ", ".join(points),
             state.unavailable_reason or _runs(state, target.default_operating_point),
         )
     console.print(table)
+    runs = [state for state in states if not state.unavailable_reason]
+    if runs and default not in {state.name for state in runs}:
+        name = target_of(folder, manifest, None)
+        echo(f"the default target {default} cannot run here; {name} runs instead")
     for line in not_built_lines(manifest.not_built, folder):
         echo(line)
 

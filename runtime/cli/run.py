@@ -206,7 +206,8 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     """
     manifest = read_manifest(engines)
     built = manifest.targets.get(target or manifest.default_target)
-    is_cpu = built is None or (built.backend == "onnxruntime" and built.device != "cuda")
+    on_cpu = ("onnxruntime", "openvino")
+    is_cpu = built is None or (built.backend in on_cpu and built.device != "cuda")
     return Regroup.NEVER if is_cpu else Regroup.ALWAYS
 
 

@@ -24,6 +24,7 @@ from fpabee.runtime import Budget, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.rules.base import ExitRule
 
+from ..doubles.openvino import add_openvino
 from .conftest import label_rows, write
 
 TARGET = "onnxruntime-fp32"
@@ -317,3 +318,22 @@ def test_a_report_that_fails_leaves_the_calibration(
     assert "balanced (default)" in result.stdout
     assert read_manifest(folder).targets[TARGET].operating_points
     assert run(folder, "--data", data, "--no-texts").exit_code == 2
+
+
+@pytest.mark.usefixtures("measured")
+def test_all_targets_are_calibrated_in_one_run(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_openvino(folder, "fp32")
+    # A target of another machine is left out.
+    targets = dict(read_manifest(folder).targets)
+    targets["cuda"] = msgspec.structs.replace(targets[TARGET], device="cuda")
+    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), targets=targets))
+    found = json.loads(said(folder, "--data", data, "--all-targets", "--json"))
+    assert [result["target"] for result in found] == [TARGET, "openvino-fp32"]
+    targets = read_manifest(folder).targets
+    for name in (TARGET, "openvino-fp32"):
+        assert targets[name].default_operating_point == "balanced"
+    assert not targets["cuda"].operating_points
+    assert run(folder, "--data", data, "--all-targets", "--target", TARGET).exit_code == 2

@@ -50,7 +50,7 @@ from fpabee.runtime import (
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.backends import onnxruntime
+from fpabee.runtime.backends import host
 from fpabee.runtime.encoding import Text
 
 FAMILIES = ("bert", "albert", "mpnet")
@@ -141,8 +141,8 @@ def tuned(
 ) -> Iterator[Engine]:
     """An engine with other sizes of groups and windows; a window is at least a group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "_GROUP_TOKENS", group_tokens)
-        patch.setattr(onnxruntime, "_MAX_BATCH", max_batch)
+        patch.setattr(host, "_GROUP_TOKENS", group_tokens)
+        patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
         patch.setattr(engine_module, "_WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
@@ -313,7 +313,7 @@ def test_one_string_instead_of_texts_is_refused(bert: Engine) -> None:
 def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
     texts = ["the " * n for n in range(1, 40)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "_FREE_BYTES", 100_000)
+        patch.setattr(host, "_FREE_BYTES", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
             with engine._chain() as chain:

@@ -30,7 +30,8 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     folder = tmp_path / "engines"
     result = run(bert, "-o", folder)
     assert result.exit_code == 0, result.output
-    made, verified, after = result.stdout.splitlines()
+    # With OpenVINO, lines about its targets come between, see tests/exporter/targets/test_cpu.py.
+    made, verified, *_, after = result.stdout.splitlines()
     assert made.startswith(f"{folder}: 3 segments, ")
     assert verified.endswith("labels agree 100.00%, exits agree 100.00%")
     assert after == f"next: fpabee-run {folder} texts.txt"
@@ -47,7 +48,7 @@ def test_json_is_one_object_and_quiet_is_quiet(
     content = json.loads(result.stdout)
     assert content["folder"] == str(folder)
     assert content["segments"] == 3
-    assert content["targets"] == ["onnxruntime-fp32"]
+    assert content["targets"][0] == "onnxruntime-fp32"
     assert content["bytes"] > 0
     assert content["verification"] == json.loads((folder / "verification.json").read_text())
     assert read_manifest(folder).model.model_type == "bert"

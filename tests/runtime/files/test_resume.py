@@ -31,7 +31,7 @@ WORDS = ["the", "a", "film", "rain", "sun", "lights", "alarm", "off", "good", "b
 SMALL = {
     "fpabee.runtime.files.job.BLOCK_ROWS": 64,
     "fpabee.runtime.engine._WINDOW_BYTES": 1,
-    "fpabee.runtime.backends.onnxruntime._GROUP_TOKENS": 64,
+    "fpabee.runtime.backends.host._GROUP_TOKENS": 64,
 }
 START = f"""
 import os, resource, signal, time

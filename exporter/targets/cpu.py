@@ -1,0 +1,306 @@
+"""Targets of OpenVINO, which need no files and no texts, and the choice of the default target.
+
+A target is kept only if it gives the labels and exits of the model. The default target is the
+fastest target for CPUs, as measured on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ...runtime.agreement import REQUIREMENTS, Agreement, compare
+from ...runtime.artifact.manifest import Manifest, Target
+from ...runtime.artifact.reference import read_reference
+from ...runtime.backends.onnxruntime_session import check_installed
+from ...runtime.backends.openvino import has_bf16, openvino_version
+from ...runtime.encoding import Text
+from ...runtime.engine import Engine
+from ...runtime.errors import FpabeeError, VerificationError
+from ...runtime.progress import Progress
+from ...runtime.targets import open_backend, rule_of, why_not
+
+FP32_TARGET = "onnxruntime-fp32"
+OPENVINO = "openvino"
+ONNXRUNTIME = "onnxruntime"
+BACKENDS = (ONNXRUNTIME, OPENVINO)
+
+# Rows and tokens of the batches that are timed: a single text, and many.
+_SHAPES = ((1, 32), (32, 32))
+_REPEATS = 5
+# Speeds that differ by less count as equal.
+_LEAST_GAIN = 1.05
+_MOST_TEXTS = 32
+# How long idle threads of the libraries may keep a core busy.
+_SPIN_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """What the check of a target for CPUs found.
+
+    Attributes:
+        name: the target.
+        agreement: with the PyTorch model; None if it was refused.
+        row_difference: largest difference of a logit between a row alone, the same row together
+            with others, and the same row with other padding; None if it was refused.
+        refused: why the folder does not have it; empty if it does.
+    """
+
+    name: str
+    agreement: Agreement | None = None
+    row_difference: float | None = None
+    refused: str = ""
+
+
+def is_installed() -> bool:
+    """Whether OpenVINO is installed; it may still be unusable."""
+    return util.find_spec(OPENVINO) is not None
+
+
+def unavailable_reason(backend: str = OPENVINO) -> FpabeeError | None:
+    """Why a backend for CPUs cannot run on this machine; None: it can."""
+    try:
+        if backend == OPENVINO:
+            openvino_version()
+        else:
+            check_installed()
+    except FpabeeError as error:
+        return error
+    return None
+
+
+def version_of(backend: str) -> str:
+    """The version of a backend's library; empty if it cannot run on this machine."""
+    if unavailable_reason(backend):
+        return ""
+    if backend == OPENVINO:
+        return openvino_version()
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def add_openvino(
+    folder: Path, manifest: Manifest, progress: Progress
+) -> tuple[Manifest, list[CpuTarget]]:
+    """Add the targets of OpenVINO that suit this machine, and verify each.
+
+    That is fp32, so that the folder runs on every machine, and bf16 if this CPU has it. Targets
+    that the same version of OpenVINO verified before are left as they are.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest. The one with the targets is returned, not written.
+        progress: called with (what, done, total).
+
+    Returns:
+        The manifest with the targets that passed, and what was found of each new one.
+    """
+    if not is_installed():
+        return manifest, []
+    error = unavailable_reason()
+    if error is not None:
+        return manifest, [CpuTarget(OPENVINO, refused=error.message)]
+    versions = {OPENVINO: openvino_version()}
+    found = []
+    for precision in ("fp32", *["bf16"] * has_bf16()):
+        name = f"{OPENVINO}-{precision}"
+        old = manifest.targets.get(name)
+        if old is not None and old.versions == versions and old.row_difference is not None:
+            continue
+        progress(f"verify {name}", 0, 1)
+        target = Target(
+            backend=OPENVINO,
+            precision=precision,
+            graph_precision="fp32",
+            versions=versions,
+            tolerance=None,
+        )
+        manifest, checked = verified_target(folder, manifest, name, target)
+        found.append(checked)
+    return manifest, found
+
+
+def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
+    """The manifest with some of its targets; unchanged if none would remain."""
+    targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
+    if not targets:
+        return manifest
+    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
+    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
+
+
+def verified_target(
+    folder: Path, manifest: Manifest, name: str, target: Target, texts: Sequence[Text] = ()
+) -> tuple[Manifest, CpuTarget]:
+    """Run the reference texts on a target for CPUs, alone and together.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest. The new one is returned, not written.
+        name: the target's name. An older target of this name is replaced.
+        target: its record, without what is measured.
+        texts: more texts, on which it is compared with `onnxruntime-fp32`.
+
+    Returns:
+        The manifest with the target if it passed, or without it, and what was found.
+    """
+    old = manifest.targets.get(name)
+    if old is not None and (old.versions, old.files) == (target.versions, target.files):
+        target = msgspec.structs.replace(
+            target,
+            operating_points=old.operating_points,
+            default_operating_point=old.default_operating_point,
+        )
+    candidate = _with_target(manifest, name, target)
+    try:
+        with _engine(folder, candidate, name) as engine:
+            agreement = engine.check()
+            if texts:
+                agreement = _agreement_on(folder, manifest, engine, texts)
+            difference = _row_difference(folder, engine)
+    except FpabeeError as error:
+        rest = only(manifest, lambda other, _: other != name)
+        return rest, CpuTarget(name, refused=error.message)
+    tolerance = agreement.max_logit_difference
+    passed = msgspec.structs.replace(
+        target,
+        tolerance=tolerance,
+        row_difference=difference,
+        row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
+    )
+    return _with_target(manifest, name, passed), CpuTarget(name, agreement, difference)
+
+
+def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
+    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
+
+
+def _agreement_on(
+    folder: Path, manifest: Manifest, engine: Engine, texts: Sequence[Text]
+) -> Agreement:
+    """The agreement of an engine with `onnxruntime-fp32` on texts.
+
+    Raises:
+        VerificationError: too many labels or exits differ.
+    """
+    with _engine(folder, manifest, FP32_TARGET) as exact:
+        expected = exact.trace(texts).logits
+    agreement = compare(
+        engine.trace(texts).logits,
+        expected,
+        engine.rule,
+        manifest.task,
+        REQUIREMENTS[engine.manifest.targets[engine.target].precision],
+        manifest.exits[0],
+    )
+    if not agreement.passed:
+        raise VerificationError(
+            f"it changes answers from exit {agreement.first_bad_exit} on: {agreement} of "
+            f"{len(texts)} texts"
+        )
+    return agreement
+
+
+def with_fastest_default(
+    folder: Path, manifest: Manifest, progress: Progress
+) -> tuple[Manifest, str]:
+    """Measure all targets for CPUs, and make the fastest one the default target.
+
+    The default target stays if it was chosen by hand, if it has operating points, which another
+    target does not have, or if it is for a GPU.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest. The new one is returned, not written.
+        progress: called with (what, done, total).
+
+    Returns:
+        The manifest with the measured speeds and the default target, and one line which says what
+        the default target is and why; empty if there is only one target for CPUs.
+    """
+    names = [name for name in manifest.targets if _runs_on_cpu(manifest, name)]
+    if len(names) < 2:
+        return manifest, ""
+    progress("measure the targets", 0, 1)
+    seconds = _seconds(folder, manifest, names)
+    speeds = {
+        name: math.prod(a / b for a, b in zip(seconds[names[0]], own, strict=True))
+        ** (1 / len(own))
+        for name, own in seconds.items()
+    }
+    targets = dict(manifest.targets)
+    for name, speed in speeds.items():
+        targets[name] = msgspec.structs.replace(targets[name], relative_speed=round(speed, 3))
+    before = manifest.default_target
+    near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
+    # Of targets that are about as fast, the most exact; fp32 is as exact as fp32.
+    fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, 1e-4))
+    why = f"{speeds[fastest]:.2f} times as fast as {names[0]} here, at full depth"
+    if manifest.default_is_fixed:
+        chosen, why = before, "as chosen by hand"
+    elif manifest.targets[before].operating_points:
+        chosen, why = before, f"because it has operating points; {fastest} is {why}"
+    elif before not in speeds:
+        chosen, why = before, "which is not for CPUs"
+    elif speeds[fastest] < _LEAST_GAIN * speeds[before]:
+        chosen, why = before, "because no other target for CPUs is faster here"
+    else:
+        chosen = fastest
+    changed = msgspec.structs.replace(manifest, targets=targets, default_target=chosen)
+    return changed, f"default target: {chosen}, {why}"
+
+
+def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
+    """An engine of a manifest that is not written yet."""
+    _, rule = rule_of(folder, manifest, name, None)
+    return Engine(folder, manifest, name, open_backend(folder, manifest, name, None), rule)
+
+
+def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
+    target = manifest.targets[name]
+    is_for_cpus = target.backend in BACKENDS and not target.device
+    return is_for_cpus and why_not(manifest, name) is None
+
+
+def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:
+    """For each target, seconds of all segments at each shape; the best of several turns."""
+    engines = {name: _engine(folder, manifest, name) for name in names}
+    best = {name: [math.inf] * len(_SHAPES) for name in names}
+    try:
+        # In turns, so that a machine whose speed drifts treats all targets alike. The first turn
+        # loads the segments.
+        for turn in range(_REPEATS + 1):
+            for name, engine in engines.items():
+                for number, (rows, tokens) in enumerate(_SHAPES):
+                    tokens = min(tokens, engine.limits.max_sequence)
+                    time.sleep(_SPIN_SECONDS)
+                    seconds = sum(engine.time_exits(rows, tokens)[-len(manifest.segments) :])
+                    if turn:
+                        best[name][number] = min(best[name][number], seconds)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return best
+
+
+def _row_difference(folder: Path, engine: Engine) -> float:
+    """The largest difference of a logit between a row alone, among others, and padded."""
+    texts = read_reference(folder, engine.manifest)[0][:_MOST_TEXTS]
+    together = engine.trace(texts).logits
+    longest = max(texts, key=lambda text: len(engine.encode([text])[0]))
+    worst = 0.0
+    for number, text in enumerate(texts):
+        alone = engine.trace([text]).logits[:, 0]
+        padded = engine.trace([text, longest]).logits[:, 0]
+        for other in (together[:, number], padded):
+            worst = max(worst, float(np.abs(other - alone).max()))
+    return worst

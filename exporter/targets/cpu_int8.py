@@ -1,0 +1,86 @@
+"""int8 for CPUs: one set of graphs that ONNX Runtime and OpenVINO both run.
+
+NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...runtime.artifact.folder import sha256_of
+from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
+from ...runtime.encoding import Text, TextEncoder
+from ...runtime.progress import Progress
+from ..onnx_file import serialized
+from ..precision.formats import INT8
+from ..precision.int8 import quantize, split_texts
+from ..staging import replacing
+from .cpu import BACKENDS, CpuTarget, only, verified_target
+
+_FOLDER = "targets/cpu-int8"
+
+
+def is_cpu_int8(target: Target) -> bool:
+    """Whether a target runs the graphs that this module writes."""
+    return target.backend in BACKENDS and target.precision == INT8
+
+
+def add_cpu_int8(
+    folder: Path,
+    manifest: Manifest,
+    versions: dict[str, str],
+    texts: Sequence[Text],
+    progress: Progress,
+) -> tuple[Manifest, list[CpuTarget]]:
+    """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest. The one with the targets is returned, not written.
+        versions: by backend, the version of the library that is to run them.
+        texts: at least 32 texts like those that will be classified, of which the first 512 are
+            used. Every other text gives the ranges, and the rest judge the result.
+        progress: called with (what, done, total).
+
+    Returns:
+        The manifest with the targets that passed, and what was found of each.
+
+    Raises:
+        InputError: too few texts.
+        VerificationError: a graph could not be quantized.
+    """
+    ranges, judged = split_texts(texts)
+    rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
+    quantized = quantize(folder, manifest, rows, "nncf_worker", progress)
+    files = {}
+    (folder / _FOLDER).parent.mkdir(exist_ok=True)
+    with replacing(folder / _FOLDER) as temporary:
+        for name, proto in quantized.items():
+            path = temporary / f"{name}.onnx"
+            path.write_bytes(serialized(proto, path.name))
+            files[name] = BuiltFile(
+                file=f"{_FOLDER}/{name}.onnx",
+                sha256=sha256_of(path),
+                onnx_sha256=manifest.graphs[name].sha256,
+            )
+    # Older targets ran the files that were replaced.
+    manifest = only(manifest, lambda _, target: not is_cpu_int8(target))
+    found = []
+    for backend, version in versions.items():
+        name = f"{backend}-{INT8}"
+        progress(f"verify {name}", 0, 1)
+        target = Target(
+            backend=backend,
+            precision=INT8,
+            graph_precision="fp32",
+            versions={backend: version},
+            files=files,
+            tolerance=None,
+        )
+        manifest, checked = verified_target(folder, manifest, name, target, judged)
+        found.append(checked)
+    if not any(checked.agreement for checked in found):
+        shutil.rmtree(folder / _FOLDER)
+    return manifest, found

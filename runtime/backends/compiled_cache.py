@@ -1,0 +1,87 @@
+"""Compiled graphs in the user's cache directory, so that a later process starts faster.
+
+Every file ends with its checksum. A damaged file counts as missing and is written again. A file
+appears completely or not at all, so processes may read and write at the same time. Without a
+directory that can be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import sys
+import tempfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_CHECKSUM_BYTES = 4
+# The files that were not used for longest are deleted, until the rest has at most this size.
+_MOST_BYTES = 8 * 2**30
+
+
+def folder() -> Path:
+    """Where the files are; it need not exist."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(base)) / "fpabee" / "compiled"  # noqa: PTH111
+
+
+def read(key: str) -> memoryview | None:
+    """The content under a key, mapped into memory; None if there is none, or it is damaged."""
+    path = folder() / key
+    try:
+        with path.open("rb") as file:
+            # Copy on write, because OpenVINO refuses memory that is read-only.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        path.touch()
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return None
+    content = memoryview(mapped)[:-_CHECKSUM_BYTES]
+    return content if _checksum(content) == mapped[-_CHECKSUM_BYTES:] else None
+
+
+def write(key: str, content: bytes) -> None:
+    """Keep content under a key, if possible."""
+    partial = None
+    try:
+        home = folder()
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home, prefix=".", delete=False) as file:
+            partial = Path(file.name)
+            file.write(content)
+            file.write(_checksum(content))
+        partial.replace(home / key)
+        _shrink(home)
+    except OSError as error:
+        logger.info("compiled graphs are not kept in %s: %s", folder(), error.strerror)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def drop_pages(content: memoryview) -> None:
+    """Give back the memory of mapped content; what is read again comes from the file again."""
+    mapped = content.obj
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "big")
+
+
+def _shrink(home: Path) -> None:
+    found = [(path.stat(), path) for path in home.iterdir()]
+    left = _MOST_BYTES
+    for status, path in sorted(found, key=lambda item: item[0].st_mtime, reverse=True):
+        left -= status.st_size
+        if left < 0:
+            with suppress(OSError):  # another process may have deleted it, or still use it
+                path.unlink()

@@ -1,0 +1,212 @@
+"""Backends that keep hidden states in NumPy arrays, and whose runs are prepared over them.
+
+Each graph of a segment is bound once to the buffers of a group. To run a segment is then to call
+what `HostBackend.bind` returned, without copies.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact.folder import verified_graph
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, BuiltFile, Graph, TensorSpec
+from ..encoding import Arrays, EncodedRow, write_rows
+from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
+from .backend import Backend, Execution
+from .buffers import BufferName, Buffers, Call, Hidden, crop_of, shape_of
+from .onnxruntime_session import is_out_of_memory
+from .shapes import Bucket, Limits, Rows
+
+# Unused buffers are kept up to this size, about what a CPU cache holds. A larger store would
+# hand out cold memory where the allocator hands out warm memory.
+_FREE_BYTES = 32 * 2**20
+# Memory of a binding besides its buffers (measured): a third of the total for one short text.
+_BINDING_BYTES = 5 * 2**10
+# Measured on two cores: with fewer tokens the matrix kernels are less efficient, and more tokens
+# do not fit into the caches.
+_GROUP_TOKENS = 1024
+_MAX_BATCH = 256
+
+Value = tuple[NDArray[Any], Any]
+"""An array, and the tensor of the inference library over its memory."""
+Run = Callable[[], object]
+
+
+class Ready(NamedTuple):
+    """Outputs that are ready, because `enqueue` returns when the segment has run."""
+
+    outputs: Arrays
+
+    def result(self) -> Arrays:
+        """The outputs by name."""
+        return self.outputs
+
+    def first(self, rows: int) -> Ready:
+        """The outputs without the padding rows."""
+        return Ready({name: array[:rows] for name, array in self.outputs.items()})
+
+
+class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
+    """NumPy arrays with prepared runs over them."""
+
+    def __init__(self, backend: HostBackend, bucket: Bucket) -> None:
+        super().__init__(bucket)
+        self._backend = backend
+
+    def _allocate(self, name: BufferName) -> Value:
+        spec = self._backend.specs[name[0]]
+        # NumPy has no bfloat16. Its rows are only copied, and its zeros are those of an integer.
+        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        array = np.empty(shape_of(spec, self.bucket), dtype)
+        self.nbytes += array.nbytes
+        return array, self._backend.tensor(array, spec)
+
+    def _prepare(self, segment: int) -> tuple[list[tuple[str, Run]], Ready]:
+        runs, outputs = [], {}
+        for call in self._backend.stages[segment].calls:
+            runs.append((call.graph, self._backend.bind(call, self)))
+            self.nbytes += _BINDING_BYTES
+            for name, buffer in call.outputs:
+                if not name.startswith(NEXT):
+                    outputs[name] = self.buffer(buffer)[0]
+        return runs, Ready(outputs)
+
+
+class HostBackend(Backend[HostBuffers]):
+    """A library that runs graphs over NumPy arrays; see `Backend`.
+
+    Attributes:
+        library: its name, for messages.
+        update: the command that updates it.
+    """
+
+    library: ClassVar[str]
+    update: ClassVar[str]
+
+    @abstractmethod
+    def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
+        """A tensor of the library over an array's memory."""
+
+    @abstractmethod
+    def bind(self, call: Call, buffers: HostBuffers) -> Run:
+        """Prepare to run a graph over buffers."""
+
+    @abstractmethod
+    def read(self, file: BuiltFile | Graph) -> tuple[Any, Iterable[str]]:
+        """Load a graph, after `verified` if its file is read.
+
+        Returns:
+            The graph as the library represents it, and the names of its inputs and outputs.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def failures() -> tuple[type[Exception], ...]:
+        """The exceptions that the library raises."""
+
+    def limits(self) -> Limits:
+        """Any shape up to the model's longest sequence."""
+        rows = min(_MAX_BATCH, self._shapes.batch.max)
+        return Limits(rows, self._shapes.sequence.max, _GROUP_TOKENS)
+
+    def open(self) -> HostExecution:
+        """A new execution."""
+        return HostExecution(self)
+
+    def verified(self, file: BuiltFile | Graph) -> Path:
+        """The path of a graph, after checking its hash and its content."""
+        return verified_graph(self._folder, file.file, file.sha256)
+
+    def _load(self, name: str) -> Any:
+        file = self._file(name)
+        path = self._folder / file.file
+        try:
+            graph, names = self.read(file)
+        except self.failures() as error:
+            raise ArtifactError(
+                f"{self.library} cannot load {path}: {first_line(error)}",
+                f"update {self.library}: {self.update}; or export the model again",
+            ) from error
+        expected = {spec.name for spec in (*self.graphs[name].inputs, *self.graphs[name].outputs)}
+        found = set(names)
+        if found != expected:
+            raise ArtifactError(
+                f"{path} is another graph than the manifest describes: it has "
+                f"{', '.join(sorted(found))}; expected {', '.join(sorted(expected))}",
+                COPY_AGAIN,
+            )
+        return graph
+
+
+class HostExecution(Execution[HostBuffers]):
+    """Runs segments that are prepared over arrays; see `Execution`."""
+
+    lookahead = False
+
+    def __init__(self, backend: HostBackend) -> None:
+        super().__init__(backend, _FREE_BYTES)
+        self._backend = backend
+
+    def enqueue(self, segment: int, hidden: Hidden[HostBuffers]) -> Ready:
+        """Run a segment; its outputs are ready when this returns."""
+        runs, ready = hidden.buffers.step(segment)
+        for graph, run in runs:
+            try:
+                run()
+            except self._backend.failures() as error:
+                raise BackendError(
+                    f"{self._backend.library} failed in {graph} on {hidden.rows} rows of "
+                    f"{hidden.bucket.sequence} tokens: {first_line(error)}",
+                    "use shorter or fewer texts at a time: there is not enough free memory"
+                    if is_out_of_memory(error)
+                    else Remedy(
+                        "export the model again: the graph does not accept these tokens; if only "
+                        "long texts fail, give a smaller {max_length}"
+                    ),
+                ) from error
+        hidden.segment = segment + 1
+        return ready if hidden.rows == hidden.bucket.batch else ready.first(hidden.rows)
+
+    def _make(self, bucket: Bucket) -> HostBuffers:
+        return HostBuffers(self._backend, bucket)
+
+    def _write(self, buffers: HostBuffers, encoded: Sequence[EncodedRow]) -> None:
+        for name, buffer in self._stages[0].live.items():
+            write_rows(buffers.buffer(buffer)[0], name, encoded, self._padding[name])
+
+    def _gather(
+        self,
+        spec: TensorSpec,
+        buffer: BufferName,
+        sources: Sequence[tuple[HostBuffers, Rows]],
+        target: HostBuffers,
+    ) -> None:
+        out = target.buffer(buffer)[0]
+        axis = spec.shape.index("sequence") if "sequence" in spec.shape else None
+        # Attention never reads the hidden states of padding, so they only have to be finite.
+        fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
+        position = 0
+        for buffers, numbers in sources:
+            source = buffers.buffer(buffer)[0]
+            part = out[position : position + len(numbers)]
+            position += len(numbers)
+            if axis is None or source.shape[axis] == out.shape[axis]:
+                np.take(source, numbers, axis=0, out=part, mode="clip")
+                continue
+            width = min(source.shape[axis], out.shape[axis])
+            inside = (slice(None),) * (axis - 1) + (slice(width),)
+            for row, number in zip(part, numbers, strict=True):
+                row[inside] = source[number][inside]
+            part[(slice(None), *inside[:-1], slice(width, None))] = fill
+        out[position:] = fill
+
+    def _crop(
+        self, spec: TensorSpec, buffer: BufferName, source: HostBuffers, target: HostBuffers
+    ) -> None:
+        target.buffer(buffer)[0][...] = source.buffer(buffer)[0][crop_of(spec, target.bucket)]

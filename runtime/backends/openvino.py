@@ -1,0 +1,243 @@
+"""OpenVINO on the CPU.
+
+The fp32 graphs are compiled in the precision of the target. In bf16, segments also hand hidden
+states on in bf16, so that nothing is converted between them and dropping rows copies half as much.
+One infer request per graph and group of buffers has its tensors set once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
+from ..cpu import cpu_info
+from ..errors import BackendError, MissingExtraError, Remedy, first_line
+from . import compiled_cache
+from .buffers import Call
+from .host import HostBackend, HostBuffers, Run
+from .onnxruntime_session import usable_cores
+from .shapes import Limits
+
+logger = logging.getLogger(__name__)
+
+_OLDEST = (2026, 0)
+_INSTALL = "pip install -U 'fpabee[openvino]'"
+_DEVICE = "CPU"
+# A request for a new shape has to be prepared, so shapes are used again. Multiples of 8 are enough
+# for short texts; the steps between long ones are an eighth of their length.
+_STEP = 8
+_FINE_UP_TO = 512
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A compiled graph.
+
+    Attributes:
+        model: the compiled model.
+        memory: its constants, if they are in a mapped file, which must stay open as long.
+        has_run: whether it has run, so that its weights are packed and the constants are not read
+            again.
+    """
+
+    model: Any
+    memory: memoryview | None
+    has_run: bool = False
+
+    def run(self, request: Any) -> None:
+        """Run an infer request of this graph."""
+        request.infer(share_outputs=True)
+        if not self.has_run:
+            self.has_run = True
+            if self.memory is not None:
+                compiled_cache.drop_pages(self.memory)
+
+
+class OpenVinoBackend(HostBackend):
+    """Graphs as compiled models of OpenVINO; see `Backend`."""
+
+    library = "OpenVINO"
+    update = _INSTALL
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
+    ) -> None:
+        super().__init__(folder, manifest, name, threads)
+        self._is_bf16 = self.target.precision == "bf16"
+        if self._is_bf16 and HIDDEN_STATES in self.specs:
+            spec = self.specs[HIDDEN_STATES]
+            self.specs[HIDDEN_STATES] = msgspec.structs.replace(spec, dtype="bfloat16")
+        self._settings = {
+            # int8 graphs say themselves what is in int8; the rest of them is in fp32.
+            "INFERENCE_PRECISION_HINT": "bf16" if self._is_bf16 else "f32",
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            "NUM_STREAMS": "1",
+            # Several processes must not be pinned to the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+
+    @staticmethod
+    def check(target: Target, name: str) -> None:
+        """Check that OpenVINO is installed and runs this precision here; see `Backend.check`."""
+        if target.precision == "bf16" and not has_bf16():
+            raise BackendError(
+                f"target {name} needs a CPU with bf16 instructions, which this one does not have",
+                Remedy("choose another {target}, such as openvino-fp32"),
+            )
+        _core()
+
+    @staticmethod
+    def failures() -> tuple[type[Exception], ...]:
+        """OpenVINO raises `RuntimeError` for everything."""
+        return (RuntimeError, MemoryError)
+
+    def limits(self) -> Limits:
+        """Any batch; lengths in steps, so that requests are used again."""
+        limits = super().limits()
+        return Limits(
+            limits.max_batch,
+            limits.max_sequence,
+            limits.group_tokens,
+            sequence_lengths=length_steps(limits.max_sequence),
+        )
+
+    def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
+        """A tensor over an array's memory."""
+        import openvino as ov
+
+        if spec.dtype == "bfloat16":
+            return ov.Tensor(array, array.shape, ov.Type.bf16)
+        return ov.Tensor(array, shared_memory=True)
+
+    def bind(self, call: Call, buffers: HostBuffers) -> Run:
+        """An infer request with its tensors set."""
+        compiled: Compiled = self.graph(call.graph)
+        request = compiled.model.create_infer_request()
+        for name, buffer in (*call.inputs, *call.outputs):
+            request.set_tensor(name, buffers.buffer(buffer)[1])
+        return partial(compiled.run, request)
+
+    def read(self, file: BuiltFile | Graph) -> tuple[Compiled, Iterable[str]]:
+        """A compiled model, from the cache if possible, and the names of its inputs and outputs."""
+        key = self._key(file.sha256)
+        found = self._imported(key)
+        if found is None:
+            model = self._compile(file)
+            compiled_cache.write(key, _exported(model))
+            # What is read from the cache takes less memory than what was compiled.
+            found = self._imported(key) or Compiled(model, None)
+        return found, (port.any_name for port in (*found.model.inputs, *found.model.outputs))
+
+    def _compile(self, file: BuiltFile | Graph) -> Any:
+        import openvino as ov
+
+        model = _core().read_model(str(self.verified(file)))
+        prepared = ov.preprocess.PrePostProcessor(model)
+        names = {port.any_name for port in (*model.inputs, *model.outputs)}
+        if self._is_bf16 and HIDDEN_STATES in names:
+            prepared.input(HIDDEN_STATES).tensor().set_element_type(ov.Type.bf16)
+        if self._is_bf16 and NEXT + HIDDEN_STATES in names:
+            prepared.output(NEXT + HIDDEN_STATES).tensor().set_element_type(ov.Type.bf16)
+        return _core().compile_model(prepared.build(), _DEVICE, self._settings)
+
+    def _imported(self, key: str) -> Compiled | None:
+        import openvino as ov
+
+        memory = compiled_cache.read(key)
+        if memory is None:
+            return None
+        blob = ov.Tensor(np.frombuffer(memory, np.uint8), shared_memory=True)
+        try:
+            model = _core().import_model(blob, _DEVICE, self._settings)
+        except RuntimeError as error:
+            logger.info("a compiled graph in the cache is not used: %s", first_line(error))
+            return None
+        compiled_cache.drop_pages(memory)  # which the checksum has read
+        return Compiled(model, memory)
+
+    def _key(self, sha256: str) -> str:
+        """The name of a graph in the cache: of everything that decides what is compiled."""
+        import openvino as ov
+
+        core = _core()
+        cpu = [
+            core.get_property(_DEVICE, "FULL_DEVICE_NAME"),
+            sorted(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")),
+            cpu_info().get("flags", ""),
+        ]
+        parts = [sha256, ov.__version__, cpu, self._settings]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has bf16 instructions that OpenVINO uses.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed, or damaged.
+        BackendError: it is too old, or lacks its CPU plugin.
+    """
+    capabilities = _core().get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+    flags = cpu_info().get("flags", "").split()
+    # OpenVINO also emulates bf16, which is slower than fp32.
+    return "BF16" in capabilities and (not flags or "avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def openvino_version() -> str:
+    """The installed version; see `has_bf16` for the errors."""
+    _core()
+    return metadata.version("openvino")
+
+
+def length_steps(longest: int) -> tuple[int, ...]:
+    """The lengths to pad to, in tokens, ascending to the longest."""
+    steps: list[int] = []
+    length = 0
+    while length < longest:
+        length += _STEP if length < _FINE_UP_TO else 2 ** (length.bit_length() - 4)
+        steps.append(min(length, longest))
+    return tuple(steps)
+
+
+def _exported(model: Any) -> bytes:
+    blob = model.export_model()
+    return blob if isinstance(blob, bytes) else bytes(blob.getbuffer())
+
+
+@lru_cache(1)
+def _core() -> Any:
+    """The process-wide core; see `has_bf16` for its errors."""
+    if util.find_spec("openvino") is None:
+        raise MissingExtraError("OpenVINO is not installed", _INSTALL)
+    try:
+        import openvino as ov
+
+        core = ov.Core()
+        devices = core.available_devices
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise MissingExtraError(
+            f"OpenVINO cannot be loaded: {first_line(error)}", f"reinstall it: {_INSTALL}"
+        ) from error
+    version = tuple(map(int, ov.__version__.split("-")[0].split(".")[:2]))
+    if version < _OLDEST:
+        raise BackendError(
+            f"OpenVINO {ov.__version__} is too old; fpabee needs {_OLDEST[0]}.{_OLDEST[1]}",
+            _INSTALL,
+        )
+    if _DEVICE not in devices:
+        raise BackendError(
+            f"the installed OpenVINO {ov.__version__} has no CPU plugin",
+            f"reinstall it: {_INSTALL}",
+        )
+    return core

@@ -1,0 +1,28 @@
+"""Targets of OpenVINO in an engines folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.manifest import Target
+from fpabee.runtime.backends.openvino import has_bf16
+
+
+def add_openvino(folder: Path, *precisions: str) -> None:
+    """Add targets, unverified; skips the test if OpenVINO or the precision cannot run here."""
+    pytest.importorskip("openvino")
+    precisions = precisions or ("fp32", *["bf16"] * has_bf16())
+    manifest = read_manifest(folder)
+    targets = {
+        f"openvino-{precision}": Target(
+            backend="openvino", precision=precision, graph_precision="fp32", tolerance=None
+        )
+        for precision in precisions
+    }
+    write_manifest(
+        folder, msgspec.structs.replace(manifest, targets={**manifest.targets, **targets})
+    )

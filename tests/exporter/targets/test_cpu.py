@@ -1,0 +1,203 @@
+"""Targets of OpenVINO are added if they agree with the model; the fastest is the default."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
+from fpabee.exporter.cli.export import main
+from fpabee.exporter.targets import cpu
+from fpabee.exporter.targets.options import PlanOptions
+from fpabee.runtime import BackendError, Budget, Engine, Manifest, read_manifest
+from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.backends import openvino
+from fpabee.runtime.cli.inspect import main as inspect
+from fpabee.runtime.progress import silent
+
+pytest.importorskip("openvino")
+
+ONNX, FP32, BF16 = "onnxruntime-fp32", "openvino-fp32", "openvino-bf16"
+SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
+ADDED = [FP32, *[BF16] * openvino.has_bf16()]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def add(folder: Path, default: str | None = None) -> AddTargetsResult:
+    return add_targets(folder, AddTargetsOptions(backends=(cpu.OPENVINO,), default_target=default))
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is measured instead of times."""
+    made_up = {ONNX: 2.0, FP32: 1.0, BF16: 1.5}
+
+    def measure(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:
+        return {name: [made_up[name]] for name in names}
+
+    monkeypatch.setattr(cpu, "_seconds", measure)
+    return made_up
+
+
+@pytest.fixture
+def folder(engine_copy: Callable[..., Path], seconds: dict[str, float]) -> Path:
+    """A folder with all targets, whose default is `openvino-fp32`."""
+    path = engine_copy()
+    add(path)
+    return path
+
+
+def test_targets_are_verified_and_measured(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy()
+    result = add(folder)
+    manifest = read_manifest(folder)
+    assert [checked.name for checked in result.cpu] == ADDED
+    assert set(manifest.targets) == {ONNX, *ADDED}
+    for name in ADDED:
+        target = manifest.targets[name]
+        assert target.tolerance is not None
+        assert target.tolerance < REQUIREMENTS[target.precision].tie
+        assert target.row_difference is not None
+        assert target.row_invariant
+        assert target.relative_speed is not None
+    assert manifest.targets[ONNX].relative_speed == 1.0
+    assert result.default.startswith(f"default target: {manifest.default_target}, ")
+    assert add(folder).cpu == (), "they are not checked again"
+
+
+def test_the_fastest_becomes_the_default(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest.default_target == FP32
+    assert manifest.targets[FP32].relative_speed == 2.0
+    shown = CliRunner().invoke(inspect, [str(folder)])
+    assert "openvino-fp32 (default)" in shown.stdout
+    assert "2.00x" in shown.stdout
+    states = {s["name"]: s for s in json.loads(run_inspect(folder).stdout)["targets"]}
+    assert states[FP32]["relative_speed"] == 2.0
+
+
+def run_inspect(folder: Path) -> Result:
+    return CliRunner().invoke(inspect, [str(folder), "--json"])
+
+
+def test_a_little_faster_is_not_enough(
+    engine_copy: Callable[..., Path], seconds: dict[str, float]
+) -> None:
+    seconds.update({ONNX: 1.0, FP32: 0.99, BF16: 0.98})
+    folder = engine_copy()
+    assert "no other target for CPUs is faster" in add(folder).default
+    assert read_manifest(folder).default_target == ONNX
+
+
+def test_a_target_that_changes_answers_is_not_kept(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    required = dataclasses.replace(REQUIREMENTS["fp32"], logits=0.0, labels=1.1)
+    monkeypatch.setitem(REQUIREMENTS, "fp32", required)
+    first = add(folder).cpu[0]
+    assert first.name == FP32
+    assert "not the model that was exported, from exit 1 on" in first.refused
+    assert FP32 not in read_manifest(folder).targets
+
+
+def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
+    assert "as chosen by hand" in add(folder, ONNX).default
+    changed, _ = cpu.with_fastest_default(folder, read_manifest(folder), silent)
+    assert changed.default_target == ONNX
+    with pytest.raises(BackendError, match="no target 'other'"):
+        add(folder, "other")
+
+
+def test_a_default_with_operating_points_stays(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], seconds: dict[str, float]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, fast=Budget(exit=1))
+    assert "has operating points" in add(folder).default
+    assert read_manifest(folder).default_target == ONNX
+
+
+def test_another_target_runs_where_the_default_cannot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        openvino._core.cache_clear()
+        patch.setitem(sys.modules, "openvino", None)
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                with Engine.load(folder) as engine:
+                    assert engine.target == ONNX
+        assert len(caplog.messages) == 1
+        assert f"{ONNX} runs instead of the default target {FP32}" in caplog.messages[0]
+        shown = CliRunner().invoke(inspect, [str(folder)])
+        assert f"{FP32} cannot run here; {ONNX} runs instead" in shown.stdout
+        with pytest.raises(BackendError, match="not installed"):
+            Engine.load(folder, FP32)
+    with Engine.load(folder) as engine:
+        assert engine.target == FP32
+
+
+@pytest.mark.skipif(BF16 not in ADDED, reason="this CPU has no bf16")
+def test_on_a_cpu_without_bf16_the_fastest_other_target_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(folder, BF16)
+    with Engine.load(folder) as engine:
+        assert engine.target == BF16
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+    with Engine.load(folder) as engine:
+        assert engine.target == FP32
+
+
+def export(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_without_openvino_nothing_is_added(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    openvino._core.cache_clear()
+    result = add_targets(folder, AddTargetsOptions(plans=SMALL))
+    assert (result.cpu, result.default) == ((), "")
+    assert not set(ADDED) & read_manifest(folder).targets.keys()
+    failed = export("--from", folder, "--backend", "openvino")
+    assert failed.exit_code == 1
+    assert "OpenVINO is not installed" in failed.stderr
+    assert "pip install -U 'fpabee[openvino]'" in failed.stderr
+
+
+def test_a_damaged_openvino_is_reported_and_the_rest_is_kept(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    problem = BackendError("the installed OpenVINO has no CPU plugin")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: problem)
+    (checked,) = add_targets(folder, AddTargetsOptions(plans=SMALL)).cpu
+    assert checked.refused == problem.message
+    assert not set(ADDED) & read_manifest(folder).targets.keys()
+
+
+def test_the_command_says_what_was_added_and_which_is_the_default(
+    engine_copy: Callable[..., Path],
+) -> None:
+    folder = engine_copy()
+    result = export("--from", folder, "--backend", "openvino", "--target", FP32)
+    assert result.exit_code == 0, result.output
+    assert "added openvino-fp32: logits differ by" in result.stdout
+    assert f"default target: {FP32}, as chosen by hand" in result.stdout
+    content = json.loads(export("--from", folder, "--backend", "openvino", "--json").stdout)
+    assert content["default_target"] == FP32

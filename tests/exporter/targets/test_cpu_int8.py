@@ -1,0 +1,118 @@
+"""int8 for CPUs: one set of graphs, quantized with NNCF, for ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets, drop_graphs
+from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.precision.formats import in_head
+from fpabee.runtime import Engine, InputError, MissingExtraError, read_manifest
+from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.graph_content import check_graph
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
+TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
+NAMES = ("onnxruntime-int8", "openvino-int8")
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> AddTargetsOptions:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    return AddTargetsOptions(
+        int8=True, calibration_data=tmp_path / "texts.txt", backends=("openvino", "onnxruntime")
+    )
+
+
+def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    required = dataclasses.replace(REQUIREMENTS["int8"], labels=share, exits=share)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+
+
+@pytest.mark.parametrize("family", ["albert", *SLOW])
+def test_both_libraries_run_the_same_graphs(
+    family: str,
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require(monkeypatch, 0.0)  # a tiny random model has no robust answers
+    folder = engine_copy(family)
+    found = {checked.name: checked for checked in add_targets(folder, options).cpu}
+    assert not [checked.refused for checked in found.values() if checked.refused]
+    manifest = read_manifest(folder)
+    first, second = (manifest.targets[name] for name in NAMES)
+    assert first.files == second.files
+    assert first.row_invariant
+    assert second.row_invariant
+    quantized = 0
+    for file in first.files.values():
+        check_graph(folder / file.file)
+        proto = onnx.load(folder / file.file)
+        types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+        for node in proto.graph.node:
+            if node.op_type == "QuantizeLinear":
+                quantized += 1
+                assert types[node.input[2]] == onnx.TensorProto.UINT8
+        for node in proto.graph.node:
+            if in_head(node.name) and node.op_type == "Gemm":
+                assert types[node.input[1]] == onnx.TensorProto.FLOAT
+    assert quantized
+    drop_graphs(folder)
+    logits = []
+    for name in NAMES:
+        with Engine.load(folder, name) as engine:
+            logits.append(engine.trace(TEXTS[:8]).logits)
+    # The libraries round halves differently.
+    assert np.abs(logits[0] - logits[1]).mean() < 0.05
+
+
+def test_int8_that_changes_answers_is_not_kept(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(monkeypatch, 1.1)
+    folder = engine_copy()
+    refused = [checked.refused for checked in add_targets(folder, options).cpu[-2:]]
+    assert all("from exit" in reason for reason in refused)
+    assert not set(NAMES) & read_manifest(folder).targets.keys()
+    assert not (folder / "targets" / "cpu-int8").exists()
+
+
+def test_ten_texts_are_too_few(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:10]))
+    with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
+        add_targets(engine_copy(), options)
+
+
+def test_without_texts_or_nncf_the_error_says_so(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    with pytest.raises(InputError, match="no texts are given") as error:
+        add_targets(folder, dataclasses.replace(options, calibration_data=None))
+    assert "calibration_data" in error.value.hint
+    find_spec = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "nncf" else find_spec(name)
+    )
+    with pytest.raises(MissingExtraError, match="nncf") as missing:
+        add_targets(folder, options)
+    assert "quantize" in missing.value.hint

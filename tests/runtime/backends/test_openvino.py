@@ -1,0 +1,240 @@
+"""OpenVINO: what is missing on a machine, and its cache of compiled graphs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fpabee.runtime import read_manifest
+from fpabee.runtime.backends import compiled_cache, openvino
+from fpabee.runtime.engine import Engine
+from fpabee.runtime.errors import BackendError, MissingExtraError
+from fpabee.runtime.targets import open_backend
+
+from ...doubles.openvino import add_openvino
+
+pytest.importorskip("openvino")
+
+TEXTS = ["the plot is not good but the music is", "turn the lights on"]
+TARGET = "openvino-fp32"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fpabee" / "compiled"
+
+
+@pytest.fixture
+def folder(engine_copy: Callable[..., Path], cache: Path) -> Path:
+    path = engine_copy()
+    add_openvino(path, "fp32")
+    return path
+
+
+@pytest.fixture
+def fresh_core() -> Iterator[None]:
+    """The next call looks for OpenVINO again."""
+    openvino._core.cache_clear()
+    yield
+    openvino._core.cache_clear()
+
+
+def check(folder: Path) -> None:
+    with Engine.load(folder, TARGET) as engine:
+        engine.check()
+
+
+def test_without_openvino_the_error_names_the_extra(
+    folder: Path, fresh_core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match="not installed") as error:
+        Engine.load(folder, TARGET)
+    assert "fpabee[openvino]" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "devices", "message"),
+    [
+        ("2024.6.0-17404-4c0f47d2335", ["CPU"], "too old"),
+        ("2026.4.1", ["GPU"], "no CPU plugin"),
+        ("2026.4.1", None, "cannot be loaded"),
+    ],
+)
+def test_an_openvino_that_cannot_be_used_is_refused(
+    folder: Path,
+    fresh_core: None,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    devices: list[str] | None,
+    message: str,
+) -> None:
+    def core() -> SimpleNamespace:
+        if devices is None:
+            raise RuntimeError("plugins.xml is missing\nand more")
+        return SimpleNamespace(available_devices=devices)
+
+    monkeypatch.setitem(
+        sys.modules, "openvino", SimpleNamespace(__version__=version, Core=core, __spec__="any")
+    )
+    with pytest.raises(BackendError, match=message) as error:
+        Engine.load(folder, TARGET)
+    assert "fpabee[openvino]" in error.value.hint
+
+
+def test_a_cpu_without_bf16_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_openvino(folder, "bf16")
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2 avx512f"})
+    with pytest.raises(BackendError, match="bf16 instructions") as error:
+        Engine.load(folder, "openvino-bf16")
+    assert "openvino-fp32" in error.value.hint
+
+
+def test_the_next_process_loads_from_the_cache(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(folder)
+    files = sorted(cache.iterdir())
+    assert len(files) == len(read_manifest(folder).graphs)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(openvino.OpenVinoBackend, "_compile", refuse)
+    check(folder)
+    assert sorted(cache.iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+        lambda content: bytes(50) + zlib.crc32(bytes(50)).to_bytes(4, "big"),
+    ],
+    ids=["empty", "cut", "changed", "with a right checksum"],
+)
+def test_a_damaged_cache_is_written_again(
+    folder: Path, cache: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    check(folder)
+    files = sorted(cache.iterdir())
+    for path in files:
+        path.write_bytes(damage(path.read_bytes()))
+    check(folder)
+    assert sorted(cache.iterdir()) == files
+    for path in files:
+        found = compiled_cache.read(path.name)
+        assert found is not None
+        assert len(found) > 1000
+
+
+def test_without_a_cache_everything_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()  # where no folder can be made, even by root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    check(folder)
+
+
+def test_an_engines_folder_is_only_read(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+    check(folder)
+    folder.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_cache_that_is_full_loses_its_oldest_files(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_cache, "_MOST_BYTES", 30)
+    for number in range(4):
+        compiled_cache.write(f"key{number}", b"content...")
+    assert compiled_cache.read("key0") is None
+    found = compiled_cache.read("key3")
+    assert found is not None
+    assert bytes(found) == b"content..."
+
+
+def test_another_instruction_set_is_another_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        backend: Any = open_backend(folder, read_manifest(folder), TARGET, None)
+        return str(backend._key("0" * 64))
+
+    first = key()
+    assert key() == first
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+    assert key() != first
+
+
+def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -> None:
+    code = (
+        "import sys; from fpabee.runtime.engine import Engine\n"
+        f"print(Engine.load(sys.argv[1], {TARGET!r}).check().passed)"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in running:
+        assert process.communicate() == ("True\n", "")
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_threads_share_an_engine(folder: Path) -> None:
+    with Engine.load(folder, TARGET, threads=1) as engine:
+        expected = engine.trace(TEXTS).logits
+        failed = []
+
+        def ask() -> None:
+            for _ in range(20):
+                if abs(engine.trace(TEXTS).logits - expected).max() > 1e-5:
+                    failed.append(True)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+
+
+def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
+    engine_copy: Callable[..., Path], cache: Path
+) -> None:
+    folder = engine_copy("albert", "albert")
+    add_openvino(folder, "fp32")
+    with Engine.load(folder, TARGET) as engine:
+        engine.predict(TEXTS, max_exit=1)
+        first = set(engine._backend._loaded)
+        assert first < set(engine.manifest.graphs)
+        engine.predict(TEXTS, full_depth=True)
+        blocks = [name for name in engine.manifest.segments[1].calls if name in first]
+        assert len(blocks) == 1
+
+
+def test_lengths_are_multiples_of_eight_and_few_for_long_texts() -> None:
+    assert openvino.length_steps(20) == (8, 16, 20)
+    steps = openvino.length_steps(8192)
+    assert steps[:3] == (8, 16, 24)
+    assert steps[-1] == 8192
+    assert len(steps) < 100
+    wider = [after / before for before, after in pairwise(steps[7:])]
+    assert max(wider) <= 1.125
