@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .agreement import Agreement, Logits
 from .arguments import seconds_of, whole_number
@@ -28,6 +29,7 @@ from .predictions import PredictionMaker
 from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
+from .rules.measures import Answers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_of, target_of
@@ -263,7 +265,7 @@ class Engine:
         return Trace(
             logits=logits,
             exits=exits,
-            predictions=self._predictions.outputs(exits, logits).answers,
+            predictions=self._predictions.outputs(self._at_exit(exits, logits)).answers,
             lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
             first_exit=self._exits[0],
         )
@@ -369,6 +371,41 @@ class Engine:
         """
         return self._run(rows, self._runner(rule))
 
+    def answers(
+        self,
+        rows: Sequence[EncodedRow],
+        exits: Answers,
+        logits: NDArray[np.float32],
+        limited: Mask,
+        missed: Mask,
+        wasted: int = 0,
+    ) -> list[Prediction]:
+        """Count rows in the tally, and make their predictions.
+
+        Args:
+            rows: the rows.
+            exits: `[rows]` int64, the exit of each row.
+            logits: `[rows, labels]` float32 at that exit.
+            limited: `[rows]` whether the deadline stopped a row before its rule did.
+            missed: `[rows]` whether the deadline was missed.
+            wasted: segments that the rows ran beyond their exit.
+        """
+        first = self._exits[0]
+        counts = Tally(
+            exits=tuple(np.bincount(exits - first, minlength=len(self._exits)).tolist()),
+            truncated=sum(row.truncated for row in rows),
+            deadline_limited=int(np.count_nonzero(limited)),
+            deadline_missed=int(np.count_nonzero(missed)),
+            wasted=wasted,
+        )
+        with self._tally_lock:
+            self._tally += counts
+        return list(self._predictions.several(rows, exits, logits, limited, missed))
+
+    def _at_exit(self, exits: Answers, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of `[exits, rows, labels]` the logits of each row at its exit, `[rows, labels]`."""
+        return logits[exits - self._exits[0], np.arange(len(exits))]
+
     def time_exits(self, rows: int, tokens: int) -> list[float]:
         """Time the way from each exit to the next once, on a group of made-up rows.
 
@@ -445,23 +482,16 @@ class Engine:
                 none does; None: no deadline.
         """
         first = self._exits[0]
-        limited, missed = np.zeros(len(rows), np.bool_), fits is not None and fits < first
+        limited = np.zeros(len(rows), np.bool_)
+        missed = np.full(len(rows), fits is not None and fits < first)
         if fits is None:
             result = self._run(rows, runner)
         else:
             cap = max(first, fits)
             result = self._run(rows, self._runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
-        counts = Tally(
-            exits=tuple(np.bincount(result.exits - first, minlength=len(self._exits)).tolist()),
-            truncated=sum(row.truncated for row in rows),
-            deadline_limited=int(np.count_nonzero(limited)),
-            deadline_missed=len(rows) * missed,
-            wasted=result.wasted,
-        )
-        with self._tally_lock:
-            self._tally += counts
-        yield from self._predictions.window(rows, result.exits, result.logits, limited, missed)
+        at_exit = self._at_exit(result.exits, result.logits)
+        yield from self.answers(rows, result.exits, at_exit, limited, missed, result.wasted)
 
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
