@@ -156,24 +156,32 @@ class Scheduler:
         max_exit: int | None = None,
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
+        self._check_room(len(texts))
+        return self.submit_encoded(self._engine.encode(texts), deadline_ms, max_exit)
+
+    def submit_encoded(
+        self,
+        rows: Sequence[EncodedRow],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Future[Prediction]]:
+        """Queue the results of `Engine.encode`, or none of them; see `submit`."""
         now = perf_counter()
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
         runner = self._engine.runner()
         last = runner.last if max_exit is None else self._engine.runner(max_exit).last
-        self._check_room(len(texts))
         chain = self._engine.lend_chain()
-        rows = []
-        for encoded in self._engine.encode(texts):
-            chain.bucket(1, len(encoded))
-            rows.append(_Row(encoded, runner, last, Future(), now, ends))
+        for row in rows:
+            chain.bucket(1, len(row))
+        queued = [_Row(row, runner, last, Future(), now, ends) for row in rows]
         with self._changed:
             self._check_room(len(rows))
             self._unanswered += len(rows)
-            self._arrived += rows
+            self._arrived += queued
             self._changed.notify()
-        for row in rows:
-            row.future.add_done_callback(self._forget)
-        return [row.future for row in rows]
+        for waiting in queued:
+            waiting.future.add_done_callback(self._forget)
+        return [waiting.future for waiting in queued]
 
     async def classify(
         self,
@@ -186,11 +194,23 @@ class Scheduler:
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
-        arguments = (texts, deadline_ms, max_exit)
+        rows = await self.encode(texts)
+        return await self.classify_encoded(rows, deadline_ms, max_exit)
+
+    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """`Engine.encode` in asyncio: long texts do not keep the event loop waiting."""
         if sum(map(_characters, texts)) <= _SHORT_CHARACTERS:
-            futures = self.submit_all(*arguments)
-        else:
-            futures = await asyncio.to_thread(self.submit_all, *arguments)
+            return self._engine.encode(texts)
+        return await asyncio.to_thread(self._engine.encode, texts)
+
+    async def classify_encoded(
+        self,
+        rows: Sequence[EncodedRow],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Prediction]:
+        """Classify the results of `encode`; see `classify`."""
+        futures = self.submit_encoded(rows, deadline_ms, max_exit)
         try:
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
         finally:
@@ -201,6 +221,11 @@ class Scheduler:
     def unanswered(self) -> int:
         """Rows that are waiting or running."""
         return self._unanswered
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new rows are refused."""
+        return self._closed
 
     def close(self, cancel: bool = False) -> None:
         """Refuse new rows, and return when the others are answered.
@@ -380,11 +405,11 @@ class Scheduler:
             done |= stops
         places = np.flatnonzero(done & finite)
         if len(places):
-            self._answer(exit_number, [rows[place] for place in places], clean[places])
-        for place in np.flatnonzero(~finite):
+            self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
+        for place in np.flatnonzero(~finite).tolist():
             self._fail(rows[place], not_finite(self._engine.target, exit_number))
         done |= ~finite | [row.future.cancelled() for row in rows]
-        for place in np.flatnonzero(~done):
+        for place in np.flatnonzero(~done).tolist():
             if rows[place].deadline < math.inf:
                 rows[place].reached = exit_number, clean[place].copy()
         return done
