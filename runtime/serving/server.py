@@ -151,6 +151,7 @@ class _Server:
             exception_handlers={
                 HTTPException: _refused,
                 FpabeeError: self._failed,
+                ClientDisconnect: _client_left,
                 Exception: _bug,
             },
         )
