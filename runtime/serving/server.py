@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import uvicorn
@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ... import __version__
+from ..encoding import EncodedRow, Text
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, Remedy, RuleError, in_one_line
 from ..results import Prediction
@@ -32,7 +33,6 @@ from .formats import (
     predict_response,
 )
 from .metrics import Metrics
-from .scheduler import Scheduler
 
 STATUSES = {
     400: "the request is not what the schema says",
@@ -72,9 +72,25 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
+class Classifier(Protocol):
+    """What runs the rows of requests: a `Scheduler`, or something with the same methods."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new rows are refused."""
+
+    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """Tokenize texts."""
+
+    async def classify_encoded(
+        self, rows: Sequence[EncodedRow], deadline_ms: float | None, max_exit: int | None
+    ) -> list[Prediction]:
+        """Classify rows."""
+
+
 def make_app(
     engine: Engine,
-    scheduler: Scheduler,
+    scheduler: Classifier,
     metrics: Metrics,
     limits: ServerLimits | None = None,
     name: str = "fpabee",
@@ -99,7 +115,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # Connections inherit this. Otherwise clients that delay acknowledgements, as on Linux, wait
+        # 40 ms for the second packet of an answer; asyncio sets it only where it opens the port.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise FpabeeError(
@@ -125,7 +145,7 @@ class _Server:
     def __init__(
         self,
         engine: Engine,
-        scheduler: Scheduler,
+        scheduler: Classifier,
         metrics: Metrics,
         limits: ServerLimits,
         name: str,
