@@ -247,7 +247,11 @@ def _served(engine: Engine, server: str) -> Iterator[int]:
     else:
         rows = _Threads(engine, engine.rule)
     config = uvicorn.Config(
-        make_app(engine, rows, metrics), log_config=None, access_log=False, lifespan="off"
+        make_app(engine, rows, metrics),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=3600,  # otherwise a request may meet a connection that is closed
     )
     http = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as listener:

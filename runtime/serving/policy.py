@@ -49,13 +49,38 @@ def worth(lengths: Sequence[int], left: float, limits: Limits, cost: CostCurve |
     return sum(lengths) / cost(bucket.batch * bucket.sequence) / left
 
 
-def rows_with(head: int, lengths: Sequence[int], limits: Limits) -> RowNumbers:
+def rows_with(
+    head: int, lengths: Sequence[int], limits: Limits, cost: CostCurve | None
+) -> RowNumbers:
     """A group of waiting rows that has a certain row and rows of similar length.
+
+    It is the group that runs most tokens in a second, so that rows are padded only where larger
+    groups gain more than the padding costs.
 
     Args:
         head: the number of that row.
         lengths: tokens of each waiting row.
         limits: the shapes that the target runs.
+        cost: its measured times; None: they are not known, and the group is as large as possible.
     """
-    groups = make_groups(np.array(lengths, np.intp), limits)
-    return next(group for group in groups if head in group)
+    if cost is None:
+        groups = make_groups(np.array(lengths, np.intp), limits)
+        return next(group for group in groups if head in group)
+    order = np.argsort(lengths, kind="stable")
+    ascending = np.array(lengths, np.intp)[order]
+    until = np.concatenate([[0], np.cumsum(ascending)])
+    place = int(np.flatnonzero(order == head)[0])
+    best, best_rate = (place, place + 1), 0.0
+    for longest in np.unique(ascending[place:]).tolist():
+        end = int(np.searchsorted(ascending, longest, side="right"))
+        padded = limits.bucket(1, longest).sequence
+        # Earlier starts leave no room for the row itself or for the longest ones.
+        most = max(1, min(limits.max_batch, limits.group_tokens // padded))
+        end = min(end, place + most)
+        for start in range(max(0, end - most), place + 1):
+            bucket = limits.bucket(end - start, longest)
+            tokens = bucket.batch * bucket.sequence
+            rate = (until[end] - until[start]) / cost(tokens)
+            if rate > best_rate and (tokens <= limits.group_tokens or end - start == 1):
+                best, best_rate = (start, end), rate
+    return order[slice(*best)]

@@ -349,8 +349,9 @@ class Scheduler:
         if first.alone:
             return [first]
         rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
-        numbers = rows_with(rows.index(first), [len(row.encoded) for row in rows], chain.limits)
-        return [rows[number] for number in numbers]
+        lengths = [len(row.encoded) for row in rows]
+        cost = self._engine.segment_cost(chain)
+        return [rows[n] for n in rows_with(rows.index(first), lengths, chain.limits, cost)]
 
     def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
         taken = set(rows)
@@ -377,11 +378,15 @@ class Scheduler:
         late = [row for row in self._waiting if row.deadline < soon and row.reached]
         if late:
             self._waiting = [row for row in self._waiting if row not in late]
-        for other in list(self._groups):
+        changed = []
+        for other in self._groups:
             is_late = [row.deadline < soon and row.reached is not None for row in other.rows]
             if any(is_late):
                 late += other.rows[is_late].tolist()
                 other.keep = np.flatnonzero(~np.array(is_late))
+                changed.append(other)
+        for other in changed:
+            if other in self._groups:  # else it has joined one before
                 self._regroup(chain, other)
         for row in late:
             if row.reached is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,11 +36,12 @@ def test_the_capacity_is_that_of_full_depth(
     monkeypatch.setattr(load_test, "_CAPACITY_SECONDS", 0.01)
     runs: list[tuple[int, object]] = []
     run = Engine.run_encoded
-    monkeypatch.setattr(
-        Engine,
-        "run_encoded",
-        lambda engine, rows, rule: runs.append((len(rows), rule)) or run(engine, rows, rule),
-    )
+
+    def counted(engine: Engine, rows: Any, rule: Any) -> Any:
+        runs.append((len(rows), rule))
+        return run(engine, rows, rule)
+
+    monkeypatch.setattr(Engine, "run_encoded", counted)
     assert load_test.capacity(engine, ["a", "b", "c"]) > 0
     assert set(runs) == {(32, Budget(exit=3))}
 

@@ -46,10 +46,33 @@ def test_on_a_flat_target_full_groups_come_first() -> None:
     assert worth([10] * 30, 6.0, LIMITS, FLAT) < worth([10] * 10, 1.0, LIMITS, FLAT)
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=100), st.data())
-def test_a_group_has_the_row_and_fits(lengths: list[int], data: st.DataObject) -> None:
+@given(
+    st.lists(st.integers(1, 64), min_size=1, max_size=100),
+    st.data(),
+    st.sampled_from([LINEAR, FLAT, None]),
+)
+def test_a_group_has_the_row_and_fits(
+    lengths: list[int], data: st.DataObject, cost: CostCurve | None
+) -> None:
     head = data.draw(st.integers(0, len(lengths) - 1))
-    rows = rows_with(head, lengths, LIMITS).tolist()
+    rows = rows_with(head, lengths, LIMITS, cost).tolist()
     assert head in rows
     assert len(set(rows)) == len(rows) <= LIMITS.max_batch
     assert len(rows) * max(lengths[row] for row in rows) <= LIMITS.group_tokens
+
+
+def test_groups_are_padded_only_where_it_pays() -> None:
+    lengths = [10, 50, 10, 11, 50, 12]
+    assert sorted(rows_with(0, lengths, LIMITS, LINEAR)) in ([0], [0, 2])
+    assert sorted(rows_with(0, lengths, LIMITS, FLAT)) == [0, 1, 2, 3, 4, 5]
+    # Up to 40 tokens take the same time, so a little padding pays and much of it does not.
+    both = CostCurve((40, 1000), (40e-3, 1.0), 0.0)
+    assert sorted(rows_with(0, lengths, LIMITS, both)) == [0, 2, 3, 5]
+
+
+def test_rows_are_padded_to_the_batches_of_the_target() -> None:
+    limits = Limits(16, 64, 128, batch_sizes=(1, 16), sequence_lengths=(16, 64))
+    for head in range(3):
+        rows = rows_with(head, [60, 60, 5], limits, FLAT).tolist()
+        assert head in rows
+        assert len(rows) == 1
