@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,24 +79,27 @@ class RowResult:
 
 
 @dataclass(slots=True, eq=False)
-class _Group(Generic[B]):
-    """Rows of a window that run together.
+class Group(Generic[B]):
+    """Rows that run together.
 
     Attributes:
-        rows: their numbers in the window.
+        rows: `[rows]` what the rows are to the caller, such as their numbers in a window.
+        lengths: `[rows]` their tokens.
         hidden: their hidden states.
         state: what the rule remembers of them.
         keep: positions in the group of the rows that go on; None if all do.
     """
 
-    rows: RowNumbers
+    rows: NDArray[Any]
+    lengths: NDArray[np.intp]
     hidden: Hidden[B]
     state: PatienceState
     keep: RowNumbers | None = None
 
     @property
     def going(self) -> RowNumbers:
-        return self.rows if self.keep is None else self.rows[self.keep]
+        """Positions of the rows that go on."""
+        return np.arange(len(self.rows)) if self.keep is None else self.keep
 
 
 def not_finite(target: str, exit_number: int) -> BackendError:
@@ -208,6 +211,56 @@ class Chain(Generic[B]):
             )
         return self.limits.bucket(rows, longest)
 
+    def begin(
+        self, encoded: Sequence[EncodedRow], rows: NDArray[Any], state: PatienceState
+    ) -> Group[B]:
+        """A group before segment 1.
+
+        Args:
+            encoded: the rows, at least one and as many as fit into a group.
+            rows: `[rows]` what the caller calls them.
+            state: what the rule remembers of them.
+
+        Raises:
+            BackendError: a row is longer than the target takes.
+        """
+        lengths = np.array([len(row) for row in encoded], np.intp)
+        bucket = self.bucket(len(encoded), int(lengths.max()))
+        return Group(rows, lengths, self.execution.begin(encoded, bucket), state)
+
+    def regroup(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[Group[B]]:
+        """Drop the rows that have stopped, and join groups where this saves time.
+
+        Args:
+            groups: groups before the same segment, with the same rule.
+            cost: measured times; None: groups are never joined.
+        """
+        alive = []
+        for group in groups:
+            if group.keep is None or len(group.keep):
+                alive.append(group)
+            else:
+                self.execution.release(group.hidden)
+        plan = [[number] for number in range(len(alive))]
+        if cost is not None and len(alive) > 1:
+            lengths = [group.lengths[group.going].tolist() for group in alive]
+            plan = plan_joins(lengths, self.limits, cost)
+        return [self._join([alive[number] for number in part]) for part in plan]
+
+    def _join(self, parts: list[Group[B]]) -> Group[B]:
+        if len(parts) == 1 and parts[0].keep is None:
+            return parts[0]
+        keeps = [part.going for part in parts]
+        kept = list(zip(parts, keeps, strict=True))
+        lengths = np.concatenate([part.lengths[keep] for part, keep in kept])
+        bucket = self.bucket(len(lengths), int(lengths.max()))
+        hidden = self.execution.regroup([part.hidden for part in parts], keeps, bucket)
+        for part in parts:
+            self.execution.release(part.hidden)
+        state = PatienceState.join([part.state.take(keep) for part, keep in kept])
+        rows = np.concatenate([part.rows[keep] for part, keep in kept])
+        return Group(rows, lengths, hidden, state)
+
     def measure(self) -> CostCurve:
         """Measure how long a middle segment takes by the size of a group, and how long joining."""
         sequence = min(_PROBE_LENGTH, self.limits.max_sequence)
@@ -300,12 +353,11 @@ class _Window(Generic[B]):
             if stops is not None:
                 going = np.flatnonzero(~stops)
                 state = state.take(going)
-        self._groups = []
+        self._groups: list[Group[B]] = []
         for places in make_groups(self._lengths[going], chain.limits) if len(going) else ():
             numbers = going[places]
-            bucket = chain.bucket(len(numbers), int(self._lengths[numbers].max()))
-            hidden = self._execution.begin([rows[number] for number in numbers], bucket)
-            self._groups.append(_Group(numbers, hidden, state.take(places)))
+            encoded = [rows[number] for number in numbers]
+            self._groups.append(chain.begin(encoded, numbers, state.take(places)))
 
     @property
     def _execution(self) -> Execution[B]:
@@ -332,11 +384,11 @@ class _Window(Generic[B]):
                     group.keep = np.flatnonzero(~stops)
                     changed = True
             if changed:
-                self._regroup()
+                self._groups = self._chain.regroup(self._groups, self._cost)
                 if not self._groups:
                     return
 
-    def _run_ahead(self, group: _Group[B]) -> None:
+    def _run_ahead(self, group: Group[B]) -> None:
         """Run one group, and enqueue each segment before reading the exit before it.
 
         The device therefore never waits for the rule. A row that stops has run one segment more
@@ -407,29 +459,3 @@ class _Window(Generic[B]):
         if stops is not None:
             self._exits[rows[stops]] = exit_number
         return stops
-
-    def _regroup(self) -> None:
-        """Drop the rows that have stopped, and join groups where this saves time."""
-        alive = []
-        for group in self._groups:
-            if group.keep is None or len(group.keep):
-                alive.append(group)
-            else:
-                self._execution.release(group.hidden)
-        plan = [[number] for number in range(len(alive))]
-        if self._cost is not None and len(alive) > 1:
-            lengths = [self._lengths[group.going].tolist() for group in alive]
-            plan = plan_joins(lengths, self._chain.limits, self._cost)
-        self._groups = [self._join([alive[number] for number in part]) for part in plan]
-
-    def _join(self, parts: list[_Group[B]]) -> _Group[B]:
-        if len(parts) == 1 and parts[0].keep is None:
-            return parts[0]
-        numbers = np.concatenate([part.going for part in parts])
-        bucket = self._chain.bucket(len(numbers), int(self._lengths[numbers].max()))
-        keeps = [np.arange(len(p.rows)) if p.keep is None else p.keep for p in parts]
-        hidden = self._execution.regroup([part.hidden for part in parts], keeps, bucket)
-        for part in parts:
-            self._execution.release(part.hidden)
-        states = [part.state.take(keep) for part, keep in zip(parts, keeps, strict=True)]
-        return _Group(numbers, hidden, PatienceState.join(states))

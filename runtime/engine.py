@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .agreement import Agreement, Logits
 from .arguments import seconds_of, whole_number
@@ -28,6 +29,7 @@ from .predictions import PredictionMaker
 from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
+from .rules.measures import Answers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_of, target_of
@@ -45,6 +47,7 @@ class Engine:
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
+        window_tokens: tokens of the rows that may be on their way through the segments at a time.
 
     Example:
         ```python
@@ -157,7 +160,7 @@ class Engine:
         self._tally_lock = threading.Lock()
         self._closed = False
         per_token = _bytes_per_token(manifest, self.limits)
-        self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
+        self.window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
 
     def predict(
         self,
@@ -262,7 +265,7 @@ class Engine:
         return Trace(
             logits=logits,
             exits=exits,
-            predictions=self._predictions.outputs(exits, logits).answers,
+            predictions=self._predictions.outputs(self._at_exit(exits, logits)).answers,
             lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
             first_exit=self._exits[0],
         )
@@ -368,6 +371,60 @@ class Engine:
         """
         return self._run(rows, self._runner(rule))
 
+    def lend_chain(self) -> Chain[Any]:
+        """The chain, for a scheduler that runs rows on it in a `with` statement, in one thread.
+
+        Raises:
+            BackendError: the engine is closed.
+        """
+        return self._chain()
+
+    def runner(self, max_exit: int | None = None) -> RuleRunner:
+        """The engine's rule, for a scheduler that decides about rows.
+
+        Args:
+            max_exit: every row stops at this exit at the latest.
+
+        Raises:
+            RuleError: `max_exit` does not fit the model.
+        """
+        return self._chosen(None, False, max_exit)
+
+    def answers(
+        self,
+        rows: Sequence[EncodedRow],
+        exits: Answers,
+        logits: NDArray[np.float32],
+        limited: Mask,
+        missed: Mask,
+        wasted: int = 0,
+    ) -> list[Prediction]:
+        """Count rows in the tally, and make their predictions.
+
+        Args:
+            rows: the rows.
+            exits: `[rows]` int64, the exit of each row.
+            logits: `[rows, labels]` float32 at that exit.
+            limited: `[rows]` whether the deadline stopped a row before its rule did.
+            missed: `[rows]` whether the deadline was missed.
+            wasted: segments that the rows ran beyond their exit.
+        """
+        first = self._exits[0]
+        counts = Tally(
+            exits=tuple(np.bincount(exits - first, minlength=len(self._exits)).tolist()),
+            truncated=sum(row.truncated for row in rows),
+            deadline_limited=int(np.count_nonzero(limited)),
+            deadline_missed=int(np.count_nonzero(missed)),
+            wasted=wasted,
+        )
+        with self._tally_lock:
+            self._tally += counts
+        return list(self._predictions.several(rows, exits, logits, limited, missed))
+
+    def _at_exit(self, exits: Answers, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of `[exits, rows, labels]` the logits of each row at its exit, `[rows, labels]`."""
+        return logits[exits - self._exits[0], np.arange(len(exits))]
+
     def time_exits(self, rows: int, tokens: int) -> list[float]:
         """Time the way from each exit to the next once, on a group of made-up rows.
 
@@ -421,7 +478,7 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        return blocks(self._encoder.stream(texts), len, self._window_tokens)
+        return blocks(self._encoder.stream(texts), len, self.window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
         """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""
@@ -446,23 +503,16 @@ class Engine:
                 none does; None: no deadline.
         """
         first = self._exits[0]
-        limited, missed = np.zeros(len(rows), np.bool_), fits is not None and fits < first
+        limited = np.zeros(len(rows), np.bool_)
+        missed = np.full(len(rows), fits is not None and fits < first)
         if fits is None:
             result = self._run(rows, runner)
         else:
             cap = max(first, fits)
             result = self._run(rows, self._runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
-        counts = Tally(
-            exits=tuple(np.bincount(result.exits - first, minlength=len(self._exits)).tolist()),
-            truncated=sum(row.truncated for row in rows),
-            deadline_limited=int(np.count_nonzero(limited)),
-            deadline_missed=len(rows) * missed,
-            wasted=result.wasted,
-        )
-        with self._tally_lock:
-            self._tally += counts
-        yield from self._predictions.window(rows, result.exits, result.logits, limited, missed)
+        at_exit = self._at_exit(result.exits, result.logits)
+        yield from self.answers(rows, result.exits, at_exit, limited, missed, result.wasted)
 
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
@@ -478,7 +528,7 @@ class Engine:
     def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         is_large = sum(len(row) for row in rows) > self.limits.group_tokens
         with self._chain() as chain:
-            return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
+            return chain.run(rows, runner, self.joining_cost(chain) if is_large else None)
 
     def _chain(self) -> Chain[Any]:
         """A chain for one call; its execution comes from the backend's pool."""
@@ -493,16 +543,22 @@ class Engine:
             self._exit_0,
         )
 
-    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
-        """The costs that decide which groups are joined; None if groups are never joined."""
-        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
+    def segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
+        """Measured times of a middle segment; None for a model of one segment."""
+        if len(self.manifest.segments) == 1:
             return None
-        if self._regroup is Regroup.ALWAYS:
-            return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
         with self._cost_lock:
             if self._cost is None:
                 self._cost = chain.measure()
             return self._cost
+
+    def joining_cost(self, chain: Chain[Any]) -> CostCurve | None:
+        """The costs that decide which groups are joined; None if groups are never joined."""
+        if self._regroup is Regroup.AUTO:
+            return self.segment_cost(chain)
+        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
+            return None
+        return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
 
 
 def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:

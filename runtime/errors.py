@@ -8,6 +8,7 @@
     |-- RuleError               an exit rule that does not exist or does not fit the model
     |-- BackendError            something that an inference library cannot do on this machine
     |   `-- MissingExtraError   an optional package is not installed
+    |-- OverloadedError         the queue of a scheduler is full
     `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
 Every message says what was found and what was expected, and its remedy says what to change. A
@@ -148,6 +149,10 @@ class BackendError(FpabeeError):
 
 class MissingExtraError(BackendError):
     """An optional package is not installed; the remedy is the command that installs it."""
+
+
+class OverloadedError(FpabeeError):
+    """A scheduler has as many unanswered rows as its queue takes."""
 
 
 class VerificationError(FpabeeError):

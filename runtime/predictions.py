@@ -32,34 +32,32 @@ class PredictionMaker:
         self._label_thresholds = task.label_thresholds
         self._first, self._layers = manifest.exits[0], manifest.exit_layers
 
-    def outputs(self, exits: Answers, logits: NDArray[np.float32]) -> Outputs:
+    def outputs(self, logits: NDArray[np.float32]) -> Outputs:
         """The outputs of each row at its exit.
 
         Args:
-            exits: `[rows]` int64, the exit of each row.
-            logits: `[exits, rows, labels]` float32.
+            logits: `[rows, labels]` float32 at that exit.
         """
-        chosen = logits[exits - self._first, np.arange(len(exits))]
-        return Outputs(chosen, self._problem_type, self._label_thresholds)
+        return Outputs(logits, self._problem_type, self._label_thresholds)
 
-    def window(
+    def several(
         self,
         rows: Sequence[EncodedRow],
         exits: Answers,
         logits: NDArray[np.float32],
         limited: Mask,
-        missed: bool,
+        missed: Mask,
     ) -> Iterator[Prediction]:
-        """The predictions of a window of rows.
+        """The predictions of several rows.
 
         Args:
             rows: the rows.
             exits: `[rows]` int64, the exit of each row.
-            logits: `[exits, rows, labels]` float32.
+            logits: `[rows, labels]` float32 at that exit.
             limited: `[rows]` whether the deadline stopped a row.
-            missed: whether the deadline was missed.
+            missed: `[rows]` whether the deadline was missed.
         """
-        outputs, labels, first = self.outputs(exits, logits), self._labels, self._first
+        outputs, labels, first = self.outputs(logits), self._labels, self._first
         answers = outputs.answers.tolist()
         if self._problem_type is ProblemType.MULTI_LABEL:
             chosen = [[n for n, given in enumerate(row) if given] for row in answers]
@@ -71,9 +69,10 @@ class PredictionMaker:
             outputs.probabilities.tolist(),
             exits.tolist(),
             limited.tolist(),
+            missed.tolist(),
             strict=True,
         )
-        for row, numbers, probabilities, exit_number, is_limited in columns:
+        for row, numbers, probabilities, exit_number, is_limited, is_missed in columns:
             yield Prediction(
                 labels=tuple([labels[number] for number in numbers]),
                 scores=tuple([probabilities[number] for number in numbers]),
@@ -82,7 +81,7 @@ class PredictionMaker:
                 probabilities=tuple(probabilities),
                 truncated=row.truncated,
                 deadline_limited=is_limited,
-                deadline_missed=missed,
+                deadline_missed=is_missed,
             )
 
     def row(self, logits: Sequence[float], exit_number: int, truncated: bool) -> Prediction:

@@ -24,7 +24,8 @@ class Prediction:
         probabilities: probabilities of all labels, in the order of `Engine.labels`.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.
-        deadline_missed: whether even the first exit takes longer than the deadline.
+        deadline_missed: whether even the first exit takes longer than the deadline. A
+            `Scheduler` sets it if the answer came after the deadline.
     """
 
     labels: tuple[str, ...]

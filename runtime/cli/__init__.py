@@ -1,1 +1,1 @@
-"""The commands `fpabee-run` and `fpabee-inspect`, and what all commands share."""
+"""The commands `fpabee-run`, `fpabee-serve` and `fpabee-inspect`, and what all commands share."""

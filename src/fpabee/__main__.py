@@ -16,6 +16,7 @@ _COMMANDS = {
     "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
     "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
+    "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),
     "bench": ("fpabee.exporter.cli.bench", "Measure the speed-up on this machine."),
     "inspect": (
         "fpabee.runtime.cli.inspect",

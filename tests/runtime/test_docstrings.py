@@ -17,6 +17,7 @@ def test_code_runs(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     ran = run_code("fpabee.runtime")
     assert ran == ["", "Engine", "Manifest", "ReadOptions", "read_rows"]
+    assert run_code("fpabee.runtime.serving") == ["Scheduler"]
 
 
 def test_sessions_print_what_they_say() -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "fpabee.exporter.cli.bench",
     "calibrate": "fpabee.calibration.cli",
     "run": "fpabee.runtime.cli.run",
+    "serve": "fpabee.runtime.cli.serve",
     "inspect": "fpabee.runtime.cli.inspect",
 }
 

@@ -1,0 +1,93 @@
+"""`fpabee-serve`: answer texts over HTTP, each at its own exit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from ..engine import Engine
+from ..optional_packages import require
+from . import options
+from .command import command
+from .console import echo
+
+
+@command(
+    examples="""
+fpabee-serve engines/
+fpabee-serve engines/ --port 8080 --operating-point fast
+fpabee-serve engines/ --host 0.0.0.0
+""",
+    panels={"Limits": "--max-rows --max-texts --max-body"},
+)
+@options.engines
+@options.count("--port", "Port to listen on.", 8000, min=0, max=65535)
+@options.option(
+    "--host",
+    "ADDRESS",
+    "Address to listen on. Other machines reach only 0.0.0.0 or an address of this machine.",
+    default="127.0.0.1",
+)
+@options.option(
+    "--operating-point",
+    "NAME",
+    "Calibrated rule to use. Default: the default operating point of the target.",
+)
+@options.target
+@options.count("--max-length", "Truncate texts to this many tokens.")
+@options.threads
+@options.flag("--check", "First check on the reference texts that the target matches the model.")
+@options.flag("--quiet", "Do not print the address.")
+@options.count("--max-rows", "Most rows that wait or run at a time; more are refused.", 1000)
+@options.count("--max-texts", "Most texts in a request.", 256)
+@options.count("--max-body", "Most bytes in the body of a request.", 2**20)
+def main(
+    engines: Path,
+    host: str,
+    port: int,
+    target: str | None,
+    operating_point: str | None,
+    threads: int | None,
+    max_length: int | None,
+    check: bool,
+    quiet: bool,
+    max_rows: int,
+    max_texts: int,
+    max_body: int,
+) -> None:
+    """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
+    require("serve")
+    from ..serving.metrics import Metrics
+    from ..serving.scheduler import Scheduler
+    from ..serving.server import ServerLimits, listen, make_app, serve
+
+    limits = ServerLimits(max_body, max_texts)
+    with (
+        Engine.load(
+            engines, target, operating_point, threads, max_length=max_length, check=check
+        ) as engine,
+        listen(host, port) as listener,
+    ):
+        metrics = Metrics(engine)
+        scheduler = Scheduler(engine, max_rows, metrics)
+        try:
+            engine.predict([""], full_depth=True)  # loads all segments
+            scheduler.submit("").result()
+            engine.reset_tally()
+            if not quiet:
+                address = listener.getsockname()
+                shown = f"[{address[0]}]" if ":" in host else address[0]
+                echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
+            # The server handles signals while it runs, and then sends them to this handler again.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            serve(
+                make_app(engine, scheduler, metrics, limits, engines.resolve().name),
+                listener,
+                limits,
+            )
+        finally:
+            scheduler.close(cancel=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Metrics of a scheduler in the text format of Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..engine import Engine
+from ..results import Prediction
+from .scheduler import Observer
+
+_SECONDS = tuple(base * 10**power for power in range(-3, 2) for base in (1, 2, 5))
+_ROWS = tuple(2**power for power in range(11))
+
+
+class Metrics(Observer):
+    """Counts what schedulers do.
+
+    Args:
+        engine: their engine. If it has an operating point, its drift is shown.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._registry = CollectorRegistry()
+
+        def made(kind: Any, name: str, help: str, **settings: Any) -> Any:
+            return kind(f"fpabee_{name}", help, registry=self._registry, **settings)
+
+        self._rows = made(Counter, "rows", "Answered rows by exit.", labelnames=["exit"])
+        for number in engine.manifest.exits:
+            self._rows.labels(number)
+        self._limited = made(Counter, "deadline_limited_rows", "Rows stopped by a deadline.")
+        self._missed = made(Counter, "deadline_missed_rows", "Rows answered after their deadline.")
+        self._failed = made(Counter, "failed_rows", "Rows that got an error.")
+        self._refused = made(Counter, "refused_rows", "Rows that a full queue refused.")
+        self._queue = made(
+            Histogram, "queue_seconds", "From arrival to the first segment.", buckets=_SECONDS
+        )
+        self._answer = made(
+            Histogram, "answer_seconds", "From arrival to the answer.", buckets=_SECONDS
+        )
+        self._batch = made(Histogram, "batch_rows", "Rows in a run of a segment.", buckets=_ROWS)
+        help = "Share of rows that stop elsewhere than at the calibration, from 0 to 1."
+        self._drift = made(Gauge, "drift", help)
+
+    def started(self, seconds: Sequence[float]) -> None:
+        """Count the time that rows waited."""
+        for value in seconds:
+            self._queue.observe(value)
+
+    def ran(self, rows: int) -> None:
+        """Count a run of a segment."""
+        self._batch.observe(rows)
+
+    def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
+        """Count answers and their times."""
+        for prediction, value in zip(predictions, seconds, strict=True):
+            self._rows.labels(prediction.exit).inc()
+            self._limited.inc(prediction.deadline_limited)
+            self._missed.inc(prediction.deadline_missed)
+            self._answer.observe(value)
+
+    def failed(self, error: Exception) -> None:
+        """Count an error."""
+        self._failed.inc()
+
+    def refused(self, rows: int) -> None:
+        """Count rows that were not queued."""
+        self._refused.inc(rows)
+
+    def text(self) -> bytes:
+        """All metrics, in Prometheus text format.
+
+        The drift is that of the engine's tally, see `Tally.drift`; it is NaN before the first row
+        and without an operating point.
+        """
+        target = self._engine.manifest.targets[self._engine.target]
+        point = target.operating_points.get(self._engine.operating_point or "")
+        tally = self._engine.tally
+        drift = tally.drift(point.exits) if point and tally.rows else float("nan")
+        self._drift.set(drift)
+        return generate_latest(self._registry)

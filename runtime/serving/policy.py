@@ -1,0 +1,86 @@
+"""Which rows run next: pure functions of counts, lengths and measured times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..backends.shapes import Limits
+from ..batching import CostCurve, RowNumbers, make_groups
+from ..rules.measures import Floats
+
+
+def segments_left(stopped: Sequence[int]) -> Floats:
+    """How many more segments a row is expected to run, by the segment that it runs next.
+
+    The numbers never rise from one segment to the next, even if the few rows that reach a late
+    segment usually go to the end. Otherwise new rows would run before nearly finished ones; in a
+    simulation, the time of an answer then reaches seconds.
+
+    Args:
+        stopped: how many rows have stopped after each segment so far.
+
+    Returns:
+        `[segments]` float64.
+    """
+    # As if one more row had run all segments.
+    ran = 1 + np.cumsum(stopped[::-1])[::-1]
+    left: Floats = np.minimum.accumulate(np.cumsum(ran[::-1])[::-1] / ran)
+    return left
+
+
+def worth(lengths: Sequence[int], left: float, limits: Limits, cost: CostCurve | None) -> float:
+    """How much it gains to run a group now: its tokens per second and per segment left.
+
+    On a target whose time is proportional to the tokens, this prefers the rows that are nearly
+    finished. On a target whose small groups take as long as full ones, it prefers full groups, and
+    a small one waits until rows that follow have joined it.
+
+    Args:
+        lengths: tokens of each row.
+        left: segments that its rows are expected to run.
+        limits: the shapes that the target runs.
+        cost: its measured times; None: groups are never joined, so waiting gains nothing.
+    """
+    if cost is None:
+        return 1 / left
+    bucket = limits.bucket(len(lengths), max(lengths))
+    return sum(lengths) / cost(bucket.batch * bucket.sequence) / left
+
+
+def rows_with(
+    head: int, lengths: Sequence[int], limits: Limits, cost: CostCurve | None
+) -> RowNumbers:
+    """A group of waiting rows that has a certain row and rows of similar length.
+
+    It is the group that runs most tokens in a second, so that rows are padded only where larger
+    groups gain more than the padding costs.
+
+    Args:
+        head: the number of that row.
+        lengths: tokens of each waiting row.
+        limits: the shapes that the target runs.
+        cost: its measured times; None: they are not known, and the group is as large as possible.
+    """
+    if cost is None:
+        groups = make_groups(np.array(lengths, np.intp), limits)
+        return next(group for group in groups if head in group)
+    order = np.argsort(lengths, kind="stable")
+    ascending = np.array(lengths, np.intp)[order]
+    until = np.concatenate([[0], np.cumsum(ascending)])
+    place = int(np.flatnonzero(order == head)[0])
+    best, best_rate = (place, place + 1), 0.0
+    for longest in np.unique(ascending[place:]).tolist():
+        end = int(np.searchsorted(ascending, longest, side="right"))
+        padded = limits.bucket(1, longest).sequence
+        # Earlier starts leave no room for the row itself or for the longest ones.
+        most = max(1, min(limits.max_batch, limits.group_tokens // padded))
+        end = min(end, place + most)
+        for start in range(max(0, end - most), place + 1):
+            bucket = limits.bucket(end - start, longest)
+            tokens = bucket.batch * bucket.sequence
+            rate = (until[end] - until[start]) / cost(tokens)
+            if rate > best_rate and (tokens <= limits.group_tokens or end - start == 1):
+                best, best_rate = (start, end), rate
+    return order[slice(*best)]

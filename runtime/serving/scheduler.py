@@ -1,0 +1,517 @@
+"""The scheduler: rows of different callers share the chain, and each is answered at its exit."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arguments import seconds_of, whole_number
+from ..artifact.manifest import LOGITS
+from ..chain import Chain, Group, not_finite
+from ..encoding import EncodedRow, Text
+from ..engine import Engine
+from ..errors import BackendError, InputError, OverloadedError, Remedy
+from ..exit_0 import ExitZero
+from ..results import Prediction
+from ..rules.measures import Mask
+from ..rules.runner import PatienceState, RuleRunner
+from .policy import rows_with, segments_left, worth
+
+_MOST_ROWS = 1000
+# Longer texts are tokenized in another thread than that of the event loop.
+_SHORT_CHARACTERS = 20_000
+
+
+class Observer:
+    """What a scheduler reports while it runs, such as to `Metrics`; these methods do nothing.
+
+    The worker thread calls all of them but `refused`, so they should return quickly.
+    """
+
+    def started(self, seconds: Sequence[float]) -> None:
+        """Rows waited for so many seconds until their first segment, or their answer at exit 0."""
+
+    def ran(self, rows: int) -> None:
+        """A segment ran on a group of so many rows."""
+
+    def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
+        """Rows were answered, so many seconds after they were submitted."""
+
+    def failed(self, error: Exception) -> None:
+        """A row got an error instead of an answer."""
+
+    def refused(self, rows: int) -> None:
+        """The queue was too full for so many rows."""
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A row that is not answered yet.
+
+    Attributes:
+        encoded: its tokens.
+        runner: its rule.
+        last: the exit at which it stops at the latest.
+        future: its answer.
+        arrived: when it was submitted, in seconds of `perf_counter`.
+        deadline: when it should be answered, in the same seconds.
+        at_exit_0: its logits there, `[labels]`, if the model has exit 0.
+        reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
+        alone: whether it runs without others, because a group with it failed.
+    """
+
+    encoded: EncodedRow
+    runner: RuleRunner
+    last: int
+    future: Future[Prediction]
+    arrived: float
+    deadline: float
+    at_exit_0: NDArray[np.float32] | None = None
+    reached: tuple[int, NDArray[np.float32]] | None = None
+    alone: bool = False
+
+
+class Scheduler:
+    """Answers the texts of many callers with one engine. Thread-safe; a context manager.
+
+    Rows of different callers run together. New rows join between two segments, and each row is
+    answered as soon as it stops. Answers are those of `Engine.predict`, within the target's
+    tolerance. One thread runs the segments. If a group fails, its rows run again one by one, so
+    that only the row that cannot be answered gets the error.
+
+    Args:
+        engine: the engine, which the scheduler does not close.
+        max_rows: most rows that are unanswered at a time; more are refused.
+        observer: is told what happens, see `Metrics`.
+
+    Raises:
+        InputError: `max_rows` is not a whole number from 1.
+
+    Example:
+        ```python
+        from fpabee.runtime import Engine
+        from fpabee.runtime.serving import Scheduler
+
+        with Engine.load("engines/") as engine, Scheduler(engine) as scheduler:
+            answers = [scheduler.submit(text) for text in ("play some jazz", "wake me at six")]
+            print([answer.result().labels for answer in answers])
+        ```
+    """
+
+    def __init__(
+        self, engine: Engine, max_rows: int = _MOST_ROWS, observer: Observer | None = None
+    ) -> None:
+        self._engine = engine
+        self._most = whole_number("max_rows", max_rows, InputError)
+        self._observer = observer or Observer()
+        self._changed = threading.Condition()
+        self._arrived: list[_Row] = []
+        self._unanswered = 0
+        self._closed = self._cancels = False
+        # What follows belongs to the worker thread.
+        self._waiting: list[_Row] = []
+        self._groups: list[Group[Any]] = []
+        self._running: list[_Row] = []
+        self._thread = threading.Thread(target=self._work, name="fpabee-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, text: Text, deadline_ms: float | None = None, max_exit: int | None = None
+    ) -> Future[Prediction]:
+        """Queue a text.
+
+        Args:
+            text: a string, or a (text, text_pair) tuple.
+            deadline_ms: milliseconds from now. A row that would miss it by running one more
+                segment is answered at the exit that it has reached, and marked as in
+                `Engine.predict`. There is always an answer, if need be a late one.
+            max_exit: the row stops at this exit at the latest.
+
+        Returns:
+            Its answer. `cancel` takes the row out of the queue, or out of its group after the
+            segment that runs. If the row cannot be answered, `result` raises what `predict` would.
+
+        Raises:
+            InputError: it is neither a text nor a pair, or the deadline is not a number.
+            RuleError: `max_exit` does not fit the model.
+            BackendError: the scheduler or the engine is closed, or the row is longer than the
+                target takes.
+            OverloadedError: the queue is full.
+        """
+        return self.submit_all([text], deadline_ms, max_exit)[0]
+
+    def submit_all(
+        self,
+        texts: Sequence[Text],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Future[Prediction]]:
+        """Queue several texts, or none of them if one is refused; see `submit`."""
+        self._check_room(len(texts))
+        return self.submit_encoded(self._engine.encode(texts), deadline_ms, max_exit)
+
+    def submit_encoded(
+        self,
+        rows: Sequence[EncodedRow],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Future[Prediction]]:
+        """Queue the results of `Engine.encode`, or none of them; see `submit`."""
+        now = perf_counter()
+        ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
+        runner = self._engine.runner()
+        last = runner.last if max_exit is None else self._engine.runner(max_exit).last
+        chain = self._engine.lend_chain()
+        for row in rows:
+            chain.bucket(1, len(row))
+        queued = [_Row(row, runner, last, Future(), now, ends) for row in rows]
+        with self._changed:
+            self._check_room(len(rows))
+            self._unanswered += len(rows)
+            self._arrived += queued
+            self._changed.notify()
+        for waiting in queued:
+            waiting.future.add_done_callback(self._forget)
+        return [waiting.future for waiting in queued]
+
+    async def classify(
+        self,
+        texts: Sequence[Text],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Prediction]:
+        """Classify texts in asyncio; the arguments and errors are those of `submit`.
+
+        Returns:
+            One prediction for each text, in the same order. Cancelling this cancels the rows.
+        """
+        rows = await self.encode(texts)
+        return await self.classify_encoded(rows, deadline_ms, max_exit)
+
+    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """`Engine.encode` in asyncio: long texts do not keep the event loop waiting."""
+        if sum(map(_characters, texts)) <= _SHORT_CHARACTERS:
+            return self._engine.encode(texts)
+        return await asyncio.to_thread(self._engine.encode, texts)
+
+    async def classify_encoded(
+        self,
+        rows: Sequence[EncodedRow],
+        deadline_ms: float | None = None,
+        max_exit: int | None = None,
+    ) -> list[Prediction]:
+        """Classify the results of `encode`; see `classify`."""
+        futures = self.submit_encoded(rows, deadline_ms, max_exit)
+        try:
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        finally:
+            for future in futures:
+                future.cancel()
+
+    @property
+    def unanswered(self) -> int:
+        """Rows that are waiting or running."""
+        return self._unanswered
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new rows are refused."""
+        return self._closed
+
+    def close(self, cancel: bool = False) -> None:
+        """Refuse new rows, and return when the others are answered.
+
+        Args:
+            cancel: cancel them instead; only the segment that runs is waited for.
+        """
+        with self._changed:
+            self._closed = True
+            self._cancels = cancel
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_room(self, rows: int) -> None:
+        if self._closed:
+            raise BackendError("this scheduler is closed", "make another one")
+        if self._unanswered + rows > self._most:
+            self._observer.refused(rows)
+            raise OverloadedError(
+                f"{self._unanswered} of at most {self._most} rows are unanswered, and "
+                f"{rows} more were submitted",
+                Remedy("try again later, submit fewer rows at a time, or raise {max_rows}"),
+            )
+
+    def _forget(self, _: Future[Prediction]) -> None:
+        with self._changed:
+            self._unanswered -= 1
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                with self._engine.lend_chain() as chain:
+                    while self._waiting or self._groups or self._arrived:
+                        self._step(chain)
+            except Exception as error:  # noqa: BLE001 - it belongs to rows, and others go on
+                self._recover(error)
+
+    def _wait(self) -> bool:
+        """Wait for rows; False when the scheduler is closed and has answered all."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._waiting or self._closed)
+            return bool(self._arrived or self._waiting)
+
+    def _step(self, chain: Chain[Any]) -> None:
+        """Take new rows, and run one segment on one group."""
+        self._running = []  # rows to which an error belongs
+        self._admit(chain)
+        if self._cancels:
+            for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
+                row.future.cancel()
+        self._waiting = [row for row in self._waiting if not row.future.cancelled()]
+        group = self._choose(chain)
+        if group is None or self._answer_late(chain, group):
+            return
+        self._running = list(group.rows)
+        stage = group.hidden.segment
+        pending = chain.execution.enqueue(stage, group.hidden)
+        logits = pending.result()[LOGITS]
+        self._observer.ran(len(group.rows))
+        done = self._decide(stage + 1, self._running, group.state, logits)
+        if done.any():
+            group.keep = np.flatnonzero(~done)
+        self._regroup(chain, group)
+
+    def _admit(self, chain: Chain[Any]) -> None:
+        """Let the rows that have arrived wait, except those that stop at exit 0."""
+        with self._changed:
+            rows, self._arrived = self._arrived, []
+        if chain.exit_0 is not None:
+            for part in _by_rule(rows):
+                self._ask_exit_0(chain.exit_0, part)
+        self._waiting += [row for row in rows if not row.future.done()]
+
+    def _ask_exit_0(self, exit_0: ExitZero, rows: Sequence[_Row]) -> None:
+        try:
+            logits = exit_0([row.encoded for row in rows])
+        except Exception as error:  # noqa: BLE001 - it belongs to one of the rows
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+            else:
+                for row in rows:
+                    self._ask_exit_0(exit_0, [row])
+            return
+        for row, row_logits in zip(rows, logits, strict=True):
+            row.at_exit_0 = row_logits
+        self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
+
+    def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
+        """The group that runs next, which may be a new one."""
+        cost, left = self._engine.joining_cost(chain), self._segments_left()
+        limits = chain.limits
+
+        def gain(group: Group[Any]) -> tuple[float, int]:
+            stage = group.hidden.segment
+            return worth(group.lengths.tolist(), left[stage], limits, cost), stage
+
+        best = max(self._groups, key=gain, default=None)
+        under_way = sum(int(group.lengths.sum()) for group in self._groups)
+        if not self._waiting or (best and under_way > self._engine.window_tokens):
+            return best
+        head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
+        # Time for the segment of a full group, and then for segment 1 of that row.
+        soon = perf_counter() + 2 * self._seconds(chain, limits.group_tokens)
+        urgent = self._waiting[head].deadline < soon
+        rows = self._rows_with(head if urgent else 0, chain)
+        if best and not urgent:
+            lengths = [len(row.encoded) for row in rows]
+            if worth(lengths, left[0], limits, cost) <= gain(best)[0]:
+                return best
+        return self._begin(chain, rows)
+
+    def _rows_with(self, head: int, chain: Chain[Any]) -> list[_Row]:
+        """A group of waiting rows with a certain one."""
+        first = self._waiting[head]
+        if first.alone:
+            return [first]
+        rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
+        lengths = [len(row.encoded) for row in rows]
+        cost = self._engine.segment_cost(chain)
+        return [rows[n] for n in rows_with(rows.index(first), lengths, chain.limits, cost)]
+
+    def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
+        taken = set(rows)
+        self._waiting = [row for row in self._waiting if row not in taken]
+        self._running = rows
+        now = perf_counter()
+        self._observer.started([now - row.arrived for row in rows])
+        runner = rows[0].runner
+        state = runner.start(len(rows))
+        if chain.exit_0 is not None:
+            runner.decide(0, state, _exit_0_of(rows).astype(np.float64))
+        group = chain.begin([row.encoded for row in rows], _array(rows), state)
+        self._groups.append(group)
+        return group
+
+    def _answer_late(self, chain: Chain[Any], group: Group[Any]) -> bool:
+        """Answer the rows that would miss their deadline while a group runs a segment.
+
+        Returns:
+            Whether there was one.
+        """
+        bucket = group.hidden.bucket
+        soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
+        late = [row for row in self._waiting if row.deadline < soon and row.reached]
+        if late:
+            self._waiting = [row for row in self._waiting if row not in late]
+        changed = []
+        for other in self._groups:
+            is_late = [row.deadline < soon and row.reached is not None for row in other.rows]
+            if any(is_late):
+                late += other.rows[is_late].tolist()
+                other.keep = np.flatnonzero(~np.array(is_late))
+                changed.append(other)
+        for other in changed:
+            if other in self._groups:  # else it has joined one before
+                self._regroup(chain, other)
+        for row in late:
+            if row.reached is not None:
+                exit_number, logits = row.reached
+                self._answer(exit_number, [row], logits[None], limited=True)
+        return bool(late)
+
+    def _decide(
+        self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any
+    ) -> Mask:
+        """Apply the rule to a group at an exit, and answer the rows that stop.
+
+        Returns:
+            `[rows]` bool, which rows leave the group.
+        """
+        finite = np.isfinite(logits).all(axis=1)
+        clean = logits if finite.all() else np.where(finite[:, None], logits, np.float32(0))
+        stops, _ = rows[0].runner.decide(exit_number, state, clean.astype(np.float64))
+        done: Mask = np.array([row.last <= exit_number for row in rows])
+        if stops is not None:
+            done |= stops
+        places = np.flatnonzero(done & finite)
+        if len(places):
+            self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
+        for place in np.flatnonzero(~finite).tolist():
+            self._fail(rows[place], not_finite(self._engine.target, exit_number))
+        done |= ~finite | [row.future.cancelled() for row in rows]
+        for place in np.flatnonzero(~done).tolist():
+            if rows[place].deadline < math.inf:
+                rows[place].reached = exit_number, clean[place].copy()
+        return done
+
+    def _regroup(self, chain: Chain[Any], group: Group[Any]) -> None:
+        """Drop the rows of a group that are answered, and join it with others of its stage."""
+
+        def meets(other: Group[Any]) -> bool:
+            return (
+                other.hidden.segment == group.hidden.segment
+                and other.rows[0].runner is group.rows[0].runner
+                and not other.rows[0].alone
+            )
+
+        others = [other for other in self._groups if other is not group]
+        peers = [] if group.rows[0].alone else [other for other in others if meets(other)]
+        peers = sorted([*peers, group], key=lambda peer: int(peer.lengths.max()))
+        # The groups that stay are listed before anything can fail.
+        self._groups = [other for other in others if other not in peers]
+        self._running = [row for peer in peers for row in peer.rows]
+        self._groups += chain.regroup(peers, self._engine.joining_cost(chain))
+
+    def _answer(
+        self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
+    ) -> None:
+        kept = [number for number, row in enumerate(rows) if not row.future.cancelled()]
+        if not kept:
+            return
+        now = perf_counter()
+        taken = [rows[number] for number in kept]
+        predictions = self._engine.answers(
+            [row.encoded for row in taken],
+            np.full(len(taken), exit_number),
+            logits[kept],
+            np.full(len(taken), limited),
+            np.array([now > row.deadline for row in taken]),
+        )
+        for row, prediction in zip(taken, predictions, strict=True):
+            if row.future.set_running_or_notify_cancel():
+                row.future.set_result(prediction)
+        seconds = [now - row.arrived for row in taken]
+        if exit_number == 0:
+            self._observer.started(seconds)
+        self._observer.answered(predictions, seconds)
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        if row.future.set_running_or_notify_cancel():
+            row.future.set_exception(error)
+            self._observer.failed(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Begin again with the rows that are not answered, after an error.
+
+        If it was in a group, the rows of that group run one by one. Otherwise nothing can run.
+        """
+        running = [row for row in self._running if not row.future.done()]
+        rest = [row for group in self._groups for row in group.rows] + self._waiting
+        failed = running if len(self._running) == 1 else []
+        if not self._running:
+            with self._changed:
+                failed, self._arrived = rest + self._arrived, []
+        for row in running:
+            row.alone = True
+        for row in failed:
+            if not row.future.done():
+                self._fail(row, error)
+        self._running, self._groups = [], []
+        begun = dict.fromkeys((*running, *rest))
+        self._waiting = [row for row in begun if not row.future.done()]
+
+    def _segments_left(self) -> Any:
+        first = self._engine.manifest.exits[0]
+        return segments_left(self._engine.tally.exits[1 - first :])
+
+    def _seconds(self, chain: Chain[Any], tokens: int) -> float:
+        """The time of a segment on a group of so many padded tokens; 0 if it is not known."""
+        cost = self._engine.segment_cost(chain)
+        return 0.0 if cost is None else cost(tokens)
+
+
+def _characters(text: Any) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:
+    parts: dict[RuleRunner, list[_Row]] = {}
+    for row in rows:
+        parts.setdefault(row.runner, []).append(row)
+    return list(parts.values())
+
+
+def _exit_0_of(rows: Sequence[_Row]) -> NDArray[np.float32]:
+    """`[rows, labels]` float32, the logits of exit 0."""
+    return np.array([row.at_exit_0 for row in rows], np.float32)
+
+
+def _array(rows: Sequence[_Row]) -> NDArray[Any]:
+    array = np.empty(len(rows), object)
+    array[:] = rows
+    return array

@@ -1,0 +1,313 @@
+"""The HTTP server: JSON in and out, over a scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from ... import __version__
+from ..encoding import EncodedRow, Text
+from ..engine import Engine
+from ..errors import FpabeeError, InputError, OverloadedError, Remedy, RuleError, in_one_line
+from ..results import Prediction
+from .formats import (
+    ClassifyRequest,
+    Failure,
+    PredictRequest,
+    classify_response,
+    openapi,
+    predict_response,
+)
+from .metrics import Metrics
+
+STATUSES = {
+    400: "the request is not what the schema says",
+    404: "there is no such page",
+    405: "the page has another method",
+    408: "the body of the request took too long",
+    413: "the body or the number of texts is too large",
+    415: "the body is not JSON",
+    429: "the queue is full; try again later",
+    500: "the model failed on one of the texts",
+    503: "the server is stopping",
+}
+"""What each status of an error means."""
+
+_CLIENT_LEFT = 499
+_JSON = msgspec.json.Encoder()
+_PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+_PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
+
+R = TypeVar("R", ClassifyRequest, PredictRequest)
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What the server refuses.
+
+    Attributes:
+        max_body: most bytes in the body of a request.
+        max_texts: most texts in a request.
+        body_seconds: seconds in which the body must arrive.
+        stop_seconds: seconds that requests may still take after a signal to stop.
+    """
+
+    max_body: int = 2**20
+    max_texts: int = 256
+    body_seconds: float = 30.0
+    stop_seconds: float = 30.0
+
+
+class Classifier(Protocol):
+    """What runs the rows of requests: a `Scheduler`, or something with the same methods."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new rows are refused."""
+
+    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """Tokenize texts."""
+
+    async def classify_encoded(
+        self, rows: Sequence[EncodedRow], deadline_ms: float | None, max_exit: int | None
+    ) -> list[Prediction]:
+        """Classify rows."""
+
+
+def make_app(
+    engine: Engine,
+    scheduler: Classifier,
+    metrics: Metrics,
+    limits: ServerLimits | None = None,
+    name: str = "fpabee",
+) -> Starlette:
+    """The application, to run under any ASGI server.
+
+    Args:
+        engine: the engine.
+        scheduler: runs its rows.
+        metrics: the scheduler's observer.
+        limits: what is refused.
+        name: the name of the model in responses.
+    """
+    return _Server(engine, scheduler, metrics, limits or ServerLimits(), name).app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open a port.
+
+    Raises:
+        FpabeeError: the port is in use, or the host is not an address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # Connections inherit this. Otherwise clients that delay acknowledgements, as on Linux, wait
+        # 40 ms for the second packet of an answer; asyncio sets it only where it opens the port.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FpabeeError(
+            f"cannot listen on {host} port {port}: {reason}",
+            Remedy("choose another {port} or {host}"),
+        ) from error
+
+
+def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; then answer the requests that have begun."""
+    limits = limits or ServerLimits()
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+class _Server:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Classifier,
+        metrics: Metrics,
+        limits: ServerLimits,
+        name: str,
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._limits = limits
+        self._name = name
+        self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+        post = {"methods": ["POST"]}
+        self.app = Starlette(
+            routes=[
+                Route("/", self._index),
+                Route("/classify", self._classify, **post),  # type: ignore[arg-type]
+                Route("/v1/classify", self._classify, **post),  # type: ignore[arg-type]
+                Route("/predict", self._predict, **post),  # type: ignore[arg-type]
+                Route("/health", self._health),
+                Route("/info", self._info),
+                Route("/metrics", self._show_metrics),
+                Route("/openapi.json", self._openapi),
+            ],
+            exception_handlers={
+                HTTPException: _refused,
+                FpabeeError: self._failed,
+                ClientDisconnect: _client_left,
+                Exception: _bug,
+            },
+        )
+
+    async def _classify(self, request: Request) -> Response:
+        asked = await self._read(request, ClassifyRequest)
+        rows = await self._scheduler.encode(asked.texts)
+        found = await self._answers(request, asked, rows)
+        tokens = sum(map(len, rows))
+        return _json(classify_response(found, self._engine.labels, self._name, tokens))
+
+    async def _predict(self, request: Request) -> Response:
+        asked = await self._read(request, PredictRequest)
+        rows = await self._scheduler.encode(asked.texts)
+        if not asked.truncate and any(row.truncated for row in rows):
+            raise InputError("a text is too long", "shorten it, or ask for `truncate`")
+        found = await self._answers(request, asked, rows)
+        answers = [predict_response(answer, self._engine.labels) for answer in found]
+        return _json(answers if asked.is_batch else answers[0])
+
+    async def _answers(
+        self, request: Request, asked: ClassifyRequest | PredictRequest, rows: Any
+    ) -> list[Prediction]:
+        """The answers; if the client leaves, its rows are cancelled."""
+        work = asyncio.ensure_future(
+            self._scheduler.classify_encoded(rows, asked.deadline_ms, asked.max_exit)
+        )
+        left = asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if work.cancelled():
+                raise HTTPException(503, STATUSES[503])
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            work.cancel()
+            left.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await work
+
+    async def _read(self, request: Request, kind: type[R]) -> R:
+        sent = request.headers.get("content-type", "application/json")
+        if sent.partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, f"the content type is {sent}, expected application/json")
+        try:
+            body = await asyncio.wait_for(self._body(request), self._limits.body_seconds)
+            asked = msgspec.json.decode(body, type=kind)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, STATUSES[408]) from None
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+            raise HTTPException(400, str(error)) from None
+        if len(asked.texts) > self._limits.max_texts:
+            raise HTTPException(
+                413, f"{len(asked.texts)} texts, expected at most {self._limits.max_texts}"
+            )
+        return asked
+
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        length = request.headers.get("content-length", "0")
+        size = int(length) if length.isdecimal() else 0
+        async for chunk in request.stream():
+            body += chunk
+            if max(size, len(body)) > self._limits.max_body:
+                raise HTTPException(413, f"the body has more than {self._limits.max_body} bytes")
+        return bytes(body)
+
+    async def _health(self, _: Request) -> Response:
+        if self._scheduler.is_closed:
+            raise HTTPException(503, STATUSES[503])
+        return _json({"status": "ok"})
+
+    async def _info(self, _: Request) -> Response:
+        manifest = self._engine.manifest
+        return _json(
+            {
+                "model_id": self._name,
+                "version": __version__,
+                "target": self._engine.target,
+                "operating_point": self._engine.operating_point,
+                "rule": self._engine.rule.to_dict(),
+                "labels": self._engine.labels,
+                "multi_label": self._engine.multi_label,
+                "exits": list(manifest.exits),
+                "exit_layers": manifest.exit_layers,
+                "layers": manifest.model.layers,
+                "max_input_length": manifest.tokenizer.max_length,
+                "max_client_batch_size": self._limits.max_texts,
+                "max_body": self._limits.max_body,
+            }
+        )
+
+    async def _show_metrics(self, _: Request) -> Response:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(self._metrics.text(), headers={"Content-Type": kind})
+
+    async def _openapi(self, _: Request) -> Response:
+        return _json(openapi(__version__, STATUSES))
+
+    async def _index(self, _: Request) -> Response:
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    async def _failed(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, FpabeeError)
+        if isinstance(error, OverloadedError):
+            return _failure(429, error, {"Retry-After": "1"})
+        if isinstance(error, (InputError, RuleError)):
+            return _failure(400, error)
+        return _failure(503 if self._scheduler.is_closed else 500, error)
+
+
+def _json(content: Any) -> Response:
+    return Response(_JSON.encode(content), media_type="application/json")
+
+
+def _error(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    content = _JSON.encode(Failure(in_one_line(message), kind))
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _failure(status: int, error: Exception, headers: dict[str, str] | None = None) -> Response:
+    return _error(status, str(error), type(error).__name__, headers)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, error.detail, "InvalidRequest", error.headers)
+
+
+async def _client_left(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_LEFT)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    """The server's log has the traceback, and the client does not."""
+    return _failure(500, FpabeeError(STATUSES[500]))

@@ -1,0 +1,54 @@
+"""The load test of the server: every server answers every request, in all three ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.exporter import load_test
+from fpabee.exporter.load_test import BATCHES, SCHEDULER, THREADS, Load, run_load_test
+from fpabee.runtime import Budget, Engine
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(engines["bert"], rule=Budget(exit=2), threads=1) as engine:
+        yield engine
+
+
+@pytest.mark.slow
+def test_every_request_is_answered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_test, "capacity", lambda *_: 40.0)
+    full, loads = run_load_test(engine, ["rain", ("a text", "a pair")], [0.5], 1.0)
+    assert full == 40.0
+    assert [load.server for load in loads] == [SCHEDULER, BATCHES, THREADS]
+    assert [load.mean_layer for load in loads] == [2, 3, 2]
+    for load in loads:
+        assert load.answered == load.requests > 0
+
+
+def test_the_capacity_is_that_of_full_depth(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_test, "_CAPACITY_SECONDS", 0.01)
+    runs: list[tuple[int, object]] = []
+    run = Engine.run_encoded
+
+    def counted(engine: Engine, rows: Any, rule: Any) -> Any:
+        runs.append((len(rows), rule))
+        return run(engine, rows, rule)
+
+    monkeypatch.setattr(Engine, "run_encoded", counted)
+    assert load_test.capacity(engine, ["a", "b", "c"]) > 0
+    assert set(runs) == {(32, Budget(exit=3))}
+
+
+@pytest.mark.parametrize(
+    ("answered", "p99_ms", "expected"), [(5, 999, True), (4, 999, False), (5, 1000, False)]
+)
+def test_sustainable(answered: int, p99_ms: float, expected: bool) -> None:
+    load = Load(SCHEDULER, 0.5, 1.0, 5, answered, 1.0, 1.0, 1.0, p99_ms, 1.0)
+    assert load.sustainable is expected

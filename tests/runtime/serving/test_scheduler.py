@@ -1,0 +1,466 @@
+"""The scheduler: answers are those of `predict`, each at its exit, whatever happens to others."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpabee.runtime import (
+    BackendError,
+    Budget,
+    Confidence,
+    Engine,
+    Entropy,
+    ExitRule,
+    FPabee,
+    InputError,
+    OverloadedError,
+    Pabee,
+    Prediction,
+    Regroup,
+    RuleError,
+)
+from fpabee.runtime.agreement import exits_near_ties
+from fpabee.runtime.backends.host import HostExecution
+from fpabee.runtime.chain import Chain
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.exit_0 import ExitZero
+from fpabee.runtime.serving import Observer, Scheduler
+
+from ..test_engine import LOGIT_TOLERANCE, TEXTS
+
+NEVER = FPabee(threshold=-1.0)
+RULES: tuple[ExitRule, ...] = (
+    FPabee(threshold=1.2),
+    FPabee(threshold=3.0, patience=2),
+    Pabee(patience=1),
+    Entropy(threshold=1.1),
+    Confidence(threshold=0.55, exit_0_threshold=0.6),
+    Budget(exit=2),
+)
+WAIT = 20
+
+
+class Gate:
+    """Holds the worker before each segment until it is opened, and counts segments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[tuple[int, int]] = []  # segment, rows
+        self.steps = threading.Semaphore(0)
+        self.arrived = threading.Semaphore(0)
+        self.is_open = False
+        self.fails: Callable[[int, Any], None] = lambda segment, hidden: None
+        enqueue = HostExecution.enqueue
+
+        def gated(execution: Any, segment: int, hidden: Any) -> Any:
+            is_scheduler = threading.current_thread().name == "fpabee-scheduler"
+            if is_scheduler:
+                self.begun.append((segment, hidden.rows))
+            if is_scheduler and not self.is_open:
+                self.arrived.release()
+                self.is_open = not self.steps.acquire(timeout=2 * WAIT)  # a test has failed
+            self.fails(segment, hidden)
+            return enqueue(execution, segment, hidden)
+
+        monkeypatch.setattr(HostExecution, "enqueue", gated)
+        # Made-up times: 1 ms for any group, so that joining always pays and no probes run.
+        monkeypatch.setattr(Chain, "measure", lambda _: _flat())
+
+    def at(self) -> tuple[int, int]:
+        """Wait until the worker is before a segment; returns it, and its rows."""
+        assert self.arrived.acquire(timeout=WAIT)
+        return self.begun[-1]
+
+    def step(self) -> None:
+        """Let the worker run the segment that it is before."""
+        self.steps.release()
+
+    def open(self) -> None:
+        self.is_open = True
+        self.steps.release(1000)
+
+
+def _flat() -> Any:
+    from fpabee.runtime.batching import CostCurve
+
+    return CostCurve((1, 1024), (1e-3, 1e-3), 0.0)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(engines["bert"], rule=NEVER) as engine:
+        yield engine
+
+
+def results(futures: Sequence[Future[Prediction]]) -> list[Prediction]:
+    return [future.result(WAIT) for future in futures]
+
+
+def check_same(
+    engine: Engine, texts: Sequence[Text], found: Sequence[Prediction], rule: ExitRule
+) -> None:
+    """Answers are those of `predict`, unless a score is within tolerance of its threshold."""
+    logits = np.concatenate([engine.trace([text]).logits for text in texts], axis=1)
+    first = engine.manifest.exits[0]
+    near = exits_near_ties(logits, rule, engine.manifest.task, LOGIT_TOLERANCE, first)
+    assert near.mean() < 0.1
+    for text, answer, is_near in zip(texts, found, near, strict=True):
+        (expected,) = engine.predict([text])
+        if not is_near:
+            assert (answer.exit, answer.labels, answer.truncated) == (
+                expected.exit,
+                expected.labels,
+                expected.truncated,
+            )
+            np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("regroup", list(Regroup))
+def test_answers_are_those_of_predict(
+    family: str,
+    rule: ExitRule,
+    regroup: Regroup,
+    engines: Mapping[str, Path],
+    exit_0_engines: Mapping[str, Path],
+) -> None:
+    folder = (exit_0_engines if rule.exit_0_threshold else engines)[family]
+    with Engine.load(folder, rule=rule, regroup=regroup) as engine:
+        with Scheduler(engine) as scheduler:
+            found = results([scheduler.submit(text) for text in TEXTS * 2])
+        assert engine.tally.rows == len(found)
+        check_same(engine, TEXTS * 2, found, rule)
+        assert scheduler.unanswered == 0
+
+
+def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        shallow = scheduler.submit("the film", max_exit=1)
+        deep = scheduler.submit("the plot")
+        assert gate.at()[0] == 0
+        gate.step()
+        segment, _ = gate.at()
+        while segment == 0:  # the two may not have arrived together
+            gate.step()
+            segment, _ = gate.at()
+        assert shallow.result(WAIT).exit == 1
+        assert not deep.done()
+        gate.open()
+        assert deep.result(WAIT).exit == 3
+
+
+def test_new_rows_join_between_segments(engine: Engine, gate: Gate) -> None:
+    """The first row waits for those that came later, because groups of two are as fast as one."""
+    with Scheduler(engine) as scheduler:
+        futures = [scheduler.submit("the film")]
+        assert gate.at() == (0, 1)
+        futures += scheduler.submit_all(["the plot", "rain"])
+        for expected in [(0, 2), (1, 3), (2, 3)]:
+            gate.step()
+            assert gate.at() == expected
+        gate.open()
+        assert [answer.exit for answer in results(futures)] == [3, 3, 3]
+
+
+def test_nearly_finished_rows_come_first_if_joining_gains_nothing(
+    engines: Mapping[str, Path], gate: Gate
+) -> None:
+    with (
+        Engine.load(engines["bert"], rule=NEVER, regroup=Regroup.NEVER) as engine,
+        Scheduler(engine) as scheduler,
+    ):
+        futures = [scheduler.submit("the film")]
+        assert gate.at() == (0, 1)
+        futures += scheduler.submit_all(["the plot", "rain"])
+        for expected in [(1, 1), (2, 1), (0, 2)]:
+            gate.step()
+            assert gate.at() == expected
+        assert results(futures[:1])[0].exit == 3
+        gate.open()
+        results(futures)
+
+
+def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        first = scheduler.submit("rain")
+        gate.at()
+        futures = scheduler.submit_all([*["the film " * 30] * 20, *["rain"] * 19])
+        gate.open()
+        results([first, *futures])
+    # 62 tokens in a long row, and at most 1024 in a group.
+    assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 7, 16, 16]
+
+
+def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        running = scheduler.submit_all(["the film", "the plot"])
+        assert gate.at() == (0, 2)
+        waiting = scheduler.submit("rain")
+        assert running[0].cancel()
+        assert waiting.cancel()
+        assert scheduler.unanswered == 1
+        gate.step()
+        assert gate.at() == (1, 1)
+        gate.open()
+        assert running[1].result(WAIT).exit == 3
+        with pytest.raises(CancelledError):
+            running[0].result(WAIT)
+    assert engine.tally.rows == 1
+
+
+def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine, max_rows=3) as scheduler:
+        futures = scheduler.submit_all(["a", "b"])
+        gate.at()
+        with pytest.raises(OverloadedError, match="2 of at most 3 rows are unanswered, and 2 more"):
+            scheduler.submit_all(["c", "d"])
+        futures.append(scheduler.submit("c"))
+        with pytest.raises(OverloadedError):
+            scheduler.submit("d")
+        gate.open()
+        results(futures)
+        assert scheduler.submit("d").result(WAIT).exit == 3
+
+
+def test_closing_answers_what_was_submitted(engine: Engine) -> None:
+    scheduler = Scheduler(engine)
+    futures = [scheduler.submit(text) for text in TEXTS]
+    scheduler.close()
+    assert all(future.done() for future in futures)
+    assert [future.result().exit for future in futures] == [3] * len(TEXTS)
+    with pytest.raises(BackendError, match="closed"):
+        scheduler.submit("late")
+    scheduler.close()
+
+
+def test_closing_can_cancel(engine: Engine, gate: Gate) -> None:
+    scheduler = Scheduler(engine)
+    futures = scheduler.submit_all(["a", "b"])
+    gate.at()
+    closing = threading.Thread(target=scheduler.close, args=[True])
+    closing.start()
+    while not scheduler._cancels:
+        time.sleep(0.001)
+    gate.open()
+    closing.join(WAIT)
+    assert all(future.cancelled() for future in futures)
+
+
+def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row stops at the exit before the segment that would make it late."""
+    now = 0.0
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    with Scheduler(engine) as scheduler:
+        usual = scheduler.submit("the film")
+        gate.at()
+        soon = scheduler.submit("the plot", deadline_ms=5.0)
+        missed = scheduler.submit("rain", deadline_ms=-1.0)
+        in_time = scheduler.submit("sun", deadline_ms=1e6)
+        gate.step()
+        assert gate.at() == (0, 3)
+        now = 4.5e-3
+        gate.step()
+        assert gate.at() == (1, 2)  # without the two whose time is up
+        assert (soon.result(WAIT).exit, missed.result(WAIT).exit) == (1, 1)
+        gate.open()
+        assert (usual.result(WAIT).exit, in_time.result(WAIT).exit) == (3, 3)
+    flags = [
+        (answer.deadline_limited, answer.deadline_missed)
+        for answer in results([usual, soon, missed, in_time])
+    ]
+    assert flags == [(False, False), (True, False), (True, True), (False, False)]
+    assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
+
+
+def test_exit_0_answers_while_a_segment_waits(
+    exit_0_engines: Mapping[str, Path], gate: Gate
+) -> None:
+    rule = dataclasses.replace(NEVER, exit_0_threshold=0.0)
+    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
+        assert [answer.exit for answer in results(scheduler.submit_all(TEXTS))] == [0] * len(TEXTS)
+        assert gate.begun == []
+
+
+def test_a_failing_row_gets_its_error_and_others_their_answers(engine: Engine, gate: Gate) -> None:
+    """The group fails as a whole, so its rows run again one by one."""
+    bad = engine.encode(["rain " * 9])[0].input_ids
+
+    def fails(segment: int, hidden: Any) -> None:
+        ids = hidden.buffers.buffer(("input_ids", 0))[0]
+        if segment == 0 and any(row[: len(bad)].tolist() == bad.tolist() for row in ids):
+            raise MemoryError("made up")
+
+    gate.fails = fails
+    failures: list[Exception] = []
+
+    class Counting(Observer):
+        def failed(self, error: Exception) -> None:
+            failures.append(error)
+
+    with Scheduler(engine, observer=Counting()) as scheduler:
+        first = scheduler.submit("sun")
+        gate.at()
+        futures = scheduler.submit_all(["the film", "rain " * 9, "the plot"])
+        gate.open()
+        with pytest.raises(MemoryError, match="made up"):
+            futures[1].result(WAIT)
+        texts = ["sun", "the film", "the plot"]
+        check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
+    assert len(failures) == 1
+
+
+def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueue = HostExecution.enqueue
+
+    class Spoiled:
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
+
+        def result(self) -> Any:
+            logits = self.pending.result()["logits"].copy()
+            logits[0] = np.nan
+            return {"logits": logits}
+
+    with Scheduler(engine) as scheduler:
+        scheduler.submit("warm up").result(WAIT)
+        monkeypatch.setattr(HostExecution, "enqueue", lambda *args: Spoiled(enqueue(*args)))
+        futures = scheduler.submit_all(["a", "b", "c"])
+        failed = [future for future in futures if future.exception(WAIT) is not None]
+        assert len(failed) == 3  # one at each of the three exits
+        with pytest.raises(BackendError, match="not finite"):
+            failed[0].result()
+
+
+def test_exit_0_that_fails(
+    exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ExitZero.__call__
+
+    def fails(exit_0: ExitZero, rows: Any) -> Any:
+        if any(len(row) > 20 for row in rows):
+            raise MemoryError("made up")
+        return call(exit_0, rows)
+
+    monkeypatch.setattr(ExitZero, "__call__", fails)
+    with Engine.load(exit_0_engines["bert"]) as engine, Scheduler(engine) as scheduler:
+        futures = scheduler.submit_all(["rain", "rain " * 30, "sun"])
+        results([futures[0], futures[2]])
+        with pytest.raises(MemoryError):
+            futures[1].result(WAIT)
+
+
+def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        futures = scheduler.submit_all(["a", "b"])
+        gate.at()
+        futures += scheduler.submit_all(["c", "d"])
+        gate.fails = _refuse
+        engine._closed = True
+        gate.open()
+        for future in futures:
+            with pytest.raises(BackendError, match="closed"):
+                future.result(WAIT)
+        with pytest.raises(BackendError, match="closed"):
+            scheduler.submit("e")
+
+
+def _refuse(segment: int, hidden: Any) -> None:
+    raise BackendError("this engine is closed", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (InputError, {"text": 5}),
+        (InputError, {"text": None}),
+        (InputError, {"text": "\ud800"}),
+        (InputError, {"text": ("a", "b", "c")}),
+        (InputError, {"text": "a", "deadline_ms": "5"}),
+        (InputError, {"text": "a", "deadline_ms": float("nan")}),
+        (RuleError, {"text": "a", "max_exit": 1.5}),
+        (RuleError, {"text": "a", "max_exit": 9}),
+    ],
+)
+def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -> None:
+    with Scheduler(engine) as scheduler:
+        with pytest.raises(error):
+            scheduler.submit(**arguments)
+        assert scheduler.unanswered == 0
+        assert scheduler.submit("a").result(WAIT).exit == 3
+
+
+def test_the_queue_must_have_room(engine: Engine) -> None:
+    with pytest.raises(InputError, match="max_rows"):
+        Scheduler(engine, max_rows=0)
+
+
+def test_the_operating_point_may_change(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
+) -> None:
+    folder = engine_copy()
+    set_points(folder, deep=NEVER, shallow=Budget(exit=1))
+    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        before = scheduler.submit("a")
+        gate.at()
+        engine.use("shallow")
+        after = scheduler.submit("b")
+        gate.open()
+        assert (before.result(WAIT).exit, after.result(WAIT).exit) == (3, 1)
+
+
+def test_asyncio(engine: Engine) -> None:
+    async def several(scheduler: Scheduler) -> None:
+        long = "the film " * 10_000
+        parts: list[list[Text]] = [TEXTS[:5], [long, "rain"], [], [("a", "b")]]
+        found = await asyncio.gather(*(scheduler.classify(part) for part in parts))
+        assert [len(answers) for answers in found] == [5, 2, 0, 1]
+        assert found[1][0].truncated
+        with pytest.raises(InputError):
+            await scheduler.classify(["fine", "\ud800"])
+
+    with Scheduler(engine) as scheduler:
+        asyncio.run(several(scheduler))
+
+
+def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:
+    async def leaves(scheduler: Scheduler) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(scheduler.classify(["a", "b"]), 0.01)
+        assert scheduler.unanswered == 0
+
+    with Scheduler(engine) as scheduler:
+        asyncio.run(leaves(scheduler))
+        gate.open()
+        assert scheduler.submit("c").result(WAIT).exit == 3
+    assert engine.tally.rows == 1
+
+
+def test_many_threads(engine: Engine) -> None:
+    answers: dict[int, Prediction] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = scheduler.submit(TEXTS[number % len(TEXTS)]).result(WAIT)
+
+    with Scheduler(engine) as scheduler:
+        threads = [threading.Thread(target=ask, args=[number]) for number in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+    texts = [TEXTS[number % len(TEXTS)] for number in range(100)]
+    check_same(engine, texts, [answers[number] for number in range(100)], NEVER)

@@ -1,0 +1,145 @@
+"""`fpabee-serve` as a process: signals, closed sockets, ports, and folders that do not load."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.runtime.cli.serve import main
+
+from ..running import Result, check_refused
+
+Command = Callable[..., Result]
+WAIT = 60
+
+
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server, and its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fpabee", "serve", str(folder), "--port", "0", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        assert " listens on http://127.0.0.1:" in line, line + process.stderr.read()
+        yield process, int(line.rpartition(":")[2])
+    finally:
+        process.kill()
+        process.wait(WAIT)
+        process.stderr.close()
+
+
+def ask(port: int, path: str, content: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    body = None if content is None else json.dumps(content)
+    method = "GET" if body is None else "POST"
+    connection.request(method, path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    found = response.read().decode()
+    connection.close()
+    return response.status, found if path == "/metrics" else json.loads(found)
+
+
+@pytest.mark.slow
+def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
+    """Requests that have begun are answered, and clients that left disturb nobody."""
+    with served(bert, "--max-texts", "300") as (process, port):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as left:
+                body = json.dumps({"input": ["rain " * 40] * 20}).encode()
+                head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                left.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with socket.create_connection(("127.0.0.1", port)) as broken:
+            broken.sendall(b"\x00\xff nonsense\r\n\r\n")
+            assert b"400" in broken.recv(1000)
+        answered: list[int] = []
+        started = threading.Event()
+
+        def client(_: int) -> None:
+            while True:
+                try:
+                    status, found = ask(port, "/classify", {"input": ["rain", "sun"] * 20})
+                except (OSError, http.client.HTTPException):
+                    return  # the port is closed
+                assert status == 200
+                assert len(found["data"]) == 40
+                answered.append(status)
+                if len(answered) > 20:
+                    started.set()
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(client, number) for number in range(4)]
+            assert started.wait(WAIT)
+            process.send_signal(signal.SIGTERM)
+            process.wait(WAIT)
+            for each in clients:
+                each.result(WAIT)
+        assert process.stderr is not None
+        assert process.stderr.read() == "Invalid HTTP request received.\n"
+        assert process.returncode == 0
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command, which ends at once."""
+
+    def run(*arguments: str | Path) -> Result:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        return Result(int(caught.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def test_a_port_in_use(bert: Path, refused: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        check_refused(refused(bert, "--port", str(port)), str(port), "in use", "--port", "--host")
+
+
+def test_a_host_that_is_not_ours(bert: Path, refused: Command) -> None:
+    check_refused(refused(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
+
+
+def test_a_folder_that_does_not_load(tmp_path: Path, refused: Command) -> None:
+    check_refused(refused(tmp_path), "manifest.json")
+
+
+def test_a_damaged_segment_is_found_at_the_start(
+    engine_copy: Callable[..., Path], refused: Command
+) -> None:
+    folder = engine_copy()
+    damaged = sorted((folder / "onnx").rglob("*.onnx"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    check_refused(refused(folder, "--port", "0"), damaged.name)
+
+
+def test_the_serving_packages_are_optional(bert: Path) -> None:
+    """`import fpabee.runtime` and the scheduler need none of them."""
+    code = (
+        "import sys\n"
+        "import fpabee.runtime, fpabee.runtime.serving\n"
+        "new = {'starlette', 'uvicorn', 'prometheus_client', 'anyio', 'asyncio'}\n"
+        "print(sorted(new & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("[]", "['asyncio']")
+    code = "import sys, fpabee.runtime; assert 'fpabee.runtime.serving' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,260 @@
+"""The HTTP server: formats, limits, bad requests, and that responses fit the OpenAPI schema."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from openapi_spec_validator import validate
+from starlette.testclient import TestClient
+
+from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving.metrics import Metrics
+from fpabee.runtime.serving.server import ServerLimits, make_app
+
+LIMITS = ServerLimits(max_body=5000, max_texts=4, body_seconds=5.0)
+HEADERS = {"Content-Type": "application/json"}
+
+
+class Server:
+    """The application, without a network."""
+
+    def __init__(self, engine: Engine, max_rows: int = 10) -> None:
+        self.engine = engine
+        self.metrics = Metrics(engine)
+        self.scheduler = Scheduler(engine, max_rows, self.metrics)
+        app = make_app(engine, self.scheduler, self.metrics, LIMITS, "tiny")
+        self.client = TestClient(app, raise_server_exceptions=False)
+        self.schema = self.client.get("/openapi.json").json()
+
+    def post(self, path: str, content: Any, **headers: str) -> Any:
+        body = content if isinstance(content, bytes) else json.dumps(content)
+        return self.client.post(path, content=body, headers=HEADERS | headers)
+
+    def check(self, path: str, response: Any) -> Any:
+        """The JSON of a response, which is what the schema says."""
+        method = response.request.method.lower()
+        described = self.schema["paths"][path][method]["responses"][str(response.status_code)]
+        schema = described["content"]["application/json"]["schema"]
+        found = response.json()
+        jsonschema.validate(found, schema | {"components": self.schema["components"]})
+        return found
+
+
+@pytest.fixture(scope="module", params=["bert", "mpnet"])
+def server(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Server]:
+    with Engine.load(engines[request.param]) as engine:
+        server = Server(engine)
+        yield server
+        server.scheduler.close()
+
+
+def test_the_schema_is_valid(server: Server) -> None:
+    validate(server.schema)
+
+
+@pytest.mark.parametrize("sent", ["play music", ["rain"], ["rain", ["a text", "a pair"], ""], []])
+@pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
+def test_classify(server: Server, sent: Any, path: str) -> None:
+    response = server.post(path, {"input": sent, "model": "any"})
+    assert response.status_code == 200
+    found = server.check("/classify", response)
+    texts: list[Text] = [sent] if isinstance(sent, str) else sent
+    texts = [text if isinstance(text, str) else (text[0], text[1]) for text in texts]
+    for number, (text, answer) in enumerate(zip(texts, found["data"], strict=True)):
+        (expected,) = server.engine.predict([text])
+        assert answer["index"] == number
+        assert answer["labels"] == list(expected.labels)
+        assert (answer["exit"], answer["layer"]) == (expected.exit, expected.layer)
+        assert answer["probs"] == pytest.approx(expected.probabilities, abs=1e-5)
+        assert answer["probs"][server.engine.labels.index(answer["label"])] == max(answer["probs"])
+    assert (found["object"], found["model"]) == ("list", "tiny")
+    assert found["usage"]["prompt_tokens"] == sum(map(len, server.engine.encode(texts)))
+
+
+@pytest.mark.parametrize(
+    ("sent", "shape"),
+    [
+        ("rain", None),
+        (["rain"], None),
+        (["a text", "a pair"], None),
+        ([["rain"], ["a text", "a pair"], "sun"], 3),
+    ],
+)
+def test_predict(server: Server, sent: Any, shape: int | None) -> None:
+    response = server.post("/predict", {"inputs": sent, "truncate": True})
+    assert response.status_code == 200
+    found = server.check("/predict", response)
+    answers = found if shape else [found]
+    assert len(answers) == (shape or 1)
+    for answer in answers:
+        assert {pair["label"] for pair in answer} == set(server.engine.labels)
+        scores = [pair["score"] for pair in answer]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_what_fpabee_adds(server: Server) -> None:
+    asked = {"input": ["rain", "sun"], "max_exit": 1, "deadline_ms": 1e6}
+    (first, _) = server.post("/classify", asked).json()["data"]
+    assert (first["exit"], first["deadline_limited"], first["deadline_missed"]) == (1, False, False)
+    asked = {"input": "rain", "deadline_ms": -1}
+    (late,) = server.post("/classify", asked).json()["data"]
+    assert (late["exit"], late["deadline_missed"]) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "content"),
+    [
+        (400, "truncated", b""),
+        (400, "truncated", b"{"),
+        (400, "malformed", b"{input: 5}"),
+        (400, "utf-8", b'{"input": "\xff"}'),
+        (400, "", b'{"input": "\\ud800"}'),
+        (400, "malformed", b'{"input": "a", "deadline_ms": NaN}'),
+        (400, "", b'{"input": ' + b"[" * 4000),
+        (400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
+        (400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
+        (400, "`input`", {}),
+        (400, "$.input", {"input": 5}),
+        (400, "$.input", {"input": None}),
+        (400, "$.input[0]", {"input": [None]}),
+        (400, "length 2", {"input": [["a", "b", "c"]]}),
+        (400, "object", [1]),
+        (400, "deadline_ms", {"input": "a", "deadline_ms": "5"}),
+        (400, "max_exit", {"input": "a", "max_exit": 1.5}),
+        (400, "exit", {"input": "a", "max_exit": 99}),
+        (400, "exit", {"input": "a", "max_exit": -1}),
+        (413, "5 texts, expected at most 4", {"input": ["a"] * 5}),
+        (413, "more than 5000 bytes", {"input": "a" * 6000}),
+    ],
+)
+def test_bad_requests(server: Server, status: int, says: str, content: Any) -> None:
+    response = server.post("/classify", content)
+    assert response.status_code == status, response.text
+    found = server.check("/classify", response)
+    assert says in found["error"]
+    assert "Traceback" not in response.text
+    assert server.post("/classify", {"input": "still fine"}).status_code == 200
+    assert server.scheduler.unanswered == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (400, {"inputs": []}),
+        (400, {"inputs": ["a", "b", "c"]}),
+        (400, {"inputs": [[], ["a"]]}),
+        (400, {"inputs": "a", "raw_scores": True}),
+        (400, {"inputs": "rain " * 100, "truncate": False}),
+        (413, {"inputs": [["a"]] * 5}),
+    ],
+)
+def test_bad_requests_of_predict(server: Server, status: int, content: Any) -> None:
+    response = server.post("/predict", content)
+    assert response.status_code == status, response.text
+    server.check("/predict", response)
+
+
+def test_other_refusals(server: Server) -> None:
+    wrong_type = server.post("/classify", {"input": "a"}, **{"Content-Type": "text/plain"})
+    for status, response in [
+        (415, wrong_type),
+        (404, server.client.get("/nothing")),
+        (405, server.client.get("/classify")),
+        (405, server.client.post("/health")),
+    ]:
+        assert response.status_code == status
+        assert set(response.json()) == {"error", "error_type"}
+    assert server.schema["paths"]["/classify"]["post"]["responses"]["415"]
+
+
+def test_a_body_without_a_length_is_also_limited(server: Server) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100
+
+    response = server.client.post("/classify", content=chunks(), headers=HEADERS)
+    assert response.status_code == 413
+
+
+def test_a_full_queue(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"]) as engine:
+        server = Server(engine, max_rows=1)
+        response = server.post("/classify", {"input": ["a", "b"]})
+        assert response.status_code == 429
+        assert response.headers["Retry-After"] == "1"
+        assert server.check("/classify", response)["error_type"] == "OverloadedError"
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        assert "fpabee_refused_rows_total 2.0" in server.client.get("/metrics").text
+        server.scheduler.close()
+        assert server.client.get("/health").status_code == 503
+        response = server.post("/classify", {"input": "a"})
+        assert (response.status_code, response.json()["error_type"]) == (503, "BackendError")
+
+
+@pytest.mark.parametrize("error", [MemoryError("secret"), BackendError("it failed", "restart")])
+def test_a_failing_model(
+    engines: Mapping[str, Path], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(engines["bert"]) as engine:
+        server = Server(engine)
+
+        def fails(*_: Any) -> Any:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fpabee.runtime.chain.Chain.begin", fails)
+            response = server.post("/classify", {"input": ["a", "b"]})
+            assert response.status_code == 500
+            found = server.check("/classify", response)
+            assert "secret" not in response.text
+            assert ("it failed" in found["error"]) == isinstance(error, BackendError)
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        server.scheduler.close()
+
+
+def test_metrics_info_health_and_page(engines: Mapping[str, Path]) -> None:
+    with Engine.load(engines["bert"], rule=Budget(exit=2)) as engine:
+        server = Server(engine)
+        server.post("/classify", {"input": ["a", "b", "c"]})
+        text = server.client.get("/metrics")
+        assert text.headers["Content-Type"].startswith("text/plain")
+        for line in (
+            'fpabee_rows_total{exit="1"} 0.0',
+            'fpabee_rows_total{exit="2"} 3.0',
+            "fpabee_queue_seconds_count 3.0",
+            "fpabee_answer_seconds_count 3.0",
+            "fpabee_batch_rows_sum 6.0",
+            "fpabee_deadline_missed_rows_total 0.0",
+            "fpabee_drift NaN",
+        ):
+            assert f"\n{line}\n" in text.text
+        info = server.check("/info", server.client.get("/info"))
+        assert (info["layers"], info["labels"]) == (3, list(engine.labels))
+        assert server.check("/health", server.client.get("/health")) == {"status": "ok"}
+        page = server.client.get("/")
+        assert page.headers["Content-Type"].startswith("text/html")
+        assert "<form" in page.text
+        server.scheduler.close()
+
+
+def test_many_clients(server: Server) -> None:
+    found: list[int] = []
+
+    def ask() -> None:
+        for _ in range(5):
+            found.append(server.post("/classify", {"input": "rain"}).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [200] * 40
