@@ -47,7 +47,6 @@ class Engine:
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
-        window_tokens: tokens of the rows that may be on their way through the segments at a time.
 
     Example:
         ```python
@@ -160,7 +159,7 @@ class Engine:
         self._tally_lock = threading.Lock()
         self._closed = False
         per_token = _bytes_per_token(manifest, self.limits)
-        self.window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
+        self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
 
     def predict(
         self,
@@ -371,25 +370,6 @@ class Engine:
         """
         return self._run(rows, self._runner(rule))
 
-    def lend_chain(self) -> Chain[Any]:
-        """The chain, for a scheduler that runs rows on it in a `with` statement, in one thread.
-
-        Raises:
-            BackendError: the engine is closed.
-        """
-        return self._chain()
-
-    def runner(self, max_exit: int | None = None) -> RuleRunner:
-        """The engine's rule, for a scheduler that decides about rows.
-
-        Args:
-            max_exit: every row stops at this exit at the latest.
-
-        Raises:
-            RuleError: `max_exit` does not fit the model.
-        """
-        return self._chosen(None, False, max_exit)
-
     def answers(
         self,
         rows: Sequence[EncodedRow],
@@ -478,7 +458,7 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        return blocks(self._encoder.stream(texts), len, self.window_tokens)
+        return blocks(self._encoder.stream(texts), len, self._window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
         """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""
@@ -528,7 +508,7 @@ class Engine:
     def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         is_large = sum(len(row) for row in rows) > self.limits.group_tokens
         with self._chain() as chain:
-            return chain.run(rows, runner, self.joining_cost(chain) if is_large else None)
+            return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
 
     def _chain(self) -> Chain[Any]:
         """A chain for one call; its execution comes from the backend's pool."""
@@ -543,7 +523,7 @@ class Engine:
             self._exit_0,
         )
 
-    def segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
+    def _segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
         """Measured times of a middle segment; None for a model of one segment."""
         if len(self.manifest.segments) == 1:
             return None
@@ -552,10 +532,10 @@ class Engine:
                 self._cost = chain.measure()
             return self._cost
 
-    def joining_cost(self, chain: Chain[Any]) -> CostCurve | None:
+    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
         """The costs that decide which groups are joined; None if groups are never joined."""
         if self._regroup is Regroup.AUTO:
-            return self.segment_cost(chain)
+            return self._segment_cost(chain)
         if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
             return None
         return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)

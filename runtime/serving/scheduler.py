@@ -121,7 +121,7 @@ class Scheduler:
         self._waiting: list[_Row] = []
         self._groups: list[Group[Any]] = []
         self._running: list[_Row] = []
-        self._thread = threading.Thread(target=self._work, name="fpabee-scheduler", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
 
     def submit(
@@ -168,9 +168,9 @@ class Scheduler:
         """Queue the results of `Engine.encode`, or none of them; see `submit`."""
         now = perf_counter()
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
-        runner = self._engine.runner()
-        last = runner.last if max_exit is None else self._engine.runner(max_exit).last
-        chain = self._engine.lend_chain()
+        runner = self._engine._chosen(None, False, None)
+        last = self._engine._chosen(None, False, max_exit).last
+        chain = self._engine._chain()
         for row in rows:
             chain.bucket(1, len(row))
         queued = [_Row(row, runner, last, Future(), now, ends) for row in rows]
@@ -263,7 +263,7 @@ class Scheduler:
     def _work(self) -> None:
         while self._wait():
             try:
-                with self._engine.lend_chain() as chain:
+                with self._engine._chain() as chain:
                     while self._waiting or self._groups or self._arrived:
                         self._step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to rows, and others go on
@@ -321,7 +321,7 @@ class Scheduler:
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
-        cost, left = self._engine.joining_cost(chain), self._segments_left()
+        cost, left = self._engine._cost_curve(chain), self._segments_left()
         limits = chain.limits
 
         def gain(group: Group[Any]) -> tuple[float, int]:
@@ -330,7 +330,7 @@ class Scheduler:
 
         best = max(self._groups, key=gain, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
-        if not self._waiting or (best and under_way > self._engine.window_tokens):
+        if not self._waiting or (best and under_way > self._engine._window_tokens):
             return best
         head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
         # Time for the segment of a full group, and then for segment 1 of that row.
@@ -350,7 +350,7 @@ class Scheduler:
             return [first]
         rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
         lengths = [len(row.encoded) for row in rows]
-        cost = self._engine.segment_cost(chain)
+        cost = self._engine._segment_cost(chain)
         return [rows[n] for n in rows_with(rows.index(first), lengths, chain.limits, cost)]
 
     def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
@@ -435,7 +435,7 @@ class Scheduler:
         # The groups that stay are listed before anything can fail.
         self._groups = [other for other in others if other not in peers]
         self._running = [row for peer in peers for row in peer.rows]
-        self._groups += chain.regroup(peers, self._engine.joining_cost(chain))
+        self._groups += chain.regroup(peers, self._engine._cost_curve(chain))
 
     def _answer(
         self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
@@ -452,18 +452,18 @@ class Scheduler:
             np.full(len(taken), limited),
             np.array([now > row.deadline for row in taken]),
         )
-        for row, prediction in zip(taken, predictions, strict=True):
-            if row.future.set_running_or_notify_cancel():
-                row.future.set_result(prediction)
         seconds = [now - row.arrived for row in taken]
         if exit_number == 0:
             self._observer.started(seconds)
         self._observer.answered(predictions, seconds)
+        for row, prediction in zip(taken, predictions, strict=True):
+            if row.future.set_running_or_notify_cancel():
+                row.future.set_result(prediction)
 
     def _fail(self, row: _Row, error: Exception) -> None:
+        self._observer.failed(error)
         if row.future.set_running_or_notify_cancel():
             row.future.set_exception(error)
-            self._observer.failed(error)
 
     def _recover(self, error: Exception) -> None:
         """Begin again with the rows that are not answered, after an error.
@@ -491,7 +491,7 @@ class Scheduler:
 
     def _seconds(self, chain: Chain[Any], tokens: int) -> float:
         """The time of a segment on a group of so many padded tokens; 0 if it is not known."""
-        cost = self._engine.segment_cost(chain)
+        cost = self._engine._segment_cost(chain)
         return 0.0 if cost is None else cost(tokens)
 
 

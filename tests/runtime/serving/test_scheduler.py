@@ -62,7 +62,7 @@ class Gate:
         enqueue = HostExecution.enqueue
 
         def gated(execution: Any, segment: int, hidden: Any) -> Any:
-            is_scheduler = threading.current_thread().name == "fpabee-scheduler"
+            is_scheduler = threading.current_thread().name == "fpabee scheduler"
             if is_scheduler:
                 self.begun.append((segment, hidden.rows))
             if is_scheduler and not self.is_open:
