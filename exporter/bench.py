@@ -61,6 +61,8 @@ class BenchOptions:
         max_single: how many of them are also run one at a time, at most.
         model_dir: the PyTorch model, to time the same rule in plain PyTorch.
         threads: CPU threads of all variants.
+        target: the target whose chain is timed; default: the manifest's. The full graph always runs
+            in ONNX Runtime in fp32.
     """
 
     rule: ExitRule
@@ -71,6 +73,7 @@ class BenchOptions:
     max_single: int = 100
     model_dir: str | None = None
     threads: int | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def run_bench(
     import onnxruntime
 
     progress("load", 0, 1)
-    with Engine.load(folder, threads=options.threads, preload=True) as engine:
+    with Engine.load(folder, options.target, threads=options.threads, preload=True) as engine:
         runner = _Runner(Path(folder), engine, options)
         rows = engine.encode(texts[: options.max_rows])
         threads = options.threads or usable_cores()

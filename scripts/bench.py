@@ -65,15 +65,15 @@ def table(report: dict[str, Any], scores: str, title: str) -> str:
     return "\n".join(lines)
 
 
-def label_scores(engines: Path, source: str, rule: dict[str, Any]) -> str:
+def label_scores(engines: Path, source: str, report: dict[str, Any]) -> str:
     """The main score of a labelled file, with the rule and at full depth, as a sentence."""
     rows = list(read_rows(source))
-    with Engine.load(engines) as engine:
+    with Engine.load(engines, report["target"]) as engine:
         task, texts = engine.manifest.task, [row.content for row in rows]
         expected = encode_labels([row.labels or () for row in rows], task.labels, task.problem_type)
         scores = [
             evaluate(engine.trace(texts, rule=chosen).predictions, expected, len(task.labels))
-            for chosen in (ExitRule.from_dict(rule), None)
+            for chosen in (ExitRule.from_dict(report["rule"]), None)
         ]
     name = next(iter(scores[0]))
     with_rule, full = (score[name] for score in scores)
@@ -106,7 +106,7 @@ def main(
     if done.returncode:
         sys.exit(done.returncode)
     report = json.loads(done.stdout)
-    scores = label_scores(engines, source, report["rule"]) if metrics else ""
+    scores = label_scores(engines, source, report) if metrics else ""
     text = table(report, scores, title)
     if readme is None:
         click.echo(text)

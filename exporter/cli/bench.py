@@ -77,6 +77,7 @@ fpabee-bench engines/ --input texts.txt --serve --seconds 300
     default="1x32,1x128,32x32,32x128",
 )
 @options.count("--max-rows", "Largest number of texts.", 2000)
+@options.target
 @options.threads
 @options.quiet
 @options.as_json
@@ -95,6 +96,7 @@ def main(
     engines: Path,
     source: str,
     depth: float | None,
+    target: str | None,
     threads: int | None,
     max_rows: int,
     quiet: bool,
@@ -115,7 +117,7 @@ def main(
     require("serve" if serve else "bench")
     texts = [row.content for row in read_rows(source, options.read_options(settings))]
     with step_progress(quiet) as progress:
-        with Engine.load(engines, threads=threads) as engine:
+        with Engine.load(engines, target, threads=threads) as engine:
             if depth is not None and takes_threshold(settings["rule"] or engine.rule.name):
                 settings["threshold"] = 0.0  # replaced below
             rule = options.chosen_rule(engine.rule, settings)
@@ -123,11 +125,11 @@ def main(
                 progress("choose the threshold", 0, 1)
                 rule = _of_depth(engine, rule, texts[:max_rows], depth)
         if serve:
-            with Engine.load(engines, threads=threads, rule=rule) as engine:
+            with Engine.load(engines, target, threads=threads, rule=rule) as engine:
                 found = run_load_test(engine, texts[:max_rows], loads, seconds, progress=progress)
                 report_loads(engine, *found, as_json)
             return
-        wanted = BenchOptions(rule, max_rows=max_rows, threads=threads, **settings)
+        wanted = BenchOptions(rule, max_rows=max_rows, threads=threads, target=target, **settings)
         report = run_bench(engines, texts, wanted, progress)
     if as_json:
         click.echo(json.dumps(to_dict(report)))
