@@ -38,6 +38,7 @@ def render(report: Report, pictures: Mapping[str, bytes]) -> str:
         exit_0=exit_0_in_words,
         promise=promise_in_words,
         clip=_clip,
+        ratio=_ratio,
         names=_names,
     )
     return environment.get_template("page.html").render(
@@ -73,6 +74,11 @@ def _clip(text: str) -> str:
     if len(text) <= _MOST_CHARACTERS:
         return text
     return f"{text[:_MOST_CHARACTERS].rstrip()} … ({len(text):,} characters)"
+
+
+def _ratio(value: float) -> str:
+    """A ratio of layers, which has no limit if exit 0 answers every row."""
+    return f"{value:.2f}x" if value < 1000 else "no layers"
 
 
 def _names(names: Names | list[str]) -> str:
