@@ -53,7 +53,7 @@ def test_rows_stop_where_simulate_stops_them(
         count = len(logits) if per_exit else 1
         drawn = data.draw(st.lists(st.sampled_from(finite), min_size=count, max_size=count))
         rule = rule.with_stop_threshold(drawn if per_exit else drawn[0])
-    found = exits_below(scores, rule.stop_thresholds.T)
+    found = exits_below(scores, rule.stop_thresholds[None])
     np.testing.assert_array_equal(found, simulate(logits, rule, task).exits[None])
 
 
