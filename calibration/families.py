@@ -39,7 +39,7 @@ DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
 PER_EXIT = " per exit"
 """The end of the kind of a rule that has one fitted threshold for each exit."""
 CASCADE = "cascade"
-"""The kind of a rule by which exit 0 answers, or else one exit for all rows: as a rule the last."""
+"""The kind of a rule by which exit 0 answers, or else one exit for all rows, usually the last."""
 
 _FITTED_PER_EXIT = ("fpabee", "entropy")
 # At most this many signals in a row are tried; PABEE has nothing but its patience to choose.

@@ -189,7 +189,7 @@ class _Runner:
     def _pytorch(self, rows: Sequence[EncodedRow]) -> None:
         """The same rule in PyTorch, as published: a batch runs on until its last row stops.
 
-        There is no exit 0 in PyTorch.
+        This variant leaves out exit 0.
         """
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_torch(rows[start : start + _FILE_BATCH])

@@ -16,6 +16,7 @@ import queue
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ class Load:
         return self.answered == self.requests and self.p99_ms < SUSTAINABLE_MS
 
 
-class _Rows:
+class _Rows(ABC):
     """What the HTTP server needs: rows in, answers out."""
 
     is_closed = False
@@ -98,18 +99,18 @@ class _Rows:
     ) -> list[Prediction]:
         return list(await asyncio.gather(*(asyncio.wrap_future(self.submit(row)) for row in rows)))
 
+    @abstractmethod
     def submit(self, row: EncodedRow) -> Future[Prediction]:
-        raise NotImplementedError
+        """Queue a row."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Free what runs the rows."""
 
     def _run(self, rows: Sequence[EncodedRow]) -> list[Prediction]:
         result = self._engine.run_encoded(rows, self._rule)
-        places = result.exits - self._engine.manifest.exits[0]
-        logits = result.logits[places, np.arange(len(rows))]
         no = np.zeros(len(rows), np.bool_)
-        return self._engine.answers(rows, result.exits, logits, no, no)
+        return self._engine.answers(rows, result.exits, result.at_exit, no, no)
 
 
 class _Batches(_Rows):
@@ -249,6 +250,7 @@ def _served(engine: Engine, server: str) -> Iterator[int]:
     config = uvicorn.Config(
         make_app(engine, rows, metrics),
         log_config=None,
+        log_level="critical",  # requests that are still open at the end are no errors
         access_log=False,
         lifespan="off",
         timeout_keep_alive=3600,  # otherwise a request may meet a connection that is closed

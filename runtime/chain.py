@@ -55,12 +55,19 @@ class WindowResult:
     Attributes:
         exits: `[rows]` int64, the exit of each row.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
+        first_exit: the exit of the first logits.
         wasted: segments that rows ran beyond their exit; only devices that look ahead waste any.
     """
 
     exits: Answers
     logits: NDArray[np.float32]
+    first_exit: int
     wasted: int = 0
+
+    @property
+    def at_exit(self) -> NDArray[np.float32]:
+        """The logits of each row at its exit, `[rows, labels]`."""
+        return self.logits[self.exits - self.first_exit, np.arange(len(self.exits))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,8 @@ class Chain(Generic[B]):
         found = self.run_one(rows[0], runner)
         logits = np.full((len(runner.exits), 1, self.labels), np.nan, np.float32)
         logits[: len(found.logits), 0] = found.logits
-        return WindowResult(np.array([found.exit], np.int64), logits, found.wasted)
+        first = runner.exits[0]
+        return WindowResult(np.array([found.exit], np.int64), logits, first, found.wasted)
 
     def run_one(self, row: EncodedRow, runner: RuleRunner) -> RowResult:
         """Run a single row until the rule stops it; the errors are those of `run`."""
@@ -366,12 +374,15 @@ class _Window(Generic[B]):
     def run(self) -> WindowResult:
         """Run all groups until every row has stopped."""
         if not self._groups:
-            return WindowResult(self._exits, self._logits)
+            return self._result()
         if self._execution.lookahead and len(self._groups) == 1:
             self._run_ahead(self._groups[0])
         else:
             self._run_stages()
-        return WindowResult(self._exits, self._logits, self._wasted)
+        return self._result()
+
+    def _result(self) -> WindowResult:
+        return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
 
     def _run_stages(self) -> None:
         """Enqueue a segment for all groups, then read their outputs and decide, one by one."""

@@ -258,13 +258,16 @@ class Engine:
         results = [self._run(rows, runner) for rows in windows]
         if not results:
             shape = (len(self._exits), 0, len(self.labels))
-            results = [WindowResult(np.zeros(0, np.int64), np.zeros(shape, np.float32))]
+            nothing = np.zeros(0, np.int64), np.zeros(shape, np.float32)
+            results = [WindowResult(*nothing, self._exits[0])]
         logits = np.concatenate([result.logits for result in results], axis=1)
         exits = np.concatenate([result.exits for result in results])
         return Trace(
             logits=logits,
             exits=exits,
-            predictions=self._predictions.outputs(self._at_exit(exits, logits)).answers,
+            predictions=np.concatenate(
+                [self._predictions.outputs(result.at_exit).answers for result in results]
+            ),
             lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
             first_exit=self._exits[0],
         )
@@ -401,10 +404,6 @@ class Engine:
             self._tally += counts
         return list(self._predictions.several(rows, exits, logits, limited, missed))
 
-    def _at_exit(self, exits: Answers, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of `[exits, rows, labels]` the logits of each row at its exit, `[rows, labels]`."""
-        return logits[exits - self._exits[0], np.arange(len(exits))]
-
     def time_exits(self, rows: int, tokens: int) -> list[float]:
         """Time the way from each exit to the next once, on a group of made-up rows.
 
@@ -491,8 +490,8 @@ class Engine:
             cap = max(first, fits)
             result = self._run(rows, self._runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
-        at_exit = self._at_exit(result.exits, result.logits)
-        yield from self.answers(rows, result.exits, at_exit, limited, missed, result.wasted)
+        found = result.exits, result.at_exit
+        yield from self.answers(rows, *found, limited, missed, result.wasted)
 
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""

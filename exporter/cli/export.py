@@ -303,12 +303,9 @@ def _export(
     with step_progress(quiet) as progress:
         result = export(model_dir, output, wanted, progress)
     manifest, agreement = result.manifest, result.agreement
+    say(f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB")
     say(
-        f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB, "
-        f"target {manifest.default_target}"
-    )
-    say(
-        f"verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
+        f"added {manifest.default_target}: verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
         f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}"
     )
     return {
