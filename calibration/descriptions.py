@@ -46,7 +46,9 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         if result.test is not None:
             return f"{promise}; {found}"
         return f"{promise}, tested on {point.certificate.rows} other rows"
-    if isinstance(goal, Goal) and goal.max_drop is not None and held.drop > goal.max_drop:
+    # Compared as it is printed, so that the line does not contradict itself.
+    drop = round(held.drop, 2)
+    if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
         # So many that half of the interval is as wide as the goal.
         times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
         return (

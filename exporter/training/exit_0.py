@@ -157,7 +157,7 @@ def train_exit_0(
     targets = {name: _targets(part, count) for name, part in data.items()}
     wanted = targets["train"]
     if not is_taught:
-        step = "last exit for exit 0"
+        step = "answers of the last exit, to train exit 0"
         last = predict(model, data["train"], collate, lambda output: output[-1], progress, step)
         wanted = (wanted + probabilities(last, config.problem_type)) / 2
     vocabulary = Vocabulary(rows["train"], unigrams_of(int(model.backbone.config.vocab_size)))
