@@ -66,7 +66,7 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     scores = " ".join(f"{value:.3f}" for value in accuracies)
     assert encoder[-1][0] == f"train, dev accuracy by exit: {scores}"
     after = [what for what, *_ in seen[len(encoder) :]]
-    assert after[0] == "last exit for exit 0"
+    assert after[0] == "answers of the last exit, to train exit 0"
     assert after[1].startswith("exit 0, dev loss 1.")
     assert after[-1].startswith("exit 0, dev loss 0."), "it falls"
 
