@@ -305,7 +305,8 @@ def _export(
     manifest, agreement = result.manifest, result.agreement
     say(f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB")
     say(
-        f"added {manifest.default_target}: verified on {agreement.rows} texts: logits within {agreement.max_logit_difference:.1e}, "
+        f"added {manifest.default_target}: verified on {agreement.rows} texts: "
+        f"logits within {agreement.max_logit_difference:.1e}, "
         f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}"
     )
     return {
