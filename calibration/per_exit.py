@@ -15,6 +15,8 @@ it from fitting the luck of a few rows, see `stopping_costs`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,17 +37,20 @@ def _fit(scores: Array, costs: Array, losses: Array) -> Array:
         costs: `[exits, rows]` seconds of a row that stops at an exit.
         losses: `[exits, rows]` its expected losses.
     """
-    order = np.argsort(scores, axis=1, kind="stable")
+    order = [
+        queue[np.isfinite(row[queue])]
+        for row, queue in zip(scores, np.argsort(scores, axis=1, kind="stable"), strict=True)
+    ]
     prices = np.geomspace(300.0, 0.3, _PRICES) * costs[-1].mean()
     return np.stack([_descend(scores, order, costs + price * losses) for price in prices])
 
 
-def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
+def _descend(scores: Array, order: Sequence[NDArray[np.intp]], totals: Array) -> Array:
     """Thresholds `[exits]` that make the sum of `totals` at the exits small.
 
     Args:
         scores: `[exits, rows]` stop scores.
-        order: `[exits, rows]` what sorts them.
+        order: for each exit, the rows with a finite score in the order of their scores.
         totals: `[exits, rows]` what a row that stops at an exit adds to the sum.
     """
     exits, rows = scores.shape
@@ -55,11 +60,12 @@ def _descend(scores: Array, order: NDArray[np.intp], totals: Array) -> Array:
     stops[-1] = True
     for _ in range(_ROUNDS):
         before = thresholds.copy()
-        ahead = totals[-1].copy()  # what a row adds if it goes on
+        ahead = totals[-1]  # what a row adds if it goes on
+        gone = np.logical_or.accumulate(stops, axis=0)
         for number in range(exits - 2, -1, -1):
-            gone = np.logical_or.reduce(stops[:number], axis=0)
-            queue = order[number][~gone[order[number]]]
-            queue = queue[np.isfinite(scores[number][queue])]
+            queue = order[number]
+            if number:
+                queue = queue[~gone[number - 1][queue]]
             thresholds[number] = never[number]
             if len(queue):
                 sums = np.cumsum((totals[number] - ahead)[queue])

@@ -211,13 +211,16 @@ def calibrate(
     # Another stream than those of the calibration.
     generator = np.random.default_rng([seed, 1])
     rows = population.rows.take(generator.integers(0, len(population.rows), count))
+    assert rows.expected is not None
+    keys = rows.expected if rows.expected.ndim == 1 else rows.expected.sum(axis=1)
     searches: dict[str, Search] = {}
+    costs_of: dict[tuple[str, bool], StoppingCosts] = {}
     for promise in promises:
-        metric, seen = population.scorer(promise.metric).metric, rows
-        if promise.ordered and rows.expected is not None:
-            keys = rows.expected if rows.expected.ndim == 1 else rows.expected.sum(axis=1)
-            seen = rows.take(np.argsort(keys, kind="stable"))
-        costs = StoppingCosts(seen, metric, layer_costs(seen))
+        metric = population.scorer(promise.metric).metric
+        if (metric, promise.ordered) not in costs_of:
+            seen = rows.take(np.argsort(keys, kind="stable")) if promise.ordered else rows
+            costs_of[metric, promise.ordered] = StoppingCosts(seen, metric, layer_costs(seen))
+        costs = costs_of[metric, promise.ordered]
         rule: ExitRule | None
         if isinstance(promise.goal, Bound):
             try:
