@@ -302,9 +302,7 @@ def table_alone(names: Sequence[str], work: Path) -> Iterator[str]:
         for name, path in found.items()
         if path.is_file()
     }
-    kinds = list(
-        dict.fromkeys(kind for of_name in runs.values() for run in of_name for kind in run)
-    )
+    kinds = list(dict.fromkeys(kind for run in chain(*runs.values()) for kind in run))
     yield f"| population | calibrations | {' | '.join(kinds)} |"
     yield "|---" * (len(kinds) + 2) + "|"
     for name, of_name in runs.items():
