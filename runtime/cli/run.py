@@ -73,7 +73,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--quiet", "Show no progress and no summary.")
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
-@click.option("--input", "sources", multiple=True, metavar="FILE", help="One more of FILES.")
+@click.option("--input", "sources", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.labelled_texts
 @options.choice(
     "--output-format",
