@@ -72,8 +72,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.choice(
     "--rule rules",
     "RULE",
-    f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; for "
-    "guaranteed points, entropy.",
+    f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; "
+    "for guaranteed points, entropy.",
     ["auto", *CHOOSABLE_RULES],
     multiple=True,
 )

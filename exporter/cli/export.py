@@ -90,7 +90,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.numbers(
     "--exits",
     "N,N,...",
-    "Exits to keep. Default: all. With --from, a new folder with these exits is written to --output.",
+    "Exits to keep. Default: all. With --from, --output becomes a new folder with these exits.",
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
