@@ -2,9 +2,9 @@
 
 This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence testing. The rows are
 shuffled. A fifth of them fix a path of settings, from cautious to bold. The other rows test these
-settings one after another until one fails. The last setting that passed is certified. These rows are
-used for nothing else, so no test is biased. Because there is only one path, each test has the full
-significance level.
+settings one after another until one fails. The last setting that passed is certified. The test rows
+are used for nothing else, so no test is biased. Because there is only one path, each test has the
+full significance level.
 
 A test asks whether the expected loss could be above the bound. Its p-value is valid for any number
 of rows: the exact binomial tail for losses of 0 and 1, and for losses in [-1, 1] the capital of a

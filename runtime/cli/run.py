@@ -202,7 +202,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     """Whether to join small groups of rows: always on a GPU, never on a CPU.
 
     Measured times do not decide this, so that the same input gives the same bytes. On a CPU
-    they would gain less than 1 %.
+    it gains almost nothing.
     """
     manifest = read_manifest(engines)
     built = manifest.targets.get(target or manifest.default_target)
