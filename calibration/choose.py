@@ -19,7 +19,7 @@ from .stopping_costs import StoppingCosts
 PARTS = 5
 """How many parts rows are dealt into for cross-validation."""
 
-# How many samples are drawn from the rows to find out how much luck a choice has.
+# How many samples are drawn from the rows to estimate how much a choice owes to luck.
 _SAMPLES = 60
 # Observed losses vary more than expected ones. A bootstrap hides part of it, since it takes the
 # luck of the rows for the truth; smaller samples make up for that. Found in simulations.
@@ -59,7 +59,7 @@ class Search:
         of many settings was lucky with the rows that chose it, so the limit is smaller than the
         allowed drop. How much smaller is found with the bootstrap (Efron 1979): samples of the
         rows choose within the same limit, and the mean drop of what they choose, on all rows, must
-        be at most the allowed drop. Settings by which exit 0 answers rows have more luck than
+        be at most the allowed drop. Settings by which exit 0 answers rows owe more to luck than
         others, so both kinds have a limit of their own, and the faster of the two choices counts.
 
         Args:

@@ -53,7 +53,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.path("--test", "Other rows to evaluate the points on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
-@options.number("--risk", "Goal: at most this loss on new rows, in points, guaranteed.")
+@options.number("--risk", "Goal: a guarantee of at most this loss on new rows, in points.")
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
@@ -72,8 +72,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.choice(
     "--rule rules",
     "RULE",
-    f"Exit rule to choose from. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; for "
-    "guaranteed points, entropy.",
+    f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; "
+    "for guaranteed points, entropy.",
     ["auto", *CHOOSABLE_RULES],
     multiple=True,
 )
@@ -94,10 +94,10 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
 @options.flag("--tune-label-thresholds", "Also choose a threshold for each label (multi-label).")
 @options.count("--batch-size", "Batch size at which the speed is measured.", 32)
-@options.count("--seed", "Seed that shuffles the rows and deals them into parts.", 0, min=0)
-@options.flag("--time-again measure", "Measure times again, although they are stored.")
+@options.count("--seed", "Seed that shuffles the rows and divides them into parts.", 0, min=0)
+@options.flag("--time-again measure", "Measure the times again, even if they are stored.")
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
-@options.path("--output", "Folder for the trace. Default: ENGINES/calibration.", "DIR")
+@options.path("--output", "Folder for the logits of the rows. Default: ENGINES/calibration.", "DIR")
 @options.flag("--no-texts", "Leave the texts of the rows out of the report.")
 @options.labelled_texts
 def main(

@@ -32,7 +32,7 @@ from .sweep import (
 DEFAULT_RULES = ("fpabee", "pabee", "entropy", "confidence")
 """Rules that compete if none is named: in comparisons no other rule saves clearly more."""
 CHOOSABLE_RULES = tuple(name for name in RULES if name != "either")
-"""Rules that can be named. The rule `either` only runs where it was chosen before."""
+"""Rules that a user can name. The rule `either` still runs, but is no longer chosen."""
 DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
 """Measures of F-PABEE that compete if none is named."""
 
@@ -42,9 +42,9 @@ CASCADE = "cascade"
 """The kind of a rule by which exit 0 answers, or else one exit for all rows, usually the last."""
 
 _FITTED_PER_EXIT = ("fpabee", "entropy")
-# At most this many signals in a row are tried; PABEE has nothing but its patience to choose.
+# The largest patience that is tried. PABEE has no other setting, so all its patiences are tried.
 _MOST_PATIENCE = 3
-# Parts of the rows for scores and thresholds that are fitted: each is judged on the other parts.
+# Where scores or thresholds are fitted, each part of the rows is judged with a fit to the others.
 _PARTS = 5
 # With exit 0 a setting has two thresholds. If the later exits alone stop a share s of the rows
 # early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
@@ -137,7 +137,7 @@ def _learned(rows: LabelledLogits, stop: StopScores, parts: NDArray[np.intp]) ->
 
 
 def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[Family]:
-    """The settings that differ in their thresholds only.
+    """The settings of a rule that differ only in their thresholds.
 
     Args:
         rule: the rule.
@@ -165,7 +165,7 @@ def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[F
 def _family(
     rule: ExitRule, scores: Array, thresholds: Sequence[float], limits: Array | None
 ) -> Family:
-    """The settings of thresholds of stop scores and, if there is exit 0, of limits of its own."""
+    """The settings with these thresholds of stop scores and, for exit 0, with these limits."""
     rules = [rule.with_stop_threshold(threshold) for threshold in thresholds]
     if limits is None:
         return Family(kind_of(rule), exits_below(scores, thresholds), rules.__getitem__)

@@ -1,8 +1,8 @@
 """Fit the learned rule: which answers will a later exit change?
 
 The weights come from a ridge logistic regression over all exits together. An exit's own deviation
-from the common weights is penalized more, so that exits with few changes lean on the others. What
-is learned is agreement with the last exit, which needs no labels.
+from the common weights is penalized more, so that exits with few changed answers mostly use the
+common weights. The target is agreement with the last exit, which needs no labels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .scoring import LabelledLogits, same_answers
 _LEAST_CHANGES = 5
 # More rows than this do not improve the weights, but take longer.
 _MOST_ROWS = 3000
-# How strongly an exit may deviate from the common weights; 1 would be as freely as these vary.
+# How freely an exit may deviate from the common weights; 1 would be as freely as these vary.
 _DEVIATION = 0.5
 
 
@@ -48,7 +48,7 @@ def fit_learned(rows: LabelledLogits) -> Learned | None:
         return None
     inputs, predicted = _inputs(rows)
     exits, count, size = inputs.shape
-    # Without the bias, whose scale is 1.
+    # The first feature is the constant 1 of the bias, which is not standardized.
     mean, scale = inputs.mean(axis=(0, 1)), np.maximum(inputs.std(axis=(0, 1)), 1e-6)
     mean[0], scale[0] = 0.0, 1.0
     standard = (inputs - mean) / scale
@@ -79,8 +79,8 @@ def out_of_fold_scores(rows: LabelledLogits, parts: NDArray[np.intp]) -> Array |
         parts: `[rows]` the part of each row.
 
     Returns:
-        The scores `[exits, rows]` from exit 1 on; None if a part has too few changed answers
-        outside of it.
+        The scores `[exits, rows]` from exit 1 on; None if the rows outside of a part have too few
+        changed answers.
     """
     scores = np.zeros((rows.exits[-1], len(rows)))
     for part in np.unique(parts):
@@ -107,7 +107,7 @@ def _pairs(rows: LabelledLogits) -> list[tuple[Outputs | None, Outputs]]:
 def _inputs(rows: LabelledLogits) -> tuple[Array, Array]:
     """The features `[exits - 1, rows, FEATURES]` and the predicted labels `[.., rows, labels]`.
 
-    They are those of all exits from exit 1 on but the last.
+    They are those of the exits from exit 1 on, without the last one.
     """
     pairs = _pairs(rows)[:-1]
     found = [features(*pair) for pair in pairs]

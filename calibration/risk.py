@@ -2,9 +2,9 @@
 
 This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence testing. The rows are
 shuffled. A fifth of them fix a path of settings, from cautious to bold. The other rows test these
-settings one after another, each at the full level, until one fails. The last setting that passed is
-certified. The rows that test have no part in anything else, so no test is biased, and because there
-is only one path, no level has to be divided.
+settings one after another until one fails. The last setting that passed is certified. The test rows
+are used for nothing else, so no test is biased. Because there is only one path, each test has the
+full significance level.
 
 A test asks whether the expected loss could be above the bound. Its p-value is valid for any number
 of rows: the exact binomial tail for losses of 0 and 1, and for losses in [-1, 1] the capital of a
@@ -38,7 +38,7 @@ from .stopping_costs import StoppingCosts, observed_losses
 from .sweep import StopScores
 
 PATH_RULES = ("entropy",)
-"""The rule of the path if none is named; to choose it from the rows would cost rows."""
+"""The rule of the path if none is named. Choosing it from the rows would need more rows."""
 
 _PATH_SHARE = 0.2
 # A bet of everything would never recover from a single loss.
@@ -125,7 +125,7 @@ def check_row_mean(metric: str) -> None:
 def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
     """The loss of a row that stops at an exit, -1, 0 or 1: `[exits, rows]`.
 
-    If the metric is not a mean over rows, the loss of a drop is that of a right answer.
+    If the metric is not a mean over rows, right answers are counted instead, as accuracy does.
     """
     if risk_of is RiskOf.DISAGREEMENT:
         answers = scorer.answers
@@ -238,9 +238,9 @@ def control(
         passed = rule
     if passed is None:
         if least is None:
-            raise InputError("no setting stops one of these rows early", Remedy("change {rules}"))
+            raise InputError("no setting stops any of these rows early", Remedy("change {rules}"))
         raise InputError(
-            f"no setting is certain to have a risk ({bound.risk_of.value}) of at most "
+            f"these rows confirm no setting with a risk ({bound.risk_of.value}) of at most "
             f"{100 * bound.risk:g} points at {100 * bound.confidence:g} % confidence: on the "
             f"{len(tested)} rows that tested it, the most cautious setting lost "
             f"{100 * least:.2f} points",
@@ -280,8 +280,8 @@ def _path(
     measures: Sequence[Measure],
     seed: int,
 ) -> Family:
-    """The settings to test: those of the rule that seems fastest on the rows that fix the path."""
-    # Thresholds that are fitted per exit have no cautious start.
+    """The settings to test: those of the rule that is fastest on the rows that fix the path."""
+    # Thresholds that are fitted per exit are left out: they have no cautious start.
     families = _joined(make_families(costs, rules, measures, seed, per_exit=False))
     if not families:
         raise InputError(
@@ -299,7 +299,7 @@ def _path(
 
 
 def _joined(families: Sequence[Family]) -> list[Family]:
-    """The same settings, where families of one setting are one path, such as PABEE's patiences."""
+    """The same settings; families of one setting, such as PABEE's patiences, become one path."""
     found = [family for family in families if len(family.exits) > 1]
     single: dict[str, list[Family]] = {}
     for family in families:

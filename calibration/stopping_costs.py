@@ -77,7 +77,7 @@ class StoppingCosts:
         return np.asarray(self.costs[at] @ weights / weights[:, 0].sum())
 
     def take(self, numbers: NDArray[np.intp]) -> StoppingCosts:
-        """The same for some of the rows, whose probabilities are calibrated anew."""
+        """The same for some of the rows, whose probabilities are calibrated again."""
         rows = self.rows.take(numbers)
         return StoppingCosts(rows, self.scorer.metric, self.costs[:, numbers])
 
@@ -92,9 +92,9 @@ def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
     """How much more likely the answer of full depth is than the exit's answer: `[exits, rows]`.
 
     Both probabilities come from the last exit, at the temperature that fits the labels best. The
-    same answer loses nothing. Where the answers differ, the last exit may be too sure or too timid
-    even so, which `recalibrated` mends. Exit 0 is not part of the encoder, so what it makes of both
-    answers counts as well.
+    same answer loses nothing. Where the answers differ, these probabilities may still be over- or
+    under-confident, which `recalibrated` corrects. Exit 0 is not part of the encoder, so the
+    probabilities that it gives to both answers are used as well.
     """
     last = rows.logits[-1] / np.float32(fit_temperature(rows))
     likely = np.exp(_log_likelihood(rows, last, scorer.answers))

@@ -55,11 +55,11 @@ class ExitZeroWeights:
 
     @property
     def size(self) -> int:
-        """Of all arrays, in bytes."""
+        """The size of all arrays, in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def classifier(self) -> ExitZero:
-        """What computes the logits.
+        """The classifier that computes logits with these weights.
 
         Raises:
             ValueError: the arrays cannot be used.
@@ -68,7 +68,7 @@ class ExitZeroWeights:
 
 
 def unigrams_of(vocabulary: int) -> int:
-    """How many rows of the table belong to the unigrams of a vocabulary, which may share them."""
+    """How many rows of the table the unigrams of a vocabulary have; they may share rows."""
     return min(vocabulary, _MOST_UNIGRAMS)
 
 
@@ -119,7 +119,7 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | Non
         found.classifier()
         if found.buckets != block["buckets"]:
             raise ValueError(f"it has {found.buckets} buckets, expected {block['buckets']}")
-    # Damaged bytes, a missing array or block, or arrays that do not fit each other.
+    # The file is damaged, an array or a setting is missing, or the arrays do not fit together.
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
     expected = unigrams_of(int(config.vocab_size))

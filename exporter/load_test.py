@@ -54,7 +54,7 @@ class Load:
 
     Attributes:
         server: which one.
-        share: the rate of requests over the capacity at full depth.
+        share: the rate of requests, as a multiple of the capacity at full depth.
         rate: requests in a second.
         requests: how many were sent.
         answered: how many were answered; the others were refused or took too long.
@@ -190,7 +190,7 @@ def run_load_test(
     Args:
         engine: the engine, with the rule of the scheduler and of the threads.
         texts: what is sent, in random order.
-        shares: rates over the capacity at full depth.
+        shares: the rates, as multiples of the capacity at full depth.
         seconds: how long requests are sent at each rate.
         servers: which of the three.
         progress: is told about each step.

@@ -5,9 +5,9 @@ model: the mean of learned vectors of the row's unigrams and bigrams, then a lin
 on the host in numpy, whatever runs the segments, so a row that stops here never reaches a device.
 
 Every token gives two n-grams: itself, and the bigram with the token after it, where the last token
-is followed by an end mark. Unigrams have the first rows of the table, at the token id modulo their
-number, and bigrams are hashed into the rows after these. The two texts of a pair have n-grams of
-their own: those of the second text are all hashed.
+is followed by an end mark. The first rows of the table belong to unigrams: the row of a token is
+its id modulo the number of these rows. Bigrams are hashed into the rows after them. The two texts
+of a pair have n-grams of their own: all n-grams of the second text are hashed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .errors import EXPORT_AGAIN, ArtifactError
 ARRAYS = ("table", "weights", "bias")
 """The arrays of the file, see `ExitZero`."""
 
-# Stand for the token after the last one, and for the absent half of a hashed unigram.
+# They stand for the token after the last one, and for the missing half of a hashed unigram.
 _END, _ALONE = np.uint32(0xFFFFFFFF), np.uint32(0xFFFFFFFE)
 # Added to the token ids of a second text; more than any vocabulary has.
 _SECOND = np.uint32(1 << 24)
@@ -38,7 +38,7 @@ Counts = NDArray[np.intp]
 
 
 def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Counts, Counts]:
-    """The n-grams of some rows, as rows of a table.
+    """The n-grams of some rows, as numbers of rows of the table.
 
     Args:
         rows: at least one row.
@@ -107,7 +107,9 @@ class ExitZero:
     ) -> None:
         found = [array.dtype.name for array in (table, weights, bias)]
         if found != ["float16", "float32", "float32"]:
-            raise ValueError(f"its arrays are {', '.join(found)}")
+            raise ValueError(
+                f"its arrays are {', '.join(found)}, expected float16, float32, float32"
+            )
         if (table.ndim, weights.ndim, bias.ndim) != (2, 2, 1) or (
             weights.shape != (table.shape[1], len(bias))
         ):

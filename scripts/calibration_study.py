@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Does calibration keep its promises? Simulations on populations whose true risk is known.
+"""Does calibration keep its promises? Simulations on populations whose true drop is known.
 
     python scripts/calibration_study.py --work WORK [--quick] [--population sst2] [--rows 1000]
 
-Each population is a large set of logits with labels: synthetic ones, and those of real models on
-real data (`scripts/logits/`, dev and test rows together). A calibration sees rows that are drawn
-from it with replacement. What it chooses is then evaluated on the whole population, so its true
-drop is known. The cost of a row is its number of layers.
+A population is a large set of logits with labels: either synthetic, or from a real model on real
+data (`scripts/logits/`, dev and test rows together). A calibration sees rows that are drawn from
+it with replacement. What it chooses is then evaluated on the whole population, so its true drop is
+known. The cost of a row is its number of layers.
 
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
-so the script can be stopped at any time. The table is written to `docs/calibration-study.md`.
+so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def calibrate(
 def calibrate_alone(
     population: Population, count: int, seed: int
 ) -> Iterator[tuple[str, float, float]]:
-    """What `balanced` is if only one kind of rule competes: the kind, true drop, and saving."""
+    """For each kind of rule, the true drop and the saving of `balanced` if only it competes."""
     generator = np.random.default_rng([seed, 1])
     rows = population.rows.take(generator.integers(0, len(population.rows), count))
     costs = StoppingCosts(rows, population.scorer(None).metric, layer_costs(rows))
@@ -252,7 +252,7 @@ def calibrate_alone(
 
 
 def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...]]]) -> None:
-    """Run what is missing of the calibrations in a file, one for each seed."""
+    """Run the calibrations that a file does not have yet, one for each seed."""
     done = len(path.read_text().splitlines()) if path.is_file() else 0
     with path.open("a", encoding="utf-8") as file:
         for seed in range(done, repeats):
@@ -295,7 +295,7 @@ def _line(
 
 
 def table_alone(names: Sequence[str], work: Path) -> Iterator[str]:
-    """The lines of the table in which each kind of rule stands alone."""
+    """The lines of the table in which only one kind of rule competes."""
     found = {name: work / f"{name}-alone.jsonl" for name in names}
     runs = {
         name: [json.loads(line) for line in path.read_text().splitlines()]
@@ -322,22 +322,26 @@ def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, f
 
 HEADER = """# Calibration study
 
-Does calibration keep its promises on new rows? `scripts/calibration_study.py` draws rows from
-populations whose true risk is known, calibrates on them, and evaluates what was chosen on the whole
-population.
+Does calibration keep its promises on new rows? `scripts/calibration_study.py` draws rows from a
+population (a large set of logits with labels), calibrates on them, and evaluates what was chosen on
+the whole population. The drop that it finds there is the true drop.
 
 - **drop**: the mean true drop over calibrations, in points, with its standard error. The promise of
   `balanced` is 0.5 on average, that of `fast` 2.
 - **broken**: share of calibrations whose true drop exceeds a guarantee, with its 95 % interval. It
   should be at most 5 %.
-- **refused**: share of calibrations that choose full depth, because the rows cannot confirm more.
+- **refused**: share of calibrations that choose full depth, because the rows cannot confirm any
+  faster setting.
 - **saving**: mean share of layers that is saved; a refusal saves nothing.
 - **oracle**: the saving as a share of the oracle's. The oracle knows the population, and takes the
-  setting that saves most within the promise.
+  setting that saves most within the promise. The share can exceed 1, because the drop of a single
+  calibration may exceed its promise.
 
-`safe` promises at most 0.5 points and `risk N` at most N points, both with 95 % confidence. The
-populations with names such as `trec-minilm` are the logits of real models. The column
-`calibrations` says how many were run so far; the script continues up to 500 for each line.
+`safe` promises a drop of at most 0.5 points and `risk N` one of at most N points, both with 95 %
+confidence. The populations with names such as `trec-minilm` are the logits of real models. The
+others are synthetic: the probabilities of their last exit are calibrated, over-confident or
+under-confident. The column `calibrations` says how many were run so far; the script continues up to
+500 for each line.
 """
 ALONE_HEADER = f"""
 ## Each kind of rule alone

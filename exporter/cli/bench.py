@@ -66,7 +66,7 @@ fpabee-bench engines/ --input texts.txt --serve --seconds 300
     max=1,
     min_open=True,
 )
-@options.option("--model-dir", "DIR", "PyTorch model: time the same rule there, too.")
+@options.option("--model-dir", "DIR", "PyTorch model on which the same rule is timed as well.")
 @options.count("--repeats", "Repetitions of each batch.", 5)
 @options.number("--max-seconds", "Time after which batches run only once.", 120.0, min=0)
 @options.option(
@@ -85,7 +85,7 @@ fpabee-bench engines/ --input texts.txt --serve --seconds 300
 @options.option(
     "--loads",
     "X,X,...",
-    "Rates of requests over the capacity at full depth.",
+    "Rates of requests, as multiples of the capacity at full depth.",
     type=options.Numbers(float, "0.5,0.9"),
     default="0.5,0.9,1.3,1.6",
 )

@@ -90,7 +90,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.numbers(
     "--exits",
     "N,N,...",
-    "Exits to keep. Default: all. With --from, --output becomes a folder of them.",
+    "Exits to keep. Default: all. With --from, --output becomes a new folder with these exits.",
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
@@ -137,10 +137,14 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     default="86,89,120",
 )
 @options.numbers(
-    "--batch", "N,N,N", "Smallest, typical, largest batch.", callback=_sizes, default="1,8,32"
+    "--batch", "N,N,N", "Smallest, typical and largest batch.", callback=_sizes, default="1,8,32"
 )
 @options.numbers(
-    "--sequence", "N,N,N", "The same in tokens of a row.", callback=_sizes, default="16,64,128"
+    "--sequence",
+    "N,N,N",
+    "Smallest, typical and largest number of tokens in a row.",
+    callback=_sizes,
+    default="16,64,128",
 )
 @options.count("--optimization-level", "Effort of the builder, 0 to 5.", min=0, max=5)
 @options.count("--workspace", "Largest scratch memory in MiB.", max=2**20)
@@ -148,7 +152,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.flag("--hardware-compatible", "Build plans that all GPUs from Ampere on can run.")
 @options.count("--jobs", "Number of builds at a time.", 1)
 @options.flag("--resume", "Keep plans that an earlier run built.")
-@options.flag("--no-onnx", "Finally delete the ONNX graphs, to save space on a device.")
+@options.flag("--no-onnx", "Delete the ONNX graphs at the end, to save space on a device.")
 @options.option(
     "--target",
     "NAME",

@@ -1,7 +1,7 @@
 """Train exit 0, a bag of n-grams, on labels and on the last exit of a trained model.
 
-The classifier is that of fastText (Joulin et al., arXiv 1607.01759); `runtime.exit_0` has its
-n-grams, so that training and runtime see the same.
+The classifier is that of fastText (Joulin et al., arXiv 1607.01759). Its n-grams come from
+`runtime.exit_0`, so that training and runtime see the same ones.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _BATCH = 32
 # a minute or two.
 _MOST_EPOCHS, _MOST_ROWS = 100, 1_000_000
 _PATIENCE = 3
-# Up to so many labels, the table holds logits itself, which makes it smaller.
+# Up to this many labels, the table holds logits instead of vectors, which makes it smaller.
 _MOST_FOLDED = 64
 # Standard deviation of the vectors before training.
 _SPREAD = 0.05
 
 Part = tuple[Sequence[Tensor], Tensor]
-"""The vectors of each row, by number, and the probabilities `[rows, labels]` to learn."""
+"""The numbers of the vectors of each row, and the probabilities `[rows, labels]` to learn."""
 
 
 class Vocabulary:
@@ -57,7 +57,7 @@ class Vocabulary:
         self._place[self.known] = np.arange(len(self.known))
 
     def bags(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, ...]:
-        """The vectors of each row, by number."""
+        """The numbers of the vectors of each row."""
         found, counts = ngrams(rows, self.unigrams, _BUCKETS)
         return torch.split(torch.from_numpy(self._place[found]), counts.tolist())
 
@@ -83,7 +83,7 @@ class BagOfNgrams(nn.Module):
         """Logits `[rows, labels]`.
 
         Args:
-            bags: the vectors of each row, see `Vocabulary.bags`.
+            bags: the numbers of the vectors of each row, see `Vocabulary.bags`.
         """
         starts = torch.tensor([0, *map(len, bags[:-1])]).cumsum(0)
         logits: Tensor = self.classifier(self.vectors(torch.cat(list(bags)), starts))
@@ -91,7 +91,7 @@ class BagOfNgrams(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> ExitZeroWeights:
-        """Its weights as they are stored."""
+        """The weights as they are stored."""
         table, weights = self.vectors.weight[:-1], self.classifier.weight.T
         labels = self.classifier.out_features
         if labels <= _MOST_FOLDED:
@@ -110,7 +110,7 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
     Args:
         rows: the rows.
         tokenizer: the fast tokenizer of the model.
-        max_length: longer rows are truncated to so many tokens.
+        max_length: longer rows are truncated to this many tokens.
 
     Raises:
         InputError: a row has no tokens, and so no n-grams.
@@ -146,7 +146,7 @@ def train_exit_0(
         collate: makes a padded batch of inputs.
         seed: of all random choices.
         progress: called with (what, done, total).
-        is_taught: whether the labels are already what the last exit gives.
+        is_taught: whether the labels are already the output of the last exit.
 
     Raises:
         ModelError: the training diverged.
@@ -182,7 +182,7 @@ def _targets(rows: Sequence[Encoded], labels: int) -> Tensor:
 def fit(
     bag: BagOfNgrams, train: Part, dev: Part, problem_type: ProblemType, progress: Progress
 ) -> ExitZeroWeights:
-    """Train until the loss on dev has stopped falling.
+    """Train until the loss on the dev rows has stopped falling.
 
     Args:
         bag: what is trained.

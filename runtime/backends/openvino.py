@@ -1,8 +1,8 @@
 """OpenVINO on the CPU.
 
-The fp32 graphs are compiled in the precision of the target. In bf16, segments also hand hidden
+The fp32 graphs are compiled in the precision of the target. In bf16, segments also pass hidden
 states on in bf16, so that nothing is converted between them and dropping rows copies half as much.
-One infer request per graph and group of buffers has its tensors set once.
+Each graph has one infer request per group of buffers, whose tensors are set only once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 _OLDEST = (2026, 0)
 _INSTALL = "pip install -U 'fpabee[openvino]'"
 _DEVICE = "CPU"
-# A request for a new shape has to be prepared, so shapes are used again. Multiples of 8 are enough
-# for short texts; the steps between long ones are an eighth of their length.
+# OpenVINO has to prepare a request for each new shape, so lengths are rounded up to few values.
+# Short lengths are multiples of 8; the steps between long ones are an eighth of their length.
 _STEP = 8
 _FINE_UP_TO = 512
 
@@ -47,7 +47,7 @@ class Compiled:
 
     Attributes:
         model: the compiled model.
-        memory: its constants, if they are in a mapped file, which must stay open as long.
+        memory: its constants, if they are in a mapped file, which must stay open with the model.
         has_run: whether it has run, so that its weights are packed and the constants are not read
             again.
     """
@@ -80,7 +80,7 @@ class OpenVinoBackend(HostBackend):
             spec = self.specs[HIDDEN_STATES]
             self.specs[HIDDEN_STATES] = msgspec.structs.replace(spec, dtype="bfloat16")
         self._settings = {
-            # int8 graphs say themselves what is in int8; the rest of them is in fp32.
+            # int8 graphs name the operations that run in int8; the others run in fp32.
             "INFERENCE_PRECISION_HINT": "bf16" if self._is_bf16 else "f32",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "NUM_STREAMS": "1",
@@ -93,7 +93,7 @@ class OpenVinoBackend(HostBackend):
         """Check that OpenVINO is installed and runs this precision here; see `Backend.check`."""
         if target.precision == "bf16" and not has_bf16():
             raise BackendError(
-                f"target {name} needs a CPU with bf16 instructions, which this one does not have",
+                f"target {name} needs a CPU with bf16 instructions, and this one has none",
                 Remedy("choose another {target}, such as openvino-fp32"),
             )
         _core()
@@ -104,7 +104,7 @@ class OpenVinoBackend(HostBackend):
         return (RuntimeError, MemoryError)
 
     def limits(self) -> Limits:
-        """Any batch; lengths in steps, so that requests are used again."""
+        """Any batch size; lengths in steps, so that requests can be used again."""
         limits = super().limits()
         return Limits(
             limits.max_batch,
@@ -164,11 +164,11 @@ class OpenVinoBackend(HostBackend):
         except RuntimeError as error:
             logger.info("a compiled graph in the cache is not used: %s", first_line(error))
             return None
-        compiled_cache.drop_pages(memory)  # which the checksum has read
+        compiled_cache.drop_pages(memory)  # the checksum has read them
         return Compiled(model, memory)
 
     def _key(self, sha256: str) -> str:
-        """The name of a graph in the cache: of everything that decides what is compiled."""
+        """The name of a graph in the cache: a hash of everything that affects the compilation."""
         import openvino as ov
 
         core = _core()

@@ -126,7 +126,7 @@ def _print(
     console = table_console()
     console.print(chain_table(parts))
     table = Table(
-        *("target", "MiB", "logits within", "rows within", "speed"),
+        *("target", "MiB", "error of logits", "effect of batch", "speed"),
         *("operating points", "on this machine"),
         box=box.SIMPLE_HEAD,
     )

@@ -73,7 +73,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--quiet", "Show no progress and no summary.")
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
-@click.option("--input", "sources", multiple=True, metavar="FILE", help="One more of FILES.")
+@click.option("--input", "sources", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.labelled_texts
 @options.choice(
     "--output-format",
@@ -202,7 +202,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     """Whether to join small groups of rows: always on a GPU, never on a CPU.
 
     Measured times do not decide this, so that the same input gives the same bytes. On a CPU
-    they would gain less than 1 %.
+    it gains almost nothing.
     """
     manifest = read_manifest(engines)
     built = manifest.targets.get(target or manifest.default_target)

@@ -25,7 +25,7 @@ fpabee-serve engines/ --host 0.0.0.0
 @options.option(
     "--host",
     "ADDRESS",
-    "Address to listen on. Other machines reach only 0.0.0.0 or an address of this machine.",
+    "Address to listen on. To serve other machines, give 0.0.0.0 or an address of this machine.",
     default="127.0.0.1",
 )
 @options.option(

@@ -31,7 +31,7 @@ def segments_left(stopped: Sequence[int]) -> Floats:
 
 
 def worth(lengths: Sequence[int], left: float, limits: Limits, cost: CostCurve | None) -> float:
-    """How much it gains to run a group now: its tokens per second and per segment left.
+    """The gain of running a group now: its tokens per second and per segment left.
 
     On a target whose time is proportional to the tokens, this prefers the rows that are nearly
     finished. On a target whose small groups take as long as full ones, it prefers full groups, and

@@ -32,25 +32,25 @@ _SHORT_CHARACTERS = 20_000
 
 
 class Observer:
-    """What a scheduler reports while it runs, such as to `Metrics`; these methods do nothing.
+    """Told by a scheduler what happens, as `Metrics` is; the methods of this class do nothing.
 
     The worker thread calls all of them but `refused`, so they should return quickly.
     """
 
     def started(self, seconds: Sequence[float]) -> None:
-        """Rows waited for so many seconds until their first segment, or their answer at exit 0."""
+        """Rows waited these seconds until their first segment, or until their answer at exit 0."""
 
     def ran(self, rows: int) -> None:
-        """A segment ran on a group of so many rows."""
+        """A segment ran on a group of this many rows."""
 
     def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
-        """Rows were answered, so many seconds after they were submitted."""
+        """Rows were answered, these seconds after they were submitted."""
 
     def failed(self, error: Exception) -> None:
         """A row got an error instead of an answer."""
 
     def refused(self, rows: int) -> None:
-        """The queue was too full for so many rows."""
+        """The queue was too full for this many rows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -137,8 +137,9 @@ class Scheduler:
             max_exit: the row stops at this exit at the latest.
 
         Returns:
-            Its answer. `cancel` takes the row out of the queue, or out of its group after the
-            segment that runs. If the row cannot be answered, `result` raises what `predict` would.
+            A future of the answer. Its `cancel` takes the row out of the queue, or out of its group
+            when the running segment ends. If the row cannot be answered, `result` raises the error
+            that `predict` would raise.
 
         Raises:
             InputError: it is neither a text nor a pair, or the deadline is not a number.
@@ -468,7 +469,8 @@ class Scheduler:
     def _recover(self, error: Exception) -> None:
         """Begin again with the rows that are not answered, after an error.
 
-        If it was in a group, the rows of that group run one by one. Otherwise nothing can run.
+        If it was in a group, the rows of that group run again one by one. Otherwise no row can run,
+        and all of them get the error.
         """
         running = [row for row in self._running if not row.future.done()]
         rest = [row for group in self._groups for row in group.rows] + self._waiting
@@ -490,7 +492,7 @@ class Scheduler:
         return segments_left(self._engine.tally.exits[1 - first :])
 
     def _seconds(self, chain: Chain[Any], tokens: int) -> float:
-        """The time of a segment on a group of so many padded tokens; 0 if it is not known."""
+        """The time of a segment on a group of this many padded tokens; 0 if it is not known."""
         cost = self._engine._segment_cost(chain)
         return 0.0 if cost is None else cost(tokens)
 

@@ -36,8 +36,8 @@ from .metrics import Metrics
 
 STATUSES = {
     400: "the request is not what the schema says",
-    404: "there is no such page",
-    405: "the page has another method",
+    404: "there is nothing at this address",
+    405: "this address takes another HTTP method",
     408: "the body of the request took too long",
     413: "the body or the number of texts is too large",
     415: "the body is not JSON",
@@ -309,5 +309,5 @@ async def _client_left(_: Request, __: Exception) -> Response:
 
 
 async def _bug(_: Request, error: Exception) -> Response:
-    """The server's log has the traceback, and the client does not."""
+    """The traceback goes to the log of the server, not to the client."""
     return _failure(500, FpabeeError(STATUSES[500]))

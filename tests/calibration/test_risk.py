@@ -126,7 +126,7 @@ def test_testing_ends_at_the_first_failure(
     assert len(seen) == 3
     np.testing.assert_array_equal(exits_of(found.rule, costs.rows.take(found.tested)), seen[1][1])
     watch(monkeypatch, [False, True])
-    with pytest.raises(InputError, match="no setting is certain"):
+    with pytest.raises(InputError, match="these rows confirm no setting"):
         controlled(costs)
 
 
