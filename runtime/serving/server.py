@@ -181,7 +181,7 @@ class _Server:
         rows = await self._scheduler.encode(asked.texts)
         found = await self._answers(request, asked, rows)
         tokens = sum(map(len, rows))
-        return _json(classify_response(found, self._engine.labels, self._name, tokens))
+        return _json(classify_response(asked, found, self._engine.labels, self._name, tokens))
 
     async def _predict(self, request: Request) -> Response:
         asked = await self._read(request, PredictRequest)
@@ -189,7 +189,7 @@ class _Server:
         if not asked.truncate and any(row.truncated for row in rows):
             raise InputError("a text is too long", "shorten it, or ask for `truncate`")
         found = await self._answers(request, asked, rows)
-        answers = [predict_response(answer, self._engine.labels) for answer in found]
+        answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
         return _json(answers if asked.is_batch else answers[0])
 
     async def _answers(
