@@ -224,11 +224,15 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
     answers = {"oneOf": [scores, {"type": "array", "items": scores}]}
     any_object = {"type": "object"}
     failures = {str(status): _response(text, refs[3]) for status, text in statuses.items()}
+    wait = {"description": "seconds to wait", "schema": {"type": "integer"}}
+    failures["429"]["headers"] = {"Retry-After": wait}
 
     def post(summary: str, request: Any, response: Any) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": request}}}
         responses = {"200": _response("the answers", response), **failures}
         return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
+
+    classify = post("Classify texts, as in vLLM.", refs[0], refs[1])
 
     def get(summary: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {"200": _response("", schema, kind)}}}
@@ -239,10 +243,13 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "fpabee", "version": version},
         "paths": {
-            "/classify": post("Classify texts, as in vLLM.", refs[0], refs[1]),
+            "/": get("A page to try the model.", {"type": "string"}, "text/html"),
+            "/classify": classify,
+            "/v1/classify": classify,
             "/predict": post("Classify texts, as in TEI.", refs[2], answers),
             "/health": health,
             "/info": get("The model and the limits.", any_object),
+            "/openapi.json": get("This schema.", any_object),
             "/metrics": get("Metrics for Prometheus.", {"type": "string"}, "text/plain"),
         },
         "components": {"schemas": schemas},
