@@ -40,7 +40,8 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     panels={
         **RULE,
         **READING,
-        "Writing results": "--output-format --with-text --top-k --scores --logits --resume --unbuffered",
+        "Writing results": "--output-format --with-text --top-k --scores --logits "
+        "--resume --unbuffered",
     },
 )
 @options.engines

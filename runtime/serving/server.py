@@ -158,7 +158,7 @@ def _connections(seconds: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _check(self, before: Any) -> None:
-            """Cut the client off if it is what we wait for, and was so in the same request before."""
+            """Cut the client off if all waits for it, as before and in the same request."""
             unsent = self.transport.get_write_buffer_size() > 0
             is_up_to_client = self.cycle is None or self.cycle.response_complete or unsent
             if is_up_to_client and self.cycle is before:

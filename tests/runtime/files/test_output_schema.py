@@ -34,14 +34,13 @@ ALWAYS = {"index", "exit", "layer", "truncated", "error"}
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = write_lines(
+    return write_lines(
         tmp_path / "in.jsonl",
         {"text": "play music"},
         {"text": "the film", "text_pair": "the " * 100},
         {"text": 5},
         {"text": ""},
     )
-    return path
 
 
 def expected(family: str, *flags: str) -> set[str]:
@@ -147,7 +146,9 @@ def test_a_run_that_began_with_other_flags_is_not_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(Partial, "sync", _full)
         assert run(*options).code == 1
-    check_refused(run(*options, flag, "--resume"), "is from another run", flag[2:7].replace("-", "_"))
+    check_refused(
+        run(*options, flag, "--resume"), "is from another run", flag[2:7].replace("-", "_")
+    )
     assert run(*options, "--resume").code == 0
     assert len(output.read_text().splitlines()) == 4
 

@@ -26,7 +26,9 @@ MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, all_scores=Tr
 
 def record(index: int = 0, **fields: Any) -> Record:
     return SINGLE.record(
-        index, Row("x", fields=fields), Prediction(("yes",), (0.1234567,), 2, 4, (0.9, 0.1), (2.1, -0.1), False)
+        index,
+        Row("x", fields=fields),
+        Prediction(("yes",), (0.1234567,), 2, 4, (0.9, 0.1), (2.1, -0.1), False),
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Engine
-from fpabee.runtime.encoding import Text
+from fpabee.runtime.chain import Chain
+from fpabee.runtime.encoding import EncodedRow, Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, make_app
@@ -28,9 +31,7 @@ HEADERS = {"Content-Type": "application/json"}
 class Server:
     """The application, without a network."""
 
-    def __init__(
-        self, engine: Engine, max_rows: int = 10, limits: ServerLimits = LIMITS
-    ) -> None:
+    def __init__(self, engine: Engine, max_rows: int = 10, limits: ServerLimits = LIMITS) -> None:
         self.engine = engine
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(engine, max_rows, self.metrics)
@@ -115,7 +116,9 @@ def test_what_fpabee_adds(server: Server) -> None:
 
 def test_top_k_and_logits(server: Server) -> None:
     (expected,) = server.engine.predict(["rain"])
-    ranked = [{"label": n, "score": pytest.approx(p)} for n, p in expected.top(server.engine.labels)]
+    ranked = [
+        {"label": n, "score": pytest.approx(p)} for n, p in expected.top(server.engine.labels)
+    ]
     response = server.post("/classify", {"input": ["rain", "sun"], "top_k": 2, "logits": True})
     (answer, _) = server.check("/classify", response)["data"]
     assert answer["top"] == ranked[:2]
@@ -289,7 +292,10 @@ def test_a_full_queue(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("error", [MemoryError("secret"), BackendError("it failed", "restart")])
 def test_a_failing_model(
-    engines: Mapping[str, Path], error: Exception, monkeypatch: pytest.MonkeyPatch
+    engines: Mapping[str, Path],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Engine.load(engines["bert"]) as engine:
         server = Server(engine)
@@ -304,6 +310,37 @@ def test_a_failing_model(
             found = server.check("/classify", response)
             assert "secret" not in response.text
             assert ("it failed" in found["error"]) == isinstance(error, BackendError)
+            assert ("it failed" in caplog.text) == isinstance(error, BackendError)
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        server.scheduler.close()
+
+
+def test_no_memory_for_one_text_fails_one_request(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests run in one batch, which fails, while the metrics fail too."""
+    begin, texts = Chain.begin, ["rain", "sun", "rain sun rain", "the film"]
+    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine:
+        server = Server(engine)
+        (bad,) = engine.encode(["rain sun rain"])
+        arrived = threading.Event()
+
+        def fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
+            arrived.wait(60)
+            if any(row.input_ids.tolist() == bad.input_ids.tolist() for row in rows):
+                raise MemoryError
+            return begin(chain, rows, *rest)
+
+        monkeypatch.setattr(Chain, "begin", fails)
+        monkeypatch.setattr(server.metrics, "failed", None)
+        with ThreadPoolExecutor(len(texts)) as pool:
+            sent = [pool.submit(server.post, "/classify", {"input": text}) for text in texts]
+            while server.scheduler.unanswered < len(texts):
+                time.sleep(0.001)
+            arrived.set()
+            found = [response.result(60) for response in sent]
+        assert [response.status_code for response in found] == [200, 200, 500, 200]
+        server.check("/classify", found[2])
         assert server.post("/classify", {"input": "a"}).status_code == 200
         server.scheduler.close()
 

@@ -145,9 +145,7 @@ def test_slow_clients_do_not_keep_the_server_from_stopping(
         assert not thread.is_alive()
 
 
-def test_a_slow_answer_is_no_slow_client(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_answer_is_no_slow_client(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may run for longer than a client may take to send it."""
     classify = Scheduler.classify_encoded
 
