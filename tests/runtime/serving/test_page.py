@@ -44,7 +44,7 @@ with sync_playwright() as playwright:
     for number, text in enumerate(asked["texts"]):
         page.get_by_label("Text").fill(text)
         page.get_by_role("button", name="Classify").click()
-        page.wait_for_function("!document.getElementById('button').disabled")
+        page.locator("button:enabled").wait_for()
         table = page.get_by_role("table", name="Probability of each label")
         rows = table.get_by_role("row").all() if table.is_visible() else []
         shown.append({
