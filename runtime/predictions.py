@@ -67,18 +67,20 @@ class PredictionMaker:
             rows,
             chosen,
             outputs.probabilities.tolist(),
+            logits.tolist(),
             exits.tolist(),
             limited.tolist(),
             missed.tolist(),
             strict=True,
         )
-        for row, numbers, probabilities, exit_number, is_limited, is_missed in columns:
+        for row, numbers, probabilities, at_exit, exit_number, is_limited, is_missed in columns:
             yield Prediction(
                 labels=tuple([labels[number] for number in numbers]),
                 scores=tuple([probabilities[number] for number in numbers]),
                 exit=exit_number,
                 layer=self._layers[exit_number - first],
                 probabilities=tuple(probabilities),
+                logits=tuple(at_exit),
                 truncated=row.truncated,
                 deadline_limited=is_limited,
                 deadline_missed=is_missed,
@@ -105,6 +107,7 @@ class PredictionMaker:
             exit=exit_number,
             layer=self._layers[exit_number - self._first],
             probabilities=probabilities,
+            logits=tuple(logits),
             truncated=truncated,
         )
 

@@ -22,6 +22,7 @@ class Prediction:
         exit: the exit that answered; exit 0 answers before layer 1.
         layer: the layer of that exit, which is the number of encoder layers that ran.
         probabilities: probabilities of all labels, in the order of `Engine.labels`.
+        logits: the logits of that exit, in the same order, from which the probabilities come.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.
         deadline_missed: whether even the first exit takes longer than the deadline. A
@@ -33,9 +34,20 @@ class Prediction:
     exit: int
     layer: int
     probabilities: tuple[float, ...]
+    logits: tuple[float, ...]
     truncated: bool
     deadline_limited: bool = False
     deadline_missed: bool = False
+
+    def top(self, labels: Sequence[str], k: int | None = None) -> list[tuple[str, float]]:
+        """The most probable labels and their probabilities, the most probable one first.
+
+        Args:
+            labels: all labels, that is `Engine.labels`.
+            k: how many; default: all.
+        """
+        pairs = zip(labels, self.probabilities, strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])[:k]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     panels={
         **RULE,
         **READING,
-        "Writing results": "--output-format --with-text --all-scores --resume --unbuffered",
+        "Writing results": "--output-format --with-text --top-k --scores --logits "
+        "--resume --unbuffered",
     },
 )
 @options.engines
@@ -82,7 +83,9 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     OUTPUT_FORMATS,
 )
 @options.flag("--with-text", "Repeat the text in each result.")
-@options.flag("--all-scores", "Write the probabilities of all labels.")
+@options.count("--top-k", "Write the N most probable labels and their probabilities.")
+@options.flag("--scores --all-scores all_scores", "Write the probabilities of all labels.")
+@options.flag("--logits", "Write the logits of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
 @options.flag(
     "--unbuffered",
@@ -104,7 +107,9 @@ def main(
     threads: int | None,
     check: bool,
     with_text: bool,
+    top_k: int | None,
     all_scores: bool,
+    logits: bool,
     metrics: bool,
     unbuffered: bool,
     quiet: bool,
@@ -147,6 +152,8 @@ def main(
             engine.multi_label,
             with_text,
             all_scores,
+            top_k or 0,
+            logits,
             errors=on_error == "skip",
             separator=reading.label_separator or LABEL_SEPARATOR,
         )
@@ -243,6 +250,8 @@ def _settings_of_run(
         "engines": sha256_of(engines / MANIFEST_NAME),
         "with_text": schema.with_text,
         "all_scores": schema.all_scores,
+        "top_k": schema.top_k,
+        "logits": schema.logits,
         "max_length": max_length,
         "threads": threads,
         "metrics": summary.metrics,

@@ -61,7 +61,7 @@ def main(
     from ..serving.scheduler import Scheduler
     from ..serving.server import ServerLimits, listen, make_app, serve
 
-    limits = ServerLimits(max_body, max_texts)
+    limits = ServerLimits(max_body, min(max_texts, max_rows))
     with (
         Engine.load(
             engines, target, operating_point, threads, max_length=max_length, check=check

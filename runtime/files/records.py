@@ -14,7 +14,7 @@ from .rows import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]
 
-_ALL_SCORES = "all_scores"
+_ALL_SCORES, _LOGITS = "all_scores", "logits"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class RecordSchema:
         multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
         all_scores: whether the probabilities of all labels are included.
+        top_k: how many of the most probable labels are included; 0 for none.
+        logits: whether the logits of all labels are included.
         errors: whether a record may be an error.
         separator: separates labels, and scores, in a cell.
     """
@@ -34,6 +36,8 @@ class RecordSchema:
     multi_label: bool
     with_text: bool = False
     all_scores: bool = False
+    top_k: int = 0
+    logits: bool = False
     errors: bool = False
     separator: str = LABEL_SEPARATOR
 
@@ -53,11 +57,14 @@ class RecordSchema:
         record |= {"exit": prediction.exit, "layer": prediction.layer}
         if prediction.truncated:
             record["truncated"] = True
-        if self.all_scores:
-            record[_ALL_SCORES] = {
-                label: round(value, 6)
-                for label, value in zip(self.labels, prediction.probabilities, strict=True)
-            }
+        if self.top_k:
+            top = prediction.top(self.labels, self.top_k)
+            record["top_labels"] = [label for label, _ in top]
+            record["top_scores"] = [round(score, 6) for _, score in top]
+        values = {_ALL_SCORES: prediction.probabilities, _LOGITS: prediction.logits}
+        for name in self._by_label:
+            pairs = zip(self.labels, values[name], strict=True)
+            record[name] = {label: round(value, 6) for label, value in pairs}
         return record
 
     def error(self, index: int, error: RowError) -> Record:
@@ -78,15 +85,25 @@ class RecordSchema:
         )
 
     @cached_property
+    def _by_label(self) -> list[str]:
+        """The fields that hold a number for each label."""
+        return [_ALL_SCORES] * self.all_scores + [_LOGITS] * self.logits
+
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """The columns of these numbers in a table."""
+        return tuple(f"{name}.{label}" for name in self._by_label for label in self.labels)
+
+    @cached_property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()
         answer = ("labels", "scores") if self.multi_label else ("label", "score")
-        scores = [f"{_ALL_SCORES}.{label}" for label in self.labels] if self.all_scores else ()
-        return (*text, *answer, "exit", "layer", "truncated", *scores)
+        top = ("top_labels", "top_scores") if self.top_k else ()
+        return (*text, *answer, "exit", "layer", "truncated", *top, *self.number_columns)
 
     @cached_property
     def _names(self) -> set[str]:
-        return {"index", "error", _ALL_SCORES, *self._results}
+        return {"index", "error", _ALL_SCORES, *self._by_label, *self._results}
 
     def columns(self, fields: Iterable[str]) -> tuple[str, ...]:
         """The columns of a table: the index, the other fields of the input, and the results."""
@@ -99,8 +116,9 @@ class RecordSchema:
     def flat(self, record: Record) -> Record:
         """A record with one value for each column of results."""
         record = dict(record)
-        scores = record.pop(_ALL_SCORES, {})
-        record |= {f"{_ALL_SCORES}.{label}": value for label, value in scores.items()}
+        for name in self._by_label:
+            values = record.pop(name, {})
+            record |= {f"{name}.{label}": value for label, value in values.items()}
         if "error" not in record:
             record.setdefault("truncated", False)
         return record
@@ -121,7 +139,7 @@ class RecordSchema:
         Raises:
             InputError: a label contains the separator.
         """
-        for label in self.labels if self.multi_label else ():
+        for label in self.labels if self.multi_label or self.top_k else ():
             if self.separator in label:
                 raise InputError(
                     f"the label {label!r} contains {self.separator!r}, which separates labels",

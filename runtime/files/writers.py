@@ -212,8 +212,10 @@ def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
         "score": pyarrow.float64(),
         "scores": pyarrow.list_(pyarrow.float64()),
         "labels": pyarrow.list_(pyarrow.string()),
+        "top_scores": pyarrow.list_(pyarrow.float64()),
+        "top_labels": pyarrow.list_(pyarrow.string()),
     }
-    types |= {f"all_scores.{label}": pyarrow.float64() for label in schema.labels}
+    types |= dict.fromkeys(schema.number_columns, pyarrow.float64())
     kinds = _kinds(partial, schema)
     types |= {name: narrowest(held) for name, held in kinds.items()}
     columns = [(name, types.get(name, pyarrow.string())) for name in schema.columns(kinds)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,10 +22,12 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         deadline_ms: milliseconds for the answer.
         max_exit: rows stop at this exit at the latest.
+        top_k: how many labels an answer has with their probabilities, the most probable first.
     """
 
     deadline_ms: float | None = None
     max_exit: int | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class ClassifyRequest(Options, kw_only=True, forbid_unknown_fields=True):
@@ -35,16 +37,25 @@ class ClassifyRequest(Options, kw_only=True, forbid_unknown_fields=True):
         input: a text, or a list of texts and pairs.
         model: anything; there is one model.
         user: ignored.
+        logits: whether answers have the logits of all labels.
     """
 
     input: str | list[str | Pair]
     model: str | None = None
     user: str | None = None
+    logits: bool = False
 
     @property
     def texts(self) -> list[Text]:
         """The texts and pairs, in order."""
         return [self.input] if isinstance(self.input, str) else list(self.input)
+
+
+class LabelScore(msgspec.Struct):
+    """A label and its probability; with `raw_scores`, its logit."""
+
+    score: float
+    label: str
 
 
 class Answer(msgspec.Struct):
@@ -61,6 +72,8 @@ class Answer(msgspec.Struct):
         truncated: whether the text was too long.
         deadline_limited: whether the deadline stopped the row.
         deadline_missed: whether the answer is late.
+        top: with `top_k`, the most probable labels.
+        logits: if they were asked for, the logits at that exit, in the order of `probs`.
     """
 
     index: int
@@ -73,6 +86,8 @@ class Answer(msgspec.Struct):
     truncated: bool
     deadline_limited: bool
     deadline_missed: bool
+    top: list[LabelScore] | msgspec.UnsetType = msgspec.UNSET
+    logits: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Usage(msgspec.Struct):
@@ -101,12 +116,12 @@ class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
         inputs: a text; a pair of texts as a list of two; or several of both in a list, where a text
             is a list of one.
         truncate: whether texts may be truncated.
-        raw_scores: must be false: scores are probabilities.
+        raw_scores: whether scores are logits instead of probabilities.
     """
 
     inputs: str | list[str | list[str]]
     truncate: bool = True
-    raw_scores: Literal[False] = False
+    raw_scores: bool = False
 
     @property
     def is_batch(self) -> bool:
@@ -122,13 +137,6 @@ class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
         """
         inputs: Any = self.inputs if self.is_batch else [self.inputs]
         return [text if isinstance(text, str) else _text_or_pair(text) for text in inputs]
-
-
-class LabelScore(msgspec.Struct):
-    """A label and its probability."""
-
-    score: float
-    label: str
 
 
 class Failure(msgspec.Struct):
@@ -150,11 +158,16 @@ def _text_or_pair(strings: Sequence[str]) -> Text:
 
 
 def classify_response(
-    predictions: Sequence[Prediction], labels: Sequence[str], model: str, tokens: int
+    asked: ClassifyRequest,
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    model: str,
+    tokens: int,
 ) -> ClassifyResponse:
     """Answers in vLLM's format.
 
     Args:
+        asked: the request.
         predictions: in the order of the request.
         labels: in the order of the probabilities.
         model: the name of the model.
@@ -163,7 +176,7 @@ def classify_response(
     data = [
         Answer(
             number,
-            labels[max(range(len(labels)), key=answer.probabilities.__getitem__)],
+            answer.top(labels, 1)[0][0],
             list(answer.probabilities),
             len(labels),
             list(answer.labels),
@@ -172,6 +185,8 @@ def classify_response(
             answer.truncated,
             answer.deadline_limited,
             answer.deadline_missed,
+            _scores(answer.top(labels, asked.top_k)) if asked.top_k else msgspec.UNSET,
+            answer.logits if asked.logits else msgspec.UNSET,
         )
         for number, answer in enumerate(predictions)
     ]
@@ -179,10 +194,19 @@ def classify_response(
     return ClassifyResponse(name, "list", int(time.time()), model, data, Usage(tokens, tokens))
 
 
-def predict_response(prediction: Prediction, labels: Sequence[str]) -> list[LabelScore]:
+def predict_response(
+    asked: PredictRequest, prediction: Prediction, labels: Sequence[str]
+) -> list[LabelScore]:
     """An answer in the format of text-embeddings-inference, the most probable label first."""
-    pairs = zip(prediction.probabilities, labels, strict=True)
-    return [LabelScore(score, label) for score, label in sorted(pairs, key=lambda pair: -pair[0])]
+    top = prediction.top(labels, asked.top_k)
+    if not asked.raw_scores:
+        return _scores(top)
+    logits = dict(zip(labels, prediction.logits, strict=True))
+    return _scores([(label, logits[label]) for label, _ in top])
+
+
+def _scores(pairs: Sequence[tuple[str, float]]) -> list[LabelScore]:
+    return [LabelScore(score, label) for label, score in pairs]
 
 
 def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
@@ -200,11 +224,15 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
     answers = {"oneOf": [scores, {"type": "array", "items": scores}]}
     any_object = {"type": "object"}
     failures = {str(status): _response(text, refs[3]) for status, text in statuses.items()}
+    wait = {"description": "seconds to wait", "schema": {"type": "integer"}}
+    failures["429"]["headers"] = {"Retry-After": wait}
 
     def post(summary: str, request: Any, response: Any) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": request}}}
         responses = {"200": _response("the answers", response), **failures}
         return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
+
+    classify = post("Classify texts, as in vLLM.", refs[0], refs[1])
 
     def get(summary: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {"200": _response("", schema, kind)}}}
@@ -215,10 +243,13 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "fpabee", "version": version},
         "paths": {
-            "/classify": post("Classify texts, as in vLLM.", refs[0], refs[1]),
+            "/": get("A page to try the model.", {"type": "string"}, "text/html"),
+            "/classify": classify,
+            "/v1/classify": classify,
             "/predict": post("Classify texts, as in TEI.", refs[2], answers),
             "/health": health,
             "/info": get("The model and the limits.", any_object),
+            "/openapi.json": get("This schema.", any_object),
             "/metrics": get("Metrics for Prometheus.", {"type": "string"}, "text/plain"),
         },
         "components": {"schemas": schemas},

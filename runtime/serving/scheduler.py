@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
@@ -26,6 +27,8 @@ from ..rules.measures import Mask
 from ..rules.runner import PatienceState, RuleRunner
 from .policy import rows_with, segments_left, worth
 
+logger = logging.getLogger(__name__)
+
 _MOST_ROWS = 1000
 # Longer texts are tokenized in another thread than that of the event loop.
 _SHORT_CHARACTERS = 20_000
@@ -34,7 +37,8 @@ _SHORT_CHARACTERS = 20_000
 class Observer:
     """Told by a scheduler what happens, as `Metrics` is; the methods of this class do nothing.
 
-    The worker thread calls all of them but `refused`, so they should return quickly.
+    The worker thread calls all of them but `refused`, so they should return quickly. An exception
+    of theirs is logged, and changes no answer.
     """
 
     def started(self, seconds: Sequence[float]) -> None:
@@ -199,7 +203,12 @@ class Scheduler:
         return await self.classify_encoded(rows, deadline_ms, max_exit)
 
     async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """`Engine.encode` in asyncio: long texts do not keep the event loop waiting."""
+        """`Engine.encode` in asyncio: long texts do not keep the event loop waiting.
+
+        Raises:
+            OverloadedError: the queue has no room for them, so tokenizing them would be in vain.
+        """
+        self._check_room(len(texts))
         if sum(map(_characters, texts)) <= _SHORT_CHARACTERS:
             return self._engine.encode(texts)
         return await asyncio.to_thread(self._engine.encode, texts)
@@ -250,7 +259,7 @@ class Scheduler:
         if self._closed:
             raise BackendError("this scheduler is closed", "make another one")
         if self._unanswered + rows > self._most:
-            self._observer.refused(rows)
+            _tell(self._observer.refused, rows)
             raise OverloadedError(
                 f"{self._unanswered} of at most {self._most} rows are unanswered, and "
                 f"{rows} more were submitted",
@@ -291,7 +300,7 @@ class Scheduler:
         stage = group.hidden.segment
         pending = chain.execution.enqueue(stage, group.hidden)
         logits = pending.result()[LOGITS]
-        self._observer.ran(len(group.rows))
+        _tell(self._observer.ran, len(group.rows))
         done = self._decide(stage + 1, self._running, group.state, logits)
         if done.any():
             group.keep = np.flatnonzero(~done)
@@ -359,7 +368,7 @@ class Scheduler:
         self._waiting = [row for row in self._waiting if row not in taken]
         self._running = rows
         now = perf_counter()
-        self._observer.started([now - row.arrived for row in rows])
+        _tell(self._observer.started, [now - row.arrived for row in rows])
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:
@@ -455,14 +464,14 @@ class Scheduler:
         )
         seconds = [now - row.arrived for row in taken]
         if exit_number == 0:
-            self._observer.started(seconds)
-        self._observer.answered(predictions, seconds)
+            _tell(self._observer.started, seconds)
+        _tell(self._observer.answered, predictions, seconds)
         for row, prediction in zip(taken, predictions, strict=True):
             if row.future.set_running_or_notify_cancel():
                 row.future.set_result(prediction)
 
     def _fail(self, row: _Row, error: Exception) -> None:
-        self._observer.failed(error)
+        _tell(self._observer.failed, error)
         if row.future.set_running_or_notify_cancel():
             row.future.set_exception(error)
 
@@ -495,6 +504,14 @@ class Scheduler:
         """The time of a segment on a group of this many padded tokens; 0 if it is not known."""
         cost = self._engine._segment_cost(chain)
         return 0.0 if cost is None else cost(tokens)
+
+
+def _tell(method: Callable[..., None], *what: Any) -> None:
+    """Call an observer, whose failure must not become that of a row."""
+    try:
+        method(*what)
+    except Exception:
+        logger.exception("the observer of a scheduler failed")
 
 
 def _characters(text: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import socket
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
 from ..encoding import EncodedRow, Text
@@ -34,10 +36,10 @@ from .formats import (
 )
 from .metrics import Metrics
 
+logger = logging.getLogger(__name__)
+
 STATUSES = {
     400: "the request is not what the schema says",
-    404: "there is nothing at this address",
-    405: "this address takes another HTTP method",
     408: "the body of the request took too long",
     413: "the body or the number of texts is too large",
     415: "the body is not JSON",
@@ -62,7 +64,8 @@ class ServerLimits:
     Attributes:
         max_body: most bytes in the body of a request.
         max_texts: most texts in a request.
-        body_seconds: seconds in which the body must arrive.
+        body_seconds: seconds in which the body must arrive. A client that sends no complete
+            head of a request, or reads nothing, for this time is cut off after at most twice it.
         stop_seconds: seconds that requests may still take after a signal to stop.
     """
 
@@ -133,12 +136,38 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
     limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
+        http=_connections(limits.body_seconds),
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _connections(seconds: float) -> type[H11Protocol]:
+    """Connections that clients cannot hold open by being slow, which uvicorn has no setting for."""
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, self._check, None)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _check(self, before: Any) -> None:
+            """Cut the client off if all waits for it, as before and in the same request."""
+            unsent = self.transport.get_write_buffer_size() > 0
+            is_up_to_client = self.cycle is None or self.cycle.response_complete or unsent
+            if is_up_to_client and self.cycle is before:
+                self.transport.abort()
+            else:
+                now = self.cycle if is_up_to_client else self
+                self._timer = self.loop.call_later(seconds, self._check, now)
+
+    return Connection
 
 
 class _Server:
@@ -181,7 +210,7 @@ class _Server:
         rows = await self._scheduler.encode(asked.texts)
         found = await self._answers(request, asked, rows)
         tokens = sum(map(len, rows))
-        return _json(classify_response(found, self._engine.labels, self._name, tokens))
+        return _json(classify_response(asked, found, self._engine.labels, self._name, tokens))
 
     async def _predict(self, request: Request) -> Response:
         asked = await self._read(request, PredictRequest)
@@ -189,7 +218,7 @@ class _Server:
         if not asked.truncate and any(row.truncated for row in rows):
             raise InputError("a text is too long", "shorten it, or ask for `truncate`")
         found = await self._answers(request, asked, rows)
-        answers = [predict_response(answer, self._engine.labels) for answer in found]
+        answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
         return _json(answers if asked.is_batch else answers[0])
 
     async def _answers(
@@ -221,7 +250,7 @@ class _Server:
             body = await asyncio.wait_for(self._body(request), self._limits.body_seconds)
             asked = msgspec.json.decode(body, type=kind)
         except asyncio.TimeoutError:
-            raise HTTPException(408, STATUSES[408]) from None
+            raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise HTTPException(400, str(error)) from None
         if len(asked.texts) > self._limits.max_texts:
@@ -281,7 +310,10 @@ class _Server:
             return _failure(429, error, {"Retry-After": "1"})
         if isinstance(error, (InputError, RuleError)):
             return _failure(400, error)
-        return _failure(503 if self._scheduler.is_closed else 500, error)
+        if self._scheduler.is_closed:
+            return _failure(503, error)
+        logger.error("%s", error, exc_info=error)
+        return _failure(500, error)
 
 
 def _json(content: Any) -> Response:

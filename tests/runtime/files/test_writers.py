@@ -26,7 +26,9 @@ MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, all_scores=Tr
 
 def record(index: int = 0, **fields: Any) -> Record:
     return SINGLE.record(
-        index, Row("x", fields=fields), Prediction(("yes",), (0.1234567,), 2, 4, (0.9, 0.1), False)
+        index,
+        Row("x", fields=fields),
+        Prediction(("yes",), (0.1234567,), 2, 4, (0.9, 0.1), (2.1, -0.1), False),
     )
 
 
@@ -42,7 +44,7 @@ def converted(
 def test_records() -> None:
     answer = {"label": "yes", "score": 0.123457, "exit": 2, "layer": 4}
     assert record(3, id="a") == {"index": 3, "id": "a", **answer}
-    prediction = Prediction((), (), 1, 1, (0.25, 0.5), True)
+    prediction = Prediction((), (), 1, 1, (0.25, 0.5), (-1.1, 0.0), True)
     assert MULTI.record(1, Row("x", "y"), prediction) == {
         **{"index": 1, "text": "x", "text_pair": "y", "labels": [], "scores": []},
         **{"exit": 1, "layer": 1, "truncated": True, "all_scores": {"a": 0.25, "b": 0.5}},
@@ -79,7 +81,7 @@ def test_tables(tmp_path: Path, name: str, delimiter: str) -> None:
 def test_multi_label_tables_read_back(tmp_path: Path) -> None:
     found = [((), ()), (("a",), (0.75,)), (("a", "b"), (0.75, 1.0))]
     records = [
-        MULTI.record(n, Row("x"), Prediction(labels, scores, 1, 1, (0.25, 0.5), False))
+        MULTI.record(n, Row("x"), Prediction(labels, scores, 1, 1, (0.25, 0.5), (-1.1, 0.0), False))
         for n, (labels, scores) in enumerate(found)
     ]
     records.append(MULTI.error(3, RowError("bad", "mend it")))
@@ -114,7 +116,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert (first["mixed"], second["mixed"], first["deep"]) == ("a", "5", "[1]")
     assert (first["t"], second["t"], second["deep"]) == (True, None, None)
     assert first["truncated"] is False
-    prediction = Prediction(("a",), (0.75,), 1, 1, (0.75, 0.5), True)
+    prediction = Prediction(("a",), (0.75,), 1, 1, (0.75, 0.5), (1.1, 0.0), True)
     records = [MULTI.record(0, Row("x", "y"), prediction), MULTI.error(1, RowError("bad"))]
     first, second = parquet.read_table(converted(tmp_path, "x.pq", records, MULTI)).to_pylist()
     assert (first["labels"], first["scores"], first["all_scores.b"]) == (["a"], [0.75], 0.5)

@@ -296,7 +296,31 @@ def test_exit_0_answers_while_a_segment_waits(
         assert gate.begun == []
 
 
-def test_a_failing_row_gets_its_error_and_others_their_answers(engine: Engine, gate: Gate) -> None:
+class Counting(Observer):
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+
+    def failed(self, error: Exception) -> None:
+        self.failures.append(error)
+
+
+class Raising(Counting):
+    """An observer with a bug in each method."""
+
+    def _raise(self, *_: object) -> None:
+        raise ZeroDivisionError
+
+    def failed(self, error: Exception) -> None:
+        super().failed(error)
+        self._raise()
+
+    started = ran = answered = refused = _raise  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("observer", [Counting, Raising])
+def test_a_failing_row_gets_its_error_and_others_their_answers(
+    engine: Engine, gate: Gate, observer: type[Counting], caplog: pytest.LogCaptureFixture
+) -> None:
     """The group fails as a whole, so its rows run again one by one."""
     bad = engine.encode(["rain " * 9])[0].input_ids
 
@@ -306,13 +330,8 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(engine: Engine, g
             raise MemoryError("made up")
 
     gate.fails = fails
-    failures: list[Exception] = []
-
-    class Counting(Observer):
-        def failed(self, error: Exception) -> None:
-            failures.append(error)
-
-    with Scheduler(engine, observer=Counting()) as scheduler:
+    observed = observer()
+    with Scheduler(engine, observer=observed) as scheduler:
         first = scheduler.submit("sun")
         gate.at()
         futures = scheduler.submit_all(["the film", "rain " * 9, "the plot"])
@@ -321,7 +340,15 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(engine: Engine, g
             futures[1].result(WAIT)
         texts = ["sun", "the film", "the plot"]
         check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
-    assert len(failures) == 1
+    assert len(observed.failures) == 1
+    assert ("the observer of a scheduler failed" in caplog.text) == (observer is Raising)
+
+
+def test_an_observer_that_fails_when_the_queue_is_full(engine: Engine) -> None:
+    with Scheduler(engine, max_rows=1, observer=Raising()) as scheduler:
+        with pytest.raises(OverloadedError):
+            scheduler.submit_all(["a", "b"])
+        assert scheduler.submit("a").result(WAIT).exit == 3
 
 
 def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

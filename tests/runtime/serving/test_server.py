@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Engine
-from fpabee.runtime.encoding import Text
+from fpabee.runtime.chain import Chain
+from fpabee.runtime.encoding import EncodedRow, Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, make_app
@@ -26,11 +31,11 @@ HEADERS = {"Content-Type": "application/json"}
 class Server:
     """The application, without a network."""
 
-    def __init__(self, engine: Engine, max_rows: int = 10) -> None:
+    def __init__(self, engine: Engine, max_rows: int = 10, limits: ServerLimits = LIMITS) -> None:
         self.engine = engine
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(engine, max_rows, self.metrics)
-        app = make_app(engine, self.scheduler, self.metrics, LIMITS, "tiny")
+        app = make_app(engine, self.scheduler, self.metrics, limits, "tiny")
         self.client = TestClient(app, raise_server_exceptions=False)
         self.schema = self.client.get("/openapi.json").json()
 
@@ -109,6 +114,81 @@ def test_what_fpabee_adds(server: Server) -> None:
     assert (late["exit"], late["deadline_missed"]) == (1, True)
 
 
+def test_top_k_and_logits(server: Server) -> None:
+    (expected,) = server.engine.predict(["rain"])
+    ranked = [
+        {"label": n, "score": pytest.approx(p)} for n, p in expected.top(server.engine.labels)
+    ]
+    response = server.post("/classify", {"input": ["rain", "sun"], "top_k": 2, "logits": True})
+    (answer, _) = server.check("/classify", response)["data"]
+    assert answer["top"] == ranked[:2]
+    assert answer["logits"] == pytest.approx(expected.logits, abs=1e-5)
+    (plain,) = server.post("/classify", {"input": "rain"}).json()["data"]
+    assert not {"top", "logits"} & plain.keys()
+    asked = {"inputs": "rain", "top_k": 2}
+    assert server.check("/predict", server.post("/predict", asked)) == ranked[:2]
+    raw = server.check("/predict", server.post("/predict", asked | {"raw_scores": True}))
+    assert [pair["label"] for pair in raw] == [pair["label"] for pair in ranked[:2]]
+    for pair in raw:
+        logit = expected.logits[server.engine.labels.index(pair["label"])]
+        assert pair["score"] == pytest.approx(logit, abs=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/classify", "/predict"])
+@given(data=st.data())
+def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataObject) -> None:
+    """Requests around what the schema allows: it says which are refused, and describes answers."""
+    operation = server.schema["paths"][path]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    name = schema["$ref"].rpartition("/")[2]
+    fields = sorted(server.schema["components"]["schemas"][name]["properties"])
+    text = st.sampled_from(["rain", "", "\0", "a film"])
+    value = st.one_of(
+        *(st.none(), st.booleans(), st.integers(-1, 3), st.just(1e6), text),
+        *(st.lists(text, max_size=3), st.lists(st.lists(text, max_size=3), max_size=3)),
+    )
+    needed = "input" if path == "/classify" else "inputs"
+    content = data.draw(
+        st.dictionaries(st.sampled_from([*fields, "other"]), value, max_size=3).flatmap(
+            lambda other: st.one_of(st.just(other), value.map(lambda v: other | {needed: v}))
+        )
+    )
+    response = server.post(path, content)
+    server.check(path, response)
+    full = schema | {"components": server.schema["components"]}
+    is_valid = jsonschema.Draft202012Validator(full).is_valid(content)
+    if not is_valid:
+        assert response.status_code == 400
+    elif response.status_code != 200:
+        # What a schema cannot say: exits of this model, and which lists are pairs.
+        assert response.status_code == 400
+        assert response.json()["error_type"] in ("InputError", "RuleError")
+
+
+def test_every_address_is_in_the_schema(server: Server) -> None:
+    app: Any = server.client.app
+    assert {route.path for route in app.routes} == set(server.schema["paths"])
+    for path, operations in server.schema["paths"].items():
+        if "get" in operations:
+            response = server.client.get(path)
+            ((kind, _),) = operations["get"]["responses"]["200"]["content"].items()
+            assert response.headers["Content-Type"].startswith(kind)
+
+
+@pytest.mark.parametrize("max_body", [5000, 2**25])
+def test_a_million_texts(engines: Mapping[str, Path], max_body: int) -> None:
+    limits = ServerLimits(max_body=max_body)
+    with Engine.load(engines["bert"]) as engine:
+        server = Server(engine, limits=limits)
+        body = b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'
+        response = server.post("/classify", body)
+        assert response.status_code == 413
+        says = "more than 5000 bytes" if max_body == 5000 else "1000000 texts, expected at most 256"
+        assert says in server.check("/classify", response)["error"]
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        server.scheduler.close()
+
+
 @pytest.mark.parametrize(
     ("status", "says", "content"),
     [
@@ -131,6 +211,14 @@ def test_what_fpabee_adds(server: Server) -> None:
         (400, "max_exit", {"input": "a", "max_exit": 1.5}),
         (400, "exit", {"input": "a", "max_exit": 99}),
         (400, "exit", {"input": "a", "max_exit": -1}),
+        (400, "max_exit", {"input": "a", "max_exit": 10**30}),
+        (400, "max_exit", {"input": "a", "max_exit": True}),
+        (400, "range", b'{"input": "a", "deadline_ms": 1e999}'),
+        (400, "top_k", {"input": "a", "top_k": 0}),
+        (400, "top_k", {"input": "a", "top_k": 1.5}),
+        (400, "logits", {"input": "a", "logits": 1}),
+        (400, "malformed", b'\xef\xbb\xbf{"input": "a"}'),
+        (400, "", '{"input": "a"}'.encode("utf-16")),
         (413, "5 texts, expected at most 4", {"input": ["a"] * 5}),
         (413, "more than 5000 bytes", {"input": "a" * 6000}),
     ],
@@ -151,7 +239,8 @@ def test_bad_requests(server: Server, status: int, says: str, content: Any) -> N
         (400, {"inputs": []}),
         (400, {"inputs": ["a", "b", "c"]}),
         (400, {"inputs": [[], ["a"]]}),
-        (400, {"inputs": "a", "raw_scores": True}),
+        (400, {"inputs": "a", "raw_scores": 1}),
+        (400, {"inputs": "a", "top_k": -1}),
         (400, {"inputs": "rain " * 100, "truncate": False}),
         (413, {"inputs": [["a"]] * 5}),
     ],
@@ -184,10 +273,12 @@ def test_a_body_without_a_length_is_also_limited(server: Server) -> None:
     assert response.status_code == 413
 
 
-def test_a_full_queue(engines: Mapping[str, Path]) -> None:
+def test_a_full_queue(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine.load(engines["bert"]) as engine:
         server = Server(engine, max_rows=1)
-        response = server.post("/classify", {"input": ["a", "b"]})
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "encode", None)  # is in vain for a request that is refused
+            response = server.post("/classify", {"input": ["a", "b"]})
         assert response.status_code == 429
         assert response.headers["Retry-After"] == "1"
         assert server.check("/classify", response)["error_type"] == "OverloadedError"
@@ -201,7 +292,10 @@ def test_a_full_queue(engines: Mapping[str, Path]) -> None:
 
 @pytest.mark.parametrize("error", [MemoryError("secret"), BackendError("it failed", "restart")])
 def test_a_failing_model(
-    engines: Mapping[str, Path], error: Exception, monkeypatch: pytest.MonkeyPatch
+    engines: Mapping[str, Path],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Engine.load(engines["bert"]) as engine:
         server = Server(engine)
@@ -216,6 +310,37 @@ def test_a_failing_model(
             found = server.check("/classify", response)
             assert "secret" not in response.text
             assert ("it failed" in found["error"]) == isinstance(error, BackendError)
+            assert ("it failed" in caplog.text) == isinstance(error, BackendError)
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        server.scheduler.close()
+
+
+def test_no_memory_for_one_text_fails_one_request(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests run in one batch, which fails, while the metrics fail too."""
+    begin, texts = Chain.begin, ["rain", "sun", "rain sun rain", "the film"]
+    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine:
+        server = Server(engine)
+        (bad,) = engine.encode(["rain sun rain"])
+        arrived = threading.Event()
+
+        def fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
+            arrived.wait(60)
+            if any(row.input_ids.tolist() == bad.input_ids.tolist() for row in rows):
+                raise MemoryError
+            return begin(chain, rows, *rest)
+
+        monkeypatch.setattr(Chain, "begin", fails)
+        monkeypatch.setattr(server.metrics, "failed", None)
+        with ThreadPoolExecutor(len(texts)) as pool:
+            sent = [pool.submit(server.post, "/classify", {"input": text}) for text in texts]
+            while server.scheduler.unanswered < len(texts):
+                time.sleep(0.001)
+            arrived.set()
+            found = [response.result(60) for response in sent]
+        assert [response.status_code for response in found] == [200, 200, 500, 200]
+        server.check("/classify", found[2])
         assert server.post("/classify", {"input": "a"}).status_code == 200
         server.scheduler.close()
 

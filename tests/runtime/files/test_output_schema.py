@@ -1,0 +1,165 @@
+"""What `fpabee-run` writes is what docs/output.schema.json and docs/output.md say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from pyarrow import parquet
+
+from fpabee.runtime import Engine
+from fpabee.runtime.files.partial import Partial
+
+from ..running import Run, check_refused, write_lines
+
+DOCS = Path(__file__).parents[3] / "docs"
+SCHEMA = json.loads((DOCS / "output.schema.json").read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+FIELDS = set(SCHEMA["properties"])
+FLAGS = {
+    "--with-text": {"text", "text_pair"},
+    "--top-k=2": {"top_labels", "top_scores"},
+    "--scores": {"all_scores"},
+    "--logits": {"logits"},
+}
+ANSWER = {"bert": {"label", "score"}, "mpnet": {"labels", "scores"}}
+ALWAYS = {"index", "exit", "layer", "truncated", "error"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lines(
+        tmp_path / "in.jsonl",
+        {"text": "play music"},
+        {"text": "the film", "text_pair": "the " * 100},
+        {"text": 5},
+        {"text": ""},
+    )
+
+
+def expected(family: str, *flags: str) -> set[str]:
+    return ALWAYS.union(ANSWER[family], *(FLAGS[flag] for flag in flags))
+
+
+@pytest.mark.parametrize("flags", [(), *((flag,) for flag in FLAGS), tuple(FLAGS)], ids=str)
+@pytest.mark.parametrize("family", ANSWER)
+def test_lines(
+    run: Run, engines: Mapping[str, Path], source: Path, family: str, flags: tuple[str, ...]
+) -> None:
+    records = run(engines[family], source, "--on-error", "skip", *flags).records
+    assert len(records) == 4
+    for record in records:
+        VALIDATOR.validate(record)
+    assert set().union(*records) == expected(family, *flags)
+
+
+@pytest.mark.parametrize("family", ANSWER)
+def test_tables(run: Run, engines: Mapping[str, Path], source: Path, family: str) -> None:
+    """A table has the same fields as columns; Parquet holds the same values with their types."""
+    options = (engines[family], source, "--on-error", "skip", *FLAGS, "--quiet")
+    lines = run(*options).records
+    csv_file, parquet_file = source.with_name("out.csv"), source.with_name("out.parquet")
+    for output in (csv_file, parquet_file):
+        assert run(*options, "--output", output).code == 0
+    with csv_file.open(encoding="utf-8", newline="") as stream:
+        cells = list(csv.DictReader(stream))
+    table = parquet.read_table(parquet_file)
+    assert list(cells[0]) == table.column_names
+    assert {name.partition(".")[0] for name in cells[0]} == expected(family, *FLAGS)
+    assert cells[0]["top_labels"] == "|".join(lines[0]["top_labels"])
+    for row, line in zip(table.to_pylist(), lines, strict=True):
+        record: dict[str, Any] = {}
+        for name, value in row.items():
+            field, _, label = name.partition(".")
+            if value is None or value is False:
+                continue
+            if label:
+                record.setdefault(field, {})[label] = value
+            else:
+                record[field] = value
+        assert record == line
+        VALIDATOR.validate(record)
+
+
+def test_the_schema_is_strict() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    good = {"index": 0, "label": "a", "score": 0.5, "exit": 1, "layer": 1}
+    VALIDATOR.validate(good | {"id": [None]})
+    for bad in (
+        *({key: good[key] for key in good if key != name} for name in good),
+        good | {"score": 1.5},
+        good | {"exit": -1},
+        good | {"truncated": False},
+        good | {"error": "x"},
+        good | {"labels": ["a"], "scores": [0.5]},
+        good | {"top_labels": ["a"]},
+        good | {"logits": {"a": None}},
+    ):
+        assert not VALIDATOR.is_valid(bad), bad
+
+
+def test_the_page_names_the_same_fields() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "output.md").read_text("utf-8"), re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == FIELDS
+
+
+@pytest.mark.parametrize("family", ANSWER)
+def test_values(run: Run, engines: Mapping[str, Path], source: Path, family: str) -> None:
+    (record, *_) = run(engines[family], source, "--on-error=skip", *FLAGS, "--top-k=99").records
+    with Engine.load(engines[family]) as engine:
+        (answer,) = engine.predict(["play music"])
+        traced = engine.trace(["play music"]).logits[answer.exit - 1, 0]
+        two = engine.predict(["play music"] * 2)[1]
+        labels = engine.labels
+    assert answer.logits == pytest.approx(traced.tolist(), abs=1e-5)
+    assert two.logits == pytest.approx(answer.logits, abs=1e-5)
+    assert list(record["logits"].values()) == pytest.approx(answer.logits, abs=1e-5)
+    ranked = sorted(record["all_scores"].items(), key=lambda pair: -pair[1])
+    assert list(zip(record["top_labels"], record["top_scores"], strict=True)) == ranked
+    assert [label for label, _ in answer.top(labels)] == record["top_labels"]
+    assert answer.top(labels, 1) == [(ranked[0][0], max(answer.probabilities))]
+
+
+@pytest.mark.parametrize("name", ["top_labels", "logits"])
+def test_a_field_of_the_input_passes_unless_its_flag_is_given(
+    run: Run, bert: Path, tmp_path: Path, name: str
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"text": "rain", name: "theirs"})
+    (record,) = run(bert, source).records
+    assert record[name] == "theirs"
+    (record,) = run(bert, source, "--top-k=1", "--logits").records
+    assert record[name] != "theirs"
+
+
+@pytest.mark.parametrize("flag", ["--top-k=2", "--logits"])
+def test_a_run_that_began_with_other_flags_is_not_resumed(
+    run: Run, bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    output = source.with_name("out.jsonl")
+    options = (bert, source, "--on-error=skip", "--output", output, "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "sync", _full)
+        assert run(*options).code == 1
+    check_refused(
+        run(*options, flag, "--resume"), "is from another run", flag[2:7].replace("-", "_")
+    )
+    assert run(*options, "--resume").code == 0
+    assert len(output.read_text().splitlines()) == 4
+
+
+def _full(_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_label_with_the_separator_is_refused_in_a_table(
+    run: Run, bert: Path, source: Path
+) -> None:
+    options = (bert, source, "--on-error=skip", "--output-format=csv", "--label-separator=a")
+    assert run(*options).code == 0
+    check_refused(run(*options, "--top-k=1"), "contains 'a'", "--label-separator")
