@@ -52,6 +52,7 @@ SIZES = {
     "base": {"layers": 12, "width": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 LONGEST = 128
+TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "torch", "transformers")
 FILE_TEXTS = 2000
 INT8_TEXTS = 64
 PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, 32, LONGEST))
@@ -63,8 +64,9 @@ def tests(root: Path, emit: Emit) -> None:
     Raises:
         CalledProcessError: a test failed.
     """
-    if util.find_spec("pytest") is None:
-        raise Skipped("pytest is not installed")
+    missing = [name for name in TEST_PACKAGES if util.find_spec(name) is None]
+    if missing:
+        raise Skipped(f"the tests need {', '.join(missing)}")
     files = (root / "tests").rglob("test_*.py")
     marked = [str(path) for path in files if "pytest.mark.gpu" in path.read_text("utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider"]
