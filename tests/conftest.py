@@ -384,9 +384,7 @@ def _vocabulary(tiny: _Tiny) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(every)}
 
 
-def _save_tokenizer(
-    tiny: _Tiny, vocabulary: dict[str, int], folder: Path, max_length: int
-) -> None:
+def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path, max_length: int) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
