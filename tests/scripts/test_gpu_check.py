@@ -20,14 +20,14 @@ from click.testing import CliRunner
 
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fpabee.runtime.encoding import padding_values
 
 from ..conftest import WORDS
-from ..doubles.cuda import FakeCuda
-from ..doubles.device import GPU, install, install_cuda_provider
+from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
 
 ROOT = Path(__file__).parents[2]
 TARGET = "onnxruntime-fp32-cuda"
@@ -155,74 +155,90 @@ def models(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(params=["onnxruntime", "tensorrt"])
 def measure(
-    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[ModuleType, FakeCuda]:
-    """The measurement with few repetitions, on a double of the CUDA provider."""
+    request: pytest.FixtureRequest,
+    load_script: Load,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[ModuleType, str]:
+    """The measurement with few repetitions, and the name of a target on a double."""
     module = load_script("gpu_check_measure")
     monkeypatch.setattr(module, "TOKENS", (16, 32))
     monkeypatch.setattr(module, "ROWS", 6)
     monkeypatch.setattr(module, "SECONDS", 0.0)
-    install_cuda_provider(monkeypatch, models / "one")
-    double = install_cuda_provider(monkeypatch, models / "chain")
+    if request.param == "onnxruntime":
+        install_cuda_provider(monkeypatch, models / "one")
+        double = install_cuda_provider(monkeypatch, models / "chain")
+    else:
+        one = install(monkeypatch, models / "one")
+        for name, file in read_manifest(models / "one").targets[one.target].files.items():
+            path = models / "one" / file.file
+            path.write_bytes(path.read_bytes() + b"of one")  # other bytes than those of the chain
+            one.change_plan(name, sha256=sha256_of(path))
+        double = install(monkeypatch, models / "chain")
+        chain_plans = double.trt.plans
+        double.trt.plans = lambda content: chain_plans(content) or one.trt.plans(content)
+        set_gpu(monkeypatch, CudaDevice("a double", "8.6", (13, 0)))
     monkeypatch.setattr(module, "cuda", lambda: double.cuda)
-    return module, double.cuda
+    return module, double.target
 
 
-def _measured(module: ModuleType, folder: Path) -> Results:
+def _measured(module: ModuleType, folder: Path, target: str) -> Results:
     results: Results = []
-    module.measure(folder, TARGET, lambda **result: results.append(result))
+    module.measure(folder, target, lambda **result: results.append(result))
     return results
 
 
-def test_a_target_is_measured(measure: tuple[ModuleType, FakeCuda], models: Path) -> None:
-    module, _ = measure
-    results = _measured(module, models)
+def test_a_target_is_measured(measure: tuple[ModuleType, str], models: Path) -> None:
+    module, target = measure
+    results = _measured(module, models, target)
     times = {(r["variant"], r["tokens"]): r for r in results if r["what"] == "latency"}
-    graph = module.OneGraph(models / "chain", TARGET)
     variants = [module.ENGINE, module.STEPWISE, module.WITH_RULE]
-    if not graph.unavailable_reason:
+    notes = [r for r in results if r["what"] == "not measured"]
+    if module.OneGraph(models / "chain", target).unavailable_reason:
+        assert [note["variant"] for note in notes] == [module.ONE_GRAPH]
+    else:
+        assert notes == []
         variants.insert(2, module.ONE_GRAPH)
+        calls = [times[variant, 16]["driver_calls"] for variant in variants]
+        assert calls[2] < calls[1], "one launch for each segment"
     assert set(times) == {(variant, tokens) for variant in variants for tokens in (16, 32)}
     for found in times.values():
         assert found["runs"] == 12
         assert 0 < found["p50_ms"] <= found["p99_ms"]
         assert found["cpu_ms"] > 0
-        assert found["driver_calls"] > 0
+        assert found["captured"] == (0.0 if target == TARGET else 1.0)
     depths = [times[module.WITH_RULE, tokens]["mean_depth"] for tokens in (16, 32)]
     assert all(1 <= depth < 3 for depth in depths)
     assert {r["variant"] for r in results if r["what"] == "throughput"} == set(variants)
     loads = {r["variant"]: r for r in results if r["what"] == "load"}
     assert loads[module.STEPWISE]["mib"] >= 0
-    parity = next(r for r in results if r["what"] == "parity")
-    assert len(parity["exits"]) == 3
-    assert max(parity["exits"]) < 1e-3
-    assert not parity["verdict"].startswith("refused")
+    parity = {r["variant"]: r for r in results if r["what"] == "parity"}
+    assert set(parity) == set(variants) - {module.ENGINE, module.WITH_RULE}
+    for found in parity.values():
+        assert len(found["exits"]) == 3
+        assert max(found["exits"]) < 1e-3
+        assert not found["verdict"].startswith("refused")
 
 
-def test_the_chain_as_one_graph_is_measured_where_it_exists(
-    measure: tuple[ModuleType, FakeCuda], models: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_chain_as_one_graph_is_found_and_turned_off(
+    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, _ = measure
-
-    def reason(text: str) -> Any:
-        return staticmethod(lambda: text)
-
+    module = load_script("gpu_check_measure")
+    install_cuda_provider(monkeypatch, models / "chain")
     ask = "why_no_request_graph"
-    monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, reason("the driver is too old"), raising=False)
-    (note,) = [r for r in _measured(module, models) if r["what"] == "not measured"]
-    assert note == {
-        "what": "not measured",
-        "variant": module.ONE_GRAPH,
-        "reason": "the driver is too old",
-    }
-    monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, reason(""), raising=False)
-    graph = module.OneGraph(models / "chain", TARGET)
-    assert graph.unavailable_reason == ""
-    with graph.turned_off():
-        assert graph.unavailable_reason == "it is measured segment by segment"
-    assert graph.unavailable_reason == ""
+    for reason in ("the driver is too old", ""):
+        says = staticmethod(lambda reason=reason: reason)
+        monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, says, raising=False)
+        graph = module.OneGraph(models / "chain", TARGET)
+        assert graph.unavailable_reason == reason
+        with graph.turned_off():
+            assert graph.unavailable_reason == "it is measured segment by segment"
+        assert graph.unavailable_reason == reason
+    monkeypatch.undo()
+    if not hasattr(OnnxRuntimeCudaBackend, ask):
+        assert "this version of fpabee" in graph.unavailable_reason
 
 
 def test_captured_segments_and_driver_calls_are_counted(
