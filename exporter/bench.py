@@ -272,7 +272,9 @@ def run_bench(
             },
         )
         work: dict[str, Units] = {
-            f"{batch} x {tokens} tokens": exact_batches(rows, batch, tokens, 16 if batch == 1 else 2)
+            f"{batch} x {tokens} tokens": exact_batches(
+                rows, batch, tokens, units=16 if batch == 1 else 2
+            )
             for batch, tokens in options.shapes
             if tokens <= engine.limits.max_sequence
         }
