@@ -272,7 +272,9 @@ def run_bench(
             },
         )
         work: dict[str, Units] = {
-            f"{batch} x {tokens} tokens": _synthetic(rows, batch, tokens, 16 if batch == 1 else 2)
+            f"{batch} x {tokens} tokens": exact_batches(
+                rows, batch, tokens, units=16 if batch == 1 else 2
+            )
             for batch, tokens in options.shapes
             if tokens <= engine.limits.max_sequence
         }
@@ -362,8 +364,15 @@ def _timing(times: Sequence[Sequence[float]]) -> Timing:
     )
 
 
-def _synthetic(rows: Sequence[EncodedRow], batch: int, tokens: int, units: int) -> Units:
-    """Batches of one exact length, of real token ids: a row is repeated or cut to fit."""
+def exact_batches(rows: Sequence[EncodedRow], batch: int, tokens: int, units: int) -> Units:
+    """Batches of one exact length, of real token ids: a row is repeated or cut to fit.
+
+    Args:
+        rows: tokenized rows, at least one.
+        batch: rows of a batch.
+        tokens: tokens in each row.
+        units: how many batches.
+    """
     resized = [
         EncodedRow(np.resize(row.input_ids, tokens), np.resize(row.token_type_ids, tokens), False)
         for row in _spread(rows, batch * units)

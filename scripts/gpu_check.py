@@ -1,107 +1,220 @@
-"""What `scripts/gpu_check` runs: the tests marked `gpu`, and then every target of a folder.
+#!/usr/bin/env python
+"""What `scripts/gpu_check` runs: parts, each in a process of its own and with a time limit.
 
-Each target must reproduce the reference logits of the folder. It is timed on the same texts,
-interleaved with the others: one text and all texts, each with its rule and at full depth, in
-milliseconds of a whole call: median, 99th percentile, and the first call. The exit code is 1 if
-there is no GPU, a test fails, or a target does not run; the JSON is complete all the same.
+Writes `gpu_check.json`, `gpu_check.md` and a log of each part into the output folder. A part that
+crashes or exceeds its limit keeps what it had measured. A part that cannot run here is skipped,
+with the reason. The exit code is 1 if there is no GPU, or if a part failed or was stopped.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import click
+from gpu_check_table import markdown
 
-from fpabee.runtime import Engine, FpabeeError
-from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device
-from fpabee.runtime.environment import environment
-from fpabee.runtime.files import read_rows
-from fpabee.runtime.inspection import target_states
+from fpabee.runtime.environment import environment, providers
 
-ROOT = Path(__file__).parents[1]
-WARM_UP = 2
-REPEATS = 9
-TEXTS = 256
+SCRIPT = Path(__file__).with_name("gpu_check_parts.py")
+OUTPUT = Path(__file__).parents[1] / "build" / "gpu_check"
+LEAST_SECONDS = 5.0
+"""A part is not started if less time is left."""
 
-
-def run_tests(root: Path) -> dict[str, Any]:
-    """The tests marked `gpu` of a checkout: exit code, and the last lines."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-rs"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return {"exit_code": done.returncode, "tail": done.stdout.splitlines()[-20:]}
+Entry = dict[str, Any]
 
 
-def time_targets(folder: Path, manifest: Manifest, texts: list[Any]) -> dict[str, Any]:
-    """Median milliseconds of each target that can run here; the reason or error of the others."""
-    report: dict[str, Any] = {}
-    engines: dict[str, Engine] = {}
-    for state in target_states(folder, manifest):
+@dataclass(frozen=True)
+class Part:
+    """One part of the check.
+
+    Attributes:
+        name: what `gpu_check_parts.py` is called with, such as `plans base fp16`.
+        seconds: its time limit.
+    """
+
+    name: str
+    seconds: float
+
+
+MODELS = (Part("model minilm", 100), Part("model base", 170))
+# The parts of a stage run at the same time; those of the first one measure no times. The most
+# important stages come first, because the last ones may find no time left.
+STAGES: tuple[tuple[Part, ...], ...] = (
+    (Part("tests", 150), *MODELS),
+    (Part("plans minilm fp16", 60),),
+    (Part("plans base fp16", 90),),
+    (Part("onnxruntime minilm fp16", 30),),
+    (Part("onnxruntime base fp16", 40),),
+    (Part("pytorch base eager", 30),),
+    (Part("plans base int8", 90),),
+    (Part("pytorch base compiled", 60),),
+    (Part("pytorch minilm eager", 20),),
+    (Part("plans minilm int8", 60),),
+    (Part("pytorch minilm compiled", 60),),
+)
+
+
+def run_part(part: Part, output: Path, until: float, no_gpu: str) -> Entry:
+    """Run a part, and return its state and results.
+
+    Args:
+        part: the part.
+        output: the folder for its log and its results.
+        until: when the whole check must end, by `time.monotonic`.
+        no_gpu: why there is no GPU; empty if there is one, or if the part needs none.
+
+    Returns:
+        `name`, `state` (`done`, `skipped`, `failed`, or `stopped` at the time limit), `reason`,
+        `seconds`, and `results`: what the part has reported, one dictionary each.
+    """
+    started = time.monotonic()
+    limit = min(part.seconds, until - started)
+    if no_gpu:
+        return _entry(part, "skipped", no_gpu)
+    if limit < LEAST_SECONDS:
+        return _entry(part, "skipped", "no time was left")
+    log = output / "logs" / f"{part.name.replace(' ', '-')}.log"
+    results = log.with_suffix(".jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    results.unlink(missing_ok=True)
+    command = [sys.executable, str(SCRIPT), *part.name.split()]
+    options = ["--models", str(output / "models"), "--results", str(results)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, *options], stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            if state.unavailable_reason:
-                report[state.name] = {"unavailable": state.unavailable_reason}
-            else:
-                engines[state.name] = Engine.load(folder, target=state.name, check=True)
-        except FpabeeError as error:
-            report[state.name] = {"error": str(error)}
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
-    workloads = itertools.product(("one text", "all texts"), ("rule", "full depth"))
-    for (rows, depth), (name, engine) in itertools.product(
-        [*workloads] * (WARM_UP + REPEATS), engines.items()
-    ):
-        started = time.perf_counter()
-        engine.predict(texts[:1] if rows == "one text" else texts, full_depth=depth != "rule")
-        seconds = time.perf_counter() - started
-        times[name].setdefault(f"{rows}, {depth}", []).append(seconds)
-    for name, engine in engines.items():
-        engine.close()
-        report[name] = {
-            what: {
-                "p50": round(statistics.median(measured[WARM_UP:]) * 1e3, 3),
-                "p99": round(float(np.quantile(measured[WARM_UP:], 0.99)) * 1e3, 3),
-                "first": round(measured[0] * 1e3, 3),
-            }
-            for what, measured in times[name].items()
-        }
-    return report
+            code = process.wait(limit)
+            state, reason = ("done", "") if code == 0 else ("failed", _reason(log, code))
+        except subprocess.TimeoutExpired:
+            state, reason = "stopped", f"it took longer than {limit:.0f} seconds"
+        finally:
+            # What it has started, such as a builder of plans, must not disturb the next part.
+            _kill_group(process)
+    found = _read(results)
+    skipped = [result["skipped"] for result in found if "skipped" in result]
+    if skipped and state == "done":
+        state, reason = "skipped", skipped[-1]
+    kept = [result for result in found if "skipped" not in result]
+    return _entry(part, state, reason, time.monotonic() - started, kept)
 
 
-def problems(report: dict[str, Any]) -> list[str]:
-    """What went wrong, one line each."""
-    found = [] if not cuda_device().error else [f"nothing ran on a GPU: {cuda_device().error}"]
-    if report["tests"]["exit_code"] != 0:
-        found.append(f"tests failed: {(report['tests']['tail'] or ['no output'])[-1]}")
-    for name, entry in report["milliseconds"].items():
-        if "error" in entry:
-            found.append(f"{name}: {entry['error']}")
+def _entry(
+    part: Part, state: str, reason: str, seconds: float = 0.0, results: Sequence[Entry] = ()
+) -> Entry:
+    return {
+        "name": part.name,
+        "state": state,
+        "reason": reason,
+        "seconds": round(seconds, 1),
+        "results": list(results),
+    }
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _reason(log: Path, code: int) -> str:
+    """The last line that a failed part printed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    ended = f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}"
+    return f"{ended}: {lines[-1]}" if lines else ended
+
+
+def _read(results: Path) -> list[Entry]:
+    """The lines that a part has written; the last one may be incomplete."""
+    if not results.exists():
+        return []
+    found = []
+    for line in results.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return found
 
 
-def main(folder: str, source: str) -> None:
-    """Run everything and print one JSON."""
-    try:
-        manifest = read_manifest(Path(folder))
-        texts = [row.content for row in read_rows(source)][:TEXTS]
-    except FpabeeError as error:
-        sys.exit(f"error: {error}")
-    report = {
-        "environment": environment(),
-        "tests": run_tests(ROOT),
-        "milliseconds": time_targets(Path(folder), manifest, texts),
+def check(
+    output: Path,
+    seconds: float,
+    stages: Sequence[Sequence[Part]] = STAGES,
+    needs_gpu: bool = True,
+) -> Entry:
+    """Run stages of parts, and write the report after each of them.
+
+    Args:
+        output: the folder for the report, logs and models.
+        seconds: time limit of the whole.
+        stages: the parts, in order.
+        needs_gpu: whether nothing runs without a GPU.
+
+    Returns:
+        The report, as in `gpu_check.json`.
+    """
+    until = time.monotonic() + seconds
+    device = cuda_device()
+    no_gpu = device.error if needs_gpu else ""
+    report: Entry = {
+        "environment": environment() | {"providers": providers()},
+        "gpu": {
+            "name": device.name,
+            "compute_capability": device.compute_capability,
+            "error": device.error,
+        },
+        "parts": [],
     }
-    print(json.dumps(report, indent=2))
-    found = problems(report)
-    if found:
-        sys.exit("\n".join(f"error: {problem}" for problem in found))
+    output.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        with ThreadPoolExecutor(len(stage)) as pool:
+            for entry in pool.map(lambda p: run_part(p, output, until, no_gpu), stage):
+                report["parts"].append(entry)
+                click.echo(f"{entry['name']}: {entry['state']} {entry['reason']}".rstrip())
+        (output / "gpu_check.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        (output / "gpu_check.md").write_text(markdown(report), encoding="utf-8")
+    return report
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="Folder to write.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=525.0,
+    show_default=True,
+    help="Time limit of the whole.",
+)
+@click.option(
+    "--prepare",
+    is_flag=True,
+    help="Only make the models, which needs no GPU. Copy the output folder to a machine without "
+    "PyTorch.",
+)
+def main(output: Path, seconds: float, prepare: bool) -> None:
+    """Check and measure fpabee on the GPU of this machine."""
+    models = tuple(replace(part, seconds=seconds) for part in MODELS)
+    report = check(output, seconds, (models,) if prepare else STAGES, needs_gpu=not prepare)
+    click.echo(f"the report is in {output / 'gpu_check.md'} and {output / 'gpu_check.json'}")
+    bad = [entry["name"] for entry in report["parts"] if entry["state"] in ("failed", "stopped")]
+    if bad:
+        sys.exit(f"error: {', '.join(bad)} did not finish; see {output / 'logs'}")
+    if report["gpu"]["error"] and not prepare:
+        sys.exit(f"error: nothing ran on a GPU: {report['gpu']['error']}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -337,7 +337,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
         vocab_size=len(vocabulary),
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=sizes.pop("num_attention_heads", 4),
         initializer_range=0.15 * (32 / width) ** 0.5,
         pad_token_id=pad,
         **dict.fromkeys(("bos_token_id", "cls_token_id"), begin),
@@ -350,7 +350,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
         model = MultiExitModel(build_encoder(config), multi_exit)
         _spread(model)
     save_checkpoint(model, folder)
-    _save_tokenizer(tiny, vocabulary, folder)
+    _save_tokenizer(tiny, vocabulary, folder, sizes.get("max_position_embeddings", _POSITIONS))
     return folder
 
 
@@ -384,7 +384,7 @@ def _vocabulary(tiny: _Tiny) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(every)}
 
 
-def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path) -> None:
+def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path, max_length: int) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -402,7 +402,7 @@ def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path) -> No
     fast: Any = PreTrainedTokenizerFast
     fast(
         tokenizer_object=tokenizer,
-        model_max_length=_POSITIONS,
+        model_max_length=max_length,
         model_input_names=["input_ids", *types, "attention_mask"],
         **{f"{role}_token": token for role, token in tiny.specials.items()},
     ).save_pretrained(folder)

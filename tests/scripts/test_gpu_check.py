@@ -1,108 +1,448 @@
-"""What `scripts/gpu_check` reports, without a GPU."""
+"""The parts and the report of `scripts/gpu_check`, without a GPU."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import string
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
+from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from fpabee.runtime.encoding import padding_values
 
-from ..doubles.device import GPU, install
+from ..conftest import WORDS
+from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
 
 ROOT = Path(__file__).parents[2]
-GREEN = {"exit_code": 0, "tail": ["3 passed in 0.1s"]}
+TARGET = "onnxruntime-fp32-cuda"
+
+FAKE_PART = """
+import json, os, subprocess, sys, time
+name, results = sys.argv[1], sys.argv[-1]
+lines = [json.dumps({"what": "measured", "by": name})]
+if name == "skips":
+    lines.append(json.dumps({"skipped": "TensorRT is not installed"}))
+with open(results, "w") as stream:
+    stream.write("\\n".join(lines) + '\\n{"incompl')
+print("what the part printed last", flush=True)
+if name == "crashes":
+    os.abort()
+if name == "fails":
+    sys.exit(1)
+if name == "hangs":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+Results = list[dict[str, Any]]
+Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def script(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with one repetition; there is a GPU, and the tests pass."""
+def script(load_script: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script with fake parts, on a machine with a GPU."""
     module = load_script("gpu_check")
-    monkeypatch.setattr(module, "REPEATS", 1)
-    monkeypatch.setattr(module, "run_tests", lambda root: GREEN)
+    part = tmp_path / "part.py"
+    part.write_text(FAKE_PART, encoding="utf-8")
+    monkeypatch.setattr(module, "SCRIPT", part)
     monkeypatch.setattr(module, "cuda_device", lambda: GPU)
+    monkeypatch.setattr(module, "LEAST_SECONDS", 0.1)
     return module
 
 
+def _stages(script: ModuleType, *stages: tuple[str, ...], seconds: float = 30) -> Any:
+    return [[script.Part(name, seconds) for name in stage] for stage in stages]
+
+
+def _states(report: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["state"] for entry in report["parts"]}
+
+
+def test_a_part_that_crashes_does_not_lose_the_results_of_others_or_its_own(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    stages = _stages(script, ("works", "crashes"), ("fails",), ("skips",))
+    report = script.check(tmp_path / "out", 60, stages)
+    assert json.loads((tmp_path / "out" / "gpu_check.json").read_text("utf-8")) == report
+    expected = {"works": "done", "crashes": "failed", "fails": "failed", "skips": "skipped"}
+    assert _states(report) == expected
+    works, crashes, fails, skips = report["parts"]
+    for entry in report["parts"]:
+        assert entry["results"] == [{"what": "measured", "by": entry["name"]}]
+    assert works["reason"] == ""
+    assert "signal 6: what the part printed last" in crashes["reason"]
+    assert fails["reason"] == "it ended with code 1: what the part printed last"
+    assert skips["reason"] == "TensorRT is not installed"
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_what_it_started(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    stages = [*_stages(script, ("hangs",), seconds=5), *_stages(script, ("works",))]
+    report = script.check(tmp_path, 60, stages)
+    assert _states(report) == {"hangs": "stopped", "works": "done"}
+    assert report["parts"][0]["reason"] == "it took longer than 5 seconds"
+    assert report["parts"][0]["results"] == [{"what": "measured", "by": "hangs"}]
+    child = int((tmp_path / "logs" / "hangs.log").read_text("utf-8").split()[-1])
+    for _ in range(100):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text("utf-8").split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child process still runs")
+
+
+def test_the_whole_has_a_limit(script: ModuleType, tmp_path: Path) -> None:
+    report = script.check(tmp_path, 4, _stages(script, ("hangs",), ("works",)))
+    assert _states(report) == {"hangs": "stopped", "works": "skipped"}
+    assert report["parts"][1]["reason"] == "no time was left"
+    total = sum(max(part.seconds for part in stage) for stage in script.STAGES[:7])
+    assert total <= 525, "the most important stages do not fit"
+
+
+def test_without_a_gpu_all_parts_are_skipped(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "cuda_device", lambda: CudaDevice(error="there is no driver"))
+    done = CliRunner().invoke(script.main, ["--output", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "nothing ran on a GPU: there is no driver" in done.output
+    report = json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))
+    assert len(report["parts"]) == sum(map(len, script.STAGES))
+    assert {entry["reason"] for entry in report["parts"]} == {"there is no driver"}
+    table = (tmp_path / "gpu_check.md").read_text("utf-8")
+    assert table.startswith("# fpabee on no GPU: there is no driver\n")
+    assert "| tests | skipped |" in table
+
+
+def test_exit_codes(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for names, code in ((("works", "skips"), 0), (("works", "fails"), 1)):
+        monkeypatch.setattr(script, "STAGES", _stages(script, names))
+        done = CliRunner().invoke(script.main, ["--output", str(tmp_path)])
+        assert done.exit_code == code, done.output
+    assert "error: fails did not finish" in done.output
+    assert CliRunner().invoke(script.main, ["--minutes", "9"]).exit_code == 2
+    monkeypatch.setattr(script, "cuda_device", lambda: CudaDevice(error="there is no driver"))
+    monkeypatch.setattr(script, "MODELS", _stages(script, ("works",))[0])
+    assert CliRunner().invoke(script.main, ["--prepare", "--output", str(tmp_path)]).exit_code == 0
+
+
 @pytest.fixture
-def texts(tmp_path: Path) -> str:
-    path = tmp_path / "texts.txt"
-    path.write_text("rain\nthe film is not good\n", encoding="utf-8")
-    return str(path)
+def models(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder as the part `model` makes it, for a tiny model."""
+    chain = engine_copy(name="chain")
+    drop_exits(chain, tmp_path / "one", DropExitsOptions((3,)))
+    texts = [" ".join(WORDS[n % 7 : n % 7 + n % 20]) for n in range(40)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    return tmp_path
 
 
-def test_every_target_is_timed_or_says_why_not(
-    script: ModuleType,
+@pytest.fixture(params=["onnxruntime", "tensorrt"])
+def measure(
+    request: pytest.FixtureRequest,
+    load_script: Load,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[ModuleType, str]:
+    """The measurement with few repetitions, and the name of a target on a double."""
+    module = load_script("gpu_check_measure")
+    monkeypatch.setattr(module, "TOKENS", (16, 32))
+    monkeypatch.setattr(module, "ROWS", 6)
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    if request.param == "onnxruntime":
+        install_cuda_provider(monkeypatch, models / "one")
+        double = install_cuda_provider(monkeypatch, models / "chain")
+    else:
+        one = install(monkeypatch, models / "one")
+        for name, file in read_manifest(models / "one").targets[one.target].files.items():
+            path = models / "one" / file.file
+            path.write_bytes(path.read_bytes() + b"of one")  # other bytes than those of the chain
+            one.change_plan(name, sha256=sha256_of(path))
+        double = install(monkeypatch, models / "chain")
+        chain_plans = double.trt.plans
+        double.trt.plans = lambda content: chain_plans(content) or one.trt.plans(content)
+        set_gpu(monkeypatch, CudaDevice("a double", "8.6", (13, 0)))
+    monkeypatch.setattr(module, "cuda", lambda: double.cuda)
+    return module, double.target
+
+
+def _measured(module: ModuleType, folder: Path, target: str) -> Results:
+    results: Results = []
+    module.measure(folder, target, lambda **result: results.append(result))
+    return results
+
+
+def test_a_target_is_measured(measure: tuple[ModuleType, str], models: Path) -> None:
+    module, target = measure
+    results = _measured(module, models, target)
+    times = {(r["variant"], r["tokens"]): r for r in results if r["what"] == "latency"}
+    variants = [module.ENGINE, module.STEPWISE, module.WITH_RULE]
+    notes = [r for r in results if r["what"] == "not measured"]
+    if module.OneGraph(models / "chain", target).unavailable_reason:
+        assert [note["variant"] for note in notes] == [module.ONE_GRAPH]
+    else:
+        assert notes == []
+        variants.insert(2, module.ONE_GRAPH)
+        calls = [times[variant, 16]["driver_calls"] for variant in variants]
+        assert calls[2] < calls[1], "one launch for each segment"
+    assert set(times) == {(variant, tokens) for variant in variants for tokens in (16, 32)}
+    for found in times.values():
+        assert found["runs"] == 12
+        assert 0 < found["p50_ms"] <= found["p99_ms"]
+        assert found["cpu_ms"] > 0
+        assert found["captured"] == (0.0 if target == TARGET else 1.0)
+    depths = [times[module.WITH_RULE, tokens]["mean_depth"] for tokens in (16, 32)]
+    assert all(1 <= depth < 3 for depth in depths)
+    assert {r["variant"] for r in results if r["what"] == "throughput"} == set(variants)
+    loads = {r["variant"]: r for r in results if r["what"] == "load"}
+    assert loads[module.STEPWISE]["mib"] >= 0
+    parity = {r["variant"]: r for r in results if r["what"] == "parity"}
+    assert set(parity) == set(variants) - {module.ENGINE, module.WITH_RULE}
+    for found in parity.values():
+        assert len(found["exits"]) == 3
+        assert max(found["exits"]) < 1e-3
+        assert not found["verdict"].startswith("refused")
+
+
+def test_the_chain_as_one_graph_is_found_and_turned_off(
+    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_script("gpu_check_measure")
+    install_cuda_provider(monkeypatch, models / "chain")
+    ask = "why_no_request_graph"
+    for reason in ("the driver is too old", ""):
+        says = staticmethod(lambda reason=reason: reason)
+        monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, says, raising=False)
+        graph = module.OneGraph(models / "chain", TARGET)
+        assert graph.unavailable_reason == reason
+        with graph.turned_off():
+            assert graph.unavailable_reason == "it is measured segment by segment"
+        assert graph.unavailable_reason == reason
+    monkeypatch.undo()
+    if not hasattr(OnnxRuntimeCudaBackend, ask):
+        assert "this version of fpabee" in graph.unavailable_reason
+
+
+def test_captured_segments_and_driver_calls_are_counted(
+    load_script: Load,
     engine_copy: Callable[..., Path],
-    texts: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = engine_copy()
-    made = install(monkeypatch, folder)
-    script.main(str(folder), texts)
-    report = json.loads(capsys.readouterr().out)
-    assert report["tests"] == GREEN
-    for name in ("onnxruntime-fp32", made.target):
-        times = report["milliseconds"][name]
-        assert len(times) == 4
-        assert all(value > 0 for kind in times.values() for value in kind.values())
-    monkeypatch.setattr(
-        "fpabee.runtime.backends.cuda_probe.cuda_device", lambda: CudaDevice("", "7")
-    )
-    script.main(str(folder), texts)
-    report = json.loads(capsys.readouterr().out)
-    assert "compute capability" in report["milliseconds"][made.target]["unavailable"]
+    module = load_script("gpu_check_measure")
+    double = install(monkeypatch, engine_copy())
+    monkeypatch.setattr(module, "cuda", lambda: double.cuda)
+    with module.OneGraph(double.folder, double.target).turned_off(), double.load() as engine:
+        run, rows = module.full_depth(engine), engine.encode(["turn on the lights"])
+        found = [module._driver_calls(run, rows, as_one_graph=False) for _ in range(4)]
+    assert [calls["captured"] for calls in found] == [0.0, 1.0, 1.0, 1.0]
+    # Each segment is launched, marked by an event and waited for.
+    assert found[-1]["driver_calls"] == found[-2]["driver_calls"] >= 9
 
 
-def test_what_fails_is_an_error_and_the_json_is_whole(
-    script: ModuleType,
-    engines: Mapping[str, Path],
-    texts: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_target_that_cannot_run_is_skipped(load_script: Load, models: Path) -> None:
+    module = load_script("gpu_check_measure")
+    with pytest.raises(module.Skipped, match="has no target tensorrt-fp16-sm90"):
+        module.measure(models, "tensorrt-fp16-sm90", print)
+
+
+def test_pytorch_gives_the_logits_of_the_last_exit(
+    load_script: Load, tiny_models: Mapping[str, Path], engines: Mapping[str, Path]
 ) -> None:
-    failed = {"exit_code": 1, "tail": ["1 failed"]}
-    for name, value, message in (
-        ("cuda_device", CudaDevice(error="there is no GPU"), "nothing ran on a GPU"),
-        ("run_tests", failed, "tests failed: 1 failed"),
-    ):
-        monkeypatch.setattr(script, name, lambda *_, value=value: value)
-        with pytest.raises(SystemExit, match=f"error: {message}"):
-            script.main(str(engines["bert"]), texts)
-        report = json.loads(capsys.readouterr().out)
-        assert "onnxruntime-fp32" in report["milliseconds"]
-    assert report["tests"] == failed
+    folder = engines["bert"]
+    manifest = read_manifest(folder)
+    texts, expected = read_reference(folder, manifest)
+    padding = padding_values(manifest.tokenizer)
+    run = load_script("gpu_check_parts").torch_run(tiny_models["bert"], padding, "eager", "cpu")
+    with Engine.load(folder) as engine:
+        found = run(engine.encode(texts))
+    assert found.dtype == np.float32
+    assert np.abs(found - expected[-1]).max() < 0.1
 
 
-def test_the_exit_code_of_the_gpu_tests(
-    load_script: Callable[[str], ModuleType], tmp_path: Path
+def _run_part(tmp_path: Path, *arguments: str) -> Results:
+    results = tmp_path / "results.jsonl"
+    options = ["--models", str(tmp_path), "--results", str(results)]
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check_parts.py"), *arguments, *options]
+    subprocess.run(command, check=True, capture_output=True)
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+
+
+def test_what_a_part_lacks_is_a_reason_to_skip_it(
+    load_script: Load, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (skipped,) = _run_part(tmp_path, "pytorch", "minilm", "eager")
+    assert skipped["skipped"] == "the model minilm was not made"
+    parts = load_script("gpu_check_parts")
+    monkeypatch.setattr(parts, "cuda_device", lambda: CudaDevice("H100", "9.0"))
+    with pytest.raises(parts.Skipped, match=r"tensorrt is not installed; .*(9\.0|not installed)"):
+        parts.plans(models, "fp16", print)
+    with pytest.raises(parts.Skipped, match="finds no GPU"):
+        parts.pytorch(models, "eager", print)
+    monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
+    with pytest.raises(parts.Skipped, match="the model has no int8 graphs"):
+        parts.plans(models, "int8", print)
+
+
+@pytest.mark.slow
+def test_a_model_is_made_and_its_plans_are_built(
+    load_script: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    parts = load_script("gpu_check_parts")
+    tiny = {"layers": 2, "width": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    monkeypatch.setattr(parts, "SIZES", {"tiny": tiny})
+    monkeypatch.setattr(parts, "cuda_device", lambda: GPU)
+    results: Results = []
+    emit = lambda **result: results.append(result)  # noqa: E731
+    parts.make_models(tmp_path, "tiny", emit)
+    assert [len(read_manifest(tmp_path / name).segments) for name in ("chain", "one")] == [2, 1]
+    assert len((tmp_path / "texts.txt").read_text("utf-8").splitlines()) == parts.FILE_TEXTS
+    precisions = set(read_manifest(tmp_path / "one").precisions)
+    assert precisions == {"fp16"} if results else {"fp16", "int8"}
+    # There is no GPU that could run the plans.
+    with pytest.raises(parts.Skipped, match="needs an NVIDIA GPU"):
+        parts.plans(tmp_path, "fp16", emit)
+    assert [r["variant"] for r in results if r["what"] == "build"] == ["one", "chain"]
+    if "int8" in precisions:
+        with pytest.raises(parts.Skipped, match="the model was made before"):
+            parts.make_models(tmp_path, "tiny", emit)
+
+
+def test_only_tests_that_are_marked_run(load_script: Load, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
     lines = ["import pytest", "@pytest.mark.gpu", "def test_x():", "    assert False"]
     lines += ["def test_not_run():", "    assert False"]
-    (tmp_path / "test_x.py").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "tests" / "test_x.py").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "tests" / "test_y.py").write_text("import a_missing_package", encoding="utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
-    result = load_script("gpu_check").run_tests(tmp_path)
-    assert result["exit_code"] == 1
-    assert "1 deselected" in result["tail"][-1]
+    results: Results = []
+    with pytest.raises(subprocess.CalledProcessError):
+        load_script("gpu_check_parts").tests(tmp_path, lambda **result: results.append(result))
+    assert re.fullmatch(r"1 failed, 1 deselected in .*", results[0]["summary"])
 
 
-def test_its_environment_gets_tensorrt_once(tmp_path: Path) -> None:
+def _report(*results: dict[str, Any]) -> dict[str, Any]:
+    part = {"name": "plans base fp16", "state": "done", "reason": "", "seconds": 61.4}
+    return {
+        "environment": {"fpabee": "0.1.0"},
+        "gpu": {"name": "A10", "compute_capability": "8.6", "error": ""},
+        "parts": [part | {"results": list(results)}],
+    }
+
+
+def test_the_table_shows_times_and_whether_the_targets_are_met(load_script: Load) -> None:
+    table = load_script("gpu_check_table")
+    where = {"size": "base", "runs_on": "plans fp16"}
+    results = []
+    for variant, p50, p99 in (
+        (table.ENGINE, 1.0, 1.2),
+        (table.STEPWISE, 1.3, 1.4),
+        (table.ONE_GRAPH, 1.04, 1.7),
+        (table.WITH_RULE, 0.5, 1.1),
+    ):
+        found = {"p50_ms": p50, "p99_ms": p99, "mean_ms": p50 + 0.05, "cpu_ms": 0.2}
+        what = {"what": "latency", "variant": variant, "tokens": 32, "captured": 1.0}
+        results.append(where | what | found | {"driver_calls": 40})
+    results.append(where | {"what": "not measured", "variant": "int8", "reason": "no | graphs"})
+    results.append(
+        where | {"what": "parity", "variant": "x", "exits": [1e-4, 2e-3], "verdict": "good"}
+    )
+    text = table.markdown(_report(*results))
+    assert text.startswith("# fpabee on A10, compute capability 8.6\n")
+    assert "| plans fp16 | chain as one graph |  | 1.04 / 1.7 |  |  |  | 0.2 | 40 | 1 |  |" in text
+    assert (
+        "| base | plans fp16 | 32 | chain as one graph / one engine, p50 | 1.05 | 1.040 | met |"
+        in text
+    )
+    rule = "chain with the rule at half depth / one engine, mean"
+    assert f"| base | plans fp16 | 32 | {rule} | 0.60 | 0.524 | met |" in text
+    assert "| p99 / p50, chain as one graph | 1.50 | 1.635 | **missed** |" in text
+    assert "| base | plans fp16 | 1.0e-04, 2.0e-03 | good |" in text
+    assert "| plans base fp16 | done | 61 s | int8 was not measured: no \\| graphs |" in text
+    results = [r for r in results if r.get("variant") != table.ONE_GRAPH]
+    text = table.markdown(_report(*results))
+    assert "chain as one graph / one engine, p50 | 1.05 |  | not measured |" in text
+    assert f"| p99 / p50, {table.STEPWISE} | 1.50 | 1.077 | met |" in text
+
+
+def _shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "scripts" / "gpu_check"), *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_its_environment_is_made_once_for_the_cuda_of_the_driver(tmp_path: Path) -> None:
     python, log = tmp_path / "venv" / "bin" / "python", tmp_path / "log"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n', encoding="utf-8")
-    python.chmod(0o755)
-    environment = {**os.environ, "FPABEE_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
-    for _ in range(2):
-        command = [str(ROOT / "scripts" / "gpu_check"), "engines", "texts.txt"]
-        subprocess.run(command, env=environment, capture_output=True, check=True)
-    pip, install, *runs = log.read_text(encoding="utf-8").splitlines()
-    assert pip.endswith("--upgrade pip")
-    assert install == "-m pip install --quiet --editable .[dev,tensorrt-cu13]"
-    assert runs == ["scripts/gpu_check.py engines texts.txt"] * 2
+    fails = '[ "$6" = ".[tensorrt-cu12]" ] && exit 1'
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{fails}\nexit 0\n', encoding="utf-8")
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text('#!/bin/sh\necho "| Driver Version: 550.54  CUDA Version: 12.4  |"\n', "utf-8")
+    for program in (python, smi):
+        program.chmod(0o755)
+    variables = {
+        "FPABEE_VENV": str(tmp_path / "venv"),
+        "PYTHON": sys.executable,
+        "PATH": f"{smi.parent}:{os.environ['PATH']}",
+    }
+    first, second = (_shell("--output", "out", **variables) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert "the extra tensorrt-cu12 could not be installed" in first.stderr
+    calls = log.read_text("utf-8").splitlines()
+    installed = [call.split("install --quiet ")[1] for call in calls if "install --quiet" in call]
+    assert installed == [
+        "--upgrade pip",
+        "--editable .[calibrate,export]",
+        "pytest hypothesis filelock",
+        "--editable .[gpu-cu12]",
+        "--editable .[tensorrt-cu12]",
+        "--editable .[tensorrt-rtx-cu12]",
+    ]
+    runs = [call for call in calls if call.startswith("scripts/gpu_check.py")]
+    assert len(runs) == 2
+    assert all(re.fullmatch(r"scripts/gpu_check.py --seconds 5\d\d --output out", r) for r in runs)
+
+
+def test_what_is_installed_can_be_used(tmp_path: Path) -> None:
+    done = _shell("--use-installed", "--output", str(tmp_path), PYTHON=sys.executable)
+    report = json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))
+    assert done.returncode == (1 if report["gpu"]["error"] else 0)
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    done = _shell("--use-installed", PYTHON=str(bare))
+    assert done.returncode == 1
+    assert "lacks packages" in done.stderr
+
+
+def test_the_images_install_extras_that_exist() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for path in sorted((ROOT / "scripts").glob("Dockerfile*")):
+        text = path.read_text("utf-8")
+        settings = dict(re.findall(r"^ARG (\w+)=(.*)$", text, re.MULTILINE))
+        named = re.findall(r'"\.\[(.+?)\]"', text)
+        assert named, path
+        for cuda in ("12", "13"):
+            values = settings | {"CUDA": cuda}
+            extras = string.Template(",".join(named)).substitute(values)
+            assert set(extras.split(",")) <= set(project["optional-dependencies"]), path

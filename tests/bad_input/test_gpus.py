@@ -1,0 +1,111 @@
+"""Drivers, libraries, plans and requests that do not fit a GPU, which is a double here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fpabee.runtime import Engine
+from fpabee.runtime.backends import cuda_probe
+from fpabee.runtime.backends.cuda_probe import CudaDevice
+
+from ..doubles.device import GPU, Double, install, set_gpu
+from .cases import Arguments, Case, Make, Place, check, each, execute
+
+
+def on_gpu(
+    change: Callable[[Place, Double], object] = lambda place, double: None,
+    text: str = "rain",
+    **settings: Any,
+) -> Make:
+    """Run texts on a target of TensorRT, after a change."""
+
+    def make(place: Place) -> Arguments:
+        double = install(place.patch, place.engines(), **settings)
+        change(place, double)
+        texts = place.file("texts.txt", text + "\n")
+        return place.run(texts, "--target", double.target, folder=double.folder)
+
+    return make
+
+
+def versions(driver: tuple[int, int], bindings: int) -> Callable[[Place, Double], None]:
+    """The CUDA versions of the driver and of `cuda-bindings`."""
+
+    def change(place: Place, _: Double) -> None:
+        set_gpu(place.patch, CudaDevice("Orin", GPU.compute_capability, driver))
+        place.patch.setattr(cuda_probe, "bindings_cuda", lambda: bindings)
+
+    return change
+
+
+def library_for(cuda: int, bindings: int) -> Callable[[Place, Double], None]:
+    """TensorRT for one version of CUDA, and `cuda-bindings` for another one."""
+
+    def change(place: Place, double: Double) -> None:
+        versions((13, 0), bindings)(place, double)
+        place.patch.setattr("fpabee.runtime.backends.tensorrt._built_for", lambda _: cuda)
+
+    return change
+
+
+def other_gpu(place: Place, _: Double) -> None:
+    set_gpu(place.patch, CudaDevice("Thor", "11.0"))
+
+
+def lacks_memory(_: Place, double: Double) -> None:
+    double.cuda.room = 64
+
+
+def rebuilt_graph(_: Place, double: Double) -> None:
+    double.change_plan("segment_02", onnx_sha256="0" * 64)
+
+
+REBUILD = "fpabee-export --from"
+CASES = [
+    Case("a driver that is too old", on_gpu(versions((12, 6), 13)),
+         "CUDA 13", "CUDA 12.6", "driver 580", "'fpabee[tensorrt-cu12]'"),
+    Case("a driver that is older than CUDA 12", on_gpu(versions((11, 4), 12)),
+         "CUDA 11.4", "driver 525"),
+    Case("CUDA 12 libraries with bindings for 13", on_gpu(library_for(12, 13)),
+         "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
+    Case("CUDA 13 libraries with bindings for 12", on_gpu(library_for(13, 12)),
+         "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
+    Case("plans for another GPU", on_gpu(other_gpu), "8.6", "11.0", "Thor", REBUILD),
+    Case("plans of another release", on_gpu(versions={"tensorrt": "10.3.0"}),
+         "tensorrt 10.3.0", REBUILD),
+    Case("a plan made before its graph changed", on_gpu(rebuilt_graph), "another graph", REBUILD),
+    Case("a text longer than the largest shape", on_gpu(text="rain " * 40, sequence=(1, 8, 16)),
+         "42 tokens", "16", "--max-length"),
+    Case("no room on the GPU", on_gpu(lacks_memory), "MiB are free", "smaller batches"),
+]  # fmt: skip
+
+
+@each(CASES)
+def test_what_does_not_fit_a_gpu(
+    case: Case, place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check(case, place, capfd)
+
+
+def test_more_texts_than_the_largest_shape_are_split(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make = on_gpu(text="rain\n" * 19 + "rain", batch=(1, 2, 4), sequence=(1, 8, 16))
+    outcome = execute(make(place), place, capfd)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("\n") == 20
+
+
+def test_plans_that_were_made_before_single_rows_had_profiles_run(place: Place) -> None:
+    """Such a target has one profile and no list of shapes to pad to."""
+    double = install(place.patch, place.engines())
+    target = Engine.load(double.folder).manifest.targets[double.target]
+    assert (len(target.profiles), target.batch_sizes) == (1, ())
+    with double.load() as engine, Engine.load(double.folder) as usual:
+        for texts in (["rain"], ["rain", "turn the lights on"]):
+            expected = [prediction.labels for prediction in usual.predict(texts)]
+            assert [prediction.labels for prediction in engine.predict(texts)] == expected
+    assert double.cuda.memory_of == {}
