@@ -41,7 +41,7 @@ class CarryingEmbeddings(Embeddings):
     Args:
         embeddings: from token ids to hidden states.
         name: of the tensor.
-        make: makes the tensor; it reads the shape of the hidden states only.
+        carried: makes the tensor; it reads the shape of the hidden states only.
         table: builds a module that does the same, from the tensor of the longest sequence.
     """
 
@@ -49,12 +49,12 @@ class CarryingEmbeddings(Embeddings):
         self,
         embeddings: nn.Module,
         name: str,
-        make: nn.Module,
+        carried: nn.Module,
         table: Callable[[Tensor], nn.Module],
     ) -> None:
         super().__init__(embeddings)
         self.name = name
-        self.make = make
+        self.carried = carried
         self.table = table
 
     def forward(
@@ -62,12 +62,12 @@ class CarryingEmbeddings(Embeddings):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states `[rows, sequence, hidden]`, and the tensor by its name."""
         hidden_states = self.embeddings(input_ids)
-        return hidden_states, {self.name: self.make(hidden_states)}
+        return hidden_states, {self.name: self.carried(hidden_states)}
 
     def frozen(self, max_positions: int) -> Embeddings:
         """The same module, with the tensor from a table."""
         with torch.no_grad():
-            longest = self.make(torch.zeros(1, max_positions, 1))
+            longest = self.carried(torch.zeros(1, max_positions, 1))
         return CarryingEmbeddings(self.embeddings, self.name, self.table(longest), self.table)
 
 
