@@ -46,9 +46,9 @@ def test_exits_learn_from_the_labels_and_the_last_exit(
     mixed = distill * soft + (1 - distill) * hard
     counts = (1, 2, 3) if weights is ExitWeights.LINEAR else (1, 1, 1)
     losses = [loss(row, target) for row, target in zip(logits, (mixed, mixed, hard), strict=True)]
-    expected = sum(n * each for n, each in zip(counts, losses, strict=True)) / sum(counts)
+    expected = torch.stack(losses) @ torch.tensor(counts).double() / sum(counts)
     found = exit_loss(logits, labels, task, weights, distill)
-    assert found.item() == pytest.approx(float(expected))
+    assert found.item() == pytest.approx(expected.item())
     # Only the labels train the last exit: no gradient flows through its role as a teacher.
     gradients, wanted = (
         torch.autograd.grad(value, logits)[0]
