@@ -13,8 +13,9 @@ from ..runtime.engine import Engine
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
 from .checks import check_request
-from .choose import PARTS, Selector
+from .choose import Selector
 from .costs import TimedEngine
+from .families import PARTS
 from .goals import CalibrationOptions
 from .label_thresholds import tune_label_thresholds
 from .points import PointMaker

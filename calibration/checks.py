@@ -7,15 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from ..runtime.artifact.manifest import Task
+from ..runtime.artifact.manifest import ProblemType, Task
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
 from ..runtime.optional_packages import require
 from .goals import CalibrationOptions
-from .label_thresholds import check_label_thresholds
-from .risk import RiskOf, check_row_mean
-from .scoring import check_metric
+from .risk import RiskOf
+from .scoring import AGREEMENT, METRICS, ROW_MEANS
 from .trace import expected_labels
 
 LEAST_ROWS = 50
@@ -30,21 +29,8 @@ def check_request(
     test: Sequence[Row] | None,
 ) -> list[str]:
     """Refuse what cannot be calibrated before the model runs; gives warnings about the rows."""
+    _check_options(engine, options, metric)
     task, labelled = engine.manifest.task, not options.unlabelled
-    if options.bound is not None:
-        if not engine.manifest.targets[engine.target].row_invariant:
-            raise InputError(
-                f"on target {engine.target} the answer of a row depends on the other rows of its "
-                "batch, so the risk of a row cannot be bounded",
-                Remedy("choose another {target}, or give {max_drop} instead"),
-            )
-        if options.bound.risk_of is RiskOf.DROP:
-            check_row_mean(metric)
-    check_metric(metric, task.problem_type, labelled)
-    if "learned" in options.rules:
-        require("calibrate")
-    if options.tune_label_thresholds:
-        check_label_thresholds(task.problem_type, labelled)
     if len(rows) < LEAST_ROWS:
         raise InputError(
             f"{len(rows)} rows are too few to choose on one part and judge on another",
@@ -68,6 +54,43 @@ def check_request(
                 "nothing about them"
             )
     return warnings + (_check_test(rows, test, labelled and task) if test is not None else [])
+
+
+def _check_options(engine: Engine, options: CalibrationOptions, metric: str) -> None:
+    """Refuse options that do not fit the model or the target."""
+    task, labelled = engine.manifest.task, not options.unlabelled
+    known = METRICS[task.problem_type]
+    if metric not in known:
+        raise InputError(
+            f"metric {metric!r} does not exist for this task", f"choose from {', '.join(known)}"
+        )
+    if not labelled and metric != AGREEMENT:
+        raise InputError(
+            f"metric {metric} needs labels, but the rows are used without their labels",
+            Remedy("leave out {metric} or {unlabelled}"),
+        )
+    if options.bound is not None:
+        if not engine.manifest.targets[engine.target].row_invariant:
+            raise InputError(
+                f"on target {engine.target} the answer of a row depends on the other rows of its "
+                "batch, so the risk of a row cannot be bounded",
+                Remedy("choose another {target}, or give {max_drop} instead"),
+            )
+        if options.bound.risk_of is RiskOf.DROP and metric not in ROW_MEANS:
+            raise InputError(
+                f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
+                Remedy(
+                    "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
+                ),
+            )
+    if "learned" in options.rules:
+        require("calibrate")
+    multi_label = task.problem_type is ProblemType.MULTI_LABEL
+    if options.tune_label_thresholds and not (multi_label and labelled):
+        raise InputError(
+            "label thresholds can only be tuned for a multi-label model on labelled rows",
+            Remedy("leave out {tune_label_thresholds}, or give labelled multi-label data"),
+        )
 
 
 def _check_test(rows: Sequence[Row], test: Sequence[Row], task: Task | Literal[False]) -> list[str]:

@@ -12,12 +12,9 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array, Measure
-from .families import Family, deal, make_families
+from .families import PARTS, Family, deal, make_families, settings_of
 from .outcome import exits_of, resampled
 from .stopping_costs import StoppingCosts
-
-PARTS = 5
-"""How many parts rows are dealt into for cross-validation."""
 
 # How many samples are drawn from the rows to estimate how much a choice owes to luck.
 _SAMPLES = 60
@@ -87,20 +84,17 @@ class Search:
         """The cost and the rule of the best setting of some families; for none, of full depth."""
         drops = np.concatenate([self._known[number][0] for number in chosen])
         costs = np.concatenate([self._known[number][1] for number in chosen])
+        place: int | None
         if goal.max_drop is None:
             assert goal.speedup is not None
-            place: int | None = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
+            place = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
         else:
             place = self._within(goal.max_drop / 100, drops, costs)
         if place is None:
             return self._full_cost, None
-        cost = float(costs[place, 0])
-        for number in chosen:
-            family = self.families[number]
-            if place < len(family.exits):
-                return cost, family.rule(place)
-            place -= len(family.exits)
-        raise AssertionError("the number of a setting that does not exist")
+        families = [self.families[number] for number in chosen]
+        family, setting = settings_of(families)[place]
+        return float(costs[place, 0]), family.rule(setting)
 
     @cached_property
     def _known(self) -> list[tuple[Array, Array]]:
@@ -127,20 +121,12 @@ class Search:
     def _within(self, allowed: float, drops: Array, costs: Array) -> int | None:
         """The fastest setting within a limit that keeps the choice within an allowed drop."""
         for share in _SHARES:
-            limit = share * allowed + 1e-12
-            numbers, found = _fastest(drops, costs, limit)
+            within = np.where(drops <= share * allowed + 1e-12, costs, np.inf)
+            numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
             # Where no setting is within the limit, full depth is chosen, which loses nothing.
             if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed + 1e-12:
                 return int(numbers[0]) if found[0] else None
         return None
-
-
-def _fastest(
-    drops: Array, costs: Array, limit: float
-) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """The number of the cheapest setting in each sample, and whether one is within the limit."""
-    within = np.where(drops <= limit, costs, np.inf)
-    return within.argmin(axis=0), np.isfinite(within.min(axis=0))
 
 
 class Selector:
@@ -173,7 +159,7 @@ class Selector:
     @cached_property
     def _folds(self) -> list[tuple[NDArray[np.intp], Search]]:
         """The numbers of each part's rows, and the settings on the rows of the other parts."""
-        parts = deal(len(self.stopping_costs.rows), PARTS, self._seed)
+        parts = deal(len(self.stopping_costs.rows), self._seed)
         return [
             (
                 np.flatnonzero(parts == part),

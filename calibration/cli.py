@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import rich_click as click
 from rich import box
 from rich.console import Console
@@ -221,7 +222,6 @@ def to_dict(result: Calibration) -> dict[str, Any]:
 
 
 def _point(point: Point) -> dict[str, Any]:
-    certificate = point.certificate
     return {
         "name": point.name,
         "wish": str(point.goal),
@@ -231,11 +231,7 @@ def _point(point: Point) -> dict[str, Any]:
         "held_out": asdict(point.held_out),
         "optimism": point.optimism,
         "measured_speedup": point.measured,
-        "certificate": None
-        if certificate is None
-        else {
-            name: getattr(certificate, name) for name in ("risk_of", "risk", "confidence", "rows")
-        },
+        "certificate": msgspec.to_builtins(point.certificate),
     }
 
 

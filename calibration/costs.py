@@ -20,10 +20,11 @@ from ..runtime.artifact.folder import read_regular
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.environment import environment
-from ..runtime.errors import ArtifactError, Remedy
+from ..runtime.errors import ArtifactError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget
+from .trace import replace_file
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -124,17 +125,7 @@ class TimedEngine:
         Raises:
             ArtifactError: it cannot be written.
         """
-        partial = self._path.with_suffix(".partial")
-        try:
-            # A new file: if the path is a link, the file that it leads to is not ours.
-            partial.unlink(missing_ok=True)
-            partial.write_bytes(msgspec.json.encode(self._timings))
-            partial.replace(self._path)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write {self._path}: {error.strerror}",
-                Remedy("give {output} a folder that can be written"),
-            ) from error
+        replace_file(self._path, msgspec.json.encode(self._timings))
 
 
 def _read(path: Path, exits: int) -> Timings | None:

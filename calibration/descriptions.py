@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from ..runtime.artifact.operating_point import Certificate, Goal
+from ..runtime.artifact.operating_point import Goal
 from ..runtime.rule_words import rule_in_words as rule_in_words
 from ..runtime.rules.rules import Budget
-from .outcome import Outcome
+from .outcome import Outcome, level_of
 from .result import Calibration, Point
 from .risk import RiskOf
 from .scoring import ROW_MEANS
@@ -34,18 +34,24 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     if point.rule == Budget(exit=result.rows.exits[-1]):
         help = point.refusal or "give more rows, or allow a larger drop"
         return f"nothing is lost, but these rows confirm no faster setting: {help}"
-    level = 95.0
-    if point.certificate is not None:  # the upper end is then a one-sided bound
-        level = max(0.0, 2 * point.certificate.confidence - 100)
+    certificate, level = point.certificate, 95.0
+    if certificate is not None:
+        level = 100 * level_of(certificate.confidence / 100)
+    where = "rows that did not choose it" if result.test is None else result.held_out
     found = (
-        f"{where_in_words(result)}: {_lost(held.drop, ' points')} "
-        f"({level:g} %: {_lost(low)} to {_lost(high)})"
+        f"on {where}: {_lost(held.drop, ' points')} ({level:g} %: {_lost(low)} to {_lost(high)})"
     )
-    if point.certificate is not None:
-        promise = guarantee_in_words(point.certificate, held.metric)
+    if certificate is not None:
+        disagrees = certificate.risk_of == RiskOf.DISAGREEMENT
+        what = "changed answers" if disagrees else "lost"
+        about = "" if disagrees or held.metric in ROW_MEANS else "about "
+        promise = (
+            f"at most {certificate.risk:g} points {what} on new rows, "
+            f"with {about}{certificate.confidence:g} % confidence"
+        )
         if result.test is not None:
             return f"{promise}; {found}"
-        return f"{promise}, tested on {point.certificate.rows} other rows"
+        return f"{promise}, tested on {certificate.rows} other rows"
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
@@ -60,18 +66,3 @@ def promise_in_words(point: Point, result: Calibration) -> str:
 
 def _lost(points: float, unit: str = "") -> str:
     return f"{abs(points):.2f}{unit} {'gained' if points < 0 else 'lost'}"
-
-
-def guarantee_in_words(certificate: Certificate, metric: str) -> str:
-    """What a certificate says about a metric."""
-    disagreement = certificate.risk_of == RiskOf.DISAGREEMENT
-    about = "" if disagreement or metric in ROW_MEANS else "about "
-    return (
-        f"at most {certificate.risk:g} points {'changed answers' if disagreement else 'lost'} on "
-        f"new rows, with {about}{certificate.confidence:g} % confidence"
-    )
-
-
-def where_in_words(result: Calibration) -> str:
-    """The rows that points are judged on."""
-    return f"on {result.held_out}" if result.test is not None else "on rows that did not choose it"

@@ -36,6 +36,9 @@ CHOOSABLE_RULES = tuple(name for name in RULES if name != "either")
 DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
 """Measures of F-PABEE that compete if none is named."""
 
+PARTS = 5
+"""How many parts rows are dealt into: each part is judged with what is fitted to the others."""
+
 PER_EXIT = " per exit"
 """The end of the kind of a rule that has one fitted threshold for each exit."""
 CASCADE = "cascade"
@@ -44,8 +47,6 @@ CASCADE = "cascade"
 _FITTED_PER_EXIT = ("fpabee", "entropy")
 # The largest patience that is tried. PABEE has no other setting, so all its patiences are tried.
 _MOST_PATIENCE = 3
-# Where scores or thresholds are fitted, each part of the rows is judged with a fit to the others.
-_PARTS = 5
 # With exit 0 a setting has two thresholds. If the later exits alone stop a share s of the rows
 # early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
 # settings from cautious to bold, and together they cover all combinations of both shares.
@@ -97,7 +98,7 @@ def make_families(
         per_exit: whether some rules also get one threshold for each exit.
     """
     rows, stop, last = costs.rows, StopScores(costs.rows), costs.rows.exits[-1]
-    parts = deal(len(rows), _PARTS, seed)
+    parts = deal(len(rows), seed)
     found: list[Family] = []
     for name in rules:
         if name == "learned":
@@ -122,9 +123,14 @@ def make_families(
     return found
 
 
-def deal(rows: int, parts: int, seed: int) -> NDArray[np.intp]:
-    """The part of each row, `[rows]` from 0: parts of equal size, dealt at random."""
-    return np.random.default_rng(seed).permutation(np.arange(rows) % parts)
+def settings_of(families: Sequence[Family]) -> list[tuple[Family, int]]:
+    """Every setting of some families: its family, and its number there."""
+    return [(family, number) for family in families for number in range(len(family.exits))]
+
+
+def deal(rows: int, seed: int) -> NDArray[np.intp]:
+    """The part of each row, `[rows]` from 0: `PARTS` parts of equal size, dealt at random."""
+    return np.random.default_rng(seed).permutation(np.arange(rows) % PARTS)
 
 
 def _learned(rows: LabelledLogits, stop: StopScores, parts: NDArray[np.intp]) -> Iterator[Family]:

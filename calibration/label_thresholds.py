@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import InputError, Remedy
 from ..runtime.metrics import Labels, evaluate
 from ..runtime.rules.measures import Array, Outputs
+from .families import PARTS, deal
 from .scoring import LabelledLogits
 
 # From 0.5 outwards, so that the threshold closest to 0.5 wins a tie.
@@ -18,7 +17,6 @@ _CANDIDATES = sorted(
     np.round(np.arange(0.1, 0.901, 0.05), 2), key=lambda threshold: abs(threshold - 0.5)
 )
 _ROUNDS = 3
-_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -43,37 +41,20 @@ class TunedLabelThresholds:
         return {"cuts": self.values, **scores}
 
 
-def check_label_thresholds(problem_type: ProblemType, labelled: bool) -> None:
-    """Check that label thresholds can be tuned.
-
-    Raises:
-        InputError: the task is single-label, or the labels of the rows are not known.
-    """
-    if problem_type is not ProblemType.MULTI_LABEL or not labelled:
-        raise InputError(
-            "label thresholds can only be tuned for a multi-label model on labelled rows",
-            Remedy("leave out {tune_label_thresholds}, or give labelled multi-label data"),
-        )
-
-
 def tune_label_thresholds(rows: LabelledLogits, metric: str, seed: int = 0) -> TunedLabelThresholds:
     """Choose a threshold for each label by the metric at full depth.
 
     Args:
-        rows: the rows, with labels.
+        rows: the rows of a multi-label task, with labels.
         metric: `exact_match`, `micro_f1` or `macro_f1`.
         seed: deals the rows into parts for cross-fitting.
-
-    Raises:
-        InputError: the task is single-label, or the labels of the rows are not known.
     """
-    check_label_thresholds(rows.problem_type, rows.expected is not None)
     probabilities = Outputs(rows.logits[-1], rows.problem_type).probabilities
     expected = rows.expected
     assert expected is not None
-    parts = np.random.default_rng(seed).permutation(np.arange(len(rows)) % _PARTS)
+    parts = deal(len(rows), seed)
     predicted = np.empty_like(expected)
-    for part in range(_PARTS):
+    for part in range(PARTS):
         here = parts == part
         thresholds = _search(probabilities[~here], expected[~here], metric)
         predicted[here] = probabilities[here] > thresholds

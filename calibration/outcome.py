@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array
@@ -52,24 +51,18 @@ class Outcome:
 
 
 def outcome(
-    scorer: Scorer,
-    exits: Answers,
-    lengths: NDArray[np.intp],
-    costs: Array,
-    layers: Sequence[int],
-    level: float = 0.95,
+    scorer: Scorer, exits: Answers, costs: Array, layers: Sequence[int], level: float = 0.95
 ) -> Outcome:
     """What rows that stop at given exits give.
 
     Args:
         scorer: the metric of the rows.
         exits: `[rows]` the exit of each row.
-        lengths: `[rows]` tokens.
         costs: `[exits, rows]` seconds until an exit.
         layers: the layer of each exit.
         level: of the interval.
     """
-    places = scorer.rows.at(exits)
+    places, lengths = scorer.rows.at(exits), scorer.rows.lengths
     ran = np.asarray(layers)[places[0]]
     score, full = scorer.score(exits), scorer.full_depth
     return Outcome(
@@ -151,9 +144,9 @@ def resampled(rows: int, samples: int, generator: np.random.Generator, size: int
     return counts.reshape(samples, rows).astype(np.float64)
 
 
-def upper_drop(scorer: Scorer, exits: Answers, confidence: float) -> float:
-    """One-sided upper bound of the drop in points; the arguments are those of `drop_interval`."""
-    return drop_interval(scorer, exits, max(0.0, 2 * confidence - 1), resamples=_RESAMPLES // 4)[1]
+def level_of(confidence: float) -> float:
+    """The level of a two-sided interval whose upper end is a one-sided bound at a confidence."""
+    return max(0.0, 2 * confidence - 1)
 
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:

@@ -17,7 +17,7 @@ from .choose import Selector
 from .costs import CostModel, TimedEngine
 from .families import PER_EXIT
 from .goals import CalibrationOptions
-from .outcome import Outcome, exits_of, outcome
+from .outcome import Outcome, exits_of, level_of, outcome
 from .result import Point, RuleComparison
 from .risk import Bound, Controlled, control, split
 from .scoring import LabelledLogits, Scorer
@@ -99,8 +99,8 @@ class PointMaker:
             found = self._guaranteed(goal)
             rule, certificate, refusal = found.rule, found.certificate, found.refusal
             confidence = certificate.confidence / 100 if certificate else _CONFIDENCE
-            level = max(0.0, 2 * confidence - 1)  # the upper end is a one-sided bound
-            held_out = self._judge(rule, self.held or rows.take(found.tested), level)
+            tested = self.held or rows.take(found.tested)
+            held_out = self._judge(rule, tested, level_of(confidence))
         else:
             rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits[-1])
             held_out = self._held_out(rule, goal, self.selector.kinds)
@@ -113,10 +113,8 @@ class PointMaker:
     def _guaranteed(self, goal: Goal | Bound) -> Controlled:
         """The boldest setting whose drop is bounded; full depth if a goal has none."""
         costs, options = self.selector.stopping_costs, self.options
-        full_depth, tested = (
-            Budget(exit=costs.rows.exits[-1]),
-            split(len(costs.rows), options.seed)[1],
-        )
+        full_depth = Budget(exit=costs.rows.exits[-1])
+        tested = split(len(costs.rows), options.seed)[1]
         if not self.engine.manifest.targets[self.engine.target].row_invariant:
             why = "on this target, rows depend on the other rows of their batch"
             return Controlled(full_depth, tested, None, why)
@@ -137,15 +135,13 @@ class PointMaker:
         if self.held is not None:
             return self._judge(rule, self.held)
         costs = self.selector.stopping_costs
-        return self._outcome(costs.scorer, self.selector.held_out(goal, kinds), costs.rows)
+        return self._outcome(costs.scorer, self.selector.held_out(goal, kinds))
 
     def _judge(self, rule: ExitRule, rows: LabelledLogits, level: float = 0.95) -> Outcome:
         """What a rule gives on some rows."""
         scorer = Scorer(rows, self.selector.stopping_costs.scorer.metric)
-        return self._outcome(scorer, exits_of(rule, rows), rows, level)
+        return self._outcome(scorer, exits_of(rule, rows), level)
 
-    def _outcome(
-        self, scorer: Scorer, exits: Answers, rows: LabelledLogits, level: float = 0.95
-    ) -> Outcome:
-        costs, layers = self.costs[-1].row_costs(rows.lengths), self.engine.manifest.exit_layers
-        return outcome(scorer, exits, rows.lengths, costs, layers, level)
+    def _outcome(self, scorer: Scorer, exits: Answers, level: float = 0.95) -> Outcome:
+        costs = self.costs[-1].row_costs(scorer.rows.lengths)
+        return outcome(scorer, exits, costs, self.engine.manifest.exit_layers, level)

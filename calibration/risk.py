@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -32,8 +31,8 @@ from ..runtime.rules.measures import Array, Measure
 from ..runtime.rules.rules import Budget
 from .choose import Search
 from .families import Family, make_families
-from .outcome import exits_of, upper_drop
-from .scoring import ROW_MEANS, Scorer, same_answers
+from .outcome import drop_interval, exits_of, level_of
+from .scoring import Scorer, same_answers
 from .stopping_costs import StoppingCosts, observed_losses
 from .sweep import StopScores
 
@@ -41,6 +40,7 @@ PATH_RULES = ("entropy",)
 """The rule of the path if none is named. Choosing it from the rows would need more rows."""
 
 _PATH_SHARE = 0.2
+_RESAMPLES = 500
 # A bet of everything would never recover from a single loss.
 _LARGEST_BET = 0.95
 
@@ -105,21 +105,6 @@ class Bound:
     def as_goal(self) -> Goal:
         """The same drop as a goal, without a guarantee."""
         return Goal(max_drop=100 * self.risk)
-
-
-def check_row_mean(metric: str) -> None:
-    """Check that the drop of a metric is the mean of a loss of each row.
-
-    Raises:
-        InputError: the metric is not a mean over rows.
-    """
-    if metric not in ROW_MEANS:
-        raise InputError(
-            f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
-            Remedy(
-                "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
-            ),
-        )
 
 
 def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
@@ -270,7 +255,8 @@ def passes(scorer: Scorer, exits: NDArray[np.int64], bound: Bound) -> bool:
     if scorer.is_row_mean or bound.risk_of is RiskOf.DISAGREEMENT:
         return True
     # A bootstrap alone would take rows without any change for certainty.
-    return upper_drop(scorer, exits, bound.confidence) <= 100 * bound.risk
+    _, high = drop_interval(scorer, exits, level_of(bound.confidence), _RESAMPLES)
+    return high <= 100 * bound.risk
 
 
 def _path(
@@ -308,12 +294,9 @@ def _joined(families: Sequence[Family]) -> list[Family]:
     for kind, members in single.items():
         members.sort(key=lambda family: -float(family.exits.mean()))
         exits = np.concatenate([family.exits for family in members])
-        found.append(Family(kind, exits, partial(_first_rule, members)))
+        rules = [family.rule(0) for family in members]
+        found.append(Family(kind, exits, rules.__getitem__))
     return found
-
-
-def _first_rule(families: Sequence[Family], number: int) -> ExitRule:
-    return families[number].rule(0)
 
 
 def _remedy(bound: Bound, least: float, tested: int) -> Remedy:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import InputError, Remedy
 from ..runtime.metrics import evaluate, f1, matthews
 from ..runtime.rules.measures import Answers, Array, Mask, Outputs
 
@@ -81,30 +80,12 @@ class LabelledLogits:
         )
 
 
-def check_metric(metric: str, problem_type: ProblemType, labelled: bool) -> None:
-    """Check that a metric can be computed.
-
-    Raises:
-        InputError: the metric does not exist for the task, or needs labels that are not known.
-    """
-    known = METRICS[problem_type]
-    if metric not in known:
-        raise InputError(
-            f"metric {metric!r} does not exist for this task", f"choose from {', '.join(known)}"
-        )
-    if not labelled and metric != AGREEMENT:
-        raise InputError(
-            f"metric {metric} needs labels, but the rows are used without their labels",
-            Remedy("leave out {metric} or {unlabelled}"),
-        )
-
-
 class Scorer:
     """One metric of rows that stop at given exits.
 
     Args:
         rows: the rows.
-        metric: its name, see `METRICS`.
+        metric: its name, one of the `METRICS` of the task; all but agreement need labels.
 
     Attributes:
         rows: the rows.
@@ -114,13 +95,9 @@ class Scorer:
         problem_type: the type of the task.
         sums: `[exits, rows, terms]` float64, what is summed over rows.
         full_depth: the metric at the last exit.
-
-    Raises:
-        InputError: the metric does not exist for the task, or needs labels that are not known.
     """
 
     def __init__(self, rows: LabelledLogits, metric: str) -> None:
-        check_metric(metric, rows.problem_type, rows.expected is not None)
         self.rows = rows
         self.metric = metric
         self.answers = rows.answers()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,20 +195,30 @@ def _read(path: Path, artifact: str, manifest: Manifest) -> StoredTrace | None:
 def _write(path: Path, artifact: str, trace: StoredTrace) -> None:
     # As UTF-8 JSON bytes: an object array would have to be unpickled.
     rows = msgspec.json.encode([(row.text, row.text_pair, row.labels) for row in trace.rows])
+    file = io.BytesIO()
+    np.savez(
+        file,
+        rows=np.frombuffer(rows, np.uint8),
+        logits=trace.logits,
+        lengths=trace.lengths,
+        texts=data_sha256(trace.rows, labels=False),
+        artifact=artifact,
+    )
+    replace_file(path, file.getvalue())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of the folder of traces, completely or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A new file: if the path is a link, the file that it leads to is not ours.
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:
-            np.savez(
-                file,
-                rows=np.frombuffer(rows, np.uint8),
-                logits=trace.logits,
-                lengths=trace.lengths,
-                texts=data_sha256(trace.rows, labels=False),
-                artifact=artifact,
-            )
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

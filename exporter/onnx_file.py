@@ -49,6 +49,15 @@ def write_graph(
     return Graph(file=file, sha256=sha256_of(path), inputs=tuple(inputs), outputs=tuple(outputs))
 
 
+def strip(proto: Any) -> None:
+    """Remove notes of tools, which differ from run to run or name files of this machine."""
+    nodes = [*proto.graph.node, *(node for f in proto.functions for node in f.node)]
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+
+
 def serialized(proto: Any, what: str) -> bytes:
     """The checked content of an ONNX file; the same graph always gives the same bytes.
 

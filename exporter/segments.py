@@ -36,7 +36,7 @@ from ..runtime.artifact.manifest import (
 )
 from .backbones import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
-from .onnx_file import write_graph
+from .onnx_file import strip, write_graph
 
 OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
@@ -264,7 +264,7 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     _keep_shapes_constant(proto)
     _name_nodes(proto)
     _bound_fills(proto)
-    _strip(proto)
+    strip(proto)
     return write_graph(path, file, proto, inputs, outputs)
 
 
@@ -355,15 +355,6 @@ def _bound_fills(proto: Any) -> None:
         if is_number and onnx.numpy_helper.to_array(tensor) <= lowest:
             fill = np.array(MASK_FILL, np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(fill, tensor.name))
-
-
-def _strip(proto: Any) -> None:
-    """Remove what differs from run to run or names files of this machine."""
-    nodes = [*proto.graph.node, *(node for f in proto.functions for node in f.node)]
-    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
-    for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
 
 
 @contextlib.contextmanager

@@ -36,16 +36,15 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     """
     if name is None:
         return _default_target(folder, manifest)
-    chosen = name
-    if chosen not in manifest.targets:
+    if name not in manifest.targets:
         raise BackendError(
-            f"{folder} has no target {chosen!r}; it has {', '.join(manifest.targets)}",
+            f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
             Remedy(
                 "choose a {target} that it has, or build one: {call}",
                 call=Call("add_targets", folder),
             ),
         )
-    return chosen
+    return name
 
 
 def runnable_targets(folder: Path) -> list[str]:

@@ -24,7 +24,6 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z]|\bfpabee-[a-z]")
 # Modules that still mention options or commands.
 _WITH_FLAGS = {
     "exporter/add_targets.py",
-    "exporter/training/model_card.py",
     "runtime/backends/tensorrt.py",
     "runtime/files/destination.py",
     "runtime/files/job.py",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.rules.measures import Array, Outputs
-from ..outcome import drop_interval
+from ..outcome import outcome
 from ..result import Calibration
 from ..scoring import LabelledLogits
 
@@ -67,17 +67,12 @@ class Bin:
 
 def exit_scores(result: Calibration, bins: list[Bin]) -> list[ExitScore]:
     """Every exit on its own, on the rows of the calibration."""
-    stopping_costs, rows = result.selector.stopping_costs, len(result.rows)
-    scorer, costs = stopping_costs.scorer, stopping_costs.costs.sum(axis=1)
-    found = []
-    for place, (number, layer) in enumerate(zip(result.rows.exits, result.layers, strict=True)):
-        exits = np.full(rows, number)
-        score = scorer.score(exits)
-        drop = 100 * (scorer.full_depth - score)
-        speedup = float(costs[-1] / costs[place])
+    costs, found = result.selector.stopping_costs, []
+    for number, layer in zip(result.rows.exits, result.layers, strict=True):
+        held = outcome(costs.scorer, np.full(len(costs.rows), number), costs.costs, result.layers)
         error = _calibration_error(bins, number)
         found.append(
-            ExitScore(number, layer, score, drop, *drop_interval(scorer, exits), speedup, error)
+            ExitScore(number, layer, held.score, held.drop, *held.interval, held.estimated, error)
         )
     return found
 

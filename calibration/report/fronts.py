@@ -9,7 +9,7 @@ import numpy as np
 
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
-from ..families import Family
+from ..families import Family, settings_of
 from ..outcome import exits_of, outcome
 from ..points import compared_kinds
 from ..result import Calibration
@@ -55,7 +55,7 @@ def _curve(result: Calibration, families: list[Family]) -> Iterator[FrontSetting
     rows = result.rows if result.test is None else result.test
     scorer = Scorer(rows, costs.scorer.metric)
     seconds = result.costs[-1].row_costs(rows.lengths)
-    settings = [(family, number) for family in families for number in range(len(family.exits))]
+    settings = settings_of(families)
     once = np.ones((len(result.rows), 1))
     drops = np.concatenate([costs.drops(family.exits, once)[:, 0] for family in families])
     times = np.concatenate([costs.mean_costs(family.exits, once)[:, 0] for family in families])
@@ -65,5 +65,5 @@ def _curve(result: Calibration, families: list[Family]) -> Iterator[FrontSetting
         rule, stops = family.rule(number), family.exits[number].astype(np.int64)
         if result.test is not None:
             stops = exits_of(rule, rows)
-        held = outcome(scorer, stops, rows.lengths, seconds, result.layers)
+        held = outcome(scorer, stops, seconds, result.layers)
         yield FrontSetting(family.kind, rule, held.estimated, held.drop, held.mean_depth)

@@ -38,12 +38,7 @@ class TextRow:
 
     def differs(self, point: str) -> bool:
         """Whether an operating point answers otherwise than the last exit."""
-        return self.answers[self.exits[point]] != self.last_answer
-
-    @property
-    def last_answer(self) -> Names:
-        """The predicted labels at the last exit."""
-        return self.answers[max(self.answers)]
+        return self.answers[self.exits[point]] != self.answers[max(self.answers)]
 
     def gain(self, point: str) -> int:
         """1 if only the answer of an operating point is right, -1 if only the last one is."""

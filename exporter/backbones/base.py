@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import MASK_FILL, Size
@@ -31,6 +33,42 @@ class Embeddings(nn.Module):
     def frozen(self, max_positions: int) -> Embeddings:
         """The same module, with everything that does not depend on the text computed in advance."""
         return self
+
+
+class CarryingEmbeddings(Embeddings):
+    """Embeddings of families without token types that also make a tensor which all layers read.
+
+    Args:
+        embeddings: from token ids to hidden states.
+        name: of the tensor.
+        carried: makes the tensor; it reads the shape of the hidden states only.
+        table: builds a module that does the same, from the tensor of the longest sequence.
+    """
+
+    def __init__(
+        self,
+        embeddings: nn.Module,
+        name: str,
+        carried: nn.Module,
+        table: Callable[[Tensor], nn.Module],
+    ) -> None:
+        super().__init__(embeddings)
+        self.name = name
+        self.carried = carried
+        self.table = table
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states `[rows, sequence, hidden]`, and the tensor by its name."""
+        hidden_states = self.embeddings(input_ids)
+        return hidden_states, {self.name: self.carried(hidden_states)}
+
+    def frozen(self, max_positions: int) -> Embeddings:
+        """The same module, with the tensor from a table."""
+        with torch.no_grad():
+            longest = self.carried(torch.zeros(1, max_positions, 1))
+        return CarryingEmbeddings(self.embeddings, self.name, self.table(longest), self.table)
 
 
 class Block(nn.Module):
@@ -126,7 +164,9 @@ class Backbone:
 
     def pooler(self) -> nn.Linear | None:
         """The dense layer of the encoder's pooler, which all exits share; None: there is none."""
-        return None
+        pooler = getattr(self.encoder, "pooler", None)
+        dense: nn.Linear | None = getattr(pooler, "dense", pooler)  # ALBERT's is the layer itself
+        return dense
 
     def head_dropout(self) -> float:
         """The dropout before a classifier, in training."""

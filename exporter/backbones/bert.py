@@ -13,11 +13,6 @@ class Bert(Backbone):
     model_type = "bert"
     prefix = "bert"
 
-    def pooler(self) -> nn.Linear | None:
-        """The pooler's dense layer."""
-        dense: nn.Linear = self.encoder.pooler.dense
-        return dense
-
     def classifier_parts(self) -> ClassifierParts:
         """The pooler is part of the encoder."""
         return ClassifierParts(dense="bert.pooler.dense")
@@ -28,11 +23,6 @@ class Roberta(Backbone):
 
     model_type = "roberta"
     prefix = "roberta"
-
-    def pooler(self) -> nn.Linear | None:
-        """The pooler's dense layer."""
-        dense: nn.Linear = self.encoder.pooler.dense
-        return dense
 
     def max_positions(self) -> int:
         """Positions start after the padding index."""
@@ -80,11 +70,6 @@ class Albert(Backbone):
         groups = self.encoder.encoder.albert_layer_groups
         count = self.config.num_hidden_layers
         return [groups[index * len(groups) // count] for index in range(count)]
-
-    def pooler(self) -> nn.Linear | None:
-        """ALBERT's pooler is the dense layer itself."""
-        dense: nn.Linear = self.encoder.pooler
-        return dense
 
     def classifier_parts(self) -> ClassifierParts:
         """The pooler is part of the encoder."""

@@ -9,29 +9,12 @@ from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import MASK_FILL
 from ...runtime.errors import ModelError
-from .base import Backbone, Block, ClassifierParts, Embeddings
+from .base import Backbone, Block, CarryingEmbeddings, ClassifierParts, Embeddings
 
 ROTARY = "rotary"
 
 # Types of rotary positions that depend on the length of the text.
 _BY_LENGTH = ("dynamic", "longrope")
-
-
-class _ModernBertEmbeddings(Embeddings):
-    def __init__(self, embeddings: nn.Module, rotary: nn.Module) -> None:
-        super().__init__(embeddings)
-        self.rotary = rotary
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_states = self.embeddings(input_ids)
-        return hidden_states, {ROTARY: self.rotary(hidden_states)}
-
-    def frozen(self, max_positions: int) -> Embeddings:
-        with torch.no_grad():
-            longest = self.rotary(torch.zeros(1, max_positions, 1))
-        return _ModernBertEmbeddings(self.embeddings, _RotaryTable(longest))
 
 
 class _Rotary(nn.Module):
@@ -121,7 +104,7 @@ class ModernBert(Backbone):
     def embeddings(self) -> Embeddings:
         """The embeddings, and the rotary positions `[2 * kinds, sequence, head size]`."""
         rotary = _Rotary(self.encoder.rotary_emb, self._kinds)
-        return _ModernBertEmbeddings(self.encoder.embeddings, rotary)
+        return CarryingEmbeddings(self.encoder.embeddings, ROTARY, rotary, _RotaryTable)
 
     def layers(self) -> list[nn.Module]:
         """The layers of the model itself."""

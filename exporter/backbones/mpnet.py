@@ -7,26 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Embeddings
+from .base import CarryingEmbeddings, Embeddings
 from .bert import Roberta
 
-
-class _MPNetEmbeddings(Embeddings):
-    def __init__(self, embeddings: nn.Module, position_bias: nn.Module) -> None:
-        super().__init__(embeddings)
-        self.position_bias = position_bias
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_states = self.embeddings(input_ids)
-        return hidden_states, {"position_bias": self.position_bias(hidden_states)}
-
-    def frozen(self, max_positions: int) -> Embeddings:
-        longest = torch.zeros(1, max_positions, 1)
-        with torch.no_grad():
-            table = _PositionBiasTable(self.position_bias(longest))
-        return _MPNetEmbeddings(self.embeddings, table)
+_BIAS = "position_bias"
 
 
 class _PositionBias(nn.Module):
@@ -73,8 +57,9 @@ class MPNet(Roberta):
     def __init__(self, encoder: Any) -> None:
         super().__init__(encoder)
         heads = int(self.config.num_attention_heads)
-        self.carried = {"position_bias": (1, heads, "sequence", "sequence")}
+        self.carried = {_BIAS: (1, heads, "sequence", "sequence")}
 
     def embeddings(self) -> Embeddings:
         """The embeddings, and the position bias `[1, heads, sequence, sequence]`."""
-        return _MPNetEmbeddings(self.encoder.embeddings, _PositionBias(self.encoder.encoder))
+        bias = _PositionBias(self.encoder.encoder)
+        return CarryingEmbeddings(self.encoder.embeddings, _BIAS, bias, _PositionBiasTable)

@@ -20,7 +20,6 @@ from ...runtime.cli.console import echo, table_console
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
-from ...runtime.files import ReadOptions
 from ...runtime.optional_packages import require
 from ..add_targets import (
     AddTargetsOptions,
@@ -177,22 +176,16 @@ def main(
         raise click.UsageError("give either MODEL_DIR or --from ENGINES")
     drops = source is not None and exits is not None
     _check_usage(source is None, drops, settings, output)
-    reading = options.read_options(settings)
+    settings["reading"] = options.read_options(settings)
     say = (lambda line: None) if as_json else echo
     folder = source or output or Path("engines")
     content: Content = {}
-    targets = _target_options(settings, reading)
+    targets = _target_options(settings)
     if source is not None and exits is not None and output is not None:
         folder = output
-        kept = DropExitsOptions(
-            exits=exits,
-            target=settings["target"],
-            calibration_data=settings["calibration_data"],
-            force=settings["force"],
-            threads=settings["threads"],
-            targets=replace(targets, calibration_data=None, default_target=None),
-            reading=reading,
-        )
+        rebuilt = replace(targets, calibration_data=None, default_target=None)
+        changes = {"exits": exits, "targets": rebuilt}
+        kept = msgspec.convert(settings | changes, DropExitsOptions)
         with step_progress(quiet) as progress:
             dropped = drop_exits(source, output, kept, progress)
         content = prune.to_dict(dropped)
@@ -200,7 +193,7 @@ def main(
             prune.show(dropped, table_console(), len(read_manifest(source).segments))
     if model_dir is not None:
         check_options(targets)
-        content = _export(model_dir, folder, exits, settings, reading, quiet, say)
+        content = _export(model_dir, folder, settings | {"exits": exits}, quiet, say)
         if not (targets.precisions or targets.int8 or targets.backends):
             # Plans are built only if they are asked for. OpenVINO needs no files.
             targets = replace(targets, backends=(OPENVINO,) if is_installed() else ())
@@ -255,55 +248,30 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     only_with("no_onnx", not is_new, "--from")
 
 
-def _target_options(settings: dict[str, Any], reading: ReadOptions) -> AddTargetsOptions:
+def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:
+    """The options of `add_targets`; the fields of both classes are named like settings."""
     workspace = settings["workspace"]
-    plans = (
-        "batch",
-        "sequence",
-        "compute_capabilities",
-        "version_compatible",
-        "hardware_compatible",
-        "optimization_level",
-    )
-    return AddTargetsOptions(
-        precisions=tuple(half for half in Half if settings[half.value]),
-        int8=settings["int8"],
-        calibration_data=settings["calibration_data"],
-        backends=settings["backends"] or None,
-        default_target=settings["target"],
-        keep_fp32=settings["keep_fp32"],
-        verify_data=settings["verify_data"],
-        plans=PlanOptions(
-            **{name: settings[name] for name in plans},
-            workspace=None if workspace is None else workspace * 2**20,
-        ),
-        jobs=settings["jobs"],
-        resume=settings["resume"],
-        reading=reading,
-    )
+    scratch = None if workspace is None else workspace * 2**20
+    changes = {
+        "precisions": tuple(half for half in Half if settings[half.value]),
+        "backends": settings["backends"] or None,
+        "default_target": settings["target"],
+        "plans": msgspec.convert(settings | {"workspace": scratch}, PlanOptions),
+    }
+    return msgspec.convert(settings | changes, AddTargetsOptions)
 
 
 def _export(
     model_dir: str,
     output: Path,
-    exits: tuple[int, ...] | None,
     settings: dict[str, Any],
-    reading: ReadOptions,
     quiet: bool,
     say: Callable[[str], None],
 ) -> Content:
     require("export")
     from ..pipeline import ExportOptions, export
 
-    problem_type = settings["problem_type"]
-    wanted = ExportOptions(
-        exits=exits,
-        problem_type=ProblemType(problem_type) if problem_type else None,
-        max_length=settings["max_length"],
-        verify_data=settings["verify_data"],
-        force=settings["force"],
-        reading=reading,
-    )
+    wanted = msgspec.convert(settings, ExportOptions)
     with step_progress(quiet) as progress:
         result = export(model_dir, output, wanted, progress)
     manifest, agreement = result.manifest, result.agreement

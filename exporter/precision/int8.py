@@ -15,11 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ...calibration.activations import graph_inputs
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import EncodedRow, Text, TextEncoder
+from ...runtime.encoding import (
+    Arrays,
+    EncodedRow,
+    Text,
+    TextEncoder,
+    padded_batches,
+    padding_values,
+)
 from ...runtime.errors import InputError, Remedy, VerificationError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
@@ -91,6 +97,36 @@ def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
         )
     used = texts[: 2 * _MOST_TEXTS]
     return used[::2], used[1::2]
+
+
+def graph_inputs(
+    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], batch: int = 16
+) -> dict[str, list[Arrays]]:
+    """The inputs of every graph on some rows, from which int8 ranges are taken.
+
+    Runs the fp32 graphs through ONNX Runtime.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest.
+        rows: tokenized rows.
+        batch: rows in a batch.
+
+    Returns:
+        By graph, the inputs of each call on each batch.
+    """
+    from ...runtime.backends.onnxruntime_session import cpu_session
+    from ...runtime.backends.stepping import steps
+
+    def open_session(name: str) -> Any:
+        graph = manifest.graphs[name]
+        return cpu_session(verified_graph(folder, graph.file, graph.sha256))
+
+    found: dict[str, list[Arrays]] = {name: [] for name in manifest.graphs}
+    batches = padded_batches(rows, padding_values(manifest.tokenizer), batch)
+    for step in steps(manifest, batches, open_session):
+        found[step.graph].append(step.inputs)
+    return found
 
 
 def quantize(

@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ..onnx_file import strip
 from .formats import in_head
 
-Quantize = Callable[[Path, list[dict[str, Any]], Path], None]
-"""Writes a graph, given the fp32 graph, batches of its inputs, and the file to write."""
+Quantize = Callable[[Path, list[dict[str, Any]]], Any]
+"""Gives a quantized graph, from an fp32 graph and batches of its inputs."""
 
 
-def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
-    """Write a graph with symmetric Q/DQ around every product with a weight, except in heads.
+def quantize(source: Path, batches: list[dict[str, Any]]) -> Any:
+    """A graph with symmetric Q/DQ around every product with a weight, except in heads.
 
     Args:
         source: the fp32 graph.
         batches: inputs of the graph, which give the ranges.
-        target: the file to write.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -65,22 +65,14 @@ def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
             },
         )
         # The types of the new values say which nodes are lowered to fp16.
-        write(onnx.shape_inference.infer_shapes(onnx.load(quantized)), target)
-
-
-def write(proto: Any, target: Path) -> None:
-    """Write a graph without what the quantizer says about itself."""
-    for item in [proto, proto.graph, *proto.graph.node, *proto.graph.initializer]:
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
-    target.write_bytes(proto.SerializeToString(deterministic=True))
+        return onnx.shape_inference.infer_shapes(onnx.load(quantized))
 
 
 def main(quantize: Quantize = quantize) -> None:
     """Quantize the graphs that the arguments name.
 
     Args:
-        quantize: writes one quantized graph.
+        quantize: quantizes one graph.
     """
     arguments = [Path(argument) for argument in sys.argv[1:]]
     for source, stored, target in zip(*(arguments[start::3] for start in range(3)), strict=True):
@@ -89,7 +81,9 @@ def main(quantize: Quantize = quantize) -> None:
             for key in content.files:
                 number, name = key.split("/", 1)
                 batches.setdefault(number, {})[name] = content[key]
-        quantize(source, list(batches.values()), target)
+        proto = quantize(source, list(batches.values()))
+        strip(proto)
+        target.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,18 @@ import onnx
 from onnx import numpy_helper
 
 from .formats import in_head
-from .int8_worker import main, write
+from .int8_worker import main
 
 # NNCF reports its use to Intel otherwise.
 os.environ["NNCF_CI"] = "1"
 
 
-def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
-    """Write a graph with Q/DQ by SmoothQuant and bias correction, except in heads.
+def quantize(source: Path, batches: list[dict[str, Any]]) -> Any:
+    """A graph with Q/DQ by SmoothQuant and bias correction, except in heads.
 
     Args:
         source: the fp32 graph.
         batches: inputs of the graph, which give the ranges.
-        target: the file to write.
     """
     import nncf
 
@@ -40,7 +39,7 @@ def quantize(source: Path, batches: list[dict[str, Any]], target: Path) -> None:
         ignored_scope=nncf.IgnoredScope(names=heads, validate=False),
     )
     _make_unsigned(proto)
-    write(proto, target)
+    return proto
 
 
 def _make_unsigned(proto: Any) -> None:

@@ -31,10 +31,9 @@ from ..tokenizer import load_tokenizer
 from ..weights import TRAIN
 from .exit_0 import encoded_rows, train_exit_0
 from .from_classifier import Classifier
-from .model_card import model_card
 from .options import TrainOptions
 from .predictions import Collate, predict
-from .report import REPORT_NAME, DataSource, TrainReport
+from .report import REPORT_NAME, DataSource, TrainReport, model_card
 from .resume import begin, check_output, checkpoints_of, last_checkpoint
 from .rows import label_names, load_rows
 from .trainer import Features, MultiExitTrainer, exit_scores, is_head

@@ -1,14 +1,17 @@
-"""The result of a training, which it also writes to a file."""
+"""The result of a training, as it is written to `training.json` and to the model card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.errors import printable
 from .options import TrainOptions
+from .rows import dataset_name
 
 REPORT_NAME = "training.json"
 
@@ -72,3 +75,29 @@ class TrainReport:
 def in_json_types(record: Any) -> dict[str, Any]:
     """A dataclass as a dictionary with the types of JSON."""
     return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(record)))
+
+
+def model_card(report: TrainReport) -> Any:
+    """The model card of a training, with the metadata that the Hugging Face hub reads."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    start = report.options.backbone or report.options.from_classifier or ""
+    datasets = {dataset_name(data.source) for data in report.data.values()}
+    metadata = ModelCardData(
+        library_name="fpabee",
+        pipeline_tag="text-classification",
+        tags=["early-exit", report.model_type],
+        # A local folder means nothing to other people.
+        base_model=None if Path(start).exists() else start,
+        datasets=sorted(filter(None, datasets)) or None,
+        metrics=list(report.scores["dev"][0]),
+    )
+    template = str(Path(__file__).with_name("model_card.md"))
+    return ModelCard.from_template(
+        metadata, template, report=report, printable=printable, place=_place, zip=zip
+    )
+
+
+def _place(source: str) -> str:
+    """A dataset, or a file without its folder, which exists only on one machine."""
+    return printable(source if dataset_name(source) else Path(source).name)

@@ -84,7 +84,6 @@ class MultiExitTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.options = options
         self.problem_type = model.exit_config.problem_type
-        self.data = data
         self.progress = progress
         self.dev_scores = ""
 
@@ -130,19 +129,14 @@ class MultiExitTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Report the main metric of every exit on dev; the trainer calls this after every epoch."""
-        scores = self.scores("dev")
+        found = cast(Any, self.predict(cast(Any, self.eval_dataset)))
+        scores = exit_scores(found.predictions, found.label_ids, self.problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
         self.dev_scores = f", dev {metric} by exit: {values}"
         self._report()
         self.control.should_evaluate = False
         return {}
-
-    def scores(self, name: str) -> list[dict[str, float]]:
-        """The scores of every exit on the rows of that name."""
-        prediction = self.predict(cast(Any, self.data[name]))
-        logits, labels = cast(Any, prediction.predictions), cast(Any, prediction.label_ids)
-        return exit_scores(logits, labels, self.problem_type)
 
     def _report(self, loss: str = "") -> None:
         state = self.state
@@ -205,9 +199,6 @@ def exit_scores(
         problem_type: a row has the label with the largest logit, or for multi-label all
             labels with a logit above 0.
     """
-    scores = []
-    for exit_logits in logits.transpose(1, 0, 2):
-        is_single = problem_type is ProblemType.SINGLE_LABEL
-        predicted = exit_logits.argmax(-1) if is_single else (exit_logits > 0).astype(np.int64)
-        scores.append(evaluate(predicted, labels, logits.shape[-1]))
-    return scores
+    is_single = problem_type is ProblemType.SINGLE_LABEL
+    answers = logits.argmax(axis=-1) if is_single else (logits > 0).astype(np.int64)
+    return [evaluate(row, labels, logits.shape[-1]) for row in answers.swapaxes(0, 1)]

@@ -136,8 +136,8 @@ def _growth(part: Any, children: str, known: _Growths) -> float:
     return known[kind](part)
 
 
-def _unchanged(_part: dict[str, Any]) -> float:
-    return 1.0
+def _unchanged(*kinds: str) -> _Growths:
+    return dict.fromkeys(kinds, lambda part: 1.0)
 
 
 def _replace(part: dict[str, Any]) -> float:
@@ -157,10 +157,6 @@ def _shortest_match(pattern: str) -> int:
     """A lower bound of the bytes that a regular expression matches; 0 if it is not obvious."""
     matches = [_CERTAIN.fullmatch(choice) for choice in pattern.split("|")]
     return min(int(match["least"] or 1) if match else 0 for match in matches)
-
-
-def _prepend(part: dict[str, Any]) -> float:
-    return 1.0 + _normalized_bytes(part["prepend"])
 
 
 def _precompiled(part: dict[str, Any]) -> float:
@@ -185,11 +181,6 @@ def _normalized_bytes(text: str) -> int:
     )
 
 
-def _metaspace(part: dict[str, Any]) -> float:
-    """A space becomes another character, and one may be put in front."""
-    return 1.0 + len(part["replacement"].encode())
-
-
 def _template(part: dict[str, Any]) -> float:
     """How many pieces a template joins; a piece is a text, or one id of a special token."""
     sizes = {name: max(1, len(token["ids"])) for name, token in part["special_tokens"].items()}
@@ -199,27 +190,24 @@ def _template(part: dict[str, Any]) -> float:
     )
 
 
-def _all_unchanged(*kinds: str) -> _Growths:
-    return dict.fromkeys(kinds, _unchanged)
-
-
 _NORMALIZERS: _Growths = {
     # It puts a space on both sides of a Chinese character of 3 bytes.
     "BertNormalizer": lambda part: 5 / 3,
     # Each byte becomes a character of at most 2 bytes.
     "ByteLevel": lambda part: 2.0,
     "Precompiled": _precompiled,
-    "Prepend": _prepend,
+    "Prepend": lambda part: 1.0 + _normalized_bytes(part["prepend"]),
     "Replace": _replace,
-    **_all_unchanged("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
+    **_unchanged("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
 }
 _SPLITTERS: _Growths = {
     "ByteLevel": lambda part: 3.0,  # as above, and a space in front
-    "Metaspace": _metaspace,
-    **_all_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength"),
-    **_all_unchanged("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+    # A space becomes another character, and one may be put in front.
+    "Metaspace": lambda part: 1.0 + len(part["replacement"].encode()),
+    **_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength"),
+    **_unchanged("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
 }
 _TEMPLATES: _Growths = {
     "TemplateProcessing": _template,
-    **_all_unchanged("BertProcessing", "ByteLevel", "RobertaProcessing"),
+    **_unchanged("BertProcessing", "ByteLevel", "RobertaProcessing"),
 }

@@ -175,6 +175,11 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change settings of a model."""
+    change_json(folder / "config.json", lambda config: config.update(changes))
+
+
 def manifest(change: Callable[[Any], object]) -> Change:
     """Changes the manifest of an engines folder."""
     return lambda folder: change_json(folder / MANIFEST_NAME, change)

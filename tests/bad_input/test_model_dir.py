@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .cases import Arguments, Case, Change, Make, Place, change_json, check, each
+from .cases import Arguments, Case, Change, Make, Place, change_config, change_json, check, each
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 PICKLE = "pytorch_model.bin"
@@ -33,8 +33,7 @@ def shared(*options: object) -> Make:
 
 
 def config(**settings: object) -> Make:
-    change = lambda f: change_json(f / CONFIG, lambda c: c.update(settings))  # noqa: E731
-    return model(change)
+    return model(lambda folder: change_config(folder, **settings))
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
@@ -71,7 +70,7 @@ def repeated(folder: Path) -> None:
     """One number that stands for the embeddings of 10^10 tokens."""
     content = load_file(folder / WEIGHTS)
     content["bert.embeddings.word_embeddings.weight"] = torch.zeros(1, 1).expand(10**10, 32)
-    change_json(folder / CONFIG, lambda c: c.update(vocab_size=10**10))
+    change_config(folder, vocab_size=10**10)
     pickled(content)(folder)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from fpabee.calibration.choose import PARTS, Search, Selector
+from fpabee.calibration.choose import Search, Selector
 from fpabee.calibration.families import (
     DEFAULT_MEASURES,
     DEFAULT_RULES,
@@ -25,9 +24,7 @@ from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import Entropy, ExitRule, InputError, Measure, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 
-from .conftest import with_costs
-
-Make = Callable[..., LabelledLogits]
+from .conftest import make_rows, with_costs
 
 MEASURES = (Measure.JSKD,)
 
@@ -57,7 +54,7 @@ def drop_on(rows: LabelledLogits, chosen: ExitRule | None, metric: str = "accura
     ],
 )
 def test_a_larger_drop_buys_time_and_is_about_the_drop_on_new_rows(
-    make_rows: Make, task: ProblemType, metric: str
+    task: ProblemType, metric: str
 ) -> None:
     selector = select(make_rows(count=2000, problem_type=task), metric)
     new = make_rows(count=20_000, problem_type=task, seed=1)
@@ -70,7 +67,7 @@ def test_a_larger_drop_buys_time_and_is_about_the_drop_on_new_rows(
     assert depths[-1] < depths[0]
 
 
-def test_a_speedup_is_reached_with_the_least_drop(make_rows: Make) -> None:
+def test_a_speedup_is_reached_with_the_least_drop() -> None:
     rows = make_rows(count=1000)
     costs = with_costs(rows)
     families = make_families(costs, ["fpabee", "entropy"], MEASURES, per_exit=False)
@@ -86,18 +83,18 @@ def test_a_speedup_is_reached_with_the_least_drop(make_rows: Make) -> None:
         search.choose(Goal(speedup=20.0), search.kinds)
 
 
-def test_only_full_depth_is_left_where_nothing_competes(make_rows: Make) -> None:
+def test_only_full_depth_is_left_where_nothing_competes() -> None:
     search = Search(with_costs(make_rows()), [])
     assert search.choose(Goal(max_drop=1.0), search.kinds) is None
 
 
-def test_held_out_exits_are_by_settings_that_other_rows_chose(make_rows: Make) -> None:
+def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:
     """The labels of a part choose nothing that it is judged with."""
     rows, goal = make_rows(), Goal(max_drop=2.0)
     assert rows.expected is not None
     found = select(rows).held_out(goal, ["entropy", "fpabee"])
     assert len(np.unique(found)) > 2
-    parts = deal(len(rows), PARTS, seed=0)
+    parts = deal(len(rows), seed=0)
     truth = np.where(parts == 0, (rows.expected + 1) % 3, rows.expected)
     changed = LabelledLogits(rows.logits, rows.lengths, truth, rows.problem_type)
     again = select(changed).held_out(goal, ["entropy", "fpabee"])
@@ -106,7 +103,7 @@ def test_held_out_exits_are_by_settings_that_other_rows_chose(make_rows: Make) -
 
 
 @pytest.mark.parametrize("name", ["entropy", "confidence", "fpabee"])
-def test_thresholds_for_each_exit_are_better_than_one(make_rows: Make, name: str) -> None:
+def test_thresholds_for_each_exit_are_better_than_one(name: str) -> None:
     costs = with_costs(make_rows(count=2000))
     family = next(iter(make_families(costs, [name], MEASURES, per_exit=False)))
     plain = family.rule(0)
@@ -128,9 +125,7 @@ def test_thresholds_for_each_exit_are_better_than_one(make_rows: Make, name: str
     assert np.mean(better) >= 0.8
 
 
-def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to(
-    make_rows: Make,
-) -> None:
+def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to() -> None:
     """What a setting is said to lose is what its rule loses on new rows, on average."""
     population = make_rows(count=20_000, exits=12, seed=7)
     generator = np.random.default_rng(0)
@@ -156,9 +151,7 @@ def fastest(costs: StoppingCosts, families: list[Family], allowed: float) -> Exi
 
 
 @pytest.mark.parametrize("samples", [4, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_goal_is_kept_although_hundreds_of_settings_compete(
-    make_rows: Make, samples: int
-) -> None:
+def test_a_goal_is_kept_although_hundreds_of_settings_compete(samples: int) -> None:
     population = make_rows(count=10_000, seed=7)
     generator = np.random.default_rng(0)
     chosen, lucky = [], []
@@ -175,7 +168,7 @@ def test_a_goal_is_kept_although_hundreds_of_settings_compete(
     assert np.mean(lucky) > 2.0 + 2 * errors[1]
 
 
-def test_a_last_exit_that_is_too_timid_does_not_hide_a_drop(make_rows: Make) -> None:
+def test_a_last_exit_that_is_too_timid_does_not_hide_a_drop() -> None:
     """Where exits disagree, the last one is right far more often than its probabilities say."""
     rows = make_rows(count=4000)
     answers = rows.answers()
@@ -192,9 +185,7 @@ def test_a_last_exit_that_is_too_timid_does_not_hide_a_drop(make_rows: Make) -> 
 
 
 @pytest.mark.parametrize("useful", [False, True])
-def test_exit_0_answers_rows_only_where_it_pays(
-    make_rows: Callable[..., LabelledLogits], useful: bool
-) -> None:
+def test_exit_0_answers_rows_only_where_it_pays(useful: bool) -> None:
     rows = make_rows(count=500, exits=6)
     exit_0 = np.random.default_rng(1).normal(scale=3.0, size=rows.logits[0].shape)
     if useful:  # it is as good as exit 4, where it is sure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +9,12 @@ import pytest
 
 from fpabee.calibration.label_thresholds import tune_label_thresholds
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.runtime import InputError, ProblemType
+from fpabee.runtime import ProblemType
+
+from .conftest import make_rows
 
 
-def shifted(make_rows: Callable[..., LabelledLogits], by: float, seed: int = 0) -> LabelledLogits:
+def shifted(by: float, seed: int = 0) -> LabelledLogits:
     """Multi-label rows whose first label is predicted too seldom."""
     rows = make_rows(count=2000, problem_type=ProblemType.MULTI_LABEL, seed=seed)
     logits = rows.logits.copy()
@@ -22,33 +23,22 @@ def shifted(make_rows: Callable[..., LabelledLogits], by: float, seed: int = 0) 
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "micro_f1", "macro_f1"])
-def test_a_label_that_is_missed_gets_a_lower_threshold(
-    make_rows: Callable[..., LabelledLogits], metric: str
-) -> None:
-    rows = shifted(make_rows, 1.5)
+def test_a_label_that_is_missed_gets_a_lower_threshold(metric: str) -> None:
+    rows = shifted(1.5)
     tuned = tune_label_thresholds(rows, metric)
     assert tuned.values[0] < 0.35
     assert tuned.after > tuned.before
     # New rows get what was promised.
-    new = shifted(make_rows, 1.5, seed=1)
+    new = shifted(1.5, seed=1)
     after = Scorer(replace(new, label_thresholds=tuned.values), metric).full_depth
     assert after == pytest.approx(tuned.after, abs=0.03)
     assert after > Scorer(new, metric).full_depth
 
 
-def test_thresholds_that_gain_nothing_on_other_rows_are_not_kept(
-    make_rows: Callable[..., LabelledLogits],
-) -> None:
+def test_thresholds_that_gain_nothing_on_other_rows_are_not_kept() -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(2, 200, 6)).astype(np.float32)
     truth = generator.integers(0, 2, (200, 6))  # there is nothing to learn
     rows = LabelledLogits(logits, np.full(200, 5, np.intp), truth, ProblemType.MULTI_LABEL)
     tuned = tune_label_thresholds(rows, "exact_match")
     assert tuned.values == () or tuned.after > tuned.before
-
-
-def test_single_label_models_have_none(
-    make_rows: Callable[..., LabelledLogits],
-) -> None:
-    with pytest.raises(InputError, match="multi-label"):
-        tune_label_thresholds(make_rows(), "accuracy")

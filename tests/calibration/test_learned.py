@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,17 +9,15 @@ import pytest
 
 from fpabee.calibration.families import deal
 from fpabee.calibration.learned import fit_learned, out_of_fold_scores, scores_of
-from fpabee.calibration.scoring import LabelledLogits, same_answers
+from fpabee.calibration.scoring import same_answers
 from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import ExitRule, ProblemType
 
-Make = Callable[..., LabelledLogits]
+from .conftest import make_rows
 
 
 @pytest.mark.parametrize("task", ProblemType)
-def test_answers_that_change_get_higher_scores_on_new_rows(
-    make_rows: Make, task: ProblemType
-) -> None:
+def test_answers_that_change_get_higher_scores_on_new_rows(task: ProblemType) -> None:
     rows = make_rows(problem_type=task)
     rule = fit_learned(rows)
     assert rule is not None
@@ -35,9 +32,9 @@ def test_answers_that_change_get_higher_scores_on_new_rows(
     np.testing.assert_array_equal(scores[:-1], StopScores(new).scores_of(rule)[:-1])
 
 
-def test_scores_come_from_rules_that_were_fitted_to_other_rows(make_rows: Make) -> None:
+def test_scores_come_from_rules_that_were_fitted_to_other_rows() -> None:
     rows = make_rows(count=200)
-    parts = deal(len(rows), 5, seed=0)
+    parts = deal(len(rows), seed=0)
     before = out_of_fold_scores(rows, parts)
     logits = rows.logits.copy()
     logits[-1] = np.where((parts == 0)[:, None], logits[-1][:, ::-1], logits[-1])
@@ -48,8 +45,8 @@ def test_scores_come_from_rules_that_were_fitted_to_other_rows(make_rows: Make) 
     assert (after[:-1, parts != 0] != before[:-1, parts != 0]).all()
 
 
-def test_too_few_changes_teach_nothing(make_rows: Make) -> None:
+def test_too_few_changes_teach_nothing() -> None:
     rows = make_rows(count=100)
     rows.logits[...] = rows.logits[-1]
     assert fit_learned(rows) is None
-    assert out_of_fold_scores(rows, deal(100, 5, seed=0)) is None
+    assert out_of_fold_scores(rows, deal(100, seed=0)) is None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 from fpabee.calibration.outcome import drop_interval, exits_of, outcome
-from fpabee.calibration.scoring import LabelledLogits, Scorer
+from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Entropy
 
-from .conftest import two_exits, with_costs
-
-Make = Callable[..., LabelledLogits]
+from .conftest import make_rows, two_exits, with_costs
 
 
 @pytest.mark.parametrize(("metric", "samples"), [("accuracy", 100), ("macro_f1", 25)])
-def test_intervals_cover_the_drop(make_rows: Make, metric: str, samples: int) -> None:
+def test_intervals_cover_the_drop(metric: str, samples: int) -> None:
     population = make_rows(count=50_000, seed=4)
     generator = np.random.default_rng(0)
     scorer = Scorer(population, metric)
@@ -57,12 +53,10 @@ def test_intervals_cover_rare_changes(share: float) -> None:
     assert covered >= 95
 
 
-def test_an_outcome_counts_layers_and_tokens(make_rows: Make) -> None:
+def test_an_outcome_counts_layers_and_tokens() -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
-    found = outcome(
-        Scorer(rows, "accuracy"), exits, rows.lengths, with_costs(rows).costs, range(2, 13, 2)
-    )
+    found = outcome(Scorer(rows, "accuracy"), exits, with_costs(rows).costs, range(2, 13, 2))
     assert found.mean_depth == pytest.approx(2 * exits.mean())
     tokens = rows.lengths.sum() / (exits * rows.lengths).sum()
     assert found.theoretical == pytest.approx(6 * tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,13 @@ import pytest
 from fpabee.calibration import risk
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.risk import Bound, Controlled, RiskOf, _remedy, control, p_value, passes
-from fpabee.calibration.scoring import LabelledLogits, Scorer
+from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts, observed_losses
 from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import Entropy, InputError, Measure, ProblemType
 from fpabee.runtime.rules.base import ThresholdRule
 
-from .conftest import two_exits, with_costs
-
-Make = Callable[..., LabelledLogits]
+from .conftest import make_rows, two_exits, with_costs
 
 BOUND = Bound(0.04, 0.95)
 
@@ -37,7 +34,7 @@ def threshold(rule: object) -> float:
 @pytest.mark.parametrize("is_sorted", [True, False])
 @pytest.mark.parametrize("samples", [40, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_guarantee_holds_in_95_percent_however_the_rows_are_sorted(
-    make_rows: Make, is_sorted: bool, samples: int
+    is_sorted: bool, samples: int
 ) -> None:
     """Rows of the first label win and others lose, so in a sorted file all losses come last.
 
@@ -117,9 +114,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, answers: list[bool]) -> list[tuple[An
     return seen
 
 
-def test_testing_ends_at_the_first_failure(
-    make_rows: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_testing_ends_at_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = with_costs(make_rows())
     seen = watch(monkeypatch, [True, True, False, True])
     found = controlled(costs)
@@ -130,9 +125,7 @@ def test_testing_ends_at_the_first_failure(
         controlled(costs)
 
 
-def test_the_path_starts_cautious_and_becomes_bolder(
-    make_rows: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_path_starts_cautious_and_becomes_bolder(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watch(monkeypatch, [True])
     controlled(with_costs(make_rows()))
     depths = [exits.mean() for _, exits in seen]
@@ -141,9 +134,7 @@ def test_the_path_starts_cautious_and_becomes_bolder(
     assert depths[-1] < 1.1
 
 
-def test_no_row_both_fixes_the_path_and_tests_it(
-    make_rows: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_row_both_fixes_the_path_and_tests_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, other = make_rows(count=300), make_rows(count=300, seed=1)
     fixing, testing = risk.split(len(rows), seed=3)
     assert sorted([*fixing, *testing]) == list(range(300))
@@ -167,7 +158,7 @@ def test_no_row_both_fixes_the_path_and_tests_it(
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "agreement"])
-def test_what_is_certified(make_rows: Make, metric: str) -> None:
+def test_what_is_certified(metric: str) -> None:
     risk_of = RiskOf.DISAGREEMENT if metric == "agreement" else RiskOf.DROP
     costs = with_costs(make_rows(count=2000), metric)
     found = control(costs, Bound(0.04, 0.95, risk_of), [], [])
@@ -187,9 +178,7 @@ def test_what_is_certified(make_rows: Make, metric: str) -> None:
         (False, Bound(0.01, 0.95), r"160 rows .* lost 0\.00 points -> give about 374 rows"),
     ],
 )
-def test_too_few_rows_say_how_many_are_needed(
-    make_rows: Make, lost: bool, bound: Bound, says: str
-) -> None:
+def test_too_few_rows_say_how_many_are_needed(lost: bool, bound: Bound, says: str) -> None:
     rows = make_rows(count=200)
     if not lost:
         rows.logits[...] = rows.logits[-1]
@@ -204,7 +193,7 @@ def test_more_rows_are_asked_for_than_have_failed() -> None:
     assert "larger risk" in str(_remedy(Bound(0.01, 0.95), 0.02, 120))
 
 
-def test_rules_without_a_setting_are_refused(make_rows: Make) -> None:
+def test_rules_without_a_setting_are_refused() -> None:
     rows = make_rows(count=60, problem_type=ProblemType.MULTI_LABEL)
     rows.logits[...] = rows.logits[-1]
     with pytest.raises(InputError, match=r"no setting of these rules.*name other rules"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 
 import numpy as np
@@ -17,7 +16,7 @@ from fpabee.calibration.stopping_costs import (
 )
 from fpabee.runtime import ProblemType
 
-from .conftest import with_costs
+from .conftest import make_rows, with_costs
 
 
 def calibrated(problem_type: ProblemType, rows: int, scale: float) -> LabelledLogits:
@@ -48,7 +47,7 @@ def test_expected_losses_are_right_on_average_at_any_temperature(
     assert (expected[:-1].std(axis=1) < 0.8 * observed[:-1].std(axis=1)).all()
 
 
-def test_the_same_answer_loses_nothing(make_rows: Callable[..., LabelledLogits]) -> None:
+def test_the_same_answer_loses_nothing() -> None:
     rows = make_rows()
     scorer = Scorer(rows, "accuracy")
     same = scorer.answers == scorer.answers[-1]
@@ -67,7 +66,7 @@ def test_the_expected_loss_stands_unless_labels_differ_by_more_than_chance() -> 
 
 
 @pytest.mark.parametrize("metric", METRICS[ProblemType.SINGLE_LABEL])
-def test_samples_weigh_rows(make_rows: Callable[..., LabelledLogits], metric: str) -> None:
+def test_samples_weigh_rows(metric: str) -> None:
     rows = make_rows(count=200)
     generator = np.random.default_rng(0)
     exits = generator.integers(1, 7, (3, 200)).astype(np.int16)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from ..bad_input.cases import change_config
 
-Change = Callable[[Path], object]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -42,26 +41,6 @@ def bert(tmp_path: Path) -> Path:
 def weights_of(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = torch.load(folder / "pytorch_model.bin", weights_only=True)
     return weights
-
-
-def change_weights(**changes: Any) -> Change:
-    """Set weights (`__` stands for a dot); None drops them."""
-
-    def change(folder: Path) -> None:
-        new = {name.replace("__", "."): value for name, value in changes.items()}
-        weights = {**weights_of(folder), **new}
-        kept = {name: value for name, value in weights.items() if value is not None}
-        torch.save(kept, folder / "pytorch_model.bin")
-
-    return change
-
-
-def change_config(**changes: Any) -> Change:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
 
 
 def test_checkpoint_without_our_block_has_an_exit_per_layer_at_the_first_token() -> None:
@@ -107,7 +86,7 @@ def test_problem_type_comes_from_the_checkpoint_then_from_the_caller(bert: Path)
     for named, asked, expected in (
         (None, None, single), (None, multi, multi), (multi, None, multi), (multi, multi, multi)
     ):  # fmt: skip
-        change_config(problem_type=named and named.value)(bert)
+        change_config(bert, problem_type=named and named.value)
         assert load_checkpoint(bert, asked).exit_config.problem_type is expected
     with pytest.raises(ModelError, match=r"trained for multi_label.*leave out problem_type"):
         load_checkpoint(bert, single)
@@ -116,9 +95,8 @@ def test_problem_type_comes_from_the_checkpoint_then_from_the_caller(bert: Path)
 def test_weights_that_no_exit_uses_are_left_out_and_named(
     bert: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change_weights(extra__weight=torch.ones(2), bert__embeddings__position_ids=torch.arange(64))(
-        bert
-    )
+    more = {"extra.weight": torch.ones(2), "bert.embeddings.position_ids": torch.arange(64)}
+    torch.save(weights_of(bert) | more, bert / "pytorch_model.bin")
     with caplog.at_level(logging.WARNING, logger="fpabee"):
         load_checkpoint(bert)
     (record,) = [record for record in caplog.records if record.name.startswith("fpabee")]

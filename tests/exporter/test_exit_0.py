@@ -30,6 +30,8 @@ from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
 from fpabee.runtime.exit_0 import ExitZero
 
+from ..bad_input.cases import change_config
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
 
@@ -101,12 +103,9 @@ def change(**arrays: Any) -> Damage:
     return damage
 
 
-def change_config(**changes: Any) -> Damage:
-    def damage(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return damage
+def with_block(block: object) -> Damage:
+    """What `config.json` says about exit 0."""
+    return lambda folder: change_config(folder, fpabee=block)
 
 
 def cut(folder: Path) -> None:
@@ -141,8 +140,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: save_exit_0(folder, random_exit_0(800, 2)),
         "gives 2 logits, but the model has 3 labels",
     ),
-    "an empty block": (change_config(fpabee={"exit_0": {}}), "is not an exit 0: 'unigrams'"),
-    "a wrong block": (change_config(fpabee={"exit_0": "yes"}), "is not an exit 0: "),
+    "an empty block": (with_block({"exit_0": {}}), "is not an exit 0: 'unigrams'"),
+    "a wrong block": (with_block({"exit_0": "yes"}), "is not an exit 0: "),
 }
 
 

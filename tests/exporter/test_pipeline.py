@@ -22,6 +22,8 @@ from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.errors import ArtifactError, VerificationError
 
+from ..bad_input.cases import change_json
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")
 
@@ -48,6 +50,7 @@ def test_published_checkpoint_gives_its_logits_in_pytorch_and_from_the_engine(
     assert any(isinstance(text, tuple) for text in texts)
     assert not all(row["text"].isascii() for row in rows)
     with Engine.load(golden_engines[name]) as engine:
+        assert engine.manifest.exit_layers == (2, 6), "the exits that were chosen"
         logits = engine.trace(texts).logits
     model, tokenizer = load_checkpoint(GOLDEN / name), AutoTokenizer.from_pretrained(GOLDEN / name)
     for row, found in zip(rows, logits.transpose(1, 0, 2), strict=True):
@@ -96,23 +99,6 @@ def test_the_folder_describes_the_model_and_itself(
     assert logits.dtype == np.float32
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("exits", [(2,), (2, 3)])
-def test_chosen_exits_give_the_logits_of_those_exits(
-    exits: tuple[int, ...],
-    engines: Mapping[str, Path],
-    tiny_models: Mapping[str, Path],
-    tmp_path: Path,
-) -> None:
-    manifest = export(tiny_models["mpnet"], tmp_path / "few", ExportOptions(exits=exits)).manifest
-    assert manifest.exit_layers == exits
-    assert manifest.model.layers == exits[-1]
-    texts = ["good film", "", "the plot is bad but the music is good"]
-    with Engine.load(engines["mpnet"]) as whole, Engine.load(tmp_path / "few") as few:
-        expected = whole.trace(texts).logits[[number - 1 for number in exits]]
-        np.testing.assert_allclose(few.trace(texts).logits, expected, rtol=0, atol=1e-5)
-
-
 def test_the_result_describes_a_folder_that_is_always_the_same(
     engines: Mapping[str, Path], bert: Path, tmp_path: Path
 ) -> None:
@@ -159,8 +145,7 @@ def test_an_engines_folder_is_replaced_by_force_alone(
     schema_version: str, bert: Path, engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     old = engine_copy("albert")
-    manifest = json.loads((old / "manifest.json").read_text()) | {"schema_version": schema_version}
-    (old / "manifest.json").write_text(json.dumps(manifest))
+    change_json(old / "manifest.json", lambda m: m.update(schema_version=schema_version))
     (old / "note.txt").write_text("in the old folder")
     before = contents(old)
     with pytest.raises(ArtifactError, match=r"already holds an engines folder .*force"):

@@ -29,6 +29,8 @@ from fpabee.runtime.artifact.manifest import TokenizerSpec
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
 
+from ..bad_input.cases import change_json
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "pabee_bert"
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film", "##s", ".")
 TEXTS: tuple[Text, ...] = ("", "A good film.", ("good", "films"), "Ünï 東京 😀", "film " * 99)
@@ -132,9 +134,7 @@ def test_max_length_is_limited_by_the_model_and_by_the_tokenizer(
     for length in (1, 3, 65):
         with pytest.raises(ModelError, match=f"max_length {length} .*between 4 and 64"):
             save_tokenizer(source, model, tmp_path, length)
-    path = source / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"model_max_length": 10**30}))
+    change_json(source / "tokenizer_config.json", lambda c: c.update(model_max_length=10**30))
     assert save_tokenizer(source, model, tmp_path, None).max_length == 64
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from fpabee.runtime import ArtifactError, Engine, VerificationError, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
+
+from ..bad_input.cases import corrected, manifest
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
@@ -30,13 +30,9 @@ def test_the_engines_max_length_does_not_matter(engines: Mapping[str, Path]) -> 
         assert engine.predict(["the film is not bad"])[0].truncated
 
 
-def swap_reference(folder: Path, logits: np.ndarray[Any, Any] | None = None) -> None:
-    manifest = read_manifest(folder)
-    if logits is not None:
-        texts, _ = read_reference(folder, manifest)
-        write_reference(folder, texts, logits)
-    files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
-    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+def swap_logits(folder: Path, logits: np.ndarray[Any, Any]) -> None:
+    texts, _ = read_reference(folder, read_manifest(folder))
+    corrected(REFERENCE_NAME, lambda _: write_reference(folder, texts, logits))(folder)
 
 
 @pytest.mark.parametrize("how", [lambda z: z + 2e-3, lambda z: -z, lambda z: z[::-1]])
@@ -45,17 +41,16 @@ def test_other_logits_are_refused(
 ) -> None:
     folder = engine_copy()
     _, logits = read_reference(folder, read_manifest(folder))
-    swap_reference(folder, how(logits))
+    swap_logits(folder, how(logits))
     with pytest.raises(VerificationError, match="not the model that was exported"):
         Engine.load(folder, threads=1, check=True)
     Engine.load(folder, threads=1).close()
-    swap_reference(folder, logits + np.float32(5e-4))
+    swap_logits(folder, logits + np.float32(5e-4))
     Engine.load(folder, threads=1, check=True).close()  # the rounding of another machine
 
 
 def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
-    path = folder / REFERENCE_NAME
     some, text = np.zeros((3, 2, 4), np.float32), np.frombuffer(b'["a"]', np.uint8)
     many = np.zeros((3, 10**6, 4), np.float32)
     archives: list[tuple[dict[str, Any], str]] = [
@@ -66,21 +61,16 @@ def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> Non
         ({"texts": text, "logits": many}, r"cannot be read: it unpacks to \d+ bytes"),
     ]
     for content, says in archives:
-        np.savez_compressed(path, **content)
-        swap_reference(folder)
+        corrected(REFERENCE_NAME, partial(np.savez_compressed, **content))(folder)
         with pytest.raises(ArtifactError, match=says):
             read_reference(folder, read_manifest(folder))
-    path.write_bytes(path.read_bytes()[:-9])
-    swap_reference(folder)
+    corrected(REFERENCE_NAME, lambda at: at.write_bytes(at.read_bytes()[:-9]))(folder)
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_reference(folder, read_manifest(folder))
 
 
 def test_a_folder_without_a_reference_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["files"][REFERENCE_NAME]
-    path.write_text(json.dumps(content))
+    manifest(lambda content: content["files"].pop(REFERENCE_NAME))(folder)
     with pytest.raises(ArtifactError, match=r"has no reference\.npz to check it with"):
         Engine.load(folder, threads=1, check=True)

@@ -21,9 +21,7 @@ def test_an_exit_scores_as_a_budget_does(calibrated: Make, family: str) -> None:
     rows, stopping_costs = result.rows, result.selector.stopping_costs
     for score in exit_scores(result, []):
         exits = exits_of(Budget(exit=score.exit), rows)
-        found = outcome(
-            stopping_costs.scorer, exits, rows.lengths, stopping_costs.costs, result.layers
-        )
+        found = outcome(stopping_costs.scorer, exits, stopping_costs.costs, result.layers)
         assert (score.score, score.drop) == pytest.approx((found.score, found.drop))
         assert (score.low, score.high) == found.interval
         assert score.speedup == pytest.approx(found.estimated)

@@ -32,7 +32,7 @@ def test_a_curve_goes_from_slow_to_fast_and_is_judged_on_the_test_rows(
         if setting.curve.endswith("per exit") and not tested:
             continue  # judged on rows that its thresholds were not fitted to
         exits = exits_of(setting.rule, rows)
-        found = outcome(scorer, exits, rows.lengths, times, result.layers)
+        found = outcome(scorer, exits, times, result.layers)
         assert setting.estimated_speedup == pytest.approx(found.estimated)
         assert (setting.drop, setting.mean_depth) == pytest.approx((found.drop, found.mean_depth))
     for kind in kinds:

@@ -15,6 +15,8 @@ from fpabee.exporter.cli.export import main
 from fpabee.runtime import ArtifactError
 from fpabee.runtime.artifact.folder import read_manifest
 
+from ...bad_input.cases import change_config
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -56,8 +58,7 @@ def test_json_is_one_object_and_quiet_is_quiet(
 
 def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"problem_type": None}))
+    change_config(copy, problem_type=None)
     texts = tmp_path / "rows"
     texts.write_text("body\none\ntwo\n")
     result = run(

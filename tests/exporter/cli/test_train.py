@@ -104,8 +104,6 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
     ("arguments", "expected"),
     [
         ([], "--backbone or --from-classifier"),
-        (["--backbone", "x", "--from-classifier", "y"], "--backbone or --from-classifier"),
-        (["--from-classifier", "y", "--random-init"], "leave out --random-init"),
         (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
         (["--backbone", "x", "--exits", "a"], "--exits"),
         (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),

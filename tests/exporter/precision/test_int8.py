@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from onnx import numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.precision.emulation import run_emulated
-from fpabee.exporter.precision.int8 import add_int8
-from fpabee.runtime import FPabee, agreement, read_manifest
+from fpabee.exporter.precision.int8 import add_int8, graph_inputs
+from fpabee.runtime import Engine, FPabee, agreement, read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
+from fpabee.runtime.backends.onnxruntime_session import cpu_session
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
@@ -66,3 +67,22 @@ def test_products_with_weights_are_quantized_symmetrically(
             assert not zero.any(), "symmetric"
             quantized += 1
     assert quantized > 10
+
+
+FOUR = ["rain", "the film is not good", "", "play music"]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+def test_the_last_graph_on_its_inputs_gives_the_last_exit(
+    family: str, engines: Mapping[str, Path]
+) -> None:
+    manifest = read_manifest(engines[family])
+    with Engine.load(engines[family]) as engine:
+        expected = engine.trace(FOUR).logits[-1]
+        found = graph_inputs(engines[family], manifest, engine.encode(FOUR), batch=2)
+    name = manifest.segments[-1].calls[-1]
+    session = cpu_session(engines[family] / manifest.graphs[name].file)
+    logits = np.concatenate([session.run(["logits"], feed)[0] for feed in found[name]])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    calls = sum(segment.calls.count("block_01") for segment in manifest.segments)
+    assert len(found.get("block_01", ())) == 2 * calls, "a shared block once for each call"

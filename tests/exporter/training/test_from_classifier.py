@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
+from ...bad_input.cases import change_config
 from .conftest import KINDS, LABELS
 
 Make = Callable[..., Path]
@@ -132,11 +132,6 @@ def test_what_cannot_be_converted_is_refused(make: Make) -> None:
     nn.init.constant_(classifier.model.classifier.dense.weight, torch.nan)
     with pytest.raises(ModelError, match="differ from it by nan"):
         classifier.multi_exit(None, Pooling.MEAN)
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def truncate(folder: Path) -> None:

@@ -201,7 +201,7 @@ def test_nothing_is_written_when_the_input_is_bad(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": None}, "found neither -> give either backbone or from_classifier"),
+        ({"from_classifier": "x"}, "found both -> give either backbone or from_classifier"),
         ({"backbone": None, "from_classifier": "x"}, "cannot be random -> leave out random_init"),
         ({"epochs": 0.0}, "epochs is 0.0 -> give epochs above 0"),
         ({"lr": float("nan")}, "lr is nan"),

@@ -17,7 +17,6 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.progress import silent
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
-LINEAR, UNIFORM = ExitWeights.LINEAR, ExitWeights.UNIFORM
 
 
 def random_logits(exits: int, rows: int, labels: int) -> torch.Tensor:
@@ -25,31 +24,13 @@ def random_logits(exits: int, rows: int, labels: int) -> torch.Tensor:
     return torch.randn(exits, rows, labels, generator=generator, dtype=torch.float64)
 
 
-def test_the_loss_of_exit_j_counts_j_times_or_once() -> None:
-    logits, labels = random_logits(3, 5, 4), torch.tensor([0, 3, 1, 2, 2])
-    losses = [
-        -np.mean(
-            [torch.log_softmax(row, -1)[label] for row, label in zip(rows, labels, strict=True)]
-        )
-        for rows in logits
-    ]
-    linear = (1 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 6
-    assert exit_loss(logits, labels, SINGLE, LINEAR).item() == pytest.approx(linear)
-    uniform = exit_loss(logits, labels, SINGLE, UNIFORM).item()
-    assert uniform == pytest.approx(np.mean(losses))
-
-
-def test_the_multi_label_loss_is_the_binary_cross_entropy_of_all_labels() -> None:
-    logits = random_logits(2, 5, 3)
-    labels = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    p, y = 1 / (1 + np.exp(-logits.numpy())), labels.numpy()
-    losses = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(axis=(1, 2))
-    found = exit_loss(logits, labels, MULTI, LINEAR).item()
-    assert found == pytest.approx((losses[0] + 2 * losses[1]) / 3)
-
-
+@pytest.mark.parametrize("weights", ExitWeights)
+@pytest.mark.parametrize("distill", [0.0, 0.3])
 @pytest.mark.parametrize("task", [SINGLE, MULTI])
-def test_distilled_exits_learn_from_the_last_exit(task: ProblemType) -> None:
+def test_exits_learn_from_the_labels_and_the_last_exit(
+    task: ProblemType, distill: float, weights: ExitWeights
+) -> None:
+    """Exit j counts j times, or once; the last exit learns from the labels alone."""
     logits = random_logits(3, 5, 4).requires_grad_()
     hard = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
     labels = torch.tensor([0, 3, 1, 2, 2]) if task is SINGLE else hard
@@ -62,13 +43,16 @@ def test_distilled_exits_learn_from_the_last_exit(task: ProblemType) -> None:
         p = exit_logits.sigmoid()
         return -(target * p.log() + (1 - target) * (1 - p).log()).mean()
 
-    mixed = 0.3 * soft + 0.7 * hard
-    expected = (loss(logits[0], mixed) + 2 * loss(logits[1], mixed) + 3 * loss(logits[2], hard)) / 6
-    found = exit_loss(logits, labels, task, LINEAR, 0.3)
+    mixed = distill * soft + (1 - distill) * hard
+    counts = (1, 2, 3) if weights is ExitWeights.LINEAR else (1, 1, 1)
+    losses = [loss(row, target) for row, target in zip(logits, (mixed, mixed, hard), strict=True)]
+    expected = torch.stack(losses) @ torch.tensor(counts).double() / sum(counts)
+    found = exit_loss(logits, labels, task, weights, distill)
     assert found.item() == pytest.approx(expected.item())
     # Only the labels train the last exit: no gradient flows through its role as a teacher.
     gradients, wanted = (
-        torch.autograd.grad(value, logits)[0] for value in (found, loss(logits[-1], hard) / 2)
+        torch.autograd.grad(value, logits)[0]
+        for value in (found, loss(logits[-1], hard) * counts[-1] / sum(counts))
     )
     torch.testing.assert_close(gradients[-1], wanted[-1])
 
@@ -76,7 +60,7 @@ def test_distilled_exits_learn_from_the_last_exit(task: ProblemType) -> None:
 def test_probabilities_are_targets_of_the_single_label_loss() -> None:
     logits, target = random_logits(1, 2, 3), torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
     expected = functional.cross_entropy(logits[0], target.double()).item()
-    assert exit_loss(logits, target, SINGLE, LINEAR).item() == pytest.approx(expected)
+    assert exit_loss(logits, target, SINGLE, ExitWeights.LINEAR).item() == pytest.approx(expected)
 
 
 def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(

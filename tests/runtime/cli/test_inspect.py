@@ -14,13 +14,14 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime import Budget
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME, NotBuilt
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.cli.inspect import chain_table, main
 from fpabee.runtime.inspection import Part, chain_parts, check_integrity, target_states
 
+from ...bad_input.cases import corrected
 from ...doubles.device import install
 
 
@@ -120,9 +121,7 @@ def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     manifest = read_manifest(folder)
     texts, logits = read_reference(folder, manifest)
-    write_reference(folder, texts, -logits)
-    files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
-    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    corrected(REFERENCE_NAME, lambda _: write_reference(folder, texts, -logits))(folder)
     result = run(folder, "--check", "--json")
     assert result.exit_code == 1
     content = json.loads(result.stdout)["check"]
