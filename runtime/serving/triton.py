@@ -22,8 +22,20 @@ from fpabee.runtime.serving.triton_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 """
-_INPUTS = {"TEXT": "", "TEXT_PAIR": " optional: true"}
-_NO_COPY = shutil.ignore_patterns("calibration", "*.partial")
+INPUTS = {"TEXT": "", "TEXT_PAIR": " optional: true"}
+"""The inputs of the model, and what their configuration adds."""
+OUTPUTS = {
+    "LABEL": ("STRING", "labels"),
+    "SCORE": ("FP32", "scores"),
+    "PROBABILITIES": ("FP32", "probabilities"),
+    "EXIT": ("INT32", "exit"),
+    "LAYER": ("INT32", "layer"),
+    "TRUNCATED": ("BOOL", "truncated"),
+    "DEADLINE_LIMITED": ("BOOL", "deadline_limited"),
+    "DEADLINE_MISSED": ("BOOL", "deadline_missed"),
+}
+"""The outputs of the model: their types, and the attribute of `Prediction` that they hold."""
+_NO_COPY = shutil.ignore_patterns("calibration")
 
 
 def write_repository(
@@ -33,6 +45,7 @@ def write_repository(
     *,
     target: str | None = None,
     max_texts: int = 256,
+    max_rows: int = 1000,
     **parameters: Any,
 ) -> Path:
     """Add a model to a model repository. The engine is not loaded, so any machine can do it.
@@ -43,44 +56,41 @@ def write_repository(
         name: the name of the model, which is that of its folder.
         target: the target that runs; default: the default target of the folder.
         max_texts: most texts in a request.
-        **parameters: `operating_point`, `threads`, `max_length` and `max_rows`, as in
-            `Engine.load` and `Scheduler`; None: the default of these.
+        max_rows: most rows that are unanswered at a time; more are refused.
+        **parameters: `operating_point`, `threads` and `max_length`, as in `Engine.load`.
 
     Returns:
         The folder of the model.
 
     Raises:
-        InputError: the repository already has a model with this name.
+        InputError: the repository already has a model with this name, or the name contains a
+            separator of folders.
         FpabeeError: the engines folder cannot be used, or has no such target or operating point.
     """
     manifest = read_manifest(engines)
     chosen = target_of(engines, manifest, target or manifest.default_target)
     rule_of(engines, manifest, chosen, parameters.get("operating_point"))
     folder = repository / name
+    if Path(name).name != name or name == "..":
+        raise InputError(f"{name!r} is not the name of a folder", Remedy("choose another {name}"))
     if folder.exists():
         raise InputError(f"{folder} already exists", Remedy("choose another {name}, or remove it"))
-    answers = len(manifest.task.labels)
-    names = answers if manifest.task.problem_type is ProblemType.MULTI_LABEL else 1
-    outputs = {
-        "LABEL": ("STRING", names),
-        "SCORE": ("FP32", names),
-        "PROBABILITIES": ("FP32", answers),
-        "EXIT": ("INT32", 1),
-        "LAYER": ("INT32", 1),
-        "TRUNCATED": ("BOOL", 1),
-        "DEADLINE_LIMITED": ("BOOL", 1),
-        "DEADLINE_MISSED": ("BOOL", 1),
-    }
+    labels = len(manifest.task.labels)
+    width = labels if manifest.task.problem_type is ProblemType.MULTI_LABEL else 1
+    sizes = {"labels": width, "scores": width, "probabilities": labels}
     gpu = manifest.targets[chosen].on_gpu
     lines = [
         'backend: "python"',
         f"max_batch_size: {max_texts}",
-        *(f"input {{ {_tensor(text, 'STRING', 1)}{more} }}" for text, more in _INPUTS.items()),
-        *(f"output {{ {_tensor(output, *kind)} }}" for output, kind in outputs.items()),
+        *(f"input {{ {_tensor(text, 'STRING', 1)}{more} }}" for text, more in INPUTS.items()),
+        *(
+            f"output {{ {_tensor(output, kind, sizes.get(source, 1))} }}"
+            for output, (kind, source) in OUTPUTS.items()
+        ),
         f"instance_group {{ count: 1 kind: {'KIND_GPU' if gpu else 'KIND_CPU'} }}",
         *(
             f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
-            for key, value in {"target": chosen, **parameters}.items()
+            for key, value in {"target": chosen, "max_rows": max_rows, **parameters}.items()
             if value is not None
         ),
     ]

@@ -22,11 +22,14 @@ from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError
 from ..results import Prediction
 from .scheduler import Scheduler
+from .triton import INPUTS, OUTPUTS
 
 logger = logging.getLogger(__name__)
 
 # How often a request asks whether its client has left.
 _SECONDS = 0.1
+_KINDS = {"STRING": object, "FP32": np.float32, "INT32": np.int32, "BOOL": np.bool_}
+_Texts = list[list[bytes] | None]
 
 
 class TritonPythonModel:
@@ -45,12 +48,9 @@ class TritonPythonModel:
             _use_gpu(int(args["model_instance_device_id"]))
         settings = json.loads(args["model_config"])["parameters"]
         given = {name: value["string_value"] for name, value in settings.items()}
-        numbers = {
-            name: int(given[name])
-            for name in ("threads", "max_length", "max_rows")
-            if name in given
+        numbers: dict[str, Any] = {
+            name: int(given[name]) for name in ("threads", "max_length") if name in given
         }
-        most = {"max_rows": numbers.pop("max_rows")} if "max_rows" in numbers else {}
         self._engine = Engine.load(
             Path(args["model_repository"], args["model_version"], "engines"),
             given["target"],
@@ -58,7 +58,7 @@ class TritonPythonModel:
             preload=True,
             **numbers,
         )
-        self._scheduler = Scheduler(self._engine, **most)
+        self._scheduler = Scheduler(self._engine, int(given["max_rows"]))
         self._scheduler.submit("").result()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -68,12 +68,10 @@ class TritonPythonModel:
         """Begin requests; `_answer` answers them later, in any order."""
         for request in requests:
             sender = request.get_response_sender()
-            texts = [
-                triton.get_input_tensor_by_name(request, name) for name in ("TEXT", "TEXT_PAIR")
-            ]
-            rows = [text.as_numpy()[:, 0].tolist() for text in texts if text is not None]
+            inputs = [triton.get_input_tensor_by_name(request, name) for name in INPUTS]
+            texts = [None if found is None else found.as_numpy()[:, 0].tolist() for found in inputs]
             options = json.loads(request.parameters() or "{}")
-            asyncio.run_coroutine_threadsafe(self._answer(sender, rows, options), self._loop)
+            asyncio.run_coroutine_threadsafe(self._answer(sender, texts, options), self._loop)
 
     def finalize(self) -> None:
         """Answer the requests that have begun, and close the engine."""
@@ -84,8 +82,8 @@ class TritonPythonModel:
         self._scheduler.close()
         self._engine.close()
 
-    async def _answer(self, sender: Any, rows: list[list[bytes]], options: dict[str, Any]) -> None:
-        work = asyncio.ensure_future(self._classify(rows, options))
+    async def _answer(self, sender: Any, inputs: _Texts, options: dict[str, Any]) -> None:
+        work = asyncio.ensure_future(self._classify(inputs, options))
         while not work.done():
             await asyncio.wait({work}, timeout=_SECONDS)
             if not work.done() and sender.is_cancelled():
@@ -101,32 +99,33 @@ class TritonPythonModel:
             response = _failure("the model failed", triton.TritonError.INTERNAL)
         sender.send(response, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    async def _classify(self, rows: list[list[bytes]], options: dict[str, Any]) -> list[Prediction]:
+    async def _classify(self, inputs: _Texts, options: dict[str, Any]) -> list[Prediction]:
+        first, second = inputs
+        if first is None:
+            raise InputError("the input TEXT is missing", "TEXT_PAIR holds only the second texts")
         try:
-            decoded = [[text.decode() for text in texts] for texts in rows]
+            texts: Sequence[Text] = [text.decode() for text in first]
+            if second is not None:
+                texts = [(a.decode(), b.decode()) for a, b in zip(first, second, strict=True)]
         except UnicodeDecodeError as error:
             raise InputError(f"a text is not UTF-8: {error}", "encode texts as UTF-8") from error
-        texts: list[Text] = list(zip(*decoded, strict=True)) if len(rows) > 1 else list(decoded[0])
         limits = {name: options.get(name) for name in ("deadline_ms", "max_exit")}
         return await self._scheduler.classify(texts, **limits)
 
     def _tensors(self, found: Sequence[Prediction]) -> list[Any]:
         width = len(self._engine.labels) if self._engine.multi_label else 1
 
-        def padded(values: Sequence[Any], filler: Any) -> list[Any]:
-            return [*values, *[filler] * (width - len(values))]
+        def row(value: Any, kind: str) -> list[Any]:
+            values = value if isinstance(value, tuple) else (value,)
+            filled = width if isinstance(value, tuple) else 1
+            return [*values, *["" if kind == "STRING" else 0] * (filled - len(values))]
 
-        columns = {
-            "LABEL": (object, [padded(row.labels, "") for row in found]),
-            "SCORE": (np.float32, [padded(row.scores, 0.0) for row in found]),
-            "PROBABILITIES": (np.float32, [row.probabilities for row in found]),
-            "EXIT": (np.int32, [[row.exit] for row in found]),
-            "LAYER": (np.int32, [[row.layer] for row in found]),
-            "TRUNCATED": (np.bool_, [[row.truncated] for row in found]),
-            "DEADLINE_LIMITED": (np.bool_, [[row.deadline_limited] for row in found]),
-            "DEADLINE_MISSED": (np.bool_, [[row.deadline_missed] for row in found]),
-        }
-        return [triton.Tensor(name, np.array(x, kind)) for name, (kind, x) in columns.items()]
+        return [
+            triton.Tensor(
+                name, np.array([row(getattr(x, source), kind) for x in found], _KINDS[kind])
+            )
+            for name, (kind, source) in OUTPUTS.items()
+        ]
 
 
 async def _others() -> None:
@@ -135,15 +134,15 @@ async def _others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-def _failure(message: str, code: int) -> Any:
+def _failure(message: str, code: Any) -> Any:
     return triton.InferenceResponse(error=triton.TritonError(message, code))
 
 
-def _code(error: FpabeeError) -> int:
+def _code(error: FpabeeError) -> Any:
     if isinstance(error, OverloadedError):
-        return int(triton.TritonError.UNAVAILABLE)
+        return triton.TritonError.UNAVAILABLE
     is_wrong = isinstance(error, (InputError, RuleError))
-    return int(triton.TritonError.INVALID_ARG if is_wrong else triton.TritonError.INTERNAL)
+    return triton.TritonError.INVALID_ARG if is_wrong else triton.TritonError.INTERNAL
 
 
 def _use_gpu(number: int) -> None:
