@@ -20,15 +20,17 @@ from typing import Any
 import click
 import pyarrow
 import ray
+from msgspec.structs import replace
 from pyarrow import parquet
 from ray.data import DataContext
 
 import fpabee.runtime.serving.ray as serving
-from fpabee.runtime import Engine, read_rows
+from fpabee.runtime import Confidence, Engine, read_manifest, read_rows
+from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.cli.options import Numbers
 
 DATA = Path(__file__).parent / "demo_data" / "test.jsonl.gz"
-FILES = 20
+FILES = 8
 
 
 class Timed(serving.Classify):
@@ -45,12 +47,16 @@ class Timed(serving.Classify):
 
 def random_engines(folder: Path) -> Path:
     """An engines folder of the tests' BERT: 3 layers, 32 wide, random weights, an exit 0."""
-    from fpabee.exporter import export
     from tests.conftest import add_exit_0, make_model
 
-    export(make_model("bert", folder / "model"), folder / "engines")
-    add_exit_0(folder / "engines")
-    return folder / "engines"
+    from fpabee.exporter import export
+
+    engines = folder / "engines"
+    export(make_model("bert", folder / "model"), engines)
+    add_exit_0(engines)
+    rule = Confidence(threshold=0.8, exit_0_threshold=0.8)
+    write_manifest(engines, replace(read_manifest(engines), default_rule=rule.to_dict()))
+    return engines
 
 
 def write_texts(folder: Path, rows: int) -> Path:

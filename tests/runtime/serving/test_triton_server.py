@@ -233,7 +233,7 @@ def test_rows_are_answered_while_deeper_rows_run(server: Server) -> None:
     with ThreadPoolExecutor(12) as pool:
         deep = [pool.submit(server.ask, server.deep) for _ in range(12)]
         time.sleep(0.3)
-        shallow = [server.ask(["rain"], max_exit=exit_number) for exit_number in (0, 1, 0, 1)]
+        shallow = [server.ask(server.deep[:1], max_exit=last) for last in (0, 1, 0, 1)]
         still_running = sum(not each.done() for each in deep)
         depths = [max(each.result()["EXIT"]) for each in deep]
     assert [answer["EXIT"] for answer in shallow] == [[0], [1], [0], [1]]
@@ -279,7 +279,7 @@ def test_a_client_leaves_and_the_model_is_unloaded_and_loaded(
     assert server.post("repository/models/intents/load", {}) == (200, {})
     assert server.ask(["rain"])["LABEL"]
 
-    left = [environment / "bin" / "python", "-c", LEAVES, server.grpc, server.deep[0]]
+    left = [str(environment / "bin" / "python"), "-c", LEAVES, server.grpc, server.deep[0]]
     subprocess.run(left, check=True, timeout=WAIT)
     server.ask(["rain"])
     with ThreadPoolExecutor(4) as pool:
