@@ -59,7 +59,7 @@ class Classify:
         """Add the answers to a batch.
 
         Returns:
-            All columns of the batch and, as in a Parquet file of `fpabee-run`: `label` and
+            All columns of the batch and, as in a Parquet file of predictions: `label` and
             `score`, or for a multi-label model `labels` and `scores`; `exit`, `layer`, and
             `truncated`; and with the options above `all_scores.NAME` and `error`.
 
@@ -94,6 +94,8 @@ class Classify:
 
     def _texts(self, batch: pyarrow.Table) -> pyarrow.Table:
         """The columns of the batch that hold texts."""
+        import pyarrow
+
         self._reading.check(batch.column_names, "the dataset")
         taken = set(self._names) & set(batch.column_names)
         if taken:
@@ -107,8 +109,9 @@ class Classify:
             if name in batch.column_names
         )
         for name, column in zip(texts.column_names, texts.columns, strict=True):
-            kind = getattr(column.type, "value_type", column.type)  # that of a dictionary
-            if str(kind) not in ("string", "large_string", "string_view", "null"):
+            is_coded = pyarrow.types.is_dictionary(column.type)
+            kind = str(column.type.value_type if is_coded else column.type)
+            if kind not in ("string", "large_string", "string_view", "null"):
                 raise InputError(
                     f'the column "{name}" holds {column.type}, expected strings',
                     Remedy("set {text_column} to the column of the text, or convert the column"),

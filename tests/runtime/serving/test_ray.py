@@ -72,7 +72,6 @@ def test_rows_are_those_of_the_command(
     assert set(found.column_names) == names | {"id"}
     found = found.select(expected.column_names)
     assert found.schema.types == expected.schema.types
-    assert len(set(found["exit"].to_pylist())) > 1
     for name in names:
         for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
             assert one == (other if "score" not in name else pytest.approx(other, abs=2e-6))
@@ -136,7 +135,6 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
 
 
-on_ray = pytest.mark.usefixtures("cluster")
 # Ray 2.60 deprecates what its own modules use.
 of_ray = pytest.mark.filterwarnings("ignore")
 
@@ -154,6 +152,7 @@ def test_a_parquet_dataset_on_ray(cluster: Any, bert: Path, run: Run, tmp_path: 
     found = parquet.read_table(tmp_path / "answers").sort_by("id")
     assert found["id"].to_pylist() == list(range(3000))
     check_same(found, expected)
+    assert len(set(found["exit"].to_pylist())) > 1
 
 
 @of_ray
@@ -200,7 +199,7 @@ def test_errors_reach_the_driver(cluster: Any, options: Any, says: str, bert: Pa
 @pytest.mark.slow
 def test_a_killed_job_resumes(bert: Path, run: Run, tmp_path: Path) -> None:
     """The script of the documentation computes only what an earlier job did not write."""
-    expected = answers_of_run(run, bert, tmp_path, texts_of(8000))
+    expected = answers_of_run(run, bert, tmp_path, texts_of(4000))
     (tmp_path / "texts").mkdir()
     (tmp_path / "in.parquet").rename(tmp_path / "texts" / "in.parquet")
     (tmp_path / "engines").symlink_to(bert)
@@ -234,11 +233,11 @@ def test_a_killed_job_resumes(bert: Path, run: Run, tmp_path: Path) -> None:
     first.wait(WAIT)
     time.sleep(3)  # Ray's other processes notice, and end
     kept, before = set(ids("checkpoint")), set((tmp_path / "answers").rglob("*.parquet"))
-    assert 0 < len(kept) < 8000
+    assert 0 < len(kept) < 4000
     assert job().wait(2 * WAIT) == 0
 
     found = parquet.read_table(tmp_path / "answers").sort_by("id")
-    assert found["id"].to_pylist() == list(range(8000))
+    assert found["id"].to_pylist() == list(range(4000))
     check_same(found, expected)
     assert before <= set((tmp_path / "answers").rglob("*.parquet"))
     assert not (tmp_path / "checkpoint").exists() or not ids("checkpoint")
