@@ -29,6 +29,8 @@ class Classify:
         text_column: the column of the text.
         text_pair_column: the column of the second text; default: `text_pair`, if there is one.
         all_scores: whether there is a column `all_scores.NAME` for the probability of each label.
+        top_k: how many of the most probable labels are in `top_labels`, with their `top_scores`.
+        logits: whether there is a column `logits.NAME` for the logit of each label.
         skip_errors: whether a row without a text gets a message in the column `error`, and nulls as
             its answer. Otherwise it ends the job.
         **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
@@ -44,14 +46,20 @@ class Classify:
         text_column: str = "text",
         text_pair_column: str | None = None,
         all_scores: bool = False,
+        top_k: int = 0,
+        logits: bool = False,
         skip_errors: bool = False,
         **load: Any,
     ) -> None:
         self._reading = ReadOptions(text_column=text_column, text_pair_column=text_pair_column)
         self._engine = Engine.load(engines, **load)
-        engine = self._engine
         self._schema = RecordSchema(
-            engine.labels, engine.multi_label, all_scores=all_scores, errors=skip_errors
+            self._engine.labels,
+            self._engine.multi_label,
+            all_scores=all_scores,
+            top_k=top_k,
+            logits=logits,
+            errors=skip_errors,
         )
         self._names = self._schema.columns(())[1:]  # without the index
 
@@ -61,7 +69,7 @@ class Classify:
         Returns:
             All columns of the batch and, as in a Parquet file of predictions: `label` and
             `score`, or for a multi-label model `labels` and `scores`; `exit`, `layer`, and
-            `truncated`; and with the options above `all_scores.NAME` and `error`.
+            `truncated`; and the columns of the arguments that are set.
 
         Raises:
             InputError: the column of the text is missing or does not hold strings; the batch has

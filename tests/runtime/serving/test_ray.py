@@ -55,14 +55,15 @@ def check_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("bert", {}), ("bert", {"all_scores": True}), ("mpnet", {})]
+    ("family", "options"),
+    [("bert", {}), ("bert", {"all_scores": True, "top_k": 2, "logits": True}), ("mpnet", {})],
 )
 def test_rows_are_those_of_the_command(
     family: str, options: Any, engines: Mapping[str, Path], run: Run, tmp_path: Path
 ) -> None:
     rows = texts_of(50)
     rows = rows.append_column("text_pair", [["film", None] * 25])
-    flags = ["--with-text", *(["--all-scores"] if options else [])]
+    flags = ["--with-text", *(["--all-scores", "--top-k", "2", "--logits"] if options else [])]
     expected = answers_of_run(run, engines[family], tmp_path, rows, *flags)
 
     found = Classify(engines[family], **options)(rows)
@@ -74,7 +75,8 @@ def test_rows_are_those_of_the_command(
     assert found.schema.types == expected.schema.types
     for name in names:
         for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
-            assert one == (other if "score" not in name else pytest.approx(other, abs=2e-6))
+            is_number = name.startswith(("score", "all_scores", "top_scores", "logits"))
+            assert one == (pytest.approx(other, abs=1e-5) if is_number else other)
 
 
 def test_strings_of_every_kind_and_no_rows(bert: Path) -> None:

@@ -220,7 +220,8 @@ def test_a_thousand_requests_are_answered_as_by_predict(server: Server) -> None:
             answer["EXIT"][0],
             answer["LAYER"][0],
             tuple(answer["PROBABILITIES"]),
-            answer["TRUNCATED"][0],
+            logits=(),
+            truncated=answer["TRUNCATED"][0],
         )
         for answer in answers
     ]
