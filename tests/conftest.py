@@ -293,7 +293,7 @@ def _point(rule: ExitRule) -> OperatingPoint:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def set_points() -> Callable[..., None]:
     """Gives a folder's target (by default the default one) operating points: name to rule."""
 

@@ -273,6 +273,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     operating_points: dict[str, OperatingPoint] = {}
     default_operating_point: str = ""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it needs a GPU of NVIDIA."""
+        return self.backend.startswith("tensorrt") or self.device == "cuda"
+
 
 class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
     """A target that could not be built where the folder was made.

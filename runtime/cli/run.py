@@ -213,9 +213,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     """
     manifest = read_manifest(engines)
     built = manifest.targets.get(target or manifest.default_target)
-    on_cpu = ("onnxruntime", "openvino")
-    is_cpu = built is None or (built.backend in on_cpu and built.device != "cuda")
-    return Regroup.NEVER if is_cpu else Regroup.ALWAYS
+    return Regroup.ALWAYS if built and built.on_gpu else Regroup.NEVER
 
 
 def _settings_of_run(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..engine import Engine
 from ..optional_packages import require
+from ..serving.triton import write_repository
 from . import options
 from .command import command
 from .console import echo
@@ -17,8 +18,9 @@ from .console import echo
 fpabee-serve engines/
 fpabee-serve engines/ --port 8080 --operating-point fast
 fpabee-serve engines/ --host 0.0.0.0
+fpabee-serve engines/ --triton repository/ --name intents
 """,
-    panels={"Limits": "--max-rows --max-texts --max-body"},
+    panels={"Triton": "--triton --name", "Limits": "--max-rows --max-texts --max-body"},
 )
 @options.engines
 @options.count("--port", "Port to listen on.", 8000, min=0, max=65535)
@@ -37,10 +39,14 @@ fpabee-serve engines/ --host 0.0.0.0
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
-@options.flag("--quiet", "Do not print the address.")
+@options.flag("--quiet", "Print neither the address nor the folder.")
 @options.count("--max-rows", "Most rows that wait or run at a time; more are refused.", 1000)
 @options.count("--max-texts", "Most texts in a request.", 256)
 @options.count("--max-body", "Most bytes in the body of a request.", 2**20)
+@options.path(
+    "--triton", "Write a model into this model repository of Triton, and serve nothing.", "REPO"
+)
+@options.option("--name", "NAME", "Name of the model. Default: that of the folder ENGINES.")
 def main(
     engines: Path,
     host: str,
@@ -54,8 +60,27 @@ def main(
     max_rows: int,
     max_texts: int,
     max_body: int,
+    triton: Path | None,
+    name: str | None,
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
+    name = name or engines.resolve().name
+    if triton is not None:
+        options.not_with("host port check max_body", triton, "--triton, which starts no server")
+        folder = write_repository(
+            engines,
+            triton,
+            name,
+            target=target,
+            operating_point=operating_point,
+            threads=threads,
+            max_length=max_length,
+            max_rows=max_rows,
+            max_texts=max_texts,
+        )
+        if not quiet:
+            echo(f"wrote {folder}", err=True)
+        return
     require("serve")
     from ..serving.metrics import Metrics
     from ..serving.scheduler import Scheduler
@@ -81,7 +106,7 @@ def main(
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: None)
             serve(
-                make_app(engine, scheduler, metrics, limits, engines.resolve().name),
+                make_app(engine, scheduler, metrics, limits, name),
                 listener,
                 limits,
             )

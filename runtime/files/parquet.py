@@ -72,7 +72,7 @@ def parquet_rows(
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for at in range(batch.num_rows):
                     number += 1
-                    yield _row(batch, at, options, classes, f"{path}, row {number}", number)
+                    yield row_at(batch, at, options, classes, f"{path}, row {number}", number)
                 progress(number / max(1, metadata.num_rows))
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -95,9 +95,19 @@ def _small_texts(metadata: Any) -> list[str]:
     return found
 
 
-def _row(
+def row_at(
     batch: Any, at: int, options: ReadOptions, classes: _Classes, where: str, number: int
 ) -> Row | RowError:
+    """A row of a table or batch of pyarrow, or why it cannot be read.
+
+    Args:
+        batch: the table.
+        at: the place of the row in it, from 0.
+        options: which columns are text and labels; the others are passed through.
+        classes: for each column of numbered labels: the names of the classes.
+        where: file and row, for messages.
+        number: the number of the row in the file.
+    """
     content = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:

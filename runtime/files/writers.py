@@ -174,6 +174,25 @@ def records_of(partial: Path) -> Iterator[Record]:
             yield msgspec.json.decode(line)
 
 
+def arrow_type(name: str) -> Any:
+    """The type of pyarrow of a column of results, such as `score`."""
+    pyarrow, _ = load_pyarrow()
+    types = {
+        "index": pyarrow.int64(),
+        "exit": pyarrow.int32(),
+        "layer": pyarrow.int32(),
+        "truncated": pyarrow.bool_(),
+        "score": pyarrow.float64(),
+        "scores": pyarrow.list_(pyarrow.float64()),
+        "labels": pyarrow.list_(pyarrow.string()),
+        "top_scores": pyarrow.list_(pyarrow.float64()),
+        "top_labels": pyarrow.list_(pyarrow.string()),
+        "all_scores": pyarrow.float64(),
+        "logits": pyarrow.float64(),
+    }
+    return types.get(name.partition(".")[0], pyarrow.string())
+
+
 def _kinds(partial: Path, schema: RecordSchema) -> dict[str, set[str]]:
     """The fields of the input, and the kinds of values that each of them has."""
     kinds: dict[str, set[str]] = {}
@@ -204,21 +223,9 @@ def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
             return pyarrow.int64()
         return pyarrow.float64() if kinds and kinds <= {"int", "float"} else pyarrow.string()
 
-    types = {
-        "index": pyarrow.int64(),
-        "exit": pyarrow.int32(),
-        "layer": pyarrow.int32(),
-        "truncated": pyarrow.bool_(),
-        "score": pyarrow.float64(),
-        "scores": pyarrow.list_(pyarrow.float64()),
-        "labels": pyarrow.list_(pyarrow.string()),
-        "top_scores": pyarrow.list_(pyarrow.float64()),
-        "top_labels": pyarrow.list_(pyarrow.string()),
-    }
-    types |= dict.fromkeys(schema.number_columns, pyarrow.float64())
     kinds = _kinds(partial, schema)
-    types |= {name: narrowest(held) for name, held in kinds.items()}
-    columns = [(name, types.get(name, pyarrow.string())) for name in schema.columns(kinds)]
+    types = {name: narrowest(held) for name, held in kinds.items()}
+    columns = [(name, types.get(name, arrow_type(name))) for name in schema.columns(kinds)]
     texts = [name for name, kind in columns if kind == pyarrow.string()]
     table = pyarrow.schema(columns)
     with partial.open("rb") as stream, parquet.ParquetWriter(target, table) as writer:

@@ -1,0 +1,184 @@
+"""Classify the rows of a Ray dataset, on as many machines as a cluster has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine import Engine
+from ..errors import InputError, Remedy, RowError
+from ..files import ReadOptions, Row
+from ..files.parquet import row_at
+from ..files.records import RecordSchema
+from ..files.writers import arrow_type
+from ..optional_packages import require
+
+if TYPE_CHECKING:
+    import pyarrow
+    from ray.data import Dataset
+
+
+class Classify:
+    """Classifies batches; for `Dataset.map_batches` with `batch_format="pyarrow"`.
+
+    Each actor of Ray makes one, which loads the engine. `classify` sets the options of
+    `map_batches` that it needs.
+
+    Args:
+        engines: the engines folder, at a path that every machine can read.
+        text_column: the column of the text.
+        text_pair_column: the column of the second text; default: `text_pair`, if there is one.
+        all_scores: whether there is a column `all_scores.NAME` for the probability of each label.
+        top_k: how many of the most probable labels are in `top_labels`, with their `top_scores`.
+        logits: whether there is a column `logits.NAME` for the logit of each label.
+        skip_errors: whether a row without a text gets a message in the column `error`, and nulls as
+            its answer. Otherwise it ends the job.
+        **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
+
+    Raises:
+        FpabeeError: as `Engine.load`.
+    """
+
+    def __init__(
+        self,
+        engines: str | Path,
+        *,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        all_scores: bool = False,
+        top_k: int = 0,
+        logits: bool = False,
+        skip_errors: bool = False,
+        **load: Any,
+    ) -> None:
+        self._reading = ReadOptions(text_column=text_column, text_pair_column=text_pair_column)
+        self._engine = Engine.load(engines, **load)
+        self._schema = RecordSchema(
+            self._engine.labels,
+            self._engine.multi_label,
+            all_scores=all_scores,
+            top_k=top_k,
+            logits=logits,
+            errors=skip_errors,
+        )
+        self._names = self._schema.columns(())[1:]  # without the index
+
+    def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        """Add the answers to a batch.
+
+        Returns:
+            All columns of the batch and, as in a Parquet file of predictions: `label` and
+            `score`, or for a multi-label model `labels` and `scores`; `exit`, `layer`, and
+            `truncated`; and the columns of the arguments that are set.
+
+        Raises:
+            InputError: the column of the text is missing or does not hold strings; the batch has
+                a column with the name of an answer; or a text is null.
+            FpabeeError: as in `Engine.predict`.
+        """
+        import pyarrow
+
+        texts = self._texts(batch)
+        items = [
+            row_at(texts, at, self._reading, {}, f"row {at} of a batch", at)
+            for at in range(batch.num_rows)
+        ]
+        if not self._schema.errors:
+            for item in items:
+                if isinstance(item, RowError):
+                    raise item
+        answers = iter(self._engine.predict([row.content for row in items if isinstance(row, Row)]))
+        records = [
+            self._schema.error(at, item)
+            if isinstance(item, RowError)
+            else self._schema.flat(self._schema.record(at, item, next(answers)))
+            for at, item in enumerate(items)
+        ]
+        types = pyarrow.schema([(name, arrow_type(name)) for name in self._names])
+        found = pyarrow.Table.from_pylist(records, types)
+        for name in found.column_names:
+            batch = batch.append_column(name, found[name])
+        return batch
+
+    def _texts(self, batch: pyarrow.Table) -> pyarrow.Table:
+        """The columns of the batch that hold texts."""
+        import pyarrow
+
+        self._reading.check(batch.column_names, "the dataset")
+        taken = set(self._names) & set(batch.column_names)
+        if taken:
+            raise InputError(
+                f'the dataset has a column "{min(taken)}", which is the name of an answer',
+                "rename or drop the column first: dataset.rename_columns, dataset.drop_columns",
+            )
+        texts = batch.select(
+            name
+            for name in (self._reading.text_column, self._reading.pair_column)
+            if name in batch.column_names
+        )
+        for name, column in zip(texts.column_names, texts.columns, strict=True):
+            is_coded = pyarrow.types.is_dictionary(column.type)
+            kind = str(column.type.value_type if is_coded else column.type)
+            if kind not in ("string", "large_string", "string_view", "null"):
+                raise InputError(
+                    f'the column "{name}" holds {column.type}, expected strings',
+                    Remedy("set {text_column} to the column of the text, or convert the column"),
+                )
+        return texts
+
+
+def classify(
+    dataset: Dataset,
+    engines: str | Path,
+    *,
+    actors: int | tuple[int, int] = (1, 8),
+    threads: int = 1,
+    gpus: float = 0,
+    batch_size: int = 4096,
+    **options: Any,
+) -> Dataset:
+    """Classify a dataset.
+
+    Args:
+        dataset: the dataset, whose columns are kept.
+        engines: the engines folder, at a path that every machine can read. A relative path is
+            taken from the folder of this process.
+        actors: how many actors run, or the fewest and the most; Ray starts more while batches
+            wait. Each actor loads the model once.
+        threads: the CPUs of an actor. With one thread for each, more actors classify more rows a
+            second than more threads.
+        gpus: the GPUs of an actor.
+        batch_size: most rows of a batch.
+        **options: other arguments of `Classify`.
+
+    Returns:
+        The dataset that `Classify` describes. Like every dataset of Ray it is computed when it is
+        read, and its rows may be in another order.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+
+    Example:
+        ```python
+        import ray
+
+        from fpabee.runtime.serving.ray import classify
+
+        texts = ray.data.read_parquet("texts/")
+        classify(texts, "/shared/engines", actors=(1, 32)).write_parquet("answers/")
+        ```
+    """
+    require("ray")
+    from ray.data import ActorPoolStrategy
+
+    fewest, most = (actors, actors) if isinstance(actors, int) else actors
+    return dataset.map_batches(
+        Classify,
+        fn_constructor_kwargs={"engines": Path(engines).absolute(), "threads": threads, **options},
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=fewest, max_size=most),
+        num_cpus=threads,
+        num_gpus=gpus or None,
+        udf_modifying_row_count=False,
+    )

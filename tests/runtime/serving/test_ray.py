@@ -1,0 +1,245 @@
+"""Ray: rows are those of `fpabee-run`, and none is lost or computed twice when something dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from fpabee.runtime import ArtifactError, InputError
+from fpabee.runtime.serving import ray as ours
+from fpabee.runtime.serving.ray import Classify, classify
+
+from ...test_docs import ROOT
+from ..running import Run
+from ..test_engine import TEXTS
+
+WAIT = 120
+
+
+def table(**columns: Any) -> Any:
+    return pyarrow.table({"text": ["rain", "sun"], **columns})
+
+
+def texts_of(rows: int) -> Any:
+    """Rows with ids, a column that is kept, and texts that stop at several exits."""
+    texts = [f"{TEXTS[n % len(TEXTS)]} {'rain ' * (n % 7)}" for n in range(rows)]
+    return pyarrow.table({"id": range(rows), "text": texts, "note": [f"n{n}" for n in range(rows)]})
+
+
+def answers_of_run(run: Run, engines: Path, folder: Path, rows: Any, *options: str) -> Any:
+    """What `fpabee-run` writes for a table, without its index."""
+    parquet.write_table(rows, folder / "in.parquet")
+    written = str(folder / "out.parquet")
+    done = run(engines, folder / "in.parquet", "--output", written, "--quiet", *options)
+    assert done.code == 0, done.err
+    return parquet.read_table(written).drop_columns("index")
+
+
+def check_same(found: Any, expected: Any) -> None:
+    """Columns are equal, scores within what other batches change."""
+    expected = expected.to_pylist()
+    assert found.num_rows == len(expected)
+    for row, other in zip(found.select(list(expected[0])).to_pylist(), expected, strict=True):
+        assert row == pytest.approx(other, abs=1e-5) if "score" in row else row == other
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("bert", {}), ("bert", {"all_scores": True, "top_k": 2, "logits": True}), ("mpnet", {})],
+)
+def test_rows_are_those_of_the_command(
+    family: str, options: Any, engines: Mapping[str, Path], run: Run, tmp_path: Path
+) -> None:
+    rows = texts_of(50)
+    rows = rows.append_column("text_pair", [["film", None] * 25])
+    flags = ["--with-text", *(["--all-scores", "--top-k", "2", "--logits"] if options else [])]
+    expected = answers_of_run(run, engines[family], tmp_path, rows, *flags)
+
+    found = Classify(engines[family], **options)(rows)
+
+    assert found.select(rows.column_names).equals(rows)
+    names = set(expected.column_names)
+    assert set(found.column_names) == names | {"id"}
+    found = found.select(expected.column_names)
+    assert found.schema.types == expected.schema.types
+    for name in names:
+        for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
+            is_number = name.startswith(("score", "all_scores", "top_scores", "logits"))
+            assert one == (pytest.approx(other, abs=1e-5) if is_number else other)
+
+
+def test_strings_of_every_kind_and_no_rows(bert: Path) -> None:
+    actor = Classify(bert, text_column="body")
+    strings = pyarrow.array(["rain", "sun"])
+    (expected,) = {str(actor(pyarrow.table({"body": strings}))["label"].to_pylist())}
+    for kind in (strings.dictionary_encode(), strings.cast("large_string")):
+        assert str(actor(pyarrow.table({"body": kind}))["label"].to_pylist()) == expected
+    empty = actor(pyarrow.table({"body": strings.slice(0, 0), "id": strings.slice(0, 0)}))
+    assert empty.num_rows == 0
+    assert empty.schema.field("score").type == pyarrow.float64()
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (pyarrow.table({"body": ["rain"]}), 'no column "text"; it has: body -> set text_column'),
+        (pyarrow.table({"text": [1]}), "holds int64, expected strings"),
+        (pyarrow.table({"text": [["rain"]]}), "expected strings"),
+        (table(text_pair=[1.5, 2.5]), '"text_pair" holds double'),
+        (table(label=["a", "b"]), 'a column "label".*rename'),
+        (pyarrow.table({"text": ["rain", None]}), 'row 1 of a batch has no string field "text"'),
+    ],
+)
+def test_bad_batches(batch: Any, says: str, bert: Path) -> None:
+    with pytest.raises(InputError, match=says):
+        Classify(bert)(batch)
+
+
+def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
+    not_unicode = pyarrow.array([b"\xff", b"sun", b""]).view("string")
+    texts = pyarrow.chunked_array([pyarrow.array(["rain", None]), not_unicode])
+
+    found = Classify(bert, skip_errors=True)(pyarrow.table({"text": texts}))
+
+    errors, labels = found["error"].to_pylist(), found["label"].to_pylist()
+    assert [error is None for error in errors] == [True, False, False, True, True]
+    assert [label is not None for label in labels] == [True, False, False, True, True]
+    assert "UTF-8" in errors[2]
+    only = Classify(bert, skip_errors=True)(pyarrow.table({"text": pyarrow.nulls(2)}))
+    assert only["exit"].null_count == 2
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Classify(tmp_path / "engines")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Ray on this machine, with four logical CPUs."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # otherwise it writes a token to the home folder
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+# Ray 2.60 deprecates what its own modules use.
+of_ray = pytest.mark.filterwarnings("ignore")
+
+
+@of_ray
+@pytest.mark.slow
+def test_a_parquet_dataset_on_ray(cluster: Any, bert: Path, run: Run, tmp_path: Path) -> None:
+    rows = texts_of(3000)
+    expected = answers_of_run(run, bert, tmp_path, rows)
+    dataset = cluster.data.read_parquet(str(tmp_path / "in.parquet"), override_num_blocks=4)
+
+    answers = classify(dataset, bert, actors=(1, 2), batch_size=500)
+    answers.write_parquet(str(tmp_path / "answers"))
+
+    found = parquet.read_table(tmp_path / "answers").sort_by("id")
+    assert found["id"].to_pylist() == list(range(3000))
+    check_same(found, expected)
+    assert len(set(found["exit"].to_pylist())) > 1
+
+
+@of_ray
+@pytest.mark.slow
+def test_an_actor_is_killed_midway(
+    cluster: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+
+    class Dies(Classify):  # local, so that Ray sends its code to the actors
+        def __call__(self, batch: Any) -> Any:
+            answers = super().__call__(batch)
+            if 1000 in batch["id"].to_pylist() and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answers
+
+    monkeypatch.setattr(ours, "Classify", Dies)
+    dataset = cluster.data.from_arrow(texts_of(2000)).repartition(8)
+    found = classify(dataset, bert, actors=2, batch_size=100).to_pandas()
+
+    assert killed.exists()
+    assert sorted(found["id"]) == list(range(2000))
+    assert found["label"].notna().all()
+
+
+@of_ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"text_column": "body"}, 'the dataset has no column "body"; it has: id, text, note'),
+        ({"text_column": "id"}, 'the column "id" holds int64, expected strings'),
+        ({"target": "other"}, "has no target 'other'"),
+        ({"engines": "/nowhere/engines"}, "engines folder /nowhere/engines does not exist"),
+    ],
+)
+def test_errors_reach_the_driver(cluster: Any, options: Any, says: str, bert: Path) -> None:
+    dataset = cluster.data.from_arrow(texts_of(10))
+    with pytest.raises(cluster.exceptions.RayError, match=re.escape(says)):
+        classify(dataset, **{"engines": bert, **options}).take_all()
+
+
+@pytest.mark.slow
+def test_a_killed_job_resumes(bert: Path, run: Run, tmp_path: Path) -> None:
+    """The script of the documentation computes only what an earlier job did not write."""
+    expected = answers_of_run(run, bert, tmp_path, texts_of(4000))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "in.parquet").rename(tmp_path / "texts" / "in.parquet")
+    (tmp_path / "engines").symlink_to(bert)
+    page = (ROOT / "docs" / "ray.md").read_text("utf-8")
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "Checkpoint" in c)
+    start = "import ray\nray.init(num_cpus=4, include_dashboard=False)\n"
+    for old, new in {
+        "/shared": str(tmp_path),
+        "16 * 2**20": "2**14",
+        "import ray\n": start,
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+    def job() -> subprocess.Popen[bytes]:
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, **quiet)
+
+    def ids(folder: str) -> list[int]:
+        files = (tmp_path / folder).rglob("*.parquet")
+        return [i for file in files for i in parquet.read_table(file)["id"].to_pylist()]
+
+    first = job()
+    deadline = time.monotonic() + WAIT
+    while len(list(tmp_path.glob("checkpoint/*.parquet"))) < 4:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.wait(WAIT)
+    time.sleep(3)  # Ray's other processes notice, and end
+    kept, before = set(ids("checkpoint")), set((tmp_path / "answers").rglob("*.parquet"))
+    assert 0 < len(kept) < 4000
+    assert job().wait(2 * WAIT) == 0
+
+    found = parquet.read_table(tmp_path / "answers").sort_by("id")
+    assert found["id"].to_pylist() == list(range(4000))
+    check_same(found, expected)
+    assert before <= set((tmp_path / "answers").rglob("*.parquet"))
+    assert not (tmp_path / "checkpoint").exists() or not ids("checkpoint")
