@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -131,7 +132,7 @@ def cluster() -> Iterator[Any]:
     import ray
 
     os.environ["RAY_AUTH_MODE"] = "disabled"  # otherwise it writes a token to the home folder
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray
     ray.shutdown()
