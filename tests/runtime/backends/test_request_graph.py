@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,7 @@ from fpabee.runtime import (
     Pabee,
 )
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends import cuda_probe
 from fpabee.runtime.inspection import target_states
-from fpabee.runtime.rules.learned import FEATURES
 
 from ...bad_input.cases import changed_heads
 from ...conftest import add_exit_0
@@ -44,6 +43,10 @@ RULES = [
     Budget(exit=1),
     Budget(exit=3),
 ]
+LEARNED = Learned(
+    threshold=0.5, weights=(0.1, 1.0, -1.0, 0.5, 0.0) * 2, label_weights=(0.1, 0.2, 0.3, 0.4)
+)
+"""For the four labels and three exits of BERT."""
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_exits_and_logits_are_those_of_the_stepwise_path(
 ) -> None:
     shapes = {"batch_sizes": (1, 2, 8), "sequence_lengths": (1, 8, 16, 64)}
     made, engine, stepwise = pair(family, exit_0, backend=backend, **shapes)
-    rules: list[ExitRule] = list(RULES)
+    rules: list[ExitRule] = [*RULES, LEARNED] if family == "bert" else list(RULES)
     if exit_0:
         rules = [dataclasses.replace(rule, exit_0_threshold=0.7) for rule in rules]
     exits = set()
@@ -119,12 +122,6 @@ def test_a_request_is_one_launch_and_one_wait(pair: Callable[..., Any]) -> None:
         engine.predict(TEXTS[:1], deadline_ms=60_000)
         assert made.cuda.captures == captures
         assert engine.tally.wasted == 0 < wasted, "the stepwise path looks ahead"
-    weights = {"weights": (0.1,) * 2 * len(FEATURES), "label_weights": (0.0,) * 4}
-    learned = Learned(threshold=0.5, **weights)
-    with made.load() as engine:
-        for _ in range(3):
-            exits = engine.trace(TEXTS[:1], rule=learned).exits
-        assert len(exits) == 1
 
 
 def test_rows_that_stop_early_keep_their_answer(pair: Callable[..., Any]) -> None:
@@ -285,9 +282,9 @@ def test_the_state_of_a_target_says_which_way_is_used(
 ) -> None:
     made = double()
     set_gpu(monkeypatch, dataclasses.replace(GPU, cuda=driver))
-    version = cuda_probe.metadata.version
+    version = metadata.version
     monkeypatch.setattr(
-        cuda_probe.metadata,
+        metadata,
         "version",
         lambda name: bindings if name == "cuda-bindings" else version(name),
     )
