@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Larger groups are not captured: their kernels take much longer than their launches, and a window
 # of many groups would need as many graphs for each segment.
 _CAPTURE_TOKENS = 1024
+# A request of several rows keeps the rows that have stopped. Beyond this size, a segment takes
+# longer for more tokens, so running segments one by one and dropping rows is assumed to be faster.
+_REQUEST_TOKENS = 256
 # TensorRT for RTX compiles during the first runs, which cannot be captured.
 _WARM_UPS = 3
 _BOARD: BufferName = ("the board of decide", 0)
@@ -115,8 +118,11 @@ class DeviceBuffers(Buffers[int, Step]):
         self._uploaded = self._event()
         self._is_uploading = False
         self.lengths = np.zeros(0, np.intp)
-        self._is_small = bucket.batch * bucket.sequence <= _CAPTURE_TOKENS
-        self.can_capture = self._is_small and bucket.batch <= MOST_ROWS
+        tokens = bucket.batch * bucket.sequence
+        self._is_small = tokens <= _CAPTURE_TOKENS
+        self.can_capture = self._is_small and (
+            bucket.batch == 1 or (bucket.batch <= MOST_ROWS and tokens <= _REQUEST_TOKENS)
+        )
         self.requests = 0
         self.request: RequestGraph | None = None
         self._board: Board | None = None
@@ -162,6 +168,8 @@ class DeviceBuffers(Buffers[int, Step]):
             raise BackendError("a segment cannot be part of a CUDA graph", "")
         if self._board is None:
             spec = execution.backend.specs[LOGITS]
+            if spec.dtype != "float32":
+                raise BackendError(f"the logits are {spec.dtype}, not float32", "")
             _, labels = shape_of(spec, self.bucket)
             layout = board_type(len(steps), labels, self.bucket.batch)
             self._values[_BOARD] = execution.malloc(layout.itemsize)

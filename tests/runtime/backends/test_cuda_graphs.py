@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +15,7 @@ import pytest
 
 from fpabee.runtime import BackendError
 from fpabee.runtime.backends.cuda import Cuda
+from fpabee.runtime.backends.decide import PTX
 
 CALLS = [
     *("cudaGraphConditionalHandleCreate", "cudaStreamBeginCaptureToGraph"),
@@ -215,3 +221,67 @@ def test_the_real_bindings_take_the_parameters_of_an_if_node() -> None:
     node.conditional.size = 1
     assert int(node.conditional.handle) == 5
     assert real.cudaGraphConditionalHandle(1 << 40).__int__() == 1 << 40
+
+
+_LIBRARY = r"""
+#include <stdio.h>
+#include <string.h>
+typedef int (*Function)(void);
+static int other(void) { return 0; }
+static int load(void **module, const char *image) {
+  printf("%zu\n", strlen(image));
+  *module = (void *)1;
+  return 0;
+}
+static int get(void **function, void *module, const char *name) {
+  printf("%s\n", name);
+  *function = (void *)2;
+  return 0;
+}
+static int launch(void *function, int x, int y, int z, int threads, int rows, int depth,
+                  int shared, void *stream, void **values, void **extra) {
+  printf("%d %d %d %d %d %d %d %p %p\n", x, y, z, threads, rows, depth, shared, stream, extra);
+  printf("%p %p %d %d %llu\n", *(void **)values[0], *(void **)values[1], *(int *)values[2],
+         *(int *)values[3], *(unsigned long long *)values[4]);
+  fflush(stdout);
+  return 0;
+}
+int cuGetProcAddress_v2(const char *name, void **function, int version, long flags, void *status) {
+  *function = !strcmp(name, "cuModuleLoadData") ? (void *)load
+      : !strcmp(name, "cuModuleGetFunction") ? (void *)get
+      : !strcmp(name, "cuLaunchKernel") ? (void *)launch
+      : !strcmp(name, "cuGetProcAddress") ? (void *)cuGetProcAddress_v2 : (void *)other;
+  return 0;
+}
+int cuGetProcAddress(const char *name, void **function, int version, long flags) {
+  return cuGetProcAddress_v2(name, function, version, flags, 0);
+}
+"""
+_PROGRAM = """
+from cuda.bindings import runtime
+from fpabee.runtime.backends.cuda import Cuda
+cuda = Cuda.__new__(Cuda)
+cuda._runtime = runtime
+cuda.decide(1 << 40, 1 << 41, 3, 4, 1 << 50, 77)
+"""
+
+
+def test_the_real_bindings_launch_the_kernel(tmp_path: Path) -> None:
+    """With a made-up driver: it gets the PTX, and the arguments of `decide_exit`."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("there is no C compiler")
+    (tmp_path / "driver.c").write_text(_LIBRARY)
+    library = ["-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
+    subprocess.run([compiler, *map(str, library)], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *(str(PTX.stat().st_size), "decide_exit"),
+        "1 1 1 32 4 1 0 0x4d (nil)",
+        "0x10000000000 0x20000000000 3 4 1125899906842624",
+    ]

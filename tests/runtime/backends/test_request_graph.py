@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from fpabee.runtime import (
     BackendError,
@@ -26,6 +27,7 @@ from fpabee.runtime import (
     Pabee,
 )
 from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.cli.inspect import main
 from fpabee.runtime.inspection import target_states
 
 from ...bad_input.cases import changed_heads
@@ -159,14 +161,14 @@ class Unknown(Budget):
     """A rule that is not part of the package."""
 
 
-@pytest.mark.parametrize("batch", [33, 40])
+@pytest.mark.parametrize("texts", [["rain"] * 33, ["rain " * 40] * 7])
 def test_large_groups_and_unknown_rules_run_segment_by_segment(
-    batch: int, pair: Callable[..., Any]
+    texts: list[str], pair: Callable[..., Any]
 ) -> None:
     made, engine, stepwise = pair(batch=(1, 8, 64))
     with engine, stepwise:
         for _ in range(3):
-            same(engine.trace(["rain"] * batch), stepwise.trace(["rain"] * batch))
+            same(engine.trace(texts), stepwise.trace(texts))
             rule = Unknown(exit=2)
             same(engine.trace(TEXTS[:1], rule=rule), stepwise.trace(TEXTS[:1], rule=rule))
     assert made.cuda.ran_parts == []
@@ -294,4 +296,6 @@ def test_the_state_of_a_target_says_which_way_is_used(
         states = {state.name: state for state in target_states(made.folder, engine.manifest)}
     assert re.search(says, states[made.target].how)
     assert states["onnxruntime-fp32"].how == ""
+    shown = CliRunner().invoke(main, [str(made.folder)], env={"COLUMNS": "400"}).stdout
+    assert f" runs {states[made.target].how}" in shown
     assert bool(made.cuda.ran_parts) == states[made.target].how.startswith("as one")
