@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,12 @@ from numpy.typing import NDArray
 from ..errors import BackendError, MissingExtraError
 from .cuda_probe import cuda_device
 from .decide import PTX
+
+SPIN = "FPABEE_CUDA_SPIN"
+"""If this environment variable is set, threads that wait for the device keep a core busy.
+
+They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
+"""
 
 # What a part of a graph that may be left out can consist of.
 _NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
@@ -41,6 +48,8 @@ class Cuda:
                 f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
             ) from error
         self._runtime: Any = runtime
+        if os.environ.get(SPIN):
+            self._check(runtime.cudaSetDeviceFlags(runtime.cudaDeviceScheduleSpin))
         self._check(runtime.cudaSetDevice(0))
 
     def malloc(self, size: int) -> int:

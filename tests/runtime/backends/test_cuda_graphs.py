@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from fpabee.runtime import BackendError
-from fpabee.runtime.backends.cuda import Cuda
+from fpabee.runtime.backends.cuda import SPIN, Cuda
 from fpabee.runtime.backends.decide import PTX
 
 CALLS = [
@@ -221,6 +222,31 @@ def test_the_real_bindings_take_the_parameters_of_an_if_node() -> None:
     node.conditional.size = 1
     assert int(node.conditional.handle) == 5
     assert real.cudaGraphConditionalHandle(1 << 40).__int__() == 1 << 40
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_threads_spin_if_the_environment_says_so(
+    spins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    calls: list[tuple[str, int]] = []
+
+    def recorded(name: str) -> Callable[[int], tuple[int]]:
+        def call(value: int) -> tuple[int]:
+            calls.append((name, int(value)))
+            return (0,)
+
+        return call
+
+    for name in ("cudaSetDeviceFlags", "cudaSetDevice"):
+        monkeypatch.setattr(real, name, recorded(name))
+    if spins:
+        monkeypatch.setenv(SPIN, "1")
+    else:
+        monkeypatch.delenv(SPIN, raising=False)
+    Cuda()
+    flags = [("cudaSetDeviceFlags", int(real.cudaDeviceScheduleSpin))] if spins else []
+    assert calls == [*flags, ("cudaSetDevice", 0)]
 
 
 _LIBRARY = r"""
