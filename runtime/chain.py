@@ -183,8 +183,15 @@ class Chain(Generic[B]):
             history.append(self._finite(0, self.exit_0([row])[0].tolist()))
             if one.stops(history[0]):
                 return RowResult(0, history)
-        execution = self.execution
-        hidden = execution.begin([row], self.bucket(1, len(row)))
+        execution, bucket = self.execution, self.bucket(1, len(row))
+        if execution.lookahead:
+            exit_0 = np.array(history, np.float32) if history else None
+            found = execution.run_request([row], bucket, runner, exit_0)
+            if found is not None:
+                last, reached = int(found[0][0]), found[1][: found[0][0], 0].tolist()
+                history += [self._finite(n, logits) for n, logits in enumerate(reached, 1)]
+                return RowResult(last, history)
+        hidden = execution.begin([row], bucket)
         pending = execution.enqueue(0, hidden)
         wasted = 0
         for segment in range(1, self.segments + 1):
@@ -362,10 +369,12 @@ class _Window(Generic[B]):
                 going = np.flatnonzero(~stops)
                 state = state.take(going)
         self._groups: list[Group[B]] = []
-        for places in make_groups(self._lengths[going], chain.limits) if len(going) else ():
+        groups = make_groups(self._lengths[going], chain.limits) if len(going) else []
+        for places in groups:
             numbers = going[places]
             encoded = [rows[number] for number in numbers]
-            self._groups.append(chain.begin(encoded, numbers, state.take(places)))
+            if len(groups) > 1 or not self._run_request(encoded, numbers):
+                self._groups.append(chain.begin(encoded, numbers, state.take(places)))
 
     @property
     def _execution(self) -> Execution[B]:
@@ -383,6 +392,23 @@ class _Window(Generic[B]):
 
     def _result(self) -> WindowResult:
         return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
+
+    def _run_request(self, encoded: Sequence[EncodedRow], rows: RowNumbers) -> bool:
+        """Let the device run a group alone, and decide; returns whether it can."""
+        if not self._execution.lookahead:
+            return False
+        bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
+        exit_0 = None if self._chain.exit_0 is None else self._logits[0, rows]
+        found = self._execution.run_request(encoded, bucket, self._runner, exit_0)
+        if found is None:
+            return False
+        self._exits[rows], logits = found
+        deepest = int(found[0].max())
+        for exit_number, now in enumerate(logits[:deepest], 1):
+            reached = found[0] >= exit_number
+            self._record(exit_number, rows[reached], now[reached])
+        self._wasted += int(np.sum(deepest - found[0]))
+        return True
 
     def _run_stages(self) -> None:
         """Enqueue a segment for all groups, then read their outputs and decide, one by one."""
@@ -463,10 +489,14 @@ class _Window(Generic[B]):
         Returns:
             `[rows]` bool, which of them stop; None if no row does.
         """
-        if not np.isfinite(logits).all():
-            raise not_finite(self._chain.target, exit_number)
-        self._logits[self._runner.exits.index(exit_number), rows] = logits
+        self._record(exit_number, rows, logits)
         stops, _ = self._runner.decide(exit_number, state, logits.astype(np.float64))
         if stops is not None:
             self._exits[rows[stops]] = exit_number
         return stops
+
+    def _record(self, exit_number: int, rows: RowNumbers, logits: NDArray[np.float32]) -> None:
+        """Keep the logits of some rows at an exit, which must be finite."""
+        if not np.isfinite(logits).all():
+            raise not_finite(self._chain.target, exit_number)
+        self._logits[self._runner.exits.index(exit_number), rows] = logits

@@ -39,6 +39,7 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
         name: the target.
         size: bytes of its files, or of the graphs that it runs, without missing files.
         unavailable_reason: why it cannot run here; empty if it can. The key in JSON is `why_not`.
+        how: how requests of few rows run on this machine; empty if there is only one way.
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
         relative_speed: see `Target`.
@@ -48,6 +49,7 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
     name: str
     size: int
     unavailable_reason: str
+    how: str
     no_rule: str
     tolerance: float | None
     relative_speed: float | None
@@ -105,11 +107,12 @@ def target_states(
     for name, target in manifest.targets.items():
         graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
-        unavailable_reason = no_rule = ""
+        unavailable_reason = how = no_rule = ""
         try:
             for file in files:
                 resolve(folder, file)
             backend_class(target).check(target, name)
+            how = backend_class(target).how_it_runs()
         except FpabeeError as error:
             unavailable_reason = describe(error)
         try:
@@ -118,7 +121,7 @@ def target_states(
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
         measured = target.tolerance, target.relative_speed, target.row_difference
-        states.append(TargetState(name, size, unavailable_reason, no_rule, *measured))
+        states.append(TargetState(name, size, unavailable_reason, how, no_rule, *measured))
     return states
 
 

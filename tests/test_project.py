@@ -140,7 +140,10 @@ def test_the_sdist_holds_what_the_readme_names(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     listed = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"}
-    packaged = ("py.typed", "calibration/report/page.html", "exporter/training/model_card.md")
+    packaged = (
+        *("py.typed", "calibration/report/page.html", "exporter/training/model_card.md"),
+        *(f"runtime/backends/decide/decide.{kind}" for kind in ("cu", "h", "ptx")),
+    )
     assert listed | {f"src/fpabee/{name}" for name in packaged} <= names
     for folder in ("scripts", "tests"):
         kept = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
@@ -161,3 +164,5 @@ def test_the_sdist_can_be_installed(sdist: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+    ptx = "runtime/backends/decide/decide.ptx"
+    assert (tmp_path / "fpabee" / ptx).read_bytes() == (ROOT / ptx).read_bytes()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,16 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
 from .cuda_probe import cuda_device
+from .decide import PTX
+
+SPIN = "FPABEE_CUDA_SPIN"
+"""If this environment variable is set, threads that wait for the device keep a core busy.
+
+They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
+"""
+
+# What a part of a graph that may be left out can consist of.
+_NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
 
 class Cuda:
@@ -37,6 +48,8 @@ class Cuda:
                 f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
             ) from error
         self._runtime: Any = runtime
+        if os.environ.get(SPIN):
+            self._check(runtime.cudaSetDeviceFlags(runtime.cudaDeviceScheduleSpin))
         self._check(runtime.cudaSetDevice(0))
 
     def malloc(self, size: int) -> int:
@@ -166,6 +179,118 @@ class Cuda:
                 self._runtime.cudaGraphDestroy(ended[1])
         return int(executable)
 
+    def capture_request(
+        self, stream: int, parts: Sequence[Callable[[int], None]], end: Callable[[], None]
+    ) -> int:
+        """Capture parts that run one after another until one of them says that it was the last.
+
+        Every part is followed by an IF node, whose body is the next part. This needs CUDA 12.4.
+
+        Args:
+            stream: the stream. It can be used as before even if the capture fails.
+            parts: what they enqueue in the stream. Each gets the handle of the IF node after it,
+                which it must give to `decide`; the handle of the last part is 0.
+            end: what is enqueued after the last part that runs.
+
+        Returns:
+            An executable graph, which is on the device already.
+        """
+        runtime = self._runtime
+        self._check(runtime.cudaSetDevice(0))  # this thread may not have used the device yet
+        (root,) = self._check(runtime.cudaGraphCreate(0))
+        try:
+            graph, outermost = root, list[Any]()
+            for part in parts[:-1]:
+                (handle,) = self._check(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
+                before = self._capture_into(graph, [], stream, functools.partial(part, int(handle)))
+                node, body = self._add_if(graph, before, handle)
+                outermost = outermost or [node]
+                graph = body
+            last = self._capture_into(graph, [], stream, functools.partial(parts[-1], 0))
+            self._capture_into(root, outermost or last, stream, end)
+            (executable,) = self._check(runtime.cudaGraphInstantiate(root, 0))
+            try:
+                self._check(runtime.cudaGraphUpload(executable, stream))
+            except BackendError:
+                runtime.cudaGraphExecDestroy(executable)
+                raise
+        except BaseException:
+            runtime.cudaGetLastError()  # so that libraries do not take it for their own
+            raise
+        finally:
+            runtime.cudaGraphDestroy(root)
+        return int(executable)
+
+    def decide(
+        self, board: int, logits: int, exit_number: int, rows: int, handle: int, stream: int
+    ) -> None:
+        """Enqueue `decide_exit`, see `decide.cu`.
+
+        Args:
+            board: address of the board, see `board_type`.
+            logits: address of `[rows, labels]` float32.
+            exit_number: the exit, from 1.
+            rows: rows of the group, rows of padding included.
+            handle: of the IF node that follows; the last exit needs none.
+            stream: the stream, which captures.
+        """
+        values = board, logits, exit_number, rows, handle
+        types = (*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_ulonglong)
+        launch = self._driver.cuLaunchKernel
+        self._check_driver(
+            launch(self._decide_exit, 1, 1, 1, 32, rows, 1, 0, stream, (values, types), 0)
+        )
+
+    @functools.cached_property
+    def _driver(self) -> Any:
+        from cuda.bindings import driver
+
+        return driver
+
+    @functools.cached_property
+    def _decide_exit(self) -> Any:
+        """The kernel, which the driver compiles for this GPU."""
+        ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
+        (module,) = self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))
+        return self._check_driver(self._driver.cuModuleGetFunction(module, b"decide_exit"))[0]
+
+    def _capture_into(
+        self, graph: Any, after: list[Any], stream: int, work: Callable[[], None]
+    ) -> list[Any]:
+        """Capture work into a graph after some of its nodes; returns the last nodes of the work."""
+        runtime = self._runtime
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._check(
+            runtime.cudaStreamBeginCaptureToGraph(stream, graph, after, None, len(after), mode)
+        )
+        try:
+            work()
+            # CUDA 13 also tells the data of edges.
+            _, _, _, last, *_ = self._check(runtime.cudaStreamGetCaptureInfo(stream))
+        finally:
+            ended = runtime.cudaStreamEndCapture(stream)
+        self._check(ended)
+        count = self._check(runtime.cudaGraphGetNodes(graph))[-1]
+        for node in self._check(runtime.cudaGraphGetNodes(graph, count))[0]:
+            (kind,) = self._check(runtime.cudaGraphNodeGetType(node))
+            name = kind.name.removeprefix("cudaGraphNodeType")
+            if name not in _NODES:
+                raise BackendError(f"a part of a CUDA graph has a node of type {name}", "")
+        return list(last)
+
+    def _add_if(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
+        """Add an IF node after some nodes; returns the node and its body, which is empty."""
+        runtime = self._runtime
+        node = runtime.cudaGraphNodeParams()
+        node.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        node.conditional.handle = handle
+        node.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
+        node.conditional.size = 1
+        # CUDA 13 also takes the data of edges.
+        edges = () if hasattr(runtime, "cudaGraphAddNode_v2") else (None,)
+        (added,) = self._check(runtime.cudaGraphAddNode(graph, after, *edges, len(after), node))
+        return added, node.conditional.phGraph_out[0]
+
     def launch(self, executable: int, stream: int) -> None:
         """Enqueue a captured graph."""
         self._check(self._runtime.cudaGraphLaunch(executable, stream))
@@ -173,6 +298,10 @@ class Cuda:
     def destroy_graph(self, executable: int) -> None:
         """Destroy a captured graph."""
         self._check(self._runtime.cudaGraphExecDestroy(executable))
+
+    def _check_driver(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same for the driver's own functions, whose errors have the same numbers."""
+        return self._check((self._runtime.cudaError_t(int(result[0])), *result[1:]))
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result

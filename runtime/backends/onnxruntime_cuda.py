@@ -20,7 +20,8 @@ from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Remedy, first_line
 from .cuda_probe import check_cuda, extra, required_gpu
-from .device import DeviceBackend, DeviceExecution, Place, Runner
+from .device import DeviceBackend, DeviceExecution
+from .device_buffers import Place, Runner
 from .onnxruntime_session import check_installed, is_out_of_memory, ort_errors, session_options
 from .shapes import Bucket, Limits
 
@@ -85,6 +86,11 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
                 f"pip uninstall -y onnxruntime && pip install 'fpabee[{extra('gpu')}]'",
             )
         check_cuda(name, f"onnxruntime-gpu {ort.__version__}", _built_for(), "gpu")
+
+    @staticmethod
+    def why_no_request_graph() -> str:
+        """ONNX Runtime never can; see `DeviceBackend`."""
+        return "ONNX Runtime allocates memory during a run"
 
     def limits(self) -> Limits:
         """Any batch; lengths in steps that suit the matrix units of a GPU."""

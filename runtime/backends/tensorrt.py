@@ -20,8 +20,9 @@ from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
-from .cuda_probe import check_cuda, extra, required_gpu
-from .device import DeviceBackend, DeviceExecution, Place, Runner
+from .cuda_probe import check_cuda, extra, no_conditional_graphs, required_gpu
+from .device import DeviceBackend, DeviceExecution
+from .device_buffers import Place, Runner
 from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,11 @@ class TensorRtBackend(DeviceBackend):
                 "which cannot load it",
                 rebuild(target, f"pip install {shlex.quote(f'{module}=={built}')}"),
             )
+
+    @staticmethod
+    def why_no_request_graph() -> str:
+        """Whether the driver and `cuda-bindings` are too old; see `DeviceBackend`."""
+        return no_conditional_graphs()
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""

@@ -156,7 +156,7 @@ def _print(
 
 def _runs(state: TargetState, default: str) -> str:
     if not state.no_rule:
-        return "runs"
+        return f"runs {state.how}".rstrip()
     rule = f"default operating point {default!r}" if default else "default rule"
     return f"runs, but its {rule} cannot be used: {state.no_rule}"
 

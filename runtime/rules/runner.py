@@ -54,6 +54,7 @@ class RuleRunner:
         rule: the rule.
         problem_type: the type of the task.
         exits: the numbers of the exits of the model.
+        label_thresholds: see above.
         last: the exit at which every row stops.
 
     Raises:
@@ -77,7 +78,7 @@ class RuleRunner:
         self.problem_type = problem_type
         self.exits = exits
         self.last = exits[-1] if rule.max_exit is None else rule.max_exit
-        self._label_thresholds = label_thresholds
+        self.label_thresholds = label_thresholds
         self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:
@@ -98,7 +99,7 @@ class RuleRunner:
             Which rows stop, `[rows]`, or None if no row does; and their scores, `[rows]`, or None
             if the rule has no score here.
         """
-        now = Outputs(logits, self.problem_type, self._label_thresholds)
+        now = Outputs(logits, self.problem_type, self.label_thresholds)
         earlier, state.earlier = state.earlier, now
         stops, scores = None, None
         if exit_number == 0:

@@ -13,7 +13,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpabee.runtime.backends.cuda import Cuda, PinnedArray
+from fpabee.runtime.backends.decide import board_type
 from fpabee.runtime.errors import BackendError
+
+from .decide import decide
 
 _GAP = 1 << 20
 
@@ -70,6 +73,8 @@ class FakeCuda(Cuda):
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
         calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
+        conditions: what `decide` told each IF node, None before it did.
+        ran_parts: how many parts of each request ran, of those that are captured as one graph.
     """
 
     def __init__(self, room: int = 1 << 30) -> None:
@@ -83,6 +88,8 @@ class FakeCuda(Cuda):
         self.launches = 0
         self.captures = 0
         self.frees = 0
+        self.conditions: dict[int, bool | None] = {}
+        self.ran_parts: list[int] = []
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
         self.calls: Counter[str] = Counter()
@@ -220,6 +227,64 @@ class FakeCuda(Cuda):
         handle = next(self._handles)
         self.graphs[handle] = stream, captured
         return handle
+
+    def capture_request(
+        self, stream: int, parts: Sequence[Callable[[int], None]], end: Work
+    ) -> int:
+        """A graph whose parts are nested: each is queued when the IF node before it runs."""
+        state = self.streams[stream]
+        assert state.capture is None, "a capture within a capture"
+        handles = [next(self._handles) for _ in parts[1:]]
+        captured: list[list[_Queued]] = []
+        state.capturing = threading.get_ident()
+        try:
+            for part, handle in zip(parts, [*handles, 0], strict=True):
+                captured.append([])
+                state.capture = captured[-1]
+                part(handle)
+            at_end: list[_Queued] = []
+            state.capture = at_end
+            end()
+        finally:
+            state.capture = None
+        self._may_fail("capture")
+        assert all(captured), "a part of a request is empty"
+        self.captures += 1
+
+        def run(number: int) -> None:
+            """Run a part, and its IF node."""
+            for queued in captured[number]:
+                queued.work()
+            if number == len(handles):
+                self.ran_parts.append(number + 1)
+                return
+            goes_on = self.conditions.pop(handles[number], None)
+            assert goes_on is not None, "nothing was decided"
+            if goes_on:
+                run(number + 1)
+            else:
+                self.ran_parts.append(number + 1)
+
+        executable = next(self._handles)
+        self.graphs[executable] = stream, [_Queued(lambda: run(0)), *at_end]
+        return executable
+
+    def decide(
+        self, board: int, logits: int, exit_number: int, rows: int, handle: int, stream: int
+    ) -> None:
+        assert self.streams[stream].capture is not None, "it sets the condition of a graph"
+        assert 0 < rows <= 32
+
+        def work() -> None:
+            labels, exits = self.view(board, 8).view(np.int32)
+            memory = self.view(board, board_type(exits, labels, rows).itemsize)
+            now = self.view(logits, 4 * rows * labels)
+            goes_on = decide(memory.ctypes.data, now.ctypes.data, exit_number, rows)
+            assert (handle == 0) == (exit_number == exits)
+            if handle:
+                self.conditions[handle] = goes_on
+
+        self.put(stream, work)
 
     def launch(self, executable: int, stream: int) -> None:
         self.launches += 1

@@ -12,7 +12,7 @@ import pytest
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.runtime import BackendError, Engine, Regroup, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends import device
+from fpabee.runtime.backends import device_buffers
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.targets import open_backend
@@ -151,7 +151,7 @@ def test_one_context_serves_all_groups_of_a_shape(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window has many groups of the same shape. Only small groups are captured."""
-    monkeypatch.setattr(device, "_CAPTURE_TOKENS", 4 * 8)
+    monkeypatch.setattr(device_buffers, "_CAPTURE_TOKENS", 4 * 8)
     made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
     texts = ["rain"] * 17 + ["rain " * 40] * 4
     never = Regroup.NEVER  # otherwise times are measured, at other shapes

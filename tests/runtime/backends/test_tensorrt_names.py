@@ -77,10 +77,13 @@ def resolve(value: Any, dotted: str) -> None:
 def test_every_cuda_name_exists() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     source = Path(cuda.__file__).read_text(encoding="utf-8")
-    names = set(re.findall(r"_runtime\.((?:\w+\.)*\w+)", source))
-    assert len(names) > 20
+    names = set(re.findall(r"\b_?runtime\.(cuda(?:\w+\.)*\w+)", source))
+    assert len(names) > 30
     for name in names:
         resolve(runtime, name)
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    for name in re.findall(r"_driver\.(cu\w+)", source):
+        resolve(driver, name)
 
 
 @pytest.mark.parametrize("variable", KINDS)
