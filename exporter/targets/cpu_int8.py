@@ -20,7 +20,8 @@ from ..precision.int8 import quantize, split_texts
 from ..staging import replacing
 from .cpu import BACKENDS, CpuTarget, judge_of, only, verified_target
 
-_FOLDER = "targets/cpu-int8"
+FOLDER = "targets/cpu-int8"
+"""The place of the graphs in an engines folder."""
 
 
 def is_cpu_int8(target: Target) -> bool:
@@ -57,13 +58,13 @@ def add_cpu_int8(
     encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
     quantized = quantize(folder, manifest, encoded, "nncf_worker", progress)
     files = {}
-    (folder / _FOLDER).parent.mkdir(exist_ok=True)
-    with replacing(folder / _FOLDER) as temporary:
+    (folder / FOLDER).parent.mkdir(exist_ok=True)
+    with replacing(folder / FOLDER) as temporary:
         for name, proto in quantized.items():
             path = temporary / f"{name}.onnx"
             path.write_bytes(serialized(proto, path.name))
             files[name] = BuiltFile(
-                file=f"{_FOLDER}/{name}.onnx",
+                file=f"{FOLDER}/{name}.onnx",
                 sha256=sha256_of(path),
                 onnx_sha256=manifest.graphs[name].sha256,
             )
@@ -84,5 +85,5 @@ def add_cpu_int8(
         manifest, checked = verified_target(folder, manifest, name, target, judge)
         found.append(checked)
     if not any(checked.agreement for checked in found):
-        shutil.rmtree(folder / _FOLDER)
+        shutil.rmtree(folder / FOLDER)
     return manifest, found
