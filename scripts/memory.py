@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the memory and the loading time of an engines folder, as a Markdown table.
 
-    python scripts/memory.py engines/
+    python scripts/memory.py table engines/
 
 Each target runs in fresh processes, as a chain and as one full graph: it is loaded with all its
 segments, and then one text runs to full depth. Memory is resident memory over that of a process
