@@ -27,7 +27,7 @@ from ..runtime.errors import (
     Remedy,
     VerificationError,
 )
-from ..runtime.files import Inputs, ReadOptions, read_rows
+from ..runtime.files import Inputs, ReadOptions, Row, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.base import ExitRule
@@ -35,6 +35,7 @@ from ..runtime.targets import target_of
 from .precision.formats import INT8, Half
 from .targets import cpu
 from .targets.cpu import CpuTarget
+from .targets.judge import labels_of
 from .targets.options import BUILD_ON_DEVICE, RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, can_run, lacks_memory, unavailable_reason
 
@@ -53,12 +54,14 @@ class AddTargetsOptions:
         precisions: 16-bit formats to write graphs in.
         int8: whether to add int8.
         calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
-            folder has int8 graphs already.
+            folder has int8 graphs already. If they have labels, int8 targets for CPUs are also
+            judged by their score.
         backends: backends whose targets must be built; None: those that this machine can build.
         default_target: the target to make the default; None: the fastest target for CPUs, if
             targets for CPUs are added.
         keep_fp32: `auto`, or nodes that stay in fp32, see `add_half`.
-        verify_data: texts to check 16-bit formats with, in any format of `read_rows`.
+        verify_data: texts to check 16-bit formats and targets of OpenVINO with, in any format of
+            `read_rows`. If they have labels, targets of OpenVINO are also judged by their score.
         reading: how these two files are read.
         plans: how TensorRT plans are built.
         jobs: the number of builds at a time.
@@ -168,6 +171,8 @@ def _add_targets(
         if unavailable_reason(backend) is None:
             # Plans that cannot be built are refused before anything is written.
             options.plans.fitted(before, backend, precision)
+    for data in (options.verify_data, options.calibration_data if for_cpus else None):
+        labels_of(_rows(data, options), before)  # which refuses labels that the model lacks
     manifest, checks = _add_precisions(path, before, options, for_plans, progress)
     built: list[str] = []
     not_built: dict[str, NotBuilt] = {}
@@ -180,14 +185,16 @@ def _add_targets(
             not_built[label] = manifest.not_built[label]
     checked: list[CpuTarget] = []
     if cpu.OPENVINO in backends:
-        manifest, checked = cpu.add_openvino(path, manifest, progress)
+        manifest, checked = cpu.add_openvino(
+            path, manifest, _rows(options.verify_data, options), progress
+        )
     if for_cpus and options.calibration_data is not None:
         from .targets.cpu_int8 import add_cpu_int8
 
         versions = {name: cpu.version_of(name) for name in cpu.BACKENDS if name in backends}
         usable = {name: version for name, version in versions.items() if version}
-        texts = _texts(options.calibration_data, options)
-        manifest, int8 = add_cpu_int8(path, manifest, usable, texts, progress)
+        rows = _rows(options.calibration_data, options)
+        manifest, int8 = add_cpu_int8(path, manifest, usable, rows, progress)
         checked += int8
     manifest, default = _with_default(path, manifest, checked, options, progress)
     write_manifest(path, manifest)
@@ -281,10 +288,12 @@ def _has_int8(manifest: Manifest, options: AddTargetsOptions) -> bool:
     return any(target.precision == INT8 for target in manifest.targets.values())
 
 
+def _rows(data: Path | None, options: AddTargetsOptions) -> list[Row]:
+    return [] if data is None else list(read_rows(data, options.reading))
+
+
 def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
-    if data is None:
-        return []
-    return [row.content for row in read_rows(data, options.reading)]
+    return [row.content for row in _rows(data, options)]
 
 
 def add_target(

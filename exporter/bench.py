@@ -2,7 +2,8 @@
 
 A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts. For each
 unit the variants run one after another, so that a machine whose speed drifts treats them alike.
-Only PyTorch runs after all others, because its threads keep spinning and would slow them down. The
+Only libraries other than that of the target run after all others, because their threads keep
+spinning and would slow them down. The
 time of a unit is the median of its repeats, and a speed-up is a ratio of sums over units.
 Tokenization is never included.
 """
@@ -14,14 +15,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from ..runtime.artifact.folder import sha256_of
-from ..runtime.backends.onnxruntime_session import cpu_session, session_options, usable_cores
+from ..runtime.artifact.folder import read_manifest, sha256_of
+from ..runtime.backends.onnxruntime_session import usable_cores
 from ..runtime.batching import make_groups
 from ..runtime.encoding import EncodedRow, Text, padded_inputs, padding_values
 from ..runtime.engine import Engine
@@ -32,17 +35,19 @@ from ..runtime.progress import Progress, silent
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
-from .onnx_file import serialized
-from .prune.merge import merge_chain
+from ..runtime.targets import open_backend
+from .prune.keep import keep_exits
+from .targets.cpu import FP32_TARGET
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"
 WITH_RULE = "chain, rule"
 PADDED_32 = "full graph, padded 32"
+PADDED_FP32 = "onnxruntime-fp32, full graph, padded 32"
 PYTORCH = "PyTorch, rule"
 
 _WINDOW = 256
-# How long PyTorch's idle threads may keep a core busy.
+# How long idle threads of PyTorch or ONNX Runtime may keep a core busy.
 _SPIN_SECONDS = 0.3
 _FILE_BATCH = 32
 
@@ -61,8 +66,8 @@ class BenchOptions:
         max_single: how many of them are also run one at a time, at most.
         model_dir: the PyTorch model, to time the same rule in plain PyTorch.
         threads: CPU threads of all variants.
-        target: the target whose chain is timed; default: the manifest's. The full graph always runs
-            in ONNX Runtime in fp32.
+        target: the target whose chain and full graph are timed; default: the manifest's. For
+            targets on GPUs, the full graph runs in ONNX Runtime in fp32.
     """
 
     rule: ExitRule
@@ -123,10 +128,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All workloads, and the machine that ran them."""
+    """All workloads, the targets of the chain and of the full graph, and the machine."""
 
     engines: str
     target: str
+    full_target: str
     rule: dict[str, Any]
     layers: int
     hardware: str
@@ -138,46 +144,89 @@ Units = Sequence[Sequence[EncodedRow]]
 Variants = dict[str, Callable[[Sequence[EncodedRow]], Any]]
 
 
-class _Runner:
-    """Runs encoded rows in each variant."""
+class _Graph:
+    """A full graph, run over prepared buffers like the segments of a chain.
 
-    def __init__(self, folder: Path, engine: Engine, options: BenchOptions) -> None:
+    Args:
+        folder: an engines folder with one exit.
+        target: the target.
+        threads: CPU threads.
+    """
+
+    def __init__(self, folder: Path, target: str, threads: int | None) -> None:
+        self._backend = open_backend(folder, read_manifest(folder), target, threads)
+        self._execution = self._backend.check_out()
+        self._limits = self._backend.limits()
+
+    def grouped(self, rows: Sequence[EncodedRow]) -> None:
+        """Run the groups that the chain starts with."""
+        lengths = np.array([len(row) for row in rows], np.intp)
+        for numbers in make_groups(lengths, self._limits):
+            self._run([rows[number] for number in numbers])
+
+    def padded(self, rows: Sequence[EncodedRow]) -> None:
+        """Run batches of 32 rows in file order."""
+        for start in range(0, len(rows), _FILE_BATCH):
+            self._run(rows[start : start + _FILE_BATCH])
+
+    def _run(self, rows: Sequence[EncodedRow]) -> None:
+        bucket = self._limits.bucket(len(rows), max(map(len, rows)))
+        hidden = self._execution.begin(rows, bucket)
+        self._execution.enqueue(0, hidden).result()
+        self._execution.release(hidden)
+
+    def close(self) -> None:
+        """Free what is loaded."""
+        self._backend.give_back(self._execution)
+        self._backend.close()
+
+
+class _Runner:
+    """Runs encoded rows in each variant.
+
+    Args:
+        whole: the engines folder with only its last exit.
+        engine: the engine of the folder with all exits.
+        options: what to measure.
+        stack: closes what is opened.
+    """
+
+    def __init__(
+        self, whole: Path, engine: Engine, options: BenchOptions, stack: ExitStack
+    ) -> None:
         self.engine = engine
         self.rule = options.rule
-        proto = merge_chain(folder, engine.manifest)
-        self._full = cpu_session(
-            serialized(proto, "one graph of all segments"), session_options(options.threads)
-        )
+        has_target = engine.target in read_manifest(whole).targets
+        is_for_cpus = not engine.manifest.targets[engine.target].device
+        self.full_target = engine.target if has_target and is_for_cpus else FP32_TARGET
+
+        def graph(target: str) -> _Graph:
+            return stack.enter_context(closing(_Graph(whole, target, options.threads)))
+
+        self._full = graph(self.full_target)
+        self._fp32 = None if self.full_target == FP32_TARGET else graph(FP32_TARGET)
         self._padding = padding_values(engine.manifest.tokenizer)
-        self._full_padding = {v.name: self._padding[v.name] for v in self._full.get_inputs()}
         self._torch = _load_torch(options, engine.manifest.model.source_sha256)
 
-    def variants(self, in_file_order: bool) -> Variants:
-        """The variants by name.
+    def variants(self, in_file_order: bool) -> tuple[Variants, Variants]:
+        """The variants by name: those that take turns, and those of other libraries.
 
         Args:
             in_file_order: also the full graph over padded batches in file order.
         """
         variants: Variants = {
-            FULL_GRAPH: self._full_graph,
+            FULL_GRAPH: self._full.grouped,
             FULL_DEPTH: self._full_depth,
             WITH_RULE: self._with_rule,
         }
+        others: Variants = {}
         if self._torch is not None:
-            variants[PYTORCH] = self._pytorch
+            others[PYTORCH] = self._pytorch
         if in_file_order:
-            variants[PADDED_32] = self._padded
-        return variants
-
-    def _full_graph(self, rows: Sequence[EncodedRow]) -> None:
-        """The full graph over the groups that the chain starts with."""
-        lengths = np.array([len(row) for row in rows], np.intp)
-        for numbers in make_groups(lengths, self.engine.limits):
-            self._run_full([rows[number] for number in numbers])
-
-    def _padded(self, rows: Sequence[EncodedRow]) -> None:
-        for start in range(0, len(rows), _FILE_BATCH):
-            self._run_full(rows[start : start + _FILE_BATCH])
+            variants[PADDED_32] = self._full.padded
+            if self._fp32 is not None:
+                others[PADDED_FP32] = self._fp32.padded
+        return variants, others
 
     def _full_depth(self, rows: Sequence[EncodedRow]) -> None:
         self.engine.run_encoded(rows, Budget(exit=self.engine.manifest.exits[-1]))
@@ -193,17 +242,6 @@ class _Runner:
         """
         for start in range(0, len(rows), _FILE_BATCH):
             self._run_torch(rows[start : start + _FILE_BATCH])
-
-    def _run_full(self, rows: Sequence[EncodedRow]) -> None:
-        import onnxruntime as ort
-
-        # Bound like the chain's segments, so that neither side copies more than the other.
-        binding = self._full.io_binding()
-        for name, value in padded_inputs(rows, self._full_padding).items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        binding.bind_output(self._full.get_outputs()[0].name, "cpu")
-        self._full.run_with_iobinding(binding)
-        binding.copy_outputs_to_cpu()
 
     def _run_torch(self, rows: Sequence[EncodedRow]) -> None:
         import torch
@@ -255,19 +293,26 @@ def run_bench(
     import onnxruntime
 
     progress("load", 0, 1)
-    with Engine.load(folder, options.target, threads=options.threads, preload=True) as engine:
-        runner = _Runner(Path(folder), engine, options)
+    with ExitStack() as stack:
+        engine = stack.enter_context(
+            Engine.load(folder, options.target, threads=options.threads, preload=True)
+        )
+        one = Path(stack.enter_context(TemporaryDirectory()))
+        keep_exits(Path(folder), engine.manifest, engine.manifest.exits[-1:], one)
+        runner = _Runner(one, engine, options, stack)
         rows = engine.encode(texts[: options.max_rows])
         threads = options.threads or usable_cores()
         report = BenchReport(
             engines=str(folder),
             target=engine.target,
+            full_target=runner.full_target,
             rule=options.rule.to_dict(),
             layers=engine.manifest.model.layers,
             hardware=f"{cpu_name()}, {threads} threads, {platform.system()}",
             versions={
                 "python": platform.python_version(),
                 "onnxruntime": onnxruntime.__version__,
+                **engine.manifest.targets[engine.target].versions,
                 "numpy": np.__version__,
             },
         )
@@ -300,11 +345,11 @@ def _measure(
 ) -> Workload:
     what, total = f"{place}: {name}", len(units) * options.repeats
     progress(what, 0, total)
-    together = runner.variants(in_file_order)
+    together, others = runner.variants(in_file_order)
     # The first run loads segments, prepares bindings and measures the cost curve.
-    first = {variant: _timed(run, units[0])[0] for variant, run in together.items()}
-    every: dict[str, list[list[float]]] = {variant: [] for variant in together}
-    pytorch = together.pop(PYTORCH, None)
+    both = together | others
+    first = {variant: _timed(run, units[0])[0] for variant, run in both.items()}
+    every: dict[str, list[list[float]]] = {variant: [] for variant in both}
     exits = []
     time.sleep(_SPIN_SECONDS)
     begun = time.perf_counter()
@@ -323,13 +368,14 @@ def _measure(
                 # Every unit runs once, even if the time for repeats is up.
                 once = time.perf_counter() - begun
                 runs = min(total, max(len(units), options.max_seconds / once))
-                pauses = len(units) * _SPIN_SECONDS if pytorch else 0.0
-                minutes, rest = divmod(round(runs * (once + first.get(PYTORCH, 0)) + pauses), 60)
+                pauses = len(units) * _SPIN_SECONDS * len(others)
+                apart = sum(first[variant] for variant in others)
+                minutes, rest = divmod(round(runs * (once + apart) + pauses), 60)
                 what += f", about {minutes}:{rest:02d}"
             progress(what, (number - 1) * options.repeats + repeat + 1, total)
         exits.append(results[WITH_RULE])
-        if pytorch is not None:
-            every[PYTORCH][-1] += [_timed(pytorch, unit)[0] for _ in every[FULL_GRAPH][-1]]
+        for variant, run in others.items():
+            every[variant][-1] += [_timed(run, unit)[0] for _ in every[FULL_GRAPH][-1]]
             time.sleep(_SPIN_SECONDS)
     manifest = runner.engine.manifest
     layers = np.array(manifest.exit_layers)

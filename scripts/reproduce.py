@@ -158,7 +158,7 @@ def engines_of(folder: Path) -> Path:
 def cut_encoders(
     name: str, seed: int, data: Path, backbone: str, work: Path, is_trained: bool
 ) -> dict[int, Path]:
-    """Engines folders of encoders that are cut after the first layers, by their number.
+    """Models of encoders that are cut after the first layers, by their number.
 
     Args:
         name: of the run, whose options the training has.
@@ -176,7 +176,7 @@ def cut_encoders(
         if is_trained:
             train_run(run, seed, data, backbone, folder, _command(name, seed))
         if (folder / REPORT_NAME).is_file():
-            found[layers] = engines_of(folder)
+            found[layers] = folder
     return found
 
 
@@ -331,7 +331,8 @@ def main(
                     store_logits(logits / f"{name}-{seed}.npz", dev, test)
                 _store(path, head | compare(dev, test, layers))
             if run.exit_0:
-                cuts = cut_encoders(name, seed, data, backbone, work, train_cuts)
+                models = cut_encoders(name, seed, data, backbone, work, train_cuts)
+                cuts = {layers: engines_of(model) for layers, model in models.items()}
                 sources = (run.data, *run.shifted) if run.shifted else ()
                 shifted = {source: data / source / "test.jsonl.gz" for source in sources}
                 parts = files["dev"], files["test"]

@@ -27,7 +27,6 @@ from ...runtime.rules.base import ExitRule
 from ...runtime.rules.rules import takes_threshold
 from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 from ..load_test import Load, run_load_test
-from ..targets.cpu import FP32_TARGET
 
 _MOST_TOKENS = 2**20
 
@@ -201,8 +200,8 @@ def print_report(report: BenchReport, console: Console) -> None:
         table.add_section()
     console.print(table)
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
-    if report.target != FP32_TARGET:
-        console.print(f"The full graph runs in {FP32_TARGET}, not in {report.target}.")
+    if report.target != report.full_target:
+        console.print(f"The full graph runs in {report.full_target}, not in {report.target}.")
     console.print(f"{report.target}, rule {rule_in_words(ExitRule.from_dict(report.rule))}")
     console.print(f"{report.hardware}; {versions}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command
 from ...runtime.cli.console import echo, table_console
+from ...runtime.cli.errors import in_terms_of_options
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
@@ -116,8 +117,9 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 )
 @options.path(
     "--calibration-data",
-    "Texts that set the value ranges of --int8. With --from and --exits: labelled rows for the "
-    "operating points, if the folder no longer contains the rows that calibrated them.",
+    "Texts that set the value ranges of --int8; if they have labels, its score is checked, too. "
+    "With --from and --exits: labelled rows for the operating points, if the folder no longer "
+    "contains the rows that calibrated them.",
 )
 @options.option(
     "--keep-fp32",
@@ -126,7 +128,11 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
     "half of the range of fp16 or bf16, and the nodes that read or write these values.",
     multiple=True,
 )
-@options.path("--verify-data", "More texts to verify with.")
+@options.path(
+    "--verify-data",
+    "More texts to verify with. Targets of OpenVINO are also judged by their score if these have "
+    "labels.",
+)
 @options.labelled_texts
 @options.option(
     "--sm compute_capabilities",
@@ -222,9 +228,8 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     adds = not (is_new or drops)
     if drops and output is None:
         raise click.UsageError("--from with --exits writes a new folder: name it with --output")
-    only_with("label_column label_separator", drops and data, "--calibration-data of --exits")
     only_with(
-        "input_format text_column text_pair_column literal_quotes",
+        "label_column label_separator input_format text_column text_pair_column literal_quotes",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )
@@ -237,7 +242,11 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     not_with("output force", adds, "--from, unless --exits is given")
     only_with("threads", drops, "--from and --exits")
     only_with("keep_fp32", half, "--fp16 or --bf16")
-    only_with("verify_data", is_new or half, "a new export, --fp16 or --bf16")
+    only_with(
+        "verify_data",
+        is_new or half or OPENVINO in settings["backends"],
+        "a new export, --fp16, --bf16 or --backend openvino",
+    )
     only_with("calibration_data", drops or settings["int8"], "--int8, or --from and --exits")
     only_with("int8", data or not is_new, "--calibration-data")
     only_with(
@@ -301,11 +310,12 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
         say(f"built {name} for compute capability {where} ({ran})")
     for checked in result.cpu:
         if checked.refused:
-            say(f"{checked.name} is not kept: {checked.refused}")
+            say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
         else:
+            score = f"; {checked.score}" if checked.score else ""
             say(
-                f"added {checked.name}: {checked.agreement}; a row alone and among others: within "
-                f"{checked.row_difference:.1e}"
+                f"added {checked.name}: {checked.agreement}{score}; a row alone and among others: "
+                f"within {checked.row_difference:.1e}"
             )
     if result.default:
         say(result.default)
@@ -322,7 +332,8 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
             {
                 "target": checked.name,
                 "row_difference": checked.row_difference,
-                "refused": checked.refused,
+                "refused": checked.refused.message if checked.refused else "",
+                "score": asdict(checked.score) if checked.score else None,
                 "agreement": checked.agreement.to_dict() if checked.agreement else None,
             }
             for checked in result.cpu

@@ -35,6 +35,7 @@ def to_dict(result: DropExitsResult) -> dict[str, Any]:
             asdict(lost) | {"command": _calibrate(result, lost.target)} for lost in result.lost
         ],
         "built": list(result.built),
+        "left_out": list(result.left_out),
         "not_built": msgspec.to_builtins(result.manifest.not_built),
     }
 
@@ -72,6 +73,8 @@ def show(result: DropExitsResult, console: Console, exits_before: int) -> None:
         console.print(f"default operating point: {now} (before: {before})")
     for name in result.built:
         console.print(f"built {name} again")
+    for name in result.left_out:
+        console.print(f"{name} is left out, because it cannot run or be built here")
     for line in not_built_lines(result.manifest.not_built, result.folder):
         console.print(line)
 

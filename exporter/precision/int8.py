@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from .emulation import PrecisionReport, report_on, run_emulated
 from .float16 import with_lowered
 from .formats import INT8, Half
 from .lowering import LoweredGraphs, choose_lowering
+
+T = TypeVar("T")
 
 _FOLDER = "onnx/int8-qdq"
 _LEAST_TEXTS = 32
@@ -84,8 +86,8 @@ def add_int8(
     return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
 
 
-def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
-    """The texts that give the ranges, and those that judge the result.
+def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Of the first 512 texts or rows: those that give the ranges, and those that judge the result.
 
     Raises:
         InputError: too few texts.

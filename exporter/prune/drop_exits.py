@@ -91,6 +91,7 @@ class DropExitsResult:
         points: the operating points that were calibrated again, by name.
         lost: those that were not.
         built: targets that were built again.
+        left_out: targets of the old folder that the new one does not have.
         target: the target whose points were calibrated again.
         default_before: the point of this target that ran if none was named; may be empty.
     """
@@ -102,6 +103,7 @@ class DropExitsResult:
     points: dict[str, RecalibratedPoint]
     lost: tuple[LostPoint, ...]
     built: tuple[str, ...]
+    left_out: tuple[str, ...]
     target: str
     default_before: str
 
@@ -120,7 +122,8 @@ def drop_exits(
 ) -> DropExitsResult:
     """Write an engines folder with fewer exits, and calibrate its operating points again.
 
-    Targets that were built are built again if this machine can. Points of one target are
+    Targets that were built are built again if this machine can; those for CPUs in int8 keep their
+    ranges. Points of one target are
     calibrated again, for the same goals, on the rows that calibrated them.
 
     Args:
@@ -174,14 +177,16 @@ def drop_exits(
             points |= _recalibrate(old, manifest, new, name, group, rows, options, progress)
         except FpabeeError as error:
             lost += _lost(name, group, error.message)
+    final = read_manifest(new)
     return DropExitsResult(
         folder=Path(output),
-        manifest=read_manifest(new),
+        manifest=final,
         exits=options.exits,
         agreement=agreement,
         points=points,
         lost=tuple(lost),
         built=tuple(built),
+        left_out=tuple(other for other in manifest.targets if other not in final.targets),
         target=name,
         default_before=target.default_operating_point,
     )

@@ -20,6 +20,7 @@ from ...runtime.artifact.manifest import (
     LOGITS,
     NEXT,
     REFERENCE_NAME,
+    BuiltFile,
     Graph,
     Manifest,
     Segment,
@@ -28,6 +29,9 @@ from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
 from ...runtime.errors import ModelError, Remedy
 from ..onnx_file import load_graphs, write_graph
+from ..targets.cpu import verified_target
+from ..targets.cpu_int8 import FOLDER as CPU_INT8_FOLDER
+from ..targets.cpu_int8 import is_cpu_int8
 from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
@@ -52,7 +56,9 @@ def check_exits(exits: Sequence[int], count: int) -> None:
 def keep_exits(
     source: Path, manifest: Manifest, exits: Sequence[int], folder: Path
 ) -> tuple[Manifest, Agreement]:
-    """Write the folder, with those targets that run ONNX graphs directly, and verify it.
+    """Write the folder, with those targets that run ONNX graphs, and verify it.
+
+    Targets in int8 keep their ranges, and need no texts. One that cannot run here is left out.
 
     Args:
         source: the engines folder to copy from.
@@ -74,17 +80,16 @@ def keep_exits(
     every = [name for part in calls for name in part]
     is_shared = len(set(every)) < len(every)
 
-    def write(precision: str) -> dict[str, Graph]:
-        old = manifest.graphs_in(precision)
+    def write(old: dict[str, Graph], place: str) -> dict[str, Graph]:
         if not is_shared:
-            return _merge(source, old, calls, f"onnx/{precision}", folder)
+            return _merge(source, old, calls, place, folder)
         graphs = {name: old[name] for name in every}
         for graph in graphs.values():
             _copy(source, graph.file, graph.sha256, folder)
         return graphs
 
-    graphs = write("fp32")
-    precisions = {precision: write(precision) for precision in manifest.precisions}
+    graphs = write(manifest.graphs, "onnx/fp32")
+    precisions = {name: write(old, f"onnx/{name}") for name, old in manifest.precisions.items()}
     segments = tuple(
         Segment(exit=number, layer=manifest.segments[old - 1].layer, calls=tuple(part))
         for number, (old, part) in enumerate(
@@ -102,8 +107,21 @@ def keep_exits(
     targets = {
         name: msgspec.structs.replace(target, operating_points={}, default_operating_point="")
         for name, target in manifest.targets.items()
-        if not target.files
+        if not target.files or is_cpu_int8(target)
     }
+    # Targets for CPUs in int8 run the same graphs, which are merged like all others.
+    built = next((target.files for target in targets.values() if target.files), {})
+    old = {
+        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
+        for name, file in built.items()
+    }
+    files = {
+        name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
+        for name, graph in (write(old, CPU_INT8_FOLDER) if old else {}).items()
+    }
+    for name, target in targets.items():
+        if target.files:
+            targets[name] = msgspec.structs.replace(target, files=files)
     default = manifest.default_target
     kept = msgspec.structs.replace(
         manifest,
@@ -121,6 +139,11 @@ def keep_exits(
     with Engine.load(folder, target=FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits, graphs={})
     kept = with_verification(folder, kept, FP32_TARGET, agreement)
+    for name, target in targets.items():
+        if target.files:
+            kept, _ = verified_target(folder, kept, name, target)
+    if files and not any(target.files for target in kept.targets.values()):
+        shutil.rmtree(folder / CPU_INT8_FOLDER)
     write_manifest(folder, kept)
     return kept, agreement
 

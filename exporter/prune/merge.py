@@ -1,30 +1,17 @@
 """Join graphs that run one after another into one ONNX graph. Needs no torch.
 
-Benchmarks compare the chain with one graph of the whole model. When exits are dropped, the layers
-between two kept exits become one graph. `onnx.compose` is not used, because it refuses two graphs
-that read the same input, and cannot store weights once that several graphs share (ALBERT).
+When exits are dropped, the layers between two kept exits become one graph. Benchmarks keep only the
+last exit, and compare the chain with this one graph of the whole model. `onnx.compose` is not used,
+because it refuses two graphs that read the same input, and cannot store weights once that several
+graphs share (ALBERT).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-from ...runtime.artifact.manifest import LOGITS, NEXT, Manifest
-from ..onnx_file import load_graphs
-
-
-def merge_chain(folder: Path, manifest: Manifest) -> Any:
-    """One `onnx.ModelProto` from token ids to the logits of the last exit, without other heads.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest.
-    """
-    parts = load_graphs(folder, manifest.graphs)
-    calls = [name for segment in manifest.segments for name in segment.calls]
-    return merge_graphs([(name, parts[name]) for name in calls], [LOGITS])
+from ...runtime.artifact.manifest import NEXT
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:

@@ -16,16 +16,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ...runtime.agreement import REQUIREMENTS, Agreement, compare
+from ...runtime.agreement import Agreement
 from ...runtime.artifact.manifest import Manifest, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
-from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.errors import FpabeeError, VerificationError
+from ...runtime.errors import FpabeeError
+from ...runtime.files import Row
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, why_not
+from .judge import Judge, Score
 
 FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
@@ -51,13 +52,15 @@ class CpuTarget:
         agreement: with the PyTorch model; None if it was refused.
         row_difference: largest difference of a logit between a row alone, the same row together
             with others, and the same row with other padding; None if it was refused.
-        refused: why the folder does not have it; empty if it does.
+        score: on labelled rows; None without any.
+        refused: why the folder does not have it; None if it does.
     """
 
     name: str
     agreement: Agreement | None = None
     row_difference: float | None = None
-    refused: str = ""
+    score: Score | None = None
+    refused: FpabeeError | None = None
 
 
 def is_installed() -> bool:
@@ -89,16 +92,17 @@ def version_of(backend: str) -> str:
 
 
 def add_openvino(
-    folder: Path, manifest: Manifest, progress: Progress
+    folder: Path, manifest: Manifest, rows: Sequence[Row], progress: Progress
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Add the targets of OpenVINO that suit this machine, and verify each.
 
     That is fp32, so that the folder runs on every machine, and bf16 if this CPU has it. Targets
-    that the same version of OpenVINO verified before are left as they are.
+    that the same version of OpenVINO verified before are left as they are, unless rows are given.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the targets is returned, not written.
+        rows: what the targets are judged on, besides the reference texts; may be empty.
         progress: called with (what, done, total).
 
     Returns:
@@ -108,13 +112,15 @@ def add_openvino(
         return manifest, []
     error = unavailable_reason()
     if error is not None:
-        return manifest, [CpuTarget(OPENVINO, refused=error.message)]
+        return manifest, [CpuTarget(OPENVINO, refused=error)]
+    judge = judge_of(folder, manifest, rows)
     versions = {OPENVINO: openvino_version()}
     found = []
     for precision in ("fp32", *["bf16"] * has_bf16()):
         name = f"{OPENVINO}-{precision}"
         old = manifest.targets.get(name)
-        if old is not None and old.versions == versions and old.row_difference is not None:
+        is_verified = old is not None and old.row_difference is not None
+        if old is not None and is_verified and old.versions == versions and judge is None:
             continue
         progress(f"verify {name}", 0, 1)
         target = Target(
@@ -124,7 +130,7 @@ def add_openvino(
             versions=versions,
             tolerance=None,
         )
-        manifest, checked = verified_target(folder, manifest, name, target)
+        manifest, checked = verified_target(folder, manifest, name, target, judge)
         found.append(checked)
     return manifest, found
 
@@ -138,8 +144,16 @@ def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
     return msgspec.structs.replace(manifest, targets=targets, default_target=default)
 
 
+def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
+    """What compares targets with `onnxruntime-fp32` on rows; None without rows."""
+    if not rows:
+        return None
+    with _engine(folder, manifest, FP32_TARGET) as exact:
+        return Judge(exact, rows)
+
+
 def verified_target(
-    folder: Path, manifest: Manifest, name: str, target: Target, texts: Sequence[Text] = ()
+    folder: Path, manifest: Manifest, name: str, target: Target, judge: Judge | None = None
 ) -> tuple[Manifest, CpuTarget]:
     """Run the reference texts on a target for CPUs, alone and together.
 
@@ -148,7 +162,7 @@ def verified_target(
         manifest: its manifest. The new one is returned, not written.
         name: the target's name. An older target of this name is replaced.
         target: its record, without what is measured.
-        texts: more texts, on which it is compared with `onnxruntime-fp32`.
+        judge: judges it on more rows, too.
 
     Returns:
         The manifest with the target if it passed, or without it, and what was found.
@@ -160,16 +174,16 @@ def verified_target(
             operating_points=old.operating_points,
             default_operating_point=old.default_operating_point,
         )
-    candidate = _with_target(manifest, name, target)
+    candidate, score = _with_target(manifest, name, target), None
     try:
         with _engine(folder, candidate, name) as engine:
             agreement = engine.check()
-            if texts:
-                agreement = _agreement_on(folder, manifest, engine, texts)
+            if judge is not None:
+                agreement, score = judge(engine)
             difference = _row_difference(folder, engine)
     except FpabeeError as error:
         rest = only(manifest, lambda other, _: other != name)
-        return rest, CpuTarget(name, refused=error.message)
+        return rest, CpuTarget(name, refused=error)
     tolerance = agreement.max_logit_difference
     passed = msgspec.structs.replace(
         target,
@@ -177,37 +191,11 @@ def verified_target(
         row_difference=difference,
         row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
     )
-    return _with_target(manifest, name, passed), CpuTarget(name, agreement, difference)
+    return _with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
 
 
 def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
     return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
-
-
-def _agreement_on(
-    folder: Path, manifest: Manifest, engine: Engine, texts: Sequence[Text]
-) -> Agreement:
-    """The agreement of an engine with `onnxruntime-fp32` on texts.
-
-    Raises:
-        VerificationError: too many labels or exits differ.
-    """
-    with _engine(folder, manifest, FP32_TARGET) as exact:
-        expected = exact.trace(texts).logits
-    agreement = compare(
-        engine.trace(texts).logits,
-        expected,
-        engine.rule,
-        manifest.task,
-        REQUIREMENTS[engine.manifest.targets[engine.target].precision],
-        manifest.exits[0],
-    )
-    if not agreement.passed:
-        raise VerificationError(
-            f"it changes answers from exit {agreement.first_bad_exit} on: {agreement} of "
-            f"{len(texts)} texts"
-        )
-    return agreement
 
 
 def with_fastest_default(

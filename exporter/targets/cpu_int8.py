@@ -11,15 +11,17 @@ from pathlib import Path
 
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
-from ...runtime.encoding import Text, TextEncoder
+from ...runtime.encoding import TextEncoder
+from ...runtime.files import Row
 from ...runtime.progress import Progress
 from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
 from ..staging import replacing
-from .cpu import BACKENDS, CpuTarget, only, verified_target
+from .cpu import BACKENDS, CpuTarget, judge_of, only, verified_target
 
-_FOLDER = "targets/cpu-int8"
+FOLDER = "targets/cpu-int8"
+"""The place of the graphs in an engines folder."""
 
 
 def is_cpu_int8(target: Target) -> bool:
@@ -31,7 +33,7 @@ def add_cpu_int8(
     folder: Path,
     manifest: Manifest,
     versions: dict[str, str],
-    texts: Sequence[Text],
+    rows: Sequence[Row],
     progress: Progress,
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
@@ -40,28 +42,29 @@ def add_cpu_int8(
         folder: the engines folder.
         manifest: its manifest. The one with the targets is returned, not written.
         versions: by backend, the version of the library that is to run them.
-        texts: at least 32 texts like those that will be classified, of which the first 512 are
-            used. Every other text gives the ranges, and the rest judge the result.
+        rows: at least 32 texts like those that will be classified. Of the first 512, every other
+            one gives the ranges. The rest judge the result, also by its score if they have labels.
         progress: called with (what, done, total).
 
     Returns:
         The manifest with the targets that passed, and what was found of each.
 
     Raises:
-        InputError: too few texts.
+        InputError: too few texts, or the model does not know a label.
         VerificationError: a graph could not be quantized.
     """
-    ranges, judged = split_texts(texts)
-    rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
-    quantized = quantize(folder, manifest, rows, "nncf_worker", progress)
+    ranges, judged = split_texts(rows)
+    judge = judge_of(folder, manifest, [*judged, *rows[len(ranges) + len(judged) :]])
+    encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
+    quantized = quantize(folder, manifest, encoded, "nncf_worker", progress)
     files = {}
-    (folder / _FOLDER).parent.mkdir(exist_ok=True)
-    with replacing(folder / _FOLDER) as temporary:
+    (folder / FOLDER).parent.mkdir(exist_ok=True)
+    with replacing(folder / FOLDER) as temporary:
         for name, proto in quantized.items():
             path = temporary / f"{name}.onnx"
             path.write_bytes(serialized(proto, path.name))
             files[name] = BuiltFile(
-                file=f"{_FOLDER}/{name}.onnx",
+                file=f"{FOLDER}/{name}.onnx",
                 sha256=sha256_of(path),
                 onnx_sha256=manifest.graphs[name].sha256,
             )
@@ -79,8 +82,8 @@ def add_cpu_int8(
             files=files,
             tolerance=None,
         )
-        manifest, checked = verified_target(folder, manifest, name, target, judged)
+        manifest, checked = verified_target(folder, manifest, name, target, judge)
         found.append(checked)
     if not any(checked.agreement for checked in found):
-        shutil.rmtree(folder / _FOLDER)
+        shutil.rmtree(folder / FOLDER)
     return manifest, found

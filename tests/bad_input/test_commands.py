@@ -154,7 +154,6 @@ USAGE: list[tuple[Make, str]] = [
     (command("export", "--int8"), "--calibration-data"),
     (command("export", "--calibration-data", "a"), "--int8"),
     (command("export", "--text-column", "body"), "--verify-data"),
-    (command("export", "--exits", "1", "--verify-data", "a", "--label-separator", ";"), "--exits"),
     (command("export", "--keep-fp32", "auto"), "--keep-fp32"),
     (command("from", "--exits", "1,2"), "--exits"),
     (command("from", "--force"), "--from"),

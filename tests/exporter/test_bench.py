@@ -4,51 +4,78 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import (
     FULL_DEPTH,
     FULL_GRAPH,
     PADDED_32,
+    PADDED_FP32,
     PYTORCH,
     WITH_RULE,
     BenchOptions,
+    _Graph,
     run_bench,
 )
 from fpabee.exporter.cli.bench import main
-from fpabee.exporter.prune.merge import merge_chain
+from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime import Budget, Engine, ExitRule, read_manifest
-from fpabee.runtime.backends.onnxruntime_session import cpu_session
-from fpabee.runtime.encoding import padded_inputs, padding_values
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
-def test_merged_graph_gives_the_last_exit(engines: Mapping[str, Path], family: str) -> None:
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_the_full_graph_gives_the_last_exit(
+    engines: Mapping[str, Path], family: str, tmp_path: Path
+) -> None:
     folder = engines[family]
-    proto = merge_chain(folder, read_manifest(folder))
-    session = cpu_session(proto.SerializeToString())
+    keep_exits(folder, read_manifest(folder), (3,), tmp_path)
     with Engine.load(folder) as engine:
         rows = engine.encode(TEXTS)
         expected = engine.trace(TEXTS).logits[-1]
-        feed = padded_inputs(rows, padding_values(engine.manifest.tokenizer))
-    names = [value.name for value in session.get_inputs()]
+    graph = _Graph(tmp_path, "onnxruntime-fp32", 1)
+    found: list[NDArray[np.float32]] = []
+    enqueue = graph._execution.enqueue
 
-    (logits,) = session.run(None, {name: feed[name] for name in names})
+    def noted(segment: int, hidden: Any) -> Any:
+        pending = enqueue(segment, hidden)
+        found.append(pending.result()["logits"].copy())
+        return pending
 
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    weights = [tensor.name for tensor in proto.graph.initializer]
-    assert len(weights) == len(set(weights))
+    graph._execution.enqueue = noted  # type: ignore[method-assign]
+    graph.padded(rows)
+    graph.grouped(rows)
+    graph.close()
+    order = np.argsort([-len(row) for row in rows], kind="stable")
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[order], atol=1e-5)
     if family == "bert":  # whose graphs have one Gemm per head and none elsewhere
+        proto = onnx.load(tmp_path / "onnx/fp32/segment_01.onnx")
         assert [node.op_type for node in proto.graph.node].count("Gemm") == 1
-    if family == "albert":
-        assert {name.split("/")[0] for name in weights} == {"embeddings", "block_01", "head_03"}
+
+
+def test_the_full_graph_runs_in_the_target_of_the_chain(
+    engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)
+    folder = engine_copy()
+    add_targets(folder, AddTargetsOptions(backends=("openvino",)))
+    options = BenchOptions(Budget(exit=1), 1, shapes=(), max_single=2, target="openvino-fp32")
+    report = run_bench(folder, TEXTS, options)
+    assert (report.target, report.full_target) == ("openvino-fp32", "openvino-fp32")
+    assert "openvino" in report.versions
+    assert {PADDED_32, PADDED_FP32} <= set(report.workloads[-1].timings)
 
 
 def test_report_and_progress(

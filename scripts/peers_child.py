@@ -1,0 +1,263 @@
+"""One alternative of `peers.py`, prepared or measured in an environment of its own.
+
+    python peers_child.py prepare|measure < SPECIFICATION.json
+
+`prepare` exports, quantizes or trains, once. `measure` loads the result in a fresh process,
+classifies the texts of the test file, and prints JSON. The specification holds `kind` (one of
+`KINDS`), `place` (the folder that `prepare` writes), `model` (the multi-exit model whose last exit
+is the classifier), `engines` (its engines folder), `backbone`, `data` (the folder of the data set),
+`rows` (test texts at most), `threads`, `begun` (when the process was started) and what belongs to
+the kind. Only what runs fpabee imports fpabee.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace as Specification
+from typing import Any
+
+SINGLE_ROWS, ROUNDS, MOST_SECONDS = 200, 3, 60.0
+
+Predict = Callable[[list[str]], list[str]]
+
+
+def read(data: str, part: str) -> tuple[list[str], list[str]]:
+    """The texts and labels of a part of a data set."""
+    with gzip.open(Path(data) / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The configuration of a model."""
+    content: dict[str, Any] = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
+def prepare_torch(spec: Specification) -> None:
+    """Write the last exit's classifier for sentence-transformers: its embedding is the logits."""
+    import torch
+    from safetensors.torch import load_file
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+    config = config_of(spec.model)
+    width, exits = config["hidden_size"], config["fpabee"]["exits"]
+    encoder = Transformer(spec.model, config_kwargs={"num_hidden_layers": exits[-1]})
+    dense = Dense(width, len(config["id2label"]), activation_function=torch.nn.Identity())
+    weights, last = load_file(Path(spec.model) / "model.safetensors"), len(exits) - 1
+    names = ("weight", "bias")
+    dense.linear.load_state_dict({name: weights[f"classifiers.{last}.{name}"] for name in names})
+    SentenceTransformer(modules=[encoder, Pooling(width), dense]).save_pretrained(spec.place)
+
+
+def from_logits(model: Any, spec: Specification) -> Predict:
+    """The labels of what `encode` returns, which is the logits."""
+    names = config_of(spec.model)["id2label"]
+    more = {"convert_to_tensor": True, "show_progress_bar": False}
+    return lambda texts: [names[str(n)] for n in model.encode(texts, **more).argmax(1).tolist()]
+
+
+def load_torch(spec: Specification) -> Predict:
+    """PyTorch: eager, in bf16, or compiled."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(spec.place, device="cpu")
+    if spec.form == "compiled":
+        model.forward = torch.compile(model.forward, dynamic=True)  # type: ignore[method-assign]
+    if spec.form == "bf16":
+        model = model.bfloat16()
+    return from_logits(model, spec)
+
+
+def prepare_backend(spec: Specification) -> None:
+    """Export to ONNX or OpenVINO, and quantize if the specification says so."""
+    import sentence_transformers as st
+
+    prepare_torch(spec)
+    model = st.SentenceTransformer(spec.place, device="cpu", backend=spec.backend)
+    model.save_pretrained(spec.place)
+    if spec.int8 and spec.backend == "onnx":
+        st.export_dynamic_quantized_onnx_model(model, "avx512_vnni", spec.place)
+    elif spec.int8:
+        from optimum.intel import OVQuantizationConfig
+
+        # Texts of the training file; by default, others would be downloaded.
+        rows = Path(spec.place) / "texts"
+        rows.mkdir()
+        lines = (json.dumps({"text": text}) for text in read(spec.data, "train")[0])
+        (rows / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        st.export_static_quantized_openvino_model(
+            model, OVQuantizationConfig(), spec.place, str(rows), "default", "train", "text"
+        )
+
+
+def load_backend(spec: Specification) -> Predict:
+    """The exported model, through sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    suffix = {"onnx": "onnx", "openvino": "xml"}[spec.backend]
+    files = [path.name for path in Path(spec.place).glob(f"{spec.backend}/*.{suffix}")]
+    file = max(files, key=len) if spec.int8 else min(files, key=len)
+    options = {"file_name": f"{spec.backend}/{file}"}
+    if spec.backend == "onnx":
+        options["provider"] = "CPUExecutionProvider"
+    model = SentenceTransformer(
+        spec.place, device="cpu", backend=spec.backend, model_kwargs=options
+    )
+    return from_logits(model, spec)
+
+
+def prepare_setfit(spec: Specification) -> None:
+    """Contrastive training on 16 texts of each label, and then a head on all texts."""
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments, sample_dataset
+
+    texts, labels = read(spec.data, "train")
+    model = SetFitModel.from_pretrained(spec.backbone, labels=sorted(set(labels)), device="cpu")
+    arguments = TrainingArguments(batch_size=16, num_epochs=1, max_steps=200, save_strategy="no")
+    rows = Dataset.from_dict({"text": texts, "label": labels})
+    trainer = Trainer(model, arguments, sample_dataset(rows, num_samples=16))
+    trainer.train()
+    trainer.train_classifier(texts, labels)
+    model.save_pretrained(spec.place)
+
+
+def load_setfit(spec: Specification) -> Predict:
+    """SetFit."""
+    from setfit import SetFitModel
+
+    model = SetFitModel.from_pretrained(spec.place, device="cpu")
+    return lambda texts: [str(label) for label in model.predict(texts, show_progress_bar=False)]
+
+
+def prepare_model2vec(spec: Specification) -> None:
+    """Distil the encoder, and fine-tune the static embeddings with a classifier."""
+    from model2vec.distill import distill
+    from model2vec.train import StaticModelForClassification
+
+    static = distill(spec.backbone, device="cpu")
+    classifier = StaticModelForClassification.from_static_model(model=static)
+    classifier.fit(*read(spec.data, "train"), device="cpu")
+    classifier.to_pipeline().save_pretrained(spec.place)
+
+
+def load_model2vec(spec: Specification) -> Predict:
+    """model2vec, as the pipeline without PyTorch that its documentation recommends."""
+    from model2vec.inference import StaticModelPipeline
+
+    model = StaticModelPipeline.from_pretrained(spec.place)
+    return lambda texts: [str(label) for label in model.predict(texts)]
+
+
+def load_fpabee(spec: Specification) -> Predict:
+    """An operating point, or full depth."""
+    from fpabee.runtime import Engine
+
+    engine = Engine.load(spec.engines, spec.target, operating_point=spec.point)
+    full = spec.point is None
+    return lambda texts: [row.labels[0] for row in engine.predict(texts, full_depth=full)]
+
+
+def load_pabee(spec: Specification) -> Predict:
+    """PABEE's loop in PyTorch, one text at a time, as published."""
+    import torch
+
+    from fpabee.exporter.checkpoint import load_checkpoint
+    from fpabee.exporter.model import token_weights
+    from fpabee.runtime import read_manifest
+    from fpabee.runtime.encoding import TextEncoder, padded_inputs, padding_values
+
+    manifest, model = read_manifest(spec.engines), load_checkpoint(Path(spec.model), attention=None)
+    encoder = TextEncoder(Path(spec.engines), manifest.tokenizer)
+    embeddings, blocks, heads = model.parts
+
+    def one(text: str) -> str:
+        arrays = padded_inputs(encoder.encode([text]), padding_values(manifest.tokenizer))
+        ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
+        hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
+        answer, same = -1, 0
+        for block, head in zip(blocks, heads, strict=True):
+            hidden = block(hidden, bias, **carried)
+            now = int(head(hidden, token_weights(bias)).argmax())
+            answer, same = now, same + 1 if now == answer else 0
+            if same == spec.patience:
+                break
+        return manifest.task.labels[answer]
+
+    def predict(texts: list[str]) -> list[str]:
+        with torch.inference_mode():
+            return [one(text) for text in texts]
+
+    return predict
+
+
+KINDS = {
+    "torch": (prepare_torch, load_torch),
+    "backend": (prepare_backend, load_backend),
+    "setfit": (prepare_setfit, load_setfit),
+    "model2vec": (prepare_model2vec, load_model2vec),
+    "fpabee": (None, load_fpabee),
+    "pabee": (None, load_pabee),
+}
+
+
+def measured(spec: Specification) -> dict[str, Any]:
+    """The answers, times and memory of an alternative."""
+    texts = read(spec.data, "test")[0][: spec.rows]
+    predict = KINDS[spec.kind][1](spec)
+    predict(texts[:1])
+    start_up = time.time() - spec.begun
+
+    def seconds(some: list[str]) -> float:
+        started = time.perf_counter()
+        predict(some)
+        return time.perf_counter() - started
+
+    count = min(SINGLE_ROWS, len(texts))
+    singles = [texts[number * len(texts) // count] for number in range(count)]
+    # The first round only prepares shapes.
+    rounds = [[seconds([text]) for text in singles] for _ in range(ROUNDS + 1)][1:]
+    alone = sorted(1e3 * each for times in rounds for each in times)
+    answers, whole = predict(texts), [seconds(texts)]
+    while len(whole) < ROUNDS and sum(whole) < MOST_SECONDS:
+        whole.append(seconds(texts))
+    return {
+        "answers": answers,
+        "median_ms": statistics.median(alone),
+        "p99_ms": alone[int(0.99 * (len(alone) - 1))],
+        "rows_per_s": len(texts) / statistics.median(whole),
+        "memory_mib": resident_mib(),
+        "start_up_s": start_up,
+    }
+
+
+def resident_mib() -> float:
+    """Resident memory of this process in MiB, as Linux reports it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    """Prepare or measure what the specification says."""
+    spec = Specification(**json.load(sys.stdin))
+    # Every library then starts as many threads.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec.threads])
+    prepare = KINDS[spec.kind][0]
+    if sys.argv[1] == "measure":
+        print(json.dumps(measured(spec)))
+    elif prepare is not None:
+        prepare(spec)
+
+
+if __name__ == "__main__":
+    main()

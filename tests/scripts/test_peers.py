@@ -1,0 +1,99 @@
+"""The comparison with alternatives: in fresh processes, resumed, and drawn without what failed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fpabee.runtime import Engine
+
+TEXTS = ["turn on the light", "is it not a good film", "book a table", "play music"]
+MEASURED = {"score": 0.5, "rows": 4, "median_ms": 2.0, "p99_ms": 3.0, "rows_per_s": 400.0}
+MEASURED |= {"memory_mib": 100.0, "start_up_s": 1.0}
+
+
+@pytest.fixture(scope="module")
+def peers(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("peers")
+
+
+@pytest.fixture
+def data(tmp_path: Path, engines: Mapping[str, Path]) -> Path:
+    """A folder of data sets, with three of four labels as the model has them at full depth."""
+    with Engine.load(engines["bert"]) as engine:
+        labels = [row.labels[0] for row in engine.predict(TEXTS, full_depth=True)]
+        labels[0] = next(name for name in engine.labels if name != labels[0])
+    folder = tmp_path / "data" / "trec"
+    folder.mkdir(parents=True)
+    with gzip.open(folder / "test.jsonl.gz", "wt") as file:
+        for text, label in zip(TEXTS, labels, strict=True):
+            file.write(json.dumps({"text": text, "label": label}) + "\n")
+    return folder.parent
+
+
+def test_an_alternative_is_measured_in_a_fresh_process(
+    peers: ModuleType, data: Path, engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    engines_folder = str(engines["bert"])
+    given: dict[str, Any] = {"model": "m", "engines": engines_folder, "threads": 1, "rows": None}
+    given["data"] = str(data / "trec")
+    settings = {"target": "onnxruntime-fp32", "point": None}
+    other = peers.Alternative("fpabee-full-depth", "fpabee", "", settings)
+    found = peers.measure(other, given, tmp_path)
+    assert (found["score"], found["rows"]) == (0.75, 4)
+    assert 0 < found["median_ms"] <= found["p99_ms"]
+    assert min(found[key] for key in ("rows_per_s", "memory_mib", "start_up_s")) > 0
+    wrong = peers.Alternative("other", "fpabee", "", settings | {"point": "none such"})
+    with pytest.raises(RuntimeError, match="no operating point 'none such'"):
+        peers.measure(wrong, given, tmp_path)
+
+
+def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
+    peers: ModuleType,
+    load_script: Callable[[str], ModuleType],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ["fpabee-full-depth", "fpabee-balanced", "onnx-int8", "setfit"]
+    tried: list[str] = []
+
+    def measure(other: Any, given: dict[str, Any], work: Path) -> dict[str, Any]:
+        tried.append(other.name)
+        if other.name == "setfit" and tried.count("setfit") == 1:
+            raise RuntimeError("no space left")
+        return {**MEASURED, "median_ms": 1.0 + len(tried)}
+
+    for name in ("train_run", "cut_encoders", "engines_of"):
+        monkeypatch.setattr(peers, name, lambda *_: tmp_path)
+    monkeypatch.setattr(
+        peers, "alternatives", lambda *_: [peers.Alternative(name, "torch") for name in names]
+    )
+    monkeypatch.setattr(peers, "measure", measure)
+    results = tmp_path / "results"
+    command = ["--data", str(data), "--work", str(tmp_path), "--only", "trec"]
+    command += ["--results", str(results)]
+    assert CliRunner().invoke(peers.main, command).exit_code == 0
+    assert tried == names
+    assert "| setfit | failed: no space left |" in (results / "table.md").read_text()
+    assert CliRunner().invoke(peers.main, [*command, "--kind", "onnx-int8"]).exit_code == 0
+    assert tried == names
+    picture = load_script("picture")
+    drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
+    assert drawn.exit_code == 0, drawn.output
+    light = (tmp_path / "assets" / "score-light.svg").read_text()
+    assert "onnx-int8" in light
+    assert "setfit" not in light
+    assert CliRunner().invoke(peers.main, command).exit_code == 0
+    assert tried == [*names, "setfit"]
+    assert "failed" not in (results / "table.md").read_text()
+    nothing = CliRunner().invoke(picture.main, [str(tmp_path / "none"), str(tmp_path)])
+    assert nothing.exit_code == 1
+    assert "has no results -> run scripts/peers.py first" in nothing.stderr
