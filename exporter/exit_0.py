@@ -115,11 +115,13 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | Non
         raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)
     try:
         arrays = load_file(path)
+        if missing := [name for name in ARRAYS if name not in arrays]:
+            raise ValueError(f"it lacks the arrays {', '.join(missing)}")
         found = ExitZeroWeights(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
         found.classifier()
         if found.buckets != block["buckets"]:
             raise ValueError(f"it has {found.buckets} buckets, expected {block['buckets']}")
-    # The file is damaged, an array or a setting is missing, or the arrays do not fit together.
+    # The file is damaged, a setting is missing, or the arrays do not fit together.
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
     expected = unigrams_of(int(config.vocab_size))

@@ -26,10 +26,13 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
-        f"{summary.rows} rows in {seconds:.1f} s ({rate:.0f} rows/s) on {engine.target}, {rule}",
-        f"mean depth {summary.mean_depth:.2f} of {engine.manifest.model.layers} layers, saving "
-        f"{summary.saving:.1%}; {summary.truncated} truncated, {summary.empty} empty",
+        f"{summary.rows} rows in {seconds:.1f} s ({rate:.0f} rows/s) on {engine.target}, {rule}"
     ]
+    if summary.mean_depth is not None:
+        lines.append(
+            f"mean depth {summary.mean_depth:.2f} of {engine.manifest.model.layers} layers, saving "
+            f"{summary.saving:.1%}; {summary.truncated} truncated, {summary.empty} empty"
+        )
     if summary.completed:
         lines.append(f"{summary.completed} rows were done by an earlier run")
     if summary.errors:

@@ -107,17 +107,21 @@ class Summary:
         return time.perf_counter() - self._started
 
     @property
-    def mean_depth(self) -> float:
-        """The mean number of layers that a row ran through."""
+    def mean_depth(self) -> float | None:
+        """The mean number of layers that a row ran through; None without answered rows."""
+        answered = self.rows - self.errors
+        if not answered:
+            return None
         manifest = self.engine.manifest
         layers = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
         total = sum(layers[number] * count for number, count in self.exits.items())
-        return total / max(1, self.rows - self.errors)
+        return total / answered
 
     @property
-    def saving(self) -> float:
-        """1 - mean depth / layers."""
-        return 1 - self.mean_depth / self.engine.manifest.model.layers
+    def saving(self) -> float | None:
+        """1 - mean depth / layers; None without answered rows."""
+        depth = self.mean_depth
+        return None if depth is None else 1 - depth / self.engine.manifest.model.layers
 
     def to_dict(self, operating_point: str | None) -> dict[str, Any]:
         """The tally for JSON.

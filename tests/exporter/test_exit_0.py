@@ -123,7 +123,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a folder": (into_folder, "is missing, but config.json"),
     "cut": (cut, "is not an exit 0: "),
     "no safetensors": (lambda f: (f / EXIT_0_FILE).write_bytes(b"x" * 99), "is not an exit 0: "),
-    "an array is missing": (change(bias=None), "is not an exit 0: 'bias'"),
+    "an array is missing": (change(bias=None), "it lacks the arrays bias"),
     "NaN": (change(table=NAN), "it holds numbers that are not finite"),
     "buckets": (change(table=NAN[:860]), "60 buckets, which is not a power of two"),
     "other buckets": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,12 @@ def test_bad_rows_stop_a_run_unless_they_are_skipped(run: Run, bert: Path, tmp_p
 def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"sentence": "a"}, {"sentence": "b"})
     output = tmp_path / "out.jsonl"
-    result = run(bert, "--input", source, "--on-error", "skip", "--output", output, "--quiet")
+    options = ("--input", source, "--on-error", "skip")
+    told = run(bert, *options, "--json")
+    summary = json.loads("{" + told.err.partition("{")[2].rpartition("}")[0] + "}")
+    assert (summary["mean_depth"], summary["saving"]) == (None, None)
+    assert "mean depth" not in run(bert, *options).err
+    result = run(bert, *options, "--output", output, "--quiet")
     check_refused(result, "none of 2 rows could be used; the first:", "--text-column")
     assert len(output.read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
