@@ -29,9 +29,7 @@ from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
 from ...runtime.errors import ModelError, Remedy
 from ..onnx_file import load_graphs, write_graph
-from ..targets.cpu import verified_target
-from ..targets.cpu_int8 import FOLDER as CPU_INT8_FOLDER
-from ..targets.cpu_int8 import is_cpu_int8
+from ..targets.cpu import INT8_FOLDER, is_cpu_int8, verified_target
 from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
@@ -117,7 +115,7 @@ def keep_exits(
     }
     files = {
         name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
-        for name, graph in (write(old, CPU_INT8_FOLDER) if old else {}).items()
+        for name, graph in (write(old, INT8_FOLDER) if old else {}).items()
     }
     for name, target in targets.items():
         if target.files:
@@ -143,7 +141,7 @@ def keep_exits(
         if target.files:
             kept, _ = verified_target(folder, kept, name, target)
     if files and not any(target.files for target in kept.targets.values()):
-        shutil.rmtree(folder / CPU_INT8_FOLDER)
+        shutil.rmtree(folder / INT8_FOLDER)
     write_manifest(folder, kept)
     return kept, agreement
 

@@ -26,12 +26,15 @@ from ...runtime.errors import FpabeeError
 from ...runtime.files import Row
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, why_not
+from ..precision.formats import INT8
 from .judge import Judge, Score
 
 FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
 ONNXRUNTIME = "onnxruntime"
 BACKENDS = (ONNXRUNTIME, OPENVINO)
+INT8_FOLDER = "targets/cpu-int8"
+"""The place in an engines folder of the int8 graphs that both backends run."""
 
 # Rows and tokens of the batches that are timed: a single text, and many.
 _SHAPES = ((1, 32), (32, 32))
@@ -41,6 +44,11 @@ _LEAST_GAIN = 1.05
 _MOST_TEXTS = 32
 # How long idle threads of the libraries may keep a core busy.
 _SPIN_SECONDS = 0.01
+
+
+def is_cpu_int8(target: Target) -> bool:
+    """Whether a target runs the int8 graphs for CPUs."""
+    return target.backend in BACKENDS and target.precision == INT8
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,7 @@ from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
 from ..staging import replacing
-from .cpu import BACKENDS, CpuTarget, judge_of, only, verified_target
-
-FOLDER = "targets/cpu-int8"
-"""The place of the graphs in an engines folder."""
-
-
-def is_cpu_int8(target: Target) -> bool:
-    """Whether a target runs the graphs that this module writes."""
-    return target.backend in BACKENDS and target.precision == INT8
+from .cpu import INT8_FOLDER, CpuTarget, is_cpu_int8, judge_of, only, verified_target
 
 
 def add_cpu_int8(
@@ -58,13 +50,13 @@ def add_cpu_int8(
     encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
     quantized = quantize(folder, manifest, encoded, "nncf_worker", progress)
     files = {}
-    (folder / FOLDER).parent.mkdir(exist_ok=True)
-    with replacing(folder / FOLDER) as temporary:
+    (folder / INT8_FOLDER).parent.mkdir(exist_ok=True)
+    with replacing(folder / INT8_FOLDER) as temporary:
         for name, proto in quantized.items():
             path = temporary / f"{name}.onnx"
             path.write_bytes(serialized(proto, path.name))
             files[name] = BuiltFile(
-                file=f"{FOLDER}/{name}.onnx",
+                file=f"{INT8_FOLDER}/{name}.onnx",
                 sha256=sha256_of(path),
                 onnx_sha256=manifest.graphs[name].sha256,
             )
@@ -85,5 +77,5 @@ def add_cpu_int8(
         manifest, checked = verified_target(folder, manifest, name, target, judge)
         found.append(checked)
     if not any(checked.agreement for checked in found):
-        shutil.rmtree(folder / FOLDER)
+        shutil.rmtree(folder / INT8_FOLDER)
     return manifest, found

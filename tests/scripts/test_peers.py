@@ -88,7 +88,7 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
     picture = load_script("picture")
     drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
     assert drawn.exit_code == 0, drawn.output
-    light = (tmp_path / "assets" / "score-light.svg").read_text()
+    light = (tmp_path / "assets" / "score-light.svg").read_text(encoding="utf-8")
     assert "onnx-int8" in light
     assert "setfit" not in light
     assert CliRunner().invoke(peers.main, command).exit_code == 0
