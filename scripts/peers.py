@@ -47,7 +47,7 @@ ENVIRONMENTS = {
     "onnx": ["sentence-transformers[onnx]", "optimum-onnx==0.1.0"],
     "openvino": ["sentence-transformers[openvino]", "optimum-intel==2.2.0", "nncf", "datasets"],
     "setfit": ["setfit==1.2.0"],
-    "model2vec": ["model2vec[distill,inference,train]==0.10.0"],
+    "model2vec": ["model2vec[distill,inference,quantization,train]==0.10.0"],
 }
 """What each environment installs. With optimum, pip chooses a sentence-transformers that fits."""
 
