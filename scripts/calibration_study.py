@@ -9,7 +9,9 @@ it with replacement. What it chooses is then evaluated on the whole population, 
 known. The cost of a row is its number of layers.
 
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
-so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`.
+so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`. The
+calibrations that they show are in `scripts/results/calibration-study.tar.xz`; unpack it into WORK to
+add to them.
 """
 
 from __future__ import annotations
