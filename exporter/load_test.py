@@ -250,7 +250,7 @@ def _served(engine: Engine, server: str) -> Iterator[int]:
     config = uvicorn.Config(
         make_app(engine, rows, metrics),
         log_config=None,
-        log_level="critical",  # requests that are still open at the end are no errors
+        log_level="critical",  # a request that is still open at the end is not an error
         access_log=False,
         lifespan="off",
         timeout_keep_alive=3600,  # otherwise a request may meet a connection that is closed

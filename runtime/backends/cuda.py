@@ -25,7 +25,7 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
-# What a part of a graph that may be left out can consist of.
+# The types of nodes that the body of an IF node can hold.
 _NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
 
