@@ -18,11 +18,15 @@ from .stopping_costs import StoppingCosts
 
 # How many samples are drawn from the rows to estimate how much a choice owes to luck.
 _SAMPLES = 60
-# Observed losses vary more than expected ones. A bootstrap hides part of it, since it takes the
-# luck of the rows for the truth; smaller samples make up for that. Found in simulations.
-_SMALLER = 2 / 3
-# Shares of the allowed drop that an estimate may reach.
-_SHARES = np.linspace(1.0, 0.0, 17)
+# A bootstrap hides part of the luck, since it takes the rows for the truth. These numbers make up
+# for that. They were found in simulations, with other samples than those of the calibration study.
+# The size of a sample, as a share of all rows, is `_SIZE / noise ** _POWER`: losses that vary as
+# much as observed ones (a noise of 1) hide the most luck, and need small samples.
+_SIZE, _POWER = 0.42, 1.5
+# Rows that are held back from the allowed loss; at most `_MOST_HELD` of it, where rows are few.
+_HELD, _MOST_HELD = 0.7, 0.75
+# By how many standard errors an estimate may have to be below the allowed drop.
+_MARGINS = np.linspace(0.0, 2.0, 33)
 
 
 class Search:
@@ -38,7 +42,7 @@ class Search:
         self.stopping_costs = costs
         self.families = list(families)
         rows = len(costs.rows)
-        size = rows if costs.has_expected_losses else round(_SMALLER * rows)
+        size = max(1, round(rows * _SIZE / costs.noise**_POWER))
         drawn = resampled(rows, _SAMPLES, np.random.default_rng(seed), size) * (rows / size)
         # First the rows themselves, then samples of them.
         self._weights = np.concatenate([np.ones((1, rows)), drawn]).T
@@ -52,12 +56,14 @@ class Search:
     def choose(self, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
         """The best setting for a goal.
 
-        For a drop, this is the fastest setting whose estimated drop is within a limit. The fastest
-        of many settings was lucky with the rows that chose it, so the limit is smaller than the
-        allowed drop. How much smaller is found with the bootstrap (Efron 1979): samples of the
-        rows choose within the same limit, and the mean drop of what they choose, on all rows, must
-        be at most the allowed drop. Settings by which exit 0 answers rows owe more to luck than
-        others, so both kinds have a limit of their own, and the faster of the two choices counts.
+        For a drop, this is the fastest setting whose estimated drop is below the allowed drop by a
+        margin, as are those of all more cautious settings of its family. The fastest of many
+        settings was lucky with the rows that chose it, which is what the margin is for. It is a
+        number of standard errors of the estimate, since a setting whose estimate varies more owes
+        more to luck. The number is found with the bootstrap (Efron 1979): samples of the rows
+        choose with the same margin, and the mean drop of what they choose, on all rows, must be at
+        most the allowed drop. Settings by which exit 0 answers rows owe more to luck than others,
+        so both kinds have a margin of their own, and the faster of the two choices counts.
 
         Args:
             goal: what is asked for; whether it is guaranteed makes no difference here.
@@ -89,7 +95,9 @@ class Search:
             assert goal.speedup is not None
             place = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
         else:
-            place = self._within(goal.max_drop / 100, drops, costs)
+            # From cautious to bold, an estimate that falls again was lucky.
+            worst = [np.maximum.accumulate(self._known[number][0]) for number in chosen]
+            place = self._within(goal.max_drop / 100, np.concatenate(worst), costs)
         if place is None:
             return self._full_cost, None
         families = [self.families[number] for number in chosen]
@@ -119,12 +127,14 @@ class Search:
         return int(fast[np.lexsort((costs[fast], drops[fast]))[0]])
 
     def _within(self, allowed: float, drops: Array, costs: Array) -> int | None:
-        """The fastest setting within a limit that keeps the choice within an allowed drop."""
-        for share in _SHARES:
-            within = np.where(drops <= share * allowed + 1e-12, costs, np.inf)
+        """The fastest setting below an allowed drop, by the smallest margin that keeps to it."""
+        errors = drops[:, 1:].std(axis=1, keepdims=True)
+        held = min(_HELD / len(self.stopping_costs.rows), _MOST_HELD * allowed)
+        for margin in _MARGINS:
+            within = np.where(drops + margin * errors <= allowed + 1e-12, costs, np.inf)
             numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
             # Where no setting is within the limit, full depth is chosen, which loses nothing.
-            if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed + 1e-12:
+            if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed - held + 1e-12:
                 return int(numbers[0]) if found[0] else None
         return None
 

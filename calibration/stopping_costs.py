@@ -49,9 +49,10 @@ class StoppingCosts:
             self.losses = expected_losses(rows, self.scorer)
 
     @property
-    def has_expected_losses(self) -> bool:
-        """Whether settings are judged by expected losses, which vary less than observed ones."""
-        return self.losses is not self.observed
+    def noise(self) -> float:
+        """How much losses vary, as a share of how much observed losses do; at most 1."""
+        observed = float(np.square(self.observed).sum())
+        return min(1.0, float(np.square(self.losses).sum()) / observed) if observed else 1.0
 
     def drops(self, exits: NDArray[np.int16], weights: Array) -> Array:
         """Estimated drops of the metric as shares, `[settings, samples]`.
