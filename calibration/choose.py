@@ -18,14 +18,15 @@ from .stopping_costs import StoppingCosts
 
 # How many samples are drawn from the rows to estimate how much a choice owes to luck.
 _SAMPLES = 60
-# A bootstrap hides part of the luck, since it takes the rows for the truth. These numbers make up
-# for that. They were found in simulations, with other samples than those of the calibration study.
-# The size of a sample, as a share of all rows, is `_SIZE / noise ** _POWER`: losses that vary as
-# much as observed ones (a noise of 1) hide the most luck, and need small samples.
+# A bootstrap hides part of the luck, since it takes the rows for the truth. The constants below
+# make up for that. They were tuned on populations of the calibration study, with other seeds.
+# A sample has `_SIZE / noise ** _POWER` times as many rows as there are, which may be more than
+# all rows: the noisier the losses, the smaller the sample.
 _SIZE, _POWER = 0.42, 1.5
-# Rows that are held back from the allowed loss; at most `_MOST_HELD` of it, where rows are few.
-_HELD, _MOST_HELD = 0.7, 0.75
-# By how many standard errors an estimate may have to be below the allowed drop.
+# By how many lost rows the choices of samples must stay below the allowed drop, and the largest
+# share of the allowed drop that this may take.
+_HELD, _MOST_HELD = 0.85, 0.75
+# Margins to try, as multiples of the standard deviation of a drop over the samples.
 _MARGINS = np.linspace(0.0, 2.0, 33)
 
 
@@ -56,21 +57,22 @@ class Search:
     def choose(self, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
         """The best setting for a goal.
 
-        For a drop, this is the fastest setting whose estimated drop is below the allowed drop by a
-        margin, as are those of all more cautious settings of its family. The fastest of many
-        settings was lucky with the rows that chose it, which is what the margin is for. It is a
-        number of standard errors of the estimate, since a setting whose estimate varies more owes
-        more to luck. The number is found with the bootstrap (Efron 1979): samples of the rows
-        choose with the same margin, and the mean drop of what they choose, on all rows, must be at
-        most the allowed drop. Settings by which exit 0 answers rows owe more to luck than others,
-        so both kinds have a margin of their own, and the faster of the two choices counts.
+        For a drop, this is the fastest setting whose drop, plus a margin, is at most the allowed
+        drop. A setting's drop is the largest estimate among it and the more cautious settings of
+        its family. The fastest of many settings was lucky with the rows that chose it, which is
+        what the margin is for. It is a multiple of the standard deviation of the drop over samples
+        of the rows, since a setting whose drop varies more owes more to luck. The multiple is found
+        with the bootstrap (Efron 1979): samples choose with the same multiple, and the mean drop of
+        what they choose, on all rows, must be at most the allowed drop, less a reserve (`_HELD`).
+        Settings by which exit 0 answers rows owe more to luck than others, so both kinds have a
+        margin of their own, and the faster of the two choices counts.
 
         Args:
             goal: what is asked for; whether it is guaranteed makes no difference here.
             kinds: the kinds of settings to choose from, see `kind_of`.
 
         Returns:
-            The setting; None if only full depth meets the goal.
+            The setting; None for full depth, if no faster setting qualifies.
 
         Raises:
             InputError: no setting is as fast as the goal demands.
@@ -87,7 +89,7 @@ class Search:
         return rule if cost < self._full_cost else None
 
     def _choose(self, goal: Goal, chosen: Sequence[int]) -> tuple[float, ExitRule | None]:
-        """The cost and the rule of the best setting of some families; for none, of full depth."""
+        """The cost and rule of the best setting of some families; None stands for full depth."""
         drops = np.concatenate([self._known[number][0] for number in chosen])
         costs = np.concatenate([self._known[number][1] for number in chosen])
         place: int | None
@@ -95,7 +97,7 @@ class Search:
             assert goal.speedup is not None
             place = self._as_fast_as(goal.speedup, drops[:, 0], costs[:, 0])
         else:
-            # From cautious to bold, an estimate that falls again was lucky.
+            # An estimate that falls from a cautious setting to a bolder one is taken for luck.
             worst = [np.maximum.accumulate(self._known[number][0]) for number in chosen]
             place = self._within(goal.max_drop / 100, np.concatenate(worst), costs)
         if place is None:
@@ -127,13 +129,19 @@ class Search:
         return int(fast[np.lexsort((costs[fast], drops[fast]))[0]])
 
     def _within(self, allowed: float, drops: Array, costs: Array) -> int | None:
-        """The fastest setting below an allowed drop, by the smallest margin that keeps to it."""
+        """The place of the fastest setting, with the smallest margin that keeps samples in bounds.
+
+        Args:
+            allowed: the allowed drop, as a share.
+            drops: `[settings, 1 + samples]`, first on all rows; never falling within a family.
+            costs: `[settings, 1 + samples]`.
+        """
         errors = drops[:, 1:].std(axis=1, keepdims=True)
         held = min(_HELD / len(self.stopping_costs.rows), _MOST_HELD * allowed)
         for margin in _MARGINS:
             within = np.where(drops + margin * errors <= allowed + 1e-12, costs, np.inf)
             numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
-            # Where no setting is within the limit, full depth is chosen, which loses nothing.
+            # A sample for which no setting qualifies chooses full depth, which loses nothing.
             if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed - held + 1e-12:
                 return int(numbers[0]) if found[0] else None
         return None
@@ -192,13 +200,16 @@ class Selector:
         return self.search.choose(goal, kinds)
 
     def held_out(self, goal: Goal, kinds: Collection[str]) -> Answers:
-        """The exits `[rows]`: in each part by the setting that is chosen on the other parts."""
+        """The exits `[rows]`: in each part by the setting that is chosen on the other parts.
+
+        If the other parts have no setting that is fast enough, the choice on all rows stands in.
+        """
         rows = self.stopping_costs.rows
         exits = np.full(len(rows), rows.exits[-1], np.int64)
         for numbers, search in self._folds:
             try:
                 rule = search.choose(goal, kinds)
-            except InputError:  # the other parts have no setting that is quite as fast
+            except InputError:
                 rule = self.choose(goal, kinds)
             if rule is not None:
                 exits[numbers] = exits_of(rule, rows.take(numbers))

@@ -50,9 +50,10 @@ class StoppingCosts:
 
     @property
     def noise(self) -> float:
-        """How much losses vary, as a share of how much observed losses do; at most 1."""
+        """Sum of the squared losses as a share of that of the observed losses, from 0.1 to 1."""
         observed = float(np.square(self.observed).sum())
-        return min(1.0, float(np.square(self.losses).sum()) / observed) if observed else 1.0
+        share = float(np.square(self.losses).sum()) / observed if observed else 1.0
+        return min(1.0, max(0.1, share))
 
     def drops(self, exits: NDArray[np.int16], weights: Array) -> Array:
         """Estimated drops of the metric as shares, `[settings, samples]`.

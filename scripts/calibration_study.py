@@ -340,10 +340,12 @@ the whole population. The drop that it finds there is the true drop.
   calibration may exceed its promise.
 
 `safe` promises a drop of at most 0.5 points and `risk N` one of at most N points, both with 95 %
-confidence. The populations with names such as `trec-minilm` are the logits of real models. The
-others are synthetic: the probabilities of their last exit are calibrated, over-confident or
-under-confident. The column `calibrations` says how many were run so far; the script continues up to
-500 for each line.
+confidence. Both are about accuracy or exact match, unless the line names macro-F1, agreement or
+disagreement with full depth. For "sorted file", the rows come sorted by label. The populations with
+names such as `trec-minilm` are the logits of real models. The others are synthetic: the
+probabilities of their last exit are calibrated, over-confident or under-confident. None has exit 0.
+Rows are drawn with replacement. The column `calibrations` says how many were run so far; the script
+continues up to 500 for each line.
 """
 ALONE_HEADER = f"""
 ## Each kind of rule alone
