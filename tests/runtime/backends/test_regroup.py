@@ -1,4 +1,4 @@
-"""Regrouping on a device, over the double of the driver."""
+"""Regrouping and the order of groups on a device, over the double of the driver."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fpabee.runtime import Budget, ExitRule, FPabee, Regroup
 from fpabee.runtime.backends.decide import GATHER, PTX
 from fpabee.runtime.backends.shapes import Bucket
 
@@ -93,3 +94,18 @@ def test_calls_of_the_driver_to_regroup(
     assert +calls == Counter(expected)
     warnings = [record.message for record in caplog.records if "several copies" in record.message]
     assert len(warnings) == (not kernel)
+
+
+@pytest.mark.parametrize("rule", [FPabee(threshold=0.45), Budget(exit=3)])
+@pytest.mark.parametrize("regroup", [Regroup.NEVER, Regroup.ALWAYS])
+def test_the_device_is_busy_while_the_host_decides(
+    rule: ExitRule, regroup: Regroup, double: Callable[..., Double]
+) -> None:
+    """Several groups of at most 4 rows; the device has nothing to do after the last exit only."""
+    made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
+    with made.load(regroup=regroup) as engine, made.load() as usual:
+        rows = engine.encode(TEXTS * 4)
+        made.cuda.idle = 0
+        found = engine.run_encoded(rows, rule)
+        assert made.cuda.idle == 1
+        np.testing.assert_array_equal(found.exits, usual.run_encoded(rows, rule).exits)
