@@ -82,13 +82,10 @@ def plan_joins(
     rows, longest = 0, 0
     for number, group in enumerate(lengths):
         joined_rows, joined_longest = rows + len(group), max(longest, *group)
-        joined = _tokens(joined_rows, joined_longest, limits)
-        fits = joined_rows <= limits.max_batch and joined <= max(
-            limits.group_tokens, limits.bucket(1, joined_longest).sequence
-        )
-        if plan and fits:
+        if plan and fits(joined_rows, joined_longest, limits):
             parts = (_tokens(rows, longest, limits), _tokens(len(group), max(group), limits))
             apart = cost(parts[0]) + cost(parts[1])
+            joined = _tokens(joined_rows, joined_longest, limits)
             if cost(joined) + cost.copy_seconds * joined < apart:
                 plan[-1].append(number)
                 rows, longest = joined_rows, joined_longest
@@ -96,6 +93,12 @@ def plan_joins(
         plan.append([number])
         rows, longest = len(group), max(group)
     return plan
+
+
+def fits(rows: int, longest: int, limits: Limits) -> bool:
+    """Whether several rows, the longest of which has `longest` tokens, may form one group."""
+    most = max(limits.group_tokens, limits.bucket(1, longest).sequence)
+    return rows <= limits.max_batch and _tokens(rows, longest, limits) <= most
 
 
 def _tokens(rows: int, longest: int, limits: Limits) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import LOGITS
-from .backends.backend import Backend, Execution
+from .backends.backend import Backend, Execution, Pending
 from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
-from .batching import CostCurve, RowNumbers, make_groups, plan_joins
+from .batching import CostCurve, RowNumbers, fits, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
 from .exit_0 import ExitZero
@@ -250,6 +251,10 @@ class Chain(Generic[B]):
             groups: groups before the same segment, with the same rule.
             cost: measured times; None: groups are never joined.
         """
+        return [self.join(parts) for parts in self.plan(groups, cost)]
+
+    def plan(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[list[Group[B]]]:
+        """The groups to `join`, see `regroup`; those without rows are released."""
         alive = []
         for group in groups:
             if group.keep is None or len(group.keep):
@@ -260,9 +265,15 @@ class Chain(Generic[B]):
         if cost is not None and len(alive) > 1:
             lengths = [group.lengths[group.going].tolist() for group in alive]
             plan = plan_joins(lengths, self.limits, cost)
-        return [self._join([alive[number] for number in part]) for part in plan]
+        return [[alive[number] for number in part] for part in plan]
 
-    def _join(self, parts: list[Group[B]]) -> Group[B]:
+    def has_room(self, parts: Sequence[Group[B]]) -> bool:
+        """Whether another row fits into a group that is joined from these."""
+        lengths = np.concatenate([part.lengths[part.going] for part in parts])
+        return fits(len(lengths) + 1, int(lengths.max()), self.limits)
+
+    def join(self, parts: Sequence[Group[B]]) -> Group[B]:
+        """Make one group of the rows that go on."""
         if len(parts) == 1 and parts[0].keep is None:
             return parts[0]
         keeps = [part.going for part in parts]
@@ -368,13 +379,9 @@ class _Window(Generic[B]):
             if stops is not None:
                 going = np.flatnonzero(~stops)
                 state = state.take(going)
-        self._groups: list[Group[B]] = []
         groups = make_groups(self._lengths[going], chain.limits) if len(going) else []
-        for places in groups:
-            numbers = going[places]
-            encoded = [rows[number] for number in numbers]
-            if len(groups) > 1 or not self._run_request(encoded, numbers):
-                self._groups.append(chain.begin(encoded, numbers, state.take(places)))
+        self._parts = [(going[places], state.take(places)) for places in groups]
+        self._rows = rows
 
     @property
     def _execution(self) -> Execution[B]:
@@ -382,21 +389,20 @@ class _Window(Generic[B]):
 
     def run(self) -> WindowResult:
         """Run all groups until every row has stopped."""
-        if not self._groups:
-            return self._result()
-        if self._execution.lookahead and len(self._groups) == 1:
-            self._run_ahead(self._groups[0])
-        else:
-            self._run_stages()
-        return self._result()
-
-    def _result(self) -> WindowResult:
+        groups = map(self._begin, self._parts)
+        if len(self._parts) != 1 or not self._execution.lookahead:
+            self._run_groups(groups)
+        elif not self._run_request(self._parts[0][0]):
+            self._run_ahead(next(groups))
         return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
 
-    def _run_request(self, encoded: Sequence[EncodedRow], rows: RowNumbers) -> bool:
+    def _begin(self, part: tuple[RowNumbers, PatienceState]) -> Group[B]:
+        rows, state = part
+        return self._chain.begin([self._rows[row] for row in rows], rows, state)
+
+    def _run_request(self, rows: RowNumbers) -> bool:
         """Let the device run a group alone, and decide; returns whether it can."""
-        if not self._execution.lookahead:
-            return False
+        encoded = [self._rows[row] for row in rows]
         bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
         exit_0 = None if self._chain.exit_0 is None else self._logits[0, rows]
         found = self._execution.run_request(encoded, bucket, self._runner, exit_0)
@@ -410,20 +416,38 @@ class _Window(Generic[B]):
         self._wasted += int(np.sum(deepest - found[0]))
         return True
 
-    def _run_stages(self) -> None:
-        """Enqueue a segment for all groups, then read their outputs and decide, one by one."""
-        for segment in range(self._chain.segments):
-            pendings = [self._execution.enqueue(segment, group.hidden) for group in self._groups]
-            changed = False
-            for group, pending in zip(self._groups, pendings, strict=True):
-                stops = self._decide(segment + 1, group.rows, group.state, pending.result()[LOGITS])
-                if stops is not None:
-                    group.keep = np.flatnonzero(~stops)
-                    changed = True
-            if changed:
-                self._groups = self._chain.regroup(self._groups, self._cost)
-                if not self._groups:
-                    return
+    def _run_groups(self, ready: Iterable[Group[B]]) -> None:
+        """Read the exits of groups in turn, and enqueue the next segment of each at once.
+
+        A device thus always has the other groups to run. A group that has room for more rows waits
+        until the next one has been read, which it may be joined with. A group that is left alone
+        looks ahead.
+        """
+        chain = self._chain
+        running: deque[tuple[Group[B], Pending]] = deque()
+        waiting: list[Group[B]] = []
+        while True:
+            for group in ready:
+                pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
+                running.append((group, pending))
+            if not running:
+                return
+            group, pending = running.popleft()
+            exit_number = group.hidden.segment
+            stops = self._decide(exit_number, group.rows, group.state, pending.result()[LOGITS])
+            if stops is not None:
+                group.keep = np.flatnonzero(~stops)
+            is_last = not running or running[0][0].hidden.segment > exit_number
+            may_join = self._cost is not None and not is_last
+            ready = [group]
+            if stops is not None or waiting or may_join:
+                plan, waiting = chain.plan([*waiting, group], self._cost), []
+                if may_join and plan and chain.has_room(plan[-1]):
+                    waiting = plan.pop()
+                ready = [chain.join(parts) for parts in plan]
+            if not running and len(ready) == 1 and chain.execution.lookahead:
+                self._run_ahead(ready[0])
+                return
 
     def _run_ahead(self, group: Group[B]) -> None:
         """Run one group, and enqueue each segment before reading the exit before it.
@@ -439,10 +463,11 @@ class _Window(Generic[B]):
         - `hidden_at` is [0, 1] if the group is regrouped without b, otherwise [0, 2].
         """
         rows, hidden, state = group.rows, group.hidden, group.state
-        pending = self._execution.enqueue(0, hidden)
+        first = hidden.segment
+        pending = self._execution.enqueue(first, hidden)
         read_at = hidden_at = np.arange(len(rows))
         unread = None  # the buffers before regrouping, until the outputs in them are read
-        for segment in range(self._chain.segments):
+        for segment in range(first, self._chain.segments):
             ahead, ahead_at = pending, hidden_at
             is_last = segment + 1 == self._chain.segments
             if not is_last:

@@ -1,6 +1,6 @@
-"""Compile the exit rules for GPUs: writes `runtime/backends/decide/decide.ptx`.
+"""Compile the kernels for GPUs: writes `runtime/backends/decide/decide.ptx`.
 
-Run it after each change of `decide.h` or `decide.cu`. It needs NVRTC 12.4, but no GPU:
+Run it after each change of their sources. It needs NVRTC 12.4, but no GPU:
 
     pip install 'nvidia-cuda-nvrtc-cu12==12.4.*'
     python scripts/decide_ptx.py
@@ -20,7 +20,8 @@ from fpabee.runtime.backends.decide import PTX
 
 PACKAGE = "nvidia-cuda-nvrtc-cu12"
 VERSION = "12.4."
-SOURCES = (PTX.with_suffix(".h"), PTX.with_suffix(".cu"))
+HEADERS = (PTX.with_suffix(".h"), PTX.with_name("gather.h"))
+SOURCES = (*HEADERS, PTX.with_suffix(".cu"))
 _OPTIONS = (b"--gpu-architecture=compute_75", b"--device-as-default-execution-space")
 
 
@@ -36,8 +37,9 @@ def nvrtc() -> Path | None:
 
 def first_line() -> bytes:
     """The first line of the PTX, which names the sources that it was made from."""
+    names = ", ".join(path.name for path in SOURCES)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
-    return f"// SHA-256 of decide.h and decide.cu: {digest}\n".encode()
+    return f"// SHA-256 of {names}: {digest}\n".encode()
 
 
 def compile_ptx(library: Path) -> bytes:
@@ -50,13 +52,13 @@ def compile_ptx(library: Path) -> bytes:
         ValueError: the source has errors, which the message lists.
     """
     functions = ctypes.CDLL(str(library))
-    names = ctypes.c_char_p(b"decide.h")
-    header_text, source = (path.read_bytes() for path in SOURCES)
-    header = ctypes.c_char_p(header_text)
+    *headers, source = (path.read_bytes() for path in SOURCES)
+    texts = ctypes.c_char_p * len(headers)
+    names = texts(*(path.name.encode() for path in HEADERS))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     functions.nvrtcCreateProgram(
-        *(ctypes.byref(program), source, b"decide.cu", 1),
-        *(ctypes.byref(header), ctypes.byref(names)),
+        *(ctypes.byref(program), source, b"decide.cu", len(headers)),
+        *(texts(*headers), names),
     )
     options = (ctypes.c_char_p * len(_OPTIONS))(*_OPTIONS)
     failed = functions.nvrtcCompileProgram(program, len(options), options)

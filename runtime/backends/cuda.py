@@ -25,6 +25,8 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
+# So many bytes of a row are gathered by a block of 256 threads, in words of 8 bytes.
+_GATHERED_BYTES = 8192
 # The types of nodes that the body of an IF node can hold.
 _NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
@@ -241,6 +243,30 @@ class Cuda:
             launch(self._decide_exit, 1, 1, 1, 32, rows, 1, 0, stream, (values, types), 0)
         )
 
+    def load_gather(self) -> None:
+        """Load the kernel of `gather`, which needs a driver for CUDA 12.4 or later.
+
+        The thread must have used the device before, as for `gather`.
+        """
+        self._gather_rows  # noqa: B018 - the driver compiles it now
+
+    def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
+        """Enqueue `gather_rows`, see `gather.h`.
+
+        Args:
+            plan: `[1]` of type `GATHER`; the driver copies it.
+            rows: rows of the target, at most as many as the plan has sources.
+            stream: the stream.
+        """
+        values = np.array([plan.ctypes.data], np.uint64)
+        blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
+        launch = self._driver.cuLaunchKernel
+        self._check_driver(
+            launch(
+                *(self._gather_rows, rows, blocks, 1, 256, 1, 1, 0, stream, values.ctypes.data, 0)
+            )
+        )
+
     @functools.cached_property
     def _driver(self) -> Any:
         from cuda.bindings import driver
@@ -249,10 +275,20 @@ class Cuda:
 
     @functools.cached_property
     def _decide_exit(self) -> Any:
-        """The kernel, which the driver compiles for this GPU."""
+        return self._kernel(b"decide_exit")
+
+    @functools.cached_property
+    def _gather_rows(self) -> Any:
+        return self._kernel(b"gather_rows")
+
+    def _kernel(self, name: bytes) -> Any:
+        return self._check_driver(self._driver.cuModuleGetFunction(self._module, name))[0]
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        """The kernels, which the driver compiles for this GPU."""
         ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
-        (module,) = self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))
-        return self._check_driver(self._driver.cuModuleGetFunction(module, b"decide_exit"))[0]
+        return self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))[0]
 
     def _capture_into(
         self, graph: Any, after: list[Any], stream: int, work: Callable[[], None]

@@ -7,13 +7,14 @@ runners of an execution share one piece of scratch memory, and those of the same
 share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
 event to wait for. A request of few rows can also be one graph, see `request_graph.py`.
 
-Rows are regrouped with copies of the CUDA driver, one for each run of neighbouring rows. Nothing
-here needs a compiler on the device, or a kernel for each GPU. A group has a few dozen rows, and
-most neighbours stay together.
+Rows are regrouped by one kernel for each tensor, which comes as PTX. Where the driver is too old
+for it, copies of the driver do the same, one for each run of neighbouring rows. All of this runs in
+the stream of the segments, so buffers can be used again without waiting.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import ATTENTION_BIAS, LOGITS, Manifest, TensorSpec
+from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, Manifest, TensorSpec
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import BackendError
 from ..rules.measures import Answers, Floats
@@ -33,7 +34,7 @@ from ..rules.runner import RuleRunner
 from .backend import Backend, Execution
 from .buffers import BufferName, Hidden, shape_of
 from .cuda import Cuda, cuda
-from .decide import settings_of
+from .decide import GATHER, settings_of
 from .device_buffers import DeviceBuffers, Place, Runner, Step
 from .device_tensors import bias_of, bits_of, dtype_of, nbytes_of, runs_of
 from .request_graph import RequestGraph
@@ -63,6 +64,16 @@ class DeviceBackend(Backend[DeviceBuffers]):
         self.cuda = cuda()
         self.no_request_graph = self.why_no_request_graph()
         self._warned: set[str] = set()
+
+    @functools.cached_property
+    def gathers(self) -> bool:
+        """Whether a kernel regroups rows."""
+        try:
+            self.cuda.load_gather()
+        except BackendError as error:
+            self.warn_once("rows are regrouped by several copies instead of one kernel", error)
+            return False
+        return True
 
     def open(self) -> DeviceExecution:
         """A new execution."""
@@ -261,6 +272,9 @@ class DeviceExecution(Execution[DeviceBuffers]):
         sources: Sequence[tuple[DeviceBuffers, Rows]],
         target: DeviceBuffers,
     ) -> None:
+        if self.backend.gathers:
+            self._gather_by_kernel(spec, buffer, sources, target)
+            return
         if spec.name == ATTENTION_BIAS:
             # These few numbers follow from the lengths; uploading them is cheaper than gathering.
             target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
@@ -283,6 +297,33 @@ class DeviceExecution(Execution[DeviceBuffers]):
                 start = (source.buffer(buffer) + first * source_pitch, source_pitch)
                 self._cuda.copy_rows((pointer, pitch), start, width, length, self.stream)
                 pointer += length * pitch
+
+    def _gather_by_kernel(
+        self,
+        spec: TensorSpec,
+        buffer: BufferName,
+        sources: Sequence[tuple[DeviceBuffers, Rows]],
+        target: DeviceBuffers,
+    ) -> None:
+        batch, pitch = target.bucket.batch, nbytes_of(spec, Bucket(1, target.bucket.sequence))
+        addresses, widths = np.zeros(batch, np.uint64), np.zeros(batch, np.uint32)
+        row = 0
+        for source, rows in sources:
+            source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
+            places = slice(row, row := row + len(rows))
+            addresses[places] = source.buffer(buffer) + rows * source_pitch
+            widths[places] = min(pitch, source_pitch)
+        plan = np.zeros(1, GATHER)
+        fill = bits_of(MASK_FILL, spec) if spec.name == ATTENTION_BIAS else 0
+        plan["fill"] = np.full(8, fill, dtype_of(spec)).view(np.uint64)[0]
+        plan["pitch"] = pitch
+        most = plan["sources"].shape[1]
+        for first in range(0, batch, most):
+            count = min(most, batch - first)
+            plan["to"] = target.buffer(buffer) + first * pitch
+            plan["sources"][0, :count] = addresses[first : first + count]
+            plan["widths"][0, :count] = widths[first : first + count]
+            self._cuda.gather(plan, count, self.stream)
 
     def _crop(
         self, spec: TensorSpec, buffer: BufferName, source: DeviceBuffers, target: DeviceBuffers

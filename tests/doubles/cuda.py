@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpabee.runtime.backends.cuda import Cuda, PinnedArray
-from fpabee.runtime.backends.decide import board_type
+from fpabee.runtime.backends.decide import GATHER, board_type
 from fpabee.runtime.errors import BackendError
 
 from .decide import decide
@@ -75,6 +75,8 @@ class FakeCuda(Cuda):
         frees: how often device memory was freed; each waits for the whole device.
         conditions: what `decide` told each IF node, None before it did.
         ran_parts: how many parts of each request ran, of those that are captured as one graph.
+        loads_kernels: whether the driver is new enough for the kernels.
+        idle: how often the device had nothing left to do when a wait ended.
     """
 
     def __init__(self, room: int = 1 << 30) -> None:
@@ -90,6 +92,8 @@ class FakeCuda(Cuda):
         self.frees = 0
         self.conditions: dict[int, bool | None] = {}
         self.ran_parts: list[int] = []
+        self.loads_kernels = True
+        self.idle = 0
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
         self.calls: Counter[str] = Counter()
@@ -161,6 +165,26 @@ class FakeCuda(Cuda):
     def clear(self, pointer: int, size: int, stream: int) -> None:
         self.put(stream, lambda: self.view(pointer, size).fill(0))
 
+    def load_gather(self) -> None:
+        if not self.loads_kernels:
+            raise BackendError("CUDA: PTX of a newer compiler (error 222)", "")
+
+    def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
+        assert self.loads_kernels
+        assert plan.dtype == GATHER
+        (copied,) = plan.copy()
+
+        def work() -> None:
+            pitch, fill = int(copied["pitch"]), copied["fill"].tobytes()
+            for row in range(rows):
+                width = int(copied["widths"][row])
+                target = self.view(int(copied["to"]) + row * pitch, pitch)
+                target[:] = np.resize(np.frombuffer(fill, np.uint8), pitch)
+                if width:
+                    target[:width] = self.view(int(copied["sources"][row]), width)
+
+        self.put(stream, work)
+
     # -- order
 
     def put(self, stream: int, work: Work, when_queued: Work | None = None) -> None:
@@ -208,6 +232,7 @@ class FakeCuda(Cuda):
         while not self.events[event]:
             stream = next(s for s in self.streams.values() if event in s.queue)
             self._step(stream)
+            self.idle += self.events[event] and not stream.queue
 
     def destroy_event(self, event: int) -> None:
         del self.events[event]

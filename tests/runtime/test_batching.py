@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.shapes import Bucket, Limits
-from fpabee.runtime.batching import CostCurve, make_groups, plan_joins
+from fpabee.runtime.batching import CostCurve, fits, make_groups, plan_joins
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(
@@ -64,6 +64,21 @@ def test_joins_keep_every_group_once_and_in_order(
         rows = [length for number in part for length in groups[number]]
         assert len(part) == 1 or len(rows) <= limits.max_batch
         assert len(part) == 1 or padded(limits.bucket(len(rows), max(rows))) <= limits.group_tokens
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), some_limits, curves
+)
+def test_a_group_without_room_need_not_wait_for_the_next(
+    groups: list[list[int]], limits: Limits, curve: CostCurve
+) -> None:
+    for number, part in enumerate(whole := plan_joins(groups, limits, curve)):
+        rows = [length for group in part for length in groups[group]]
+        if not fits(len(rows) + 1, max(rows), limits):
+            alone = plan_joins(groups[: part[-1] + 1], limits, curve)
+            assert alone == whole[: number + 1]
+            for following in groups:
+                assert not fits(len(rows + following), max(rows + following), limits)
 
 
 def test_joins_fill_groups_where_every_call_costs_the_same() -> None:

@@ -1,5 +1,7 @@
 """Exit rules on a GPU: `decide.h` does what `RuleRunner` does, between segments of a CUDA graph.
 
+`gather.h` copies the rows that go on into another group.
+
 A rule consists of at most two signals there: a row stops at once where its answer is sure, or
 after `patience` exits in a row where it is settled. Each signal compares a score with a threshold
 for each exit.
@@ -24,7 +26,16 @@ from ...rules.measures import Measure
 from ...rules.rules import RULES, Budget, Either, Epee, FPabee
 
 PTX = Path(__file__).with_name("decide.ptx")
-"""The compiled kernel `decide_exit`."""
+"""The compiled kernels `decide_exit` and `gather_rows`."""
+
+GATHER = np.dtype(
+    [
+        *((name, np.uint64) for name in ("to", "pitch", "fill")),
+        ("sources", np.uint64, (256,)),
+        ("widths", np.uint32, (256,)),
+    ]
+)
+"""What `gather` in `gather.h` reads: addresses, sizes in bytes, and the bytes of padding."""
 
 MOST_ROWS = 32
 """So many rows fit into a block of threads, with a warp for each."""

@@ -1,4 +1,4 @@
-/* decide.h for a GPU: one block, a warp for each row. scripts/decide_ptx.py compiles it. */
+/* decide.h and gather.h for a GPU. scripts/decide_ptx.py compiles them. */
 
 #define LANES 32
 #define LANE (int)threadIdx.x
@@ -16,16 +16,23 @@ static ONE_COPY double max_of(double value) {
 }
 
 #include "decide.h"
+#include "gather.h"
 
 /* Declared here because the headers of CUDA are not needed otherwise. */
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
     unsigned long long handle, unsigned int value);
 
-/* The IF node of the handle runs its body if a row goes on; the last exit has none. */
+/* One block, a warp for each row. The IF node of the handle runs its body if a row goes on; the
+   last exit has none. */
 extern "C" __global__ void decide_exit(void *board, const float *now, int exit, int rows,
                                        unsigned long long handle) {
   int going = decide(board, now, exit, rows, threadIdx.y, blockDim.y);
   going = __syncthreads_or(going);
   if (threadIdx.x + threadIdx.y == 0 && exit < ((Settings *)board)->exits)
     cudaGraphSetConditional(handle, going);
+}
+
+/* Row x of the new group, which the blocks y share. */
+extern "C" __global__ void gather_rows(const __grid_constant__ Gather set) {
+  gather(&set, blockIdx.x, blockIdx.y * blockDim.x + threadIdx.x, gridDim.y * blockDim.x);
 }

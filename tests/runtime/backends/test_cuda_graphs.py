@@ -261,14 +261,19 @@ static int load(void **module, const char *image) {
 }
 static int get(void **function, void *module, const char *name) {
   printf("%s\n", name);
-  *function = (void *)2;
+  *function = !strcmp(name, "decide_exit") ? (void *)2 : (void *)3;
   return 0;
 }
 static int launch(void *function, int x, int y, int z, int threads, int rows, int depth,
                   int shared, void *stream, void **values, void **extra) {
   printf("%d %d %d %d %d %d %d %p %p\n", x, y, z, threads, rows, depth, shared, stream, extra);
-  printf("%p %p %d %d %llu\n", *(void **)values[0], *(void **)values[1], *(int *)values[2],
-         *(int *)values[3], *(unsigned long long *)values[4]);
+  unsigned long long *plan = values[0];
+  if (function == (void *)3)
+    printf("%llu %llu %llu %llu %u\n", plan[0], plan[1], plan[2], plan[3 + 255],
+           ((unsigned *)(plan + 3 + 256))[255]);
+  else
+    printf("%p %p %d %d %llu\n", *(void **)values[0], *(void **)values[1], *(int *)values[2],
+           *(int *)values[3], *(unsigned long long *)values[4]);
   fflush(stdout);
   return 0;
 }
@@ -284,16 +289,23 @@ int cuGetProcAddress(const char *name, void **function, int version, long flags)
 }
 """
 _PROGRAM = """
+import numpy as np
 from cuda.bindings import runtime
 from fpabee.runtime.backends.cuda import Cuda
+from fpabee.runtime.backends.decide import GATHER
 cuda = Cuda.__new__(Cuda)
 cuda._runtime = runtime
 cuda.decide(1 << 40, 1 << 41, 3, 4, 1 << 50, 77)
+plan = np.zeros(1, GATHER)
+plan["to"], plan["pitch"], plan["fill"] = 7, 8193, 9
+plan["sources"][0, -1], plan["widths"][0, -1] = 10, 11
+for _ in range(2):
+    cuda.gather(plan, 256, 78)
 """
 
 
-def test_the_real_bindings_launch_the_kernel(tmp_path: Path) -> None:
-    """With a made-up driver: it gets the PTX, and the arguments of `decide_exit`."""
+def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
+    """With a made-up driver: it gets the PTX once, and the arguments of each kernel."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
@@ -310,4 +322,6 @@ def test_the_real_bindings_launch_the_kernel(tmp_path: Path) -> None:
         *(str(PTX.stat().st_size), "decide_exit"),
         "1 1 1 32 4 1 0 0x4d (nil)",
         "0x10000000000 0x20000000000 3 4 1125899906842624",
+        "gather_rows",
+        *("256 2 1 256 1 1 0 0x4e (nil)", "7 8193 9 10 11") * 2,
     ]

@@ -1,0 +1,111 @@
+"""Regrouping and the order of groups on a device, over the double of the driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpabee.runtime import Budget, ExitRule, FPabee, Regroup
+from fpabee.runtime.backends.decide import GATHER, PTX
+from fpabee.runtime.backends.shapes import Bucket
+
+from ...doubles.cuda import FakeCuda
+from ...doubles.decide import compiled
+from ...doubles.device import Double
+
+TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
+THREADS = 3
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_kernel_copies_what_its_double_copies(aligned: bool) -> None:
+    """Compiled as C, with threads that share a row; in words of 8 bytes, or byte by byte."""
+    kernel = compiled(PTX.with_name("gather.h")).gather
+    random, cuda, unit = np.random.default_rng(5), FakeCuda(), 8 if aligned else 1
+    stream = cuda.stream()
+    for _ in range(50):
+        rows, most = int(random.integers(1, 9)), int(random.integers(1, 20))
+        target, source = cuda.malloc(rows * most * unit), cuda.malloc(3 * most * unit)
+        memory = cuda.view(target, rows * most * unit)
+        cuda.view(source, 3 * most * unit)[:] = random.integers(0, 256, 3 * most * unit)
+        widths = random.integers(0, most + 1, rows) * unit
+        plan = np.zeros(1, GATHER)
+        plan["to"], plan["pitch"], plan["fill"] = target, most * unit, random.integers(1 << 62)
+        plan["widths"][0, :rows] = widths
+        plan["sources"][0, :rows] = source + random.integers(0, 2 * most + 1, rows) * unit
+        cuda.gather(plan, rows, stream)
+        cuda.synchronize(stream)
+        expected = memory.copy()
+        memory[:] = 0x5A
+        for name, address in (("to", target), ("sources", source)):
+            plan[name] += np.uint64(cuda.view(address, 1).ctypes.data - address)
+        for row in range(rows):
+            for thread in range(THREADS):
+                share = ctypes.c_ulonglong(thread), ctypes.c_ulonglong(THREADS)
+                kernel(ctypes.c_void_p(plan.ctypes.data), row, *share)
+        np.testing.assert_array_equal(memory, expected)
+
+
+def test_the_plan_of_the_kernel_is_its_parameter() -> None:
+    size = f"gather_rows_param_0[{GATHER.itemsize}]"
+    assert size in PTX.read_text()
+    assert GATHER.itemsize <= 4096
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "expected"),
+    [
+        (True, 16, {"gather": 3}),
+        (True, 300, {"gather": 6}),
+        (False, 16, {"clear": 2, "copy_rows": 2 * 8, "copy": 1, "wait": 1, "record": 1}),
+        (False, 300, {"clear": 2, "copy_rows": 2 * 150, "copy": 1, "wait": 1, "record": 1}),
+    ],
+)
+def test_calls_of_the_driver_to_regroup(
+    kernel: bool, rows: int, expected: dict[str, int], double: Callable[..., Double], caplog: Any
+) -> None:
+    """Every second row stops, and three tensors are copied into a group of the same size.
+
+    A kernel takes up to 256 rows.
+    """
+    made = double(batch=(1, 8, 300))
+    made.cuda.loads_kernels = kernel
+    with made.load() as engine, engine._chain() as chain:
+        encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
+        bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
+        for _ in range(2):  # buffers are made first
+            hidden = chain.execution.begin(encoded, bucket)
+            chain.execution.enqueue(0, hidden)
+            made.cuda.calls.clear()
+            kept = chain.execution.regroup([hidden], [keep], bucket)
+            calls = made.cuda.calls.copy()
+            del calls["put"]  # is not a call of the driver
+            calls["copy_rows"] -= calls["copy"]  # the double lets one call the other
+            found = chain.execution.enqueue(1, kept).result()["logits"].copy()
+            every = chain.execution.enqueue(1, hidden).result()["logits"]
+            np.testing.assert_allclose(found, every[keep], atol=1e-5)
+            for group in (hidden, kept):
+                chain.execution.release(group)
+    assert +calls == Counter(expected)
+    warnings = [record.message for record in caplog.records if "several copies" in record.message]
+    assert len(warnings) == (not kernel)
+
+
+@pytest.mark.parametrize("rule", [FPabee(threshold=0.45), Budget(exit=3)])
+@pytest.mark.parametrize("regroup", [Regroup.NEVER, Regroup.ALWAYS])
+def test_the_device_is_busy_while_the_host_decides(
+    rule: ExitRule, regroup: Regroup, double: Callable[..., Double]
+) -> None:
+    """Several groups of at most 4 rows; the device has nothing to do after the last exit only."""
+    made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
+    with made.load(regroup=regroup) as engine, made.load() as usual:
+        rows = engine.encode(TEXTS * 4)
+        made.cuda.idle = 0
+        found = engine.run_encoded(rows, rule)
+        assert made.cuda.idle == 1
+        np.testing.assert_array_equal(found.exits, usual.run_encoded(rows, rule).exits)
