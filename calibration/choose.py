@@ -23,9 +23,9 @@ _SAMPLES = 60
 # A sample has `_SIZE / noise ** _POWER` times as many rows as there are, which may be more than
 # all rows: the noisier the losses, the smaller the sample.
 _SIZE, _POWER = 0.42, 1.5
-# By how many lost rows the choices of samples must stay below the allowed drop, and the largest
-# share of the allowed drop that this may take.
-_HELD, _MOST_HELD = 0.85, 0.75
+# The choices of samples must stay below the allowed drop by `_HELD / rows ** _SHRINKS`, which is
+# 0.085 points at 1,000 rows, but by at most the share `_MOST_HELD` of it.
+_HELD, _SHRINKS, _MOST_HELD = 6.75, 1.3, 0.75
 # Margins to try, as multiples of the standard deviation of a drop over the samples.
 _MARGINS = np.linspace(0.0, 2.0, 33)
 
@@ -137,7 +137,7 @@ class Search:
             costs: `[settings, 1 + samples]`.
         """
         errors = drops[:, 1:].std(axis=1, keepdims=True)
-        held = min(_HELD / len(self.stopping_costs.rows), _MOST_HELD * allowed)
+        held = min(_HELD / len(self.stopping_costs.rows) ** _SHRINKS, _MOST_HELD * allowed)
         for margin in _MARGINS:
             within = np.where(drops + margin * errors <= allowed + 1e-12, costs, np.inf)
             numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
