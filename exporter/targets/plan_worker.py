@@ -42,7 +42,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     onnx: str
     plan: str
     timing_cache: str
-    profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
+    profiles: list[dict[str, list[tuple[int, ...]]]]
     options: PlanOptions
 
 
@@ -157,8 +157,8 @@ def _lower_heads(trt: Any, network: Any) -> None:
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:
     for shapes in request.profiles:
         profile = builder.create_optimization_profile()
-        for name, (low, typical, high) in shapes.items():
-            profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
+        for name, ends in shapes.items():
+            profile.set_shape(name, *ends)
         config.add_optimization_profile(profile)
     options = request.options
     # Otherwise products in fp32 would round their inputs to 10 bits.
