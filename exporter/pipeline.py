@@ -38,7 +38,7 @@ from .checkpoint import load_checkpoint, resolve_model_dir
 from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel
 from .prune.keep import check_exits
-from .staging import check_output, publish, resolved, staging
+from .staging import check_output, resolved, staging
 from .tokenizer import save_tokenizer
 from .verify import (
     BUILT_IN_TEXTS,
@@ -159,7 +159,6 @@ def export(
             folder, source, model, exit_0, texts, options, progress or silent
         )
         check_output(target, options.force)  # again, because it may have appeared meanwhile
-        publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 

@@ -22,7 +22,7 @@ from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
 from ..add_targets import PLAN_BACKENDS, AddTargetsOptions, add_target
-from ..staging import check_output, publish, resolved, staging
+from ..staging import check_output, resolved, staging
 from ..targets.options import RTX
 from .keep import check_exits, keep_exits
 
@@ -161,7 +161,6 @@ def drop_exits(
     progress("merge", 0, len(options.exits))
     with staging(new) as folder:
         kept, agreement = keep_exits(old, manifest, options.exits, folder)
-        publish(folder, new)
     built = _rebuild(new, manifest, kept, options.targets, progress)
     points: dict[str, RecalibratedPoint] = {}
     lost: list[LostPoint] = []
