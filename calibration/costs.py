@@ -6,11 +6,11 @@ Times are kept beside the trace, so that the same rows and folder always give th
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -35,6 +35,8 @@ _WINDOWS = 2
 _WINDOW_REPEATS = 2
 _MOST_SECONDS = 10.0
 _MOST_BYTES = 2**20
+# As times are stored: JSON has no NaN and no infinity.
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class CostModel:
     """
 
     batch: int
-    lengths: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
+    lengths: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+    seconds: tuple[tuple[_Positive, ...], ...]
 
     def row_costs(self, lengths: NDArray[np.intp]) -> Array:
         """Seconds until each exit, `[exits, rows]`.
@@ -75,7 +77,7 @@ class Timings(msgspec.Struct):
 
     measured_on: dict[str, str]
     models: dict[int, CostModel] = {}
-    speedups: dict[int, dict[str, float]] = {}
+    speedups: dict[int, dict[str, _Positive]] = {}
 
 
 class TimedEngine:
@@ -134,14 +136,12 @@ def _read(path: Path, exits: int) -> Timings | None:
         kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
     except (OSError, ArtifactError, msgspec.DecodeError, RecursionError):
         return None
-    numbers = [number for speedups in kept.speedups.values() for number in speedups.values()]
-    for model in kept.models.values():
-        if not model.lengths or len(model.seconds) != exits:
-            return None
-        if any(len(seconds) != len(model.lengths) for seconds in model.seconds):
-            return None
-        numbers += [number for seconds in model.seconds for number in seconds]
-    return kept if all(0 < number < math.inf for number in numbers) else None
+    fits = all(
+        len(model.seconds) == exits
+        and all(len(seconds) == len(model.lengths) for seconds in model.seconds)
+        for model in kept.models.values()
+    )
+    return kept if fits else None
 
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:

@@ -10,7 +10,7 @@ import msgspec
 
 from .. import __version__
 from ..runtime.artifact.folder import read_manifest, write_manifest
-from ..runtime.artifact.manifest import Manifest, Target
+from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
@@ -155,8 +155,7 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
             f"choose from: {', '.join(known)}" if known else "calibrate the target first",
         )
     changed = msgspec.structs.replace(manifest.targets[target], default_operating_point=name)
-    targets = {**manifest.targets, target: changed}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+    write_manifest(folder, with_target(manifest, target, changed))
     return target
 
 
@@ -173,17 +172,11 @@ def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Ma
     targets, task = dict(manifest.targets), manifest.task
     if result.rows.label_thresholds != task.label_thresholds:
         task = msgspec.structs.replace(task, label_thresholds=result.rows.label_thresholds)
-        for name, other in targets.items():
-            targets[name] = msgspec.structs.replace(
-                other, operating_points={}, default_operating_point=""
-            )
+        targets = {name: with_operating_points(other, {}, "") for name, other in targets.items()}
     target = targets[result.target]
     points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
-    targets[result.target] = msgspec.structs.replace(
-        target,
-        operating_points={**target.operating_points, **points},
-        default_operating_point=result.default,
-    )
+    points = target.operating_points | points
+    targets[result.target] = with_operating_points(target, points, result.default)
     return msgspec.structs.replace(manifest, targets=targets, task=task)
 
 

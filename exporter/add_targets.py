@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..runtime.artifact.folder import read_manifest, sha256_of, write_manifest
-from ..runtime.artifact.manifest import BuiltFile, Manifest, NotBuilt, Target
+from ..runtime.artifact.manifest import (
+    Manifest,
+    NotBuilt,
+    Target,
+    with_operating_points,
+    with_target,
+)
 from ..runtime.backends.tensorrt import build_command
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
@@ -248,7 +254,7 @@ def _add_precisions(
             target = Target(
                 backend="onnxruntime", precision=half.value, device="cuda", tolerance=None
             )
-            manifest = _with_target(manifest, f"onnxruntime-{half.value}-cuda", target)
+            manifest = with_target(manifest, f"onnxruntime-{half.value}-cuda", target)
         write_manifest(path, manifest)
         checks.append(report)
     if options.calibration_data is not None and int8_for_plans:
@@ -260,7 +266,10 @@ def _add_precisions(
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)
-    elif options.calibration_data is None and options.int8 and not _has_int8(manifest, options):
+    has_int8 = INT8 in manifest.precisions
+    if not int8_for_plans:
+        has_int8 = any(target.precision == INT8 for target in manifest.targets.values())
+    if options.calibration_data is None and options.int8 and not has_int8:
         raise InputError(
             f"{path} has no int8 graphs, and no texts are given for their ranges",
             Remedy("give texts like those to classify as {calibration_data}"),
@@ -278,14 +287,6 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
         return can_build or not for_cpus, for_cpus
     for_cpus = bool(set(options.backends) & set(cpu.BACKENDS))
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
-
-
-def _has_int8(manifest: Manifest, options: AddTargetsOptions) -> bool:
-    """Whether nothing has to be quantized for the int8 targets that are asked for."""
-    for_plans, _ = _int8_forms(options)
-    if for_plans:
-        return INT8 in manifest.precisions
-    return any(target.precision == INT8 for target in manifest.targets.values())
 
 
 def _rows(data: Path | None, options: AddTargetsOptions) -> list[Row]:
@@ -339,12 +340,8 @@ def add_target(
         raise
     old, new = manifest.targets.get(name), built.targets[name]
     if old is not None and old.files == new.files:
-        new = msgspec.structs.replace(
-            new,
-            operating_points=old.operating_points,
-            default_operating_point=old.default_operating_point,
-        )
-    built = _noting(_with_target(built, name, new), backend, precision, None)
+        new = with_operating_points(new, old.operating_points, old.default_operating_point)
+    built = _noting(with_target(built, name, new), backend, precision, None)
     write_manifest(path, built)
     if can_run(new):
         progress(f"verify {name}", 0, 1)
@@ -353,7 +350,7 @@ def add_target(
         except FpabeeError:
             write_manifest(path, manifest)
             raise
-        built = _with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
+        built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
         write_manifest(path, built)
     return built, name
 
@@ -403,14 +400,8 @@ def _without_stale(manifest: Manifest, precision: str) -> Manifest:
 
 
 def _is_intact(path: Path, target: Target) -> bool:
-    def is_whole(file: BuiltFile) -> bool:
-        return (path / file.file).is_file() and sha256_of(path / file.file) == file.sha256
-
-    return all(map(is_whole, target.files.values()))
-
-
-def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
-    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
+    files = {path / file.file: file.sha256 for file in target.files.values()}
+    return all(place.is_file() and sha256_of(place) == sha256 for place, sha256 in files.items())
 
 
 def _noting(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -214,10 +215,11 @@ class _Runner:
         Args:
             in_file_order: also the full graph over padded batches in file order.
         """
+        full_depth = Budget(exit=self.engine.manifest.exits[-1])
         variants: Variants = {
             FULL_GRAPH: self._full.grouped,
-            FULL_DEPTH: self._full_depth,
-            WITH_RULE: self._with_rule,
+            FULL_DEPTH: partial(self.engine.run_encoded, rule=full_depth),
+            WITH_RULE: partial(self.engine.run_encoded, rule=self.rule),
         }
         others: Variants = {}
         if self._torch is not None:
@@ -227,13 +229,6 @@ class _Runner:
             if self._fp32 is not None:
                 others[PADDED_FP32] = self._fp32.padded
         return variants, others
-
-    def _full_depth(self, rows: Sequence[EncodedRow]) -> None:
-        self.engine.run_encoded(rows, Budget(exit=self.engine.manifest.exits[-1]))
-
-    def _with_rule(self, rows: Sequence[EncodedRow]) -> Any:
-        """The chain with the rule; returns the exit of each row."""
-        return self.engine.run_encoded(rows, self.rule).exits
 
     def _pytorch(self, rows: Sequence[EncodedRow]) -> None:
         """The same rule in PyTorch, as published: a batch runs on until its last row stops.
@@ -373,7 +368,7 @@ def _measure(
                 minutes, rest = divmod(round(runs * (once + apart) + pauses), 60)
                 what += f", about {minutes}:{rest:02d}"
             progress(what, (number - 1) * options.repeats + repeat + 1, total)
-        exits.append(results[WITH_RULE])
+        exits.append(results[WITH_RULE].exits)
         for variant, run in others.items():
             every[variant][-1] += [_timed(run, unit)[0] for _ in every[FULL_GRAPH][-1]]
             time.sleep(_SPIN_SECONDS)

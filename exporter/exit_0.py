@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
@@ -27,52 +25,12 @@ _MOST_UNIGRAMS = 65536
 _TRAIN_AGAIN = Remedy("train exit 0 again: {call}", call=Call("train", exit_0_only=True))
 
 
-@dataclass(frozen=True)
-class ExitZeroWeights:
-    """The weights of exit 0, see `runtime.exit_0.ExitZero`.
-
-    Attributes:
-        unigrams: how many rows of the table belong to unigrams.
-        table: `[unigrams + buckets, width]` float16.
-        weights: `[width, labels]` float32.
-        bias: `[labels]` float32.
-    """
-
-    unigrams: int
-    table: NDArray[np.float16]
-    weights: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-    @property
-    def buckets(self) -> int:
-        """How many rows of the table belong to hashed n-grams."""
-        return len(self.table) - self.unigrams
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays by name, as files hold them."""
-        return {name: getattr(self, name) for name in ARRAYS}
-
-    @property
-    def size(self) -> int:
-        """The size of all arrays, in bytes."""
-        return sum(array.nbytes for array in self.arrays.values())
-
-    def classifier(self) -> ExitZero:
-        """The classifier that computes logits with these weights.
-
-        Raises:
-            ValueError: the arrays cannot be used.
-        """
-        return ExitZero(self.unigrams, self.table, self.weights, self.bias)
-
-
 def unigrams_of(vocabulary: int) -> int:
     """How many rows of the table the unigrams of a vocabulary have; they may share rows."""
     return min(vocabulary, _MOST_UNIGRAMS)
 
 
-def save_exit_0(folder: Path, exit_0: ExitZeroWeights) -> None:
+def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
     """Add exit 0 to a model_dir, or replace it; nothing else in the folder changes.
 
     Args:
@@ -93,7 +51,7 @@ def save_exit_0(folder: Path, exit_0: ExitZeroWeights) -> None:
         save_file(exit_0.arrays, new / EXIT_0_FILE)
 
 
-def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | None:
+def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:
     """The exit 0 of a model_dir; None if it has none.
 
     Args:
@@ -117,10 +75,8 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | Non
         arrays = load_file(path)
         if missing := [name for name in ARRAYS if name not in arrays]:
             raise ValueError(f"it lacks the arrays {', '.join(missing)}")
-        found = ExitZeroWeights(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
-        found.classifier()
-        if found.buckets != block["buckets"]:
-            raise ValueError(f"it has {found.buckets} buckets, expected {block['buckets']}")
+        found = ExitZero(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
+        found.check_sizes(block["buckets"], labels)
     # The file is damaged, a setting is missing, or the arrays do not fit together.
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
@@ -131,17 +87,12 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZeroWeights | Non
             f"{expected}",
             _TRAIN_AGAIN,
         )
-    if len(found.bias) != labels:
-        raise ModelError(
-            f"{path} gives {len(found.bias)} logits, but the model has {labels} labels",
-            _TRAIN_AGAIN,
-        )
     return found
 
 
-def export_exit_0(folder: Path, exit_0: ExitZeroWeights) -> ExitZeroSpec:
+def export_exit_0(folder: Path, exit_0: ExitZero) -> ExitZeroSpec:
     """Write exit 0 into an engines folder, and return its part of the manifest."""
-    np.savez(folder / EXIT_0_NAME, table=exit_0.table, weights=exit_0.weights, bias=exit_0.bias)
+    np.savez(folder / EXIT_0_NAME, **exit_0.arrays)  # type: ignore[arg-type]
     digest = sha256_of(folder / EXIT_0_NAME)
     return ExitZeroSpec(
         file=EXIT_0_NAME, sha256=digest, unigrams=exit_0.unigrams, buckets=exit_0.buckets

@@ -28,16 +28,17 @@ from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.encoding import Text, TextEncoder
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, Remedy
+from ..runtime.exit_0 import ExitZero
 from ..runtime.files import ReadOptions, read_rows
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
-from .exit_0 import EXIT_0_FILE, ExitZeroWeights, export_exit_0, load_exit_0
+from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel
 from .prune.keep import check_exits
-from .staging import check_output, publish, resolved, staging
+from .staging import check_output, resolved, staging
 from .tokenizer import save_tokenizer
 from .verify import (
     BUILT_IN_TEXTS,
@@ -158,7 +159,6 @@ def export(
             folder, source, model, exit_0, texts, options, progress or silent
         )
         check_output(target, options.force)  # again, because it may have appeared meanwhile
-        publish(folder, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 
@@ -167,7 +167,7 @@ def _write(
     folder: Path,
     source: Path,
     model: MultiExitModel,
-    exit_0: ExitZeroWeights | None,
+    exit_0: ExitZero | None,
     texts: Sequence[Text],
     options: ExportOptions,
     progress: Progress,
@@ -188,7 +188,7 @@ def _write(
     rows = TextEncoder(folder, tokenizer).encode(texts)
     logits = reference_logits(model, rows)[[number - 1 for number in exits]]
     if exit_0:
-        logits = np.concatenate([exit_0.classifier()(rows)[None], logits])
+        logits = np.concatenate([exit_0(rows)[None], logits])
     write_reference(folder, texts, logits)
     backbone, longest = model.backbone, tokenizer.max_length
     manifest = Manifest(

@@ -34,15 +34,17 @@ from ..runtime.artifact.manifest import (
     Size,
     TensorSpec,
 )
+from ..runtime.backends.buffers import shape_of
+from ..runtime.backends.shapes import Bucket
 from .backbones import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
-from .onnx_file import strip, write_graph
+from .onnx_file import prune, strip, write_graph
 
 OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
 
 _TOKEN_IDS, _TOKEN_TYPES = "input_ids", "token_type_ids"
-_EXAMPLE = {"batch": 3, "sequence": 7}
+_EXAMPLE = Bucket(3, 7)
 # Where torch's exporter notes the modules that a node comes from, outermost first.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -271,9 +273,8 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
 def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
     example = {}
     for spec in inputs:
-        shape = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
         dtype = torch.int64 if spec.dtype == "int64" else torch.float32
-        example[spec.name] = torch.zeros(shape, dtype=dtype)
+        example[spec.name] = torch.zeros(shape_of(spec, _EXAMPLE), dtype=dtype)
     return example
 
 
@@ -319,19 +320,7 @@ def _keep_shapes_constant(proto: Any) -> None:
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), name))
         node.input[1] = name
         del node.attribute[:]  # a 0 would otherwise be a size
-    _remove_unread(graph)
-
-
-def _remove_unread(graph: Any) -> None:
-    """Remove nodes and initializers whose values nothing reads."""
-    read = {value.name for value in graph.output}
-    for node in reversed(list(graph.node)):
-        if read.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            read.update(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)
+    prune(graph, {value.name for value in graph.output})
 
 
 def _name_nodes(proto: Any) -> None:

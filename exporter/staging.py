@@ -51,7 +51,7 @@ def check_output(target: Path, force: bool) -> None:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target; it is deleted afterwards unless it was published.
+    """A temporary folder beside the target, which replaces the target at the end if nothing fails.
 
     Raises:
         ArtifactError: nothing can be written there.
@@ -67,6 +67,7 @@ def staging(target: Path) -> Iterator[Path]:
     folder = Path(name)
     try:
         yield folder
+        _publish(folder, target)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {target}: {error.strerror}", "check the free space and permissions"
@@ -89,7 +90,7 @@ def replacing(target: Path) -> Iterator[Path]:
             file.replace(target / file.name)
 
 
-def publish(folder: Path, target: Path) -> None:
+def _publish(folder: Path, target: Path) -> None:
     """Move the temporary folder to the target."""
     mask = os.umask(0)
     os.umask(mask)

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.artifact.charsmap import replacements
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.artifact.protobuf import fields
+from ..runtime.artifact.protobuf import values_at
 from ..runtime.artifact.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError, Remedy
@@ -20,7 +20,7 @@ _NO_LIMIT = 10**6
 _CONFIG = "tokenizer_config.json"
 _REMEDY = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
 # Fields of SentencePiece's model: ModelProto.normalizer_spec.precompiled_charsmap.
-_NORMALIZER_SPEC, _CHARSMAP = 3, 2
+_CHARSMAP = (3, 2)
 
 
 def save_tokenizer(
@@ -83,11 +83,9 @@ def _check_sentencepiece(path: Path) -> None:
     Raises:
         ValueError: the table is damaged.
     """
-    for number, _, spec in fields(memoryview(path.read_bytes())):
-        if number == _NORMALIZER_SPEC and isinstance(spec, memoryview):
-            for name, _, charsmap in fields(spec):
-                if name == _CHARSMAP and isinstance(charsmap, memoryview) and len(charsmap):
-                    replacements(bytes(charsmap))
+    for charsmap in values_at(memoryview(path.read_bytes()), _CHARSMAP):
+        if len(charsmap):
+            replacements(bytes(charsmap))
 
 
 def load_tokenizer(source: Path) -> Any:

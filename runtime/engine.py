@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .agreement import Agreement, Logits
+from .agreement import Agreement
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import NEXT, Manifest, ProblemType
 from .backends.backend import Backend
-from .backends.shapes import Limits
+from .backends.buffers import shape_of
+from .backends.shapes import Bucket, Limits
 from .batching import CostCurve, make_groups
 from .blocks import blocks
 from .chain import Chain, Regroup, WindowResult
@@ -285,14 +286,7 @@ class Engine:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
             VerificationError: the target is not the model that was exported.
         """
-        full_depth = self._full_depth()
-
-        def run(rows: Sequence[EncodedRow]) -> Logits:
-            return self.run_encoded(rows, full_depth).logits
-
-        return check_reference(
-            self._folder, self.manifest, self.target, self.rule, run, self.limits.max_sequence
-        )
+        return check_reference(self, self._folder)
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and measure the times that deadlines depend on.
@@ -438,9 +432,6 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _full_depth(self) -> ExitRule:
-        return Budget(exit=self._exits[-1])
-
     def _runner(self, rule: ExitRule) -> RuleRunner:
         """A runner of the rule; raises RuleError if the rule does not fit the model."""
         task = self.manifest.task
@@ -449,7 +440,7 @@ class Engine:
     def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
         """The rule of a call."""
         if full_depth:
-            rule = self._full_depth()
+            rule = Budget(exit=self._exits[-1])
         runner = self._in_use[1] if rule is None else self._runner(rule)
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
@@ -547,11 +538,10 @@ def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
     The rows are assumed to be the longest ones, because a position bias takes most memory there.
     """
     sequence = limits.max_sequence
-    sizes = {"batch": max(1, limits.group_tokens // sequence), "sequence": sequence}
+    bucket = Bucket(max(1, limits.group_tokens // sequence), sequence)
     total = 0
     for name in manifest.segments[0].calls:
         for spec in manifest.graphs[name].outputs:
             if spec.name.startswith(NEXT):
-                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-                total += math.prod(shape) * np.dtype(spec.dtype).itemsize
-    return max(1, 2 * total // (sizes["batch"] * sequence))
+                total += math.prod(shape_of(spec, bucket)) * np.dtype(spec.dtype).itemsize
+    return max(1, 2 * total // (bucket.batch * sequence))

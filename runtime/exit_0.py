@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,8 @@ class ExitZero:
     """The classifier before layer 1.
 
     Args:
-        unigrams: how many rows of the table belong to unigrams.
+        unigrams: how many rows of the table belong to unigrams; `buckets` is how many belong to
+            hashed n-grams.
         table: `[unigrams + buckets, width]` float16, the vectors of n-grams.
         weights: `[width, labels]` float32.
         bias: `[labels]` float32.
@@ -122,8 +124,8 @@ class ExitZero:
             raise ValueError(f"it has {buckets} buckets, which is not a power of two")
         if not all(np.isfinite(values).all() for values in (table.ravel(), weights.ravel(), bias)):
             raise ValueError("it holds numbers that are not finite")
-        self._unigrams, self._buckets = unigrams, buckets
-        self._table, self._weights, self._bias = table, weights, bias
+        self.unigrams, self.buckets = unigrams, buckets
+        self.table, self.weights, self.bias = table, weights, bias
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest) -> ExitZero | None:
@@ -137,19 +139,23 @@ class ExitZero:
             return None
         path = verified(folder, spec.file, spec.sha256)
         try:
-            arrays = read_arrays(path, ARRAYS)
-            if len(arrays["table"]) != spec.unigrams + spec.buckets:
-                raise ValueError(
-                    f"it has {len(arrays['table'])} n-grams, expected "
-                    f"{spec.unigrams + spec.buckets}"
-                )
-            if len(arrays["bias"]) != len(manifest.task.labels):
-                raise ValueError(
-                    f"it gives {len(arrays['bias'])} logits for {len(manifest.task.labels)} labels"
-                )
-            return cls(spec.unigrams, *(arrays[name] for name in ARRAYS))
+            found = cls(spec.unigrams, **read_arrays(path, ARRAYS))
+            found.check_sizes(spec.buckets, len(manifest.task.labels))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{path} does not fit the model: {error}", EXPORT_AGAIN) from error
+        return found
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, as files hold them."""
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    def check_sizes(self, buckets: int, labels: int) -> None:
+        """Raise ValueError if it has another number of buckets, or is for other labels."""
+        if self.buckets != buckets:
+            raise ValueError(f"it has {self.buckets} buckets, expected {buckets}")
+        if len(self.bias) != labels:
+            raise ValueError(f"it gives {len(self.bias)} logits for {labels} labels")
 
     def __call__(self, rows: Sequence[EncodedRow]) -> NDArray[np.float32]:
         """Logits `[rows, labels]`: one gather and one mean for all rows.
@@ -157,8 +163,8 @@ class ExitZero:
         Args:
             rows: at least one row.
         """
-        found, counts = ngrams(rows, self._unigrams, self._buckets)
-        vectors = self._table.take(found, axis=0).astype(np.float32)
+        found, counts = ngrams(rows, self.unigrams, self.buckets)
+        vectors = self.table.take(found, axis=0).astype(np.float32)
         sums = np.add.reduceat(vectors, np.cumsum(counts) - counts, axis=0)
         sums /= counts[:, None].astype(np.float32)
-        return np.asarray(sums @ self._weights + self._bias, np.float32)
+        return np.asarray(sums @ self.weights + self.bias, np.float32)

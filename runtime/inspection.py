@@ -103,7 +103,7 @@ def target_states(
         manifest: its manifest.
         describe: how to write the error that explains why a target cannot run here.
     """
-    states = []
+    states, task = [], manifest.task
     for name, target in manifest.targets.items():
         graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
@@ -116,7 +116,8 @@ def target_states(
         except FpabeeError as error:
             unavailable_reason = describe(error)
         try:
-            _check_rule(folder, manifest, name)
+            _, rule = rule_of(folder, manifest, name, None)
+            RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)
         except FpabeeError as error:
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
@@ -169,10 +170,3 @@ def _size(folder: Path, files: Iterable[str]) -> int | None:
         return sum(resolve(folder, file).stat().st_size for file in files)
     except ArtifactError:
         return None
-
-
-def _check_rule(folder: Path, manifest: Manifest, name: str) -> None:
-    """Raise an error if the default rule of a target does not fit the model."""
-    _, rule = rule_of(folder, manifest, name, None)
-    task = manifest.task
-    RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)

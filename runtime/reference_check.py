@@ -6,60 +6,56 @@ Hashes find damaged files. This also finds intact files of another model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .agreement import REQUIREMENTS, Agreement, Logits, Requirements, compare
-from .artifact.manifest import Manifest, Target
+from .agreement import REQUIREMENTS, Agreement, Requirements, compare
+from .artifact.manifest import Target
 from .artifact.reference import read_reference
-from .encoding import EncodedRow, TextEncoder
+from .encoding import TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, Remedy, VerificationError
-from .rules.base import ExitRule
+from .rules.rules import Budget
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 _WINDOW_ROWS = 32
 # Another CPU or driver rounds differently from the one on which the tolerance was measured.
 _SLACK = 10
 
 
-def check_reference(
-    folder: Path,
-    manifest: Manifest,
-    name: str,
-    rule: ExitRule,
-    run: Callable[[Sequence[EncodedRow]], Logits],
-    max_sequence: int,
-) -> Agreement:
+def check_reference(engine: Engine, folder: Path) -> Agreement:
     """Run the reference texts, and compare logits, labels and exits with the PyTorch model.
 
     Args:
+        engine: runs the texts, except those that are too long for its target.
         folder: the engines folder.
-        manifest: its manifest.
-        name: the target.
-        rule: the rule whose exits are compared.
-        run: gives the logits `[exits, rows, labels]` of rows at full depth.
-        max_sequence: the longest row in tokens that `run` takes; longer texts are left out.
 
     Raises:
         ArtifactError: the reference is missing or damaged, or none of its texts fits the target.
         VerificationError: they differ too much. Logits may differ by ten times what was measured
             when the target was made.
     """
+    name, manifest = engine.target, engine.manifest
     required = _requirements(name, manifest.targets[name])
     texts, expected = read_reference(folder, manifest)
     # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
     rows = TextEncoder(folder, manifest.tokenizer).encode(texts)
-    fits = [number for number, row in enumerate(rows) if len(row) <= max_sequence]
+    longest = engine.limits.max_sequence
+    fits = [number for number, row in enumerate(rows) if len(row) <= longest]
     if not fits:
         raise ArtifactError(
-            f"no text of the reference fits the {max_sequence} tokens of {name}",
+            f"no text of the reference fits the {longest} tokens of {name}",
             Remedy("export the model again with shorter texts as {verify_data}"),
         )
     windows = [fits[start : start + _WINDOW_ROWS] for start in range(0, len(fits), _WINDOW_ROWS)]
-    found = np.concatenate([run([rows[n] for n in window]) for window in windows], axis=1)
-    first = manifest.exits[0]
-    agreement = compare(found, expected[:, fits], rule, manifest.task, required, first)
+    first, last = manifest.exits[0], Budget(exit=manifest.exits[-1])
+    found = np.concatenate(
+        [engine.run_encoded([rows[n] for n in window], last).logits for window in windows], axis=1
+    )
+    agreement = compare(found, expected[:, fits], engine.rule, manifest.task, required, first)
     if not agreement.passed:
         remedy = COPY_AGAIN
         if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:

@@ -24,6 +24,8 @@ from fpabee.runtime.artifact.manifest import (
     REFERENCE_NAME,
     ExitZeroSpec,
     ProblemType,
+    with_operating_points,
+    with_target,
 )
 from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
 from fpabee.runtime.artifact.reference import read_reference, write_reference
@@ -247,6 +249,11 @@ def add_exit_0(folder: Path, seed: int = 0) -> None:
     encoder = TextEncoder(folder, manifest.tokenizer)
     first = exit_0(encoder.encode(texts_of_reference))
     write_reference(folder, texts_of_reference, np.stack([first, *reference]))
+    correct_reference(folder)
+
+
+def correct_reference(folder: Path) -> None:
+    """Let the manifest of an engines folder name the reference answers as they are."""
     manifest = read_manifest(folder)
     files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
     write_manifest(folder, msgspec.structs.replace(manifest, files=files))
@@ -295,18 +302,18 @@ def _point(rule: ExitRule) -> OperatingPoint:
 
 @pytest.fixture(scope="session")
 def set_points() -> Callable[..., None]:
-    """Gives a folder's target (by default the default one) operating points: name to rule."""
+    """Gives a folder's target operating points: name to rule.
+
+    The target is the default one, or a copy of it under another name.
+    """
 
     def write(folder: Path, target: str = "", default: str = "", **rules: ExitRule) -> None:
         manifest = read_manifest(folder)
         name = target or manifest.default_target
-        changed = msgspec.structs.replace(
-            manifest.targets[name],
-            operating_points={point: _point(rule) for point, rule in rules.items()},
-            default_operating_point=default,
-        )
-        targets = {**manifest.targets, name: changed}
-        write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+        points = {point: _point(rule) for point, rule in rules.items()}
+        built = manifest.targets.get(name, manifest.targets[manifest.default_target])
+        changed = with_operating_points(built, points, default)
+        write_manifest(folder, with_target(manifest, name, changed))
 
     return write
 

@@ -18,17 +18,24 @@ def attention_bias(attention_mask: Tensor) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """From token ids to the first hidden states, and to the tensors that all layers read."""
+    """From token ids to the first hidden states, and to the tensors that all layers read.
 
-    def __init__(self, embeddings: nn.Module) -> None:
+    Args:
+        embeddings: the embeddings of the encoder.
+        mapping: projects them to the hidden size, if they are narrower.
+    """
+
+    def __init__(self, embeddings: nn.Module, mapping: nn.Module | None = None) -> None:
         super().__init__()
         self.embeddings = embeddings
+        self.mapping = nn.Identity() if mapping is None else mapping
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states `[rows, sequence, hidden]`, and the carried tensors by name."""
-        return self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids), {}
+        # By position: families without token types have another optional argument there.
+        return self.mapping(self.embeddings(input_ids, token_type_ids)), {}
 
     def frozen(self, max_positions: int) -> Embeddings:
         """The same module, with everything that does not depend on the text computed in advance."""

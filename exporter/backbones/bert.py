@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from .base import Backbone, ClassifierParts, Embeddings
 
@@ -41,19 +41,6 @@ class Camembert(Roberta):
     model_type = "camembert"
 
 
-class _MappedEmbeddings(Embeddings):
-    """Embeddings narrower than the layers, and their projection to the hidden size."""
-
-    def __init__(self, embeddings: nn.Module, mapping: nn.Module) -> None:
-        super().__init__(embeddings)
-        self.mapping = mapping
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.mapping(self.embeddings(input_ids, token_type_ids)), {}
-
-
 class Albert(Backbone):
     """ALBERT: layers share their weights, in one group or several."""
 
@@ -63,7 +50,7 @@ class Albert(Backbone):
     def embeddings(self) -> Embeddings:
         """The embeddings and their projection to the hidden size."""
         mapping = self.encoder.encoder.embedding_hidden_mapping_in
-        return _MappedEmbeddings(self.encoder.embeddings, mapping)
+        return Embeddings(self.encoder.embeddings, mapping)
 
     def layers(self) -> list[nn.Module]:
         """One entry for each call, so a group appears several times."""
@@ -85,22 +72,11 @@ class Electra(Backbone):
     def embeddings(self) -> Embeddings:
         """The embeddings, projected to the hidden size if they are narrower."""
         mapping = getattr(self.encoder, "embeddings_project", None)
-        if mapping is None:
-            return Embeddings(self.encoder.embeddings)
-        return _MappedEmbeddings(self.encoder.embeddings, mapping)
+        return Embeddings(self.encoder.embeddings, mapping)
 
     def classifier_parts(self) -> ClassifierParts:
         """The head of RoBERTa with another activation."""
         return ClassifierParts("classifier.dense", "classifier.out_proj", activation="gelu")
-
-
-class _UntypedEmbeddings(Embeddings):
-    """Embeddings of families without token types."""
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.embeddings(input_ids), {}
 
 
 class DistilBert(Backbone):
@@ -108,10 +84,6 @@ class DistilBert(Backbone):
 
     model_type = "distilbert"
     prefix = "distilbert"
-
-    def embeddings(self) -> Embeddings:
-        """The embeddings."""
-        return _UntypedEmbeddings(self.encoder.embeddings)
 
     def layers(self) -> list[nn.Module]:
         """The layers of its `transformer`."""

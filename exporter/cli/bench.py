@@ -23,8 +23,8 @@ from ...runtime.environment import cpu_name
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
 from ...runtime.rule_words import rule_in_words
-from ...runtime.rules.base import ExitRule
-from ...runtime.rules.rules import takes_threshold
+from ...runtime.rules.base import ExitRule, ThresholdRule
+from ...runtime.rules.rules import RULES
 from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
 from ..load_test import Load, run_load_test
 
@@ -117,7 +117,8 @@ def main(
     texts = [row.content for row in read_rows(source, options.read_options(settings))]
     with step_progress(quiet) as progress:
         with Engine.load(engines, target, threads=threads) as engine:
-            if depth is not None and takes_threshold(settings["rule"] or engine.rule.name):
+            kind = RULES[settings["rule"] or engine.rule.name]
+            if depth is not None and issubclass(kind, ThresholdRule):
                 settings["threshold"] = 0.0  # replaced below
             rule = options.chosen_rule(engine.rule, settings)
             if depth is not None:

@@ -23,13 +23,7 @@ def to_dict(result: DropExitsResult) -> dict[str, Any]:
         "exits": list(result.exits),
         "layers": list(result.manifest.exit_layers),
         "verification": result.agreement.to_dict(),
-        "points": {
-            name: {
-                "before": msgspec.to_builtins(point.before),
-                "after": msgspec.to_builtins(point.after),
-            }
-            for name, point in result.points.items()
-        },
+        "points": msgspec.to_builtins(result.points),
         "default_operating_point": result.default or "",
         "not_valid_any_more": [
             asdict(lost) | {"command": _calibrate(result, lost.target)} for lost in result.lost

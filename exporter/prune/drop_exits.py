@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
 from ..add_targets import PLAN_BACKENDS, AddTargetsOptions, add_target
-from ..staging import check_output, publish, resolved, staging
+from ..staging import check_output, resolved, staging
 from ..targets.options import RTX
 from .keep import check_exits, keep_exits
 
@@ -161,22 +161,25 @@ def drop_exits(
     progress("merge", 0, len(options.exits))
     with staging(new) as folder:
         kept, agreement = keep_exits(old, manifest, options.exits, folder)
-        publish(folder, new)
     built = _rebuild(new, manifest, kept, options.targets, progress)
     points: dict[str, RecalibratedPoint] = {}
     lost: list[LostPoint] = []
+    is_built = name in read_manifest(new).targets
     for other, its in manifest.targets.items():
-        if other != name:
-            lost += _lost(other, its.operating_points, "it was measured on another target")
-        elif name not in read_manifest(new).targets:
-            lost += _lost(name, its.operating_points, "the target could not be built here")
-    if rows is None and name in read_manifest(new).targets:
-        lost += _lost(name, _guaranteed(target), "its guarantee needs rows that chose no exits")
-    for group in _groups(target, rows is not None) if name in read_manifest(new).targets else ():
+        for point, before in its.operating_points.items():
+            if other != name:
+                lost.append(LostPoint(other, point, "it was measured on another target"))
+            elif not is_built:
+                lost.append(LostPoint(name, point, "the target could not be built here"))
+            elif before.is_guaranteed and rows is None:
+                # The rows that calibrated the points may have chosen the exits.
+                reason = "its guarantee needs rows that chose no exits"
+                lost.append(LostPoint(name, point, reason))
+    for group in _groups(target, rows is not None) if is_built else ():
         try:
             points |= _recalibrate(old, manifest, new, name, group, rows, options, progress)
         except FpabeeError as error:
-            lost += _lost(name, group, error.message)
+            lost += [LostPoint(name, point, error.message) for point in group]
     final = read_manifest(new)
     return DropExitsResult(
         folder=Path(output),
@@ -210,15 +213,6 @@ def _rebuild(
         if name is not None:
             built.append(name)
     return built
-
-
-def _lost(target: str, points: Iterable[str], reason: str) -> list[LostPoint]:
-    return [LostPoint(target, point, reason) for point in points]
-
-
-def _guaranteed(target: Target) -> list[str]:
-    """Points with a guarantee, which the rows that may have chosen the exits cannot renew."""
-    return [name for name, point in target.operating_points.items() if point.is_guaranteed]
 
 
 def _groups(target: Target, new_rows: bool) -> list[dict[str, OperatingPoint]]:

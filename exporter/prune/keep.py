@@ -24,6 +24,7 @@ from ...runtime.artifact.manifest import (
     Graph,
     Manifest,
     Segment,
+    with_operating_points,
 )
 from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
@@ -103,7 +104,7 @@ def keep_exits(
     logits = logits[[number - first for number in (*range(first, 1), *exits)]]
     write_reference(folder, texts, logits)
     targets = {
-        name: msgspec.structs.replace(target, operating_points={}, default_operating_point="")
+        name: with_operating_points(target, {}, "")
         for name, target in manifest.targets.items()
         if not target.files or is_cpu_int8(target)
     }

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...runtime.artifact.manifest import NEXT
+from ..onnx_file import prune
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
@@ -34,7 +35,7 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
     tensors: dict[str, str] = {}
     for number, (name, proto) in enumerate(calls):
         _append(merged, proto.graph, name, f".{number:02d}", tensors, made)
-    _prune(merged, {tensors[output.removeprefix(NEXT)] for output in outputs})
+    prune(merged, {tensors[output.removeprefix(NEXT)] for output in outputs})
     for output in outputs:
         carried = output.removeprefix(NEXT)
         _rename(merged, tensors[carried], output)
@@ -86,27 +87,6 @@ def _append(
         carried = value.name.removeprefix(NEXT)
         tensors[carried] = rename.get(value.name, value.name + suffix)
         made[carried] = value
-
-
-def _prune(graph: Any, outputs: Collection[str]) -> None:
-    """Remove the nodes, weights, inputs and value types that the outputs do not need."""
-    needed = set(outputs)
-    kept = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    kept.reverse()
-    made = {output for node in kept for output in node.output}
-    lists = (
-        (graph.node, kept),
-        (graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed]),
-        (graph.input, [value for value in graph.input if value.name in needed]),
-        (graph.value_info, [value for value in graph.value_info if value.name in made]),
-    )
-    for field, content in lists:
-        del field[:]
-        field.extend(content)
 
 
 def _rename(graph: Any, old: str, new: str) -> None:

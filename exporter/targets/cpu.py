@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ...runtime.agreement import Agreement
-from ...runtime.artifact.manifest import Manifest, Target
+from ...runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
@@ -177,12 +177,8 @@ def verified_target(
     """
     old = manifest.targets.get(name)
     if old is not None and (old.versions, old.files) == (target.versions, target.files):
-        target = msgspec.structs.replace(
-            target,
-            operating_points=old.operating_points,
-            default_operating_point=old.default_operating_point,
-        )
-    candidate, score = _with_target(manifest, name, target), None
+        target = with_operating_points(target, old.operating_points, old.default_operating_point)
+    candidate, score = with_target(manifest, name, target), None
     try:
         with _engine(folder, candidate, name) as engine:
             agreement = engine.check()
@@ -199,11 +195,7 @@ def verified_target(
         row_difference=difference,
         row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
     )
-    return _with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
-
-
-def _with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
-    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})
+    return with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
 
 
 def with_fastest_default(

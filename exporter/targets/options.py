@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import msgspec
+
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
+from ...runtime.backends.buffers import shape_of
+from ...runtime.backends.shapes import Bucket
 from ...runtime.errors import BackendError, Call, Remedy
 
 RTX = "tensorrt-rtx"
@@ -122,17 +126,10 @@ class PlanOptions:
         return _steps(_LENGTH_STEPS, self.sequence)
 
 
-def profile_of(spec: TensorSpec, shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
+def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
     """The smallest, typical and largest shape of a tensor."""
-
-    def shape(which: str) -> list[int]:
-        sizes = {
-            "batch": getattr(shapes.batch, which),
-            "sequence": getattr(shapes.sequence, which),
-        }
-        return [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-
-    return shape("min"), shape("opt"), shape("max")
+    ends = map(msgspec.structs.astuple, (shapes.batch, shapes.sequence))
+    return [shape_of(spec, Bucket(*sizes)) for sizes in zip(*ends, strict=True)]
 
 
 def _steps(steps: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...runtime.artifact.graph_content import GRAPH, MODEL
 from ...runtime.artifact.manifest import Graph
-from ...runtime.artifact.protobuf import fields
+from ...runtime.artifact.protobuf import values_at
 from ...runtime.errors import VerificationError
 from .plan_worker import PlanResult
 
@@ -97,7 +96,7 @@ def _large_weights(file: Path) -> set[tuple[bytes, ...]]:
     """Samples of each large weight of an ONNX file, unless it repeats a few values."""
     with file.open("rb") as opened:
         onnx = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-    weights = (weight for weight in _values(onnx, _WEIGHTS) if len(weight) >= _LARGE_BYTES)
+    weights = (weight for weight in values_at(onnx, _WEIGHTS) if len(weight) >= _LARGE_BYTES)
     return {samples for samples in map(_samples, weights) if samples}
 
 
@@ -105,13 +104,3 @@ def _samples(weight: memoryview) -> tuple[bytes, ...]:
     places = (len(weight) * number // _SAMPLES for number in range(_SAMPLES))
     samples = (bytes(weight[place : place + _SAMPLE_BYTES]) for place in places)
     return tuple(sample for sample in samples if len(set(sample)) >= _LEAST_DISTINCT)
-
-
-def _values(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview]:
-    """The values at a path of field numbers through nested messages."""
-    for number, _, value in fields(message):
-        if number == path[0] and isinstance(value, memoryview):
-            if path[1:]:
-                yield from _values(value, path[1:])
-            else:
-                yield value

@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     onnx: str
     plan: str
     timing_cache: str
-    profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
+    profiles: list[dict[str, list[tuple[int, ...]]]]
     options: PlanOptions
 
 
@@ -110,10 +111,7 @@ def _sum_tokens(trt: Any, network: Any) -> None:
     Builders fuse these into the layer norm before them: 12 kernels in a segment instead of 14. The
     graph keeps the matrix product, because it is several times faster on a CPU.
     """
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    for layer in layers:
-        if layer.type != trt.LayerType.MATRIX_MULTIPLY or not in_head(layer.name):
-            continue
+    for layer, readers in _head_products(trt, network):
         weights, values = layer.get_input(0), layer.get_input(1)
         if len(weights.shape) != 3 or weights.shape[1] != 1:  # a product with a constant matrix
             continue
@@ -123,33 +121,32 @@ def _sum_tokens(trt: Any, network: Any) -> None:
             turned.get_output(0), values, trt.ElementWiseOperation.PROD
         )
         mean = network.add_reduce(product.get_output(0), trt.ReduceOperation.SUM, 1 << 1, True)
-        for reader, number in _readers(layers, layer.get_output(0)):
+        for reader, number in readers:
             reader.set_input(number, mean.get_output(0))
 
 
-def _readers(layers: list[Any], tensor: Any) -> list[tuple[Any, int]]:
-    """The layers that read a tensor, and as which of their inputs."""
-    return [
-        (layer, number)
+def _head_products(trt: Any, network: Any) -> Iterator[tuple[Any, list[tuple[Any, int]]]]:
+    """The matrix products of exit heads, each with the layers that read it, as which input."""
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    inputs = [
+        (layer, number, layer.get_input(number))
         for layer in layers
         for number in range(layer.num_inputs)
-        if layer.get_input(number) is not None and layer.get_input(number).name == tensor.name
+        if layer.get_input(number) is not None
     ]
+    for layer in layers:
+        if layer.type == trt.LayerType.MATRIX_MULTIPLY and in_head(layer.name):
+            name = layer.get_output(0).name
+            yield layer, [(reader, number) for reader, number, x in inputs if x.name == name]
 
 
 def _lower_heads(trt: Any, network: Any) -> None:
     """Compute the products of exit heads in fp16: on Turing, TensorRT for RTX has none in fp32."""
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    for layer in layers:
-        is_product = layer.type == trt.LayerType.MATRIX_MULTIPLY
-        if not (is_product and in_head(layer.name)):
-            continue
-        product = layer.get_output(0)
-        readers = _readers(layers, product)
+    for layer, readers in _head_products(trt, network):
         for number in range(layer.num_inputs):
             lowered = network.add_cast(layer.get_input(number), trt.DataType.HALF)
             layer.set_input(number, lowered.get_output(0))
-        exact = network.add_cast(product, trt.DataType.FLOAT)
+        exact = network.add_cast(layer.get_output(0), trt.DataType.FLOAT)
         for reader, number in readers:
             reader.set_input(number, exact.get_output(0))
 
@@ -157,8 +154,8 @@ def _lower_heads(trt: Any, network: Any) -> None:
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:
     for shapes in request.profiles:
         profile = builder.create_optimization_profile()
-        for name, (low, typical, high) in shapes.items():
-            profile.set_shape(name, tuple(low), tuple(typical), tuple(high))
+        for name, ends in shapes.items():
+            profile.set_shape(name, *ends)
         config.add_optimization_profile(profile)
     options = request.options
     # Otherwise products in fp32 would round their inputs to 10 bits.

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
-from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
+from ...runtime.artifact.manifest import BuiltFile, Manifest, Target, with_target
 from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import (
@@ -189,7 +189,7 @@ def build_target(
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,
     )
-    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target}), name
+    return with_target(manifest, name, target), name
 
 
 def _remedy(folder: Path, backend: str, precision: str, failure: FpabeeError) -> Remedy:

@@ -18,10 +18,10 @@ from torch.nn import functional
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow, encoded_row
 from ...runtime.errors import InputError, ModelError, Remedy
-from ...runtime.exit_0 import ngrams
+from ...runtime.exit_0 import ExitZero, ngrams
 from ...runtime.files import Row
 from ...runtime.progress import Progress
-from ..exit_0 import ExitZeroWeights, unigrams_of
+from ..exit_0 import unigrams_of
 from ..model import MultiExitModel
 from .predictions import Collate, Encoded, predict, probabilities
 
@@ -90,8 +90,8 @@ class BagOfNgrams(nn.Module):
         return logits
 
     @torch.no_grad()
-    def weights(self) -> ExitZeroWeights:
-        """The weights as they are stored."""
+    def weights(self) -> ExitZero:
+        """The weights as they are stored; raises ValueError if they are not finite."""
         table, weights = self.vectors.weight[:-1], self.classifier.weight.T
         labels = self.classifier.out_features
         if labels <= _MOST_FOLDED:
@@ -101,7 +101,7 @@ class BagOfNgrams(nn.Module):
         full = np.zeros((unigrams + _BUCKETS, table.shape[1]), np.float16)
         full[known] = table.numpy()
         bias = self.classifier.bias.numpy().copy()
-        return ExitZeroWeights(unigrams, full, np.ascontiguousarray(weights.numpy()), bias)
+        return ExitZero(unigrams, full, np.ascontiguousarray(weights.numpy()), bias)
 
 
 def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[EncodedRow]:
@@ -136,7 +136,7 @@ def train_exit_0(
     seed: int,
     progress: Progress,
     is_taught: bool = False,
-) -> ExitZeroWeights:
+) -> ExitZero:
     """Train exit 0 half on the labels and half on the last exit of a trained model.
 
     Args:
@@ -163,14 +163,12 @@ def train_exit_0(
     vocabulary = Vocabulary(rows["train"], unigrams_of(int(model.backbone.config.vocab_size)))
     bag = BagOfNgrams(vocabulary, count)
     train, dev = (vocabulary.bags(rows[name]) for name in ("train", "dev"))
-    trained = fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
     try:
-        trained.classifier()
+        return fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
     except ValueError as error:
         raise ModelError(
             f"the training of exit 0 diverged: {error}", Remedy("leave out {exit_0}")
         ) from error
-    return trained
 
 
 def _targets(rows: Sequence[Encoded], labels: int) -> Tensor:
@@ -181,7 +179,7 @@ def _targets(rows: Sequence[Encoded], labels: int) -> Tensor:
 
 def fit(
     bag: BagOfNgrams, train: Part, dev: Part, problem_type: ProblemType, progress: Progress
-) -> ExitZeroWeights:
+) -> ExitZero:
     """Train until the loss on the dev rows has stopped falling.
 
     Args:

@@ -20,12 +20,13 @@ from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError
+from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
 from ...runtime.progress import Progress, silent
 from ..backbones import build_encoder
 from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
-from ..exit_0 import ExitZeroWeights, save_exit_0
+from ..exit_0 import save_exit_0
 from ..model import MultiExitConfig, MultiExitModel
 from ..tokenizer import load_tokenizer
 from ..weights import TRAIN
@@ -128,7 +129,7 @@ def train(
         data={name: _source(str(sources[name]), part) for name, part in rows.items()},
         labels=config.labels,
         exits=(0, *config.exits) if exit_0 else config.exits,
-        exit_0_bytes=exit_0.size if exit_0 else 0,
+        exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
         scores={
             name: _scores(model, exit_0, bags[name], part, collate)
             for name, part in data.items()
@@ -227,7 +228,7 @@ def features(
 
 def _scores(
     model: MultiExitModel,
-    exit_0: ExitZeroWeights | None,
+    exit_0: ExitZero | None,
     rows: Sequence[EncodedRow],
     data: Features,
     collate: Collate,
@@ -235,8 +236,7 @@ def _scores(
     """The scores of every exit on tokenized rows, exit 0 first if there is one."""
     logits = predict(model, data, collate, lambda output: output.transpose(0, 1))
     if exit_0:
-        classify = exit_0.classifier()
-        parts = [classify(rows[n : n + _ROWS]) for n in range(0, len(rows), _ROWS)]
+        parts = [exit_0(rows[n : n + _ROWS]) for n in range(0, len(rows), _ROWS)]
         logits = np.concatenate([np.concatenate(parts)[:, None], logits], axis=1)
     labels = np.array([row["labels"] for row in data])
     return exit_scores(logits, labels, model.exit_config.problem_type)

@@ -279,6 +279,13 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         return self.backend.startswith("tensorrt") or self.device == "cuda"
 
 
+def with_operating_points(
+    target: Target, points: dict[str, OperatingPoint], default: str
+) -> Target:
+    """A target with these operating points, of which one is the default."""
+    return msgspec.structs.replace(target, operating_points=points, default_operating_point=default)
+
+
 class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
     """A target that could not be built where the folder was made.
 
@@ -389,3 +396,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The layer of each exit, in the order of `exits`: how many layers ran; 0 for exit 0."""
         layers = tuple(segment.layer for segment in self.segments)
         return layers if self.exit_0 is None else (0, *layers)
+
+
+def with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
+    """A manifest with one target more, or with one target replaced."""
+    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})

@@ -44,6 +44,16 @@ def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         at += size
 
 
+def values_at(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview]:
+    """The values at a path of field numbers through nested messages."""
+    for number, _, value in fields(message):
+        if number == path[0] and isinstance(value, memoryview):
+            if path[1:]:
+                yield from values_at(value, path[1:])
+            else:
+                yield value
+
+
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """A number of variable length that begins at `at`, and the position after it."""
     value = 0

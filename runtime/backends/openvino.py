@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import metadata, util
 from pathlib import Path
@@ -106,12 +106,7 @@ class OpenVinoBackend(HostBackend):
     def limits(self) -> Limits:
         """Any batch size; lengths in steps, so that requests can be used again."""
         limits = super().limits()
-        return Limits(
-            limits.max_batch,
-            limits.max_sequence,
-            limits.group_tokens,
-            sequence_lengths=length_steps(limits.max_sequence),
-        )
+        return replace(limits, sequence_lengths=length_steps(limits.max_sequence))
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
         """A tensor over an array's memory."""

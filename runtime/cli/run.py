@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..artifact.manifest import MANIFEST_NAME
 from ..chain import Regroup
 from ..engine import Engine
 from ..errors import InputError
-from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, ReadOptions, TextFormat
+from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, TextFormat
 from ..files.destination import Destination, open_sink
 from ..files.formats import OUTPUT_FORMATS
 from ..files.job import run
@@ -103,13 +104,7 @@ def main(
     target: str | None,
     operating_point: str | None,
     full_depth: bool,
-    max_length: int | None,
-    threads: int | None,
     check: bool,
-    with_text: bool,
-    top_k: int | None,
-    all_scores: bool,
-    logits: bool,
     metrics: bool,
     unbuffered: bool,
     quiet: bool,
@@ -121,6 +116,9 @@ def main(
     if not sources:
         raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
+    loading = {name: settings.pop(name) for name in ("max_length", "threads")}
+    fields = ("with_text", "all_scores", "top_k", "logits")
+    written = {name: settings.pop(name) for name in fields}
     overrides = bool(options.given(options.RULE_OPTIONS))
     options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
@@ -131,12 +129,7 @@ def main(
     destination.check_inputs(sources)
     shows = not (quiet or as_json)
     with Engine.load(
-        engines,
-        target,
-        operating_point,
-        threads,
-        regroup=_regroup(engines, target),
-        max_length=max_length,
+        engines, target, operating_point, regroup=_regroup(engines, target), **loading
     ) as engine:
         checked = engine.check() if check else None
         if checked is not None and shows:
@@ -150,21 +143,15 @@ def main(
         schema = RecordSchema(
             engine.labels,
             engine.multi_label,
-            with_text,
-            all_scores,
-            top_k or 0,
-            logits,
             errors=on_error == "skip",
             separator=reading.label_separator or LABEL_SEPARATOR,
+            **written,
         )
         if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
             schema.check_separator()
 
-        def settings_of_run() -> dict[str, Any]:
-            return _settings_of_run(
-                engines, summary, schema, inputs, reading, resume, max_length, threads
-            )
-
+        shared = asdict(reading) | written | loading
+        settings_of_run = partial(_settings_of_run, engines, summary, inputs, shared, resume)
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
@@ -217,14 +204,7 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
 
 
 def _settings_of_run(
-    engines: Path,
-    summary: Summary,
-    schema: RecordSchema,
-    inputs: Inputs,
-    reading: ReadOptions,
-    resume: bool,
-    max_length: int | None,
-    threads: int | None,
+    engines: Path, summary: Summary, inputs: Inputs, shared: dict[str, Any], resume: bool
 ) -> dict[str, Any]:
     """All settings that a run and the run that resumes it must share.
 
@@ -244,13 +224,7 @@ def _settings_of_run(
         "rule": "full depth" if summary.rule is None else summary.rule.to_dict(),
         "inputs": list(hashes),
         **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
-        **asdict(reading),
         "engines": sha256_of(engines / MANIFEST_NAME),
-        "with_text": schema.with_text,
-        "all_scores": schema.all_scores,
-        "top_k": schema.top_k,
-        "logits": schema.logits,
-        "max_length": max_length,
-        "threads": threads,
+        **shared,
         "metrics": summary.metrics,
     }

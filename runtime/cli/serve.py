@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 from ..engine import Engine
 from ..optional_packages import require
@@ -51,10 +52,6 @@ def main(
     engines: Path,
     host: str,
     port: int,
-    target: str | None,
-    operating_point: str | None,
-    threads: int | None,
-    max_length: int | None,
     check: bool,
     quiet: bool,
     max_rows: int,
@@ -62,21 +59,14 @@ def main(
     max_body: int,
     triton: Path | None,
     name: str | None,
+    **loading: Any,
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
     name = name or engines.resolve().name
     if triton is not None:
         options.not_with("host port check max_body", triton, "--triton, which starts no server")
         folder = write_repository(
-            engines,
-            triton,
-            name,
-            target=target,
-            operating_point=operating_point,
-            threads=threads,
-            max_length=max_length,
-            max_rows=max_rows,
-            max_texts=max_texts,
+            engines, triton, name, max_rows=max_rows, max_texts=max_texts, **loading
         )
         if not quiet:
             echo(f"wrote {folder}", err=True)
@@ -88,9 +78,7 @@ def main(
 
     limits = ServerLimits(max_body, min(max_texts, max_rows))
     with (
-        Engine.load(
-            engines, target, operating_point, threads, max_length=max_length, check=check
-        ) as engine,
+        Engine.load(engines, check=check, **loading) as engine,
         listen(host, port) as listener,
     ):
         metrics = Metrics(engine)
@@ -105,11 +93,7 @@ def main(
                 echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: None)
-            serve(
-                make_app(engine, scheduler, metrics, limits, name),
-                listener,
-                limits,
-            )
+            serve(make_app(engine, scheduler, metrics, limits, name), listener, limits)
         finally:
             scheduler.close(cancel=True)
 

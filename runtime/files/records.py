@@ -26,7 +26,7 @@ class RecordSchema:
         multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
         all_scores: whether the probabilities of all labels are included.
-        top_k: how many of the most probable labels are included; 0 for none.
+        top_k: how many of the most probable labels are included; None for none.
         logits: whether the logits of all labels are included.
         errors: whether a record may be an error.
         separator: separates labels, and scores, in a cell.
@@ -36,7 +36,7 @@ class RecordSchema:
     multi_label: bool
     with_text: bool = False
     all_scores: bool = False
-    top_k: int = 0
+    top_k: int | None = None
     logits: bool = False
     errors: bool = False
     separator: str = LABEL_SEPARATOR

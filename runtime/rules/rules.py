@@ -294,8 +294,3 @@ RULES: dict[str, type[ExitRule]] = {
     for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Learned, Budget)
 }
 """The class of each rule by its name."""
-
-
-def takes_threshold(name: str) -> bool:
-    """Whether a rule has a threshold."""
-    return issubclass(RULES[name], ThresholdRule)

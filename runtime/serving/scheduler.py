@@ -372,8 +372,8 @@ class Scheduler:
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:
-            runner.decide(0, state, _exit_0_of(rows).astype(np.float64))
-        group = chain.begin([row.encoded for row in rows], _array(rows), state)
+            runner.decide(0, state, np.array([row.at_exit_0 for row in rows], np.float64))
+        group = chain.begin([row.encoded for row in rows], np.array(rows, object), state)
         self._groups.append(group)
         return group
 
@@ -523,14 +523,3 @@ def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:
     for row in rows:
         parts.setdefault(row.runner, []).append(row)
     return list(parts.values())
-
-
-def _exit_0_of(rows: Sequence[_Row]) -> NDArray[np.float32]:
-    """`[rows, labels]` float32, the logits of exit 0."""
-    return np.array([row.at_exit_0 for row in rows], np.float32)
-
-
-def _array(rows: Sequence[_Row]) -> NDArray[Any]:
-    array = np.empty(len(rows), object)
-    array[:] = rows
-    return array

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fpabee.calibration.trace import trace_rows
@@ -25,11 +24,11 @@ from .cases import (
     Change,
     Make,
     Place,
-    changed_heads,
     check,
     each,
     manifest,
     no_space,
+    with_nan,
 )
 
 LABELS = ("music", "weather", "alarm", "travel")
@@ -121,10 +120,6 @@ def full_disk(what: str, make: Make) -> Make:
 def neighbours(content: Any) -> None:
     """A target in which rows influence each other."""
     content["targets"][content["default_target"]]["row_invariant"] = False
-
-
-def with_nan(folder: Path) -> None:
-    changed_heads(folder, "onnx/fp32/segment_02.onnx", lambda values: values * np.float32("nan"))
 
 
 UNLABELLED = [{"text": row["text"]} for row in rows()]

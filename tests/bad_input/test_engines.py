@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from onnx import helper
@@ -29,6 +28,7 @@ from .cases import (
     corrected,
     each,
     manifest,
+    with_nan,
 )
 
 REFERENCE = "reference.npz"
@@ -100,10 +100,6 @@ def long_text(place: Place) -> Arguments:
 
     texts = place.file("in.txt", "rain " * 1000)
     return place.run(texts, folder=place.engines(manifest(longer)))
-
-
-def with_nan(folder: Path) -> None:
-    changed_heads(folder, SECOND, lambda values: values * np.float32("nan"))
 
 
 def other_weights(folder: Path) -> None:

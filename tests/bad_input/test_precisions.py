@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from fpabee.runtime import agreement
 
-from .cases import Arguments, Case, Change, Make, Place, changed_heads, check, corrected, each
+from .cases import Arguments, Case, Change, Make, Place, check, corrected, each, with_nan
 
 SECOND = "onnx/fp32/segment_02.onnx"
 TEXTS = "".join(f"{a} {b}\n" for a, b in itertools.permutations(("a", "is", "not", "good"), 2)) * 4
@@ -72,10 +72,6 @@ def full_disk(place: Place) -> Arguments:
     arguments = folder(lambda _: None, "--fp16")(place)
     place.patch.setattr(Path, "write_bytes", full)
     return arguments
-
-
-def with_nan(folder: Path) -> None:
-    changed_heads(folder, SECOND, lambda values: values * np.float32("nan"))
 
 
 CASES = [

@@ -268,8 +268,6 @@ def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
     folder = engine_copy("mpnet")
     manifest = read_manifest(folder)
     here = manifest.default_target
-    targets = {**manifest.targets, "other": manifest.targets[here]}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
     set_points(folder, target="other", default="fast", fast=Budget(exit=1))
     # A label that is predicted too seldom at full depth.
     rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, load_config, save_checkpoint
 from fpabee.exporter.exit_0 import (
     EXIT_0_FILE,
-    ExitZeroWeights,
     load_exit_0,
     save_exit_0,
     unigrams_of,
@@ -36,14 +34,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
 
 
-def random_exit_0(vocabulary: int, labels: int, buckets: int = 64) -> ExitZeroWeights:
+def random_exit_0(vocabulary: int, labels: int, buckets: int = 64) -> ExitZero:
     random = np.random.default_rng(7)
     table = random.normal(size=(vocabulary + buckets, labels)).astype(np.float16)
     weights = np.eye(labels, dtype=np.float32)
-    return ExitZeroWeights(vocabulary, table, weights, np.ones(labels, np.float32))
+    return ExitZero(vocabulary, table, weights, np.ones(labels, np.float32))
 
 
-def read(folder: Path) -> ExitZeroWeights | None:
+def read(folder: Path) -> ExitZero | None:
     config = load_config(folder)
     return load_exit_0(folder, config, len(config.id2label))
 
@@ -74,9 +72,8 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     assert found.arrays.keys() == given.arrays.keys()
     for name, array in given.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
-    assert found.size == 864 * 3 * 2 + 9 * 4 + 3 * 4
 
-    save_exit_0(bert, dataclasses.replace(given, bias=np.full(3, 5, np.float32)))
+    save_exit_0(bert, ExitZero(800, given.table, given.weights, np.full(3, 5, np.float32)))
     again = read(bert)
     assert again is not None
     assert again.bias.tolist() == [5, 5, 5]
@@ -138,7 +135,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "labels": (
         lambda folder: save_exit_0(folder, random_exit_0(800, 2)),
-        "gives 2 logits, but the model has 3 labels",
+        "gives 2 logits for 3 labels",
     ),
     "an empty block": (with_block({"exit_0": {}}), "is not an exit 0: 'unigrams'"),
     "a wrong block": (with_block({"exit_0": "yes"}), "is not an exit 0: "),
@@ -175,7 +172,7 @@ def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
         exit_0 = ExitZero.load(folder, manifest)
         assert exit_0 is not None
         rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
-        np.testing.assert_array_equal(exit_0(rows), given.classifier()(rows))
+        np.testing.assert_array_equal(exit_0(rows), given(rows))
         texts, logits = read_reference(folder, manifest)
         expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
         np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
@@ -185,6 +182,6 @@ def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
 def test_an_export_refuses_a_wrong_exit_0(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
     save_exit_0(source, random_exit_0(load_config(source).vocab_size, 5))
-    with pytest.raises(ModelError, match="gives 5 logits, but the model has 4 labels"):
+    with pytest.raises(ModelError, match="gives 5 logits for 4 labels"):
         export(source, tmp_path / "engines")
     assert not (tmp_path / "engines").exists()

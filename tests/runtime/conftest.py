@@ -1,4 +1,4 @@
-"""Fixtures of the command `fpabee-run`."""
+"""Fixtures of the commands `fpabee-run` and `fpabee-serve`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.runtime.cli.run import main
+from fpabee.runtime.cli import run as run_command
+from fpabee.runtime.cli import serve as serve_command
 
-from .running import Result, Run
+from .running import Result, Run, execute
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process; stdout is taken at its file descriptor."""
+    """Runs `fpabee-run` in this process."""
 
     def run(*arguments: str | Path, stdin: bytes = b"") -> Result:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return Result(int(caught.value.code or 0), out, err)
+        return execute(run_command.main, capfd, arguments)
 
     return run
+
+
+@pytest.fixture
+def serve(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `fpabee-serve`, which is to end at once, in this process."""
+    return lambda *arguments: execute(serve_command.main, capfd, arguments)
 
 
 @pytest.fixture

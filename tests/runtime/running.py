@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
+import pytest
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,15 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+def execute(
+    main: click.Command, capfd: pytest.CaptureFixture[str], arguments: Sequence[object]
+) -> Result:
+    """Run a command in this process; its output is taken at the file descriptors."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return Result(int(caught.value.code or 0), *capfd.readouterr())
 
 
 def check_refused(result: Result, *says: str) -> None:

@@ -404,8 +404,6 @@ def test_a_point_of_another_target_is_refused(
     folder = engine_copy("bert")
     manifest = read_manifest(folder)
     here = manifest.default_target
-    targets = {**manifest.targets, "other": manifest.targets[here]}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
     set_points(folder, target="other", default="fast", fast=Budget(exit=1))
     with pytest.raises(RuleError, match=f"measured on other, not on {here}") as caught:
         Engine.load(folder, operating_point="fast")

@@ -129,44 +129,49 @@ def test_the_cascade_competes_and_exit_0_costs_no_layer(reproduce: ModuleType) -
         assert setting["score"] == pytest.approx((answers == test.expected).mean())
 
 
-def test_only_runs_named_so_have_exit_0(
-    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = []
+@pytest.fixture
+def trained(
+    reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, TrainOptions]]:
+    """The folders that would have been trained, by name, and how."""
+    found = []
 
     def train(folder: Path, options: TrainOptions, *_: object) -> None:
-        trained.append(options)
+        found.append((folder.name, options))
         folder.mkdir(exist_ok=True)
         (folder / "training.json").write_text("{}")
 
     monkeypatch.setattr(reproduce, "train", train)
+    return found
+
+
+def test_only_runs_named_so_have_exit_0(
+    reproduce: ModuleType, tmp_path: Path, trained: list[tuple[str, TrainOptions]]
+) -> None:
     for name, run in reproduce.RUNS.items():
         reproduce.train_run(run, 7, tmp_path, "backbone", tmp_path / name, "")
-        assert trained[-1].exit_0 is name.endswith("-exit-0")
-        assert trained[-1].distill == (0.5 if name.endswith(("-exit-0", "-distill")) else 0)
+        options = trained[-1][1]
+        assert options.exit_0 is name.endswith("-exit-0")
+        assert options.distill == (0.5 if name.endswith(("-exit-0", "-distill")) else 0)
     # A model that was trained without exit 0 gets it, and keeps its encoder.
     before = len(trained)
     for name in ("mini-sst2", "mini-sst2-exit-0"):
         reproduce.train_run(reproduce.RUNS[name], 7, tmp_path, "backbone", tmp_path / name, "")
-    assert [options.exit_0_only for options in trained[before:]] == [True]
+    assert [options.exit_0_only for _, options in trained[before:]] == [True]
 
 
 def test_a_cut_encoder_has_one_exit_after_its_last_layer(
-    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reproduce: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: list[tuple[str, TrainOptions]],
 ) -> None:
-    trained = {}
-
-    def train(folder: Path, options: TrainOptions, *_: object) -> None:
-        trained[folder.name] = options.exits
-        folder.mkdir()
-        (folder / "training.json").write_text("{}")
-
-    monkeypatch.setattr(reproduce, "train", train)
     monkeypatch.setattr(reproduce, "engines_of", lambda folder: folder)
     arguments = ("mini-trec-exit-0", 42, tmp_path, "backbone", tmp_path)
     assert reproduce.cut_encoders(*arguments, is_trained=False) == {}
     found = reproduce.cut_encoders(*arguments, is_trained=True)
-    assert trained == {f"mini-trec-cut-{layers}-42": (layers,) for layers in (1, 2, 3)}
+    exits = [(name, options.exits) for name, options in trained]
+    assert exits == [(f"mini-trec-cut-{layers}-42", (layers,)) for layers in (1, 2, 3)]
     assert found == reproduce.cut_encoders(*arguments, is_trained=False)
     assert list(found) == [1, 2, 3]
 

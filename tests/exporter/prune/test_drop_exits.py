@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,7 +26,8 @@ from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.files import Row
 
-WORDS = ("the", "good", "bad", "film", "plot", "music", "stop", "turn", "on", "light", "rain")
+from ...calibration.conftest import label_rows
+
 TARGET = "onnxruntime-fp32"
 
 Drop = Callable[..., Result]
@@ -38,26 +38,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def make_rows(folder: Path, count: int = 100) -> list[Row]:
-    """Random texts, most of them labelled as the model has it at full depth."""
-    generator = random.Random(3)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(1, 12))) for _ in range(count)]
-    with Engine.load(folder, threads=1) as engine:
-        answers = [prediction.labels for prediction in engine.predict(texts, full_depth=True)]
-        names = engine.labels
-    return [
-        Row(text, None, answer if generator.random() > 0.1 else (names[0],), {}, line)
-        for line, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)
-    ]
-
-
 @pytest.fixture(scope="module")
 def made(
     tmp_path_factory: pytest.TempPathFactory, engines: Mapping[str, Path]
 ) -> tuple[Path, list[Row]]:
     """A calibrated engines folder, and its rows. Read-only: see `calibrated`."""
     folder = Path(shutil.copytree(engines["bert"], tmp_path_factory.mktemp("placed") / "engines"))
-    rows = make_rows(folder)
+    rows = label_rows(folder, count=100)
     goals = {"careful": Goal(max_drop=2.0), "usual": Goal(max_drop=10.0)}
     options = CalibrationOptions(
         goals=goals, default="usual", rules=("fpabee",), batch_size=4, threads=1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
-from fpabee.exporter.exit_0 import EXIT_0_FILE, ExitZeroWeights, load_exit_0
+from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
 from fpabee.exporter.model import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, pipeline, train
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, encoded_rows, train_exit_0
@@ -27,6 +27,7 @@ from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
+from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.files import Row
 from fpabee.runtime.progress import silent
 
@@ -53,7 +54,7 @@ class Stub(nn.Module):
         return self.logits.expand(1, len(input_ids), -1)
 
 
-def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZeroWeights, Any]:
+def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZero, Any]:
     """Exit 0 trained on some rows, which are also its dev rows, and its logits for them."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "pabee_bert")
     encoded = encoded_rows(rows, tokenizer, 16)
@@ -65,7 +66,7 @@ def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZeroWeig
 
     model: Any = teacher
     found = train_exit_0(model, *parts, collate, 3, silent)
-    return found, found.classifier()(encoded)
+    return found, found(encoded)
 
 
 def softmax(logits: Any) -> Any:
@@ -103,7 +104,7 @@ def test_numpy_gives_the_logits_of_torch(labels: int) -> None:
     stored = bag.weights()
     assert stored.table.shape == (800 + 65536, 3 if labels == 3 else 64), "it holds logits if few"
     assert stored.table.dtype == np.float16
-    found = stored.classifier()(encoded)
+    found = stored(encoded)
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
     assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.98
@@ -137,7 +138,7 @@ def test_a_vocabulary_of_250_000_tokens_is_hashed_and_the_card_states_the_size(
     found = load_exit_0(tmp_path / "model", config, 3)
     assert found is not None
     assert config.fpabee["exit_0"] == {"unigrams": 65536, "buckets": 65536}
-    assert found.size == report.exit_0_bytes == 131072 * 3 * 2 + 9 * 4 + 3 * 4
+    assert report.exit_0_bytes == 131072 * 3 * 2 + 9 * 4 + 3 * 4
     assert "(0.8 MB)" in (tmp_path / "model" / "README.md").read_text()
 
 

@@ -14,7 +14,6 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime import Engine
-from fpabee.runtime.files.partial import Partial
 
 from ..running import Run, check_refused, write_lines
 
@@ -135,26 +134,6 @@ def test_a_field_of_the_input_passes_unless_its_flag_is_given(
     assert record[name] == "theirs"
     (record,) = run(bert, source, "--top-k=1", "--logits").records
     assert record[name] != "theirs"
-
-
-@pytest.mark.parametrize("flag", ["--top-k=2", "--logits"])
-def test_a_run_that_began_with_other_flags_is_not_resumed(
-    run: Run, bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch, flag: str
-) -> None:
-    output = source.with_name("out.jsonl")
-    options = (bert, source, "--on-error=skip", "--output", output, "--quiet")
-    with monkeypatch.context() as patch:
-        patch.setattr(Partial, "sync", _full)
-        assert run(*options).code == 1
-    check_refused(
-        run(*options, flag, "--resume"), "is from another run", flag[2:7].replace("-", "_")
-    )
-    assert run(*options, "--resume").code == 0
-    assert len(output.read_text().splitlines()) == 4
-
-
-def _full(_: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def test_a_label_with_the_separator_is_refused_in_a_table(

@@ -249,6 +249,8 @@ def test_a_resume_with_other_settings_is_refused(
     for options, says in (
         (["--threshold", "0.8"], "threshold"),
         (["--with-text"], "with_text was false and is true"),
+        (["--top-k", "2"], "top_k was"),
+        (["--logits"], "logits was"),
         (["--max-length", "9"], "max_length was null and is 9"),
         (["--threads", "1"], "threads was null and is 1"),
         (["--text-column", "id"], "text_column was"),

@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -478,16 +478,7 @@ def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:
 
 
 def test_many_threads(engine: Engine) -> None:
-    answers: dict[int, Prediction] = {}
-
-    def ask(number: int) -> None:
-        answers[number] = scheduler.submit(TEXTS[number % len(TEXTS)]).result(WAIT)
-
-    with Scheduler(engine) as scheduler:
-        threads = [threading.Thread(target=ask, args=[number]) for number in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WAIT)
     texts = [TEXTS[number % len(TEXTS)] for number in range(100)]
-    check_same(engine, texts, [answers[number] for number in range(100)], NEVER)
+    with Scheduler(engine) as scheduler, ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda text: scheduler.submit(text).result(WAIT), texts))
+    check_same(engine, texts, answers, NEVER)

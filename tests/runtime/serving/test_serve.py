@@ -18,11 +18,8 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime.cli.serve import main
+from ..running import Run, check_refused
 
-from ..running import Result, check_refused
-
-Command = Callable[..., Result]
 WAIT = 60
 
 
@@ -96,39 +93,27 @@ def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
         assert process.returncode == 0
 
 
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command, which ends at once."""
-
-    def run(*arguments: str | Path) -> Result:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return Result(int(caught.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def test_a_port_in_use(bert: Path, refused: Command) -> None:
+def test_a_port_in_use(bert: Path, serve: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        check_refused(refused(bert, "--port", str(port)), str(port), "in use", "--port", "--host")
+        check_refused(serve(bert, "--port", str(port)), str(port), "in use", "--port", "--host")
 
 
-def test_a_host_that_is_not_ours(bert: Path, refused: Command) -> None:
-    check_refused(refused(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
+def test_a_host_that_is_not_ours(bert: Path, serve: Run) -> None:
+    check_refused(serve(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
 
 
-def test_a_folder_that_does_not_load(tmp_path: Path, refused: Command) -> None:
-    check_refused(refused(tmp_path), "manifest.json")
+def test_a_folder_that_does_not_load(tmp_path: Path, serve: Run) -> None:
+    check_refused(serve(tmp_path), "manifest.json")
 
 
 def test_a_damaged_segment_is_found_at_the_start(
-    engine_copy: Callable[..., Path], refused: Command
+    engine_copy: Callable[..., Path], serve: Run
 ) -> None:
     folder = engine_copy()
     damaged = sorted((folder / "onnx").rglob("*.onnx"))[-1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    check_refused(refused(folder, "--port", "0"), damaged.name)
+    check_refused(serve(folder, "--port", "0"), damaged.name)
 
 
 def test_the_serving_packages_are_optional(bert: Path) -> None:

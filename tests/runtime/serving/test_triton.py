@@ -19,12 +19,11 @@ import pytest
 
 from fpabee.runtime import ArtifactError, BackendError, Engine, FPabee, InputError, RuleError
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
-from fpabee.runtime.cli.serve import main
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.triton import write_repository
 
 from ...doubles import triton as double
-from ..running import Result, check_refused
+from ..running import Run, check_refused
 from ..test_engine import TEXTS as _TEXTS
 
 TEXTS = [text for text in _TEXTS if isinstance(text, str)]
@@ -66,20 +65,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     double.install(monkeypatch)
 
 
-@pytest.fixture
-def serve(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    def run(*arguments: str | Path) -> Result:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        return Result(int(caught.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
 def test_the_command_writes_a_repository(
     engine_copy: Callable[..., Path],
     set_points: Callable[..., None],
-    serve: Callable[..., Result],
+    serve: Run,
     tmp_path: Path,
 ) -> None:
     engines, repository = engine_copy(), tmp_path / "repository"
@@ -152,9 +141,7 @@ def test_a_copy_that_fails_leaves_nothing(
     assert not (tmp_path / "m").exists()
 
 
-def test_options_of_the_server_do_not_fit(
-    serve: Callable[..., Result], bert: Path, tmp_path: Path
-) -> None:
+def test_options_of_the_server_do_not_fit(serve: Run, bert: Path, tmp_path: Path) -> None:
     done = serve(bert, "--triton", tmp_path / "r", "--port", "9000")
     assert done.code == 2
     assert "--port" in done.err
