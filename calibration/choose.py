@@ -27,7 +27,7 @@ _SIZE, _POWER = 0.42, 1.5
 # 0.085 points at 1,000 rows, but by at most the share `_MOST_HELD` of it.
 _HELD, _SHRINKS, _MOST_HELD = 6.75, 1.3, 0.75
 # Margins to try, as multiples of the standard deviation of a drop over the samples.
-_MARGINS = np.linspace(0.0, 2.0, 33)
+_MARGINS = np.linspace(0.0, 6.0, 97)
 
 
 class Search:
