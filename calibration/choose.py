@@ -26,6 +26,9 @@ _SIZE, _POWER = 0.42, 1.5
 # The choices of samples must stay below the allowed drop by `_HELD / rows ** _SHRINKS`, which is
 # 0.085 points at 1,000 rows, but by at most the share `_MOST_HELD` of it.
 _HELD, _SHRINKS, _MOST_HELD = 6.75, 1.3, 0.75
+# Where no row is lost, samples do not vary, although new rows will. So a standard deviation counts
+# as at least this many lost rows.
+_LEAST = 0.7
 # Margins to try, as multiples of the standard deviation of a drop over the samples.
 _MARGINS = np.linspace(0.0, 6.0, 97)
 
@@ -136,8 +139,9 @@ class Search:
             drops: `[settings, 1 + samples]`, first on all rows; never falling within a family.
             costs: `[settings, 1 + samples]`.
         """
-        errors = drops[:, 1:].std(axis=1, keepdims=True)
-        held = min(_HELD / len(self.stopping_costs.rows) ** _SHRINKS, _MOST_HELD * allowed)
+        rows = len(self.stopping_costs.rows)
+        errors = np.maximum(drops[:, 1:].std(axis=1, keepdims=True), _LEAST / rows)
+        held = min(_HELD / rows**_SHRINKS, _MOST_HELD * allowed)
         for margin in _MARGINS:
             within = np.where(drops + margin * errors <= allowed + 1e-12, costs, np.inf)
             numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
