@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,17 +14,15 @@ from numpy.typing import NDArray
 from .agreement import Agreement
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
-from .artifact.manifest import NEXT, Manifest, ProblemType
+from .artifact.manifest import Manifest, ProblemType
 from .backends.backend import Backend
-from .backends.buffers import shape_of
-from .backends.shapes import Bucket, Limits
-from .batching import CostCurve, make_groups
+from .batching import make_groups
 from .blocks import blocks
-from .chain import Chain, Regroup, WindowResult
+from .chain import Regroup, WindowResult
 from .deadline import ExitTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder
-from .errors import BackendError, InputError, RuleError
-from .exit_0 import ExitZero
+from .errors import InputError, RuleError
+from .model import Model
 from .predictions import PredictionMaker
 from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
@@ -34,9 +31,6 @@ from .rules.measures import Answers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_of, target_of
-
-# Most memory of a window: the hidden states of all its rows, once as input and once as output.
-_WINDOW_BYTES = 256 * 2**20
 
 
 class Engine:
@@ -48,6 +42,7 @@ class Engine:
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
+        model: what runs the rows, for code that chains segments itself, as `Scheduler` does.
 
     Example:
         ```python
@@ -143,24 +138,17 @@ class Engine:
         self.target = target
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
-        self.limits = backend.limits()
+        self.model = Model(folder, manifest, target, backend, Regroup(regroup))
+        self.limits = self.model.limits
         self._exits = manifest.exits
-        self._backend = backend
-        self._exit_0 = ExitZero.load(folder, manifest)
         # One attribute, so that a thread never sees the rule of one point with another's name. A
         # rule that does not fit the model is refused now, not at the first text.
-        self._in_use = (operating_point, self._runner(rule))
-        self._regroup = Regroup(regroup)
+        self._in_use = (operating_point, self.model.runner(rule))
         self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
-        self._cost: CostCurve | None = None
-        self._cost_lock = threading.Lock()
         self._times = ExitTimes(self.limits, self._exits, self.time_exits)
         self._predictions = PredictionMaker(manifest)
         self._tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
-        self._closed = False
-        per_token = _bytes_per_token(manifest, self.limits)
-        self._window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
 
     def predict(
         self,
@@ -199,11 +187,11 @@ class Engine:
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         if deadline_ms is None and not isinstance(texts, str) and len(texts) == 1:
-            return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
+            return [self._answer_one(texts, self.runner(rule, full_depth, max_exit))]
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
         ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
-        runner = self._chosen(rule, full_depth, max_exit)
+        runner = self.runner(rule, full_depth, max_exit)
         windows = list(self._windows(texts))
         fits = self._deepest(windows, ends - perf_counter())
         return [answer for rows in windows for answer in self._answer(rows, runner, fits)]
@@ -235,7 +223,7 @@ class Engine:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
         seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
-        runner = self._chosen(rule, full_depth, max_exit)
+        runner = self.runner(rule, full_depth, max_exit)
         for rows in self._windows(texts):
             fits = None if seconds is None else self._deepest([rows], seconds)
             yield from self._answer(rows, runner, fits)
@@ -254,9 +242,9 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        runner = self._chosen(rule, rule is None, None)
+        runner = self.runner(rule, rule is None, None)
         windows = list(self._windows(texts))
-        results = [self._run(rows, runner) for rows in windows]
+        results = [self.model.run(rows, runner) for rows in windows]
         if not results:
             shape = (len(self._exits), 0, len(self.labels))
             nothing = np.zeros(0, np.int64), np.zeros(shape, np.float32)
@@ -318,7 +306,7 @@ class Engine:
             RuleError: the target has no such point.
         """
         point, rule = rule_of(self._folder, self.manifest, self.target, operating_point)
-        self._in_use = (point, self._runner(rule))
+        self._in_use = (point, self.model.runner(rule))
 
     @property
     def tally(self) -> Tally:
@@ -340,6 +328,18 @@ class Engine:
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
         return self._in_use[0]
+
+    def runner(
+        self,
+        rule: ExitRule | None = None,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+    ) -> RuleRunner:
+        """What applies the rule of a call; the arguments and errors are those of `predict`."""
+        if full_depth:
+            rule = Budget(exit=self._exits[-1])
+        runner = self._in_use[1] if rule is None else self.model.runner(rule)
+        return runner if max_exit is None else self.model.runner(runner.rule.capped(max_exit))
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.
@@ -365,7 +365,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        return self._run(rows, self._runner(rule))
+        return self.model.run(rows, self.model.runner(rule))
 
     def answers(
         self,
@@ -415,7 +415,7 @@ class Engine:
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
-        with self._chain() as chain:
+        with self.model.chain() as chain:
             return chain.time_exits(rows, tokens)
 
     def close(self) -> None:
@@ -423,8 +423,7 @@ class Engine:
 
         Calls of other threads that have begun are answered; the last of them frees the segments.
         """
-        self._closed = True
-        self._backend.close()
+        self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -432,23 +431,11 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _runner(self, rule: ExitRule) -> RuleRunner:
-        """A runner of the rule; raises RuleError if the rule does not fit the model."""
-        task = self.manifest.task
-        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
-
-    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
-        """The rule of a call."""
-        if full_depth:
-            rule = Budget(exit=self._exits[-1])
-        runner = self._in_use[1] if rule is None else self._runner(rule)
-        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
-
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: engine.predict([text])")
-        return blocks(self._encoder.stream(texts), len, self._window_tokens)
+        return blocks(self._encoder.stream(texts), len, self.model.window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
         """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""
@@ -476,10 +463,10 @@ class Engine:
         limited = np.zeros(len(rows), np.bool_)
         missed = np.full(len(rows), fits is not None and fits < first)
         if fits is None:
-            result = self._run(rows, runner)
+            result = self.model.run(rows, runner)
         else:
             cap = max(first, fits)
-            result = self._run(rows, self._runner(runner.rule.capped(cap)))
+            result = self.model.run(rows, self.model.runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
         found = result.exits, result.at_exit
         yield from self.answers(rows, *found, limited, missed, result.wasted)
@@ -487,61 +474,10 @@ class Engine:
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
         (row,) = self._encoder.encode(texts)
-        with self._chain() as chain:
+        with self.model.chain() as chain:
             result = chain.run_one(row, runner)
         with self._tally_lock:
             self._tally = self._tally.with_row(
                 result.exit - self._exits[0], row.truncated, result.wasted
             )
         return self._predictions.row(result.logits[-1], result.exit, row.truncated)
-
-    def _run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
-        is_large = sum(len(row) for row in rows) > self.limits.group_tokens
-        with self._chain() as chain:
-            return chain.run(rows, runner, self._cost_curve(chain) if is_large else None)
-
-    def _chain(self) -> Chain[Any]:
-        """A chain for one call; its execution comes from the backend's pool."""
-        if self._closed:
-            raise BackendError("this engine is closed", "load it again with Engine.load")
-        return Chain(
-            self._backend,
-            self.limits,
-            len(self.manifest.segments),
-            len(self.labels),
-            self.target,
-            self._exit_0,
-        )
-
-    def _segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
-        """Measured times of a middle segment; None for a model of one segment."""
-        if len(self.manifest.segments) == 1:
-            return None
-        with self._cost_lock:
-            if self._cost is None:
-                self._cost = chain.measure()
-            return self._cost
-
-    def _cost_curve(self, chain: Chain[Any]) -> CostCurve | None:
-        """The costs that decide which groups are joined; None if groups are never joined."""
-        if self._regroup is Regroup.AUTO:
-            return self._segment_cost(chain)
-        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
-            return None
-        return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
-
-
-def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
-    """Memory in bytes that each token of a window takes between segments.
-
-    Each tensor that segment 1 passes on counts twice: as an input and as an output of a segment.
-    The rows are assumed to be the longest ones, because a position bias takes most memory there.
-    """
-    sequence = limits.max_sequence
-    bucket = Bucket(max(1, limits.group_tokens // sequence), sequence)
-    total = 0
-    for name in manifest.segments[0].calls:
-        for spec in manifest.graphs[name].outputs:
-            if spec.name.startswith(NEXT):
-                total += math.prod(shape_of(spec, bucket)) * np.dtype(spec.dtype).itemsize
-    return max(1, 2 * total // (bucket.batch * sequence))

@@ -114,7 +114,7 @@ class Scheduler:
     def __init__(
         self, engine: Engine, max_rows: int = _MOST_ROWS, observer: Observer | None = None
     ) -> None:
-        self._engine = engine
+        self._engine, self._model = engine, engine.model
         self._most = whole_number("max_rows", max_rows, InputError)
         self._observer = observer or Observer()
         self._changed = threading.Condition()
@@ -173,9 +173,9 @@ class Scheduler:
         """Queue the results of `Engine.encode`, or none of them; see `submit`."""
         now = perf_counter()
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
-        runner = self._engine._chosen(None, False, None)
-        last = self._engine._chosen(None, False, max_exit).last
-        chain = self._engine._chain()
+        runner = self._engine.runner()
+        last = self._engine.runner(max_exit=max_exit).last
+        chain = self._model.chain()
         for row in rows:
             chain.bucket(1, len(row))
         queued = [_Row(row, runner, last, Future(), now, ends) for row in rows]
@@ -273,7 +273,7 @@ class Scheduler:
     def _work(self) -> None:
         while self._wait():
             try:
-                with self._engine._chain() as chain:
+                with self._model.chain() as chain:
                     while self._waiting or self._groups or self._arrived:
                         self._step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to rows, and others go on
@@ -331,7 +331,7 @@ class Scheduler:
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
-        cost, left = self._engine._cost_curve(chain), self._segments_left()
+        cost, left = self._model.joining_cost(chain), self._segments_left()
         limits = chain.limits
 
         def gain(group: Group[Any]) -> tuple[float, int]:
@@ -340,7 +340,7 @@ class Scheduler:
 
         best = max(self._groups, key=gain, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
-        if not self._waiting or (best and under_way > self._engine._window_tokens):
+        if not self._waiting or (best and under_way > self._model.window_tokens):
             return best
         head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
         # Time for the segment of a full group, and then for segment 1 of that row.
@@ -360,7 +360,7 @@ class Scheduler:
             return [first]
         rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
         lengths = [len(row.encoded) for row in rows]
-        cost = self._engine._segment_cost(chain)
+        cost = self._model.segment_cost(chain)
         return [rows[n] for n in rows_with(rows.index(first), lengths, chain.limits, cost)]
 
     def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
@@ -422,7 +422,7 @@ class Scheduler:
         if len(places):
             self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
         for place in np.flatnonzero(~finite).tolist():
-            self._fail(rows[place], not_finite(self._engine.target, exit_number))
+            self._fail(rows[place], not_finite(self._model.target, exit_number))
         done |= ~finite | [row.future.cancelled() for row in rows]
         for place in np.flatnonzero(~done).tolist():
             if rows[place].deadline < math.inf:
@@ -445,7 +445,7 @@ class Scheduler:
         # The groups that stay are listed before anything can fail.
         self._groups = [other for other in others if other not in peers]
         self._running = [row for peer in peers for row in peer.rows]
-        self._groups += chain.regroup(peers, self._engine._cost_curve(chain))
+        self._groups += chain.regroup(peers, self._model.joining_cost(chain))
 
     def _answer(
         self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
@@ -497,12 +497,12 @@ class Scheduler:
         self._waiting = [row for row in begun if not row.future.done()]
 
     def _segments_left(self) -> Any:
-        first = self._engine.manifest.exits[0]
+        first = self._model.manifest.exits[0]
         return segments_left(self._engine.tally.exits[1 - first :])
 
     def _seconds(self, chain: Chain[Any], tokens: int) -> float:
         """The time of a segment on a group of this many padded tokens; 0 if it is not known."""
-        cost = self._engine._segment_cost(chain)
+        cost = self._model.segment_cost(chain)
         return 0.0 if cost is None else cost(tokens)
 
 

@@ -138,7 +138,7 @@ def test_the_deadline_is_for_the_whole_call(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each text has its own window and length, so each of its segments takes 10 ms.
-    monkeypatch.setattr(engine, "_window_tokens", 1)
+    monkeypatch.setattr(engine.model, "window_tokens", 1)
     assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=149)} == {2}
     assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=151)} == {3}
     # In a stream, the deadline applies to each window.

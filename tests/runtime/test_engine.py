@@ -47,7 +47,7 @@ from fpabee.runtime import (
     read_manifest,
     simulate,
 )
-from fpabee.runtime import engine as engine_module
+from fpabee.runtime import model as model_module
 from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import host
@@ -144,7 +144,7 @@ def tuned(
         patch.setattr(host, "_GROUP_TOKENS", group_tokens)
         patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
-        patch.setattr(engine_module, "_WINDOW_BYTES", window_tokens * width)
+        patch.setattr(model_module, "_WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         with Engine.load(folder, regroup=regroup) as engine:
             yield engine
@@ -316,7 +316,7 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(host, "_FREE_BYTES", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
-            with engine._chain() as chain:
+            with engine.model.chain() as chain:
                 execution: Any = chain.execution
             store = execution._store
             free = [buffers for part in store._free.values() for buffers in part]
@@ -339,7 +339,7 @@ def test_segments_are_loaded_when_rows_reach_them(engine_copy: Callable[..., Pat
         assert [p.exit for p in engine.predict(TEXTS, rule=Budget(exit=2))] == [2] * len(TEXTS)
         with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):
             engine.predict(TEXTS, full_depth=True)
-        session = weakref.ref(engine._backend.graph("segment_01"))
+        session = weakref.ref(engine.model._backend.graph("segment_01"))
     gc.collect()
     assert session() is None, "closing frees the sessions"
     with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):

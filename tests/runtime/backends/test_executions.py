@@ -139,7 +139,7 @@ def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
     """A burst of threads leaves executions behind; a call that lacks memory closes them."""
     made = double()
     with made.load() as engine:
-        lent = [engine._chain() for _ in range(2)]
+        lent = [engine.model.chain() for _ in range(2)]
         for chain in lent:
             chain.time_exits(5, 12)
         for chain in lent:
@@ -161,7 +161,7 @@ def test_idle_executions_make_room_for_a_context(
         return create(engine, how) if len(made.cuda.streams) == 1 else None
 
     with made.load() as engine:
-        with engine._chain() as chain, engine._chain() as other:
+        with engine.model.chain() as chain, engine.model.chain() as other:
             chain.time_exits(1, 8)
             assert other.execution is not chain.execution
         monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)

@@ -148,7 +148,7 @@ def test_rows_that_exit_early_are_regrouped_on_the_device(
         Engine.load(built.folder) as usual,
     ):
         found, expected = (each.trace(TEXTS * 5, rule=rule) for each in (engine, usual))
-        assert cast(DeviceBackend, engine._backend).gathers == gathers
+        assert cast(DeviceBackend, engine.model._backend).gathers == gathers
     assert len(set(expected.exits.tolist())) > 1, "all rows stop at once"
     np.testing.assert_array_equal(found.exits, expected.exits)
     assert np.nanmax(np.abs(found.logits - expected.logits)) < DIFFERENCE

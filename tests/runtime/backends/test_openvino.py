@@ -214,7 +214,7 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
     add_openvino(folder, "fp32")
     with Engine.load(folder, TARGET) as engine:
         engine.predict(TEXTS, max_exit=1)
-        first = set(engine._backend._loaded)
+        first = set(engine.model._backend._loaded)
         assert first < set(engine.manifest.graphs)
         engine.predict(TEXTS, full_depth=True)
         blocks = [name for name in engine.manifest.segments[1].calls if name in first]

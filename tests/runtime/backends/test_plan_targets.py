@@ -72,7 +72,7 @@ def test_gpus_and_versions_that_run_a_plan(
 
 def test_other_plans_may_not_bring_code(double: Callable[..., Double]) -> None:
     with double().load() as engine:
-        backend: Any = engine._backend
+        backend: Any = engine.model._backend
         assert backend._runtime.engine_host_code_allowed is False
 
 
@@ -183,7 +183,7 @@ def test_the_host_work_of_one_text(double: Callable[..., Double]) -> None:
         made.cuda.calls.clear()
         engine.predict(["rain"], full_depth=True)
         counted = dict(made.cuda.calls)
-    inputs = len(engine._backend.stages[0].live)
+    inputs = len(engine.model._backend.stages[0].live)
     calls = {name: count for name, count in counted.items() if name in COUNTED}
     assert not counted.keys() & {"malloc", "free", "synchronize", "event", "pinned", "capture"}
     segments = 3

@@ -75,7 +75,7 @@ def test_calls_of_the_driver_to_regroup(
     """
     made = double(batch=(1, 8, 300))
     made.cuda.loads_kernels = kernel
-    with made.load() as engine, engine._chain() as chain:
+    with made.load() as engine, engine.model.chain() as chain:
         encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
         bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
         for _ in range(2):  # buffers are made first

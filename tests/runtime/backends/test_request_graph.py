@@ -148,7 +148,7 @@ def test_a_request_is_captured_again_if_the_scratch_memory_moves(pair: Callable[
         expected = stepwise.trace(TEXTS[:1])
         for _ in range(3):
             engine.trace(TEXTS[:1])
-        (execution,) = engine._backend._idle
+        (execution,) = engine.model._backend._idle
         execution._scratch_size = 0  # as if another segment needed more
         engine.time_exits(1, 30)
         captures, ran = made.cuda.captures, len(made.cuda.ran_parts)

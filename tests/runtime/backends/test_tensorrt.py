@@ -66,7 +66,7 @@ def test_answers_are_those_of_the_cpu(
 def measure(engine: Engine) -> None:
     """Take the times that deadlines and the joining of groups depend on."""
     engine.time_exits(2, 8)
-    with engine._chain() as chain:
+    with engine.model.chain() as chain:
         chain.measure()
 
 
@@ -121,8 +121,8 @@ def test_a_group_shrinks_only_if_this_saves_time(
         return (stops if stops.any() else None), None
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    with made.load() as engine, engine._chain() as chain:
-        chain.run(engine.encode(["rain"] * 5), engine._in_use[1], cost)
+    with made.load() as engine, engine.model.chain() as chain:
+        chain.run(engine.encode(["rain"] * 5), engine.runner(), cost)
     assert len(calls) == regroups
 
 
@@ -131,7 +131,7 @@ def test_copies_are_timed_until_they_are_done(
 ) -> None:
     waited = []
     made = double()
-    with made.load() as engine, engine._chain() as chain:
+    with made.load() as engine, engine.model.chain() as chain:
         monkeypatch.setattr(DeviceExecution, "wait", lambda self: waited.append(self))
         chain.measure()
     assert waited

@@ -397,7 +397,7 @@ def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> 
         gate.at()
         futures += scheduler.submit_all(["c", "d"])
         gate.fails = _refuse
-        engine._closed = True
+        engine.model._closed = True
         gate.open()
         for future in futures:
             with pytest.raises(BackendError, match="closed"):

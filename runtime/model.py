@@ -1,0 +1,139 @@
+"""The model of an engines folder, opened on one target: what runs its segments, and their cost."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact.manifest import NEXT, Manifest
+from .backends.backend import Backend
+from .backends.buffers import shape_of
+from .backends.shapes import Bucket, Limits
+from .batching import CostCurve
+from .chain import Chain, Regroup, WindowResult
+from .encoding import EncodedRow
+from .errors import BackendError
+from .exit_0 import ExitZero
+from .rules.base import ExitRule
+from .rules.runner import RuleRunner
+
+# Most memory of a window: the hidden states of all its rows, once as input and once as output.
+_WINDOW_BYTES = 256 * 2**20
+
+
+class Model:
+    """What `Engine` and `Scheduler` run rows on. Thread-safe.
+
+    Attributes:
+        manifest: the manifest of the folder.
+        target: the target in use.
+        limits: the shapes that the target runs.
+        window_tokens: most tokens of rows whose hidden states are in memory at a time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: str,
+        backend: Backend[Any],
+        regroup: Regroup,
+    ) -> None:
+        """Read exit 0.
+
+        Args:
+            folder: the engines folder.
+            manifest: its manifest.
+            target: the target that the backend was opened for.
+            backend: what runs the segments; `close` closes it.
+            regroup: whether undecided rows of several groups are joined.
+
+        Raises:
+            ArtifactError: the file of exit 0 is missing or damaged, or does not fit the model.
+        """
+        self.manifest = manifest
+        self.target = target
+        self.limits = backend.limits()
+        per_token = _bytes_per_token(manifest, self.limits)
+        self.window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
+        self._backend = backend
+        self._exit_0 = ExitZero.load(folder, manifest)
+        self._regroup = regroup
+        self._cost: CostCurve | None = None
+        self._cost_lock = threading.Lock()
+        self._closed = False
+
+    def runner(self, rule: ExitRule) -> RuleRunner:
+        """A runner of a rule.
+
+        Raises:
+            RuleError: the rule does not fit the model.
+        """
+        task = self.manifest.task
+        return RuleRunner(rule, task.problem_type, self.manifest.exits, task.label_thresholds)
+
+    def chain(self) -> Chain[Any]:
+        """A chain for one call; its execution comes from the backend's pool.
+
+        Raises:
+            BackendError: the model is closed.
+        """
+        if self._closed:
+            raise BackendError("this engine is closed", "load it again with Engine.load")
+        return Chain(
+            self._backend,
+            self.limits,
+            len(self.manifest.segments),
+            len(self.manifest.task.labels),
+            self.target,
+            self._exit_0,
+        )
+
+    def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
+        """Run a window of rows until the rule has stopped all of them; see `Chain.run`."""
+        is_large = sum(len(row) for row in rows) > self.limits.group_tokens
+        with self.chain() as chain:
+            return chain.run(rows, runner, self.joining_cost(chain) if is_large else None)
+
+    def segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
+        """Measured times of a middle segment; None for a model of one segment."""
+        if len(self.manifest.segments) == 1:
+            return None
+        with self._cost_lock:
+            if self._cost is None:
+                self._cost = chain.measure()
+            return self._cost
+
+    def joining_cost(self, chain: Chain[Any]) -> CostCurve | None:
+        """The costs that decide which groups are joined; None if groups are never joined."""
+        if self._regroup is Regroup.AUTO:
+            return self.segment_cost(chain)
+        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
+            return None
+        return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
+
+    def close(self) -> None:
+        """Free the segments; calls that have begun are answered, and the last of them frees."""
+        self._closed = True
+        self._backend.close()
+
+
+def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
+    """Memory in bytes that each token of a window takes between segments.
+
+    Each tensor that segment 1 passes on counts twice: as an input and as an output of a segment.
+    The rows are assumed to be the longest ones, because a position bias takes most memory there.
+    """
+    sequence = limits.max_sequence
+    bucket = Bucket(max(1, limits.group_tokens // sequence), sequence)
+    total = 0
+    for name in manifest.segments[0].calls:
+        for spec in manifest.graphs[name].outputs:
+            if spec.name.startswith(NEXT):
+                total += math.prod(shape_of(spec, bucket)) * np.dtype(spec.dtype).itemsize
+    return max(1, 2 * total // (bucket.batch * sequence))
