@@ -421,6 +421,7 @@ def _refuse(segment: int, hidden: Any) -> None:
         (InputError, {"text": "a", "deadline_ms": float("nan")}),
         (RuleError, {"text": "a", "max_exit": 1.5}),
         (RuleError, {"text": "a", "max_exit": 9}),
+        (RuleError, {"text": "a", "max_exit": 0}),  # the model has no exit 0
     ],
 )
 def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -> None:
