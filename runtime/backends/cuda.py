@@ -25,6 +25,8 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
+# So many warps at most decide about a group: every GPU has enough registers for 256 threads.
+_WARPS = 8
 # So many bytes of a row are gathered by a block of 256 threads, in words of 8 bytes.
 _GATHERED_BYTES = 8192
 # The types of nodes that the body of an IF node can hold.
@@ -240,7 +242,10 @@ class Cuda:
         types = (*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_ulonglong)
         launch = self._driver.cuLaunchKernel
         self._check_driver(
-            launch(self._decide_exit, 1, 1, 1, 32, rows, 1, 0, stream, (values, types), 0)
+            launch(
+                *(self._decide_exit, 1, 1, 1, 32, min(rows, _WARPS), 1, 0, stream),
+                *((values, types), 0),
+            )
         )
 
     def load_gather(self) -> None:

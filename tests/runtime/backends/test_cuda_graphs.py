@@ -275,7 +275,7 @@ static int launch(void *function, int x, int y, int z, int threads, int rows, in
     printf("%p %p %d %d %llu\n", *(void **)values[0], *(void **)values[1], *(int *)values[2],
            *(int *)values[3], *(unsigned long long *)values[4]);
   fflush(stdout);
-  return 0;
+  return threads * rows * depth > 256 ? 701 : 0; /* too few registers */
 }
 int cuGetProcAddress_v2(const char *name, void **function, int version, long flags, void *status) {
   *function = !strcmp(name, "cuModuleLoadData") ? (void *)load
@@ -295,7 +295,8 @@ from fpabee.runtime.backends.cuda import Cuda
 from fpabee.runtime.backends.decide import GATHER
 cuda = Cuda.__new__(Cuda)
 cuda._runtime = runtime
-cuda.decide(1 << 40, 1 << 41, 3, 4, 1 << 50, 77)
+for rows in (4, 32):
+    cuda.decide(1 << 40, 1 << 41, 3, rows, 1 << 50, 77)
 plan = np.zeros(1, GATHER)
 plan["to"], plan["pitch"], plan["fill"] = 7, 8193, 9
 plan["sources"][0, -1], plan["widths"][0, -1] = 10, 11
@@ -305,7 +306,10 @@ for _ in range(2):
 
 
 def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
-    """With a made-up driver: it gets the PTX once, and the arguments of each kernel."""
+    """With a made-up driver: it gets the PTX once, and the arguments of each kernel.
+
+    A block of `decide_exit` has at most 256 threads, or its registers would not suffice.
+    """
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
@@ -322,6 +326,8 @@ def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
         *(str(PTX.stat().st_size), "decide_exit"),
         "1 1 1 32 4 1 0 0x4d (nil)",
         "0x10000000000 0x20000000000 3 4 1125899906842624",
+        "1 1 1 32 8 1 0 0x4d (nil)",
+        "0x10000000000 0x20000000000 3 32 1125899906842624",
         "gather_rows",
         *("256 2 1 256 1 1 0 0x4e (nil)", "7 8193 9 10 11") * 2,
     ]
