@@ -199,8 +199,8 @@ class Cuda:
         Returns:
             An executable graph, which is on the device already.
         """
+        self.load_kernels()
         runtime = self._runtime
-        self._check(runtime.cudaSetDevice(0))  # this thread may not have used the device yet
         (root,) = self._check(runtime.cudaGraphCreate(0))
         try:
             graph, outermost = root, list[Any]()
@@ -248,12 +248,13 @@ class Cuda:
             )
         )
 
-    def load_gather(self) -> None:
-        """Load the kernel of `gather`, which needs a driver for CUDA 12.4 or later.
+    def load_kernels(self) -> None:
+        """Load the kernels of `decide` and `gather`, which need a driver for CUDA 12.4 or later.
 
-        The thread must have used the device before, as for `gather`.
+        CUDA does not allow this while a stream captures, so it must be called before.
         """
-        self._gather_rows  # noqa: B018 - the driver compiles it now
+        self._check(self._runtime.cudaSetDevice(0))  # this thread may not have used the device yet
+        self._decide_exit, self._gather_rows  # noqa: B018 - the driver compiles them now
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.h`.

@@ -69,7 +69,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
     def gathers(self) -> bool:
         """Whether a kernel regroups rows."""
         try:
-            self.cuda.load_gather()
+            self.cuda.load_kernels()
         except BackendError as error:
             self.warn_once("rows are regrouped by several copies instead of one kernel", error)
             return False

@@ -164,6 +164,7 @@ def capture(version: int, parts: int, fails: str = "", kind: str = "Kernel") -> 
     bindings = Bindings(real, version, fails)
     cuda = Cuda.__new__(Cuda)
     cuda._runtime = bindings
+    cuda.load_kernels = lambda: bindings.calls.append("load kernels")  # type: ignore[method-assign]
 
     def part(number: int) -> Any:
         def work(handle: int) -> None:
@@ -195,6 +196,7 @@ def test_each_part_is_the_body_of_the_if_node_before_it(version: int) -> None:
         "{segment2() decide0(segment2)}} out(if101)"
     )
     assert bindings.graphs == []
+    assert bindings.calls[0] == "load kernels", "CUDA refuses this while a stream captures"
     assert "cudaGetLastError" not in bindings.calls
     assert capture(version, 1).instantiated == "segment0() decide0(segment0) out(decide0)"
 
@@ -290,11 +292,14 @@ int cuGetProcAddress(const char *name, void **function, int version, long flags)
 """
 _PROGRAM = """
 import numpy as np
+from types import SimpleNamespace
 from cuda.bindings import runtime
 from fpabee.runtime.backends.cuda import Cuda
 from fpabee.runtime.backends.decide import GATHER
 cuda = Cuda.__new__(Cuda)
-cuda._runtime = runtime
+device = lambda number: print("device", number, flush=True) or (0,)
+cuda._runtime = SimpleNamespace(cudaError_t=runtime.cudaError_t, cudaSetDevice=device)
+cuda.load_kernels()
 for rows in (4, 32):
     cuda.decide(1 << 40, 1 << 41, 3, rows, 1 << 50, 77)
 plan = np.zeros(1, GATHER)
@@ -323,11 +328,10 @@ def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        *(str(PTX.stat().st_size), "decide_exit"),
+        *("device 0", str(PTX.stat().st_size), "decide_exit", "gather_rows"),
         "1 1 1 32 4 1 0 0x4d (nil)",
         "0x10000000000 0x20000000000 3 4 1125899906842624",
         "1 1 1 32 8 1 0 0x4d (nil)",
         "0x10000000000 0x20000000000 3 32 1125899906842624",
-        "gather_rows",
         *("256 2 1 256 1 1 0 0x4e (nil)", "7 8193 9 10 11") * 2,
     ]
