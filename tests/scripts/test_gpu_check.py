@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,11 +23,13 @@ from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
 from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fpabee.runtime.encoding import padding_values
 
 from ..conftest import WORDS
+from ..doubles.cuda import FakeCuda
+from ..doubles.decide import compiled, decide
 from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -292,6 +295,9 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     assert skipped["skipped"] == "the model minilm was not made"
     parts = load_script("gpu_check_parts")
     monkeypatch.setattr(parts, "cuda_device", lambda: CudaDevice("H100", "9.0"))
+    monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "it needs a driver for CUDA 12.4")
+    with pytest.raises(parts.Skipped, match=r"CUDA 12\.4"):
+        parts.decide(print)
     with pytest.raises(parts.Skipped, match=r"tensorrt is not installed; .*(9\.0|not installed)"):
         parts.plans(models, "fp16", print)
     with pytest.raises(parts.Skipped, match="finds no GPU"):
@@ -299,6 +305,39 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
     with pytest.raises(parts.Skipped, match="the model has no int8 graphs"):
         parts.plans(models, "int8", print)
+
+
+@pytest.mark.parametrize("where", ["double", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_kernels_decide_and_gather(
+    where: str, load_script: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, double, results = load_script("gpu_check_parts"), FakeCuda(), list[dict[str, Any]]()
+    if where == "double":
+        compiled()
+        check = functools.partial(parts.check_decide, every=9)
+        monkeypatch.setattr(parts, "cuda", lambda: double)
+        monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "")
+        monkeypatch.setattr(parts, "check_decide", check)
+    elif cuda_device().error:
+        pytest.skip(cuda_device().error)
+    parts.decide(lambda **result: results.append(result))
+    assert re.match(r"\d+ rows stopped as `simulate` says", results[0]["summary"])
+    if where == "double":
+        assert set(double.ran_parts) >= {1, 2, 3, 6}
+        assert not any((double.memory_of, double.streams, double.graphs))
+
+
+def test_a_kernel_that_never_stops_or_gathers_wrongly_is_noticed(
+    load_script: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled()
+    module = load_script("gpu_check_decide")
+    monkeypatch.setattr("tests.doubles.cuda.decide", lambda *values: decide(*values) or True)
+    with pytest.raises(AssertionError, match="wrong last segment"):
+        module.check_decide(FakeCuda(), every=9)
+    monkeypatch.setattr(FakeCuda, "gather", lambda *values: None)
+    with pytest.raises(AssertionError, match="not equal"):
+        module.check_gather(FakeCuda())
 
 
 @pytest.mark.slow
