@@ -230,18 +230,30 @@ def test_the_chain_as_one_graph_is_found_and_turned_off(
 ) -> None:
     module = load_script("gpu_check_measure")
     install_cuda_provider(monkeypatch, models / "chain")
-    ask = "why_no_request_graph"
     for reason in ("the driver is too old", ""):
         says = staticmethod(lambda reason=reason: reason)
-        monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, says, raising=False)
+        monkeypatch.setattr(OnnxRuntimeCudaBackend, "why_no_request_graph", says)
         graph = module.OneGraph(models / "chain", TARGET)
         assert graph.unavailable_reason == reason
         with graph.turned_off():
             assert graph.unavailable_reason == "it is measured segment by segment"
         assert graph.unavailable_reason == reason
-    monkeypatch.undo()
-    if not hasattr(OnnxRuntimeCudaBackend, ask):
-        assert "this version of fpabee" in graph.unavailable_reason
+
+
+@pytest.mark.parametrize("measure", ["tensorrt"], indirect=True)
+def test_a_chain_that_is_not_captured_as_one_graph_is_not_measured_as_one(
+    measure: tuple[ModuleType, str], models: Path
+) -> None:
+    module, target = measure
+    module.cuda().loads_kernels = False
+    results = _measured(module, models, target)
+    reasons = [r["reason"] for r in results if r["what"] == "not measured"]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        f"{tokens} tokens ran segment by segment" for tokens in (16, 32)
+    ]
+    assert all("no kernel image for this device" in reason for reason in reasons)
+    captured = [(r["variant"], r["captured"]) for r in results if r["what"] == "latency"]
+    assert captured == [(v, 1.0) for v in (module.ENGINE, module.STEPWISE, module.WITH_RULE)] * 2
 
 
 def test_captured_segments_and_driver_calls_are_counted(
@@ -254,7 +266,7 @@ def test_captured_segments_and_driver_calls_are_counted(
     monkeypatch.setattr(module, "cuda", lambda: double.cuda)
     with module.OneGraph(double.folder, double.target).turned_off(), double.load() as engine:
         run, rows = module.full_depth(engine), engine.encode(["turn on the lights"])
-        found = [module._driver_calls(run, rows, as_one_graph=False) for _ in range(4)]
+        found = [module._driver_calls(run, rows)[0] for _ in range(4)]
     assert [calls["captured"] for calls in found] == [0.0, 1.0, 1.0, 1.0]
     # Each segment is launched, marked by an event and waited for.
     assert found[-1]["driver_calls"] == found[-2]["driver_calls"] >= 9
