@@ -143,9 +143,14 @@ class FakeCuda(Cuda):
         raise AssertionError(f"{pointer:#x} is nobody's memory, or was given back")
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        self.copy_rows((target, size), (source, size), size, 1, stream)
+        self._copy_rows((target, size), (source, size), size, 1, stream)
 
     def copy_rows(
+        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
+    ) -> None:
+        self._copy_rows(target, source, width, rows, stream)
+
+    def _copy_rows(
         self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
     ) -> None:
         assert width <= min(target[1], source[1])

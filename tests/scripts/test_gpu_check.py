@@ -267,9 +267,12 @@ def test_captured_segments_and_driver_calls_are_counted(
     with module.OneGraph(double.folder, double.target).turned_off(), double.load() as engine:
         run, rows = module.full_depth(engine), engine.encode(["turn on the lights"])
         found = [module._driver_calls(run, rows)[0] for _ in range(4)]
-    assert [calls["captured"] for calls in found] == [0.0, 1.0, 1.0, 1.0]
-    # Each segment is launched, marked by an event and waited for.
-    assert found[-1]["driver_calls"] == found[-2]["driver_calls"] >= 9
+        with module._counted() as calls:
+            run(rows)
+    assert [each["captured"] for each in found] == [0.0, 1.0, 1.0, 1.0]
+    # The inputs are copied and marked by an event; each segment is launched, marked and waited for.
+    assert calls == {"copy": 3, "wait": 1 + 3, "record": 1 + 3, "launch": 3}
+    assert found[-1]["driver_calls"] == found[-2]["driver_calls"] == 14
 
 
 def test_a_target_that_cannot_run_is_skipped(load_script: Load, models: Path) -> None:
