@@ -111,7 +111,10 @@ class DeviceBackend(Backend[DeviceBuffers]):
         reason = cls.why_no_request_graph()
         if reason:
             return f"segment by segment; one CUDA graph would be faster, but {reason}"
-        return "as one CUDA graph, in which the device decides when to stop"
+        return (
+            "as one CUDA graph, in which the device decides when to stop; if its capture fails, "
+            "segment by segment"
+        )
 
     def warn_once(self, what: str, error: BackendError) -> None:
         """Log what happens because of an error, unless this backend has logged it before."""
