@@ -29,6 +29,7 @@ They notice sooner that the device is done, which matters on slow cores, as on J
 _WARPS = 8
 # So many bytes of a row are gathered by a block of 256 threads, in words of 8 bytes.
 _GATHERED_BYTES = 8192
+_DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
 # The types of nodes that the body of an IF node can hold.
 _NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
@@ -349,9 +350,15 @@ class Cuda:
         status, *values = result
         if int(status) != 0:
             _, text = self._runtime.cudaGetErrorString(status)
+            remedy = "check the driver with nvidia-smi, and close other programs that use the GPU"
+            if int(status) == _DRIVER_TOO_OLD:
+                remedy = (
+                    "install a newer NVIDIA driver, or cuda-bindings for the CUDA version of this "
+                    "driver, which nvidia-smi shows"
+                )
             raise BackendError(
                 f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
-                "check the driver with nvidia-smi, and close other programs that use the GPU",
+                remedy,
             )
         return tuple(values)
 
