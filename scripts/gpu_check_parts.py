@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ from fpabee.exporter.precision.formats import INT8, Half
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
-from fpabee.exporter.targets.tensorrt import unavailable_reason
+from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
 from fpabee.runtime import Engine, FpabeeError, MissingExtraError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
@@ -142,6 +143,11 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         started = time.perf_counter()
         targets += add_targets(folder / name, options).built
         emit(what="build", variant=name, seconds=round(time.perf_counter() - started, 1))
+        cache = folder / "one" / "targets" / targets[0] / TIMING_CACHE
+        if name == "one" and cache.is_file():  # the chain has the same layers
+            home = folder / "chain" / "targets" / targets[0]
+            home.mkdir(parents=True, exist_ok=True)
+            shutil.copy(cache, home)
     measure(folder, targets[0], emit)
 
 

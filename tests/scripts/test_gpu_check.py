@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
@@ -30,7 +32,8 @@ from fpabee.runtime.encoding import padding_values
 from ..conftest import WORDS
 from ..doubles.cuda import FakeCuda
 from ..doubles.decide import compiled, decide
-from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
+from ..doubles.device import GPU, install, install_cuda_provider, serve, set_gpu
+from ..doubles.tensorrt import plans_of
 
 ROOT = Path(__file__).parents[2]
 TARGET = "onnxruntime-fp32-cuda"
@@ -353,6 +356,32 @@ def test_a_kernel_that_never_stops_or_gathers_wrongly_is_noticed(
     monkeypatch.setattr(FakeCuda, "gather", lambda *values: None)
     with pytest.raises(AssertionError, match="not equal"):
         module.check_gather(FakeCuda())
+
+
+def test_the_chain_is_built_with_the_timings_of_the_engine(
+    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = load_script("gpu_check_parts")
+    add_targets(models / "chain", AddTargetsOptions((Half.FP16,), backends=()))
+    drop_exits(models / "chain", models / "one", DropExitsOptions((3,), force=True))
+    double = serve(monkeypatch, models / "chain")
+    of_chain, of_one = double.trt.plans, plans_of(models / "one")
+    double.trt.plans = lambda content: of_chain(content) or of_one(content)
+    monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
+    monkeypatch.setattr(parts, "cuda_device", lambda: GPU)
+    monkeypatch.setattr(parts, "measure", lambda *arguments: None)
+
+    def emit(variant: str, **result: Any) -> None:
+        if variant == "one":
+            (cache,) = (models / "one").rglob("timing.cache")
+            cache.write_text(cache.read_text("utf-8").replace("segment_01", "a layer"), "utf-8")
+
+    parts.plans(models, "fp16", emit)
+    timed = [config.cache.timed for config in double.configs if config.cache]
+    assert [("a layer" in found, len(found)) for found in timed] == [
+        (False, 1),
+        *((True, number) for number in (2, 3, 4)),
+    ]
 
 
 @pytest.mark.slow
