@@ -52,7 +52,7 @@ MODELS = (Part("model minilm", 100), Part("model base", 170))
 # The parts of a stage run at the same time; those of the first one measure no times. The most
 # important stages come first, because the last ones may find no time left.
 STAGES: tuple[tuple[Part, ...], ...] = (
-    (Part("tests", 150), *MODELS),
+    (Part("decide", 60), Part("tests", 150), *MODELS),
     (Part("plans minilm fp16", 60),),
     (Part("plans base fp16", 90),),
     (Part("onnxruntime minilm fp16", 30),),

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -19,6 +19,7 @@ from fpabee.exporter.bench import exact_batches
 from fpabee.runtime import Budget, Engine, Entropy, ExitRule, FpabeeError, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda import Cuda, cuda
+from fpabee.runtime.backends.device import NO_REQUEST_GRAPH, DeviceBackend
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.inspection import target_states
 from fpabee.runtime.targets import backend_class
@@ -39,31 +40,24 @@ class Skipped(Exception):  # noqa: N818
 class OneGraph:
     """The chain of a target as one CUDA graph, in which the device decides when to stop.
 
-    This class is the one place that knows how that is found out, and how it is turned off.
-
     Args:
         folder: an engines folder.
         target: the name of a target that can run here.
     """
 
-    _ASK = "why_no_request_graph"
-
     def __init__(self, folder: Path, target: str) -> None:
-        self._backend = backend_class(read_manifest(folder).targets[target])
+        self._backend: Any = backend_class(read_manifest(folder).targets[target])
 
     @property
     def unavailable_reason(self) -> str:
-        """Why the chain does not run as one graph; empty if it does."""
-        ask = getattr(self._backend, self._ASK, None)
-        return str(ask()) if ask else "this version of fpabee has no chain as one graph"
+        """Why the chain cannot run as one graph; empty if it can."""
+        return str(self._backend.why_no_request_graph())
 
     @contextmanager
     def turned_off(self) -> Iterator[None]:
         """Engines that are loaded in this context run one segment at a time."""
-        with ExitStack() as stack:
-            if hasattr(self._backend, self._ASK):
-                off = staticmethod(lambda: "it is measured segment by segment")
-                stack.enter_context(mock.patch.object(self._backend, self._ASK, off))
+        off = staticmethod(lambda: "it is measured segment by segment")
+        with mock.patch.object(self._backend, "why_no_request_graph", off):
             yield
 
 
@@ -126,8 +120,13 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
             variants = runs | {WITH_RULE: partial(best.run_encoded, rule=rule)}
             times = interleaved(variants, batches)
             for name, measured in times.items():
-                uses_graph = name == ONE_GRAPH or (name == WITH_RULE and ONE_GRAPH in engines)
-                calls = _driver_calls(variants[name], batches[0], uses_graph)
+                calls, is_one_graph = _driver_calls(variants[name], batches[0])
+                if name == ONE_GRAPH and not is_one_graph:
+                    warnings = cast(DeviceBackend, best.model._backend).warnings
+                    reason = warnings.get(NO_REQUEST_GRAPH, "no reason was logged")
+                    reason = f"{tokens} tokens ran segment by segment: {reason}"
+                    emit(what="not measured", variant=name, reason=reason)
+                    continue
                 depth = {"mean_depth": mean_depth} if name == WITH_RULE else {}
                 found = measured.summary() | calls | depth
                 emit(what="latency", variant=name, tokens=tokens, **found)
@@ -199,13 +198,19 @@ def at_half_depth(engine: Engine, rows: Sequence[EncodedRow]) -> tuple[ExitRule,
     return rule, round(float(np.array(layers)[exits - 1].mean()), 2)
 
 
-def _driver_calls(run: Run, rows: Sequence[EncodedRow], as_one_graph: bool) -> dict[str, float]:
-    """Driver calls of a request, and the share of its segments that ran in a captured graph."""
+def _driver_calls(run: Run, rows: Sequence[EncodedRow]) -> tuple[dict[str, float], bool]:
+    """Driver calls of a request, and the share of its segments that ran in a captured graph.
+
+    Returns:
+        These two numbers, and whether the request was one graph: segments that run one by one
+        record an event each.
+    """
     with _counted() as calls:
         result = run(rows)
     launches, segments = calls.get("launch", 0), int(result.exits[0]) + result.wasted
-    share = min(launches, 1) if as_one_graph else launches / segments
-    return {"driver_calls": sum(calls.values()), "captured": round(share, 3)}
+    is_one_graph = launches == 1 and "record" not in calls
+    share = 1.0 if is_one_graph else launches / segments
+    return {"driver_calls": sum(calls.values()), "captured": round(share, 3)}, is_one_graph
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import click
+from gpu_check_decide import check_decide, check_gather
 from gpu_check_measure import (
     Emit,
     Run,
@@ -41,11 +43,12 @@ from fpabee.exporter.precision.formats import INT8, Half
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
-from fpabee.exporter.targets.tensorrt import unavailable_reason
+from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
 from fpabee.runtime import Engine, FpabeeError, MissingExtraError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
-from fpabee.runtime.backends.cuda_probe import cuda_device
+from fpabee.runtime.backends.cuda import cuda
+from fpabee.runtime.backends.cuda_probe import cuda_device, no_conditional_graphs
 from fpabee.runtime.encoding import EncodedRow, padded_inputs, padding_values
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +79,16 @@ def tests(root: Path, emit: Emit) -> None:
     print(done.stdout, flush=True)
     emit(what="tests", summary=(done.stdout.strip().splitlines() or ["no output"])[-1])
     done.check_returncode()
+
+
+def decide(emit: Emit) -> None:
+    """The kernels, with and without a CUDA graph."""
+    reason = no_conditional_graphs()
+    if reason:
+        raise Skipped(f"requests cannot be one CUDA graph: {reason}")
+    driver = cuda()
+    check_gather(driver)
+    emit(what="tests", summary=f"{check_decide(driver)}; rows are gathered as by NumPy")
 
 
 def make_models(folder: Path, size: str, emit: Emit) -> None:
@@ -130,6 +143,11 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         started = time.perf_counter()
         targets += add_targets(folder / name, options).built
         emit(what="build", variant=name, seconds=round(time.perf_counter() - started, 1))
+        cache = folder / "one" / "targets" / targets[0] / TIMING_CACHE
+        if name == "one" and cache.is_file():  # the chain has the same layers
+            home = folder / "chain" / "targets" / targets[0]
+            home.mkdir(parents=True, exist_ok=True)
+            shutil.copy(cache, home)
     measure(folder, targets[0], emit)
 
 
@@ -218,6 +236,8 @@ def run_part(part: str, size: str, how: str, models: Path, emit: Emit) -> None:
     """
     if part == "tests":
         return tests(ROOT, emit)
+    if part == "decide":
+        return decide(emit)
     folder = models / size
     if part == "model":
         return make_models(folder, size, emit)
@@ -229,7 +249,9 @@ def run_part(part: str, size: str, how: str, models: Path, emit: Emit) -> None:
 
 
 @click.command()
-@click.argument("part", type=click.Choice(("tests", "model", "plans", "onnxruntime", "pytorch")))
+@click.argument(
+    "part", type=click.Choice(("tests", "decide", "model", "plans", "onnxruntime", "pytorch"))
+)
 @click.argument("size", type=click.Choice(tuple(SIZES)), required=False, default="minilm")
 @click.argument("how", required=False, default="")
 @click.option("--models", type=click.Path(path_type=Path), required=True)
@@ -238,7 +260,7 @@ def main(part: str, size: str, how: str, models: Path, results: Path) -> None:
     """Run one PART of the check."""
 
     def emit(**result: Any) -> None:
-        if part != "tests":
+        if part not in ("tests", "decide"):
             result = {"size": size, "runs_on": f"{part} {how}".strip()} | result
         with results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")

@@ -87,6 +87,9 @@ def _append(
         carried = value.name.removeprefix(NEXT)
         tensors[carried] = rename.get(value.name, value.name + suffix)
         made[carried] = value
+        copy = merged.value_info.add()  # the type is needed if a later conversion lowers it
+        copy.CopyFrom(value)
+        copy.name = tensors[carried]
 
 
 def _rename(graph: Any, old: str, new: str) -> None:

@@ -177,6 +177,7 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config.max_aux_streams = 0  # a chain has nothing to run at the same time, also as one graph
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     return ""
 

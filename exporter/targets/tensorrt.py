@@ -33,6 +33,8 @@ from .options import BUILD_ON_DEVICE, RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision
 from .plan_worker import PlanRequest, PlanResult
 
+TIMING_CACHE = "timing.cache"
+"""Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
 _BUILD_FILE = "build.json"
 _MAX_BUILD_BYTES = 16 * 2**20
 _SIGKILL = 9  # on Windows, the module `signal` does not have it
@@ -135,7 +137,7 @@ def build_target(
                 module=MODULES[backend],
                 onnx=str(onnx),
                 plan=str(plan),
-                timing_cache=str(home / "timing.cache"),
+                timing_cache=str(home / TIMING_CACHE),
                 profiles=[
                     {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
                     for shapes in options.profiles()

@@ -25,8 +25,11 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
+# So many warps at most decide about a group: every GPU has enough registers for 256 threads.
+_WARPS = 8
 # So many bytes of a row are gathered by a block of 256 threads, in words of 8 bytes.
 _GATHERED_BYTES = 8192
+_DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
 # The types of nodes that the body of an IF node can hold.
 _NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
@@ -197,8 +200,8 @@ class Cuda:
         Returns:
             An executable graph, which is on the device already.
         """
+        self.load_kernels()
         runtime = self._runtime
-        self._check(runtime.cudaSetDevice(0))  # this thread may not have used the device yet
         (root,) = self._check(runtime.cudaGraphCreate(0))
         try:
             graph, outermost = root, list[Any]()
@@ -240,15 +243,19 @@ class Cuda:
         types = (*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_ulonglong)
         launch = self._driver.cuLaunchKernel
         self._check_driver(
-            launch(self._decide_exit, 1, 1, 1, 32, rows, 1, 0, stream, (values, types), 0)
+            launch(
+                *(self._decide_exit, 1, 1, 1, 32, min(rows, _WARPS), 1, 0, stream),
+                *((values, types), 0),
+            )
         )
 
-    def load_gather(self) -> None:
-        """Load the kernel of `gather`, which needs a driver for CUDA 12.4 or later.
+    def load_kernels(self) -> None:
+        """Load the kernels of `decide` and `gather`, which need a driver for CUDA 12.4 or later.
 
-        The thread must have used the device before, as for `gather`.
+        CUDA does not allow this while a stream captures, so it must be called before.
         """
-        self._gather_rows  # noqa: B018 - the driver compiles it now
+        self._check(self._runtime.cudaSetDevice(0))  # this thread may not have used the device yet
+        self._decide_exit, self._gather_rows  # noqa: B018 - the driver compiles them now
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.h`.
@@ -343,9 +350,15 @@ class Cuda:
         status, *values = result
         if int(status) != 0:
             _, text = self._runtime.cudaGetErrorString(status)
+            remedy = "check the driver with nvidia-smi, and close other programs that use the GPU"
+            if int(status) == _DRIVER_TOO_OLD:
+                remedy = (
+                    "install a newer NVIDIA driver, or cuda-bindings for the CUDA version of this "
+                    "driver, which nvidia-smi shows"
+                )
             raise BackendError(
                 f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
-                "check the driver with nvidia-smi, and close other programs that use the GPU",
+                remedy,
             )
         return tuple(values)
 

@@ -42,6 +42,9 @@ from .shapes import Bucket, Rows
 
 logger = logging.getLogger(__name__)
 
+NO_REQUEST_GRAPH = "requests run segment by segment"
+"""What is logged if a request cannot be captured as one CUDA graph."""
+
 # Unused buffers keep up to this much device memory; each also keeps its CUDA graphs.
 _FREE_BYTES = 256 * 2**20
 
@@ -53,6 +56,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         cuda: the driver.
         stream: the stream of all executions; None if each makes its own.
         no_request_graph: the result of `why_no_request_graph`.
+        warnings: what has been logged, each with its reason.
     """
 
     stream: int | None = None
@@ -63,13 +67,13 @@ class DeviceBackend(Backend[DeviceBuffers]):
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
         self.no_request_graph = self.why_no_request_graph()
-        self._warned: set[str] = set()
+        self.warnings: dict[str, str] = {}
 
     @functools.cached_property
     def gathers(self) -> bool:
         """Whether a kernel regroups rows."""
         try:
-            self.cuda.load_gather()
+            self.cuda.load_kernels()
         except BackendError as error:
             self.warn_once("rows are regrouped by several copies instead of one kernel", error)
             return False
@@ -107,12 +111,15 @@ class DeviceBackend(Backend[DeviceBuffers]):
         reason = cls.why_no_request_graph()
         if reason:
             return f"segment by segment; one CUDA graph would be faster, but {reason}"
-        return "as one CUDA graph, in which the device decides when to stop"
+        return (
+            "as one CUDA graph, in which the device decides when to stop; if its capture fails, "
+            "segment by segment"
+        )
 
     def warn_once(self, what: str, error: BackendError) -> None:
         """Log what happens because of an error, unless this backend has logged it before."""
-        if what not in self._warned:
-            self._warned.add(what)
+        if what not in self.warnings:
+            self.warnings[what] = error.message
             logger.warning("%s: %s: %s", self.name, what, error.message)
 
 
@@ -213,7 +220,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
             buffers.capture_request()
         except BackendError as error:
             buffers.can_capture = False
-            self.backend.warn_once("requests run segment by segment", error)
+            self.backend.warn_once(NO_REQUEST_GRAPH, error)
         return buffers.request
 
     def wait(self) -> None:

@@ -75,7 +75,7 @@ class FakeCuda(Cuda):
         frees: how often device memory was freed; each waits for the whole device.
         conditions: what `decide` told each IF node, None before it did.
         ran_parts: how many parts of each request ran, of those that are captured as one graph.
-        loads_kernels: whether the driver is new enough for the kernels.
+        loads_kernels: whether the driver accepts the PTX of the kernels.
         idle: how often the device had nothing left to do when a wait ended.
     """
 
@@ -143,9 +143,14 @@ class FakeCuda(Cuda):
         raise AssertionError(f"{pointer:#x} is nobody's memory, or was given back")
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        self.copy_rows((target, size), (source, size), size, 1, stream)
+        self._copy_rows((target, size), (source, size), size, 1, stream)
 
     def copy_rows(
+        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
+    ) -> None:
+        self._copy_rows(target, source, width, rows, stream)
+
+    def _copy_rows(
         self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
     ) -> None:
         assert width <= min(target[1], source[1])
@@ -165,9 +170,10 @@ class FakeCuda(Cuda):
     def clear(self, pointer: int, size: int, stream: int) -> None:
         self.put(stream, lambda: self.view(pointer, size).fill(0))
 
-    def load_gather(self) -> None:
+    def load_kernels(self) -> None:
+        self._refuse_in_capture()
         if not self.loads_kernels:
-            raise BackendError("CUDA: PTX of a newer compiler (error 222)", "")
+            raise BackendError("CUDA: no kernel image for this device (error 209)", "")
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         assert self.loads_kernels
@@ -257,6 +263,7 @@ class FakeCuda(Cuda):
         self, stream: int, parts: Sequence[Callable[[int], None]], end: Work
     ) -> int:
         """A graph whose parts are nested: each is queued when the IF node before it runs."""
+        self.load_kernels()
         state = self.streams[stream]
         assert state.capture is None, "a capture within a capture"
         handles = [next(self._handles) for _ in parts[1:]]
@@ -298,6 +305,7 @@ class FakeCuda(Cuda):
         self, board: int, logits: int, exit_number: int, rows: int, handle: int, stream: int
     ) -> None:
         assert self.streams[stream].capture is not None, "it sets the condition of a graph"
+        assert self.loads_kernels
         assert 0 < rows <= 32
 
         def work() -> None:
@@ -341,4 +349,4 @@ class FakeCuda(Cuda):
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():
             captures = stream.capture is not None and stream.capturing == threading.get_ident()
-            assert not captures, "memory must not change while a graph is captured"
+            assert not captures, "neither memory nor kernels may change during a capture"

@@ -18,6 +18,8 @@ from fpabee.runtime.backends.decide import PTX, board_type
 
 ALONE = PTX.with_suffix(".h")
 """One thread decides about a row, with the function `decide`."""
+WARPS = 8
+"""So many warps at most share the rows."""
 IN_LANES = Path(__file__).with_name("decide_lanes.c")
 """Several threads share a row, with the function `decide_in_lanes`."""
 
@@ -43,7 +45,8 @@ def decide(board: int, logits: int, exit_number: int, rows: int, source: Path = 
         going = compiled(source).decide_in_lanes(*arguments)
         assert going >= 0, "the lanes do not agree"
     else:
-        going = compiled(source).decide(*arguments, 0, 1)
+        warps = min(rows, WARPS)
+        going = max(compiled(source).decide(*arguments, warp, warps) for warp in range(warps))
     return bool(going)
 
 

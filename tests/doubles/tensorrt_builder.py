@@ -90,6 +90,7 @@ class FakeConfig:
         self.builder_optimization_level: int | None = None
         self.hardware_compatibility_level: Any = None
         self.profiling_verbosity: Any = None
+        self.max_aux_streams = -1
 
     def add_optimization_profile(self, profile: FakeProfile) -> int:
         self.profiles.append(profile)

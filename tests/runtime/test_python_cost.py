@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,29 +18,62 @@ import pytest
 from fpabee.runtime import Budget, Confidence, Engine, ExitRule, FPabee
 
 from ..conftest import WORDS
+from ..doubles.decide import compiled
+from ..doubles.device import NEW_DRIVER, install, set_gpu
 
 NEVER = FPabee(threshold=0.0)  # computes a score at every exit, and stops no row
 TEXTS = [" ".join(WORDS[start : start + 6]) for start in range(8)]
 
 # Calls of functions in Python and C, about 10 % above what was counted when this was written: of a
-# request with its first segment, and of each further segment, by the number of rows.
-MOST_CALLS = {1: (186, 48), 8: (729, 49)}
+# request with its first segment, and of each further segment, by the target and the number of rows.
+# As one CUDA graph, a further segment only adds its logits to the answer.
+MOST_CALLS = {
+    ("cpu", 1): (186, 48),
+    ("cpu", 8): (729, 49),
+    ("stepwise", 1): (242, 47),
+    ("stepwise", 8): (897, 46),
+    ("one graph", 1): (194, 4),
+    ("one graph", 8): (754, 7),
+}
+DOUBLES = str(Path(install.__code__.co_filename).parent)
 
 
-@pytest.fixture(scope="module")
-def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
-    with Engine.load(engines["bert"], threads=1) as engine:
-        yield engine
+@pytest.fixture
+def load(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Engine]:
+    """Loads BERT on the CPU, or on a double of a GPU."""
+
+    def make(where: str) -> Engine:
+        folder, target = engine_copy(), None
+        if where != "cpu":
+            target = install(monkeypatch, folder).target
+        if where == "one graph":
+            compiled()
+            set_gpu(monkeypatch, NEW_DRIVER)
+        return Engine.load(folder, target, threads=1)
+
+    return make
 
 
 def calls_of(function: Callable[[], object]) -> Counter[str]:
-    """Counts the calls that a function makes in this thread, by what is called."""
-    counts = Counter[str]()
+    """Counts the calls that a function makes in this thread, by what is called.
+
+    A call of a double is one call, whatever the double does.
+    """
+    counts, depth = Counter[str](), 0
 
     def count(frame: FrameType, event: str, called: Any) -> None:
-        if event == "call":
-            code = frame.f_code
+        nonlocal depth
+        code = frame.f_code
+        is_double = code.co_filename.startswith(DOUBLES)
+        if event == "return":
+            depth -= is_double
+        elif depth:
+            depth += event == "call" and is_double
+        elif event == "call":
             counts[f"{Path(code.co_filename).name}:{code.co_firstlineno} {code.co_name}"] += 1
+            depth += is_double
         elif event == "c_call":
             counts[f"{called.__module__ or ''} {called.__qualname__}"] += 1
 
@@ -60,18 +93,21 @@ def test_calls_of_a_text_that_stops_at_exit_0(exit_0_engines: Mapping[str, Path]
     assert counts.total() <= 136, counts.most_common(20)
 
 
-@pytest.mark.parametrize("rows", MOST_CALLS)
-def test_calls_of_a_request_and_of_a_segment(rows: int, engine: Engine) -> None:
+@pytest.mark.parametrize(("where", "rows"), MOST_CALLS)
+def test_calls_of_a_request_and_of_a_segment(
+    where: str, rows: int, load: Callable[[str], Engine]
+) -> None:
     def calls(rule: ExitRule) -> Counter[str]:
-        engine.predict(TEXTS[:rows], rule=rule)  # loads the segments and fills caches
+        for _ in range(3):  # loads the segments, fills caches and captures graphs
+            engine.predict(TEXTS[:rows], rule=rule)
         return calls_of(lambda: engine.predict(TEXTS[:rows], rule=rule))
 
-    request = calls(Budget(exit=1))
-    further = calls(NEVER)
+    with load(where) as engine:
+        request, further = calls(Budget(exit=1)), calls(NEVER)
     further.subtract(request)
     counted = [("a request", 1, request), ("further segments", 2, further)]
     found = {what: counts.total() / segments for what, segments, counts in counted}
-    most = dict(zip(found, MOST_CALLS[rows], strict=True))
+    most = dict(zip(found, MOST_CALLS[where, rows], strict=True))
     tops = "".join(
         f"\n{what}: " + ", ".join(f"{number} {name}" for name, number in counts.most_common(15))
         for what, _, counts in counted

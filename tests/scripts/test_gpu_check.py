@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,16 +19,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
 from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fpabee.runtime.encoding import padding_values
 
 from ..conftest import WORDS
-from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
+from ..doubles.cuda import FakeCuda
+from ..doubles.decide import compiled, decide
+from ..doubles.device import GPU, install, install_cuda_provider, serve, set_gpu
+from ..doubles.tensorrt import plans_of
 
 ROOT = Path(__file__).parents[2]
 TARGET = "onnxruntime-fp32-cuda"
@@ -227,18 +233,30 @@ def test_the_chain_as_one_graph_is_found_and_turned_off(
 ) -> None:
     module = load_script("gpu_check_measure")
     install_cuda_provider(monkeypatch, models / "chain")
-    ask = "why_no_request_graph"
     for reason in ("the driver is too old", ""):
         says = staticmethod(lambda reason=reason: reason)
-        monkeypatch.setattr(OnnxRuntimeCudaBackend, ask, says, raising=False)
+        monkeypatch.setattr(OnnxRuntimeCudaBackend, "why_no_request_graph", says)
         graph = module.OneGraph(models / "chain", TARGET)
         assert graph.unavailable_reason == reason
         with graph.turned_off():
             assert graph.unavailable_reason == "it is measured segment by segment"
         assert graph.unavailable_reason == reason
-    monkeypatch.undo()
-    if not hasattr(OnnxRuntimeCudaBackend, ask):
-        assert "this version of fpabee" in graph.unavailable_reason
+
+
+@pytest.mark.parametrize("measure", ["tensorrt"], indirect=True)
+def test_a_chain_that_is_not_captured_as_one_graph_is_not_measured_as_one(
+    measure: tuple[ModuleType, str], models: Path
+) -> None:
+    module, target = measure
+    module.cuda().loads_kernels = False
+    results = _measured(module, models, target)
+    reasons = [r["reason"] for r in results if r["what"] == "not measured"]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        f"{tokens} tokens ran segment by segment" for tokens in (16, 32)
+    ]
+    assert all("no kernel image for this device" in reason for reason in reasons)
+    captured = [(r["variant"], r["captured"]) for r in results if r["what"] == "latency"]
+    assert captured == [(v, 1.0) for v in (module.ENGINE, module.STEPWISE, module.WITH_RULE)] * 2
 
 
 def test_captured_segments_and_driver_calls_are_counted(
@@ -251,10 +269,13 @@ def test_captured_segments_and_driver_calls_are_counted(
     monkeypatch.setattr(module, "cuda", lambda: double.cuda)
     with module.OneGraph(double.folder, double.target).turned_off(), double.load() as engine:
         run, rows = module.full_depth(engine), engine.encode(["turn on the lights"])
-        found = [module._driver_calls(run, rows, as_one_graph=False) for _ in range(4)]
-    assert [calls["captured"] for calls in found] == [0.0, 1.0, 1.0, 1.0]
-    # Each segment is launched, marked by an event and waited for.
-    assert found[-1]["driver_calls"] == found[-2]["driver_calls"] >= 9
+        found = [module._driver_calls(run, rows)[0] for _ in range(4)]
+        with module._counted() as calls:
+            run(rows)
+    assert [each["captured"] for each in found] == [0.0, 1.0, 1.0, 1.0]
+    # The inputs are copied and marked by an event; each segment is launched, marked and waited for.
+    assert calls == {"copy": 3, "wait": 1 + 3, "record": 1 + 3, "launch": 3}
+    assert found[-1]["driver_calls"] == found[-2]["driver_calls"] == 14
 
 
 def test_a_target_that_cannot_run_is_skipped(load_script: Load, models: Path) -> None:
@@ -292,6 +313,9 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     assert skipped["skipped"] == "the model minilm was not made"
     parts = load_script("gpu_check_parts")
     monkeypatch.setattr(parts, "cuda_device", lambda: CudaDevice("H100", "9.0"))
+    monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "it needs a driver for CUDA 12.4")
+    with pytest.raises(parts.Skipped, match=r"CUDA 12\.4"):
+        parts.decide(print)
     with pytest.raises(parts.Skipped, match=r"tensorrt is not installed; .*(9\.0|not installed)"):
         parts.plans(models, "fp16", print)
     with pytest.raises(parts.Skipped, match="finds no GPU"):
@@ -299,6 +323,65 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
     with pytest.raises(parts.Skipped, match="the model has no int8 graphs"):
         parts.plans(models, "int8", print)
+
+
+@pytest.mark.parametrize("where", ["double", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_kernels_decide_and_gather(
+    where: str, load_script: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, double, results = load_script("gpu_check_parts"), FakeCuda(), list[dict[str, Any]]()
+    if where == "double":
+        compiled()
+        check = functools.partial(parts.check_decide, every=9)
+        monkeypatch.setattr(parts, "cuda", lambda: double)
+        monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "")
+        monkeypatch.setattr(parts, "check_decide", check)
+    elif cuda_device().error:
+        pytest.skip(cuda_device().error)
+    parts.decide(lambda **result: results.append(result))
+    assert re.match(r"\d+ rows stopped as `simulate` says", results[0]["summary"])
+    if where == "double":
+        assert set(double.ran_parts) >= {1, 2, 3, 6}
+        assert not any((double.memory_of, double.streams, double.graphs))
+
+
+def test_a_kernel_that_never_stops_or_gathers_wrongly_is_noticed(
+    load_script: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled()
+    module = load_script("gpu_check_decide")
+    monkeypatch.setattr("tests.doubles.cuda.decide", lambda *values: decide(*values) or True)
+    with pytest.raises(AssertionError, match="wrong last segment"):
+        module.check_decide(FakeCuda(), every=9)
+    monkeypatch.setattr(FakeCuda, "gather", lambda *values: None)
+    with pytest.raises(AssertionError, match="not equal"):
+        module.check_gather(FakeCuda())
+
+
+def test_the_chain_is_built_with_the_timings_of_the_engine(
+    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = load_script("gpu_check_parts")
+    add_targets(models / "chain", AddTargetsOptions((Half.FP16,), backends=()))
+    drop_exits(models / "chain", models / "one", DropExitsOptions((3,), force=True))
+    double = serve(monkeypatch, models / "chain")
+    of_chain, of_one = double.trt.plans, plans_of(models / "one")
+    double.trt.plans = lambda content: of_chain(content) or of_one(content)
+    monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
+    monkeypatch.setattr(parts, "cuda_device", lambda: GPU)
+    monkeypatch.setattr(parts, "measure", lambda *arguments: None)
+
+    def emit(variant: str, **result: Any) -> None:
+        if variant == "one":
+            (cache,) = (models / "one").rglob("timing.cache")
+            cache.write_text(cache.read_text("utf-8").replace("segment_01", "a layer"), "utf-8")
+
+    parts.plans(models, "fp16", emit)
+    timed = [config.cache.timed for config in double.configs if config.cache]
+    assert [("a layer" in found, len(found)) for found in timed] == [
+        (False, 1),
+        *((True, number) for number in (2, 3, 4)),
+    ]
 
 
 @pytest.mark.slow
@@ -389,10 +472,11 @@ def _shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_its_environment_is_made_once_for_the_cuda_of_the_driver(tmp_path: Path) -> None:
+def test_its_environment_is_made_for_the_cuda_of_the_driver(tmp_path: Path) -> None:
+    """What could not be installed is tried again by the next run, and nothing else is."""
     python, log = tmp_path / "venv" / "bin" / "python", tmp_path / "log"
     python.parent.mkdir(parents=True)
-    fails = '[ "$6" = ".[tensorrt-cu12]" ] && exit 1'
+    fails = f'[ "$6" = ".[tensorrt-cu12]" ] && [ ! -e {tmp_path}/network ] && exit 1'
     python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{fails}\nexit 0\n', encoding="utf-8")
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
@@ -404,21 +488,24 @@ def test_its_environment_is_made_once_for_the_cuda_of_the_driver(tmp_path: Path)
         "PYTHON": sys.executable,
         "PATH": f"{smi.parent}:{os.environ['PATH']}",
     }
-    first, second = (_shell("--output", "out", **variables) for _ in range(2))
-    assert first.returncode == second.returncode == 0, first.stderr
-    assert "the extra tensorrt-cu12 could not be installed" in first.stderr
+    for message in ("the extra tensorrt-cu12 could not be installed", "", ""):
+        done = _shell("--output", "out", **variables)
+        assert done.returncode == 0, done.stderr
+        assert message in done.stderr
+        assert message or "extra" not in done.stderr
+        (tmp_path / "network").touch()
     calls = log.read_text("utf-8").splitlines()
     installed = [call.split("install --quiet ")[1] for call in calls if "install --quiet" in call]
     assert installed == [
         "--upgrade pip",
         "--editable .[calibrate,export]",
-        "pytest hypothesis filelock",
         "--editable .[gpu-cu12]",
         "--editable .[tensorrt-cu12]",
         "--editable .[tensorrt-rtx-cu12]",
+        "--editable .[tensorrt-cu12]",
     ]
     runs = [call for call in calls if call.startswith("scripts/gpu_check.py")]
-    assert len(runs) == 2
+    assert len(runs) == 3
     assert all(re.fullmatch(r"scripts/gpu_check.py --seconds 5\d\d --output out", r) for r in runs)
 
 

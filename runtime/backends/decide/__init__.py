@@ -38,7 +38,7 @@ GATHER = np.dtype(
 """What `gather` in `gather.h` reads: addresses, sizes in bytes, and the bytes of padding."""
 
 MOST_ROWS = 32
-"""So many rows fit into a block of threads, with a warp for each."""
+"""Larger groups run segment by segment; the 8 warps of a block share the rows."""
 
 SCORES = (
     *("none", *(measure.value for measure in Measure), "changed"),

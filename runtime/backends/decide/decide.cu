@@ -22,10 +22,10 @@ static ONE_COPY double max_of(double value) {
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(
     unsigned long long handle, unsigned int value);
 
-/* One block, a warp for each row. The IF node of the handle runs its body if a row goes on; the
-   last exit has none. */
-extern "C" __global__ void decide_exit(void *board, const float *now, int exit, int rows,
-                                       unsigned long long handle) {
+/* One block, whose warps share the rows. Every GPU has enough registers for 256 threads. The IF
+   node of the handle runs its body if a row goes on; the last exit has none. */
+extern "C" __global__ void __launch_bounds__(256)
+decide_exit(void *board, const float *now, int exit, int rows, unsigned long long handle) {
   int going = decide(board, now, exit, rows, threadIdx.y, blockDim.y);
   going = __syncthreads_or(going);
   if (threadIdx.x + threadIdx.y == 0 && exit < ((Settings *)board)->exits)

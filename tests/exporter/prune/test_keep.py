@@ -11,6 +11,7 @@ import pytest
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.precision.formats import Half
+from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime import Engine, FPabee, ModelError
 from fpabee.runtime.artifact.folder import read_manifest
@@ -122,6 +123,15 @@ def test_every_precision_is_merged_and_no_operating_point_is_copied(
     assert "onnxruntime-fp16-cuda" in manifest.targets
     target = manifest.targets["onnxruntime-fp32"]
     assert (target.operating_points, target.default_operating_point) == ({}, "")
+
+
+def test_merged_segments_can_be_converted(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    """Also the hidden state that one segment left for the next one becomes fp16."""
+    drop_exits(engines["bert"], tmp_path / "new", DropExitsOptions((3,)))
+    options = AddTargetsOptions(precisions=(Half.FP16,), backends=())
+    manifest = add_targets(tmp_path / "new", options).manifest
+    for graph in manifest.precisions["fp16"].values():
+        onnx.checker.check_model(tmp_path / "new" / graph.file, full_check=True)
 
 
 @pytest.mark.parametrize("exits", [(), (0, 3), (3, 2), (1, 4)])

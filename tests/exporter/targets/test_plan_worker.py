@@ -63,7 +63,7 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
 def test_settings_are_left_to_the_library_and_segments_share_what_was_timed(double: Double) -> None:
     build(double)
     config = double.configs[0]
-    assert (config.flags, config.limits) == (set(), {})
+    assert (config.flags, config.limits, config.max_aux_streams) == (set(), {}, 0)
     assert config.builder_optimization_level is config.hardware_compatibility_level is None
     cache = timing_cache(double)
     assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
@@ -130,6 +130,7 @@ def test_plans_of_rtx_can_be_captured_and_fp32_is_fp32() -> None:
     assert _configure(trt, builder, config, request) == ""
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.max_aux_streams == 0
 
 
 def test_tensorrt_builds_one_plan_at_a_time(

@@ -164,6 +164,7 @@ def capture(version: int, parts: int, fails: str = "", kind: str = "Kernel") -> 
     bindings = Bindings(real, version, fails)
     cuda = Cuda.__new__(Cuda)
     cuda._runtime = bindings
+    cuda.load_kernels = lambda: bindings.calls.append("load kernels")  # type: ignore[method-assign]
 
     def part(number: int) -> Any:
         def work(handle: int) -> None:
@@ -195,6 +196,7 @@ def test_each_part_is_the_body_of_the_if_node_before_it(version: int) -> None:
         "{segment2() decide0(segment2)}} out(if101)"
     )
     assert bindings.graphs == []
+    assert bindings.calls[0] == "load kernels", "CUDA refuses this while a stream captures"
     assert "cudaGetLastError" not in bindings.calls
     assert capture(version, 1).instantiated == "segment0() decide0(segment0) out(decide0)"
 
@@ -275,7 +277,7 @@ static int launch(void *function, int x, int y, int z, int threads, int rows, in
     printf("%p %p %d %d %llu\n", *(void **)values[0], *(void **)values[1], *(int *)values[2],
            *(int *)values[3], *(unsigned long long *)values[4]);
   fflush(stdout);
-  return 0;
+  return threads * rows * depth > 256 ? 701 : 0; /* too few registers */
 }
 int cuGetProcAddress_v2(const char *name, void **function, int version, long flags, void *status) {
   *function = !strcmp(name, "cuModuleLoadData") ? (void *)load
@@ -290,12 +292,16 @@ int cuGetProcAddress(const char *name, void **function, int version, long flags)
 """
 _PROGRAM = """
 import numpy as np
+from types import SimpleNamespace
 from cuda.bindings import runtime
 from fpabee.runtime.backends.cuda import Cuda
 from fpabee.runtime.backends.decide import GATHER
 cuda = Cuda.__new__(Cuda)
-cuda._runtime = runtime
-cuda.decide(1 << 40, 1 << 41, 3, 4, 1 << 50, 77)
+device = lambda number: print("device", number, flush=True) or (0,)
+cuda._runtime = SimpleNamespace(cudaError_t=runtime.cudaError_t, cudaSetDevice=device)
+cuda.load_kernels()
+for rows in (4, 32):
+    cuda.decide(1 << 40, 1 << 41, 3, rows, 1 << 50, 77)
 plan = np.zeros(1, GATHER)
 plan["to"], plan["pitch"], plan["fill"] = 7, 8193, 9
 plan["sources"][0, -1], plan["widths"][0, -1] = 10, 11
@@ -305,7 +311,10 @@ for _ in range(2):
 
 
 def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
-    """With a made-up driver: it gets the PTX once, and the arguments of each kernel."""
+    """With a made-up driver: it gets the PTX once, and the arguments of each kernel.
+
+    A block of `decide_exit` has at most 256 threads, or its registers would not suffice.
+    """
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
@@ -319,9 +328,10 @@ def test_the_real_bindings_launch_the_kernels(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        *(str(PTX.stat().st_size), "decide_exit"),
+        *("device 0", str(PTX.stat().st_size), "decide_exit", "gather_rows"),
         "1 1 1 32 4 1 0 0x4d (nil)",
         "0x10000000000 0x20000000000 3 4 1125899906842624",
-        "gather_rows",
+        "1 1 1 32 8 1 0 0x4d (nil)",
+        "0x10000000000 0x20000000000 3 32 1125899906842624",
         *("256 2 1 256 1 1 0 0x4e (nil)", "7 8193 9 10 11") * 2,
     ]

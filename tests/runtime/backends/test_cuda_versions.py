@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
 from fpabee.runtime import BackendError
 from fpabee.runtime.backends import cuda_probe, onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends.cuda import Cuda
 from fpabee.runtime.backends.cuda_probe import CudaDevice, check_cuda, extra
 
 from ...doubles.device import Double, set_gpu
@@ -87,6 +89,17 @@ def test_an_old_driver_is_named_before_anything_is_loaded(
     assert extra("tensorrt") == "tensorrt-cu12"
     with pytest.raises(BackendError, match=r"driver 580 or later.*fpabee\[tensorrt-cu12\]"):
         made.load()
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(35, "newer NVIDIA driver, or cuda-bindings for the CUDA version"), (2, "close other")],
+)
+def test_the_error_of_an_old_driver_says_what_to_install(status: int, remedy: str) -> None:
+    cuda = Cuda.__new__(Cuda)
+    cuda._runtime = SimpleNamespace(cudaGetErrorString=lambda status: (0, b"it failed"))
+    with pytest.raises(BackendError, match=rf"it failed \(error {status}\) -> .*{remedy}"):
+        cuda._check((status,))
 
 
 def test_what_installed_libraries_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,10 @@ def test_large_groups_and_unknown_rules_run_segment_by_segment(
     assert made.cuda.ran_parts == []
 
 
-@pytest.mark.parametrize("kind", ["capture", "run in a capture", "malloc", "pinned", "event"])
+@pytest.mark.parametrize(
+    "kind",
+    ["capture", "run in a capture", "malloc", "pinned", "event", "PTX for another architecture"],
+)
 def test_a_request_that_cannot_be_captured_runs_segment_by_segment(
     kind: str, pair: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,13 +190,15 @@ def test_a_request_that_cannot_be_captured_runs_segment_by_segment(
         same(engine.trace(TEXTS[:1], rule=Budget(exit=1)), expected)
         if kind == "malloc":
             made.cuda.room = made.used()
+        elif kind == "PTX for another architecture":
+            made.cuda.loads_kernels = False
         else:
             made.cuda.fails_at[kind] = 1
         for _ in range(3):
             same(engine.trace(TEXTS[:1], rule=Budget(exit=1)), expected)
         assert made.cuda.ran_parts == []
         assert caplog.text.count("requests run segment by segment") == 1
-        made.cuda.room = 1 << 30
+        made.cuda.room, made.cuda.loads_kernels = 1 << 30, True
         for _ in range(2):  # another shape is tried again
             same(engine.trace(TEXTS), stepwise.trace(TEXTS))
         assert len(made.cuda.ran_parts) == 1

@@ -38,7 +38,7 @@ IN_BOTH = """
     add_cast add_optimization_profile build_serialized_network builder_optimization_level combine
     create_builder_config create_engine_inspector create_execution_context create_network
     create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
-    device_memory_size_v2
+    device_memory_size_v2 max_aux_streams
     engine_host_code_allowed execute_async_v3 get_engine_information get_error get_input get_layer
     get_output hardware_compatibility_level infer_shapes num_errors num_inputs num_layers
     num_outputs parse_from_file profiling_verbosity serialize set_device_memory set_flag
