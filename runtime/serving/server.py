@@ -114,8 +114,13 @@ def listen(host: str, port: int) -> socket.socket:
     """Open a port.
 
     Raises:
+        InputError: the host is empty, which would mean all addresses of this machine.
         FpabeeError: the port is in use, or the host is not an address of this machine.
     """
+    if not host:
+        raise InputError(
+            "the host is empty", Remedy("give an address as {host}; 0.0.0.0 stands for all of them")
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)

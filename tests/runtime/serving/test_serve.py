@@ -103,6 +103,13 @@ def test_a_host_that_is_not_ours(bert: Path, serve: Run) -> None:
     check_refused(serve(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
 
 
+def test_an_empty_host_does_not_mean_all_addresses(
+    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", lambda *_: None)
+    check_refused(serve(bert, "--host", "", "--port", "0"), "empty", "--host", "0.0.0.0")
+
+
 def test_a_folder_that_does_not_load(tmp_path: Path, serve: Run) -> None:
     check_refused(serve(tmp_path), "manifest.json")
 
