@@ -292,7 +292,7 @@ class Scheduler:
         if self._cancels:
             for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
                 row.future.cancel()
-        self._waiting = [row for row in self._waiting if not row.future.cancelled()]
+        self._waiting = [row for row in self._waiting if not row.future.done()]
         group = self._choose(chain)
         if group is None or self._answer_late(chain, group):
             return
@@ -307,27 +307,27 @@ class Scheduler:
         self._regroup(chain, group)
 
     def _admit(self, chain: Chain[Any]) -> None:
-        """Let the rows that have arrived wait, except those that stop at exit 0."""
+        """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
         with self._changed:
             rows, self._arrived = self._arrived, []
+            self._waiting += rows  # before anything can fail
         if chain.exit_0 is not None:
             for part in _by_rule(rows):
                 self._ask_exit_0(chain.exit_0, part)
-        self._waiting += [row for row in rows if not row.future.done()]
 
     def _ask_exit_0(self, exit_0: ExitZero, rows: Sequence[_Row]) -> None:
         try:
             logits = exit_0([row.encoded for row in rows])
+            self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
+            for row, row_logits in zip(rows, logits, strict=True):
+                row.at_exit_0 = row_logits
         except Exception as error:  # noqa: BLE001 - it belongs to one of the rows
             if len(rows) == 1:
                 self._fail(rows[0], error)
-            else:
-                for row in rows:
+                return
+            for row in rows:
+                if not row.future.done():
                     self._ask_exit_0(exit_0, [row])
-            return
-        for row, row_logits in zip(rows, logits, strict=True):
-            row.at_exit_0 = row_logits
-        self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""

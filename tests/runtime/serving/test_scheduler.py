@@ -391,6 +391,32 @@ def test_exit_0_that_fails(
             futures[1].result(WAIT)
 
 
+def test_an_answer_at_exit_0_that_fails(
+    exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are asked again one by one, and exit 0 is not skipped."""
+    rule = dataclasses.replace(NEVER, exit_0_threshold=0.0)
+    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
+        fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+        futures = scheduler.submit_all(["rain", "rain sun rain", "sun"])
+        with pytest.raises(MemoryError):
+            futures[1].result(WAIT)
+        assert [answer.exit for answer in results([futures[0], futures[2]])] == [0, 0]
+        assert scheduler.unanswered == 0
+
+
+def fail_answers(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """Let rows of a certain length have no answer."""
+    answers = Engine.answers
+
+    def fails(engine: Engine, rows: Sequence[Any], *rest: Any) -> Any:
+        if any(len(row) == bad for row in rows):
+            raise MemoryError("made up")
+        return answers(engine, rows, *rest)
+
+    monkeypatch.setattr(Engine, "answers", fails)
+
+
 def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
