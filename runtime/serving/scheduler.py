@@ -142,7 +142,7 @@ class Scheduler:
 
         Returns:
             A future of the answer. Its `cancel` takes the row out of the queue, or out of its group
-            when the running segment ends. If the row cannot be answered, `result` raises the error
+            before the next segment. If the row cannot be answered, `result` raises the error
             that `predict` would raise.
 
         Raises:
@@ -294,7 +294,7 @@ class Scheduler:
                 row.future.cancel()
         self._waiting = [row for row in self._waiting if not row.future.done()]
         group = self._choose(chain)
-        if group is None or self._answer_late(chain, group):
+        if group is None or self._drop(chain, group):
             return
         self._running = list(group.rows)
         stage = group.hidden.segment
@@ -377,32 +377,32 @@ class Scheduler:
         self._groups.append(group)
         return group
 
-    def _answer_late(self, chain: Chain[Any], group: Group[Any]) -> bool:
-        """Answer the rows that would miss their deadline while a group runs a segment.
+    def _drop(self, chain: Chain[Any], group: Group[Any]) -> bool:
+        """Before a group runs, let go of the rows that need no more segments.
+
+        These are the rows that would miss their deadline while it runs, which are answered, and the
+        cancelled rows.
 
         Returns:
             Whether there was one.
         """
         bucket = group.hidden.bucket
         soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
-        late = [row for row in self._waiting if row.deadline < soon and row.reached]
-        if late:
-            self._waiting = [row for row in self._waiting if row not in late]
+        rows = [*self._waiting, *(row for other in self._groups for row in other.rows)]
+        late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
+        for row, exit_number, logits in late:
+            self._running = [row]
+            self._answer(exit_number, [row], logits[None], limited=True)
         changed = []
         for other in self._groups:
-            is_late = [row.deadline < soon and row.reached is not None for row in other.rows]
-            if any(is_late):
-                late += other.rows[is_late].tolist()
-                other.keep = np.flatnonzero(~np.array(is_late))
+            going = np.array([not row.future.done() for row in other.rows])
+            if not going.all():
+                other.keep = np.flatnonzero(going)
                 changed.append(other)
         for other in changed:
             if other in self._groups:  # else it has joined one before
                 self._regroup(chain, other)
-        for row in late:
-            if row.reached is not None:
-                exit_number, logits = row.reached
-                self._answer(exit_number, [row], logits[None], limited=True)
-        return bool(late)
+        return bool(late or changed)
 
     def _decide(
         self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any

@@ -223,6 +223,20 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     assert engine.tally.rows == 1
 
 
+def test_rows_that_are_cancelled_while_others_run_leave(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        first = scheduler.submit("the film")
+        gate.at()
+        futures = scheduler.submit_all(["the plot", "rain"])
+        gate.step()
+        assert gate.at() == (0, 2)
+        assert first.cancel()
+        gate.step()
+        assert gate.at() == (1, 2)
+        gate.open()
+        assert [answer.exit for answer in results(futures)] == [3, 3]
+
+
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine, max_rows=3) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
@@ -259,6 +273,7 @@ def test_closing_can_cancel(engine: Engine, gate: Gate) -> None:
     gate.open()
     closing.join(WAIT)
     assert all(future.cancelled() for future in futures)
+    assert gate.begun == [(0, 2)]
 
 
 def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +300,29 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     ]
     assert flags == [(False, False), (True, False), (True, True), (False, False)]
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
+
+
+def test_a_late_answer_that_fails(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails for one of three late rows in two groups; the others are answered."""
+    now = 0.0
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+    with Scheduler(engine) as scheduler:
+        late = scheduler.submit_all(["sun", "rain sun rain"], deadline_ms=5.0)
+        assert gate.at() == (0, 2)
+        gate.step()
+        assert gate.at() == (1, 2)
+        late.append(scheduler.submit("film", deadline_ms=1.5))
+        gate.step()
+        assert gate.at() == (0, 1)
+        now = 1.0
+        gate.open()
+        with pytest.raises(MemoryError):
+            late[1].result(WAIT)
+        assert [answer.exit for answer in results([late[0], late[2]])] == [2, 1]
+        assert scheduler.unanswered == 0
 
 
 def test_exit_0_answers_while_a_segment_waits(
