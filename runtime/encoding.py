@@ -155,9 +155,10 @@ class TextEncoder:
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, is not valid Unicode, or
-                has no tokens.
+                has no tokens; or a string is given instead of a list.
             ArtifactError: the tokenizer fails on a text.
         """
+        _check_list(texts)
         for number, text in enumerate(texts, start=1):
             _check(text, number)
         with tokenizer_errors(f"{self._path} fails on a text"):
@@ -187,7 +188,8 @@ class TextEncoder:
         Raises:
             FpabeeError: as in `encode`.
         """
-        parts = blocks(texts, _characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
+        _check_list(texts)
+        parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
         first = next(parts, [])
         following = next(parts, None)
         if following is None:  # a thread would take longer than it saves
@@ -241,6 +243,11 @@ def tokenizer_errors(
         raise kind(f"{what}: {first_line(error)}", remedy) from error
 
 
+def _check_list(texts: object) -> None:
+    if isinstance(texts, str):
+        raise InputError("the texts are one string", "give a list: [text]")
+
+
 def _check(text: object, number: int) -> None:
     parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
     for part in parts:
@@ -258,7 +265,7 @@ def _check(text: object, number: int) -> None:
             ) from error
 
 
-def _characters(text: Text) -> int:
+def characters(text: Text) -> int:
     """Characters of a text or pair; anything else is refused when it is encoded."""
     parts = text if isinstance(text, tuple) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))

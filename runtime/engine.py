@@ -186,7 +186,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        if deadline_ms is None and not isinstance(texts, str) and len(texts) == 1:
+        if deadline_ms is None and len(texts) == 1:
             return [self._answer_one(texts, self.runner(rule, full_depth, max_exit))]
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
@@ -433,8 +433,6 @@ class Engine:
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
-        if isinstance(texts, str):
-            raise InputError("the texts are one string", "give a list: engine.predict([text])")
         return blocks(self._encoder.stream(texts), len, self.model.window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..arguments import seconds_of, whole_number
 from ..artifact.manifest import LOGITS
 from ..chain import Chain, Group, not_finite
-from ..encoding import EncodedRow, Text
+from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, Remedy
 from ..exit_0 import ExitZero
@@ -174,7 +174,7 @@ class Scheduler:
         now = perf_counter()
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
         runner = self._engine.runner()
-        last = self._engine.runner(max_exit=max_exit).last
+        last = self._engine.runner(runner.rule, max_exit=max_exit).last
         chain = self._model.chain()
         for row in rows:
             chain.bucket(1, len(row))
@@ -209,7 +209,7 @@ class Scheduler:
             OverloadedError: the queue has no room for them, so tokenizing them would be in vain.
         """
         self._check_room(len(texts))
-        if sum(map(_characters, texts)) <= _SHORT_CHARACTERS:
+        if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
             return self._engine.encode(texts)
         return await asyncio.to_thread(self._engine.encode, texts)
 
@@ -512,10 +512,6 @@ def _tell(method: Callable[..., None], *what: Any) -> None:
         method(*what)
     except Exception:
         logger.exception("the observer of a scheduler failed")
-
-
-def _characters(text: Any) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:

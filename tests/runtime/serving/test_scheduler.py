@@ -483,6 +483,7 @@ def _refuse(segment: int, hidden: Any) -> None:
         (InputError, {"text": ("a", "b", "c")}),
         (InputError, {"text": "a", "deadline_ms": "5"}),
         (InputError, {"text": "a", "deadline_ms": float("nan")}),
+        (InputError, {"text": ("a", None)}),
         (RuleError, {"text": "a", "max_exit": 1.5}),
         (RuleError, {"text": "a", "max_exit": 9}),
     ],
@@ -491,8 +492,21 @@ def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -
     with Scheduler(engine) as scheduler:
         with pytest.raises(error):
             scheduler.submit(**arguments)
+        with pytest.raises(error):
+            asyncio.run(scheduler.classify([arguments.pop("text")], **arguments))
         assert scheduler.unanswered == 0
         assert scheduler.submit("a").result(WAIT).exit == 3
+
+
+def test_one_string_is_not_a_list(engine: Engine) -> None:
+    with Scheduler(engine) as scheduler, pytest.raises(InputError, match="one string"):
+        scheduler.submit_all("abc")
+
+
+@pytest.mark.parametrize(("sign", "exit_number"), [(1, 3), (-1, 1)])
+def test_a_deadline_of_any_size(engine: Engine, sign: int, exit_number: int) -> None:
+    with Scheduler(engine) as scheduler:
+        assert scheduler.submit("a", deadline_ms=sign * 10**400).result(WAIT).exit == exit_number
 
 
 def test_the_queue_must_have_room(engine: Engine) -> None:
@@ -512,6 +526,26 @@ def test_the_operating_point_may_change(
         after = scheduler.submit("b")
         gate.open()
         assert (before.result(WAIT).exit, after.result(WAIT).exit) == (3, 1)
+
+
+def test_the_operating_point_may_change_while_rows_are_queued(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule and its last exit are those of one point."""
+    folder = engine_copy()
+    set_points(folder, deep=NEVER, shallow=Budget(exit=1))
+    runner = Engine.runner
+
+    def changes(engine: Engine, *rule: Any, **limits: Any) -> Any:
+        found = runner(engine, *rule, **limits)
+        engine.use("shallow")
+        return found
+
+    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        monkeypatch.setattr(Engine, "runner", changes)
+        assert scheduler.submit("a", max_exit=2).result(WAIT).exit == 2
 
 
 def test_asyncio(engine: Engine) -> None:
