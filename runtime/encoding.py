@@ -115,6 +115,9 @@ class TextEncoder:
         spec: the tokenizer's part of the manifest.
         max_length: a shorter limit than the spec's, in tokens, special tokens included.
 
+    Attributes:
+        limit: tokens to which rows are truncated.
+
     Raises:
         ArtifactError: the tokenizer is missing or damaged, or could expand texts without bound.
         InputError: `max_length` is not a whole number, or leaves no room for text.
@@ -142,7 +145,7 @@ class TextEncoder:
             )
         with tokenizer_errors(f"{self._path} cannot truncate"):
             self._tokenizer.enable_truncation(limit)
-        self._limit = limit
+        self.limit = limit
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts.
@@ -164,9 +167,9 @@ class TextEncoder:
         with tokenizer_errors(f"{self._path} fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts))
         longest = max((len(encoding) for encoding in encodings), default=0)
-        if longest > self._limit:  # its template repeats text after truncation
+        if longest > self.limit:  # its template repeats text after truncation
             raise ArtifactError(
-                f"{self._path} gives {longest} tokens instead of at most {self._limit}",
+                f"{self._path} gives {longest} tokens instead of at most {self.limit}",
                 EXPORT_AGAIN,
             )
         rows = []

@@ -293,7 +293,7 @@ class _Server:
                 "exits": list(manifest.exits),
                 "exit_layers": manifest.exit_layers,
                 "layers": manifest.model.layers,
-                "max_input_length": manifest.tokenizer.max_length,
+                "max_input_length": self._engine.max_length,
                 "max_client_batch_size": self._limits.max_texts,
                 "max_body": self._limits.max_body,
             }

@@ -56,6 +56,7 @@ class TritonPythonModel:
             given["target"],
             given.get("operating_point"),
             preload=True,
+            fit_target=True,
             **numbers,
         )
         self._scheduler = Scheduler(self._engine, int(given["max_rows"]))

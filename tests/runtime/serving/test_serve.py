@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from ..running import Run, check_refused
 
@@ -108,6 +110,24 @@ def test_an_empty_host_does_not_mean_all_addresses(
 ) -> None:
     monkeypatch.setattr("fpabee.runtime.serving.server.serve", lambda *_: None)
     check_refused(serve(bert, "--host", "", "--port", "0"), "empty", "--host", "0.0.0.0")
+
+
+@pytest.mark.usefixtures("short_target")
+def test_texts_longer_than_the_target_takes_are_truncated(
+    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def asks(app: Starlette, *_: object) -> None:
+        client = TestClient(app)
+        found.append(client.get("/info").json()["max_input_length"])
+        asked = {"input": ["rain " * 20, "sun"]}
+        found.extend(client.post("/classify", json=asked).json()["data"])
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
+    assert serve(bert, "--port", "0").code == 0
+    longest, long, short = found
+    assert (longest, long["truncated"], short["truncated"]) == (16, True, False)
 
 
 def test_a_folder_that_does_not_load(tmp_path: Path, serve: Run) -> None:

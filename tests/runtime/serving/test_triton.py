@@ -179,6 +179,13 @@ def test_answers_are_those_of_predict(
     assert set(capped["EXIT"].ravel()) == {1}
 
 
+@pytest.mark.usefixtures("triton", "short_target")
+def test_texts_longer_than_the_target_takes_are_truncated(bert: Path, tmp_path: Path) -> None:
+    with loaded(write_repository(bert, tmp_path, "m")) as model:
+        model.execute([request := double.Request({"TEXT": ["rain " * 20, "sun"]})])
+        assert request.result()["TRUNCATED"].tolist() == [[True], [False]]
+
+
 @pytest.mark.usefixtures("triton")
 def test_errors_have_the_code_of_their_kind(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
