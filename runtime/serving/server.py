@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -54,6 +54,7 @@ _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
+_Respond = Callable[[Request], Awaitable[Response]]
 R = TypeVar("R", ClassifyRequest, PredictRequest)
 
 
@@ -194,9 +195,9 @@ class _Server:
         self.app = Starlette(
             routes=[
                 Route("/", self._index),
-                Route("/classify", self._classify, **post),  # type: ignore[arg-type]
-                Route("/v1/classify", self._classify, **post),  # type: ignore[arg-type]
-                Route("/predict", self._predict, **post),  # type: ignore[arg-type]
+                Route("/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
+                Route("/v1/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
+                Route("/predict", _stoppable(self._predict), **post),  # type: ignore[arg-type]
                 Route("/health", self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
@@ -236,8 +237,6 @@ class _Server:
         left = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if work.cancelled():
-                raise HTTPException(503, STATUSES[503])
             if not work.done():
                 raise ClientDisconnect
             return work.result()
@@ -319,6 +318,18 @@ class _Server:
             return _failure(503, error)
         logger.error("%s", error, exc_info=error)
         return _failure(500, error)
+
+
+def _stoppable(respond: _Respond) -> _Respond:
+    """What responds to requests; those that are cancelled because the server stops get an error."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await respond(request)
+        except asyncio.CancelledError:
+            raise HTTPException(503, STATUSES[503], {"Connection": "close"}) from None
+
+    return run
 
 
 def _json(content: Any) -> Response:
