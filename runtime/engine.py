@@ -289,7 +289,7 @@ class Engine:
         return check_reference(self, self._folder)
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and measure the times that deadlines depend on.
+        """Load the segments, and measure the times that deadlines and the joining of groups need.
 
         Args:
             rows: rows of a call.
@@ -307,6 +307,8 @@ class Engine:
             self._times(rows, length)
             if length >= most:
                 break
+        with self.model.chain() as chain:
+            self.model.segment_cost(chain)
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.

@@ -70,6 +70,7 @@ class _Row:
         deadline: when it should be answered, in the same seconds.
         at_exit_0: its logits there, `[labels]`, if the model has exit 0.
         reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
+        begun: whether it has run a segment; it runs again if an error stops its group.
         alone: whether it runs without others, because a group with it failed.
     """
 
@@ -81,6 +82,7 @@ class _Row:
     deadline: float
     at_exit_0: NDArray[np.float32] | None = None
     reached: tuple[int, NDArray[np.float32]] | None = None
+    begun: bool = False
     alone: bool = False
 
 
@@ -368,7 +370,9 @@ class Scheduler:
         self._waiting = [row for row in self._waiting if row not in taken]
         self._running = rows
         now = perf_counter()
-        _tell(self._observer.started, [now - row.arrived for row in rows])
+        _tell(self._observer.started, [now - row.arrived for row in rows if not row.begun])
+        for row in rows:
+            row.begun = True
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:

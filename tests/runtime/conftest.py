@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.backends.shapes import Limits
 from fpabee.runtime.cli import run as run_command
@@ -52,3 +54,17 @@ def short_target(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bert(engines: Mapping[str, Path]) -> Path:
     return engines["bert"]
+
+
+@pytest.fixture
+def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
+    """An engines folder whose tokenizer gives no token for an empty text."""
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    path = folder / manifest.tokenizer.file
+    content = msgspec.json.decode(path.read_bytes())
+    content["post_processor"] = None
+    path.write_bytes(msgspec.json.encode(content))
+    spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
+    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    return folder

@@ -337,6 +337,10 @@ def test_exit_0_answers_while_a_segment_waits(
 class Counting(Observer):
     def __init__(self) -> None:
         self.failures: list[Exception] = []
+        self.begun = 0
+
+    def started(self, seconds: Sequence[float]) -> None:
+        self.begun += len(seconds)
 
     def failed(self, error: Exception) -> None:
         self.failures.append(error)
@@ -379,6 +383,7 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(
         texts = ["sun", "the film", "the plot"]
         check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
     assert len(observed.failures) == 1
+    assert observed.begun == (4 if observer is Counting else 0)
     assert ("the observer of a scheduler failed" in caplog.text) == (observer is Raising)
 
 

@@ -241,7 +241,15 @@ def test_a_client_that_leaves_and_a_model_that_is_unloaded(
         assert not stays.answered.is_set()
         threading.Timer(0.2, opened.set).start()
     assert stays.result()["EXIT"].shape == (1, 1)
-    assert model._engine.tally.rows == 2  # with the text of the start
+    assert model._engine.tally.rows == 1
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_tokenizer_without_special_tokens(without_special_tokens: Path, tmp_path: Path) -> None:
+    """Warming up needs no text that the tokenizer must take."""
+    with loaded(write_repository(without_special_tokens, tmp_path, "m")) as model:
+        model.execute([request := double.Request({"TEXT": ["sun"]})])
+        assert request.result()["EXIT"].shape == (1, 1)
 
 
 @pytest.mark.usefixtures("triton")
