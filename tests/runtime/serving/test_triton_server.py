@@ -211,7 +211,7 @@ def server(
 
 def test_a_thousand_requests_are_answered_as_by_predict(server: Server) -> None:
     texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(n % 13)) for n in range(1000)]
-    with ThreadPoolExecutor(100) as pool:
+    with ThreadPoolExecutor(1000) as pool:
         answers = list(pool.map(lambda text: server.ask([text]), texts))
     found = [
         Prediction(
@@ -291,8 +291,8 @@ def test_a_client_leaves_and_the_model_is_unloaded_and_loaded(
     while not rows.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # The text of the start, two texts of the test, and each request that begun before the unload.
-    others = int(rows.read_text()) - 3 - 256 * answered
+    # Two texts of the test, and each request that begun before the unload.
+    others = int(rows.read_text()) - 2 - 256 * answered
     assert answered > 0
     assert others < 12 * 256 / 2  # those of the client that left, in the groups that ran
     server.post("repository/models/intents/load", {})
