@@ -70,7 +70,7 @@ class _Row:
         deadline: when it should be answered, in the same seconds.
         at_exit_0: its logits there, `[labels]`, if the model has exit 0.
         reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
-        begun: whether it has run a segment; it runs again if an error stops its group.
+        begun: whether the observer knows that its wait is over.
         alone: whether it runs without others, because a group with it failed.
     """
 
@@ -369,10 +369,7 @@ class Scheduler:
         taken = set(rows)
         self._waiting = [row for row in self._waiting if row not in taken]
         self._running = rows
-        now = perf_counter()
-        _tell(self._observer.started, [now - row.arrived for row in rows if not row.begun])
-        for row in rows:
-            row.begun = True
+        self._tell_started(rows, perf_counter())
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:
@@ -467,12 +464,18 @@ class Scheduler:
             np.array([now > row.deadline for row in taken]),
         )
         seconds = [now - row.arrived for row in taken]
-        if exit_number == 0:
-            _tell(self._observer.started, seconds)
+        self._tell_started(taken, now)  # those that stop at exit 0
         _tell(self._observer.answered, predictions, seconds)
         for row, prediction in zip(taken, predictions, strict=True):
             if row.future.set_running_or_notify_cancel():
                 row.future.set_result(prediction)
+
+    def _tell_started(self, rows: Sequence[_Row], now: float) -> None:
+        new = [row for row in rows if not row.begun]
+        for row in new:
+            row.begun = True
+        if new:
+            _tell(self._observer.started, [now - row.arrived for row in new])
 
     def _fail(self, row: _Row, error: Exception) -> None:
         _tell(self._observer.failed, error)

@@ -359,6 +359,17 @@ class Raising(Counting):
     started = ran = answered = refused = _raise  # type: ignore[assignment]
 
 
+def test_a_late_row_waits_once(exit_0_engines: Mapping[str, Path]) -> None:
+    """Its wait ends when its group begins, although it is then answered at exit 0."""
+    observed = Counting()
+    with (
+        Engine.load(exit_0_engines["bert"], rule=NEVER) as engine,
+        Scheduler(engine, observer=observed) as scheduler,
+    ):
+        assert scheduler.submit("a", deadline_ms=-1.0).result(WAIT).exit == 0
+    assert observed.begun == 1
+
+
 @pytest.mark.parametrize("observer", [Counting, Raising])
 def test_a_failing_row_gets_its_error_and_others_their_answers(
     engine: Engine, gate: Gate, observer: type[Counting], caplog: pytest.LogCaptureFixture
