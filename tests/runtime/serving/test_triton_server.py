@@ -231,10 +231,13 @@ def test_a_thousand_requests_are_answered_as_by_predict(server: Server) -> None:
 
 
 def test_rows_are_answered_while_deeper_rows_run(server: Server) -> None:
-    with ThreadPoolExecutor(12) as pool:
-        deep = [pool.submit(server.ask, server.deep) for _ in range(12)]
-        time.sleep(0.3)
-        shallow = [server.ask(server.deep[:1], max_exit=last) for last in (0, 1, 0, 1)]
+    """They wait for the rows that came before them, and not for those that came after."""
+    with ThreadPoolExecutor(16) as pool:
+        deep = [pool.submit(server.ask, server.deep) for _ in range(6)]
+        time.sleep(0.1)
+        begun = [pool.submit(server.ask, server.deep[:1], max_exit=last) for last in (0, 1, 0, 1)]
+        deep += [pool.submit(server.ask, server.deep) for _ in range(6)]
+        shallow = [each.result() for each in begun]
         still_running = sum(not each.done() for each in deep)
         depths = [max(each.result()["EXIT"]) for each in deep]
     assert [answer["EXIT"] for answer in shallow] == [[0], [1], [0], [1]]
