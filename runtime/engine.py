@@ -199,11 +199,11 @@ class Engine:
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         if deadline_ms is None and len(texts) == 1:
-            return [self._answer_one(texts, self.runner(rule, full_depth, max_exit))]
+            return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
         ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
-        runner = self.runner(rule, full_depth, max_exit)
+        runner = self._chosen(rule, full_depth, max_exit)
         windows = list(self._windows(texts))
         fits = self._deepest(windows, ends - perf_counter())
         return [answer for rows in windows for answer in self._answer(rows, runner, fits)]
@@ -235,7 +235,7 @@ class Engine:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
         seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
-        runner = self.runner(rule, full_depth, max_exit)
+        runner = self._chosen(rule, full_depth, max_exit)
         for rows in self._windows(texts):
             fits = None if seconds is None else self._deepest([rows], seconds)
             yield from self._answer(rows, runner, fits)
@@ -254,7 +254,7 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        runner = self.runner(rule, rule is None, None)
+        runner = self._chosen(rule, rule is None, None)
         windows = list(self._windows(texts))
         results = [self.model.run(rows, runner) for rows in windows]
         if not results:
@@ -342,18 +342,6 @@ class Engine:
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
         return self._in_use[0]
-
-    def runner(
-        self,
-        rule: ExitRule | None = None,
-        full_depth: bool = False,
-        max_exit: int | None = None,
-    ) -> RuleRunner:
-        """What applies the rule of a call; the arguments and errors are those of `predict`."""
-        if full_depth:
-            rule = Budget(exit=self._exits[-1])
-        runner = self._in_use[1] if rule is None else self.model.runner(rule)
-        return runner if max_exit is None else self.model.runner(runner.rule.capped(max_exit))
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.
@@ -444,6 +432,13 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
+        """The rule of a call."""
+        if full_depth:
+            rule = Budget(exit=self._exits[-1])
+        runner = self._in_use[1] if rule is None else self.model.runner(rule)
+        return runner if max_exit is None else self.model.runner(runner.rule.capped(max_exit))
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""

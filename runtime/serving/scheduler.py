@@ -117,6 +117,7 @@ class Scheduler:
         self, engine: Engine, max_rows: int = _MOST_ROWS, observer: Observer | None = None
     ) -> None:
         self._engine, self._model = engine, engine.model
+        self._runner = self._model.runner(engine.rule)
         self._most = whole_number("max_rows", max_rows, InputError)
         self._observer = observer or Observer()
         self._changed = threading.Condition()
@@ -175,8 +176,12 @@ class Scheduler:
         """Queue the results of `Engine.encode`, or none of them; see `submit`."""
         now = perf_counter()
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
-        runner = self._engine.runner()
-        last = self._engine.runner(runner.rule, max_exit=max_exit).last
+        rule, runner = self._engine.rule, self._runner
+        if runner.rule is not rule:  # rows of one runner run together
+            runner = self._runner = self._model.runner(rule)
+        last = runner.last
+        if max_exit is not None:
+            last = self._model.runner(rule.capped(max_exit)).last
         chain = self._model.chain()
         for row in rows:
             chain.bucket(1, len(row))

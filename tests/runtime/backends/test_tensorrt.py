@@ -122,7 +122,7 @@ def test_a_group_shrinks_only_if_this_saves_time(
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
     with made.load() as engine, engine.model.chain() as chain:
-        chain.run(engine.encode(["rain"] * 5), engine.runner(), cost)
+        chain.run(engine.encode(["rain"] * 5), engine.model.runner(engine.rule), cost)
     assert len(calls) == regroups
 
 

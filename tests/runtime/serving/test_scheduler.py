@@ -502,6 +502,7 @@ def _refuse(segment: int, hidden: Any) -> None:
         (InputError, {"text": ("a", None)}),
         (RuleError, {"text": "a", "max_exit": 1.5}),
         (RuleError, {"text": "a", "max_exit": 9}),
+        (RuleError, {"text": "a", "max_exit": 0}),  # the model has no exit 0
     ],
 )
 def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -> None:
@@ -552,15 +553,13 @@ def test_the_operating_point_may_change_while_rows_are_queued(
     """The rule and its last exit are those of one point."""
     folder = engine_copy()
     set_points(folder, deep=NEVER, shallow=Budget(exit=1))
-    runner = Engine.runner
-
-    def changes(engine: Engine, *rule: Any, **limits: Any) -> Any:
-        found = runner(engine, *rule, **limits)
+    def changes(engine: Engine) -> ExitRule:
+        rule = engine._in_use[1].rule
         engine.use("shallow")
-        return found
+        return rule
 
     with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
-        monkeypatch.setattr(Engine, "runner", changes)
+        monkeypatch.setattr(Engine, "rule", property(changes))
         assert scheduler.submit("a", max_exit=2).result(WAIT).exit == 2
 
 
