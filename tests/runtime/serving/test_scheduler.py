@@ -553,6 +553,7 @@ def test_the_operating_point_may_change_while_rows_are_queued(
     """The rule and its last exit are those of one point."""
     folder = engine_copy()
     set_points(folder, deep=NEVER, shallow=Budget(exit=1))
+
     def changes(engine: Engine) -> ExitRule:
         rule = engine._in_use[1].rule
         engine.use("shallow")
