@@ -552,7 +552,7 @@ def test_the_operating_point_may_change_while_rows_are_queued(
 ) -> None:
     """The rule and its last exit are those of one point."""
     folder = engine_copy()
-    set_points(folder, deep=NEVER, shallow=Budget(exit=1))
+    set_points(folder, deep=NEVER, shallow=dataclasses.replace(NEVER, max_exit=1))
 
     def changes(engine: Engine) -> ExitRule:
         rule = engine._in_use[1].rule
