@@ -38,6 +38,7 @@ SCHEDULER = "at the exit"
 BATCHES = "full depth, batches of 32"
 THREADS = "predict, a thread per request"
 SUSTAINABLE_MS = 1000.0
+SUSTAINABLE_SECONDS = 300.0
 
 _BATCH = 32
 _WINDOW_SECONDS = 0.005
@@ -56,6 +57,7 @@ class Load:
         server: which one.
         share: the rate of requests, as a multiple of the capacity at full depth.
         rate: requests in a second.
+        seconds: how long they were sent.
         requests: how many were sent.
         answered: how many were answered; the others were refused or took too long.
         per_second: answers in a second.
@@ -68,6 +70,7 @@ class Load:
     server: str
     share: float
     rate: float
+    seconds: float
     requests: int
     answered: int
     per_second: float
@@ -77,9 +80,14 @@ class Load:
     mean_layer: float
 
     @property
-    def sustainable(self) -> bool:
+    def held(self) -> bool:
         """Whether all requests were answered, 99 % of them within a second."""
         return self.answered == self.requests and self.p99_ms < SUSTAINABLE_MS
+
+    @property
+    def sustainable(self) -> bool | None:
+        """Whether the server held for at least five minutes; None if it held for less."""
+        return self.held if not self.held or self.seconds >= SUSTAINABLE_SECONDS else None
 
 
 class _Rows(ABC):
@@ -206,6 +214,7 @@ def run_load_test(
     with ProcessPoolExecutor(1, mp_context=context) as client:
         for number, (share, server) in enumerate(itertools.product(shares, servers)):
             progress(f"{server}, load {share:g}", number, len(shares) * len(servers))
+            engine.reset_tally()  # what other servers answered must not guide the scheduler
             with _served(engine, server) as port:
                 sent = client.submit(_send, port, bodies, share * full, seconds, number).result()
             loads.append(_summary(server, share, share * full, seconds, *sent))
@@ -221,6 +230,7 @@ def _summary(
         server=server,
         share=share,
         rate=rate,
+        seconds=seconds,
         requests=requests,
         answered=len(found),
         per_second=len(found) / max(seconds, float(ends.max())),

@@ -39,8 +39,11 @@ def seconds_of(name: str, milliseconds: Any) -> float:
         InputError: it is not a number.
     """
     is_number = isinstance(milliseconds, Real) and not isinstance(milliseconds, bool)
-    if not is_number or math.isnan(milliseconds):
+    if not is_number or milliseconds != milliseconds:  # NaN
         raise InputError(
             f"{name} is {milliseconds!r}", "give milliseconds as a number, or leave it out"
         )
-    return float(milliseconds) / 1000
+    try:
+        return float(milliseconds) / 1000
+    except OverflowError:  # a whole number that is larger than any float
+        return math.inf if milliseconds > 0 else -math.inf

@@ -115,6 +115,9 @@ class TextEncoder:
         spec: the tokenizer's part of the manifest.
         max_length: a shorter limit than the spec's, in tokens, special tokens included.
 
+    Attributes:
+        limit: tokens to which rows are truncated.
+
     Raises:
         ArtifactError: the tokenizer is missing or damaged, or could expand texts without bound.
         InputError: `max_length` is not a whole number, or leaves no room for text.
@@ -142,7 +145,7 @@ class TextEncoder:
             )
         with tokenizer_errors(f"{self._path} cannot truncate"):
             self._tokenizer.enable_truncation(limit)
-        self._limit = limit
+        self.limit = limit
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts.
@@ -155,17 +158,18 @@ class TextEncoder:
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, is not valid Unicode, or
-                has no tokens.
+                has no tokens; or a string is given instead of a list.
             ArtifactError: the tokenizer fails on a text.
         """
+        _check_list(texts)
         for number, text in enumerate(texts, start=1):
             _check(text, number)
         with tokenizer_errors(f"{self._path} fails on a text"):
             encodings = self._tokenizer.encode_batch_fast(list(texts))
         longest = max((len(encoding) for encoding in encodings), default=0)
-        if longest > self._limit:  # its template repeats text after truncation
+        if longest > self.limit:  # its template repeats text after truncation
             raise ArtifactError(
-                f"{self._path} gives {longest} tokens instead of at most {self._limit}",
+                f"{self._path} gives {longest} tokens instead of at most {self.limit}",
                 EXPORT_AGAIN,
             )
         rows = []
@@ -187,7 +191,8 @@ class TextEncoder:
         Raises:
             FpabeeError: as in `encode`.
         """
-        parts = blocks(texts, _characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
+        _check_list(texts)
+        parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
         first = next(parts, [])
         following = next(parts, None)
         if following is None:  # a thread would take longer than it saves
@@ -241,6 +246,11 @@ def tokenizer_errors(
         raise kind(f"{what}: {first_line(error)}", remedy) from error
 
 
+def _check_list(texts: object) -> None:
+    if isinstance(texts, str):
+        raise InputError("the texts are one string", "give a list: [text]")
+
+
 def _check(text: object, number: int) -> None:
     parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
     for part in parts:
@@ -258,7 +268,7 @@ def _check(text: object, number: int) -> None:
             ) from error
 
 
-def _characters(text: Text) -> int:
+def characters(text: Text) -> int:
     """Characters of a text or pair; anything else is refused when it is encoded."""
     parts = text if isinstance(text, tuple) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +43,7 @@ class Engine:
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
+        max_length: tokens to which texts are truncated, special tokens included.
         model: what runs the rows, for code that chains segments itself, as `Scheduler` does.
 
     Example:
@@ -69,6 +71,7 @@ class Engine:
         regroup: Regroup = Regroup.AUTO,
         preload: bool = False,
         max_length: int | None = None,
+        fit_target: bool = False,
         check: bool = False,
     ) -> Engine:
         """Load an engines folder.
@@ -85,6 +88,8 @@ class Engine:
             preload: load all segments now, instead of when each is first needed.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model takes.
+            fit_target: truncate texts to what the target takes, too, if that is less. Otherwise
+                longer texts get an error.
             check: run `check` at once. It loads all segments.
 
         Returns:
@@ -112,7 +117,8 @@ class Engine:
         backend = open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
-        engine = cls(folder, manifest, name, backend, chosen, point, regroup, max_length)
+        lengths = max_length, fit_target
+        engine = cls(folder, manifest, name, backend, chosen, point, regroup, *lengths)
         if check:
             try:
                 engine.check()
@@ -131,6 +137,7 @@ class Engine:
         operating_point: str | None = None,
         regroup: Regroup = Regroup.AUTO,
         max_length: int | None = None,
+        fit_target: bool = False,
     ) -> None:
         """Called by `Engine.load`, which opens the backend."""
         self._folder = folder
@@ -144,7 +151,12 @@ class Engine:
         # One attribute, so that a thread never sees the rule of one point with another's name. A
         # rule that does not fit the model is refused now, not at the first text.
         self._in_use = (operating_point, self.model.runner(rule))
-        self._encoder = TextEncoder(folder, manifest.tokenizer, max_length)
+        spec = manifest.tokenizer
+        if fit_target:
+            most = min(spec.max_length, self.limits.max_sequence)
+            spec = msgspec.structs.replace(spec, max_length=most)
+        self._encoder = TextEncoder(folder, spec, max_length)
+        self.max_length = self._encoder.limit
         self._times = ExitTimes(self.limits, self._exits, self.time_exits)
         self._predictions = PredictionMaker(manifest)
         self._tally = Tally((0,) * len(self._exits))
@@ -186,7 +198,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        if deadline_ms is None and not isinstance(texts, str) and len(texts) == 1:
+        if deadline_ms is None and len(texts) == 1:
             return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
         if deadline_ms is None:
             return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
@@ -277,7 +289,7 @@ class Engine:
         return check_reference(self, self._folder)
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and measure the times that deadlines depend on.
+        """Load the segments, and measure the times that deadlines and the joining of groups need.
 
         Args:
             rows: rows of a call.
@@ -295,6 +307,8 @@ class Engine:
             self._times(rows, length)
             if length >= most:
                 break
+        with self.model.chain() as chain:
+            self.model.segment_cost(chain)
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
@@ -428,8 +442,6 @@ class Engine:
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
-        if isinstance(texts, str):
-            raise InputError("the texts are one string", "give a list: engine.predict([text])")
         return blocks(self._encoder.stream(texts), len, self.model.window_tokens)
 
     def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:

@@ -165,7 +165,7 @@ def report_loads(engine: Engine, capacity: float, loads: Sequence[Load], as_json
             str(load.requests),
             str(load.answered),
             *(f"{value:.1f}" for value in times),
-            "yes" if load.sustainable else "no",
+            {True: "yes", False: "no", None: f"held for {load.seconds:g} s"}[load.sustainable],
         )
     console = table_console()
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,19 @@ def main(
 
     limits = ServerLimits(max_body, min(max_texts, max_rows))
     with (
-        Engine.load(engines, check=check, **loading) as engine,
+        Engine.load(engines, check=check, fit_target=True, **loading) as engine,
         listen(host, port) as listener,
     ):
         metrics = Metrics(engine)
         scheduler = Scheduler(engine, max_rows, metrics)
         try:
-            engine.predict([""], full_depth=True)  # loads all segments
-            scheduler.submit("").result()
-            engine.reset_tally()
+            engine.warm_up(tokens=1)
+            # The server handles signals while it runs, and then sends them to this handler again.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             if not quiet:
                 address = listener.getsockname()
                 shown = f"[{address[0]}]" if ":" in host else address[0]
                 echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
-            # The server handles signals while it runs, and then sends them to this handler again.
-            signal.signal(signal.SIGTERM, lambda *_: None)
             serve(make_app(engine, scheduler, metrics, limits, name), listener, limits)
         finally:
             scheduler.close(cancel=True)

@@ -35,7 +35,8 @@ def worth(lengths: Sequence[int], left: float, limits: Limits, cost: CostCurve |
 
     On a target whose time is proportional to the tokens, this prefers the rows that are nearly
     finished. On a target whose small groups take as long as full ones, it prefers full groups, and
-    a small one waits until rows that follow have joined it.
+    a small one waits until rows that follow have joined it. Tokens are counted instead of rows,
+    because otherwise long texts would wait for all shorter ones that arrive in the meantime.
 
     Args:
         lengths: tokens of each row.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..arguments import seconds_of, whole_number
 from ..artifact.manifest import LOGITS
 from ..chain import Chain, Group, not_finite
-from ..encoding import EncodedRow, Text
+from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, Remedy
 from ..exit_0 import ExitZero
@@ -70,6 +70,7 @@ class _Row:
         deadline: when it should be answered, in the same seconds.
         at_exit_0: its logits there, `[labels]`, if the model has exit 0.
         reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
+        begun: whether the observer knows that its wait is over.
         alone: whether it runs without others, because a group with it failed.
     """
 
@@ -81,6 +82,7 @@ class _Row:
     deadline: float
     at_exit_0: NDArray[np.float32] | None = None
     reached: tuple[int, NDArray[np.float32]] | None = None
+    begun: bool = False
     alone: bool = False
 
 
@@ -143,7 +145,7 @@ class Scheduler:
 
         Returns:
             A future of the answer. Its `cancel` takes the row out of the queue, or out of its group
-            when the running segment ends. If the row cannot be answered, `result` raises the error
+            before the next segment. If the row cannot be answered, `result` raises the error
             that `predict` would raise.
 
         Raises:
@@ -214,7 +216,7 @@ class Scheduler:
             OverloadedError: the queue has no room for them, so tokenizing them would be in vain.
         """
         self._check_room(len(texts))
-        if sum(map(_characters, texts)) <= _SHORT_CHARACTERS:
+        if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
             return self._engine.encode(texts)
         return await asyncio.to_thread(self._engine.encode, texts)
 
@@ -297,9 +299,9 @@ class Scheduler:
         if self._cancels:
             for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
                 row.future.cancel()
-        self._waiting = [row for row in self._waiting if not row.future.cancelled()]
+        self._waiting = [row for row in self._waiting if not row.future.done()]
         group = self._choose(chain)
-        if group is None or self._answer_late(chain, group):
+        if group is None or self._drop(chain, group):
             return
         self._running = list(group.rows)
         stage = group.hidden.segment
@@ -312,27 +314,27 @@ class Scheduler:
         self._regroup(chain, group)
 
     def _admit(self, chain: Chain[Any]) -> None:
-        """Let the rows that have arrived wait, except those that stop at exit 0."""
+        """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
         with self._changed:
             rows, self._arrived = self._arrived, []
+            self._waiting += rows  # before anything can fail
         if chain.exit_0 is not None:
             for part in _by_rule(rows):
                 self._ask_exit_0(chain.exit_0, part)
-        self._waiting += [row for row in rows if not row.future.done()]
 
     def _ask_exit_0(self, exit_0: ExitZero, rows: Sequence[_Row]) -> None:
         try:
             logits = exit_0([row.encoded for row in rows])
+            self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
+            for row, row_logits in zip(rows, logits, strict=True):
+                row.at_exit_0 = row_logits
         except Exception as error:  # noqa: BLE001 - it belongs to one of the rows
             if len(rows) == 1:
                 self._fail(rows[0], error)
-            else:
-                for row in rows:
+                return
+            for row in rows:
+                if not row.future.done():
                     self._ask_exit_0(exit_0, [row])
-            return
-        for row, row_logits in zip(rows, logits, strict=True):
-            row.at_exit_0 = row_logits
-        self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
@@ -372,8 +374,7 @@ class Scheduler:
         taken = set(rows)
         self._waiting = [row for row in self._waiting if row not in taken]
         self._running = rows
-        now = perf_counter()
-        _tell(self._observer.started, [now - row.arrived for row in rows])
+        self._tell_started(rows, perf_counter())
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:
@@ -382,32 +383,32 @@ class Scheduler:
         self._groups.append(group)
         return group
 
-    def _answer_late(self, chain: Chain[Any], group: Group[Any]) -> bool:
-        """Answer the rows that would miss their deadline while a group runs a segment.
+    def _drop(self, chain: Chain[Any], group: Group[Any]) -> bool:
+        """Before a group runs, let go of the rows that need no more segments.
+
+        These are the rows that would miss their deadline while it runs, which are answered, and the
+        cancelled rows.
 
         Returns:
             Whether there was one.
         """
         bucket = group.hidden.bucket
         soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
-        late = [row for row in self._waiting if row.deadline < soon and row.reached]
-        if late:
-            self._waiting = [row for row in self._waiting if row not in late]
+        rows = [*self._waiting, *(row for other in self._groups for row in other.rows)]
+        late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
+        for row, exit_number, logits in late:
+            self._running = [row]
+            self._answer(exit_number, [row], logits[None], limited=True)
         changed = []
         for other in self._groups:
-            is_late = [row.deadline < soon and row.reached is not None for row in other.rows]
-            if any(is_late):
-                late += other.rows[is_late].tolist()
-                other.keep = np.flatnonzero(~np.array(is_late))
+            going = np.array([not row.future.done() for row in other.rows])
+            if not going.all():
+                other.keep = np.flatnonzero(going)
                 changed.append(other)
         for other in changed:
             if other in self._groups:  # else it has joined one before
                 self._regroup(chain, other)
-        for row in late:
-            if row.reached is not None:
-                exit_number, logits = row.reached
-                self._answer(exit_number, [row], logits[None], limited=True)
-        return bool(late)
+        return bool(late or changed)
 
     def _decide(
         self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any
@@ -468,12 +469,18 @@ class Scheduler:
             np.array([now > row.deadline for row in taken]),
         )
         seconds = [now - row.arrived for row in taken]
-        if exit_number == 0:
-            _tell(self._observer.started, seconds)
+        self._tell_started(taken, now)  # those that stop at exit 0
         _tell(self._observer.answered, predictions, seconds)
         for row, prediction in zip(taken, predictions, strict=True):
             if row.future.set_running_or_notify_cancel():
                 row.future.set_result(prediction)
+
+    def _tell_started(self, rows: Sequence[_Row], now: float) -> None:
+        new = [row for row in rows if not row.begun]
+        for row in new:
+            row.begun = True
+        if new:
+            _tell(self._observer.started, [now - row.arrived for row in new])
 
     def _fail(self, row: _Row, error: Exception) -> None:
         _tell(self._observer.failed, error)
@@ -517,10 +524,6 @@ def _tell(method: Callable[..., None], *what: Any) -> None:
         method(*what)
     except Exception:
         logger.exception("the observer of a scheduler failed")
-
-
-def _characters(text: Any) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -54,6 +54,7 @@ _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
+_Respond = Callable[[Request], Awaitable[Response]]
 R = TypeVar("R", ClassifyRequest, PredictRequest)
 
 
@@ -114,8 +115,13 @@ def listen(host: str, port: int) -> socket.socket:
     """Open a port.
 
     Raises:
+        InputError: the host is empty, which would mean all addresses of this machine.
         FpabeeError: the port is in use, or the host is not an address of this machine.
     """
+    if not host:
+        raise InputError(
+            "the host is empty", Remedy("give an address as {host}; 0.0.0.0 stands for all of them")
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -189,9 +195,9 @@ class _Server:
         self.app = Starlette(
             routes=[
                 Route("/", self._index),
-                Route("/classify", self._classify, **post),  # type: ignore[arg-type]
-                Route("/v1/classify", self._classify, **post),  # type: ignore[arg-type]
-                Route("/predict", self._predict, **post),  # type: ignore[arg-type]
+                Route("/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
+                Route("/v1/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
+                Route("/predict", _stoppable(self._predict), **post),  # type: ignore[arg-type]
                 Route("/health", self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
@@ -231,8 +237,6 @@ class _Server:
         left = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if work.cancelled():
-                raise HTTPException(503, STATUSES[503])
             if not work.done():
                 raise ClientDisconnect
             return work.result()
@@ -288,7 +292,7 @@ class _Server:
                 "exits": list(manifest.exits),
                 "exit_layers": manifest.exit_layers,
                 "layers": manifest.model.layers,
-                "max_input_length": manifest.tokenizer.max_length,
+                "max_input_length": self._engine.max_length,
                 "max_client_batch_size": self._limits.max_texts,
                 "max_body": self._limits.max_body,
             }
@@ -314,6 +318,18 @@ class _Server:
             return _failure(503, error)
         logger.error("%s", error, exc_info=error)
         return _failure(500, error)
+
+
+def _stoppable(respond: _Respond) -> _Respond:
+    """What responds to requests; those that are cancelled because the server stops get an error."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await respond(request)
+        except asyncio.CancelledError:
+            raise HTTPException(503, STATUSES[503], {"Connection": "close"}) from None
+
+    return run
 
 
 def _json(content: Any) -> Response:

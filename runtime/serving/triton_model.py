@@ -55,11 +55,11 @@ class TritonPythonModel:
             Path(args["model_repository"], args["model_version"], "engines"),
             given["target"],
             given.get("operating_point"),
-            preload=True,
+            fit_target=True,
             **numbers,
         )
         self._scheduler = Scheduler(self._engine, int(given["max_rows"]))
-        self._scheduler.submit("").result()
+        self._engine.warm_up(tokens=1)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from fpabee.exporter import load_test
+from fpabee.exporter.cli.bench import report_loads
 from fpabee.exporter.load_test import BATCHES, SCHEDULER, THREADS, Load, run_load_test
 from fpabee.runtime import Budget, Engine
 
@@ -28,6 +30,8 @@ def test_every_request_is_answered(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert [load.mean_layer for load in loads] == [2, 3, 2]
     for load in loads:
         assert load.answered == load.requests > 0
+    # The last server has not added to the rows of the first two; the client asks once before.
+    assert engine.tally.rows == loads[-1].requests + 1
 
 
 def test_the_capacity_is_that_of_full_depth(
@@ -47,8 +51,27 @@ def test_the_capacity_is_that_of_full_depth(
 
 
 @pytest.mark.parametrize(
-    ("answered", "p99_ms", "expected"), [(5, 999, True), (4, 999, False), (5, 1000, False)]
+    ("seconds", "answered", "p99_ms", "sustainable", "shown"),
+    [
+        (300, 5, 999, True, "yes"),
+        (299, 5, 999, None, "held for 299 s"),
+        (300, 4, 999, False, "no"),
+        (10, 5, 1000, False, "no"),
+    ],
 )
-def test_sustainable(answered: int, p99_ms: float, expected: bool) -> None:
-    load = Load(SCHEDULER, 0.5, 1.0, 5, answered, 1.0, 1.0, 1.0, p99_ms, 1.0)
-    assert load.sustainable is expected
+def test_sustainable_means_five_minutes(
+    engine: Engine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    answered: int,
+    p99_ms: float,
+    sustainable: bool | None,
+    shown: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    load = Load(SCHEDULER, 0.5, 1.0, seconds, 5, answered, 1.0, 1.0, 1.0, p99_ms, 1.0)
+    report_loads(engine, 10.0, [load], as_json=True)
+    assert json.loads(capsys.readouterr().out)["loads"][0]["sustainable"] is sustainable
+    report_loads(engine, 10.0, [load], as_json=False)
+    assert shown in capsys.readouterr().out

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.backends.shapes import Limits
 from fpabee.runtime.cli import run as run_command
 from fpabee.runtime.cli import serve as serve_command
 
@@ -26,11 +32,39 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 
 
 @pytest.fixture
-def serve(capfd: pytest.CaptureFixture[str]) -> Run:
+def serve(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Runs `fpabee-serve`, which is to end at once, in this process."""
-    return lambda *arguments: execute(serve_command.main, capfd, arguments)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield lambda *arguments: execute(serve_command.main, capfd, arguments)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def short_target(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets take 16 tokens, although the models take more."""
+    assert bert.is_dir()  # its export has run longer rows
+    limits = HostBackend.limits
+
+    def short(backend: HostBackend) -> Limits:
+        return dataclasses.replace(limits(backend), max_sequence=16)
+
+    monkeypatch.setattr(HostBackend, "limits", short)
 
 
 @pytest.fixture
 def bert(engines: Mapping[str, Path]) -> Path:
     return engines["bert"]
+
+
+@pytest.fixture
+def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
+    """An engines folder whose tokenizer gives no token for an empty text."""
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    path = folder / manifest.tokenizer.file
+    content = msgspec.json.decode(path.read_bytes())
+    content["post_processor"] = None
+    path.write_bytes(msgspec.json.encode(content))
+    spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
+    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    return folder

@@ -1,5 +1,7 @@
 """Many threads ask one scheduler, with cancellations, deadlines and one failing row in a thousand.
 
+Rows stop at exit 0 and later, and fail there and later. Every future must be finished exactly once.
+
 pytest -m slow tests/soak/test_scheduler_soak.py --seconds 600
 """
 
@@ -9,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ import pytest
 from fpabee.runtime import EncodedRow, Engine, FPabee, OverloadedError
 from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.chain import Chain
-from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.exit_0 import ExitZero
+from fpabee.runtime.serving import Observer, Scheduler
 
 from ..conftest import WORDS
 
-_BAD = "the the the alarm mum mum"
 _THREADS = 8
 _WAIT = 120
 
@@ -32,28 +34,65 @@ class _MadeUpError(Exception):
     pass
 
 
+class _Counted(Future[Any]):
+    """A future that counts how often it was finished, and how often it then was cancelled."""
+
+    twice = too_late = 0
+    is_finished = False
+
+    def set_running_or_notify_cancel(self) -> bool:
+        _Counted.twice += self.is_finished
+        self.is_finished = True
+        goes_on = super().set_running_or_notify_cancel()
+        _Counted.too_late += not goes_on
+        return goes_on
+
+
+class _Failures(Observer):
+    count = 0
+
+    def failed(self, error: Exception) -> None:
+        self.count += 1
+
+
 @pytest.mark.slow
 def test_no_answer_is_lost_or_wrong(
-    engines: Mapping[str, Path], pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+    exit_0_engines: Mapping[str, Path],
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     choose = random.Random(5)
     texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 40))) for _ in range(200)]
-    rule = FPabee(threshold=1.2)
-    begin = Chain.begin
+    rule = FPabee(threshold=1.2, exit_0_threshold=0.6)
+    begin, call = Chain.begin, ExitZero.__call__
+    called: list[None] = []  # no futures, to keep the memory flat
+    failures = _Failures()
 
-    with Engine.load(engines["bert"], rule=rule, threads=1) as engine:
+    with Engine.load(exit_0_engines["bert"], rule=rule, threads=1) as engine:
         expected = [engine.predict([text])[0] for text in texts]
         logits = np.concatenate([engine.trace([text]).logits for text in texts], axis=1)
-        near = exits_near_ties(logits, rule, engine.manifest.task, 1e-5)
-        (bad,) = engine.encode([_BAD])
+        near = exits_near_ties(logits, rule, engine.manifest.task, 1e-5, first_exit=0)
+        # The rows that fail at exit 0, and at segment 1.
+        bad = [[answer.exit == 0 for answer in expected].index(stops) for stops in (True, False)]
+        good = [number for number in range(len(texts)) if number not in bad]
+        ids = [engine.encode([texts[number]])[0].input_ids for number in bad]
         engine.reset_tally()
 
-        def fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
-            if any(np.array_equal(row.input_ids, bad.input_ids) for row in rows):
+        def check(rows: Sequence[EncodedRow], number: int) -> None:
+            if any(np.array_equal(row.input_ids, ids[number]) for row in rows):
                 raise _MadeUpError
+
+        def begin_fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
+            check(rows, 1)
             return begin(chain, rows, *rest)
 
-        monkeypatch.setattr(Chain, "begin", fails)
+        def exit_0_fails(exit_0: ExitZero, rows: Sequence[EncodedRow]) -> Any:
+            check(rows, 0)
+            return call(exit_0, rows)
+
+        monkeypatch.setattr(Chain, "begin", begin_fails)
+        monkeypatch.setattr(ExitZero, "__call__", exit_0_fails)
+        monkeypatch.setattr("fpabee.runtime.serving.scheduler.Future", _Counted)
 
         def ask(seed: int) -> Counter[str]:
             choose = random.Random(seed)
@@ -61,13 +100,15 @@ def test_no_answer_is_lost_or_wrong(
             while time.monotonic() < ends:
                 batch: list[tuple[int, float | None, Any]] = []
                 for _ in range(choose.randint(1, 40)):
-                    number = choose.randrange(len(texts)) if choose.random() > 1e-3 else -1
-                    text = _BAD if number < 0 else texts[number]
+                    number = choose.choice(bad if choose.random() < 1e-3 else good)
                     limit = choose.choice([None, None, choose.uniform(-1, 20)])
                     try:
-                        batch.append((number, limit, scheduler.submit(text, limit)))
+                        future = scheduler.submit(texts[number], limit)
                     except OverloadedError:
                         found["refused"] += 1
+                        continue
+                    future.add_done_callback(lambda _: called.append(None))
+                    batch.append((number, limit, future))
                 for _, _, future in choose.sample(batch, len(batch) // 10):
                     future.cancel()
                 for number, limit, future in batch:
@@ -77,24 +118,30 @@ def test_no_answer_is_lost_or_wrong(
                         found["cancelled"] += 1
                         continue
                     except _MadeUpError:
-                        assert number < 0
+                        assert number in bad
                         found["failed"] += 1
                         continue
-                    assert number >= 0
+                    # A deadline may stop a row at exit 0, before it fails.
+                    assert number in good or (answer.deadline_limited and answer.exit == 0)
                     found["answered"] += 1
                     found["limited"] += answer.deadline_limited
+                    found["at exit 0"] += answer.exit == 0
                     if not answer.deadline_limited and not near[number]:
                         assert answer.exit == expected[number].exit
                         assert answer.labels == expected[number].labels
                     assert limit is not None or not answer.deadline_limited
             return found
 
-        with Scheduler(engine, max_rows=200) as scheduler:
+        with Scheduler(engine, max_rows=200, observer=failures) as scheduler:
             ends = time.monotonic() + pytestconfig.getoption("--seconds")
             with ThreadPoolExecutor(_THREADS) as pool:
                 counts = sum(pool.map(ask, range(_THREADS)), Counter[str]())
             assert scheduler.unanswered == 0
         print(dict(counts))
         assert counts["answered"] > 100
-        # A row may be cancelled just when its answer has been counted.
-        assert 0 <= engine.tally.rows - counts["answered"] <= counts["cancelled"]
+        assert counts["at exit 0"] > 10
+        assert _Counted.twice == 0
+        assert len(called) == counts["answered"] + counts["failed"] + counts["cancelled"]
+        # Each finished row was counted once, even if it was cancelled just then.
+        finished = counts["answered"] + counts["failed"] + _Counted.too_late
+        assert engine.tally.rows + failures.count == finished

@@ -223,6 +223,20 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     assert engine.tally.rows == 1
 
 
+def test_rows_that_are_cancelled_while_others_run_leave(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        first = scheduler.submit("the film")
+        gate.at()
+        futures = scheduler.submit_all(["the plot", "rain"])
+        gate.step()
+        assert gate.at() == (0, 2)
+        assert first.cancel()
+        gate.step()
+        assert gate.at() == (1, 2)
+        gate.open()
+        assert [answer.exit for answer in results(futures)] == [3, 3]
+
+
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine, max_rows=3) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
@@ -259,6 +273,7 @@ def test_closing_can_cancel(engine: Engine, gate: Gate) -> None:
     gate.open()
     closing.join(WAIT)
     assert all(future.cancelled() for future in futures)
+    assert gate.begun == [(0, 2)]
 
 
 def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +302,29 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
 
 
+def test_a_late_answer_that_fails(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails for one of three late rows in two groups; the others are answered."""
+    now = 0.0
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+    with Scheduler(engine) as scheduler:
+        late = scheduler.submit_all(["sun", "rain sun rain"], deadline_ms=5.0)
+        assert gate.at() == (0, 2)
+        gate.step()
+        assert gate.at() == (1, 2)
+        late.append(scheduler.submit("film", deadline_ms=1.5))
+        gate.step()
+        assert gate.at() == (0, 1)
+        now = 1.0
+        gate.open()
+        with pytest.raises(MemoryError):
+            late[1].result(WAIT)
+        assert [answer.exit for answer in results([late[0], late[2]])] == [2, 1]
+        assert scheduler.unanswered == 0
+
+
 def test_exit_0_answers_while_a_segment_waits(
     exit_0_engines: Mapping[str, Path], gate: Gate
 ) -> None:
@@ -299,6 +337,10 @@ def test_exit_0_answers_while_a_segment_waits(
 class Counting(Observer):
     def __init__(self) -> None:
         self.failures: list[Exception] = []
+        self.begun = 0
+
+    def started(self, seconds: Sequence[float]) -> None:
+        self.begun += len(seconds)
 
     def failed(self, error: Exception) -> None:
         self.failures.append(error)
@@ -315,6 +357,17 @@ class Raising(Counting):
         self._raise()
 
     started = ran = answered = refused = _raise  # type: ignore[assignment]
+
+
+def test_a_late_row_waits_once(exit_0_engines: Mapping[str, Path]) -> None:
+    """Its wait ends when its group begins, although it is then answered at exit 0."""
+    observed = Counting()
+    with (
+        Engine.load(exit_0_engines["bert"], rule=NEVER) as engine,
+        Scheduler(engine, observer=observed) as scheduler,
+    ):
+        assert scheduler.submit("a", deadline_ms=-1.0).result(WAIT).exit == 0
+    assert observed.begun == 1
 
 
 @pytest.mark.parametrize("observer", [Counting, Raising])
@@ -341,6 +394,7 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(
         texts = ["sun", "the film", "the plot"]
         check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
     assert len(observed.failures) == 1
+    assert observed.begun == (4 if observer is Counting else 0)
     assert ("the observer of a scheduler failed" in caplog.text) == (observer is Raising)
 
 
@@ -391,6 +445,32 @@ def test_exit_0_that_fails(
             futures[1].result(WAIT)
 
 
+def test_an_answer_at_exit_0_that_fails(
+    exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are asked again one by one, and exit 0 is not skipped."""
+    rule = dataclasses.replace(NEVER, exit_0_threshold=0.0)
+    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
+        fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+        futures = scheduler.submit_all(["rain", "rain sun rain", "sun"])
+        with pytest.raises(MemoryError):
+            futures[1].result(WAIT)
+        assert [answer.exit for answer in results([futures[0], futures[2]])] == [0, 0]
+        assert scheduler.unanswered == 0
+
+
+def fail_answers(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """Let rows of a certain length have no answer."""
+    answers = Engine.answers
+
+    def fails(engine: Engine, rows: Sequence[Any], *rest: Any) -> Any:
+        if any(len(row) == bad for row in rows):
+            raise MemoryError("made up")
+        return answers(engine, rows, *rest)
+
+    monkeypatch.setattr(Engine, "answers", fails)
+
+
 def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
@@ -419,6 +499,7 @@ def _refuse(segment: int, hidden: Any) -> None:
         (InputError, {"text": ("a", "b", "c")}),
         (InputError, {"text": "a", "deadline_ms": "5"}),
         (InputError, {"text": "a", "deadline_ms": float("nan")}),
+        (InputError, {"text": ("a", None)}),
         (RuleError, {"text": "a", "max_exit": 1.5}),
         (RuleError, {"text": "a", "max_exit": 9}),
         (RuleError, {"text": "a", "max_exit": 0}),  # the model has no exit 0
@@ -428,8 +509,21 @@ def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -
     with Scheduler(engine) as scheduler:
         with pytest.raises(error):
             scheduler.submit(**arguments)
+        with pytest.raises(error):
+            asyncio.run(scheduler.classify([arguments.pop("text")], **arguments))
         assert scheduler.unanswered == 0
         assert scheduler.submit("a").result(WAIT).exit == 3
+
+
+def test_one_string_is_not_a_list(engine: Engine) -> None:
+    with Scheduler(engine) as scheduler, pytest.raises(InputError, match="one string"):
+        scheduler.submit_all("abc")
+
+
+@pytest.mark.parametrize(("sign", "exit_number"), [(1, 3), (-1, 1)])
+def test_a_deadline_of_any_size(engine: Engine, sign: int, exit_number: int) -> None:
+    with Scheduler(engine) as scheduler:
+        assert scheduler.submit("a", deadline_ms=sign * 10**400).result(WAIT).exit == exit_number
 
 
 def test_the_queue_must_have_room(engine: Engine) -> None:
@@ -449,6 +543,25 @@ def test_the_operating_point_may_change(
         after = scheduler.submit("b")
         gate.open()
         assert (before.result(WAIT).exit, after.result(WAIT).exit) == (3, 1)
+
+
+def test_the_operating_point_may_change_while_rows_are_queued(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule and its last exit are those of one point."""
+    folder = engine_copy()
+    set_points(folder, deep=NEVER, shallow=dataclasses.replace(NEVER, max_exit=1))
+
+    def changes(engine: Engine) -> ExitRule:
+        rule = engine._in_use[1].rule
+        engine.use("shallow")
+        return rule
+
+    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        monkeypatch.setattr(Engine, "rule", property(changes))
+        assert scheduler.submit("a", max_exit=2).result(WAIT).exit == 2
 
 
 def test_asyncio(engine: Engine) -> None:

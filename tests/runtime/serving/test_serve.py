@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from ..running import Run, check_refused
 
@@ -101,6 +103,58 @@ def test_a_port_in_use(bert: Path, serve: Run) -> None:
 
 def test_a_host_that_is_not_ours(bert: Path, serve: Run) -> None:
     check_refused(serve(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
+
+
+def test_an_empty_host_does_not_mean_all_addresses(
+    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", lambda *_: None)
+    check_refused(serve(bert, "--host", "", "--port", "0"), "empty", "--host", "0.0.0.0")
+
+
+def test_a_signal_as_soon_as_the_server_listens(
+    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", waits)
+    assert serve(bert, "--port", "0").code == 0
+
+
+def test_metrics_begin_at_zero(
+    without_special_tokens: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warming up counts nothing, and needs no text that the tokenizer must take."""
+    found: list[str] = []
+
+    def asks(app: Starlette, *_: object) -> None:
+        found.extend(TestClient(app).get("/metrics").text.splitlines())
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
+    assert serve(without_special_tokens, "--port", "0").code == 0
+    counts = [line for line in found if "_total" in line or "_count" in line]
+    assert counts
+    assert all(line.startswith("#") or line.endswith(" 0.0") for line in counts)
+
+
+@pytest.mark.usefixtures("short_target")
+def test_texts_longer_than_the_target_takes_are_truncated(
+    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def asks(app: Starlette, *_: object) -> None:
+        client = TestClient(app)
+        found.append(client.get("/info").json()["max_input_length"])
+        asked = {"input": ["rain " * 20, "sun"]}
+        found.extend(client.post("/classify", json=asked).json()["data"])
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
+    assert serve(bert, "--port", "0").code == 0
+    longest, long, short = found
+    assert (longest, long["truncated"], short["truncated"]) == (16, True, False)
 
 
 def test_a_folder_that_does_not_load(tmp_path: Path, serve: Run) -> None:

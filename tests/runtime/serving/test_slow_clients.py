@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import uvicorn
 from fpabee.runtime import Engine
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import ServerLimits, listen, make_app, serve
+from fpabee.runtime.serving.server import STATUSES, ServerLimits, listen, make_app, serve
 
 from .test_serve import ask
 
@@ -156,3 +158,35 @@ def test_a_slow_answer_is_no_slow_client(engine: Engine, monkeypatch: pytest.Mon
     monkeypatch.setattr(Scheduler, "classify_encoded", slow)
     with serving(engine, monkeypatch) as (port, _, _):
         assert ask(port, "/classify", {"input": "rain"})[0] == 200
+
+
+def test_a_request_that_outlasts_a_stop_gets_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = threading.Event()
+
+    async def never(*_: object) -> None:
+        runs.set()
+        await asyncio.sleep(4 * WAIT)
+
+    monkeypatch.setattr(Scheduler, "classify_encoded", never)
+    with serving(engine, monkeypatch) as (port, server, thread), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(posted, port)
+        assert runs.wait(WAIT)
+        server.should_exit = True
+        status, connection, found = asked.result(WAIT)
+        assert (status, connection) == (503, "close")
+        assert found == {"error": STATUSES[503], "error_type": "InvalidRequest"}
+        thread.join(WAIT)
+    assert "Traceback" not in caplog.text
+
+
+def posted(port: int) -> tuple[int, str | None, object]:
+    """Status, `Connection` and JSON of a response; any other content fails."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/classify", '{"input": "rain"}', headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, response.headers["Connection"], json.loads(content)

@@ -179,6 +179,13 @@ def test_answers_are_those_of_predict(
     assert set(capped["EXIT"].ravel()) == {1}
 
 
+@pytest.mark.usefixtures("triton", "short_target")
+def test_texts_longer_than_the_target_takes_are_truncated(bert: Path, tmp_path: Path) -> None:
+    with loaded(write_repository(bert, tmp_path, "m")) as model:
+        model.execute([request := double.Request({"TEXT": ["rain " * 20, "sun"]})])
+        assert request.result()["TRUNCATED"].tolist() == [[True], [False]]
+
+
 @pytest.mark.usefixtures("triton")
 def test_errors_have_the_code_of_their_kind(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,7 +241,15 @@ def test_a_client_that_leaves_and_a_model_that_is_unloaded(
         assert not stays.answered.is_set()
         threading.Timer(0.2, opened.set).start()
     assert stays.result()["EXIT"].shape == (1, 1)
-    assert model._engine.tally.rows == 2  # with the text of the start
+    assert model._engine.tally.rows == 1
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_tokenizer_without_special_tokens(without_special_tokens: Path, tmp_path: Path) -> None:
+    """Warming up needs no text that the tokenizer must take."""
+    with loaded(write_repository(without_special_tokens, tmp_path, "m")) as model:
+        model.execute([request := double.Request({"TEXT": ["sun"]})])
+        assert request.result()["EXIT"].shape == (1, 1)
 
 
 @pytest.mark.usefixtures("triton")
