@@ -130,7 +130,7 @@ def main(
         return
     assert data is not None
     options.only_with("no_texts", report, "--report")
-    options.not_with("report target", all_targets, "--all-targets")
+    options.not_with("report target tune_label_thresholds", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")

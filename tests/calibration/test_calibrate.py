@@ -281,6 +281,8 @@ def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
     assert manifest.task.label_thresholds == result.label_thresholds.values
     assert manifest.task.label_thresholds[manifest.task.labels.index("food")] < 0.5
     assert manifest.targets["other"].operating_points == {}
+    (warning,) = result.warnings
+    assert warning.endswith("earlier operating points were removed from the targets other")
     assert list(manifest.targets[here].operating_points) == ["safe", "balanced", "fast"]
     for number in split(len(rows), options.seed)[1]:
         rows[number] = replace(rows[number], labels=("staff",))
@@ -335,3 +337,6 @@ def test_all_targets_are_calibrated_in_one_run(
         assert targets[name].default_operating_point == "balanced"
     assert not targets["cuda"].operating_points
     assert run(folder, "--data", data, "--all-targets", "--target", TARGET).exit_code == 2
+    # The thresholds of one target would remove the points of the target before it.
+    refused = run(folder, "--data", data, "--all-targets", "--tune-label-thresholds")
+    assert refused.exit_code == 2
