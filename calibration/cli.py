@@ -212,7 +212,12 @@ def to_dict(result: Calibration) -> dict[str, Any]:
             {**_point(point), "promise": promise_in_words(point, result)} for point in result.points
         ],
         "contenders": [
-            {"kind": c.kind, "rule": c.rule.to_dict(), "held_out": asdict(c.held_out)}
+            {
+                "kind": c.kind,
+                "rule": c.rule.to_dict(),
+                "chosen_on": asdict(c.chosen_on),
+                "held_out": asdict(c.held_out),
+            }
             for c in result.comparisons
         ],
         "warnings": result.warnings,
@@ -277,15 +282,15 @@ def _comparisons(result: Calibration) -> Table:
     has_exit_0 = result.rows.first_exit == 0
     table = Table(*columns, *["exit 0 answers"] * has_exit_0, box=box.SIMPLE_HEAD, pad_edge=False)
     for comparison in result.comparisons:
-        held = comparison.held_out
+        runs = comparison.chosen_on
         table.add_row(
             f"{comparison.kind}: full depth"
             if comparison.rule == Budget(exit=result.rows.exits[-1])
             else rule_in_words(comparison.rule),
-            drop_in_words(held),
-            f"{held.mean_depth:.2f}",
-            f"{held.estimated:.2f}x",
-            *[exit_0_in_words(held)] * has_exit_0,
+            drop_in_words(comparison.held_out),
+            f"{runs.mean_depth:.2f}",
+            f"{runs.estimated:.2f}x",
+            *[exit_0_in_words(runs)] * has_exit_0,
         )
     return table
 

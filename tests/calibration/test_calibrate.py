@@ -167,10 +167,18 @@ def test_at_most_six_kinds_are_compared(folder: Path, data: Path) -> None:
     kinds = [comparison["kind"] for comparison in content["contenders"]]
     assert len(set(kinds)) == len(kinds) <= 6
     assert {"fpabee", "pabee", content["points"][0]["kind"]} <= {*kinds, "budget"}
-    every = ("entropy", "pabee", "fpabee", *"abcdefg")
-    assert compared_kinds(every, [])[:3] == ["fpabee", "pabee", "entropy"]
+    every = ("entropy", "pabee", "budget", "fpabee", "a per exit", *"abcd")
+    assert compared_kinds(every, []) == ["fpabee", "pabee", "entropy", *"abc"]
+    with_exit_0 = ("fpabee", "pabee", "entropy", "fpabee per exit", "confidence", "budget")
+    shown = compared_kinds([*with_exit_0, "cascade"], [])
+    assert "cascade" in shown
+    assert "budget" not in shown
     table = said(folder, "--data", data, "--compare", "--max-drop", 9)
     assert "best setting of each kind of rule; goal: drop at most 9 points" in table
+    # Depth and speed are those of the settings, as in the table of the points.
+    for one in content["contenders"]:
+        runs = one["chosen_on"]
+        assert f"{runs['mean_depth']:.2f} {runs['estimated']:.2f}x" in table
 
 
 @pytest.mark.usefixtures("measured")
