@@ -119,11 +119,8 @@ def main(
     """
     if (data is None) == (set_default is None):
         raise click.UsageError("give either --data or --set-default")
-    options.not_with(
-        "max_drop speedup risk test report rules measures metric compare all_targets as_json",
-        set_default,
-        "--set-default",
-    )
+    others = {*settings, "report", "no_texts", "all_targets", "as_json"} - {"target", "threads"}
+    options.not_with(" ".join(sorted(others)), set_default, "--set-default")
     if set_default is not None:
         target = make_default(engines, set_default, settings["target"])
         echo(f"{set_default} is now the default operating point of {target}")
@@ -179,6 +176,7 @@ def _options(
         )
     options.only_with("name", goals, "--max-drop, --speedup or --risk")
     options.only_with("confidence risk_of", risk is not None, "--risk")
+    options.only_with("measures", not rules or {"auto", "fpabee"} & {*rules}, "--rule fpabee")
     if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
     if "auto" in rules and len(rules) > 1:

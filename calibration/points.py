@@ -128,7 +128,8 @@ class PointMaker:
         except InputError as error:
             if isinstance(goal, Bound):
                 raise
-            return Controlled(full_depth, tested, None, error.hint)
+            # The risk of a goal is its drop.
+            return Controlled(full_depth, tested, None, error.hint.replace("risk", "drop"))
 
     def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
         """How the choice for a goal does on rows that did not choose.

@@ -92,6 +92,7 @@ def test_the_output_shows_the_settings_that_run_and_what_they_promise(
     safe, balanced, _ = (point["promise"] for point in content["points"])
     # 96 rows tested, and 598 without a loss would show it: too few.
     assert safe.startswith("nothing is lost, but these rows confirm no faster setting: give about")
+    assert safe.endswith("or a larger drop")
     assert "lost (95 %: " in balanced or balanced.startswith("nothing is lost")
 
 
@@ -118,7 +119,7 @@ def test_a_goal_makes_one_point(
     assert (point.certificate is not None) == name.startswith("risk")
     if point.certificate:
         assert (point.certificate.risk, point.certificate.rows) == (40.0, 96)
-        promise = "at most 40 points changed answers on new rows, with 95 % confidence"
+        promise = "at most 40 % of answers changed on new rows, with 95 % confidence"
         assert content["points"][0]["promise"] == f"{promise}, tested on 96 other rows"
 
 
@@ -182,6 +183,14 @@ def test_at_most_six_kinds_are_compared(folder: Path, data: Path) -> None:
 
 
 @pytest.mark.usefixtures("measured")
+def test_repeated_texts_are_counted(folder: Path) -> None:
+    rows = label_rows(folder, count=40)
+    texts = len({row.text for row in rows})
+    (warning,) = calibrate(folder, 2 * rows, CalibrationOptions(threads=1)).warnings
+    assert warning.startswith(f"the 80 rows have only {texts} different texts, so the promises are")
+
+
+@pytest.mark.usefixtures("measured")
 def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     said(folder, "--data", data)
     before = read_manifest(folder)
@@ -190,6 +199,7 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     )
     changed = msgspec.structs.replace(before.targets[TARGET], default_operating_point="fast")
     assert read_manifest(folder).targets[TARGET] == changed
+    assert run(folder, "--set-default", "safe", "--seed", 3).exit_code == 2
 
 
 @pytest.mark.usefixtures("measured")
