@@ -91,6 +91,13 @@ def calibrate(
             )
             seen = replace(seen, label_thresholds=label_thresholds.values)
             held = held and replace(held, label_thresholds=label_thresholds.values)
+            manifest = engine.manifest
+            old = [name for name, known in manifest.targets.items() if known.operating_points]
+            if old and label_thresholds.values != manifest.task.label_thresholds:
+                warnings.append(
+                    "the label thresholds changed, so earlier operating points were removed from "
+                    f"the targets {', '.join(old)}"
+                )
         timed = TimedEngine(
             engine,
             timings_path(place, engine.target, rows),

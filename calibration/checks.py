@@ -20,6 +20,9 @@ from .trace import expected_labels
 LEAST_ROWS = 50
 """The least number of rows that is accepted."""
 
+# Share of the rows that have different texts, below which repeated texts are named.
+_LEAST_DIFFERENT = 0.9
+
 
 def check_request(
     engine: Engine,
@@ -36,9 +39,15 @@ def check_request(
             f"{len(rows)} rows are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; a few hundred rows tell half a point from chance",
         )
-    if len({row.content for row in rows}) == 1:
+    texts = len({row.content for row in rows})
+    if texts == 1:
         raise InputError("all rows are the same text", "give different texts, as in real use")
     warnings = []
+    if texts < _LEAST_DIFFERENT * len(rows):
+        warnings.append(
+            f"the {len(rows)} rows have only {texts} different texts, so the promises are too good "
+            "unless texts repeat as often in real use"
+        )
     if labelled:
         expected = expected_labels(rows, task)
         if len(np.unique(expected, axis=0)) < 2:

@@ -119,18 +119,15 @@ def main(
     """
     if (data is None) == (set_default is None):
         raise click.UsageError("give either --data or --set-default")
-    options.not_with(
-        "max_drop speedup risk test report rules measures metric compare all_targets as_json",
-        set_default,
-        "--set-default",
-    )
+    others = {*settings, "report", "no_texts", "all_targets", "as_json"} - {"target", "threads"}
+    options.not_with(" ".join(sorted(others)), set_default, "--set-default")
     if set_default is not None:
         target = make_default(engines, set_default, settings["target"])
         echo(f"{set_default} is now the default operating point of {target}")
         return
     assert data is not None
     options.only_with("no_texts", report, "--report")
-    options.not_with("report target", all_targets, "--all-targets")
+    options.not_with("report target tune_label_thresholds", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")
@@ -179,6 +176,7 @@ def _options(
         )
     options.only_with("name", goals, "--max-drop, --speedup or --risk")
     options.only_with("confidence risk_of", risk is not None, "--risk")
+    options.only_with("measures", not rules or {"auto", "fpabee"} & {*rules}, "--rule fpabee")
     if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
     if "auto" in rules and len(rules) > 1:
@@ -212,7 +210,12 @@ def to_dict(result: Calibration) -> dict[str, Any]:
             {**_point(point), "promise": promise_in_words(point, result)} for point in result.points
         ],
         "contenders": [
-            {"kind": c.kind, "rule": c.rule.to_dict(), "held_out": asdict(c.held_out)}
+            {
+                "kind": c.kind,
+                "rule": c.rule.to_dict(),
+                "chosen_on": asdict(c.chosen_on),
+                "held_out": asdict(c.held_out),
+            }
             for c in result.comparisons
         ],
         "warnings": result.warnings,
@@ -277,15 +280,15 @@ def _comparisons(result: Calibration) -> Table:
     has_exit_0 = result.rows.first_exit == 0
     table = Table(*columns, *["exit 0 answers"] * has_exit_0, box=box.SIMPLE_HEAD, pad_edge=False)
     for comparison in result.comparisons:
-        held = comparison.held_out
+        runs = comparison.chosen_on
         table.add_row(
             f"{comparison.kind}: full depth"
             if comparison.rule == Budget(exit=result.rows.exits[-1])
             else rule_in_words(comparison.rule),
-            drop_in_words(held),
-            f"{held.mean_depth:.2f}",
-            f"{held.estimated:.2f}x",
-            *[exit_0_in_words(held)] * has_exit_0,
+            drop_in_words(comparison.held_out),
+            f"{runs.mean_depth:.2f}",
+            f"{runs.estimated:.2f}x",
+            *[exit_0_in_words(runs)] * has_exit_0,
         )
     return table
 

@@ -43,10 +43,10 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     )
     if certificate is not None:
         disagrees = certificate.risk_of == RiskOf.DISAGREEMENT
-        what = "changed answers" if disagrees else "lost"
         about = "" if disagrees or held.metric in ROW_MEANS else "about "
+        what = "% of answers changed" if disagrees else "points lost"
         promise = (
-            f"at most {certificate.risk:g} points {what} on new rows, "
+            f"at most {certificate.risk:g} {what} on new rows, "
             f"with {about}{certificate.confidence:g} % confidence"
         )
         if result.test is not None:

@@ -15,7 +15,7 @@ from ..runtime.rules.measures import Answers
 from ..runtime.rules.rules import Budget
 from .choose import Selector
 from .costs import CostModel, TimedEngine
-from .families import PER_EXIT
+from .families import CASCADE, PER_EXIT
 from .goals import CalibrationOptions
 from .outcome import Outcome, exits_of, level_of, outcome
 from .result import Point, RuleComparison
@@ -30,10 +30,12 @@ _CONFIDENCE = 0.95
 
 
 def compared_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:
-    """The kinds that are compared: F-PABEE and PABEE, those of the points, and others."""
-    first = ["fpabee", "pabee", *(point.kind for point in points)]
+    """The kinds that are compared: F-PABEE, PABEE, the cascade, those of the points, and others."""
+    first = ["fpabee", "pabee", CASCADE, *(point.kind for point in points)]
     others = sorted(kinds, key=lambda kind: kind.endswith(PER_EXIT))
-    return [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds][:MOST_COMPARED]
+    found = [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds]
+    # The same exit for all rows comes last: unless it is asked for, it is only full depth.
+    return sorted(found, key=lambda kind: kind == Budget.name)[:MOST_COMPARED]
 
 
 def bound_of(goal: Goal) -> Bound:
@@ -87,10 +89,12 @@ class PointMaker:
             self.progress(f"compare {kind}", number, len(kinds))
             try:
                 rule = self.selector.choose(goal, [kind]) or full_depth
-                found.append(RuleComparison(kind, rule, self._held_out(rule, goal, [kind])))
+                chosen_on = self._judge(rule, self.selector.stopping_costs.rows)
+                held_out = self._held_out(rule, goal, [kind])
+                found.append(RuleComparison(kind, rule, chosen_on, held_out))
             except InputError:  # no setting of this kind is fast enough
                 continue
-        return tuple(sorted(found, key=lambda comparison: -comparison.held_out.estimated))
+        return tuple(sorted(found, key=lambda comparison: -comparison.chosen_on.estimated))
 
     def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
         rows = self.selector.stopping_costs.rows
@@ -124,7 +128,8 @@ class PointMaker:
         except InputError as error:
             if isinstance(goal, Bound):
                 raise
-            return Controlled(full_depth, tested, None, error.hint)
+            # The risk of a goal is its drop.
+            return Controlled(full_depth, tested, None, error.hint.replace("risk", "drop"))
 
     def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
         """How the choice for a goal does on rows that did not choose.

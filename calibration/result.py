@@ -69,11 +69,13 @@ class RuleComparison:
     Attributes:
         kind: the kind of the rule, see `kind_of`.
         rule: the rule; full depth if no faster setting meets the goal.
+        chosen_on: what it gives on the rows that chose it.
         held_out: what it gives on rows that did not choose it.
     """
 
     kind: str
     rule: ExitRule
+    chosen_on: Outcome
     held_out: Outcome
 
 

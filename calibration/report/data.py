@@ -121,7 +121,12 @@ def tables(report: Report) -> dict[str, list[Record]]:
     return {
         "points": [_point(point, result) for point in result.points],
         "contenders": [
-            {"kind": one.kind, **_rule(one.rule), **_outcome(one.held_out)}
+            {
+                "kind": one.kind,
+                **_rule(one.rule),
+                **_outcome(one.held_out),
+                "chosen_on_mean_depth": one.chosen_on.mean_depth,
+            }
             for one in result.comparisons
         ],
         "fronts": [_front(setting) for setting in report.fronts],

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.files.parquet_process import end_of
@@ -84,10 +86,21 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
     Returns:
         What `labels.json` beside the training file lists; without such a file, the labels that
         occur, in alphabetical order.
+
+    Raises:
+        InputError: that file is not a list of different names.
     """
     listed = Path(train).parent / "labels.json"
     if Path(train).is_file() and listed.is_file():
-        return tuple(json.loads(listed.read_text(encoding="utf-8")))
+        try:
+            names = msgspec.json.decode(listed.read_bytes(), type=tuple[str, ...])
+        except msgspec.DecodeError as error:
+            raise InputError(
+                f"{listed} is not a list of labels: {error}", 'write it as JSON: ["no", "yes"]'
+            ) from error
+        if len(set(names)) < len(names):
+            raise InputError(f"{listed} names a label twice", "name every label once")
+        return names
     return tuple(sorted({label for row in rows for label in row.labels or ()}))
 
 

@@ -163,6 +163,7 @@ USAGE = [
     (("--max-drop", 1, "--name", "a\nb"), r"'a\nb'"),
     (("--rule", "auto", "--rule", "fpabee"), "auto"),
     (("--rule", "either"), "either"),
+    (("--rule", "entropy", "--measure", "kd"), "--measure"),
     (("--no-texts",), "--report"),
     (("--set-default", "fast"), "--set-default"),
 ]

@@ -92,6 +92,7 @@ def test_the_output_shows_the_settings_that_run_and_what_they_promise(
     safe, balanced, _ = (point["promise"] for point in content["points"])
     # 96 rows tested, and 598 without a loss would show it: too few.
     assert safe.startswith("nothing is lost, but these rows confirm no faster setting: give about")
+    assert safe.endswith("or a larger drop")
     assert "lost (95 %: " in balanced or balanced.startswith("nothing is lost")
 
 
@@ -118,7 +119,7 @@ def test_a_goal_makes_one_point(
     assert (point.certificate is not None) == name.startswith("risk")
     if point.certificate:
         assert (point.certificate.risk, point.certificate.rows) == (40.0, 96)
-        promise = "at most 40 points changed answers on new rows, with 95 % confidence"
+        promise = "at most 40 % of answers changed on new rows, with 95 % confidence"
         assert content["points"][0]["promise"] == f"{promise}, tested on 96 other rows"
 
 
@@ -167,10 +168,26 @@ def test_at_most_six_kinds_are_compared(folder: Path, data: Path) -> None:
     kinds = [comparison["kind"] for comparison in content["contenders"]]
     assert len(set(kinds)) == len(kinds) <= 6
     assert {"fpabee", "pabee", content["points"][0]["kind"]} <= {*kinds, "budget"}
-    every = ("entropy", "pabee", "fpabee", *"abcdefg")
-    assert compared_kinds(every, [])[:3] == ["fpabee", "pabee", "entropy"]
+    every = ("entropy", "pabee", "budget", "fpabee", "a per exit", *"abcd")
+    assert compared_kinds(every, []) == ["fpabee", "pabee", "entropy", *"abc"]
+    with_exit_0 = ("fpabee", "pabee", "entropy", "fpabee per exit", "confidence", "budget")
+    shown = compared_kinds([*with_exit_0, "cascade"], [])
+    assert "cascade" in shown
+    assert "budget" not in shown
     table = said(folder, "--data", data, "--compare", "--max-drop", 9)
     assert "best setting of each kind of rule; goal: drop at most 9 points" in table
+    # Depth and speed are those of the settings, as in the table of the points.
+    for one in content["contenders"]:
+        runs = one["chosen_on"]
+        assert f"{runs['mean_depth']:.2f} {runs['estimated']:.2f}x" in table
+
+
+@pytest.mark.usefixtures("measured")
+def test_repeated_texts_are_counted(folder: Path) -> None:
+    rows = label_rows(folder, count=40)
+    texts = len({row.text for row in rows})
+    (warning,) = calibrate(folder, 2 * rows, CalibrationOptions(threads=1)).warnings
+    assert warning.startswith(f"the 80 rows have only {texts} different texts, so the promises are")
 
 
 @pytest.mark.usefixtures("measured")
@@ -182,6 +199,7 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     )
     changed = msgspec.structs.replace(before.targets[TARGET], default_operating_point="fast")
     assert read_manifest(folder).targets[TARGET] == changed
+    assert run(folder, "--set-default", "safe", "--seed", 3).exit_code == 2
 
 
 @pytest.mark.usefixtures("measured")
@@ -281,6 +299,8 @@ def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
     assert manifest.task.label_thresholds == result.label_thresholds.values
     assert manifest.task.label_thresholds[manifest.task.labels.index("food")] < 0.5
     assert manifest.targets["other"].operating_points == {}
+    (warning,) = result.warnings
+    assert warning.endswith("earlier operating points were removed from the targets other")
     assert list(manifest.targets[here].operating_points) == ["safe", "balanced", "fast"]
     for number in split(len(rows), options.seed)[1]:
         rows[number] = replace(rows[number], labels=("staff",))
@@ -335,3 +355,6 @@ def test_all_targets_are_calibrated_in_one_run(
         assert targets[name].default_operating_point == "balanced"
     assert not targets["cuda"].operating_points
     assert run(folder, "--data", data, "--all-targets", "--target", TARGET).exit_code == 2
+    # The thresholds of one target would remove the points of the target before it.
+    refused = run(folder, "--data", data, "--all-targets", "--tune-label-thresholds")
+    assert refused.exit_code == 2

@@ -16,6 +16,7 @@ import pytest
 
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.descriptions import promise_in_words
+from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.report import plots
 
 Make = Callable[..., Calibration]
@@ -91,6 +92,9 @@ def test_tables_say_what_the_calibration_says(calibrated: Make, tmp_path: Path) 
         counts = [r["rows"] for r in table(page.parent, "depths") if r["point"] == point.name]
         assert tuple(map(int, counts)) == point.chosen_on.exits
         assert row["promise"] == promise_in_words(point, result)
+    for one, stored in zip(result.comparisons, content["contenders"], strict=True):
+        depth = exits_of(one.rule, result.rows).mean()
+        assert stored["chosen_on_mean_depth"] == one.chosen_on.mean_depth == pytest.approx(depth)
     first = table(page.parent, "rows")[0]
     assert first["text"] == result.texts[0].text
     assert first["labels"] == "|".join(result.texts[0].labels or ())
