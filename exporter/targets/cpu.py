@@ -148,8 +148,10 @@ def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
     targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
     if not targets:
         return manifest
-    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
-    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
+    if manifest.default_target not in targets:
+        default = next(iter(targets))
+        manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
+    return msgspec.structs.replace(manifest, targets=targets)
 
 
 def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
@@ -176,7 +178,7 @@ def verified_target(
         The manifest with the target if it passed, or without it, and what was found.
     """
     old = manifest.targets.get(name)
-    if old is not None and (old.versions, old.files) == (target.versions, target.files):
+    if old is not None and _origin(old) == _origin(target):
         target = with_operating_points(target, old.operating_points, old.default_operating_point)
     candidate, score = with_target(manifest, name, target), None
     try:
@@ -196,6 +198,11 @@ def verified_target(
         row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
     )
     return with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
+
+
+def _origin(target: Target) -> tuple[dict[str, str], list[str]]:
+    """The versions and files of a target, on which its operating points depend."""
+    return target.versions, [file.sha256 for file in target.files.values()]
 
 
 def with_fastest_default(

@@ -120,6 +120,19 @@ def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
         add(folder, "other")
 
 
+def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
+    folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(folder, FP32)
+    version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
+    monkeypatch.setattr(cpu, "openvino_version", lambda: version)
+    required = dataclasses.replace(REQUIREMENTS["fp32"], labels=1.1)
+    monkeypatch.setitem(REQUIREMENTS, "fp32", required)
+    seconds[BF16] = seconds[ONNX]
+    assert "no other target for CPUs is faster" in add(folder).default
+    assert not read_manifest(folder).default_is_fixed
+
+
 def test_a_default_with_operating_points_stays(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], seconds: dict[str, float]
 ) -> None:
