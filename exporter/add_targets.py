@@ -194,6 +194,7 @@ def _add_targets(
         manifest, checked = cpu.add_openvino(
             path, manifest, _rows(options.verify_data, options), progress
         )
+        write_manifest(path, manifest)
     if for_cpus and options.calibration_data is not None:
         from .targets.cpu_int8 import add_cpu_int8
 
@@ -201,6 +202,7 @@ def _add_targets(
         usable = {name: version for name, version in versions.items() if version}
         rows = _rows(options.calibration_data, options)
         manifest, int8 = add_cpu_int8(path, manifest, usable, rows, progress)
+        write_manifest(path, manifest)
         checked += int8
     manifest, default = _with_default(path, manifest, checked, options, progress)
     write_manifest(path, manifest)

@@ -15,8 +15,10 @@ from fpabee.exporter.add_targets import AddTargetsOptions, add_targets, drop_gra
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.precision.formats import in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
-from fpabee.runtime import Engine, InputError, MissingExtraError, read_manifest
+from fpabee.exporter.targets import cpu_int8
+from fpabee.runtime import Budget, Engine, InputError, MissingExtraError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.graph_content import check_graph
 
 pytest.importorskip("openvino")
@@ -93,6 +95,57 @@ def test_int8_that_changes_answers_is_not_kept(
     assert all("from exit" in str(reason) for reason in refused)
     assert not set(NAMES) & read_manifest(folder).targets.keys()
     assert not (folder / "targets" / "cpu-int8").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_earlier_int8_stays_until_the_new_one_has_passed(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
+) -> None:
+    folder = engine_copy()
+    with monkeypatch.context() as patch:
+        require(patch, 0.0)
+        before = add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
+    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
+    if interrupted:
+        monkeypatch.setattr(cpu_int8, "verified_target", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            add_targets(folder, options)
+    else:
+        require(monkeypatch, 1.1)
+        assert all(checked.refused for checked in add_targets(folder, options).cpu)
+    manifest = read_manifest(folder)
+    for name in NAMES:
+        assert manifest.targets[name].files == before.manifest.targets[name].files
+        for file in manifest.targets[name].files.values():
+            assert sha256_of(folder / file.file) == file.sha256
+    assert (manifest.default_target, manifest.default_is_fixed) == (NAMES[1], True)
+    assert [path.name for path in (folder / "targets").iterdir()] == ["cpu-int8"]
+
+
+def test_int8_made_again_keeps_the_default_and_only_what_runs_the_new_files(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require(monkeypatch, 0.0)
+    folder = engine_copy()
+    add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
+    set_points(folder, NAMES[1], fast=Budget(exit=1))
+    only_openvino = dataclasses.replace(options, backends=("openvino",))
+    result = add_targets(folder, only_openvino)
+    assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
+    assert result.manifest.targets[NAMES[1]].operating_points, "the graphs are the same"
+    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
+    result = add_targets(folder, only_openvino)
+    assert result.lost_points == {NAMES[1]: ("fast",)}
+    assert result.manifest.default_target == NAMES[1]
+    assert NAMES[0] not in result.manifest.targets
+    with Engine.load(folder) as engine:
+        engine.check()
 
 
 def test_ten_texts_are_too_few(
