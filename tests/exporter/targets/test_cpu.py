@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -202,6 +202,22 @@ def test_a_damaged_openvino_is_reported_and_the_rest_is_kept(
     (checked,) = add_targets(folder, AddTargetsOptions(plans=SMALL)).cpu
     assert checked.refused is problem
     assert not set(ADDED) & read_manifest(folder).targets.keys()
+
+
+def test_an_export_succeeds_with_an_openvino_that_cannot_be_used(
+    tiny_models: Mapping[str, Path],
+    ready_graphs: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> str:
+        raise BackendError("the installed OpenVINO has no CPU plugin")
+
+    monkeypatch.setattr(cpu, "openvino_version", refuse)
+    result = export(tiny_models["bert"], "-o", tmp_path / "engines")
+    assert result.exit_code == 0, result.output
+    assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
+    assert list(read_manifest(tmp_path / "engines").targets) == [ONNX]
 
 
 def test_the_command_says_what_was_added_and_which_is_the_default(
