@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
+from fpabee.exporter import add_targets as targets_module
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets, drop_graphs
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.precision.formats import in_head
+from fpabee.exporter.cli.export import main
+from fpabee.exporter.precision.formats import Half, in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.targets import cpu_int8
 from fpabee.runtime import Budget, Engine, InputError, MissingExtraError, read_manifest
@@ -154,6 +158,41 @@ def test_ten_texts_are_too_few(
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:10]))
     with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
         add_targets(engine_copy(), options)
+    command = ["model_dir", "--int8", "--calibration-data", str(tmp_path / "texts.txt")]
+    result = CliRunner().invoke(main, command)
+    assert "there are 10" in result.stderr, "before the export begins"
+
+
+def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(monkeypatch, 0.0)
+    missing = MissingExtraError("TensorRT is not installed", "install it")
+    monkeypatch.setattr(targets_module, "unavailable_reason", lambda _: missing)
+    asked, folder = dataclasses.replace(options, backends=None), engine_copy()
+    result = add_targets(folder, asked)
+    assert set(NAMES) < result.manifest.targets.keys()
+    assert not result.not_built, "nobody asked for plans in fp32"
+    assert "int8" not in result.manifest.precisions
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "nncf" else find_spec(name)
+    )
+    with pytest.raises(MissingExtraError, match="nncf"):
+        add_targets(folder, asked)
+    result = add_targets(folder, dataclasses.replace(asked, precisions=(Half.FP16,)))
+    assert {"fp16", "int8"} == result.manifest.precisions.keys()
+    assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
+
+
+def test_a_later_failure_does_not_lose_what_was_verified(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    monkeypatch.setattr(cpu_int8, "quantize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_targets(folder, options)
+    assert "openvino-fp32" in read_manifest(folder).targets
 
 
 def test_without_texts_or_nncf_the_error_says_so(
