@@ -25,7 +25,7 @@ from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError
 from ...runtime.files import Row
 from ...runtime.progress import Progress
-from ...runtime.targets import open_backend, rule_of, why_not
+from ...runtime.targets import open_backend, rule_of, target_of, why_not
 from ..precision.formats import INT8
 from .judge import Judge, Score
 
@@ -155,10 +155,15 @@ def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
 
 
 def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
-    """What compares targets with `onnxruntime-fp32` on rows; None without rows."""
+    """What compares targets with `onnxruntime-fp32` on rows; None without rows.
+
+    Raises:
+        BackendError: the folder does not have that target.
+        InputError: the model does not know a label.
+    """
     if not rows:
         return None
-    with _engine(folder, manifest, FP32_TARGET) as exact:
+    with _engine(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
         return Judge(exact, rows)
 
 
@@ -245,7 +250,7 @@ def with_fastest_default(
     elif manifest.targets[before].operating_points:
         chosen, why = before, f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
-        chosen, why = before, "which is not for CPUs"
+        chosen, why = before, "which does not run on this CPU"
     elif speeds[fastest] < _LEAST_GAIN * speeds[before]:
         chosen, why = before, "because no other target for CPUs is faster here"
     else:

@@ -18,6 +18,7 @@ from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.runtime import BackendError, Budget, Engine, Manifest, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.progress import silent
@@ -131,6 +132,26 @@ def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
     seconds[BF16] = seconds[ONNX]
     assert "no other target for CPUs is faster" in add(folder).default
     assert not read_manifest(folder).default_is_fixed
+
+
+def test_a_default_that_cannot_run_here_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = read_manifest(folder).default_target
+    monkeypatch.setattr(
+        cpu, "why_not", lambda _, name: BackendError("no") if name == default else None
+    )
+    _, line = cpu.with_fastest_default(folder, read_manifest(folder), silent)
+    assert line == f"default target: {default}, which does not run on this CPU"
+
+
+def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
+    drop = cpu.only(read_manifest(folder), lambda name, _: name != ONNX)
+    write_manifest(folder, drop)
+    (tmp_path / "texts.txt").write_text("the film is good")
+    options = AddTargetsOptions(backends=(cpu.OPENVINO,), verify_data=tmp_path / "texts.txt")
+    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
+        add_targets(folder, options)
 
 
 def test_a_default_with_operating_points_stays(
