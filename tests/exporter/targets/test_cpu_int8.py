@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.precision.formats import Half, in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.targets import cpu_int8
-from fpabee.runtime import Budget, Engine, InputError, MissingExtraError, read_manifest
+from fpabee.runtime import (
+    Budget,
+    Engine,
+    InputError,
+    MissingExtraError,
+    VerificationError,
+    read_manifest,
+)
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.graph_content import check_graph
@@ -193,6 +201,16 @@ def test_a_later_failure_does_not_lose_what_was_verified(
     with pytest.raises(ZeroDivisionError):
         add_targets(folder, options)
     assert "openvino-fp32" in read_manifest(folder).targets
+
+
+def test_a_quantizer_that_is_killed_is_explained(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.CompletedProcess([], -9, stderr="INFO:nncf:Not adding inputs")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(VerificationError, match="lack of memory") as error:
+        add_targets(engine_copy(), options)
+    assert "shorter texts" in error.value.hint
 
 
 def test_without_texts_or_nncf_the_error_says_so(
