@@ -116,7 +116,7 @@ def add_targets(
 ) -> AddTargetsResult:
     """Add precisions and targets to an engines folder.
 
-    Targets are built for each precision asked for; if none is, for each that the folder has.
+    Plans are built for each precision asked for; if none is, for each that the folder has.
 
     Args:
         folder: the engines folder.
@@ -147,15 +147,20 @@ def check_options(options: AddTargetsOptions) -> None:
 
     Raises:
         BackendError: a backend that was asked for cannot build here.
-        InputError: a file of texts does not exist, or its format is unknown.
+        MissingExtraError: what int8 needs is not installed.
+        InputError: a file of texts does not exist, its format is unknown, or int8 needs more texts.
     """
     for backend in options.backends or ():
         is_cpu = backend in cpu.BACKENDS
         error = cpu.unavailable_reason(backend) if is_cpu else unavailable_reason(backend)
         if error:
             raise error
-    if options.calibration_data is not None and set(options.backends or ()) & set(cpu.BACKENDS):
-        require("quantize")
+    for_plans, for_cpus = _int8_forms(options)
+    if options.calibration_data is not None and (for_plans or for_cpus):
+        require("quantize" if for_cpus else "half")
+        from .precision.int8 import split_texts
+
+        split_texts(_texts(options.calibration_data, options))
     for data in (options.calibration_data, options.verify_data):
         if data is not None:
             Inputs([data], options.reading)
@@ -171,7 +176,7 @@ def _add_targets(
         (backend, precision)
         for backend in backends
         if backend in PLAN_BACKENDS
-        for precision in asked or tuple(before.precisions) or ("fp32",)
+        for precision in asked or (() if for_cpus else tuple(before.precisions) or ("fp32",))
     ]
     for backend, precision in targets:
         if unavailable_reason(backend) is None:
@@ -194,6 +199,7 @@ def _add_targets(
         manifest, checked = cpu.add_openvino(
             path, manifest, _rows(options.verify_data, options), progress
         )
+        write_manifest(path, manifest)
     if for_cpus and options.calibration_data is not None:
         from .targets.cpu_int8 import add_cpu_int8
 
@@ -201,6 +207,7 @@ def _add_targets(
         usable = {name: version for name, version in versions.items() if version}
         rows = _rows(options.calibration_data, options)
         manifest, int8 = add_cpu_int8(path, manifest, usable, rows, progress)
+        write_manifest(path, manifest)
         checked += int8
     manifest, default = _with_default(path, manifest, checked, options, progress)
     write_manifest(path, manifest)
@@ -268,7 +275,7 @@ def _add_precisions(
         checks.append(report)
     has_int8 = INT8 in manifest.precisions
     if not int8_for_plans:
-        has_int8 = any(target.precision == INT8 for target in manifest.targets.values())
+        has_int8 |= any(target.precision == INT8 for target in manifest.targets.values())
     if options.calibration_data is None and options.int8 and not has_int8:
         raise InputError(
             f"{path} has no int8 graphs, and no texts are given for their ranges",
@@ -282,9 +289,11 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
     if not options.int8:
         return False, False
     if options.backends is None:
-        for_cpus = util.find_spec("nncf") is not None
-        can_build = any(unavailable_reason(backend) is None for backend in PLAN_BACKENDS)
-        return can_build or not for_cpus, for_cpus
+        # Graphs in 16 bits are for GPUs, also for those of other machines.
+        for_plans = bool(options.precisions) or any(
+            unavailable_reason(backend) is None for backend in PLAN_BACKENDS
+        )
+        return for_plans, not for_plans or util.find_spec("nncf") is not None
     for_cpus = bool(set(options.backends) & set(cpu.BACKENDS))
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
 

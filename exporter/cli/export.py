@@ -31,7 +31,7 @@ from ..add_targets import (
 )
 from ..precision.formats import Half
 from ..prune.drop_exits import DropExitsOptions, drop_exits
-from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed
+from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from . import prune
 
@@ -202,7 +202,10 @@ def main(
         content = _export(model_dir, folder, settings | {"exits": exits}, quiet, say)
         if not (targets.precisions or targets.int8 or targets.backends):
             # Plans are built only if they are asked for. OpenVINO needs no files.
-            targets = replace(targets, backends=(OPENVINO,) if is_installed() else ())
+            problem = unavailable_reason()
+            targets = replace(targets, backends=() if problem else (OPENVINO,))
+            if problem and is_installed():
+                say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
     adds = targets.precisions or targets.int8 or targets.backends or targets.default_target
     if adds or (source is not None and exits is None):
         with step_progress(quiet) as progress:

@@ -166,8 +166,9 @@ def quantize(
         if done.returncode:
             failed = next((name for name in targets if not targets[name].exists()), "a graph")
             lines = done.stderr.strip().splitlines() or ["no reason given"]
-            raise VerificationError(
-                f"{failed} could not be quantized: {lines[-1]}",
-                "use another precision, and please report this with your model's config.json",
-            )
+            hint = Remedy("use another precision, and report this with your model's config.json")
+            if done.returncode == -9:  # SIGKILL, which Windows does not have
+                lines.append("the system ended the process, probably for lack of memory")
+                hint = Remedy("free some memory, or give fewer or shorter texts")
+            raise VerificationError(f"{failed} could not be quantized: {lines[-1]}", hint)
         return {name: onnx.load(target) for name, target in targets.items()}

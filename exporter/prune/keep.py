@@ -30,7 +30,7 @@ from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
 from ...runtime.errors import ModelError, Remedy
 from ..onnx_file import load_graphs, write_graph
-from ..targets.cpu import INT8_FOLDER, is_cpu_int8, verified_target
+from ..targets.cpu import INT8_FOLDER, is_cpu_int8, only, verified_target
 from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
@@ -121,16 +121,14 @@ def keep_exits(
     for name, target in targets.items():
         if target.files:
             targets[name] = msgspec.structs.replace(target, files=files)
-    default = manifest.default_target
     kept = msgspec.structs.replace(
-        manifest,
+        only(manifest, lambda name, _: name in targets),
         fpabee_version=__version__,
         model=msgspec.structs.replace(manifest.model, layers=segments[-1].layer),
         graphs=graphs,
         precisions=precisions,
         segments=segments,
         targets=targets,
-        default_target=default if default in targets else next(iter(targets)),
         verification=None,
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
     )

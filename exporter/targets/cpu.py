@@ -25,7 +25,7 @@ from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError
 from ...runtime.files import Row
 from ...runtime.progress import Progress
-from ...runtime.targets import open_backend, rule_of, why_not
+from ...runtime.targets import open_backend, rule_of, target_of, why_not
 from ..precision.formats import INT8
 from .judge import Judge, Score
 
@@ -148,15 +148,22 @@ def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
     targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
     if not targets:
         return manifest
-    default = manifest.default_target if manifest.default_target in targets else next(iter(targets))
-    return msgspec.structs.replace(manifest, targets=targets, default_target=default)
+    if manifest.default_target not in targets:
+        default = next(iter(targets))
+        manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
+    return msgspec.structs.replace(manifest, targets=targets)
 
 
 def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
-    """What compares targets with `onnxruntime-fp32` on rows; None without rows."""
+    """What compares targets with `onnxruntime-fp32` on rows; None without rows.
+
+    Raises:
+        BackendError: the folder does not have that target.
+        InputError: the model does not know a label.
+    """
     if not rows:
         return None
-    with _engine(folder, manifest, FP32_TARGET) as exact:
+    with _engine(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
         return Judge(exact, rows)
 
 
@@ -176,7 +183,7 @@ def verified_target(
         The manifest with the target if it passed, or without it, and what was found.
     """
     old = manifest.targets.get(name)
-    if old is not None and (old.versions, old.files) == (target.versions, target.files):
+    if old is not None and _origin(old) == _origin(target):
         target = with_operating_points(target, old.operating_points, old.default_operating_point)
     candidate, score = with_target(manifest, name, target), None
     try:
@@ -196,6 +203,11 @@ def verified_target(
         row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
     )
     return with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
+
+
+def _origin(target: Target) -> tuple[dict[str, str], list[str]]:
+    """The versions and files of a target, on which its operating points depend."""
+    return target.versions, [file.sha256 for file in target.files.values()]
 
 
 def with_fastest_default(
@@ -238,7 +250,7 @@ def with_fastest_default(
     elif manifest.targets[before].operating_points:
         chosen, why = before, f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
-        chosen, why = before, "which is not for CPUs"
+        chosen, why = before, "which does not run on this CPU"
     elif speeds[fastest] < _LEAST_GAIN * speeds[before]:
         chosen, why = before, "because no other target for CPUs is faster here"
     else:

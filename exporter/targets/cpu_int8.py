@@ -5,9 +5,11 @@ NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
 
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
@@ -17,7 +19,6 @@ from ...runtime.progress import Progress
 from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
-from ..staging import replacing
 from .cpu import INT8_FOLDER, CpuTarget, is_cpu_int8, judge_of, only, verified_target
 
 
@@ -29,6 +30,8 @@ def add_cpu_int8(
     progress: Progress,
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
+
+    Older graphs are replaced when a target has passed. If none passes, older targets stay.
 
     Args:
         folder: the engines folder.
@@ -49,33 +52,44 @@ def add_cpu_int8(
     judge = judge_of(folder, manifest, [*judged, *rows[len(ranges) + len(judged) :]])
     encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
     quantized = quantize(folder, manifest, encoded, "nncf_worker", progress)
-    files = {}
-    (folder / INT8_FOLDER).parent.mkdir(exist_ok=True)
-    with replacing(folder / INT8_FOLDER) as temporary:
+    place, found, changed = folder / INT8_FOLDER, [], manifest
+    place.parent.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
+        files = {}
         for name, proto in quantized.items():
-            path = temporary / f"{name}.onnx"
+            path = Path(temporary) / f"{name}.onnx"
             path.write_bytes(serialized(proto, path.name))
             files[name] = BuiltFile(
-                file=f"{INT8_FOLDER}/{name}.onnx",
+                file=path.relative_to(folder).as_posix(),
                 sha256=sha256_of(path),
                 onnx_sha256=manifest.graphs[name].sha256,
             )
-    # Older targets ran the files that were replaced.
-    manifest = only(manifest, lambda _, target: not is_cpu_int8(target))
-    found = []
-    for backend, version in versions.items():
-        name = f"{backend}-{INT8}"
-        progress(f"verify {name}", 0, 1)
-        target = Target(
-            backend=backend,
-            precision=INT8,
-            graph_precision="fp32",
-            versions={backend: version},
-            files=files,
-            tolerance=None,
-        )
-        manifest, checked = verified_target(folder, manifest, name, target, judge)
-        found.append(checked)
-    if not any(checked.agreement for checked in found):
-        shutil.rmtree(folder / INT8_FOLDER)
-    return manifest, found
+        for backend, version in versions.items():
+            name = f"{backend}-{INT8}"
+            progress(f"verify {name}", 0, 1)
+            target = Target(
+                backend=backend,
+                precision=INT8,
+                graph_precision="fp32",
+                versions={backend: version},
+                files=files,
+                tolerance=None,
+            )
+            changed, checked = verified_target(folder, changed, name, target, judge)
+            found.append(checked)
+        if not any(checked.agreement for checked in found):
+            return manifest, found
+        place.mkdir(exist_ok=True)
+        for path in Path(temporary).iterdir():
+            path.replace(place / path.name)
+    # Other targets in int8 ran the files that were replaced.
+    changed = only(changed, lambda _, target: not is_cpu_int8(target) or target.files == files)
+    moved = {
+        name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}.onnx")
+        for name, file in files.items()
+    }
+    targets = {
+        name: msgspec.structs.replace(target, files=moved) if target.files == files else target
+        for name, target in changed.targets.items()
+    }
+    return msgspec.structs.replace(changed, targets=targets), found

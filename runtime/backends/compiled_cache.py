@@ -41,9 +41,10 @@ def read(key: str) -> memoryview | None:
         with path.open("rb") as file:
             # Copy on write, because OpenVINO refuses memory that is read-only.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        path.touch()
     except (OSError, ValueError):  # an empty file cannot be mapped
         return None
+    with suppress(OSError):  # files that are only read are as good
+        path.touch()
     content = memoryview(mapped)[:-_CHECKSUM_BYTES]
     return content if _checksum(content) == mapped[-_CHECKSUM_BYTES:] else None
 

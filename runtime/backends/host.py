@@ -155,21 +155,22 @@ class HostExecution(Execution[HostBuffers]):
 
     def enqueue(self, segment: int, hidden: Hidden[HostBuffers]) -> Ready:
         """Run a segment; its outputs are ready when this returns."""
-        runs, ready = hidden.buffers.step(segment)
-        for graph, run in runs:
-            try:
+        graph = f"segment {segment + 1}"
+        try:
+            runs, ready = hidden.buffers.step(segment)
+            for graph, run in runs:  # noqa: B007 (errors name the graph)
                 run()
-            except self._backend.failures() as error:
-                raise BackendError(
-                    f"{self._backend.library} failed in {graph} on {hidden.rows} rows of "
-                    f"{hidden.bucket.sequence} tokens: {first_line(error)}",
-                    "use shorter or fewer texts at a time: there is not enough free memory"
-                    if is_out_of_memory(error)
-                    else Remedy(
-                        "export the model again: the graph does not accept these tokens; if only "
-                        "long texts fail, give a smaller {max_length}"
-                    ),
-                ) from error
+        except self._backend.failures() as error:
+            raise BackendError(
+                f"{self._backend.library} failed in {graph} on {hidden.rows} rows of "
+                f"{hidden.bucket.sequence} tokens: {first_line(error)}",
+                "use shorter or fewer texts at a time: there is not enough free memory"
+                if is_out_of_memory(error)
+                else Remedy(
+                    "export the model again: the graph does not accept these tokens; if only "
+                    "long texts fail, give a smaller {max_length}"
+                ),
+            ) from error
         hidden.segment = segment + 1
         return ready if hidden.rows == hidden.bucket.batch else ready.first(hidden.rows)
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.runtime import BackendError, Budget, Engine, Manifest, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.progress import silent
@@ -120,6 +121,39 @@ def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
         add(folder, "other")
 
 
+def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
+    folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(folder, FP32)
+    version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
+    monkeypatch.setattr(cpu, "openvino_version", lambda: version)
+    required = dataclasses.replace(REQUIREMENTS["fp32"], labels=1.1)
+    monkeypatch.setitem(REQUIREMENTS, "fp32", required)
+    seconds[BF16] = seconds[ONNX]
+    assert "no other target for CPUs is faster" in add(folder).default
+    assert not read_manifest(folder).default_is_fixed
+
+
+def test_a_default_that_cannot_run_here_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = read_manifest(folder).default_target
+    monkeypatch.setattr(
+        cpu, "why_not", lambda _, name: BackendError("no") if name == default else None
+    )
+    _, line = cpu.with_fastest_default(folder, read_manifest(folder), silent)
+    assert line == f"default target: {default}, which does not run on this CPU"
+
+
+def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
+    drop = cpu.only(read_manifest(folder), lambda name, _: name != ONNX)
+    write_manifest(folder, drop)
+    (tmp_path / "texts.txt").write_text("the film is good")
+    options = AddTargetsOptions(backends=(cpu.OPENVINO,), verify_data=tmp_path / "texts.txt")
+    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
+        add_targets(folder, options)
+
+
 def test_a_default_with_operating_points_stays(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], seconds: dict[str, float]
 ) -> None:
@@ -189,6 +223,22 @@ def test_a_damaged_openvino_is_reported_and_the_rest_is_kept(
     (checked,) = add_targets(folder, AddTargetsOptions(plans=SMALL)).cpu
     assert checked.refused is problem
     assert not set(ADDED) & read_manifest(folder).targets.keys()
+
+
+def test_an_export_succeeds_with_an_openvino_that_cannot_be_used(
+    tiny_models: Mapping[str, Path],
+    ready_graphs: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> str:
+        raise BackendError("the installed OpenVINO has no CPU plugin")
+
+    monkeypatch.setattr(cpu, "openvino_version", refuse)
+    result = export(tiny_models["bert"], "-o", tmp_path / "engines")
+    assert result.exit_code == 0, result.output
+    assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
+    assert list(read_manifest(tmp_path / "engines").targets) == [ONNX]
 
 
 def test_the_command_says_what_was_added_and_which_is_the_default(

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
+from fpabee.exporter import add_targets as targets_module
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets, drop_graphs
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.precision.formats import in_head
+from fpabee.exporter.cli.export import main
+from fpabee.exporter.precision.formats import Half, in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
-from fpabee.runtime import Engine, InputError, MissingExtraError, read_manifest
+from fpabee.exporter.targets import cpu_int8
+from fpabee.runtime import (
+    Budget,
+    Engine,
+    InputError,
+    MissingExtraError,
+    VerificationError,
+    read_manifest,
+)
 from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.graph_content import check_graph
 
 pytest.importorskip("openvino")
@@ -95,12 +109,108 @@ def test_int8_that_changes_answers_is_not_kept(
     assert not (folder / "targets" / "cpu-int8").exists()
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_earlier_int8_stays_until_the_new_one_has_passed(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
+) -> None:
+    folder = engine_copy()
+    with monkeypatch.context() as patch:
+        require(patch, 0.0)
+        before = add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
+    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
+    if interrupted:
+        monkeypatch.setattr(cpu_int8, "verified_target", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            add_targets(folder, options)
+    else:
+        require(monkeypatch, 1.1)
+        assert all(checked.refused for checked in add_targets(folder, options).cpu)
+    manifest = read_manifest(folder)
+    for name in NAMES:
+        assert manifest.targets[name].files == before.manifest.targets[name].files
+        for file in manifest.targets[name].files.values():
+            assert sha256_of(folder / file.file) == file.sha256
+    assert (manifest.default_target, manifest.default_is_fixed) == (NAMES[1], True)
+    assert [path.name for path in (folder / "targets").iterdir()] == ["cpu-int8"]
+
+
+def test_int8_made_again_keeps_the_default_and_only_what_runs_the_new_files(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require(monkeypatch, 0.0)
+    folder = engine_copy()
+    add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
+    set_points(folder, NAMES[1], fast=Budget(exit=1))
+    only_openvino = dataclasses.replace(options, backends=("openvino",))
+    result = add_targets(folder, only_openvino)
+    assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
+    assert result.manifest.targets[NAMES[1]].operating_points, "the graphs are the same"
+    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
+    result = add_targets(folder, only_openvino)
+    assert result.lost_points == {NAMES[1]: ("fast",)}
+    assert result.manifest.default_target == NAMES[1]
+    assert NAMES[0] not in result.manifest.targets
+    with Engine.load(folder) as engine:
+        engine.check()
+
+
 def test_ten_texts_are_too_few(
     engine_copy: Callable[..., Path], options: AddTargetsOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:10]))
     with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
         add_targets(engine_copy(), options)
+    command = ["model_dir", "--int8", "--calibration-data", str(tmp_path / "texts.txt")]
+    result = CliRunner().invoke(main, command)
+    assert "there are 10" in result.stderr, "before the export begins"
+
+
+def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(monkeypatch, 0.0)
+    missing = MissingExtraError("TensorRT is not installed", "install it")
+    monkeypatch.setattr(targets_module, "unavailable_reason", lambda _: missing)
+    asked, folder = dataclasses.replace(options, backends=None), engine_copy()
+    result = add_targets(folder, asked)
+    assert set(NAMES) < result.manifest.targets.keys()
+    assert not result.not_built, "nobody asked for plans in fp32"
+    assert "int8" not in result.manifest.precisions
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "nncf" else find_spec(name)
+    )
+    with pytest.raises(MissingExtraError, match="nncf"):
+        add_targets(folder, asked)
+    result = add_targets(folder, dataclasses.replace(asked, precisions=(Half.FP16,)))
+    assert {"fp16", "int8"} == result.manifest.precisions.keys()
+    assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
+
+
+def test_a_later_failure_does_not_lose_what_was_verified(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    monkeypatch.setattr(cpu_int8, "quantize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_targets(folder, options)
+    assert "openvino-fp32" in read_manifest(folder).targets
+
+
+def test_a_quantizer_that_is_killed_is_explained(
+    engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.CompletedProcess([], -9, stderr="INFO:nncf:Not adding inputs")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(VerificationError, match="lack of memory") as error:
+        add_targets(engine_copy(), options)
+    assert "shorter texts" in error.value.hint
 
 
 def test_without_texts_or_nncf_the_error_says_so(

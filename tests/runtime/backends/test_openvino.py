@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import zlib
@@ -146,6 +147,37 @@ def test_without_a_cache_everything_runs(
     (tmp_path / "file").touch()  # where no folder can be made, even by root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     check(folder)
+
+
+def test_a_cache_that_can_only_be_read_is_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(folder)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(openvino.OpenVinoBackend, "_compile", lambda *_: 1 / 0)
+    check(folder)
+
+
+@pytest.mark.parametrize(
+    ("problem", "hint"), [("bad_alloc", "enough free memory"), ("odd", "export the model again")]
+)
+def test_a_request_that_cannot_be_made_is_one_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, problem: str, hint: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"Exception from src/inference: {problem}")
+
+    with Engine.load(folder, TARGET) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(openvino.OpenVinoBackend, "bind", refuse)
+            with pytest.raises(BackendError, match="OpenVINO failed in segment 1 on 1") as error:
+                engine.predict(TEXTS[:1])
+        assert hint in error.value.hint
+        engine.check()
 
 
 def test_an_engines_folder_is_only_read(folder: Path) -> None:
