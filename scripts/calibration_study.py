@@ -351,8 +351,7 @@ ALONE_HEADER = f"""
 ## Each kind of rule alone
 
 What `balanced` saves if only one kind of rule competes, with {ALONE_ROWS} rows: the mean share of
-layers that is saved, and in brackets the mean true drop in points. These calibrations ran with an
-earlier form of the choice, which held no reserve back.
+layers that is saved, and in brackets the mean true drop in points.
 """
 
 
