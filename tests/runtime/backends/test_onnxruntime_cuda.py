@@ -62,6 +62,14 @@ def test_a_fallback_is_never_silent(
         engine.predict(["rain"])
 
 
+def test_groups_are_padded_to_few_sizes(double: Callable[..., Double]) -> None:
+    """Otherwise each number of undecided rows would need buffers of its own."""
+    with double(backend="onnxruntime").load() as engine:
+        largest = engine.limits.max_batch
+        assert largest == engine.limits.batch_sizes[-1]
+        assert [engine.limits.bucket(rows, 8).batch for rows in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+
+
 def test_the_partition_of_a_real_session(engines: Mapping[str, Path]) -> None:
     """On the CPU all nodes are reported, except those that compute shapes."""
     options = session_options()
@@ -104,7 +112,7 @@ def test_the_whole_session_runs_on_the_gpu_in_the_given_stream(
     )
     create_session(engines["bert"] / "x.onnx", 7)
     ((options, others),) = made
-    settings = {"device_id": "0", "user_compute_stream": "7"}
+    settings = {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0"}
     assert others == {"providers": [("CUDAExecutionProvider", settings)], "enable_fallback": 0}
     assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
     entry = "disable_synchronize_execution_providers"
