@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from .agreement import Agreement
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
-from .artifact.manifest import Manifest, ProblemType
-from .backends.backend import Backend
+from .artifact.manifest import ProblemType
 from .batching import make_groups
 from .blocks import blocks
 from .chain import Regroup, WindowResult
@@ -117,8 +115,8 @@ class Engine:
         backend = open_backend(folder, manifest, name, threads)
         if preload:
             backend.preload()
-        lengths = max_length, fit_target
-        engine = cls(folder, manifest, name, backend, chosen, point, regroup, *lengths)
+        model = Model(folder, manifest, name, backend, Regroup(regroup))
+        engine = cls(folder, model, chosen, point, max_length, fit_target)
         if check:
             try:
                 engine.check()
@@ -130,22 +128,18 @@ class Engine:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
-        target: str,
-        backend: Backend[Any],
+        model: Model,
         rule: ExitRule,
         operating_point: str | None = None,
-        regroup: Regroup = Regroup.AUTO,
         max_length: int | None = None,
         fit_target: bool = False,
     ) -> None:
-        """Called by `Engine.load`, which opens the backend."""
+        """Called by `Engine.load`, which opens the model."""
         self._folder = folder
-        self.manifest = manifest
-        self.target = target
+        self.model, self.target = model, model.target
+        self.manifest = manifest = model.manifest
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
-        self.model = Model(folder, manifest, target, backend, Regroup(regroup))
         self.limits = self.model.limits
         self._exits = manifest.exits
         # One attribute, so that a thread never sees the rule of one point with another's name. A

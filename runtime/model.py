@@ -42,7 +42,7 @@ class Model:
         manifest: Manifest,
         target: str,
         backend: Backend[Any],
-        regroup: Regroup,
+        regroup: Regroup = Regroup.AUTO,
     ) -> None:
         """Read exit 0.
 

@@ -1,7 +1,7 @@
 """The kernels on a GPU, for `scripts/gpu_check`: exit rules in a CUDA graph, and gathered rows.
 
-This needs a driver, NumPy and cuda-bindings, but no library that runs segments. Copies of given
-logits stand in for the segments of a request that is one CUDA graph.
+This needs a driver, NumPy and cuda-bindings, but no library that runs segments. Where the CUDA
+graph of a request would run a segment, it copies logits that are given.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from ...runtime.backends.openvino import has_bf16, openvino_version
 from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError
 from ...runtime.files import Row
+from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, target_of, why_not
 from ..precision.formats import INT8
@@ -262,7 +263,8 @@ def with_fastest_default(
 def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
     """An engine of a manifest that is not written yet."""
     _, rule = rule_of(folder, manifest, name, None)
-    return Engine(folder, manifest, name, open_backend(folder, manifest, name, None), rule)
+    backend = open_backend(folder, manifest, name, None)
+    return Engine(folder, Model(folder, manifest, name, backend), rule)
 
 
 def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
