@@ -145,7 +145,7 @@ def main(
         found = [to_dict(result) for result in results]
         click.echo(json.dumps(found if all_targets else found[0]))
     else:
-        echo(f"next: fpabee-run {engines} texts.txt --operating-point {result.default}")
+        echo(f"next: fpabee-run {engines} texts.txt")
     if report is not None:
         with step_progress(quiet) as progress:
             page = write_report(result, report, texts=not no_texts, progress=progress)

@@ -146,7 +146,7 @@ def resampled(rows: int, samples: int, generator: np.random.Generator, size: int
 
 def level_of(confidence: float) -> float:
     """The level of a two-sided interval whose upper end is a one-sided bound at a confidence."""
-    return max(0.0, 2 * confidence - 1)
+    return 2 * confidence - 1
 
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:

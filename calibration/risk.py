@@ -68,7 +68,7 @@ class Bound:
         risk_of: the loss.
 
     Raises:
-        InputError: risk or confidence is not between 0 and 1.
+        InputError: the risk is not between 0 and 1, or the confidence not between 0.5 and 1.
 
     Example:
         >>> from fpabee.calibration import Bound
@@ -84,11 +84,13 @@ class Bound:
     risk_of: RiskOf = RiskOf.DROP
 
     def __post_init__(self) -> None:
-        for name in ("risk", "confidence"):
+        # With less confidence, the bound would more probably be wrong than right.
+        for name, least in (("risk", 0.0), ("confidence", 0.5)):
             value = getattr(self, name)
-            if not 0 < value < 1:
+            if not least < value < 1:
                 raise InputError(
-                    f"{name} is {100 * value:g} %", "give more than 0 and less than 100"
+                    f"{name} is {100 * value:g} %",
+                    f"give more than {100 * least:g} and less than 100",
                 )
 
     def __str__(self) -> str:
@@ -214,13 +216,12 @@ def control(
     for number in range(len(family.exits)):
         rule = family.rule(number)
         exits = stop.exits(rule)
-        if (exits == rows.exits[-1]).all():
-            continue
         if not passes(scorer, exits, bound):
             lost = losses(scorer, bound.risk_of)[rows.at(exits)]
             least = float(lost.mean())
             break
-        passed = rule
+        if (exits != rows.exits[-1]).any():
+            passed = rule
     if passed is None:
         if least is None:
             raise InputError("no setting stops any of these rows early", Remedy("change {rules}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 def graph_inputs(
     folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], batch: int = 16
-) -> dict[str, list[Arrays]]:
+) -> Iterator[tuple[str, Arrays]]:
     """The inputs of every graph on some rows, from which int8 ranges are taken.
 
     Runs the fp32 graphs through ONNX Runtime.
@@ -114,8 +114,8 @@ def graph_inputs(
         rows: tokenized rows.
         batch: rows in a batch.
 
-    Returns:
-        By graph, the inputs of each call on each batch.
+    Yields:
+        The name of a graph and its inputs, for each call on each batch.
     """
     from ...runtime.backends.onnxruntime_session import cpu_session
     from ...runtime.backends.stepping import steps
@@ -124,11 +124,9 @@ def graph_inputs(
         graph = manifest.graphs[name]
         return cpu_session(verified_graph(folder, graph.file, graph.sha256))
 
-    found: dict[str, list[Arrays]] = {name: [] for name in manifest.graphs}
     batches = padded_batches(rows, padding_values(manifest.tokenizer), batch)
     for step in steps(manifest, batches, open_session):
-        found[step.graph].append(step.inputs)
-    return found
+        yield step.graph, step.inputs
 
 
 def quantize(
@@ -149,17 +147,17 @@ def quantize(
     import onnx
 
     progress("int8 ranges", 0, 1)
-    inputs = graph_inputs(folder, manifest, rows)
     with tempfile.TemporaryDirectory() as temporary:
         arguments: list[str] = []
         targets = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
         for name, graph in manifest.graphs.items():
-            stored = Path(temporary) / f"{name}.npz"
-            batches = enumerate(inputs.pop(name))
-            arrays = {f"{n}/{key}": v for n, batch in batches for key, v in batch.items()}
-            np.savez(stored, **arrays)  # type: ignore[arg-type]
+            stored = targets[name].with_suffix("")
+            stored.mkdir()
             path = verified_graph(folder, graph.file, graph.sha256)
             arguments += [str(path), str(stored), str(targets[name])]
+        # On disk, since the inputs of all graphs may be larger than the memory.
+        for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
+            np.savez(targets[name].with_suffix("") / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
         progress("int8 graphs", 0, 1)
         command = [sys.executable, "-m", f"fpabee.exporter.precision.{worker}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

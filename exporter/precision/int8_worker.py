@@ -1,10 +1,10 @@
 """Quantize graphs in a process of its own.
 
-    python -m fpabee.exporter.precision.int8_worker graph.onnx inputs.npz quantized.onnx ...
+    python -m fpabee.exporter.precision.int8_worker graph.onnx inputs quantized.onnx ...
 
 ONNX Runtime's quantizer creates sessions with their own thread pools, which ONNX Runtime refuses
-in a process with the shared pool of our runtime. `inputs.npz` holds arrays named
-`<batch>/<input>`.
+in a process with the shared pool of our runtime. The folder `inputs` holds a file for each batch,
+with an array for each input.
 """
 
 from __future__ import annotations
@@ -76,12 +76,11 @@ def main(quantize: Quantize = quantize) -> None:
     """
     arguments = [Path(argument) for argument in sys.argv[1:]]
     for source, stored, target in zip(*(arguments[start::3] for start in range(3)), strict=True):
-        batches: dict[str, dict[str, Any]] = {}
-        with np.load(stored, allow_pickle=False) as content:
-            for key in content.files:
-                number, name = key.split("/", 1)
-                batches.setdefault(number, {})[name] = content[key]
-        proto = quantize(source, list(batches.values()))
+        batches = []
+        for path in sorted(stored.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as content:
+                batches.append(dict(content))
+        proto = quantize(source, batches)
         strip(proto)
         target.write_bytes(proto.SerializeToString(deterministic=True))
 

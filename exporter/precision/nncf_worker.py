@@ -1,6 +1,6 @@
 """Quantize graphs for CPUs with NNCF, in a process of its own; see `int8_worker`.
 
-python -m fpabee.exporter.precision.nncf_worker graph.onnx inputs.npz quantized.onnx ...
+python -m fpabee.exporter.precision.nncf_worker graph.onnx inputs quantized.onnx ...
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ directory that can be written, nothing is kept.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -24,20 +25,27 @@ _MOST_BYTES = 8 * 2**30
 
 
 def folder() -> Path:
-    """Where the files are; it need not exist."""
+    """Where the files are; it need not exist.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(base)) / "fpabee" / "compiled"  # noqa: PTH111
+    try:
+        return Path(base).expanduser() / "fpabee" / "compiled"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "there is no home directory") from error
 
 
 def read(key: str) -> memoryview | None:
     """The content under a key, mapped into memory; None if there is none, or it is damaged."""
-    path = folder() / key
     try:
+        path = folder() / key
         with path.open("rb") as file:
             # Copy on write, because OpenVINO refuses memory that is read-only.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -62,7 +70,8 @@ def write(key: str, content: bytes) -> None:
         partial.replace(home / key)
         _shrink(home)
     except OSError as error:
-        logger.info("compiled graphs are not kept in %s: %s", folder(), error.strerror)
+        where = error.filename or "the user's cache directory"
+        logger.info("compiled graphs are not kept in %s: %s", where, error.strerror)
         if partial is not None:
             partial.unlink(missing_ok=True)
 

@@ -342,7 +342,9 @@ class Scheduler:
         limits = chain.limits
 
         def gain(group: Group[Any]) -> tuple[float, int]:
-            stage = group.hidden.segment
+            stage, first = group.hidden.segment, group.rows[0]
+            if first.alone or first.runner is not self._runner:  # no rows will join it
+                return math.inf, stage
             return worth(group.lengths.tolist(), left[stage], limits, cost), stage
 
         best = max(self._groups, key=gain, default=None)

@@ -10,7 +10,16 @@ import pytest
 
 from fpabee.calibration import risk
 from fpabee.calibration.outcome import exits_of
-from fpabee.calibration.risk import Bound, Controlled, RiskOf, _remedy, control, p_value, passes
+from fpabee.calibration.risk import (
+    Bound,
+    Controlled,
+    RiskOf,
+    _remedy,
+    control,
+    p_value,
+    passes,
+    split,
+)
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts, observed_losses
 from fpabee.calibration.sweep import StopScores, exits_below
@@ -200,7 +209,26 @@ def test_rules_without_a_setting_are_refused() -> None:
         control(with_costs(rows, "exact_match"), BOUND, ["learned"], [])
 
 
-@pytest.mark.parametrize(("risk", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.01, 1.0)])
+@pytest.mark.parametrize(
+    ("risk", "confidence"), [(0.0, 0.95), (1.0, 0.95), (0.01, 1.0), (0.01, 0.5)]
+)
 def test_bounds_that_make_no_sense_are_refused(risk: float, confidence: float) -> None:
-    with pytest.raises(InputError, match="more than 0 and less than 100"):
+    with pytest.raises(InputError, match=r"give more than (0|50) and less than 100"):
         Bound(risk, confidence)
+
+
+def test_a_setting_that_stops_no_row_is_tested_too() -> None:
+    """Bolder settings gain so much that few rows would confirm them, but the order is fixed."""
+    rows = make_rows(count=100, seed=3)
+    assert rows.expected is not None
+    rows.logits[-1] = -rows.logits[-1]
+    rows.logits[:-1] = np.eye(rows.logits.shape[-1])[rows.expected] * 3
+    rows.logits[:-1] *= np.linspace(1.0, 2.0, 100)[:, None]
+    # The most cautious setting of the path stops this row alone, which tests nothing.
+    rows.logits[:-1, split(100, 0)[0][0]] *= 9
+    bound = Bound(0.01, 0.95)
+    assert len(rows) < bound.rows_needed
+    scorer = Scorer(rows, "accuracy")
+    assert passes(scorer, np.full(len(rows), 1), bound)
+    with pytest.raises(InputError, match=r"most cautious setting lost 0\.00 points"):
+        control(with_costs(rows), bound, (), [Measure.JSKD])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import zlib
@@ -147,6 +148,17 @@ def test_without_a_cache_everything_runs(
     (tmp_path / "file").touch()  # where no folder can be made, even by root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     check(folder)
+
+
+def test_without_a_home_directory_everything_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users of containers may have no entry in the list of users."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    check(folder)
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_cache_that_can_only_be_read_is_used(

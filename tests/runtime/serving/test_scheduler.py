@@ -195,6 +195,23 @@ def test_nearly_finished_rows_come_first_if_joining_gains_nothing(
         results(futures)
 
 
+def test_rows_of_an_earlier_rule_do_not_wait_for_others(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
+) -> None:
+    """Larger groups of new rows gain more, but none of them would join the row."""
+    folder = engine_copy()
+    set_points(folder, deep=NEVER, other=Budget(exit=3))
+    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        first = scheduler.submit(TEXTS[0])
+        assert gate.at() == (0, 1)
+        engine.use("other")
+        others = scheduler.submit_all([TEXTS[0]] * 8)
+        gate.step()
+        assert gate.at() == (1, 1)
+        gate.open()
+        results([first, *others])
+
+
 def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         first = scheduler.submit("rain")
