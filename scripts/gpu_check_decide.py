@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -125,7 +125,7 @@ def time_decide(cuda: Cuda) -> Iterator[dict[str, Any]]:
             board.copy_in(stream)
             cuda.copy(now, given.pointer, logits.nbytes, stream)
             kernel = partial(cuda.decide, pointer, now, 1, rows, 0, stream)
-            graph = cuda.capture(stream, lambda run=kernel: [run() for _ in range(KERNELS)])
+            graph = cuda.capture(stream, partial(_repeat, kernel))
             stack.callback(cuda.destroy_graph, graph)
             seconds = []
             for _ in range(REPEATS):
@@ -169,6 +169,11 @@ def _request(
         cuda.copy(last.pointer, now, size, stream)
         cuda.synchronize(stream)
         return *board.read(rows), last.array.copy()
+
+
+def _repeat(work: Callable[[], None]) -> None:
+    for _ in range(KERNELS):
+        work()
 
 
 @contextmanager

@@ -173,6 +173,7 @@ def test_only_what_the_rule_reads_is_computed(
     library = compiled(COUNTED)
     counters = [ctypes.c_int.in_dll(library, name) for name in ("functions", "reductions")]
     settings = settings_of(rule, task, range(1, 4), 3)
+    assert settings is not None
     board, found = np.zeros(1, board_type(3, 3, 1)), []
     board.view(np.uint8)[: len(settings)] = settings
     for number in (1, 2, 3):
