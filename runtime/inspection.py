@@ -65,12 +65,14 @@ class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
         agreement: for each target that passed, how closely it agrees with the PyTorch model. The
             key in JSON is `parity`.
         refused: for each target that can run here but did not pass, the reason.
+        how: for each target on a GPU that passed, how a request of one text ran.
     """
 
     files: int
     damaged: tuple[str, ...]
     agreement: dict[str, str]
     refused: dict[str, str]
+    how: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -141,16 +143,18 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
             (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
         except ArtifactError as error:
             damaged.append(error.message)
-    agreement, refused = {}, {}
+    agreement, refused, how = dict[str, str](), dict[str, str](), dict[str, str]()
     for state in states:
         if state.unavailable_reason:
             continue
         try:
             with Engine.load(folder, state.name) as engine:
                 agreement[state.name] = str(engine.check())
+                if engine.model.how_it_ran():
+                    how[state.name] = engine.model.how_it_ran()
         except FpabeeError as error:
             refused[state.name] = error.message
-    return Integrity(len(records), tuple(damaged), agreement, refused)
+    return Integrity(len(records), tuple(damaged), agreement, refused, how)
 
 
 def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,10 @@ class Model:
             return None
         return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
 
+    def how_it_ran(self) -> str:
+        """How requests of few rows have run so far; empty if there is only one way."""
+        return self._backend.how_it_ran()
+
     def close(self) -> None:
         """Free the segments; calls that have begun are answered, and the last of them frees."""
         self._closed = True

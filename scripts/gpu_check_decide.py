@@ -6,8 +6,10 @@ graph of a request would run a segment, it copies logits that are given.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime import ExitRule, ProblemType, simulate
+from fpabee.runtime import Budget, Entropy, ExitRule, FPabee, ProblemType, simulate
 from fpabee.runtime.backends.cuda import Cuda
 from fpabee.runtime.backends.decide import GATHER, board_type, settings_of
 from fpabee.runtime.backends.request_graph import Board, capture_request
@@ -25,6 +27,13 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "exit_rules.json"
 ROWS = (1, 8, 32)
 TOO_CLOSE = 1e-6
 """The GPU may decide otherwise if a score is closer than this to its threshold."""
+TIMED_RULES = (  # they stop no row; the first one computes nothing
+    Budget(exit=2, max_exit=2),
+    Entropy(threshold=0.0, max_exit=2),
+    FPabee(threshold=0.0, max_exit=2),
+)
+KERNELS = 200  # in the CUDA graph that is timed
+REPEATS = 20
 
 
 def check_decide(cuda: Cuda, every: int = 1) -> str:
@@ -89,6 +98,48 @@ def check_gather(cuda: Cuda) -> None:
         np.testing.assert_array_equal(found.array, expected)
 
 
+def time_decide(cuda: Cuda) -> Iterator[dict[str, Any]]:
+    """Time the kernel after one exit, in a CUDA graph that runs it many times.
+
+    Yields:
+        `rule`, `labels`, `rows`, and `us`: microseconds of one kernel.
+
+    Raises:
+        AssertionError: a row stopped, so that most of the kernels had nothing to do.
+    """
+    cuda.load_kernels()
+    random = np.random.default_rng(17)
+    for rule, labels, rows in itertools.product(TIMED_RULES, (2, 77), (1, 32)):
+        layout = board_type(1, labels, rows)
+        settings = settings_of(rule, ProblemType.SINGLE_LABEL, range(2), labels)
+        assert settings is not None
+        earlier, logits = random.normal(size=(2, rows, labels)).astype(np.float32)
+        memory = _memory(cuda, layout.itemsize, logits.nbytes)
+        with memory as (stream, pointer, now), ExitStack() as stack:
+            board, given = (
+                Board(cuda, layout, pointer, rows),
+                cuda.pinned(logits.shape, logits.dtype),
+            )
+            board.write(settings, rows, earlier)
+            given.array[:] = logits
+            board.copy_in(stream)
+            cuda.copy(now, given.pointer, logits.nbytes, stream)
+            kernel = partial(cuda.decide, pointer, now, 1, rows, 0, stream)
+            graph = cuda.capture(stream, partial(_repeat, kernel))
+            stack.callback(cuda.destroy_graph, graph)
+            seconds = []
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                cuda.launch(graph, stream)
+                cuda.synchronize(stream)
+                seconds.append(time.perf_counter() - started)
+            board.copy_out(stream)
+            cuda.synchronize(stream)
+            assert not board.read(rows)[0].any(), f"{rule} has stopped a row"
+        us = round(float(np.median(seconds)) / KERNELS * 1e6, 2)
+        yield {"rule": rule.name, "labels": labels, "rows": rows, "us": us}
+
+
 def _request(
     cuda: Cuda, logits: NDArray[np.float32], rule: ExitRule, task: ProblemType
 ) -> tuple[NDArray[Any], ...]:
@@ -118,6 +169,11 @@ def _request(
         cuda.copy(last.pointer, now, size, stream)
         cuda.synchronize(stream)
         return *board.read(rows), last.array.copy()
+
+
+def _repeat(work: Callable[[], None]) -> None:
+    for _ in range(KERNELS):
+        work()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,7 +19,6 @@ from fpabee.exporter.bench import exact_batches
 from fpabee.runtime import Budget, Engine, Entropy, ExitRule, FpabeeError, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda import Cuda, cuda
-from fpabee.runtime.backends.device import NO_REQUEST_GRAPH, DeviceBackend
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.inspection import target_states
 from fpabee.runtime.targets import backend_class
@@ -122,9 +121,8 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
             for name, measured in times.items():
                 calls, is_one_graph = _driver_calls(variants[name], batches[0])
                 if name == ONE_GRAPH and not is_one_graph:
-                    warnings = cast(DeviceBackend, best.model._backend).warnings
-                    reason = warnings.get(NO_REQUEST_GRAPH, "no reason was logged")
-                    reason = f"{tokens} tokens ran segment by segment: {reason}"
+                    how = best.model.how_it_ran()
+                    reason = f"{tokens} tokens took several launches; requests ran {how}"
                     emit(what="not measured", variant=name, reason=reason)
                     continue
                 depth = {"mean_depth": mean_depth} if name == WITH_RULE else {}

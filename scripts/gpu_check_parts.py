@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import click
-from gpu_check_decide import check_decide, check_gather
+from gpu_check_decide import check_decide, check_gather, time_decide
 from gpu_check_measure import (
     Emit,
     Run,
@@ -60,7 +60,8 @@ LONGEST = 128
 TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "torch", "transformers")
 FILE_TEXTS = 2000
 INT8_TEXTS = 64
-PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, 32, LONGEST))
+# Single texts are timed at these lengths only, and each profile makes a build longer.
+PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, TOKENS[1], LONGEST), one_row_lengths=TOKENS)
 
 
 def tests(root: Path, emit: Emit) -> None:
@@ -82,13 +83,15 @@ def tests(root: Path, emit: Emit) -> None:
 
 
 def decide(emit: Emit) -> None:
-    """The kernels, with and without a CUDA graph."""
+    """The kernels, with and without a CUDA graph, and how long it takes to decide."""
     reason = no_conditional_graphs()
     if reason:
         raise Skipped(f"requests cannot be one CUDA graph: {reason}")
     driver = cuda()
     check_gather(driver)
     emit(what="tests", summary=f"{check_decide(driver)}; rows are gathered as by NumPy")
+    for found in time_decide(driver):
+        emit(what="decide", **found)
 
 
 def make_models(folder: Path, size: str, emit: Emit) -> None:

@@ -97,6 +97,15 @@ def markdown(report: Result) -> str:
             if r["what"] == "parity"
         ],
     )
+    lines += ["", "## The kernel that decides after an exit", ""]
+    lines += _table(
+        ("rule", "labels", "rows", "microseconds"),
+        [
+            (r["rule"], str(r["labels"]), str(r["rows"]), f"{r['us']:.2f}")
+            for r in results
+            if r["what"] == "decide"
+        ],
+    )
     lines += ["", "## Parts", ""]
     parts = [
         (p["name"], p["state"], f"{p['seconds']:.0f} s", "; ".join(_remarks(p)))

@@ -37,6 +37,8 @@ class PlanOptions:
         hardware_compatible: whether all GPUs from Ampere on can run the plans.
         optimization_level: 0 to 5; None: the library's default.
         workspace: the most scratch memory in bytes; None: no limit.
+        one_row_lengths: of the lengths to pad to, those with a profile for a single row, see
+            `profiles`. None: all of them.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
@@ -46,6 +48,7 @@ class PlanOptions:
     hardware_compatible: bool = False
     optimization_level: int | None = None
     workspace: int | None = None
+    one_row_lengths: tuple[int, ...] | None = None
 
     def fitted(self, manifest: Manifest, backend: str, precision: str) -> PlanOptions:
         """These options with shapes that the model takes and GPUs that the backend asks for.
@@ -112,6 +115,7 @@ class PlanOptions:
             profiles += [
                 Shapes(batch=one, sequence=Range(min=length, opt=length, max=length))
                 for length in self.sequence_lengths
+                if self.one_row_lengths is None or length in self.one_row_lengths
             ]
         return tuple(profiles)
 

@@ -2,7 +2,7 @@
 
     python -m fpabee.exporter.targets.plan_worker < request.json > result.json
 
-This serves both `tensorrt` (10.3 to 11) and `tensorrt_rtx` (1.5 and later). Both have every class
+This serves both `tensorrt` (10.3 to 11) and `tensorrt_rtx` (1.7 and later). Both have every class
 used here; attributes that only one of them has are looked up by name. Networks are always strongly
 typed, so the graph decides the precision. Imports neither torch nor onnx.
 """

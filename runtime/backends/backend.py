@@ -251,6 +251,10 @@ class Backend(ABC, Generic[B]):
         """How requests of few rows run here, as words after "runs"; empty if there is one way."""
         return ""
 
+    def how_it_ran(self) -> str:
+        """How requests of few rows have run so far, like `how_it_runs`."""
+        return ""
+
     @abstractmethod
     def limits(self) -> Limits:
         """The shapes that this target runs."""

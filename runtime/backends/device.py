@@ -57,6 +57,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         stream: the stream of all executions; None if each makes its own.
         no_request_graph: the result of `why_no_request_graph`.
         warnings: what has been logged, each with its reason.
+        ran_request_graph: whether a request has run as one CUDA graph.
     """
 
     stream: int | None = None
@@ -68,6 +69,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         self.cuda = cuda()
         self.no_request_graph = self.why_no_request_graph()
         self.warnings: dict[str, str] = {}
+        self.ran_request_graph = False
 
     @functools.cached_property
     def gathers(self) -> bool:
@@ -115,6 +117,13 @@ class DeviceBackend(Backend[DeviceBuffers]):
             "as one CUDA graph, in which the device decides when to stop; if its capture fails, "
             "segment by segment"
         )
+
+    def how_it_ran(self) -> str:
+        """Whether requests of few rows were one CUDA graph, and why not."""
+        reason = self.no_request_graph or self.warnings.get(NO_REQUEST_GRAPH, "")
+        if self.ran_request_graph and not reason:
+            return "as one CUDA graph"
+        return f"segment by segment: {reason or 'no request was small enough for a CUDA graph'}"
 
     def warn_once(self, what: str, error: BackendError) -> None:
         """Log what happens because of an error, unless this backend has logged it before."""
@@ -202,6 +211,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
             self._cuda.launch(graph.executable, self.stream)
             self._cuda.synchronize(self.stream)
             found = graph.board.read(len(encoded))
+            self.backend.ran_request_graph = True
         self._store.give(buffers)
         return found
 

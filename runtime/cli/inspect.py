@@ -184,6 +184,8 @@ def _print_check(found: Integrity) -> None:
         echo(f"  {message}")
     for name, agreement in found.agreement.items():
         echo(f"{name} reproduces the exported model: {agreement}")
+        if name in found.how:
+            echo(f"{name} ran a request of one text {found.how[name]}")
     for name, message in found.refused.items():
         echo(f"{name} is refused: {message}")
 

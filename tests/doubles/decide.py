@@ -22,6 +22,8 @@ WARPS = 8
 """So many warps at most share the rows."""
 IN_LANES = Path(__file__).with_name("decide_lanes.c")
 """Several threads share a row, with the function `decide_in_lanes`."""
+COUNTED = IN_LANES.with_name("decide_calls.c")
+"""Like `ALONE`; the variables `functions` and `reductions` count what takes long on a GPU."""
 
 
 @functools.cache

@@ -3,7 +3,10 @@
    It is plain C, so that a C compiler can compile it for tests. decide.cu compiles it for a GPU,
    where the 32 lanes of a warp share the labels of a row. Everything that it reads and writes is
    in one piece of memory, the board, whose fields are described in __init__.py. A row that has
-   stopped keeps its exit. */
+   stopped keeps its exit.
+
+   Many GPUs are slow with doubles, and this runs after every exit. So it computes only the scores
+   that the rule reads, and only what these need. */
 
 #ifndef LANES
 #include <math.h>
@@ -22,6 +25,18 @@
 enum { NONE, KD, REKD, SYMKD, JSKD, KL, REKL, SYMKL, JSD, CHANGED,
        ENTROPY, CONFIDENCE, ENERGY, LEARNED, SCORES };
 
+/* Sets of scores: the measures, those that come from Sums, and those that read a member of it. */
+#define BIT(score) (1 << (score))
+enum {
+  MEASURES = BIT(CHANGED) - BIT(KD),
+  OF_SUMS = MEASURES | BIT(ENTROPY),
+  READ_PP = BIT(KL) | BIT(SYMKL) | BIT(JSD),
+  READ_QQ = BIT(REKL) | BIT(SYMKL) | BIT(JSD) | BIT(ENTROPY),
+  READ_PQ = BIT(KD) | BIT(SYMKD) | BIT(KL) | BIT(SYMKL),
+  READ_QP = BIT(REKD) | BIT(SYMKD) | BIT(REKL) | BIT(SYMKL),
+  READ_M = BIT(JSKD) | BIT(JSD)
+};
+
 typedef struct {
   int labels, exits, multi_label, has_exit_0, sure, settled, patience, min_exit, max_exit, unused;
 } Settings;
@@ -32,43 +47,63 @@ typedef struct { double pp, qq, pq, qp, pm, qm; } Sums;
 /* The largest logit, its first label, and the sum of exp(logit - largest). */
 typedef struct { double largest, total; int label; } Top;
 
+/* The probabilities of a label and of its absence. */
+typedef struct { double yes, no; } Pair;
+
 static ONE_COPY double log_of(double value) { return log(value > 1e-12 ? value : 1e-12); }
 
 static double difference(double a, double b) { return a > b ? a - b : 0; }
 
-static ONE_COPY double sigmoid(double logit) {
-  double small = exp(-fabs(logit));
-  return (logit >= 0 ? 1 : small) / (1 + small);
+static ONE_COPY Pair sigmoid(double logit) {
+  double small = exp(-fabs(logit)), more = 1 / (1 + small), less = small / (1 + small);
+  Pair pair = {logit >= 0 ? more : less, logit >= 0 ? less : more};
+  return pair;
 }
 
-static ONE_COPY Top top_of(const float *logits, int labels) {
+/* Only what is asked for. */
+static ONE_COPY Top top_of(const float *logits, int labels, int with_total, int with_label) {
   Top top = {logits[0], 0, 0};
   double first = labels;
+  if (!with_total && !with_label) return top;
   for EACH_LABEL(i) if (logits[i] > top.largest) top.largest = logits[i];
   top.largest = max_of(top.largest);
   for EACH_LABEL(i) {
-    top.total += exp(logits[i] - top.largest);
+    if (with_total) top.total += exp(logits[i] - top.largest);
     if (logits[i] == top.largest && i < first) first = i;
   }
-  top.total = sum_of(top.total);
-  top.label = (int)-max_of(-first);
+  if (with_total) top.total = sum_of(top.total);
+  if (with_label) top.label = (int)-max_of(-first);
   return top;
 }
 
-static ONE_COPY void add_outcome(Sums *sums, double p, double q) {
-  double log_p = log_of(p), log_q = log_of(q), log_m = log_of((p + q) / 2);
+static ONE_COPY void add_outcome(Sums *sums, double p, double q, int wanted) {
+  double log_p = wanted & (READ_PP | READ_QP) ? log_of(p) : 0;
+  double log_q = wanted & (READ_QQ | READ_PQ) ? log_of(q) : 0;
+  double log_m = wanted & READ_M ? log_of((p + q) / 2) : 0;
   sums->pp -= p * log_p, sums->qq -= q * log_q;
   sums->pq -= p * log_q, sums->qp -= q * log_p;
   sums->pm -= p * log_m, sums->qm -= q * log_m;
 }
 
-static void add_scores(double *scores, Sums sums) {
-  double kl = difference(sums.pq, sums.pp), rekl = difference(sums.qp, sums.qq);
-  scores[KD] += sums.pq, scores[REKD] += sums.qp, scores[SYMKD] += sums.pq + sums.qp;
-  scores[JSKD] += (sums.pm + sums.qm) / 2;
-  scores[KL] += kl, scores[REKL] += rekl, scores[SYMKL] += kl + rekl;
-  scores[JSD] += (difference(sums.pm, sums.pp) + difference(sums.qm, sums.qq)) / 2;
-  scores[ENTROPY] += sums.qq;
+static double score_of(int score, const Sums *sums) {
+  double kl = difference(sums->pq, sums->pp), rekl = difference(sums->qp, sums->qq);
+  switch (score) {
+    case KD: return sums->pq;
+    case REKD: return sums->qp;
+    case SYMKD: return sums->pq + sums->qp;
+    case JSKD: return (sums->pm + sums->qm) / 2;
+    case KL: return kl;
+    case REKL: return rekl;
+    case SYMKL: return kl + rekl;
+    case JSD: return (difference(sums->pm, sums->pp) + difference(sums->qm, sums->qq)) / 2;
+    default: return sums->qq;
+  }
+}
+
+/* Adds the scores that come from sums. */
+static ONE_COPY void add_scores(double *scores, const Sums *sums, int wanted) {
+  for (int score = KD; score <= ENTROPY; score++)
+    if (wanted & OF_SUMS & BIT(score)) scores[score] += score_of(score, sums);
 }
 
 /* Whether a row goes on after an exit from 1 on; now is [rows, labels]. */
@@ -82,42 +117,60 @@ static int goes_on(Settings *set, const float *now, int exit, int rows, int row)
   const float *z = now + row * labels, *y = has_earlier ? kept - rows * labels : z;
   double scores[SCORES] = {0}, least = 1, changes = 0, of_labels = 0;
   Sums sums = {0};
-  int streak = streaks[row];
+  int wanted = (BIT(set->sure) | BIT(set->settled)) & ~BIT(NONE), streak = streaks[row];
   if (stops[row]) return 0;
-  Top before = top_of(y, labels), top = top_of(z, labels);
+  if (!has_earlier) wanted &= ~(MEASURES | BIT(CHANGED));
+  if (wanted & BIT(LEARNED)) wanted |= BIT(ENTROPY) | BIT(CONFIDENCE) | BIT(JSKD) | BIT(JSD);
+  if (exit >= set->max_exit) wanted = 0;
+  int of_tops = set->multi_label ? wanted & BIT(ENERGY) : wanted;
+  Top before = top_of(y, labels, of_tops & MEASURES, of_tops & BIT(CHANGED));
+  Top top = top_of(z, labels, of_tops & (OF_SUMS | BIT(CONFIDENCE) | BIT(ENERGY)),
+                   of_tops & (BIT(CHANGED) | BIT(LEARNED)));
   for EACH_LABEL(i) {
     kept[i] = z[i];
-    if (set->multi_label) {
-      double p = sigmoid(y[i]), q = sigmoid(z[i]), surer = sigmoid(fabs(z[i]));
+    if (set->multi_label && wanted & ~BIT(ENERGY)) {
+      Pair p = {0, 0}, q = sigmoid(z[i]);
       Sums both = {0};
-      add_outcome(&both, p, q);
-      add_outcome(&both, sigmoid(-y[i]), sigmoid(-z[i]));
-      add_scores(scores, both);
-      if (surer < least) least = surer;
-      if ((p > cuts[i]) != (q > cuts[i])) changes = 1;
-      if (q > cuts[i]) of_labels += label_weights[i];
-    } else {
-      double p = exp(y[i] - before.largest) / before.total;
-      add_outcome(&sums, p, exp(z[i] - top.largest) / top.total);
+      if (wanted & (MEASURES | BIT(CHANGED))) p = sigmoid(y[i]);
+      if (wanted & OF_SUMS) {
+        add_outcome(&both, p.yes, q.yes, wanted);
+        add_outcome(&both, p.no, q.no, wanted);
+        add_scores(scores, &both, wanted);
+      }
+      if (fmax(q.yes, q.no) < least) least = fmax(q.yes, q.no);
+      if ((p.yes > cuts[i]) != (q.yes > cuts[i])) changes = 1;
+      if (q.yes > cuts[i]) of_labels += label_weights[i];
+    } else if (!set->multi_label && wanted & OF_SUMS) {
+      double p = wanted & MEASURES ? exp(y[i] - before.largest) / before.total : 0;
+      add_outcome(&sums, p, exp(z[i] - top.largest) / top.total, wanted);
       if (i == top.label) of_labels = label_weights[i];
     }
   }
   if (set->multi_label) {
-    for (int kind = 0; kind < SCORES; kind++) scores[kind] = sum_of(scores[kind]);
-    least = -max_of(-least), changes = max_of(changes);
+    for (int score = KD; score <= ENTROPY; score++)
+      if (wanted & OF_SUMS & BIT(score)) scores[score] = sum_of(scores[score]);
+    if (wanted & BIT(CONFIDENCE)) least = -max_of(-least);
+    if (wanted & BIT(CHANGED)) changes = max_of(changes);
   } else {
-    sums.pp = sum_of(sums.pp), sums.qq = sum_of(sums.qq), sums.pq = sum_of(sums.pq);
-    sums.qp = sum_of(sums.qp), sums.pm = sum_of(sums.pm), sums.qm = sum_of(sums.qm);
-    add_scores(scores, sums);
-    least = 1 / top.total, changes = before.label != top.label;
+    if (wanted & READ_PP) sums.pp = sum_of(sums.pp);
+    if (wanted & READ_QQ) sums.qq = sum_of(sums.qq);
+    if (wanted & READ_PQ) sums.pq = sum_of(sums.pq);
+    if (wanted & READ_QP) sums.qp = sum_of(sums.qp);
+    if (wanted & READ_M) sums.pm = sum_of(sums.pm), sums.qm = sum_of(sums.qm);
+    add_scores(scores, &sums, wanted);
+    if (wanted & BIT(CONFIDENCE)) least = 1 / top.total;
+    changes = before.label != top.label;
   }
-  double rest = top.largest < 0 ? 1 : exp(-top.largest);
-  scores[ENERGY] = rest / (rest + top.total * (top.largest < 0 ? exp(top.largest) : 1));
   scores[CHANGED] = changes;
   scores[CONFIDENCE] = -least;
-  scores[LEARNED] = 0.5 + 0.5 * tanh(0.5 * (weights[0] + weights[1] * scores[ENTROPY] +
-      weights[2] * least + weights[3] * scores[JSKD] + weights[4] * scores[JSD] +
-      sum_of(of_labels)));
+  if (wanted & BIT(ENERGY)) {
+    double rest = top.largest < 0 ? 1 : exp(-top.largest);
+    scores[ENERGY] = rest / (rest + top.total * (top.largest < 0 ? exp(top.largest) : 1));
+  }
+  if (wanted & BIT(LEARNED))
+    scores[LEARNED] = 0.5 + 0.5 * tanh(0.5 * (weights[0] + weights[1] * scores[ENTROPY] +
+        weights[2] * least + weights[3] * scores[JSKD] + weights[4] * scores[JSD] +
+        sum_of(of_labels)));
   int sure = (has_earlier || set->sure > CHANGED) && scores[set->sure] < sure_below[exit - 1];
   int settled =
       (has_earlier || set->settled > CHANGED) && scores[set->settled] < settled_below[exit - 1];

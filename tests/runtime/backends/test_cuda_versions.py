@@ -48,6 +48,13 @@ def test_onnxruntime_brings_its_cuda_libraries() -> None:
     assert "1.27.0" not in new.specifier, "its extras name packages that do not exist"
 
 
+@pytest.mark.parametrize("cuda", ["cu12", "cu13"])
+def test_a_release_of_tensorrt_for_rtx_that_hangs_is_not_installed(cuda: str) -> None:
+    found = requirements(f"tensorrt-rtx-{cuda}")[f"tensorrt-rtx-{cuda}"].specifier
+    assert "1.7.1.116" in found
+    assert "1.5.0.114" not in found, "it hangs: NVIDIA/TensorRT-RTX#37"
+
+
 @pytest.mark.parametrize(
     ("driver", "bindings", "library", "says"),
     [

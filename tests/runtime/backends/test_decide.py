@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,10 +28,10 @@ from fpabee.runtime import (
     ProblemType,
     simulate,
 )
-from fpabee.runtime.backends.decide import settings_of
+from fpabee.runtime.backends.decide import board_type, settings_of
 from fpabee.runtime.rules.learned import FEATURES
 
-from ...doubles.decide import ALONE, IN_LANES, exits_of
+from ...doubles.decide import ALONE, COUNTED, IN_LANES, compiled, decide, exits_of
 
 GOLDEN = json.loads(
     (Path(__file__).parents[2] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
@@ -143,6 +144,45 @@ def test_lanes_that_share_a_row() -> None:
     for _ in range(4):
         for rule, _, kinds in differing(random, 4, IN_LANES):
             assert 1 not in kinds, rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "task", "counts"),
+    [
+        (Budget(exit=3), SINGLE, [(0, 0)] * 3),
+        (Budget(exit=3), MULTI, [(0, 0)] * 3),
+        # Two exits, each the largest logit and its label.
+        (Pabee(patience=2), SINGLE, [(0, 0), (0, 4), (0, 0)]),
+        (Pabee(patience=2), MULTI, [(0, 0), (6, 1), (0, 0)]),
+        (Confidence(threshold=0.99), SINGLE, [(3, 2), (3, 2), (0, 0)]),
+        (Entropy(threshold=0.1), SINGLE, [(9, 3), (9, 3), (0, 0)]),
+        (Entropy(threshold=0.1), MULTI, [(9, 1), (9, 1), (0, 0)]),
+        (Energy(threshold=0.1), MULTI, [(4, 2), (4, 2), (0, 0)]),
+        # Two distributions of two exponentials for each label, and its logarithms.
+        (FPabee(threshold=0.1, measure=Measure.KD), SINGLE, [(0, 0), (15, 5), (0, 0)]),
+        (FPabee(threshold=0.1, measure=Measure.JSKD), SINGLE, [(0, 0), (15, 6), (0, 0)]),
+        (FPabee(threshold=0.1, measure=Measure.JSD), SINGLE, [(0, 0), (21, 8), (0, 0)]),
+        (FPabee(threshold=0.1, measure=Measure.JSKD), MULTI, [(0, 0), (12, 1), (0, 0)]),
+        (Epee(threshold=0.1, patience=2), SINGLE, [(9, 3), (9, 6), (0, 0)]),
+    ],
+)
+def test_only_what_the_rule_reads_is_computed(
+    rule: ExitRule, task: ProblemType, counts: list[tuple[int, int]]
+) -> None:
+    """Calls of exp, log and tanh, and reductions over labels, for a row of three labels."""
+    library = compiled(COUNTED)
+    counters = [ctypes.c_int.in_dll(library, name) for name in ("functions", "reductions")]
+    settings = settings_of(rule, task, range(1, 4), 3)
+    assert settings is not None
+    board, found = np.zeros(1, board_type(3, 3, 1)), []
+    board.view(np.uint8)[: len(settings)] = settings
+    for number in (1, 2, 3):
+        for counter in counters:
+            counter.value = 0
+        logits = np.array([[0.3, 0.2 * number, -number]], np.float32)
+        decide(board.ctypes.data, logits.ctypes.data, number, 1, COUNTED)
+        found.append(tuple(counter.value for counter in counters))
+    assert found == counts
 
 
 def test_a_rule_of_another_package_is_unknown() -> None:

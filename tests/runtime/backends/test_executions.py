@@ -61,9 +61,14 @@ def test_threads_that_end_leave_nothing_behind(backend: str, double: Callable[..
     assert nothing_is_left(made)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -> None:
-    made = double(backend=backend)
+@pytest.mark.parametrize("backend", [*BACKENDS, "one graph"])
+def test_threads_at_the_same_time(
+    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double(backend="tensorrt" if backend == "one graph" else backend)
+    if backend == "one graph":
+        compiled()  # the test is skipped if that is not possible
+        set_gpu(monkeypatch, NEW_DRIVER)
     start = threading.Barrier(3)
     with made.load() as engine, Engine.load(made.folder) as usual:
 
@@ -79,6 +84,7 @@ def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert len(made.cuda.streams) <= 3
+    assert bool(made.cuda.ran_parts) == (backend == "one graph")
     assert nothing_is_left(made)
 
 

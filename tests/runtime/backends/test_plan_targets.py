@@ -215,3 +215,10 @@ def test_one_row_runs_in_the_profile_of_its_length(
     with pytest.raises(BackendError, match=r"takes \d to \d+ rows of 16 to 64 tokens; [^;]*, not"):
         backend.check_bucket(Bucket(64, 16))
     backend.close()
+
+
+def test_profiles_of_one_row_can_be_fewer() -> None:
+    options = PlanOptions(compute_capabilities=(), one_row_lengths=(16, 64, 999))
+    found = [shapes.sequence.opt for shapes in options.profiles() if shapes.batch.max == 1]
+    assert found == [16, 64]
+    assert set(found) < set(options.sequence_lengths)

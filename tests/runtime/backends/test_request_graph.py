@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from fpabee.runtime import (
     Pabee,
 )
 from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.backends.request_graph import Board
 from fpabee.runtime.cli.inspect import main
 from fpabee.runtime.inspection import target_states
 
@@ -178,17 +180,23 @@ def test_large_groups_and_unknown_rules_run_segment_by_segment(
 
 @pytest.mark.parametrize(
     "kind",
-    ["capture", "run in a capture", "malloc", "pinned", "event", "PTX for another architecture"],
+    [
+        *("capture", "run in a capture", "malloc", "pinned", "event"),
+        *("PTX for another architecture", "plans that cannot be captured"),
+    ],
 )
 def test_a_request_that_cannot_be_captured_runs_segment_by_segment(
     kind: str, pair: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """For lack of memory, for example. It is said once, nothing leaks, and answers stay right."""
-    made, engine, stepwise = pair()
+    is_old = kind == "plans that cannot be captured"  # older builds for TensorRT for RTX
+    made, engine, stepwise = pair(backend="tensorrt-rtx" if is_old else "tensorrt")
     with engine, stepwise:
         expected = stepwise.trace(TEXTS[:1], rule=Budget(exit=1))
         same(engine.trace(TEXTS[:1], rule=Budget(exit=1)), expected)
-        if kind == "malloc":
+        if is_old:
+            made.trt.runs_before_capture = 1000
+        elif kind == "malloc":
             made.cuda.room = made.used()
         elif kind == "PTX for another architecture":
             made.cuda.loads_kernels = False
@@ -199,6 +207,7 @@ def test_a_request_that_cannot_be_captured_runs_segment_by_segment(
         assert made.cuda.ran_parts == []
         assert caplog.text.count("requests run segment by segment") == 1
         made.cuda.room, made.cuda.loads_kernels = 1 << 30, True
+        made.trt.runs_before_capture = 1
         for _ in range(2):  # another shape is tried again
             same(engine.trace(TEXTS), stepwise.trace(TEXTS))
         assert len(made.cuda.ran_parts) == 1
@@ -306,3 +315,37 @@ def test_the_state_of_a_target_says_which_way_is_used(
     shown = CliRunner().invoke(main, [str(made.folder)], env={"COLUMNS": "400"}).stdout
     assert f" runs {states[made.target].how}" in shown
     assert bool(made.cuda.ran_parts) == states[made.target].how.startswith("as one")
+
+
+def test_the_check_says_which_way_a_request_ran(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled()
+    made = double()
+
+    def check(code: int = 0) -> str:
+        shown, as_json = (
+            CliRunner().invoke(main, [str(made.folder), "--check", *flag])
+            for flag in ((), ("--json",))
+        )
+        assert shown.exit_code == code, shown.output
+        found: dict[str, str] = json.loads(as_json.stdout)["check"]["how"]
+        lines = [f"{name} ran a request of one text {how}" for name, how in found.items()]
+        assert [line for line in shown.stdout.splitlines() if " ran a " in line] == lines
+        assert "onnxruntime-fp32" not in found, "on the CPU there is only one way"
+        return found.get(made.target, "")
+
+    assert check().startswith("segment by segment: it needs a driver for CUDA 12.4")
+    assert made.cuda.ran_parts == []
+    set_gpu(monkeypatch, NEW_DRIVER)
+    assert check() == "as one CUDA graph"
+    assert set(made.cuda.ran_parts) == {3}
+    made.cuda.loads_kernels = False
+    assert check() == "segment by segment: CUDA: no kernel image for this device (error 209)"
+    made.cuda.loads_kernels = True
+    with monkeypatch.context() as patch:
+        patch.setattr("fpabee.runtime.backends.device_buffers._CAPTURE_TOKENS", 0)
+        assert check() == "segment by segment: no request was small enough for a CUDA graph"
+    read = Board.read
+    monkeypatch.setattr(Board, "read", lambda *given: (read(*given)[0], -read(*given)[1]))
+    assert check(code=1) == "", "its logits are compared with the PyTorch model"
