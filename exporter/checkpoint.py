@@ -135,6 +135,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     config.problem_type = exits.problem_type.value
     config.architectures = [f"{type(model.backbone).__name__}MultiExit"]
     block: dict[str, Any] = {"exits": list(exits.exits), "pooling": exits.pooling.value}
+    if exits.hidden_layers:
+        block["hidden_layers"] = exits.hidden_layers
     if exits.last_head is not None:
         block["last_head"] = asdict(exits.last_head) | {"pooling": exits.last_head.pooling.value}
     setattr(config, CONFIG_BLOCK, block)
@@ -213,13 +215,14 @@ def _exit_config(
     try:
         exits = tuple(int(layer) for layer in block.get("exits", range(1, layers + 1)))
         pooling = Pooling(block.get("pooling", Pooling.CLS.value))
+        hidden_layers = int(block.get("hidden_layers", 0))
         last_head = _last_head(block.get("last_head"))
         named = ProblemType(config.problem_type) if config.problem_type else None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
-            "give exits as a list of layers, pooling as cls or mean, and problem_type as "
-            f"{' or '.join(kind.value for kind in ProblemType)}",
+            "give exits as a list of layers, hidden_layers as a number, pooling as cls or mean, "
+            f"and problem_type as {' or '.join(kind.value for kind in ProblemType)}",
         ) from error
     if heads != list(range(len(exits))):
         missing = sorted(set(range(len(exits))) - set(heads))
@@ -241,6 +244,7 @@ def _exit_config(
         problem_type=agreed_problem_type(folder, named, problem_type),
         pooling=pooling,
         last_head=last_head,
+        hidden_layers=hidden_layers,
     )
 
 

@@ -2,14 +2,15 @@
 
 The state dict has the layout of PABEE, F-PABEE, PCEE-BERT and EPEE training code: the encoder under
 its usual prefix, with the pooler (unused by `Pooling.MEAN`), and `classifiers.{i}.weight/bias` for
-exit i from 0. Our additions are `pooler.dense`, for families whose encoder has no pooler, and
-`last_head.dense` and `last_head.norm`, for a last exit that was the head of a plain classifier.
+exit i from 0. Our additions are `pooler.dense`, for families whose encoder has no pooler,
+`hidden.{i}.dense`, for exits with a hidden layer, and `last_head.dense` and `last_head.norm`, for a
+last exit that was the head of a plain classifier.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class MultiExitConfig:
         problem_type: single-label or multi-label classification.
         pooling: what the heads see.
         last_head: the head of the last exit, if it differs from the others.
+        hidden_layers: how many exits, from the first on, have a hidden layer before their
+            classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
     """
 
     exits: tuple[int, ...]
@@ -55,6 +58,7 @@ class MultiExitConfig:
     problem_type: ProblemType = ProblemType.SINGLE_LABEL
     pooling: Pooling = Pooling.CLS
     last_head: LastHead | None = None
+    hidden_layers: int = 0
 
     def validate(self, layers: int) -> None:
         """Check the exits against the depth of an encoder.
@@ -63,7 +67,8 @@ class MultiExitConfig:
             layers: its number of layers.
 
         Raises:
-            ModelError: the exits are not ascending layers between 1 and `layers`.
+            ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
+                have a hidden layer than there are.
         """
         remedy = Remedy("give {exits} as layers between 1 and {layers}", layers=layers)
         if not self.exits or list(self.exits) != sorted(set(self.exits)):
@@ -73,6 +78,11 @@ class MultiExitConfig:
         if self.exits[0] < 1 or self.exits[-1] > layers:
             raise ModelError(
                 f"exits {list(self.exits)} do not fit an encoder of {layers} layers", remedy
+            )
+        if not 0 <= self.hidden_layers <= len(self.exits):
+            raise ModelError(
+                f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
+                "copy config.json again from where the model was trained",
             )
 
 
@@ -188,6 +198,9 @@ class MultiExitModel(nn.Module):
         )
         own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
         self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)}) if own_pooler else None
+        self.hidden = nn.ModuleList(
+            Transform(nn.Linear(hidden, hidden), "gelu") for _ in range(config.hidden_layers)
+        )
         self.last_head = self._last_head(hidden)
         # Their modules are registered above; tuples keep them out of the state dict.
         self.parts: tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]] = (
@@ -218,6 +231,8 @@ class MultiExitModel(nn.Module):
         elif pooling is Pooling.CLS:
             dense = self.pooler["dense"] if self.pooler else self.backbone.pooler()
             pooler = Transform(_linear(dense))
+        elif number < len(self.hidden):
+            pooler = cast(Transform, self.hidden[number])
         return Head(classifier, pooling, pooler, norm, dropout)
 
     def train(self, mode: bool = True) -> MultiExitModel:

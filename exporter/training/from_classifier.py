@@ -19,6 +19,7 @@ from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..model import LastHead, MultiExitConfig, MultiExitModel
 from ..pooling import Pooling
+from .options import hidden_layers
 from .predictions import Collate, Encoded, predict, probabilities
 
 _TOLERANCE = 1e-4
@@ -80,7 +81,8 @@ class Classifier:
         head = LastHead(Pooling(parts.pooling), parts.activation, norm.eps if norm else None)
         layers = len(backbone.layers())
         exits = exits or tuple(range(1, layers + 1))
-        exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
+        hidden = hidden_layers(exits, pooling)
+        exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head, hidden)
         exit_config.validate(layers)
         if exits[-1] != layers:
             raise ModelError(

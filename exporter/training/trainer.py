@@ -145,7 +145,9 @@ class MultiExitTrainer(Trainer):
 
 def is_head(name: str) -> bool:
     """Whether a weight belongs to the exits and not to the encoder."""
-    return name.startswith(("classifiers.", "pooler.", "last_head.")) or ".pooler." in name
+    return (
+        name.startswith(("classifiers.", "pooler.", "hidden.", "last_head.")) or ".pooler." in name
+    )
 
 
 def exit_loss(

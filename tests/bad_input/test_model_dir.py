@@ -152,6 +152,8 @@ CONFIGS = [
          "pooling": "mean", "activation": "tanh", "norm_eps": {"__float__": "NaN"}}}), "norm_eps"),
     Case("no family", file(CONFIG, "{}"), CONFIG),
     Case("exits too deep", config(fpabee={"exits": [2, 3, 4]}), "4", "3"),
+    Case("more hidden layers than exits", config(fpabee={"pooling": "mean", "hidden_layers": 9}),
+         "hidden_layers", "9"),
     Case("an unknown pooling", config(fpabee={"pooling": "max"}), "'max'"),
     Case("labels without numbers", config(id2label={"a": "b"}), CONFIG),
     Case("an unknown task", config(problem_type="regression"), "'regression'"),

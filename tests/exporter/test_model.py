@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AlbertConfig
 
 from fpabee.exporter.backbones import _FAMILIES, build_encoder, family_of
@@ -56,31 +57,38 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
     pooler = getattr(encoder, "pooler", model.pooler)
     dense = pooler if isinstance(pooler, nn.Linear) else getattr(pooler, "dense", None)
     logits = []
-    for layer, classifier in zip(model.exit_config.exits, model.classifiers, strict=True):
+    exits = model.exit_config.exits
+    for number, (layer, classifier) in enumerate(zip(exits, model.classifiers, strict=True)):
         if model.exit_config.pooling is Pooling.CLS:
             assert isinstance(dense, nn.Linear)
             pooled = torch.tanh(dense(hidden[layer][:, 0]))
         else:
             rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
             pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
+            if number < len(model.hidden):
+                pooled = functional.gelu(model.hidden[number].dense(pooled))
         logits.append(classifier(pooled))
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize(
+    ("pooling", "hidden_layers"), [(Pooling.CLS, 0), (Pooling.MEAN, 0), (Pooling.MEAN, 2)]
+)
 @pytest.mark.parametrize("family", sorted(_FAMILIES))
 @torch.no_grad()
 def test_logits_are_those_of_a_plain_forward_pass(
-    family: str, pooling: Pooling, tiny_models: Mapping[str, Path]
+    family: str, pooling: Pooling, hidden_layers: int, tiny_models: Mapping[str, Path]
 ) -> None:
-    model = with_config(load_checkpoint(tiny_models[family]), pooling=pooling)
+    model = load_checkpoint(tiny_models[family])
+    model = with_config(model, pooling=pooling, hidden_layers=hidden_layers)
     inputs = batch(model)
     logits = model(**inputs)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, by_hand(model, inputs), rtol=0, atol=1e-5)
     assert logits.std(dim=(1, 2)).min() > 1e-3, "logits that hardly vary prove nothing"
-    fewer = with_config(model, exits=model.exit_config.exits[1:])
-    assert torch.equal(fewer(**inputs), logits[1:])
+    first = max(1, hidden_layers)
+    fewer = with_config(model, exits=model.exit_config.exits[first:])
+    assert torch.equal(fewer(**inputs), logits[first:])
 
 
 @pytest.mark.parametrize(("groups", "inner"), [(2, 1), (1, 2), (4, 1)])

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training.options import hidden_layers
 from fpabee.exporter.training.pipeline import build_model, features
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
@@ -45,7 +46,9 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     assert {path.name for path in folder.iterdir()} == names
     assert report.exits == (0, 1, 2)
     model = load_checkpoint(folder)
-    assert model.exit_config == MultiExitConfig((1, 2), ("a f", "bad", "goo"), SINGLE, Pooling.MEAN)
+    labels = ("a f", "bad", "goo")
+    expected = MultiExitConfig((1, 2), labels, SINGLE, Pooling.MEAN, hidden_layers=1)
+    assert model.exit_config == expected
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = list(read_rows(tmp_path / "dev.jsonl"))
     shape: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 16}
@@ -288,3 +291,18 @@ def test_the_head_of_a_classifier_is_kept(
     assert all(torch.equal(kept[name], given[name]) for name in encoder) is frozen
     assert report.exits == (0, 1, 3)
     assert report.data["train"].rows == 40
+
+
+@pytest.mark.parametrize(
+    ("exits", "pooling", "expected"),
+    [
+        ((1, 2, 3), Pooling.MEAN, 2),
+        ((6, 12), Pooling.MEAN, 1),
+        ((12,), Pooling.MEAN, 0),
+        ((1, 2, 3), Pooling.CLS, 0),
+    ],
+)
+def test_the_first_two_exits_have_a_hidden_layer_but_not_the_last_one(
+    exits: tuple[int, ...], pooling: Pooling, expected: int
+) -> None:
+    assert hidden_layers(exits, pooling) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     groups = trainer.create_optimizer().param_groups
     group_of = {id(value): group for group in groups for value in group["params"]}
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
-    exits = {name for name in by_name if "pooler" in name or "classifiers" in name}
-    assert len(exits) == 6
+    exits = {name for name in by_name if re.search("pooler|classifiers|hidden", name)}
+    assert len(exits) == 8
     assert {by_name[name]["lr"] for name in exits} == {0.5}
     assert {by_name[name]["lr"] for name in by_name.keys() - exits} == {0.25}
     assert sum(len(group["params"]) for group in groups) == len(by_name)
