@@ -9,7 +9,7 @@ last exit that was the head of a plain classifier.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -59,6 +59,16 @@ class MultiExitConfig:
     pooling: Pooling = Pooling.CLS
     last_head: LastHead | None = None
     hidden_layers: int = 0
+
+    def with_hidden_layers(self) -> MultiExitConfig:
+        """The same for a new model, with hidden layers where they help.
+
+        They help the first two exits, which see few layers, to tell more than two classes apart.
+        With two classes they gained nothing, and for multi-label they have not been tried.
+        """
+        is_single = self.problem_type is ProblemType.SINGLE_LABEL
+        helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN
+        return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)
 
     def validate(self, layers: int) -> None:
         """Check the exits against the depth of an encoder.

@@ -19,7 +19,6 @@ from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..model import LastHead, MultiExitConfig, MultiExitModel
 from ..pooling import Pooling
-from .options import hidden_layers
 from .predictions import Collate, Encoded, predict, probabilities
 
 _TOLERANCE = 1e-4
@@ -81,8 +80,7 @@ class Classifier:
         head = LastHead(Pooling(parts.pooling), parts.activation, norm.eps if norm else None)
         layers = len(backbone.layers())
         exits = exits or tuple(range(1, layers + 1))
-        hidden = hidden_layers(exits, pooling)
-        exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head, hidden)
+        exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
         exit_config.validate(layers)
         if exits[-1] != layers:
             raise ModelError(
@@ -90,7 +88,7 @@ class Classifier:
                 f"{list(exits)} is after layer {exits[-1]}",
                 Remedy("add {layer} to {exits}", layer=layers),
             )
-        model = MultiExitModel(encoder, exit_config)
+        model = MultiExitModel(encoder, exit_config.with_hidden_layers())
         assert model.last_head is not None
         _copy(self.model.get_submodule(parts.dense), model.last_head["dense"])
         _copy(self.model.get_submodule(parts.classifier), model.classifiers[-1])

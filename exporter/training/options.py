@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -29,14 +28,6 @@ _OF_ENCODERS = (
     *("backbone", "freeze_encoder", "random_init", "exits", "pooling", "exit_weights", "distill"),
     *("epochs", "lr", "head_lr", "batch_size", "bf16", "resume"),
 )
-
-
-def hidden_layers(exits: Sequence[int], pooling: Pooling) -> int:
-    """How many of new exits have a hidden layer, see `MultiExitConfig`: the first two.
-
-    It makes up for the layers that they lack. The last exit never has one.
-    """
-    return min(2, len(exits) - 1) if pooling is Pooling.MEAN else 0
 
 
 @dataclass(frozen=True)

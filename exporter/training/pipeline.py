@@ -32,7 +32,7 @@ from ..tokenizer import load_tokenizer
 from ..weights import TRAIN
 from .exit_0 import encoded_rows, train_exit_0
 from .from_classifier import Classifier
-from .options import TrainOptions, hidden_layers
+from .options import TrainOptions
 from .predictions import Collate, predict
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
 from .resume import begin, check_output, checkpoints_of, last_checkpoint
@@ -187,11 +187,8 @@ def build_model(
             encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
         exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
         problem_type = options.problem_type or ProblemType.SINGLE_LABEL
-        hidden = hidden_layers(exits, options.pooling)
-        exit_config = MultiExitConfig(
-            exits, labels, problem_type, options.pooling, hidden_layers=hidden
-        )
-        model = MultiExitModel(encoder, exit_config)
+        exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
+        model = MultiExitModel(encoder, exit_config.with_hidden_layers())
     if options.freeze_encoder:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and is_head(name))

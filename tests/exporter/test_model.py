@@ -15,6 +15,7 @@ from transformers import AlbertConfig
 from fpabee.exporter.backbones import _FAMILIES, build_encoder, family_of
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 
 LENGTHS = (9, 4, 1, 7)
@@ -126,6 +127,25 @@ def test_exits_that_do_not_fit_are_refused(exits: tuple[int, ...], message: str)
         MultiExitConfig(exits, ("a", "b")).validate(3)
     assert "between 1 and 3" in caught.value.hint
     MultiExitConfig((1, 3), ("a",)).validate(3)
+
+
+@pytest.mark.parametrize(
+    ("exits", "labels", "changes", "expected"),
+    [
+        ((1, 2, 3), "abc", {}, 2),
+        ((6, 12), "abc", {}, 1),
+        ((12,), "abc", {}, 0),
+        ((1, 2, 3), "ab", {}, 0),
+        ((1, 2, 3), "abc", {"pooling": Pooling.CLS}, 0),
+        ((1, 2, 3), "abc", {"problem_type": ProblemType.MULTI_LABEL}, 0),
+    ],
+)
+def test_the_first_two_exits_of_new_models_have_a_hidden_layer(
+    exits: tuple[int, ...], labels: str, changes: dict[str, Any], expected: int
+) -> None:
+    settings: dict[str, Any] = {"pooling": Pooling.MEAN} | changes
+    config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers()
+    assert config.hidden_layers == expected
 
 
 def test_unknown_family_is_refused_with_those_that_are_known() -> None:

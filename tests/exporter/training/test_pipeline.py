@@ -18,7 +18,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.options import hidden_layers
 from fpabee.exporter.training.pipeline import build_model, features
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
@@ -291,18 +290,3 @@ def test_the_head_of_a_classifier_is_kept(
     assert all(torch.equal(kept[name], given[name]) for name in encoder) is frozen
     assert report.exits == (0, 1, 3)
     assert report.data["train"].rows == 40
-
-
-@pytest.mark.parametrize(
-    ("exits", "pooling", "expected"),
-    [
-        ((1, 2, 3), Pooling.MEAN, 2),
-        ((6, 12), Pooling.MEAN, 1),
-        ((12,), Pooling.MEAN, 0),
-        ((1, 2, 3), Pooling.CLS, 0),
-    ],
-)
-def test_the_first_two_exits_have_a_hidden_layer_but_not_the_last_one(
-    exits: tuple[int, ...], pooling: Pooling, expected: int
-) -> None:
-    assert hidden_layers(exits, pooling) == expected

@@ -68,7 +68,7 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     options: Callable[..., TrainOptions], backbone: Path, tmp_path: Path
 ) -> None:
     settings = options(lr=0.25, head_lr=0.5)
-    model, tokenizer = build_model(settings, ("a", "b"))
+    model, tokenizer = build_model(settings, ("a", "b", "c"))
     data = {"train": [{"input_ids": [1]}], "dev": []}
     trainer = MultiExitTrainer(model, settings, tmp_path, data, tokenizer, silent)
     groups = trainer.create_optimizer().param_groups
