@@ -1,0 +1,282 @@
+#!/usr/bin/env python
+"""Try other ways to train the early exits, and compare how many layers they save at half a point.
+
+    python scripts/early_exits.py --data DATA --work WORK --only trec --seed 42
+
+Each way trains a model without exit 0 and stores its logits in WORK/DATA-WAY-SEED.npz, so finished
+steps are not repeated. The table in RESULTS covers all stored logits.
+
+- `plain`: what `fpabee-train` does by default.
+- `longer`: the same with twice as many epochs, since two phases take as long.
+- `two-phase`: first the last exit alone. Then all exits, the early ones half on the labels and half
+  on what that last exit predicted ("mixed" training, arXiv 2407.14320).
+- `separated`: each layer learns from the next exit only (SWEET, arXiv 2306.02307).
+- `hidden`: the first two exits have one hidden layer.
+- `half`: the default, with half of the labelled rows.
+- `unlabelled`: `two-phase` with that half, and in the second phase also with the other half, whose
+  targets are what the last exit predicted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DataCollatorWithPadding, set_seed
+
+from fpabee.calibration.choose import Selector
+from fpabee.calibration.families import DEFAULT_MEASURES, DEFAULT_RULES
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
+from fpabee.calibration.stopping_costs import StoppingCosts
+from fpabee.exporter.model import MultiExitModel, Transform
+from fpabee.exporter.training import TrainOptions
+from fpabee.exporter.training.pipeline import build_model, features
+from fpabee.exporter.training.predictions import predict
+from fpabee.exporter.training.rows import label_names, load_rows
+from fpabee.exporter.training.trainer import Features, MultiExitTrainer
+from fpabee.runtime import Goal, ProblemType
+from fpabee.runtime.rules.rules import Entropy
+
+WAYS = ("plain", "longer", "two-phase", "separated", "hidden", "half", "unlabelled")
+EPOCHS = {"trec": 3.0, "sst2": 3.0, "mrpc": 2.0, "snips": 1.0}
+GOAL = 0.5  # points
+RESULTS = Path(__file__).parent / "results" / "early-exits.md"
+
+
+class TargetTrainer(MultiExitTrainer):
+    """Trains on the targets of a row: one for its last exit, and one for all other exits."""
+
+    last_alone = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss over all exits as in `exit_loss`, or that of the last exit."""
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs)
+        inputs.pop("labels")
+        early, last = inputs.pop("early"), inputs.pop("last")
+        logits = model(**inputs)
+        losses = [functional.cross_entropy(row, early) for row in logits[:-1]]
+        losses.append(functional.cross_entropy(logits[-1], last))
+        if self.last_alone:
+            return losses[-1]
+        weights = torch.arange(1, len(losses) + 1, dtype=torch.float32)
+        return (torch.stack(losses) * weights).sum() / weights.sum()
+
+
+def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict[str, Any]:
+    """Train one model; returns logits `[exits, rows, labels]` and labels of dev and test."""
+    files = {part: str(data / name / f"{part}.jsonl.gz") for part in ("train", "dev", "test")}
+    epochs = EPOCHS[name] * (2 if way == "longer" else 1)
+    options = TrainOptions(
+        train=files["train"],
+        dev=files["dev"],
+        backbone=backbone,
+        seed=seed,
+        bf16=True,
+        epochs=epochs,
+        exit_0=False,
+    )
+    set_seed(seed)
+    rows = {part: load_rows(path, True, options.reading) for part, path in files.items()}
+    model, tokenizer = build_model(options, label_names(rows["train"], files["train"]))
+    config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
+    parts = {part: features(found, tokenizer, config, length) for part, found in rows.items()}
+    others: Features = []
+    if way in ("half", "unlabelled"):
+        order = np.random.default_rng(seed).permutation(len(parts["train"]))
+        half = [parts["train"][number] for number in order]
+        middle = len(half) // 2
+        parts["train"], others = half[:middle], half[middle:]
+    if way == "separated":
+        separate(model)
+    if way == "hidden":
+        add_hidden_layers(model)
+
+    def fit(kind: type[MultiExitTrainer], train: Features, alone: bool = False) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            given = {"train": train, "dev": parts["dev"]}
+            trainer = kind(model, options, Path(folder), given, tokenizer, report)
+            if isinstance(trainer, TargetTrainer):
+                trainer.last_alone = alone
+            trainer.train()
+
+    collate, started = DataCollatorWithPadding(tokenizer), time.perf_counter()
+
+    def logits_of(found: Features) -> Any:
+        return predict(model, found, collate, lambda output: output.transpose(0, 1))
+
+    if way in ("two-phase", "unlabelled"):
+        labelled, labels = parts["train"], len(config.labels)
+        hard = np.eye(labels, dtype=np.float32)[[row["labels"] for row in labelled]]
+        fit(TargetTrainer, with_targets(labelled, hard, hard), alone=True)
+        model.train()
+        every = labelled + (others if way == "unlabelled" else [])
+        taught = torch.tensor(logits_of(every)[:, -1]).softmax(-1).numpy()
+        early, last = taught.copy(), taught.copy()
+        early[: len(hard)] = (early[: len(hard)] + hard) / 2
+        last[: len(hard)] = hard
+        fit(TargetTrainer, with_targets(every, early, last))
+    else:
+        fit(MultiExitTrainer, parts["train"])
+    content: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    for part in ("dev", "test"):
+        content[f"{part}_logits"] = logits_of(parts[part]).swapaxes(0, 1)
+        content[f"{part}_labels"] = np.array([row["labels"] for row in parts[part]])
+    return content
+
+
+def with_targets(rows: Features, early: Any, last: Any) -> Features:
+    """Rows with the targets `[rows, labels]` of their early exits and of their last one."""
+    return [row | {"early": early[n], "last": last[n]} for n, row in enumerate(rows)]
+
+
+def separate(model: MultiExitModel) -> None:
+    """Keep the gradient of an exit from the layers before the exit before it."""
+
+    def detach(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].detach(), *inputs[1:])
+
+    for block in model.parts[1][1:]:
+        block.register_forward_pre_hook(detach)
+
+
+def add_hidden_layers(model: MultiExitModel) -> None:
+    """Give the first two exits a hidden layer before their classifier."""
+    size = model.classifiers[0].in_features
+    added = nn.ModuleList(Transform(nn.Linear(size, size), "gelu") for _ in range(2))
+    # The name gives them the learning rate of the exits.
+    model.add_module("hidden", nn.ModuleDict({"pooler": added}))
+    for head, part in zip(model.parts[2], added, strict=False):
+        head.pooler = part
+
+
+def report(what: str, done: int, total: int) -> None:
+    """Print what is done after each epoch."""
+    if "loss" not in what:
+        click.echo(f"{what} {done}/{total}", err=True)
+
+
+def judge(stored: Any, reference: Any) -> dict[str, Any]:
+    """Scores of all exits on test, and the layers that are saved at half a point.
+
+    Args:
+        stored: the logits of a model.
+        reference: those of the model whose last exit, less half a point, is the score to keep.
+    """
+    rows = {}
+    for part in ("dev", "test"):
+        logits, labels = stored[f"{part}_logits"], stored[f"{part}_labels"]
+        lengths = np.ones(len(labels), np.intp)
+        rows[part] = LabelledLogits(logits, lengths, labels, ProblemType.SINGLE_LABEL)
+    dev, test = rows["dev"], rows["test"]
+    metric = METRICS[ProblemType.SINGLE_LABEL][0]
+    layers = len(dev.logits)
+    costs = np.repeat(np.arange(1.0, layers + 1)[:, None], len(dev), axis=1)
+    selector = Selector(StoppingCosts(dev, metric, costs), DEFAULT_RULES, list(DEFAULT_MEASURES))
+    rule = selector.choose(Goal(max_drop=GOAL), selector.kinds)
+    exits = exits_of(rule, test) if rule else np.full(len(test), layers)
+    scorer = Scorer(test, metric)
+    return {
+        "seconds": float(stored["seconds"]),
+        "exits": [100 * scorer.score(np.full(len(test), n)) for n in test.exits],
+        "saving": 100 * (1 - exits.mean() / layers),
+        "score": 100 * scorer.score(exits),
+        "possible": 100 * possible_saving(both(stored), both(reference)),
+    }
+
+
+def both(stored: Any) -> LabelledLogits:
+    """The rows of dev and of test together."""
+    logits, labels = (
+        np.concatenate([stored[f"dev_{what}"], stored[f"test_{what}"]], axis=axis)
+        for what, axis in (("logits", 1), ("labels", 0))
+    )
+    return LabelledLogits(logits, np.ones(len(labels), np.intp), labels, ProblemType.SINGLE_LABEL)
+
+
+def possible_saving(rows: LabelledLogits, reference: LabelledLogits) -> float:
+    """The most that a threshold of entropy saves, chosen on the rows it is for.
+
+    The score is at most half a point below that of the last exit of the reference.
+    """
+    metric, layers, best = METRICS[ProblemType.SINGLE_LABEL][0], len(rows.logits), 0.0
+    scorer = Scorer(rows, metric)
+    floor = Scorer(reference, metric).score(np.full(len(rows), layers)) - GOAL / 100
+    for threshold in np.geomspace(1e-4, 1, 400):
+        exits = exits_of(Entropy(threshold=float(threshold)), rows)
+        if scorer.score(exits) >= floor - 1e-12:
+            best = max(best, float(1 - exits.mean() / layers))
+    return best
+
+
+def table(work: Path) -> list[str]:
+    """Means over seeds for each data set and way."""
+    lines = []
+    for name in EPOCHS:
+        found = {way: sorted(work.glob(f"{name}-{way}-[0-9]*.npz")) for way in WAYS}
+        if not any(found.values()):
+            continue
+        lines += ["", f"## {name}", ""]
+        head = "| way | seeds | score of each exit | balanced: layers saved | score | possible | seconds |"
+        lines += [head, "|---|---|---|---|---|---|---|"]
+        for way, files in found.items():
+            usual = "half" if way == "unlabelled" else way if way == "half" else "plain"
+            judged: Sequence[Any] = [
+                judge(np.load(file), np.load(file.with_name(file.name.replace(way, usual))))
+                for file in files
+            ]
+            if judged:
+                each = {key: np.mean([one[key] for one in judged], axis=0) for key in judged[0]}
+                exits = " ".join(f"{score:.1f}" for score in each["exits"])
+                figures = (f"{each[key]:.1f}" for key in ("saving", "score", "possible", "seconds"))
+                lines.append(f"| {way} | {len(files)} | {exits} | {' | '.join(figures)} |")
+    return lines
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Logits.")
+@click.option("--only", multiple=True, type=click.Choice(list(EPOCHS)), help="Default: all.")
+@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), help="Default: all.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(42, 43, 44))
+@click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
+def main(
+    data: Path,
+    work: Path,
+    only: tuple[str, ...],
+    ways: tuple[str, ...],
+    seeds: tuple[int, ...],
+    minilm: str,
+    results: Path,
+) -> None:
+    """Train what is missing, and write the table."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in only or EPOCHS:
+        for seed in seeds:
+            for way in ways or WAYS:
+                path = work / f"{name}-{way}-{seed}.npz"
+                if not path.is_file():
+                    click.echo(path.stem, err=True)
+                    np.savez_compressed(path, **train_way(way, data, name, seed, minilm))
+    results.write_text("\n".join(["# Ways to train early exits", *table(work), ""]))
+    click.echo(results.read_text())
+
+
+if __name__ == "__main__":
+    main()
