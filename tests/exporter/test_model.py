@@ -67,7 +67,7 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
             rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
             pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
             if number < len(model.hidden):
-                pooled = functional.gelu(model.hidden[number].dense(pooled))
+                pooled = functional.gelu(model.get_submodule(f"hidden.{number}.dense")(pooled))
         logits.append(classifier(pooled))
     return torch.stack(logits)
 
