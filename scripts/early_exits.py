@@ -3,8 +3,9 @@
 
     python scripts/early_exits.py --data DATA --work WORK --only trec --seed 42
 
-Each way trains a model without exit 0 and stores its logits in WORK/DATA-WAY-SEED.npz, so finished
-steps are not repeated. The table in RESULTS covers all stored logits. It has means over seeds of
+Each way trains a model without exit 0 and stores its logits in WORK/DATA-WAY-SEED.npz. A JSON file
+beside RESULTS keeps what is known of each model, and finished models are not trained again. The
+table has means over seeds of
 
 - the score of each exit on test,
 - the layers in % that `balanced`, chosen on dev, saves on test, and its score there,
@@ -27,9 +28,9 @@ The ways are:
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from fpabee.runtime.rules.rules import Entropy
 WAYS = ("plain", "longer", "two-phase", "separated", "hidden", "half", "unlabelled")
 EPOCHS = {"trec": 3.0, "sst2": 3.0, "mrpc": 2.0, "snips": 1.0}
 GOAL = 0.5  # points
+METRIC = METRICS[ProblemType.SINGLE_LABEL][0]
 RESULTS = Path(__file__).parent / "results" / "early-exits.md"
 
 
@@ -170,32 +172,26 @@ def report(what: str, done: int, total: int) -> None:
         click.echo(f"{what} {done}/{total}", err=True)
 
 
-def judge(stored: Any, reference: Any) -> dict[str, Any]:
-    """Scores of all exits on test, and the layers that are saved at half a point.
-
-    Args:
-        stored: the logits of a model.
-        reference: those of the model whose last exit, less half a point, is the score to keep.
-    """
+def judge(stored: Any) -> dict[str, Any]:
+    """Scores of all exits on test, and the layers that `balanced` saves there."""
     rows = {}
     for part in ("dev", "test"):
         logits, labels = stored[f"{part}_logits"], stored[f"{part}_labels"]
         lengths = np.ones(len(labels), np.intp)
         rows[part] = LabelledLogits(logits, lengths, labels, ProblemType.SINGLE_LABEL)
     dev, test = rows["dev"], rows["test"]
-    metric = METRICS[ProblemType.SINGLE_LABEL][0]
     layers = len(dev.logits)
     costs = np.repeat(np.arange(1.0, layers + 1)[:, None], len(dev), axis=1)
-    selector = Selector(StoppingCosts(dev, metric, costs), DEFAULT_RULES, list(DEFAULT_MEASURES))
+    selector = Selector(StoppingCosts(dev, METRIC, costs), DEFAULT_RULES, list(DEFAULT_MEASURES))
     rule = selector.choose(Goal(max_drop=GOAL), selector.kinds)
     exits = exits_of(rule, test) if rule else np.full(len(test), layers)
-    scorer = Scorer(test, metric)
+    scorer, every = Scorer(test, METRIC), both(stored)
     return {
         "seconds": float(stored["seconds"]),
         "exits": [100 * scorer.score(np.full(len(test), n)) for n in test.exits],
         "saving": 100 * (1 - exits.mean() / layers),
         "score": 100 * scorer.score(exits),
-        "possible": 100 * possible_saving(both(stored), both(reference)),
+        "full": Scorer(every, METRIC).score(np.full(len(every), layers)),
     }
 
 
@@ -208,14 +204,15 @@ def both(stored: Any) -> LabelledLogits:
     return LabelledLogits(logits, np.ones(len(labels), np.intp), labels, ProblemType.SINGLE_LABEL)
 
 
-def possible_saving(rows: LabelledLogits, reference: LabelledLogits) -> float:
+def possible_saving(rows: LabelledLogits, full: float) -> float:
     """The most that a threshold of entropy saves, chosen on the rows it is for.
 
-    The score is at most half a point below that of the last exit of the reference.
+    Args:
+        rows: the rows.
+        full: the score may be half a point below this one.
     """
-    metric, layers, best = METRICS[ProblemType.SINGLE_LABEL][0], len(rows.logits), 0.0
-    scorer = Scorer(rows, metric)
-    floor = Scorer(reference, metric).score(np.full(len(rows), layers)) - GOAL / 100
+    scorer, layers, best = Scorer(rows, METRIC), len(rows.logits), 0.0
+    floor = full - GOAL / 100
     for threshold in np.geomspace(1e-4, 1, 400):
         exits = exits_of(Entropy(threshold=float(threshold)), rows)
         if scorer.score(exits) >= floor - 1e-12:
@@ -223,27 +220,34 @@ def possible_saving(rows: LabelledLogits, reference: LabelledLogits) -> float:
     return best
 
 
-def table(work: Path) -> list[str]:
+def judged(work: Path, stored: Path) -> dict[str, Any]:
+    """What is known of all models, by DATA-WAY-SEED; it is stored, so that logits can go."""
+    known: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+    logits = {path.stem: np.load(path) for path in sorted(work.glob("*.npz"))}
+    known |= {key: judge(content) for key, content in logits.items()}
+    for key, content in logits.items():
+        name, rest = key.split("-", 1)
+        way, seed = rest.rsplit("-", 1)
+        usual = "half" if way in ("half", "unlabelled") else "plain"
+        full = known[f"{name}-{usual}-{seed}"]["full"]
+        known[key]["possible"] = 100 * possible_saving(both(content), full)
+    stored.write_text(json.dumps(known, indent=1) + "\n")
+    return known
+
+
+def table(known: dict[str, Any]) -> list[str]:
     """Means over seeds for each data set and way."""
     lines = []
     for name in EPOCHS:
-        found = {way: sorted(work.glob(f"{name}-{way}-[0-9]*.npz")) for way in WAYS}
-        if not any(found.values()):
-            continue
-        lines += ["", f"## {name}", ""]
         titles = "way", "seeds", "each exit", "balanced saves", "its score", "possible", "seconds"
-        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-        for way, files in found.items():
-            usual = "half" if way == "unlabelled" else way if way == "half" else "plain"
-            judged: Sequence[Any] = [
-                judge(np.load(file), np.load(file.with_name(file.name.replace(way, usual))))
-                for file in files
-            ]
-            if judged:
-                each = {key: np.mean([one[key] for one in judged], axis=0) for key in judged[0]}
-                exits = " ".join(f"{score:.1f}" for score in each["exits"])
-                figures = (f"{each[key]:.1f}" for key in ("saving", "score", "possible", "seconds"))
-                lines.append(f"| {way} | {len(files)} | {exits} | {' | '.join(figures)} |")
+        lines += ["", f"## {name}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        for way in WAYS:
+            found = [each for key, each in known.items() if key.startswith(f"{name}-{way}-")]
+            if found:
+                mean = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
+                exits = " ".join(f"{score:.1f}" for score in mean["exits"])
+                figures = (f"{mean[key]:.1f}" for key in ("saving", "score", "possible", "seconds"))
+                lines.append(f"| {way} | {len(found)} | {exits} | {' | '.join(figures)} |")
     return lines
 
 
@@ -266,14 +270,17 @@ def main(
 ) -> None:
     """Train what is missing, and write the table."""
     work.mkdir(parents=True, exist_ok=True)
+    stored = results.with_suffix(".json")
+    known = judged(work, stored)
     for name in only or EPOCHS:
         for seed in seeds:
             for way in ways or WAYS:
                 path = work / f"{name}-{way}-{seed}.npz"
-                if not path.is_file():
+                if path.stem not in known:
                     click.echo(path.stem, err=True)
                     np.savez_compressed(path, **train_way(way, data, name, seed, minilm))
-    results.write_text("\n".join(["# Ways to train early exits", *table(work), ""]))
+    known = judged(work, stored)
+    results.write_text("\n".join(["# Ways to train early exits", *table(known), ""]))
     click.echo(results.read_text())
 
 
