@@ -116,10 +116,8 @@ def time_decide(cuda: Cuda) -> Iterator[dict[str, Any]]:
         earlier, logits = random.normal(size=(2, rows, labels)).astype(np.float32)
         memory = _memory(cuda, layout.itemsize, logits.nbytes)
         with memory as (stream, pointer, now), ExitStack() as stack:
-            board, given = (
-                Board(cuda, layout, pointer, rows),
-                cuda.pinned(logits.shape, logits.dtype),
-            )
+            board = Board(cuda, layout, pointer, rows)
+            given = cuda.pinned(logits.shape, logits.dtype)
             board.write(settings, rows, earlier)
             given.array[:] = logits
             board.copy_in(stream)

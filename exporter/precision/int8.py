@@ -150,14 +150,14 @@ def quantize(
     with tempfile.TemporaryDirectory() as temporary:
         arguments: list[str] = []
         targets = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
+        stored = {name: Path(temporary) / name for name in manifest.graphs}
         for name, graph in manifest.graphs.items():
-            stored = targets[name].with_suffix("")
-            stored.mkdir()
+            stored[name].mkdir()
             path = verified_graph(folder, graph.file, graph.sha256)
-            arguments += [str(path), str(stored), str(targets[name])]
+            arguments += [str(path), str(stored[name]), str(targets[name])]
         # On disk, since the inputs of all graphs may be larger than the memory.
         for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
-            np.savez(targets[name].with_suffix("") / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
+            np.savez(stored[name] / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
         progress("int8 graphs", 0, 1)
         command = [sys.executable, "-m", f"fpabee.exporter.precision.{worker}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -39,7 +39,7 @@ def folder() -> Path:
     try:
         return Path(base).expanduser() / "fpabee" / "compiled"
     except RuntimeError as error:
-        raise FileNotFoundError(errno.ENOENT, "there is no home directory") from error
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory") from error
 
 
 def read(key: str) -> memoryview | None:
