@@ -29,7 +29,7 @@ def test_every_request_is_answered(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert [load.server for load in loads] == [SCHEDULER, BATCHES, THREADS]
     assert [load.mean_layer for load in loads] == [2, 3, 2]
     for load in loads:
-        assert load.answered == load.requests > 0
+        assert load.answered == load.requests == loads[0].requests > 0
     # The last server has not added to the rows of the first two; the client asks once before.
     assert engine.tally.rows == loads[-1].requests + 1
 
@@ -38,16 +38,17 @@ def test_the_capacity_is_that_of_full_depth(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_test, "_CAPACITY_SECONDS", 0.01)
-    runs: list[tuple[int, object]] = []
+    runs: list[tuple[int, object, int]] = []
     run = Engine.run_encoded
 
     def counted(engine: Engine, rows: Any, rule: Any) -> Any:
-        runs.append((len(rows), rule))
+        runs.append((len(rows), rule, len({len(row) for row in rows})))
         return run(engine, rows, rule)
 
     monkeypatch.setattr(Engine, "run_encoded", counted)
-    assert load_test.capacity(engine, ["a", "b", "c"]) > 0
-    assert set(runs) == {(32, Budget(exit=3))}
+    # Texts in the order of their lengths would otherwise need no padding.
+    assert load_test.capacity(engine, ["a"] * 40 + ["a text of several words"] * 40) > 0
+    assert set(runs) == {(32, Budget(exit=3), 2)}
 
 
 @pytest.mark.parametrize(
