@@ -114,6 +114,20 @@ def test_what_fpabee_adds(server: Server) -> None:
     assert (late["exit"], late["deadline_missed"]) == (1, True)
 
 
+def test_tokenization_is_part_of_the_deadline(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = server.engine.encode
+
+    def slowly(texts: Sequence[Text]) -> Any:
+        time.sleep(0.1)
+        return encode(texts)
+
+    monkeypatch.setattr(server.engine, "encode", slowly)
+    (late,) = server.post("/classify", {"input": "rain", "deadline_ms": 100}).json()["data"]
+    assert (late["exit"], late["deadline_missed"]) == (1, True)
+
+
 def test_top_k_and_logits(server: Server) -> None:
     (expected,) = server.engine.predict(["rain"])
     ranked = [
