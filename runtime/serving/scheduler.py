@@ -420,6 +420,7 @@ class Scheduler:
         bucket = group.hidden.bucket
         soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
         rows = [*self._waiting, *(row for other in self._groups for row in other.rows)]
+        rows = [row for row in rows if not row.future.done()]
         late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
         for row, exit_number, logits in late:
             self._running = [row]

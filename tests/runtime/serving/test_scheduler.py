@@ -337,27 +337,30 @@ def test_tokenization_is_part_of_the_deadline(
         assert not scheduler.submit("a", deadline_ms=5000.0).result(WAIT).deadline_missed
 
 
+@pytest.mark.parametrize("bad", [1, 2])
 def test_a_late_answer_that_fails(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    bad: int, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fails for one of three late rows in two groups; the others are answered."""
     now = 0.0
     monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
-    fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+    texts = ["sun", "rain sun rain", "film film"]
+    fail_answers(monkeypatch, bad=len(engine.encode(texts)[bad]))
     with Scheduler(engine) as scheduler:
-        late = scheduler.submit_all(["sun", "rain sun rain"], deadline_ms=5.0)
+        late = scheduler.submit_all(texts[:2], deadline_ms=5.0)
         assert gate.at() == (0, 2)
         gate.step()
         assert gate.at() == (1, 2)
-        late.append(scheduler.submit("film", deadline_ms=1.5))
+        late.append(scheduler.submit(texts[2], deadline_ms=1.5))
         gate.step()
         assert gate.at() == (0, 1)
         now = 1.0
         gate.open()
         with pytest.raises(MemoryError):
-            late[1].result(WAIT)
-        assert [answer.exit for answer in results([late[0], late[2]])] == [2, 1]
-        assert scheduler.unanswered == 0
+            late.pop(bad).result(WAIT)
+        assert [answer.exit for answer in results(late)] == [2, 1 if bad == 1 else 2]
+    assert scheduler.unanswered == 0
+    assert engine.tally.rows == 2
 
 
 def test_exit_0_answers_while_a_segment_waits(
