@@ -206,6 +206,8 @@ def run_load_test(
     Returns:
         The capacity in rows a second, and what each server did at each rate.
     """
+    steps = len(shares) * len(servers)
+    progress("capacity at full depth", 0, steps)
     full = capacity(engine, texts)
     bodies = [json.dumps({"input": [text]}).encode() for text in texts]
     loads = []
@@ -213,7 +215,7 @@ def run_load_test(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as client:
         for number, (share, server) in enumerate(itertools.product(shares, servers)):
-            progress(f"{server}, load {share:g}", number, len(shares) * len(servers))
+            progress(f"{server}, load {share:g}", number, steps)
             engine.reset_tally()  # what other servers answered must not guide the scheduler
             with _served(engine, server) as port:
                 seed = number // len(servers)  # all servers get the same requests
