@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import rich_click as click
 from rich.console import Console
 from rich.table import Table
@@ -153,7 +154,8 @@ def report_loads(engine: Engine, capacity: float, loads: Sequence[Load], as_json
     machine = {"target": engine.target, "hardware": cpu_name(), "rule": engine.rule.to_dict()}
     if as_json:
         entries = [dataclasses.asdict(load) | {"sustainable": load.sustainable} for load in loads]
-        click.echo(json.dumps(machine | {"rows_per_second": capacity, "loads": entries}))
+        # In JSON, times without an answer are null.
+        click.echo(msgspec.json.encode(machine | {"rows_per_second": capacity, "loads": entries}))
         return
     heads = "load,server,requests,answered,answers/s,mean ms,p50 ms,p99 ms,layers,sustainable"
     table = Table(*heads.split(","))

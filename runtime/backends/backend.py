@@ -148,13 +148,16 @@ class Execution(ABC, Generic[B]):
     def wait(self) -> None:
         """Wait until everything that was started is done, for measurements."""
 
-    def recover(self) -> None:
+    def recover(self, others: Sequence[Hidden[B]] = ()) -> None:
         """Free the buffers of groups that an error interrupted.
+
+        Args:
+            others: groups that go on.
 
         Raises:
             BackendError: the device has failed, so the execution cannot be used again.
         """
-        self._store.free_taken()
+        self._store.free_taken([hidden.buffers for hidden in others])
 
     def close(self) -> None:
         """Free everything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -198,10 +198,12 @@ class Store(Generic[B]):
         self.nbytes += buffers.nbytes
         self.shrink(self._most_bytes)
 
-    def free_taken(self) -> None:
-        """Free the buffers that were taken and will not be given back."""
-        while self._taken:
-            self._taken.pop().free()
+    def free_taken(self, kept: Collection[B] = ()) -> None:
+        """Free the buffers that were taken and will not be given back, which are all but some."""
+        lost = self._taken.difference(kept)
+        self._taken -= lost
+        for buffers in lost:
+            buffers.free()
 
     def shrink(self, most_bytes: int) -> None:
         """Free the least recently used buffers until at most `most_bytes` are held."""

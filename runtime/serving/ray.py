@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import whole_number
 from ..engine import Engine
 from ..errors import InputError, Remedy, RowError
 from ..files import ReadOptions, Row
@@ -36,6 +37,7 @@ class Classify:
         **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
 
     Raises:
+        InputError: `top_k` is not a whole number from 0.
         FpabeeError: as `Engine.load`.
     """
 
@@ -57,7 +59,7 @@ class Classify:
             self._engine.labels,
             self._engine.multi_label,
             all_scores=all_scores,
-            top_k=top_k,
+            top_k=whole_number("top_k", top_k, InputError, least=0),
             logits=logits,
             errors=skip_errors,
         )

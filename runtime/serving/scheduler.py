@@ -138,9 +138,9 @@ class Scheduler:
 
         Args:
             text: a string, or a (text, text_pair) tuple.
-            deadline_ms: milliseconds from now. A row that would miss it by running one more
-                segment is answered at the exit that it has reached, and marked as in
-                `Engine.predict`. There is always an answer, if need be a late one.
+            deadline_ms: milliseconds from now, tokenization included. A row that would miss it by
+                running one more segment is answered at the exit that it has reached, and marked as
+                in `Engine.predict`. There is always an answer, if need be a late one.
             max_exit: the row stops at this exit at the latest.
 
         Returns:
@@ -165,16 +165,25 @@ class Scheduler:
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
         self._check_room(len(texts))
-        return self.submit_encoded(self._engine.encode(texts), deadline_ms, max_exit)
+        arrived = perf_counter()
+        return self.submit_encoded(self._engine.encode(texts), deadline_ms, max_exit, arrived)
 
     def submit_encoded(
         self,
         rows: Sequence[EncodedRow],
         deadline_ms: float | None = None,
         max_exit: int | None = None,
+        arrived: float | None = None,
     ) -> list[Future[Prediction]]:
-        """Queue the results of `Engine.encode`, or none of them; see `submit`."""
-        now = perf_counter()
+        """Queue the results of `Engine.encode`, or none of them; see `submit`.
+
+        Args:
+            rows: the results.
+            deadline_ms: milliseconds from their arrival.
+            max_exit: the rows stop at this exit at the latest.
+            arrived: when the texts arrived, in seconds of `perf_counter`; default: now.
+        """
+        now = perf_counter() if arrived is None else arrived
         ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
         rule, runner = self._engine.rule, self._runner
         if runner.rule is not rule:  # rows of one runner run together
@@ -206,8 +215,9 @@ class Scheduler:
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
+        arrived = perf_counter()
         rows = await self.encode(texts)
-        return await self.classify_encoded(rows, deadline_ms, max_exit)
+        return await self.classify_encoded(rows, deadline_ms, max_exit, arrived)
 
     async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """`Engine.encode` in asyncio: long texts do not keep the event loop waiting.
@@ -225,9 +235,10 @@ class Scheduler:
         rows: Sequence[EncodedRow],
         deadline_ms: float | None = None,
         max_exit: int | None = None,
+        arrived: float | None = None,
     ) -> list[Prediction]:
-        """Classify the results of `encode`; see `classify`."""
-        futures = self.submit_encoded(rows, deadline_ms, max_exit)
+        """Classify the results of `encode`; see `classify` and `submit_encoded`."""
+        futures = self.submit_encoded(rows, deadline_ms, max_exit, arrived)
         try:
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
         finally:
@@ -252,7 +263,7 @@ class Scheduler:
         """
         with self._changed:
             self._closed = True
-            self._cancels = cancel
+            self._cancels |= cancel
             self._changed.notify()
         self._thread.join()
 
@@ -282,7 +293,7 @@ class Scheduler:
             try:
                 with self._model.chain() as chain:
                     while self._waiting or self._groups or self._arrived:
-                        self._step(chain)
+                        self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to rows, and others go on
                 self._recover(error)
 
@@ -291,6 +302,18 @@ class Scheduler:
         with self._changed:
             self._changed.wait_for(lambda: self._arrived or self._waiting or self._closed)
             return bool(self._arrived or self._waiting)
+
+    def _try_step(self, chain: Chain[Any]) -> None:
+        """Take a step; if a group fails, the others go on."""
+        try:
+            self._step(chain)
+        except Exception as error:
+            failed = set(self._running)
+            others = [group for group in self._groups if failed.isdisjoint(group.rows)]
+            if not failed or not others:
+                raise
+            chain.execution.recover([group.hidden for group in others])
+            self._recover(error, others)
 
     def _step(self, chain: Chain[Any]) -> None:
         """Take new rows, and run one segment on one group."""
@@ -397,6 +420,7 @@ class Scheduler:
         bucket = group.hidden.bucket
         soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
         rows = [*self._waiting, *(row for other in self._groups for row in other.rows)]
+        rows = [row for row in rows if not row.future.done()]
         late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
         for row, exit_number, logits in late:
             self._running = [row]
@@ -489,14 +513,19 @@ class Scheduler:
         if row.future.set_running_or_notify_cancel():
             row.future.set_exception(error)
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: Exception, others: Sequence[Group[Any]] = ()) -> None:
         """Begin again with the rows that are not answered, after an error.
 
         If it was in a group, the rows of that group run again one by one. Otherwise no row can run,
         and all of them get the error.
+
+        Args:
+            error: the error.
+            others: groups that go on.
         """
         running = [row for row in self._running if not row.future.done()]
-        rest = [row for group in self._groups for row in group.rows] + self._waiting
+        lost = (group for group in self._groups if group not in others)
+        rest = [row for group in lost for row in group.rows] + self._waiting
         failed = running if len(self._running) == 1 else []
         if not self._running:
             with self._changed:
@@ -506,7 +535,7 @@ class Scheduler:
         for row in failed:
             if not row.future.done():
                 self._fail(row, error)
-        self._running, self._groups = [], []
+        self._running, self._groups = [], list(others)
         begun = dict.fromkeys((*running, *rest))
         self._waiting = [row for row in begun if not row.future.done()]
 

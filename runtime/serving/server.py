@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -87,9 +88,13 @@ class Classifier(Protocol):
         """Tokenize texts."""
 
     async def classify_encoded(
-        self, rows: Sequence[EncodedRow], deadline_ms: float | None, max_exit: int | None
+        self,
+        rows: Sequence[EncodedRow],
+        deadline_ms: float | None,
+        max_exit: int | None,
+        arrived: float,
     ) -> list[Prediction]:
-        """Classify rows."""
+        """Classify rows whose texts arrived at some second of `perf_counter`."""
 
 
 def make_app(
@@ -213,26 +218,32 @@ class _Server:
 
     async def _classify(self, request: Request) -> Response:
         asked = await self._read(request, ClassifyRequest)
+        arrived = perf_counter()
         rows = await self._scheduler.encode(asked.texts)
-        found = await self._answers(request, asked, rows)
+        found = await self._answers(request, asked, rows, arrived)
         tokens = sum(map(len, rows))
         return _json(classify_response(asked, found, self._engine.labels, self._name, tokens))
 
     async def _predict(self, request: Request) -> Response:
         asked = await self._read(request, PredictRequest)
+        arrived = perf_counter()
         rows = await self._scheduler.encode(asked.texts)
         if not asked.truncate and any(row.truncated for row in rows):
             raise InputError("a text is too long", "shorten it, or ask for `truncate`")
-        found = await self._answers(request, asked, rows)
+        found = await self._answers(request, asked, rows, arrived)
         answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
         return _json(answers if asked.is_batch else answers[0])
 
     async def _answers(
-        self, request: Request, asked: ClassifyRequest | PredictRequest, rows: Any
+        self,
+        request: Request,
+        asked: ClassifyRequest | PredictRequest,
+        rows: Any,
+        arrived: float,
     ) -> list[Prediction]:
         """The answers; if the client leaves, its rows are cancelled."""
         work = asyncio.ensure_future(
-            self._scheduler.classify_encoded(rows, asked.deadline_ms, asked.max_exit)
+            self._scheduler.classify_encoded(rows, asked.deadline_ms, asked.max_exit, arrived)
         )
         left = asyncio.ensure_future(request.receive())
         try:

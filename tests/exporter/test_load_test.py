@@ -29,7 +29,7 @@ def test_every_request_is_answered(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert [load.server for load in loads] == [SCHEDULER, BATCHES, THREADS]
     assert [load.mean_layer for load in loads] == [2, 3, 2]
     for load in loads:
-        assert load.answered == load.requests > 0
+        assert load.answered == load.requests == loads[0].requests > 0
     # The last server has not added to the rows of the first two; the client asks once before.
     assert engine.tally.rows == loads[-1].requests + 1
 
@@ -38,16 +38,33 @@ def test_the_capacity_is_that_of_full_depth(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_test, "_CAPACITY_SECONDS", 0.01)
-    runs: list[tuple[int, object]] = []
+    runs: list[tuple[int, object, int]] = []
     run = Engine.run_encoded
 
     def counted(engine: Engine, rows: Any, rule: Any) -> Any:
-        runs.append((len(rows), rule))
+        runs.append((len(rows), rule, len({len(row) for row in rows})))
         return run(engine, rows, rule)
 
     monkeypatch.setattr(Engine, "run_encoded", counted)
-    assert load_test.capacity(engine, ["a", "b", "c"]) > 0
-    assert set(runs) == {(32, Budget(exit=3))}
+    # Texts in the order of their lengths would otherwise need no padding.
+    assert load_test.capacity(engine, ["a"] * 40 + ["a text of several words"] * 40) > 0
+    assert set(runs) == {(32, Budget(exit=3), 2)}
+
+
+def test_batches_have_at_most_32_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_test, "_WINDOW_SECONDS", 60.0)  # ends when the server is closed
+    sizes, run = [], Engine.run_encoded
+
+    def counted(engine: Engine, rows: Any, rule: Any) -> Any:
+        sizes.append(len(rows))
+        return run(engine, rows, rule)
+
+    monkeypatch.setattr(Engine, "run_encoded", counted)
+    batches = load_test._Batches(engine, Budget(exit=3))
+    futures = [batches.submit(row) for row in engine.encode(["a"] * 40)]
+    batches.close()
+    assert sizes == [32, 8]
+    assert {future.result(0).exit for future in futures} == {3}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +74,7 @@ def test_the_capacity_is_that_of_full_depth(
         (299, 5, 999, None, "held for 299 s"),
         (300, 4, 999, False, "no"),
         (10, 5, 1000, False, "no"),
+        (10, 0, float("nan"), False, "no"),
     ],
 )
 def test_sustainable_means_five_minutes(
@@ -72,6 +90,7 @@ def test_sustainable_means_five_minutes(
     monkeypatch.setenv("COLUMNS", "200")
     load = Load(SCHEDULER, 0.5, 1.0, seconds, 5, answered, 1.0, 1.0, 1.0, p99_ms, 1.0)
     report_loads(engine, 10.0, [load], as_json=True)
-    assert json.loads(capsys.readouterr().out)["loads"][0]["sustainable"] is sustainable
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["loads"][0]["sustainable"] is sustainable
     report_loads(engine, 10.0, [load], as_json=False)
     assert shown in capsys.readouterr().out

@@ -121,6 +121,11 @@ def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
     assert only["exit"].null_count == 2
 
 
+def test_a_negative_top_k(bert: Path) -> None:
+    with pytest.raises(InputError, match="top_k is -1"):
+        Classify(bert, top_k=-1)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist"):
         Classify(tmp_path / "engines")

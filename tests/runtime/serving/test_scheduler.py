@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -279,16 +278,16 @@ def test_closing_answers_what_was_submitted(engine: Engine) -> None:
     scheduler.close()
 
 
-def test_closing_can_cancel(engine: Engine, gate: Gate) -> None:
+def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(engine)
     futures = scheduler.submit_all(["a", "b"])
     gate.at()
-    closing = threading.Thread(target=scheduler.close, args=[True])
-    closing.start()
-    while not scheduler._cancels:
-        time.sleep(0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._thread, "join", lambda: None)
+        scheduler.close(cancel=True)
+        scheduler.close()  # as another thread may, at the same time
     gate.open()
-    closing.join(WAIT)
+    scheduler.close()
     assert all(future.cancelled() for future in futures)
     assert gate.begun == [(0, 2)]
 
@@ -319,27 +318,49 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
 
 
+def test_tokenization_is_part_of_the_deadline(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, encode = 0.0, engine.encode
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+
+    def slowly(texts: Sequence[Text]) -> Any:
+        nonlocal now
+        now += 1.0
+        return encode(texts)
+
+    monkeypatch.setattr(engine, "encode", slowly)
+    with Scheduler(engine) as scheduler:
+        missed = [scheduler.submit("a", deadline_ms=500.0).result(WAIT)]
+        missed += asyncio.run(scheduler.classify(["a"], deadline_ms=500.0))
+        assert [(answer.exit, answer.deadline_missed) for answer in missed] == [(1, True)] * 2
+        assert not scheduler.submit("a", deadline_ms=5000.0).result(WAIT).deadline_missed
+
+
+@pytest.mark.parametrize("bad", [1, 2])
 def test_a_late_answer_that_fails(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    bad: int, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fails for one of three late rows in two groups; the others are answered."""
     now = 0.0
     monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
-    fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
+    texts = ["sun", "rain sun rain", "film film"]
+    fail_answers(monkeypatch, bad=len(engine.encode(texts)[bad]))
     with Scheduler(engine) as scheduler:
-        late = scheduler.submit_all(["sun", "rain sun rain"], deadline_ms=5.0)
+        late = scheduler.submit_all(texts[:2], deadline_ms=5.0)
         assert gate.at() == (0, 2)
         gate.step()
         assert gate.at() == (1, 2)
-        late.append(scheduler.submit("film", deadline_ms=1.5))
+        late.append(scheduler.submit(texts[2], deadline_ms=1.5))
         gate.step()
         assert gate.at() == (0, 1)
         now = 1.0
         gate.open()
         with pytest.raises(MemoryError):
-            late[1].result(WAIT)
-        assert [answer.exit for answer in results([late[0], late[2]])] == [2, 1]
-        assert scheduler.unanswered == 0
+            late.pop(bad).result(WAIT)
+        assert [answer.exit for answer in results(late)] == [2, 1 if bad == 1 else 2]
+    assert scheduler.unanswered == 0
+    assert engine.tally.rows == 2
 
 
 def test_exit_0_answers_while_a_segment_waits(
@@ -410,6 +431,9 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(
             futures[1].result(WAIT)
         texts = ["sun", "the film", "the plot"]
         check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
+    # The group of "sun" went on.
+    assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1, 1, 1]
+    assert not engine.model._backend.check_out()._store._taken
     assert len(observed.failures) == 1
     assert observed.begun == (4 if observer is Counting else 0)
     assert ("the observer of a scheduler failed" in caplog.text) == (observer is Raising)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,20 @@ def test_what_fpabee_adds(server: Server) -> None:
     assert (first["exit"], first["deadline_limited"], first["deadline_missed"]) == (1, False, False)
     asked = {"input": "rain", "deadline_ms": -1}
     (late,) = server.post("/classify", asked).json()["data"]
+    assert (late["exit"], late["deadline_missed"]) == (1, True)
+
+
+def test_tokenization_is_part_of_the_deadline(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = server.engine.encode
+
+    def slowly(texts: Sequence[Text]) -> Any:
+        time.sleep(0.1)
+        return encode(texts)
+
+    monkeypatch.setattr(server.engine, "encode", slowly)
+    (late,) = server.post("/classify", {"input": "rain", "deadline_ms": 100}).json()["data"]
     assert (late["exit"], late["deadline_missed"]) == (1, True)
 
 
@@ -311,6 +325,7 @@ def test_a_failing_model(
             assert "secret" not in response.text
             assert ("it failed" in found["error"]) == isinstance(error, BackendError)
             assert ("it failed" in caplog.text) == isinstance(error, BackendError)
+            assert "\nfpabee_failed_rows_total 0.0\n" not in server.client.get("/metrics").text
         assert server.post("/classify", {"input": "a"}).status_code == 200
         server.scheduler.close()
 
@@ -345,20 +360,27 @@ def test_no_memory_for_one_text_fails_one_request(
         server.scheduler.close()
 
 
-def test_metrics_info_health_and_page(engines: Mapping[str, Path]) -> None:
-    with Engine.load(engines["bert"], rule=Budget(exit=2)) as engine:
+def test_metrics_info_health_and_page(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
+    with Engine.load(folder) as engine:
         server = Server(engine)
+        assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})
+        server.post("/classify", {"input": "d", "deadline_ms": -1})
         text = server.client.get("/metrics")
         assert text.headers["Content-Type"].startswith("text/plain")
         for line in (
-            'fpabee_rows_total{exit="1"} 0.0',
+            'fpabee_rows_total{exit="1"} 1.0',
             'fpabee_rows_total{exit="2"} 3.0',
-            "fpabee_queue_seconds_count 3.0",
-            "fpabee_answer_seconds_count 3.0",
-            "fpabee_batch_rows_sum 6.0",
-            "fpabee_deadline_missed_rows_total 0.0",
-            "fpabee_drift NaN",
+            "fpabee_queue_seconds_count 4.0",
+            "fpabee_answer_seconds_count 4.0",
+            "fpabee_batch_rows_sum 7.0",
+            "fpabee_deadline_limited_rows_total 1.0",
+            "fpabee_deadline_missed_rows_total 1.0",
+            "fpabee_drift 0.75",
         ):
             assert f"\n{line}\n" in text.text
         info = server.check("/info", server.client.get("/info"))
