@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from .stopping_costs import StoppingCosts
-from .sweep import exits_below, rounded, with_exit_0
+from .sweep import NEVER, exits_below, rounded, with_exit_0
 
 _PRICES = 30
 _ROUNDS = 6
@@ -117,6 +117,8 @@ def fit_per_exit(
         exits[:, here] = exits_below(scores[:, here], fitted, first)
     fitted = _fit(scores, costs.costs, costs.losses)
     rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in fitted]
-    if first == 0 and np.isfinite(scores[0]).any():
-        rules = [with_exit_0(rule, -limit) for rule, limit in zip(rules, fitted[:, 0], strict=True)]
+    if first == 0:
+        # A threshold that stops none of these rows could stop others.
+        limits = np.where(fitted[:, 0] > scores[0].min(), fitted[:, 0], NEVER)
+        rules = [with_exit_0(rule, -limit) for rule, limit in zip(rules, limits, strict=True)]
     return rules, exits

@@ -10,7 +10,6 @@ Tokenization is never included.
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import statistics
 import time
@@ -248,9 +247,8 @@ class _Runner:
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         embeddings, blocks, heads = model.parts
         head_of = dict(zip(model.exit_config.exits, heads, strict=True))
-        exits = range(1, len(heads) + 1)
-        rule = dataclasses.replace(self.rule, exit_0_threshold=None)
-        runner = RuleRunner(rule, task.problem_type, exits, task.label_thresholds)
+        exits = range(len(heads) + 1)
+        runner = RuleRunner(self.rule, task.problem_type, exits, task.label_thresholds)
         state, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
             weights = token_weights(bias)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import ModelError, Remedy, first_line
+from ..runtime.errors import Call, ModelError, Remedy, first_line
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
@@ -208,7 +208,10 @@ def _exit_config(
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            TRAIN,
+            Remedy(
+                "if it is a classifier, add exits to it: {call}",
+                call=Call("train", from_classifier=str(folder)),
+            ),
         )
     layers = int(config.num_hidden_layers)
     block = getattr(config, CONFIG_BLOCK, None) or {}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
+from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec, ProblemType
 from ..runtime.errors import Call, ModelError, Remedy, first_line
 from ..runtime.exit_0 import ARRAYS, ExitZero
 from .staging import replacing
@@ -30,12 +30,13 @@ def unigrams_of(vocabulary: int) -> int:
     return min(vocabulary, _MOST_UNIGRAMS)
 
 
-def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
+def save_exit_0(folder: Path, exit_0: ExitZero, problem_type: ProblemType) -> None:
     """Add exit 0 to a model_dir, or replace it; nothing else in the folder changes.
 
     Args:
         folder: the model_dir, which has a `config.json`.
         exit_0: the weights.
+        problem_type: the task that it was trained for, which `config.json` may not name.
 
     Raises:
         OSError: the folder cannot be written, and is unchanged.
@@ -45,6 +46,7 @@ def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
     content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
+    content["problem_type"] = problem_type.value
     with replacing(folder.resolve()) as new:
         text = json.dumps(content, indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")

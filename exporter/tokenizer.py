@@ -39,7 +39,7 @@ def save_tokenizer(
         ModelError: there is no tokenizer, or it cannot be converted or does not fit the model, or
             the length is impossible.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, model)
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest, own = model.backbone.max_positions(), tokenizer.model_max_length
     remedy = Remedy("give {max_length} between {low} and {high}", low=special + 1, high=longest)
@@ -50,13 +50,6 @@ def save_tokenizer(
         raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", remedy)
     else:
         max_length = min(longest, int(own)) if own < _NO_LIMIT else longest
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= model.backbone.config.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {source} gives token ids up to {largest}, but the model knows "
-            f"{model.backbone.config.vocab_size} tokens",
-            "use the tokenizer that the model was trained with",
-        )
     path = folder / TOKENIZER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with _model_errors(source):
@@ -88,11 +81,12 @@ def _check_sentencepiece(path: Path) -> None:
             replacements(bytes(charsmap))
 
 
-def load_tokenizer(source: Path) -> Any:
+def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
     """The fast Hugging Face tokenizer of a folder.
 
     Raises:
-        ModelError: there is none, or it cannot be read or has no fast version.
+        ModelError: there is none, or it cannot be read, has no fast version, or does not fit the
+            model.
     """
     from transformers import AutoTokenizer
 
@@ -113,5 +107,12 @@ def load_tokenizer(source: Path) -> Any:
         raise ModelError(
             f"the tokenizer of {source} ({type(tokenizer).__name__}) has no fast version",
             "convert it to tokenizer.json and put this file into the folder",
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.backbone.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {source} gives token ids up to {largest}, but the model knows "
+            f"{model.backbone.config.vocab_size} tokens",
+            "use the tokenizer that the model was trained with",
         )
     return tokenizer

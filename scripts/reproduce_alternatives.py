@@ -34,6 +34,7 @@ from fpabee.calibration.scoring import METRICS, LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import expected_labels
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
+from fpabee.exporter.staging import staging
 from fpabee.runtime import Budget, Engine, ExitRule, Goal, InputError
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.backends.onnxruntime_session import usable_cores
@@ -47,6 +48,7 @@ FULL_DEPTH, WITHOUT_EXIT_0 = "full depth", f"{POINT}, without exit 0"
 MODEL2VEC = "model2vec==0.10.0"
 
 _FULL = Budget(exit=1)  # of engines with one segment
+_NO_CALIBRATION = shutil.ignore_patterns("calibration")
 _SINGLE_ROWS = 200
 _REPEATS = 5
 
@@ -129,8 +131,9 @@ def _without_exit_0(folder: Path) -> Path:
     """A copy of an engines folder that does not have exit 0."""
     copy = folder.with_name(f"{folder.name}-without-exit-0")
     if not copy.is_dir():
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("calibration"))
-        write_manifest(copy, msgspec.structs.replace(read_manifest(copy), exit_0=None))
+        with staging(copy) as new:  # a copy that was interrupted would still have exit 0
+            shutil.copytree(folder, new, ignore=_NO_CALIBRATION, dirs_exist_ok=True)
+            write_manifest(new, msgspec.structs.replace(read_manifest(new), exit_0=None))
     return copy
 
 

@@ -167,7 +167,7 @@ def train_exit_0(
         return fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
     except ValueError as error:
         raise ModelError(
-            f"the training of exit 0 diverged: {error}", Remedy("leave out {exit_0}")
+            f"the training of exit 0 diverged: {error}", Remedy("use {exit_0} to train without it")
         ) from error
 
 

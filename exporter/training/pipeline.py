@@ -144,7 +144,7 @@ def train(
         save_checkpoint(model, output)
         tokenizer.save_pretrained(output)
     if exit_0:
-        save_exit_0(output, exit_0)
+        save_exit_0(output, exit_0, config.problem_type)
     if not options.in_place:
         model_card(report).save(output / "README.md")
         # Last, because this file marks the training as finished.
@@ -162,7 +162,8 @@ def load_model(folder: Path, problem_type: ProblemType | None) -> tuple[MultiExi
     """
     if not folder.is_dir():  # the hub has no place for what is added
         raise ModelError(f"model_dir {folder} does not exist", TRAIN)
-    return load_checkpoint(folder, problem_type, attention=None), load_tokenizer(folder)
+    model = load_checkpoint(folder, problem_type, attention=None)
+    return model, load_tokenizer(folder, model)
 
 
 def build_model(
@@ -171,7 +172,7 @@ def build_model(
     """The model to train, from an encoder or a classifier, and its tokenizer.
 
     Raises:
-        ModelError: the encoder cannot be used, or the exits do not fit it.
+        ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
     if teacher:
         folder, exits = teacher.folder, options.exits
@@ -192,7 +193,7 @@ def build_model(
     if options.freeze_encoder:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and is_head(name))
-    return model, load_tokenizer(folder)
+    return model, load_tokenizer(folder, model)
 
 
 def features(

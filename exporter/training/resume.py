@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...runtime.errors import InputError, Remedy
 from .options import TrainOptions
-from .report import REPORT_NAME, in_json_types
+from .report import in_json_types
 
 _OPTIONS_NAME = "options.json"
 # Options that do not change what the encoder learns.
@@ -40,7 +40,7 @@ def check_output(output: Path, options: TrainOptions) -> None:
                 f"{checkpoints_of(output)} holds no finished epoch to resume after",
                 Remedy("leave out {resume}"),
             )
-    elif (output / REPORT_NAME).is_file() and not (options.force or options.in_place):
+    elif (output / "config.json").is_file() and not (options.force or options.in_place):
         raise InputError(
             f"{output} already holds a model",
             Remedy("give {force} to replace it, or another {output}"),

@@ -79,7 +79,7 @@ def fix_times(patch: pytest.MonkeyPatch) -> list[str]:
 
     def model(engine: Engine, lengths: Any, batch: int) -> CostModel:
         measured.append(f"segments, batch {batch}")
-        return CostModel(batch, (1,), ((1.0,),) * len(engine.manifest.segments))
+        return CostModel(batch, (1,), ((1.0,),) * len(engine.manifest.exits))
 
     def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
         measured.append(f"{rule}, batch {batch}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fpabee.calibration.cli import main
 from fpabee.calibration.descriptions import promise_in_words
 from fpabee.calibration.outcome import drop_interval, exits_of
 from fpabee.calibration.points import compared_kinds
+from fpabee.calibration.report import plots
 from fpabee.calibration.risk import split
 from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Budget, Engine, Entropy, read_manifest, simulate
@@ -180,6 +182,30 @@ def test_at_most_six_kinds_are_compared(folder: Path, data: Path) -> None:
     for one in content["contenders"]:
         runs = one["chosen_on"]
         assert f"{runs['mean_depth']:.2f} {runs['estimated']:.2f}x" in table
+
+
+@pytest.mark.usefixtures("measured")
+def test_what_exit_0_answers_is_said(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "_svg", lambda figure: b"<svg/>")  # drawing takes seconds
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    rows = label_rows(folder)
+    options = ("--data", write(rows, tmp_path / "dev.jsonl"), "--max-drop", 20, "--compare")
+    table = said(folder, *options, "--report", tmp_path / "report")
+    with Engine.load(folder, threads=1) as engine:
+        texts = [row.content for row in rows]
+        early, full = engine.predict(texts), engine.predict(texts, full_depth=True)
+        assert engine.operating_point == "drop-20"
+    pairs = [(a, b) for a, b in zip(early, full, strict=True) if a.exit == 0]
+    changed = sum(a.labels != b.labels for a, b in pairs)
+    assert 0 < changed < len(pairs)
+    share, unlike = 100 * len(pairs) / len(rows), 100 * changed / len(pairs)
+    words = f"{share:.0f} % of rows, {unlike:.1f} % of them unlike full depth"
+    assert f"exit 0 answers at drop-20: {words}" in table
+    assert table.count(words) >= 2, "also in the comparison of rules"
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count(words) >= 2
 
 
 @pytest.mark.usefixtures("measured")

@@ -116,6 +116,19 @@ def test_few_settings_compete_with_exit_0_and_the_cascade_has_two_exits() -> Non
     assert set(np.unique(cascade.exits)) == {0, 5}
 
 
+def test_a_threshold_per_exit_that_stops_no_row_at_exit_0_is_left_out() -> None:
+    rows = make_rows(count=200)
+    logits = np.stack([-0.2 * rows.logits[-1], *rows.logits])  # exit 0 is wrong, and never certain
+    rows = dataclasses.replace(rows, logits=logits.astype(np.float32), first_exit=0)
+    families = make_families(with_costs(rows), ["entropy"], DEFAULT_MEASURES)
+    first = next(family for family in families if family.kind == "entropy per exit")
+    fitted = [first.rule(number) for number in range(len(first.exits))]
+    for rule in fitted:
+        stops = 0 in simulate(rows.logits, rule, rows.problem_type, first_exit=0).exits
+        assert stops == (rule.exit_0_threshold is not None)
+    assert len({rule.exit_0_threshold is None for rule in fitted}) == 2
+
+
 @pytest.mark.parametrize(
     ("rule", "depth"),
     [

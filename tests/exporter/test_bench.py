@@ -102,6 +102,19 @@ def test_report_and_progress(
         assert all(re.fullmatch(r", about \d+:\d\d", what[len(place) :]) for what, _, _ in mine[1:])
 
 
+def test_pytorch_has_no_exit_0(
+    exit_0_engines: Mapping[str, Path],
+    tiny_models: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)  # between variants
+    model_dir = str(tiny_models["bert"])
+    options = BenchOptions(Budget(exit=0), 1, shapes=(), max_single=1, model_dir=model_dir)
+    alone, _ = run_bench(exit_0_engines["bert"], TEXTS, options).workloads
+    assert alone.mean_depth == 0.0
+    assert PYTORCH in alone.timings
+
+
 def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
     texts = tmp_path / "rows"
     texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))

@@ -22,7 +22,7 @@ from fpabee.exporter.exit_0 import (
 )
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
-from fpabee.runtime.artifact.manifest import ExitZeroSpec
+from fpabee.runtime.artifact.manifest import ExitZeroSpec, ProblemType
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
@@ -31,6 +31,7 @@ from fpabee.runtime.exit_0 import ExitZero
 from ..bad_input.cases import change_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+SINGLE = ProblemType.SINGLE_LABEL
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
 
 
@@ -50,7 +51,7 @@ def read(folder: Path) -> ExitZero | None:
 def bert(tmp_path: Path) -> Path:
     """A published checkpoint, with exit 0."""
     folder = Path(shutil.copytree(GOLDEN / "pabee_bert", tmp_path / "bert"))
-    save_exit_0(folder, random_exit_0(load_config(folder).vocab_size, 3))
+    save_exit_0(folder, random_exit_0(load_config(folder).vocab_size, 3), SINGLE)
     return folder
 
 
@@ -58,7 +59,8 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     source = GOLDEN / "pabee_bert"
     assert read(source) is None, "checkpoints without it stay valid"
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, bert))
-    assert new == old | {"fpabee": {"exit_0": {"unigrams": 800, "buckets": 64}}}
+    block = {"exit_0": {"unigrams": 800, "buckets": 64}}
+    assert new == old | {"fpabee": block, "problem_type": SINGLE.value}
     names = {path.name for path in source.iterdir()}
     assert {path.name for path in bert.iterdir()} == names | {EXIT_0_FILE}
     for name in names - {"config.json"}:
@@ -73,7 +75,8 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     for name, array in given.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
 
-    save_exit_0(bert, ExitZero(800, given.table, given.weights, np.full(3, 5, np.float32)))
+    other = ExitZero(800, given.table, given.weights, np.full(3, 5, np.float32))
+    save_exit_0(bert, other, SINGLE)
     again = read(bert)
     assert again is not None
     assert again.bias.tolist() == [5, 5, 5]
@@ -130,11 +133,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "float32": (change(table=NAN.astype(np.float32)), "its arrays are float32"),
     "shapes": (change(bias=np.ones(4, np.float32)), "do not fit together"),
     "vocabulary": (
-        lambda folder: save_exit_0(folder, random_exit_0(1000, 3)),
+        lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
         "another vocabulary: it has 1000 unigrams, expected 800",
     ),
     "labels": (
-        lambda folder: save_exit_0(folder, random_exit_0(800, 2)),
+        lambda folder: save_exit_0(folder, random_exit_0(800, 2), SINGLE),
         "gives 2 logits for 3 labels",
     ),
     "an empty block": (with_block({"exit_0": {}}), "is not an exit 0: 'unigrams'"),
@@ -156,7 +159,7 @@ def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
     given = random_exit_0(load_config(source).vocab_size, 4)
-    save_exit_0(source, given)
+    save_exit_0(source, given, SINGLE)
     first = export(source, tmp_path / "engines")
     (tmp_path / "few").mkdir()
     few, _ = keep_exits(first.folder, first.manifest, (2,), tmp_path / "few")
@@ -181,7 +184,7 @@ def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
 
 def test_an_export_refuses_a_wrong_exit_0(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
-    save_exit_0(source, random_exit_0(load_config(source).vocab_size, 5))
+    save_exit_0(source, random_exit_0(load_config(source).vocab_size, 5), SINGLE)
     with pytest.raises(ModelError, match="gives 5 logits for 4 labels"):
         export(source, tmp_path / "engines")
     assert not (tmp_path / "engines").exists()

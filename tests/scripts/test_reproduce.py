@@ -22,7 +22,7 @@ from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.training import TrainOptions
-from fpabee.runtime import Engine, ProblemType
+from fpabee.runtime import Engine, ProblemType, read_manifest
 from fpabee.runtime.rules.base import ExitRule
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
@@ -200,6 +200,23 @@ def compared(
         folder, *files, {1: root / "cut"}, shifted, 1
     )
     return found
+
+
+def test_a_copy_without_exit_0_is_complete_or_not_there(
+    exit_0_engines: Mapping[str, Path],
+    tmp_path: Path,
+    load_script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alternatives = load_script("reproduce_alternatives")
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    with monkeypatch.context() as patch:
+        patch.setattr(alternatives, "write_manifest", None)  # fails, as if interrupted
+        with pytest.raises(TypeError):
+            alternatives._without_exit_0(folder)
+    copy = alternatives._without_exit_0(folder)
+    assert read_manifest(copy).exits == range(1, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"engines", "engines-without-exit-0"}
 
 
 def test_exits_are_compared_with_alternatives(compared: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def test_a_row_without_tokens_is_refused() -> None:
 
 def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exit_0, "_LR", float("inf"))
-    with pytest.raises(ModelError, match=r"training of exit 0 diverged: .* -> leave out exit_0"):
+    with pytest.raises(ModelError, match=r"exit 0 diverged: .* -> use exit_0 to train without it"):
         learn([Row("good"), Row("bad")], [0, 1], Stub(SINGLE, [0.0, 0.0]))
 
 
@@ -174,16 +174,16 @@ def test_a_training_that_stops_before_exit_0_is_resumed(
         np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["pabee_bert", "fpabee_albert"])
+@pytest.mark.parametrize(("name", "task"), [("pabee_bert", None), ("fpabee_albert", MULTI)])
 def test_exit_0_is_added_to_a_published_checkpoint(
-    name: str, write_rows: WriteRows, tmp_path: Path
+    name: str, task: ProblemType | None, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(GOLDEN / name, tmp_path / "model"))
     labels = load_checkpoint(folder).exit_config.labels
-    rows = [{"text": f"text {label}", "label": label} for label in labels]
+    rows = [{"text": f"text {label}", "labels": [label]} for label in labels]
     path = write_rows("rows.jsonl", rows * 8)
     before = {file.name: sha256_of(file) for file in folder.iterdir()}
-    report = train(folder, TrainOptions(path, path, exit_0_only=True))
+    report = train(folder, TrainOptions(path, path, problem_type=task, exit_0_only=True))
     after = {file.name: sha256_of(file) for file in folder.iterdir()}
     changed = {name for name, digest in after.items() if before.get(name) != digest}
     assert changed == {"config.json", EXIT_0_FILE}
@@ -192,7 +192,7 @@ def test_exit_0_is_added_to_a_published_checkpoint(
     assert len(report.scores["dev"]) == len(report.exits)
     old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, folder))
     assert list(new.pop("fpabee")) == ["exit_0"]
-    assert new == old
+    assert new == old | {"problem_type": (task or SINGLE).value}, "an export needs the task, too"
     train(folder, TrainOptions(path, path, exit_0_only=True, seed=7))
     assert sha256_of(folder / EXIT_0_FILE) != after[EXIT_0_FILE], "replaced without force"
 
@@ -226,5 +226,8 @@ def test_a_classifier_gets_exit_0_without_any_training_of_its_encoder(
         torch.testing.assert_close(model(ids, mask)[-1], expected, rtol=0, atol=1e-5)
     assert load_exit_0(tmp_path / "model", load_config(tmp_path / "model"), 3) is not None
     assert "after the layers 3:" in (tmp_path / "model" / "README.md").read_text()
-    with pytest.raises(InputError, match="already holds a model"):
-        train(tmp_path / "model", settings)
+    before = sha256_of(classifier.folder / "config.json")
+    for folder in (tmp_path / "model", classifier.folder):
+        with pytest.raises(InputError, match="already holds a model"):
+            train(folder, settings)
+    assert sha256_of(classifier.folder / "config.json") == before

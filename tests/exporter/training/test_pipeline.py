@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.files import Row, read_rows
+
+from ...bad_input.cases import change_config
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -176,6 +179,7 @@ def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_pat
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"train": "missing.jsonl"}, InputError, "missing.jsonl does not exist"),
     "no encoder": ({"backbone": "missing"}, ModelError, "missing does not exist"),
+    "tokenizer": ({"backbone": "small"}, ModelError, "gives token ids up to 799, but .* 700"),
     "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
     "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
     "unknown label": ({"dev": "other.jsonl"}, InputError, "line 1 has label 'other'"),
@@ -186,11 +190,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_nothing_is_written_when_the_input_is_bad(
     case: str,
     options: Options,
+    backbone: Path,
     write_rows: WriteRows,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(backbone, "small")
+    change_config(Path("small"), vocab_size=700)
     write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
     write_rows("none.jsonl", [{"text": "x"}])
     write_rows("other.jsonl", [{"text": "x", "label": "other"}])

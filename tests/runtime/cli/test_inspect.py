@@ -30,7 +30,9 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_folder_is_described(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+    engine_copy: Callable[..., Path],
+    exit_0_engines: Mapping[str, Path],
+    set_points: Callable[..., None],
 ) -> None:
     folder = engine_copy("mpnet")
     set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
@@ -51,6 +53,9 @@ def test_a_folder_is_described(
     assert (target["name"], target["why_not"]) == ("onnxruntime-fp32", "")
     assert target["size"] > 10_000
     assert content["environment"]["fpabee"] == __version__
+    shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
+    assert "exits: 0, 1, 2, 3" in shown
+    assert " 0 none 0.0 1 exit_0.npz 1 1 " in shown
 
 
 NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"

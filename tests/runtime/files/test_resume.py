@@ -205,7 +205,10 @@ def test_a_disk_that_is_full_when_the_table_is_made(classify: Classify) -> None:
     assert whole_lines(classify.output) == ROWS + 1
 
 
-def test_the_summary_is_that_of_all_rows(classify: Classify) -> None:
+def test_the_summary_is_that_of_all_rows(
+    classify: Classify, exit_0_engines: Mapping[str, Path]
+) -> None:
+    classify.engines = exit_0_engines["bert"]
     labels = ["music", "weather", "alarm", "travel"]
     lines = [
         json.dumps({"text": f"rain {n} the" * (n % 9), "label": labels[n % 4]}) for n in range(60)
@@ -213,6 +216,7 @@ def test_the_summary_is_that_of_all_rows(classify: Classify) -> None:
     lines[7] = lines[50] = "{"
     classify.source.write_text("\n".join(lines) + "\n")
     classify.rule = ("--metrics", "--on-error", "skip", "--rule", "pabee", "--patience", "1")
+    classify.rule += ("--exit-0-threshold", "0.6")
 
     def told(err: str) -> list[str]:
         """Everything but times and the rows of the earlier run."""
@@ -228,6 +232,8 @@ def test_the_summary_is_that_of_all_rows(classify: Classify) -> None:
     content = json.loads(classify("--resume", "--json").err)
     assert content["rows_per_second"] * content["seconds"] == pytest.approx(60 - 32)
     ran = sum(part["layer"] * part["rows"] for part in content["exits"])
+    assert content["exits"][0]["layer"] == 0
+    assert 0 < content["exits"][0]["rows"] < 58
     assert content["mean_depth"] == pytest.approx(ran / 58), "of the rows that could be read"
 
 
