@@ -44,7 +44,7 @@ _BATCH = 32
 _WINDOW_SECONDS = 0.005
 _MOST_ROWS = 1000
 _MOST_THREADS = 256
-_CAPACITY_SECONDS = 30.0
+_CAPACITY_SECONDS = 20.0
 # After the last request, how long the client waits for answers.
 _PATIENCE_SECONDS = 10.0
 
@@ -98,6 +98,7 @@ class _Rows(ABC):
     def __init__(self, engine: Engine, rule: ExitRule) -> None:
         self._engine = engine
         self._rule = rule
+        self._unanswered = 0
 
     async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         return self._engine.encode(texts)
@@ -105,7 +106,13 @@ class _Rows(ABC):
     async def classify_encoded(
         self, rows: Sequence[EncodedRow], *_: float | None
     ) -> list[Prediction]:
-        return list(await asyncio.gather(*(asyncio.wrap_future(self.submit(row)) for row in rows)))
+        if self._unanswered >= _MOST_ROWS:
+            raise OverloadedError("the queue is full")
+        self._unanswered += len(rows)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(self.submit(row)) for row in rows))
+        finally:
+            self._unanswered -= len(rows)
 
     @abstractmethod
     def submit(self, row: EncodedRow) -> Future[Prediction]:
@@ -122,19 +129,19 @@ class _Rows(ABC):
 
 
 class _Batches(_Rows):
-    """Runs up to 32 rows as a batch, at most 5 ms after the first of them has arrived."""
+    """Runs up to 32 rows as a batch; it waits for more until 5 ms after the first has arrived."""
 
     def __init__(self, engine: Engine, rule: ExitRule) -> None:
         super().__init__(engine, rule)
-        self._queue: queue.Queue[tuple[EncodedRow, Future[Prediction]] | None] = queue.Queue()
+        # Rows, their answers, and until when a batch waits for more rows.
+        self._queue: queue.Queue[tuple[EncodedRow, Future[Prediction], float] | None]
+        self._queue = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def submit(self, row: EncodedRow) -> Future[Prediction]:
-        if self._queue.qsize() >= _MOST_ROWS:
-            raise OverloadedError("the queue is full")
         future: Future[Prediction] = Future()
-        self._queue.put((row, future))
+        self._queue.put((row, future, time.perf_counter() + _WINDOW_SECONDS))
         return future
 
     def close(self) -> None:
@@ -143,7 +150,7 @@ class _Batches(_Rows):
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch, ends = [first], time.perf_counter() + _WINDOW_SECONDS
+            batch, ends = [first], first[2]
             while len(batch) < _BATCH:
                 try:
                     item = self._queue.get(timeout=max(0.0, ends - time.perf_counter()))
@@ -154,8 +161,8 @@ class _Batches(_Rows):
                     break
                 batch.append(item)
             batch = [item for item in batch if item[1].set_running_or_notify_cancel()]
-            answers = self._run([row for row, _ in batch]) if batch else []
-            for (_, future), answer in zip(batch, answers, strict=True):
+            answers = self._run([row for row, _, _ in batch]) if batch else []
+            for (_, future, _), answer in zip(batch, answers, strict=True):
                 future.set_result(answer)
 
 
@@ -174,7 +181,7 @@ class _Threads(_Rows):
 
 
 def capacity(engine: Engine, texts: Sequence[Text]) -> float:
-    """Rows in a second at full depth, in batches of 32 random texts, as the client sends them."""
+    """Rows in a second at full depth, in batches of 32 texts chosen at random."""
     rule = Budget(exit=engine.manifest.exits[-1])
     rows, choose = engine.encode(texts), random.Random(0)
     engine.run_encoded(choose.choices(rows, k=_BATCH), rule)
@@ -218,8 +225,8 @@ def run_load_test(
             progress(f"{server}, load {share:g}", number, steps)
             engine.reset_tally()  # what other servers answered must not guide the scheduler
             with _served(engine, server) as port:
-                seed = number // len(servers)  # all servers get the same requests
-                sent = client.submit(_send, port, bodies, share * full, seconds, seed).result()
+                # The same texts arrive at the same times at every server.
+                sent = client.submit(_send, port, bodies, share * full, seconds).result()
             loads.append(_summary(server, share, share * full, seconds, *sent))
     return full, loads
 
@@ -281,10 +288,10 @@ def _served(engine: Engine, server: str) -> Iterator[int]:
 
 
 def _send(
-    port: int, bodies: Sequence[bytes], rate: float, seconds: float, seed: int
+    port: int, bodies: Sequence[bytes], rate: float, seconds: float
 ) -> tuple[int, list[tuple[float, int, float]]]:
     """The client: how many requests were sent, and of each answer its time, layer and end."""
-    return asyncio.run(_Client(port).send(bodies, rate, seconds, random.Random(seed)))
+    return asyncio.run(_Client(port).send(bodies, rate, seconds, random.Random(rate)))
 
 
 class _Client:

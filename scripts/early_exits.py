@@ -10,7 +10,7 @@ table has means over seeds of
 - the score of each exit on test,
 - the layers in % that `balanced`, chosen on dev, saves on test, and its score there,
 - the layers in % that one threshold of entropy could save on dev and test together, if the score
-  may be half a point below the last exit of `plain` (for `half` and `unlabelled`: of `half`),
+  may be half a point below the last exit of `plain` (for ways with half of the rows: of `half`),
 - the seconds of the training.
 
 The ways are:
@@ -21,7 +21,9 @@ The ways are:
   on what that last exit predicted ("mixed" training, arXiv 2407.14320).
 - `separated`: each layer learns from the next exit only (SWEET, arXiv 2306.02307).
 - `hidden`: the first two exits have one hidden layer.
+- `longer-hidden`: the same with twice as many epochs.
 - `half`: `plain` with half of the labelled rows.
+- `longer-half`: the same with three times as many epochs, which are the steps of `unlabelled`.
 - `unlabelled`: `two-phase` with that half, and in the second phase also with the other half, whose
   targets are what the last exit predicted.
 """
@@ -56,7 +58,19 @@ from fpabee.exporter.training.trainer import Features, MultiExitTrainer
 from fpabee.runtime import Goal, ProblemType
 from fpabee.runtime.rules.rules import Entropy
 
-WAYS = ("plain", "longer", "two-phase", "separated", "hidden", "half", "unlabelled")
+# How many times as many epochs each way has as `plain`.
+WAYS = {
+    "plain": 1,
+    "longer": 2,
+    "two-phase": 1,
+    "separated": 1,
+    "hidden": 1,
+    "longer-hidden": 2,
+    "half": 1,
+    "longer-half": 3,
+    "unlabelled": 1,
+}
+HALF = ("half", "longer-half", "unlabelled")
 EPOCHS = {"trec": 3.0, "sst2": 3.0, "mrpc": 2.0, "snips": 1.0}
 GOAL = 0.5  # points
 METRIC = METRICS[ProblemType.SINGLE_LABEL][0]
@@ -92,25 +106,24 @@ class TargetTrainer(MultiExitTrainer):
 def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict[str, Any]:
     """Train one model; returns logits `[exits, rows, labels]` and labels of dev and test."""
     files = {part: str(data / name / f"{part}.jsonl.gz") for part in ("train", "dev", "test")}
-    epochs = EPOCHS[name] * (2 if way == "longer" else 1)
     options = TrainOptions(
         train=files["train"],
         dev=files["dev"],
         backbone=backbone,
         seed=seed,
         bf16=True,
-        epochs=epochs,
+        epochs=EPOCHS[name] * WAYS[way],
         exit_0=False,
     )
     set_seed(seed)
     rows = {part: load_rows(path, True, options.reading) for part, path in files.items()}
     usual, tokenizer = build_model(options, label_names(rows["train"], files["train"]))
-    config = replace(usual.exit_config, hidden_layers=2 if way == "hidden" else 0)
+    config = replace(usual.exit_config, hidden_layers=2 if "hidden" in way else 0)
     model = MultiExitModel(usual.backbone.encoder, config)
     length = min(options.max_length, model.backbone.max_positions())
     parts = {part: features(found, tokenizer, config, length) for part, found in rows.items()}
     others: Features = []
-    if way in ("half", "unlabelled"):
+    if way in HALF:
         order = np.random.default_rng(seed).permutation(len(parts["train"]))
         half = [parts["train"][number] for number in order]
         middle = len(half) // 2
@@ -228,7 +241,7 @@ def judged(work: Path, stored: Path) -> dict[str, Any]:
     for key, content in logits.items():
         name, rest = key.split("-", 1)
         way, seed = rest.rsplit("-", 1)
-        usual = "half" if way in ("half", "unlabelled") else "plain"
+        usual = "half" if way in HALF else "plain"
         full = known[f"{name}-{usual}-{seed}"]["full"]
         known[key]["possible"] = 100 * possible_saving(both(content), full)
     stored.write_text(json.dumps(known, indent=1) + "\n")
@@ -242,7 +255,9 @@ def table(known: dict[str, Any]) -> list[str]:
         titles = "way", "seeds", "each exit", "balanced saves", "its score", "possible", "seconds"
         lines += ["", f"## {name}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for way in WAYS:
-            found = [each for key, each in known.items() if key.startswith(f"{name}-{way}-")]
+            found = [
+                each for key, each in known.items() if key.rsplit("-", 1)[0] == f"{name}-{way}"
+            ]
             if found:
                 mean = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
                 exits = " ".join(f"{score:.1f}" for score in mean["exits"])
@@ -255,7 +270,7 @@ def table(known: dict[str, Any]) -> list[str]:
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Logits.")
 @click.option("--only", multiple=True, type=click.Choice(list(EPOCHS)), help="Default: all.")
-@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), help="Default: all.")
+@click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="Default: all.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42, 43, 44))
 @click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
