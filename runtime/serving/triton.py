@@ -81,7 +81,7 @@ def write_repository(
     gpu = manifest.targets[chosen].on_gpu
     lines = [
         'backend: "python"',
-        f"max_batch_size: {max_texts}",
+        f"max_batch_size: {min(max_texts, max_rows)}",
         *(f"input {{ {_tensor(text, 'STRING', 1)}{more} }}" for text, more in INPUTS.items()),
         *(
             f"output {{ {_tensor(output, kind, sizes.get(source, 1))} }}"

@@ -104,8 +104,9 @@ def test_a_target_on_a_gpu_gets_a_gpu(engine_copy: Callable[..., Path], tmp_path
     targets = {**manifest.targets, "tensorrt-fp32": gpu}
     write_manifest(engines, msgspec.structs.replace(manifest, targets=targets))
 
-    folder = write_repository(engines, tmp_path / "r", "m", target="tensorrt-fp32")
+    folder = write_repository(engines, tmp_path / "r", "m", target="tensorrt-fp32", max_rows=9)
 
+    assert "max_batch_size: 9\n" in config_of(folder)  # more texts would never be queued
     assert "kind: KIND_GPU" in config_of(folder)
     assert 'output { name: "LABEL" data_type: TYPE_STRING dims: 5 }' in config_of(folder)
 
