@@ -83,7 +83,9 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written; the target is unchanged.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
+    # Inside of the target if it exists, which may be a disk of its own.
+    place = target if target.exists() else target.parent
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=place) as name:
         yield Path(name)
         target.mkdir(exist_ok=True)
         for file in sorted(Path(name).iterdir()):
