@@ -190,15 +190,19 @@ def print_report(report: BenchReport, console: Console) -> None:
     table = Table("workload", "variant", "median ms", "p95 ms", "x full graph", "theory", "share")
     for workload in report.workloads:
         for variant, timing in workload.timings.items():
-            is_rule = variant == WITH_RULE
+            theory = share = ""
+            if variant == WITH_RULE:
+                theory, share = f"{workload.theoretical:.2f}", f"{workload.realised_share:.3f}"
+                if not workload.mean_depth:  # layers have no ratio
+                    theory, share = "no layers", ""
             table.add_row(
                 workload.name if variant == FULL_GRAPH else "",
                 variant,
                 f"{timing.median_ms:.1f}",
                 f"{timing.p95_ms:.1f}",
                 f"{workload.speedup(variant):.2f}",
-                f"{workload.theoretical:.2f}" if is_rule else "",
-                f"{workload.realised_share:.3f}" if is_rule else "",
+                theory,
+                share,
             )
         table.add_section()
     console.print(table)

@@ -26,9 +26,10 @@ from fpabee.exporter.bench import (
     _Graph,
     run_bench,
 )
-from fpabee.exporter.cli.bench import main
+from fpabee.exporter.cli.bench import main, print_report
 from fpabee.exporter.prune.keep import keep_exits
-from fpabee.runtime import Budget, Engine, ExitRule, read_manifest
+from fpabee.runtime import Budget, Engine, Entropy, ExitRule, read_manifest
+from fpabee.runtime.cli.console import table_console
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 
@@ -113,6 +114,23 @@ def test_pytorch_has_no_exit_0(
     alone, _ = run_bench(exit_0_engines["bert"], TEXTS, options).workloads
     assert alone.mean_depth == 0.0
     assert PYTORCH in alone.timings
+
+
+def test_a_rule_by_which_no_layer_runs(
+    exit_0_engines: Mapping[str, Path],
+    tiny_models: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)
+    rule, model_dir = Entropy(threshold=0.0, exit_0_threshold=0.0), str(tiny_models["bert"])
+    options = BenchOptions(rule, 1, shapes=(), max_single=2, model_dir=model_dir)
+    report = run_bench(exit_0_engines["bert"], TEXTS, options)
+    assert {workload.mean_depth for workload in report.workloads} == {0.0}
+    assert PYTORCH in report.workloads[0].timings, "PyTorch runs the same rule without exit 0"
+    print_report(report, table_console())
+    lines = [line for line in capsys.readouterr().out.splitlines() if WITH_RULE in line]
+    assert ["no layers" in line for line in lines] == [True, True]
 
 
 def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
