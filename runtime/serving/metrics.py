@@ -37,7 +37,10 @@ class Metrics(Observer):
         self._failed = made(Counter, "failed_rows", "Rows that got an error.")
         self._refused = made(Counter, "refused_rows", "Rows that a full queue refused.")
         self._queue = made(
-            Histogram, "queue_seconds", "From arrival to the first segment.", buckets=_SECONDS
+            Histogram,
+            "queue_seconds",
+            "From arrival to the first segment, or to the answer at exit 0.",
+            buckets=_SECONDS,
         )
         self._answer = made(
             Histogram, "answer_seconds", "From arrival to the answer.", buckets=_SECONDS
