@@ -148,22 +148,28 @@ def check_options(options: AddTargetsOptions) -> None:
     Raises:
         BackendError: a backend that was asked for cannot build here.
         MissingExtraError: what int8 needs is not installed.
-        InputError: a file of texts does not exist, its format is unknown, or int8 needs more texts.
+        InputError: a file of texts does not exist or is a pipe, its format is unknown, or int8
+            needs more texts.
     """
     for backend in options.backends or ():
         is_cpu = backend in cpu.BACKENDS
         error = cpu.unavailable_reason(backend) if is_cpu else unavailable_reason(backend)
         if error:
             raise error
+    for data in (options.calibration_data, options.verify_data):
+        if data is not None:
+            Inputs([data], options.reading)
+            if not data.is_file():
+                raise InputError(
+                    f"{data} can be read only once, but these texts are read several times",
+                    "store them in a file, and give that",
+                )
     for_plans, for_cpus = _int8_forms(options)
     if options.calibration_data is not None and (for_plans or for_cpus):
         require("quantize" if for_cpus else "half")
         from .precision.int8 import split_texts
 
         split_texts(_texts(options.calibration_data, options))
-    for data in (options.calibration_data, options.verify_data):
-        if data is not None:
-            Inputs([data], options.reading)
 
 
 def _add_targets(
@@ -203,10 +209,15 @@ def _add_targets(
     if for_cpus and options.calibration_data is not None:
         from .targets.cpu_int8 import add_cpu_int8
 
-        versions = {name: cpu.version_of(name) for name in cpu.BACKENDS if name in backends}
-        usable = {name: version for name, version in versions.items() if version}
+        # Older targets run the graphs that are replaced, so they are checked again, too.
+        versions = {
+            name: version
+            for name in cpu.BACKENDS
+            if ((version := cpu.version_of(name)) and name in backends)
+            or f"{name}-{INT8}" in manifest.targets
+        }
         rows = _rows(options.calibration_data, options)
-        manifest, int8 = add_cpu_int8(path, manifest, usable, rows, progress)
+        manifest, int8 = add_cpu_int8(path, manifest, versions, rows, progress)
         write_manifest(path, manifest)
         checked += int8
     manifest, default = _with_default(path, manifest, checked, options, progress)
@@ -226,6 +237,9 @@ def _with_default(
 ) -> tuple[Manifest, str]:
     """The manifest with its default target, and what there is to say about it."""
     name = options.default_target
+    reason = {target.name: target.refused for target in checked}.get(name or "")
+    if reason and name not in manifest.targets:
+        raise VerificationError(f"{name} is not kept: {reason.message}", reason.remedy)
     if name is not None:
         fixed = target_of(path, manifest, name)
         manifest = msgspec.structs.replace(manifest, default_target=fixed, default_is_fixed=True)
@@ -273,12 +287,12 @@ def _add_precisions(
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)
-    has_int8 = INT8 in manifest.precisions
-    if not int8_for_plans:
-        has_int8 |= any(target.precision == INT8 for target in manifest.targets.values())
-    if options.calibration_data is None and options.int8 and not has_int8:
+    built = {target.backend for target in manifest.targets.values() if cpu.is_cpu_int8(target)}
+    missing = set(options.backends or ()) & set(cpu.BACKENDS) - built
+    has_int8 = INT8 in manifest.precisions if int8_for_plans else built
+    if options.calibration_data is None and options.int8 and (missing or not has_int8):
         raise InputError(
-            f"{path} has no int8 graphs, and no texts are given for their ranges",
+            f"{path} lacks int8 targets that were asked for, and no texts are given for the ranges",
             Remedy("give texts like those to classify as {calibration_data}"),
         )
     return manifest, checks

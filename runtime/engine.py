@@ -135,7 +135,7 @@ class Engine:
         fit_target: bool = False,
     ) -> None:
         """Called by `Engine.load`, which opens the model."""
-        self._folder = folder
+        self._folder = folder.absolute()
         self.model, self.target = model, model.target
         self.manifest = manifest = model.manifest
         self.labels = manifest.task.labels

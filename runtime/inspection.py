@@ -136,7 +136,7 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
         manifest: its manifest.
         states: the result of `target_states`.
     """
-    records = dict.fromkeys(_records(manifest))
+    records = dict.fromkeys(_records(folder, manifest))
     damaged = []
     for file, sha256 in records:
         try:
@@ -157,11 +157,13 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
     return Integrity(len(records), tuple(damaged), agreement, refused, how)
 
 
-def _records(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Every file that the manifest names, with its hash."""
+def _records(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Every file that the folder must have, with its hash."""
     yield manifest.tokenizer.file, manifest.tokenizer.sha256
-    for graphs in (manifest.graphs, *manifest.precisions.values()):
-        yield from ((graph.file, graph.sha256) for graph in graphs.values())
+    # An export with --no-onnx deletes the graphs; targets with files do not run them.
+    if (folder / "onnx").exists() or not all(t.files for t in manifest.targets.values()):
+        for graphs in (manifest.graphs, *manifest.precisions.values()):
+            yield from ((graph.file, graph.sha256) for graph in graphs.values())
     for target in manifest.targets.values():
         yield from ((file.file, file.sha256) for file in target.files.values())
     if manifest.exit_0 is not None:

@@ -112,7 +112,7 @@ def alternatives(engines: Path, data: Path, cuts: dict[int, Path]) -> Iterator[A
         yield Alternative(f"fpabee-{point or 'full-depth'}", "fpabee", "", settings)
     rule = read_manifest(engines).targets[target].operating_points[PABEE].rule
     # A rule without patience is full depth: no patience loses little enough.
-    yield Alternative(PABEE, PABEE, "", {"patience": rule.get("patience", 0)})
+    yield Alternative(PABEE, PABEE, "", {"patience": rule.get("patience")})
     yield from OTHERS
     for layers, model in cuts.items():
         settings = {"backend": "openvino", "int8": False, "model": str(model)}

@@ -18,6 +18,8 @@ import numpy as np
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
+from ...runtime.backends.onnxruntime_session import cpu_session, ort_errors
+from ...runtime.backends.stepping import steps
 from ...runtime.encoding import (
     Arrays,
     EncodedRow,
@@ -26,7 +28,7 @@ from ...runtime.encoding import (
     padded_batches,
     padding_values,
 )
-from ...runtime.errors import InputError, Remedy, VerificationError
+from ...runtime.errors import InputError, Remedy, VerificationError, first_line
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
@@ -117,8 +119,6 @@ def graph_inputs(
     Yields:
         The name of a graph and its inputs, for each call on each batch.
     """
-    from ...runtime.backends.onnxruntime_session import cpu_session
-    from ...runtime.backends.stepping import steps
 
     def open_session(name: str) -> Any:
         graph = manifest.graphs[name]
@@ -142,7 +142,7 @@ def quantize(
         progress: called with (what, done, total).
 
     Raises:
-        VerificationError: a graph could not be quantized.
+        VerificationError: a graph could not be quantized, or memory or space is lacking.
     """
     import onnx
 
@@ -156,8 +156,14 @@ def quantize(
             path = verified_graph(folder, graph.file, graph.sha256)
             arguments += [str(path), str(stored[name]), str(targets[name])]
         # On disk, since the inputs of all graphs may be larger than the memory.
-        for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
-            np.savez(stored[name] / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
+        try:
+            for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
+                np.savez(stored[name] / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
+        except (OSError, *ort_errors()) as error:
+            raise VerificationError(
+                f"the inputs of the graphs cannot be collected in {temporary}: {first_line(error)}",
+                "free some memory, and space there, or give fewer or shorter texts",
+            ) from error
         progress("int8 graphs", 0, 1)
         command = [sys.executable, "-m", f"fpabee.exporter.precision.{worker}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -190,13 +190,14 @@ def verified_target(
     try:
         with _engine(folder, candidate, name) as engine:
             agreement = engine.check()
+            tolerance = agreement.max_logit_difference
             if judge is not None:
                 agreement, score = judge(engine)
+                tolerance = max(tolerance, agreement.max_logit_difference)
             difference = _row_difference(folder, engine)
     except FpabeeError as error:
         rest = only(manifest, lambda other, _: other != name)
         return rest, CpuTarget(name, refused=error)
-    tolerance = agreement.max_logit_difference
     passed = msgspec.structs.replace(
         target,
         tolerance=tolerance,
@@ -216,7 +217,7 @@ def with_fastest_default(
 ) -> tuple[Manifest, str]:
     """Measure all targets for CPUs, and make the fastest one the default target.
 
-    The default target stays if it was chosen by hand, if it has operating points, which another
+    The default target stays if it was chosen by hand, if it has operating points that the fastest
     target does not have, or if it is for a GPU.
 
     Args:
@@ -241,6 +242,7 @@ def with_fastest_default(
     targets = dict(manifest.targets)
     for name, speed in speeds.items():
         targets[name] = msgspec.structs.replace(targets[name], relative_speed=round(speed, 3))
+    points = {name: target.operating_points.keys() for name, target in targets.items()}
     before = manifest.default_target
     near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
     # Of targets that are about as fast, the most exact; fp32 is as exact as fp32.
@@ -248,7 +250,7 @@ def with_fastest_default(
     why = f"{speeds[fastest]:.2f} times as fast as {names[0]} here, at full depth"
     if manifest.default_is_fixed:
         chosen, why = before, "as chosen by hand"
-    elif manifest.targets[before].operating_points:
+    elif points[before] - points[fastest]:
         chosen, why = before, f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
         chosen, why = before, "which does not run on this CPU"

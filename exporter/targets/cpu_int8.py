@@ -19,7 +19,7 @@ from ...runtime.progress import Progress
 from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
-from .cpu import INT8_FOLDER, CpuTarget, is_cpu_int8, judge_of, only, verified_target
+from .cpu import INT8_FOLDER, CpuTarget, judge_of, verified_target
 
 
 def add_cpu_int8(
@@ -36,7 +36,8 @@ def add_cpu_int8(
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the targets is returned, not written.
-        versions: by backend, the version of the library that is to run them.
+        versions: by backend, the version of the library that is to run them. Backends of older
+            targets are among them; the version is empty if the library cannot run here.
         rows: at least 32 texts like those that will be classified. Of the first 512, every other
             one gives the ranges. The rest judge the result, also by its score if they have labels.
         progress: called with (what, done, total).
@@ -64,8 +65,14 @@ def add_cpu_int8(
                 sha256=sha256_of(path),
                 onnx_sha256=manifest.graphs[name].sha256,
             )
+        moved = {
+            name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}.onnx")
+            for name, file in files.items()
+        }
         for backend, version in versions.items():
             name = f"{backend}-{INT8}"
+            if not version and manifest.targets[name].files == moved:
+                continue  # the graphs are the same, so the target stays valid elsewhere
             progress(f"verify {name}", 0, 1)
             target = Target(
                 backend=backend,
@@ -82,12 +89,6 @@ def add_cpu_int8(
         place.mkdir(exist_ok=True)
         for path in Path(temporary).iterdir():
             path.replace(place / path.name)
-    # Other targets in int8 ran the files that were replaced.
-    changed = only(changed, lambda _, target: not is_cpu_int8(target) or target.files == files)
-    moved = {
-        name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}.onnx")
-        for name, file in files.items()
-    }
     targets = {
         name: msgspec.structs.replace(target, files=moved) if target.files == files else target
         for name, target in changed.targets.items()

@@ -221,7 +221,8 @@ class Backend(ABC, Generic[B]):
         self.stages = plan_buffers(manifest)
         self.specs = carried_specs(self.graphs)
         self.padding = padding_values(manifest.tokenizer)
-        self._folder = folder
+        # Segments are loaded when needed, and until then the process may change its directory.
+        self._folder = folder.absolute()
         self._shapes = manifest.shapes
         self._threads = threads
         self._lock = threading.Lock()

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,10 @@ def has_bf16() -> bool:
 def openvino_version() -> str:
     """The installed version; see `has_bf16` for the errors."""
     _core()
-    return metadata.version("openvino")
+    import openvino as ov
+
+    # Not that of its package, which an OpenVINO from an archive does not have.
+    return str(ov.__version__).split("-")[0]
 
 
 def length_steps(longest: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fpabee.runtime import Engine
+from fpabee.runtime import Budget, Engine, ExitRule, Pabee
 
 TEXTS = ["turn on the light", "is it not a good film", "book a table", "play music"]
 MEASURED = {"score": 0.5, "rows": 4, "median_ms": 2.0, "p99_ms": 3.0, "rows_per_s": 400.0}
@@ -53,6 +53,29 @@ def test_an_alternative_is_measured_in_a_fresh_process(
     wrong = peers.Alternative("other", "fpabee", "", settings | {"point": "none such"})
     with pytest.raises(RuntimeError, match="no operating point 'none such'"):
         peers.measure(wrong, given, tmp_path)
+
+
+@pytest.mark.parametrize("rule", [Pabee(patience=1), Budget(exit=3)])
+def test_pabee_stops_as_its_operating_point_does(
+    peers: ModuleType,
+    load_script: Callable[[str], ModuleType],
+    tiny_models: Mapping[str, Path],
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    rule: ExitRule,
+) -> None:
+    child, folder = load_script("peers_child"), engine_copy()
+    set_points(folder, pabee=rule)
+    found = {other.name: other.settings for other in peers.alternatives(folder, folder, {})}
+    spec = child.Specification(model=tiny_models["bert"], engines=folder, **found["pabee"])
+    texts = [*TEXTS, "rain", "the sun", "call mum", "a bad film in the morning"]
+    with Engine.load(folder) as engine:
+        expected, first = (
+            [row.labels[0] for row in engine.predict(texts, rule=each)]
+            for each in (rule, Budget(exit=1))
+        )
+    assert expected != first
+    assert child.load_pabee(spec)(texts) == expected
 
 
 def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,11 +17,20 @@ from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets.options import PlanOptions
-from fpabee.runtime import BackendError, Budget, Engine, Manifest, read_manifest
+from fpabee.runtime import (
+    BackendError,
+    Budget,
+    Engine,
+    Manifest,
+    Trace,
+    VerificationError,
+    read_manifest,
+)
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
 
 pytest.importorskip("openvino")
@@ -111,6 +121,8 @@ def test_a_target_that_changes_answers_is_not_kept(
     assert first.name == FP32
     assert "not the model that was exported, from exit 1 on" in str(first.refused)
     assert FP32 not in read_manifest(folder).targets
+    with pytest.raises(VerificationError, match=f"{FP32} is not kept: .* from exit 1 on"):
+        add(folder, FP32)
 
 
 def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
@@ -161,6 +173,36 @@ def test_a_default_with_operating_points_stays(
     set_points(folder, fast=Budget(exit=1))
     assert "has operating points" in add(folder).default
     assert read_manifest(folder).default_target == ONNX
+    set_points(folder, FP32, fast=Budget(exit=1))
+    changed, _ = cpu.with_fastest_default(folder, read_manifest(folder), silent)
+    assert changed.default_target == FP32
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.5])
+def test_the_tolerance_covers_all_texts_of_the_check(folder: Path, difference: float) -> None:
+    manifest = read_manifest(folder)
+    with Engine.load(folder) as engine:
+        agreement = dataclasses.replace(engine.check(), max_logit_difference=difference)
+    judge: Any = lambda _: (agreement, None)  # noqa: E731
+    found, _ = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], judge)
+    tolerance = found.targets[FP32].tolerance
+    assert tolerance is not None
+    assert tolerance == difference if difference else 0.0 < tolerance < 1e-3
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_neighbours_and_padding_count_as_influence(folder: Path, rows: int) -> None:
+    with Engine.load(folder) as engine:
+        trace = engine.trace
+
+        def influenced(texts: Sequence[Text]) -> Trace:
+            found = trace(texts)
+            if min(len(texts), 3) == rows:
+                found.logits[:, 0] += 1.0
+            return found
+
+        engine.trace = influenced  # type: ignore[method-assign, assignment]
+        assert cpu._row_difference(folder, engine) > 0.9
 
 
 def test_another_target_runs_where_the_default_cannot(

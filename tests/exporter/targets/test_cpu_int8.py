@@ -6,7 +6,8 @@ import dataclasses
 import importlib.util
 import itertools
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fpabee.exporter import add_targets as targets_module
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets, drop_graphs
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.export import main
+from fpabee.exporter.precision import int8
 from fpabee.exporter.precision.formats import Half, in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.targets import cpu_int8
@@ -30,8 +32,12 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.agreement import REQUIREMENTS
-from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
+from fpabee.runtime.artifact.manifest import Target, with_target
+from fpabee.runtime.backends import openvino
+from fpabee.runtime.inspection import check_integrity
+from fpabee.runtime.progress import silent
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -90,6 +96,7 @@ def test_both_libraries_run_the_same_graphs(
                 assert types[node.input[1]] == onnx.TensorProto.FLOAT
     assert quantized
     drop_graphs(folder)
+    assert check_integrity(folder, read_manifest(folder), states=()).passed
     logits = []
     for name in NAMES:
         with Engine.load(folder, name) as engine:
@@ -137,7 +144,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
     assert [path.name for path in (folder / "targets").iterdir()] == ["cpu-int8"]
 
 
-def test_int8_made_again_keeps_the_default_and_only_what_runs_the_new_files(
+def test_int8_made_again_keeps_what_runs_its_graphs(
     engine_copy: Callable[..., Path],
     options: AddTargetsOptions,
     set_points: Callable[..., None],
@@ -147,17 +154,28 @@ def test_int8_made_again_keeps_the_default_and_only_what_runs_the_new_files(
     folder = engine_copy()
     add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
     set_points(folder, NAMES[1], fast=Budget(exit=1))
+    only_onnxruntime = dataclasses.replace(options, backends=("onnxruntime",))
     only_openvino = dataclasses.replace(options, backends=("openvino",))
-    result = add_targets(folder, only_openvino)
-    assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
-    assert result.manifest.targets[NAMES[1]].operating_points, "the graphs are the same"
+    before = read_manifest(folder).targets[NAMES[1]]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        openvino._core.cache_clear()
+        result = add_targets(folder, only_onnxruntime)
+    assert result.manifest.targets[NAMES[1]] == before, "the graphs are the same"
     (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
     result = add_targets(folder, only_openvino)
+    assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
     assert result.lost_points == {NAMES[1]: ("fast",)}
-    assert result.manifest.default_target == NAMES[1]
-    assert NAMES[0] not in result.manifest.targets
-    with Engine.load(folder) as engine:
-        engine.check()
+    assert result.manifest.targets[NAMES[0]].files == result.manifest.targets[NAMES[1]].files
+    for name in NAMES:
+        with Engine.load(folder, name) as engine:
+            engine.check()
+    (folder.parent / "texts.txt").write_text("\n".join(TEXTS))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    openvino._core.cache_clear()
+    result = add_targets(folder, only_onnxruntime)
+    assert "OpenVINO is not installed" in str(result.cpu[-1].refused)
+    assert NAMES[1] not in result.manifest.targets
 
 
 def test_ten_texts_are_too_few(
@@ -213,13 +231,32 @@ def test_a_quantizer_that_is_killed_is_explained(
     assert "shorter texts" in error.value.hint
 
 
+@pytest.mark.parametrize(
+    "problem", [MemoryError("Unable to allocate 9 GiB"), OSError(28, "No space left on device")]
+)
+def test_inputs_that_do_not_fit_are_one_error(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    monkeypatch.setattr(int8, "graph_inputs", lambda *_: (_ for _ in ()).throw(problem))
+    manifest = read_manifest(engines["bert"])
+    with pytest.raises(VerificationError, match="cannot be collected in") as error:
+        int8.quantize(engines["bert"], manifest, [], "nncf_worker", silent)
+    assert str(problem) in error.value.message
+    assert "shorter texts" in error.value.hint
+
+
 def test_without_texts_or_nncf_the_error_says_so(
     engine_copy: Callable[..., Path], options: AddTargetsOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
-    with pytest.raises(InputError, match="no texts are given") as error:
-        add_targets(folder, dataclasses.replace(options, calibration_data=None))
-    assert "calibration_data" in error.value.hint
+    only_openvino = Target(
+        backend="openvino", precision="int8", graph_precision="fp32", tolerance=None
+    )
+    for _ in range(2):
+        with pytest.raises(InputError, match="no texts are given") as error:
+            add_targets(folder, dataclasses.replace(options, calibration_data=None))
+        assert "calibration_data" in error.value.hint
+        write_manifest(folder, with_target(read_manifest(folder), NAMES[1], only_openvino))
     find_spec = __import__("importlib.util").util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "nncf" else find_spec(name)

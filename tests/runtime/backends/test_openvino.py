@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,13 @@ def test_a_request_that_cannot_be_made_is_one_error(
         engine.check()
 
 
+def test_a_process_may_change_its_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    with Engine.load(folder.name, TARGET) as engine:
+        monkeypatch.chdir("/")
+        engine.check()
+
+
 def test_an_engines_folder_is_only_read(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for path in before:
@@ -214,7 +222,7 @@ def test_a_cache_that_is_full_loses_its_oldest_files(
     assert bytes(found) == b"content..."
 
 
-def test_another_instruction_set_is_another_key(
+def test_another_instruction_set_or_version_is_another_key(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key() -> str:
@@ -223,8 +231,27 @@ def test_another_instruction_set_is_another_key(
 
     first = key()
     assert key() == first
-    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+        assert key() != first
+    monkeypatch.setattr("openvino.__version__", "2027.0.0")
     assert key() != first
+
+
+def test_an_openvino_without_its_package_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version("openvino")
+    monkeypatch.setattr(metadata, "version", lambda _: 1 / 0)
+    assert openvino.openvino_version() == version
+
+
+@pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
+def test_hidden_states_are_handed_on_in_bf16(folder: Path) -> None:
+    add_openvino(folder, "bf16")
+    backend: Any = open_backend(folder, read_manifest(folder), "openvino-bf16", None)
+    model = backend.graph("segment_02").model
+    assert model.input("hidden_states").element_type.get_type_name() == "bf16"
+    assert model.output("next_hidden_states").element_type.get_type_name() == "bf16"
+    backend.close()
 
 
 def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -> None:
@@ -245,6 +272,11 @@ def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -
 def test_threads_share_an_engine(folder: Path) -> None:
     with Engine.load(folder, TARGET, threads=1) as engine:
         expected = engine.trace(TEXTS).logits
+        model = engine.model._backend.graph("segment_01").model
+        assert [model.get_property(name) for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")] == [
+            1,
+            1,
+        ]
         with ThreadPoolExecutor(4) as pool:
             traces = list(pool.map(engine.trace, [TEXTS] * 80))
     for trace in traces:
