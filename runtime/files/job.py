@@ -76,9 +76,9 @@ def _count_completed(block: list[Item], sink: Sink, schema: RecordSchema, summar
     Raises:
         InputError: a completed record cannot be that of its row.
     """
-    done = 0
+    done, exits = 0, summary.engine.manifest.exits
     for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
-        if isinstance(item, RowError) != ("error" in record) or not schema.fits(record):
+        if isinstance(item, RowError) != ("error" in record) or not schema.fits(record, exits):
             raise InputError(
                 f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
             )

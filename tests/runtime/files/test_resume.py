@@ -171,6 +171,18 @@ def test_other_formats_resume_too(classify: Classify, small: None, name: str) ->
         assert parquet.read_table(classify.output).num_rows == ROWS
 
 
+def test_rows_that_stopped_at_exit_0_are_kept(
+    classify: Classify, small: None, exit_0_engines: Mapping[str, Path]
+) -> None:
+    classify.engines = exit_0_engines["bert"]
+    classify.rule = (*RULE, "--exit-0-threshold", "0.6")
+    expected = classify.unbroken()
+    assert 10 < expected.count(b'"exit": 0,') < ROWS - 10
+    classify.interrupt(150)
+    assert classify("--resume") == Result(0, "", "")
+    assert classify.output.read_bytes() == expected
+
+
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -299,6 +311,7 @@ def test_a_damaged_partial_is_refused(classify: Classify) -> None:
         (b'x": 7', b'x": 8', "line 8 is damaged"),
         (b'"label": "', b'"label": "x', "row 0"),
         (b'"exit": ', b'"exit": -', "row 0"),
+        (b'"exit": ', b'"exit": 9', "row 0"),
         (b'"label"', b'"lable"', "row 0"),
     ):
         classify.partial.write_bytes(rows.replace(old, new, 1))
