@@ -243,7 +243,7 @@ def _with_default(
     if name is not None:
         fixed = target_of(path, manifest, name)
         manifest = msgspec.structs.replace(manifest, default_target=fixed, default_is_fixed=True)
-    if name is None and not any(target.agreement for target in checked):
+    if name is None and not checked:
         return manifest, ""
     return cpu.with_fastest_default(path, manifest, progress)
 

@@ -28,6 +28,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.runtime.artifact.manifest import with_target
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.encoding import Text
@@ -144,6 +145,20 @@ def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
     seconds[BF16] = seconds[ONNX]
     assert "no other target for CPUs is faster" in add(folder).default
     assert not read_manifest(folder).default_is_fixed
+
+
+def test_a_default_that_is_not_kept_is_replaced_by_the_fastest_target(
+    folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, other = read_manifest(folder), "onnxruntime-int8"
+    write_manifest(folder, with_target(manifest, other, manifest.targets[ONNX]))
+    seconds[other] = 0.5
+    version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
+    monkeypatch.setattr(cpu, "openvino_version", lambda: version)
+    for precision in ("fp32", "bf16"):
+        required = dataclasses.replace(REQUIREMENTS[precision], labels=1.1)
+        monkeypatch.setitem(REQUIREMENTS, precision, required)
+    assert add(folder).default.startswith(f"default target: {other}, ")
 
 
 def test_a_default_that_cannot_run_here_stays(
