@@ -156,10 +156,11 @@ def quantize(
             path = verified_graph(folder, graph.file, graph.sha256)
             arguments += [str(path), str(stored[name]), str(targets[name])]
         # On disk, since the inputs of all graphs may be larger than the memory.
+        failures: tuple[type[Exception], ...] = (OSError, *ort_errors())
         try:
             for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
                 np.savez(stored[name] / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
-        except (OSError, *ort_errors()) as error:
+        except failures as error:
             raise VerificationError(
                 f"the inputs of the graphs cannot be collected in {temporary}: {first_line(error)}",
                 "free some memory, and space there, or give fewer or shorter texts",

@@ -94,7 +94,7 @@ def test_a_model_dir_may_be_a_disk_of_its_own(bert: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "replace", from_the_same_disk)
     names = {path.name for path in bert.iterdir()}
-    save_exit_0(bert, random_exit_0(800, 3))
+    save_exit_0(bert, random_exit_0(800, 3), SINGLE)
     assert {path.name for path in bert.iterdir()} == names
 
 

@@ -72,7 +72,7 @@ def test_a_batch_waits_from_the_arrival_of_its_first_row(
 ) -> None:
     """A row that has waited for the batch before it does not wait for more rows as well."""
     now = 0.0
-    monkeypatch.setattr(load_test.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("fpabee.exporter.load_test.time.perf_counter", lambda: now)
     monkeypatch.setattr(load_test, "_WINDOW_SECONDS", 1000.0)
     begun, goes_on = threading.Event(), threading.Event()
     run = load_test._Batches._run
