@@ -89,7 +89,8 @@ def test_all_that_people_see_is_escaped(package: str) -> None:
             if path.name in ("console.py", "errors.py") or not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            is_json = bool(node.args) and ast.unparse(node.args[0]).startswith("json.dumps(")
+            dumps = ("json.dumps(", "msgspec.json.encode(")
+            is_json = bool(node.args) and ast.unparse(node.args[0]).startswith(dumps)
             prints = called in ("print", "click.echo", "click.secho", "Console")
             assert is_json or not prints, f"{path}, line {node.lineno}: {called}"
 

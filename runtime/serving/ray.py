@@ -174,7 +174,8 @@ def classify(
     from ray.data import ActorPoolStrategy
 
     fewest, most = (actors, actors) if isinstance(actors, int) else actors
-    return dataset.map_batches(
+    # A block is the work of one actor, and Ray makes one block of a million short texts.
+    return dataset.repartition(target_num_rows_per_block=batch_size).map_batches(
         Classify,
         fn_constructor_kwargs={"engines": Path(engines).absolute(), "threads": threads, **options},
         batch_size=batch_size,
