@@ -51,7 +51,7 @@ from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.exporter.model import MultiExitModel
 from fpabee.exporter.training import TrainOptions
-from fpabee.exporter.training.pipeline import build_model, features
+from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
 from fpabee.exporter.training.predictions import predict
 from fpabee.exporter.training.rows import label_names, load_rows
 from fpabee.exporter.training.trainer import Features, MultiExitTrainer
@@ -111,7 +111,7 @@ def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict
         dev=files["dev"],
         backbone=backbone,
         seed=seed,
-        bf16=True,
+        bf16=has_fast_bf16(),
         epochs=EPOCHS[name] * WAYS[way],
         exit_0=False,
     )

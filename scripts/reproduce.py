@@ -41,6 +41,7 @@ from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
 from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.exporter.training.resume import last_checkpoint
 from fpabee.runtime import Engine, InputError, ProblemType
@@ -136,7 +137,7 @@ def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path, comm
             problem_type=run.problem_type,
             distill=run.distill,
             seed=seed,
-            bf16=True,
+            bf16=has_fast_bf16(),
             exit_0=run.exit_0,
             resume=last_checkpoint(folder) is not None,
             **run.options,

@@ -98,7 +98,7 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 @options.flag("--freeze-encoder", "Train only the exits.")
 @options.flag("--random-init", "Start from random weights.")
 @options.count("--seed", "Seed of all random choices.", TrainOptions.seed, min=0)
-@options.flag("--bf16", "Compute in bfloat16 where that is safe.")
+@options.flag("--bf16", "Compute in bfloat16 where that is safe: on a GPU, or a CPU with AVX-512.")
 @click.option(
     "--no-exit-0",
     "exit_0",

@@ -64,7 +64,7 @@ class TrainOptions:
         max_length: longest sequence in tokens, special tokens included; longer texts are
             truncated.
         seed: of all random choices.
-        bf16: compute in bfloat16 where that is safe (autocast).
+        bf16: compute in bfloat16 where that is safe (autocast); needs a GPU, or a CPU with AVX-512.
         exit_0: whether exit 0, a bag of n-grams before layer 1, is trained after the encoder.
         exit_0_only: train nothing but exit 0. Without `from_classifier` it is added to the model
             in the output folder, or replaced there. With it, the new model has the classifier's

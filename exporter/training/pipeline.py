@@ -19,7 +19,7 @@ from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ModelError
+from ...runtime.errors import InputError, ModelError, Remedy
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
@@ -64,8 +64,8 @@ def train(
         The scores of every exit, and what they were obtained with.
 
     Raises:
-        InputError: rows cannot be read or lack labels, there is already a model, or there is
-            nothing to resume.
+        InputError: rows cannot be read or lack labels, there is already a model, there is nothing
+            to resume, or bfloat16 is asked for where it is slow.
         ModelError: the encoder or classifier cannot be used.
         MissingExtraError: a package of `fpabee[train]` is not installed.
 
@@ -82,6 +82,11 @@ def train(
     """
     output = Path(output)
     check_output(output, options)
+    if options.bf16 and not has_fast_bf16():
+        raise InputError(
+            "PyTorch computes many times slower in bfloat16 than in float32 on this CPU",
+            Remedy("leave out {bf16}"),
+        )
     set_seed(options.seed)
     teacher = None
     if options.from_classifier:
@@ -152,6 +157,13 @@ def train(
         (output / REPORT_NAME).write_text(text, encoding="utf-8")
         shutil.rmtree(checkpoints_of(output), ignore_errors=True)
     return report
+
+
+def has_fast_bf16() -> bool:
+    """Whether PyTorch computes faster in bfloat16 than in float32 on this machine."""
+    # Without AVX-512, or its like on other processors, PyTorch has only a slow substitute.
+    slow = "DEFAULT", "AVX2"
+    return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in slow
 
 
 def load_model(folder: Path, problem_type: ProblemType | None) -> tuple[MultiExitModel, Any]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.pipeline import build_model, features
+from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -221,6 +221,17 @@ def test_nothing_is_written_when_the_input_is_bad(
 def test_bad_options_are_refused(options: Options, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         options(**changes)
+
+
+def test_bfloat16_is_refused_on_a_cpu_that_is_slow_in_it(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out bf16"):
+        train(tmp_path / "model", options(bf16=True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert has_fast_bf16()
 
 
 WORDS = ("good", "bad", "film", "music", "rain", "stop", "light", "book")
