@@ -297,7 +297,7 @@ def _send(
 class _Client:
     def __init__(self, port: int) -> None:
         self._port = port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Connection] = []
         self._found: list[tuple[float, int, float]] = []
 
     async def send(
@@ -315,21 +315,46 @@ class _Client:
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for _, writer in self._idle:
-            writer.close()
+        for connection in self._idle:
+            connection.transport.close()
         return len(tasks), self._found
 
     async def _ask(self, body: bytes, due: float, begun: float) -> None:
         if self._idle:
-            reader, writer = self._idle.pop()
+            connection = self._idle.pop()
         else:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-        head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        answer_head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        size = int(answer_head.partition("content-length:")[2].split()[0])
-        content = json.loads(await reader.readexactly(size))
-        self._idle.append((reader, writer))
-        if answer_head.split()[1] == "200":
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(_Connection, "127.0.0.1", self._port)
+        status, content = await connection.ask(body)
+        self._idle.append(connection)
+        if status == b"200":
             now = time.perf_counter()
-            self._found.append((now - due, content["data"][0]["layer"], now - begun))
+            self._found.append((now - due, json.loads(content)["data"][0]["layer"], now - begun))
+
+
+class _Connection(asyncio.Protocol):
+    """A connection for one request at a time. The client must not take much of the processor."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def ask(self, body: bytes) -> asyncio.Future[tuple[bytes, bytes]]:
+        """Send a request; returns the status and the body of the response."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._received = b""
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        self.transport.write(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, _, content = self._received.partition(b"\r\n\r\n")
+        length = head.lower().partition(b"content-length:")[2].split(None, 1)
+        if length and len(content) == int(length[0]) and not self._answer.done():
+            self._answer.set_result((head.split(None, 2)[1], content))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(exc or ConnectionResetError())

@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
             continue
     return found | {
         "system": platform.platform(),
-        "cpu": _cpu_with_features(),
+        "cpu": cpu_name(),
         "gpu": device.error
         or f"{device.name}, compute capability {device.compute_capability}, "
         f"driver for CUDA {device.cuda[0]}.{device.cuda[1]}",
@@ -47,12 +47,9 @@ def providers() -> str:
 
 
 def cpu_name() -> str:
-    """The model of this machine's processor, or its architecture if the model is unknown."""
-    return cpu_info().get("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_with_features() -> str:
+    """The model of this machine's processor and the features that make it fast, as far as known."""
     info = cpu_info()
+    name = info.get("model name") or platform.processor() or platform.machine()
     flags = info.get("flags", info.get("Features", "")).split()
     found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
-    return f"{cpu_name()} ({' '.join(found)})" if info else cpu_name()
+    return f"{name} ({' '.join(found)})" if found else name

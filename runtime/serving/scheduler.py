@@ -362,13 +362,18 @@ class Scheduler:
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
         cost, left = self._model.joining_cost(chain), self._segments_left()
-        limits = chain.limits
+        limits, now = chain.limits, perf_counter()
+
+        def value(rows: Sequence[_Row], stage: int) -> float:
+            lengths = [len(row.encoded) for row in rows]
+            age = now - min(row.arrived for row in rows)
+            return worth(lengths, left[stage], age, limits, cost)
 
         def gain(group: Group[Any]) -> tuple[float, int]:
             stage, first = group.hidden.segment, group.rows[0]
             if first.alone or first.runner is not self._runner:  # no rows will join it
                 return math.inf, stage
-            return worth(group.lengths.tolist(), left[stage], limits, cost), stage
+            return value(group.rows, stage), stage
 
         best = max(self._groups, key=gain, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
@@ -376,13 +381,11 @@ class Scheduler:
             return best
         head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
         # Time for the segment of a full group, and then for segment 1 of that row.
-        soon = perf_counter() + 2 * self._seconds(chain, limits.group_tokens)
+        soon = now + 2 * self._seconds(chain, limits.group_tokens)
         urgent = self._waiting[head].deadline < soon
         rows = self._rows_with(head if urgent else 0, chain)
-        if best and not urgent:
-            lengths = [len(row.encoded) for row in rows]
-            if worth(lengths, left[0], limits, cost) <= gain(best)[0]:
-                return best
+        if best and not urgent and value(rows, 0) <= gain(best)[0]:
+            return best
         return self._begin(chain, rows)
 
     def _rows_with(self, head: int, chain: Chain[Any]) -> list[_Row]:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ... import __version__
 from ..encoding import EncodedRow, Text
@@ -147,7 +147,7 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
     limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
-        http=_connections(limits.body_seconds),
+        http=_connections(limits),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -156,10 +156,15 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _connections(seconds: float) -> type[H11Protocol]:
-    """Connections that clients cannot hold open by being slow, which uvicorn has no setting for."""
+def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
+    """Connections with limits that uvicorn has no settings for: slow clients and endless heads."""
+    seconds = limits.body_seconds
+    # A body in small chunks is sent in more bytes than it has. Its own limit comes later.
+    most = 2 * limits.max_body + 2**20
 
-    class Connection(H11Protocol):
+    class Connection(HttpToolsProtocol):
+        received = 0  # bytes of the request
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._timer = self.loop.call_later(seconds, self._check, None)
@@ -167,6 +172,16 @@ def _connections(seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
             super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self.received = 0
+            super().on_message_begin()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.received += len(data)
+            if self.received > most:
+                self.send_400_response(f"The request has more than {most} bytes.")
 
         def _check(self, before: Any) -> None:
             """Cut the client off if all waits for it, as before and in the same request."""

@@ -35,15 +35,21 @@ def test_deeper_rows_never_have_more_left(stopped: list[int]) -> None:
 
 def test_on_a_linear_target_only_the_depth_counts() -> None:
     groups = ([10] * 30, [10], [60] * 5)
-    found = [worth(lengths, 2.0, LIMITS, LINEAR) for lengths in groups]
+    found = [worth(lengths, 2.0, 1.0, LIMITS, LINEAR) for lengths in groups]
     assert found == pytest.approx([found[0]] * 3)
-    assert worth([10], 1.0, LIMITS, LINEAR) > worth([10] * 30, 2.0, LIMITS, LINEAR)
-    assert worth([10], 1.0, LIMITS, None) > worth([10] * 30, 2.0, LIMITS, None)
+    assert worth([10], 1.0, 1.0, LIMITS, LINEAR) > worth([10] * 30, 2.0, 1.0, LIMITS, LINEAR)
+    assert worth([10], 1.0, 1.0, LIMITS, None) > worth([10] * 30, 2.0, 1.0, LIMITS, None)
 
 
 def test_on_a_flat_target_full_groups_come_first() -> None:
-    assert worth([10] * 30, 6.0, LIMITS, FLAT) > worth([10], 1.0, LIMITS, FLAT)
-    assert worth([10] * 30, 6.0, LIMITS, FLAT) < worth([10] * 10, 1.0, LIMITS, FLAT)
+    assert worth([10] * 30, 6.0, 1.0, LIMITS, FLAT) > worth([10], 1.0, 1.0, LIMITS, FLAT)
+    assert worth([10] * 30, 6.0, 1.0, LIMITS, FLAT) < worth([10] * 10, 1.0, 1.0, LIMITS, FLAT)
+
+
+@pytest.mark.parametrize("cost", [LINEAR, FLAT, None])
+def test_no_row_waits_forever(cost: CostCurve | None) -> None:
+    """However much more others are worth, their age is small when a row has waited long enough."""
+    assert worth([10], 6.0, 200.0, LIMITS, cost) > worth([10] * 30, 1.0, 1.0, LIMITS, cost)
 
 
 @given(

@@ -112,6 +112,31 @@ def test_a_client_that_sends_slowly(
         assert ask(port, "/classify", {"input": "rain"})[0] == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD + b"X: ",
+        b"GET /",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;x=",
+    ],
+)
+def test_a_request_without_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Heads, addresses, trailers and chunk extensions are no way to fill the memory."""
+    with (
+        serving(engine, monkeypatch) as (port, _, _),
+        socket.create_connection(("127.0.0.1", port), timeout=WAIT) as client,
+    ):
+        client.sendall(sent)
+        sent_bytes = 0
+        with pytest.raises(OSError, match="reset|Broken|abort"):
+            while sent_bytes < 8 * LIMITS.max_body:
+                sent_bytes += client.send(b"x" * 2**16)
+        assert ask(port, "/classify", {"input": "rain"})[0] == 200
+
+
 def test_a_client_that_does_not_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({"input": ["a"] * 20_000, "max_exit": 1}).encode()
     with serving(engine, monkeypatch) as (port, server, _):
