@@ -13,7 +13,7 @@ from ..artifact.folder import sha256_of
 from ..errors import InputError, Remedy, RowError
 from .formats import DELIMITERS, INPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
 from .lines import Lines, json_rows, text_rows
-from .parquet_process import isolated_parquet_rows
+from .parquet import parquet_rows
 from .rows import ReadOptions, Row
 from .tables import table_rows
 
@@ -118,7 +118,7 @@ class Inputs:
             def note(share: float) -> None:
                 self._position = lambda: share * (size or 0)
 
-            yield from isolated_parquet_rows(Path(source), self._options, note)
+            yield from parquet_rows(Path(source), self._options, note)
             return
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
