@@ -14,30 +14,13 @@ from typing import Any
 
 import msgspec
 
-from ..errors import InputError, MissingExtraError, RowError
+from ..errors import InputError, RowError
 from .rows import ReadOptions, Row, class_name
 
 # Few, because a long value that the file holds once may be the value of every row.
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
 _Classes = dict[str, list[str]]
-
-
-def load_pyarrow() -> tuple[Any, Any]:
-    """The modules `pyarrow` and `pyarrow.parquet`.
-
-    Raises:
-        MissingExtraError: they cannot be imported.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Parquet needs pyarrow, which cannot be imported: {error}",
-            "pip install 'fpabee[parquet]'",
-        ) from error
-    return pyarrow, parquet
 
 
 def parquet_rows(
@@ -52,9 +35,10 @@ def parquet_rows(
 
     Raises:
         InputError: the file is damaged, or a column is missing or has the wrong type.
-        MissingExtraError: pyarrow is not installed.
     """
-    pyarrow, parquet = load_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         # Without a buffer size, whole row groups are read.
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:

@@ -107,6 +107,11 @@ class Summary:
         return time.perf_counter() - self._started
 
     @property
+    def rate(self) -> float:
+        """Rows that this run has done per second, without those of an earlier run."""
+        return (self.rows - self.completed) / self.seconds
+
+    @property
     def mean_depth(self) -> float | None:
         """The mean number of layers that a row ran through; None without answered rows."""
         answered = self.rows - self.errors
@@ -129,7 +134,6 @@ class Summary:
         Args:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
-        seconds = self.seconds
         manifest = self.engine.manifest
         content = {
             "rows": self.rows,
@@ -137,8 +141,8 @@ class Summary:
             "errors": self.errors,
             "truncated": self.truncated,
             "empty": self.empty,
-            "seconds": seconds,
-            "rows_per_second": (self.rows - self.completed) / seconds,
+            "seconds": self.seconds,
+            "rows_per_second": self.rate,
             "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),

@@ -21,7 +21,6 @@ import msgspec
 from ..blocks import blocks
 from ..errors import InputError, Remedy
 from .formats import DELIMITERS, OUTPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
-from .parquet import load_pyarrow
 from .records import Record, RecordSchema, to_json
 
 _GROUP_ROWS = 16_384
@@ -176,7 +175,8 @@ def records_of(partial: Path) -> Iterator[Record]:
 
 def arrow_type(name: str) -> Any:
     """The type of pyarrow of a column of results, such as `score`."""
-    pyarrow, _ = load_pyarrow()
+    import pyarrow
+
     types = {
         "index": pyarrow.int64(),
         "exit": pyarrow.int32(),
@@ -213,7 +213,8 @@ def _kind(value: Any) -> str:
 
 
 def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
-    pyarrow, parquet = load_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
 
     def narrowest(kinds: set[str]) -> Any:
         """The narrowest type that represents all values exactly; everything fits in a string."""
