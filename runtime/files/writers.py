@@ -20,7 +20,7 @@ import msgspec
 
 from ..blocks import blocks
 from ..errors import InputError, Remedy
-from .formats import DELIMITERS, OUTPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
+from .formats import DELIMITERS, TextFormat
 from .records import Record, RecordSchema, to_json
 
 _GROUP_ROWS = 16_384
@@ -28,28 +28,6 @@ _GROUP_BYTES = 32 * 2**20
 _MAX_HELD = 4096
 # Beyond this, a float cannot represent all integers.
 _MAX_EXACT = 2**53
-
-
-def output_format(output: Path | None, given: TextFormat | None) -> TextFormat:
-    """The format of an output.
-
-    Args:
-        output: the file; None for standard output.
-        given: the format that was asked for; None: the suffix of the file name decides.
-
-    Raises:
-        InputError: the suffix is unknown, or the format cannot be written there.
-        MissingExtraError: the format is Parquet, and pyarrow is not installed.
-    """
-    if given is not None:
-        chosen = given
-    elif output is None:
-        chosen = TextFormat.JSON_LINES
-    else:
-        chosen = format_by_name(output, OUTPUT_SUFFIXES, "output_format")
-    if chosen is TextFormat.PARQUET:
-        check_parquet(output or "standard output", output is not None)
-    return chosen
 
 
 class StreamWriter:
