@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine import Engine
-from ..errors import InputError, Remedy, RowError
+from ..errors import Remedy, RowError
 from ..metrics import encode_labels, evaluate
 from ..results import Prediction
 from ..rules.base import ExitRule
@@ -73,21 +73,21 @@ class Summary:
         self.rows += 1
         self.errors += 1
 
-    def label_error(self, row: Row) -> RowError | None:
-        """Why a row cannot be scored; None if it can, or if predictions are not scored."""
+    def check_label(self, row: Row) -> None:
+        """Check that a row can be scored, if predictions are scored.
+
+        Raises:
+            RowError: it has no label, or one that the model does not know.
+        """
         if not self.metrics:
-            return None
+            return
         if row.labels is None:
-            return RowError(
+            raise RowError(
                 f"{row.place} has no label to score against",
                 Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
             )
         task = self.engine.manifest.task
-        try:
-            encode_labels([row.labels], task.labels, task.problem_type, [row.place])
-        except InputError as error:
-            return RowError(error.message, error.remedy)
-        return None
+        encode_labels([row.labels], task.labels, task.problem_type, [row.place])
 
     def scores(self) -> dict[str, float]:
         """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""
