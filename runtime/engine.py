@@ -477,8 +477,7 @@ class Engine:
         (row,) = self._encoder.encode(texts)
         with self.model.chain() as chain:
             result = chain.run_one(row, runner)
+        exits = tuple([int(number == result.exit) for number in self._exits])
         with self._tally_lock:
-            self._tally = self._tally.with_row(
-                result.exit - self._exits[0], row.truncated, result.wasted
-            )
+            self._tally += Tally(exits, row.truncated, wasted=result.wasted)
         return self._predictions.row(result.logits[-1], result.exit, row.truncated)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .artifact.manifest import ProblemType
-from .errors import InputError, Remedy
+from .errors import Remedy, RowError
 
 Labels = NDArray[np.int64]
 
@@ -31,7 +31,7 @@ def encode_labels(
         Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1. Both int64.
 
     Raises:
-        InputError: the model does not have a label, or a row of a single-label task does not
+        RowError: the model does not have a label, or a row of a single-label task does not
             have exactly one.
     """
     index = {name: number for number, name in enumerate(names)}
@@ -40,12 +40,12 @@ def encode_labels(
         place = places[number] if places else f"row {number + 1}"
         unknown = [name for name in row if name not in index]
         if unknown:
-            raise InputError(
+            raise RowError(
                 f"{place} has label {unknown[0]!r}, which the model does not know",
                 f"the model's labels are: {', '.join(names)}",
             )
         if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
-            raise InputError(
+            raise RowError(
                 f"{place} has {len(row)} labels, but the task is single-label",
                 Remedy(
                     'give each row one "label"; several labels need a model that was trained and '

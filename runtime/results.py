@@ -99,24 +99,6 @@ class Tally:
             self.wasted + other.wasted,
         )
 
-    def with_row(self, place: int, truncated: bool, wasted: int) -> Tally:
-        """These counts and one more row, without a deadline.
-
-        Args:
-            place: of its exit in `exits`.
-            truncated: whether it had more tokens than the model takes.
-            wasted: segments that it ran beyond its exit.
-        """
-        exits = list(self.exits)
-        exits[place] += 1
-        return Tally(
-            tuple(exits),
-            self.truncated + truncated,
-            self.deadline_limited,
-            self.deadline_missed,
-            self.wasted + wasted,
-        )
-
     @property
     def rows(self) -> int:
         """Number of rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ import msgspec
 
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
-from ...runtime.files.parquet_process import end_of
 from ...runtime.files.rows import class_name
 
 # Where datasets usually have the text and the second text.
@@ -163,6 +163,6 @@ def _prepare(source: str, names: Sequence[str], split: str) -> None:
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if code < 0:
         raise InputError(
-            f"{source} cannot be loaded: the reader crashed ({end_of(code)})",
+            f"{source} cannot be loaded: the reader crashed ({signal.Signals(-code).name})",
             "delete the cached files of the dataset and load it again, or give a file",
         )

@@ -38,10 +38,3 @@ def table_console() -> Console:
     console = PlainConsole()
     # Without a terminal, rich would break cells to fit 80 columns.
     return console if console.is_terminal else PlainConsole(width=_WIDE)
-
-
-def duration(seconds: float) -> str:
-    """A time for people, such as `1:05` or `1:00:05`."""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -6,13 +6,14 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich import progress as bars
 
 from ..errors import printable
 from ..files.summary import Summary
 from ..progress import Progress
-from .console import PlainConsole, duration
+from .console import PlainConsole
 
 _BAR_SECONDS = 0.2
 _LINE_SECONDS = 30.0
@@ -85,41 +86,23 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
         yield progress
 
 
-class Meter:
-    """Rate and remaining time of a run, from the share of the input that has been read.
+def state_of_run(summary: Summary, read: int, share: float | None) -> tuple[str, float | None]:
+    """A line about the state of a run, and the share of the rows that are done.
 
     Args:
-        share: gives that share; None where the size of the input is not known.
-        clock: seconds.
+        summary: the tally so far, of at least one row.
+        read: rows read so far.
+        share: the share of the input that has been read; None: not known.
     """
-
-    def __init__(
-        self, share: Callable[[], float | None], clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._share = share
-        self._clock = clock
-        self._started = clock()
-
-    def state(self, rows: int, completed: int, read: int) -> tuple[str, float | None]:
-        """A line about the state of a run, and the share of the rows that are done.
-
-        Args:
-            rows: rows done.
-            completed: how many of these an earlier run did.
-            read: rows read so far.
-        """
-        seconds = max(1e-9, self._clock() - self._started)
-        rate = (rows - completed) / seconds
-        text = f"{rows} rows, {rate:.0f} rows/s"
-        share = self._share()
-        if share is None or not read:
-            return text, None
-        # Reading is ahead of classifying by up to one block of rows.
-        done = share * rows / read
-        before = done * completed / max(1, rows)
-        if done > before:
-            text += f", {duration(seconds * (1 - done) / (done - before))} left"
-        return text, done
+    text = f"{summary.rows} rows, {summary.rate:.0f} rows/s"
+    if not share:
+        return text, None
+    # Reading is ahead of classifying by up to one block of rows.
+    total = read / share
+    if summary.rate:
+        left = (total - summary.rows) / summary.rate
+        text += f", {timedelta(seconds=round(left))} left"
+    return text, summary.rows / total
 
 
 @contextmanager
@@ -130,7 +113,6 @@ def row_progress(quiet: bool, share: Callable[[], float | None]) -> Iterator[Adv
         quiet: show nothing.
         share: gives the share of the input that has been read, or None.
     """
-    meter = Meter(share)
     with _Display(quiet) as display:
         interval = _BAR_SECONDS if display.is_bar else _LINE_SECONDS
         due = time.perf_counter() + interval
@@ -140,6 +122,6 @@ def row_progress(quiet: bool, share: Callable[[], float | None]) -> Iterator[Adv
             now = time.perf_counter()
             if now >= due:
                 due = now + interval
-                display.show(*meter.state(summary.rows, summary.completed, read))
+                display.show(*state_of_run(summary, read, share()))
 
         yield advance

@@ -20,10 +20,10 @@ from ..errors import InputError
 from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, TextFormat
 from ..files.destination import Destination, open_sink
 from ..files.formats import OUTPUT_FORMATS
+from ..files.formats import output_format as format_of
 from ..files.job import run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
-from ..files.writers import output_format as format_of
 from . import options
 from .command import READING, RULE, command
 from .console import echo

@@ -20,13 +20,12 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     """
     console = PlainConsole(stderr=True)
     engine = summary.engine
-    seconds = summary.seconds
-    rate = (summary.rows - summary.completed) / seconds
     rule = "full depth" if summary.rule is None else f"rule {rule_in_words(summary.rule)}"
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
-        f"{summary.rows} rows in {seconds:.1f} s ({rate:.0f} rows/s) on {engine.target}, {rule}"
+        f"{summary.rows} rows in {summary.seconds:.1f} s ({summary.rate:.0f} rows/s) on "
+        f"{engine.target}, {rule}"
     ]
     if summary.mean_depth is not None:
         lines.append(

@@ -4,8 +4,7 @@ Reading, one row at a time, so that memory stays flat:
 
 - `sources`: files and standard input, in the format that their names tell (`formats`)
 - `rows`: what a row is, and the options that say how it is read
-- `lines` (plain text, JSON lines), `tables` (CSV, TSV), `parquet`, and `parquet_process`, which
-  runs the latter in a child process
+- `lines` (plain text, JSON lines), `tables` (CSV, TSV) and `parquet`
 
 Writing:
 

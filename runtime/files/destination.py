@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import FpabeeError, InputError, Remedy
-from .formats import TextFormat
+from .formats import TextFormat, is_plain_file
 from .partial import Partial
 from .records import Record, RecordSchema
 from .sources import STANDARD_INPUT
@@ -51,7 +51,7 @@ class Destination:
     @property
     def is_file(self) -> bool:
         """Whether it is a file, which is replaced as a whole, and not a pipe or a device."""
-        return self.output is not None and (self.output.is_file() or not self.output.exists())
+        return is_plain_file(self.output)
 
     def check_inputs(self, sources: Sequence[str]) -> None:
         """Check that the results would not replace an input.
@@ -105,8 +105,6 @@ def open_sink(
     """
     output = destination.output
     try:
-        if output is not None and output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if output is not None and destination.is_file:
             # A link stays; the file that it leads to is replaced.
             partial = Partial(Path(os.path.realpath(output)), settings(), destination.resume)
@@ -155,16 +153,16 @@ def _kept(partial: Partial) -> Iterator[None]:
 def _finish(partial: Partial, chosen: TextFormat, schema: RecordSchema) -> None:
     output = partial.output
     if chosen is TextFormat.JSON_LINES and output.suffix != ".gz":
-        partial.become_output()
-        return
-    table = output.with_name(output.name + ".partial.out")
-    try:
-        convert(partial.path, table, chosen, schema, output)
-        with table.open("rb") as stream:
-            os.fsync(stream.fileno())
-        table.replace(output)
-    finally:
-        table.unlink(missing_ok=True)
+        partial.path.replace(output)
+    else:
+        table = output.with_name(output.name + ".partial.out")
+        try:
+            convert(partial.path, table, chosen, schema, output)
+            with table.open("rb") as stream:
+                os.fsync(stream.fileno())
+            table.replace(output)
+        finally:
+            table.unlink(missing_ok=True)
     partial.close(keep=False)
 
 

@@ -40,49 +40,58 @@ _SUFFIXES = {
     ".parquet": TextFormat.PARQUET,
     ".pq": TextFormat.PARQUET,
 }
-INPUT_SUFFIXES = {"": TextFormat.TEXT, ".txt": TextFormat.TEXT, **_SUFFIXES}
-"""The format of an input by the suffix of its name."""
-OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES, **_SUFFIXES}
-"""The format of an output by the suffix of its name."""
+_INPUT_SUFFIXES = {"": TextFormat.TEXT, ".txt": TextFormat.TEXT, **_SUFFIXES}
+_OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES, **_SUFFIXES}
 
 
-def format_by_name(path: Path, suffixes: Mapping[str, TextFormat], option: str) -> TextFormat:
-    """The format that a file name stands for; `.gz` at its end is ignored.
+def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | None:
+    """The format of an input.
 
     Args:
-        path: the file.
-        suffixes: the known ones.
-        option: the parameter that sets the format, for the remedy.
+        path: the file, which exists; None for standard input.
+        given: the format that was asked for; None: the suffix of the file name decides, where
+            `.gz` at its end is ignored.
+
+    Returns:
+        The format; None if the first line of standard input decides.
 
     Raises:
-        InputError: the suffix is unknown.
+        InputError: the suffix is unknown, or the input is Parquet and not a plain file.
+        MissingExtraError: the format is Parquet, and pyarrow is not installed.
     """
-    suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
-    if suffix not in suffixes:
-        raise InputError(
-            f"{path}: cannot tell the format from {suffix!r}",
-            Remedy(
-                "rename the file to {known}, or set {" + option + "}",
-                known=", ".join(filter(None, suffixes)),
-            ),
-        )
-    return suffixes[suffix]
+    return _chosen(path, given, _INPUT_SUFFIXES, "input")
 
 
-def check_parquet(place: Path | str, is_file: bool) -> None:
-    """Check that Parquet can be read from a place, or written to it.
+def output_format(path: Path | None, given: TextFormat | None) -> TextFormat:
+    """The format of an output, as `input_format`; that of standard output is JSON lines."""
+    return _chosen(path, given, _OUTPUT_SUFFIXES, "output") or TextFormat.JSON_LINES
 
-    Args:
-        place: the file, or how messages refer to a stream.
-        is_file: whether it is a plain file, or will be one.
 
-    Raises:
-        InputError: it is not a plain file, or its name says that it is compressed.
-        MissingExtraError: pyarrow is not installed.
-    """
-    if not is_file or Path(place).suffix == ".gz":
-        raise InputError(
-            f"{place} cannot be Parquet, which needs a plain file",
-            "use a file whose name ends in .parquet: Parquet is compressed already",
-        )
-    require("parquet")
+def is_plain_file(path: Path | None) -> bool:
+    """Whether an input or output is or will be a plain file; None is a standard stream."""
+    return path is not None and (path.is_file() or not path.exists())
+
+
+def _chosen(
+    path: Path | None, given: TextFormat | None, suffixes: Mapping[str, TextFormat], what: str
+) -> TextFormat | None:
+    chosen = given
+    if given is None and path is not None:
+        suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
+        chosen = suffixes.get(suffix)
+        if chosen is None:
+            raise InputError(
+                f"{path}: cannot tell the format from {suffix!r}",
+                Remedy(
+                    "rename the file to {known}, or set {" + what + "_format}",
+                    known=", ".join(filter(None, suffixes)),
+                ),
+            )
+    if chosen is TextFormat.PARQUET:
+        if path is None or path.suffix == ".gz" or not is_plain_file(path):
+            raise InputError(
+                f"{path or f'standard {what}'} cannot be Parquet, which needs a plain file",
+                "use a file whose name ends in .parquet: Parquet is compressed already",
+            )
+        require("parquet")
+    return chosen

@@ -94,10 +94,16 @@ def _characters(item: Item) -> int:
 def _checked(items: Iterable[Item], summary: Summary, skip: bool) -> Iterator[Item]:
     """The rows; if scores are wanted, a row that cannot be scored is replaced by its error."""
     for item in items:
-        checked = item if isinstance(item, RowError) else summary.label_error(item) or item
-        if isinstance(checked, RowError) and not skip:
-            raise checked
-        yield checked
+        try:
+            if isinstance(item, RowError):
+                raise item
+            summary.check_label(item)
+        except RowError as error:
+            if not skip:
+                raise
+            yield error
+        else:
+            yield item
 
 
 def _predicted(summary: Summary, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:

@@ -1,6 +1,7 @@
 """Parquet inputs, through pyarrow; read in small batches.
 
-pyarrow may end the process on a damaged file, so `parquet_process` calls this in a child process.
+On some damaged files, pyarrow ends the whole process when it is asked for the metadata of a column
+chunk (`RowGroupMetaData.column`), but raises an error when it reads the rows. So nothing here asks.
 """
 
 from __future__ import annotations
@@ -13,31 +14,13 @@ from typing import Any
 
 import msgspec
 
-from ..errors import InputError, MissingExtraError, RowError
+from ..errors import InputError, RowError
 from .rows import ReadOptions, Row, class_name
 
 # Few, because a long value that the file holds once may be the value of every row.
-_BATCH_ROWS = 64
+_BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
-_DICTIONARY_BYTES = 8 * 2**20
 _Classes = dict[str, list[str]]
-
-
-def load_pyarrow() -> tuple[Any, Any]:
-    """The modules `pyarrow` and `pyarrow.parquet`.
-
-    Raises:
-        MissingExtraError: they cannot be imported.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Parquet needs pyarrow, which cannot be imported: {error}",
-            "pip install 'fpabee[parquet]'",
-        ) from error
-    return pyarrow, parquet
 
 
 def parquet_rows(
@@ -52,47 +35,27 @@ def parquet_rows(
 
     Raises:
         InputError: the file is damaged, or a column is missing or has the wrong type.
-        MissingExtraError: pyarrow is not installed.
     """
-    pyarrow, parquet = load_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        metadata = parquet.read_metadata(path)
-        # Without a buffer size, whole row groups are read. Without a dictionary, a long text that
-        # the file holds once is repeated in memory for each row; with one, all texts of a row
-        # group are in memory.
-        with parquet.ParquetFile(
-            path,
-            metadata=metadata,
-            read_dictionary=_small_texts(metadata),
-            buffer_size=_BUFFER_BYTES,
-        ) as file:
+        # Without a buffer size, whole row groups are read.
+        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
             options.check(file.schema_arrow.names, str(path))
             classes = _class_names(file.schema_arrow, options)
             number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
                 for at in range(batch.num_rows):
                     number += 1
                     yield row_at(batch, at, options, classes, f"{path}, row {number}", number)
-                progress(number / max(1, metadata.num_rows))
+                progress(number / max(1, file.metadata.num_rows))
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputError(
             f"{path} cannot be read as Parquet: {line}", "copy the file again"
         ) from error
-
-
-def _small_texts(metadata: Any) -> list[str]:
-    """The columns of strings and bytes, nested ones too, that take little space in the file."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    found = []
-    for number in range(metadata.num_columns):
-        column = metadata.schema.column(number)
-        sizes = (group.column(number).total_uncompressed_size for group in groups)
-        is_text = column.physical_type == "BYTE_ARRAY" and column.converted_type != "DECIMAL"
-        if is_text and max(sizes, default=0) <= _DICTIONARY_BYTES:
-            found.append(column.path)
-    return found
 
 
 def row_at(

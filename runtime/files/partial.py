@@ -7,11 +7,12 @@ beside it says what was run on which inputs: only the same run may continue.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ..errors import InputError, Remedy
 from .records import Record, to_json
@@ -105,12 +106,6 @@ class Partial:
             if not keep:
                 self._delete()
 
-    def become_output(self) -> None:
-        """Turn the file into the output."""
-        self.path.replace(self.output)
-        self._stream.close()
-        self._settings_path.unlink(missing_ok=True)
-
     def _delete(self) -> None:
         self.path.unlink(missing_ok=True)
         self._settings_path.unlink(missing_ok=True)
@@ -134,19 +129,16 @@ class Partial:
         """
         remedy = f"delete {self.path} to start again"
         try:
-            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            earlier = msgspec.json.decode(self._settings_path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.DecodeError) as error:
             raise InputError(
                 f"{self._settings_path}, which says what was run, is missing or damaged", remedy
             ) from error
-        # Convert through JSON, because the stored settings have lists where these have tuples.
-        now = json.loads(to_json(settings))
-        earlier = before if isinstance(before, dict) else {}
-        for name in now:
-            if earlier.get(name) != now[name]:
+        for name, value in settings.items():
+            before, now = to_json(earlier.get(name)), to_json(value)
+            if before != now:
                 raise InputError(
-                    f"{self.path} is from another run: {name} was {to_json(earlier.get(name))} "
-                    f"and is {to_json(now[name])}",
+                    f"{self.path} is from another run: {name} was {before} and is {now}",
                     f"run it as before, or {remedy}",
                 )
 

@@ -94,17 +94,13 @@ class RecordSchema:
         """The fields that hold a number for each label."""
         return [_ALL_SCORES] * self.all_scores + [_LOGITS] * self.logits
 
-    @property
-    def number_columns(self) -> tuple[str, ...]:
-        """The columns of these numbers in a table."""
-        return tuple(f"{name}.{label}" for name in self._by_label for label in self.labels)
-
     @cached_property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()
         answer = ("labels", "scores") if self.multi_label else ("label", "score")
         top = ("top_labels", "top_scores") if self.top_k else ()
-        return (*text, *answer, "exit", "layer", "truncated", *top, *self.number_columns)
+        numbers = (f"{name}.{label}" for name in self._by_label for label in self.labels)
+        return (*text, *answer, "exit", "layer", "truncated", *top, *numbers)
 
     @cached_property
     def _names(self) -> set[str]:

@@ -11,9 +11,9 @@ from typing import IO, cast
 
 from ..artifact.folder import sha256_of
 from ..errors import InputError, Remedy, RowError
-from .formats import DELIMITERS, INPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
+from .formats import DELIMITERS, TextFormat, input_format
 from .lines import Lines, json_rows, text_rows
-from .parquet_process import isolated_parquet_rows
+from .parquet import parquet_rows
 from .rows import ReadOptions, Row
 from .tables import table_rows
 
@@ -118,7 +118,7 @@ class Inputs:
             def note(share: float) -> None:
                 self._position = lambda: share * (size or 0)
 
-            yield from isolated_parquet_rows(Path(source), self._options, note)
+            yield from parquet_rows(Path(source), self._options, note)
             return
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
@@ -181,17 +181,11 @@ def _sha256(source: str) -> str:
 
 def _format_of(source: str, given: TextFormat | None) -> TextFormat | None:
     """The format of an input that exists; None if its first line decides."""
-    path = Path(source)
-    is_stdin = source == STANDARD_INPUT
-    if not is_stdin and (path.is_dir() or not path.exists()):
+    path = None if source == STANDARD_INPUT else Path(source)
+    if path is not None and (path.is_dir() or not path.exists()):
         what = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(
             f"input file {path} {what}",
             "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
         )
-    chosen = given
-    if chosen is None and not is_stdin:
-        chosen = format_by_name(path, INPUT_SUFFIXES, "input_format")
-    if chosen is TextFormat.PARQUET:
-        check_parquet(_name(source), not is_stdin and path.is_file())
-    return chosen
+    return input_format(path, given)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine import Engine
-from ..errors import InputError, Remedy, RowError
+from ..errors import Remedy, RowError
 from ..metrics import encode_labels, evaluate
 from ..results import Prediction
 from ..rules.base import ExitRule
@@ -73,21 +73,21 @@ class Summary:
         self.rows += 1
         self.errors += 1
 
-    def label_error(self, row: Row) -> RowError | None:
-        """Why a row cannot be scored; None if it can, or if predictions are not scored."""
+    def check_label(self, row: Row) -> None:
+        """Check that a row can be scored, if predictions are scored.
+
+        Raises:
+            RowError: it has no label, or one that the model does not know.
+        """
         if not self.metrics:
-            return None
+            return
         if row.labels is None:
-            return RowError(
+            raise RowError(
                 f"{row.place} has no label to score against",
                 Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
             )
         task = self.engine.manifest.task
-        try:
-            encode_labels([row.labels], task.labels, task.problem_type, [row.place])
-        except InputError as error:
-            return RowError(error.message, error.remedy)
-        return None
+        encode_labels([row.labels], task.labels, task.problem_type, [row.place])
 
     def scores(self) -> dict[str, float]:
         """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""
@@ -105,6 +105,11 @@ class Summary:
     def seconds(self) -> float:
         """Seconds since the tally began."""
         return time.perf_counter() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Rows that this run has done per second, without those of an earlier run."""
+        return (self.rows - self.completed) / self.seconds
 
     @property
     def mean_depth(self) -> float | None:
@@ -129,7 +134,6 @@ class Summary:
         Args:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
-        seconds = self.seconds
         manifest = self.engine.manifest
         content = {
             "rows": self.rows,
@@ -137,8 +141,8 @@ class Summary:
             "errors": self.errors,
             "truncated": self.truncated,
             "empty": self.empty,
-            "seconds": seconds,
-            "rows_per_second": (self.rows - self.completed) / seconds,
+            "seconds": self.seconds,
+            "rows_per_second": self.rate,
             "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),

@@ -20,8 +20,7 @@ import msgspec
 
 from ..blocks import blocks
 from ..errors import InputError, Remedy
-from .formats import DELIMITERS, OUTPUT_SUFFIXES, TextFormat, check_parquet, format_by_name
-from .parquet import load_pyarrow
+from .formats import DELIMITERS, TextFormat
 from .records import Record, RecordSchema, to_json
 
 _GROUP_ROWS = 16_384
@@ -29,28 +28,6 @@ _GROUP_BYTES = 32 * 2**20
 _MAX_HELD = 4096
 # Beyond this, a float cannot represent all integers.
 _MAX_EXACT = 2**53
-
-
-def output_format(output: Path | None, given: TextFormat | None) -> TextFormat:
-    """The format of an output.
-
-    Args:
-        output: the file; None for standard output.
-        given: the format that was asked for; None: the suffix of the file name decides.
-
-    Raises:
-        InputError: the suffix is unknown, or the format cannot be written there.
-        MissingExtraError: the format is Parquet, and pyarrow is not installed.
-    """
-    if given is not None:
-        chosen = given
-    elif output is None:
-        chosen = TextFormat.JSON_LINES
-    else:
-        chosen = format_by_name(output, OUTPUT_SUFFIXES, "output_format")
-    if chosen is TextFormat.PARQUET:
-        check_parquet(output or "standard output", output is not None)
-    return chosen
 
 
 class StreamWriter:
@@ -176,7 +153,8 @@ def records_of(partial: Path) -> Iterator[Record]:
 
 def arrow_type(name: str) -> Any:
     """The type of pyarrow of a column of results, such as `score`."""
-    pyarrow, _ = load_pyarrow()
+    import pyarrow
+
     types = {
         "index": pyarrow.int64(),
         "exit": pyarrow.int32(),
@@ -213,7 +191,8 @@ def _kind(value: Any) -> str:
 
 
 def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:
-    pyarrow, parquet = load_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
 
     def narrowest(kinds: set[str]) -> Any:
         """The narrowest type that represents all values exactly; everything fits in a string."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import time
 
 import pytest
 from rich.table import Table
 
 from fpabee.runtime.cli import progress as progress_module
 from fpabee.runtime.cli.console import PlainConsole, echo
-from fpabee.runtime.cli.progress import Meter, row_progress, step_progress
+from fpabee.runtime.cli.progress import row_progress, state_of_run, step_progress
 from fpabee.runtime.errors import InputError, printable
 from fpabee.runtime.files.summary import Summary
 
@@ -60,34 +60,39 @@ def test_steps_are_escaped_in_lines_and_in_the_bar_of_a_terminal(
     assert not any(c in shown for c in "\x07\x9b\u202e\x7f")
 
 
+def tally(rows: int, completed: int) -> Summary:
+    """The tally of a run that began ten seconds ago."""
+    summary: Summary = object.__new__(Summary)
+    summary.rows, summary.completed = rows, completed
+    summary._started = time.perf_counter() - 10
+    return summary
+
+
 @pytest.mark.parametrize(
     ("share", "rows", "completed", "read", "expected"),
     [
-        (0.5, 100, 0, 100, ("100 rows, 10 rows/s, 0:10 left", 0.5)),
+        (0.5, 100, 0, 100, ("100 rows, 10 rows/s, 0:00:10 left", 0.5)),
         # Twice as many rows are read as are done.
-        (0.5, 100, 0, 200, ("100 rows, 10 rows/s, 0:30 left", 0.25)),
+        (0.5, 100, 0, 200, ("100 rows, 10 rows/s, 0:00:30 left", 0.25)),
         # The rows of an earlier run took no time.
-        (0.5, 100, 50, 100, ("100 rows, 5 rows/s, 0:20 left", 0.5)),
-        (0.001, 1000, 0, 1000, ("1000 rows, 100 rows/s, 2:46:30 left", 0.001)),
+        (0.5, 100, 50, 100, ("100 rows, 5 rows/s, 0:00:20 left", 0.5)),
+        (0.5, 100, 100, 100, ("100 rows, 0 rows/s", 0.5)),
+        (0.01, 1000, 0, 1000, ("1000 rows, 100 rows/s, 0:16:30 left", 0.01)),
         (None, 100, 0, 100, ("100 rows, 10 rows/s", None)),
     ],
 )
 def test_rate_and_remaining_time_after_ten_seconds(
     share: float | None, rows: int, completed: int, read: int, expected: tuple[str, float | None]
 ) -> None:
-    times = iter([100.0, 110.0])
-    meter = Meter(lambda: share, lambda: next(times))
-    assert meter.state(rows, completed, read) == expected
+    assert state_of_run(tally(rows, completed), read, share) == expected
 
 
 def test_without_a_terminal_a_run_prints_a_line_at_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary: Any = object.__new__(Summary)
-    summary.rows, summary.completed = 10, 0
     for interval, quiet, lines in ((30.0, False, 0), (0.0, False, 1), (0.0, True, 0)):
         monkeypatch.setattr(progress_module, "_LINE_SECONDS", interval)
         with row_progress(quiet, lambda: 0.5) as advance:
-            advance(summary, 10)
+            advance(tally(10, 0), 10)
         out, err = capsys.readouterr()
         assert (out, err.count("10 rows, "), err.count("\n")) == ("", lines, lines)

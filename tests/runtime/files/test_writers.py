@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Row, TextFormat, read_rows
+from fpabee.runtime.files.formats import output_format
 from fpabee.runtime.files.records import Record, RecordSchema, to_json
-from fpabee.runtime.files.writers import StreamWriter, convert, output_format
+from fpabee.runtime.files.writers import StreamWriter, convert
 from fpabee.runtime.results import Prediction
 
 SINGLE = RecordSchema(("no", "yes"), multi_label=False)
@@ -190,10 +192,13 @@ def test_errors_come_before_a_table_has_columns() -> None:
     assert stream.getvalue().splitlines()[1] == "0,,,,,,bad"
 
 
-def test_formats() -> None:
+def test_formats(tmp_path: Path) -> None:
     assert output_format(Path("x"), None) is TextFormat.JSON_LINES
     assert output_format(Path("x.csv.gz"), None) is TextFormat.CSV
     assert output_format(Path("x.dat"), TextFormat.TSV) is TextFormat.TSV
     assert output_format(None, TextFormat.CSV) is TextFormat.CSV
     with pytest.raises(InputError, match="standard output cannot be Parquet"):
         output_format(None, TextFormat.PARQUET)
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(InputError, match="needs a plain file"):
+        output_format(tmp_path / "pipe.parquet", None)
