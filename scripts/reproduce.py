@@ -9,7 +9,7 @@ and evaluated on test. Models are trained with the loss of the paper; those name
 use self-distillation, and are compared with the others. DATA holds a folder for each dataset, with
 train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped at
 any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED. Results are in
-`scripts/results/`: a JSON file for each run, tables, and figures.
+`scripts/results/`: a JSON file for each run, and tables.
 
 Models named `-exit-0` also have exit 0, and are trained with the default options. They are compared
 with what people would do instead: the cascade, encoders that are cut after the first layers, and
@@ -29,7 +29,7 @@ from typing import Any
 import click
 import numpy as np
 from reproduce_alternatives import compare_alternatives, static_model
-from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, draw, stored, tables
+from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, tables
 from transformers import AlbertConfig, AutoTokenizer
 
 from fpabee.calibration.choose import Selector
@@ -300,7 +300,7 @@ def main(
     train_cuts: bool,
     threads: int | None,
 ) -> None:
-    """Train, export, trace and compare; then write the tables and the figures."""
+    """Train, export, trace and compare; then write the tables."""
     # First, because an export would set up the process's thread pool with all cores.
     session_options(threads)
     backbones = {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
@@ -339,12 +339,8 @@ def main(
                 found = compare_alternatives(folder, *parts, cuts, shifted, threads)
                 found["systems"].append(static_model(backbone, work, data / run.data, threads))
                 _store(other, head | found)
-    text = {"table": tables(runs, RUNS), "alternatives": alternatives(others, RUNS)}
-    for name, lines in text.items():
-        (results / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name in RUNS:
-        if stored(runs, name):
-            draw(runs, name, results / f"{name}.svg")
+    (results / "table.md").write_text(tables(runs, RUNS), encoding="utf-8")
+    (results / "alternatives.md").write_text(alternatives(others, RUNS), encoding="utf-8")
     click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
 
 
