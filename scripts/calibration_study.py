@@ -229,7 +229,7 @@ def calibrate(
         rule: ExitRule | None
         if isinstance(promise.goal, Bound):
             try:
-                rule = control(costs, promise.goal, (), DEFAULT_MEASURES, seed).rule
+                rule, _ = control(costs, promise.goal, (), DEFAULT_MEASURES, seed)
             except InputError:
                 rule = None
         else:
