@@ -76,10 +76,17 @@ def _speedup(report: Report) -> Figure:
     """Score against speed-up: the curves, and the operating points with their intervals."""
     figure = _figure(5.2)
     axes = figure.subplots()
-    axes.set_prop_cycle(color=_COLOURS, linestyle=_DASHES, marker=_LINE_MARKERS)
-    for name, settings in groupby(report.fronts, key=lambda setting: setting.curve):
+    curves = groupby(report.fronts, key=lambda setting: setting.curve)
+    for number, (name, settings) in enumerate(curves):
         pairs = sorted({(setting.estimated_speedup, -setting.drop) for setting in settings})
-        axes.plot(*zip(*pairs, strict=True), linewidth=1.6, label=name)
+        axes.plot(
+            *zip(*pairs, strict=True),
+            color=_COLOURS[number],
+            linestyle=_DASHES[number],
+            marker=_LINE_MARKERS[number],
+            linewidth=1.6,
+            label=name,
+        )
     label = f"full depth: {report.metric} {report.full_depth:.4f}"
     axes.axhline(0, color="black", linewidth=1, label=label)
     for number, point in enumerate(report.result.points):
