@@ -1,4 +1,4 @@
-"""The tables of `reproduce.py`, from the runs that it stored and the templates beside this file."""
+"""The tables of `reproduce.py`, from the runs that it stored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
+from pages import render
 
 SAVINGS = (0.25, 0.5, 0.75)
 JUDGED = ("fpabee", "entropy")
@@ -39,7 +39,19 @@ def tables(results: Path, names: Iterable[str]) -> str:
         plain = {run["seed"]: run for run in runs.get(name.removesuffix(DISTILLED), ())}
         if name.endswith(DISTILLED) and all(run["seed"] in plain for run in mine):
             distilled[name] = mine, [plain[run["seed"]] for run in mine]
-    return _render("table.md.jinja", runs=runs, distilled=distilled)
+    return render(
+        "table",
+        runs=runs,
+        distilled=distilled,
+        savings=SAVINGS,
+        judged=JUDGED,
+        compared=COMPARED,
+        cell=_cell,
+        differences=_differences,
+        exit_gains=_exit_gains,
+        full_depth=_full_depth,
+        names=_names,
+    )
 
 
 def alternatives(results: Path, names: Iterable[str]) -> str:
@@ -49,7 +61,16 @@ def alternatives(results: Path, names: Iterable[str]) -> str:
         results: the folder of the stored comparisons.
         names: the runs in the order of the tables.
     """
-    return _render("alternatives.md.jinja", runs=_stored(results, names))
+    return render(
+        "alternatives",
+        runs=_stored(results, names),
+        targets={name + EXIT_0: target for name, target in TARGETS.items()},
+        columns=_COLUMNS,
+        mean=_mean,
+        names=_names,
+        saved=_saved,
+        systems=_systems,
+    )
 
 
 def _stored(results: Path, names: Iterable[str]) -> dict[str, list[Run]]:
@@ -58,31 +79,6 @@ def _stored(results: Path, names: Iterable[str]) -> dict[str, list[Run]]:
     found.sort(key=lambda run: run["seed"])
     runs = {name: [run for run in found if run["name"] == name] for name in names}
     return {name: mine for name, mine in runs.items() if mine}
-
-
-def _render(template: str, **content: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # this is Markdown
-    )
-    environment.globals.update(
-        SAVINGS=SAVINGS,
-        JUDGED=JUDGED,
-        COMPARED=COMPARED,
-        DISTILLED=DISTILLED,
-        TARGETS={name + EXIT_0: target for name, target in TARGETS.items()},
-        COLUMNS=_COLUMNS,
-        cell=_cell,
-        differences=_differences,
-        exit_gains=_exit_gains,
-        full_depth=_full_depth,
-        mean=_mean,
-        names=_names,
-        saved=_saved,
-        systems=_systems,
-    )
-    return environment.get_template(template).render(content).rstrip() + "\n"
 
 
 def _names(runs: Sequence[Run], what: str, key: str) -> list[str]:
