@@ -126,7 +126,8 @@ class PointMaker:
         bound = goal if isinstance(goal, Bound) else bound_of(goal)
         try:
             measures, seed = options.competing_measures, options.seed
-            return *control(costs, bound, options.rules, measures, seed), ""
+            rule, certificate = control(costs, bound, options.rules, measures, seed)
+            return rule, certificate, ""
         except InputError as error:
             if isinstance(goal, Bound):
                 raise

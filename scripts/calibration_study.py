@@ -11,7 +11,7 @@ known. The cost of a row is its number of layers.
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
 so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`. The
 calibrations behind them are in `scripts/results/calibration-study.tar.xz`; unpack it into WORK to
-add to them.
+add to them. The extras `calibrate` and `plot` are needed.
 """
 
 from __future__ import annotations
