@@ -23,7 +23,7 @@ from .result import TESTED, Calibration, with_points
 from .risk import Bound, RiskOf, split
 from .scoring import AGREEMENT, METRICS, LabelledLogits
 from .stopping_costs import StoppingCosts
-from .trace import artifact_sha256, data_sha256, timings_path, trace_rows
+from .trace import data_sha256, timings_path, trace_rows
 
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
@@ -98,13 +98,8 @@ def calibrate(
                     "the label thresholds changed, so earlier operating points were removed from "
                     f"the targets {', '.join(old)}"
                 )
-        timed = TimedEngine(
-            engine,
-            timings_path(place, engine.target, rows),
-            artifact_sha256(engine.manifest, engine.target),
-            options.threads,
-            options.measure,
-        )
+        times = timings_path(place, engine.target, rows)
+        timed = TimedEngine(engine, times, options.threads, options.measure)
         costs = []
         for batch in sorted({1, options.batch_size}):
             progress(f"time segments, batch {batch}", 0, 1)

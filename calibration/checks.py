@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from ..runtime.artifact.manifest import ProblemType, Task
+from ..runtime.artifact.manifest import ProblemType
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
@@ -62,7 +61,11 @@ def check_request(
                 f"{missing} of {len(task.labels)} labels have no row, so the points promise "
                 "nothing about them"
             )
-    return warnings + (_check_test(rows, test, labelled and task) if test is not None else [])
+    if test is not None:
+        if labelled:
+            expected_labels(test, task)
+        warnings += _check_test(rows, test)
+    return warnings
 
 
 def _check_options(engine: Engine, options: CalibrationOptions, metric: str) -> None:
@@ -102,10 +105,8 @@ def _check_options(engine: Engine, options: CalibrationOptions, metric: str) -> 
         )
 
 
-def _check_test(rows: Sequence[Row], test: Sequence[Row], task: Task | Literal[False]) -> list[str]:
+def _check_test(rows: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """Refuse or name test rows that are among the rows that choose."""
-    if task:
-        expected_labels(test, task)
     known = {row.content for row in rows}
     both = [row for row in test if row.content in known]
     if len(both) == len(test):

@@ -12,7 +12,7 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array, Measure
-from .families import PARTS, Family, deal, make_families, settings_of
+from .families import PARTS, Family, deal, make_families
 from .outcome import exits_of, resampled
 from .stopping_costs import StoppingCosts
 
@@ -105,9 +105,8 @@ class Search:
             place = self._within(goal.max_drop / 100, np.concatenate(worst), costs)
         if place is None:
             return self._full_cost, None
-        families = [self.families[number] for number in chosen]
-        family, setting = settings_of(families)[place]
-        return float(costs[place, 0]), family.rule(setting)
+        rules = [rule for number in chosen for rule in self.families[number].rules]
+        return float(costs[place, 0]), rules[place]
 
     @cached_property
     def _known(self) -> list[tuple[Array, Array]]:

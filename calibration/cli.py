@@ -27,7 +27,7 @@ from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule
 from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
 from .report import check_place, write_report
-from .result import Calibration, Point, make_default
+from .result import Calibration, Point, RuleComparison, make_default
 from .risk import Bound, RiskOf
 from .scoring import METRICS
 
@@ -209,15 +209,7 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         "points": [
             {**_point(point), "promise": promise_in_words(point, result)} for point in result.points
         ],
-        "contenders": [
-            {
-                "kind": c.kind,
-                "rule": c.rule.to_dict(),
-                "chosen_on": asdict(c.chosen_on),
-                "held_out": asdict(c.held_out),
-            }
-            for c in result.comparisons
-        ],
+        "contenders": [_judged(comparison) for comparison in result.comparisons],
         "warnings": result.warnings,
         "segment_seconds": [asdict(model) for model in result.costs],
         "cuts": None if result.label_thresholds is None else result.label_thresholds.to_dict(),
@@ -228,13 +220,19 @@ def _point(point: Point) -> dict[str, Any]:
     return {
         "name": point.name,
         "wish": str(point.goal),
-        "kind": point.kind,
-        "rule": point.rule.to_dict(),
-        "chosen_on": asdict(point.chosen_on),
-        "held_out": asdict(point.held_out),
+        **_judged(point),
         "optimism": point.optimism,
         "measured_speedup": point.measured,
         "certificate": msgspec.to_builtins(point.certificate),
+    }
+
+
+def _judged(found: Point | RuleComparison) -> dict[str, Any]:
+    return {
+        "kind": found.kind,
+        "rule": found.rule.to_dict(),
+        "chosen_on": asdict(found.chosen_on),
+        "held_out": asdict(found.held_out),
     }
 
 

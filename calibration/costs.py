@@ -24,7 +24,7 @@ from ..runtime.errors import ArtifactError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget
-from .trace import replace_file
+from .trace import artifact_sha256, replace_file
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -86,16 +86,14 @@ class TimedEngine:
     Args:
         engine: the engine.
         path: the file.
-        artifact: hash of the target's files, see `trace.artifact_sha256`.
         threads: number of threads that was asked for.
         again: whether times in the file are ignored.
     """
 
-    def __init__(
-        self, engine: Engine, path: Path, artifact: str, threads: int | None, again: bool
-    ) -> None:
+    def __init__(self, engine: Engine, path: Path, threads: int | None, again: bool) -> None:
         self._engine = engine
         self._path = path
+        artifact = artifact_sha256(engine.manifest, engine.target)
         thresholds = engine.manifest.task.label_thresholds
         where = {"artifact": artifact, "threads": str(threads), "thresholds": str(thresholds)}
         self._timings = Timings(environment() | where)

@@ -7,7 +7,7 @@ guards against that luck costs more speed than a finer search gains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +65,12 @@ class Family:
         kind: see `kind_of`.
         exits: `[settings, rows]` int16, the exit of each row. If a rule is fitted to rows, these
             are the exits of a rule that was fitted to other rows.
-        rule: gives a setting by its number.
+        rules: the settings.
     """
 
     kind: str
     exits: NDArray[np.int16]
-    rule: Callable[[int], ExitRule]
+    rules: Sequence[ExitRule]
 
 
 def kind_of(rule: ExitRule) -> str:
@@ -111,21 +111,16 @@ def make_families(
             found += _families(rule, scores, rows)
             if not per_exit or name not in _FITTED_PER_EXIT or rule.signals_needed > 1:
                 continue
-            settings, exits = fit_per_exit(rule, scores, costs, parts)
-            found.append(Family(name + PER_EXIT, exits, settings.__getitem__))
+            fitted = [scores]
             if rows.first_exit == 0:  # also without exit 0
-                later = np.concatenate([np.full((1, len(rows)), np.inf), scores[1:]])
-                settings, exits = fit_per_exit(rule, later, costs, parts)
-                found.append(Family(name + PER_EXIT, exits, settings.__getitem__))
+                fitted.append(np.concatenate([np.full((1, len(rows)), np.inf), scores[1:]]))
+            for each in fitted:
+                settings, exits = fit_per_exit(rule, each, costs, parts)
+                found.append(Family(name + PER_EXIT, exits, settings))
     if rows.first_exit == 0:
         cascade = Budget(exit=last)
         found += _families(cascade, stop.stop_scores(cascade), rows)
     return found
-
-
-def settings_of(families: Sequence[Family]) -> list[tuple[Family, int]]:
-    """Every setting of some families: its family, and its number there."""
-    return [(family, number) for family in families for number in range(len(family.exits))]
 
 
 def deal(rows: int, seed: int) -> NDArray[np.intp]:
@@ -174,11 +169,11 @@ def _family(
     """The settings with these thresholds of stop scores and, for exit 0, with these limits."""
     rules = [rule.with_stop_threshold(threshold) for threshold in thresholds]
     if limits is None:
-        return Family(kind_of(rule), exits_below(scores, thresholds), rules.__getitem__)
+        return Family(kind_of(rule), exits_below(scores, thresholds), rules)
     rules = [with_exit_0(each, -limit) for each, limit in zip(rules, limits, strict=True)]
     pairs = [
         [exit_0_limit(each.exit_0_threshold), *[threshold] * (len(scores) - 1)]
         for each, threshold in zip(rules, thresholds, strict=True)
     ]
     exits = exits_below(scores, np.array(pairs), first_exit=0)
-    return Family(kind_of(rules[-1]), exits, rules.__getitem__)
+    return Family(kind_of(rules[-1]), exits, rules)

@@ -127,14 +127,13 @@ def is_name(name: str) -> bool:
 
 
 def _check_goal(name: str, goal: Goal) -> None:
-    if (goal.max_drop is None) == (goal.speedup is None):
-        count = 0 if goal.max_drop is None else 2
+    given = [value for value in (goal.max_drop, goal.speedup) if value is not None]
+    if len(given) != 1:
         raise InputError(
-            f"the goal {name!r} has {count} of max_drop and speedup",
+            f"the goal {name!r} has {len(given)} of max_drop and speedup",
             Remedy("give one of {max_drop} and {speedup}"),
         )
-    value = goal.max_drop if goal.speedup is None else goal.speedup
-    assert value is not None
+    (value,) = given
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)
     if not (low <= value <= high and math.isfinite(value)):
         raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Answers, Array
 from ..runtime.rules.runner import simulate
-from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
+from .scoring import AGREEMENT, LabelledLogits, Scorer
 
 _RESAMPLES = 2000
 # Rows that are drawn at once, over all samples, to bound the memory.
@@ -77,16 +77,12 @@ def outcome(
         theoretical=float(layers[-1] * lengths.sum() / max((ran * lengths).sum(), 1)),
         estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
-        exit_0_changed=_changed_at_exit_0(scorer, exits),
+        exit_0_changed=(
+            int(np.count_nonzero(scorer.changed[0] & (exits == 0)))
+            if scorer.rows.first_exit == 0
+            else None
+        ),
     )
-
-
-def _changed_at_exit_0(scorer: Scorer, exits: Answers) -> int | None:
-    if scorer.rows.first_exit == 1:
-        return None
-    answers = scorer.answers
-    same = same_answers(answers[0], answers[-1], scorer.problem_type)
-    return int(np.count_nonzero(~same & (exits == 0)))
 
 
 def drop_interval(

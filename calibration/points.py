@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..runtime.artifact.operating_point import Goal
+from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
@@ -19,7 +19,7 @@ from .families import CASCADE, PER_EXIT
 from .goals import CalibrationOptions
 from .outcome import Outcome, exits_of, level_of, outcome
 from .result import Point, RuleComparison
-from .risk import Bound, Controlled, control, split
+from .risk import Bound, control, split
 from .scoring import LabelledLogits, Scorer
 
 MOST_COMPARED = 6
@@ -100,10 +100,9 @@ class PointMaker:
         rows = self.selector.stopping_costs.rows
         certificate, refusal = None, ""
         if isinstance(goal, Bound) or goal.guaranteed:
-            found = self._guaranteed(goal)
-            rule, certificate, refusal = found.rule, found.certificate, found.refusal
+            rule, certificate, refusal = self._guaranteed(goal)
             confidence = certificate.confidence / 100 if certificate else _CONFIDENCE
-            tested = self.held or rows.take(found.tested)
+            tested = self.held or rows.take(split(len(rows), self.options.seed)[1])
             held_out = self._judge(rule, tested, level_of(confidence))
         else:
             rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits[-1])
@@ -114,22 +113,26 @@ class PointMaker:
         judged = self._judge(rule, rows)
         return Point(name, goal, rule, judged, held_out, measured, certificate, refusal)
 
-    def _guaranteed(self, goal: Goal | Bound) -> Controlled:
-        """The boldest setting whose drop is bounded; full depth if a goal has none."""
+    def _guaranteed(self, goal: Goal | Bound) -> tuple[ExitRule, Certificate | None, str]:
+        """The boldest setting whose drop is bounded, and the bound.
+
+        If no setting meets a goal: full depth, None, and what would help.
+        """
         costs, options = self.selector.stopping_costs, self.options
         full_depth = Budget(exit=costs.rows.exits[-1])
-        tested = split(len(costs.rows), options.seed)[1]
         if not self.engine.manifest.targets[self.engine.target].row_invariant:
             why = "on this target, rows depend on the other rows of their batch"
-            return Controlled(full_depth, tested, None, why)
+            return full_depth, None, why
         bound = goal if isinstance(goal, Bound) else bound_of(goal)
         try:
-            return control(costs, bound, options.rules, options.competing_measures, options.seed)
+            measures, seed = options.competing_measures, options.seed
+            rule, certificate = control(costs, bound, options.rules, measures, seed)
+            return rule, certificate, ""
         except InputError as error:
             if isinstance(goal, Bound):
                 raise
             # The risk of a goal is its drop.
-            return Controlled(full_depth, tested, None, error.hint.replace("risk", "drop"))
+            return full_depth, None, error.hint.replace("risk", "drop")
 
     def _held_out(self, rule: ExitRule, goal: Goal, kinds: Collection[str]) -> Outcome:
         """How the choice for a goal does on rows that did not choose.

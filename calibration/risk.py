@@ -32,7 +32,7 @@ from ..runtime.rules.rules import Budget
 from .choose import Search
 from .families import Family, make_families
 from .outcome import drop_interval, exits_of, level_of
-from .scoring import Scorer, same_answers
+from .scoring import Scorer
 from .stopping_costs import StoppingCosts, observed_losses
 from .sweep import StopScores
 
@@ -115,8 +115,7 @@ def losses(scorer: Scorer, risk_of: RiskOf) -> Array:
     If the metric is not a mean over rows, right answers are counted instead, as accuracy does.
     """
     if risk_of is RiskOf.DISAGREEMENT:
-        answers = scorer.answers
-        return np.asarray(1.0 - same_answers(answers, answers[-1], scorer.problem_type))
+        return scorer.changed.astype(np.float64)
     return observed_losses(scorer)
 
 
@@ -164,23 +163,6 @@ def _betting(sample: Array, risk: float, level: float) -> float:
     return math.exp(-capital)
 
 
-@dataclass(frozen=True)
-class Controlled:
-    """A certified setting, or full depth.
-
-    Attributes:
-        rule: the setting.
-        tested: the numbers of the rows that it was tested on.
-        certificate: the bound that holds; None if no setting is certified.
-        refusal: what would help, if no setting is certified.
-    """
-
-    rule: ExitRule
-    tested: NDArray[np.intp]
-    certificate: Certificate | None
-    refusal: str = ""
-
-
 def split(rows: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """The numbers of the rows that fix a path, and of those that test it, in random order."""
     order = np.random.default_rng(seed).permutation(rows)
@@ -194,8 +176,8 @@ def control(
     rules: Sequence[str],
     measures: Sequence[Measure],
     seed: int = 0,
-) -> Controlled:
-    """The boldest setting whose risk is bounded.
+) -> tuple[ExitRule, Certificate]:
+    """The boldest setting whose risk is bounded, and the bound.
 
     Args:
         costs: the rows, with the metric `agreement` if disagreement is bounded.
@@ -213,8 +195,7 @@ def control(
     scorer, stop = Scorer(rows, costs.scorer.metric), StopScores(rows)
     passed: ExitRule | None = None
     least: float | None = None
-    for number in range(len(family.exits)):
-        rule = family.rule(number)
+    for rule in family.rules:
         exits = stop.exits(rule)
         if not passes(scorer, exits, bound):
             lost = losses(scorer, bound.risk_of)[rows.at(exits)]
@@ -238,7 +219,7 @@ def control(
         confidence=100 * bound.confidence,
         rows=len(tested),
     )
-    return Controlled(passed, tested, certificate)
+    return passed, certificate
 
 
 def passes(scorer: Scorer, exits: NDArray[np.int64], bound: Bound) -> bool:
@@ -295,8 +276,7 @@ def _joined(families: Sequence[Family]) -> list[Family]:
     for kind, members in single.items():
         members.sort(key=lambda family: -float(family.exits.mean()))
         exits = np.concatenate([family.exits for family in members])
-        rules = [family.rule(0) for family in members]
-        found.append(Family(kind, exits, rules.__getitem__))
+        found.append(Family(kind, exits, [family.rules[0] for family in members]))
     return found
 
 

@@ -8,6 +8,7 @@ thresholds then only needs a few histograms.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,6 @@ class Scorer:
         metric: its name.
         answers: the answers at every exit, see `LabelledLogits.answers`.
         expected: the true answers; for agreement, those at full depth.
-        problem_type: the type of the task.
         sums: `[exits, rows, terms]` float64, what is summed over rows.
         full_depth: the metric at the last exit.
     """
@@ -104,7 +104,6 @@ class Scorer:
         self.expected = self.answers[-1]
         if metric != AGREEMENT and rows.expected is not None:
             self.expected = rows.expected
-        self.problem_type = rows.problem_type
         self._labels = rows.logits.shape[2]
         self.sums = self._sums()
         self.full_depth = float(self.value(self.sums[-1].sum(axis=0), len(rows)))
@@ -114,9 +113,14 @@ class Scorer:
         """Whether the metric is the mean over rows of 0 or 1."""
         return self.metric in ROW_MEANS
 
+    @cached_property
+    def changed(self) -> Mask:
+        """Whether the answer differs from that of full depth: `[exits, rows]`."""
+        return ~same_answers(self.answers, self.answers[-1], self.rows.problem_type)
+
     def right(self) -> Mask:
         """Whether the answer is exactly the expected one: `[exits, rows]`."""
-        return same_answers(self.answers, self.expected, self.problem_type)
+        return same_answers(self.answers, self.expected, self.rows.problem_type)
 
     def value(self, sums: Array, rows: float) -> Array:
         """The metric `[...]` of sums `[..., terms]` over a number of rows."""
@@ -128,7 +132,7 @@ class Scorer:
         if self.metric == "matthews":
             return matthews(hits, predicted, truth, rows)
         by_label = f1(hits, predicted + truth)
-        if self.problem_type is ProblemType.MULTI_LABEL:
+        if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return np.asarray(by_label.mean(axis=-1))
         # The mean over the labels that occur, as in `evaluate`.
         occurs = (predicted + truth > 0).sum(axis=-1)
@@ -141,7 +145,7 @@ class Scorer:
     def score(self, exits: Answers) -> float:
         """The metric of rows that stop at given exits, computed as for any other run."""
         predicted = self.answers[self.rows.at(exits)]
-        name = METRICS[self.problem_type][0] if self.metric == AGREEMENT else self.metric
+        name = METRICS[self.rows.problem_type][0] if self.metric == AGREEMENT else self.metric
         return evaluate(predicted, self.expected, self._labels)[name]
 
     def _sums(self) -> Array:
@@ -156,7 +160,7 @@ class Scorer:
 
     def _marks(self, answers: Answers) -> Array:
         """`[..., labels]` of 0 and 1."""
-        if self.problem_type is ProblemType.MULTI_LABEL:
+        if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
         return np.eye(self._labels)[answers]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.rules.measures import TINY, Answers, Array, Mask, Outputs
-from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
+from .scoring import AGREEMENT, LabelledLogits, Scorer
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
 _PRIOR_ROWS = 2.0
@@ -46,7 +46,7 @@ class StoppingCosts:
         self.costs = costs
         self.observed = self.losses = observed_losses(self.scorer)
         if self.scorer.is_row_mean and metric != AGREEMENT:
-            self.losses = expected_losses(rows, self.scorer)
+            self.losses = expected_losses(self.scorer)
 
     @property
     def noise(self) -> float:
@@ -90,7 +90,7 @@ def observed_losses(scorer: Scorer) -> Array:
     return np.asarray(right[-1] - right)
 
 
-def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
+def expected_losses(scorer: Scorer) -> Array:
     """How much more likely the answer of full depth is than the exit's answer: `[exits, rows]`.
 
     Both probabilities come from the last exit, at the temperature that fits the labels best. The
@@ -98,10 +98,10 @@ def expected_losses(rows: LabelledLogits, scorer: Scorer) -> Array:
     under-confident, which `recalibrated` corrects. Exit 0 is not part of the encoder, so the
     probabilities that it gives to both answers are used as well.
     """
+    rows, differs = scorer.rows, scorer.changed
     last = rows.logits[-1] / np.float32(fit_temperature(rows))
     likely = np.exp(_log_likelihood(rows, last, scorer.answers))
     expected, observed = likely[-1] - likely, observed_losses(scorer)
-    differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
     if rows.first_exit == 1:
         return recalibrated([expected], observed, differs)
     both = np.exp(_log_likelihood(rows, rows.logits[0], scorer.answers[[-1, 0]]))

@@ -11,7 +11,7 @@ known. The cost of a row is its number of layers.
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
 so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`. The
 calibrations behind them are in `scripts/results/calibration-study.tar.xz`; unpack it into WORK to
-add to them.
+add to them. The extras `calibrate` and `plot` are needed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
+from pages import render
 
 from fpabee.calibration import Bound, Goal, LabelledLogits, RiskOf
 from fpabee.calibration.choose import Search
@@ -45,10 +46,6 @@ REPEATS = 500
 QUICK_SIZES, QUICK_REPEATS = (500, 1000), 60
 # Each kind of rule alone is judged on fewer calibrations of one size.
 ALONE_ROWS, ALONE_REPEATS = 1000, 60
-COLUMNS = (
-    *("population", "rows", "promise", "calibrations", "drop", "broken", "refused", "saving"),
-    "oracle",
-)
 _SYNTHETIC_ROWS = 20_000
 _SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 
@@ -155,8 +152,9 @@ def populations() -> dict[str, Callable[[], LabelledLogits]]:
     return found
 
 
-def stored_logits(path: Path, parts: Sequence[str] = ("dev", "test")) -> LabelledLogits:
-    """The rows of some parts of a stored file, one after another."""
+def stored_logits(path: Path) -> LabelledLogits:
+    """The rows of dev and test in a stored file, one after another."""
+    parts = ("dev", "test")
     with np.load(path) as content:
         logits = np.concatenate([content[f"{part}_logits"] for part in parts], axis=1)
         expected = np.concatenate([content[f"{part}_labels"] for part in parts]).astype(np.int64)
@@ -172,6 +170,12 @@ class Population:
         self.rows = rows
         self._scorers: dict[str, Scorer] = {}
         self._stop = StopScores(rows)
+
+    def drawn(self, count: int, seed: int) -> LabelledLogits:
+        """Rows that are drawn with replacement."""
+        # Another stream than those of the calibration.
+        generator = np.random.default_rng([seed, 1])
+        return self.rows.take(generator.integers(0, len(self.rows), count))
 
     def scorer(self, metric: str | None) -> Scorer:
         """A metric of the whole population."""
@@ -213,9 +217,7 @@ def calibrate(
     population: Population, promises: Sequence[Promise], count: int, seed: int
 ) -> Iterator[tuple[str, float, float, bool]]:
     """One calibration for each promise: its name, true drop, saving, and whether it refused."""
-    # Another stream than those of the calibration.
-    generator = np.random.default_rng([seed, 1])
-    rows = population.rows.take(generator.integers(0, len(population.rows), count))
+    rows = population.drawn(count, seed)
     assert rows.expected is not None
     keys = rows.expected if rows.expected.ndim == 1 else rows.expected.sum(axis=1)
     searches: dict[str, Search] = {}
@@ -229,7 +231,7 @@ def calibrate(
         rule: ExitRule | None
         if isinstance(promise.goal, Bound):
             try:
-                rule = control(costs, promise.goal, (), DEFAULT_MEASURES, seed).rule
+                rule, _ = control(costs, promise.goal, (), DEFAULT_MEASURES, seed)
             except InputError:
                 rule = None
         else:
@@ -244,8 +246,7 @@ def calibrate_alone(
     population: Population, count: int, seed: int
 ) -> Iterator[tuple[str, float, float]]:
     """For each kind of rule, the true drop and the saving of `balanced` if only it competes."""
-    generator = np.random.default_rng([seed, 1])
-    rows = population.rows.take(generator.integers(0, len(population.rows), count))
+    rows = population.drawn(count, seed)
     costs = StoppingCosts(rows, population.scorer(None).metric, layer_costs(rows))
     rules = (*DEFAULT_RULES, "learned")
     search = Search(costs, make_families(costs, rules, DEFAULT_MEASURES, seed), seed)
@@ -262,10 +263,26 @@ def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...
             file.flush()
 
 
-def table(names: Sequence[str], work: Path) -> Iterator[str]:
-    """The lines of the table, for what has been run."""
-    yield f"| {' | '.join(COLUMNS)} |"
-    yield "|---" * len(COLUMNS) + "|"
+def page_of(names: Sequence[str], work: Path) -> str:
+    """The page, for what has been run."""
+    paths = {name: work / f"{name}-alone.jsonl" for name in names}
+    alone = {name: _runs(path) for name, path in paths.items() if path.is_file()}
+    return render(
+        "calibration-study",
+        lines=_lines(names, work),
+        alone=alone,
+        alone_rows=ALONE_ROWS,
+        kinds=list(dict.fromkeys(kind for run in chain(*alone.values()) for kind in run)),
+        outcome_alone=_outcome_alone,
+    )
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _lines(names: Sequence[str], work: Path) -> Iterator[str]:
+    """The lines of the table of promises."""
     for name in names:
         oracle_path = work / f"{name}-oracle.json"
         oracles = json.loads(oracle_path.read_text()) if oracle_path.is_file() else {}
@@ -273,7 +290,7 @@ def table(names: Sequence[str], work: Path) -> Iterator[str]:
             int(path.stem.rpartition("-")[2]): path for path in work.glob(f"{name}-*[0-9].jsonl")
         }
         for count, path in sorted(found.items()):
-            runs = [json.loads(line) for line in path.read_text().splitlines()]
+            runs = _runs(path)
             for promise in PROMISES:
                 yield _line(name, count, promise, [run[promise.name] for run in runs], oracles)
 
@@ -296,23 +313,10 @@ def _line(
     )
 
 
-def table_alone(names: Sequence[str], work: Path) -> Iterator[str]:
-    """The lines of the table in which only one kind of rule competes."""
-    found = {name: work / f"{name}-alone.jsonl" for name in names}
-    runs = {
-        name: [json.loads(line) for line in path.read_text().splitlines()]
-        for name, path in found.items()
-        if path.is_file()
-    }
-    kinds = list(dict.fromkeys(kind for run in chain(*runs.values()) for kind in run))
-    yield f"| population | calibrations | {' | '.join(kinds)} |"
-    yield "|---" * (len(kinds) + 2) + "|"
-    for name, of_name in runs.items():
-        cells = []
-        for kind in kinds:
-            drop, saving = np.mean([run[kind] for run in of_name if kind in run], axis=0)
-            cells.append(f"{saving:.3f} ({drop:.2f})")
-        yield f"| {name} | {len(of_name)} | {' | '.join(cells)} |"
+def _outcome_alone(runs: Sequence[dict[str, Any]], kind: str) -> str:
+    """The mean saving and drop if only one kind of rule competes."""
+    drop, saving = np.mean([run[kind] for run in runs if kind in run], axis=0)
+    return f"{saving:.3f} ({drop:.2f})"
 
 
 def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -320,39 +324,6 @@ def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, f
     middle = (count + z**2 / 2) / (total + z**2)
     half = z * np.sqrt(count * (total - count) / total + z**2 / 4) / (total + z**2)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-HEADER = """# Calibration study
-
-Does calibration keep its promises on new rows? `scripts/calibration_study.py` draws rows from a
-population (a large set of logits with labels), calibrates on them, and evaluates what was chosen on
-the whole population. The drop that it finds there is the true drop.
-
-- **drop**: the mean true drop over calibrations, in points, with its standard error. The promise of
-  `balanced` is 0.5 on average, that of `fast` 2.
-- **broken**: share of calibrations whose true drop exceeds a guarantee, with its 95 % interval. It
-  should be at most 5 %.
-- **refused**: share of calibrations that choose full depth, because the rows cannot confirm any
-  faster setting.
-- **saving**: mean share of layers that is saved; a refusal saves nothing.
-- **oracle**: the saving as a share of the oracle's. The oracle knows the population, and takes the
-  setting that saves most within the promise. The share can exceed 1, because the drop of a single
-  calibration may exceed its promise.
-
-`safe` promises a drop of at most 0.5 points and `risk N` one of at most N points, both with 95 %
-confidence. Both are about accuracy or exact match, unless the line names macro-F1, agreement or
-disagreement with full depth. For "sorted file", the rows come sorted by label. The populations with
-names such as `trec-minilm` are the logits of real models. The others are synthetic: the
-probabilities of their last exit are calibrated, over-confident or under-confident. None has exit 0.
-Rows are drawn with replacement. The column `calibrations` says how many were run so far; the script
-continues up to 500 for each line.
-"""
-ALONE_HEADER = f"""
-## Each kind of rule alone
-
-What `balanced` saves if only one kind of rule competes, with {ALONE_ROWS} rows: the mean share of
-layers that is saved, and in brackets the mean true drop in points.
-"""
 
 
 @click.command(context_settings={"show_default": True})
@@ -386,8 +357,7 @@ def main(
             click.echo(f"{name}, {count} rows: done", err=True)
         alone = partial(calibrate_alone, population, ALONE_ROWS)
         study(work / f"{name}-alone.jsonl", min(repeats, ALONE_REPEATS), alone)
-    lines = [HEADER, *table(list(makers), work), ALONE_HEADER, *table_alone(list(makers), work)]
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page.write_text(page_of(list(makers), work), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, Pla
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
 from fpabee.runtime import Engine, FpabeeError, MissingExtraError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME
+from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.backends.cuda import cuda
 from fpabee.runtime.backends.cuda_probe import cuda_device, no_conditional_graphs
 from fpabee.runtime.encoding import EncodedRow, padded_inputs, padding_values
@@ -97,7 +97,7 @@ def decide(emit: Emit) -> None:
 def make_models(folder: Path, size: str, emit: Emit) -> None:
     """The model of a size, its engines folder `chain`, and `one` with all layers in one segment."""
     chain, one = folder / "chain", folder / "one"
-    if is_made(one) and INT8 in read_manifest(one).precisions:
+    if is_engines_folder(one) and INT8 in read_manifest(one).precisions:
         raise Skipped("the model was made before")
     sys.path.insert(0, str(ROOT))
     from tests.conftest import WORDS, make_model
@@ -121,11 +121,6 @@ def make_models(folder: Path, size: str, emit: Emit) -> None:
         emit(what="not measured", variant=INT8, reason=error.message)
     else:
         drop_exits(chain, one, last)
-
-
-def is_made(folder: Path) -> bool:
-    """Whether a folder is an engines folder."""
-    return (folder / MANIFEST_NAME).exists()
 
 
 def plans(folder: Path, precision: str, emit: Emit) -> None:
@@ -244,7 +239,7 @@ def run_part(part: str, size: str, how: str, models: Path, emit: Emit) -> None:
     folder = models / size
     if part == "model":
         return make_models(folder, size, emit)
-    if not is_made(folder / "one"):
+    if not is_engines_folder(folder / "one"):
         raise Skipped(f"the model {size} was not made")
     if part == "onnxruntime":
         return measure(folder, f"onnxruntime-{how}-cuda", emit)

@@ -21,58 +21,10 @@ _HEADS = (
 )
 
 
-def results_of(report: Result) -> list[Result]:
-    """All results of all parts."""
-    return [result for part in report["parts"] for result in part["results"]]
-
-
-def targets(results: Sequence[Result]) -> Iterator[Result]:
-    """What was to be reached, for each model, library and length.
-
-    Yields:
-        `size`, `runs_on`, `tokens`, `target`, `most`, and `found`: a ratio, or None if it was not
-        measured.
-    """
-    timed = {
-        (r["size"], r["runs_on"], r["tokens"], r["variant"]): r
-        for r in results
-        if r["what"] == "latency"
-    }
-    for size, library, tokens in dict.fromkeys(key[:3] for key in timed):
-        one, stepwise, graph, rule = (
-            timed.get((size, library, tokens, variant))
-            for variant in (ENGINE, STEPWISE, ONE_GRAPH, WITH_RULE)
-        )
-        if one is None:
-            continue
-        steady = graph or stepwise
-        found = {
-            "chain as one graph / one engine, p50": (MOST_FULL_DEPTH, _ratio(graph, one)),
-            "chain with the rule at half depth / one engine, mean": (
-                MOST_HALF_DEPTH,
-                _ratio(rule, one, "mean_ms", "mean_ms"),
-            ),
-            f"p99 / p50, {(steady or one)['variant']}": (
-                MOST_P99,
-                _ratio(steady, steady, "p99_ms"),
-            ),
-        }
-        for target, (most, ratio) in found.items():
-            yield {
-                **{"size": size, "runs_on": library, "tokens": tokens, "target": target},
-                **{"most": most, "found": ratio},
-            }
-
-
-def _ratio(
-    above: Result | None, below: Result | None, key: str = "p50_ms", other: str = "p50_ms"
-) -> float | None:
-    return round(above[key] / below[other], 3) if above and below else None
-
-
 def markdown(report: Result) -> str:
     """The report as Markdown: times, targets, parity, and the state of each part."""
-    gpu, results = report["gpu"], results_of(report)
+    gpu = report["gpu"]
+    results = [result for part in report["parts"] for result in part["results"]]
     name = f"{gpu['name']}, compute capability {gpu['compute_capability']}"
     lines = [f"# fpabee on {(gpu['error'] and 'no GPU: ' + gpu['error']) or name}", ""]
     lines += [", ".join(f"{key} {value}" for key, value in report["environment"].items()), ""]
@@ -81,15 +33,11 @@ def markdown(report: Result) -> str:
     for size in dict.fromkeys(result["size"] for result in results if "size" in result):
         own = [result for result in results if result.get("size") == size]
         variants = dict.fromkeys((r["runs_on"], r["variant"]) for r in own if _is_time(r))
-        rows = [_row(own, *variant) for variant in variants]
-        lines += ["", f"## {size}", "", *_table(_HEADS, rows)]
-    lines += ["", "## Targets", ""]
-    lines += _table(
-        ("model", "runs on", "tokens", "ratio", "at most", "found", ""),
-        [_target_row(target) for target in targets(results)],
-    )
-    lines += ["", "## Largest difference of a logit from PyTorch in fp32, at each exit", ""]
-    lines += _table(
+        lines += _section(size, _HEADS, [_row(own, *variant) for variant in variants])
+    heads = ("model", "runs on", "tokens", "ratio", "at most", "found", "")
+    lines += _section("Targets", heads, list(_targets(results)))
+    lines += _section(
+        "Largest difference of a logit from PyTorch in fp32, at each exit",
         ("model", "runs on", "exits", "verdict"),
         [
             (r["size"], r["runs_on"], ", ".join(f"{d:.1e}" for d in r["exits"]), r["verdict"])
@@ -97,8 +45,8 @@ def markdown(report: Result) -> str:
             if r["what"] == "parity"
         ],
     )
-    lines += ["", "## The kernel that decides after an exit", ""]
-    lines += _table(
+    lines += _section(
+        "The kernel that decides after an exit",
         ("rule", "labels", "rows", "microseconds"),
         [
             (r["rule"], str(r["labels"]), str(r["rows"]), f"{r['us']:.2f}")
@@ -106,13 +54,55 @@ def markdown(report: Result) -> str:
             if r["what"] == "decide"
         ],
     )
-    lines += ["", "## Parts", ""]
-    parts = [
-        (p["name"], p["state"], f"{p['seconds']:.0f} s", "; ".join(_remarks(p)))
-        for p in report["parts"]
-    ]
-    lines += _table(("part", "state", "time", "remarks"), parts)
+    lines += _section(
+        "Parts",
+        ("part", "state", "time", "remarks"),
+        [
+            (p["name"], p["state"], f"{p['seconds']:.0f} s", "; ".join(_remarks(p)))
+            for p in report["parts"]
+        ],
+    )
     return "\n".join(lines) + "\n"
+
+
+def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A heading and a table."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    table += [f"| {' | '.join(row)} |" for row in cells]
+    return ["", f"## {title}", "", *(table if rows else ["Nothing was measured."])]
+
+
+def _targets(results: Sequence[Result]) -> Iterator[Sequence[str]]:
+    """What was to be reached, and what was found, for each model, library and length."""
+    timed = {
+        (r["size"], r["runs_on"], r["tokens"], r["variant"]): r
+        for r in results
+        if r["what"] == "latency"
+    }
+    for key in dict.fromkeys(key[:3] for key in timed):
+        one, stepwise, graph, rule = (
+            timed.get((*key, variant)) for variant in (ENGINE, STEPWISE, ONE_GRAPH, WITH_RULE)
+        )
+        if one is None:
+            continue
+        steady = graph or stepwise
+        half_depth = "chain with the rule at half depth / one engine, mean"
+        slowest = f"p99 / p50, {(steady or one)['variant']}"
+        for target, most, found in (
+            ("chain as one graph / one engine, p50", MOST_FULL_DEPTH, _ratio(graph, one)),
+            (half_depth, MOST_HALF_DEPTH, _ratio(rule, one, "mean_ms", "mean_ms")),
+            (slowest, MOST_P99, _ratio(steady, steady, "p99_ms")),
+        ):
+            state = "not measured" if found is None else "met" if found <= most else "**missed**"
+            ratio = "" if found is None else f"{found:.3f}"
+            yield (*map(str, key), target, f"{most:.2f}", ratio, state)
+
+
+def _ratio(
+    above: Result | None, below: Result | None, key: str = "p50_ms", other: str = "p50_ms"
+) -> float | None:
+    return round(above[key] / below[other], 3) if above and below else None
 
 
 def _is_time(result: Result) -> bool:
@@ -141,13 +131,6 @@ def _row(results: Sequence[Result], library: str, variant: str) -> list[str]:
     ]
 
 
-def _target_row(target: Result) -> list[str]:
-    found, most = target["found"], target["most"]
-    state = "not measured" if found is None else "met" if found <= most else "**missed**"
-    cells = [target[key] for key in ("size", "runs_on", "tokens", "target")]
-    return [*map(str, cells), f"{most:.2f}", "" if found is None else f"{found:.3f}", state]
-
-
 def _remarks(part: Result) -> Iterator[str]:
     """Why a part has no result, or not all of them."""
     if part["reason"]:
@@ -157,14 +140,3 @@ def _remarks(part: Result) -> Iterator[str]:
             yield f"{result['variant']} was not measured: {result['reason']}"
         elif result["what"] == "tests":
             yield result["summary"]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    if not rows:
-        return ["Nothing was measured."]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return [
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
-        *("| " + " | ".join(row) + " |" for row in cells),
-    ]

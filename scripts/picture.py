@@ -11,7 +11,6 @@ median text would hide the texts that use all layers. A light and a dark version
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,25 @@ Styles = dict[str, tuple[str, str]]
 """The colour and the marker of each alternative."""
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a version of the picture."""
-
-    name: str
-    ink: str
-    grid: str
+# Ink and grid of each version of the picture.
+THEMES = {"light": ("#1f2328", "#d8dee4"), "dark": ("#e6edf3", "#3d444d")}
 
 
-THEMES = (Theme("light", "#1f2328", "#d8dee4"), Theme("dark", "#e6edf3", "#3d444d"))
+def style(ink: str, grid: str) -> dict[Any, Any]:
+    """The settings of matplotlib for a theme."""
+    inked = ("text.color", "axes.titlecolor", "axes.labelcolor", "axes.edgecolor")
+    return dict.fromkeys((*inked, "xtick.color", "ytick.color"), ink) | {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.size": 10,
+        "grid.color": grid,
+        "grid.linewidth": 0.7,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fpabee",
+    }
 
 
 def read(folder: Path) -> Results:
@@ -66,7 +74,7 @@ def read(folder: Path) -> Results:
     return found
 
 
-def draw(axes: Axes, name: str, rows: list[dict[str, Any]], styles: Styles, theme: Theme) -> None:
+def draw(axes: Axes, name: str, rows: list[dict[str, Any]], styles: Styles) -> None:
     """Draw a data set."""
     places = {row["name"]: (1000 / row["rows_per_s"], 100 * row["score"]) for row in rows}
     own = sorted(place for other, place in places.items() if other.startswith(OWN))
@@ -75,18 +83,12 @@ def draw(axes: Axes, name: str, rows: list[dict[str, Any]], styles: Styles, them
         if other in places:
             axes.plot(*places[other], marker, color=color, zorder=4, label=other)
     axes.set_xscale("log")
-    axes.set_title(name, color=theme.ink)
-    axes.set_xlabel("ms per text, over the test file", color=theme.ink)
-    axes.grid(color=theme.grid, linewidth=0.7)
-    axes.tick_params(colors=theme.ink, which="both")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.ink)
+    axes.set_title(name)
+    axes.set_xlabel("ms per text, over the test file")
 
 
-def picture(results: Results, theme: Theme) -> Figure:
-    """The picture in one theme."""
+def picture(results: Results) -> Figure:
+    """The picture, in the colours that matplotlib is set to."""
     figure = Figure(figsize=(3.2 + 4 * len(results), 3.8), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     names = dict.fromkeys(row["name"] for rows in results.values() for row in rows)
@@ -94,14 +96,11 @@ def picture(results: Results, theme: Theme) -> Figure:
     styles = dict(zip(others, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     lines: dict[str, Any] = {}
     for axes, (name, rows) in zip(panels, results.items(), strict=True):
-        draw(axes, name, rows, styles, theme)
+        draw(axes, name, rows, styles)
         drawn, labels = axes.get_legend_handles_labels()
         lines |= zip(labels, drawn, strict=True)
-    panels[0].set_ylabel("test accuracy, %", color=theme.ink)
-    figure.legend(
-        lines.values(), lines, frameon=False, labelcolor=theme.ink, loc="outside right upper",
-        fontsize=8,
-    )  # fmt: skip
+    panels[0].set_ylabel("test accuracy, %")
+    figure.legend(lines.values(), lines, loc="outside right upper")
     return figure
 
 
@@ -113,12 +112,10 @@ def main(results: Path, folder: Path) -> None:
     """Draw RESULTS as score-light.svg and score-dark.svg into FOLDER."""
     content = read(results)
     folder.mkdir(parents=True, exist_ok=True)
-    for theme in THEMES:
-        style: dict[Any, Any] = {"svg.hashsalt": "fpabee", "svg.fonttype": "none", "font.size": 10}
-        with mpl.rc_context(style):
-            figure = picture(content, theme)
-            path = folder / f"score-{theme.name}.svg"
-            figure.savefig(path, transparent=True, metadata={"Date": None})
+    for theme, (ink, grid) in THEMES.items():
+        with mpl.rc_context(style(ink, grid)):
+            path = folder / f"score-{theme}.svg"
+            picture(content).savefig(path, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

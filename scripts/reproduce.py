@@ -9,7 +9,7 @@ and evaluated on test. Models are trained with the loss of the paper; those name
 use self-distillation, and are compared with the others. DATA holds a folder for each dataset, with
 train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped at
 any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED. Results are in
-`scripts/results/`: a JSON file for each run, tables, and figures.
+`scripts/results/`: a JSON file for each run, and tables.
 
 Models named `-exit-0` also have exit 0, and are trained with the default options. They are compared
 with what people would do instead: the cascade, encoders that are cut after the first layers, and
@@ -28,15 +28,18 @@ from typing import Any
 
 import click
 import numpy as np
-from reproduce_alternatives import compare_alternatives, static_model
-from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, draw, stored, tables
+from reproduce_alternatives import (
+    choose,
+    compare_alternatives,
+    selector_by_layers,
+    static_model,
+)
+from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, tables
 from transformers import AlbertConfig, AutoTokenizer
 
-from fpabee.calibration.choose import Selector
 from fpabee.calibration.families import CHOOSABLE_RULES
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import export
 from fpabee.exporter.exit_0 import EXIT_0_FILE
@@ -44,10 +47,11 @@ from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.exporter.training.resume import last_checkpoint
-from fpabee.runtime import Engine, InputError, ProblemType
+from fpabee.runtime import Engine, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 from fpabee.runtime.backends.onnxruntime_session import session_options
 from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.progress import step_progress
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
 
@@ -130,21 +134,22 @@ def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path, comm
     """
     report = folder / REPORT_NAME
     files: Any = {part: str(path) for part, path in files_of(run, data).items()}
-    if not report.is_file():
-        options = TrainOptions(
-            **files,
-            backbone=backbone,
-            problem_type=run.problem_type,
-            distill=run.distill,
-            seed=seed,
-            bf16=has_fast_bf16(),
-            exit_0=run.exit_0,
-            resume=last_checkpoint(folder) is not None,
-            **run.options,
-        )
-        train(folder, options, _print_scores, command)
-    elif run.exit_0 and not (folder / EXIT_0_FILE).is_file():
-        train(folder, TrainOptions(**files, exit_0_only=True, seed=seed), _print_scores)
+    with step_progress(quiet=False) as progress:
+        if not report.is_file():
+            options = TrainOptions(
+                **files,
+                backbone=backbone,
+                problem_type=run.problem_type,
+                distill=run.distill,
+                seed=seed,
+                bf16=has_fast_bf16(),
+                exit_0=run.exit_0,
+                resume=last_checkpoint(folder) is not None,
+                **run.options,
+            )
+            train(folder, options, progress, command)
+        elif run.exit_0 and not (folder / EXIT_0_FILE).is_file():
+            train(folder, TrainOptions(**files, exit_0_only=True, seed=seed), progress)
     return json.loads(report.read_text(encoding="utf-8"))
 
 
@@ -192,9 +197,9 @@ def files_of(run: Run, data: Path) -> dict[str, Path]:
 
 def trace(folder: Path, data: Path, threads: int | None) -> tuple[LabelledLogits, list[int]]:
     """The trace of a file, which is stored in the engines folder, and the layer of each exit."""
-    with Engine.load(folder, threads=threads) as engine:
+    with Engine.load(folder, threads=threads) as engine, step_progress(quiet=False) as progress:
         place = folder / "calibration"
-        rows = trace_rows(engine, list(read_rows(data)), place, progress=_print_end)
+        rows = trace_rows(engine, list(read_rows(data)), place, progress=progress)
         return rows, list(engine.manifest.exit_layers)
 
 
@@ -212,16 +217,12 @@ def store_logits(path: Path, dev: LabelledLogits, test: LabelledLogits) -> None:
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
-    costs = np.repeat(np.asarray(layers, np.float64)[:, None], len(dev), axis=1)
-    selector = Selector(StoppingCosts(dev, metric, costs), CHOOSABLE_RULES, list(Measure))
+    selector = selector_by_layers(dev, layers, CHOOSABLE_RULES, list(Measure))
     scorer = Scorer(test, metric)
     found = []
     for kind in selector.kinds:
         for saving in SAVINGS:
-            try:
-                chosen = selector.choose(Goal(speedup=1 / (1 - saving)), [kind])
-            except InputError:  # No setting saves enough.
-                continue
+            chosen = choose(selector, Goal(speedup=1 / (1 - saving)), [kind])
             if chosen is None:
                 continue
             exits = exits_of(chosen, test)
@@ -243,16 +244,6 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
         "exits": [scorer.score(np.full(len(test), number)) for number in every],
         "settings": found,
     }
-
-
-def _print_scores(what: str, done: int, total: int) -> None:
-    if "loss" not in what:
-        click.echo(f"{what} {done}/{total}", err=True)
-
-
-def _print_end(what: str, done: int, total: int) -> None:
-    if done == total:
-        click.echo(f"{what} {done}/{total}", err=True)
 
 
 def small_albert(tokenizer: str, folder: Path) -> str:
@@ -301,7 +292,7 @@ def main(
     train_cuts: bool,
     threads: int | None,
 ) -> None:
-    """Train, export, trace and compare; then write the tables and the figures."""
+    """Train, export, trace and compare; then write the tables."""
     # First, because an export would set up the process's thread pool with all cores.
     session_options(threads)
     backbones = {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
@@ -340,12 +331,8 @@ def main(
                 found = compare_alternatives(folder, *parts, cuts, shifted, threads)
                 found["systems"].append(static_model(backbone, work, data / run.data, threads))
                 _store(other, head | found)
-    text = {"table": tables(runs, RUNS), "alternatives": alternatives(others, RUNS)}
-    for name, lines in text.items():
-        (results / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name in RUNS:
-        if stored(runs, name):
-            draw(runs, name, results / f"{name}.svg")
+    (results / "table.md").write_text(tables(runs, RUNS), encoding="utf-8")
+    (results / "alternatives.md").write_text(alternatives(others, RUNS), encoding="utf-8")
     click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 import venv
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from fpabee.runtime.encoding import Text
 from fpabee.runtime.environment import cpu_name
 from fpabee.runtime.files import Row, read_rows
 from fpabee.runtime.metrics import encode_labels, evaluate
+from fpabee.runtime.rules.measures import Measure
 
 POINT = "balanced"
 FULL_DEPTH, WITHOUT_EXIT_0 = "full depth", f"{POINT}, without exit 0"
@@ -84,8 +85,10 @@ def compare_alternatives(
     plain, whole = _without_exit_0(folder), _one_graph(folder)
     calibration = calibrate_default(folder, dev, threads)
     plain_rule = calibrate_default(plain, dev, threads).points[0].rule
-    choose = _chooser(calibration)
-    cascade = choose(DEFAULT_GOALS[POINT], [CASCADE])
+    selector = selector_by_layers(
+        calibration.rows, calibration.layers, DEFAULT_RULES, DEFAULT_MEASURES
+    )
+    cascade = choose(selector, DEFAULT_GOALS[POINT], [CASCADE])
     limit = cascade.exit_0_threshold if cascade else None
     others = {source: [row.text for row in read_rows(path)] for source, path in shifted.items()}
     with ExitStack() as stack:
@@ -103,7 +106,8 @@ def compare_alternatives(
         ]
         for layers, cut in cuts.items():
             systems.append(System(f"cut to {layers}", load(cut), _FULL))
-            rule = choose(Goal(speedup=calibration.layers[-1] / layers), None)
+            goal = Goal(speedup=calibration.layers[-1] / layers)
+            rule = choose(selector, goal, selector.kinds)
             if rule is not None:
                 systems.append(System(f"exits, {layers} on average", engine, rule))
         return {
@@ -145,22 +149,31 @@ def _one_graph(folder: Path) -> Path:
     return whole
 
 
-def _chooser(
-    calibration: Calibration,
-) -> Callable[[Goal, Collection[str] | None], ExitRule | None]:
-    """Chooses a rule for a goal among some kinds or all, with layers as costs."""
-    rows = calibration.rows
-    costs = np.repeat(np.array(calibration.layers, float)[:, None], len(rows), axis=1)
+def selector_by_layers(
+    rows: LabelledLogits,
+    layers: Sequence[int],
+    rules: Sequence[str],
+    measures: Sequence[Measure],
+) -> Selector:
+    """Chooses settings by the number of layers instead of measured times.
+
+    Args:
+        rows: the rows that choose.
+        layers: the layer of each exit.
+        rules: names of the rules that compete.
+        measures: similarity measures that compete.
+    """
+    costs = np.repeat(np.array(layers, float)[:, None], len(rows), axis=1)
     metric = METRICS[rows.problem_type][0]
-    selector = Selector(StoppingCosts(rows, metric, costs), DEFAULT_RULES, DEFAULT_MEASURES)
+    return Selector(StoppingCosts(rows, metric, costs), rules, measures)
 
-    def choose(goal: Goal, kinds: Collection[str] | None) -> ExitRule | None:
-        try:
-            return selector.choose(goal, kinds or selector.kinds)
-        except InputError:  # No setting is as fast.
-            return None
 
-    return choose
+def choose(selector: Selector, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
+    """The best setting of some kinds; None if no setting but full depth meets the goal."""
+    try:
+        return selector.choose(goal, kinds)
+    except InputError:  # No setting is as fast.
+        return None
 
 
 def measured(systems: Sequence[System], rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from ...runtime.environment import environment
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
 from ..descriptions import promise_in_words, rule_in_words
-from ..outcome import Outcome
-from ..result import Calibration, Point
+from ..result import Calibration, Point, RuleComparison
 from ..scoring import Scorer
 from .exits import Bin, ExitScore, exit_scores, reliability
 from .fronts import FrontSetting, rule_fronts
@@ -121,12 +120,7 @@ def tables(report: Report) -> dict[str, list[Record]]:
     return {
         "points": [_point(point, result) for point in result.points],
         "contenders": [
-            {
-                "kind": one.kind,
-                **_rule(one.rule),
-                **_outcome(one.held_out),
-                "chosen_on_mean_depth": one.chosen_on.mean_depth,
-            }
+            _judged(one) | {"chosen_on_mean_depth": one.chosen_on.mean_depth}
             for one in result.comparisons
         ],
         "fronts": [_front(setting) for setting in report.fronts],
@@ -147,8 +141,11 @@ def _rule(rule: ExitRule) -> Record:
     return {"rule": rule_in_words(rule), "settings": json.dumps(rule.to_dict())}
 
 
-def _outcome(outcome: Outcome) -> Record:
+def _judged(found: Point | RuleComparison) -> Record:
+    outcome = found.held_out
     return {
+        "kind": found.kind,
+        **_rule(found.rule),
         "metric": outcome.metric,
         "score": outcome.score,
         "full_depth_score": outcome.full_depth_score,
@@ -169,9 +166,7 @@ def _point(point: Point, result: Calibration) -> Record:
         "name": point.name,
         "default": point.name == result.default,
         "wish": str(point.goal),
-        "kind": point.kind,
-        **_rule(point.rule),
-        **_outcome(point.held_out),
+        **_judged(point),
         **{f"measured_speedup_batch_{size}": ratio for size, ratio in point.measured.items()},
         "promise": promise_in_words(point, result),
         "chosen_on_drop": point.chosen_on.drop,
@@ -183,9 +178,13 @@ def _point(point: Point, result: Calibration) -> Record:
 
 
 def _front(setting: FrontSetting) -> Record:
-    record = dataclasses.asdict(setting)
-    del record["rule"]
-    return {"kind": record.pop("curve"), **_rule(setting.rule), **record}
+    return {
+        "kind": setting.curve,
+        **_rule(setting.rule),
+        "estimated_speedup": setting.estimated_speedup,
+        "drop": setting.drop,
+        "mean_depth": setting.mean_depth,
+    }
 
 
 def _row(row: TextRow, texts: bool) -> Record:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
-from ..families import Family, settings_of
+from ..families import Family
 from ..outcome import exits_of, outcome
 from ..points import compared_kinds
 from ..result import Calibration
@@ -55,15 +55,15 @@ def _curve(result: Calibration, families: list[Family]) -> Iterator[FrontSetting
     rows = result.rows if result.test is None else result.test
     scorer = Scorer(rows, costs.scorer.metric)
     seconds = result.costs[-1].row_costs(rows.lengths)
-    settings = settings_of(families)
+    rules = [rule for family in families for rule in family.rules]
+    exits = np.concatenate([family.exits for family in families])
     once = np.ones((len(result.rows), 1))
     drops = np.concatenate([costs.drops(family.exits, once)[:, 0] for family in families])
     times = np.concatenate([costs.mean_costs(family.exits, once)[:, 0] for family in families])
     for limit in np.geomspace(times.max(), times.min(), _SPEEDS) * (1 + 1e-9):
         best = int(np.where(times <= limit, drops, np.inf).argmin())
-        family, number = settings[best]
-        rule, stops = family.rule(number), family.exits[number].astype(np.int64)
+        rule, stops = rules[best], exits[best].astype(np.int64)
         if result.test is not None:
             stops = exits_of(rule, rows)
         held = outcome(scorer, stops, seconds, result.layers)
-        yield FrontSetting(family.kind, rule, held.estimated, held.drop, held.mean_depth)
+        yield FrontSetting(families[0].kind, rule, held.estimated, held.drop, held.mean_depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import matplotlib as mpl
@@ -15,7 +16,6 @@ from matplotlib.ticker import PercentFormatter
 
 from .data import Report
 from .exits import Bin
-from .fronts import FrontSetting
 
 # The palette of Okabe and Ito, for readers with colour blindness; dashes and markers differ, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
@@ -76,10 +76,8 @@ def _speedup(report: Report) -> Figure:
     """Score against speed-up: the curves, and the operating points with their intervals."""
     figure = _figure(5.2)
     axes = figure.subplots()
-    curves: dict[str, list[FrontSetting]] = {}
-    for setting in report.fronts:
-        curves.setdefault(setting.curve, []).append(setting)
-    for number, (name, settings) in enumerate(curves.items()):
+    curves = groupby(report.fronts, key=lambda setting: setting.curve)
+    for number, (name, settings) in enumerate(curves):
         pairs = sorted({(setting.estimated_speedup, -setting.drop) for setting in settings})
         axes.plot(
             *zip(*pairs, strict=True),

@@ -106,7 +106,7 @@ def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:
 def test_thresholds_for_each_exit_are_better_than_one(name: str) -> None:
     costs = with_costs(make_rows(count=2000))
     family = next(iter(make_families(costs, [name], MEASURES, per_exit=False)))
-    plain = family.rule(0)
+    plain = family.rules[0]
     parts = np.zeros(len(costs.rows), np.intp)
     parts[:10] = 1
     rules, _ = fit_per_exit(plain, StopScores(costs.rows).stop_scores(plain), costs, parts)
@@ -137,14 +137,14 @@ def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to() -
         scorer = Scorer(rows, "accuracy")
         for number in range(0, len(family.exits), 10):
             said = 100 * (scorer.full_depth - scorer.score(family.exits[number].astype(np.int64)))
-            misses.append(drop_on(population, family.rule(number)) - said)
+            misses.append(drop_on(population, family.rules[number]) - said)
     assert abs(np.mean(misses)) < 0.5
 
 
 def fastest(costs: StoppingCosts, families: list[Family], allowed: float) -> ExitRule:
     """The fastest setting by its own estimate, which is the luckiest of many."""
     exits = np.concatenate([family.exits for family in families])
-    rules = [family.rule(number) for family in families for number in range(len(family.exits))]
+    rules = [rule for family in families for rule in family.rules]
     once = np.ones((len(costs.rows), 1))
     within = costs.drops(exits, once) <= allowed
     return rules[int(np.where(within, costs.mean_costs(exits, once), np.inf).argmin())]

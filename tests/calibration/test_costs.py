@@ -32,7 +32,7 @@ def change(**fields: Any) -> Any:
         ({}, lambda path, patch: None, False),
         ({"again": True}, lambda path, patch: None, True),
         ({"threads": 2}, lambda path, patch: None, True),
-        ({"artifact": "other"}, lambda path, patch: None, True),
+        ({}, lambda path, patch: patch.setattr(costs, "artifact_sha256", lambda *_: "other"), True),
         (
             {},
             lambda path, patch: patch.setattr(costs, "environment", lambda: {"cpu": "another"}),
@@ -57,7 +57,7 @@ def test_stored_times_are_used_where_they_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "times.json"
-    given: dict[str, Any] = {"artifact": "abc", "threads": 1, "again": False}
+    given: dict[str, Any] = {"threads": 1, "again": False}
     with Engine.load(engines["bert"], threads=1) as engine:
         found = []
         for options in (given, given | settings):

@@ -12,7 +12,6 @@ from fpabee.calibration import risk
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.risk import (
     Bound,
-    Controlled,
     RiskOf,
     _remedy,
     control,
@@ -23,7 +22,7 @@ from fpabee.calibration.risk import (
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts, observed_losses
 from fpabee.calibration.sweep import StopScores, exits_below
-from fpabee.runtime import Entropy, InputError, Measure, ProblemType
+from fpabee.runtime import Entropy, ExitRule, InputError, Measure, ProblemType
 from fpabee.runtime.rules.base import ThresholdRule
 
 from .conftest import make_rows, two_exits, with_costs
@@ -31,8 +30,8 @@ from .conftest import make_rows, two_exits, with_costs
 BOUND = Bound(0.04, 0.95)
 
 
-def controlled(costs: StoppingCosts, seed: int = 0, rules: tuple[str, ...] = ()) -> Controlled:
-    return control(costs, BOUND, rules, [Measure.JSKD], seed)
+def controlled(costs: StoppingCosts, seed: int = 0, rules: tuple[str, ...] = ()) -> ExitRule:
+    return control(costs, BOUND, rules, [Measure.JSKD], seed)[0]
 
 
 def threshold(rule: object) -> float:
@@ -60,7 +59,7 @@ def test_a_guarantee_holds_in_95_percent_however_the_rows_are_sorted(
         drawn = generator.integers(0, len(everyone), 800)
         rows = everyone.take(drawn[np.argsort(everyone.expected[drawn])] if is_sorted else drawn)
         try:
-            rule = controlled(with_costs(rows), seed).rule
+            rule = controlled(with_costs(rows), seed)
         except InputError:
             continue
         certified += 1
@@ -126,9 +125,10 @@ def watch(monkeypatch: pytest.MonkeyPatch, answers: list[bool]) -> list[tuple[An
 def test_testing_ends_at_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = with_costs(make_rows())
     seen = watch(monkeypatch, [True, True, False, True])
-    found = controlled(costs)
+    rule = controlled(costs)
     assert len(seen) == 3
-    np.testing.assert_array_equal(exits_of(found.rule, costs.rows.take(found.tested)), seen[1][1])
+    tested = costs.rows.take(split(len(costs.rows), 0)[1])
+    np.testing.assert_array_equal(exits_of(rule, tested), seen[1][1])
     watch(monkeypatch, [False, True])
     with pytest.raises(InputError, match="these rows confirm no setting"):
         controlled(costs)
@@ -157,9 +157,9 @@ def test_no_row_both_fixes_the_path_and_tests_it(monkeypatch: pytest.MonkeyPatch
         logits[:, replaced], truth[replaced] = other.logits[:, replaced], other.expected[replaced]
         seen = watch(monkeypatch, [True])
         mixed = with_costs(replace(rows, logits=logits, expected=truth))
-        found = controlled(mixed, seed=3, rules=("fpabee", "entropy"))
-        np.testing.assert_array_equal(found.tested, testing)
-        rules.append(found.rule)
+        rules.append(controlled(mixed, seed=3, rules=("fpabee", "entropy")))
+        assert mixed.rows.expected is not None
+        np.testing.assert_array_equal(seen[0][0], mixed.rows.expected[testing])
         labels.append(seen[0][0])
     assert rules[0] == rules[1] != rules[2]
     assert (labels[0] != labels[1]).any()
@@ -170,13 +170,12 @@ def test_no_row_both_fixes_the_path_and_tests_it(monkeypatch: pytest.MonkeyPatch
 def test_what_is_certified(metric: str) -> None:
     risk_of = RiskOf.DISAGREEMENT if metric == "agreement" else RiskOf.DROP
     costs = with_costs(make_rows(count=2000), metric)
-    found = control(costs, Bound(0.04, 0.95, risk_of), [], [])
-    assert found.certificate is not None
-    assert found.certificate.risk_of == risk_of.value
-    assert (found.certificate.risk, found.certificate.confidence) == (4.0, 95.0)
-    assert found.certificate.rows == len(found.tested) == 1600
-    assert found.rule.name == "entropy"
-    assert exits_of(found.rule, costs.rows).mean() < 5
+    rule, certificate = control(costs, Bound(0.04, 0.95, risk_of), [], [])
+    assert certificate.risk_of == risk_of.value
+    assert (certificate.risk, certificate.confidence) == (4.0, 95.0)
+    assert certificate.rows == 1600
+    assert rule.name == "entropy"
+    assert exits_of(rule, costs.rows).mean() < 5
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_expected_losses_are_right_on_average_at_any_temperature(
     rows = calibrated(task, 20_000, scale)
     assert fit_temperature(rows) == pytest.approx(scale, rel=0.07)
     scorer = Scorer(rows, METRICS[task][0])
-    expected, observed = expected_losses(rows, scorer), observed_losses(scorer)
+    expected, observed = expected_losses(scorer), observed_losses(scorer)
     np.testing.assert_allclose(expected.mean(axis=1), observed.mean(axis=1), atol=0.012)
     # Their purpose: the same mean from fewer rows.
     assert (expected[:-1].std(axis=1) < 0.8 * observed[:-1].std(axis=1)).all()
@@ -51,7 +51,7 @@ def test_the_same_answer_loses_nothing() -> None:
     rows = make_rows()
     scorer = Scorer(rows, "accuracy")
     same = scorer.answers == scorer.answers[-1]
-    expected = expected_losses(rows, scorer)
+    expected = expected_losses(scorer)
     assert (expected[same] == 0).all()
     assert (expected[~same] >= 0).all()
     assert (observed_losses(scorer)[same] == 0).all()
@@ -98,6 +98,6 @@ def test_what_exit_0_makes_of_both_answers_counts() -> None:
     logits = np.stack([exit_0, last]).astype(np.float32)
     lengths = np.full(400, 9, np.intp)
     rows = LabelledLogits(logits, lengths, truth, ProblemType.SINGLE_LABEL, (), 0)
-    expected = expected_losses(rows, Scorer(rows, "accuracy"))
+    expected = expected_losses(Scorer(rows, "accuracy"))
     assert expected[0][sure].mean() < -0.7
     assert expected[0][~sure].mean() > 0.7

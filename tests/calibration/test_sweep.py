@@ -97,7 +97,7 @@ def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
         fitted = family.kind == "learned" or family.kind.endswith("per exit")
         assert fitted or (np.diff(depths) <= 0).all()
         for number in range(0, len(depths), 9):
-            exits = simulate(rows.logits, family.rule(number), task, first_exit=first_exit).exits
+            exits = simulate(rows.logits, family.rules[number], task, first_exit=first_exit).exits
             if fitted:
                 assert exits.mean() == pytest.approx(depths[number], abs=0.9)
                 continue
@@ -122,7 +122,7 @@ def test_a_threshold_per_exit_that_stops_no_row_at_exit_0_is_left_out() -> None:
     rows = dataclasses.replace(rows, logits=logits.astype(np.float32), first_exit=0)
     families = make_families(with_costs(rows), ["entropy"], DEFAULT_MEASURES)
     first = next(family for family in families if family.kind == "entropy per exit")
-    fitted = [first.rule(number) for number in range(len(first.exits))]
+    fitted = list(first.rules)
     for rule in fitted:
         stops = 0 in simulate(rows.logits, rule, rows.problem_type, first_exit=0).exits
         assert stops == (rule.exit_0_threshold is not None)

@@ -84,14 +84,12 @@ def test_a_table_has_means_over_seeds(
     # Only rules with a setting for every seed are compared.
     store("mini-sst2", 42, [0.5, 0.95], [("fpabee", 0.90), ("pabee", 0.89), ("entropy", 0.5)])
     store("mini-sst2", 43, [0.5, 0.95], [("fpabee", 0.92), ("pabee", 0.91)])
-    text = "\n".join(reproduce.tables(tmp_path, reproduce.RUNS))
+    text = reproduce.tables(tmp_path, reproduce.RUNS)
     assert "| fpabee | - | 91.00 ± 1.41 (51 %) | - |" in text
     assert "95.00 ± 0.00, 20 test rows" in text
     assert "seeds 42, 43" in text
     assert "| entropy | - | - | - |" in text
     assert "| mini-sst2 | - / +1.00 / - | - / - / - |" in text
-    reproduce.draw(tmp_path, "mini-sst2", tmp_path / "figure.svg")
-    assert "fpabee" in (tmp_path / "figure.svg").read_text()
 
 
 def test_a_distilled_model_is_compared_with_the_one_of_its_seed(
@@ -103,7 +101,7 @@ def test_a_distilled_model_is_compared_with_the_one_of_its_seed(
     store("mini-sst2-distill", 42, [0.53, 0.9], [("fpabee", 0.82), ("entropy", 0.81)])
     store("mini-sst2-distill", 43, [0.61, 0.89], [("fpabee", 0.81)])
     store("mini-trec-distill", 42, [0.53, 0.9], [("fpabee", 0.82)])  # nothing to compare it with
-    lines = list(reproduce.tables(tmp_path, reproduce.RUNS))
+    lines = reproduce.tables(tmp_path, reproduce.RUNS).splitlines()
     start = lines.index("## The effect of self-distillation")
     section = lines[start : lines.index("## mini-sst2")]
     (row,) = [line for line in section if line.startswith("| mini")]
@@ -263,12 +261,13 @@ def test_the_table_of_alternatives_has_targets_and_shifts(
             "shift": [{"rule": "cascade", "texts": "cola", "rows": 5, "drift": 0.25}],
         }
         (tmp_path / f"{seed}.json").write_text(json.dumps(run))
-    lines = list(reproduce.alternatives(tmp_path, reproduce.RUNS))
+    text = reproduce.alternatives(tmp_path, reproduce.RUNS)
+    lines = text.splitlines()
     assert "| mini-trec-exit-0 | 2 | 3.9x | 4.50x | +0.50 | 2.00x | +1.00 |" in lines
     assert "| balanced | 0.8950 | 1.50 | 0% | 0.50 | 1.50 | 900 |" in lines
     assert any(line.startswith("| model2vec 0.10.0 (1 seeds) | 0.7000") for line in lines)
     assert "| 43 | cascade | cola | 5 | 0.250 |" in lines
-    assert any("seeds 42, 43.\na machine; torch 2." in line for line in lines)
+    assert "seeds 42, 43.\na machine; torch 2.\n" in text
 
 
 @pytest.mark.slow
