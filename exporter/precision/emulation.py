@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ...runtime.agreement import REQUIREMENTS, Agreement, compare
 from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import Remedy, VerificationError
+from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
 from .lowering import ABS_MAX, LoweredGraphs, emulate
@@ -87,7 +89,7 @@ class Emulated:
     """A run of the whole chain with rounding.
 
     Attributes:
-        logits: `[exits, rows, labels]` float32.
+        logits: `[exits, rows, labels]` float32, those of exit 0 included.
         abs_max: by graph and node, the largest |x| before rounding.
     """
 
@@ -96,11 +98,16 @@ class Emulated:
 
 
 def run_emulated(
-    manifest: Manifest, graphs: LoweredGraphs, rows: Sequence[EncodedRow], progress: Progress
+    folder: Path,
+    manifest: Manifest,
+    graphs: LoweredGraphs,
+    rows: Sequence[EncodedRow],
+    progress: Progress,
 ) -> Emulated:
-    """Run rows through ONNX Runtime with every rounding in place.
+    """Run rows through ONNX Runtime with every rounding in place. No precision changes exit 0.
 
     Args:
+        folder: the engines folder.
         manifest: says which segment calls which graphs.
         graphs: the graphs, and what is lowered in them.
         rows: tokenized rows.
@@ -132,7 +139,11 @@ def run_emulated(
                 largest[node] = float(np.maximum(largest.get(node, 0.0), value))
         if LOGITS in step.outputs:
             logits.setdefault(step.call, []).append(step.outputs[LOGITS])
-    return Emulated(np.stack([np.concatenate(part) for part in logits.values()]), abs_max)
+    exits = [np.concatenate(part) for part in logits.values()]
+    exit_0 = ExitZero.load(folder, manifest)
+    if exit_0 is not None:
+        exits.insert(0, exit_0(rows))
+    return Emulated(np.stack(exits), abs_max)
 
 
 def report_on(
@@ -148,7 +159,7 @@ def report_on(
 
     Args:
         found: the run.
-        expected: logits `[exits, rows, labels]` of the fp32 model, those of exit 0 included.
+        expected: logits `[exits, rows, labels]` of the fp32 model.
         manifest: says what the labels are.
         precision: the precision that is judged.
         rule: the rule whose exits must stay the same.
@@ -161,17 +172,14 @@ def report_on(
         for node, value in nodes.items()
         if node in graphs.lowering(name).nodes and not value <= graphs.half.largest
     )
-    first = manifest.exits[0]
-    # No precision changes exit 0.
-    logits = np.concatenate([expected[: 1 - first], found.logits])
-    required = REQUIREMENTS[precision]
+    required, first = REQUIREMENTS[precision], manifest.exits[0]
     return PrecisionReport(
         precision=precision,
         rows=expected.shape[1],
         kept=kept,
         max_abs={name: max(nodes.items(), key=_size) for name, nodes in found.abs_max.items()},
         overflows=overflows,
-        agreement=compare(logits, expected, rule, manifest.task, required, first),
+        agreement=compare(found.logits, expected, rule, manifest.task, required, first),
     )
 
 

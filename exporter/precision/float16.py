@@ -68,14 +68,14 @@ def add_half(
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *more])
     kept = _kept_nodes(keep_fp32, protos)
     if more or AUTO in keep_fp32:
-        fp32 = run_emulated(manifest, LoweredGraphs(protos, half), rows, progress)
+        fp32 = run_emulated(folder, manifest, LoweredGraphs(protos, half), rows, progress)
         expected = np.concatenate([expected, fp32.logits[:, len(known) :]], axis=1)
         if AUTO in keep_fp32:
             for name, names in _too_large(protos, fp32.abs_max, half).items():
                 kept[name] |= names
     lowerings = {name: choose_lowering(proto, kept[name], turing) for name, proto in protos.items()}
     checked = LoweredGraphs(protos, half, lowerings)
-    found = run_emulated(manifest, checked, rows, progress)
+    found = run_emulated(folder, manifest, checked, rows, progress)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
     report = report_on(found, expected, manifest, half.value, rule, checked, listed)
     report.check(_remedy(report, half, keep_fp32))

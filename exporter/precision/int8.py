@@ -29,7 +29,6 @@ from ...runtime.encoding import (
     padding_values,
 )
 from ...runtime.errors import InputError, Remedy, VerificationError, first_line
-from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs
@@ -72,17 +71,15 @@ def add_int8(
     """
     encoder = TextEncoder(folder, manifest.tokenizer)
     ranges, judged = (encoder.encode(part) for part in split_texts(texts))
-    quantized = quantize(folder, manifest, ranges, "int8_worker", progress)
+    quantized = quantize(folder, manifest, ranges, "symmetric", progress)
     lowerings = {name: choose_lowering(proto) for name, proto in quantized.items()}
     graphs = LoweredGraphs(quantized, Half.FP16, lowerings)
     exact = LoweredGraphs(load_graphs(folder, manifest.graphs), Half.FP16)
-    fp32 = run_emulated(manifest, exact, judged, progress)
+    fp32 = run_emulated(folder, manifest, exact, judged, progress)
     known, logits = read_reference(folder, manifest)
-    exit_0 = ExitZero.load(folder, manifest)
-    first = [] if exit_0 is None else [exit_0(judged)]
-    expected = np.concatenate([logits, np.stack([*first, *fp32.logits])], axis=1)
+    expected = np.concatenate([logits, fp32.logits], axis=1)
     rows = [*encoder.encode(known), *judged]
-    found = run_emulated(manifest, graphs, rows, progress)
+    found = run_emulated(folder, manifest, graphs, rows, progress)
     report = report_on(found, expected, manifest, INT8, rule, graphs)
     report.check(Remedy("give more texts as {calibration_data}, or stay with fp16"))
     return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
@@ -130,7 +127,7 @@ def graph_inputs(
 
 
 def quantize(
-    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], worker: str, progress: Progress
+    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], form: str, progress: Progress
 ) -> dict[str, Any]:
     """The graphs with Q/DQ nodes, made in a separate process, see `int8_worker`.
 
@@ -138,7 +135,7 @@ def quantize(
         folder: the engines folder.
         manifest: its manifest.
         rows: tokenized rows that give the ranges.
-        worker: the module that quantizes.
+        form: one of the forms of `int8_worker`.
         progress: called with (what, done, total).
 
     Raises:
@@ -166,8 +163,10 @@ def quantize(
                 "free some memory, and space there, or give fewer or shorter texts",
             ) from error
         progress("int8 graphs", 0, 1)
-        command = [sys.executable, "-m", f"fpabee.exporter.precision.{worker}", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        worker = [sys.executable, "-m", "fpabee.exporter.precision.int8_worker"]
+        done = subprocess.run(
+            [*worker, form, *arguments], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             failed = next((name for name in targets if not targets[name].exists()), "a graph")
             lines = done.stderr.strip().splitlines() or ["no reason given"]

@@ -52,7 +52,7 @@ def add_cpu_int8(
     ranges, judged = split_texts(rows)
     judge = judge_of(folder, manifest, [*judged, *rows[len(ranges) + len(judged) :]])
     encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
-    quantized = quantize(folder, manifest, encoded, "nncf_worker", progress)
+    quantized = quantize(folder, manifest, encoded, "smooth", progress)
     place, found, changed = folder / INT8_FOLDER, [], manifest
     place.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:

@@ -43,7 +43,7 @@ def test_products_with_weights_are_quantized_symmetrically(
     judged: list[set[int]] = []
 
     def noted(*given: Any) -> Any:
-        judged.append({len(row) for row in given[2]})
+        judged.append({len(row) for row in given[3]})
         return run_emulated(*given)
 
     monkeypatch.setattr("fpabee.exporter.precision.int8.run_emulated", noted)
