@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
@@ -364,10 +364,9 @@ class Scheduler:
         cost, left = self._model.joining_cost(chain), self._segments_left()
         limits, now = chain.limits, perf_counter()
 
-        def value(rows: Sequence[_Row], stage: int) -> float:
-            lengths = [len(row.encoded) for row in rows]
-            age = now - min(row.arrived for row in rows)
-            return worth(lengths, left[stage], age, limits, cost)
+        def value(rows: Iterable[_Row], stage: int) -> float:
+            lengths, arrived = zip(*((len(row.encoded), row.arrived) for row in rows), strict=True)
+            return worth(lengths, left[stage], now - min(arrived), limits, cost)
 
         def gain(group: Group[Any]) -> tuple[float, int]:
             stage, first = group.hidden.segment, group.rows[0]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fpabee.runtime import read_manifest
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.buffers import shape_of
+from fpabee.runtime.backends.openvino import has_bf16
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.targets import open_backend
@@ -125,6 +126,8 @@ def chain(
 ) -> Iterator[Chain]:
     """Every family on every backend, over a double of the CUDA driver."""
     family, kind = request.param.split()
+    if kind == "openvino-bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
     with pytest.MonkeyPatch.context() as patch:
         if kind == "onnxruntime":
             chain = Chain(engines[family])
