@@ -134,15 +134,15 @@ class Summary:
         Args:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
-        manifest = self.engine.manifest
+        manifest, seconds = self.engine.manifest, self.seconds
         content = {
             "rows": self.rows,
             "rows_before": self.completed,
             "errors": self.errors,
             "truncated": self.truncated,
             "empty": self.empty,
-            "seconds": self.seconds,
-            "rows_per_second": self.rate,
+            "seconds": seconds,
+            "rows_per_second": (self.rows - self.completed) / seconds,
             "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),

@@ -39,6 +39,7 @@ pytest.importorskip("openvino")
 ONNX, FP32, BF16 = "onnxruntime-fp32", "openvino-fp32", "openvino-bf16"
 SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
 ADDED = [FP32, *[BF16] * openvino.has_bf16()]
+needs_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,7 @@ def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
         add(folder, "other")
 
 
+@needs_bf16
 def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
     folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_a_default_that_is_not_kept_is_replaced_by_the_fastest_target(
     assert add(folder).default.startswith(f"default target: {other}, ")
 
 
+@needs_bf16
 def test_a_default_that_cannot_run_here_stays(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
