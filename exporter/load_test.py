@@ -337,12 +337,20 @@ class _Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
+    def __init__(self) -> None:
+        self._answer: asyncio.Future[tuple[bytes, bytes]]
+        self._answer = asyncio.get_running_loop().create_future()
+        self._answer.cancel()  # there is no request yet
+
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def ask(self, body: bytes) -> asyncio.Future[tuple[bytes, bytes]]:
         """Send a request; returns the status and the body of the response."""
         self._answer = asyncio.get_running_loop().create_future()
+        if self.transport.is_closing():
+            self._answer.set_exception(ConnectionResetError())
+            return self._answer
         self._received = b""
         head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.transport.write(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))

@@ -4,7 +4,7 @@
     |-- ModelError              model_dir: missing, damaged, or not a multi-exit model
     |-- ArtifactError           engines folder: missing, damaged, or of another version
     |-- InputError              texts and labels to read, and results to write
-    |   `-- RowError            one row of an input; the rows after it can still be read
+    |   `-- RowError            one row of an input; the rows after it can still be used
     |-- RuleError               an exit rule that does not exist or does not fit the model
     |-- BackendError            something that an inference library cannot do on this machine
     |   `-- MissingExtraError   an optional package is not installed
@@ -136,7 +136,7 @@ class InputError(FpabeeError):
 
 
 class RowError(InputError):
-    """One row of an input cannot be read; the rows after it can."""
+    """One row of an input cannot be read, or its label cannot be used; the rows after it can."""
 
 
 class RuleError(FpabeeError):

@@ -104,7 +104,9 @@ def run_emulated(
     rows: Sequence[EncodedRow],
     progress: Progress,
 ) -> Emulated:
-    """Run rows through ONNX Runtime with every rounding in place. No precision changes exit 0.
+    """Run rows through ONNX Runtime with every rounding in place.
+
+    Exit 0 runs as always, because no precision changes it.
 
     Args:
         folder: the engines folder.

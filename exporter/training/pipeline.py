@@ -160,9 +160,8 @@ def train(
 
 
 def has_fast_bf16() -> bool:
-    """Whether PyTorch computes faster in bfloat16 than in float32 on this machine."""
-    # Without AVX-512, or its like on other processors, PyTorch has only a slow substitute.
-    slow = "DEFAULT", "AVX2"
+    """Whether PyTorch computes in bfloat16 without its slow substitute on this machine."""
+    slow = "DEFAULT", "NO AVX", "AVX2"  # other values are AVX-512, or its like elsewhere
     return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in slow
 
 

@@ -153,16 +153,16 @@ def _kept(partial: Partial) -> Iterator[None]:
 def _finish(partial: Partial, chosen: TextFormat, schema: RecordSchema) -> None:
     output = partial.output
     if chosen is TextFormat.JSON_LINES and output.suffix != ".gz":
-        partial.path.replace(output)
-    else:
-        table = output.with_name(output.name + ".partial.out")
-        try:
-            convert(partial.path, table, chosen, schema, output)
-            with table.open("rb") as stream:
-                os.fsync(stream.fileno())
-            table.replace(output)
-        finally:
-            table.unlink(missing_ok=True)
+        partial.become_output()
+        return
+    table = output.with_name(output.name + ".partial.out")
+    try:
+        convert(partial.path, table, chosen, schema, output)
+        with table.open("rb") as stream:
+            os.fsync(stream.fileno())
+        table.replace(output)
+    finally:
+        table.unlink(missing_ok=True)
     partial.close(keep=False)
 
 

@@ -106,6 +106,12 @@ class Partial:
             if not keep:
                 self._delete()
 
+    def become_output(self) -> None:
+        """Turn the file into the output; another run may use its name at once."""
+        self.path.replace(self.output)
+        self._stream.close()
+        self._settings_path.unlink(missing_ok=True)
+
     def _delete(self) -> None:
         self.path.unlink(missing_ok=True)
         self._settings_path.unlink(missing_ok=True)

@@ -366,7 +366,7 @@ class Scheduler:
 
         def value(rows: Iterable[_Row], stage: int) -> float:
             lengths, arrived = zip(*((len(row.encoded), row.arrived) for row in rows), strict=True)
-            return worth(lengths, left[stage], now - min(arrived), limits, cost)
+            return worth(lengths, left[stage], max(0.0, now - min(arrived)), limits, cost)
 
         def gain(group: Group[Any]) -> tuple[float, int]:
             stage, first = group.hidden.segment, group.rows[0]

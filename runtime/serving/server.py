@@ -51,6 +51,8 @@ STATUSES = {
 """What each status of an error means."""
 
 _CLIENT_LEFT = 499
+_MOST_HEAD = 2**16  # bytes
+_MOST_HEADERS = 500
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
@@ -157,13 +159,15 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
 
 
 def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
-    """Connections with limits that uvicorn has no settings for: slow clients and endless heads."""
+    """Connections with two limits that uvicorn has no settings for.
+
+    These are the time that a client may take, and the bytes that a request may have.
+    """
     seconds = limits.body_seconds
-    # A body in small chunks is sent in more bytes than it has. Its own limit comes later.
-    most = 2 * limits.max_body + 2**20
 
     class Connection(HttpToolsProtocol):
-        received = 0  # bytes of the request
+        # Bytes of the request, without those of a body that is discarded; and their limit.
+        received, most = 0, _MOST_HEAD
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -174,14 +178,29 @@ def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def on_message_begin(self) -> None:
-            self.received = 0
+            self.received, self.most = 0, _MOST_HEAD
             super().on_message_begin()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if len(self.headers) >= _MOST_HEADERS:
+                raise ValueError("the request has too many headers")  # which gives status 400
+            super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            # A chunked body takes more bytes than its content, which `_body` checks itself.
+            self.most = 2 * limits.max_body + 2**20
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if self.cycle and self.cycle.response_complete:
+                self.received -= len(body)  # it is discarded
+            super().on_body(body)
+
         def data_received(self, data: bytes) -> None:
+            self.received += len(data)  # before, since the data may begin another request
             super().data_received(data)
-            self.received += len(data)
-            if self.received > most:
-                self.send_400_response(f"The request has more than {most} bytes.")
+            if self.received > self.most and not self.transport.is_closing():
+                self.send_400_response(f"The request has more than {self.most} bytes.")
 
         def _check(self, before: Any) -> None:
             """Cut the client off if all waits for it, as before and in the same request."""

@@ -90,6 +90,17 @@ def test_an_overflow_is_named_and_kept_in_fp32(scaled: Path, tmp_path: Path) -> 
     assert not any("intermediate" in name for name in low)
 
 
+def test_more_texts_and_kept_nodes_work_with_exit_0(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    manifest = read_manifest(folder)
+    for texts, kept in ((["a text that is not in the reference"], []), ([], [AUTO])):
+        _, report = add_half(folder, manifest, Half.FP16, RULE, kept, texts)
+        assert report.passed
+        assert report.rows == 12 + len(texts)
+
+
 def test_answers_that_change_are_refused(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

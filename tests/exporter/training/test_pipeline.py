@@ -223,11 +223,12 @@ def test_bad_options_are_refused(options: Options, changes: dict[str, Any], mess
         options(**changes)
 
 
+@pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX", "AVX2"])
 def test_bfloat16_is_refused_on_a_cpu_that_is_slow_in_it(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: str, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out bf16"):
         train(tmp_path / "model", options(bf16=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

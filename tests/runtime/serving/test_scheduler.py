@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,29 @@ def test_rows_that_are_cancelled_while_others_run_leave(
         assert gate.at() == (1, 2)
         gate.open()
         assert [answer.exit for answer in results(futures)] == [3, 3]
+
+
+def test_the_age_of_a_group_is_that_of_its_oldest_row(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ages = []
+
+    def recorded(lengths: Sequence[int], left: float, age: float, *_: object) -> float:
+        ages.append(age)
+        return age
+
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.worth", recorded)
+    now = perf_counter()
+    rows = engine.encode(["the film", "rain"])
+    with Scheduler(engine) as scheduler:
+        futures = [scheduler.submit(text) for text in ("the plot", "a film")]
+        gate.at()
+        futures += scheduler.submit_encoded(rows[:1], arrived=now - 100)
+        futures += scheduler.submit_encoded(rows[1:], arrived=now + 100)
+        gate.open()
+        results(futures)
+    assert 100 <= max(ages) < 100 + WAIT
+    assert min(ages) >= 0
 
 
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,26 +113,46 @@ def test_a_client_that_sends_slowly(
         assert ask(port, "/classify", {"input": "rain"})[0] == 200
 
 
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    "sent",
+    ("first", "then"),
     [
-        HEAD + b"X: ",
-        b"GET /",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ",
-        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;x=",
+        (HEAD + b"X: ", b"x"),
+        (HEAD, b"a: b\r\n"),
+        (b"GET /", b"x"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n"),
+        (CHUNKED + b"0\r\nX: ", b"x"),
+        (CHUNKED + b"1;x=", b"x"),
     ],
 )
 def test_a_request_without_end(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, sent: bytes
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, first: bytes, then: bytes
 ) -> None:
     """Heads, addresses, trailers and chunk extensions are no way to fill the memory."""
+    limits = replace(LIMITS, max_body=2**16, body_seconds=10 * WAIT)  # so time is no reason
+    monkeypatch.setitem(globals(), "LIMITS", limits)
     with (
         serving(engine, monkeypatch) as (port, _, _),
         socket.create_connection(("127.0.0.1", port), timeout=WAIT) as client,
     ):
         with pytest.raises(OSError, match=r"reset|Broken|abort"):
-            client.sendall(sent + b"x" * (8 * LIMITS.max_body))
+            client.sendall(first + then * (2**26 // len(then)))
         assert ask(port, "/classify", {"input": "rain"})[0] == 200
+
+
+def test_a_large_body_is_read_to_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that send everything before they read also get to know why it is refused."""
+    monkeypatch.setitem(globals(), "LIMITS", replace(LIMITS, max_body=1000, body_seconds=WAIT))
+    with serving(engine, monkeypatch) as (port, _, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/classify", b" " * 2**23, headers)
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["error_type"] == "InvalidRequest"
+        connection.close()
 
 
 def test_a_client_that_does_not_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
