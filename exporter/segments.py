@@ -248,12 +248,10 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
         for spec in inputs
     }
     with _quiet(), torch.no_grad():
-        # Captured here, because torch.onnx.export would take the dictionary for keywords.
-        captured = torch.export.export(
-            module, (_example(inputs),), dynamic_shapes={"inputs": shapes}, strict=False
-        )
         program = torch.onnx.export(
-            captured,
+            module,
+            kwargs={"inputs": _example(inputs)},
+            dynamic_shapes={"inputs": shapes},
             input_names=module.inputs,
             output_names=module.outputs,
             opset_version=OPSET,
@@ -262,7 +260,6 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
         )
     assert program is not None
     proto = program.model_proto
-    _name_dimensions(proto, inputs)
     _keep_shapes_constant(proto)
     _name_nodes(proto)
     _bound_fills(proto)
@@ -276,21 +273,6 @@ def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
         dtype = torch.int64 if spec.dtype == "int64" else torch.float32
         example[spec.name] = torch.zeros(shape_of(spec, _EXAMPLE), dtype=dtype)
     return example
-
-
-def _name_dimensions(proto: Any, inputs: list[TensorSpec]) -> None:
-    """Rename symbolic dimensions such as s32 and s41 to `batch` and `sequence`."""
-    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
-    names = {
-        dimension.dim_param: size
-        for value, spec in zip(proto.graph.input, inputs, strict=True)
-        for dimension, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True)
-        if isinstance(size, str)
-    }
-    for value in values:
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param in names:
-                dimension.dim_param = names[dimension.dim_param]
 
 
 def _keep_shapes_constant(proto: Any) -> None:
