@@ -78,6 +78,27 @@ class CarryingEmbeddings(Embeddings):
         return CarryingEmbeddings(self.embeddings, self.name, self.table(longest), self.table)
 
 
+class DistanceTable(nn.Module):
+    """What depends on the distance of two tokens only, from a table.
+
+    Args:
+        longest: `[..., positions, positions]` for the longest sequence, by query and key.
+    """
+
+    def __init__(self, longest: Tensor) -> None:
+        super().__init__()
+        self.positions = longest.shape[-1]
+        # Distances key - query in ascending order from 1 - positions.
+        by_distance = torch.cat([longest[..., 1:, 0].flip(-1), longest[..., 0, :]], dim=-1)
+        self.register_buffer("by_distance", by_distance)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., sequence, sequence]` for hidden states `[rows, sequence, hidden]`."""
+        positions = torch.arange(hidden_states.shape[1])
+        distance = positions[None, :] - positions[:, None] + self.positions - 1
+        return self.get_buffer("by_distance")[..., distance]
+
+
 class Block(nn.Module):
     """One encoder layer, from hidden states to hidden states."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Backbone, Block, ClassifierParts
+from .base import Backbone, Block, ClassifierParts, DistanceTable
 
 
 class _RelativePositions(nn.Module):
@@ -42,16 +42,11 @@ class _RelativePositionsTable(nn.Module):
 
     def __init__(self, longest: Tensor, embeddings: Tensor) -> None:
         super().__init__()
-        self.positions = longest.shape[-1]
-        # Distances query - key in ascending order from 1 - positions.
-        by_distance = torch.cat([longest[0, 0, 1:].flip(-1), longest[0, :, 0]])
-        self.register_buffer("by_distance", by_distance)
+        self.ids = DistanceTable(longest)
         self.register_buffer("embeddings", embeddings)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(hidden_states.shape[1])
-        distance = positions[:, None] - positions[None, :] + self.positions - 1
-        return self.get_buffer("by_distance")[distance][None], self.get_buffer("embeddings")
+        return self.ids(hidden_states), self.get_buffer("embeddings")
 
 
 class _DebertaBlock(Block):

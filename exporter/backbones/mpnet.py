@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .base import CarryingEmbeddings, Embeddings
+from .base import CarryingEmbeddings, DistanceTable, Embeddings
 from .bert import Roberta
 
 _BIAS = "position_bias"
@@ -28,26 +27,6 @@ class _PositionBias(nn.Module):
         return bias
 
 
-class _PositionBiasTable(nn.Module):
-    """The position bias in a table, because computing it takes forty small operations.
-
-    Args:
-        longest: `[1, heads, positions, positions]`, the bias of the longest sequence.
-    """
-
-    def __init__(self, longest: Tensor) -> None:
-        super().__init__()
-        self.positions = longest.shape[-1]
-        # Distances key - query in ascending order from 1 - positions.
-        by_distance = torch.cat([longest[0, :, 1:, 0].flip(-1), longest[0, :, 0, :]], dim=-1)
-        self.register_buffer("by_distance", by_distance)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        positions = torch.arange(hidden_states.shape[1])
-        distance = positions[None, :] - positions[:, None] + self.positions - 1
-        return self.get_buffer("by_distance")[:, distance][None]
-
-
 class MPNet(Roberta):
     """MPNet: the first segment computes a relative position bias that every layer adds."""
 
@@ -60,6 +39,9 @@ class MPNet(Roberta):
         self.carried = {_BIAS: (1, heads, "sequence", "sequence")}
 
     def embeddings(self) -> Embeddings:
-        """The embeddings, and the position bias `[1, heads, sequence, sequence]`."""
+        """The embeddings, and the position bias `[1, heads, sequence, sequence]`.
+
+        An export reads it from a table, because computing it takes forty small operations.
+        """
         bias = _PositionBias(self.encoder.encoder)
-        return CarryingEmbeddings(self.encoder.embeddings, _BIAS, bias, _PositionBiasTable)
+        return CarryingEmbeddings(self.encoder.embeddings, _BIAS, bias, DistanceTable)
