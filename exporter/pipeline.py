@@ -25,7 +25,7 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import write_reference
 from ..runtime.backends.onnxruntime_session import check_installed
-from ..runtime.encoding import Text, TextEncoder
+from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, Remedy
 from ..runtime.exit_0 import ExitZero
@@ -186,7 +186,8 @@ def _write(
         graphs[name] = segments.export_graph(model, module, folder / file, file)
     progress("verify", len(cut.modules), len(cut.modules))
     rows = TextEncoder(folder, tokenizer).encode(texts)
-    logits = reference_logits(model, rows)[[number - 1 for number in exits]]
+    logits = reference_logits(model, rows, padding_values(tokenizer))
+    logits = logits[[number - 1 for number in exits]]
     if exit_0:
         logits = np.concatenate([exit_0(rows)[None], logits])
     write_reference(folder, texts, logits)
@@ -228,7 +229,7 @@ def _write(
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
     )
     write_manifest(folder, manifest)
-    differences = check_graphs(model, cut, manifest, folder, rows)
+    differences = check_graphs(cut, manifest, folder, rows)
     with Engine.load(folder) as engine:
         agreement = check_chain(engine, texts, logits, differences)
     manifest = with_verification(folder, manifest, FP32_TARGET, agreement)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +21,12 @@ from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
     HIDDEN_STATES,
-    MASK_FILL,
     NEXT,
     VERIFICATION_NAME,
     Manifest,
     Verification,
 )
-from ..runtime.encoding import EncodedRow, Text, padded_batches
+from ..runtime.encoding import EncodedRow, Text, padded_batches, padding_values
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
 from .targets.cpu import FP32_TARGET as FP32_TARGET
@@ -59,12 +58,20 @@ _ALONE = 8
 _REPORT = "nothing was written; please report this with your model's config.json"
 
 
-def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> Logits:
-    """Logits `[exits, rows, labels]` float32 of the PyTorch model, in padded batches."""
+def reference_logits(
+    model: MultiExitModel, rows: Sequence[EncodedRow], padding: Mapping[str, float]
+) -> Logits:
+    """Logits `[exits, rows, labels]` float32 of the PyTorch model, in padded batches.
+
+    Args:
+        model: the model.
+        rows: tokenized rows.
+        padding: see `padding_values`.
+    """
     import torch
 
     batches = []
-    for batch in padded_batches(rows, _padding(model), _BATCH):
+    for batch in padded_batches(rows, padding, _BATCH):
         ids, types, bias = (torch.from_numpy(array) for array in batch.values())
         mask = (bias[:, 0, 0] == 0).long()
         with torch.no_grad():
@@ -73,7 +80,7 @@ def reference_logits(model: MultiExitModel, rows: Sequence[EncodedRow]) -> Logit
 
 
 def check_graphs(
-    model: MultiExitModel, cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
+    cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
 ) -> dict[str, float]:
     """The largest difference between each graph and its module, on inputs from the PyTorch model.
 
@@ -85,7 +92,7 @@ def check_graphs(
     from ..runtime.backends.onnxruntime_session import cpu_session
     from ..runtime.backends.stepping import steps
 
-    batches = list(padded_batches(rows, _padding(model), _BATCH))
+    batches = list(padded_batches(rows, padding_values(manifest.tokenizer), _BATCH))
     worst = dict.fromkeys(cut.modules, 0.0)
     for step in steps(
         manifest, batches, lambda name: cpu_session(folder / manifest.graphs[name].file)
@@ -166,9 +173,3 @@ def with_verification(
         verification=msgspec.convert(agreement, Verification, from_attributes=True),
         files={**manifest.files, VERIFICATION_NAME: sha256_of(path)},
     )
-
-
-def _padding(model: MultiExitModel) -> dict[str, float]:
-    """The value of each model input on padding."""
-    pad_id = model.backbone.config.pad_token_id or 0
-    return {"input_ids": pad_id, "token_type_ids": 0, ATTENTION_BIAS: MASK_FILL}
