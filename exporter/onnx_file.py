@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +56,6 @@ def strip(proto: Any) -> None:
     for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
-
-
-def prune(graph: Any, outputs: Collection[str]) -> None:
-    """Remove the nodes, weights, inputs and value types that the outputs do not need."""
-    needed = set(outputs)
-    kept = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    kept.reverse()
-    made = {output for node in kept for output in node.output}
-    lists = (
-        (graph.node, kept),
-        (graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed]),
-        (graph.input, [value for value in graph.input if value.name in needed]),
-        (graph.value_info, [value for value in graph.value_info if value.name in made]),
-    )
-    for field, content in lists:
-        del field[:]
-        field.extend(content)
 
 
 def serialized(proto: Any, what: str) -> bytes:

@@ -38,7 +38,7 @@ from ..runtime.backends.buffers import shape_of
 from ..runtime.backends.shapes import Bucket
 from .backbones import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
-from .onnx_file import prune, strip, write_graph
+from .onnx_file import strip, write_graph
 
 OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
@@ -263,6 +263,8 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     _keep_shapes_constant(proto)
     _name_nodes(proto)
     _bound_fills(proto)
+    # Without the nodes that computed the shapes.
+    proto = onnx.utils.Extractor(proto).extract_model(module.inputs, module.outputs)
     strip(proto)
     return write_graph(path, file, proto, inputs, outputs)
 
@@ -302,7 +304,6 @@ def _keep_shapes_constant(proto: Any) -> None:
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), name))
         node.input[1] = name
         del node.attribute[:]  # a 0 would otherwise be a size
-    prune(graph, {value.name for value in graph.output})
 
 
 def _name_nodes(proto: Any) -> None:

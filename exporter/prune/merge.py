@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...runtime.artifact.manifest import NEXT
-from ..onnx_file import prune
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
@@ -60,8 +59,8 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
         merged.node.extend(part.node)
         merged.initializer.extend(part.initializer)
         merged.value_info.extend(part.value_info)
-    prune(merged, outputs)
     first = calls[0][1]
-    return onnx.helper.make_model(
-        merged, opset_imports=list(first.opset_import), ir_version=first.ir_version
+    model = onnx.helper.make_model(
+        merged, opset_imports=first.opset_import, ir_version=first.ir_version
     )
+    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], outputs)

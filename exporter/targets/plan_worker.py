@@ -10,7 +10,6 @@ typed, so the graph decides the precision. Imports neither torch nor onnx.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -86,12 +85,9 @@ def build_plan(request: PlanRequest) -> PlanResult:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return PlanResult(error=log.last)
-    path = Path(request.plan)
-    # Remove the old file first: if it is a link, the file behind it must not be overwritten.
-    path.unlink(missing_ok=True)
-    path.write_bytes(memoryview(plan))
+    replace_file(Path(request.plan), memoryview(plan))
     if cache is not None:
-        _keep(cache, config, timing_cache)
+        replace_file(timing_cache, memoryview(cache.serialize()))
     return PlanResult(
         seconds=time.perf_counter() - started,
         dtypes=_dtypes(network),
@@ -194,15 +190,10 @@ def _timing_cache(trt: Any, config: Any, file: Path) -> Any:
     return None
 
 
-def _keep(cache: Any, config: Any, file: Path) -> None:
-    """Write the timing cache, merged with what other builds have added in the meantime."""
-    if file.is_file():
-        newer = config.create_timing_cache(file.read_bytes())
-        if newer is not None:
-            cache.combine(newer, ignore_mismatch=False)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(memoryview(cache.serialize()))
-    temporary.replace(file)
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file anew: if it is a link, the file behind it must not be overwritten."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 def _dtypes(network: Any) -> dict[str, str]:

@@ -31,7 +31,7 @@ from ...runtime.errors import (
 from ...runtime.progress import Progress, silent
 from .options import BUILD_ON_DEVICE, RTX, TENSORRT, PlanOptions, profile_of
 from .plan_check import check_precision
-from .plan_worker import PlanRequest, PlanResult
+from .plan_worker import PlanRequest, PlanResult, replace_file
 
 TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
@@ -165,9 +165,7 @@ def build_target(
             record.graphs[graph] = BuiltFile(
                 file=file, sha256=sha256_of(folder / file), onnx_sha256=graphs[graph].sha256
             )
-            # Removed first: if it is a link, the file behind it must not be overwritten.
-            (home / _BUILD_FILE).unlink(missing_ok=True)
-            (home / _BUILD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+            replace_file(home / _BUILD_FILE, msgspec.json.format(msgspec.json.encode(record)))
             done = len(record.graphs)
             progress(f"{name} {graph} ({result.seconds:.1f} s)", done, len(graphs))
     if failures:

@@ -56,13 +56,6 @@ class FakeTimingCache:
         self.version, timed = json.loads(content or json.dumps([version, []]))
         self.timed = set(timed)
 
-    def combine(self, other: FakeTimingCache, ignore_mismatch: bool) -> bool:
-        assert not ignore_mismatch
-        if other.version != self.version:
-            return False
-        self.timed |= other.timed
-        return True
-
     def serialize(self) -> bytes:
         return json.dumps([self.version, sorted(self.timed)]).encode()
 

@@ -126,3 +126,13 @@ def test_a_check_for_turing_is_stricter_and_writes_the_same(
     turing, stricter = add_half(folder, before, Half.FP16, RULE, texts=texts, turing=True)
     assert usual.precisions == turing.precisions
     assert stricter.agreement.max_logit_difference != report.agreement.max_logit_difference
+
+
+def test_more_texts_are_also_checked_with_exit_0(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    manifest = read_manifest(folder)
+    _, report = add_half(folder, manifest, Half.FP16, RULE, [AUTO], ["the film"])
+    assert report.rows == 13
+    assert report.passed

@@ -72,20 +72,6 @@ def test_settings_are_left_to_the_library_and_segments_share_what_was_timed(doub
     assert [len(timed) for timed in seen] == [1, 2, 3], "a segment starts from those before it"
 
 
-def test_timings_of_simultaneous_builds_are_merged(
-    double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, build_network = timing_cache(double), FakeBuilder.build_serialized_network
-
-    def beside_another(*arguments: Any) -> bytes:
-        cache.write_bytes(b'["10.99", ["of another build"]]')
-        return build_network(*arguments)
-
-    monkeypatch.setattr(FakeBuilder, "build_serialized_network", beside_another)
-    build(double)
-    assert json.loads(cache.read_bytes()) == ["10.99", ["of another build", *SEGMENTS]]
-
-
 @pytest.mark.parametrize("content", [b"no cache at all", b'["10.3.0", ["other"]]'])
 def test_an_unusable_cache_is_replaced(content: bytes, double: Double) -> None:
     """It is damaged, or of another version of TensorRT."""

@@ -35,7 +35,7 @@ IN_BOTH = """
     HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
     MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
     Runtime Severity USER_MANAGED VERSION_COMPATIBLE WORKSPACE
-    add_cast add_optimization_profile build_serialized_network builder_optimization_level combine
+    add_cast add_optimization_profile build_serialized_network builder_optimization_level
     create_builder_config create_engine_inspector create_execution_context create_network
     create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
     device_memory_size_v2 max_aux_streams
