@@ -36,7 +36,6 @@ from ..runtime.errors import (
 from ..runtime.files import Inputs, ReadOptions, Row, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.base import ExitRule
 from ..runtime.targets import target_of
 from .precision.formats import INT8, Half
 from .targets import cpu
@@ -257,7 +256,6 @@ def _add_precisions(
 ) -> tuple[Manifest, list[PrecisionReport]]:
     """Write the graphs in the precisions that are asked for."""
     texts = _texts(options.verify_data, options)
-    rule = ExitRule.from_dict(manifest.default_rule)
     checks = []
     for half in options.precisions:
         if half.value in manifest.precisions and not options.keep_fp32 and not texts:
@@ -267,7 +265,7 @@ def _add_precisions(
 
         turing = half is Half.FP16 and TURING in options.plans.compute_capabilities
         manifest, report = add_half(
-            path, manifest, half, rule, options.keep_fp32, texts, progress, turing=turing
+            path, manifest, half, options.keep_fp32, texts, progress, turing=turing
         )
         manifest = _without_stale(manifest, half.value)
         if half is Half.FP16:
@@ -283,7 +281,7 @@ def _add_precisions(
         from .precision.int8 import add_int8
 
         texts = _texts(options.calibration_data, options)
-        manifest, report = add_int8(path, manifest, rule, texts, progress)
+        manifest, report = add_int8(path, manifest, texts, progress)
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
         checks.append(report)

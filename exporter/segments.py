@@ -264,7 +264,7 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     _name_nodes(proto)
     _bound_fills(proto)
     # Without the nodes that computed the shapes.
-    proto = onnx.utils.Extractor(proto).extract_model(module.inputs, module.outputs)
+    proto = onnx.utils.Extractor(proto).extract_model([*module.inputs], [*module.outputs])
     strip(proto)
     return write_graph(path, file, proto, inputs, outputs)
 

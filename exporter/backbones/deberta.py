@@ -42,11 +42,11 @@ class _RelativePositionsTable(nn.Module):
 
     def __init__(self, longest: Tensor, embeddings: Tensor) -> None:
         super().__init__()
-        self.ids = DistanceTable(longest)
+        self.ids = DistanceTable(longest[0])
         self.register_buffer("embeddings", embeddings)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ids(hidden_states), self.get_buffer("embeddings")
+        return self.ids(hidden_states)[None], self.get_buffer("embeddings")
 
 
 class _DebertaBlock(Block):

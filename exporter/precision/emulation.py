@@ -153,18 +153,16 @@ def report_on(
     expected: NDArray[np.float32],
     manifest: Manifest,
     precision: str,
-    rule: ExitRule,
     graphs: LoweredGraphs,
     kept: tuple[str, ...] = (),
 ) -> PrecisionReport:
-    """Compare an emulated run with the fp32 model.
+    """Compare an emulated run with the fp32 model; exits are those of the default rule.
 
     Args:
         found: the run.
         expected: logits `[exits, rows, labels]` of the fp32 model.
         manifest: says what the labels are.
         precision: the precision that is judged.
-        rule: the rule whose exits must stay the same.
         graphs: the graphs that ran.
         kept: nodes and tensors kept in fp32 on request, as `GRAPH:NAME`.
     """
@@ -175,6 +173,7 @@ def report_on(
         if node in graphs.lowering(name).nodes and not value <= graphs.half.largest
     )
     required, first = REQUIREMENTS[precision], manifest.exits[0]
+    rule = ExitRule.from_dict(manifest.default_rule)
     return PrecisionReport(
         precision=precision,
         rows=expected.shape[1],

@@ -17,7 +17,6 @@ from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text, TextEncoder
 from ...runtime.errors import Remedy, VerificationError
 from ...runtime.progress import Progress, silent
-from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
 from .emulation import PrecisionReport, report_on, run_emulated
@@ -31,7 +30,6 @@ def add_half(
     folder: Path,
     manifest: Manifest,
     half: Half,
-    rule: ExitRule,
     keep_fp32: Sequence[str] = (),
     texts: Sequence[Text] = (),
     progress: Progress = silent,
@@ -44,7 +42,6 @@ def add_half(
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
         half: the format.
-        rule: the rule whose exits must stay the same.
         keep_fp32: what stays in fp32: `auto` for all nodes that read or write values beyond half
             of the format's range, or node names, as `GRAPH:NODE` or alone for every graph that
             has such a node.
@@ -77,7 +74,7 @@ def add_half(
     checked = LoweredGraphs(protos, half, lowerings)
     found = run_emulated(folder, manifest, checked, rows, progress)
     listed = tuple(f"{name}:{node}" for name, nodes in kept.items() for node in sorted(nodes))
-    report = report_on(found, expected, manifest, half.value, rule, checked, listed)
+    report = report_on(found, expected, manifest, half.value, checked, listed)
     report.check(_remedy(report, half, keep_fp32))
     lowerings = {name: choose_lowering(proto, kept[name]) for name, proto in protos.items()}
     written = LoweredGraphs(protos, half, lowerings)

@@ -30,7 +30,6 @@ from ...runtime.encoding import (
 )
 from ...runtime.errors import InputError, Remedy, VerificationError, first_line
 from ...runtime.progress import Progress, silent
-from ...runtime.rules.base import ExitRule
 from ..onnx_file import load_graphs
 from .emulation import PrecisionReport, report_on, run_emulated
 from .float16 import with_lowered
@@ -45,18 +44,13 @@ _MOST_TEXTS = 256
 
 
 def add_int8(
-    folder: Path,
-    manifest: Manifest,
-    rule: ExitRule,
-    texts: Sequence[Text],
-    progress: Progress = silent,
+    folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress = silent
 ) -> tuple[Manifest, PrecisionReport]:
     """Quantize the graphs to `onnx/int8-qdq/`, if enough labels and exits stay the same.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
-        rule: the rule whose exits must stay the same.
         texts: at least 32 texts like those that will be classified, of which the first 512 are
             used. Every other text gives the ranges. The agreement is measured on the rest, and on
             the texts of `reference.npz`.
@@ -80,7 +74,7 @@ def add_int8(
     expected = np.concatenate([logits, fp32.logits], axis=1)
     rows = [*encoder.encode(known), *judged]
     found = run_emulated(folder, manifest, graphs, rows, progress)
-    report = report_on(found, expected, manifest, INT8, rule, graphs)
+    report = report_on(found, expected, manifest, INT8, graphs)
     report.check(Remedy("give more texts as {calibration_data}, or stay with fp16"))
     return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
 

@@ -63,4 +63,4 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
     model = onnx.helper.make_model(
         merged, opset_imports=first.opset_import, ir_version=first.ir_version
     )
-    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], outputs)
+    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], [*outputs])

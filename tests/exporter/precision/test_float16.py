@@ -13,13 +13,12 @@ from onnx import numpy_helper
 
 from fpabee.exporter.precision.float16 import AUTO, add_half
 from fpabee.exporter.precision.formats import Half
-from fpabee.runtime import Engine, FPabee, VerificationError, read_manifest
+from fpabee.runtime import Engine, VerificationError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 
 from ...bad_input.cases import corrected
 
-RULE = FPabee(threshold=0.5)
 LARGE = 1e6
 
 
@@ -54,7 +53,7 @@ def test_graphs_are_written_beside_those_of_fp32(
 ) -> None:
     folder = engine_copy(family)
     before = read_manifest(folder)
-    manifest, report = add_half(folder, before, half, RULE)
+    manifest, report = add_half(folder, before, half)
     assert report.passed
     assert report.rows == 12
     assert 0 < report.agreement.max_logit_difference < 0.5
@@ -73,14 +72,14 @@ def test_graphs_are_written_beside_those_of_fp32(
 def test_an_overflow_is_named_and_kept_in_fp32(scaled: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(scaled, tmp_path / "engines"))
     with pytest.raises(VerificationError) as caught:
-        add_half(folder, read_manifest(folder), Half.FP16, RULE)
+        add_half(folder, read_manifest(folder), Half.FP16)
     message = str(caught.value)
     assert "overflows first in segment_02 at blocks.0.layer.intermediate.dense/" in message
     assert message.endswith("keep_fp32 auto")
     assert not (folder / "onnx" / "fp16").exists()
-    _, bfloat = add_half(folder, read_manifest(folder), Half.BF16, RULE)
+    _, bfloat = add_half(folder, read_manifest(folder), Half.BF16)
     assert bfloat.overflows == ()
-    manifest, report = add_half(folder, read_manifest(folder), Half.FP16, RULE, [AUTO])
+    manifest, report = add_half(folder, read_manifest(folder), Half.FP16, [AUTO])
     assert report.passed
     assert report.kept
     assert all(name.startswith("segment_02:blocks.0.layer.") for name in report.kept)
@@ -111,7 +110,7 @@ def test_answers_that_change_are_refused(
     monkeypatch.setattr("fpabee.exporter.precision.float16.read_reference", lambda *_: turned)
     message = r"changes answers from exit 1 on.*at least 99\.9% required"
     with pytest.raises(VerificationError, match=message):
-        add_half(folder, manifest, Half.FP16, RULE)
+        add_half(folder, manifest, Half.FP16)
 
 
 def test_a_check_for_turing_is_stricter_and_writes_the_same(
@@ -121,9 +120,9 @@ def test_a_check_for_turing_is_stricter_and_writes_the_same(
     before = read_manifest(folder)
     known, _ = read_reference(folder, before)
     texts = [*known, "the film", "the film", ("a", "b")]
-    usual, report = add_half(folder, before, Half.FP16, RULE, texts=texts)
+    usual, report = add_half(folder, before, Half.FP16, texts=texts)
     assert report.rows == len(known) + 2, "texts that are new run too, once"
-    turing, stricter = add_half(folder, before, Half.FP16, RULE, texts=texts, turing=True)
+    turing, stricter = add_half(folder, before, Half.FP16, texts=texts, turing=True)
     assert usual.precisions == turing.precisions
     assert stricter.agreement.max_logit_difference != report.agreement.max_logit_difference
 
@@ -133,6 +132,6 @@ def test_more_texts_are_also_checked_with_exit_0(
 ) -> None:
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
     manifest = read_manifest(folder)
-    _, report = add_half(folder, manifest, Half.FP16, RULE, [AUTO], ["the film"])
+    _, report = add_half(folder, manifest, Half.FP16, [AUTO], ["the film"])
     assert report.rows == 13
     assert report.passed

@@ -16,13 +16,12 @@ from onnx import numpy_helper
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.precision.emulation import run_emulated
 from fpabee.exporter.precision.int8 import add_int8, graph_inputs
-from fpabee.runtime import Engine, FPabee, agreement, read_manifest
+from fpabee.runtime import Engine, agreement, read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
-RULE = FPabee(threshold=0.5)
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def test_products_with_weights_are_quantized_symmetrically(
 
     monkeypatch.setattr("fpabee.exporter.precision.int8.run_emulated", noted)
     texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
-    manifest, report = add_int8(folder, read_manifest(folder), RULE, texts)
+    manifest, report = add_int8(folder, read_manifest(folder), texts)
     assert report.precision == "int8"
     assert report.rows == 12 + len(texts) // 2
     assert judged[0] == {3}, "texts that gave ranges, which have 4 tokens, are not judged"

@@ -19,7 +19,7 @@ from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.exporter.targets.plan_check import check_precision
 from fpabee.exporter.targets.plan_worker import PlanResult
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import FPabee, VerificationError, read_manifest
+from fpabee.runtime import VerificationError, read_manifest
 from fpabee.runtime.artifact.manifest import Graph, TensorSpec
 
 from ...conftest import WORDS, make_model
@@ -138,11 +138,11 @@ def test_real_plans_are_in_their_own_precision_and_in_no_other(width: int, tmp_p
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     model = make_model("bert", tmp_path / "model", width, layers=2, intermediate_size=4 * width)
     folder = export(model, tmp_path / "engines").folder
-    manifest, rule = read_manifest(folder), FPabee(threshold=0.5)
+    manifest = read_manifest(folder)
     for half in Half:
-        manifest, _ = add_half(folder, manifest, half, rule)
+        manifest, _ = add_half(folder, manifest, half)
     texts = [f"{first} {second}" for first in WORDS[:8] for second in WORDS[-8:]]
-    manifest, _ = add_int8(folder, manifest, rule, texts)
+    manifest, _ = add_int8(folder, manifest, texts)
     plans = {}
     for precision in ("fp32", "fp16", "bf16", "int8"):
         manifest, target = build_target(folder, manifest, RTX, precision, SMALL)

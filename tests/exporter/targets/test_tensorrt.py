@@ -20,7 +20,7 @@ from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import ArtifactError, BackendError, FPabee, MissingExtraError, VerificationError
+from fpabee.runtime import ArtifactError, BackendError, MissingExtraError, VerificationError
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import CudaDevice
@@ -85,7 +85,7 @@ def test_every_graph_becomes_one_rtx_plan(
     folder = engine_copy(family)
     before = read_manifest(folder)
     if precision == "fp16":
-        before, _ = add_half(folder, before, Half.FP16, FPabee(threshold=0.5))
+        before, _ = add_half(folder, before, Half.FP16)
     seen: list[tuple[int, int]] = []
     manifest, name = build_target(
         folder,
