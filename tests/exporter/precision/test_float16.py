@@ -95,7 +95,7 @@ def test_more_texts_and_kept_nodes_work_with_exit_0(
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
     manifest = read_manifest(folder)
     for texts, kept in ((["a text that is not in the reference"], []), ([], [AUTO])):
-        _, report = add_half(folder, manifest, Half.FP16, RULE, kept, texts)
+        _, report = add_half(folder, manifest, Half.FP16, kept, texts)
         assert report.passed
         assert report.rows == 12 + len(texts)
 
