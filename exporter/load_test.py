@@ -340,7 +340,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._answer: asyncio.Future[tuple[bytes, bytes]]
         self._answer = asyncio.get_running_loop().create_future()
-        self._answer.cancel()  # there is no request yet
+        self._answer.cancel()  # No request waits for it.
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport

@@ -130,8 +130,9 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 def test_a_request_without_end(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, first: bytes, then: bytes
 ) -> None:
-    """Heads, addresses, trailers and chunk extensions are no way to fill the memory."""
-    limits = replace(LIMITS, max_body=2**16, body_seconds=10 * WAIT)  # so time is no reason
+    """A client cannot fill the memory with its head, address, trailers or chunk extensions."""
+    # The limit on time is long, so that only the limit on bytes can end the request.
+    limits = replace(LIMITS, max_body=2**16, body_seconds=10 * WAIT)
     monkeypatch.setitem(globals(), "LIMITS", limits)
     with (
         serving(engine, monkeypatch) as (port, _, _),
