@@ -369,7 +369,8 @@ def add_target(
         try:
             tolerance = _tolerance(path, name)
         except FpabeeError:
-            write_manifest(path, manifest)
+            # An earlier target of this name had files that are replaced now.
+            write_manifest(path, cpu.only(manifest, lambda other, _: other != name))
             raise
         built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
         write_manifest(path, built)

@@ -21,6 +21,7 @@ from ...runtime.cli.errors import in_terms_of_options
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
+from ...runtime.errors import VerificationError
 from ...runtime.optional_packages import require
 from ..add_targets import (
     AddTargetsOptions,
@@ -29,7 +30,7 @@ from ..add_targets import (
     check_options,
     drop_graphs,
 )
-from ..precision.formats import Half
+from ..precision.formats import INT8, Half
 from ..prune.drop_exits import DropExitsOptions, drop_exits
 from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
@@ -207,6 +208,7 @@ def main(
             if problem and is_installed():
                 say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
     adds = targets.precisions or targets.int8 or targets.backends or targets.default_target
+    added = None
     if adds or (source is not None and exits is None):
         with step_progress(quiet) as progress:
             added = add_targets(folder, targets, progress)
@@ -218,6 +220,8 @@ def main(
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
         echo(f"next: fpabee-run {folder} texts.txt")
+    if added is not None and (settings["int8"] or settings["backends"]):
+        _check_kept(added, settings["int8"])
 
 
 def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Path | None) -> None:
@@ -299,6 +303,19 @@ def _export(
         "bytes": result.size,
         "verification": agreement.to_dict(),
     }
+
+
+def _check_kept(added: AddTargetsResult, int8: bool) -> None:
+    """Fail if not one of the targets for CPUs that were asked for has passed.
+
+    Raises:
+        VerificationError: none of them is kept.
+    """
+    asked = [one for one in added.cpu if not int8 or one.name.endswith(f"-{INT8}")]
+    reasons = {one.name: one.refused for one in asked if one.refused}
+    if asked and len(reasons) == len(asked):
+        names, first = " and ".join(reasons), next(iter(reasons.values()))
+        raise VerificationError(f"the folder does not have {names}: {first.message}", first.remedy)
 
 
 def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], None]) -> Content:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -110,8 +111,14 @@ def test_int8_that_changes_answers_is_not_kept(
 ) -> None:
     require(monkeypatch, 1.1)
     folder = engine_copy()
-    refused = [checked.refused for checked in add_targets(folder, options).cpu[-2:]]
-    assert all("from exit" in str(reason) for reason in refused)
+    texts = ("--calibration-data", str(options.calibration_data))
+    command = ("--from", str(folder), "--int8", *texts)
+    result = CliRunner().invoke(main, [*command, "--backend", "openvino", "--backend", "onnxruntime"])
+    assert result.exit_code == 1
+    for name in NAMES:
+        assert re.search(f"{name} is not kept: .*from exit", result.stdout)
+    assert "added openvino-fp32" in result.stdout
+    assert f"the folder does not have {NAMES[0]} and {NAMES[1]}: " in result.stderr
     assert not set(NAMES) & read_manifest(folder).targets.keys()
     assert not (folder / "targets" / "cpu-int8").exists()
 
