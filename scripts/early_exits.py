@@ -13,10 +13,12 @@ table has means over seeds of
   may be half a point below the last exit of `plain` (for ways with half of the rows: of `half`),
 - the seconds of the training.
 
-The ways are:
+With `--rows N`, only N of the training rows are used, other ones for each seed. The ways are:
 
-- `plain`: what `fpabee-train` does by default, but without hidden layers.
-- `longer`: the same with twice as many epochs, since two phases take as long.
+- `plain`: what `fpabee-train` does by default, but without hidden layers, and with the epochs of
+  `EPOCHS` or, with `--rows`, with 3.
+- `default-epochs`: the same with as many epochs as `fpabee-train` takes by default.
+- `longer`: the same with twice as many epochs as `plain`, since two phases take as long.
 - `two-phase`: first the last exit alone. Then all exits, the early ones half on the labels and half
   on what that last exit predicted ("mixed" training, arXiv 2407.14320).
 - `separated`: each layer learns from the next exit only (SWEET, arXiv 2306.02307).
@@ -58,9 +60,10 @@ from fpabee.exporter.training.trainer import Features, MultiExitTrainer
 from fpabee.runtime import Goal, ProblemType
 from fpabee.runtime.rules.rules import Entropy
 
-# How many times as many epochs each way has as `plain`.
+# How many times as many epochs each way has as `plain`; 0: those of `fpabee-train`.
 WAYS = {
     "plain": 1,
+    "default-epochs": 0,
     "longer": 2,
     "two-phase": 1,
     "separated": 1,
@@ -103,8 +106,14 @@ class TargetTrainer(MultiExitTrainer):
         return (torch.stack(losses) * weights).sum() / weights.sum()
 
 
-def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict[str, Any]:
-    """Train one model; returns logits `[exits, rows, labels]` and labels of dev and test."""
+def train_way(
+    way: str, data: Path, name: str, seed: int, backbone: str, most: int | None
+) -> dict[str, Any]:
+    """Train one model on at most so many rows.
+
+    Returns:
+        Logits `[exits, rows, labels]` and labels of dev and test.
+    """
     files = {part: str(data / name / f"{part}.jsonl.gz") for part in ("train", "dev", "test")}
     options = TrainOptions(
         train=files["train"],
@@ -112,7 +121,7 @@ def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict
         backbone=backbone,
         seed=seed,
         bf16=has_fast_bf16(),
-        epochs=EPOCHS[name] * WAYS[way],
+        epochs=(3.0 if most else EPOCHS[name]) * WAYS[way] or None,
         exit_0=False,
     )
     set_seed(seed)
@@ -123,11 +132,12 @@ def train_way(way: str, data: Path, name: str, seed: int, backbone: str) -> dict
     length = min(options.max_length, model.backbone.max_positions())
     parts = {part: features(found, tokenizer, config, length) for part, found in rows.items()}
     others: Features = []
+    if way in HALF or most:
+        order = np.random.default_rng(seed).permutation(len(parts["train"]))[:most]
+        parts["train"] = [parts["train"][number] for number in order]
     if way in HALF:
-        order = np.random.default_rng(seed).permutation(len(parts["train"]))
-        half = [parts["train"][number] for number in order]
-        middle = len(half) // 2
-        parts["train"], others = half[:middle], half[middle:]
+        middle = len(parts["train"]) // 2
+        parts["train"], others = parts["train"][:middle], parts["train"][middle:]
     if way == "separated":
         separate(model)
 
@@ -251,7 +261,7 @@ def judged(work: Path, stored: Path) -> dict[str, Any]:
 def table(known: dict[str, Any]) -> list[str]:
     """Means over seeds for each data set and way."""
     lines = []
-    for name in EPOCHS:
+    for name in sorted({key.split("-")[0] for key in known}):
         titles = "way", "seeds", "each exit", "balanced saves", "its score", "possible", "seconds"
         lines += ["", f"## {name}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for way in WAYS:
@@ -272,6 +282,7 @@ def table(known: dict[str, Any]) -> list[str]:
 @click.option("--only", multiple=True, type=click.Choice(list(EPOCHS)), help="Default: all.")
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="Default: all.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42, 43, 44))
+@click.option("--rows", type=click.IntRange(min=64), help="Training rows. Default: all.")
 @click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
 def main(
@@ -280,6 +291,7 @@ def main(
     only: tuple[str, ...],
     ways: tuple[str, ...],
     seeds: tuple[int, ...],
+    rows: int | None,
     minilm: str,
     results: Path,
 ) -> None:
@@ -288,12 +300,13 @@ def main(
     stored = results.with_suffix(".json")
     known = judged(work, stored)
     for name in only or EPOCHS:
+        label = f"{name}_{rows}" if rows else name
         for seed in seeds:
             for way in ways or WAYS:
-                path = work / f"{name}-{way}-{seed}.npz"
+                path = work / f"{label}-{way}-{seed}.npz"
                 if path.stem not in known:
                     click.echo(path.stem, err=True)
-                    np.savez_compressed(path, **train_way(way, data, name, seed, minilm))
+                    np.savez_compressed(path, **train_way(way, data, name, seed, minilm, rows))
     known = judged(work, stored)
     results.write_text("\n".join(["# Ways to train early exits", *table(known), ""]))
     click.echo(results.read_text())

@@ -86,7 +86,11 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     "0 to 1. 0 gives the loss of F-PABEE.",
     TrainOptions.distill,
 )
-@options.number("--epochs", "Passes over the training rows.", TrainOptions.epochs)
+@options.number(
+    "--epochs",
+    "Passes over the training rows. Default: 3; with little data as many as make 1,000 steps, up "
+    "to 20.",
+)
 @options.number("--lr", "Learning rate of the encoder.", TrainOptions.lr)
 @options.number(
     "--head-lr", "Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls."

@@ -23,6 +23,8 @@ class ExitWeights(str, Enum):
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
+# Small data needs more than the usual passes: with 500 rows, 3 of them are 48 steps.
+_EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
 # Settings without effect where only exit 0 is trained.
 _OF_ENCODERS = (
     *("backbone", "freeze_encoder", "random_init", "exits", "pooling", "exit_weights", "distill"),
@@ -56,7 +58,7 @@ class TrainOptions:
         distill: share of the targets of all exits but the last that comes from the last exit
             instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
             the loss of F-PABEE.
-        epochs: passes over the training rows; may be a fraction.
+        epochs: passes over the training rows; may be a fraction. Default: see `epochs_for`.
         lr: learning rate of the encoder.
         head_lr: learning rate of the exits; default: 5e-3, or 1e-3 with `Pooling.CLS`, whose
             exits have a dense layer before their classifier.
@@ -89,7 +91,7 @@ class TrainOptions:
     pooling: Pooling = Pooling.MEAN
     exit_weights: ExitWeights = ExitWeights.LINEAR
     distill: float = 0.5
-    epochs: float = 3.0
+    epochs: float | None = None
     lr: float = 5e-5
     head_lr: float | None = None
     batch_size: int = 32
@@ -136,6 +138,18 @@ class TrainOptions:
                     f"{name} is a setting of the encoder, of which nothing is trained",
                     Remedy(f"leave out {{{name}}} or {{exit_0_only}}"),
                 )
+
+    def epochs_for(self, rows: int) -> float:
+        """Passes over so many training rows: `epochs`, or 3 passes, and more if those would be
+        less than 1,000 steps, up to 20 passes.
+
+        Args:
+            rows: the number of training rows, at least 1.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        steps = -(-rows // self.batch_size)
+        return max(_EPOCHS, min(_MOST_EPOCHS, float(-(-_FEWEST_STEPS // steps))))
 
     @property
     def in_place(self) -> bool:

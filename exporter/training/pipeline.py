@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def train(
     }
     started = time.perf_counter()
     if not options.exit_0_only:
+        options = replace(options, epochs=options.epochs_for(len(rows["train"])))
         begin(output, options, data_sha256(rows["train"]))
         checkpoints = checkpoints_of(output)
         trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, progress)

@@ -53,10 +53,12 @@ class MultiExitTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         progress: Progress,
     ) -> None:
-        steps = -(-len(data["train"]) // options.batch_size) * options.epochs
+        rows = len(data["train"])
+        epochs = options.epochs_for(rows)
+        steps = -(-rows // options.batch_size) * epochs
         arguments = TrainingArguments(
             output_dir=str(folder),
-            num_train_epochs=options.epochs,
+            num_train_epochs=epochs,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=64,
             warmup_steps=int(_WARMUP * steps),
