@@ -67,7 +67,8 @@ class Run:
         backbone: which encoder is trained.
         data: folder of the dataset.
         seeds: number of seeds.
-        options: of the training, where they differ from the defaults.
+        options: of the training, where they differ from the defaults. Epochs are 3 unless they are
+            among them.
         problem_type: the task.
         distill: the option of that name; 0 gives the loss of the paper.
         exit_0: whether the model has exit 0.
@@ -109,8 +110,8 @@ _EXIT_0 = {
     "mini-trec": Run(MINILM, "trec"),
     "mini-mrpc": Run(MINILM, "mrpc", options={"epochs": 2.0}),
     "mini-snips": Run(MINILM, "snips", 1, {"epochs": 1.0}),
-    "mini-mixsnips": replace(_PLAIN["mini-mixsnips"], seeds=1),
-    "mini-mixatis": replace(_PLAIN["mini-mixatis"], seeds=1),
+    "mini-mixsnips": Run(MINILM, "mixsnips", 1, {"epochs": 0.5}, _MULTI),
+    "mini-mixatis": Run(MINILM, "mixatis", 1, {"epochs": 1.0}, _MULTI),
     "mpnet-sst2": _PLAIN["mpnet-sst2"],
 }
 RUNS = (
@@ -145,7 +146,7 @@ def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path, comm
                 bf16=has_fast_bf16(),
                 exit_0=run.exit_0,
                 resume=last_checkpoint(folder) is not None,
-                **run.options,
+                **{"epochs": 3.0} | run.options,
             )
             train(folder, options, progress, command)
         elif run.exit_0 and not (folder / EXIT_0_FILE).is_file():

@@ -124,6 +124,35 @@ def test_long_rows_are_truncated_for_training(options: Options) -> None:
     assert len(row["input_ids"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "epochs"),
+    [
+        (1, {}, 20),  # at most 20
+        (1600, {}, 20),  # 50 steps each
+        (1601, {}, 20),  # 51 steps each: 19.6
+        (3668, {}, 9),
+        (3668, {"batch_size": 8}, 3),
+        (10_656, {}, 4),  # 333 steps each
+        (10_688, {}, 3),  # 334 steps each
+        (10**6, {}, 3),
+        (100, {"epochs": 0.5}, 0.5),
+    ],
+)
+def test_little_data_is_trained_on_more_often(
+    rows: int, changes: dict[str, Any], epochs: float
+) -> None:
+    options = TrainOptions(train="train", dev="dev", backbone="backbone", **changes)
+    assert options.epochs_for(rows) == epochs
+
+
+def test_the_report_says_how_many_epochs_there_were(options: Options, tmp_path: Path) -> None:
+    totals = set()
+    settings = options(epochs=None, exit_0=False)
+    report = train(tmp_path / "model", settings, lambda _, __, total: totals.add(total))
+    assert report.options.epochs == 20
+    assert totals == {60}, "24 rows in batches of 8"
+
+
 def test_a_resumed_training_ends_like_an_uninterrupted_one(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
