@@ -140,8 +140,9 @@ class TrainOptions:
                 )
 
     def epochs_for(self, rows: int) -> float:
-        """Passes over so many training rows: `epochs`, or 3 passes, and more if those would be
-        less than 1,000 steps, up to 20 passes.
+        """Passes over so many training rows.
+
+        They are `epochs`, or 3, and more if those would be less than 1,000 steps, up to 20.
 
         Args:
             rows: the number of training rows, at least 1.

@@ -112,8 +112,8 @@ def test_int8_that_changes_answers_is_not_kept(
     require(monkeypatch, 1.1)
     folder = engine_copy()
     texts = ("--calibration-data", str(options.calibration_data))
-    command = ("--from", str(folder), "--int8", *texts)
-    result = CliRunner().invoke(main, [*command, "--backend", "openvino", "--backend", "onnxruntime"])
+    backends = ("--backend", "openvino", "--backend", "onnxruntime")
+    result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
     assert result.exit_code == 1
     for name in NAMES:
         assert re.search(f"{name} is not kept: .*from exit", result.stdout)
