@@ -15,8 +15,8 @@ table has means over seeds of
 
 With `--rows N`, only N of the training rows are used, other ones for each seed. The ways are:
 
-- `plain`: what `fpabee-train` does by default, but without hidden layers, and with the epochs of
-  `EPOCHS` or, with `--rows`, with 3.
+- `plain`: as `fpabee-train` does it by default, but without hidden layers, and with a fixed number
+  of epochs: the one in `EPOCHS`, or 3 with `--rows`.
 - `default-epochs`: the same with as many epochs as `fpabee-train` takes by default.
 - `longer`: the same with twice as many epochs as `plain`, since two phases take as long.
 - `two-phase`: first the last exit alone. Then all exits, the early ones half on the labels and half

@@ -315,7 +315,7 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))
-        raise VerificationError(f"the folder does not have {names}: {first.message}", first.remedy)
+        raise VerificationError(f"{names} did not pass: {first.message}", first.remedy)
 
 
 def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], None]) -> Content:

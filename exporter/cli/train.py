@@ -88,8 +88,8 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 )
 @options.number(
     "--epochs",
-    "Passes over the training rows. Default: 3; with little data as many as make 1,000 steps, up "
-    "to 20.",
+    "Passes over the training rows. Default: 3, but with little data as many as make 1,000 steps, "
+    "up to 20.",
 )
 @options.number("--lr", "Learning rate of the encoder.", TrainOptions.lr)
 @options.number(
