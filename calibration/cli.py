@@ -289,7 +289,3 @@ def _comparisons(result: Calibration) -> Table:
             *[exit_0_in_words(runs)] * has_exit_0,
         )
     return table
-
-
-if __name__ == "__main__":
-    main()

@@ -112,7 +112,7 @@ def main(
     options: tuple[str, ...],
 ) -> None:
     """Run fpabee-bench on ENGINES with its OPTIONS, and write a Markdown table."""
-    program = [sys.executable, "-m", "fpabee.exporter.cli.bench"]
+    program = [sys.executable, "-m", "fpabee", "bench"]
     command = [*program, str(engines), "--input", source, "--json", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -30,6 +30,7 @@ from typing import Any
 
 import click
 from reproduce import MINILM, MPNET, RESULTS, RUNS, cut_encoders, engines_of, train_run
+from reproduce_alternatives import without_exit_0
 
 from fpabee.calibration import DEFAULT_GOALS, CalibrationOptions, Goal, calibrate
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
@@ -94,7 +95,7 @@ def alternatives(engines: Path, data: Path, cuts: dict[int, Path]) -> Iterator[A
         cuts: models that were cut after the first layers, by their number of layers.
     """
     dev, target = data / "dev.jsonl.gz", fastest(engines)
-    if PABEE not in read_manifest(engines).targets[target].operating_points:
+    if not CURVE.keys() <= read_manifest(engines).targets[target].operating_points.keys():
         train, backends = data / "train.jsonl.gz", ("openvino", "onnxruntime")
         add_targets(
             engines,
@@ -105,18 +106,26 @@ def alternatives(engines: Path, data: Path, cuts: dict[int, Path]) -> Iterator[A
         target = fastest(engines)
         options = CalibrationOptions(goals=DEFAULT_GOALS | CURVE, target=target)
         calibrate(engines, dev, options)
-        goals = {PABEE: DEFAULT_GOALS["balanced"]}
-        calibrate(engines, dev, CalibrationOptions(goals=goals, rules=(PABEE,), target=target))
     for point in (None, *DEFAULT_GOALS, *CURVE):
         settings: dict[str, Any] = {"target": target, "point": point}
         yield Alternative(f"fpabee-{point or 'full-depth'}", "fpabee", "", settings)
-    rule = read_manifest(engines).targets[target].operating_points[PABEE].rule
-    # A rule without patience is full depth: no patience loses little enough.
-    yield Alternative(PABEE, PABEE, "", {"patience": rule.get("patience")})
+    yield Alternative(PABEE, PABEE, "", {"patience": patience_of_pabee(engines, dev)})
     yield from OTHERS
     for layers, model in cuts.items():
         settings = {"backend": "openvino", "int8": False, "model": str(model)}
         yield Alternative(f"first-{layers}-layers", "backend", "openvino", settings)
+
+
+def patience_of_pabee(engines: Path, dev: Path) -> int | None:
+    """PABEE's patience at the goal of `balanced`; None if every patience loses too much.
+
+    It is chosen without exit 0, which PABEE's loop does not have.
+    """
+    plain = without_exit_0(engines)
+    goals = {PABEE: DEFAULT_GOALS["balanced"]}
+    options = CalibrationOptions(goals=goals, rules=(PABEE,), target=fastest(plain))
+    patience: int | None = calibrate(plain, dev, options).points[0].rule.to_dict().get("patience")
+    return patience
 
 
 def fastest(engines: Path) -> str:

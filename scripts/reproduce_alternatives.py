@@ -82,7 +82,7 @@ def compare_alternatives(
         threads: CPU threads; None: all cores.
     """
     # Made before the calibration, whose points do not fit them.
-    plain, whole = _without_exit_0(folder), _one_graph(folder)
+    plain, whole = without_exit_0(folder), _one_graph(folder)
     calibration = calibrate_default(folder, dev, threads)
     plain_rule = calibrate_default(plain, dev, threads).points[0].rule
     selector = selector_by_layers(
@@ -131,7 +131,7 @@ def calibrate_default(folder: Path, dev: Path, threads: int | None) -> Calibrati
     return calibrate(folder, dev, CalibrationOptions(goals=goals, threads=threads))
 
 
-def _without_exit_0(folder: Path) -> Path:
+def without_exit_0(folder: Path) -> Path:
     """A copy of an engines folder that does not have exit 0."""
     copy = folder.with_name(f"{folder.name}-without-exit-0")
     if not copy.is_dir():

@@ -211,7 +211,3 @@ def print_report(report: BenchReport, console: Console) -> None:
         console.print(f"The full graph runs in {report.full_target}, not in {report.target}.")
     console.print(f"{report.target}, rule {rule_in_words(ExitRule.from_dict(report.rule))}")
     console.print(f"{report.hardware}; {versions}")
-
-
-if __name__ == "__main__":
-    main()

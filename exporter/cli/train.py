@@ -156,7 +156,3 @@ def _print(report: TrainReport) -> None:
         for number, layer, row in zip(report.numbers, report.exits, scores, strict=True):
             table.add_row(str(number), str(layer), *(f"{value:.4f}" for value in row.values()))
         table_console().print(table)
-
-
-if __name__ == "__main__":
-    main()

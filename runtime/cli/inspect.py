@@ -198,7 +198,3 @@ def _print_values(values: Mapping[str, Any]) -> None:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f}"
-
-
-if __name__ == "__main__":
-    main()

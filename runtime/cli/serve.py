@@ -95,7 +95,3 @@ def main(
             serve(make_app(engine, scheduler, metrics, limits, name), listener, limits)
         finally:
             scheduler.close(cancel=True)
-
-
-if __name__ == "__main__":
-    main()
