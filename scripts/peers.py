@@ -39,6 +39,7 @@ from fpabee.runtime.backends.onnxruntime_session import usable_cores
 from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.environment import cpu_name
 from fpabee.runtime.files import read_rows
+from fpabee.runtime.rules.rules import Pabee
 
 MODELS = {"sst2": "mpnet-sst2-exit-0", "trec": "mini-trec-exit-0", "snips": "mini-snips-exit-0"}
 """By data set, the run of `reproduce.py` whose model is compared."""
@@ -124,8 +125,8 @@ def patience_of_pabee(engines: Path, dev: Path) -> int | None:
     plain = without_exit_0(engines)
     goals = {PABEE: DEFAULT_GOALS["balanced"]}
     options = CalibrationOptions(goals=goals, rules=(PABEE,), target=fastest(plain))
-    patience: int | None = calibrate(plain, dev, options).points[0].rule.to_dict().get("patience")
-    return patience
+    rule = calibrate(plain, dev, options).points[0].rule
+    return rule.patience if isinstance(rule, Pabee) else None
 
 
 def fastest(engines: Path) -> str:

@@ -37,6 +37,7 @@ from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.staging import staging
 from fpabee.runtime import Budget, Engine, ExitRule, Goal, InputError
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.manifest import with_operating_points
 from fpabee.runtime.backends.onnxruntime_session import usable_cores
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.environment import cpu_name
@@ -81,7 +82,7 @@ def compare_alternatives(
         shifted: files whose texts are of another kind, or of the same; of pairs, the first ones.
         threads: CPU threads; None: all cores.
     """
-    # Made before the calibration, whose points do not fit them.
+    # Before the calibration, whose points do not fit one graph.
     plain, whole = without_exit_0(folder), _one_graph(folder)
     calibration = calibrate_default(folder, dev, threads)
     plain_rule = calibrate_default(plain, dev, threads).points[0].rule
@@ -132,12 +133,16 @@ def calibrate_default(folder: Path, dev: Path, threads: int | None) -> Calibrati
 
 
 def without_exit_0(folder: Path) -> Path:
-    """A copy of an engines folder that does not have exit 0."""
+    """A copy of an engines folder that does not have exit 0 nor operating points."""
     copy = folder.with_name(f"{folder.name}-without-exit-0")
     if not copy.is_dir():
         with staging(copy) as new:  # a copy that was interrupted would still have exit 0
             shutil.copytree(folder, new, ignore=_NO_CALIBRATION, dirs_exist_ok=True)
-            write_manifest(new, msgspec.structs.replace(read_manifest(new), exit_0=None))
+            old = read_manifest(new)
+            targets = {
+                name: with_operating_points(target, {}, "") for name, target in old.targets.items()
+            }
+            write_manifest(new, msgspec.structs.replace(old, exit_0=None, targets=targets))
     return copy
 
 

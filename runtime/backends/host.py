@@ -6,6 +6,7 @@ what `HostBackend.bind` returned, without copies.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ _BINDING_BYTES = 5 * 2**10
 # do not fit into the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
+# Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so that one vector
+# instruction would read two lines. With AMX, a text alone then takes about 2 % longer.
+_CACHE_LINE = 64
 
 Value = tuple[NDArray[Any], Any]
 """An array, and the tensor of the inference library over its memory."""
@@ -63,7 +67,7 @@ class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
         spec = self._backend.specs[name[0]]
         # NumPy has no bfloat16. Its rows are only copied, and its zeros are those of an integer.
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
-        array = np.empty(shape_of(spec, self.bucket), dtype)
+        array = _aligned(shape_of(spec, self.bucket), np.dtype(dtype))
         self.nbytes += array.nbytes
         return array, self._backend.tensor(array, spec)
 
@@ -211,3 +215,11 @@ class HostExecution(Execution[HostBuffers]):
         self, spec: TensorSpec, buffer: BufferName, source: HostBuffers, target: HostBuffers
     ) -> None:
         target.buffer(buffer)[0][...] = source.buffer(buffer)[0][crop_of(spec, target.bucket)]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array without values that starts at a cache line."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)

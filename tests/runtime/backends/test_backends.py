@@ -244,6 +244,15 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
     chain.backend.give_back(fresh)
 
 
+def test_buffers_in_host_memory_start_at_a_cache_line(chain: Chain) -> None:
+    if chain.double is not None:
+        pytest.skip("buffers are on the device")
+    hidden = chain.begin([0, 1])
+    for name, buffer in chain.backend.stages[0].live.items():
+        assert hidden.buffers.buffer(buffer)[0].ctypes.data % 64 == 0, name
+    chain.execution.release(hidden)
+
+
 def test_limits_are_those_of_the_model(chain: Chain) -> None:
     limits = chain.backend.limits()
     assert limits.max_sequence == 64

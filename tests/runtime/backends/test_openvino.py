@@ -298,10 +298,20 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
 
 
 def test_lengths_are_multiples_of_eight_and_few_for_long_texts() -> None:
-    assert openvino.length_steps(20) == (8, 16, 20)
-    steps = openvino.length_steps(8192)
+    assert openvino.steps(20, 8, 512) == (8, 16, 20)
+    steps = openvino.steps(8192, 8, 512)
     assert steps[:3] == (8, 16, 24)
     assert steps[-1] == 8192
     assert len(steps) < 100
     wider = [after / before for before, after in pairwise(steps[7:])]
     assert max(wider) <= 1.125
+
+
+def test_rows_are_padded_to_few_batch_sizes(folder: Path) -> None:
+    assert openvino.steps(21, 1, 16) == (*range(1, 17), 18, 20, 21)
+    with Engine.load(folder, TARGET) as engine:
+        limits = engine.model._backend.limits()
+        assert [limits.bucket(rows, 8).batch for rows in (8, 17, 33)] == [8, 18, 36]
+        alone = [engine.predict([text], full_depth=True)[0].logits for text in TEXTS]
+        for number, prediction in enumerate(engine.predict(TEXTS * 9 + TEXTS[:1], full_depth=True)):
+            assert prediction.logits == pytest.approx(alone[number % 2], abs=1e-5)
