@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from fpabee.calibration import CalibrationOptions
 from fpabee.runtime import Budget, Engine, ExitRule, Pabee
 
 TEXTS = ["turn on the light", "is it not a good film", "book a table", "play music"]
@@ -56,20 +58,33 @@ def test_an_alternative_is_measured_in_a_fresh_process(
 
 
 @pytest.mark.parametrize("rule", [Pabee(patience=1), Budget(exit=3)])
-def test_pabee_stops_as_its_operating_point_does(
+def test_pabee_stops_as_a_rule_that_is_chosen_without_exit_0(
     peers: ModuleType,
     load_script: Callable[[str], ModuleType],
     tiny_models: Mapping[str, Path],
-    engine_copy: Callable[..., Path],
+    exit_0_engines: Mapping[str, Path],
     set_points: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     rule: ExitRule,
 ) -> None:
-    child, folder = load_script("peers_child"), engine_copy()
-    set_points(folder, pabee=rule)
-    found = {other.name: other.settings for other in peers.alternatives(folder, folder, {})}
+    calibrated = []
+
+    def calibrate(folder: Path, data: Path, options: CalibrationOptions) -> SimpleNamespace:
+        calibrated.append((folder, data, options.rules))
+        return SimpleNamespace(points=[SimpleNamespace(rule=rule)])
+
+    monkeypatch.setattr(peers, "calibrate", calibrate)
+    child = load_script("peers_child")
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    set_points(folder, **dict.fromkeys(peers.CURVE, Budget(exit=1)))
+    found = {other.name: other.settings for other in peers.alternatives(folder, tmp_path, {})}
+    ((plain, data, rules),) = calibrated
+    assert (data, rules) == (tmp_path / "dev.jsonl.gz", ("pabee",))
     spec = child.Specification(model=tiny_models["bert"], engines=folder, **found["pabee"])
     texts = [*TEXTS, "rain", "the sun", "call mum", "a bad film in the morning"]
-    with Engine.load(folder) as engine:
+    with Engine.load(plain) as engine:
+        assert 0 not in engine.manifest.exits
         expected, first = (
             [row.labels[0] for row in engine.predict(texts, rule=each)]
             for each in (rule, Budget(exit=1))

@@ -211,8 +211,8 @@ def test_a_copy_without_exit_0_is_complete_or_not_there(
     with monkeypatch.context() as patch:
         patch.setattr(alternatives, "write_manifest", None)  # fails, as if interrupted
         with pytest.raises(TypeError):
-            alternatives._without_exit_0(folder)
-    copy = alternatives._without_exit_0(folder)
+            alternatives.without_exit_0(folder)
+    copy = alternatives.without_exit_0(folder)
     assert read_manifest(copy).exits == range(1, 4)
     assert {path.name for path in tmp_path.iterdir()} == {"engines", "engines-without-exit-0"}
 
