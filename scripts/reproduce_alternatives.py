@@ -82,7 +82,7 @@ def compare_alternatives(
         shifted: files whose texts are of another kind, or of the same; of pairs, the first ones.
         threads: CPU threads; None: all cores.
     """
-    # Before the calibration, whose points do not fit one graph.
+    # Both copies are made before the calibration, because its points do not fit one graph.
     plain, whole = without_exit_0(folder), _one_graph(folder)
     calibration = calibrate_default(folder, dev, threads)
     plain_rule = calibrate_default(plain, dev, threads).points[0].rule
@@ -133,7 +133,7 @@ def calibrate_default(folder: Path, dev: Path, threads: int | None) -> Calibrati
 
 
 def without_exit_0(folder: Path) -> Path:
-    """A copy of an engines folder that does not have exit 0 nor operating points."""
+    """A copy of an engines folder that has neither exit 0 nor operating points."""
     copy = folder.with_name(f"{folder.name}-without-exit-0")
     if not copy.is_dir():
         with staging(copy) as new:  # a copy that was interrupted would still have exit 0

@@ -33,8 +33,8 @@ _BINDING_BYTES = 5 * 2**10
 # do not fit into the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
-# Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so that one vector
-# instruction would read two lines. With AMX, a text alone then takes about 2 % longer.
+# Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so one vector
+# instruction could read two lines. On a CPU with AMX, a single text then took about 2 % longer.
 _CACHE_LINE = 64
 
 Value = tuple[NDArray[Any], Any]

@@ -36,9 +36,10 @@ _OLDEST = (2026, 0)
 _INSTALL = "pip install -U 'fpabee[openvino]'"
 _DEVICE = "CPU"
 # OpenVINO prepares its kernels again for each new shape, so rows and lengths are rounded up to few
-# values. Up to 16 rows are exact, lengths up to 512 tokens are multiples of 8, and beyond that a
-# step is about an eighth. Without the steps of rows, the first run over a file took 12 to 21 %
-# longer, and later runs took as long (MPNet and MiniLM on a CPU with AMX).
+# values. Batches of up to 16 rows are not padded, lengths of up to 512 tokens are multiples of 8,
+# and beyond that a step is a sixteenth to an eighth of the size. Without the steps of rows, the
+# first run over a file took 12 to 21 % longer, and later runs took as long (MPNet and MiniLM on a
+# CPU with AMX).
 _LENGTH_STEP, _FINE_LENGTHS = 8, 512
 _ROW_STEP, _FINE_ROWS = 1, 16
 
@@ -209,8 +210,8 @@ def steps(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
 
     Args:
         most: the largest size.
-        finest: the step up to `fine_up_to`; beyond, a step is an eighth, rounded down to a power
-            of two.
+        finest: the step up to `fine_up_to`; beyond, a step is an eighth of the size, rounded down
+            to a power of two.
         fine_up_to: see `finest`.
     """
     sizes: list[int] = []
