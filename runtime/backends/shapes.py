@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,4 +50,5 @@ class Limits:
 
 
 def _at_least(value: int, steps: tuple[int, ...]) -> int:
-    return next((step for step in steps if step >= value), value)
+    position = bisect_left(steps, value)
+    return steps[position] if position < len(steps) else value

@@ -156,7 +156,12 @@ quiet = flag("--quiet", "Show no progress.")
 as_json = flag("--json as_json", "Print the result as one JSON object.")
 
 rule = together(
-    choice("--rule", "RULE", "Exit rule.", RULES),
+    choice(
+        "--rule",
+        "RULE",
+        "Exit rule. If it is that of the operating point, settings that are not given stay.",
+        RULES,
+    ),
     choice("--measure", "MEASURE", "Similarity measure of the rules fpabee and either.", Measure),
     option(
         "--threshold",
@@ -170,7 +175,11 @@ rule = together(
     count("--exit", "Exit at which every row stops, only with --rule budget.", min=0),
     count("--min-exit", "First exit at which a row may stop.", min=0),
     count("--max-exit", "Exit at which every row stops at the latest.", min=0),
-    number("--exit-0-threshold", "Confidence from which a row stops at exit 0. Default: never."),
+    number(
+        "--exit-0-threshold",
+        "Confidence from which a row stops at exit 0; 2 means never. Default: that of the "
+        "operating point, or never with another rule.",
+    ),
 )
 """Options that describe an exit rule; `chosen_rule` reads them."""
 
@@ -205,7 +214,8 @@ labelled_texts = together(
 def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
     """The rule that the options describe; takes them out of the settings.
 
-    Without `--rule` it is the default rule, with the settings that are given.
+    Without `--rule`, or with the name of the default rule, it is the default rule with the settings
+    that are given.
 
     Raises:
         RuleError: the rule does not take a setting, or lacks one that it needs.
