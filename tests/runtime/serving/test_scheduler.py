@@ -165,11 +165,16 @@ def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gat
 
 
 def test_new_rows_join_between_segments(engine: Engine, gate: Gate) -> None:
-    """The first row waits for those that came later, because groups of two are as fast as one."""
+    """The first row waits for the others, because groups of two are as fast as one.
+
+    All have the same age; a row that is much older would not wait.
+    """
+    first, *others = engine.encode(["the film", "the plot", "rain"])
+    arrived = perf_counter()
     with Scheduler(engine) as scheduler:
-        futures = [scheduler.submit("the film")]
+        futures = scheduler.submit_encoded([first], arrived=arrived)
         assert gate.at() == (0, 1)
-        futures += scheduler.submit_all(["the plot", "rain"])
+        futures += scheduler.submit_encoded(others, arrived=arrived)
         for expected in [(0, 2), (1, 3), (2, 3)]:
             gate.step()
             assert gate.at() == expected
