@@ -89,11 +89,14 @@ class Timing:
         total_s: the sum over units.
         median_ms: the median over units.
         p95_ms: the 95th percentile of every single run.
+        first_s: the sum over units of the first run of each. OpenVINO prepares kernels for every
+            new shape, so this may be longer.
     """
 
     total_s: float
     median_ms: float
     p95_ms: float
+    first_s: float
 
 
 @dataclass(frozen=True)
@@ -400,6 +403,7 @@ def _timing(times: Sequence[Sequence[float]]) -> Timing:
         total_s=sum(medians),
         median_ms=1e3 * statistics.median(medians),
         p95_ms=1e3 * float(np.percentile(np.concatenate(times), 95)),
+        first_s=sum(repeats[0] for repeats in times),
     )
 
 

@@ -24,6 +24,7 @@ from fpabee.exporter.bench import (
     WITH_RULE,
     BenchOptions,
     _Graph,
+    _timing,
     run_bench,
 )
 from fpabee.exporter.cli.bench import main, print_report
@@ -162,3 +163,8 @@ def test_the_table_is_not_cut_in_a_file(engines: Mapping[str, Path], tmp_path: P
         assert cell in result.stdout
     assert "onnxruntime-fp32, rule fpabee jskd 0.1\n" in result.stdout
     assert f"2 of 2: file, all {len(TEXTS)} texts, about 0:" in result.stderr
+
+
+def test_first_runs_are_also_reported_alone() -> None:
+    timing = _timing([[3.0, 1.0, 2.0], [9.0, 4.0, 5.0]])
+    assert (timing.total_s, timing.median_ms, timing.first_s) == (7.0, 3500.0, 12.0)
