@@ -46,6 +46,7 @@ REQUIREMENTS = {
     # int8 is a different model rather than a different rounding: thresholds should be calibrated
     # for it.
     "int8": Requirements(labels=0.995, exits=0.9, tie=0.25),
+    "int8-bf16": Requirements(labels=0.995, exits=0.9, tie=0.25),
 }
 """What is required of a target, by its precision."""
 

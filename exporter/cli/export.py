@@ -311,7 +311,7 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
     Raises:
         VerificationError: none of them is kept.
     """
-    asked = [one for one in added.cpu if not int8 or one.name.endswith(f"-{INT8}")]
+    asked = [one for one in added.cpu if not int8 or f"-{INT8}" in one.name]
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))

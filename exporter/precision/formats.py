@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 
 INT8 = "int8"
+INT8_BF16 = "int8-bf16"
+"""int8, where operations that are not quantized run in bf16; only OpenVINO on CPUs has it."""
 
 
 class Half(str, Enum):

@@ -1,6 +1,7 @@
 """int8 for CPUs: one set of graphs that ONNX Runtime and OpenVINO both run.
 
-NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32.
+NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32. Where the
+CPU has bf16, OpenVINO has a second target that runs these parts in bf16.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import msgspec
 
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
+from ...runtime.backends.openvino import has_bf16
 from ...runtime.encoding import TextEncoder
 from ...runtime.files import Row
 from ...runtime.progress import Progress
 from ..onnx_file import serialized
-from ..precision.formats import INT8
+from ..precision.formats import INT8, INT8_BF16
 from ..precision.int8 import quantize, split_texts
-from .cpu import INT8_FOLDER, CpuTarget, judge_of, verified_target
+from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, judge_of, verified_target
 
 
 def add_cpu_int8(
@@ -70,20 +72,26 @@ def add_cpu_int8(
             for name, file in files.items()
         }
         for backend, version in versions.items():
-            name = f"{backend}-{INT8}"
-            if not version and manifest.targets[name].files == moved:
-                continue  # the graphs are the same, so the target stays valid elsewhere
-            progress(f"verify {name}", 0, 1)
-            target = Target(
-                backend=backend,
-                precision=INT8,
-                graph_precision="fp32",
-                versions={backend: version},
-                files=files,
-                tolerance=None,
-            )
-            changed, checked = verified_target(folder, changed, name, target, judge)
-            found.append(checked)
+            has_library = bool(version)
+            runs = {INT8: has_library}
+            if backend == OPENVINO:
+                runs[INT8_BF16] = has_library and has_bf16()
+            for precision, runs_here in runs.items():
+                name = f"{backend}-{precision}"
+                old = manifest.targets.get(name)
+                if not runs_here and (old is None or old.files == moved):
+                    continue  # if its graphs are the same, it stays valid elsewhere
+                progress(f"verify {name}", 0, 1)
+                target = Target(
+                    backend=backend,
+                    precision=precision,
+                    graph_precision="fp32",
+                    versions={backend: version},
+                    files=files,
+                    tolerance=None,
+                )
+                changed, checked = verified_target(folder, changed, name, target, judge)
+                found.append(checked)
         if not any(checked.agreement for checked in found):
             return manifest, found
         place.mkdir(exist_ok=True)

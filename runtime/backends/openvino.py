@@ -78,12 +78,12 @@ class OpenVinoBackend(HostBackend):
         self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
     ) -> None:
         super().__init__(folder, manifest, name, threads)
-        self._is_bf16 = self.target.precision == "bf16"
+        self._is_bf16 = _needs_bf16(self.target)
         if self._is_bf16 and HIDDEN_STATES in self.specs:
             spec = self.specs[HIDDEN_STATES]
             self.specs[HIDDEN_STATES] = msgspec.structs.replace(spec, dtype="bfloat16")
         self._settings = {
-            # int8 graphs name the operations that run in int8; the others run in fp32.
+            # int8 graphs name the operations that run in int8; this is for the others.
             "INFERENCE_PRECISION_HINT": "bf16" if self._is_bf16 else "f32",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "NUM_STREAMS": "1",
@@ -94,7 +94,7 @@ class OpenVinoBackend(HostBackend):
     @staticmethod
     def check(target: Target, name: str) -> None:
         """Check that OpenVINO is installed and runs this precision here; see `Backend.check`."""
-        if target.precision == "bf16" and not has_bf16():
+        if _needs_bf16(target) and not has_bf16():
             raise BackendError(
                 f"target {name} needs a CPU with bf16 instructions, and this one has none",
                 Remedy("choose another {target}, such as openvino-fp32"),
@@ -179,7 +179,8 @@ class OpenVinoBackend(HostBackend):
             sorted(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")),
             cpu_info().get("flags", ""),
         ]
-        parts = [sha256, ov.__version__, cpu, self._settings]
+        types = sorted((name, spec.dtype) for name, spec in self.specs.items())
+        parts = [sha256, ov.__version__, cpu, self._settings, types]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -194,6 +195,10 @@ def has_bf16() -> bool:
     flags = cpu_info().get("flags", "").split()
     # OpenVINO also emulates bf16, which is slower than fp32.
     return "BF16" in capabilities and (not flags or "avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+def _needs_bf16(target: Target) -> bool:
+    return target.precision in ("bf16", "int8-bf16")
 
 
 def openvino_version() -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -23,8 +24,9 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.precision import int8
 from fpabee.exporter.precision.formats import Half, in_head
 from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
-from fpabee.exporter.targets import cpu_int8
+from fpabee.exporter.targets import cpu, cpu_int8
 from fpabee.runtime import (
+    BackendError,
     Budget,
     Engine,
     InputError,
@@ -46,6 +48,8 @@ pytest.importorskip("nncf")
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
 NAMES = ("onnxruntime-int8", "openvino-int8")
+MIXED = "openvino-int8-bf16"
+ALL = (*NAMES, *[MIXED] * openvino.has_bf16())
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
 
 
@@ -63,8 +67,9 @@ def options(tmp_path: Path) -> AddTargetsOptions:
 
 
 def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    required = dataclasses.replace(REQUIREMENTS["int8"], labels=share, exits=share)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+    for precision in ("int8", "int8-bf16"):
+        required = dataclasses.replace(REQUIREMENTS[precision], labels=share, exits=share)
+        monkeypatch.setitem(REQUIREMENTS, precision, required)
 
 
 @pytest.mark.parametrize("family", ["albert", *SLOW])
@@ -104,6 +109,11 @@ def test_both_libraries_run_the_same_graphs(
             logits.append(engine.trace(TEXTS[:8]).logits)
     # The libraries round halves differently.
     assert np.abs(logits[0] - logits[1]).mean() < 0.05
+    if MIXED in ALL:
+        assert manifest.targets[MIXED].files == first.files
+        with Engine.load(folder, MIXED) as engine:
+            difference = np.abs(engine.trace(TEXTS[:8]).logits - logits[1])
+        assert 0 < difference.mean() < 0.05
 
 
 def test_int8_that_changes_answers_is_not_kept(
@@ -115,11 +125,11 @@ def test_int8_that_changes_answers_is_not_kept(
     backends = ("--backend", "openvino", "--backend", "onnxruntime")
     result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
     assert result.exit_code == 1
-    for name in NAMES:
+    for name in ALL:
         assert re.search(f"{name} is not kept: .*from exit", result.stdout)
     assert "added openvino-fp32" in result.stdout
-    assert f"{NAMES[0]} and {NAMES[1]} did not pass: " in result.stderr
-    assert not set(NAMES) & read_manifest(folder).targets.keys()
+    assert f"{' and '.join(ALL)} did not pass: " in result.stderr
+    assert not set(ALL) & read_manifest(folder).targets.keys()
     assert not (folder / "targets" / "cpu-int8").exists()
 
 
@@ -143,7 +153,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
         require(monkeypatch, 1.1)
         assert all(checked.refused for checked in add_targets(folder, options).cpu)
     manifest = read_manifest(folder)
-    for name in NAMES:
+    for name in ALL:
         assert manifest.targets[name].files == before.manifest.targets[name].files
         for file in manifest.targets[name].files.values():
             assert sha256_of(folder / file.file) == file.sha256
@@ -183,6 +193,36 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     result = add_targets(folder, only_onnxruntime)
     assert "OpenVINO is not installed" in str(result.cpu[-1].refused)
     assert NAMES[1] not in result.manifest.targets
+
+
+def test_int8_beside_bf16_needs_a_cpu_with_bf16(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    require(monkeypatch, 0.0)
+    folder = engine_copy()
+    add_targets(folder, options)
+    manifest = read_manifest(folder)
+    assert (MIXED in manifest.targets) is openvino.has_bf16()
+    # As on a machine with bf16, where it is the fastest target.
+    mixed = msgspec.structs.replace(
+        manifest.targets[NAMES[1]], precision="int8-bf16", relative_speed=9.0
+    )
+    manifest = with_target(manifest, MIXED, mixed)
+    write_manifest(folder, msgspec.structs.replace(manifest, default_target=MIXED))
+    for module in (openvino, cpu_int8, cpu):
+        monkeypatch.setattr(module, "has_bf16", lambda: False)
+    with Engine.load(folder) as engine:
+        assert engine.target != MIXED
+    assert f"{engine.target} runs instead of the default target {MIXED}" in caplog.text
+    with pytest.raises(BackendError, match="needs a CPU with bf16"):
+        Engine.load(folder, MIXED)
+    kept = add_targets(folder, options).manifest.targets[MIXED]
+    assert kept.files == mixed.files, "the graphs are the same"
+    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
+    assert MIXED not in add_targets(folder, options).manifest.targets
 
 
 def test_ten_texts_are_too_few(
@@ -286,11 +326,11 @@ def test_fewer_exits_keep_int8_without_texts(
     add_targets(folder, options)
     result = drop_exits(folder, new, DropExitsOptions((1, 3)))
     assert result.left_out == ()
-    for name in NAMES:
+    for name in ALL:
         with Engine.load(folder, name) as before, Engine.load(new, name) as after:
             expected, found = before.trace(TEXTS[:8]).logits, after.trace(TEXTS[:8]).logits
         assert np.abs(found - expected[[0, 2]]).mean() < 0.05
     require(monkeypatch, 1.1)
     result = drop_exits(folder, new, DropExitsOptions((2, 3), force=True))
-    assert result.left_out == NAMES
+    assert result.left_out == ALL
     assert not (new / "targets" / "cpu-int8").exists()
