@@ -39,8 +39,8 @@ INT8_FOLDER = "targets/cpu-int8"
 
 # Rows and tokens of the batches that are timed: a single text, and many.
 _SHAPES = ((1, 32), (32, 32))
-# Turns of the targets, and runs in each turn. A target runs alone later, so what others leave in
-# the caches must not slow it down: only the first run of a turn meets that.
+# Turns of the targets, and runs in each turn. A target runs alone later, so it should find its own
+# data in the caches. The first run of a turn finds what the other targets have left there.
 _TURNS, _RUNS = 4, 3
 # Speeds that differ by less count as equal.
 _LEAST_GAIN = 1.05
@@ -278,21 +278,19 @@ def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
 
 
 def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:
-    """For each target, seconds of all segments at each shape; the best of several turns."""
+    """For each target, seconds of all segments at each shape; the best of several runs."""
     engines = {name: _engine(folder, manifest, name) for name in names}
     best = {name: [math.inf] * len(_SHAPES) for name in names}
     try:
-        # In turns, so that a machine whose speed drifts treats all targets alike. The first turn
-        # loads the segments.
-        for turn in range(_TURNS + 1):
+        # In turns, so that a machine whose speed drifts treats all targets alike.
+        for _ in range(_TURNS):
             for name, engine in engines.items():
                 for number, (rows, tokens) in enumerate(_SHAPES):
                     tokens = min(tokens, engine.limits.max_sequence)
                     time.sleep(_SPIN_SECONDS)
-                    for _ in range(_RUNS if turn else 1):
+                    for _ in range(_RUNS):
                         seconds = sum(engine.time_exits(rows, tokens)[-len(manifest.segments) :])
-                        if turn:
-                            best[name][number] = min(best[name][number], seconds)
+                        best[name][number] = min(best[name][number], seconds)
     finally:
         for engine in engines.values():
             engine.close()
