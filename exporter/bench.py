@@ -173,7 +173,7 @@ class _Graph:
             self._run(rows[start : start + _FILE_BATCH])
 
     def _run(self, rows: Sequence[EncodedRow]) -> None:
-        bucket = self._limits.bucket(len(rows), max(map(len, rows)))
+        bucket = self._limits.bucket(len(rows), max(map(len, rows)), alone=len(rows) == 1)
         hidden = self._execution.begin(rows, bucket)
         self._execution.enqueue(0, hidden).result()
         self._execution.release(hidden)

@@ -184,7 +184,7 @@ class Chain(Generic[B]):
             history.append(self._finite(0, self.exit_0([row])[0].tolist()))
             if one.stops(history[0]):
                 return RowResult(0, history)
-        execution, bucket = self.execution, self.bucket(1, len(row))
+        execution, bucket = self.execution, self.bucket(1, len(row), alone=True)
         if execution.lookahead:
             exit_0 = np.array(history, np.float32) if history else None
             found = execution.run_request([row], bucket, runner, exit_0)
@@ -214,8 +214,8 @@ class Chain(Generic[B]):
             raise not_finite(self.target, exit_number)
         return logits
 
-    def bucket(self, rows: int, longest: int) -> Bucket:
-        """The padded shape of a group whose longest row has `longest` tokens.
+    def bucket(self, rows: int, longest: int, alone: bool = False) -> Bucket:
+        """The padded shape of a group, see `Limits.bucket`.
 
         Raises:
             BackendError: the row is longer than the target takes.
@@ -225,7 +225,7 @@ class Chain(Generic[B]):
                 f"a row has {longest} tokens; this target takes {self.limits.max_sequence}",
                 Remedy("give a smaller {max_length}, or build the target for longer rows"),
             )
-        return self.limits.bucket(rows, longest)
+        return self.limits.bucket(rows, longest, alone)
 
     def begin(
         self, encoded: Sequence[EncodedRow], rows: NDArray[Any], state: PatienceState
@@ -241,7 +241,7 @@ class Chain(Generic[B]):
             BackendError: a row is longer than the target takes.
         """
         lengths = np.array([len(row) for row in encoded], np.intp)
-        bucket = self.bucket(len(encoded), int(lengths.max()))
+        bucket = self.bucket(len(encoded), int(lengths.max()), alone=len(encoded) == 1)
         return Group(rows, lengths, self.execution.begin(encoded, bucket), state)
 
     def regroup(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[Group[B]]:

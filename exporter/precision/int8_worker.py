@@ -70,7 +70,10 @@ def symmetric(source: Path, batches: Batches) -> Any:
 
 
 def smooth(source: Path, batches: Batches) -> Any:
-    """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads."""
+    """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads and attention.
+
+    OpenVINO runs quantized products of two activations in floating point, after converting both.
+    """
     import nncf
 
     proto = onnx.load(source)
@@ -79,7 +82,9 @@ def smooth(source: Path, batches: Batches) -> Any:
         nncf.Dataset(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
-        ignored_scope=nncf.IgnoredScope(names=_heads(proto), validate=False),
+        ignored_scope=nncf.IgnoredScope(
+            names=[*_heads(proto), *_products_of_activations(proto)], validate=False
+        ),
     )
     _make_unsigned(proto)
     return proto
@@ -100,6 +105,13 @@ def _make_unsigned(proto: Any) -> None:
 
 def _heads(proto: Any) -> list[str]:
     return [node.name for node in proto.graph.node if in_head(node.name)]
+
+
+def _products_of_activations(proto: Any) -> list[str]:
+    """The names of products that have no weights, which are those within attention."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    products = [node for node in proto.graph.node if node.op_type == "MatMul"]
+    return [node.name for node in products if not weights & set(node.input)]
 
 
 FORMS = {"symmetric": symmetric, "smooth": smooth}

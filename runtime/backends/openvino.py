@@ -42,6 +42,9 @@ _DEVICE = "CPU"
 # CPU with AMX).
 _LENGTH_STEP, _FINE_LENGTHS = 8, 512
 _ROW_STEP, _FINE_ROWS = 1, 16
+# Texts that run alone alternate between lengths, and after each change every segment takes longer.
+# With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % (MPNet) and 9 % (MiniLM).
+_AMX_STEP = 16
 
 
 @dataclass(eq=False)
@@ -109,10 +112,13 @@ class OpenVinoBackend(HostBackend):
     def limits(self) -> Limits:
         """Any shape, rounded up to steps, so that prepared requests can be used again."""
         limits = super().limits()
+        uses_amx = self.target.precision != "fp32" and "amx_tile" in cpu_info().get("flags", "")
+        step = _AMX_STEP if uses_amx else _LENGTH_STEP
         return replace(
             limits,
             batch_sizes=steps(limits.max_batch, _ROW_STEP, _FINE_ROWS),
             sequence_lengths=steps(limits.max_sequence, _LENGTH_STEP, _FINE_LENGTHS),
+            lengths_alone=steps(limits.max_sequence, step, _FINE_LENGTHS),
         )
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:

@@ -35,6 +35,7 @@ class Limits:
         group_tokens: padded tokens of a group that runs efficiently; more rows are split.
         batch_sizes: the batch sizes to pad to, ascending; empty: any size is possible.
         sequence_lengths: the lengths to pad to, ascending; empty: any length is possible.
+        lengths_alone: the lengths to pad a row to that is alone from the start; empty: as usual.
     """
 
     max_batch: int
@@ -42,11 +43,18 @@ class Limits:
     group_tokens: int
     batch_sizes: tuple[int, ...] = ()
     sequence_lengths: tuple[int, ...] = ()
+    lengths_alone: tuple[int, ...] = ()
 
-    def bucket(self, rows: int, longest: int) -> Bucket:
-        """The smallest shape that holds `rows` rows of at most `longest` tokens."""
-        sequence = _at_least(max(1, longest), self.sequence_lengths)
-        return Bucket(_at_least(rows, self.batch_sizes), sequence)
+    def bucket(self, rows: int, longest: int, alone: bool = False) -> Bucket:
+        """The smallest shape that holds `rows` rows of at most `longest` tokens.
+
+        Args:
+            rows: the number of rows.
+            longest: the number of tokens of the longest row.
+            alone: whether it is for one row that is alone from the start.
+        """
+        lengths = (alone and self.lengths_alone) or self.sequence_lengths
+        return Bucket(_at_least(rows, self.batch_sizes), _at_least(max(1, longest), lengths))
 
 
 def _at_least(value: int, steps: tuple[int, ...]) -> int:

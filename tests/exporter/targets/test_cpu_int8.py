@@ -88,7 +88,7 @@ def test_both_libraries_run_the_same_graphs(
     assert first.files == second.files
     assert first.row_invariant
     assert second.row_invariant
-    quantized = 0
+    quantized = products = 0
     for file in first.files.values():
         check_graph(folder / file.file)
         proto = onnx.load(folder / file.file)
@@ -100,7 +100,15 @@ def test_both_libraries_run_the_same_graphs(
         for node in proto.graph.node:
             if in_head(node.name) and node.op_type == "Gemm":
                 assert types[node.input[1]] == onnx.TensorProto.FLOAT
+        made_by = {output: node.op_type for node in proto.graph.node for output in node.output}
+        for node in proto.graph.node:
+            if node.op_type == "MatMul" and not in_head(node.name):
+                # Weights and what they are multiplied with are quantized, attention is not.
+                kinds = [made_by.get(name) == "DequantizeLinear" for name in node.input]
+                assert kinds[0] == kinds[1], node.name
+                products += not any(kinds)
     assert quantized
+    assert products >= 2
     drop_graphs(folder)
     assert check_integrity(folder, read_manifest(folder), states=()).passed
     logits = []

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fpabee.runtime import read_manifest
+from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
+from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, MissingExtraError
 from fpabee.runtime.targets import open_backend
@@ -315,3 +317,33 @@ def test_rows_are_padded_to_few_batch_sizes(folder: Path) -> None:
         alone = [engine.predict([text], full_depth=True)[0].logits for text in TEXTS]
         for number, prediction in enumerate(engine.predict(TEXTS * 9 + TEXTS[:1], full_depth=True)):
             assert prediction.logits == pytest.approx(alone[number % 2], abs=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "length"), [("avx2", 24), ("avx2 amx_tile", 32)])
+def test_with_amx_a_row_alone_is_padded_to_multiples_of_16(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str, length: int
+) -> None:
+    add_openvino(folder, "int8")  # it runs the fp32 graphs, so that answers can be compared
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
+    texts = ["the plot " * 8, "the music " * 8, "the"]
+    with Engine.load(folder, "openvino-int8") as engine:
+        rows, runner = engine.encode(texts), engine.model.runner(Budget(exit=3))
+        assert len(rows[0]) == 18
+        expected = engine.trace(texts, rule=Budget(exit=3)).logits[1]
+        with engine.model.chain() as chain:
+            assert chain.bucket(1, 18) == Bucket(1, 24)
+            groups = [
+                chain.begin([row], np.array([number]), runner.start(1))
+                for number, row in enumerate(rows)
+            ]
+            assert groups[0].hidden.bucket == Bucket(1, length)
+            for group in groups:
+                chain.execution.enqueue(0, group.hidden)
+            # Rows that were alone are joined in a shape that may be shorter.
+            joined = chain.join(groups)
+            assert joined.hidden.bucket == Bucket(3, 24)
+            logits = chain.execution.enqueue(1, joined.hidden).result()["logits"]
+        assert logits == pytest.approx(expected, abs=1e-5)
+        alone = [engine.predict([text], full_depth=True)[0].logits for text in texts]
+        together = engine.predict(texts, full_depth=True)
+    assert [one.logits for one in together] == [pytest.approx(one, abs=1e-5) for one in alone]
