@@ -34,6 +34,8 @@ from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
 
+from ...doubles.openvino import add_openvino
+
 pytest.importorskip("openvino")
 
 ONNX, FP32, BF16 = "onnxruntime-fp32", "openvino-fp32", "openvino-bf16"
@@ -98,6 +100,22 @@ def test_the_fastest_becomes_the_default(folder: Path) -> None:
     assert "2.00x" in shown.stdout
     states = {s["name"]: s for s in json.loads(run_inspect(folder).stdout)["targets"]}
     assert states[FP32]["relative_speed"] == 2.0
+
+
+def test_what_other_targets_leave_in_the_caches_is_not_timed(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm, calls = {ONNX: 1.0, FP32: 0.5}, [("", 0)]
+
+    def time_exits(engine: Engine, rows: int, tokens: int) -> list[float]:
+        calls.append((engine.target, rows))
+        return [warm[engine.target] if calls[-1] == calls[-2] else 9.0] * 3
+
+    monkeypatch.setattr(Engine, "time_exits", time_exits)
+    folder = engine_copy()
+    add_openvino(folder, "fp32")
+    found = cpu._seconds(folder, read_manifest(folder), [ONNX, FP32])
+    assert found == {ONNX: [3.0, 3.0], FP32: [1.5, 1.5]}
 
 
 def run_inspect(folder: Path) -> Result:
