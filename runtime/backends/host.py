@@ -24,9 +24,6 @@ from .buffers import BufferName, Buffers, Call, Hidden, crop_of, shape_of
 from .onnxruntime_session import is_out_of_memory
 from .shapes import Bucket, Limits, Rows
 
-# Unused buffers are kept up to this size, about what a CPU cache holds. A larger store would
-# hand out cold memory where the allocator hands out warm memory.
-_FREE_BYTES = 32 * 2**20
 # Memory of a binding besides its buffers (measured): a third of the total for one short text.
 _BINDING_BYTES = 5 * 2**10
 # Measured on two cores: with fewer tokens the matrix kernels are less efficient, and more tokens
@@ -88,10 +85,13 @@ class HostBackend(Backend[HostBuffers]):
     Attributes:
         library: its name, for messages.
         update: the command that updates it.
+        free_bytes: unused buffers, with the runs prepared over them, are kept up to this size. The
+            default is about what a CPU cache holds: the allocator hands out warmer memory.
     """
 
     library: ClassVar[str]
     update: ClassVar[str]
+    free_bytes: ClassVar[int] = 32 * 2**20
 
     @abstractmethod
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
@@ -154,7 +154,7 @@ class HostExecution(Execution[HostBuffers]):
     lookahead = False
 
     def __init__(self, backend: HostBackend) -> None:
-        super().__init__(backend, _FREE_BYTES)
+        super().__init__(backend, backend.free_bytes)
         self._backend = backend
 
     def enqueue(self, segment: int, hidden: Hidden[HostBuffers]) -> Ready:

@@ -313,7 +313,7 @@ def test_one_string_instead_of_texts_is_refused(bert: Engine) -> None:
 def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
     texts = ["the " * n for n in range(1, 40)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "_FREE_BYTES", 100_000)
+        patch.setattr(host.HostBackend, "free_bytes", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
             with engine.model.chain() as chain:
