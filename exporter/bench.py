@@ -89,8 +89,8 @@ class Timing:
         total_s: the sum over units.
         median_ms: the median over units.
         p95_ms: the 95th percentile of every single run.
-        first_s: the sum over units of the first run of each. OpenVINO prepares kernels for every
-            new shape, so this may be longer.
+        first_s: the sum over units of the first timed run of each. It may be longer than `total_s`,
+            because OpenVINO prepares kernels for every new shape. The first unit has run before.
     """
 
     total_s: float

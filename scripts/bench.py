@@ -74,9 +74,9 @@ def table(report: dict[str, Any], scores: str, title: str) -> str:
     lines += [
         f"Rule: {settings}; mean depth {last['mean_depth']:.2f} of {report['layers']} layers on "
         f"the file. The usual way, one full graph over padded batches of 32 in file order, takes "
-        f"**{gain:.1f}x** as long as the chain with the rule.{in_fp32} The first pass of the chain "
-        f"with the rule over the file takes {first:.2f}x as long as later ones; that of the full "
-        f"graph, {first_full:.2f}x."
+        f"**{gain:.1f}x** as long as the chain with the rule.{in_fp32} The first runs of all units "
+        f"of the file take {first:.2f}x as long as their medians with the chain and the rule, and "
+        f"{first_full:.2f}x with the full graph."
     ]
     lines += [scores] if scores else []
     lines.append(f"{report['hardware']}; {versions}; {report['target']}.")

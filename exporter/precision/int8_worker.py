@@ -70,9 +70,10 @@ def symmetric(source: Path, batches: Batches) -> Any:
 
 
 def smooth(source: Path, batches: Batches) -> Any:
-    """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads and attention.
+    """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads.
 
-    OpenVINO runs quantized products of two activations in floating point, after converting both.
+    Products within attention are left out, too: OpenVINO would run quantized products of two
+    activations in floating point, after converting both.
     """
     import nncf
 

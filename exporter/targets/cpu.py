@@ -39,8 +39,9 @@ INT8_FOLDER = "targets/cpu-int8"
 
 # Rows and tokens of the batches that are timed: a single text, and many.
 _SHAPES = ((1, 32), (32, 32))
-# Turns of the targets, and runs in each turn. A target runs alone later, so it should find its own
-# data in the caches. The first run of a turn finds what the other targets have left there.
+# Each target is timed in several turns, with several runs in each. In use, a target runs alone, so
+# its data are in the caches of the CPU. In the first run of a turn, the caches still hold the data
+# of other targets, so the best run counts.
 _TURNS, _RUNS = 4, 3
 # Speeds that differ by less count as equal.
 _LEAST_GAIN = 1.05

@@ -1,7 +1,7 @@
 """int8 for CPUs: one set of graphs that ONNX Runtime and OpenVINO both run.
 
-NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32. Where the
-CPU has bf16, OpenVINO has a second target that runs these parts in bf16.
+NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32. If the
+CPU has bf16 instructions, OpenVINO has a second target that runs these parts in bf16.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def add_cpu_int8(
                 name = f"{backend}-{precision}"
                 old = manifest.targets.get(name)
                 if not runs_here and (old is None or old.files == moved):
-                    continue  # if its graphs are the same, it stays valid elsewhere
+                    continue  # an older target with the same graphs stays valid on other machines
                 progress(f"verify {name}", 0, 1)
                 target = Target(
                     backend=backend,

@@ -86,7 +86,8 @@ class HostBackend(Backend[HostBuffers]):
         library: its name, for messages.
         update: the command that updates it.
         free_bytes: unused buffers, with the runs prepared over them, are kept up to this size. The
-            default is about what a CPU cache holds: the allocator hands out warmer memory.
+            default is about the size of a CPU cache. Buffers from a larger store would often no
+            longer be in the cache, while memory from the allocator often is.
     """
 
     library: ClassVar[str]

@@ -42,8 +42,9 @@ _DEVICE = "CPU"
 # CPU with AMX).
 _LENGTH_STEP, _FINE_LENGTHS = 8, 512
 _ROW_STEP, _FINE_ROWS = 1, 16
-# Texts that run alone alternate between lengths, and after each change every segment takes longer.
-# With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % (MPNet) and 9 % (MiniLM).
+# If texts run one at a time, their lengths differ, and after each change of the length, every
+# segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
+# time (MPNet) and 9 % (MiniLM).
 _AMX_STEP = 16
 
 
@@ -76,8 +77,8 @@ class OpenVinoBackend(HostBackend):
 
     library = "OpenVINO"
     update = _INSTALL
-    # An infer request takes long to make. On a CPU with AMX, MPNet took 6 to 9 % less time over a
-    # file than with the default; smaller models do not fill it.
+    # It takes long to make an infer request, so more of them are kept. On a CPU with AMX, MPNet
+    # took 6 to 9 % less time over a file than with the default. Smaller models need less memory.
     free_bytes = 256 * 2**20
 
     def __init__(

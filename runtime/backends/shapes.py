@@ -35,7 +35,8 @@ class Limits:
         group_tokens: padded tokens of a group that runs efficiently; more rows are split.
         batch_sizes: the batch sizes to pad to, ascending; empty: any size is possible.
         sequence_lengths: the lengths to pad to, ascending; empty: any length is possible.
-        lengths_alone: the lengths to pad a row to that is alone from the start; empty: as usual.
+        lengths_alone: the lengths to pad to if a group starts with a single row, ascending; empty:
+            `sequence_lengths`.
     """
 
     max_batch: int
@@ -51,7 +52,7 @@ class Limits:
         Args:
             rows: the number of rows.
             longest: the number of tokens of the longest row.
-            alone: whether it is for one row that is alone from the start.
+            alone: whether the group starts with a single row.
         """
         lengths = (alone and self.lengths_alone) or self.sequence_lengths
         return Bucket(_at_least(rows, self.batch_sizes), _at_least(max(1, longest), lengths))

@@ -103,7 +103,8 @@ def test_both_libraries_run_the_same_graphs(
         made_by = {output: node.op_type for node in proto.graph.node for output in node.output}
         for node in proto.graph.node:
             if node.op_type == "MatMul" and not in_head(node.name):
-                # Weights and what they are multiplied with are quantized, attention is not.
+                # Weights and what they are multiplied with are quantized. Products within
+                # attention are not.
                 kinds = [made_by.get(name) == "DequantizeLinear" for name in node.input]
                 assert kinds[0] == kinds[1], node.name
                 products += not any(kinds)
@@ -203,7 +204,7 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     assert NAMES[1] not in result.manifest.targets
 
 
-def test_int8_beside_bf16_needs_a_cpu_with_bf16(
+def test_int8_bf16_needs_a_cpu_with_bf16(
     engine_copy: Callable[..., Path],
     options: AddTargetsOptions,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,7 +215,7 @@ def test_int8_beside_bf16_needs_a_cpu_with_bf16(
     add_targets(folder, options)
     manifest = read_manifest(folder)
     assert (MIXED in manifest.targets) is openvino.has_bf16()
-    # As on a machine with bf16, where it is the fastest target.
+    # The folder looks as if it came from a machine with bf16, where this target is the fastest.
     mixed = msgspec.structs.replace(
         manifest.targets[NAMES[1]], precision="int8-bf16", relative_speed=9.0
     )
