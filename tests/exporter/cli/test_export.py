@@ -86,7 +86,8 @@ def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     assert f"fpabee-export --from {folder} --backend tensorrt --fp16" in result.stdout
     manifest = read_manifest(folder)
     assert set(manifest.targets) >= {"onnxruntime-fp32", "tensorrt-rtx-fp16"}
-    assert manifest.default_target == "onnxruntime-fp32"
+    # The fastest target for CPUs is measured, and tiny models run as fast in both libraries.
+    assert manifest.default_target.startswith(("onnxruntime-", "openvino-"))
 
 
 def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:
