@@ -240,8 +240,8 @@ class Chain(Generic[B]):
         Raises:
             BackendError: a row is longer than the target takes.
         """
-        lengths = np.array([len(row) for row in encoded], np.intp)
-        bucket = self.bucket(len(encoded), int(lengths.max()), alone=len(encoded) == 1)
+        count, lengths = len(encoded), np.array([len(row) for row in encoded], np.intp)
+        bucket = self.bucket(count, int(lengths.max()), alone=count == 1)
         return Group(rows, lengths, self.execution.begin(encoded, bucket), state)
 
     def regroup(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[Group[B]]:
