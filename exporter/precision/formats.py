@@ -7,6 +7,8 @@ from enum import Enum
 INT8 = "int8"
 INT8_BF16 = "int8-bf16"
 """int8, where operations that are not quantized run in bf16; only OpenVINO on CPUs has it."""
+CPU_INT8 = (INT8, INT8_BF16)
+"""The precisions in which targets for CPUs run the int8 graphs."""
 
 
 class Half(str, Enum):

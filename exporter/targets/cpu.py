@@ -27,7 +27,7 @@ from ...runtime.files import Row
 from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, target_of, why_not
-from ..precision.formats import INT8, INT8_BF16
+from ..precision.formats import CPU_INT8
 from .judge import Judge, Score
 
 FP32_TARGET = "onnxruntime-fp32"
@@ -52,7 +52,7 @@ _SPIN_SECONDS = 0.01
 
 def is_cpu_int8(target: Target) -> bool:
     """Whether a target runs the int8 graphs for CPUs."""
-    return target.backend in BACKENDS and target.precision in (INT8, INT8_BF16)
+    return target.backend in BACKENDS and target.precision in CPU_INT8
 
 
 @dataclass(frozen=True)

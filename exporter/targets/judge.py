@@ -13,7 +13,7 @@ from ...runtime.engine import Engine
 from ...runtime.errors import Remedy, VerificationError
 from ...runtime.files import Row
 from ...runtime.metrics import Labels
-from ..precision.formats import INT8, INT8_BF16
+from ..precision.formats import CPU_INT8
 
 # Points that a target may lose against fp32 at full depth. One row may always be lost, because a
 # smaller difference cannot be seen on few rows.
@@ -82,7 +82,7 @@ class Judge:
         agreement = compare(found, self._expected, engine.rule, task, required, first)
         remedy = Remedy(
             "give more texts like those to classify as {calibration_data}, or use another target"
-            if precision in (INT8, INT8_BF16)
+            if precision in CPU_INT8
             else "use another target"
         )
         if not agreement.passed:
