@@ -93,13 +93,12 @@ def load_checkpoint(
     """
     folder = resolve_model_dir(source)
     config = load_config(folder)
-    family = family_of(config.model_type)
     weights = read_weights(folder)
     exit_config = _exit_config(folder, config, weights, problem_type)
     # First without memory, because the configuration may ask for far more than the weights fill.
     with torch.device("meta"):
         planned = _build(folder, config, exit_config, attention)
-    fitting = fitting_weights(planned.state_dict(), weights, folder, family.prefix)
+    fitting = fitting_weights(planned.state_dict(), weights, folder, planned.backbone.prefix)
     model = _build(folder, config, exit_config, attention)
     model.load_state_dict(fitting)
     return model.eval()

@@ -13,7 +13,7 @@ import torch
 
 from ...runtime.errors import ModelError
 from .base import Backbone, Block, ClassifierParts, Embeddings, attention_bias
-from .bert import Albert, Bert, Camembert, DistilBert, Electra, Roberta, XlmRoberta
+from .bert import Albert, Bert, DistilBert, Electra, Roberta
 from .deberta import DebertaV2
 from .modernbert import ModernBert
 from .mpnet import MPNet
@@ -29,19 +29,16 @@ __all__ = [
 ]
 
 _FAMILIES: dict[str, type[Backbone]] = {
-    family.model_type: family
-    for family in (
-        Albert,
-        Bert,
-        Camembert,
-        DebertaV2,
-        DistilBert,
-        Electra,
-        MPNet,
-        ModernBert,
-        Roberta,
-        XlmRoberta,
-    )
+    "albert": Albert,
+    "bert": Bert,
+    "camembert": Roberta,
+    "deberta-v2": DebertaV2,
+    "distilbert": DistilBert,
+    "electra": Electra,
+    "modernbert": ModernBert,
+    "mpnet": MPNet,
+    "roberta": Roberta,
+    "xlm-roberta": Roberta,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class CarryingEmbeddings(Embeddings):
         self,
         embeddings: nn.Module,
         name: str,
-        carried: nn.Module,
+        carried: Callable[[Tensor], Tensor],
         table: Callable[[Tensor], nn.Module],
     ) -> None:
         super().__init__(embeddings)
@@ -155,12 +155,11 @@ class Backbone:
             reads. They stay with their rows.
     """
 
-    model_type: ClassVar[str]
-    prefix: ClassVar[str]
-
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
         self.config = encoder.config
+        self.model_type: str = self.config.model_type
+        self.prefix: str = encoder.base_model_prefix
         self.carried: dict[str, tuple[Size, ...]] = {}
 
     @property

@@ -10,42 +10,21 @@ from .base import Backbone, ClassifierParts, Embeddings
 class Bert(Backbone):
     """BERT."""
 
-    model_type = "bert"
-    prefix = "bert"
-
     def classifier_parts(self) -> ClassifierParts:
         """The pooler is part of the encoder."""
         return ClassifierParts(dense="bert.pooler.dense")
 
 
 class Roberta(Backbone):
-    """RoBERTa: positions start after the padding index."""
-
-    model_type = "roberta"
-    prefix = "roberta"
+    """RoBERTa, and XLM-RoBERTa and CamemBERT, which have other tokenizers."""
 
     def max_positions(self) -> int:
         """Positions start after the padding index."""
         return int(self.config.max_position_embeddings) - int(self.config.pad_token_id) - 1
 
 
-class XlmRoberta(Roberta):
-    """XLM-RoBERTa: RoBERTa with another tokenizer."""
-
-    model_type = "xlm-roberta"
-
-
-class Camembert(Roberta):
-    """CamemBERT: RoBERTa with another tokenizer."""
-
-    model_type = "camembert"
-
-
 class Albert(Backbone):
     """ALBERT: layers share their weights, in one group or several."""
-
-    model_type = "albert"
-    prefix = "albert"
 
     def embeddings(self) -> Embeddings:
         """The embeddings and their projection to the hidden size."""
@@ -66,9 +45,6 @@ class Albert(Backbone):
 class Electra(Backbone):
     """ELECTRA: BERT without a pooler; small models have narrow embeddings."""
 
-    model_type = "electra"
-    prefix = "electra"
-
     def embeddings(self) -> Embeddings:
         """The embeddings, projected to the hidden size if they are narrower."""
         mapping = getattr(self.encoder, "embeddings_project", None)
@@ -81,9 +57,6 @@ class Electra(Backbone):
 
 class DistilBert(Backbone):
     """DistilBERT: no token types, no pooler."""
-
-    model_type = "distilbert"
-    prefix = "distilbert"
 
     def layers(self) -> list[nn.Module]:
         """The layers of its `transformer`."""

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .base import Backbone, Block, ClassifierParts, DistanceTable
 
-
-class _RelativePositions(nn.Module):
-    """The relative positions and their embeddings, the same for every row and layer."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        # Registered one by one, so that a segment does not contain the weights of other layers.
-        self.relative_attention = encoder.relative_attention
-        if self.relative_attention:
-            self.rel_embeddings = encoder.rel_embeddings
-            self.position_buckets = encoder.position_buckets
-            self.max_relative_positions = encoder.max_relative_positions
-        self.norm_rel_ebd = encoder.norm_rel_ebd
-        if "layer_norm" in self.norm_rel_ebd:
-            self.LayerNorm = encoder.LayerNorm
-        self._positions = type(encoder).get_rel_pos
-        self._embeddings = type(encoder).get_rel_embedding
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Position ids `[1, sequence, sequence]` int64, and embeddings `[ids, hidden]`."""
-        return self._positions(self, hidden_states), self._embeddings(self)
+# From hidden states to the ids of relative positions `[1, sequence, sequence]` int64, and the
+# embeddings `[ids, hidden]` of all ids; both are None without relative attention.
+_RelativePositions = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 class _RelativePositionsTable(nn.Module):
@@ -52,7 +34,9 @@ class _RelativePositionsTable(nn.Module):
 class _DebertaBlock(Block):
     """A layer; the first may be combined with a convolution over the embeddings."""
 
-    def __init__(self, layer: nn.Module, positions: nn.Module, conv: nn.Module | None) -> None:
+    def __init__(
+        self, layer: nn.Module, positions: _RelativePositions, conv: nn.Module | None
+    ) -> None:
         super().__init__(layer)
         self.positions = positions
         self.conv = conv
@@ -74,7 +58,7 @@ class _DebertaBlock(Block):
     def frozen(self, max_positions: int) -> Block:
         with torch.no_grad():
             ids, embeddings = self.positions(torch.zeros(1, max_positions, 1))
-        if ids is None:
+        if ids is None or embeddings is None:
             return self
         return _DebertaBlock(self.layer, _RelativePositionsTable(ids, embeddings), self.conv)
 
@@ -85,13 +69,14 @@ class DebertaV2(Backbone):
     Relative positions do not limit the length, but the model was trained up to `max_positions`.
     """
 
-    model_type = "deberta-v2"
-    prefix = "deberta"
-
     def blocks(self) -> list[Block]:
         """The layers; each has its own copy of the table of relative positions, which is small."""
         encoder = self.encoder.encoder
-        positions = _RelativePositions(encoder)
+
+        # Not a module, so that a segment does not contain the weights of other layers.
+        def positions(hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            return encoder.get_rel_pos(hidden_states), encoder.get_rel_embedding()
+
         first, *others = self.layers()
         return [
             _DebertaBlock(first, positions, encoder.conv),

@@ -17,27 +17,6 @@ ROTARY = "rotary"
 _BY_LENGTH = ("dynamic", "longrope")
 
 
-class _Rotary(nn.Module):
-    """Cosines and sines of the rotary positions, for all kinds of layers.
-
-    Args:
-        embedding: computes those of one kind.
-        kinds: the kinds of layers.
-    """
-
-    def __init__(self, embedding: nn.Module, kinds: tuple[str, ...]) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.kinds = kinds
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[2 * kinds, sequence, head size]`: a cosine and a sine for each kind."""
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        return torch.cat(
-            [part for kind in self.kinds for part in self.embedding(hidden_states, positions, kind)]
-        )
-
-
 class _RotaryTable(nn.Module):
     """Cosines and sines from a table, because 16-bit floats are too coarse to compute them.
 
@@ -84,9 +63,6 @@ class _ModernBertBlock(Block):
 class ModernBert(Backbone):
     """ModernBERT: the first segment computes rotary positions; every exit has the final norm."""
 
-    model_type = "modernbert"
-    prefix = "model"
-
     def __init__(self, encoder: Any) -> None:
         super().__init__(encoder)
         self._kinds = tuple(sorted(set(self.config.layer_types)))
@@ -102,8 +78,17 @@ class ModernBert(Backbone):
         self.carried = {ROTARY: (2 * len(self._kinds), "sequence", size)}
 
     def embeddings(self) -> Embeddings:
-        """The embeddings, and the rotary positions `[2 * kinds, sequence, head size]`."""
-        rotary = _Rotary(self.encoder.rotary_emb, self._kinds)
+        """The embeddings, and the rotary positions `[2 * kinds, sequence, head size]`.
+
+        They are a cosine and a sine for each kind of layers.
+        """
+        rotate = self.encoder.rotary_emb
+
+        def rotary(hidden: Tensor) -> Tensor:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            parts = [rotate(hidden, positions, kind) for kind in self._kinds]
+            return torch.cat([each for part in parts for each in part])
+
         return CarryingEmbeddings(self.encoder.embeddings, ROTARY, rotary, _RotaryTable)
 
     def layers(self) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import CarryingEmbeddings, DistanceTable, Embeddings
 from .bert import Roberta
@@ -12,26 +12,8 @@ from .bert import Roberta
 _BIAS = "position_bias"
 
 
-class _PositionBias(nn.Module):
-    """The relative position bias of MPNet; it is the same for every row."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        # Registered one by one, so that a segment does not contain the weights of the layers.
-        self.relative_attention_bias = encoder.relative_attention_bias
-        self._compute = type(encoder).compute_position_bias
-        self.relative_position_bucket = type(encoder).relative_position_bucket
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        bias: Tensor = self._compute(self, hidden_states[:1])
-        return bias
-
-
 class MPNet(Roberta):
     """MPNet: the first segment computes a relative position bias that every layer adds."""
-
-    model_type = "mpnet"
-    prefix = "mpnet"
 
     def __init__(self, encoder: Any) -> None:
         super().__init__(encoder)
@@ -43,5 +25,10 @@ class MPNet(Roberta):
 
         An export reads it from a table, because computing it takes forty small operations.
         """
-        bias = _PositionBias(self.encoder.encoder)
+
+        # Not a module, so that segment 1 does not contain the weights of the layers.
+        def bias(hidden_states: Tensor) -> Tensor:
+            found: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
+            return found
+
         return CarryingEmbeddings(self.encoder.embeddings, _BIAS, bias, DistanceTable)
