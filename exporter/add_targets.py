@@ -213,7 +213,7 @@ def _add_targets(
             name: version
             for name in cpu.BACKENDS
             if ((version := cpu.version_of(name)) and name in backends)
-            or f"{name}-{INT8}" in manifest.targets
+            or any(t.backend == name and cpu.is_cpu_int8(t) for t in manifest.targets.values())
         }
         rows = _rows(options.calibration_data, options)
         manifest, int8 = add_cpu_int8(path, manifest, versions, rows, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
     if any(rows * tokens > _MOST_TOKENS for rows, tokens in pairs):
         raise click.BadParameter(f"{value!r} has a batch of more than {_MOST_TOKENS} tokens")
     return pairs
+
+
+def _loads(_: click.Context, __: click.Parameter, value: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < load < math.inf for load in value):
+        raise click.BadParameter(f"{value} has a load that is not above 0 and finite")
+    return value
 
 
 @command(
@@ -87,6 +94,7 @@ fpabee-bench engines/ --input texts.txt --serve --seconds 300
     "X,X,...",
     "Rates of requests, as multiples of the capacity at full depth.",
     type=options.Numbers(float, "0.5,0.9"),
+    callback=_loads,
     default="0.5,0.9,1.3,1.6",
 )
 @options.number("--seconds", "Duration of each load.", 60.0, min=0, min_open=True)

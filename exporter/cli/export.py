@@ -190,8 +190,7 @@ def main(
     targets = _target_options(settings)
     if source is not None and exits is not None and output is not None:
         folder = output
-        rebuilt = replace(targets, calibration_data=None, default_target=None)
-        changes = {"exits": exits, "targets": rebuilt}
+        changes = {"exits": exits, "targets": targets}
         kept = msgspec.convert(settings | changes, DropExitsOptions)
         with step_progress(quiet) as progress:
             dropped = drop_exits(source, output, kept, progress)
@@ -246,6 +245,11 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
         drops,
         "--from and --exits: add precisions and targets to the new folder afterwards",
     )
+    not_with(
+        "compute_capabilities batch sequence version_compatible hardware_compatible",
+        drops,
+        "--from and --exits: plans are built again for their GPUs and shapes",
+    )
     not_with("output force", adds, "--from, unless --exits is given")
     only_with("threads", drops, "--from and --exits")
     only_with("keep_fp32", half, "--fp16 or --bf16")
@@ -258,7 +262,7 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     only_with("int8", data or not is_new, "--calibration-data")
     only_with(
         "version_compatible hardware_compatible",
-        drops or settings["backends"] == (TENSORRT,),
+        settings["backends"] == (TENSORRT,),
         "--backend tensorrt",
     )
     only_with("no_onnx", not is_new, "--from")

@@ -23,7 +23,6 @@ from ...runtime.progress import Progress, silent
 from ...runtime.rules.base import ExitRule
 from ..add_targets import PLAN_BACKENDS, AddTargetsOptions, add_target
 from ..staging import check_output, resolved, staging
-from ..targets.options import RTX
 from .keep import check_exits, keep_exits
 
 
@@ -39,7 +38,7 @@ class DropExitsOptions:
         reading: how that file is read.
         force: replace an engines folder that exists.
         threads: CPU threads.
-        targets: how plans are built again.
+        targets: how plans are built again; those of a target keep its shapes and GPUs.
     """
 
     exits: tuple[int, ...]
@@ -203,15 +202,15 @@ def _rebuild(
     for target in old.targets.values():
         if target.backend not in PLAN_BACKENDS:
             continue
-        plans = options.plans
-        if target.backend == RTX:
-            plans = dataclasses.replace(plans, compute_capabilities=target.compute_capabilities)
-        changed = dataclasses.replace(options, plans=plans)
-        manifest, name = add_target(
-            folder, manifest, target.backend, target.precision, changed, progress
-        )
-        if name is not None:
-            built.append(name)
+        changed = dataclasses.replace(options, plans=options.plans.like(target))
+        try:
+            manifest, name = add_target(
+                folder, manifest, target.backend, target.precision, changed, progress
+            )
+        except FpabeeError:
+            manifest = read_manifest(folder)  # which says why it was not built
+        else:
+            built += [name] if name is not None else []
     return built
 
 

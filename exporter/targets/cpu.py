@@ -269,7 +269,7 @@ def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
     """An engine of a manifest that is not written yet."""
     _, rule = rule_of(folder, manifest, name, None)
     backend = open_backend(folder, manifest, name, None)
-    return Engine(folder, Model(folder, manifest, name, backend), rule)
+    return Engine(folder, Model(folder, manifest, backend), rule)
 
 
 def _runs_on_cpu(manifest: Manifest, name: str) -> bool:

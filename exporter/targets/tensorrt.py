@@ -212,7 +212,7 @@ def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, BuiltFile]:
     try:
         raw = read_regular(home / _BUILD_FILE, _MAX_BUILD_BYTES)
         known = msgspec.json.decode(raw, type=_BuildRecord)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return {}
     options = msgspec.json.decode(msgspec.json.encode(wanted.options))
     if (known.library, known.version, known.options) != (wanted.library, wanted.version, options):

@@ -94,7 +94,7 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
     if Path(train).is_file() and listed.is_file():
         try:
             names = msgspec.json.decode(listed.read_bytes(), type=tuple[str, ...])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{listed} is not a list of labels: {error}", 'write it as JSON: ["no", "yes"]'
             ) from error

@@ -136,7 +136,7 @@ class Partial:
         remedy = f"delete {self.path} to start again"
         try:
             earlier = msgspec.json.decode(self._settings_path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{self._settings_path}, which says what was run, is missing or damaged", remedy
             ) from error

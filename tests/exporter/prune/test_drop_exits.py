@@ -19,14 +19,18 @@ from fpabee.calibration import Bound, CalibrationOptions, Goal, RiskOf, calibrat
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.prune import keep as keep_exits_module
+from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.exporter.prune.merge import merge_graphs
+from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, PlanOptions
+from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.runtime import Either, Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.files import Row
 
 from ...calibration.conftest import label_rows
+from ...doubles.device import Double, serve
 
 TARGET = "onnxruntime-fp32"
 
@@ -178,13 +182,39 @@ def test_built_targets_are_built_again(calibrated: Path, drop: Drop, new: Path) 
     plans = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
     add_targets(calibrated, AddTargetsOptions(backends=(RTX,), plans=plans))
     (name,) = [name for name in read_manifest(calibrated).targets if name.startswith(RTX)]
-    shapes = ("--batch", "1,2,4", "--sequence", "8,16,32")
-    assert f"built {name} again" in succeeded(drop(calibrated, "1,3", *shapes))
-    target = read_manifest(new).targets[name]
+    assert f"built {name} again" in succeeded(drop(calibrated, "1,3"))
+    before, target = (read_manifest(folder).targets[name] for folder in (calibrated, new))
+    assert target.profiles == before.profiles
+    assert target.sequence_lengths == before.sequence_lengths
     assert target.compute_capabilities == ("8.6",)
     assert sorted(target.files) == ["segment_01", "segment_02"]
     for file in target.files.values():
         assert (new / file.file).is_file()
+
+
+def test_plans_keep_their_shapes_and_a_failed_build_loses_nothing_else(
+    double: Double, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = PlanOptions((1, 2, 4), (8, 16, 32), hardware_compatible=True)
+    (name,) = add_targets(
+        double.folder, AddTargetsOptions(backends=("tensorrt",), plans=plans)
+    ).built
+    before = read_manifest(double.folder).targets[name]
+    serve(monkeypatch, new)
+    result = drop_exits(double.folder, new, DropExitsOptions((1, 3)))
+    after = result.manifest.targets[name]
+    assert result.built == (name,)
+    for field in ("profiles", "batch_sizes", "sequence_lengths", "hardware_compatible"):
+        assert getattr(after, field) == getattr(before, field)
+
+    def fail(request: PlanRequest) -> PlanResult:
+        return PlanResult(error="no kernel fits")
+
+    monkeypatch.setattr(tensorrt, "_run_worker", fail)
+    result = drop_exits(double.folder, new, DropExitsOptions((2, 3), force=True))
+    assert (result.built, result.left_out) == ((), (name,))
+    assert "no kernel fits" in result.manifest.not_built["tensorrt-fp32"].reason
+    assert read_manifest(new) == result.manifest
 
 
 def test_rows_that_were_not_kept_can_be_given(

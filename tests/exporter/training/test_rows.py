@@ -72,8 +72,12 @@ def test_labels_are_in_the_order_of_labels_json_or_of_the_alphabet(tmp_path: Pat
     assert label_names(rows, str(path)) == ("a", "b", "c", "d", "e")
     (tmp_path / "labels.json").write_text('["z", "b", "a"]')
     assert label_names(rows, str(path)) == ("z", "b", "a")
-    for content, words in (("no", "not a list of labels"), ('["a", "b", "a"]', "a label twice")):
-        (tmp_path / "labels.json").write_text(content)
+    for content, words in (
+        (b"no", "not a list of labels"),
+        (b'["\xff"]', "not a list of labels"),
+        (b'["a", "b", "a"]', "a label twice"),
+    ):
+        (tmp_path / "labels.json").write_bytes(content)
         with pytest.raises(InputError, match=rf"labels\.json .*{words}"):
             label_names(rows, str(path))
 
