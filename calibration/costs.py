@@ -24,6 +24,7 @@ from ..runtime.errors import ArtifactError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget
+from ..runtime.rules.runner import RuleRunner
 from .trace import artifact_sha256, replace_file
 
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -88,13 +89,21 @@ class TimedEngine:
         path: the file.
         threads: number of threads that was asked for.
         again: whether times in the file are ignored.
+        thresholds: the label thresholds that rules see; empty means 0.5.
     """
 
-    def __init__(self, engine: Engine, path: Path, threads: int | None, again: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        path: Path,
+        threads: int | None,
+        again: bool,
+        thresholds: tuple[float, ...],
+    ) -> None:
         self._engine = engine
         self._path = path
+        self._thresholds = thresholds
         artifact = artifact_sha256(engine.manifest, engine.target)
-        thresholds = engine.manifest.task.label_thresholds
         where = {"artifact": artifact, "threads": str(threads), "thresholds": str(thresholds)}
         self._timings = Timings(environment() | where)
         if not again:
@@ -116,7 +125,8 @@ class TimedEngine:
         speedups = self._timings.speedups.setdefault(batch, {})
         key = json.dumps(rule.to_dict())
         if key not in speedups:
-            speedups[key] = round(measure_speedup(self._engine, rows, rule, batch), 3)
+            found = measure_speedup(self._engine, rows, rule, batch, self._thresholds)
+            speedups[key] = round(found, 3)
         return speedups[key]
 
     def store(self) -> None:
@@ -132,7 +142,7 @@ def _read(path: Path, exits: int) -> Timings | None:
     """Stored times; None if there are none, or if the file is damaged."""
     try:
         kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
-    except (OSError, ArtifactError, msgspec.DecodeError, RecursionError):
+    except (OSError, ArtifactError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
     fits = all(
         len(model.seconds) == exits
@@ -161,7 +171,11 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
 
 
 def measure_speedup(
-    engine: Engine, rows: Sequence[EncodedRow], rule: ExitRule, batch: int
+    engine: Engine,
+    rows: Sequence[EncodedRow],
+    rule: ExitRule,
+    batch: int,
+    thresholds: tuple[float, ...],
 ) -> float:
     """The time at full depth divided by the time with a rule, measured in turns on the target.
 
@@ -170,8 +184,13 @@ def measure_speedup(
         rows: tokenized rows.
         rule: the rule.
         batch: rows at a time; rows run in windows, as in files, if it is above 1.
+        thresholds: the label thresholds that the rule sees; empty means 0.5.
     """
-    full_depth = Budget(exit=engine.manifest.exits[-1])
+    task, exits = engine.manifest.task, engine.manifest.exits
+    full_depth, with_rule = (
+        RuleRunner(each, task.problem_type, exits, thresholds)
+        for each in (Budget(exit=exits[-1]), rule)
+    )
     size, most, repeats = 1, _SINGLE_ROWS, _REPEATS
     if batch > 1:
         size, most, repeats = _WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS, _WINDOW_REPEATS
@@ -181,17 +200,17 @@ def measure_speedup(
     totals = np.zeros(2)
     begun = time.perf_counter()
     for start in range(0, len(chosen), size):
-        times: list[tuple[float, float]] = []
+        times: list[tuple[float, ...]] = []
         for _ in range(1 + repeats):
             window = chosen[start : start + size]
-            times.append((_seconds(engine, window, full_depth), _seconds(engine, window, rule)))
+            times.append(tuple(_seconds(engine, window, each) for each in (full_depth, with_rule)))
         totals += np.median(times[1:], axis=0)  # the first run warms up
         if time.perf_counter() - begun > _MOST_SECONDS:
             break
     return float(totals[0] / totals[1])
 
 
-def _seconds(engine: Engine, rows: Sequence[EncodedRow], rule: ExitRule) -> float:
+def _seconds(engine: Engine, rows: Sequence[EncodedRow], runner: RuleRunner) -> float:
     started = time.perf_counter()
-    engine.run_encoded(rows, rule)
+    engine.model.run(rows, runner)
     return time.perf_counter() - started

@@ -12,9 +12,9 @@ from .. import __version__
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
-from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
 from ..runtime.rules.base import ExitRule
+from ..runtime.targets import rule_of, target_of
 from .choose import Selector
 from .costs import CostModel
 from .families import kind_of
@@ -141,21 +141,12 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
 
     Raises:
         ArtifactError: the folder is damaged, or cannot be written.
-        InputError: the target or the operating point does not exist.
+        BackendError: the target does not exist.
+        RuleError: the target has no such operating point.
     """
     manifest = read_manifest(folder)
-    target = target or manifest.default_target
-    if target not in manifest.targets:
-        raise InputError(
-            f"target {target!a} does not exist in {folder}",
-            Remedy("give a {target} of: {known}", known=", ".join(manifest.targets)),
-        )
-    known = manifest.targets[target].operating_points
-    if name not in known:
-        raise InputError(
-            f"target {target} has no operating point {name!a}",
-            f"choose from: {', '.join(known)}" if known else "calibrate the target first",
-        )
+    target = target_of(folder, manifest, target or manifest.default_target)
+    rule_of(folder, manifest, target, name)
     changed = msgspec.structs.replace(manifest.targets[target], default_operating_point=name)
     write_manifest(folder, with_target(manifest, target, changed))
     return target

@@ -81,7 +81,7 @@ def fix_times(patch: pytest.MonkeyPatch) -> list[str]:
         measured.append(f"segments, batch {batch}")
         return CostModel(batch, (1,), ((1.0,),) * len(engine.manifest.exits))
 
-    def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
+    def speedup(engine: Engine, rows: Any, rule: Any, batch: int, thresholds: Any) -> float:
         measured.append(f"{rule}, batch {batch}")
         return 1.25
 

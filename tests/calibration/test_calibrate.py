@@ -305,9 +305,8 @@ def test_unlabelled_rows_are_compared_with_full_depth(folder: Path, tmp_path: Pa
         assert point.held_out.full_depth_score == 1.0
 
 
-@pytest.mark.usefixtures("measured")
 def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], measured: list[str]
 ) -> None:
     folder = engine_copy("mpnet")
     manifest = read_manifest(folder)
@@ -328,6 +327,9 @@ def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
     (warning,) = result.warnings
     assert warning.endswith("earlier operating points were removed from the targets other")
     assert list(manifest.targets[here].operating_points) == ["safe", "balanced", "fast"]
+    measured.clear()
+    calibrate(folder, rows, options)
+    assert measured == [], "the stored times are those of the tuned thresholds"
     for number in split(len(rows), options.seed)[1]:
         rows[number] = replace(rows[number], labels=("staff",))
     again = calibrate(folder, rows, options)

@@ -32,6 +32,7 @@ def change(**fields: Any) -> Any:
         ({}, lambda path, patch: None, False),
         ({"again": True}, lambda path, patch: None, True),
         ({"threads": 2}, lambda path, patch: None, True),
+        ({"thresholds": (0.3, 0.5)}, lambda path, patch: None, True),
         ({}, lambda path, patch: patch.setattr(costs, "artifact_sha256", lambda *_: "other"), True),
         (
             {},
@@ -57,7 +58,7 @@ def test_stored_times_are_used_where_they_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "times.json"
-    given: dict[str, Any] = {"threads": 1, "again": False}
+    given: dict[str, Any] = {"threads": 1, "again": False, "thresholds": ()}
     with Engine.load(engines["bert"], threads=1) as engine:
         found = []
         for options in (given, given | settings):
