@@ -24,7 +24,6 @@ from ..runtime.artifact.manifest import (
     NEXT,
     VERIFICATION_NAME,
     Manifest,
-    Verification,
 )
 from ..runtime.encoding import EncodedRow, Text, padded_batches, padding_values
 from ..runtime.engine import Engine
@@ -170,6 +169,5 @@ def with_verification(
     return msgspec.structs.replace(
         manifest,
         targets={**manifest.targets, target: checked},
-        verification=msgspec.convert(agreement, Verification, from_attributes=True),
         files={**manifest.files, VERIFICATION_NAME: sha256_of(path)},
     )

@@ -36,7 +36,6 @@ from .artifact.manifest import (
     Task,
     TensorSpec,
     TokenizerSpec,
-    Verification,
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
 from .backends.shapes import Bucket, Limits
@@ -136,7 +135,6 @@ __all__ = [
     "ThresholdRule",
     "TokenizerSpec",
     "Trace",
-    "Verification",
     "VerificationError",
     "WindowResult",
     "read_manifest",

@@ -128,17 +128,11 @@ class Chain(Generic[B]):
     Args:
         backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
-        segments: number of segments.
-        labels: number of labels.
-        target: the target's name, for messages.
         exit_0: the classifier before layer 1; None: there is none.
     """
 
     backend: Backend[B]
     limits: Limits
-    segments: int
-    labels: int
-    target: str
     exit_0: ExitZero | None = None
 
     @cached_property
@@ -172,7 +166,7 @@ class Chain(Generic[B]):
         if len(rows) > 1:
             return _Window(self, rows, runner, cost).run()
         found = self.run_one(rows[0], runner)
-        logits = np.full((len(runner.exits), 1, self.labels), np.nan, np.float32)
+        logits = np.full((len(runner.exits), 1, self.backend.labels), np.nan, np.float32)
         logits[: len(found.logits), 0] = found.logits
         first = runner.exits[0]
         return WindowResult(np.array([found.exit], np.int64), logits, first, found.wasted)
@@ -195,9 +189,9 @@ class Chain(Generic[B]):
         hidden = execution.begin([row], bucket)
         pending = execution.enqueue(0, hidden)
         wasted = 0
-        for segment in range(1, self.segments + 1):
+        for segment in range(1, self.backend.segments + 1):
             ahead = pending
-            if execution.lookahead and segment < self.segments:
+            if execution.lookahead and segment < self.backend.segments:
                 ahead = execution.enqueue(segment, hidden)
             history.append(self._finite(segment, pending.result()[LOGITS][0].tolist()))
             if one.stops(history[-1]):
@@ -211,7 +205,7 @@ class Chain(Generic[B]):
 
     def _finite(self, exit_number: int, logits: list[float]) -> list[float]:
         if not all(map(math.isfinite, logits)):
-            raise not_finite(self.target, exit_number)
+            raise not_finite(self.backend.name, exit_number)
         return logits
 
     def bucket(self, rows: int, longest: int, alone: bool = False) -> Bucket:
@@ -316,7 +310,7 @@ class Chain(Generic[B]):
             self.exit_0(made_up)
             times.append(time.perf_counter() - started)
         hidden = self._made_up(bucket)
-        times += [self._timed(segment, hidden) for segment in range(self.segments)]
+        times += [self._timed(segment, hidden) for segment in range(self.backend.segments)]
         self.execution.release(hidden)
         return times
 
@@ -334,7 +328,7 @@ class Chain(Generic[B]):
         hidden = self._made_up(bucket)
         self._timed(0, hidden)
         # The last segment writes no hidden states, so it cannot run a second time.
-        repeats = _PROBE_REPEATS if self.segments > 2 else 1
+        repeats = _PROBE_REPEATS if self.backend.segments > 2 else 1
         seconds = min(self._timed(1, hidden) for _ in range(repeats))
         self.execution.release(hidden)
         return seconds
@@ -371,7 +365,8 @@ class _Window(Generic[B]):
         self._cost = cost
         self._lengths = np.array([len(row) for row in rows], np.intp)
         self._exits = np.zeros(len(rows), np.int64)
-        self._logits = np.full((len(runner.exits), len(rows), chain.labels), np.nan, np.float32)
+        shape = len(runner.exits), len(rows), chain.backend.labels
+        self._logits = np.full(shape, np.nan, np.float32)
         self._wasted = 0
         going, state = np.arange(len(rows)), runner.start(len(rows))
         if chain.exit_0 is not None:
@@ -467,9 +462,10 @@ class _Window(Generic[B]):
         pending = self._execution.enqueue(first, hidden)
         read_at = hidden_at = np.arange(len(rows))
         unread = None  # the buffers before regrouping, until the outputs in them are read
-        for segment in range(first, self._chain.segments):
+        segments = self._chain.backend.segments
+        for segment in range(first, segments):
             ahead, ahead_at = pending, hidden_at
-            is_last = segment + 1 == self._chain.segments
+            is_last = segment + 1 == segments
             if not is_last:
                 ahead = self._execution.enqueue(segment + 1, hidden)
             logits = pending.result()[LOGITS][read_at]
@@ -485,7 +481,7 @@ class _Window(Generic[B]):
                 rows, state = rows[keep], state.take(keep)
                 hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
                 bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
-                if self._saves_time(hidden.bucket, bucket, self._chain.segments - segment - 2):
+                if self._saves_time(hidden.bucket, bucket, segments - segment - 2):
                     unread = hidden
                     hidden = self._execution.regroup([hidden], [hidden_at], bucket)
                     hidden_at = np.arange(len(rows))
@@ -523,5 +519,5 @@ class _Window(Generic[B]):
     def _record(self, exit_number: int, rows: RowNumbers, logits: NDArray[np.float32]) -> None:
         """Keep the logits of some rows at an exit, which must be finite."""
         if not np.isfinite(logits).all():
-            raise not_finite(self._chain.target, exit_number)
+            raise not_finite(self._chain.backend.name, exit_number)
         self._logits[self._runner.exits.index(exit_number), rows] = logits

@@ -113,16 +113,16 @@ class Engine:
         name = target_of(folder, manifest, target)
         point, chosen = (None, rule) if rule else rule_of(folder, manifest, name, operating_point)
         backend = open_backend(folder, manifest, name, threads)
-        if preload:
-            backend.preload()
-        model = Model(folder, manifest, name, backend, Regroup(regroup))
-        engine = cls(folder, model, chosen, point, max_length, fit_target)
-        if check:
-            try:
+        try:
+            if preload:
+                backend.preload()
+            model = Model(folder, manifest, backend, Regroup(regroup))
+            engine = cls(folder, model, chosen, point, max_length, fit_target)
+            if check:
                 engine.check()
-            except BaseException:
-                engine.close()
-                raise
+        except BaseException:
+            backend.close()
+            raise
         return engine
 
     def __init__(

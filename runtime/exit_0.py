@@ -107,18 +107,11 @@ class ExitZero:
         weights: NDArray[np.float32],
         bias: NDArray[np.float32],
     ) -> None:
-        found = [array.dtype.name for array in (table, weights, bias)]
-        if found != ["float16", "float32", "float32"]:
-            raise ValueError(
-                f"its arrays are {', '.join(found)}, expected float16, float32, float32"
-            )
-        if (table.ndim, weights.ndim, bias.ndim) != (2, 2, 1) or (
-            weights.shape != (table.shape[1], len(bias))
-        ):
-            raise ValueError(
-                f"its table {list(table.shape)}, weights {list(weights.shape)} and bias "
-                f"{list(bias.shape)} do not fit together"
-            )
+        found = [(array.dtype.name, array.shape) for array in (table, weights, bias)]
+        size, width, labels = len(table), table.shape[-1], len(bias)
+        expected = ("float16", (size, width)), ("float32", (width, labels)), ("float32", (labels,))
+        if found != list(expected):
+            raise ValueError(f"its table, weights and bias are {found}, expected {list(expected)}")
         buckets = len(table) - unigrams
         if buckets < 1 or buckets & (buckets - 1):
             raise ValueError(f"it has {buckets} buckets, which is not a power of two")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .artifact.manifest import NEXT, Manifest
 from .backends.backend import Backend
-from .backends.buffers import shape_of
+from .backends.device_tensors import nbytes_of
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve
 from .chain import Chain, Regroup, WindowResult
@@ -40,7 +37,6 @@ class Model:
         self,
         folder: Path,
         manifest: Manifest,
-        target: str,
         backend: Backend[Any],
         regroup: Regroup = Regroup.AUTO,
     ) -> None:
@@ -49,15 +45,14 @@ class Model:
         Args:
             folder: the engines folder.
             manifest: its manifest.
-            target: the target that the backend was opened for.
-            backend: what runs the segments; `close` closes it.
+            backend: what runs the segments on the target it was opened for; `close` closes it.
             regroup: whether undecided rows of several groups are joined.
 
         Raises:
             ArtifactError: the file of exit 0 is missing or damaged, or does not fit the model.
         """
         self.manifest = manifest
-        self.target = target
+        self.target = backend.name
         self.limits = backend.limits()
         per_token = _bytes_per_token(manifest, self.limits)
         self.window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
@@ -85,14 +80,7 @@ class Model:
         """
         if self._closed:
             raise BackendError("this engine is closed", "load it again with Engine.load")
-        return Chain(
-            self._backend,
-            self.limits,
-            len(self.manifest.segments),
-            len(self.manifest.task.labels),
-            self.target,
-            self._exit_0,
-        )
+        return Chain(self._backend, self.limits, self._exit_0)
 
     def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         """Run a window of rows until the rule has stopped all of them; see `Chain.run`."""
@@ -139,5 +127,5 @@ def _bytes_per_token(manifest: Manifest, limits: Limits) -> int:
     for name in manifest.segments[0].calls:
         for spec in manifest.graphs[name].outputs:
             if spec.name.startswith(NEXT):
-                total += math.prod(shape_of(spec, bucket)) * np.dtype(spec.dtype).itemsize
+                total += nbytes_of(spec, bucket)
     return max(1, 2 * total // (bucket.batch * sequence))

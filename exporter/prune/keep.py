@@ -129,7 +129,6 @@ def keep_exits(
         precisions=precisions,
         segments=segments,
         targets=targets,
-        verification=None,
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
     )
     write_manifest(folder, kept)

@@ -195,22 +195,6 @@ class ExitZeroSpec(msgspec.Struct, frozen=True, kw_only=True):
     buckets: Count
 
 
-class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """Agreement of the export with the PyTorch model; `verification.json` has more.
-
-    Attributes:
-        rows: texts that were compared.
-        max_logit_difference: largest absolute difference of a logit.
-        label_agreement: share of (exit, row) pairs with the same labels, near ties left out.
-        exit_agreement: share of rows with the same exit, near ties left out.
-    """
-
-    rows: int
-    max_logit_difference: float
-    label_agreement: float
-    exit_agreement: float
-
-
 class BuiltFile(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a target, and the ONNX file it was built from.
 
@@ -319,7 +303,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         default_target: the target that runs when none is named.
         default_is_fixed: whether the default target was chosen by hand.
         default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
-        verification: agreement of the export with the PyTorch model; None: not verified.
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
         not_built: targets that could not be built where the folder was made, by name.
@@ -349,7 +332,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     default_target: str
     default_is_fixed: bool = False
     default_rule: RuleSettings
-    verification: Verification | None = None
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
     not_built: dict[str, NotBuilt] = {}

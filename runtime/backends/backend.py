@@ -202,6 +202,8 @@ class Backend(ABC, Generic[B]):
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
         stages: for each segment, which buffers its graphs read and write.
+        segments: number of segments.
+        labels: number of labels.
         specs: every tensor between and around graphs, by name.
         padding: what each input of segment 1 holds on padding, by name.
 
@@ -219,6 +221,7 @@ class Backend(ABC, Generic[B]):
         self.check(self.target, name)
         self.graphs = manifest.graphs_of(self.target)
         self.stages = plan_buffers(manifest)
+        self.segments, self.labels = len(self.stages), len(manifest.task.labels)
         self.specs = carried_specs(self.graphs)
         self.padding = padding_values(manifest.tokenizer)
         # Segments are loaded when needed, and until then the process may change its directory.

@@ -88,7 +88,10 @@ def _checksum(content: bytes | memoryview) -> bytes:
 
 
 def _shrink(home: Path) -> None:
-    found = [(path.stat(), path) for path in home.iterdir()]
+    found = []
+    for path in home.iterdir():
+        with suppress(FileNotFoundError):  # another process may have deleted or renamed it
+            found.append((path.stat(), path))
     left = _MOST_BYTES
     for status, path in sorted(found, key=lambda item: item[0].st_mtime, reverse=True):
         left -= status.st_size

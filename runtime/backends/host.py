@@ -21,6 +21,7 @@ from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
 from .buffers import BufferName, Buffers, Call, Hidden, crop_of, shape_of
+from .device_tensors import dtype_of
 from .onnxruntime_session import is_out_of_memory
 from .shapes import Bucket, Limits, Rows
 
@@ -62,9 +63,8 @@ class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
 
     def _allocate(self, name: BufferName) -> Value:
         spec = self._backend.specs[name[0]]
-        # NumPy has no bfloat16. Its rows are only copied, and its zeros are those of an integer.
-        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
-        array = _aligned(shape_of(spec, self.bucket), np.dtype(dtype))
+        # Rows of a bfloat16 are only copied, and its zeros are those of an integer.
+        array = _aligned(shape_of(spec, self.bucket), dtype_of(spec))
         self.nbytes += array.nbytes
         return array, self._backend.tensor(array, spec)
 

@@ -24,6 +24,7 @@ from ..files.formats import output_format as format_of
 from ..files.job import run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
+from ..targets import target_of
 from . import options
 from .command import READING, RULE, command
 from .console import echo
@@ -199,8 +200,8 @@ def _regroup(engines: Path, target: str | None) -> Regroup:
     it gains almost nothing.
     """
     manifest = read_manifest(engines)
-    built = manifest.targets.get(target or manifest.default_target)
-    return Regroup.ALWAYS if built and built.on_gpu else Regroup.NEVER
+    built = manifest.targets[target_of(engines, manifest, target)]
+    return Regroup.ALWAYS if built.on_gpu else Regroup.NEVER
 
 
 def _settings_of_run(

@@ -143,8 +143,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         change(table=(NAN[:832] == 0).astype(np.float16)),
         "it has 32 buckets, expected 64",
     ),
-    "float32": (change(table=NAN.astype(np.float32)), "its arrays are float32"),
-    "shapes": (change(bias=np.ones(4, np.float32)), "do not fit together"),
+    "float32": (change(table=NAN.astype(np.float32)), "its table, weights and bias are"),
+    "shapes": (change(bias=np.ones(4, np.float32)), "its table, weights and bias are"),
     "vocabulary": (
         lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
         "another vocabulary: it has 1000 unigrams, expected 800",

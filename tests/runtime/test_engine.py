@@ -34,6 +34,7 @@ from fpabee.runtime import (
     Epee,
     ExitRule,
     FPabee,
+    FpabeeError,
     InputError,
     Measure,
     Pabee,
@@ -51,6 +52,7 @@ from fpabee.runtime import model as model_module
 from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import host
+from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
 
 FAMILIES = ("bert", "albert", "mpnet")
@@ -302,6 +304,28 @@ def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
         with pytest.raises(BackendError, match=r"this engine is closed.*Engine\.load"):
             call(["the"])
     engine.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 1},
+        {"rule": Budget(exit=9)},
+        {"preload": True},
+    ],
+)
+def test_a_failed_load_frees_what_it_opened(
+    settings: dict[str, Any], engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise BackendError("no memory", "free some")
+
+    closed: list[str] = []
+    monkeypatch.setattr(OnnxRuntimeBackend, "preload", fail)
+    monkeypatch.setattr(OnnxRuntimeBackend, "close", lambda backend: closed.append(backend.name))
+    with pytest.raises(FpabeeError):
+        Engine.load(engines["bert"], **settings)
+    assert closed == ["onnxruntime-fp32"]
 
 
 def test_one_string_instead_of_texts_is_refused(bert: Engine) -> None:

@@ -252,9 +252,15 @@ Change = Callable[[dict[str, NDArray[Any]]], object]
         (lambda a: a["table"].__setitem__((3, 1), np.nan), "not finite"),
         (lambda a: a["bias"].__setitem__(0, np.inf), "not finite"),
         (lambda a: a.update(arrays(labels=3)), "gives 3 logits for 4 labels"),
-        (lambda a: a.update(weights=np.zeros((3, 4), np.float32)), "do not fit together"),
-        (lambda a: a.update(table=np.zeros(26, np.float16)), "do not fit together"),
-        (lambda a: a.update(table=a["table"].astype(np.float32)), "its arrays are float32"),
+        (
+            lambda a: a.update(weights=np.zeros((3, 4), np.float32)),
+            "its table, weights and bias",
+        ),
+        (lambda a: a.update(table=np.zeros(26, np.float16)), "its table, weights and bias"),
+        (
+            lambda a: a.update(table=a["table"].astype(np.float32)),
+            "its table, weights and bias",
+        ),
         (lambda a: a.pop("bias"), "bias"),
     ],
 )
