@@ -99,7 +99,9 @@ def calibrate(
                     f"the targets {', '.join(old)}"
                 )
         times = timings_path(place, engine.target, rows)
-        timed = TimedEngine(engine, times, options.threads, options.measure, seen.label_thresholds)
+        timed = TimedEngine(
+            engine, times, options.threads, options.time_again, seen.label_thresholds
+        )
         costs = []
         for batch in sorted({1, options.batch_size}):
             progress(f"time segments, batch {batch}", 0, 1)

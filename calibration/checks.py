@@ -30,13 +30,21 @@ def check_request(
     rows: Sequence[Row],
     test: Sequence[Row] | None,
 ) -> list[str]:
-    """Refuse what cannot be calibrated before the model runs; gives warnings about the rows."""
+    """Refuse, before the model runs, what cannot be calibrated.
+
+    Returns:
+        Warnings about the rows.
+
+    Raises:
+        InputError: the options do not fit the model, or the rows cannot be used.
+        MissingExtraError: the learned rule is asked for, and scikit-learn is not installed.
+    """
     _check_options(engine, options, metric)
     task, labelled = engine.manifest.task, not options.unlabelled
     if len(rows) < LEAST_ROWS:
         raise InputError(
             f"{len(rows)} rows are too few to choose on one part and judge on another",
-            f"give at least {LEAST_ROWS}; a few hundred rows tell half a point from chance",
+            f"give at least {LEAST_ROWS}; about 750 are needed to confirm a drop of half a point",
         )
     texts = len({row.content for row in rows})
     if texts == 1:

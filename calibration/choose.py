@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
 from ..runtime.rules.base import ExitRule
-from ..runtime.rules.measures import Answers, Array, Measure
+from ..runtime.rules.measures import Array, Integers, Measure
 from .families import PARTS, Family, deal, make_families
 from .outcome import exits_of, resampled
 from .stopping_costs import StoppingCosts
@@ -20,15 +20,15 @@ from .stopping_costs import StoppingCosts
 _SAMPLES = 60
 # A bootstrap hides part of the luck, since it takes the rows for the truth. The constants below
 # make up for that. They were tuned on populations of the calibration study, with other seeds.
-# A sample has `_SIZE / noise ** _POWER` times as many rows as there are, which may be more than
-# all rows: the noisier the losses, the smaller the sample.
-_SIZE, _POWER = 0.42, 1.5
-# The choices of samples must stay below the allowed drop by `_HELD / rows ** _SHRINKS`, which is
-# 0.085 points at 1,000 rows, but by at most the share `_MOST_HELD` of it.
-_HELD, _SHRINKS, _MOST_HELD = 6.75, 1.3, 0.75
+# A sample has `_SAMPLE_SIZE / noise ** _NOISE_POWER` times as many rows as there are, which may be
+# more than all rows: the noisier the losses, the smaller the sample.
+_SAMPLE_SIZE, _NOISE_POWER = 0.42, 1.5
+# The choices of samples must stay below the allowed drop by `_RESERVE / rows ** _RESERVE_POWER`,
+# which is 0.085 points at 1,000 rows, but by at most the share `_MOST_RESERVE` of it.
+_RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.75
 # Where no row is lost, samples do not vary, although new rows will. So a standard deviation counts
 # as at least this many lost rows.
-_LEAST = 0.7
+_LEAST_LOST_ROWS = 0.7
 # Margins to try, as multiples of the standard deviation of a drop over the samples.
 _MARGINS = np.linspace(0.0, 6.0, 97)
 
@@ -46,7 +46,7 @@ class Search:
         self.stopping_costs = costs
         self.families = list(families)
         rows = len(costs.rows)
-        size = max(1, round(rows * _SIZE / costs.noise**_POWER))
+        size = max(1, round(rows * _SAMPLE_SIZE / costs.noise**_NOISE_POWER))
         drawn = resampled(rows, _SAMPLES, np.random.default_rng(seed), size) * (rows / size)
         # First the rows themselves, then samples of them.
         self._weights = np.concatenate([np.ones((1, rows)), drawn]).T
@@ -66,9 +66,9 @@ class Search:
         what the margin is for. It is a multiple of the standard deviation of the drop over samples
         of the rows, since a setting whose drop varies more owes more to luck. The multiple is found
         with the bootstrap (Efron 1979): samples choose with the same multiple, and the mean drop of
-        what they choose, on all rows, must be at most the allowed drop, less a reserve (`_HELD`).
-        Settings by which exit 0 answers rows owe more to luck than others, so both kinds have a
-        margin of their own, and the faster of the two choices counts.
+        what they choose, on all rows, must be at most the allowed drop, less a reserve
+        (`_RESERVE`). Settings by which exit 0 answers rows owe more to luck than others, so both
+        kinds have a margin of their own, and the faster of the two choices counts.
 
         Args:
             goal: what is asked for; whether it is guaranteed makes no difference here.
@@ -139,13 +139,13 @@ class Search:
             costs: `[settings, 1 + samples]`.
         """
         rows = len(self.stopping_costs.rows)
-        errors = np.maximum(drops[:, 1:].std(axis=1, keepdims=True), _LEAST / rows)
-        held = min(_HELD / rows**_SHRINKS, _MOST_HELD * allowed)
+        errors = np.maximum(drops[:, 1:].std(axis=1, keepdims=True), _LEAST_LOST_ROWS / rows)
+        reserve = min(_RESERVE / rows**_RESERVE_POWER, _MOST_RESERVE * allowed)
         for margin in _MARGINS:
             within = np.where(drops + margin * errors <= allowed + 1e-12, costs, np.inf)
             numbers, found = within.argmin(axis=0), np.isfinite(within.min(axis=0))
             # A sample for which no setting qualifies chooses full depth, which loses nothing.
-            if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed - held + 1e-12:
+            if np.where(found, drops[numbers, 0], 0.0)[1:].mean() <= allowed - reserve + 1e-12:
                 return int(numbers[0]) if found[0] else None
         return None
 
@@ -202,7 +202,7 @@ class Selector:
         """The best setting for a goal on all rows, see `Search.choose`."""
         return self.search.choose(goal, kinds)
 
-    def held_out(self, goal: Goal, kinds: Collection[str]) -> Answers:
+    def held_out(self, goal: Goal, kinds: Collection[str]) -> Integers:
         """The exits `[rows]`: in each part by the setting that is chosen on the other parts.
 
         If the other parts have no setting that is fast enough, the choice on all rows stands in.

@@ -183,7 +183,7 @@ def measure_speedup(
         engine: the engine.
         rows: tokenized rows.
         rule: the rule.
-        batch: rows at a time; rows run in windows, as in files, if it is above 1.
+        batch: 1: rows run one by one; any larger number: windows of 128 rows, as in files.
         thresholds: the label thresholds that the rule sees; empty means 0.5.
     """
     task, exits = engine.manifest.task, engine.manifest.exits

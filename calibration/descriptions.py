@@ -55,7 +55,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
-        # So many that half of the interval is as wide as the goal.
+        # As many as make half of the interval as wide as the goal.
         times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
         return (
             f"{found}, more than the goal of {goal.max_drop:g}; about {times * held.rows} rows "

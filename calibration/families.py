@@ -74,7 +74,10 @@ class Family:
 
 
 def kind_of(rule: ExitRule) -> str:
-    """The name of a rule, with `PER_EXIT` after it if it has a threshold for each exit."""
+    """The name of a rule, with `PER_EXIT` after it if it has a threshold for each exit.
+
+    A `Budget` with a threshold for exit 0 is a `CASCADE`.
+    """
     if isinstance(rule, Budget) and rule.exit_0_threshold is not None:
         return CASCADE
     fitted = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)

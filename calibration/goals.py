@@ -32,7 +32,8 @@ class CalibrationOptions:
         default: the point that runs if none is named; the first one if there is no such point.
         metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
-            means the first of these, or agreement if labels are not used.
+            means the first of these, or agreement if labels are not used or if the bound is on
+            disagreement.
         rules: names of the exit rules to choose from, of `CHOOSABLE_RULES`; empty means
             `DEFAULT_RULES`, or entropy for what is guaranteed.
         measures: similarity measures to try; empty means `DEFAULT_MEASURES`.
@@ -46,7 +47,7 @@ class CalibrationOptions:
         threads: CPU threads; None means the default of `runtime.Engine.load`.
         seed: shuffles rows and deals them into parts; from 0.
         compare: also evaluate the best setting of up to six kinds of rules.
-        measure: measure times again, although they are stored beside the trace.
+        time_again: measure times again, although they are stored beside the trace.
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist, or a number
@@ -81,7 +82,7 @@ class CalibrationOptions:
     threads: int | None = None
     seed: int = 0
     compare: bool = False
-    measure: bool = False
+    time_again: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals and self.bound is None:
@@ -132,6 +133,11 @@ def _check_goal(name: str, goal: Goal) -> None:
         raise InputError(
             f"the goal {name!r} has {len(given)} of max_drop and speedup",
             Remedy("give one of {max_drop} and {speedup}"),
+        )
+    if goal.guaranteed and goal.max_drop is None:
+        raise InputError(
+            f"the goal {name!r} is a guaranteed speed-up, but only a drop can be guaranteed",
+            Remedy("give {max_drop}, or leave out {guaranteed}"),
         )
     (value,) = given
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.rules.base import ExitRule
-from ..runtime.rules.measures import Answers, Array
+from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.runner import simulate
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 
@@ -26,8 +26,9 @@ class Outcome:
         score: the metric with the rule.
         full_depth_score: the metric at the last exit.
         drop: `full_depth_score` minus `score`, in points.
-        interval: of the drop in points, see `drop_interval`: at 95 %, or at 90 % for settings that
-            are guaranteed, so that its upper end is a one-sided 95 % bound like their promise.
+        interval: of the drop in points, see `drop_interval`: at 95 %, or for guaranteed settings at
+            `level_of` their confidence, so that its upper end is a one-sided bound like their
+            promise.
         mean_depth: mean number of layers that ran for a row.
         exits: how many rows stopped at each exit, from the first exit on.
         theoretical: speed-up over full depth in layers, weighted by tokens.
@@ -51,7 +52,7 @@ class Outcome:
 
 
 def outcome(
-    scorer: Scorer, exits: Answers, costs: Array, layers: Sequence[int], level: float = 0.95
+    scorer: Scorer, exits: Integers, costs: Array, layers: Sequence[int], level: float = 0.95
 ) -> Outcome:
     """What rows that stop at given exits give.
 
@@ -86,7 +87,7 @@ def outcome(
 
 
 def drop_interval(
-    scorer: Scorer, exits: Answers, level: float = 0.95, resamples: int = _RESAMPLES
+    scorer: Scorer, exits: Integers, level: float = 0.95, resamples: int = _RESAMPLES
 ) -> tuple[float, float]:
     """Interval of the drop in points: a bootstrap over rows, each with both of its answers.
 
@@ -145,7 +146,7 @@ def level_of(confidence: float) -> float:
     return 2 * confidence - 1
 
 
-def exits_of(rule: ExitRule, rows: LabelledLogits) -> Answers:
+def exits_of(rule: ExitRule, rows: LabelledLogits) -> Integers:
     """The exits `[rows]` of a rule, the same as in a live run with these logits."""
     thresholds, first = rows.label_thresholds, rows.first_exit
     return simulate(rows.logits, rule, rows.problem_type, thresholds, first).exits

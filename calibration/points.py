@@ -11,7 +11,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.progress import Progress
 from ..runtime.rules.base import ExitRule
-from ..runtime.rules.measures import Answers
+from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget
 from .choose import Selector
 from .costs import CostModel, TimedEngine
@@ -150,6 +150,6 @@ class PointMaker:
         scorer = Scorer(rows, self.selector.stopping_costs.scorer.metric)
         return self._outcome(scorer, exits_of(rule, rows), level)
 
-    def _outcome(self, scorer: Scorer, exits: Answers, level: float = 0.95) -> Outcome:
+    def _outcome(self, scorer: Scorer, exits: Integers, level: float = 0.95) -> Outcome:
         costs = self.costs[-1].row_costs(scorer.rows.lengths)
         return outcome(scorer, exits, costs, self.engine.manifest.exit_layers, level)

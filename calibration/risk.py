@@ -90,7 +90,7 @@ class Bound:
             if not least < value < 1:
                 raise InputError(
                     f"{name} is {100 * value:g} %",
-                    f"give more than {100 * least:g} and less than 100",
+                    f"give more than {100 * least:g} and less than 100 % (in Python, a share of 1)",
                 )
 
     def __str__(self) -> str:
@@ -187,7 +187,7 @@ def control(
         seed: shuffles the rows.
 
     Raises:
-        InputError: no setting passes; the message says how many rows would be needed.
+        InputError: no setting passes; the remedy says what would help.
     """
     choosing, tested = split(len(costs.rows), seed)
     family = _path(costs.take(choosing), bound, rules or PATH_RULES, measures, seed)

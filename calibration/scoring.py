@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.metrics import evaluate, f1, matthews
-from ..runtime.rules.measures import Answers, Array, Mask, Outputs
+from ..runtime.rules.measures import Array, Integers, Mask, Outputs
 
 AGREEMENT = "agreement"
 """Share of rows with the same answer as at full depth; it needs no labels."""
@@ -47,7 +47,7 @@ class LabelledLogits:
 
     logits: NDArray[np.float32]
     lengths: NDArray[np.intp]
-    expected: Answers | None
+    expected: Integers | None
     problem_type: ProblemType
     label_thresholds: tuple[float, ...] = ()
     first_exit: int = 1
@@ -74,7 +74,7 @@ class LabelledLogits:
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
         return replace(self, logits=logits, lengths=lengths, expected=expected)
 
-    def answers(self) -> Answers:
+    def answers(self) -> Integers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
         return np.stack(
             [Outputs(z, self.problem_type, self.label_thresholds).answers for z in self.logits]
@@ -138,11 +138,11 @@ class Scorer:
         occurs = (predicted + truth > 0).sum(axis=-1)
         return np.asarray(by_label.sum(axis=-1) / np.maximum(occurs, 1))
 
-    def at(self, exits: Answers) -> Array:
+    def at(self, exits: Integers) -> Array:
         """The terms `[rows, terms]` of rows that stop at given exits."""
         return np.asarray(self.sums[self.rows.at(exits)])
 
-    def score(self, exits: Answers) -> float:
+    def score(self, exits: Integers) -> float:
         """The metric of rows that stop at given exits, computed as for any other run."""
         predicted = self.answers[self.rows.at(exits)]
         name = METRICS[self.rows.problem_type][0] if self.metric == AGREEMENT else self.metric
@@ -158,14 +158,14 @@ class Scorer:
             return np.stack([hits.sum(axis=-1), (marks + truth).sum(axis=-1)], axis=-1)
         return np.concatenate([hits, marks, truth], axis=-1)
 
-    def _marks(self, answers: Answers) -> Array:
+    def _marks(self, answers: Integers) -> Array:
         """`[..., labels]` of 0 and 1."""
         if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
         return np.eye(self._labels)[answers]
 
 
-def same_answers(some: Answers, others: Answers, problem_type: ProblemType) -> Mask:
+def same_answers(some: Integers, others: Integers, problem_type: ProblemType) -> Mask:
     """Where answers are the same; for multi-label tasks, the whole set of labels."""
     same = some == others
     return np.asarray(same.all(axis=-1) if problem_type is ProblemType.MULTI_LABEL else same)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.rules.measures import TINY, Answers, Array, Mask, Outputs
+from ..runtime.rules.measures import TINY, Array, Integers, Mask, Outputs
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
@@ -141,7 +141,7 @@ def fit_temperature(rows: LabelledLogits) -> float:
     return float(_TEMPERATURES[int(np.argmax(fits))])
 
 
-def _log_likelihood(rows: LabelledLogits, logits: NDArray[np.float32], answers: Answers) -> Array:
+def _log_likelihood(rows: LabelledLogits, logits: NDArray[np.float32], answers: Integers) -> Array:
     """Log probability `[..., rows]` of answers under logits; labels as if independent."""
     logs = np.log(np.maximum(Outputs(logits, rows.problem_type).distributions, TINY))
     if rows.problem_type is ProblemType.SINGLE_LABEL:

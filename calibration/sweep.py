@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
 from ..runtime.rules.base import ExitRule, ThresholdRule
-from ..runtime.rules.measures import Answers, Array, Outputs
+from ..runtime.rules.measures import Array, Integers, Outputs
 from ..runtime.rules.runner import simulate
 from .scoring import LabelledLogits
 
@@ -109,7 +109,7 @@ class StopScores:
         exit_0 = np.where(rule.min_exit > 0, np.inf, self.exit_0)
         return np.stack([np.where(rule.ends_at_exit_0, -np.inf, exit_0), *scores])
 
-    def exits(self, rule: ExitRule) -> Answers:
+    def exits(self, rule: ExitRule) -> Integers:
         """The exits `[rows]` of a rule; the same as those of `simulate`."""
         scores, first = self.stop_scores(rule), self._rows.first_exit
         limits = np.broadcast_to(rule.stop_thresholds, len(scores) - (1 - first))

@@ -1,8 +1,8 @@
 """Run labelled rows to full depth once, and keep their logits.
 
 A trace is kept in `calibration/trace-TARGET-DATA.npz` in the engines folder. It is used again as
-long as the texts, the files of the target and the tokenizer are the same. It also holds the rows,
-so that points can be calibrated again when exits are dropped.
+long as the texts and everything that determines the logits are the same, see `artifact_sha256`. It
+also holds the rows, so that points can be calibrated again when exits are dropped.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ..runtime.artifact.manifest import (
     Manifest,
     NotBuilt,
     Target,
+    keep_targets,
     with_operating_points,
     with_target,
 )
@@ -356,7 +357,7 @@ def add_target(
         )
     except FpabeeError as failure:
         # The failed build may have replaced files of an earlier one.
-        left = cpu.only(manifest, lambda _, target: _is_intact(path, target))
+        left = keep_targets(manifest, lambda _, target: _is_intact(path, target))
         write_manifest(path, _noting(left, backend, precision, failure))
         raise
     old, new = manifest.targets.get(name), built.targets[name]
@@ -370,7 +371,7 @@ def add_target(
             tolerance = _tolerance(path, name)
         except FpabeeError:
             # An earlier target of this name had files that are replaced now.
-            write_manifest(path, cpu.only(manifest, lambda other, _: other != name))
+            write_manifest(path, keep_targets(manifest, lambda other, _: other != name))
             raise
         built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
         write_manifest(path, built)
@@ -404,14 +405,14 @@ def drop_graphs(folder: Path) -> None:
             f"{folder} has no built target: {', '.join(users)} run the ONNX graphs themselves",
             Remedy("build one first: {call}", call=BUILD_ON_DEVICE),
         )
-    write_manifest(folder, cpu.only(manifest, lambda _, target: bool(target.files)))
+    write_manifest(folder, keep_targets(manifest, lambda _, target: bool(target.files)))
     shutil.rmtree(folder / "onnx")
 
 
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:
     """The manifest without those targets of a precision whose graphs have changed since."""
     graphs = manifest.graphs_in(precision)
-    return cpu.only(
+    return keep_targets(
         manifest,
         lambda _, target: (
             target.precision != precision

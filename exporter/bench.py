@@ -3,9 +3,8 @@
 A *unit* is what is timed at once: a batch of one shape, one text, or a window of texts. For each
 unit the variants run one after another, so that a machine whose speed drifts treats them alike.
 Only libraries other than that of the target run after all others, because their threads keep
-spinning and would slow them down. The
-time of a unit is the median of its repeats, and a speed-up is a ratio of sums over units.
-Tokenization is never included.
+spinning and would slow them down. The time of a unit is the median of its repeats, and a speed-up
+is a ratio of sums over units. Tokenization is never included.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .artifact.manifest import ProblemType, Task
 from .rules.base import ExitRule
-from .rules.measures import Answers, Mask, Outputs
+from .rules.measures import Integers, Mask, Outputs
 from .rules.runner import simulate
 
 Logits = NDArray[np.float32]
@@ -152,7 +152,7 @@ def compare(
     )
 
 
-def answers(logits: Logits, task: Task) -> Answers:
+def answers(logits: Logits, task: Task) -> Integers:
     """Predicted labels: `[exits, rows]`, or for multi-label `[exits, rows, labels]`."""
     return np.stack([Outputs(z, task.problem_type, task.label_thresholds).answers for z in logits])
 
@@ -183,7 +183,7 @@ def exits_near_ties(
     return np.asarray(unsure)
 
 
-def _exits(logits: Logits, rule: ExitRule, task: Task, first_exit: int) -> Answers:
+def _exits(logits: Logits, rule: ExitRule, task: Task, first_exit: int) -> Integers:
     return simulate(logits, rule, task.problem_type, task.label_thresholds, first_exit).exits
 
 

@@ -7,7 +7,6 @@ The others are regrouped, and the next segment runs.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,13 +25,9 @@ from .batching import CostCurve, RowNumbers, fits, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
 from .exit_0 import ExitZero
-from .rules.measures import Answers
+from .rules.measures import Integers
 from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
-
-_PROBE_ROWS = (1, 4, 16)
-_PROBE_LENGTH = 32
-_PROBE_REPEATS = 3
 
 
 class Regroup(str, Enum):
@@ -60,7 +55,7 @@ class WindowResult:
         wasted: segments that rows ran beyond their exit; only devices that look ahead waste any.
     """
 
-    exits: Answers
+    exits: Integers
     logits: NDArray[np.float32]
     first_exit: int
     wasted: int = 0
@@ -280,74 +275,6 @@ class Chain(Generic[B]):
         state = PatienceState.join([part.state.take(keep) for part, keep in kept])
         rows = np.concatenate([part.rows[keep] for part, keep in kept])
         return Group(rows, lengths, hidden, state)
-
-    def measure(self) -> CostCurve:
-        """Measure how long a middle segment takes by the size of a group, and how long joining."""
-        sequence = min(_PROBE_LENGTH, self.limits.max_sequence)
-        buckets = [
-            self.limits.bucket(min(rows, self.limits.max_batch), sequence) for rows in _PROBE_ROWS
-        ]
-        sizes = [bucket.batch * bucket.sequence for bucket in buckets]
-        seconds = [self._time_segment(bucket) for bucket in buckets]
-        copy = min(self._time_copy(buckets[-1]) for _ in range(_PROBE_REPEATS)) / sizes[-1]
-        return CostCurve(tuple(sizes), tuple(seconds), copy)
-
-    def time_exits(self, rows: int, tokens: int) -> list[float]:
-        """Seconds from each exit to the next, on a group of rows.
-
-        The first number is that of exit 0, if there is one. The others are those of the segments,
-        including the time to read the outputs of their heads.
-
-        Args:
-            rows: rows in the group.
-            tokens: tokens in each row.
-        """
-        bucket = self.bucket(rows, tokens)
-        times = []
-        if self.exit_0 is not None:
-            made_up = [_made_up_row(tokens)] * rows
-            started = time.perf_counter()
-            self.exit_0(made_up)
-            times.append(time.perf_counter() - started)
-        hidden = self._made_up(bucket)
-        times += [self._timed(segment, hidden) for segment in range(self.backend.segments)]
-        self.execution.release(hidden)
-        return times
-
-    def _made_up(self, bucket: Bucket) -> Hidden[B]:
-        """A group of made-up rows before segment 1."""
-        row = _made_up_row(bucket.sequence)
-        return self.execution.begin([row] * bucket.batch, bucket)
-
-    def _timed(self, segment: int, hidden: Hidden[B]) -> float:
-        started = time.perf_counter()
-        self.execution.enqueue(segment, hidden).result()
-        return time.perf_counter() - started
-
-    def _time_segment(self, bucket: Bucket) -> float:
-        hidden = self._made_up(bucket)
-        self._timed(0, hidden)
-        # The last segment writes no hidden states, so it cannot run a second time.
-        repeats = _PROBE_REPEATS if self.backend.segments > 2 else 1
-        seconds = min(self._timed(1, hidden) for _ in range(repeats))
-        self.execution.release(hidden)
-        return seconds
-
-    def _time_copy(self, bucket: Bucket) -> float:
-        hidden = self._made_up(bucket)
-        self._timed(0, hidden)
-        started = time.perf_counter()
-        copied = self.execution.regroup([hidden], [np.arange(bucket.batch)], bucket)
-        self.execution.wait()
-        seconds = time.perf_counter() - started
-        for group in (hidden, copied):
-            self.execution.release(group)
-        return seconds
-
-
-def _made_up_row(tokens: int) -> EncodedRow:
-    ids = np.zeros(tokens, np.int64)
-    return EncodedRow(ids, ids, truncated=False)
 
 
 class _Window(Generic[B]):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .backends.shapes import Limits
-from .rules.measures import Answers, Array, Floats, Mask
+from .rules.measures import Array, Floats, Integers, Mask
 from .rules.runner import RuleRunner
 
 _REPEATS = 3
@@ -19,8 +19,8 @@ _LEAST_TOKENS = 8
 class ExitTimes:
     """Seconds from each exit to the next by the shape of a group, measured on first use.
 
-    Times are interpolated between two measured lengths, and between one row and a full group.
-    Thread-safe.
+    Times are interpolated between one row and a full group, and also between two measured lengths
+    unless the target pads to fixed lengths. Thread-safe.
 
     Args:
         limits: the shapes that the target runs.
@@ -97,7 +97,7 @@ def _powers_of_two(longest: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def deadline_limited_rows(runner: RuleRunner, exits: Answers, logits: Floats, cap: int) -> Mask:
+def deadline_limited_rows(runner: RuleRunner, exits: Integers, logits: Floats, cap: int) -> Mask:
     """Which rows the deadline stopped before their rule would have.
 
     Args:

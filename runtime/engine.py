@@ -18,6 +18,7 @@ from .artifact.manifest import ProblemType
 from .batching import make_groups
 from .blocks import blocks
 from .chain import Regroup, WindowResult
+from .chain_times import time_exits
 from .deadline import ExitTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import InputError, RuleError
@@ -26,7 +27,7 @@ from .predictions import PredictionMaker
 from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
-from .rules.measures import Answers, Mask
+from .rules.measures import Integers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_of, target_of
@@ -271,7 +272,8 @@ class Engine:
         """Run the reference texts of the folder and compare with the PyTorch model.
 
         Loads all segments. Logits may differ by ten times what was measured when the target was
-        made.
+        made, or by the tie of its precision if that is more, see `Requirements`. If nothing was
+        measured, they may differ by any finite amount.
 
         Returns:
             How closely the target agrees; exits are those of the engine's rule.
@@ -366,7 +368,7 @@ class Engine:
     def answers(
         self,
         rows: Sequence[EncodedRow],
-        exits: Answers,
+        exits: Integers,
         logits: NDArray[np.float32],
         limited: Mask,
         missed: Mask,
@@ -412,7 +414,7 @@ class Engine:
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
         with self.model.chain() as chain:
-            return chain.time_exits(rows, tokens)
+            return time_exits(chain, rows, tokens)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.

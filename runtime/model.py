@@ -13,6 +13,7 @@ from .backends.device_tensors import nbytes_of
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve
 from .chain import Chain, Regroup, WindowResult
+from .chain_times import measure
 from .encoding import EncodedRow
 from .errors import BackendError
 from .exit_0 import ExitZero
@@ -94,7 +95,7 @@ class Model:
             return None
         with self._cost_lock:
             if self._cost is None:
-                self._cost = chain.measure()
+                self._cost = measure(chain)
             return self._cost
 
     def joining_cost(self, chain: Chain[Any]) -> CostCurve | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .artifact.manifest import Manifest, ProblemType
 from .encoding import EncodedRow
 from .results import Prediction
-from .rules.measures import Answers, Mask, Outputs, RowOutputs
+from .rules.measures import Integers, Mask, Outputs, RowOutputs
 
 # Plain Python rounds differently from numpy; a probability this close to its threshold is left to
 # numpy, so that both give the same labels.
@@ -43,7 +43,7 @@ class PredictionMaker:
     def several(
         self,
         rows: Sequence[EncodedRow],
-        exits: Answers,
+        exits: Integers,
         logits: NDArray[np.float32],
         limited: Mask,
         missed: Mask,

@@ -35,8 +35,7 @@ def check_reference(engine: Engine, folder: Path) -> Agreement:
 
     Raises:
         ArtifactError: the reference is missing or damaged, or none of its texts fits the target.
-        VerificationError: they differ too much. Logits may differ by ten times what was measured
-            when the target was made.
+        VerificationError: they differ too much, see `Engine.check`.
     """
     name, manifest = engine.target, engine.manifest
     required = _requirements(name, manifest.targets[name])

@@ -9,7 +9,7 @@ from operator import add
 import numpy as np
 from numpy.typing import NDArray
 
-from .rules.measures import Answers
+from .rules.measures import Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class Trace:
     """
 
     logits: NDArray[np.float32]
-    exits: Answers
-    predictions: Answers
+    exits: Integers
+    predictions: Integers
     lengths: NDArray[np.intp]
     first_exit: int = 1
 
@@ -80,7 +80,7 @@ class Tally:
             one, as in `Manifest.exits`.
         truncated: rows with more tokens than the model takes.
         deadline_limited: rows that a deadline stopped before their rule did.
-        deadline_missed: rows for which even the first exit took longer than the deadline.
+        deadline_missed: rows whose `Prediction.deadline_missed` is true.
         wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 

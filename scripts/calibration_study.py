@@ -209,7 +209,7 @@ class Population:
 
 
 def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
-    """One for each layer."""
+    """Costs `[exits, rows]`: the number of the exit, which counts its layers; 0.01 for exit 0."""
     return np.repeat(np.maximum(rows.exits, 0.01)[:, None], len(rows), axis=1)
 
 

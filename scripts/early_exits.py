@@ -109,7 +109,7 @@ class TargetTrainer(MultiExitTrainer):
 def train_way(
     way: str, data: Path, name: str, seed: int, backbone: str, most: int | None
 ) -> dict[str, Any]:
-    """Train one model on at most so many rows.
+    """Train one model on at most `most` rows.
 
     Returns:
         Logits `[exits, rows, labels]` and labels of dev and test.
@@ -208,7 +208,7 @@ def judge(stored: Any) -> dict[str, Any]:
     selector = Selector(StoppingCosts(dev, METRIC, costs), DEFAULT_RULES, list(DEFAULT_MEASURES))
     rule = selector.choose(Goal(max_drop=GOAL), selector.kinds)
     exits = exits_of(rule, test) if rule else np.full(len(test), layers)
-    scorer, every = Scorer(test, METRIC), both(stored)
+    scorer, every = Scorer(test, METRIC), dev_and_test(stored)
     return {
         "seconds": float(stored["seconds"]),
         "exits": [100 * scorer.score(np.full(len(test), n)) for n in test.exits],
@@ -218,7 +218,7 @@ def judge(stored: Any) -> dict[str, Any]:
     }
 
 
-def both(stored: Any) -> LabelledLogits:
+def dev_and_test(stored: Any) -> LabelledLogits:
     """The rows of dev and of test, together."""
     logits, labels = (
         np.concatenate([stored[f"dev_{what}"], stored[f"test_{what}"]], axis=axis)
@@ -253,7 +253,7 @@ def judged(work: Path, stored: Path) -> dict[str, Any]:
         way, seed = rest.rsplit("-", 1)
         usual = "half" if way in HALF else "plain"
         full = known[f"{name}-{usual}-{seed}"]["full"]
-        known[key]["possible"] = 100 * possible_saving(both(content), full)
+        known[key]["possible"] = 100 * possible_saving(dev_and_test(content), full)
     stored.write_text(json.dumps(known, indent=1) + "\n")
     return known
 

@@ -41,7 +41,7 @@ def check_decide(cuda: Cuda, every: int = 1) -> str:
 
     Args:
         cuda: the driver.
-        every: take every so many of the golden vectors.
+        every: 1 takes all golden vectors, 2 every second one, and so on.
 
     Returns:
         How many rows were compared.

@@ -62,7 +62,7 @@ class OneGraph:
 
 @dataclass
 class Times:
-    """Of one variant at one length: seconds of each run, on the clock and of the CPU."""
+    """Seconds of each run of one variant at one length: elapsed, and of the CPU."""
 
     clock: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -181,7 +181,7 @@ def full_depth(engine: Engine) -> Run:
 
 
 def exact_rows(engine: Engine, texts: Sequence[str], tokens: int) -> Sequence[list[EncodedRow]]:
-    """Batches of one row of exactly so many tokens."""
+    """Batches of one row of exactly `tokens` tokens."""
     return [list(unit) for unit in exact_batches(engine.encode(texts[:ROWS]), 1, tokens, ROWS)]
 
 

@@ -60,7 +60,7 @@ def random_engines(folder: Path) -> Path:
 
 
 def write_texts(folder: Path, rows: int) -> Path:
-    """A folder of Parquet files with so many texts in all."""
+    """A folder of Parquet files with `rows` texts in all."""
     folder.mkdir()
     texts = itertools.cycle([row.text for row in read_rows(DATA)])
     for number in range(FILES):

@@ -124,7 +124,7 @@ RUNS = (
 )
 # Options that differed between runs.
 _REPORTED = ("epochs", "lr", "distill", "bf16")
-# Encoders that are cut after so many layers are compared with exits.
+# The numbers of layers after which encoders are cut, to compare them with exits.
 _CUTS = (1, 2, 3)
 
 

@@ -43,7 +43,7 @@ _STYLE: dict[Any, Any] = {
 _WIDTH = 9.5
 _COLUMNS = 4
 _LONGEST_NAME = 28
-# Parts of curves that fall lower than this are not shown.
+# In points: curves are shown down to this drop, and further if an interval reaches lower.
 _LEAST_FLOOR = 4.0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.rules.measures import Answers
+from ...runtime.rules.measures import Integers
 from ..outcome import exits_of
 from ..result import Calibration
 
@@ -79,7 +79,7 @@ def changed_by_stopping(rows: list[TextRow], point: str) -> list[TextRow]:
     return sorted(found, key=lambda row: row.gain(point))
 
 
-def _named(answer: Answers, names: Names) -> Names:
+def _named(answer: Integers, names: Names) -> Names:
     """A class index, or a 0 or 1 for each label, as names."""
     if answer.ndim == 0:
         return (names[int(answer)],)

@@ -152,7 +152,7 @@ class Backbone:
         encoder: the encoder.
         config: its configuration.
         carried: symbolic shapes, by name, of the tensors that the embeddings make and every layer
-            reads. They stay with their rows.
+            reads. They have no axis `batch`, so all rows of a group share them.
     """
 
     def __init__(self, encoder: Any) -> None:

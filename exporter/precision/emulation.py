@@ -132,7 +132,7 @@ def run_emulated(
     logits: dict[int, list[NDArray[np.float32]]] = {}
     for step in steps(manifest, batches, open_session):
         if step.batch == 0:
-            progress(f"check {graphs.half.value}", step.call, calls)
+            progress("emulate the chain", step.call, calls)
         largest = abs_max.setdefault(step.graph, {})
         for output, value in step.outputs.items():
             if output.startswith(ABS_MAX):

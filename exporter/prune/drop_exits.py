@@ -122,8 +122,8 @@ def drop_exits(
     """Write an engines folder with fewer exits, and calibrate its operating points again.
 
     Targets that were built are built again if this machine can; those for CPUs in int8 keep their
-    ranges. Points of one target are
-    calibrated again, for the same goals, on the rows that calibrated them.
+    ranges. Points of one target are calibrated again, for the same goals, on the rows that
+    calibrated them.
 
     Args:
         source: the engines folder to start from; it is not changed.

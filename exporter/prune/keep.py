@@ -24,13 +24,14 @@ from ...runtime.artifact.manifest import (
     Graph,
     Manifest,
     Segment,
+    keep_targets,
     with_operating_points,
 )
 from ...runtime.artifact.reference import read_reference, write_reference
 from ...runtime.engine import Engine
 from ...runtime.errors import ModelError, Remedy
 from ..onnx_file import load_graphs, write_graph
-from ..targets.cpu import INT8_FOLDER, is_cpu_int8, only, verified_target
+from ..targets.cpu import INT8_FOLDER, is_cpu_int8, verified_target
 from ..verify import FP32_TARGET, check_chain, with_verification
 from .merge import merge_graphs
 
@@ -122,7 +123,7 @@ def keep_exits(
         if target.files:
             targets[name] = msgspec.structs.replace(target, files=files)
     kept = msgspec.structs.replace(
-        only(manifest, lambda name, _: name in targets),
+        keep_targets(manifest, lambda name, _: name in targets),
         fpabee_version=__version__,
         model=msgspec.structs.replace(manifest.model, layers=segments[-1].layer),
         graphs=graphs,

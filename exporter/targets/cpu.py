@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -17,7 +17,13 @@ import msgspec
 import numpy as np
 
 from ...runtime.agreement import Agreement
-from ...runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
+from ...runtime.artifact.manifest import (
+    Manifest,
+    Target,
+    keep_targets,
+    with_operating_points,
+    with_target,
+)
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
@@ -147,17 +153,6 @@ def add_openvino(
     return manifest, found
 
 
-def only(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
-    """The manifest with some of its targets; unchanged if none would remain."""
-    targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
-    if not targets:
-        return manifest
-    if manifest.default_target not in targets:
-        default = next(iter(targets))
-        manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
-    return msgspec.structs.replace(manifest, targets=targets)
-
-
 def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
     """What compares targets with `onnxruntime-fp32` on rows; None without rows.
 
@@ -199,7 +194,7 @@ def verified_target(
                 tolerance = max(tolerance, agreement.max_logit_difference)
             difference = _row_difference(folder, engine)
     except FpabeeError as error:
-        rest = only(manifest, lambda other, _: other != name)
+        rest = keep_targets(manifest, lambda other, _: other != name)
         return rest, CpuTarget(name, refused=error)
     passed = msgspec.structs.replace(
         target,
@@ -248,7 +243,7 @@ def with_fastest_default(
     points = {name: target.operating_points.keys() for name, target in targets.items()}
     before = manifest.default_target
     near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
-    # Of targets that are about as fast, the most exact; fp32 is as exact as fp32.
+    # Of targets that are about as fast, the most exact; tolerances below 1e-4 count as equal.
     fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, 1e-4))
     why = f"{speeds[fastest]:.2f} times as fast as {names[0]} here, at full depth"
     if manifest.default_is_fixed:

@@ -140,7 +140,7 @@ class TrainOptions:
                 )
 
     def epochs_for(self, rows: int) -> float:
-        """Passes over so many training rows.
+        """Passes over a number of training rows.
 
         They are `epochs`, or 3, and more if those would be less than 1,000 steps, up to 20.
 

@@ -222,7 +222,7 @@ def features(
         rows: the rows.
         tokenizer: of the model.
         config: names the labels and the task.
-        max_length: longer rows are truncated to so many tokens.
+        max_length: longer rows are truncated to this many tokens.
         teacher: its predictions are the labels, instead of those of the rows.
 
     Raises:

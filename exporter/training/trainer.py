@@ -104,7 +104,7 @@ class MultiExitTrainer(Trainer):
         return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, with the learning rate of the exits on the pooler and the classifiers."""
+        """AdamW, with a learning rate of their own for the weights of exits, see `is_head`."""
         trained = cast(torch.nn.Module, self.model)
         decayed = set(self.get_decay_parameter_names(trained))
         groups: dict[tuple[bool, bool], list[Tensor]] = {}

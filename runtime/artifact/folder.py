@@ -221,7 +221,10 @@ def _read_bytes(folder: Path) -> bytes:
             f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", remedy
         ) from error
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}", remedy) from error
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}",
+            "check that it is a file, and its permissions",
+        ) from error
 
 
 def _checked(folder: Path, raw: bytes) -> Manifest:

@@ -13,6 +13,7 @@ Nothing in the folder is ever unpickled. The module `folder` reads and writes th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -225,8 +226,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         row_invariant: whether a row's logits are independent of its neighbours.
         row_difference: largest measured difference of a logit between a row alone, among others,
             and with other padding; None: not measured.
-        relative_speed: how many times as fast as the folder's first target it was at full depth,
-            where the default target was chosen; None: not measured.
+        relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
+            the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
         hardware_compatible: whether they also run on Ampere and every later GPU.
         version_compatible: whether they also run with later versions of the library.
@@ -378,6 +379,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The layer of each exit, in the order of `exits`: how many layers ran; 0 for exit 0."""
         layers = tuple(segment.layer for segment in self.segments)
         return layers if self.exit_0 is None else (0, *layers)
+
+
+def keep_targets(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
+    """The manifest with some of its targets; unchanged if none would remain."""
+    targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
+    if not targets:
+        return manifest
+    if manifest.default_target not in targets:
+        default = next(iter(targets))
+        manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
+    return msgspec.structs.replace(manifest, targets=targets)
 
 
 def with_target(manifest: Manifest, name: str, target: Target) -> Manifest:

@@ -75,7 +75,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
         theoretical_speedup: ratio of the layers of full depth to those of the rule, weighted by
             tokens.
         estimated_speedup: the same ratio in measured times of the segments.
-        measured_speedup: ratio of run times on the target, by batch size in rows.
+        measured_speedup: ratio of run times on the target, by batch size: 1 for rows one by one,
+            a larger number for windows of 128 rows.
         versions: versions of the libraries that measured it.
         certificate: a bound on the risk, if the point is guaranteed.
     """

@@ -19,7 +19,7 @@ from ..artifact.folder import resolve
 from ..artifact.manifest import BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import Arrays, EncodedRow, padding_values
 from ..errors import BackendError
-from ..rules.measures import Answers, Floats
+from ..rules.measures import Floats, Integers
 from ..rules.runner import RuleRunner
 from .buffers import B, BufferName, Hidden, Store, carried_specs, plan_buffers
 from .shapes import Bucket, Limits, Rows
@@ -94,7 +94,7 @@ class Execution(ABC, Generic[B]):
         bucket: Bucket,
         runner: RuleRunner,
         exit_0: Floats | None,
-    ) -> tuple[Answers, Floats] | None:
+    ) -> tuple[Integers, Floats] | None:
         """Run a group through all segments, where the device decides which rows stop.
 
         It is asked only where `lookahead` is true.

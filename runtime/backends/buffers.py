@@ -15,7 +15,7 @@ BufferName = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class GraphCall:
     """A graph's run within a segment, and the buffer of each input and output.
 
     A tensor that several segments write (`next_X` replaces `X`) alternates between two buffers,
@@ -37,7 +37,7 @@ class Stage:
     """
 
     live: Mapping[str, BufferName]
-    calls: tuple[Call, ...]
+    calls: tuple[GraphCall, ...]
 
 
 def plan_buffers(manifest: Manifest) -> list[Stage]:
@@ -55,7 +55,7 @@ def plan_buffers(manifest: Manifest) -> list[Stage]:
                 tensor = spec.name.removeprefix(NEXT)
                 turn[tensor] = 1 - turn.get(tensor, 1)
                 outputs.append((spec.name, (tensor, turn[tensor])))
-            calls.append(Call(name, inputs, tuple(outputs)))
+            calls.append(GraphCall(name, inputs, tuple(outputs)))
         planned.append(Stage(before, tuple(calls)))
     return planned
 

@@ -51,7 +51,7 @@ def read(key: str) -> memoryview | None:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError):  # an empty file cannot be mapped
         return None
-    with suppress(OSError):  # files that are only read are as good
+    with suppress(OSError):  # without permission to write, the file can be used all the same
         path.touch()
     content = memoryview(mapped)[:-_CHECKSUM_BYTES]
     return content if _checksum(content) == mapped[-_CHECKSUM_BYTES:] else None

@@ -1,6 +1,7 @@
 """The CUDA calls that backends make: memory, streams, events, graphs. Needs no torch.
 
-Nothing else talks to the driver, so tests replace this class. Addresses and handles are integers.
+Besides `cuda_probe`, no other module calls CUDA, so tests replace this class. Addresses and handles
+are integers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
-# So many warps at most decide about a group: every GPU has enough registers for 256 threads.
+# At most this many warps decide about a group: every GPU has enough registers for 256 threads.
 _WARPS = 8
-# So many bytes of a row are gathered by a block of 256 threads, in words of 8 bytes.
+# A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
 _GATHERED_BYTES = 8192
 _DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
 # The types of nodes that the body of an IF node can hold.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, Manifest, TensorSpec
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import BackendError
-from ..rules.measures import Answers, Floats
+from ..rules.measures import Floats, Integers
 from ..rules.runner import RuleRunner
 from .backend import Backend, Execution
 from .buffers import BufferName, Hidden, shape_of
@@ -190,7 +190,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
         bucket: Bucket,
         runner: RuleRunner,
         exit_0: Floats | None,
-    ) -> tuple[Answers, Floats] | None:
+    ) -> tuple[Integers, Floats] | None:
         """Launch a request as one CUDA graph, and wait for it; see `Execution`.
 
         The first request of a shape runs segment by segment, and the second one is captured.

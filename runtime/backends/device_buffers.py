@@ -102,7 +102,7 @@ class DeviceBuffers(Buffers[int, Step]):
     """Device memory, each buffer as its address.
 
     Attributes:
-        lengths: `[rows]` int64, tokens of each row that the buffers hold.
+        lengths: `[rows]` tokens of each row; up to date only where no kernel regroups.
         can_capture: false for a large group, and once the capture of a request has failed.
         requests: how often a graph of the request was asked for before there was one.
         request: that graph.

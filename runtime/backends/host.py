@@ -20,7 +20,7 @@ from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, BuiltFile, Grap
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
-from .buffers import BufferName, Buffers, Call, Hidden, crop_of, shape_of
+from .buffers import BufferName, Buffers, GraphCall, Hidden, crop_of, shape_of
 from .device_tensors import dtype_of
 from .onnxruntime_session import is_out_of_memory
 from .shapes import Bucket, Limits, Rows
@@ -63,7 +63,7 @@ class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
 
     def _allocate(self, name: BufferName) -> Value:
         spec = self._backend.specs[name[0]]
-        # Rows of a bfloat16 are only copied, and its zeros are those of an integer.
+        # NumPy has no bfloat16, so its bits are integers: they are only copied, and zero is zero.
         array = _aligned(shape_of(spec, self.bucket), dtype_of(spec))
         self.nbytes += array.nbytes
         return array, self._backend.tensor(array, spec)
@@ -99,7 +99,7 @@ class HostBackend(Backend[HostBuffers]):
         """A tensor of the library over an array's memory."""
 
     @abstractmethod
-    def bind(self, call: Call, buffers: HostBuffers) -> Run:
+    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
         """Prepare to run a graph over buffers."""
 
     @abstractmethod

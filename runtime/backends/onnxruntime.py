@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..artifact.manifest import BuiltFile, Graph, Target, TensorSpec
-from .buffers import Call
+from .buffers import GraphCall
 from .host import HostBackend, HostBuffers, Run
 from .onnxruntime_session import check_installed, cpu_session, ort_errors, session_options
 
@@ -40,7 +40,7 @@ class OnnxRuntimeBackend(HostBackend):
 
         return ort.OrtValue.ortvalue_from_numpy(array)
 
-    def bind(self, call: Call, buffers: HostBuffers) -> Run:
+    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
         """Bind a session to buffers."""
         session = self.graph(call.graph)
         binding = session.io_binding()

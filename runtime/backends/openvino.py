@@ -25,7 +25,7 @@ from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest,
 from ..cpu import cpu_info
 from ..errors import BackendError, MissingExtraError, Remedy, first_line
 from . import compiled_cache
-from .buffers import Call
+from .buffers import GraphCall
 from .host import HostBackend, HostBuffers, Run
 from .onnxruntime_session import usable_cores
 from .shapes import Limits
@@ -133,7 +133,7 @@ class OpenVinoBackend(HostBackend):
             return ov.Tensor(array, array.shape, ov.Type.bf16)
         return ov.Tensor(array, shared_memory=True)
 
-    def bind(self, call: Call, buffers: HostBuffers) -> Run:
+    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
         """An infer request with its tensors set."""
         compiled: Compiled = self.graph(call.graph)
         request = compiled.model.create_infer_request()

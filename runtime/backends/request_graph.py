@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.measures import Answers, Floats
+from ..rules.measures import Floats, Integers
 from .cuda import Cuda
 
 
@@ -48,7 +48,7 @@ class Board:
         if exit_0 is not None:
             self._logits[0, :rows] = exit_0
 
-    def read(self, rows: int) -> tuple[Answers, Floats]:
+    def read(self, rows: int) -> tuple[Integers, Floats]:
         """The exit of each row, and the logits from exit 1: copies of what came back."""
         return self._stops[:rows].astype(np.int64), self._logits[1:, :rows].copy()
 

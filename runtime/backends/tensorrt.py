@@ -198,7 +198,7 @@ class TensorRtBackend(DeviceBackend):
 
     @staticmethod
     def why_no_request_graph() -> str:
-        """Whether the driver and `cuda-bindings` are too old; see `DeviceBackend`."""
+        """Why the driver or `cuda-bindings` is too old, if it is; see `DeviceBackend`."""
         return no_conditional_graphs()
 
     def limits(self) -> Limits:

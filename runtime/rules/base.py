@@ -1,9 +1,9 @@
 """What all exit rules have in common.
 
 After every exit from exit 1, a rule gives each row a *signal*: whether the answer looks settled. A
-row stops after as many signals in a row as the rule's patience; some rules can also stop a row at
-once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats it
-the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
+row stops after as many consecutive signals as the rule's patience; some rules can also stop a row
+at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats
+it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
 
 A rule answers every question about itself: its signals for a batch (`signal`) and for a single
 row without numpy (`row_signal`), the settings that calibration tries (`search_grid`), how all
@@ -191,7 +191,7 @@ class ExitRule(ABC):
 
     @property
     def signals_needed(self) -> int:
-        """How many signals in a row stop a row."""
+        """How many consecutive signals stop a row."""
         return int(getattr(self, "patience", 1))
 
     def row_signal(
@@ -375,7 +375,7 @@ class ThresholdRule(ExitRule):
         return scores < threshold if self.sign > 0 else scores > threshold
 
     def _row_passes(self, exit_number: int, score: float) -> bool | None:
-        """Whether the score of a single row is beyond the threshold; None if it is too close."""
+        """Whether a row's score is below the threshold (`sign` is 1); None if it is too close."""
         threshold = self.threshold_at(exit_number)
         excess = score - threshold
         # NaN is never beyond the margin, so numpy decides about it as well.

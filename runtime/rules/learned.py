@@ -50,7 +50,7 @@ class Learned(ThresholdRule):
 
     Attributes:
         threshold: a probability; one for all exits, or one for each exit.
-        weights: `features.FEATURES` numbers for each exit from exit 1 but the last, one exit after
+        weights: `len(FEATURES)` numbers for each exit from exit 1 but the last, one exit after
             another.
         label_weights: one number for each label, which is added where the label is predicted.
     """
@@ -91,7 +91,7 @@ class Learned(ThresholdRule):
     def row_signal(
         self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
     ) -> bool | None:
-        """Whether the probability is below the threshold, for one of up to 16 labels."""
+        """Whether the probability is below the threshold; for one of up to 16 labels only."""
         weights, q = self._weights_at(exit_number), now.distributions
         if len(q) > 1 or len(now.logits) > MOST_LABELS or not weights:
             return None
@@ -107,8 +107,8 @@ class Learned(ThresholdRule):
     def shifted(self, by: float) -> ExitRule:
         """This rule with its threshold moved, see `ExitRule`.
 
-        A score moves as much more than the features as the weights say: at most by a quarter of
-        their sum, which is the steepest slope of the logistic function.
+        If every feature moves by 1, a score moves by at most a quarter of the sum of the absolute
+        weights: a quarter is the steepest slope of the logistic function.
         """
         size = len(FEATURES)
         starts = range(0, len(self.weights), size)

@@ -19,7 +19,7 @@ from ..artifact.manifest import ProblemType
 Floats = NDArray[np.floating[Any]]
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Answers = NDArray[np.int64]
+Integers = NDArray[np.int64]
 
 TINY = 1e-12
 """The smallest argument of a logarithm."""
@@ -162,7 +162,7 @@ class Outputs:
         return np.stack([np.where(z >= 0, high, low), np.where(z >= 0, low, high)], axis=-1)
 
     @cached_property
-    def answers(self) -> Answers:
+    def answers(self) -> Integers:
         """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
         if self._problem_type is ProblemType.SINGLE_LABEL:
             return np.asarray(self.logits.argmax(axis=-1))

@@ -41,7 +41,7 @@ class FPabee(ThresholdRule):
     Attributes:
         threshold: in nats, the unit of the measure; one for all exits, or one for each exit.
         measure: how similarity is measured; for multi-label tasks it is summed over labels.
-        patience: how many signals in a row stop a row.
+        patience: how many consecutive signals stop a row.
     """
 
     name: ClassVar[str] = "fpabee"
@@ -77,7 +77,7 @@ class Pabee(ExitRule):
     `patience` + 1, or `patience` if the model has exit 0.
 
     Attributes:
-        patience: how many signals in a row stop a row.
+        patience: how many consecutive signals stop a row.
     """
 
     name: ClassVar[str] = "pabee"
@@ -151,7 +151,7 @@ class Pcee(ThresholdRule):
 
     Attributes:
         threshold: from 0 to 1; one for all exits, or one for each exit.
-        patience: how many signals in a row stop a row; they count from exit 1 on.
+        patience: how many consecutive signals stop a row; they count from exit 1 on.
     """
 
     name: ClassVar[str] = "pcee"
@@ -168,7 +168,7 @@ class _SureOrSettled(ThresholdRule):
     """Base class of rules that join two others.
 
     A row stops at once where the answer is *sure*, which is a matter of the threshold, or after
-    `patience` signals in a row of a rule that says whether the answer is *settled*.
+    `patience` consecutive signals of a rule that says whether the answer is *settled*.
     """
 
     _sure: ClassVar[ThresholdRule]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
 from .base import ExitRule, Signal
-from .measures import Answers, Array, Floats, Mask, Outputs
+from .measures import Array, Floats, Integers, Mask, Outputs
 
 
 @dataclass(slots=True, eq=False)
@@ -19,11 +19,11 @@ class PatienceState:
     """What a rule remembers of a group of rows from one exit to the next.
 
     Attributes:
-        streak: `[rows]` int64, how many signals in a row each row has given.
+        streak: `[rows]` int64, how many consecutive signals each row has given.
         earlier: outputs of the previous exit; None before the first exit.
     """
 
-    streak: Answers
+    streak: Integers
     earlier: Outputs | None = None
 
     def take(self, rows: NDArray[np.intp]) -> PatienceState:
@@ -135,8 +135,8 @@ class Simulation:
             where the rule has no score, such as at exit 0.
     """
 
-    exits: Answers
-    predictions: Answers
+    exits: Integers
+    predictions: Integers
     scores: Array
 
 

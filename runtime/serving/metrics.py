@@ -46,7 +46,7 @@ class Metrics(Observer):
             Histogram, "answer_seconds", "From arrival to the answer.", buckets=_SECONDS
         )
         self._batch = made(Histogram, "batch_rows", "Rows in a run of a segment.", buckets=_ROWS)
-        help = "Share of rows that stop at another exit than during calibration, from 0 to 1."
+        help = "Distance of the exits from those at calibration (total variation), from 0 to 1."
         self._drift = made(Gauge, "drift", help)
 
     def started(self, seconds: Sequence[float]) -> None:

@@ -68,8 +68,8 @@ class ServerLimits:
     Attributes:
         max_body: most bytes in the body of a request.
         max_texts: most texts in a request.
-        body_seconds: seconds in which the body must arrive. A client that sends no complete
-            head of a request, or reads nothing, for this time is cut off after at most twice it.
+        body_seconds: seconds in which the body must arrive. A client that sends no complete head
+            of a request, or reads nothing, for this time is cut off within twice this time.
         stop_seconds: seconds that requests may still take after a signal to stop.
     """
 
@@ -203,7 +203,7 @@ def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
                 self.send_400_response(f"The request has more than {self.most} bytes.")
 
         def _check(self, before: Any) -> None:
-            """Cut the client off if all waits for it, as before and in the same request."""
+            """Cut off a client that the server has waited for since the last check."""
             unsent = self.transport.get_write_buffer_size() > 0
             is_up_to_client = self.cycle is None or self.cycle.response_complete or unsent
             if is_up_to_client and self.cycle is before:
@@ -263,7 +263,10 @@ class _Server:
         arrived = perf_counter()
         rows = await self._scheduler.encode(asked.texts)
         if not asked.truncate and any(row.truncated for row in rows):
-            raise InputError("a text is too long", "shorten it, or ask for `truncate`")
+            raise InputError(
+                f"a text has more than {self._engine.max_length} tokens",
+                "shorten it, or set `truncate` to true",
+            )
         found = await self._answers(request, asked, rows, arrived)
         answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
         return _json(answers if asked.is_batch else answers[0])
@@ -366,7 +369,7 @@ class _Server:
 
 
 def _stoppable(respond: _Respond) -> _Respond:
-    """What responds to requests; those that are cancelled because the server stops get an error."""
+    """Answer requests; those that are cancelled because the server stops get status 503."""
 
     async def run(request: Request) -> Response:
         try:

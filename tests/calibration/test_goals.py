@@ -16,6 +16,7 @@ from fpabee.runtime import InputError
     [
         ({"goals": {}}, "no goal is given"),
         ({"goals": {"x": Goal()}}, "the goal 'x' has 0 of max_drop and speedup"),
+        ({"goals": {"x": Goal(speedup=2.0, guaranteed=True)}}, "only a drop can be guaranteed"),
         ({"goals": {"x": Goal(max_drop=1.0, speedup=2.0)}}, "the goal 'x' has 2 of"),
         ({"goals": {"x": Goal(max_drop=-0.5)}}, "the goal 'x' is -0.5"),
         ({"goals": {"x": Goal(max_drop=101.0)}}, "the goal 'x' is 101"),

@@ -3,8 +3,8 @@
 `gather.h` copies the rows that go on into another group.
 
 A rule consists of at most two signals there: a row stops at once where its answer is sure, or
-after `patience` exits in a row where it is settled. Each signal compares a score with a threshold
-for each exit.
+after `patience` consecutive exits where it is settled. Each signal compares a score with a
+threshold for each exit.
 
 `decide.ptx` was made from `decide.cu` by NVRTC 12.4 for compute capability 7.5. The driver
 compiles it for the GPU that is there, so neither a compiler nor a file for each GPU is needed.

@@ -28,7 +28,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.manifest import with_target
+from fpabee.runtime.artifact.manifest import keep_targets, with_target
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.encoding import Text
@@ -194,7 +194,7 @@ def test_a_default_that_cannot_run_here_stays(
 
 
 def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
-    drop = cpu.only(read_manifest(folder), lambda name, _: name != ONNX)
+    drop = keep_targets(read_manifest(folder), lambda name, _: name != ONNX)
     write_manifest(folder, drop)
     (tmp_path / "texts.txt").write_text("the film is good")
     options = AddTargetsOptions(backends=(cpu.OPENVINO,), verify_data=tmp_path / "texts.txt")

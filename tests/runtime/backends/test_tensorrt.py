@@ -21,6 +21,7 @@ from fpabee.runtime import (
     ExitRule,
     FPabee,
     MissingExtraError,
+    chain_times,
 )
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.cuda_probe import CudaDevice
@@ -67,7 +68,7 @@ def measure(engine: Engine) -> None:
     """Take the times that deadlines and the joining of groups depend on."""
     engine.time_exits(2, 8)
     with engine.model.chain() as chain:
-        chain.measure()
+        chain_times.measure(chain)
 
 
 @pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
@@ -133,7 +134,7 @@ def test_copies_are_timed_until_they_are_done(
     made = double()
     with made.load() as engine, engine.model.chain() as chain:
         monkeypatch.setattr(DeviceExecution, "wait", lambda self: waited.append(self))
-        chain.measure()
+        chain_times.measure(chain)
     assert waited
 
 
