@@ -52,7 +52,7 @@ MODEL2VEC = "model2vec==0.10.0"
 _FULL = Budget(exit=1)  # of engines with one segment
 _NO_CALIBRATION = shutil.ignore_patterns("calibration")
 _SINGLE_ROWS = 200
-_REPEATS = 5
+_REPEATS = 3
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ Each graph has one infer request per group of buffers, whose tensors are set onl
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import util
@@ -46,6 +49,10 @@ _ROW_STEP, _FINE_ROWS = 1, 16
 # segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
 # time (MPNet) and 9 % (MiniLM).
 _AMX_STEP = 16
+# Parameters of `mallopt` in glibc: blocks from this size on are returned to the system as soon as
+# they are freed, and other freed memory as soon as there is more than this, in bytes.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_MOST_FREED = 2**28
 
 
 @dataclass(eq=False)
@@ -55,17 +62,22 @@ class Compiled:
     Attributes:
         model: the compiled model.
         memory: its constants, if they are in a mapped file, which must stay open with the model.
+        shares_memory: whether it frees its working memory after each run.
         has_run: whether it has run, so that its weights are packed and the constants are not read
             again.
     """
 
     model: Any
     memory: memoryview | None
+    shares_memory: bool
     has_run: bool = False
 
     def run(self, request: Any) -> None:
         """Run an infer request of this graph."""
         request.infer(share_outputs=True)
+        if self.shares_memory:
+            with suppress(RuntimeError):  # another thread runs it, and will free it afterwards
+                self.model.release_memory()
         if not self.has_run:
             self.has_run = True
             if self.memory is not None:
@@ -149,7 +161,7 @@ class OpenVinoBackend(HostBackend):
             model = self._compile(file)
             compiled_cache.write(key, _exported(model))
             # What is read from the cache takes less memory than what was compiled.
-            found = self._imported(key) or Compiled(model, None)
+            found = self._imported(key) or Compiled(model, None, keeps_freed_memory())
         return found, (port.any_name for port in (*found.model.inputs, *found.model.outputs))
 
     def _compile(self, file: BuiltFile | Graph) -> Any:
@@ -177,7 +189,7 @@ class OpenVinoBackend(HostBackend):
             logger.info("a compiled graph in the cache is not used: %s", first_line(error))
             return None
         compiled_cache.drop_pages(memory)  # the checksum has read them
-        return Compiled(model, memory)
+        return Compiled(model, memory, keeps_freed_memory())
 
     def _key(self, sha256: str) -> str:
         """The name of a graph in the cache: a hash of everything that affects the compilation."""
@@ -192,6 +204,26 @@ class OpenVinoBackend(HostBackend):
         types = sorted((name, spec.dtype) for name, spec in self.specs.items())
         parts = [sha256, ov.__version__, cpu, self._settings, types]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@lru_cache(1)
+def keeps_freed_memory() -> bool:
+    """Whether freed memory stays with the process; glibc is told so when this is first asked.
+
+    Then all segments share their working memory: each one frees it after its run, and the next one
+    gets it while it is still in the CPU's caches. On a CPU with AMX, MPNet took 4 to 17 % less
+    time. Other C libraries return large blocks to the system, and fetch them again page by page,
+    which takes longer than it saves.
+    """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+        return False  # the user has decided otherwise
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # there is none on macOS and Windows
+        return False
+    # Older versions of glibc refuse more than 32 MiB.
+    is_set = any(mallopt(_MMAP_THRESHOLD, most) for most in (2**30, 2**25))
+    return is_set and bool(mallopt(_TRIM_THRESHOLD, _MOST_FREED))
 
 
 def has_bf16() -> bool:
