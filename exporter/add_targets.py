@@ -369,9 +369,10 @@ def add_target(
         progress(f"verify {name}", 0, 1)
         try:
             tolerance = _tolerance(path, name)
-        except FpabeeError:
+        except FpabeeError as failure:
             # An earlier target of this name had files that are replaced now.
-            write_manifest(path, keep_targets(manifest, lambda other, _: other != name))
+            left = keep_targets(manifest, lambda other, _: other != name)
+            write_manifest(path, _noting(left, backend, precision, failure))
             raise
         built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
         write_manifest(path, built)

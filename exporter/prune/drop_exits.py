@@ -38,7 +38,8 @@ class DropExitsOptions:
         reading: how that file is read.
         force: replace an engines folder that exists.
         threads: CPU threads.
-        targets: how plans are built again; those of a target keep its shapes and GPUs.
+        targets: how plans are built again, except for their shapes, GPUs and compatibility, which
+            stay as they were.
     """
 
     exits: tuple[int, ...]
@@ -199,16 +200,16 @@ def _rebuild(
 ) -> list[str]:
     """Build again what this machine can build of the old targets; returns their names."""
     built = []
-    for target in old.targets.values():
-        if target.backend not in PLAN_BACKENDS:
-            continue
+    plans = [target for target in old.targets.values() if target.backend in PLAN_BACKENDS]
+    # Those of TensorRT for several GPUs become one, for the GPU of this machine.
+    for (backend, precision), target in {(t.backend, t.precision): t for t in plans}.items():
         changed = dataclasses.replace(options, plans=options.plans.like(target))
         try:
-            manifest, name = add_target(
-                folder, manifest, target.backend, target.precision, changed, progress
-            )
+            manifest, name = add_target(folder, manifest, backend, precision, changed, progress)
         except FpabeeError:
-            manifest = read_manifest(folder)  # which says why it was not built
+            manifest = read_manifest(folder)
+            if f"{backend}-{precision}" not in manifest.not_built:  # where it says why
+                raise
         else:
             built += [name] if name is not None else []
     return built

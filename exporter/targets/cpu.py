@@ -264,7 +264,11 @@ def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
     """An engine of a manifest that is not written yet."""
     _, rule = rule_of(folder, manifest, name, None)
     backend = open_backend(folder, manifest, name, None)
-    return Engine(folder, Model(folder, manifest, backend), rule)
+    try:
+        return Engine(folder, Model(folder, manifest, backend), rule)
+    except BaseException:
+        backend.close()
+        raise
 
 
 def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
@@ -275,9 +279,11 @@ def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
 
 def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:
     """For each target, seconds of all segments at each shape; the best of several runs."""
-    engines = {name: _engine(folder, manifest, name) for name in names}
+    engines: dict[str, Engine] = {}
     best = {name: [math.inf] * len(_SHAPES) for name in names}
     try:
+        for name in names:
+            engines[name] = _engine(folder, manifest, name)
         # In turns, so that a machine whose speed drifts treats all targets alike.
         for _ in range(_TURNS):
             for name, engine in engines.items():

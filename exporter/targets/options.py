@@ -76,7 +76,9 @@ class PlanOptions:
         )
 
     def like(self, target: Target) -> PlanOptions:
-        """These options with the shapes and GPUs of a target that was built."""
+        """These options with the shapes, GPUs and compatibility of a target that was built."""
+        if not (target.profiles and target.sequence_lengths):
+            return self
         batch, sequence = target.profiles[0].batch, target.profiles[0].sequence
         return dataclasses.replace(
             self,
@@ -85,6 +87,7 @@ class PlanOptions:
             compute_capabilities=target.compute_capabilities,
             version_compatible=target.version_compatible,
             hardware_compatible=target.hardware_compatible,
+            one_row_lengths=tuple(p.sequence.max for p in target.profiles if p.batch.max == 1),
         )
 
     def _check_rtx(self, precision: str) -> None:

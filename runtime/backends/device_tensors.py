@@ -1,4 +1,4 @@
-"""Tensors on a CUDA device: their types, sizes and bits, and which rows are copied together."""
+"""Types, sizes and bits of tensors in the terms of NumPy, and which rows are copied together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = {"bfloat16": np.dtype(np.uint16)}
 
 
 def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
-    """The NumPy type whose bits a tensor has on the device."""
+    """The NumPy type that holds the bits of a tensor."""
     return _DTYPES.get(spec.dtype) or np.dtype(spec.dtype)
 
 
