@@ -137,7 +137,7 @@ def _check_goal(name: str, goal: Goal) -> None:
     if goal.guaranteed and goal.max_drop is None:
         raise InputError(
             f"the goal {name!r} is a guaranteed speed-up, but only a drop can be guaranteed",
-            Remedy("give {max_drop}, or leave out {guaranteed}"),
+            Remedy("give {max_drop}, or a goal that is not guaranteed"),
         )
     (value,) = given
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)

@@ -29,9 +29,9 @@ from fpabee.runtime import (
     Regroup,
     RuleError,
 )
+from fpabee.runtime import model as model_module
 from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostExecution
-from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.serving import Observer, Scheduler
@@ -73,7 +73,7 @@ class Gate:
 
         monkeypatch.setattr(HostExecution, "enqueue", gated)
         # Made-up times: 1 ms for any group, so that joining always pays and no probes run.
-        monkeypatch.setattr(Chain, "measure", lambda _: _flat())
+        monkeypatch.setattr(model_module, "measure", lambda _: _flat())
 
     def at(self) -> tuple[int, int]:
         """Wait until the worker is before a segment; returns it, and its rows."""
