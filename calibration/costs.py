@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.folder import read_regular
+from ..runtime.artifact.folder import BAD_JSON, read_regular
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.environment import environment
@@ -142,7 +142,7 @@ def _read(path: Path, exits: int) -> Timings | None:
     """Stored times; None if there are none, or if the file is damaged."""
     try:
         kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
-    except (OSError, ArtifactError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except (OSError, ArtifactError, *BAD_JSON):
         return None
     fits = all(
         len(model.seconds) == exits

@@ -9,7 +9,7 @@ from typing import Any
 
 from .artifact.manifest import NEXT, Manifest
 from .backends.backend import Backend
-from .backends.device_tensors import nbytes_of
+from .backends.buffers import nbytes_of
 from .backends.shapes import Bucket, Limits
 from .batching import CostCurve
 from .chain import Chain, Regroup, WindowResult

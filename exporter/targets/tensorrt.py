@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from ...runtime.artifact.folder import read_regular, sha256_of, verified_graph
+from ...runtime.artifact.folder import BAD_JSON, read_regular, sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target, with_target
 from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
@@ -212,7 +212,7 @@ def _earlier_plans(home: Path, wanted: _BuildRecord) -> dict[str, BuiltFile]:
     try:
         raw = read_regular(home / _BUILD_FILE, _MAX_BUILD_BYTES)
         known = msgspec.json.decode(raw, type=_BuildRecord)
-    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except (OSError, *BAD_JSON):
         return {}
     options = msgspec.json.decode(msgspec.json.encode(wanted.options))
     if (known.library, known.version, known.options) != (wanted.library, wanted.version, options):

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.files.rows import class_name
@@ -94,7 +95,7 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
     if Path(train).is_file() and listed.is_file():
         try:
             names = msgspec.json.decode(listed.read_bytes(), type=tuple[str, ...])
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        except BAD_JSON as error:
             raise InputError(
                 f"{listed} is not a list of labels: {error}", 'write it as JSON: ["no", "yes"]'
             ) from error

@@ -28,6 +28,9 @@ from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 MAX_FILE_BYTES = 16 * 2**30
 """Far more than any file of an artifact has: an ONNX file and a plan have at most about 2 GiB."""
 
+BAD_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+"""What msgspec raises for bytes that are not the JSON that was expected."""
+
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
@@ -90,7 +93,7 @@ def is_engines_folder(folder: Path) -> bool:
     """Whether a folder has a manifest of any version, even an invalid one."""
     try:
         content = msgspec.json.decode(read_regular(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES))
-    except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+    except (OSError, *BAD_JSON):
         return False
     return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
 
@@ -197,7 +200,7 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
         # Unknown fields, which are skipped below, must be valid too: they are written again.
         msgspec.json.decode(raw)
         return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except BAD_JSON as error:
         raise ArtifactError(
             f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}", EXPORT_AGAIN
         ) from error

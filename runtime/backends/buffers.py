@@ -8,10 +8,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from ..artifact.manifest import NEXT, Graph, Manifest, TensorSpec
 from .shapes import Bucket
 
 BufferName = tuple[str, int]
+
+# NumPy lacks these types, so their bits are handled as integers.
+_DTYPES = {"bfloat16": np.dtype(np.uint16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,16 @@ def shape_of(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:
     """A tensor's shape in a bucket."""
     sizes = {"batch": bucket.batch, "sequence": bucket.sequence}
     return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+
+def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
+    """The NumPy type that holds the bits of a tensor."""
+    return _DTYPES.get(spec.dtype) or np.dtype(spec.dtype)
+
+
+def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
+    """A tensor's size in bytes at a padded shape."""
+    return int(np.prod(shape_of(spec, bucket))) * dtype_of(spec).itemsize
 
 
 def crop_of(spec: TensorSpec, bucket: Bucket) -> tuple[slice, ...]:

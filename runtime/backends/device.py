@@ -32,11 +32,11 @@ from ..errors import BackendError
 from ..rules.measures import Floats, Integers
 from ..rules.runner import RuleRunner
 from .backend import Backend, Execution
-from .buffers import BufferName, Hidden, shape_of
+from .buffers import BufferName, Hidden, dtype_of, nbytes_of, shape_of
 from .cuda import Cuda, cuda
 from .decide import GATHER, settings_of
 from .device_buffers import DeviceBuffers, Place, Runner, Step
-from .device_tensors import bias_of, bits_of, dtype_of, nbytes_of, runs_of
+from .device_tensors import bias_of, bits_of, runs_of
 from .request_graph import RequestGraph
 from .shapes import Bucket, Rows
 

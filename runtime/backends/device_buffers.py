@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ..artifact.manifest import LOGITS, NEXT
 from ..encoding import Arrays
 from ..errors import BackendError
-from .buffers import BufferName, Buffers, shape_of
+from .buffers import BufferName, Buffers, dtype_of, nbytes_of, shape_of
 from .cuda import PinnedArray
 from .decide import MOST_ROWS, board_type
-from .device_tensors import dtype_of, nbytes_of
 from .request_graph import Board, RequestGraph, capture_request
 from .shapes import Bucket
 

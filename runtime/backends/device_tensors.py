@@ -1,4 +1,4 @@
-"""Types, sizes and bits of tensors in the terms of NumPy, and which rows are copied together."""
+"""Tensors on a CUDA device: their bits, and which rows are copied together."""
 
 from __future__ import annotations
 
@@ -8,21 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.manifest import MASK_FILL, TensorSpec
-from .buffers import shape_of
+from .buffers import dtype_of, shape_of
 from .shapes import Bucket, Rows
-
-# NumPy lacks these types, so their bits are handled as integers.
-_DTYPES = {"bfloat16": np.dtype(np.uint16)}
-
-
-def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
-    """The NumPy type that holds the bits of a tensor."""
-    return _DTYPES.get(spec.dtype) or np.dtype(spec.dtype)
-
-
-def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
-    """A tensor's size in bytes at a padded shape."""
-    return int(np.prod(shape_of(spec, bucket))) * dtype_of(spec).itemsize
 
 
 def bits_of(value: float, spec: TensorSpec) -> float:

@@ -20,8 +20,7 @@ from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, BuiltFile, Grap
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
-from .buffers import BufferName, Buffers, GraphCall, Hidden, crop_of, shape_of
-from .device_tensors import dtype_of
+from .buffers import BufferName, Buffers, GraphCall, Hidden, crop_of, dtype_of, shape_of
 from .onnxruntime_session import is_out_of_memory
 from .shapes import Bucket, Limits, Rows
 

@@ -222,9 +222,8 @@ def keeps_freed_memory() -> bool:
     """Whether freed memory stays with the process; glibc is told so when this is first asked.
 
     Then all segments share their working memory: each one frees it after its run, and the next one
-    gets it while it is still in the CPU's caches. On a CPU with AMX, single texts of MPNet took 8
-    to 13 % less time, and batches up to 17 %. Other C libraries return large blocks to the system,
-    and fetch them again page by page, which takes longer than it saves.
+    gets it while it is still in the CPU's caches. Other C libraries return large blocks to the
+    system, and fetch them again page by page, which takes longer than it saves.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return False  # the user has decided otherwise

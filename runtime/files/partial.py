@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ..artifact.folder import BAD_JSON
 from ..errors import InputError, Remedy
 from .records import Record, to_json
 from .writers import records_of
@@ -136,7 +137,7 @@ class Partial:
         remedy = f"delete {self.path} to start again"
         try:
             earlier = msgspec.json.decode(self._settings_path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        except (OSError, *BAD_JSON) as error:
             raise InputError(
                 f"{self._settings_path}, which says what was run, is missing or damaged", remedy
             ) from error
