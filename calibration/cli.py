@@ -251,7 +251,7 @@ def _print(result: Calibration, console: Console) -> None:
             point.name + " (default)" * (point.name == result.default),
             rule_in_words(point.rule),
             f"{point.chosen_on.mean_depth:.2f}",
-            *(f"{100 * (1 - 1 / point.measured[size]):.0f} %" for size in sizes),
+            *(f"{round(100 * (1 - 1 / point.measured[size]))} %" for size in sizes),
             promise_in_words(point, result),
         )
     console.print(points)
