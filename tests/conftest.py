@@ -193,6 +193,14 @@ def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(shared_root: Path) -> Iterator[None]:
+    """The user's cache directory of this run, which is not that of the person who tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared_root / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_models(shared_root: Path) -> Mapping[str, Path]:
     """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""

@@ -5,9 +5,10 @@ Buffers, regrouping and CUDA graphs are in `device.py`.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import logging
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
-from .cuda_probe import check_cuda, extra, no_conditional_graphs, required_gpu
+from . import compiled_cache
+from .cuda_probe import check_cuda, cuda_device, extra, no_conditional_graphs, required_gpu
 from .device import DeviceBackend, DeviceExecution
 from .device_buffers import Place, Runner
 from .shapes import Bucket, Limits
@@ -98,14 +100,16 @@ class PlanRunner(Runner):
 
 
 class RuntimeCache:
-    """What TensorRT for RTX compiled for this GPU, kept in a file from run to run.
+    """What TensorRT for RTX compiled for this GPU, kept in the user's cache directory.
+
+    It is code, so it is never read from an engines folder.
 
     Args:
-        path: the file. It is not part of the artifact: without it, loading takes longer.
+        key: its name in the cache.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, key: str) -> None:
+        self._key = key
         self._cache: Any = None
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
@@ -122,23 +126,17 @@ class RuntimeCache:
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is None:
             self._cache = runtime_config.create_runtime_cache()
-            if self._path.is_file() and not self._cache.deserialize(self._path.read_bytes()):
-                logger.warning("%s is for another GPU or release, so it is replaced", self._path)
+            content = compiled_cache.read(self._key)
+            if content is not None and not self._cache.deserialize(bytes(content)):
+                logger.info("what was compiled before is for another driver, so it is replaced")
         runtime_config.set_runtime_cache(self._cache)
         self._configs[graph] = runtime_config
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache; warns if that is not possible."""
-        if self._cache is None:
-            return
-        content = bytes(self._cache.serialize())
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(self._path)
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", self._path, error.strerror)
+        """Write the cache, if possible."""
+        if self._cache is not None:
+            compiled_cache.write(self._key, bytes(self._cache.serialize()))
 
 
 class TensorRtBackend(DeviceBackend):
@@ -159,7 +157,7 @@ class TensorRtBackend(DeviceBackend):
         self._runtime.engine_host_code_allowed = self.target.version_compatible
         self._compiled = None
         if self.target.backend == "tensorrt-rtx":
-            self._compiled = RuntimeCache(folder / "targets" / name / "runtime.cache")
+            self._compiled = RuntimeCache(_cache_key(self.target, self.trt.__version__))
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -312,6 +310,14 @@ class TensorRtBackend(DeviceBackend):
     def _free(self) -> None:
         if self._compiled is not None:
             self._compiled.save()
+
+
+def _cache_key(target: Target, version: str) -> str:
+    """A hash of the plans, the library's version and the GPU, which decide what is compiled."""
+    gpu = cuda_device()
+    plans = sorted(file.sha256 for file in target.files.values())
+    parts = [plans, version, gpu.name, gpu.compute_capability]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _is_for(target: Target, compute_capability: str) -> bool:

@@ -367,10 +367,7 @@ def test_a_report_that_fails_leaves_the_calibration(
 
 
 @pytest.mark.usefixtures("measured")
-def test_all_targets_are_calibrated_in_one_run(
-    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None:
     add_openvino(folder, "fp32")
     # A target of another machine is left out.
     targets = dict(read_manifest(folder).targets)

@@ -60,7 +60,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
-    for module in (cuda_probe, targets):
+    for module in (cuda_probe, tensorrt, targets):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 

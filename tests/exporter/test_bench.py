@@ -69,7 +69,6 @@ def test_the_full_graph_runs_in_the_target_of_the_chain(
     engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)
     folder = engine_copy()
     add_targets(folder, AddTargetsOptions(backends=("openvino",)))

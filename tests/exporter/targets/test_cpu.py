@@ -44,11 +44,6 @@ ADDED = [FP32, *[BF16] * openvino.has_bf16()]
 needs_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def add(folder: Path, default: str | None = None) -> AddTargetsResult:
     return add_targets(folder, AddTargetsOptions(backends=(cpu.OPENVINO,), default_target=default))
 

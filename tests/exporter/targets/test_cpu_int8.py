@@ -53,11 +53,6 @@ ALL = (*NAMES, *[MIXED] * openvino.has_bf16())
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> AddTargetsOptions:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))

@@ -84,7 +84,6 @@ def test_the_command_judges_openvino_on_labelled_rows(
     engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, data = engine_copy(), tmp_path / "rows"
     with Engine.load(folder) as engine:
         rows = labelled(engine, TEXTS[:40])

@@ -136,7 +136,6 @@ def chain(
             shutil.copytree(engines[family], folder)
             if kind.startswith("openvino"):
                 add_openvino(folder, kind.removeprefix("openvino-"))
-                patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
                 chain = Chain(folder, target=kind)
                 yield chain
                 chain.backend.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from fpabee.runtime import (
     MissingExtraError,
     chain_times,
 )
+from fpabee.runtime.backends import compiled_cache
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.device import DeviceExecution
@@ -251,19 +253,31 @@ def test_a_plan_that_does_not_load_says_why(
 
 
 def test_rtx_keeps_what_the_device_compiled(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    made = double(backend="tensorrt-rtx")
-    cache = made.folder / "targets" / made.target / "runtime.cache"
-    for contexts in (3, 6):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def kept(made: Double) -> list[bytes]:
         with made.load() as engine:
             engine.trace(["rain"])
-        assert cache.read_bytes() == b"compiled %d" % contexts
-    cache.write_bytes(b"of another release")
-    with made.load() as engine:
-        engine.trace(["rain"])
-    assert "runtime.cache is for another GPU or release" in caplog.text
-    assert cache.read_bytes() == b"compiled 3"
+        names = (path.name for path in sorted((tmp_path / "cache/fpabee/compiled").iterdir()))
+        return [bytes(compiled_cache.read(name) or b"") for name in names]
+
+    made = double(backend="tensorrt-rtx")
+    before = sorted(made.folder.rglob("*"))
+    assert kept(made) == [b"compiled 3"]
+    assert kept(made) == [b"compiled 6"], "the next process starts with what the first one kept"
+    assert sorted(made.folder.rglob("*")) == before, "a folder must stay verifiable"
+    (path,) = (tmp_path / "cache/fpabee/compiled").iterdir()
+    compiled_cache.write(path.name, b"of another driver")
+    assert kept(made) == [b"compiled 3"]
+    assert "for another driver" in caplog.text
+    set_gpu(monkeypatch, CudaDevice("Another GPU", "8.6", (13, 0)))
+    assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
 
 
 def test_a_plan_of_another_graph_is_refused(double: Callable[..., Double]) -> None:
