@@ -6,6 +6,7 @@ The folder stays usable at every moment: new files are written first, the manife
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import util
@@ -24,10 +25,12 @@ from ..runtime.artifact.manifest import (
     with_target,
 )
 from ..runtime.backends.tensorrt import build_command
+from ..runtime.cpu import multiplies_int8
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
 from ..runtime.errors import (
     ArtifactError,
+    BackendError,
     FpabeeError,
     InputError,
     MissingExtraError,
@@ -134,6 +137,8 @@ def add_targets(
     manifest = read_manifest(path)
     check_options(options)
     try:
+        with tempfile.TemporaryFile(dir=path):  # before any slow step: it must be writable
+            pass
         return _add_targets(path, manifest, options, progress)
     except OSError as error:
         raise ArtifactError(
@@ -146,7 +151,7 @@ def check_options(options: AddTargetsOptions) -> None:
     """Refuse what cannot be added on this machine, before any slow step begins.
 
     Raises:
-        BackendError: a backend that was asked for cannot build here.
+        BackendError: a backend that was asked for cannot build here, or this CPU cannot run int8.
         MissingExtraError: what int8 needs is not installed.
         InputError: a file of texts does not exist or is a pipe, its format is unknown, or int8
             needs more texts.
@@ -165,6 +170,11 @@ def check_options(options: AddTargetsOptions) -> None:
                     "store them in a file, and give that",
                 )
     for_plans, for_cpus = _int8_forms(options)
+    if for_cpus and not multiplies_int8():
+        raise BackendError(
+            "int8 for CPUs needs VNNI instructions, and this CPU has none",
+            "add int8 on the machine that will run it",
+        )
     if options.calibration_data is not None and (for_plans or for_cpus):
         require("quantize" if for_cpus else "half")
         from .precision.int8 import split_texts
@@ -207,7 +217,7 @@ def _add_targets(
         )
         write_manifest(path, manifest)
     if for_cpus and options.calibration_data is not None:
-        from .targets.cpu_int8 import add_cpu_int8
+        from .targets.cpu_int8 import add_cpu_int8, drop_unused_graphs
 
         # Older targets run the graphs that are replaced, so they are checked again, too.
         versions = {
@@ -219,6 +229,7 @@ def _add_targets(
         rows = _rows(options.calibration_data, options)
         manifest, int8 = add_cpu_int8(path, manifest, versions, rows, progress)
         write_manifest(path, manifest)
+        drop_unused_graphs(path, manifest)
         checked += int8
     manifest, default = _with_default(path, manifest, checked, options, progress)
     write_manifest(path, manifest)
@@ -306,7 +317,8 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
         for_plans = bool(options.precisions) or any(
             unavailable_reason(backend) is None for backend in PLAN_BACKENDS
         )
-        return for_plans, not for_plans or util.find_spec("nncf") is not None
+        can_quantize = util.find_spec("nncf") is not None and multiplies_int8()
+        return for_plans, not for_plans or can_quantize
     for_cpus = bool(set(options.backends) & set(cpu.BACKENDS))
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
 

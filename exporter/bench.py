@@ -24,6 +24,8 @@ import numpy as np
 
 from ..runtime.artifact.folder import read_manifest, sha256_of
 from ..runtime.backends.onnxruntime_session import usable_cores
+from ..runtime.backends.openvino import openvino_version
+from ..runtime.backends.tensorrt import MODULES, library_version
 from ..runtime.batching import make_groups
 from ..runtime.encoding import EncodedRow, Text, padded_inputs, padding_values
 from ..runtime.engine import Engine
@@ -36,7 +38,7 @@ from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
 from ..runtime.targets import open_backend
 from .prune.keep import keep_exits
-from .targets.cpu import FP32_TARGET
+from .targets.cpu import FP32_TARGET, OPENVINO
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"
@@ -248,8 +250,10 @@ class _Runner:
         arrays = padded_inputs(rows, self._padding)
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         embeddings, blocks, heads = model.parts
-        head_of = dict(zip(model.exit_config.exits, heads, strict=True))
-        exits = range(len(heads) + 1)
+        kept = self.engine.manifest.exit_layers  # the folder may have fewer exits than the model
+        layers = zip(model.exit_config.exits, heads, strict=True)
+        head_of = {layer: head for layer, head in layers if layer in kept}
+        exits = range(len(head_of) + 1)
         runner = RuleRunner(self.rule, task.problem_type, exits, task.label_thresholds)
         state, done, number = runner.start(len(rows)), np.zeros(len(rows), bool), 0
         with torch.inference_mode():
@@ -307,7 +311,7 @@ def run_bench(
             versions={
                 "python": platform.python_version(),
                 "onnxruntime": onnxruntime.__version__,
-                **engine.manifest.targets[engine.target].versions,
+                **_versions_of(engine.manifest.targets[engine.target].backend),
                 "numpy": np.__version__,
             },
         )
@@ -384,6 +388,13 @@ def _measure(
         mean_depth=float(ran.mean()),
         theoretical=float(layers[-1] * tokens.sum() / max((ran * tokens).sum(), 1)),
     )
+
+
+def _versions_of(backend: str) -> dict[str, str]:
+    """The installed version of a backend's library, besides ONNX Runtime."""
+    if backend == OPENVINO:
+        return {backend: openvino_version()}
+    return {name: library_version(name) for key, name in MODULES.items() if key == backend}
 
 
 def _timed(

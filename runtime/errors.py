@@ -18,6 +18,7 @@ contain line endings, escape codes, or megabytes.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from typing import Any
@@ -172,8 +173,13 @@ def in_one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message that says something, or its class if there is none.
+
+    OpenVINO begins with lines that say where in its source the error was noticed.
+    """
+    lines = str(error).strip().splitlines()
+    said = (line for line in lines if not re.search("^Exception from |Check '.*' failed at ", line))
+    return next(said, type(error).__name__)
 
 
 def _without_middle(text: str) -> str:

@@ -29,7 +29,8 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
         folder: the engines folder.
         manifest: its manifest.
         name: a target; None: the default target, or if this machine cannot run it, the fastest
-            target that it can run. A warning says so, once for each folder.
+            target that it can run, if possible one with the same operating points. A warning says
+            so, once for each folder.
 
     Raises:
         BackendError: the folder has no such target.
@@ -77,13 +78,20 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
     error = why_not(manifest, default)
     if error is None:
         return default
-    speeds = {name: target.relative_speed or 0.0 for name, target in manifest.targets.items()}
-    for name in sorted(speeds, key=speeds.__getitem__, reverse=True):
+    points = manifest.targets[default].operating_points.keys()
+    ranks = {
+        name: (len(points & target.operating_points.keys()), target.relative_speed or 0.0)
+        for name, target in manifest.targets.items()
+    }
+    for name in sorted(ranks, key=ranks.__getitem__, reverse=True):
         if why_not(manifest, name) is None:
             if (folder, default) not in _told:
                 _told.add((folder, default))
+                lost = sorted(points - manifest.targets[name].operating_points.keys())
+                without = f", without the operating points {', '.join(lost)}" if lost else ""
                 logger.warning(
-                    "%s runs instead of the default target %s: %s", name, default, error.message
+                    "%s runs instead of the default target %s%s: %s",
+                    *(name, default, without, error.message),
                 )
             return name
     return default  # whose error is the one to report

@@ -119,14 +119,14 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.path(
     "--calibration-data",
     "Texts that set the value ranges of --int8; if they have labels, its score is checked, too. "
-    "With --from and --exits: labelled rows for the operating points, if the folder no longer "
-    "contains the rows that calibrated them.",
+    "With --from and --exits: labelled rows for the operating points. Points with a guarantee need "
+    "them; the others only if the folder no longer contains the rows that calibrated them.",
 )
 @options.option(
     "--keep-fp32",
     "NODE",
-    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes with values above "
-    "half of the range of fp16 or bf16, and the nodes that read or write these values.",
+    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes that read or write "
+    "values above half of the range of the format (fp16 or bf16).",
     multiple=True,
 )
 @options.path(

@@ -69,7 +69,7 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 @options.choice(
     "--pooling",
     "POOLING",
-    "Input of the exits: the mean over all tokens, or the first token (PABEE).",
+    "Input of the exits. mean: the mean over all tokens; cls: the first token, as in PABEE.",
     Pooling,
     default=TrainOptions.pooling.value,
 )

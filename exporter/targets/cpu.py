@@ -245,14 +245,16 @@ def with_fastest_default(
     near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
     # Of targets that are about as fast, the most exact; tolerances below 1e-4 count as equal.
     fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, 1e-4))
-    why = f"{speeds[fastest]:.2f} times as fast as {names[0]} here, at full depth"
+    other = before if before in speeds else names[0]
+    faster = speeds[fastest] / speeds[other]
+    why = f"{faster:.2f} times as fast as {other} here, at full depth"
     if manifest.default_is_fixed:
         chosen, why = before, "as chosen by hand"
     elif points[before] - points[fastest]:
         chosen, why = before, f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
         chosen, why = before, "which does not run on this CPU"
-    elif speeds[fastest] < _LEAST_GAIN * speeds[before]:
+    elif fastest == before or max(speeds.values()) < _LEAST_GAIN * speeds[before]:
         chosen, why = before, "because no other target for CPUs is faster here"
     else:
         chosen = fastest

@@ -33,7 +33,7 @@ def add_cpu_int8(
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
 
-    Older graphs are replaced when a target has passed. If none passes, older targets stay.
+    Older graphs stay until `drop_unused_graphs`. If no target passes, older targets stay as well.
 
     Args:
         folder: the engines folder.
@@ -68,7 +68,8 @@ def add_cpu_int8(
                 onnx_sha256=manifest.graphs[name].sha256,
             )
         moved = {
-            name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}.onnx")
+            # Another name for other content, so that the manifest of an older target stays true.
+            name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}-{file.sha256[:8]}.onnx")
             for name, file in files.items()
         }
         for backend, version in versions.items():
@@ -95,10 +96,23 @@ def add_cpu_int8(
         if not any(checked.agreement for checked in found):
             return manifest, found
         place.mkdir(exist_ok=True)
-        for path in Path(temporary).iterdir():
-            path.replace(place / path.name)
+        for name, file in files.items():
+            (folder / file.file).replace(folder / moved[name].file)
     targets = {
         name: msgspec.structs.replace(target, files=moved) if target.files == files else target
         for name, target in changed.targets.items()
     }
     return msgspec.structs.replace(changed, targets=targets), found
+
+
+def drop_unused_graphs(folder: Path, manifest: Manifest) -> None:
+    """Delete the int8 graphs for CPUs that no target runs any more.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest, which must be written already.
+    """
+    used = {folder / f.file for target in manifest.targets.values() for f in target.files.values()}
+    for path in (folder / INT8_FOLDER).glob("*.onnx"):
+        if path not in used:
+            path.unlink()

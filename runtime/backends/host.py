@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.folder import verified_graph
-from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, BuiltFile, Graph, TensorSpec
+from ..artifact.manifest import (
+    ATTENTION_BIAS,
+    MASK_FILL,
+    NEXT,
+    BuiltFile,
+    Graph,
+    Target,
+    TensorSpec,
+)
+from ..cpu import multiplies_int8
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
@@ -33,6 +42,7 @@ _MAX_BATCH = 256
 # Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so one vector
 # instruction could read two lines. On a CPU with AMX, a single text then took about 2 % longer.
 _CACHE_LINE = 64
+_LESS_MEMORY = "use shorter or fewer texts at a time: there is not enough free memory"
 
 Value = tuple[NDArray[Any], Any]
 """An array, and the tensor of the inference library over its memory."""
@@ -63,7 +73,11 @@ class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
     def _allocate(self, name: BufferName) -> Value:
         spec = self._backend.specs[name[0]]
         # NumPy has no bfloat16, so its bits are integers: they are only copied, and zero is zero.
-        array = _aligned(shape_of(spec, self.bucket), dtype_of(spec))
+        shape = shape_of(spec, self.bucket)
+        try:
+            array = _aligned(shape, dtype_of(spec))
+        except MemoryError as error:
+            raise BackendError(f"no room for {name[0]} of shape {shape}", _LESS_MEMORY) from error
         self.nbytes += array.nbytes
         return array, self._backend.tensor(array, spec)
 
@@ -114,6 +128,15 @@ class HostBackend(Backend[HostBuffers]):
     def failures() -> tuple[type[Exception], ...]:
         """The exceptions that the library raises."""
 
+    @staticmethod
+    def check(target: Target, name: str) -> None:
+        """Check that this CPU computes the target's precision; see `Backend.check`."""
+        if target.precision.startswith("int8") and not multiplies_int8():
+            raise BackendError(
+                f"target {name} needs a CPU with VNNI instructions, and this one has none",
+                Remedy("choose another {target}, such as onnxruntime-fp32"),
+            )
+
     def limits(self) -> Limits:
         """Any shape up to the model's longest sequence."""
         rows = min(_MAX_BATCH, self._shapes.batch.max)
@@ -135,7 +158,9 @@ class HostBackend(Backend[HostBuffers]):
         except self.failures() as error:
             raise ArtifactError(
                 f"{self.library} cannot load {path}: {first_line(error)}",
-                f"update {self.library}: {self.update}; or export the model again",
+                "close other programs: there is not enough free memory"
+                if is_out_of_memory(error)
+                else f"update {self.library}: {self.update}; or export the model again",
             ) from error
         expected = {spec.name for spec in (*self.graphs[name].inputs, *self.graphs[name].outputs)}
         found = set(names)
@@ -168,7 +193,7 @@ class HostExecution(Execution[HostBuffers]):
             raise BackendError(
                 f"{self._backend.library} failed in {graph} on {hidden.rows} rows of "
                 f"{hidden.bucket.sequence} tokens: {first_line(error)}",
-                "use shorter or fewer texts at a time: there is not enough free memory"
+                _LESS_MEMORY
                 if is_out_of_memory(error)
                 else Remedy(
                     "export the model again: the graph does not accept these tokens; if only "

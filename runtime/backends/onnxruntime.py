@@ -31,8 +31,9 @@ class OnnxRuntimeBackend(HostBackend):
 
     @staticmethod
     def check(target: Target, name: str) -> None:
-        """Check that exactly one ONNX Runtime is installed; see `Backend.check`."""
+        """Check that exactly one ONNX Runtime is installed; see `HostBackend.check`."""
         check_installed()
+        HostBackend.check(target, name)
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
         """An `OrtValue` over an array's memory."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -112,13 +113,18 @@ class OpenVinoBackend(HostBackend):
 
     @staticmethod
     def check(target: Target, name: str) -> None:
-        """Check that OpenVINO is installed and runs this precision here; see `Backend.check`."""
+        """Check that OpenVINO is installed and runs this precision here; see `HostBackend.check`.
+
+        Raises:
+            BackendError: the CPU lacks the instructions for it.
+        """
         if _needs_bf16(target) and not has_bf16():
             raise BackendError(
                 f"target {name} needs a CPU with bf16 instructions, and this one has none",
                 Remedy("choose another {target}, such as openvino-fp32"),
             )
         _core()
+        HostBackend.check(target, name)
 
     @staticmethod
     def failures() -> tuple[type[Exception], ...]:
@@ -159,7 +165,8 @@ class OpenVinoBackend(HostBackend):
         found = self._imported(key)
         if found is None:
             model = self._compile(file)
-            compiled_cache.write(key, _exported(model))
+            with suppress(RuntimeError):  # then nothing is kept
+                compiled_cache.write(key, _exported(model))
             # What is read from the cache takes less memory than what was compiled.
             found = self._imported(key) or Compiled(model, None, can_share_memory(model))
         return found, (port.any_name for port in (*found.model.inputs, *found.model.outputs))
@@ -298,7 +305,7 @@ def _core() -> Any:
         raise MissingExtraError(
             f"OpenVINO cannot be loaded: {first_line(error)}", f"reinstall it: {_INSTALL}"
         ) from error
-    version = tuple(map(int, ov.__version__.split("-")[0].split(".")[:2]))
+    version = tuple(map(int, re.findall(r"\d+", ov.__version__)[:2]))
     if version < _OLDEST:
         raise BackendError(
             f"OpenVINO {ov.__version__} is too old; fpabee needs {_OLDEST[0]}.{_OLDEST[1]}",

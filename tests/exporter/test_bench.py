@@ -31,6 +31,7 @@ from fpabee.exporter.cli.bench import main, print_report
 from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime import Budget, Engine, Entropy, ExitRule, read_manifest
 from fpabee.runtime.cli.console import table_console
+from fpabee.runtime.rules.runner import RuleRunner
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 
@@ -114,6 +115,28 @@ def test_pytorch_has_no_exit_0(
     alone, _ = run_bench(exit_0_engines["bert"], TEXTS, options).workloads
     assert alone.mean_depth == 0.0
     assert PYTORCH in alone.timings
+
+
+def test_pytorch_has_the_exits_of_the_folder(
+    engines: Mapping[str, Path],
+    tiny_models: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)
+    keep_exits(engines["bert"], read_manifest(engines["bert"]), (2, 3), tmp_path)
+    exits: list[range] = []
+
+    class Noted(RuleRunner):
+        def __init__(self, rule: ExitRule, problem_type: Any, numbers: range, *given: Any) -> None:
+            exits.append(numbers)
+            super().__init__(rule, problem_type, numbers, *given)
+
+    monkeypatch.setattr("fpabee.exporter.bench.RuleRunner", Noted)
+    model_dir = str(tiny_models["bert"])
+    options = BenchOptions(Budget(exit=2), 1, shapes=(), max_single=1, model_dir=model_dir)
+    run_bench(tmp_path, TEXTS[:1], options)
+    assert set(exits) == {range(3)}, "the exits after layers 2 and 3"
 
 
 def test_a_rule_by_which_no_layer_runs(

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.runtime import Agreement, Confidence, ExitRule, FPabee, Pabee, ProblemType, Requirements
+from fpabee.runtime import (
+    Agreement,
+    Confidence,
+    Entropy,
+    ExitRule,
+    FPabee,
+    Pabee,
+    ProblemType,
+    Requirements,
+)
 from fpabee.runtime.agreement import (
     EXPORT_REQUIREMENTS,
     REQUIREMENTS,
@@ -164,3 +173,30 @@ def test_label_thresholds_count_for_labels_and_exits() -> None:
     assert compare(found, expected, rule, MULTI, REQUIREMENTS["fp32"]).exit_agreement == 0.0
     assert compare(found, expected, rule, TUNED, REQUIREMENTS["fp32"]).exit_agreement == 1.0
     assert exits_near_ties(expected, rule, TUNED, 1e-3).tolist() == [False]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_exits_that_change_far_from_their_threshold_count(precision: str) -> None:
+    """Of rows of many scores, half stop at exit 2 of the target and at exit 1 of the model."""
+    margins = np.linspace(0.0, 8.0, 400, dtype=np.float32)
+    expected = np.stack([np.stack([margins, -margins], axis=-1)] * 2)
+    found = expected.copy()
+    found[0, 200:] = 0.0  # the model stops these rows at exit 1
+    found[0, :200] *= 4
+    agreement = compare(found, expected, Entropy(threshold=0.3), SINGLE, REQUIREMENTS[precision])
+    assert agreement.exit_agreement < 0.5
+    assert agreement.passed == (precision == "int8")
+    assert f"exits for {agreement.exit_agreement:.2%}" in str(agreement)
+
+
+def test_near_ties_are_compared_if_hardly_anything_else_is_left() -> None:
+    expected = np.full((1, 100, 2), 0.1, np.float32)
+    expected[:, :11, 0] += 9.0  # 11 sure rows
+    found = expected[..., ::-1].copy()
+    found[:, :11] = expected[:, :11]
+    found[0, 11:, 1] += 0.05
+    few = compare(found, expected, NEVER, SINGLE, REQUIREMENTS["int8"])
+    assert (few.label_agreement, few.near_ties, few.passed) == (1.0, 89, True)
+    assert "without near ties in 89 of 100 rows" in str(few)
+    fewer = compare(found[:, 2:], expected[:, 2:], NEVER, SINGLE, REQUIREMENTS["int8"])
+    assert (fewer.label_agreement, fewer.near_ties, fewer.passed) == (9 / 98, 0, False)

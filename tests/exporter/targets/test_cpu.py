@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,6 +21,7 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.runtime import (
+    ArtifactError,
     BackendError,
     Budget,
     Engine,
@@ -124,6 +128,16 @@ def test_a_little_faster_is_not_enough(
     folder = engine_copy()
     assert "no other target for CPUs is faster" in add(folder).default
     assert read_manifest(folder).default_target == ONNX
+
+
+@needs_bf16
+def test_an_exact_target_becomes_the_default_if_the_fastest_is_hardly_faster(
+    engine_copy: Callable[..., Path], seconds: dict[str, float]
+) -> None:
+    seconds.update({ONNX: 1.0, FP32: 0.97, BF16: 0.93})
+    folder = engine_copy()
+    assert f"{FP32}, 1.03 times as fast as {ONNX}" in add(folder).default
+    assert read_manifest(folder).default_target == FP32
 
 
 def test_a_target_that_changes_answers_is_not_kept(
@@ -266,6 +280,41 @@ def test_on_a_cpu_without_bf16_the_fastest_other_target_runs(
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
     with Engine.load(folder) as engine:
         assert engine.target == FP32
+
+
+def test_a_target_with_the_operating_points_of_the_default_runs_instead(
+    folder: Path,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manifest = read_manifest(folder)
+    slow = msgspec.structs.replace(manifest.targets[ONNX], relative_speed=0.1)
+    default = msgspec.structs.replace(manifest.targets[FP32], precision="bf16")
+    manifest = with_target(with_target(manifest, "slow", slow), "default", default)
+    write_manifest(folder, msgspec.structs.replace(manifest, default_target="default"))
+    set_points(folder, "default", fast=Budget(exit=1), safe=Budget(exit=2))
+    set_points(folder, "slow", fast=Budget(exit=1))
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+    with Engine.load(folder, operating_point="fast") as engine:
+        assert engine.target == "slow"
+    assert "slow runs instead of the default target default, without the operating points safe" in (
+        caplog.text
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(cpu, "add_openvino", lambda *_: 1 / 0)
+    with pytest.raises(ArtifactError, match=f"cannot write {folder}: Read-only file system"):
+        add(folder)
 
 
 def export(*arguments: object) -> Result:

@@ -30,10 +30,12 @@ from fpabee.runtime import (
     Budget,
     Engine,
     InputError,
+    Manifest,
     MissingExtraError,
     VerificationError,
     read_manifest,
 )
+from fpabee.runtime import cpu as cpu_features
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
@@ -137,19 +139,31 @@ def test_int8_that_changes_answers_is_not_kept(
     assert not (folder / "targets" / "cpu-int8").exists()
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", ["", "verified_target", "drop_unused_graphs"])
 def test_earlier_int8_stays_until_the_new_one_has_passed(
     engine_copy: Callable[..., Path],
     options: AddTargetsOptions,
     monkeypatch: pytest.MonkeyPatch,
-    interrupted: bool,
+    interrupted: str,
 ) -> None:
     folder = engine_copy()
     with monkeypatch.context() as patch:
         require(patch, 0.0)
         before = add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
     (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
-    if interrupted:
+    if interrupted == "drop_unused_graphs":  # just before the manifest is written
+        require(monkeypatch, 0.0)
+        write = targets_module.write_manifest
+
+        def interrupt(path: Path, manifest: Manifest) -> None:
+            if manifest.targets[NAMES[0]].files != before.manifest.targets[NAMES[0]].files:
+                raise ZeroDivisionError
+            write(path, manifest)
+
+        monkeypatch.setattr(targets_module, "write_manifest", interrupt)
+        with pytest.raises(ZeroDivisionError):
+            add_targets(folder, options)
+    elif interrupted:
         monkeypatch.setattr(cpu_int8, "verified_target", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             add_targets(folder, options)
@@ -187,7 +201,10 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     result = add_targets(folder, only_openvino)
     assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
     assert result.lost_points == {NAMES[1]: ("fast",)}
-    assert result.manifest.targets[NAMES[0]].files == result.manifest.targets[NAMES[1]].files
+    files = result.manifest.targets[NAMES[0]].files
+    assert files == result.manifest.targets[NAMES[1]].files
+    left = set((folder / "targets" / "cpu-int8").iterdir())
+    assert left == {folder / file.file for file in files.values()}, "older graphs are deleted"
     for name in NAMES:
         with Engine.load(folder, name) as engine:
             engine.check()
@@ -227,6 +244,35 @@ def test_int8_bf16_needs_a_cpu_with_bf16(
     assert kept.files == mixed.files, "the graphs are the same"
     (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
     assert MIXED not in add_targets(folder, options).manifest.targets
+
+
+def test_int8_needs_a_cpu_with_vnni(
+    engine_copy: Callable[..., Path],
+    options: AddTargetsOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Other x86 CPUs cut off large sums, so a verified target would give other answers there."""
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    for name in NAMES:
+        backend = name.removesuffix("-int8")
+        target = Target(backend=backend, precision="int8", graph_precision="fp32", tolerance=None)
+        manifest = with_target(manifest, name, target)
+    write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
+    monkeypatch.setattr(cpu_features, "cpu_info", lambda: {"flags": "avx2 avx512f"})
+    monkeypatch.setattr(cpu_features.platform, "machine", lambda: "x86_64")
+    for name in NAMES:
+        with pytest.raises(BackendError, match=f"{name} needs a CPU with VNNI instructions"):
+            Engine.load(folder, name)
+    with Engine.load(folder) as engine:
+        assert engine.target == "onnxruntime-fp32"
+    assert "needs a CPU with VNNI instructions" in caplog.text
+    with pytest.raises(BackendError, match="int8 for CPUs needs VNNI instructions"):
+        add_targets(folder, options)
+    monkeypatch.setattr(cpu_features.platform, "machine", lambda: "aarch64")
+    with Engine.load(folder, NAMES[1]) as engine:
+        engine.predict(TEXTS[:1])
 
 
 def test_ten_texts_are_too_few(

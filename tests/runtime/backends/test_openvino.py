@@ -23,7 +23,7 @@ from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.engine import Engine
-from fpabee.runtime.errors import BackendError, MissingExtraError
+from fpabee.runtime.errors import BackendError, MissingExtraError, first_line
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.openvino import add_openvino
@@ -194,6 +194,40 @@ def test_a_request_that_cannot_be_made_is_one_error(
                 engine.predict(TEXTS[:1])
         assert hint in error.value.hint
         engine.check()
+
+
+def test_the_reason_of_an_error_is_said() -> None:
+    """OpenVINO begins with where in its source the error was noticed."""
+    import openvino as ov
+
+    model = ov.Tensor(np.zeros(50, np.uint8))
+    with pytest.raises(RuntimeError, match=r"^Exception from src") as error:
+        ov.Core().import_model(model, "CPU", {})
+    assert first_line(error.value).startswith("[CPU] Cannot import compiled blob")
+
+
+def test_lack_of_memory_is_one_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    with Engine.load(folder, TARGET) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr("fpabee.runtime.backends.host._aligned", refuse)
+            with pytest.raises(BackendError, match=r"no room for \w+ of shape \(1, ") as error:
+                engine.predict(TEXTS[:1])
+        assert "enough free memory" in error.value.hint
+        engine.check()
+
+
+def test_a_graph_that_cannot_be_kept_runs(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> bytes:
+        raise RuntimeError("cannot be exported")
+
+    monkeypatch.setattr(openvino, "_exported", refuse)
+    check(folder)
+    assert not cache.exists()
 
 
 def test_a_process_may_change_its_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
