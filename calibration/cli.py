@@ -74,7 +74,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
     "--rule rules",
     "RULE",
     f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; "
-    "for guaranteed points, entropy.",
+    "for guaranteed points, entropy. Full depth competes as well, and the cascade if the model has "
+    "exit 0.",
     ["auto", *CHOOSABLE_RULES],
     multiple=True,
 )
@@ -257,7 +258,7 @@ def _print(result: Calibration, console: Console) -> None:
     console.print(points)
     if result.rows.first_exit == 0:
         default = next(point for point in result.points if point.name == result.default)
-        console.print(f"exit 0 answers at {default.name}: {exit_0_in_words(default.chosen_on)}")
+        console.print(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
     for warning in result.warnings:
         console.print(f"warning: {warning}")
     if result.comparisons:
@@ -286,6 +287,6 @@ def _comparisons(result: Calibration) -> Table:
             drop_in_words(comparison.held_out),
             f"{runs.mean_depth:.2f}",
             f"{runs.estimated:.2f}x",
-            *[exit_0_in_words(runs)] * has_exit_0,
+            *[exit_0_in_words(comparison)] * has_exit_0,
         )
     return table

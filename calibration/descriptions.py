@@ -8,7 +8,7 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.rule_words import rule_in_words as rule_in_words
 from ..runtime.rules.rules import Budget
 from .outcome import Outcome, level_of
-from .result import Calibration, Point
+from .result import Calibration, Point, RuleComparison
 from .risk import RiskOf
 from .scoring import ROW_MEANS
 
@@ -18,13 +18,19 @@ def drop_in_words(held: Outcome) -> str:
     return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
 
 
-def exit_0_in_words(held: Outcome) -> str:
-    """What exit 0 answers: `86 % of rows, 0.4 % of them unlike full depth`."""
-    count = held.exits[0]
-    if held.exit_0_changed is None or not count:
+def exit_0_in_words(found: Point | RuleComparison) -> str:
+    """What exit 0 answers: `86 % of rows, 0.4 % of them unlike full depth`.
+
+    The first share is that of the setting that will run. Rows that chose it would flatter the
+    second one, so that is of the rows that `held_out` is about.
+    """
+    runs, held = found.chosen_on, found.held_out
+    if not runs.exits[0]:
         return "no row"
-    share, changed = 100 * count / held.rows, 100 * held.exit_0_changed / count
-    return f"{share:.0f} % of rows, {changed:.1f} % of them unlike full depth"
+    share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
+    if held.exit_0_changed is None or not held.exits[0]:
+        return share
+    return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them unlike full depth"
 
 
 def promise_in_words(point: Point, result: Calibration) -> str:

@@ -106,8 +106,8 @@ class StopScores:
         scores = rule.stop_scores(lambda other: self.scores_of(other)[1 - first :])
         if first == 1:
             return scores
-        exit_0 = np.where(rule.min_exit > 0, np.inf, self.exit_0)
-        return np.stack([np.where(rule.ends_at_exit_0, -np.inf, exit_0), *scores])
+        exit_0 = np.where(rule.ends_at_exit_0, -np.inf, self.exit_0)
+        return np.stack([np.where(rule.min_exit > 0, np.inf, exit_0), *scores])
 
     def exits(self, rule: ExitRule) -> Integers:
         """The exits `[rows]` of a rule; the same as those of `simulate`."""

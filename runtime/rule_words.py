@@ -14,6 +14,8 @@ def rule_in_words(rule: ExitRule) -> str:
 def settings_in_words(settings: RuleSettings) -> str:
     """The same for settings from a manifest, whose rule this version may not know."""
     rest = dict(settings)
+    if rest.get("name") == "budget" and "exit_0_threshold" in rest:
+        return f"cascade: exit 0 from {rest['exit_0_threshold']}, else exit {rest.get('exit')}"
     words = [str(rest.pop(name, "")) for name in ("name", "measure")]
     threshold = rest.pop("threshold", None)
     if isinstance(threshold, tuple):

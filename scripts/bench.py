@@ -52,8 +52,8 @@ def table(report: dict[str, Any], scores: str, title: str) -> str:
         cells[1] += f" ({workload['full_depth_over_full_graph']:.2f}x)"
         cells += [
             f"**{workload['realised']:.2f}x**",
-            f"{workload['theoretical']:.2f}x",
-            f"{workload['realised_over_theoretical']:.3f}",
+            f"{workload['theoretical']:.2f}x" if workload["mean_depth"] else "no layers",
+            f"{workload['realised_over_theoretical']:.3f}" if workload["mean_depth"] else "",
             _milliseconds(timings.get(PYTORCH)),
         ]
         lines.append(f"| {workload['name']} | " + " | ".join(cells) + " |")

@@ -156,6 +156,7 @@ def _judged(found: Point | RuleComparison) -> Record:
         "theoretical_speedup": outcome.theoretical,
         "estimated_speedup": outcome.estimated,
         "rows": outcome.rows,
+        "exit_0_changed": outcome.exit_0_changed,
     }
 
 

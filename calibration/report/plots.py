@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from .data import Report
 from .exits import Bin
@@ -45,6 +45,8 @@ _COLUMNS = 4
 _LONGEST_NAME = 28
 # In points: curves are shown down to this drop, and further if an interval reaches lower.
 _LEAST_FLOOR = 4.0
+# Speed-ups above this one are shown on a logarithmic axis.
+_MOST_LINEAR = 8.0
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -123,6 +125,10 @@ def _limit(axes: Axes, report: Report) -> None:
     tops = [-s.drop for s in seen] + [-p.held_out.interval[0] for p in points]
     axes.set_ylim(-floor, max(0.5, *tops) + 0.05 * floor)
     axes.set_xlim(0.95, 1.05 * max(1.2, *fastest))
+    if max(fastest) > _MOST_LINEAR:  # where exit 0 answers nearly all rows
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _depths(report: Report) -> Figure:

@@ -19,7 +19,6 @@ from fpabee.calibration.families import (
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import (
-    Budget,
     Entropy,
     ExitRule,
     FPabee,
@@ -67,16 +66,19 @@ def test_the_same_with_exit_0(
         confidences = Outputs(logits[0], task).confidence().tolist()
         threshold = data.draw(st.sampled_from([*confidences, 0.7]))
     last = data.draw(st.sampled_from([None, None, 0, 1]))
+    least = 0 if last == 0 else data.draw(st.sampled_from([0, 0, 1]))
     rule = dataclasses.replace(
-        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=0, max_exit=last
+        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=least, max_exit=last
     )
     if len(logits) - 1 < getattr(rule, "exit", 1):
         return
     expected = simulate(logits, rule, task, first_exit=0).exits
     np.testing.assert_array_equal(StopScores(rows).exits(rule), expected)
-    if not isinstance(rule, Budget):
-        later = dataclasses.replace(rule, min_exit=1, max_exit=None)
-        assert (simulate(logits, later, task, first_exit=0).exits >= 1).all()
+    later = dataclasses.replace(rule, min_exit=1, max_exit=None)
+    assert (simulate(logits, later, task, first_exit=0).exits >= 1).all()
+    np.testing.assert_array_equal(
+        StopScores(rows).exits(later), simulate(logits, later, task, first_exit=0).exits
+    )
 
 
 @pytest.mark.parametrize("first_exit", [0, 1])
