@@ -272,7 +272,9 @@ def main(
                 "settings": other.settings,
                 "hardware": f"{cpu_name()}, {threads} threads, {platform.system()}",
             }
-            path.write_text(json.dumps(head | found, indent=1) + "\n", encoding="utf-8")
+            new = path.with_suffix(".new")  # the script may be stopped while it writes
+            new.write_text(json.dumps(head | found, indent=1) + "\n", encoding="utf-8")
+            new.replace(path)
     folders = [results / name for name in MODELS if (results / name).is_dir()]
     lines = [line for folder in folders for line in table(folder)]
     (results / "table.md").write_text("\n".join(lines), encoding="utf-8")
