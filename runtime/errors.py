@@ -21,7 +21,6 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable
-from typing import Any
 
 _MOST_CHARACTERS = 480
 
@@ -76,17 +75,9 @@ class Remedy:
             parameter: how to write the name of a parameter.
             call: how to write a call of a function.
         """
-        parts = []
-        for literal, field, _, _ in string.Formatter().parse(self.text):
-            parts.append(literal)
-            if field is None:
-                continue
-            value: Any = self.values.get(field)
-            if field not in self.values:
-                parts.append(parameter(field))
-            else:
-                parts.append(call(value) if isinstance(value, Call) else str(value))
-        return "".join(parts)
+        given = {k: call(v) if isinstance(v, Call) else str(v) for k, v in self.values.items()}
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.text) if field}
+        return self.text.format_map(given | {f: parameter(f) for f in fields - given.keys()})
 
 
 EXPORT_AGAIN = Remedy("export the model again: {call}", call=Call("export", "MODEL_DIR", "ENGINES"))
