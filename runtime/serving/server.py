@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -23,7 +23,6 @@ from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ... import __version__
-from ..encoding import EncodedRow, Text
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, Remedy, RuleError, in_one_line
 from ..results import Prediction
@@ -36,6 +35,7 @@ from .formats import (
     predict_response,
 )
 from .metrics import Metrics
+from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -79,29 +79,9 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
-class Classifier(Protocol):
-    """What runs the rows of requests: a `Scheduler`, or something with the same methods."""
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether new rows are refused."""
-
-    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """Tokenize texts."""
-
-    async def classify_encoded(
-        self,
-        rows: Sequence[EncodedRow],
-        deadline_ms: float | None,
-        max_exit: int | None,
-        arrived: float,
-    ) -> list[Prediction]:
-        """Classify rows whose texts arrived at some second of `perf_counter`."""
-
-
 def make_app(
     engine: Engine,
-    scheduler: Classifier,
+    scheduler: Scheduler,
     metrics: Metrics,
     limits: ServerLimits | None = None,
     name: str = "fpabee",
@@ -219,7 +199,7 @@ class _Server:
     def __init__(
         self,
         engine: Engine,
-        scheduler: Classifier,
+        scheduler: Scheduler,
         metrics: Metrics,
         limits: ServerLimits,
         name: str,
