@@ -47,6 +47,7 @@ _MOST_THREADS = 256
 _CAPACITY_SECONDS = 20.0
 # After the last request, how long the client waits for answers.
 _PATIENCE_SECONDS = 10.0
+_HEAD = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @dataclass(frozen=True)
@@ -295,9 +296,11 @@ def _send(
 
 
 class _Client:
+    """Each connection is for one request at a time, and is used again once that is answered."""
+
     def __init__(self, port: int) -> None:
         self._port = port
-        self._idle: list[_Connection] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._found: list[tuple[float, int, float]] = []
 
     async def send(
@@ -315,54 +318,25 @@ class _Client:
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in self._idle:
-            connection.transport.close()
+        for _, writer in self._idle:
+            writer.close()
         return len(tasks), self._found
 
     async def _ask(self, body: bytes, due: float, begun: float) -> None:
-        if self._idle:
-            connection = self._idle.pop()
-        else:
-            loop = asyncio.get_running_loop()
-            _, connection = await loop.create_connection(_Connection, "127.0.0.1", self._port)
-        status, content = await connection.ask(body)
-        self._idle.append(connection)
-        if status == b"200":
+        reader, writer = (
+            self._idle.pop()
+            if self._idle
+            else await asyncio.open_connection("127.0.0.1", self._port)
+        )
+        writer.write(b"%sContent-Length: %d\r\n\r\n%s" % (_HEAD, len(body), body))
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(None, 1)[0])
+            content = await reader.readexactly(length)
+        except BaseException:  # such as that the answer took too long
+            writer.close()
+            raise
+        self._idle.append((reader, writer))
+        if head.split(None, 2)[1] == b"200":
             now = time.perf_counter()
             self._found.append((now - due, json.loads(content)["data"][0]["layer"], now - begun))
-
-
-class _Connection(asyncio.Protocol):
-    """A connection for one request at a time. The client must not take much of the processor."""
-
-    transport: asyncio.Transport
-
-    def __init__(self) -> None:
-        self._answer: asyncio.Future[tuple[bytes, bytes]]
-        self._answer = asyncio.get_running_loop().create_future()
-        self._answer.cancel()  # No request waits for it.
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-
-    def ask(self, body: bytes) -> asyncio.Future[tuple[bytes, bytes]]:
-        """Send a request; returns the status and the body of the response."""
-        self._answer = asyncio.get_running_loop().create_future()
-        if self.transport.is_closing():
-            self._answer.set_exception(ConnectionResetError())
-            return self._answer
-        self._received = b""
-        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        self.transport.write(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
-        return self._answer
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        head, _, content = self._received.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length:")[2].split(None, 1)
-        if length and len(content) == int(length[0]) and not self._answer.done():
-            self._answer.set_result((head.split(None, 2)[1], content))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._answer.done():
-            self._answer.set_exception(exc or ConnectionResetError())
