@@ -36,7 +36,6 @@ from .buffers import BufferName, Hidden, dtype_of, nbytes_of, shape_of
 from .cuda import Cuda, cuda
 from .decide import GATHER, settings_of
 from .device_buffers import DeviceBuffers, Place, Runner, Step
-from .device_tensors import bias_of, bits_of, runs_of
 from .request_graph import RequestGraph
 from .shapes import Bucket, Rows
 
@@ -273,14 +272,13 @@ class DeviceExecution(Execution[DeviceBuffers]):
         """What writes each input of segment 1."""
 
         def writes(name: str) -> Callable[[NDArray[Any]], None]:
-            padding = bits_of(self._padding[name], self._specs[name])
+            padding = _bits_of(self._padding[name], self._specs[name])
             return lambda array: write_rows(array, name, encoded, padding)
 
         return {buffer: writes(name) for name, buffer in self._stages[0].live.items()}
 
     def _write(self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
         buffers.upload(self._inputs(encoded))
-        buffers.lengths = np.array([len(row) for row in encoded], np.intp)
 
     def _gather(
         self,
@@ -292,25 +290,22 @@ class DeviceExecution(Execution[DeviceBuffers]):
         if self.backend.gathers:
             self._gather_by_kernel(spec, buffer, sources, target)
             return
-        if spec.name == ATTENTION_BIAS:
-            # These few numbers follow from the lengths; uploading them is cheaper than gathering.
-            target.lengths = np.concatenate([source.lengths[rows] for source, rows in sources])
-            bias = bias_of(target.lengths, spec, target.bucket)
-            target.upload({buffer: lambda array: np.copyto(array, bias)})
-            return
         batch, sequence = target.bucket.batch, target.bucket.sequence
         pitch = nbytes_of(spec, Bucket(1, sequence))
         pointer = target.buffer(buffer)
         count = sum(len(rows) for _, rows in sources)
         shortest = min(source.bucket.sequence for source, _ in sources)
-        if "sequence" in spec.shape and shortest < sequence:
+        if spec.name == ATTENTION_BIAS:
+            padding = _bits_of(MASK_FILL, spec)
+            target.upload({buffer: lambda array: array.fill(padding)})
+        elif "sequence" in spec.shape and shortest < sequence:
             self._cuda.clear(pointer, pitch * batch, self.stream)
         elif count < batch:
             self._cuda.clear(pointer + count * pitch, (batch - count) * pitch, self.stream)
         for source, rows in sources:
             source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
             width = min(pitch, source_pitch)
-            for first, length in runs_of(rows):
+            for first, length in _runs_of(rows):
                 start = (source.buffer(buffer) + first * source_pitch, source_pitch)
                 self._cuda.copy_rows((pointer, pitch), start, width, length, self.stream)
                 pointer += length * pitch
@@ -331,7 +326,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
             addresses[places] = source.buffer(buffer) + rows * source_pitch
             widths[places] = min(pitch, source_pitch)
         plan = np.zeros(1, GATHER)
-        fill = bits_of(MASK_FILL, spec) if spec.name == ATTENTION_BIAS else 0
+        fill = _bits_of(MASK_FILL, spec) if spec.name == ATTENTION_BIAS else 0
         plan["fill"] = np.full(8, fill, dtype_of(spec)).view(np.uint64)[0]
         plan["pitch"] = pitch
         most = plan["sources"].shape[1]
@@ -390,3 +385,15 @@ class DeviceExecution(Execution[DeviceBuffers]):
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
         step.scratch = self._scratch_number
+
+
+def _bits_of(value: float, spec: TensorSpec) -> float:
+    """A number as it is written into an array of `dtype_of(spec)`."""
+    # For bfloat16 it is 0 or `MASK_FILL`, which rounds to the nearest number if bits are cut off.
+    return int(np.float32(value).view(np.uint32)) >> 16 if spec.dtype == "bfloat16" else value
+
+
+def _runs_of(rows: Rows) -> list[tuple[int, int]]:
+    """Runs of neighbouring rows: the first row of each, and its length."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [(int(part[0]), len(part)) for part in parts if len(part)]

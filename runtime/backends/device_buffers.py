@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.manifest import LOGITS, NEXT
@@ -101,7 +100,6 @@ class DeviceBuffers(Buffers[int, Step]):
     """Device memory, each buffer as its address.
 
     Attributes:
-        lengths: `[rows]` tokens of each row; up to date only where no kernel regroups.
         can_capture: false for a large group, and once the capture of a request has failed.
         requests: how often a graph of the request was asked for before there was one.
         request: that graph.
@@ -116,7 +114,6 @@ class DeviceBuffers(Buffers[int, Step]):
         self._events: list[int] = []
         self._uploaded = self._event()
         self._is_uploading = False
-        self.lengths = np.zeros(0, np.intp)
         tokens = bucket.batch * bucket.sequence
         self._is_small = tokens <= _CAPTURE_TOKENS
         self.can_capture = self._is_small and (

@@ -63,8 +63,8 @@ def test_the_plan_of_the_kernel_is_its_parameter() -> None:
     [
         (True, 16, {"gather": 3}),
         (True, 300, {"gather": 6}),
-        (False, 16, {"clear": 2, "copy_rows": 2 * 8, "copy": 1, "wait": 1, "record": 1}),
-        (False, 300, {"clear": 2, "copy_rows": 2 * 150, "copy": 1, "wait": 1, "record": 1}),
+        (False, 16, {"clear": 2, "copy_rows": 3 * 8, "copy": 1, "wait": 1, "record": 1}),
+        (False, 300, {"clear": 2, "copy_rows": 3 * 150, "copy": 1, "wait": 1, "record": 1}),
     ],
 )
 def test_calls_of_the_driver_to_regroup(
