@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import msgspec
 import numpy as np
 
 from ..arguments import whole_number
@@ -90,7 +91,8 @@ class ExitRule(ABC):
 
     Raises:
         RuleError: a setting has the wrong type or value. Exits are whole numbers from 0, patience
-            from 1, thresholds are finite numbers, and a measure is a `Measure` or its value.
+            from 1, thresholds are finite numbers, that of exit 0 from 0 to 2, and a measure is a
+            `Measure` or its value.
 
     Example:
         >>> from fpabee.runtime import ExitRule, FPabee
@@ -119,10 +121,13 @@ class ExitRule(ABC):
             value = getattr(self, field.name)
             if isinstance(value, np.generic | np.ndarray):
                 value = value.tolist()
-            if isinstance(value, list):
-                value = tuple(value)
-            check = _CHECKS.get(field.name, _CHECKS.get(str(field.type), _unchecked))
-            object.__setattr__(self, field.name, check(f"{self.name}: {field.name}", value))
+            if isinstance(value, list | tuple):
+                value = tuple(v.item() if isinstance(v, np.generic) else v for v in value)
+            kind, remedy = _SETTINGS.get(field.name) or _SETTINGS.get(str(field.type), (Any, ""))
+            try:
+                object.__setattr__(self, field.name, msgspec.convert(value, kind))
+            except msgspec.ValidationError:
+                raise RuleError(f"{self.name}: {field.name} is {value!r}", remedy) from None
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
                 f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
@@ -288,7 +293,9 @@ class ExitRule(ABC):
         """
         if self.exit_0_threshold is None:
             return self
-        return dataclasses.replace(self, exit_0_threshold=self.exit_0_threshold - self.sign * by)
+        # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
+        moved = min(max(self.exit_0_threshold - self.sign * by, 0.0), 2.0)
+        return dataclasses.replace(self, exit_0_threshold=moved)
 
     def capped(self, max_exit: int) -> ExitRule:
         """This rule, except that no row goes beyond an exit.
@@ -413,56 +420,24 @@ class ThresholdRule(ExitRule):
         return dataclasses.replace(moved, threshold=(np.asarray(self.threshold) + by).tolist())
 
 
-def _whole_number(what: str, value: Any) -> int:
-    return whole_number(what, value, RuleError)
-
-
-def _exit(what: str, value: Any) -> int | None:
-    return None if value is None else whole_number(what, value, RuleError, least=0)
-
-
-def _number(what: str, value: Any, remedy: str = "give a number") -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RuleError(f"{what} is {value!r}", remedy)
-    if not math.isfinite(value):
-        raise RuleError(f"{what} is {value}", "give a finite number")
-    return value
-
-
-def _threshold(what: str, value: Any) -> Threshold:
-    numbers = value if isinstance(value, tuple) and value else (value,)
-    for number in numbers:
-        _number(what, number, "give a number, or one for each exit")
-    return value  # type: ignore[no-any-return]
-
-
-def _numbers(what: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, tuple):
-        raise RuleError(f"{what} is {value!r}", "give a sequence of numbers")
-    return tuple(_number(what, number) for number in value)
-
-
-def _measure(what: str, value: Any) -> Measure:
-    try:
-        return Measure(value)
-    except ValueError:
-        known = ", ".join(measure.value for measure in Measure)
-        raise RuleError(f"measure {value!r} does not exist", f"choose from {known}") from None
-
-
-def _unchecked(what: str, value: Any) -> Any:
-    return value
-
-
-# How a setting is checked, by its name or its annotation; a rule may check other types itself.
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "exit": _exit,
-    "min_exit": _exit,
-    "max_exit": _exit,
-    "int": _whole_number,
-    "float": _number,
-    "float | None": lambda what, value: None if value is None else _number(what, value),
-    "Threshold": _threshold,
-    "tuple[float, ...]": _numbers,
-    "Measure": _measure,
+_Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Exit = Annotated[int, msgspec.Meta(ge=0)]
+# What a setting must be, and what to give, by the name of the setting or its annotation. A rule may
+# check other types itself.
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "exit": (_Exit, "give a whole number from 0"),
+    "min_exit": (_Exit, "give a whole number from 0"),
+    "max_exit": (_Exit | None, "give a whole number from 0"),
+    "exit_0_threshold": (
+        Annotated[float, msgspec.Meta(ge=0, le=2)] | None,
+        "give a share from 0 to 1, or 2 for never",
+    ),
+    "int": (Annotated[int, msgspec.Meta(ge=1)], "give a whole number from 1"),
+    "float": (_Finite, "give a finite number"),
+    "Threshold": (
+        _Finite | Annotated[tuple[_Finite, ...], msgspec.Meta(min_length=1)],
+        "give a finite number, or one for each exit",
+    ),
+    "tuple[float, ...]": (tuple[_Finite, ...], "give a sequence of finite numbers"),
+    "Measure": (Measure, f"choose from {', '.join(measure.value for measure in Measure)}"),
 }

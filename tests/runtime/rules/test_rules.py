@@ -412,6 +412,8 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
         ({"name": "pabee", "patience": 1, "min_exit": -1}, "min_exit is -1"),
         ({"name": "pabee", "patience": 1, "min_exit": 3, "max_exit": 2}, "before min_exit 3"),
         ({"name": "pabee", "patience": 1, "min_exit": 4}, "min_exit is 4, but the exits of"),
+        ({"name": "pabee", "patience": 1, "exit_0_threshold": 90}, "exit_0_threshold is 90"),
+        ({"name": "pabee", "patience": 1, "exit_0_threshold": -1}, "from 0 to 1, or 2 for never"),
     ],
     ids=str,
 )  # fmt: skip
@@ -420,6 +422,22 @@ def test_wrong_settings_are_named(given_: dict[str, Any], says: str) -> None:
         RuleRunner(ExitRule.from_dict(given_), SINGLE, range(1, 4))
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+def test_settings_may_be_numpy_values() -> None:
+    expected = Entropy(threshold=(0.1, 0.2), max_exit=2)
+    for threshold in (np.array([0.1, 0.2]), list(np.array([0.1, 0.2])), (np.float64(0.1), 0.2)):
+        rule = Entropy(threshold=threshold, max_exit=np.int64(2))  # type: ignore[arg-type]
+        assert rule == expected
+        assert {type(number) for number in rule.to_dict()["threshold"]} == {float}
+
+
+@pytest.mark.parametrize(("threshold", "moved"), [(0.0, (0.3, 0.0)), (2.0, (2.0, 1.7))])
+def test_a_threshold_of_exit_0_moves_within_its_limits(
+    threshold: float, moved: tuple[float, float]
+) -> None:
+    rule = Pabee(patience=1, exit_0_threshold=threshold)
+    assert (rule.shifted(-0.3).exit_0_threshold, rule.shifted(0.3).exit_0_threshold) == moved
 
 
 @pytest.mark.parametrize("task", ProblemType)
