@@ -141,12 +141,7 @@ def check_chain(
         for found in (together, alone)
     )
     for agreement in (first, second):
-        if not agreement.passed:
-            raise VerificationError(
-                f"the chain differs from the PyTorch model from exit {agreement.first_bad_exit} "
-                f"on: {agreement}",
-                _REPORT,
-            )
+        agreement.require("the chain differs from the PyTorch model", _REPORT)
     difference = max(first.max_logit_difference, second.max_logit_difference)
     return dataclasses.replace(first, max_logit_difference=difference, graphs=graphs)
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import ProblemType, Task
+from .errors import Remedy, VerificationError
 from .rules.base import ExitRule
 from .rules.measures import Integers, Mask, Outputs
 from .rules.runner import simulate
@@ -94,6 +95,21 @@ class Agreement:
             and self.label_agreement >= self.required.labels
             and self.exit_agreement >= self.required.exits
         )
+
+    def require(self, what: str, remedy: str | Remedy) -> None:
+        """Refuse a target that does not pass.
+
+        Args:
+            what: what the message says that the target does from the first bad exit on.
+            remedy: what to change.
+
+        Raises:
+            VerificationError: the target does not pass.
+        """
+        if not self.passed:
+            raise VerificationError(
+                f"{what} from exit {self.first_bad_exit} on: {self} of {self.rows} texts", remedy
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `verification.json`."""

@@ -15,7 +15,7 @@ from .agreement import REQUIREMENTS, Agreement, Requirements, compare
 from .artifact.manifest import Target
 from .artifact.reference import read_reference
 from .encoding import TextEncoder
-from .errors import COPY_AGAIN, ArtifactError, Remedy, VerificationError
+from .errors import COPY_AGAIN, ArtifactError, Remedy
 from .rules.rules import Budget
 
 if TYPE_CHECKING:
@@ -59,18 +59,13 @@ def check_reference(engine: Engine, folder: Path) -> Agreement:
         [engine.run_encoded([rows[n] for n in window], last).logits for window in windows], axis=1
     )
     agreement = compare(found, expected[:, fits], engine.rule, manifest.task, required, first)
-    if not agreement.passed:
-        remedy = COPY_AGAIN
-        if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:
-            remedy = Remedy(
-                "its logits are close enough, but its labels at the tuned label thresholds are "
-                "not: choose another {target}, or calibrate without {tune_label_thresholds}"
-            )
-        raise VerificationError(
-            f"target {name} is not the model that was exported, from exit "
-            f"{agreement.first_bad_exit} on: {agreement}",
-            remedy,
+    remedy = COPY_AGAIN
+    if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:
+        remedy = Remedy(
+            "its logits are close enough, but its labels at the tuned label thresholds are not: "
+            "choose another {target}, or calibrate without {tune_label_thresholds}"
         )
+    agreement.require(f"target {name} is not the model that was exported,", remedy)
     return agreement
 
 

@@ -76,12 +76,7 @@ class PrecisionReport:
                 + f" (largest value in this graph: {self.max_abs[graph][1]:.3g})",
                 remedy,
             )
-        if not self.passed:
-            raise VerificationError(
-                f"{self.precision} changes answers from exit {self.agreement.first_bad_exit} on: "
-                f"{self.agreement} of {self.rows} texts",
-                remedy,
-            )
+        self.agreement.require(f"{self.precision} changes answers", remedy)
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,7 @@ class Judge:
             if precision in CPU_INT8
             else "use another target"
         )
-        if not agreement.passed:
-            raise VerificationError(
-                f"it changes answers from exit {agreement.first_bad_exit} on: {agreement} of "
-                f"{len(self._texts)} texts",
-                remedy,
-            )
+        agreement.require("it changes answers", remedy)
         if self._truth is None:
             return agreement, None
         metric, truth, count = METRICS[task.problem_type][0], self._truth, len(self._texts)
