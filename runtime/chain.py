@@ -277,19 +277,17 @@ class Chain(Generic[B]):
         return Group(rows, lengths, hidden, state)
 
 
+@dataclass(eq=False)
 class _Window(Generic[B]):
     """A window of several rows on its way through the chain; see `Chain.run`."""
 
-    def __init__(
-        self,
-        chain: Chain[B],
-        rows: Sequence[EncodedRow],
-        runner: RuleRunner,
-        cost: CostCurve | None,
-    ) -> None:
-        self._chain = chain
-        self._runner = runner
-        self._cost = cost
+    _chain: Chain[B]
+    _rows: Sequence[EncodedRow]
+    _runner: RuleRunner
+    _cost: CostCurve | None
+
+    def __post_init__(self) -> None:
+        chain, rows, runner = self._chain, self._rows, self._runner
         self._lengths = np.array([len(row) for row in rows], np.intp)
         self._exits = np.zeros(len(rows), np.int64)
         shape = len(runner.exits), len(rows), chain.backend.labels
@@ -303,7 +301,6 @@ class _Window(Generic[B]):
                 state = state.take(going)
         groups = make_groups(self._lengths[going], chain.limits) if len(going) else []
         self._parts = [(going[places], state.take(places)) for places in groups]
-        self._rows = rows
 
     @property
     def _execution(self) -> Execution[B]:

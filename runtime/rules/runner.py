@@ -41,6 +41,7 @@ class PatienceState:
         )
 
 
+@dataclass(eq=False)
 class RuleRunner:
     """Applies a rule to groups of rows, one exit after another.
 
@@ -51,34 +52,26 @@ class RuleRunner:
         label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
 
     Attributes:
-        rule: the rule.
-        problem_type: the type of the task.
-        exits: the numbers of the exits of the model.
-        label_thresholds: see above.
         last: the exit at which every row stops.
 
     Raises:
         RuleError: `rule` is not a rule, or it does not fit the exits.
     """
 
-    def __init__(
-        self,
-        rule: ExitRule,
-        problem_type: ProblemType,
-        exits: range,
-        label_thresholds: Sequence[float] = (),
-    ) -> None:
+    rule: ExitRule
+    problem_type: ProblemType
+    exits: range
+    label_thresholds: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        rule = self.rule
         if not isinstance(rule, ExitRule):
             raise RuleError(
                 f"the rule is {rule!r}, a {type(rule).__name__}",
                 "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
             )
-        rule.check_exits(exits)
-        self.rule = rule
-        self.problem_type = problem_type
-        self.exits = exits
-        self.last = exits[-1] if rule.max_exit is None else rule.max_exit
-        self.label_thresholds = label_thresholds
+        rule.check_exits(self.exits)
+        self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit
         self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:

@@ -195,20 +195,15 @@ def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
     return Connection
 
 
+@dataclass(eq=False)
 class _Server:
-    def __init__(
-        self,
-        engine: Engine,
-        scheduler: Scheduler,
-        metrics: Metrics,
-        limits: ServerLimits,
-        name: str,
-    ) -> None:
-        self._engine = engine
-        self._scheduler = scheduler
-        self._metrics = metrics
-        self._limits = limits
-        self._name = name
+    _engine: Engine
+    _scheduler: Scheduler
+    _metrics: Metrics
+    _limits: ServerLimits
+    _name: str
+
+    def __post_init__(self) -> None:
         self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         post = {"methods": ["POST"]}
         self.app = Starlette(
