@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -150,27 +151,21 @@ class Search:
         return None
 
 
+@dataclass(eq=False)
 class Selector:
     """Chooses settings on rows, and on parts of them to judge the choice on the other parts.
 
-    Args:
-        costs: the rows, and what they cost and lose.
+    Attributes:
+        stopping_costs: the rows, and what they cost and lose.
         rules: names of the rules that compete.
         measures: similarity measures that compete.
         seed: deals the rows into parts, and draws samples.
     """
 
-    def __init__(
-        self,
-        costs: StoppingCosts,
-        rules: Sequence[str],
-        measures: Sequence[Measure],
-        seed: int = 0,
-    ) -> None:
-        self.stopping_costs = costs
-        self._rules = tuple(rules)
-        self._measures = tuple(measures)
-        self._seed = seed
+    stopping_costs: StoppingCosts
+    rules: Sequence[str]
+    measures: Sequence[Measure]
+    seed: int = 0
 
     @cached_property
     def search(self) -> Search:
@@ -180,7 +175,7 @@ class Selector:
     @cached_property
     def _folds(self) -> list[tuple[NDArray[np.intp], Search]]:
         """The numbers of each part's rows, and the settings on the rows of the other parts."""
-        parts = deal(len(self.stopping_costs.rows), self._seed)
+        parts = deal(len(self.stopping_costs.rows), self.seed)
         return [
             (
                 np.flatnonzero(parts == part),
@@ -190,17 +185,8 @@ class Selector:
         ]
 
     def _search(self, costs: StoppingCosts) -> Search:
-        families = make_families(costs, self._rules, self._measures, self._seed)
-        return Search(costs, families, self._seed)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of rules that there are, see `kind_of`."""
-        return self.search.kinds
-
-    def choose(self, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
-        """The best setting for a goal on all rows, see `Search.choose`."""
-        return self.search.choose(goal, kinds)
+        families = make_families(costs, self.rules, self.measures, self.seed)
+        return Search(costs, families, self.seed)
 
     def held_out(self, goal: Goal, kinds: Collection[str]) -> Integers:
         """The exits `[rows]`: in each part by the setting that is chosen on the other parts.
@@ -213,7 +199,7 @@ class Selector:
             try:
                 rule = search.choose(goal, kinds)
             except InputError:
-                rule = self.choose(goal, kinds)
+                rule = self.search.choose(goal, kinds)
             if rule is not None:
                 exits[numbers] = exits_of(rule, rows.take(numbers))
         return exits

@@ -84,11 +84,11 @@ class PointMaker:
         if isinstance(goal, Bound):
             goal = goal.as_goal()
         full_depth = Budget(exit=self.selector.stopping_costs.rows.exits[-1])
-        kinds, found = compared_kinds(self.selector.kinds, points), []
+        kinds, found = compared_kinds(self.selector.search.kinds, points), []
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))
             try:
-                rule = self.selector.choose(goal, [kind]) or full_depth
+                rule = self.selector.search.choose(goal, [kind]) or full_depth
                 chosen_on = self._judge(rule, self.selector.stopping_costs.rows)
                 held_out = self._held_out(rule, goal, [kind])
                 found.append(RuleComparison(kind, rule, chosen_on, held_out))
@@ -105,8 +105,9 @@ class PointMaker:
             tested = self.held or rows.take(split(len(rows), self.options.seed)[1])
             held_out = self._judge(rule, tested, level_of(confidence))
         else:
-            rule = self.selector.choose(goal, self.selector.kinds) or Budget(exit=rows.exits[-1])
-            held_out = self._held_out(rule, goal, self.selector.kinds)
+            search = self.selector.search
+            rule = search.choose(goal, search.kinds) or Budget(exit=rows.exits[-1])
+            held_out = self._held_out(rule, goal, search.kinds)
         measured = {
             str(model.batch): self.timed.speedup(encoded, rule, model.batch) for model in self.costs
         }

@@ -206,7 +206,7 @@ def judge(stored: Any) -> dict[str, Any]:
     layers = len(dev.logits)
     costs = np.repeat(np.arange(1.0, layers + 1)[:, None], len(dev), axis=1)
     selector = Selector(StoppingCosts(dev, METRIC, costs), DEFAULT_RULES, list(DEFAULT_MEASURES))
-    rule = selector.choose(Goal(max_drop=GOAL), selector.kinds)
+    rule = selector.search.choose(Goal(max_drop=GOAL), selector.search.kinds)
     exits = exits_of(rule, test) if rule else np.full(len(test), layers)
     scorer, every = Scorer(test, METRIC), dev_and_test(stored)
     return {

@@ -221,7 +221,7 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
     selector = selector_by_layers(dev, layers, CHOOSABLE_RULES, list(Measure))
     scorer = Scorer(test, metric)
     found = []
-    for kind in selector.kinds:
+    for kind in selector.search.kinds:
         for saving in SAVINGS:
             chosen = choose(selector, Goal(speedup=1 / (1 - saving)), [kind])
             if chosen is None:

@@ -108,7 +108,7 @@ def compare_alternatives(
         for layers, cut in cuts.items():
             systems.append(System(f"cut to {layers}", load(cut), _FULL))
             goal = Goal(speedup=calibration.layers[-1] / layers)
-            rule = choose(selector, goal, selector.kinds)
+            rule = choose(selector, goal, selector.search.kinds)
             if rule is not None:
                 systems.append(System(f"exits, {layers} on average", engine, rule))
         return {
@@ -176,7 +176,7 @@ def selector_by_layers(
 def choose(selector: Selector, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
     """The best setting of some kinds; None if no setting but full depth meets the goal."""
     try:
-        return selector.choose(goal, kinds)
+        return selector.search.choose(goal, kinds)
     except InputError:  # No setting is as fast.
         return None
 

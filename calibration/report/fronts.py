@@ -41,7 +41,7 @@ class FrontSetting:
 def rule_fronts(result: Calibration, progress: Progress) -> list[FrontSetting]:
     """A curve for each kind of rule that is compared, see `compared_kinds`."""
     found = []
-    kinds = compared_kinds(result.selector.kinds, result.points)
+    kinds = compared_kinds(result.selector.search.kinds, result.points)
     for number, kind in enumerate(kinds):
         progress(f"report: {kind}", number, len(kinds))
         families = [family for family in result.selector.search.families if family.kind == kind]

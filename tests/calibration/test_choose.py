@@ -60,7 +60,7 @@ def test_a_larger_drop_buys_time_and_is_about_the_drop_on_new_rows(
     new = make_rows(count=20_000, problem_type=task, seed=1)
     depths = []
     for limit in (0.0, 0.5, 2.0, 5.0):
-        chosen = selector.choose(Goal(max_drop=limit), selector.kinds)
+        chosen = selector.search.choose(Goal(max_drop=limit), selector.search.kinds)
         assert drop_on(new, chosen, metric) <= limit + 1.0
         depths.append(exits_under(chosen, new).mean())
     assert depths == sorted(depths, reverse=True)
@@ -195,7 +195,7 @@ def test_exit_0_answers_rows_only_where_it_pays(useful: bool) -> None:
     depths = {}
     for name, each in (("without", rows), ("with", with_exit_0)):
         selector = Selector(with_costs(each), DEFAULT_RULES, DEFAULT_MEASURES)
-        chosen = selector.choose(Goal(max_drop=1.0), selector.kinds)
+        chosen = selector.search.choose(Goal(max_drop=1.0), selector.search.kinds)
         assert chosen is not None
         exits = exits_of(chosen, each)
         depths[name] = exits.mean()

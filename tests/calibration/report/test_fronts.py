@@ -24,7 +24,7 @@ def test_a_curve_goes_from_slow_to_fast_and_is_judged_on_the_test_rows(
     assert tested is (result.test is not None)
     settings = rule_fronts(result, silent)
     kinds = list(dict.fromkeys(setting.curve for setting in settings))
-    assert {"fpabee", "pabee", "entropy"} <= {*kinds} <= {*result.selector.kinds}
+    assert {"fpabee", "pabee", "entropy"} <= {*kinds} <= {*result.selector.search.kinds}
     assert {point.kind for point in result.points} <= {*kinds, "budget"}
     assert len(kinds) <= 6
     scorer, times = Scorer(rows, metric), result.costs[-1].row_costs(rows.lengths)
