@@ -242,13 +242,7 @@ class Cuda:
         """
         values = board, logits, exit_number, rows, handle
         types = (*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_ulonglong)
-        launch = self._driver.cuLaunchKernel
-        self._check_driver(
-            launch(
-                *(self._decide_exit, 1, 1, 1, 32, min(rows, _WARPS), 1, 0, stream),
-                *((values, types), 0),
-            )
-        )
+        self._launch("decide_exit", (1, 1, 1), (32, min(rows, _WARPS), 1), stream, (values, types))
 
     def load_kernels(self) -> None:
         """Load the kernels of `decide` and `gather`, which need a driver for CUDA 12.4 or later.
@@ -256,7 +250,7 @@ class Cuda:
         CUDA does not allow this while a stream captures, so it must be called before.
         """
         self._check(self._runtime.cudaSetDevice(0))  # this thread may not have used the device yet
-        self._decide_exit, self._gather_rows  # noqa: B018 - the driver compiles them now
+        self._kernels  # noqa: B018 - the driver compiles them now
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.h`.
@@ -268,12 +262,14 @@ class Cuda:
         """
         values = np.array([plan.ctypes.data], np.uint64)
         blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
-        launch = self._driver.cuLaunchKernel
-        self._check_driver(
-            launch(
-                *(self._gather_rows, rows, blocks, 1, 256, 1, 1, 0, stream, values.ctypes.data, 0)
-            )
-        )
+        self._launch("gather_rows", (rows, blocks, 1), (256, 1, 1), stream, values.ctypes.data)
+
+    def _launch(
+        self, name: str, grid: Sequence[int], block: Sequence[int], stream: int, given: Any
+    ) -> None:
+        """Enqueue a kernel: `given` are its arguments with their types, or their addresses."""
+        kernel, launch = self._kernels[name], self._driver.cuLaunchKernel
+        self._check_driver(launch(kernel, *grid, *block, 0, stream, given, 0))
 
     @functools.cached_property
     def _driver(self) -> Any:
@@ -282,21 +278,14 @@ class Cuda:
         return driver
 
     @functools.cached_property
-    def _decide_exit(self) -> Any:
-        return self._kernel(b"decide_exit")
-
-    @functools.cached_property
-    def _gather_rows(self) -> Any:
-        return self._kernel(b"gather_rows")
-
-    def _kernel(self, name: bytes) -> Any:
-        return self._check_driver(self._driver.cuModuleGetFunction(self._module, name))[0]
-
-    @functools.cached_property
-    def _module(self) -> Any:
-        """The kernels, which the driver compiles for this GPU."""
+    def _kernels(self) -> dict[str, Any]:
+        """The kernels by name, which the driver compiles for this GPU."""
         ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
-        return self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))[0]
+        (module,) = self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))
+        return {
+            name: self._check_driver(self._driver.cuModuleGetFunction(module, name.encode()))[0]
+            for name in ("decide_exit", "gather_rows")
+        }
 
     def _capture_into(
         self, graph: Any, after: list[Any], stream: int, work: Callable[[], None]
