@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare
+from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import (
     ATTENTION_BIAS,
@@ -141,7 +141,7 @@ def check_chain(
         for found in (together, alone)
     )
     for agreement in (first, second):
-        agreement.require("the chain differs from the PyTorch model", _REPORT)
+        must_pass(agreement, "the chain differs from the PyTorch model", _REPORT)
     difference = max(first.max_logit_difference, second.max_logit_difference)
     return dataclasses.replace(first, max_logit_difference=difference, graphs=graphs)
 

@@ -96,21 +96,6 @@ class Agreement:
             and self.exit_agreement >= self.required.exits
         )
 
-    def require(self, what: str, remedy: str | Remedy) -> None:
-        """Refuse a target that does not pass.
-
-        Args:
-            what: what the message says that the target does from the first bad exit on.
-            remedy: what to change.
-
-        Raises:
-            VerificationError: the target does not pass.
-        """
-        if not self.passed:
-            raise VerificationError(
-                f"{what} from exit {self.first_bad_exit} on: {self} of {self.rows} texts", remedy
-            )
-
     def to_dict(self) -> dict[str, Any]:
         """The content of `verification.json`."""
         content = dataclasses.asdict(self) | {"passed": self.passed}
@@ -121,11 +106,30 @@ class Agreement:
         required = self.required
         limit = f" (at most {required.logits:.0e} allowed)" if np.isfinite(required.logits) else ""
         least = f" (at least {required.exits:.0%} required)" if required.exits else ""
-        ties = f", without near ties in {self.near_ties} of {self.rows} rows"
+        ties = f", without near ties in {self.near_ties} rows"
         return (
             f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
             f"{self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "
             f"{self.exit_agreement:.2%}{least}{ties if self.near_ties else ''}"
+        )
+
+
+def must_pass(agreement: Agreement, what: str, remedy: str | Remedy) -> None:
+    """Refuse a target that does not pass.
+
+    Args:
+        agreement: what its check found.
+        what: what the message says that the target does from the first bad exit on.
+        remedy: what to change.
+
+    Raises:
+        VerificationError: the target does not pass.
+    """
+    if not agreement.passed:
+        raise VerificationError(
+            f"{what} from exit {agreement.first_bad_exit} on: {agreement} of "
+            f"{agreement.rows} texts",
+            remedy,
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .agreement import REQUIREMENTS, Agreement, Requirements, compare
+from .agreement import REQUIREMENTS, Agreement, Requirements, compare, must_pass
 from .artifact.manifest import Target
 from .artifact.reference import read_reference
 from .encoding import TextEncoder
@@ -65,7 +65,7 @@ def check_reference(engine: Engine, folder: Path) -> Agreement:
             "its logits are close enough, but its labels at the tuned label thresholds are not: "
             "choose another {target}, or calibrate without {tune_label_thresholds}"
         )
-    agreement.require(f"target {name} is not the model that was exported,", remedy)
+    must_pass(agreement, f"target {name} is not the model that was exported,", remedy)
     return agreement
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.agreement import REQUIREMENTS, Agreement, compare
+from ...runtime.agreement import REQUIREMENTS, Agreement, compare, must_pass
 from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import Remedy, VerificationError
@@ -76,7 +76,7 @@ class PrecisionReport:
                 + f" (largest value in this graph: {self.max_abs[graph][1]:.3g})",
                 remedy,
             )
-        self.agreement.require(f"{self.precision} changes answers", remedy)
+        must_pass(self.agreement, f"{self.precision} changes answers", remedy)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...calibration.scoring import METRICS, LabelledLogits, Scorer
 from ...calibration.trace import expected_labels
-from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare
+from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.artifact.manifest import Manifest, Task
 from ...runtime.engine import Engine
 from ...runtime.errors import Remedy, VerificationError
@@ -85,7 +85,7 @@ class Judge:
             if precision in CPU_INT8
             else "use another target"
         )
-        agreement.require("it changes answers", remedy)
+        must_pass(agreement, "it changes answers", remedy)
         if self._truth is None:
             return agreement, None
         metric, truth, count = METRICS[task.problem_type][0], self._truth, len(self._texts)

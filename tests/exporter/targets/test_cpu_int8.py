@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import platform
 import re
 import subprocess
 import sys
@@ -153,12 +154,11 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
     (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
     if interrupted == "drop_unused_graphs":  # just before the manifest is written
         require(monkeypatch, 0.0)
-        write = targets_module.write_manifest
 
         def interrupt(path: Path, manifest: Manifest) -> None:
             if manifest.targets[NAMES[0]].files != before.manifest.targets[NAMES[0]].files:
                 raise ZeroDivisionError
-            write(path, manifest)
+            write_manifest(path, manifest)
 
         monkeypatch.setattr(targets_module, "write_manifest", interrupt)
         with pytest.raises(ZeroDivisionError):
@@ -261,7 +261,7 @@ def test_int8_needs_a_cpu_with_vnni(
         manifest = with_target(manifest, name, target)
     write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
     monkeypatch.setattr(cpu_features, "cpu_info", lambda: {"flags": "avx2 avx512f"})
-    monkeypatch.setattr(cpu_features.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for name in NAMES:
         with pytest.raises(BackendError, match=f"{name} needs a CPU with VNNI instructions"):
             Engine.load(folder, name)
@@ -270,7 +270,7 @@ def test_int8_needs_a_cpu_with_vnni(
     assert "needs a CPU with VNNI instructions" in caplog.text
     with pytest.raises(BackendError, match="int8 for CPUs needs VNNI instructions"):
         add_targets(folder, options)
-    monkeypatch.setattr(cpu_features.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with Engine.load(folder, NAMES[1]) as engine:
         engine.predict(TEXTS[:1])
 
