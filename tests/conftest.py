@@ -201,6 +201,14 @@ def user_cache(shared_root: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_cpu_runs_int8() -> Iterator[None]:
+    """Tests of int8 run on CPUs without VNNI, too: none of them depends on large sums."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpabee.runtime.cpu._VNNI", {"fpu"})  # which every x86 CPU has
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_models(shared_root: Path) -> Mapping[str, Path]:
     """A model_dir of each family: 3 layers, 32 wide, an exit after each, distinct weights."""
