@@ -106,7 +106,7 @@ class Agreement:
         required = self.required
         limit = f" (at most {required.logits:.0e} allowed)" if np.isfinite(required.logits) else ""
         least = f" (at least {required.exits:.0%} required)" if required.exits else ""
-        ties = f", without near ties in {self.near_ties} rows"
+        ties = f" (near ties in {self.near_ties} rows are not compared)"
         return (
             f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
             f"{self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "
@@ -127,8 +127,7 @@ def must_pass(agreement: Agreement, what: str, remedy: str | Remedy) -> None:
     """
     if not agreement.passed:
         raise VerificationError(
-            f"{what} from exit {agreement.first_bad_exit} on: {agreement} of "
-            f"{agreement.rows} texts",
+            f"{what} from exit {agreement.first_bad_exit} on ({agreement.rows} texts): {agreement}",
             remedy,
         )
 
