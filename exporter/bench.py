@@ -24,7 +24,6 @@ import numpy as np
 
 from ..runtime.artifact.folder import read_manifest, sha256_of
 from ..runtime.backends.onnxruntime_session import usable_cores
-from ..runtime.backends.openvino import openvino_version
 from ..runtime.backends.tensorrt import MODULES, library_version
 from ..runtime.batching import make_groups
 from ..runtime.encoding import EncodedRow, Text, padded_inputs, padding_values
@@ -38,7 +37,7 @@ from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
 from ..runtime.targets import open_backend
 from .prune.keep import keep_exits
-from .targets.cpu import FP32_TARGET, OPENVINO
+from .targets.cpu import FP32_TARGET, ONNXRUNTIME, OPENVINO, version_of
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"
@@ -289,8 +288,6 @@ def run_bench(
     Raises:
         ModelError: the PyTorch model is not the exported one.
     """
-    import onnxruntime
-
     progress("load", 0, 1)
     with ExitStack() as stack:
         engine = stack.enter_context(
@@ -310,7 +307,7 @@ def run_bench(
             hardware=f"{cpu_name()}, {threads} threads, {platform.system()}",
             versions={
                 "python": platform.python_version(),
-                "onnxruntime": onnxruntime.__version__,
+                ONNXRUNTIME: version_of(ONNXRUNTIME),
                 **_versions_of(engine.manifest.targets[engine.target].backend),
                 "numpy": np.__version__,
             },
@@ -393,7 +390,7 @@ def _measure(
 def _versions_of(backend: str) -> dict[str, str]:
     """The installed version of a backend's library, besides ONNX Runtime."""
     if backend == OPENVINO:
-        return {backend: openvino_version()}
+        return {backend: version_of(backend)}
     return {name: library_version(name) for key, name in MODULES.items() if key == backend}
 
 

@@ -333,7 +333,7 @@ class _Client:
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].split(None, 1)[0])
             content = await reader.readexactly(length)
-        except BaseException:  # such as that the answer took too long
+        except BaseException:  # also if this task is cancelled, because the answer took too long
             writer.close()
             raise
         self._idle.append((reader, writer))

@@ -388,7 +388,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
 
 
 def _bits_of(value: float, spec: TensorSpec) -> float:
-    """A number as it is written into an array of `dtype_of(spec)`."""
+    """The number that stands for a value in an array of `dtype_of(spec)`."""
     # For bfloat16 it is 0 or `MASK_FILL`, which rounds to the nearest number if bits are cut off.
     return int(np.float32(value).view(np.uint32)) >> 16 if spec.dtype == "bfloat16" else value
 

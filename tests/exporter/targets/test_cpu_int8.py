@@ -140,7 +140,7 @@ def test_int8_that_changes_answers_is_not_kept(
     assert not (folder / "targets" / "cpu-int8").exists()
 
 
-@pytest.mark.parametrize("interrupted", ["", "verified_target", "drop_unused_graphs"])
+@pytest.mark.parametrize("interrupted", ["", "at the check", "before the manifest"])
 def test_earlier_int8_stays_until_the_new_one_has_passed(
     engine_copy: Callable[..., Path],
     options: AddTargetsOptions,
@@ -152,7 +152,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
         require(patch, 0.0)
         before = add_targets(folder, dataclasses.replace(options, default_target=NAMES[1]))
     (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
-    if interrupted == "drop_unused_graphs":  # just before the manifest is written
+    if interrupted == "before the manifest":
         require(monkeypatch, 0.0)
 
         def interrupt(path: Path, manifest: Manifest) -> None:
