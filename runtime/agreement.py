@@ -106,7 +106,7 @@ class Agreement:
         required = self.required
         limit = f" (at most {required.logits:.0e} allowed)" if np.isfinite(required.logits) else ""
         least = f" (at least {required.exits:.0%} required)" if required.exits else ""
-        ties = f" (near ties in {self.near_ties} rows are not compared)"
+        ties = f"; near ties in {self.near_ties} of {self.rows} texts are not compared"
         return (
             f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
             f"{self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "

@@ -197,6 +197,6 @@ def test_near_ties_are_compared_if_hardly_anything_else_is_left() -> None:
     found[0, 11:, 1] += 0.05
     few = compare(found, expected, NEVER, SINGLE, REQUIREMENTS["int8"])
     assert (few.label_agreement, few.near_ties, few.passed) == (1.0, 89, True)
-    assert "(near ties in 89 rows are not compared)" in str(few)
+    assert "; near ties in 89 of 100 texts are not compared" in str(few)
     fewer = compare(found[:, 2:], expected[:, 2:], NEVER, SINGLE, REQUIREMENTS["int8"])
     assert (fewer.label_agreement, fewer.near_ties, fewer.passed) == (9 / 98, 0, False)
