@@ -29,6 +29,7 @@ from fpabee.exporter.bench import (
 from fpabee.runtime import Engine, ExitRule
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.metrics import encode_labels, evaluate
+from fpabee.runtime.rule_words import rule_in_words
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -68,11 +69,11 @@ def table(report: dict[str, Any], scores: str, title: str) -> str:
         last["timings"][variant]["first_s"] / seconds[variant]
         for variant in (WITH_RULE, FULL_GRAPH)
     )
-    settings = ", ".join(f"{key} {value}" for key, value in report["rule"].items())
+    rule = rule_in_words(ExitRule.from_dict(report["rule"]))
     versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     lines += ["", f"Median milliseconds per unit (a batch, a text, or 256 texts). {title}"]
     lines += [
-        f"Rule: {settings}; mean depth {last['mean_depth']:.2f} of {report['layers']} layers on "
+        f"Rule: {rule}; mean depth {last['mean_depth']:.2f} of {report['layers']} layers on "
         f"the file. The usual way, one full graph over padded batches of 32 in file order, takes "
         f"**{gain:.1f}x** as long as the chain with the rule.{in_fp32} The first runs of all units "
         f"of the file take {first:.2f}x as long as their medians with the chain and the rule, and "
