@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from .arguments import whole_number
 from .artifact.folder import verified
@@ -20,10 +20,20 @@ from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_tokenizer
 from .blocks import blocks
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, Remedy, first_line
+from .tokens import (
+    FIRST,
+    SECOND,
+    Tokens,
+    characters_read,
+    first_tokens,
+    longest_first,
+    template,
+    total_of,
+)
 
-# Texts that are tokenized in one call; bounded, so that memory stays flat even for long texts.
+# Texts that are tokenized in one call. The library needs a hundred bytes for each character.
 _CHUNK_TEXTS = 256
-_CHUNK_CHARACTERS = 4 * 2**20
+_CHUNK_CHARACTERS = 2**18
 
 Arrays = dict[str, NDArray[Any]]
 """Tensors by name."""
@@ -107,6 +117,99 @@ def padded_batches(
         yield padded_inputs(rows[start : start + batch], padding)
 
 
+class RowTokenizer:
+    """Tokenizes texts into rows, truncated as the tokenizers library does it.
+
+    Memory and, for ordinary texts, time grow with the limit, and not with the texts, see `tokens`.
+    The longer text of a pair gets the odd token; if one has more than 65,536 characters, their
+    numbers of tokens are estimated for this.
+
+    Args:
+        tokenizer: of the library. Its post-processor, truncation and padding are taken out of it.
+        limit: longest row in tokens, special tokens included.
+        uses_types: whether the model has token types.
+
+    Raises:
+        InputError: the limit leaves no room for text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int, uses_types: bool) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._templates = template(tokenizer, is_pair=False), template(tokenizer, is_pair=True)
+        special = len(self._templates[1]) - 2
+        if limit <= special:
+            raise InputError(
+                f"max_length {limit} leaves no room for text beside {special} special tokens",
+                Remedy("give {max_length} of at least {low}", low=special + 1),
+            )
+        tokenizer.post_processor = None
+        self._tokenizer, self._limit, self._uses_types = tokenizer, limit, uses_types
+
+    def rows(self, texts: Sequence[Text], first: int = 1) -> list[EncodedRow]:
+        """Tokenize texts or pairs of texts; a row may be empty.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+            first: the number of the first text in errors.
+
+        Raises:
+            InputError: a text is neither a string nor a pair of strings, or is not valid Unicode
+                where it is read.
+        """
+        most = characters_read(self._limit)
+        for number, text in enumerate(texts, first):
+            _check(text, number, most)
+        parts = [part for text in texts for part in (text if isinstance(text, tuple) else (text,))]
+        tokens = iter(first_tokens(self._tokenizer, parts, self._limit))
+        return [
+            self._pair(text, next(tokens), next(tokens))
+            if isinstance(text, tuple)
+            else self._single(next(tokens))
+            for text in texts
+        ]
+
+    def _single(self, text: Tokens) -> EncodedRow:
+        pieces = self._templates[0]
+        kept = text.ids[: self._limit - len(pieces) + 1]
+        return self._row(pieces, len(kept) < text.total, kept, [])
+
+    def _pair(self, texts: tuple[str, str], first: Tokens, second: Tokens) -> EncodedRow:
+        pieces = self._templates[1]
+        budget = self._limit - len(pieces) + 2
+        totals = first.total, second.total
+        if budget % 2 and min(totals) > budget // 2:  # the longer text gets the odd token
+            totals = (
+                total_of(self._tokenizer, texts[0], first),
+                total_of(self._tokenizer, texts[1], second),
+            )
+        kept = longest_first(*totals, budget)
+        return self._row(pieces, kept != totals, first.ids[: kept[0]], second.ids[: kept[1]])
+
+    def _row(
+        self,
+        pieces: Sequence[tuple[int, int]],
+        truncated: bool,
+        first: list[int],
+        second: list[int],
+    ) -> EncodedRow:
+        ids: list[int] = []
+        types: list[int] = []
+        pair_start = None
+        for token, kind in pieces:
+            added = [token]
+            if token == FIRST:
+                added = first
+            elif token == SECOND:
+                added = second
+                pair_start = len(ids) if added else None
+            ids += added
+            types += [kind] * len(added)
+        found = np.array(ids, np.int64)
+        kinds = np.array(types, np.int64) if self._uses_types else np.zeros_like(found)
+        return EncodedRow(found, kinds, truncated, pair_start)
+
+
 class TextEncoder:
     """Tokenizes texts, truncated to the longest sequence that the model takes.
 
@@ -125,27 +228,13 @@ class TextEncoder:
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
         self._path = verified(folder, spec.file, spec.sha256)
+        self.limit = spec.max_length
+        if max_length is not None:
+            self.limit = min(self.limit, whole_number("max_length", max_length, InputError))
         with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
             check_tokenizer(self._path)
-            self._tokenizer = Tokenizer.from_file(str(self._path))
-            self._tokenizer.no_padding()
-            special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
-        self._uses_types = "token_type_ids" in spec.inputs
-        limit = spec.max_length
-        if max_length is not None:
-            limit = min(limit, whole_number("max_length", max_length, InputError))
-        if limit <= special:
-            raise InputError(
-                f"max_length {limit} leaves no room for text beside {special} special tokens",
-                Remedy(
-                    "give {max_length} between {low} and {high}",
-                    low=special + 1,
-                    high=spec.max_length,
-                ),
-            )
-        with tokenizer_errors(f"{self._path} cannot truncate"):
-            self._tokenizer.enable_truncation(limit)
-        self.limit = limit
+            tokenizer = Tokenizer.from_file(str(self._path))
+            self._tokenizer = RowTokenizer(tokenizer, self.limit, "token_type_ids" in spec.inputs)
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts.
@@ -157,30 +246,11 @@ class TextEncoder:
             One row for each text, in their order.
 
         Raises:
-            InputError: a text is neither a string nor a pair of strings, is not valid Unicode, or
-                has no tokens; or a string is given instead of a list.
+            InputError: a text is neither a string nor a pair of strings, is not valid Unicode
+                where it is read, or has no tokens; or a string is given instead of a list.
             ArtifactError: the tokenizer fails on a text.
         """
-        _check_list(texts)
-        for number, text in enumerate(texts, start=1):
-            _check(text, number)
-        with tokenizer_errors(f"{self._path} fails on a text"):
-            encodings = self._tokenizer.encode_batch_fast(list(texts))
-        longest = max((len(encoding) for encoding in encodings), default=0)
-        if longest > self.limit:  # its template repeats text after truncation
-            raise ArtifactError(
-                f"{self._path} gives {longest} tokens instead of at most {self.limit}",
-                EXPORT_AGAIN,
-            )
-        rows = []
-        for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True), start=1):
-            if not len(encoding):  # a mean over no tokens would be a mean over padding
-                raise InputError(
-                    f"text {number} has no tokens: {self._path} adds no special tokens",
-                    "leave such texts out, or export with a tokenizer that adds special tokens",
-                )
-            rows.append(encoded_row(encoding, isinstance(text, tuple), self._uses_types))
-        return rows
+        return list(self.stream(texts))
 
     def stream(self, texts: Iterable[Text]) -> Iterator[EncodedRow]:
         """Tokenize any number of texts; while the rows are used, a thread tokenizes the next ones.
@@ -191,37 +261,33 @@ class TextEncoder:
         Raises:
             FpabeeError: as in `encode`.
         """
-        _check_list(texts)
+        if isinstance(texts, str):
+            raise InputError("the texts are one string", "give a list: [text]")
         parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
-        first = next(parts, [])
-        following = next(parts, None)
+        part, following, first = next(parts, []), next(parts, None), 1
         if following is None:  # a thread would take longer than it saves
-            yield from self.encode(first)
+            yield from self._rows(part, first)
             return
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.encode, first)
+            ahead = pool.submit(self._rows, part, first)
             while following is not None:
-                rows, ahead = ahead.result(), pool.submit(self.encode, following)
+                first += len(part)
+                part = following
+                rows, ahead = ahead.result(), pool.submit(self._rows, part, first)
                 yield from rows
                 following = next(parts, None)
             yield from ahead.result()
 
-
-def encoded_row(encoding: Encoding, is_pair: bool, uses_types: bool) -> EncodedRow:
-    """A row from what the tokenizers library made of a text or a pair.
-
-    Args:
-        encoding: of the text.
-        is_pair: whether it was a pair of texts.
-        uses_types: whether the model has token types.
-    """
-    ids = np.asarray(encoding.ids, np.int64)
-    types = np.asarray(encoding.type_ids, np.int64) if uses_types else np.zeros_like(ids)
-    pair_start = None
-    if is_pair:
-        texts = encoding.sequence_ids  # None for special tokens
-        pair_start = texts.index(1) if 1 in texts else None
-    return EncodedRow(ids, types, bool(encoding.overflowing), pair_start)
+    def _rows(self, texts: Sequence[Text], first: int) -> list[EncodedRow]:
+        with tokenizer_errors(f"{self._path} fails on a text"):
+            rows = self._tokenizer.rows(texts, first)
+        for number, row in enumerate(rows, first):
+            if not len(row):  # a mean over no tokens would be a mean over padding
+                raise InputError(
+                    f"text {number} has no tokens: {self._path} adds no special tokens",
+                    "leave such texts out, or export with a tokenizer that adds special tokens",
+                )
+        return rows
 
 
 @contextmanager
@@ -232,6 +298,8 @@ def tokenizer_errors(
 ) -> Iterator[None]:
     """Turn the exceptions of the tokenizers library, and of `check_tokenizer`, into our errors.
 
+    Errors that are ours already pass.
+
     Args:
         what: what failed.
         kind: class of our error.
@@ -239,6 +307,8 @@ def tokenizer_errors(
     """
     try:
         yield
+    except FpabeeError:
+        raise
     # The library raises Exception itself. A panic of its Rust code is only a BaseException.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -246,12 +316,7 @@ def tokenizer_errors(
         raise kind(f"{what}: {first_line(error)}", remedy) from error
 
 
-def _check_list(texts: object) -> None:
-    if isinstance(texts, str):
-        raise InputError("the texts are one string", "give a list: [text]")
-
-
-def _check(text: object, number: int) -> None:
+def _check(text: object, number: int, most: int) -> None:
     parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
     for part in parts:
         if not isinstance(part, str):
@@ -259,7 +324,7 @@ def _check(text: object, number: int) -> None:
                 f"text {number} is a {type(text).__name__}", "give a string, or a pair of strings"
             )
         try:
-            part.encode()
+            part[:most].encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"text {number} is not valid Unicode: {error.reason} at character "

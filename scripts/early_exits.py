@@ -55,7 +55,7 @@ from fpabee.exporter.model import MultiExitModel
 from fpabee.exporter.training import TrainOptions
 from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
 from fpabee.exporter.training.predictions import predict
-from fpabee.exporter.training.rows import label_names, load_rows
+from fpabee.exporter.training.rows import encoded_rows, label_names, load_rows
 from fpabee.exporter.training.trainer import Features, MultiExitTrainer
 from fpabee.runtime import Goal, ProblemType
 from fpabee.runtime.rules.rules import Entropy
@@ -130,7 +130,10 @@ def train_way(
     config = replace(usual.exit_config, hidden_layers=2 if "hidden" in way else 0)
     model = MultiExitModel(usual.backbone.encoder, config)
     length = min(options.max_length, model.backbone.max_positions())
-    parts = {part: features(found, tokenizer, config, length) for part, found in rows.items()}
+    parts = {
+        part: features(found, encoded_rows(found, tokenizer, length), tokenizer, config)
+        for part, found in rows.items()
+    }
     others: Features = []
     if way in HALF or most:
         order = np.random.default_rng(seed).permutation(len(parts["train"]))[:most]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.encoding import EncodedRow, encoded_row
-from ...runtime.errors import InputError, ModelError, Remedy
+from ...runtime.encoding import EncodedRow
+from ...runtime.errors import ModelError, Remedy
 from ...runtime.exit_0 import ExitZero, ngrams
-from ...runtime.files import Row
 from ...runtime.progress import Progress
 from ..exit_0 import unigrams_of
 from ..model import MultiExitModel
@@ -104,30 +102,6 @@ class BagOfNgrams(nn.Module):
         return ExitZero(unigrams, full, np.ascontiguousarray(weights.numpy()), bias)
 
 
-def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[EncodedRow]:
-    """Rows as the runtime tokenizes them.
-
-    Args:
-        rows: the rows.
-        tokenizer: the fast tokenizer of the model.
-        max_length: longer rows are truncated to this many tokens.
-
-    Raises:
-        InputError: a row has no tokens, and so no n-grams.
-    """
-    contents = [row.content for row in rows]
-    encoded = tokenizer(contents, truncation=True, max_length=max_length).encodings
-    found = []
-    for row, content, encoding in zip(rows, contents, encoded, strict=True):
-        if not len(encoding):
-            raise InputError(
-                f"{row.place} has no tokens: the tokenizer adds no special tokens",
-                "leave such rows out, or use a tokenizer that adds special tokens",
-            )
-        found.append(encoded_row(encoding, isinstance(content, tuple), uses_types=False))
-    return found
-
-
 def train_exit_0(
     model: MultiExitModel,
     rows: Mapping[str, Sequence[EncodedRow]],
@@ -141,7 +115,7 @@ def train_exit_0(
 
     Args:
         model: the trained model.
-        rows: tokenized rows by name: `train` and `dev`, see `encoded_rows`.
+        rows: tokenized rows by name: `train` and `dev`.
         data: the same rows as inputs of the model, with their `labels`.
         collate: makes a padded batch of inputs.
         seed: of all random choices.

@@ -31,13 +31,13 @@ from ..exit_0 import save_exit_0
 from ..model import MultiExitConfig, MultiExitModel
 from ..tokenizer import load_tokenizer
 from ..weights import TRAIN
-from .exit_0 import encoded_rows, train_exit_0
+from .exit_0 import train_exit_0
 from .from_classifier import Classifier
 from .options import TrainOptions
 from .predictions import Collate, predict
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
 from .resume import begin, check_output, checkpoints_of, last_checkpoint
-from .rows import label_names, load_rows
+from .rows import encoded_rows, label_names, load_rows
 from .trainer import Features, MultiExitTrainer, exit_scores, is_head
 
 _PACKAGES = ("fpabee", "torch", "transformers")
@@ -104,14 +104,10 @@ def train(
         labels = teacher.labels if teacher else label_names(rows["train"], options.train)
         model, tokenizer = build_model(options, labels, teacher)
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
-    # Before the training, because a row without tokens is refused.
-    bags = {
-        name: encoded_rows(part, tokenizer, length) if options.exit_0 else []
-        for name, part in rows.items()
-    }
+    encoded = {name: encoded_rows(part, tokenizer, length) for name, part in rows.items()}
     teachers = {"train": teacher}
     data = {
-        name: features(part, tokenizer, config, length, teachers.get(name))
+        name: features(part, encoded[name], tokenizer, config, teachers.get(name))
         for name, part in rows.items()
     }
     started = time.perf_counter()
@@ -127,7 +123,7 @@ def train(
     if options.exit_0:
         # The last exit of a frozen classifier gives what the other exits are trained on.
         is_taught = bool(teacher) and (options.freeze_encoder or options.exit_0_only)
-        exit_0 = train_exit_0(model, bags, data, collate, options.seed, progress, is_taught)
+        exit_0 = train_exit_0(model, encoded, data, collate, options.seed, progress, is_taught)
     seconds = time.perf_counter() - started
     report = TrainReport(
         options=options,
@@ -138,7 +134,7 @@ def train(
         exits=(0, *config.exits) if exit_0 else config.exits,
         exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
         scores={
-            name: _scores(model, exit_0, bags[name], part, collate)
+            name: _scores(model, exit_0, encoded[name], part, collate)
             for name, part in data.items()
             if name != "train"
         },
@@ -211,26 +207,33 @@ def build_model(
 
 def features(
     rows: Sequence[Row],
+    encoded: Sequence[EncodedRow],
     tokenizer: Any,
     config: MultiExitConfig,
-    max_length: int,
     teacher: Classifier | None = None,
 ) -> Features:
-    """Tokenized rows with their labels.
+    """Inputs of the model with labels.
 
     Args:
         rows: the rows.
+        encoded: the rows, tokenized.
         tokenizer: of the model.
         config: names the labels and the task.
-        max_length: longer rows are truncated to this many tokens.
         teacher: its predictions are the labels, instead of those of the rows.
 
     Raises:
         InputError: a label that the model does not have, or not exactly one in single-label rows.
     """
-    # As the engine does: a single text is not a pair with an empty second text.
-    encoded = tokenizer([row.content for row in rows], truncation=True, max_length=max_length)
-    inputs = [{name: encoded[name][index] for name in encoded} for index in range(len(rows))]
+    inputs = [
+        {
+            "input_ids": row.input_ids.tolist(),
+            "attention_mask": [1] * len(row),
+            "token_type_ids": row.token_type_ids.tolist(),
+        }
+        for row in encoded
+    ]
+    names = tokenizer.model_input_names
+    inputs = [{name: row[name] for name in row if name in names} for row in inputs]
     if teacher:
         targets = teacher.soft_labels(inputs, DataCollatorWithPadding(tokenizer))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 
 from ...runtime.artifact.folder import BAD_JSON
+from ...runtime.encoding import EncodedRow, RowTokenizer
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.files.rows import class_name
@@ -103,6 +105,30 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
             raise InputError(f"{listed} names a label twice", "name every label once")
         return names
     return tuple(sorted({label for row in rows for label in row.labels or ()}))
+
+
+def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[EncodedRow]:
+    """Rows as the runtime tokenizes them.
+
+    Args:
+        rows: the rows.
+        tokenizer: the fast tokenizer of the model.
+        max_length: longer rows are truncated to this many tokens.
+
+    Raises:
+        InputError: a row has no tokens, or `max_length` leaves no room for text.
+    """
+    own = copy.deepcopy(tokenizer.backend_tokenizer)
+    uses_types = "token_type_ids" in tokenizer.model_input_names
+    # As the engine does: a single text is not a pair with an empty second text.
+    found = RowTokenizer(own, max_length, uses_types).rows([row.content for row in rows])
+    for row, encoded in zip(rows, found, strict=True):
+        if not len(encoded):
+            raise InputError(
+                f"{row.place} has no tokens: the tokenizer adds no special tokens",
+                "leave such rows out, or use a tokenizer that adds special tokens",
+            )
+    return found
 
 
 def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator[Row]:

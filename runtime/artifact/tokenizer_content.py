@@ -1,7 +1,7 @@
 """Bound how much a tokenizer.json can grow a text, before a library loads it.
 
 The library does what the file says. Three normalizers that each replace a letter by a thousand turn
-it into a gigabyte, and a template may repeat a text any number of times. This module multiplies the
+it into a gigabyte, and a template may add any number of tokens. This module multiplies the
 factors by which each part can grow a text, in bytes, and refuses a product that no real tokenizer
 comes near. By this count, the tokenizers of BERT, RoBERTa, MPNet, XLM-RoBERTa, CamemBERT, ALBERT,
 DeBERTa, ModernBERT, T5, CLIP, Llama and Gemma grow a text at most 12 times.
@@ -29,6 +29,9 @@ from .charsmap import replacements
 MAX_GROWTH = 128
 """Most bytes that a tokenizer may make of a byte of text, and most parts of a template."""
 
+MAX_WORD = 1024
+"""Longest word in characters that a model may split into tokens; real ones have 100."""
+
 _MAX_FILE_BYTES = 2**28
 # Tokens are copied whole into each result, even where a single character stands for them.
 _MAX_TOKEN_CHARACTERS = 1024
@@ -40,6 +43,7 @@ class _Model(msgspec.Struct):
     unk_token: msgspec.Raw = _NULL
     continuing_subword_prefix: msgspec.Raw = _NULL
     end_of_word_suffix: msgspec.Raw = _NULL
+    max_input_chars_per_word: int = 0
 
 
 class _File(msgspec.Struct):
@@ -76,8 +80,8 @@ def check_tokenizer(path: Path) -> None:
         _check_growth("its post-processor makes", parts, "parts of one text")
         _check_tokens(template)
         _check_tokens(_parsed(file.added_tokens))
-        for token in msgspec.structs.astuple(file.model) if file.model else ():
-            _check_tokens(_parsed(token))
+        if file.model is not None:
+            _check_model(file.model)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except msgspec.DecodeError as error:
@@ -112,6 +116,20 @@ def _check_tokens(part: Any) -> None:
     if isinstance(part, dict | list):
         for child in part.values() if isinstance(part, dict) else part:
             _check_tokens(child)
+
+
+def _check_model(model: _Model) -> None:
+    for token in (
+        model.unk_token,
+        model.continuing_subword_prefix,
+        model.end_of_word_suffix,
+    ):
+        _check_tokens(_parsed(token))
+    if model.max_input_chars_per_word > MAX_WORD:
+        raise ValueError(
+            f"its max_input_chars_per_word is {model.max_input_chars_per_word}; "
+            f"expected at most {MAX_WORD}"
+        )
 
 
 _Growths = dict[str, Callable[[dict[str, Any]], float]]
@@ -184,10 +202,14 @@ def _normalized_bytes(text: str) -> int:
 def _template(part: dict[str, Any]) -> float:
     """How many pieces a template joins; a piece is a text, or one id of a special token."""
     sizes = {name: max(1, len(token["ids"])) for name, token in part["special_tokens"].items()}
-    return max(
-        float(sum(sizes[p["SpecialToken"]["id"]] if "SpecialToken" in p else 1 for p in part[name]))
-        for name in ("single", "pair")
-    )
+    counts = []
+    for pieces in (part["single"], part["pair"]):
+        texts = [piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece]
+        if len(set(texts)) < len(texts):
+            raise ValueError("its template has a text twice")
+        special = [sizes[p["SpecialToken"]["id"]] for p in pieces if "SpecialToken" in p]
+        counts.append(len(texts) + sum(special))
+    return float(max(counts))
 
 
 _NORMALIZERS: _Growths = {

@@ -22,8 +22,9 @@ from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
 from fpabee.exporter.model import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, pipeline, train
-from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, encoded_rows, train_exit_0
+from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.exporter.training.rows import encoded_rows
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError

@@ -21,6 +21,7 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
+from fpabee.exporter.training.rows import encoded_rows
 from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -121,7 +122,8 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
 
 def test_long_rows_are_truncated_for_training(options: Options) -> None:
     model, tokenizer = build_model(options(), ("a", "b"))
-    (row,) = features([Row("film " * 30, None, ("a",))], tokenizer, model.exit_config, 8)
+    rows = [Row("film " * 30, None, ("a",))]
+    (row,) = features(rows, encoded_rows(rows, tokenizer, 8), tokenizer, model.exit_config)
     assert len(row["input_ids"]) == 8
 
 

@@ -171,7 +171,9 @@ TWICE = TEMPLATE | {
     "single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 2,
     "special_tokens": LONG,
 }
-A_DOZEN = TEMPLATE | {"single": TEMPLATE["single"] * 12}
+MANY = TEMPLATE | {"single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 12}
+MANY["special_tokens"] = {"s": {"id": "s", "ids": [0], "tokens": ["a"]}}
+HUNDRED = TEMPLATE | {"single": TEMPLATE["single"] * 100}
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 ADDED = {"id": 0, "content": "a" * 5000, **FLAGS}
 
@@ -190,8 +192,13 @@ REFUSED: dict[str, tuple[Part, str]] = {
     "no content": ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "damaged"),
     "a template of long tokens": ({"post_processor": TWICE}, "up to 160 parts of one text"),
     "templates of templates": (
-        {"post_processor": sequence(A_DOZEN, A_DOZEN, name="processors")},
+        {"post_processor": sequence(MANY, MANY, name="processors")},
         "up to 144 parts of one text",
+    ),
+    "a text a hundred times": ({"post_processor": HUNDRED}, "its template has a text twice"),
+    "endless words": (
+        {"model": {"type": "WordPiece", "max_input_chars_per_word": 10**9}},
+        "max_input_chars_per_word is 1000000000; expected at most 1024",
     ),
     "an added token": ({"added_tokens": [ADDED]}, "a token of 5000 characters"),
     "no base64": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ä"}}, "ASCII"),
