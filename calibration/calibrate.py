@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.artifact.folder import read_manifest, write_manifest
+from ..runtime.artifact.folder import check_outside, read_manifest, write_manifest
 from ..runtime.engine import Engine
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
@@ -55,6 +55,7 @@ def calibrate(
 
     Raises:
         InputError: the rows cannot be used, or a goal cannot be met; the manifest stays unchanged.
+            Or the traces would be written into another folder of a model.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -73,12 +74,15 @@ def calibrate(
         ```
     """
     path, options = Path(folder), options or CalibrationOptions()
+    place = path / "calibration"
+    if options.output is not None and Path(options.output).resolve() != place.resolve():
+        place = Path(options.output)
+        check_outside(place / "trace")
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     test = list(read_rows(options.test, options.reading)) if options.test else None
     with Engine.load(path, target=options.target, threads=options.threads) as engine:
         metric = _metric(engine, options)
         warnings = check_request(engine, options, metric, rows, test)
-        place = Path(options.output or path / "calibration")
         seen = trace_rows(engine, rows, place, not options.unlabelled, progress)
         held = None
         if test is not None:

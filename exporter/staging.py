@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runtime.artifact.folder import is_engines_folder
+from ..runtime.artifact.folder import check_outside, is_engines_folder
 from ..runtime.errors import ArtifactError, Remedy
 
 _ELSEWHERE = Remedy("give another folder as {output}")
@@ -36,7 +36,9 @@ def check_output(target: Path, force: bool) -> None:
 
     Raises:
         ArtifactError: it holds something else, or an engines folder that may not be replaced.
+        InputError: it is inside an engines folder or a model_dir.
     """
+    check_outside(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_engines_folder(target):

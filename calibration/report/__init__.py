@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...runtime.artifact.folder import check_outside
 from ...runtime.errors import ArtifactError, Remedy
 from ...runtime.optional_packages import require
 from ...runtime.progress import Progress, silent
@@ -70,7 +71,9 @@ def check_place(folder: Path) -> None:
 
     Raises:
         ArtifactError: the folder, or one of its parents, is a file.
+        InputError: the folder is, or is inside, an engines folder or a model_dir.
     """
+    check_outside(folder / PAGE_NAME)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ArtifactError(

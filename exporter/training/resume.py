@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from ...runtime.artifact.folder import check_outside
 from ...runtime.errors import InputError, Remedy
 from .options import TrainOptions
 from .report import in_json_types
@@ -32,15 +33,18 @@ def check_output(output: Path, options: TrainOptions) -> None:
     """Check that no model is replaced without `force`, and that there is something to resume.
 
     Raises:
-        InputError: there is already a model, or no finished epoch to resume after.
+        InputError: there is already a model, or no finished epoch to resume after, or the folder
+            is an engines folder or inside of the folder of a model.
     """
+    holds_model = (output / "config.json").is_file()
+    check_outside(output if holds_model else output / "config.json")
     if options.resume:
         if last_checkpoint(output) is None:
             raise InputError(
                 f"{checkpoints_of(output)} holds no finished epoch to resume after",
                 Remedy("leave out {resume}"),
             )
-    elif (output / "config.json").is_file() and not (options.force or options.in_place):
+    elif holds_model and not (options.force or options.in_place):
         raise InputError(
             f"{output} already holds a model",
             Remedy("give {force} to replace it, or another {output}"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, Call, Remedy
+from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, Call, InputError, Remedy
 from .consistency import problems
 from .graph_content import check_graph
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
@@ -96,6 +96,34 @@ def is_engines_folder(folder: Path) -> bool:
     except (OSError, *BAD_JSON):
         return False
     return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
+
+
+def check_outside(output: Path) -> None:
+    """Refuse an output inside an engines folder or a model_dir, whose files it could replace.
+
+    Args:
+        output: the file or folder to write. It may be such a folder itself.
+
+    Raises:
+        InputError: it is inside such a folder, as it is named or where its links lead.
+    """
+    for path in (os.path.normpath(output.absolute()), os.path.realpath(output)):
+        for folder in Path(path).parents:
+            if is_engines_folder(folder) or _is_model_dir(folder):
+                raise InputError(
+                    f"{output} is inside {folder}, which holds a model and must not change",
+                    "write to a path outside of that folder",
+                )
+
+
+def _is_model_dir(folder: Path) -> bool:
+    """Whether a folder looks like a model of Hugging Face: a configuration beside weights."""
+    weights = "*.safetensors", "pytorch_model*.bin"
+    try:
+        is_configured = (folder / "config.json").is_file()
+        return is_configured and any(any(folder.glob(pattern)) for pattern in weights)
+    except OSError:
+        return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..artifact.folder import check_outside
 from ..errors import FpabeeError, InputError, Remedy
 from .formats import TextFormat, is_plain_file
 from .partial import Partial
@@ -54,15 +55,18 @@ class Destination:
         return is_plain_file(self.output)
 
     def check_inputs(self, sources: Sequence[str]) -> None:
-        """Check that the results would not replace an input.
+        """Check that the results would replace neither an input nor a file of a model.
 
         Args:
             sources: the inputs, which exist; `-` is standard input.
 
         Raises:
-            InputError: one of them is the output.
+            InputError: one of them is the output, or the output is inside the folder of a model.
         """
-        if self.output is None or not self.output.is_file():
+        if self.output is None:
+            return
+        check_outside(self.output)
+        if not self.output.is_file():
             return
         for source in sources:
             if source != STANDARD_INPUT and self.output.samefile(source):

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..artifact.folder import read_manifest
+from ..artifact.folder import check_outside, read_manifest
 from ..artifact.manifest import ProblemType
 from ..errors import InputError, Remedy
 from ..targets import rule_of, target_of
@@ -63,8 +63,8 @@ def write_repository(
         The folder of the model.
 
     Raises:
-        InputError: the repository already has a model with this name, or the name contains a
-            separator of folders.
+        InputError: the repository already has a model with this name or is inside the folder of a
+            model, or the name contains a separator of folders.
         FpabeeError: the engines folder cannot be used, or has no such target or operating point.
     """
     manifest = read_manifest(engines)
@@ -73,6 +73,7 @@ def write_repository(
     folder = repository / name
     if Path(name).name != name or name == "..":
         raise InputError(f"{name!r} is not the name of a folder", Remedy("choose another {name}"))
+    check_outside(folder)
     if folder.exists():
         raise InputError(f"{folder} already exists", Remedy("choose another {name}, or remove it"))
     labels = len(manifest.task.labels)

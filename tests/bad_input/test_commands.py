@@ -9,7 +9,7 @@ from importlib import metadata, util
 
 import pytest
 
-from .cases import Arguments, Case, Make, Place, check, check_message, each
+from .cases import QUIET, Arguments, Case, Make, Place, check, check_message, each
 
 PROGRAM = "from fpabee.__main__ import main; main(prog_name='fpabee')"
 
@@ -92,6 +92,41 @@ def onto_its_input(place: Place) -> Arguments:
     return place.run(source, "--output", place.root / "link.jsonl")
 
 
+def into(holder: str, name: str, *options: object, link: bool = False) -> Make:
+    """A command whose output is in an engines folder, or in the folder of a model."""
+
+    def make(place: Place) -> Arguments:
+        folder = place.engines() if holder == "engines" else place.model(lambda _: None)
+        target = folder / name
+        if link:
+            (place.root / "link").symlink_to(target)
+            target = place.root / "link"
+        rows = place.file("rows.jsonl", '{"text": "rain", "label": "music"}\n')
+        command: dict[str, Arguments] = {
+            "run": place.run(rows, "--output-format", "jsonl", "--output", target),
+            "export": ["export", place.models["bert"], "--quiet", "--output", target],
+            "train": ["train", "--train", rows, "--dev", rows, "--backbone", "x", "-o", target],
+        }
+        calibrating = ["calibrate", place.shared["bert"], "--data", rows, *QUIET]
+        return command.get(str(options[0])) or [*calibrating, *options, target]
+
+    return make
+
+
+# Into what a command writes, and what its message names: the folder that must not change.
+MODELS = [
+    Case("run over a manifest", into("engines", "manifest.json", "run"), "engines/manifest.json"),
+    Case("run through a link", into("engines", "manifest.json", "run", link=True), "engines,"),
+    Case("run into a folder of engines", into("engines", "onnx/a.jsonl", "run"), "engines,"),
+    Case("run into a model", into("model", "config.json", "run"), "model,"),
+    Case("export into engines", into("engines", "more", "export"), "engines,"),
+    Case("export into a model", into("model", "engines", "export"), "model,"),
+    Case("train into engines", into("engines", "", "train"), "engines,"),
+    Case("train into a model", into("model", "more", "train"), "model,"),
+    Case("a report into engines", into("engines", "", "--report"), "engines,"),
+    Case("traces into engines", into("engines", "", "--output"), "engines,"),
+]  # fmt: skip
+
 OUTPUTS = [
     Case("a folder", out("out.jsonl", folder="out.jsonl"), "out.jsonl", "--output"),
     Case("a name too long for .partial", out("a" * 244 + ".jsonl"), "--output"),
@@ -169,7 +204,7 @@ USAGE: list[tuple[Make, str]] = [
 ]
 
 
-@each(OUTPUTS, PACKAGES, SETTINGS)
+@each(MODELS, OUTPUTS, PACKAGES, SETTINGS)
 def test_a_bad_environment(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
 

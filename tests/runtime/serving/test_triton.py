@@ -130,6 +130,14 @@ def test_what_cannot_be_written_leaves_nothing(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_repository_inside_the_engines_folder(
+    serve: Run, engine_copy: Callable[..., Path]
+) -> None:
+    folder = engine_copy()
+    check_refused(serve(folder, "--triton", folder / "repository"), "repository", "must not change")
+    assert not (folder / "repository").exists()
+
+
 def test_a_copy_that_fails_leaves_nothing(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
