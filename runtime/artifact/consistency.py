@@ -89,5 +89,10 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
         default = target.default_operating_point
         if default and default not in target.operating_points:
             yield f"target {name} has no operating point {default!r}, its default"
+        exits = len(manifest.exits)
+        for point, found in target.operating_points.items():
+            if len(found.exits) != exits or not any(found.exits):
+                counts = list(found.exits)
+                yield f"{point!r} of target {name} has row counts {counts} for {exits} exits"
         if target.files and target.files.keys() != manifest.graphs.keys():
             yield f"target {name} does not have one file for each graph"

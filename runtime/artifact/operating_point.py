@@ -91,7 +91,7 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
     rows: Count
     data_sha256: Sha256
     mean_depth: Annotated[float, msgspec.Meta(ge=0)]
-    exits: tuple[int, ...]
+    exits: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     theoretical_speedup: float
     estimated_speedup: float
     measured_speedup: dict[str, float] = {}

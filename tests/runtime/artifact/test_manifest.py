@@ -192,6 +192,7 @@ def updated(*path: str | int, **fields: Any) -> Change:
 
 
 ONE = ("graphs", "one", "outputs", 0)
+FAST = ("targets", TARGET, "operating_points", "fast")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,9 @@ ONE = ("graphs", "one", "outputs", 0)
         (updated("targets", TARGET, "files", one=None), "does not have one file for each graph"),
         (updated("targets", TARGET, tolerance=-1), "tolerance"),
         (updated("targets", TARGET, default_operating_point="x"), "no operating point 'x'"),
+        (updated(*FAST, exits=[30, 30, 40]), f"'fast' of target {TARGET} has row counts [30, 30,"),
+        (updated(*FAST, exits=[0, 0]), "has row counts [0, 0] for 2 exits"),
+        (updated(*FAST, exits=[-1, 2]), "exits"),
     ],
 )
 def test_the_wrong_field_is_named(folder: Path, how: Change, says: str) -> None:
