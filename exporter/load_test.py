@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,14 +101,17 @@ class _Rows(ABC):
         self._rule = rule
         self._unanswered = 0
 
-    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        return self._engine.encode(texts)
-
-    async def classify_encoded(
-        self, rows: Sequence[EncodedRow], *_: float | None
+    async def classify(
+        self,
+        texts: Sequence[Text],
+        _: float | None,
+        __: int | None,
+        check: Callable[[Sequence[EncodedRow]], object],
     ) -> list[Prediction]:
         if self._unanswered >= _MOST_ROWS:
             raise OverloadedError("the queue is full")
+        rows = self._engine.encode(texts)
+        check(rows)
         self._unanswered += len(rows)
         try:
             return await asyncio.gather(*(asyncio.wrap_future(self.submit(row)) for row in rows))

@@ -42,7 +42,7 @@ fpabee-serve engines/ --triton repository/ --name intents
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.flag("--quiet", "Print neither the address nor the folder.")
-@options.count("--max-rows", "Most rows that wait or run at a time; more are refused.", 1000)
+@options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
 @options.count("--max-texts", "Most texts in a request.", 256)
 @options.count("--max-body", "Most bytes in the body of a request.", 2**20)
 @options.path(

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,8 @@ from .policy import rows_with, segments_left, worth
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 1000
-# Longer texts are tokenized in another thread than that of the event loop.
+# Longer texts of a request are tokenized in another thread than that of the event loop. It is one
+# thread for all requests, so that the memory which this takes does not grow with their number.
 _SHORT_CHARACTERS = 20_000
 
 
@@ -96,7 +98,7 @@ class Scheduler:
 
     Args:
         engine: the engine, which the scheduler does not close.
-        max_rows: most rows that are unanswered at a time; more are refused.
+        max_rows: most rows that are unanswered at a time, tokenization included; more are refused.
         observer: is told what happens, see `Metrics`.
 
     Raises:
@@ -124,6 +126,7 @@ class Scheduler:
         self._arrived: list[_Row] = []
         self._unanswered = 0
         self._closed = self._cancels = False
+        self._tokenizer = ThreadPoolExecutor(1, "fpabee tokenizer")
         # What follows belongs to the worker thread.
         self._waiting: list[_Row] = []
         self._groups: list[Group[Any]] = []
@@ -152,7 +155,7 @@ class Scheduler:
             InputError: it is neither a text nor a pair, or the deadline is not a number.
             RuleError: `max_exit` does not fit the model.
             BackendError: the scheduler or the engine is closed, or the row is longer than the
-                target takes.
+                target takes, or the scheduler was made before this process was forked.
             OverloadedError: the queue is full.
         """
         return self.submit_all([text], deadline_ms, max_exit)[0]
@@ -164,9 +167,10 @@ class Scheduler:
         max_exit: int | None = None,
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
-        self._check_room(len(texts))
         arrived = perf_counter()
-        return self.submit_encoded(self._engine.encode(texts), deadline_ms, max_exit, arrived)
+        with self._accepted(len(texts)) as futures:
+            self._queue(futures, self._engine.encode(texts), deadline_ms, max_exit, arrived)
+        return futures
 
     def submit_encoded(
         self,
@@ -183,71 +187,43 @@ class Scheduler:
             max_exit: the rows stop at this exit at the latest.
             arrived: when the texts arrived, in seconds of `perf_counter`; default: now.
         """
-        now = perf_counter() if arrived is None else arrived
-        ends = math.inf if deadline_ms is None else now + seconds_of("deadline_ms", deadline_ms)
-        rule, runner = self._engine.rule, self._runner
-        if runner.rule is not rule:  # rows of one runner run together
-            runner = self._runner = self._model.runner(rule)
-        last = runner.last
-        if max_exit is not None:
-            last = self._model.runner(rule.capped(max_exit)).last
-        chain = self._model.chain()
-        for row in rows:
-            chain.bucket(1, len(row))
-        queued = [_Row(row, runner, last, Future(), now, ends) for row in rows]
-        with self._changed:
-            self._check_room(len(rows))
-            self._unanswered += len(rows)
-            self._arrived += queued
-            self._changed.notify()
-        for waiting in queued:
-            waiting.future.add_done_callback(self._forget)
-        return [waiting.future for waiting in queued]
+        arrived = perf_counter() if arrived is None else arrived
+        with self._accepted(len(rows)) as futures:
+            self._queue(futures, rows, deadline_ms, max_exit, arrived)
+        return futures
 
     async def classify(
         self,
         texts: Sequence[Text],
         deadline_ms: float | None = None,
         max_exit: int | None = None,
+        check: Callable[[Sequence[EncodedRow]], object] | None = None,
     ) -> list[Prediction]:
-        """Classify texts in asyncio; the arguments and errors are those of `submit`.
+        """Classify texts in asyncio; the other arguments and the errors are those of `submit`.
+
+        Long texts do not keep the event loop waiting.
+
+        Args:
+            texts: as in `submit_all`.
+            deadline_ms: as in `submit`.
+            max_exit: as in `submit`.
+            check: is called with the tokenized texts before they are queued, and may raise an
+                error.
 
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
         arrived = perf_counter()
-        rows = await self.encode(texts)
-        return await self.classify_encoded(rows, deadline_ms, max_exit, arrived)
-
-    async def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """`Engine.encode` in asyncio: long texts do not keep the event loop waiting.
-
-        Raises:
-            OverloadedError: the queue has no room for them, so tokenizing them would be in vain.
-        """
-        self._check_room(len(texts))
-        if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
-            return self._engine.encode(texts)
-        return await asyncio.to_thread(self._engine.encode, texts)
-
-    async def classify_encoded(
-        self,
-        rows: Sequence[EncodedRow],
-        deadline_ms: float | None = None,
-        max_exit: int | None = None,
-        arrived: float | None = None,
-    ) -> list[Prediction]:
-        """Classify the results of `encode`; see `classify` and `submit_encoded`."""
-        futures = self.submit_encoded(rows, deadline_ms, max_exit, arrived)
-        try:
+        with self._accepted(len(texts)) as futures:
+            rows = await self._encode(texts)
+            if check is not None:
+                check(rows)
+            self._queue(futures, rows, deadline_ms, max_exit, arrived)
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
-        finally:
-            for future in futures:
-                future.cancel()
 
     @property
     def unanswered(self) -> int:
-        """Rows that are waiting or running."""
+        """Rows that are being tokenized, waiting or running."""
         return self._unanswered
 
     @property
@@ -266,6 +242,7 @@ class Scheduler:
             self._cancels |= cancel
             self._changed.notify()
         self._thread.join()
+        self._tokenizer.shutdown(wait=False, cancel_futures=cancel)
 
     def __enter__(self) -> Scheduler:
         return self
@@ -273,16 +250,73 @@ class Scheduler:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_room(self, rows: int) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise BackendError("this scheduler is closed", "make another one")
-        if self._unanswered + rows > self._most:
-            _tell(self._observer.refused, rows)
-            raise OverloadedError(
-                f"{self._unanswered} of at most {self._most} rows are unanswered, and "
-                f"{rows} more were submitted",
-                Remedy("try again later, submit fewer rows at a time, or raise {max_rows}"),
+        if not self._thread.is_alive():  # a fork copies no threads
+            raise BackendError(
+                "this scheduler was made before this process was forked, and does not run in it",
+                "load an engine and make a scheduler after the fork",
             )
+
+    @contextmanager
+    def _accepted(self, rows: int) -> Iterator[list[Future[Prediction]]]:
+        """The futures of new rows, which count as unanswered from now on; an error cancels them."""
+        self._check_open()  # before the lock, which a fork may have copied while it was held
+        with self._changed:
+            if self._unanswered + rows > self._most:
+                _tell(self._observer.refused, rows)
+                raise OverloadedError(
+                    f"{self._unanswered} of at most {self._most} rows are unanswered, and "
+                    f"{rows} more were submitted",
+                    Remedy("try again later, submit fewer rows at a time, or raise {max_rows}"),
+                )
+            self._unanswered += rows
+        futures: list[Future[Prediction]] = [Future() for _ in range(rows)]
+        for future in futures:
+            future.add_done_callback(self._forget)
+        try:
+            yield futures
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
+            return self._engine.encode(texts)
+        with self._changed:
+            self._check_open()  # a pool that is shut down takes nothing
+            tokenized = self._tokenizer.submit(self._engine.encode, texts)
+        return await asyncio.wrap_future(tokenized)
+
+    def _queue(
+        self,
+        futures: Sequence[Future[Prediction]],
+        encoded: Sequence[EncodedRow],
+        deadline_ms: float | None,
+        max_exit: int | None,
+        arrived: float,
+    ) -> None:
+        """Hand accepted rows to the worker."""
+        ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
+        rule, runner = self._engine.rule, self._runner
+        if runner.rule is not rule:  # rows of one runner run together
+            runner = self._runner = self._model.runner(rule)
+        last = runner.last
+        if max_exit is not None:
+            last = self._model.runner(rule.capped(max_exit)).last
+        chain = self._model.chain()
+        for row in encoded:
+            chain.bucket(1, len(row))
+        queued = [
+            _Row(row, runner, last, future, arrived, ends)
+            for row, future in zip(encoded, futures, strict=True)
+        ]
+        with self._changed:
+            self._check_open()
+            self._arrived += queued
+            self._changed.notify()
 
     def _forget(self, _: Future[Prediction]) -> None:
         with self._changed:

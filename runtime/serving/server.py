@@ -6,11 +6,10 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
-from time import perf_counter
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +22,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ... import __version__
+from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, Remedy, RuleError, in_one_line
 from ..results import Prediction
@@ -227,22 +227,22 @@ class _Server:
 
     async def _classify(self, request: Request) -> Response:
         asked = await self._read(request, ClassifyRequest)
-        arrived = perf_counter()
-        rows = await self._scheduler.encode(asked.texts)
-        found = await self._answers(request, asked, rows, arrived)
+        rows: list[EncodedRow] = []
+        found = await self._answers(request, asked, rows.extend)
         tokens = sum(map(len, rows))
         return _json(classify_response(asked, found, self._engine.labels, self._name, tokens))
 
     async def _predict(self, request: Request) -> Response:
         asked = await self._read(request, PredictRequest)
-        arrived = perf_counter()
-        rows = await self._scheduler.encode(asked.texts)
-        if not asked.truncate and any(row.truncated for row in rows):
-            raise InputError(
-                f"a text has more than {self._engine.max_length} tokens",
-                "shorten it, or set `truncate` to true",
-            )
-        found = await self._answers(request, asked, rows, arrived)
+
+        def check(rows: Sequence[EncodedRow]) -> None:
+            if not asked.truncate and any(row.truncated for row in rows):
+                raise InputError(
+                    f"a text has more than {self._engine.max_length} tokens",
+                    "shorten it, or set `truncate` to true",
+                )
+
+        found = await self._answers(request, asked, check)
         answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
         return _json(answers if asked.is_batch else answers[0])
 
@@ -250,12 +250,11 @@ class _Server:
         self,
         request: Request,
         asked: ClassifyRequest | PredictRequest,
-        rows: Any,
-        arrived: float,
+        check: Callable[[Sequence[EncodedRow]], object],
     ) -> list[Prediction]:
         """The answers; if the client leaves, its rows are cancelled."""
         work = asyncio.ensure_future(
-            self._scheduler.classify_encoded(rows, asked.deadline_ms, asked.max_exit, arrived)
+            self._scheduler.classify(asked.texts, asked.deadline_ms, asked.max_exit, check)
         )
         left = asyncio.ensure_future(request.receive())
         try:

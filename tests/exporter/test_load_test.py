@@ -95,17 +95,17 @@ def test_a_batch_waits_from_the_arrival_of_its_first_row(
 
 def test_a_full_queue_refuses(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_test, "_MOST_ROWS", 2)
-    rows = engine.encode(["rain"])
+    request = ["rain"], None, None, len
 
     async def ask(server: Any) -> list[Any]:
-        asked = [server.classify_encoded(rows) for _ in range(3)]
+        asked = [server.classify(*request) for _ in range(3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     for kind in (load_test._Batches, load_test._Threads):
         server = kind(engine, engine.rule)
         found = asyncio.run(ask(server))
         assert [isinstance(answer, OverloadedError) for answer in found] == [False, False, True]
-        assert asyncio.run(server.classify_encoded(rows))[0].exit == 2
+        assert asyncio.run(server.classify(*request))[0].exit == 2
         server.close()
 
 

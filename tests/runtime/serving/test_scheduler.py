@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -297,9 +298,84 @@ def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
         futures.append(scheduler.submit("c"))
         with pytest.raises(OverloadedError):
             scheduler.submit("d")
+        with pytest.raises(OverloadedError):
+            scheduler.submit_encoded(engine.encode(["d"]))
         gate.open()
         results(futures)
         assert scheduler.submit("d").result(WAIT).exit == 3
+
+
+def test_texts_count_while_they_are_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long texts of several requests are tokenized one after another."""
+    encode, goes_on, calls = engine.encode, threading.Event(), list[str]()
+
+    def slowly(texts: Sequence[Text]) -> Any:
+        calls.append("begins")
+        goes_on.wait(WAIT)
+        calls.append("ends")
+        return encode(texts)
+
+    async def several(scheduler: Scheduler) -> None:
+        long = "the film " * 10_000
+        requests: list[list[Text]] = [[long, "rain"], [long, "\ud800"], [long]]
+        first, bad, left = (asyncio.ensure_future(scheduler.classify(each)) for each in requests)
+        while not calls:
+            await asyncio.sleep(0.01)
+        assert scheduler.unanswered == 5
+        with pytest.raises(OverloadedError):
+            await scheduler.classify(["a"])
+        left.cancel()
+        await asyncio.wait([left])
+        assert scheduler.unanswered == 4
+        goes_on.set()
+        assert [answer.exit for answer in await first] == [3, 3]
+        with pytest.raises(InputError):
+            await bad
+        assert scheduler.unanswered == 0
+
+    monkeypatch.setattr(engine, "encode", slowly)
+    with Scheduler(engine, max_rows=5) as scheduler:
+        asyncio.run(several(scheduler))
+    assert calls == ["begins", "ends"] * 2
+
+
+def test_a_scheduler_that_closes_while_texts_are_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = engine.encode
+
+    def closes(texts: Sequence[Text]) -> Any:
+        scheduler.close()
+        return encode(texts)
+
+    scheduler = Scheduler(engine)
+    monkeypatch.setattr(engine, "encode", closes)
+    with pytest.raises(BackendError, match="closed"):
+        scheduler.submit("a")
+    assert scheduler.unanswered == 0
+
+
+# Python 3.12 and later warn of forks, since what this test is about can happen.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_gets_an_error(engine: Engine) -> None:
+    with Scheduler(engine) as scheduler:
+        told, tells = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                scheduler.submit("rain")
+            except BackendError as error:
+                os.write(tells, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(tells)
+        message = os.read(told, 1000)
+        os.close(told)
+        os.waitpid(child, 0)
+        assert b"make a scheduler after the fork" in message
+        assert scheduler.submit("rain").result(WAIT).exit == 3
 
 
 def test_closing_answers_what_was_submitted(engine: Engine) -> None:

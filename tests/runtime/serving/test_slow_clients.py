@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from fpabee.runtime import Engine
+from fpabee.runtime.encoding import EncodedRow, Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import STATUSES, ServerLimits, listen, make_app, serve
@@ -193,15 +194,35 @@ def test_slow_clients_do_not_keep_the_server_from_stopping(
 
 def test_a_slow_answer_is_no_slow_client(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may run for longer than a client may take to send it."""
-    classify = Scheduler.classify_encoded
+    classify = Scheduler.classify
 
     async def slow(*arguments: object) -> object:
         await asyncio.sleep(4 * SECONDS)
         return await classify(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Scheduler, "classify_encoded", slow)
+    monkeypatch.setattr(Scheduler, "classify", slow)
     with serving(engine, monkeypatch) as (port, _, _):
         assert ask(port, "/classify", {"input": "rain"})[0] == 200
+
+
+def test_health_answers_while_a_long_text_is_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun, goes_on = engine.encode, threading.Event(), threading.Event()
+
+    def slowly(texts: Sequence[Text]) -> list[EncodedRow]:
+        begun.set()
+        goes_on.wait(WAIT)
+        return encode(texts)
+
+    monkeypatch.setattr(engine, "encode", slowly)
+    with serving(engine, monkeypatch) as (port, _, _), ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, port, "/classify", {"input": "rain " * 10_000})
+        assert begun.wait(WAIT)
+        assert ask(port, "/health")[0] == 200
+        assert not long.done()
+        goes_on.set()
+        assert long.result(WAIT)[0] == 200
 
 
 def test_a_request_that_outlasts_a_stop_gets_an_error(
@@ -213,7 +234,7 @@ def test_a_request_that_outlasts_a_stop_gets_an_error(
         runs.set()
         await asyncio.sleep(4 * WAIT)
 
-    monkeypatch.setattr(Scheduler, "classify_encoded", never)
+    monkeypatch.setattr(Scheduler, "classify", never)
     with serving(engine, monkeypatch) as (port, server, thread), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(posted, port)
         assert runs.wait(WAIT)
