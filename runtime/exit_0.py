@@ -115,8 +115,11 @@ class ExitZero:
         buckets = len(table) - unigrams
         if buckets < 1 or buckets & (buckets - 1):
             raise ValueError(f"it has {buckets} buckets, which is not a power of two")
-        if not all(np.isfinite(values).all() for values in (table.ravel(), weights.ravel(), bias)):
-            raise ValueError("it holds numbers that are not finite")
+        # The largest logits that vectors of float16 can give.
+        most = np.abs(weights, dtype=np.float64).sum(axis=0) * np.finfo(np.float16).max
+        most += np.abs(bias, dtype=np.float64)
+        if not (np.isfinite(table).all() and (most <= np.finfo(np.float32).max).all()):
+            raise ValueError("it holds numbers that are not finite, or give logits that are not")
         self.unigrams, self.buckets = unigrams, buckets
         self.table, self.weights, self.bias = table, weights, bias
 

@@ -44,15 +44,22 @@ def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArra
     try:
         content = read_arrays(path, ("texts", "logits"))
         texts = json.loads(content["texts"].tobytes())
-        logits = np.asarray(content["logits"], np.float32)
+        logits = content["logits"]
         rows = [tuple(text) if isinstance(text, list) else text for text in texts]
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {reason}", COPY_AGAIN) from error
-    expected = (len(manifest.exits), len(rows), len(manifest.task.labels))
-    if logits.shape != expected:
+    if len(rows) > _MAX_ROWS:
         raise ArtifactError(
-            f"{path} holds logits of shape {list(logits.shape)}; expected {list(expected)}",
+            f"{path} holds {len(rows)} texts; expected at most {_MAX_ROWS}", EXPORT_AGAIN
+        )
+    expected = (len(manifest.exits), len(rows), len(manifest.task.labels))
+    if logits.dtype != np.float32 or logits.shape != expected:
+        raise ArtifactError(
+            f"{path} holds {logits.dtype} logits of shape {list(logits.shape)}; expected "
+            f"float32 of shape {list(expected)}",
             EXPORT_AGAIN,
         )
+    if not np.isfinite(logits).all():
+        raise ArtifactError(f"{path} holds logits that are not finite numbers", EXPORT_AGAIN)
     return rows, logits

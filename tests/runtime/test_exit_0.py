@@ -251,6 +251,8 @@ Change = Callable[[dict[str, NDArray[Any]]], object]
     [
         (lambda a: a["table"].__setitem__((3, 1), np.nan), "not finite"),
         (lambda a: a["bias"].__setitem__(0, np.inf), "not finite"),
+        (lambda a: a["weights"].__setitem__(0, np.nan), "not finite"),
+        (lambda a: a["weights"].__setitem__(0, 3e38), "give logits that are not"),
         (lambda a: a.update(arrays(labels=3)), "gives 3 logits for 4 labels"),
         (
             lambda a: a.update(weights=np.zeros((3, 4), np.float32)),

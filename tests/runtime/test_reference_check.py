@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -53,12 +54,17 @@ def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> Non
     folder = engine_copy()
     some, text = np.zeros((3, 2, 4), np.float32), np.frombuffer(b'["a"]', np.uint8)
     many = np.zeros((3, 10**6, 4), np.float32)
+    long = np.frombuffer(json.dumps(["a"] * 257).encode(), np.uint8)
     archives: list[tuple[dict[str, Any], str]] = [
         ({"logits": some}, "cannot be read"),
         ({"texts": some, "logits": some}, "cannot be read"),
         ({"texts": np.array([{}], object), "logits": some}, "cannot be read"),
-        ({"texts": text, "logits": some}, r"shape \[3, 2, 4\]; expected \[3, 1, 4\]"),
+        ({"texts": text, "logits": some}, r"\[3, 2, 4\]; expected float32 of shape \[3, 1, 4\]"),
         ({"texts": text, "logits": many}, r"cannot be read: it unpacks to \d+ bytes"),
+        ({"texts": text, "logits": some[:, :1] + 0j}, "cannot be read: its array logits"),
+        ({"texts": text, "logits": some[:, :1].astype(np.float64)}, "float64 logits"),
+        ({"texts": text, "logits": some[:, :1] * np.float32(np.nan)}, "not finite"),
+        ({"texts": long, "logits": some}, "holds 257 texts; expected at most 256"),
     ]
     for content, says in archives:
         corrected(REFERENCE_NAME, partial(np.savez_compressed, **content))(folder)
