@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.rule_words import rounded
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from .stopping_costs import StoppingCosts
-from .sweep import NEVER, exits_below, rounded, with_exit_0
+from .sweep import NEVER, exits_below, with_exit_0
 
 _PRICES = 30
 _ROUNDS = 6

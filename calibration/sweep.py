@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
+from ..runtime.rule_words import rounded
 from ..runtime.rules.base import ExitRule, ThresholdRule
 from ..runtime.rules.measures import Array, Integers, Outputs
 from ..runtime.rules.runner import simulate
@@ -42,11 +43,6 @@ def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> l
     margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
     inner = map(rounded, np.quantile(finite, np.linspace(0, 1, count - 2)))
     return sorted({float(lowest - margin), *inner, float(highest + margin)})
-
-
-def rounded(threshold: float) -> float:
-    """A threshold with four significant digits, as people can read it."""
-    return float(f"{threshold:.4g}")
 
 
 def exits_below(
@@ -120,7 +116,7 @@ class StopScores:
 
 def with_exit_0(rule: ExitRule, threshold: float) -> ExitRule:
     """A rule with a threshold for exit 0, rounded; none if no confidence reaches the threshold."""
-    limit = float(f"{threshold:.6g}")
+    limit = rounded(threshold)
     return replace(rule, exit_0_threshold=limit if limit <= 1 else None)
 
 

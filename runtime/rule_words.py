@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from .artifact.operating_point import RuleSettings
 from .rules.base import ExitRule
+
+
+def rounded(threshold: float) -> float:
+    """A threshold with four significant digits, as people can read it.
+
+    Beside 1 (or -1), these are digits of the distance to it: most confidences are so close to 1
+    that four digits of their own would make them equal.
+    """
+    distance = 1 - abs(threshold)
+    if 0 < distance < 0.1:
+        return math.copysign(1 - float(f"{distance:.4g}"), threshold)
+    return float(f"{threshold:.4g}")
 
 
 def rule_in_words(rule: ExitRule) -> str:
@@ -15,17 +29,22 @@ def settings_in_words(settings: RuleSettings) -> str:
     """The same for settings from a manifest, whose rule this version may not know."""
     rest = dict(settings)
     if rest.get("name") == "budget" and "exit_0_threshold" in rest:
-        return f"cascade: exit 0 from {rest['exit_0_threshold']}, else exit {rest.get('exit')}"
+        limit = _in_digits(rest["exit_0_threshold"])
+        return f"cascade: exit 0 from {limit}, else exit {rest.get('exit')}"
     words = [str(rest.pop(name, "")) for name in ("name", "measure")]
     threshold = rest.pop("threshold", None)
     if isinstance(threshold, tuple):
         words.append("threshold per exit")
     elif threshold is not None:
-        words.append(f"{threshold:.4g}" if isinstance(threshold, float) else str(threshold))
+        words.append(_in_digits(threshold))
     others = [
-        f"{key.replace('_', ' ')} {value}"
+        f"{key.replace('_', ' ')} {_in_digits(value)}"
         for key, value in rest.items()
         if not isinstance(value, tuple)
     ]
     others = [text for text in others if text != "patience 1"]
     return ", ".join([" ".join(filter(None, words)), *others])
+
+
+def _in_digits(value: object) -> str:
+    return str(rounded(value)).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -131,6 +131,20 @@ def test_a_threshold_per_exit_that_stops_no_row_at_exit_0_is_left_out() -> None:
     assert len({rule.exit_0_threshold is None for rule in fitted}) == 2
 
 
+@pytest.mark.parametrize("first_exit", [0, 1])
+def test_thresholds_of_confidences_close_to_1_stay_distinct(first_exit: int) -> None:
+    rows = make_rows(count=200, labels=2)
+    logits = rows.logits * 0
+    logits[..., 0] = np.random.default_rng(0).uniform(9, 18, logits.shape[:2])
+    rows = dataclasses.replace(rows, logits=logits, first_exit=first_exit)
+    families = make_families(with_costs(rows), ["confidence"], DEFAULT_MEASURES)
+    rules = [rule for rule in families[0].rules if isinstance(rule, ThresholdRule)]
+    assert len({rule.threshold for rule in rules}) >= 62
+    if first_exit == 0:
+        assert families[-1].kind == "cascade"
+        assert len({rule.exit_0_threshold for rule in families[-1].rules}) >= 24
+
+
 @pytest.mark.parametrize(
     ("rule", "depth"),
     [
