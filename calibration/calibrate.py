@@ -12,6 +12,7 @@ from ..runtime.artifact.folder import check_outside, read_manifest, write_manife
 from ..runtime.engine import Engine
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
+from ..runtime.rules.base import ExitRule
 from .checks import check_request
 from .choose import Selector
 from .costs import TimedEngine
@@ -80,7 +81,9 @@ def calibrate(
         check_outside(place / "trace")
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     test = list(read_rows(options.test, options.reading)) if options.test else None
-    with Engine.load(path, target=options.target, threads=options.threads) as engine:
+    # Rows run to full depth, so the target needs no operating point, not even a valid one.
+    rule = ExitRule.from_dict(read_manifest(path).default_rule)
+    with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         metric = _metric(engine, options)
         warnings = check_request(engine, options, metric, rows, test)
         seen = trace_rows(engine, rows, place, not options.unlabelled, progress)

@@ -27,7 +27,6 @@ from ..runtime.artifact.manifest import (
 from ..runtime.backends.tensorrt import build_command
 from ..runtime.cpu import multiplies_int8
 from ..runtime.encoding import Text
-from ..runtime.engine import Engine
 from ..runtime.errors import (
     ArtifactError,
     BackendError,
@@ -380,7 +379,7 @@ def add_target(
     if can_run(new):
         progress(f"verify {name}", 0, 1)
         try:
-            tolerance = _tolerance(path, name)
+            tolerance = _tolerance(path, built, name)
         except FpabeeError as failure:
             # An earlier target of this name had files that are replaced now.
             left = keep_targets(manifest, lambda other, _: other != name)
@@ -391,13 +390,13 @@ def add_target(
     return built, name
 
 
-def _tolerance(path: Path, name: str) -> float:
+def _tolerance(path: Path, manifest: Manifest, name: str) -> float:
     """The largest difference of a logit between a target and the PyTorch model.
 
     Raises:
         VerificationError: too many labels or exits differ.
     """
-    with Engine.load(path, target=name) as engine:
+    with cpu.engine_of(path, manifest, name) as engine:
         try:
             return engine.check().max_logit_difference
         except VerificationError as error:

@@ -30,7 +30,7 @@ from .rules.base import ExitRule
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
-from .targets import open_backend, rule_of, target_of
+from .targets import open_backend, rule_of, target_of, tell_of_points
 
 
 class Engine:
@@ -112,13 +112,17 @@ class Engine:
         folder = Path(path)
         manifest = read_manifest(folder)
         name = target_of(folder, manifest, target)
-        point, chosen = (None, rule) if rule else rule_of(folder, manifest, name, operating_point)
+        point = None
+        if rule is None:
+            point, rule = rule_of(folder, manifest, name, operating_point)
+            if point is None:
+                tell_of_points(folder, manifest, name)
         backend = open_backend(folder, manifest, name, threads)
         try:
             if preload:
                 backend.preload()
             model = Model(folder, manifest, backend, Regroup(regroup))
-            engine = cls(folder, model, chosen, point, max_length, fit_target)
+            engine = cls(folder, model, rule, point, max_length, fit_target)
             if check:
                 engine.check()
         except BaseException:

@@ -11,14 +11,14 @@ from .arguments import whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
-from .errors import BackendError, Call, Remedy, RuleError
+from .errors import BackendError, Call, Remedy, RuleError, in_one_line
 from .rules.base import ExitRule
 
 logger = logging.getLogger(__name__)
 
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 _MOST_THREADS = 1024
-# Folders and default targets for which a warning said that another target runs.
+# Warnings about each folder: an application that loads it again is not told again.
 _told: set[tuple[Path, str]] = set()
 
 
@@ -30,7 +30,7 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
         manifest: its manifest.
         name: a target; None: the default target, or if this machine cannot run it, the fastest
             target that it can run, if possible one with the same operating points. A warning says
-            so, once for each folder.
+            so, and another one that the default target leaves the GPU of this machine unused.
 
     Raises:
         BackendError: the folder has no such target.
@@ -74,27 +74,53 @@ def why_not(manifest: Manifest, name: str) -> BackendError | None:
 
 
 def _default_target(folder: Path, manifest: Manifest) -> str:
-    default = manifest.default_target
+    default, targets = manifest.default_target, manifest.targets
     error = why_not(manifest, default)
-    if error is None:
+    if error is None and (manifest.default_is_fixed or targets[default].on_gpu):
         return default
-    points = manifest.targets[default].operating_points.keys()
-    ranks = {
-        name: (len(points & target.operating_points.keys()), target.relative_speed or 0.0)
-        for name, target in manifest.targets.items()
-    }
-    for name in sorted(ranks, key=ranks.__getitem__, reverse=True):
-        if why_not(manifest, name) is None:
-            if (folder, default) not in _told:
-                _told.add((folder, default))
-                lost = sorted(points - manifest.targets[name].operating_points.keys())
-                without = f", without the operating points {', '.join(lost)}" if lost else ""
-                logger.warning(
-                    "%s runs instead of the default target %s%s: %s",
-                    *(name, default, without, error.message),
-                )
-            return name
-    return default  # whose error is the one to report
+    points = targets[default].operating_points.keys()
+
+    def rank(name: str) -> tuple[int, float, bool]:
+        target = targets[name]
+        shared = len(points & target.operating_points.keys())
+        return shared, target.relative_speed or 0.0, bool(target.files)
+
+    for name in sorted(targets, key=rank, reverse=True):
+        if (error is None and not targets[name].on_gpu) or why_not(manifest, name) is not None:
+            continue
+        if error is None:
+            _tell(
+                folder,
+                f"the default target {default} runs on the CPU, but {name} can run on the GPU of "
+                "this machine: choose it with --target (in Python, target=), or make it the "
+                f"default with fpabee-export --from {folder} --target {name}",
+            )
+            return default
+        lost = sorted(points - targets[name].operating_points.keys())
+        without = f", without the operating points {', '.join(lost)}" if lost else ""
+        _tell(
+            folder,
+            f"{name} runs instead of the default target {default}{without}: {error.message}",
+        )
+        return name
+    return default  # which runs, or whose error is the one to report
+
+
+def tell_of_points(folder: Path, manifest: Manifest, name: str) -> None:
+    """Warn if a target has no operating points, although others of the folder have some."""
+    others = [other for other, target in manifest.targets.items() if target.operating_points]
+    if others and name not in others:
+        _tell(
+            folder,
+            f"target {name} has no operating points, unlike {', '.join(others)}: until it is "
+            "calibrated, it runs by the cautious default rule",
+        )
+
+
+def _tell(folder: Path, warning: str) -> None:
+    if (folder, warning) not in _told:
+        _told.add((folder, warning))
+        logger.warning("%s", in_one_line(warning))
 
 
 def rule_of(

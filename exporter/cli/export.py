@@ -218,7 +218,9 @@ def main(
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
-        echo(f"next: fpabee-run {folder} texts.txt")
+        asked = source is not None or settings["int8"] or bool(settings["backends"])
+        for line in _next_steps(folder, added, asked):
+            echo(f"next: {line}")
     if added is not None and (settings["int8"] or settings["backends"]):
         _check_kept(added, settings["int8"])
 
@@ -322,6 +324,28 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
         raise VerificationError(f"{names} did not pass: {first.message}", first.remedy)
 
 
+def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> list[str]:
+    """The commands that come next: calibrate what has no operating points yet, or else run.
+
+    Args:
+        folder: the engines folder.
+        added: what was added to it.
+        asked: whether targets for CPUs were asked for, so that each of them is calibrated and not
+            only the default target.
+    """
+    manifest, new = read_manifest(folder), list[str]()
+    if added is not None:
+        new += added.built + tuple(added.lost_points)
+        new += (target.name for target in added.cpu if asked)
+    names = dict.fromkeys(name for name in new if name in manifest.targets)
+    calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
+    lacking = {name for name, target in manifest.targets.items() if not target.operating_points}
+    steps = [f"{calibrate} --target {shlex.quote(name)}" for name in names if name in lacking]
+    if not names and manifest.default_target in lacking:
+        steps = [calibrate]
+    return steps or [f"fpabee-run {shlex.quote(str(folder))} texts.txt"]
+
+
 def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], None]) -> Content:
     for check in result.checks:
         kept = f", {len(check.kept)} nodes kept in fp32" if check.kept else ""
@@ -331,7 +355,9 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
         where = ", ".join(target.compute_capabilities)
         within = target.tolerance
         ran = "not run here" if within is None else f"logits within {within:.1e}"
-        say(f"built {name} for compute capability {where} ({ran})")
+        default = result.manifest.default_target
+        role = "the default target" if name == default else f"not the default target {default}"
+        say(f"built {name} for compute capability {where} ({ran}); it is {role}")
     for checked in result.cpu:
         if checked.refused:
             say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
@@ -347,7 +373,6 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
         say(line)
     for name, points in result.lost_points.items():
         say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
-        say(f"  fpabee-calibrate {folder} --data DATA --target {shlex.quote(name)}")
     return {
         "targets": list(result.manifest.targets),
         "precisions": [check.to_dict() for check in result.checks],

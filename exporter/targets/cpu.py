@@ -162,7 +162,7 @@ def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | N
     """
     if not rows:
         return None
-    with _engine(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
+    with engine_of(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
         return Judge(exact, rows)
 
 
@@ -186,7 +186,7 @@ def verified_target(
         target = with_operating_points(target, old.operating_points, old.default_operating_point)
     candidate, score = with_target(manifest, name, target), None
     try:
-        with _engine(folder, candidate, name) as engine:
+        with engine_of(folder, candidate, name) as engine:
             agreement = engine.check()
             tolerance = agreement.max_logit_difference
             if judge is not None:
@@ -262,8 +262,8 @@ def with_fastest_default(
     return changed, f"default target: {chosen}, {why}"
 
 
-def _engine(folder: Path, manifest: Manifest, name: str) -> Engine:
-    """An engine of a manifest that is not written yet."""
+def engine_of(folder: Path, manifest: Manifest, name: str) -> Engine:
+    """An engine of a manifest that may not be written yet, without any warning."""
     _, rule = rule_of(folder, manifest, name, None)
     backend = open_backend(folder, manifest, name, None)
     try:
@@ -285,7 +285,7 @@ def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str
     best = {name: [math.inf] * len(_SHAPES) for name in names}
     try:
         for name in names:
-            engines[name] = _engine(folder, manifest, name)
+            engines[name] = engine_of(folder, manifest, name)
         # In turns, so that a machine whose speed drifts treats all targets alike.
         for _ in range(_TURNS):
             for name, engine in engines.items():

@@ -76,10 +76,10 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
     @staticmethod
     def check(target: Target, name: str) -> None:
         """Check that there are a GPU and the CUDA provider; see `Backend.check`."""
+        required_gpu(name)  # first, because the import takes long
         check_installed()
         import onnxruntime as ort
 
-        required_gpu(name)
         if PROVIDER not in ort.get_available_providers():
             raise BackendError(
                 f"the installed onnxruntime {ort.__version__} has no CUDA provider",

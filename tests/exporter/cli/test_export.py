@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.add_targets import AddTargetsOptions, drop_graphs
+from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, drop_graphs
 from fpabee.exporter.cli.export import main
-from fpabee.runtime import ArtifactError
+from fpabee.runtime import ArtifactError, FPabee
 from fpabee.runtime.artifact.folder import read_manifest
 
 from ...bad_input.cases import change_config
+from ...doubles.device import Double
 
 
 def run(*arguments: object) -> Result:
@@ -36,7 +37,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     made, verified, *_, after = result.stdout.splitlines()
     assert made.startswith(f"{folder}: 3 segments, ")
     assert verified.endswith("labels agree 100.00%, exits agree 100.00%")
-    assert after == f"next: fpabee-run {folder} texts.txt"
+    assert after == f"next: fpabee-calibrate {folder} --data DATA"
     assert "verify" in result.stderr, "progress goes to stderr"
 
 
@@ -82,12 +83,43 @@ def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32", *data)
     assert result.exit_code == 0, result.output
     assert "fp16: emulated on 14 texts" in result.stdout
-    assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here)" in result.stdout
+    assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here);" in result.stdout
     assert f"fpabee-export --from {folder} --backend tensorrt --fp16" in result.stdout
     manifest = read_manifest(folder)
     assert set(manifest.targets) >= {"onnxruntime-fp32", "tensorrt-rtx-fp16"}
     # The fastest target for CPUs is measured, and tiny models run as fast in both libraries.
     assert manifest.default_target.startswith(("onnxruntime-", "openvino-"))
+
+
+def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
+    double: Double, set_points: Callable[..., None]
+) -> None:
+    folder, name = double.folder, "tensorrt-fp32-sm86"
+    set_points(folder, usual=FPabee(threshold=0.3))
+    build = ("--from", folder, "--backend", "tensorrt", "--sequence", "8,16,32")
+    built, *_, after = run(*build).stdout.splitlines()
+    assert built.endswith("; it is not the default target onnxruntime-fp32")
+    assert after == f"next: fpabee-calibrate {folder} --data DATA --target {name}"
+    set_points(folder, name, fast=FPabee(threshold=0.3))
+    built, *_, after = run(*build, "--target", name).stdout.splitlines()
+    assert built.endswith("; it is the default target")
+    assert after == f"next: fpabee-run {folder} texts.txt"
+
+
+def test_points_that_are_lost_are_calibrated_next(
+    double: Double, set_points: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = double.folder
+    lost = AddTargetsResult(
+        read_manifest(folder), (), (), (), "", {}, {"onnxruntime-fp32": ("fast",), "gone": ("a",)}
+    )
+    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: lost)
+    result = run("--from", folder)
+    assert result.stdout.splitlines() == [
+        "no longer valid: fast of onnxruntime-fp32, whose graphs or plans have changed",
+        "no longer valid: a of gone, whose graphs or plans have changed",
+        f"next: fpabee-calibrate {folder} --data DATA --target onnxruntime-fp32",
+    ]
 
 
 def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:

@@ -1,0 +1,103 @@
+"""Which target runs, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fpabee.calibration import calibrate
+from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
+from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.runtime.artifact.manifest import with_target
+from fpabee.runtime.backends.cuda_probe import CudaDevice
+
+from ..calibration.conftest import label_rows
+from ..doubles.device import GPU, install, set_gpu
+
+FP32 = "onnxruntime-fp32"
+PLAN = "tensorrt-fp32-sm86"
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings about targets; a folder that a fixture exports logs other things."""
+    return [record.message for record in caplog.records if record.name.endswith(".targets")]
+
+
+@pytest.mark.parametrize("case", ["said", "no gpu", "chosen by hand", "named", "the default"])
+def test_a_gpu_that_the_default_target_does_not_use_is_named_once(
+    case: str,
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = engine_copy()
+    install(monkeypatch, folder)
+    set_gpu(monkeypatch, CudaDevice(error="no GPU") if case == "no gpu" else GPU)
+    manifest = msgspec.structs.replace(
+        read_manifest(folder),
+        default_is_fixed=case == "chosen by hand",
+        default_target=PLAN if case == "the default" else FP32,
+    )
+    write_manifest(folder, manifest)
+    for _ in range(2):
+        with Engine.load(folder, target=FP32 if case == "named" else None) as engine:
+            assert engine.target == (PLAN if case == "the default" else FP32)
+    expected = (
+        f"the default target {FP32} runs on the CPU, but {PLAN} can run on the GPU of this machine"
+        ": choose it with --target (in Python, target=), or make it the default with fpabee-export "
+        f"--from {folder} --target {PLAN}"
+    )
+    assert told(caplog) == [expected] * (case == "said")
+
+
+def test_of_targets_for_the_gpu_the_one_with_the_same_points_is_named(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = engine_copy()
+    install(monkeypatch, folder)
+    manifest = read_manifest(folder)
+    write_manifest(folder, with_target(manifest, "other", manifest.targets[PLAN]))
+    for name in (FP32, "other"):
+        set_points(folder, name, default="fast", fast=FPabee(threshold=0.3))
+    Engine.load(folder).close()
+    assert "but other can run on the GPU" in caplog.text
+
+
+def test_a_target_without_points_says_so_before_it_runs(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = engine_copy()
+    rows = label_rows(folder, count=60)
+    set_points(folder, "copy", default="fast", fast=FPabee(threshold=0.3))
+    Engine.load(folder, target="copy").close()
+    Engine.load(folder, rule=FPabee(threshold=0.3)).close()
+    calibrate(folder, rows)
+    assert told(caplog) == []
+    set_points(folder)
+    for _ in range(2):
+        Engine.load(folder).close()
+    assert told(caplog) == [
+        f"target {FP32} has no operating points, unlike copy: until it is calibrated, it runs by "
+        "the cautious default rule"
+    ]
+
+
+def test_a_folder_that_this_machine_cannot_run_gives_the_error_of_its_default_target(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    install(monkeypatch, folder)
+    manifest = read_manifest(folder)
+    targets = {PLAN: manifest.targets[PLAN]}
+    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets, default_target=PLAN))
+    set_gpu(monkeypatch, CudaDevice(error="there is no GPU in this test"))
+    with pytest.raises(BackendError, match="there is no GPU in this test"):
+        Engine.load(folder)
