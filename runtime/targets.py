@@ -92,8 +92,7 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
             _tell(
                 folder,
                 f"the default target {default} runs on the CPU, but {name} can run on the GPU of "
-                "this machine: choose it with --target (in Python, target=), or make it the "
-                f"default with fpabee-export --from {folder} --target {name}",
+                "this machine: choose that target, or make it the default target",
             )
             return default
         lost = sorted(points - targets[name].operating_points.keys())
