@@ -27,7 +27,7 @@ from .options import ExitWeights, TrainOptions
 Features = list[dict[str, Any]]
 
 _WEIGHT_DECAY = 0.01
-# Shares of all steps: the length of the warm-up, and the distance between reports of the loss.
+# Shares of all steps: the length of the warm-up, and the distance between means of the loss.
 _WARMUP = 0.06
 _REPORTS = 0.02
 
@@ -87,7 +87,7 @@ class MultiExitTrainer(Trainer):
         self.options = options
         self.problem_type = model.exit_config.problem_type
         self.progress = progress
-        self.dev_scores = ""
+        self.loss = self.dev_scores = ""
 
     def compute_loss(
         self,
@@ -101,6 +101,7 @@ class MultiExitTrainer(Trainer):
         logits = model(**inputs)
         weights, distill = self.options.exit_weights, self.options.distill
         loss = exit_loss(logits, labels, self.problem_type, weights, distill)
+        self._report()
         return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -124,10 +125,11 @@ class MultiExitTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report the mean loss since the last report, and the scores of the last epoch."""
+        """Report the mean loss since the last mean, and the scores of the last epoch."""
         super().log(logs, start_time)
         if "loss" in logs:
-            self._report(f", loss {logs['loss']:.3f}")
+            self.loss = f", loss {logs['loss']:.3f}"
+            self._report()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Report the main metric of every exit on dev; the trainer calls this after every epoch."""
@@ -135,14 +137,14 @@ class MultiExitTrainer(Trainer):
         scores = exit_scores(found.predictions, found.label_ids, self.problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
-        self.dev_scores = f", dev {metric} by exit: {values}"
+        self.loss, self.dev_scores = "", f", dev {metric} by exit: {values}"
         self._report()
         self.control.should_evaluate = False
         return {}
 
-    def _report(self, loss: str = "") -> None:
+    def _report(self) -> None:
         state = self.state
-        self.progress(f"train{loss}{self.dev_scores}", state.global_step, state.max_steps)
+        self.progress(f"train{self.loss}{self.dev_scores}", state.global_step, state.max_steps)
 
 
 def is_head(name: str) -> bool:

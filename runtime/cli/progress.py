@@ -1,12 +1,13 @@
-"""Progress on standard error: a bar on a terminal, otherwise a line now and then."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event, Thread
+from time import perf_counter
 
 from rich import progress as bars
 
@@ -15,7 +16,7 @@ from ..files.summary import Summary
 from ..progress import Progress
 from .console import PlainConsole
 
-_BAR_SECONDS = 0.2
+_UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
 _DECIMAL = re.compile(r"\d+\.\d+")
 
@@ -23,7 +24,9 @@ Advance = Callable[[Summary, int], None]
 
 
 class _Display:
-    """One line of text with a bar.
+    """One line of text with a bar; without a terminal, the text is printed every half minute.
+
+    A thread prints it, because a single step, such as a build, can take many minutes.
 
     Args:
         quiet: show nothing.
@@ -31,7 +34,8 @@ class _Display:
 
     def __init__(self, quiet: bool) -> None:
         self._console = PlainConsole(stderr=True, quiet=quiet)
-        self.is_bar = self._console.is_terminal and not quiet
+        is_bar = self._console.is_terminal and not quiet
+        self._prints = not (is_bar or quiet)
         self._bar = bars.Progress(
             bars.SpinnerColumn(),
             bars.BarColumn(bar_width=20),
@@ -39,35 +43,49 @@ class _Display:
             bars.TimeElapsedColumn(),
             console=self._console,
             transient=True,
-            disable=not self.is_bar,
+            disable=not is_bar,
         )
+        self._text = "loading"
+        self._started = perf_counter()
+        self._ended = Event()
+        self._thread = Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> _Display:
         self._bar.start()
-        self._task = self._bar.add_task("loading", total=None)
+        self._task = self._bar.add_task(self._text, total=None)
+        if self._prints:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._ended.set()
+        if self._prints:
+            self._thread.join()
 
-    def show(self, text: str, share: float | None, as_line: bool = True) -> None:
-        """Update the bar, or print a line where there is none.
+    def show(self, text: str, share: float | None, at_once: bool = False) -> None:
+        """Change the text and the bar.
 
         Args:
             text: what happens now.
             share: how much of it is done, from 0 to 1; None: not known.
-            as_line: whether to print the line.
+            at_once: where there is no bar, print the text now, too.
         """
         total = None if share is None else 1.0
-        text = printable(text)
-        self._bar.update(self._task, description=text, completed=share or 0.0, total=total)
-        if as_line and not self.is_bar:
-            self._console.print(text, soft_wrap=True)
+        self._text = printable(text)
+        self._bar.update(self._task, description=self._text, completed=share or 0.0, total=total)
+        if at_once and self._prints:
+            self._console.print(self._text, soft_wrap=True)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(_LINE_SECONDS):
+            elapsed = timedelta(seconds=round(perf_counter() - self._started))
+            self._console.print(f"{self._text} ({elapsed})", soft_wrap=True)
 
 
 @contextmanager
 def step_progress(quiet: bool) -> Iterator[Progress]:
-    """Show the steps of an operation; without a terminal, one line for each.
+    """Show the steps of an operation; without a terminal, a line for each, and every half minute.
 
     A step is the same if only a decimal number in its text changed, such as the loss of a training.
 
@@ -114,14 +132,13 @@ def row_progress(quiet: bool, share: Callable[[], float | None]) -> Iterator[Adv
         share: gives the share of the input that has been read, or None.
     """
     with _Display(quiet) as display:
-        interval = _BAR_SECONDS if display.is_bar else _LINE_SECONDS
-        due = time.perf_counter() + interval
+        due = perf_counter() + _UPDATE_SECONDS
 
         def advance(summary: Summary, read: int) -> None:
             nonlocal due
-            now = time.perf_counter()
+            now = perf_counter()
             if now >= due:
-                due = now + interval
+                due = now + _UPDATE_SECONDS
                 display.show(*state_of_run(summary, read, share()))
 
         yield advance

@@ -84,6 +84,25 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     assert undecayed == {name for name in by_name if name.endswith("bias") or "LayerNorm" in name}
 
 
+def test_every_step_is_reported_and_the_scores_of_dev_after_an_epoch(
+    options: Callable[..., TrainOptions], backbone: Path, tmp_path: Path
+) -> None:
+    settings = options(epochs=1, batch_size=1)
+    model, tokenizer = build_model(settings, ("a", "b"))
+    rows = [{"input_ids": [1, 2, 3], "labels": number % 2} for number in range(60)]
+    data = {"train": rows, "dev": rows[:2]}
+    seen: list[tuple[str, int, int]] = []
+    trainer = MultiExitTrainer(
+        model, settings, tmp_path, data, tokenizer, lambda *report: seen.append(report)
+    )
+    trainer.train()
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert {done for _, done, _ in seen} == set(range(61))
+    assert {total for _, _, total in seen} == {60}
+    texts = {re.sub(r"\d\.\d+", "N", what) for what, _, _ in seen}
+    assert texts == {"train", "train, loss N", "train, dev accuracy by exit: N N"}
+
+
 def test_every_exit_has_its_own_scores() -> None:
     right, wrong = [0.0, 2.0], [2.0, 0.0]
     logits = np.array([[right, right], [wrong, right], [wrong, right], [wrong, wrong]], np.float32)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import time
+from queue import SimpleQueue
+from threading import Semaphore
+from unittest.mock import Mock
 
 import pytest
 from rich.table import Table
@@ -87,12 +90,73 @@ def test_rate_and_remaining_time_after_ten_seconds(
     assert state_of_run(tally(rows, completed), read, share) == expected
 
 
-def test_without_a_terminal_a_run_prints_a_line_at_intervals(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class Clock:
+    """A clock whose half minutes pass when a test says so, and the event that waits for them."""
+
+    def __init__(self) -> None:
+        self.now, self._waits, self._answers = 0.0, Semaphore(0), SimpleQueue[bool]()
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds == 30.0
+        self._waits.release()
+        return self._answers.get(timeout=60)
+
+    def set(self) -> None:
+        self._answers.put(True)
+
+    def pass_half_a_minute(self) -> None:
+        self._waits.acquire(timeout=60)
+        self.now += 30.0
+        self._answers.put(False)
+        self._waits.acquire(timeout=60)  # what was due is printed
+        self._waits.release()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(progress_module, "Event", lambda: made)
+    monkeypatch.setattr(progress_module, "perf_counter", lambda: made.now)
+    return made
+
+
+def test_without_a_terminal_the_state_is_printed_every_half_minute(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for interval, quiet, lines in ((30.0, False, 0), (0.0, False, 1), (0.0, True, 0)):
-        monkeypatch.setattr(progress_module, "_LINE_SECONDS", interval)
-        with row_progress(quiet, lambda: 0.5) as advance:
-            advance(tally(10, 0), 10)
-        out, err = capsys.readouterr()
-        assert (out, err.count("10 rows, "), err.count("\n")) == ("", lines, lines)
+    with step_progress(quiet=False) as progress:
+        clock.pass_half_a_minute()
+        for done in range(3):
+            progress(f"train, loss 2.{done}", done, 125)
+        clock.pass_half_a_minute()
+        clock.pass_half_a_minute()
+    assert capsys.readouterr().err.splitlines() == [
+        "loading (0:00:30)",
+        "train, loss 2.0 0/125",
+        "train, loss 2.2 2/125 (0:01:00)",
+        "train, loss 2.2 2/125 (0:01:30)",
+    ]
+
+
+def test_without_a_terminal_the_state_of_a_run_is_printed_every_half_minute(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with row_progress(False, lambda: None) as advance:
+        advance(tally(10, 0), 10)
+        clock.now += 0.2
+        advance(tally(20, 0), 20)
+        advance(tally(30, 0), 30)  # too soon after the one before
+        clock.pass_half_a_minute()
+    assert capsys.readouterr() == ("", "20 rows, 2 rows/s (0:00:30)\n")
+
+
+@pytest.mark.parametrize(("is_terminal", "quiet"), [(False, True), (True, False), (True, True)])
+def test_no_lines_are_printed_beside_a_bar_or_if_nothing_is_to_be_shown(
+    is_terminal: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    thread = Mock()
+    monkeypatch.setattr(progress_module, "Thread", lambda **_: thread)
+    with step_progress(quiet) as progress:
+        progress("build", 0, 1)
+    assert thread.mock_calls == []
