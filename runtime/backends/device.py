@@ -165,7 +165,8 @@ class DeviceExecution(Execution[DeviceBuffers]):
         self._cuda = backend.cuda
         self._scratch = 0
         self._scratch_size = 0
-        self._scratch_number = 0  # an address may be used again for less memory
+        # An address may be used again for less memory, so pieces are told apart by their number.
+        self._scratch_number = 1  # steps begin with 0
         self._groups: Counter[Bucket] = Counter()
         self.shared: dict[Bucket, dict[str, Any]] = {}
 
@@ -367,7 +368,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
 
     def share_scratch(self, step: Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""
-        if step.scratch and step.scratch == self._scratch_number:
+        if step.scratch == self._scratch_number:
             return
         need = max(runner.scratch_bytes() for runner in step.runners)
         if need > self._scratch_size:

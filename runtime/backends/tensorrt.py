@@ -22,9 +22,10 @@ from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
 from . import compiled_cache
+from .backend import Execution
 from .cuda_probe import check_cuda, cuda_device, extra, no_conditional_graphs, required_gpu
 from .device import DeviceBackend, DeviceExecution
-from .device_buffers import Place, Runner
+from .device_buffers import DeviceBuffers, Place, Runner
 from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
@@ -111,10 +112,12 @@ class RuntimeCache:
     def __init__(self, key: str) -> None:
         self._key = key
         self._cache: Any = None
+        self._is_new = False
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
     def config(self, trt: Any, graph: str, engine: Any) -> Any:
-        """The configuration of an engine's contexts, which use the cache."""
+        """The configuration of an engine's next context, which uses the cache."""
+        self._is_new = True  # the library compiles for the context when it first runs
         if graph in self._configs:
             return self._configs[graph]
         runtime_config = engine.create_runtime_config()
@@ -134,8 +137,9 @@ class RuntimeCache:
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache, if possible."""
-        if self._cache is not None:
+        """Write the cache if contexts were made since the last time, and if possible."""
+        if self._is_new:
+            self._is_new = False
             compiled_cache.write(self._key, bytes(self._cache.serialize()))
 
 
@@ -210,6 +214,13 @@ class TensorRtBackend(DeviceBackend):
             batch_sizes=self.target.batch_sizes,
             sequence_lengths=self.target.sequence_lengths,
         )
+
+    def give_back(self, execution: Execution[DeviceBuffers], failed: bool = False) -> None:
+        """Also keep what the device compiled, because many processes end without closing."""
+        if self._compiled is not None and not failed:
+            with self._lock:
+                self._compiled.save()
+        super().give_back(execution, failed)
 
     def check_bucket(self, bucket: Bucket) -> None:
         """Refuse a shape that no profile takes."""

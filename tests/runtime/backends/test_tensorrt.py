@@ -169,6 +169,17 @@ def test_logits_that_are_not_finite_are_refused(
     assert made.cuda.memory_of == {}, "an engine that fails its check is closed"
 
 
+def test_segments_without_scratch_memory_are_captured_once(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.doubles.tensorrt.SCRATCH", 0)
+    made = double()
+    with made.load() as engine:
+        for _ in range(4):
+            engine.trace(TEXTS)
+    assert made.cuda.captures == 3
+
+
 def test_hidden_states_stay_on_the_device(double: Callable[..., Double]) -> None:
     made = double()
     with made.load() as engine:
@@ -278,6 +289,19 @@ def test_rtx_keeps_what_the_device_compiled(
     assert "for another driver" in caplog.text
     set_gpu(monkeypatch, CudaDevice("Another GPU", "8.6", (13, 0)))
     assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
+
+
+def test_rtx_keeps_it_before_the_engine_is_closed(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written: list[bytes] = []
+    monkeypatch.setattr(compiled_cache, "write", lambda key, content: written.append(content))
+    with double(backend="tensorrt-rtx").load() as engine:
+        for texts in (["rain"], ["rain"], TEXTS):
+            engine.trace(texts)
+        assert written == [b"compiled 3", b"compiled 6"], "once for each new shape"
+    assert len(written) == 2
 
 
 def test_a_plan_of_another_graph_is_refused(double: Callable[..., Double]) -> None:
