@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 from ..errors import BackendError, Remedy
@@ -28,12 +29,15 @@ class CudaDevice:
         compute_capability: such as `8.6`.
         cuda: the newest CUDA version that the driver runs, such as (12, 6); (0, 0) if unknown.
         error: why no GPU can be used; empty if one can.
+        process: the process that has asked, the only one that can use the GPU: CUDA does not work
+            in processes that are forked from it.
     """
 
     name: str = ""
     compute_capability: str = ""
     cuda: tuple[int, int] = (0, 0)
     error: str = ""
+    process: int = field(default_factory=os.getpid, compare=False)
 
 
 @functools.cache
@@ -85,7 +89,26 @@ def required_gpu(target: str) -> CudaDevice:
             f"target {target} needs an NVIDIA GPU, but {device.error}",
             Remedy("choose another {target}, such as onnxruntime-fp32"),
         )
+    check_not_forked(target)
     return device
+
+
+def check_not_forked(target: str) -> None:
+    """Refuse a process that was forked after CUDA was used: libraries can crash in it.
+
+    Args:
+        target: name of the target, for messages.
+
+    Raises:
+        BackendError: this is such a process.
+    """
+    if cuda_device().process != os.getpid():
+        raise BackendError(
+            f"target {target} cannot run in this process, which was forked from one that had used "
+            "the GPU",
+            "start processes with the method spawn or forkserver of multiprocessing, and load the "
+            "engine in each of them",
+        )
 
 
 def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:

@@ -34,6 +34,7 @@ from ..rules.runner import RuleRunner
 from .backend import Backend, Execution
 from .buffers import BufferName, Hidden, dtype_of, nbytes_of, shape_of
 from .cuda import Cuda, cuda
+from .cuda_probe import check_not_forked
 from .decide import GATHER, settings_of
 from .device_buffers import DeviceBuffers, Place, Runner, Step
 from .request_graph import RequestGraph
@@ -79,6 +80,11 @@ class DeviceBackend(Backend[DeviceBuffers]):
             self.warn_once("rows are regrouped by several copies instead of one kernel", error)
             return False
         return True
+
+    def check_out(self) -> Execution[DeviceBuffers]:
+        """An execution for one call, see `Backend`; refused in a forked process."""
+        check_not_forked(self.name)
+        return super().check_out()
 
     def open(self) -> DeviceExecution:
         """A new execution."""

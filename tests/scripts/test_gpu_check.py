@@ -425,15 +425,19 @@ def test_a_model_is_made_and_its_plans_are_built(
 
 def test_only_tests_that_are_marked_run(load_script: Load, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
-    lines = ["import pytest", "@pytest.mark.gpu", "def test_x():", "    assert False"]
+    lines = ["import pytest, warnings", "@pytest.mark.gpu", "def test_x():", "    assert False"]
     lines += ["def test_not_run():", "    assert False"]
+    lines += ["@pytest.mark.gpu", "def test_y():", "    warnings.warn('a new driver')"]
     (tmp_path / "tests" / "test_x.py").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "tests" / "test_y.py").write_text("import a_missing_package", encoding="utf-8")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers = gpu\nfilterwarnings = error\n", encoding="utf-8"
+    )
     results: Results = []
     with pytest.raises(subprocess.CalledProcessError):
         load_script("gpu_check_parts").tests(tmp_path, lambda **result: results.append(result))
-    assert re.fullmatch(r"1 failed, 1 deselected in .*", results[0]["summary"])
+    summary = r"1 failed, 1 passed, 1 deselected, 1 warning in .*"
+    assert re.fullmatch(summary, results[0]["summary"])
 
 
 def _report(*results: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from hypothesis.stateful import (
 
 from fpabee.runtime import BackendError, Budget, Engine, read_manifest
 from fpabee.runtime.backends.backend import Backend
+from fpabee.runtime.backends.cuda_probe import required_gpu
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.chain_times import time_exits
 from fpabee.runtime.encoding import TextEncoder
@@ -174,6 +176,26 @@ def test_idle_executions_make_room_for_a_context(
         monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
         assert len(engine.predict(["turn the lights on"])) == 1
     assert nothing_is_left(made)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forked_process_is_refused_before_a_library_is_called(
+    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double(backend=backend)
+    set_gpu(monkeypatch)
+    with made.load() as engine:
+        engine.predict(TEXTS)
+        made.cuda.calls.clear()
+        another = os.getpid() + 1
+        with monkeypatch.context() as child:
+            child.setattr("os.getpid", lambda: another)
+            with pytest.raises(BackendError, match=r"was forked from one .* -> .*spawn"):
+                engine.predict(TEXTS)
+            with pytest.raises(BackendError, match="was forked"):
+                required_gpu(made.target)
+        assert not made.cuda.calls
+        assert len(engine.predict(TEXTS)) == len(TEXTS)
 
 
 class Group:
