@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +29,7 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
+_CAPTURING = threading.Lock()  # the collector is turned off for the whole process
 # At most this many warps decide about a group: every GPU has enough registers for 256 threads.
 _WARPS = 8
 # A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
@@ -167,14 +171,16 @@ class Cuda:
         Returns:
             An executable graph.
         """
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
+        # The other modes forbid calls such as cudaMalloc, which libraries may make at any time.
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         ended: tuple[Any, ...] = ()
         try:
-            try:
-                work()
-            finally:
-                ended = self._runtime.cudaStreamEndCapture(stream)
+            with _without_collector():
+                self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
+                try:
+                    work()
+                finally:
+                    ended = self._runtime.cudaStreamEndCapture(stream)
             (graph,) = self._check(ended)
             (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
         except BaseException:
@@ -351,6 +357,19 @@ class Cuda:
                 remedy,
             )
         return tuple(values)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's garbage collector does not run: it may free device memory, which ends a capture."""
+    with _CAPTURING:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 class PinnedArray(NamedTuple):

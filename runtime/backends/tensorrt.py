@@ -45,7 +45,8 @@ class PlanContext:
         stream: the stream that it runs in.
         scratch_bytes: scratch memory that it needs.
         scratch: address and size of the scratch memory that it uses.
-        runner: the runner whose addresses are set.
+        addresses: the addresses that are set. A reference to their runner would be a cycle, and
+            the context would keep its memory until the garbage collector runs.
         is_warm: whether it has run with this scratch memory. A first run may allocate memory,
             which cannot be captured.
     """
@@ -54,7 +55,7 @@ class PlanContext:
     stream: int
     scratch_bytes: int
     scratch: tuple[int, int] = (0, 0)
-    runner: PlanRunner | None = None
+    addresses: Sequence[tuple[str, int]] = ()
     is_warm: bool = False
 
 
@@ -74,11 +75,11 @@ class PlanRunner(Runner):
         """Enqueue the plan in the stream."""
         shared = self._shared
         context = shared.context
-        if shared.runner is not self:
+        if shared.addresses != self._addresses:
             for name, address in self._addresses:
                 done = context.set_tensor_address(name, address)
                 _must(done, f"TensorRT does not accept the address of {name}")
-            shared.runner = self
+            shared.addresses = self._addresses
         done = context.execute_async_v3(shared.stream)
         _must(done, "TensorRT could not start a segment")
         shared.is_warm = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -232,6 +234,21 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
     raise AssertionError("a call makes fewer allocations")
 
 
+def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
+    """Not when the garbage collector runs next: what lacks memory needs theirs now."""
+    with double().load() as engine:
+        with engine.model.chain() as chain:
+            chain_times.time_exits(chain, 1, 8)
+            shared = chain.execution.shared.values()
+            contexts = [weakref.ref(each) for made in shared for each in made.values()]
+        gc.disable()
+        try:
+            engine.model._backend.drop_idle()
+            assert [each() for each in contexts] == [None] * 3
+        finally:
+            gc.enable()
+
+
 def test_a_target_is_checked_before_a_plan_is_loaded(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,10 +349,12 @@ def test_a_capture_always_ends(fails: str) -> None:
     """With the calls of the real bindings: the stream leaves the capture, and no graph is left."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     calls: list[str] = []
+    relaxed = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
 
     def answer(name: str, *value: Any) -> Callable[..., tuple[Any, ...]]:
         def call(*arguments: Any) -> tuple[Any, ...]:
             calls.append(name)
+            assert name != "cudaStreamBeginCapture" or arguments == (3, relaxed)
             failed = name == fails
             status = runtime.cudaError_t(901 if failed else 0)
             return (status, *([None] * len(value) if failed else value))
@@ -343,6 +362,7 @@ def test_a_capture_always_ends(fails: str) -> None:
         return call
 
     def work() -> None:
+        assert not gc.isenabled(), "it may free device memory during the capture"
         if fails == "work":
             raise BackendError("a segment failed", "")
 
@@ -367,6 +387,7 @@ def test_a_capture_always_ends(fails: str) -> None:
     else:
         with pytest.raises(BackendError, match=r"segment failed|invalidated"):
             driver.capture(3, work)
+    assert gc.isenabled()
     assert calls[:2] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
     assert ("cudaGraphDestroy" in calls) == (fails != "cudaStreamEndCapture")
     assert ("cudaGetLastError" in calls) == bool(fails)
