@@ -22,6 +22,7 @@ RTX_CAPABILITIES = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
 BUILD_ON_DEVICE = Call("add_targets", "ENGINES", backend=TENSORRT)
 
 _BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MOST_ONE_ROW_LENGTHS = 4
 _LENGTH_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -37,8 +38,9 @@ class PlanOptions:
         hardware_compatible: whether all GPUs from Ampere on can run the plans.
         optimization_level: 0 to 5; None: the library's default.
         workspace: the most scratch memory in bytes; None: no limit.
-        one_row_lengths: of the lengths to pad to, those with a profile for a single row, see
-            `profiles`. None: all of them.
+        one_row_lengths: of the lengths to pad to, those that a profile for a single row is tuned
+            for, see `profiles`. None: the longest, the next one that is at most half as long, and
+            so on, four at most.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
@@ -115,7 +117,8 @@ class PlanOptions:
         """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.
 
         TensorRT chooses kernels for the typical shape of a profile, and those for many rows are
-        slow for a single one. So each length that one row is padded to has a profile of its own.
+        slow for a single one. So a single row has profiles of its own, each for the lengths up to
+        the one that it is tuned for. They are few, because each of them makes a build longer.
         TensorRT for RTX compiles kernels for the actual shape on the device.
         """
         batch = Range(**dict(zip(("min", "opt", "max"), self.batch, strict=True)))
@@ -127,12 +130,19 @@ class PlanOptions:
             )
         if not self.compute_capabilities and self.batch[0] == 1 < self.batch[2]:
             one = Range(min=1, opt=1, max=1)
-            profiles += [
-                Shapes(batch=one, sequence=Range(min=length, opt=length, max=length))
-                for length in self.sequence_lengths
-                if self.one_row_lengths is None or length in self.one_row_lengths
-            ]
+            for length in self._one_row_lengths():
+                profiles.append(Shapes(batch=one, sequence=Range(min=low, opt=length, max=length)))
+                low = length + 1
         return tuple(profiles)
+
+    def _one_row_lengths(self) -> list[int]:
+        if self.one_row_lengths is not None:
+            return [length for length in self.sequence_lengths if length in self.one_row_lengths]
+        lengths = [self.sequence[2]]
+        for length in reversed(self.sequence_lengths):
+            if 2 * length <= lengths[0] and len(lengths) < _MOST_ONE_ROW_LENGTHS:
+                lengths.insert(0, length)
+        return lengths
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -183,6 +183,26 @@ def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
     assert [(sequence.min, sequence.max) for sequence in several] == [(8, 16), (17, 32)]
 
 
+@pytest.mark.parametrize(
+    ("sequence", "tuned", "typical"),
+    [
+        ((16, 64, 128), None, [16, 32, 64, 128]),
+        ((16, 128, 512), None, [64, 128, 256, 512]),
+        ((16, 64, 100), None, [24, 48, 100]),
+        ((16, 64, 128), (16, 32, 128, 999), [16, 32, 128]),
+    ],
+)
+def test_few_profiles_are_tuned_for_a_single_row(
+    sequence: tuple[int, int, int], tuned: tuple[int, ...] | None, typical: list[int]
+) -> None:
+    """And they take every length: each profile makes a build longer."""
+    options = PlanOptions(sequence=sequence, compute_capabilities=(), one_row_lengths=tuned)
+    ranges = [p.sequence for p in options.profiles() if p.batch.max == 1]
+    assert [each.opt for each in ranges] == typical
+    assert sum(each.max - each.min + 1 for each in ranges) == sequence[2] - sequence[0] + 1
+    assert (ranges[0].min, ranges[-1].max) == (sequence[0], sequence[2])
+
+
 def test_tensorrt_needs_the_device(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

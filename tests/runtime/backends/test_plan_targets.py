@@ -210,15 +210,9 @@ def test_one_row_runs_in_the_profile_of_its_length(
     few = options.batch[0]
     for length in options.sequence_lengths:
         chosen = profiles[backend._profile(Bucket(few, length))]
-        assert (chosen.sequence.min == chosen.sequence.max == length) == (few == 1)
+        assert chosen.sequence.min <= length <= chosen.sequence.max
+        assert (chosen.batch.max == 1) == (few == 1)
         assert profiles[backend._profile(Bucket(8, length))].batch.max > 1
     with pytest.raises(BackendError, match=r"takes \d to \d+ rows of 16 to 64 tokens; [^;]*, not"):
         backend.check_bucket(Bucket(64, 16))
     backend.close()
-
-
-def test_profiles_of_one_row_can_be_fewer() -> None:
-    options = PlanOptions(compute_capabilities=(), one_row_lengths=(16, 64, 999))
-    found = [shapes.sequence.opt for shapes in options.profiles() if shapes.batch.max == 1]
-    assert found == [16, 64]
-    assert set(found) < set(options.sequence_lengths)
