@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import sizes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("exporter", "runtime", "calibration")
@@ -117,6 +118,21 @@ def test_libraries_do_not_mention_options_or_commands() -> None:
         if isinstance(node, ast.Constant) and _FLAG.search(str(node.value))
     }
     assert found - _WITH_FLAGS == set()
+
+
+def test_the_packages_are_as_small_as_promised() -> None:
+    assert 5_000 < sizes.code_lines(*PACKAGES) <= sizes.most_code_lines()
+
+
+def test_comments_and_docstrings_are_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "module.py").write_text(
+        '"""A module."""\n\n# A comment.\nTEXT = """\n\n"""  # three lines\n\n'
+        'def function() -> int:\n    """Return\n    one."""\n\n    return 1\n'
+    )
+    monkeypatch.setattr(sizes, "ROOT", tmp_path)
+    assert sizes.code_lines(".") == 5
 
 
 @pytest.fixture(scope="module")

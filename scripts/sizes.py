@@ -1,0 +1,84 @@
+"""How large the project is: `scripts/check --sizes` prints it, and a test checks the limit.
+
+A line of code is one that holds more than a comment or a docstring.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tokenize
+from pathlib import Path
+
+import click
+
+from fpabee.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime", "exporter", "calibration")
+
+_NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.ENCODING,
+}
+
+
+def code_lines(*folders: str) -> int:
+    """The lines of code of the Python files in folders."""
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sum(len(_lines_of_code(path)) for path in paths)
+
+
+def _lines_of_code(path: Path) -> set[int]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    lines = set[int]()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in _NO_CODE:
+                lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return lines
+
+
+def most_code_lines() -> int:
+    """How many lines of code the packages may have, from `pyproject.toml`."""
+    (limit,) = re.findall(r"^code-lines = (\d+)$", (ROOT / "pyproject.toml").read_text(), re.M)
+    return int(limit)
+
+
+def options() -> list[str]:
+    """The options of all commands, each as often as commands have it."""
+    context = click.Context(main)
+    commands = [main.resolve_command(context, [name])[1] for name in main.list_commands(context)]
+    parameters = [parameter for command in commands if command for parameter in command.params]
+    return [max(p.opts, key=len) for p in parameters if isinstance(p, click.Option)]
+
+
+def _words(*paths: Path) -> int:
+    return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
+
+
+def print_sizes() -> None:
+    """Print lines of code, words and options."""
+    found = options()
+    print("lines of code")
+    for folder in (*PACKAGES, "scripts", "tests"):
+        print(f"  {folder:12} {code_lines(folder):7,}")
+    print(f"  {'packages':12} {code_lines(*PACKAGES):7,}, at most {most_code_lines():,}")
+    print("words")
+    print(f"  {'README.md':12} {_words(ROOT / 'README.md'):7,}")
+    print(f"  {'docs/':12} {_words(*(ROOT / 'docs').rglob('*.md')):7,}")
+    print("options of commands")
+    print(f"  {'all':12} {len(found):7,}")
+    print(f"  {'distinct':12} {len(set(found)):7,}")
+
+
+if __name__ == "__main__":
+    print_sizes()
