@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import rich_click as click
 from rich.console import Console
 from rich.table import Table
@@ -21,14 +19,12 @@ from ...runtime.cli.console import table_console
 from ...runtime.cli.progress import step_progress
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.environment import cpu_name
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
 from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.base import ExitRule, ThresholdRule
 from ...runtime.rules.rules import RULES
 from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
-from ..load_test import Load, run_load_test
 
 _MOST_TOKENS = 2**20
 
@@ -46,21 +42,13 @@ def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[in
     return pairs
 
 
-def _loads(_: click.Context, __: click.Parameter, value: tuple[float, ...]) -> tuple[float, ...]:
-    if not all(0 < load < math.inf for load in value):
-        raise click.BadParameter(f"{value} has a load that is not above 0 and finite")
-    return value
-
-
 @command(
     examples="""
 fpabee-bench engines/ --input texts.txt
 fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
-fpabee-bench engines/ --input texts.txt --serve --seconds 300
 """,
     panels={
         **RULE,
-        "Load test of the server": "--serve --loads --seconds",
         "Reading files": "--input-format --text-column --text-pair-column --no-quotes",
     },
 )
@@ -88,16 +76,6 @@ fpabee-bench engines/ --input texts.txt --serve --seconds 300
 @options.threads
 @options.quiet
 @options.as_json
-@options.flag("--serve", "Send requests at random times to the HTTP server on this machine.")
-@options.option(
-    "--loads",
-    "X,X,...",
-    "Rates of requests, as multiples of the capacity at full depth.",
-    type=options.Numbers(float, "0.5,0.9"),
-    callback=_loads,
-    default="0.5,0.9,1.3,1.6",
-)
-@options.number("--seconds", "Duration of each load.", 60.0, min=0, min_open=True)
 @options.rule
 @options.texts
 def main(
@@ -109,9 +87,6 @@ def main(
     max_rows: int,
     quiet: bool,
     as_json: bool,
-    serve: bool,
-    loads: tuple[float, ...],
-    seconds: float,
     **settings: Any,
 ) -> None:
     """Measure how fast ENGINES is with its exits, compared with one full graph.
@@ -120,9 +95,7 @@ def main(
     both.
     """
     options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
-    options.only_with("loads seconds", serve, "--serve")
-    options.not_with("model_dir repeats max_seconds shapes", serve, "--serve")
-    require("serve" if serve else "bench")
+    require("bench")
     texts = [row.content for row in read_rows(source, options.read_options(settings))]
     with step_progress(quiet) as progress:
         with Engine.load(engines, target, threads=threads) as engine:
@@ -133,11 +106,6 @@ def main(
             if depth is not None:
                 progress("choose the threshold", 0, 1)
                 rule = _of_depth(engine, rule, texts[:max_rows], depth)
-        if serve:
-            with Engine.load(engines, target, threads=threads, rule=rule) as engine:
-                found = run_load_test(engine, texts[:max_rows], loads, seconds, progress=progress)
-                report_loads(engine, *found, as_json)
-            return
         wanted = BenchOptions(rule, max_rows=max_rows, threads=threads, target=target, **settings)
         report = run_bench(engines, texts, wanted, progress)
     if as_json:
@@ -155,32 +123,6 @@ def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: floa
     return threshold_for_depth(
         trace.logits, rule, task.problem_type, layers, goal, thresholds, first
     )
-
-
-def report_loads(engine: Engine, capacity: float, loads: Sequence[Load], as_json: bool) -> None:
-    """Print what the servers did under load, as a table or as JSON."""
-    machine = {"target": engine.target, "hardware": cpu_name(), "rule": engine.rule.to_dict()}
-    if as_json:
-        entries = [dataclasses.asdict(load) | {"sustainable": load.sustainable} for load in loads]
-        # In JSON, times without an answer are null.
-        click.echo(msgspec.json.encode(machine | {"rows_per_second": capacity, "loads": entries}))
-        return
-    heads = "load,server,requests,answered,answers/s,mean ms,p50 ms,p99 ms,layers,sustainable"
-    table = Table(*heads.split(","))
-    for load in loads:
-        times = (load.per_second, load.mean_ms, load.p50_ms, load.p99_ms, load.mean_layer)
-        table.add_row(
-            f"{load.share:g}",
-            load.server,
-            str(load.requests),
-            str(load.answered),
-            *(f"{value:.1f}" for value in times),
-            {True: "yes", False: "no", None: f"held for {load.seconds:g} s"}[load.sustainable],
-        )
-    console = table_console()
-    console.print(table)
-    console.print(f"capacity at full depth: {capacity:.1f} rows/s")
-    console.print(f"{engine.target}, rule {rule_in_words(engine.rule)}; {cpu_name()}")
 
 
 def to_dict(report: BenchReport) -> dict[str, Any]:

@@ -180,8 +180,6 @@ USAGE: list[tuple[Make, str]] = [
     (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
     (command("bench", "--depth", 0.5, "--threshold", 0.1), "--threshold"),
     (command("bench", "--shapes", "ax8"), "'ax8'"),
-    (command("bench", "--serve", "--loads", "0.5,0"), "--loads"),
-    (command("bench", "--serve", "--loads", "inf"), "--loads"),
     (command("bench", "--shapes", "1000000000x8"), "1048576"),
     (lambda p: ["export"], "--from"),
     (command("export", "--exits", "1,,2"), "'1,,2'"),

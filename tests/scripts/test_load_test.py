@@ -1,0 +1,68 @@
+"""The load test counts what is answered and what is not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import load_test
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    path = tmp_path / "texts.txt"
+    path.write_text("rain\nturn on the light\n")
+    return str(path)
+
+
+def _rows(server: str, texts: str, *options: str) -> list[list[str]]:
+    command = [server, "--input", texts, "--rate", "30", "--seconds", "1", *options]
+    result = CliRunner().invoke(load_test.main, command)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_server_is_started_and_answers_everything(
+    engines: Mapping[str, Path], texts: str
+) -> None:
+    rows = _rows(str(engines["bert"]), texts, "--rate", "10", "--", "--threads", "1")
+    assert [row[0] for row in rows] == ["30", "10"]
+    for _, _, sent, errors, *times, layers in rows:
+        assert int(sent) > 0
+        assert errors == "0"
+        assert 0 < float(times[0]) <= float(times[2])
+        assert float(layers) == 3
+
+
+def test_refused_requests_are_errors(texts: str) -> None:
+    class Refuses(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(429)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            ((_, _, sent, errors, *_),) = _rows(f"http://127.0.0.1:{server.server_port}", texts)
+        finally:
+            server.shutdown()
+    assert int(errors) == int(sent) > 0
+
+
+def test_a_server_that_does_not_run_is_named(texts: str) -> None:
+    command = ["http://127.0.0.1:9", "--input", texts, "--rate", "1"]
+    result = CliRunner().invoke(load_test.main, command)
+    assert result.exit_code == 1
+    assert "no server at 127.0.0.1:9" in result.stderr
