@@ -8,10 +8,10 @@ runtime only: neither torch nor transformers nor onnx.
 
 The modules in the order of the steps: `goals` (what is asked), `checks` (what is refused), `trace`
 (run the rows), `scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs`
-(what stopping early costs and loses), `sweep` (all thresholds of a rule), `per_exit` and `learned`
-(rules that are fitted), `families` (the settings that compete), `choose` (estimated goals), `risk`
-(guarantees), `points` (operating points, judged on other rows), `outcome`, `result`; `calibrate`
-runs them.
+(what stopping early costs and loses), `sweep` (all thresholds of a rule), `per_exit`
+(thresholds that are fitted), `families` (the settings that compete), `choose` (estimated goals),
+`risk` (guarantees), `points` (operating points, judged on other rows), `outcome`, `result`;
+`calibrate` runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal

@@ -10,7 +10,6 @@ from ..runtime.artifact.manifest import ProblemType
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import Row
-from ..runtime.optional_packages import require
 from .goals import CalibrationOptions
 from .risk import RiskOf
 from .scoring import AGREEMENT, METRICS, ROW_MEANS
@@ -37,7 +36,6 @@ def check_request(
 
     Raises:
         InputError: the options do not fit the model, or the rows cannot be used.
-        MissingExtraError: the learned rule is asked for, and scikit-learn is not installed.
     """
     _check_options(engine, options, metric)
     task, labelled = engine.manifest.task, not options.unlabelled
@@ -103,8 +101,6 @@ def _check_options(engine: Engine, options: CalibrationOptions, metric: str) -> 
                     "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
                 ),
             )
-    if "learned" in options.rules:
-        require("calibrate")
     multi_label = task.problem_type is ProblemType.MULTI_LABEL
     if options.tune_label_thresholds and not (multi_label and labelled):
         raise InputError(

@@ -20,11 +20,11 @@ from ..runtime.cli.console import echo, table_console
 from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import Budget
+from ..runtime.rules.rules import RULES, Budget
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
 from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
-from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
+from .families import DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
 from .report import check_place, write_report
 from .result import Calibration, Point, RuleComparison, make_default
@@ -76,7 +76,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
     f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; "
     "for guaranteed points, entropy. Full depth competes as well, and the cascade if the model has "
     "exit 0.",
-    ["auto", *CHOOSABLE_RULES],
+    ["auto", *RULES],
     multiple=True,
 )
 @options.choice(

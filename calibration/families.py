@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ..runtime.rules.base import ExitRule, SearchSpace, ThresholdRule
 from ..runtime.rules.measures import Array, Measure
 from ..runtime.rules.rules import RULES, Budget
-from .learned import fit_learned, out_of_fold_scores
 from .per_exit import fit_per_exit
 from .scoring import LabelledLogits
 from .stopping_costs import StoppingCosts
@@ -31,8 +30,6 @@ from .sweep import (
 
 DEFAULT_RULES = ("fpabee", "pabee", "entropy", "confidence")
 """Rules that compete if none is named: in comparisons no other rule saves clearly more."""
-CHOOSABLE_RULES = tuple(name for name in RULES if name != "either")
-"""Rules that a user can name. The rule `either` still runs, but is no longer chosen."""
 DEFAULT_MEASURES = (Measure.JSKD, Measure.REKD)
 """Measures of F-PABEE that compete if none is named."""
 
@@ -104,9 +101,6 @@ def make_families(
     parts = deal(len(rows), seed)
     found: list[Family] = []
     for name in rules:
-        if name == "learned":
-            found += _learned(rows, stop, parts)
-            continue
         patience = last - 1 if name == "pabee" else min(_MOST_PATIENCE, last - 1)
         space = SearchSpace(rows.exits, measures, range(1, patience + 1))
         for rule in RULES[name].search_grid(space):
@@ -129,15 +123,6 @@ def make_families(
 def deal(rows: int, seed: int) -> NDArray[np.intp]:
     """The part of each row, `[rows]` from 0: `PARTS` parts of equal size, dealt at random."""
     return np.random.default_rng(seed).permutation(np.arange(rows) % PARTS)
-
-
-def _learned(rows: LabelledLogits, stop: StopScores, parts: NDArray[np.intp]) -> Iterator[Family]:
-    rule, scores = fit_learned(rows), out_of_fold_scores(rows, parts)
-    if rule is not None and scores is not None:
-        scores[-1] = -np.inf
-        if rows.first_exit == 0:
-            scores = np.stack([stop.exit_0, *scores])
-        yield from _families(rule, scores, rows)
 
 
 def _families(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[Family]:

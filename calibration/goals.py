@@ -10,7 +10,8 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import ReadOptions
 from ..runtime.rules.measures import Measure
-from .families import CHOOSABLE_RULES, DEFAULT_MEASURES, DEFAULT_RULES
+from ..runtime.rules.rules import RULES
+from .families import DEFAULT_MEASURES, DEFAULT_RULES
 from .risk import Bound
 
 DEFAULT_GOALS = {
@@ -34,7 +35,7 @@ class CalibrationOptions:
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
             means the first of these, or agreement if labels are not used or if the bound is on
             disagreement.
-        rules: names of the exit rules to choose from, of `CHOOSABLE_RULES`; empty means
+        rules: names of the exit rules to choose from, of `runtime.RULES`; empty means
             `DEFAULT_RULES`, or entropy for what is guaranteed.
         measures: similarity measures to try; empty means `DEFAULT_MEASURES`.
         target: a built target; None means the default of the manifest.
@@ -96,10 +97,9 @@ class CalibrationOptions:
         for name, goal in self.goals.items():
             _check_goal(name, goal)
         for rule in self.rules:
-            if rule not in CHOOSABLE_RULES:
+            if rule not in RULES:
                 raise InputError(
-                    f"exit rule {rule!r} cannot be chosen",
-                    f"choose from {', '.join(CHOOSABLE_RULES)}",
+                    f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
         for setting, least in (("batch_size", 1), ("seed", 0)):
             value = getattr(self, setting)

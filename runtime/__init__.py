@@ -57,13 +57,11 @@ from .errors import (
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule, SearchSpace, Signal, Threshold, ThresholdRule
-from .rules.learned import Learned
 from .rules.measures import Measure, Outputs, RowOutputs
 from .rules.rules import (
     RULES,
     Budget,
     Confidence,
-    Either,
     Energy,
     Entropy,
     Epee,
@@ -83,7 +81,6 @@ __all__ = [
     "BuiltFile",
     "Certificate",
     "Confidence",
-    "Either",
     "EncodedRow",
     "Energy",
     "Engine",
@@ -96,7 +93,6 @@ __all__ = [
     "Goal",
     "Graph",
     "InputError",
-    "Learned",
     "Limits",
     "Manifest",
     "Measure",

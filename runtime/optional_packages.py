@@ -13,7 +13,6 @@ _PACKAGES = {
     "half": ("onnx onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
     "merge": ("onnx onnxruntime", "export,cpu"),
-    "calibrate": ("sklearn", "calibrate"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),

@@ -37,11 +37,7 @@ def settings_in_words(settings: RuleSettings) -> str:
         words.append("threshold per exit")
     elif threshold is not None:
         words.append(_in_digits(threshold))
-    others = [
-        f"{key.replace('_', ' ')} {_in_digits(value)}"
-        for key, value in rest.items()
-        if not isinstance(value, tuple)
-    ]
+    others = [f"{key.replace('_', ' ')} {_in_digits(value)}" for key, value in rest.items()]
     others = [text for text in others if text != "patience 1"]
     return ", ".join([" ".join(filter(None, words)), *others])
 

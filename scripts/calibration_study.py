@@ -248,8 +248,7 @@ def calibrate_alone(
     """For each kind of rule, the true drop and the saving of `balanced` if only it competes."""
     rows = population.drawn(count, seed)
     costs = StoppingCosts(rows, population.scorer(None).metric, layer_costs(rows))
-    rules = (*DEFAULT_RULES, "learned")
-    search = Search(costs, make_families(costs, rules, DEFAULT_MEASURES, seed), seed)
+    search = Search(costs, make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed), seed)
     for kind in search.kinds:
         yield kind, *population.truth(search.choose(BALANCED, [kind]), None)
 

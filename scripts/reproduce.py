@@ -37,7 +37,6 @@ from reproduce_alternatives import (
 from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, tables
 from transformers import AlbertConfig, AutoTokenizer
 
-from fpabee.calibration.families import CHOOSABLE_RULES
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.trace import trace_rows
@@ -54,6 +53,7 @@ from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.cli.progress import step_progress
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
+from fpabee.runtime.rules.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
 MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
@@ -218,7 +218,7 @@ def store_logits(path: Path, dev: LabelledLogits, test: LabelledLogits) -> None:
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     metric = METRICS[dev.problem_type][0]
-    selector = selector_by_layers(dev, layers, CHOOSABLE_RULES, list(Measure))
+    selector = selector_by_layers(dev, layers, list(RULES), list(Measure))
     scorer = Scorer(test, metric)
     found = []
     for kind in selector.search.kinds:

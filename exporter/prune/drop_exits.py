@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...calibration import Bound, CalibrationOptions, RiskOf, calibrate
-from ...calibration.families import CHOOSABLE_RULES
 from ...calibration.scoring import AGREEMENT
 from ...calibration.trace import expected_labels, stored_rows
 from ...runtime.agreement import Agreement
@@ -269,7 +268,7 @@ def _recalibrate(
         name=next(iter(group)),
         default=default if default in group else next(iter(group)),
         metric=first.metric,
-        rules=tuple(rule for rule in names if rule in CHOOSABLE_RULES and rule != "budget"),
+        rules=tuple(rule for rule in names if rule != "budget"),
         measures=tuple(dict.fromkeys(m for m in measures if m is not None)),
         target=name,
         unlabelled=first.metric == AGREEMENT and any(row.labels is None for row in rows),

@@ -17,7 +17,7 @@ READING = {
     "--label-separator --no-quotes"
 }
 RULE = {
-    "Exit rule": "--rule --measure --threshold --agreement --patience --exit --min-exit --max-exit "
+    "Exit rule": "--rule --measure --threshold --patience --exit --min-exit --max-exit "
     "--exit-0-threshold"
 }
 

@@ -22,7 +22,7 @@ from .errors import option_of
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = "rule measure threshold agreement patience exit min_exit max_exit exit_0_threshold"
+RULE_OPTIONS = "rule measure threshold patience exit min_exit max_exit exit_0_threshold"
 PATH = click.Path(path_type=Path)
 
 
@@ -162,7 +162,7 @@ rule = together(
         "Exit rule. If it is that of the operating point, settings that are not given stay.",
         RULES,
     ),
-    choice("--measure", "MEASURE", "Similarity measure of the rules fpabee and either.", Measure),
+    choice("--measure", "MEASURE", "Similarity measure of the rule fpabee.", Measure),
     option(
         "--threshold",
         "X[,X,...]",
@@ -170,7 +170,6 @@ rule = together(
         type=Numbers(float, "0.1,0.2"),
         callback=lambda _, __, value: value[0] if value and len(value) == 1 else value,
     ),
-    number("--agreement", "Similarity threshold, only with --rule either."),
     count("--patience", "How many times in a row the condition of the rule must hold."),
     count("--exit", "Exit at which every row stops, only with --rule budget.", min=0),
     count("--min-exit", "First exit at which a row may stop.", min=0),

@@ -433,11 +433,9 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
         "give a share from 0 to 1, or 2 for never",
     ),
     "int": (Annotated[int, msgspec.Meta(ge=1)], "give a whole number from 1"),
-    "float": (_Finite, "give a finite number"),
     "Threshold": (
         _Finite | Annotated[tuple[_Finite, ...], msgspec.Meta(min_length=1)],
         "give a finite number, or one for each exit",
     ),
-    "tuple[float, ...]": (tuple[_Finite, ...], "give a sequence of finite numbers"),
     "Measure": (Measure, f"choose from {', '.join(measure.value for measure in Measure)}"),
 }

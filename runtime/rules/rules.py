@@ -7,17 +7,12 @@ Logarithms are natural, and their arguments are at least 1e-12.
 
 from __future__ import annotations
 
-import dataclasses
-from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 
-from .base import MOST_LABELS, ExitRule, ScoresOf, SearchSpace, Signal, ThresholdRule
-from .learned import Learned
+from .base import MOST_LABELS, ExitRule, ScoresOf, Signal, ThresholdRule
 from .measures import (
     ARRAYS,
     FLOATS,
@@ -164,40 +159,7 @@ class Pcee(ThresholdRule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SureOrSettled(ThresholdRule):
-    """Base class of rules that join two others.
-
-    A row stops at once where the answer is *sure*, which is a matter of the threshold, or after
-    `patience` consecutive signals of a rule that says whether the answer is *settled*.
-    """
-
-    _sure: ClassVar[ThresholdRule]
-
-    @property
-    @abstractmethod
-    def _settled(self) -> ExitRule:
-        """The rule that compares neighbouring exits."""
-
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
-        """The scores that say whether an answer is sure."""
-        return self._sure.scores(exit_number, earlier, now)
-
-    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
-        """A row stops now if its answer is sure, and gives a signal if its answer is settled."""
-        scores = self.scores(exit_number, earlier, now)
-        if earlier is None:
-            agrees = np.zeros(len(scores), np.bool_)
-        else:
-            agrees = self._settled.signal(exit_number, earlier, now).agrees
-        return Signal(scores, agrees, stop_now=self._passes(exit_number, scores))
-
-    def _stop_scores(self, scores_of: ScoresOf) -> Array:
-        settled = self._settled.stop_scores(scores_of) < self._settled.stop_thresholds
-        return np.where(settled, -np.inf, self._sure.stop_scores(scores_of))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epee(_SureOrSettled):
+class Epee(ThresholdRule):
     """EPEE (arXiv 2503.02053): the normalised entropy is low, or the answer stays the same.
 
     A row stops at once if its normalised entropy (as in `Pcee`) is below the threshold, or if its
@@ -210,50 +172,22 @@ class Epee(_SureOrSettled):
 
     name: ClassVar[str] = "epee"
     uses_labels: ClassVar[bool] = True
-    _sure: ClassVar[ThresholdRule] = Pcee(threshold=0.0)
 
     patience: int
 
-    @cached_property
-    def _settled(self) -> ExitRule:
-        return Pabee(patience=self.patience)
+    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+        """The normalised entropy."""
+        return now.normalised_entropy()
 
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """A row stops now if its entropy is low, and gives a signal if its answer is the same."""
+        scores = self.scores(exit_number, earlier, now)
+        same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
+        return Signal(scores, same, stop_now=self._passes(exit_number, scores))
 
-@dataclass(frozen=True, kw_only=True)
-class Either(_SureOrSettled):
-    """Low entropy as in DeeBERT, or similar neighbouring exits as in F-PABEE.
-
-    A row stops if its entropy is below `threshold`, or if neighbouring distributions were similar
-    (their `measure` below `agreement`) `patience` times in a row. This rule is the project's own.
-
-    Attributes:
-        threshold: of the entropy, in nats; one for all exits, or one for each exit.
-        agreement: of the measure, in nats; one for all exits.
-        measure: how similarity is measured; for multi-label tasks it is summed over labels.
-        patience: how many times in a row neighbouring exits must be similar.
-    """
-
-    name: ClassVar[str] = "either"
-    _sure: ClassVar[ThresholdRule] = Entropy(threshold=0.0)
-
-    agreement: float
-    measure: Measure = Measure.JSKD
-    patience: int = 1
-
-    @cached_property
-    def _settled(self) -> ExitRule:
-        return FPabee(threshold=self.agreement, measure=self.measure, patience=self.patience)
-
-    def shifted(self, by: float) -> ExitRule:
-        """This rule with both thresholds moved by `by`, see `ExitRule`."""
-        moved = super().shifted(by)
-        assert isinstance(moved, Either)
-        return dataclasses.replace(moved, agreement=self.agreement + by)
-
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """Nothing: `Learned` saves more, so this rule only runs where it was chosen before."""
-        return iter(())
+    def _stop_scores(self, scores_of: ScoresOf) -> Array:
+        same = Pabee(patience=self.patience).stop_scores(scores_of) < 0.5
+        return np.where(same, -np.inf, Pcee(threshold=0.0).stop_scores(scores_of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +224,6 @@ class Budget(ExitRule):
 
 
 RULES: dict[str, type[ExitRule]] = {
-    rule.name: rule
-    for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Either, Learned, Budget)
+    rule.name: rule for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
 }
 """The class of each rule by its name."""

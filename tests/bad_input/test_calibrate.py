@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +98,6 @@ def same_text(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"text": "rain"}
 
 
-def without_sklearn(place: Place) -> Arguments:
-    place.patch.setitem(sys.modules, "sklearn", None)
-    return goal("--rule", "learned")(place)
-
-
 def set_default(name: str, *options: object) -> Make:
     return lambda place: ["calibrate", place.engines(), "--set-default", name, *options]
 
@@ -128,7 +122,6 @@ CASES = [
     Case("one class", given([row | {"label": "music"} for row in rows()])),
     Case("identical rows", given([same_text(row) for row in rows()])),
     Case("an unknown label", given([*rows(), {"text": "a", "label": "food"}]), "81", "food"),
-    Case("learned without scikit-learn", without_sklearn, "sklearn", "'fpabee[calibrate]'"),
     Case("an unknown point", set_default("slow"), "'slow'", "onnxruntime-fp32"),
     Case("a point of an unknown target", set_default("fast", "--target", "tpu"), "'tpu'",
          "onnxruntime-fp32", "--target"),
@@ -162,7 +155,7 @@ USAGE = [
     (("--name", "x"), "--name"),
     (("--max-drop", 1, "--name", "a\nb"), r"'a\nb'"),
     (("--rule", "auto", "--rule", "fpabee"), "auto"),
-    (("--rule", "either"), "either"),
+    (("--rule", "fastbert"), "fastbert"),
     (("--rule", "entropy", "--measure", "kd"), "--measure"),
     (("--no-texts",), "--report"),
     (("--set-default", "fast"), "--set-default"),

@@ -343,10 +343,10 @@ def test_label_thresholds_are_stored_and_rows_that_test_do_not_choose_them(
 
 @pytest.mark.usefixtures("measured")
 def test_only_the_rules_that_are_named_are_chosen(folder: Path, data: Path) -> None:
-    given = ("--rule", "fpabee", "--rule", "learned", "--measure", "kd", "--compare", "--json")
+    given = ("--rule", "fpabee", "--rule", "pcee", "--measure", "kd", "--compare", "--json")
     content = json.loads(said(folder, "--data", data, *given))
-    assert {point["rule"]["name"] for point in content["points"]} <= {"fpabee", "learned", "budget"}
-    assert {"fpabee", "learned"} <= {comparison["kind"] for comparison in content["contenders"]}
+    assert {point["rule"]["name"] for point in content["points"]} <= {"fpabee", "pcee", "budget"}
+    assert {"fpabee", "pcee"} <= {comparison["kind"] for comparison in content["contenders"]}
     measures = {point["rule"].get("measure", "kd") for point in content["points"]}
     assert measures == {"kd"}
 

@@ -202,10 +202,9 @@ def test_more_rows_are_asked_for_than_have_failed() -> None:
 
 
 def test_rules_without_a_setting_are_refused() -> None:
-    rows = make_rows(count=60, problem_type=ProblemType.MULTI_LABEL)
-    rows.logits[...] = rows.logits[-1]
+    rows = make_rows(count=60, exits=1, problem_type=ProblemType.MULTI_LABEL)
     with pytest.raises(InputError, match=r"no setting of these rules.*name other rules"):
-        control(with_costs(rows, "exact_match"), BOUND, ["learned"], [])
+        control(with_costs(rows, "exact_match"), BOUND, ["pabee"], [])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.families import (
-    CHOOSABLE_RULES,
     DEFAULT_MEASURES,
     DEFAULT_RULES,
+    RULES,
     make_families,
 )
 from fpabee.calibration.scoring import LabelledLogits
@@ -30,7 +30,7 @@ from fpabee.runtime import (
 from fpabee.runtime.rules.base import ThresholdRule
 from fpabee.runtime.rules.measures import Outputs
 
-from ..runtime.rules.test_rules import Logits, fitting, rules, tasks, traces
+from ..runtime.rules.test_rules import Logits, rules, tasks, traces
 from .conftest import make_rows, with_costs
 
 LAYERS = (2, 4, 6, 8, 10, 12)
@@ -40,7 +40,6 @@ LAYERS = (2, 4, 6, 8, 10, 12)
 def test_rows_stop_where_simulate_stops_them(
     logits: Logits, task: ProblemType, rule: ExitRule, per_exit: bool, data: st.DataObject
 ) -> None:
-    rule = fitting(rule, logits)
     lengths = np.ones(logits.shape[1], np.intp)
     scores = StopScores(LabelledLogits(logits, lengths, None, task)).stop_scores(rule)
     finite = scores[np.isfinite(scores)].tolist()
@@ -67,9 +66,7 @@ def test_the_same_with_exit_0(
         threshold = data.draw(st.sampled_from([*confidences, 0.7]))
     last = data.draw(st.sampled_from([None, None, 0, 1]))
     least = 0 if last == 0 else data.draw(st.sampled_from([0, 0, 1]))
-    rule = dataclasses.replace(
-        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=least, max_exit=last
-    )
+    rule = dataclasses.replace(rule, exit_0_threshold=threshold, min_exit=least, max_exit=last)
     if len(logits) - 1 < getattr(rule, "exit", 1):
         return
     expected = simulate(logits, rule, task, first_exit=0).exits
@@ -88,15 +85,15 @@ def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
 ) -> None:
     rows = dataclasses.replace(make_rows(count=200, problem_type=task), first_exit=first_exit)
     metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
-    families = make_families(with_costs(rows, metric), CHOOSABLE_RULES, DEFAULT_MEASURES)
+    families = make_families(with_costs(rows, metric), list(RULES), DEFAULT_MEASURES)
     kinds = {family.kind for family in families}
-    assert kinds - {"cascade"} == {*CHOOSABLE_RULES, "entropy per exit", "fpabee per exit"}
+    assert kinds - {"cascade"} == {*RULES, "entropy per exit", "fpabee per exit"}
     assert ("cascade" in kinds) is (first_exit == 0)
     answered = set()
     for family in families:
         depths = family.exits.mean(axis=1)
         # The rows of such a family are judged by rules of other rows.
-        fitted = family.kind == "learned" or family.kind.endswith("per exit")
+        fitted = family.kind.endswith("per exit")
         assert fitted or (np.diff(depths) <= 0).all()
         for number in range(0, len(depths), 9):
             exits = simulate(rows.logits, family.rules[number], task, first_exit=first_exit).exits

@@ -30,7 +30,7 @@ def test_a_study_resumes_and_writes_its_table(
         assert [row[2] for row in cells] == [promise.name for promise in script.PROMISES]
         assert {row[3] for row in cells} == {str(repeats)} == {alone[1]}
         kinds = next(line for line in page.read_text().splitlines() if "per exit" in line)
-        assert "| learned |" in kinds
+        assert "| confidence |" in kinds
         assert kinds.count("|") == len(alone) + 1
     refused = {row[2]: row[6] for row in cells}
     assert refused["safe"] == "100 %"  # 160 rows cannot show 0.5 points at 95 %

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from ...artifact.manifest import ProblemType
 from ...rules.base import ExitRule
-from ...rules.learned import FEATURES, Learned
 from ...rules.measures import Measure
-from ...rules.rules import RULES, Budget, Either, Epee, FPabee
+from ...rules.rules import RULES, Budget, Epee, FPabee
 
 PTX = Path(__file__).with_name("decide.ptx")
 """The compiled kernels `decide_exit` and `gather_rows`."""
@@ -70,7 +69,7 @@ def board_type(exits: int, labels: int, rows: int) -> np.dtype[np.void]:
             ("settled_below", np.float64, (exits,)),
             ("label_thresholds", np.float64, (labels,)),
             ("label_weights", np.float64, (labels,)),
-            ("weights", np.float64, (exits * len(FEATURES),)),
+            ("weights", np.float64, (exits * 5,)),
             ("stops", np.int32, (rows,)),
             ("streaks", np.int32, (rows,)),
             ("logits", np.float32, (exits + 1, rows, labels)),
@@ -117,15 +116,8 @@ def settings_of(
         board["max_exit"] = min(board["max_exit"], max(rule.exit, rule.min_exit))
     elif isinstance(rule, FPabee):
         kind = rule.measure.value
-    elif isinstance(rule, Learned):
-        if len(rule.label_weights) != labels:
-            return None
-        board["label_weights"] = rule.label_weights
-        board["weights"][: len(rule.weights)] = rule.weights
-    elif isinstance(rule, Epee | Either):
+    elif isinstance(rule, Epee):
         board["sure"], board["sure_below"] = SCORES.index("entropy"), thresholds
         kind, thresholds = "changed", np.full(1, 0.5)
-        if isinstance(rule, Either):
-            kind, thresholds = rule.measure.value, np.full(1, rule.agreement)
     board["settled"], board["settled_below"] = SCORES.index(kind), thresholds
     return np.frombuffer(board.tobytes(), np.uint8)

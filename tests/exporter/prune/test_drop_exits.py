@@ -24,7 +24,7 @@ from fpabee.exporter.prune.merge import merge_graphs
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
-from fpabee.runtime import Either, Engine, FPabee, read_manifest
+from fpabee.runtime import Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.files import Row
@@ -286,17 +286,6 @@ def test_a_guarantee_needs_rows_that_chose_no_exits_and_no_labels(
     found = (certificate.risk_of, certificate.risk, certificate.confidence)
     assert found == ("disagreement", 40.0, 95.0)
     assert target.default_operating_point == "sure"
-
-
-def test_rules_that_cannot_be_chosen_any_more_are_replaced(
-    calibrated: Path, drop: Drop, new: Path
-) -> None:
-    points = read_manifest(calibrated).targets[TARGET].operating_points
-    rule = Either(threshold=0.1, agreement=0.1).to_dict()
-    changed = {"usual": msgspec.structs.replace(points["usual"], rule=rule)}
-    change_target(calibrated, operating_points=changed, default_operating_point="usual")
-    succeeded(drop(calibrated, "1,3"))
-    assert read_manifest(new).targets[TARGET].operating_points["usual"].rule["name"] != "either"
 
 
 def test_a_folder_without_points_keeps_its_rule_and_replaces_another(

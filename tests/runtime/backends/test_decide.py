@@ -15,13 +15,11 @@ from fpabee.runtime import (
     RULES,
     Budget,
     Confidence,
-    Either,
     Energy,
     Entropy,
     Epee,
     ExitRule,
     FPabee,
-    Learned,
     Measure,
     Pabee,
     Pcee,
@@ -29,7 +27,6 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.backends.decide import board_type, settings_of
-from fpabee.runtime.rules.learned import FEATURES
 
 from ...doubles.decide import ALONE, COUNTED, IN_LANES, compiled, decide, exits_of
 
@@ -70,8 +67,6 @@ def rules_of(random: np.random.Generator, labels: int) -> list[ExitRule]:
         return int(random.integers(1, 4))
 
     top = float(np.log(labels + 1))
-    weights = random.normal(size=(EXITS - 1) * len(FEATURES)).tolist()
-    of_labels = random.normal(size=labels).tolist()
     return [
         *(
             FPabee(threshold=thresholds(top), measure=m, patience=patience(), **others())
@@ -83,8 +78,6 @@ def rules_of(random: np.random.Generator, labels: int) -> list[ExitRule]:
         Energy(threshold=thresholds(0.5), **others()),
         Pcee(threshold=thresholds(1.0), patience=patience(), **others()),
         Epee(threshold=thresholds(0.5), patience=patience(), **others()),
-        Either(threshold=thresholds(top / 2), agreement=top / 2, patience=patience(), **others()),
-        Learned(threshold=thresholds(1.0), weights=weights, label_weights=of_labels, **others()),
         Budget(exit=int(random.integers(1, EXITS + 1)), **others()),
     ]
 
@@ -190,6 +183,3 @@ def test_a_rule_of_another_package_is_unknown() -> None:
         pass
 
     assert settings_of(Other(exit=1), SINGLE, range(1, 4), 2) is None
-    learned = Learned(threshold=0.5, weights=(0.0,) * 10, label_weights=(0.0,) * 3)
-    assert settings_of(learned, SINGLE, range(1, 4), 3) is not None
-    assert settings_of(learned, SINGLE, range(1, 4), 2) is None

@@ -24,7 +24,6 @@ from fpabee.runtime import (
     Epee,
     ExitRule,
     FPabee,
-    Learned,
     Pabee,
 )
 from fpabee.runtime.artifact.folder import sha256_of
@@ -47,10 +46,6 @@ RULES = [
     Budget(exit=1),
     Budget(exit=3),
 ]
-LEARNED = Learned(
-    threshold=0.5, weights=(0.1, 1.0, -1.0, 0.5, 0.0) * 2, label_weights=(0.1, 0.2, 0.3, 0.4)
-)
-"""For the four labels and three exits of BERT."""
 
 
 @pytest.fixture
@@ -90,7 +85,7 @@ def test_exits_and_logits_are_those_of_the_stepwise_path(
 ) -> None:
     shapes = {"batch_sizes": (1, 2, 8), "sequence_lengths": (1, 8, 16, 64)}
     made, engine, stepwise = pair(family, exit_0, backend=backend, **shapes)
-    rules: list[ExitRule] = [*RULES, LEARNED] if family == "bert" else list(RULES)
+    rules: list[ExitRule] = list(RULES)
     if exit_0:
         rules = [dataclasses.replace(rule, exit_0_threshold=0.7) for rule in rules]
     exits = set()

@@ -15,7 +15,7 @@ from fpabee.runtime.rules.measures import FLOATS, MEASURES, Outputs, RowOutputs
 from fpabee.runtime.rules.one_row import OneRow
 from fpabee.runtime.rules.runner import RuleRunner
 
-from .test_rules import Logits, fitting, rules, tasks, traces
+from .test_rules import Logits, rules, tasks, traces
 
 
 def exits_one_by_one(
@@ -32,7 +32,6 @@ def exits_one_by_one(
 
 @given(traces(least_rows=1), tasks, rules)
 def test_exits_are_those_of_simulate(logits: Logits, task: ProblemType, rule: ExitRule) -> None:
-    rule = fitting(rule, logits)
     expected = simulate(logits, rule, task).exits.tolist()
     assert exits_one_by_one(logits, rule, task) == expected
 
@@ -44,7 +43,7 @@ def test_exits_with_exit_0_are_those_of_simulate(
     confidences = Outputs(logits[0], task).confidence().tolist()
     threshold = data.draw(st.sampled_from([None, 0.6, *confidences]))
     rule = dataclasses.replace(
-        fitting(rule, logits[1:]), exit_0_threshold=threshold, min_exit=data.draw(st.integers(0, 1))
+        rule, exit_0_threshold=threshold, min_exit=data.draw(st.integers(0, 1))
     )
     if isinstance(rule, Budget):
         rule = dataclasses.replace(rule, exit=data.draw(st.integers(0, len(logits) - 1)))

@@ -19,13 +19,11 @@ from fpabee.runtime import (
     RULES,
     Budget,
     Confidence,
-    Either,
     Energy,
     Entropy,
     Epee,
     ExitRule,
     FPabee,
-    Learned,
     Measure,
     Outputs,
     Pabee,
@@ -36,8 +34,6 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.rules.base import ThresholdRule
-from fpabee.runtime.rules.learned import FEATURES
-from fpabee.runtime.rules.one_row import OneRow
 from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 
 GOLDEN: list[dict[str, Any]] = json.loads(
@@ -63,19 +59,8 @@ _SETTINGS: dict[type[ExitRule], dict[str, st.SearchStrategy[Any]]] = {
     Energy: {"threshold": shares},
     Pcee: {"threshold": shares, "patience": patiences},
     Epee: {"threshold": shares, "patience": patiences},
-    Either: {
-        "threshold": shares,
-        "agreement": shares,
-        "measure": st.sampled_from(Measure),
-        "patience": patiences,
-    },
-    Learned: {
-        "threshold": shares,
-        **{name: st.lists(st.floats(-4.0, 4.0, width=32), min_size=n, max_size=n)
-           for name, n in (("weights", 5 * len(FEATURES)), ("label_weights", 9))},
-    },
     Budget: {"exit": st.integers(1, 2)},
-}  # fmt: skip
+}
 _kinds = {
     kind: st.builds(kind, min_exit=st.integers(1, 2), **strategies)
     for kind, strategies in _SETTINGS.items()
@@ -96,15 +81,6 @@ def traces(draw: st.DrawFn, least_rows: int = 0) -> Logits:
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = generator.normal(scale=draw(st.sampled_from([0.1, 2.0, 20.0])), size=shape)
     return (logits if kind == "ordinary" else np.round(logits)).astype(np.float32)
-
-
-def fitting(rule: ExitRule, logits: Logits) -> Any:
-    """The rule, with weights for as many exits and labels as there are if it has weights."""
-    if not isinstance(rule, Learned):
-        return rule
-    weights = rule.weights[: (len(logits) - 1) * len(FEATURES)]
-    of_labels = rule.label_weights[: logits.shape[-1]]
-    return dataclasses.replace(rule, weights=weights, label_weights=of_labels)
 
 
 def stops(signal: NDArray[np.bool_], patience: int, min_exit: int = 1) -> list[int]:
@@ -136,7 +112,7 @@ def test_golden_vectors() -> None:
     failed = {i: (v["task"], v["rule"]) for i, v in enumerate(GOLDEN) if not matches(v)}
     assert failed == {}
     assert len(GOLDEN) == 270
-    assert {vector["rule"]["name"] for vector in GOLDEN} == set(RULES) - {"either", "learned"}
+    assert {vector["rule"]["name"] for vector in GOLDEN} == set(RULES)
     measures = {vector["rule"].get("measure") for vector in GOLDEN} - {None}
     assert measures == {measure.value for measure in Measure}
 
@@ -166,23 +142,12 @@ def test_pabee_is_fpabee_with_a_score_of_0_or_1(
     assert result.exits.tolist() == stops(result.scores < 0.5, rule.patience, rule.min_exit)
 
 
-@given(traces(), tasks, st.one_of(_kinds[Epee], _kinds[Either]))
-def test_epee_and_either_stop_at_the_earlier_of_two_rules(
-    logits: Logits, task: ProblemType, rule: Epee | Either
+@given(traces(), tasks, _kinds[Epee])
+def test_epee_stops_at_the_earlier_of_two_rules(
+    logits: Logits, task: ProblemType, rule: Epee
 ) -> None:
-    sure: ExitRule
-    settled: ExitRule
-    if isinstance(rule, Epee):
-        sure = Pcee(threshold=rule.threshold, min_exit=rule.min_exit)
-        settled = Pabee(patience=rule.patience, min_exit=rule.min_exit)
-    else:
-        sure = Entropy(threshold=rule.threshold, min_exit=rule.min_exit)
-        settled = FPabee(
-            threshold=rule.agreement,
-            measure=rule.measure,
-            patience=rule.patience,
-            min_exit=rule.min_exit,
-        )
+    sure = Pcee(threshold=rule.threshold, min_exit=rule.min_exit)
+    settled = Pabee(patience=rule.patience, min_exit=rule.min_exit)
     both, one, other = (simulate(logits, each, task) for each in (rule, sure, settled))
     np.testing.assert_array_equal(both.exits, np.minimum(one.exits, other.exits))
     np.testing.assert_array_equal(both.scores, one.scores)
@@ -193,7 +158,7 @@ def test_a_threshold_for_each_exit_is_compared_at_its_exit(
     logits: Logits, task: ProblemType, rule: ThresholdRule, data: st.DataObject
 ) -> None:
     each = tuple(data.draw(st.lists(thresholds, min_size=len(logits), max_size=len(logits))))
-    rule = dataclasses.replace(fitting(rule, logits), threshold=each)
+    rule = dataclasses.replace(rule, threshold=each)
     runner = RuleRunner(rule, task, range(1, len(logits) + 1))
     state = runner.start(logits.shape[1])
     for number, threshold in enumerate(each, start=1):
@@ -214,7 +179,6 @@ def test_min_exit_counts_from_the_first_exit_and_max_exit_stops_every_row(
 ) -> None:
     min_exit = min(low, len(logits))
     max_exit = min(min_exit + more, len(logits))
-    rule = fitting(rule, logits)
     free = simulate(logits, dataclasses.replace(rule, min_exit=1), task)
     late = simulate(logits, dataclasses.replace(rule, min_exit=min_exit), task)
     both = simulate(logits, dataclasses.replace(rule, min_exit=min_exit, max_exit=max_exit), task)
@@ -265,7 +229,6 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
     logits: Logits, task: ProblemType, rule: ExitRule, random: Any
 ) -> None:
     exits, rows, _ = logits.shape
-    rule = fitting(rule, logits)
     runner = RuleRunner(rule, task, range(1, exits + 1))
     found = np.zeros(rows, np.int64)
     groups = [(np.arange(rows), runner.start(rows))]
@@ -310,8 +273,6 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     "energy": {"threshold": 0.1},
     "pcee": {"threshold": 0.5, "patience": 2},
     "epee": {"threshold": 0.5, "patience": 2},
-    "either": {"threshold": 0.5, "agreement": 0.3},
-    "learned": {"threshold": 0.5, "weights": [0.5] * 10, "label_weights": [0.1, 0.2, 0.3]},
 }
 
 
@@ -399,11 +360,6 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
         ({"name": "entropy", "threshold": [0.1, "x"]}, "one for each exit"),
         ({"name": "entropy", "threshold": [0.1, float("inf")]}, "finite"),
         ({"name": "entropy", "threshold": [0.1, 0.2]}, "2 thresholds, but the model has 3 exits"),
-        ({"name": "either", "threshold": 0.1, "agreement": [0.1, 0.2]}, "agreement is"),
-        ({"name": "learned", "threshold": 0.1, "weights": 1.0, "label_weights": []}, "weights is"),
-        ({"name": "learned", "threshold": 0.1, "weights": ["x"], "label_weights": []}, "'x'"),
-        ({"name": "learned", "threshold": 0.1, "weights": [1.0], "label_weights": []},
-         "has 1 weights, but a model whose last exit is exit 3 needs 10"),
         ({"name": "pabee", "patience": 0}, "patience is 0"),
         ({"name": "pabee", "patience": 1.5}, "patience is 1.5"),
         ({"name": "pabee", "patience": True}, "patience is True"),
@@ -416,7 +372,7 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
         ({"name": "pabee", "patience": 1, "exit_0_threshold": -1}, "from 0 to 1, or 2 for never"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_settings_are_named(given_: dict[str, Any], says: str) -> None:
     with pytest.raises(RuleError) as caught:
         RuleRunner(ExitRule.from_dict(given_), SINGLE, range(1, 4))
@@ -439,16 +395,6 @@ def test_a_threshold_of_exit_0_moves_within_its_limits(
 ) -> None:
     rule = Pabee(patience=1, exit_0_threshold=threshold)
     assert (rule.shifted(-0.3).exit_0_threshold, rule.shifted(0.3).exit_0_threshold) == moved
-
-
-@pytest.mark.parametrize("task", ProblemType)
-def test_weights_for_other_labels_are_refused(task: ProblemType) -> None:
-    rule = Learned(threshold=0.5, weights=(0.5,) * 10, label_weights=(0.1, 0.2, 0.3))
-    logits = np.zeros((3, 1, 4), np.float32)
-    with pytest.raises(RuleError, match=r"weights for 3 labels, but the model has 4"):
-        simulate(logits, rule, task)
-    with pytest.raises(RuleError, match=r"weights for 3 labels, but the model has 4"):
-        OneRow(RuleRunner(rule, task, range(1, 4))).stops(logits[0, 0].tolist())
 
 
 def test_settings_may_come_from_numpy_and_lists() -> None:
@@ -478,7 +424,7 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 @given(rules, tasks)
 def test_no_rows_give_empty_results(rule: ExitRule, task: ProblemType) -> None:
     logits = np.zeros((2, 0, 3), np.float32)
-    result = simulate(logits, fitting(rule, logits), task)
+    result = simulate(logits, rule, task)
     assert result.exits.shape == (0,)
     assert result.predictions.shape == ((0,) if task is SINGLE else (0, 3))
     assert result.scores.shape == (2, 0)
@@ -488,14 +434,10 @@ def test_no_rows_give_empty_results(rule: ExitRule, task: ProblemType) -> None:
 def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
     logits: Logits, task: ProblemType, rule: ExitRule, by: float
 ) -> None:
-    rule = fitting(rule, logits)
     low, high = rule.shifted(-by), rule.shifted(by)
     if isinstance(rule, ThresholdRule):
         assert isinstance(high, ThresholdRule)
-        moved = high.threshold_at(1) - rule.threshold_at(1)
-        # The weights of a learned rule may move its scores further than the features.
-        assert isinstance(rule, Learned) or moved == pytest.approx(by, abs=1e-9)
-        assert moved >= by - 1e-9
+        assert high.threshold_at(1) - rule.threshold_at(1) == pytest.approx(by, abs=1e-9)
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]
     if isinstance(rule, Confidence):
         exits.reverse()
