@@ -7,7 +7,7 @@ runtime only: neither torch nor transformers nor onnx.
 `write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
 
 The modules in the order of the steps: `goals` (what is asked), `checks` (what is refused), `trace`
-(run the rows), `scoring` (metrics), `label_thresholds`, `costs` (measured times), `stopping_costs`
+(run the rows), `scoring` (metrics), `costs` (measured times), `stopping_costs`
 (what stopping early costs and loses), `sweep` (all thresholds of a rule), `per_exit`
 (thresholds that are fitted), `families` (the settings that compete), `choose` (estimated goals),
 `risk` (guarantees), `points` (operating points, judged on other rows), `outcome`, `result`;
@@ -18,7 +18,6 @@ from ..runtime.artifact.operating_point import Goal
 from .calibrate import calibrate
 from .costs import CostModel
 from .goals import DEFAULT_GOALS, CalibrationOptions
-from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .report import write_report
 from .result import Calibration, Point, RuleComparison
@@ -38,7 +37,6 @@ __all__ = [
     "Point",
     "RiskOf",
     "RuleComparison",
-    "TunedLabelThresholds",
     "calibrate",
     "threshold_for_depth",
     "write_report",

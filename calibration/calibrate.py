@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from ..runtime.artifact.folder import check_outside, read_manifest, write_manifest
 from ..runtime.engine import Engine
@@ -15,16 +12,15 @@ from ..runtime.progress import Progress, silent
 from ..runtime.rules.base import ExitRule
 from .checks import check_request
 from .choose import Selector
-from .costs import TimedEngine
+from .costs import measure_costs
 from .families import PARTS
 from .goals import CalibrationOptions
-from .label_thresholds import tune_label_thresholds
 from .points import PointMaker
 from .result import TESTED, Calibration, with_points
-from .risk import Bound, RiskOf, split
-from .scoring import AGREEMENT, METRICS, LabelledLogits
+from .risk import RiskOf
+from .scoring import AGREEMENT, METRICS
 from .stopping_costs import StoppingCosts
-from .trace import data_sha256, timings_path, trace_rows
+from .trace import data_sha256, trace_rows
 
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
@@ -40,9 +36,8 @@ def calibrate(
 
     The rows run once, at full depth; every rule and setting is then simulated on their logits.
     Texts, labels and logits are kept in `calibration/` in the folder, so that the next goal on the
-    same rows needs no second trace. The times of segments and of chosen settings are kept there as
-    well, so the same rows and folder give the same answer. Nothing else should run on the machine
-    while they are measured.
+    same rows needs no second trace. Nothing else should run on the machine, because the times of
+    segments and of chosen settings are measured.
 
     Args:
         folder: the engines folder.
@@ -85,43 +80,21 @@ def calibrate(
     rule = ExitRule.from_dict(read_manifest(path).default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         metric = _metric(engine, options)
-        warnings = check_request(engine, options, metric, rows, test)
+        warnings = check_request(engine, options, metric, rows, test or [])
         seen = trace_rows(engine, rows, place, not options.unlabelled, progress)
         held = None
         if test is not None:
             held = trace_rows(engine, test, place, not options.unlabelled, progress)
-        label_thresholds = None
-        if options.tune_label_thresholds:
-            tuned_by = METRICS[seen.problem_type][0] if metric == AGREEMENT else metric
-            label_thresholds = tune_label_thresholds(
-                _choosing(options, seen), tuned_by, options.seed
-            )
-            seen = replace(seen, label_thresholds=label_thresholds.values)
-            held = held and replace(held, label_thresholds=label_thresholds.values)
-            manifest = engine.manifest
-            old = [name for name, known in manifest.targets.items() if known.operating_points]
-            if old and label_thresholds.values != manifest.task.label_thresholds:
-                warnings.append(
-                    "the label thresholds changed, so earlier operating points were removed from "
-                    f"the targets {', '.join(old)}"
-                )
-        times = timings_path(place, engine.target, rows)
-        timed = TimedEngine(
-            engine, times, options.threads, options.time_again, seen.label_thresholds
-        )
         costs = []
         for batch in sorted({1, options.batch_size}):
             progress(f"time segments, batch {batch}", 0, 1)
-            costs.append(timed.costs(seen.lengths, batch))
+            costs.append(measure_costs(engine, seen.lengths, batch))
         stopping_costs = StoppingCosts(seen, metric, costs[-1].row_costs(seen.lengths))
         selector = Selector(
             stopping_costs, options.competing, options.competing_measures, options.seed
         )
-        chooser = PointMaker(engine, options, progress, selector, costs, held, timed)
-        try:
-            points = chooser.points([row.content for row in rows])
-        finally:  # a goal that cannot be met loses no times
-            timed.store()
+        chooser = PointMaker(engine, options, progress, selector, costs, held)
+        points = chooser.points([row.content for row in rows])
         default = options.default if options.default in options.asked else points[0].name
         result = Calibration(
             folder=path,
@@ -135,18 +108,11 @@ def calibrate(
             comparisons=chooser.comparisons(options.asked[default], points),
             costs=tuple(costs),
             selector=selector,
-            label_thresholds=label_thresholds,
             layers=engine.manifest.exit_layers,
             warnings=tuple(warnings),
         )
     write_manifest(path, with_points(read_manifest(path), result, data_sha256(rows)))
     return result
-
-
-def _choosing(options: CalibrationOptions, rows: LabelledLogits) -> LabelledLogits:
-    """The rows that may choose label thresholds: not those that test a guarantee."""
-    guaranteed = any(isinstance(goal, Bound) or goal.guaranteed for goal in options.asked.values())
-    return rows.take(np.sort(split(len(rows), options.seed)[0])) if guaranteed else rows
 
 
 def _metric(engine: Engine, options: CalibrationOptions) -> str:

@@ -43,8 +43,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 """,
     panels={
         "With --risk": "--confidence --risk-of",
-        "Choice of the rule": "--rule --measure --metric --unlabelled --tune-label-thresholds "
-        "--batch-size --seed --time-again",
+        "Choice of the rule": "--rule --measure --metric --unlabelled --batch-size --seed",
         **READING,
         "Writing results": "--all-targets --name --output --no-texts",
     },
@@ -94,10 +93,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
     sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
-@options.flag("--tune-label-thresholds", "Also choose a threshold for each label (multi-label).")
 @options.count("--batch-size", "Batch size at which the segments are timed.", 32)
 @options.count("--seed", "Seed that shuffles the rows and divides them into parts.", 0, min=0)
-@options.flag("--time-again", "Measure the times again, even if they are stored.")
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
 @options.path("--output", "Folder for the logits of the rows. Default: ENGINES/calibration.", "DIR")
 @options.flag("--no-texts", "Leave the texts of the rows out of the report.")
@@ -128,7 +125,7 @@ def main(
         return
     assert data is not None
     options.only_with("no_texts", report, "--report")
-    options.not_with("report target tune_label_thresholds", all_targets, "--all-targets")
+    options.not_with("report target", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")
@@ -213,7 +210,6 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         "contenders": [_judged(comparison) for comparison in result.comparisons],
         "warnings": result.warnings,
         "segment_seconds": [asdict(model) for model in result.costs],
-        "cuts": None if result.label_thresholds is None else result.label_thresholds.to_dict(),
     }
 
 
@@ -264,13 +260,6 @@ def _print(result: Calibration, console: Console) -> None:
     if result.comparisons:
         console.print(f"best setting of each kind of rule; goal: {result.comparisons_goal}")
         console.print(_comparisons(result))
-    if result.label_thresholds is not None:
-        tuned = result.label_thresholds
-        kept = "kept" if tuned.values else "not kept, because 0.5 for all labels is as good"
-        console.print(
-            f"label thresholds: {tuned.metric} {tuned.before:.4f} -> {tuned.after:.4f} "
-            f"(cross-validated), {kept}"
-        )
 
 
 def _comparisons(result: Calibration) -> Table:

@@ -1,31 +1,20 @@
-"""How long rows take on a target: measured times of the segments, and measured speed-ups.
-
-Times are kept beside the trace, so that the same rows and folder always give the same answer.
-"""
+"""How long rows take on a target: measured times of the segments, and measured speed-ups."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.folder import BAD_JSON, read_regular
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.environment import environment
-from ..runtime.errors import ArtifactError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
-from .trace import artifact_sha256, replace_file
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -35,9 +24,6 @@ _WINDOW_ROWS = 128
 _WINDOWS = 2
 _WINDOW_REPEATS = 2
 _MOST_SECONDS = 10.0
-_MOST_BYTES = 2**20
-# As times are stored: JSON has no NaN and no infinity.
-_Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -53,8 +39,8 @@ class CostModel:
     """
 
     batch: int
-    lengths: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    seconds: tuple[tuple[_Positive, ...], ...]
+    lengths: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
 
     def row_costs(self, lengths: NDArray[np.intp]) -> Array:
         """Seconds until each exit, `[exits, rows]`.
@@ -64,92 +50,6 @@ class CostModel:
         """
         each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
         return np.cumsum(np.array(each), axis=0)
-
-
-class Timings(msgspec.Struct):
-    """The times that were measured on a machine, as they are stored.
-
-    Attributes:
-        measured_on: the target's files, the machine, the installed versions, the number of threads
-            and the label thresholds.
-        models: times of the exits, by batch size.
-        speedups: measured speed-ups, by batch size and by the settings of the rule as JSON.
-    """
-
-    measured_on: dict[str, str]
-    models: dict[int, CostModel] = {}
-    speedups: dict[int, dict[str, _Positive]] = {}
-
-
-class TimedEngine:
-    """Measures times once, and reads them from a file afterwards.
-
-    Args:
-        engine: the engine.
-        path: the file.
-        threads: number of threads that was asked for.
-        again: whether times in the file are ignored.
-        thresholds: the label thresholds that rules see; empty means 0.5.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        path: Path,
-        threads: int | None,
-        again: bool,
-        thresholds: tuple[float, ...],
-    ) -> None:
-        self._engine = engine
-        self._path = path
-        self._thresholds = thresholds
-        artifact = artifact_sha256(engine.manifest, engine.target)
-        where = {"artifact": artifact, "threads": str(threads), "thresholds": str(thresholds)}
-        self._timings = Timings(environment() | where)
-        if not again:
-            kept = _read(path, len(engine.manifest.exits))
-            if kept is not None and kept.measured_on == self._timings.measured_on:
-                self._timings = kept
-
-    def costs(self, lengths: NDArray[np.intp], batch: int) -> CostModel:
-        """The times of the exits, see `measure_costs`."""
-        models = self._timings.models
-        if batch not in models:
-            models[batch] = measure_costs(self._engine, lengths, batch)
-        return models[batch]
-
-    def speedup(self, rows: Sequence[EncodedRow], rule: ExitRule, batch: int) -> float:
-        """The measured speed-up of a rule, see `measure_speedup`; 1 for full depth."""
-        if rule == Budget(exit=self._engine.manifest.exits[-1]):
-            return 1.0
-        speedups = self._timings.speedups.setdefault(batch, {})
-        key = json.dumps(rule.to_dict())
-        if key not in speedups:
-            found = measure_speedup(self._engine, rows, rule, batch, self._thresholds)
-            speedups[key] = round(found, 3)
-        return speedups[key]
-
-    def store(self) -> None:
-        """Write the file.
-
-        Raises:
-            ArtifactError: it cannot be written.
-        """
-        replace_file(self._path, msgspec.json.encode(self._timings))
-
-
-def _read(path: Path, exits: int) -> Timings | None:
-    """Stored times; None if there are none, or if the file is damaged."""
-    try:
-        kept = msgspec.json.decode(read_regular(path, _MOST_BYTES), type=Timings)
-    except (OSError, ArtifactError, *BAD_JSON):
-        return None
-    fits = all(
-        len(model.seconds) == exits
-        and all(len(seconds) == len(model.lengths) for seconds in model.seconds)
-        for model in kept.models.values()
-    )
-    return kept if fits else None
 
 
 def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
@@ -171,11 +71,7 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
 
 
 def measure_speedup(
-    engine: Engine,
-    rows: Sequence[EncodedRow],
-    rule: ExitRule,
-    batch: int,
-    thresholds: tuple[float, ...],
+    engine: Engine, rows: Sequence[EncodedRow], rule: ExitRule, batch: int
 ) -> float:
     """The time at full depth divided by the time with a rule, measured in turns on the target.
 
@@ -184,13 +80,11 @@ def measure_speedup(
         rows: tokenized rows.
         rule: the rule.
         batch: 1: rows run one by one; any larger number: windows of 128 rows, as in files.
-        thresholds: the label thresholds that the rule sees; empty means 0.5.
     """
-    task, exits = engine.manifest.task, engine.manifest.exits
-    full_depth, with_rule = (
-        RuleRunner(each, task.problem_type, exits, thresholds)
-        for each in (Budget(exit=exits[-1]), rule)
-    )
+    full_depth = Budget(exit=engine.manifest.exits[-1])
+    if rule == full_depth:
+        return 1.0
+    runners = engine.model.runner(full_depth), engine.model.runner(rule)
     size, most, repeats = 1, _SINGLE_ROWS, _REPEATS
     if batch > 1:
         size, most, repeats = _WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS, _WINDOW_REPEATS
@@ -203,11 +97,11 @@ def measure_speedup(
         times: list[tuple[float, ...]] = []
         for _ in range(1 + repeats):
             window = chosen[start : start + size]
-            times.append(tuple(_seconds(engine, window, each) for each in (full_depth, with_rule)))
+            times.append(tuple(_seconds(engine, window, each) for each in runners))
         totals += np.median(times[1:], axis=0)  # the first run warms up
         if time.perf_counter() - begun > _MOST_SECONDS:
             break
-    return float(totals[0] / totals[1])
+    return round(float(totals[0] / totals[1]), 3)
 
 
 def _seconds(engine: Engine, rows: Sequence[EncodedRow], runner: RuleRunner) -> float:

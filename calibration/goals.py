@@ -42,13 +42,11 @@ class CalibrationOptions:
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
         unlabelled: ignore labels, and compare answers with those at full depth.
-        tune_label_thresholds: also tune the label thresholds of a multi-label model.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
         output: folder for traces; None means `calibration/` in the engines folder.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
         seed: shuffles rows and deals them into parts; from 0.
         compare: also evaluate the best setting of up to six kinds of rules.
-        time_again: measure times again, although they are stored beside the trace.
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist, or a number
@@ -77,13 +75,11 @@ class CalibrationOptions:
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     unlabelled: bool = False
-    tune_label_thresholds: bool = False
     batch_size: int = 32
     output: str | Path | None = None
     threads: int | None = None
     seed: int = 0
     compare: bool = False
-    time_again: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals and self.bound is None:

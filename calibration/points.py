@@ -14,7 +14,7 @@ from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget
 from .choose import Selector
-from .costs import CostModel, TimedEngine
+from .costs import CostModel, measure_speedup
 from .families import CASCADE, PER_EXIT
 from .goals import CalibrationOptions
 from .outcome import Outcome, exits_of, level_of, outcome
@@ -55,7 +55,6 @@ class PointMaker:
         selector: the settings.
         costs: measured times; the last ones count.
         held: rows to judge on; None means cross-validation on the rows that choose.
-        timed: the engine, whose measured times are stored.
     """
 
     engine: Engine
@@ -64,7 +63,6 @@ class PointMaker:
     selector: Selector
     costs: Sequence[CostModel]
     held: LabelledLogits | None
-    timed: TimedEngine
 
     def points(self, texts: Sequence[Text]) -> tuple[Point, ...]:
         """An operating point for everything that is asked; texts are for measuring speed-ups."""
@@ -109,7 +107,8 @@ class PointMaker:
             rule = search.choose(goal, search.kinds) or Budget(exit=rows.exits[-1])
             held_out = self._held_out(rule, goal, search.kinds)
         measured = {
-            str(model.batch): self.timed.speedup(encoded, rule, model.batch) for model in self.costs
+            str(model.batch): measure_speedup(self.engine, encoded, rule, model.batch)
+            for model in self.costs
         }
         judged = self._judge(rule, rows)
         return Point(name, goal, rule, judged, held_out, measured, certificate, refusal)

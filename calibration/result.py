@@ -18,7 +18,6 @@ from ..runtime.targets import rule_of, target_of
 from .choose import Selector
 from .costs import CostModel
 from .families import kind_of
-from .label_thresholds import TunedLabelThresholds
 from .outcome import Outcome
 from .risk import Bound
 from .scoring import LabelledLogits
@@ -97,7 +96,6 @@ class Calibration:
             fastest first.
         costs: measured times, for one row and for `CalibrationOptions.batch_size` rows at a time.
         selector: all settings; not public.
-        label_thresholds: tuned label thresholds; None if they were not asked for.
         layers: the layer of each exit.
         warnings: what is wrong with the rows without making the result useless.
     """
@@ -113,7 +111,6 @@ class Calibration:
     comparisons: tuple[RuleComparison, ...]
     costs: tuple[CostModel, ...]
     selector: Selector
-    label_thresholds: TunedLabelThresholds | None
     layers: tuple[int, ...]
     warnings: tuple[str, ...] = ()
 
@@ -156,22 +153,16 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
 def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Manifest:
     """The manifest with the points of a calibration.
 
-    New label thresholds hold for every target, so the other targets then lose their points.
-
     Args:
         manifest: the manifest.
         result: the calibration.
         data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
     """
-    targets, task = dict(manifest.targets), manifest.task
-    if result.rows.label_thresholds != task.label_thresholds:
-        task = msgspec.structs.replace(task, label_thresholds=result.rows.label_thresholds)
-        targets = {name: with_operating_points(other, {}, "") for name, other in targets.items()}
-    target = targets[result.target]
+    target = manifest.targets[result.target]
     points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
     points = target.operating_points | points
-    targets[result.target] = with_operating_points(target, points, result.default)
-    return msgspec.structs.replace(manifest, targets=targets, task=task)
+    changed = with_operating_points(target, points, result.default)
+    return with_target(manifest, result.target, changed)
 
 
 def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:

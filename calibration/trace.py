@@ -73,11 +73,6 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
     return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])
 
 
-def timings_path(folder: Path, target: str, rows: Sequence[Row]) -> Path:
-    """The file of the times that were measured with some rows, beside their trace."""
-    return folder / f"times-{target}-{data_sha256(rows, labels=False)[:12]}.json"
-
-
 def trace_rows(
     engine: Engine,
     rows: Sequence[Row],
@@ -204,21 +199,12 @@ def _write(path: Path, artifact: str, trace: StoredTrace) -> None:
         texts=data_sha256(trace.rows, labels=False),
         artifact=artifact,
     )
-    replace_file(path, file.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of the folder of traces, completely or not at all.
-
-    Raises:
-        ArtifactError: it cannot be written.
-    """
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A new file: if the path is a link, the file that it leads to is not ours.
         partial.unlink(missing_ok=True)
-        partial.write_bytes(content)
+        partial.write_bytes(file.getvalue())
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

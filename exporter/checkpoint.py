@@ -136,6 +136,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     block: dict[str, Any] = {"exits": list(exits.exits), "pooling": exits.pooling.value}
     if exits.hidden_layers:
         block["hidden_layers"] = exits.hidden_layers
+    if exits.label_thresholds:
+        block["label_thresholds"] = list(exits.label_thresholds)
     if exits.last_head is not None:
         block["last_head"] = asdict(exits.last_head) | {"pooling": exits.last_head.pooling.value}
     setattr(config, CONFIG_BLOCK, block)
@@ -219,6 +221,7 @@ def _exit_config(
         pooling = Pooling(block.get("pooling", Pooling.CLS.value))
         hidden_layers = int(block.get("hidden_layers", 0))
         last_head = _last_head(block.get("last_head"))
+        thresholds = tuple(float(value) for value in block.get("label_thresholds", ()))
         named = ProblemType(config.problem_type) if config.problem_type else None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(
@@ -240,13 +243,19 @@ def _exit_config(
             "expected (labels, hidden size)",
             COPY_WEIGHTS,
         )
+    if len(thresholds) not in (0, len(first)) or not all(0 <= value <= 1 for value in thresholds):
+        raise ModelError(
+            f"{folder / 'config.json'} has the label_thresholds {list(thresholds)}",
+            f"give {len(first)} probabilities, one for each label, or none",
+        )
     return MultiExitConfig(
         exits=exits,
-        labels=label_names(folder, config, int(first.shape[0])),
+        labels=label_names(folder, config, len(first)),
         problem_type=agreed_problem_type(folder, named, problem_type),
         pooling=pooling,
         last_head=last_head,
         hidden_layers=hidden_layers,
+        label_thresholds=thresholds,
     )
 
 

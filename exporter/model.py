@@ -51,6 +51,7 @@ class MultiExitConfig:
         last_head: the head of the last exit, if it differs from the others.
         hidden_layers: how many exits, from the first on, have a hidden layer before their
             classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
+        label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
     """
 
     exits: tuple[int, ...]
@@ -59,6 +60,7 @@ class MultiExitConfig:
     pooling: Pooling = Pooling.CLS
     last_head: LastHead | None = None
     hidden_layers: int = 0
+    label_thresholds: tuple[float, ...] = ()
 
     def with_hidden_layers(self) -> MultiExitConfig:
         """The same for a new model, with hidden layers where they help.

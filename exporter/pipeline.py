@@ -206,7 +206,11 @@ def _write(
                 name: sha256_of(source / name) for name in _SOURCES if (source / name).is_file()
             },
         ),
-        task=Task(problem_type=model.exit_config.problem_type, labels=model.exit_config.labels),
+        task=Task(
+            problem_type=model.exit_config.problem_type,
+            labels=model.exit_config.labels,
+            label_thresholds=model.exit_config.label_thresholds,
+        ),
         tokenizer=tokenizer,
         shapes=Shapes(
             batch=Range(min=1, opt=32, max=_MAX_BATCH),

@@ -59,13 +59,7 @@ def check_reference(engine: Engine, folder: Path) -> Agreement:
         [engine.run_encoded([rows[n] for n in window], last).logits for window in windows], axis=1
     )
     agreement = compare(found, expected[:, fits], engine.rule, manifest.task, required, first)
-    remedy = COPY_AGAIN
-    if manifest.task.label_thresholds and agreement.max_logit_difference <= required.logits:
-        remedy = Remedy(
-            "its logits are close enough, but its labels at the tuned label thresholds are not: "
-            "choose another {target}, or calibrate without {tune_label_thresholds}"
-        )
-    must_pass(agreement, f"target {name} is not the model that was exported,", remedy)
+    must_pass(agreement, f"target {name} is not the model that was exported,", COPY_AGAIN)
     return agreement
 
 

@@ -89,7 +89,7 @@ def gather(result: Calibration, texts: bool, progress: Progress) -> Report:
 def summary(report: Report) -> Record:
     """What was calibrated, on which rows, and with which versions."""
     result, manifest = report.result, report.manifest
-    target, tuned = manifest.targets[result.target], result.label_thresholds
+    target = manifest.targets[result.target]
     return {
         "made": report.made.isoformat(timespec="seconds"),
         "target": result.target,
@@ -108,7 +108,6 @@ def summary(report: Report) -> Record:
         "held_out": result.held_out,
         "held_out_rows": result.points[0].held_out.rows,
         "default": result.default,
-        "cuts": None if tuned is None else tuned.to_dict(),
         "environment": report.environment,
         "target_versions": target.versions,
     }

@@ -151,11 +151,10 @@ def without_root(text: str, place: Place) -> str:
 
 
 def contents(root: Path) -> dict[str, str | None]:
-    """Every file with its hash, and every folder and link, but no measured times."""
+    """Every file with its hash, and every folder and link."""
     return {
         str(path.relative_to(root)): sha256_of(path) if path.is_file() else None
         for path in sorted(root.rglob("*"))
-        if not path.name.startswith("times-")
     }
 
 

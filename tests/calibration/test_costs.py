@@ -1,75 +1,30 @@
-"""Times are measured once for the same files, machine and threads."""
+"""Measured times of the exits, and speed-ups."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from fpabee.calibration import costs
-from fpabee.calibration.costs import TimedEngine
-from fpabee.runtime import Budget, Engine, Entropy
-
-LENGTHS = np.array([3, 9], np.intp)
+from fpabee.calibration import CostModel
+from fpabee.calibration.costs import measure_costs, measure_speedup
+from fpabee.runtime import Budget, Engine
 
 
-def change(**fields: Any) -> Any:
-    """Overwrites fields of the stored file."""
-
-    def write(path: Path, patch: pytest.MonkeyPatch) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return write
+def test_times_between_measured_lengths_are_interpolated() -> None:
+    model = CostModel(1, (10, 20), ((1.0, 3.0), (2.0, 2.0)))
+    costs = model.row_costs(np.array([5, 15, 20], np.intp))
+    np.testing.assert_allclose(costs, [[1, 2, 3], [3, 4, 5]])
 
 
-@pytest.mark.parametrize(
-    ("settings", "between", "again"),
-    [
-        ({}, lambda path, patch: None, False),
-        ({"again": True}, lambda path, patch: None, True),
-        ({"threads": 2}, lambda path, patch: None, True),
-        ({"thresholds": (0.3, 0.5)}, lambda path, patch: None, True),
-        ({}, lambda path, patch: patch.setattr(costs, "artifact_sha256", lambda *_: "other"), True),
-        (
-            {},
-            lambda path, patch: patch.setattr(costs, "environment", lambda: {"cpu": "another"}),
-            True,
-        ),
-        ({}, lambda path, patch: path.write_bytes(b"\xff{"), True),
-        ({}, lambda path, patch: path.write_text("[" * 100_000), True),
-        ({}, lambda path, patch: path.write_text("{}" + " " * 2**21), True),
-        ({}, lambda path, patch: path.unlink(), True),
-        ({}, change(models={"1": {"batch": 1, "lengths": [], "seconds": []}}), True),
-        ({}, change(models={"1": {"batch": 1, "lengths": [9], "seconds": [[1], [-1], [1]]}}), True),
-        ({}, change(speedups={"1": {json.dumps(Entropy(threshold=0.1).to_dict()): 0}}), True),
-    ],
-)
-def test_stored_times_are_used_where_they_fit(
-    settings: dict[str, Any],
-    between: Any,
-    again: bool,
-    engines: Mapping[str, Path],
-    measured: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = tmp_path / "times.json"
-    given: dict[str, Any] = {"threads": 1, "again": False, "thresholds": ()}
+def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path]) -> None:
     with Engine.load(engines["bert"], threads=1) as engine:
-        found = []
-        for options in (given, given | settings):
-            measured.clear()
-            timed = TimedEngine(engine, path, **options)
-            assert timed.speedup([], Budget(exit=3), 1) == 1.0
-            found += [timed.costs(LENGTHS, 1), timed.speedup([], Entropy(threshold=0.1), 1)]
-            timed.store()
-            if options is given:
-                assert len(measured) == 2
-                between(path, monkeypatch)
-    assert bool(measured) is again
-    assert found[:2] == found[2:]
-    assert [file.name for file in tmp_path.iterdir()] == ["times.json"]
+        model = measure_costs(engine, np.array([3, 3, 9, 9], np.intp), batch=2)
+        assert (model.batch, model.lengths) == (2, (3, 6, 9))
+        assert np.shape(model.seconds) == (3, 3)
+        assert np.min(model.seconds) > 0
+        rows = engine.encode(["the film", "rain"])
+        assert measure_speedup(engine, rows, Budget(exit=1), 1) > 0
+        assert measure_speedup(engine, rows, Budget(exit=3), 1) == pytest.approx(1.0, abs=0)

@@ -13,12 +13,12 @@ from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.families import (
     DEFAULT_MEASURES,
     DEFAULT_RULES,
-    RULES,
     make_families,
 )
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import (
+    RULES,
     Entropy,
     ExitRule,
     FPabee,

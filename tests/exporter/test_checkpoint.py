@@ -58,7 +58,9 @@ def test_save_and_load_give_the_same_model(tiny_models: Mapping[str, Path], tmp_
     encoder = load_checkpoint(tiny_models["bert"]).backbone.encoder
     labels = ("no", "ja", "да")
     task = ProblemType.MULTI_LABEL
-    config = MultiExitConfig((1, 3), labels, task, Pooling.MEAN, hidden_layers=1)
+    config = MultiExitConfig(
+        (1, 3), labels, task, Pooling.MEAN, hidden_layers=1, label_thresholds=(0.5, 0.25, 0.75)
+    )
     model = MultiExitModel(encoder, config).eval()
     save_checkpoint(model, tmp_path / "saved")
     again = load_checkpoint(tmp_path / "saved")
