@@ -35,9 +35,9 @@ def calibrate(
     """Choose operating points of a target and write them into the manifest.
 
     The rows run once, at full depth; every rule and setting is then simulated on their logits.
-    Texts, labels and logits are kept in `calibration/` in the folder, so that the next goal on the
-    same rows needs no second trace. Nothing else should run on the machine, because the times of
-    segments and of chosen settings are measured.
+    Their logits are kept in `calibration/` in the folder, so that the next goal on the same rows
+    needs no second trace. Nothing else should run on the machine, because the times of segments and
+    of chosen settings are measured.
 
     Args:
         folder: the engines folder.

@@ -1,8 +1,7 @@
 """Run labelled rows to full depth once, and keep their logits.
 
 A trace is kept in `calibration/trace-TARGET-DATA.npz` in the engines folder. It is used again as
-long as the texts and everything that determines the logits are the same, see `artifact_sha256`. It
-also holds the rows, so that points can be calibrated again when exits are dropped.
+long as the texts and everything that determines the logits are the same, see `artifact_sha256`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -96,16 +93,13 @@ def trace_rows(
     """
     manifest, task = engine.manifest, engine.manifest.task
     expected = expected_labels(rows, task) if labels else None
-    texts = data_sha256(rows, labels=False)
-    artifact = artifact_sha256(manifest, engine.target)
+    texts, artifact = data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target)
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
-    kept = _read(path, artifact, manifest)
-    if kept is None or data_sha256(kept.rows, labels=False) != texts:
+    shape = len(manifest.exits), len(rows), len(task.labels)
+    kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
+    if kept is None:
         kept = _run(engine, rows, progress)
-        _write(path, artifact, kept)
-    elif data_sha256(kept.rows) != data_sha256(rows):  # other labels
-        kept = StoredTrace(list(rows), kept.logits, kept.lengths)
-        _write(path, artifact, kept)
+        _write(path, artifact, texts, kept)
     return LabelledLogits(
         kept.logits,
         kept.lengths,
@@ -116,89 +110,48 @@ def trace_rows(
     )
 
 
-def stored_rows(folder: Path, manifest: Manifest, target: str, data: str) -> list[Row] | None:
-    """The rows that an earlier calibration kept.
+class _Trace(NamedTuple):
+    """Logits `[exits, rows, labels]`, and the number of tokens of each row."""
 
-    Args:
-        folder: where traces are kept.
-        manifest: of the engines folder.
-        target: the target that was calibrated.
-        data: hash of the rows, see `data_sha256`.
-
-    Returns:
-        The rows; None if their trace does not exist or belongs to another artifact.
-    """
-    artifact = artifact_sha256(manifest, target)
-    for path in sorted(folder.glob(f"trace-{target}-*.npz")):
-        kept = _read(path, artifact, manifest)
-        if kept is not None and data in (data_sha256(kept.rows), data_sha256(kept.rows, False)):
-            return kept.rows
-    return None
-
-
-@dataclass(frozen=True)
-class StoredTrace:
-    """What a trace file holds.
-
-    Attributes:
-        rows: the rows.
-        logits: `[exits, rows, labels]`.
-        lengths: `[rows]` tokens.
-    """
-
-    rows: list[Row]
     logits: NDArray[np.float32]
     lengths: NDArray[np.intp]
 
 
-def _run(engine: Engine, rows: Sequence[Row], progress: Progress) -> StoredTrace:
+def _run(engine: Engine, rows: Sequence[Row], progress: Progress) -> _Trace:
     parts = []
     for start in range(0, len(rows), _CHUNK):
         progress("trace", start, len(rows))
         parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
     progress("trace", len(rows), len(rows))
     logits = np.concatenate([part.logits for part in parts], axis=1)
-    return StoredTrace(list(rows), logits, np.concatenate([part.lengths for part in parts]))
+    return _Trace(logits, np.concatenate([part.lengths for part in parts]))
 
 
-_StoredRow = tuple[str, str | None, tuple[str, ...] | None]
-
-
-def _read(path: Path, artifact: str, manifest: Manifest) -> StoredTrace | None:
-    """A kept trace; None if the file is damaged, or belongs to another artifact."""
+def _read(
+    path: Path, artifact: str, texts: str, shape: tuple[int, int, int], longest: int
+) -> _Trace | None:
+    """A kept trace; None if the file is damaged, or belongs to another artifact or other texts."""
     try:
-        content = read_arrays(path, ("texts", "artifact", "rows", "logits", "lengths"))
-        stored = msgspec.json.decode(content["rows"].tobytes(), type=list[_StoredRow])
-    except (ValueError, RecursionError):
+        content = read_arrays(path, ("texts", "artifact", "logits", "lengths"))
+    except ValueError:
         return None
-    rows = [Row(*row, {}, line) for line, row in enumerate(stored, 1)]
     logits, lengths = content["logits"], content["lengths"]
-    shape = len(manifest.exits), len(rows), len(manifest.task.labels)
     fits = (
         str(content["artifact"]) == artifact
-        and str(content["texts"]) == data_sha256(rows, labels=False)
+        and str(content["texts"]) == texts
         and logits.dtype == np.float32
         and lengths.dtype.kind == "i"
         and (logits.shape, lengths.shape) == (shape, shape[1:2])
         and np.isfinite(logits).all()
         and lengths.min(initial=1) >= 1
-        and lengths.max(initial=0) <= manifest.tokenizer.max_length
+        and lengths.max(initial=0) <= longest
     )
-    return StoredTrace(rows, logits, lengths.astype(np.intp)) if fits else None
+    return _Trace(logits, lengths.astype(np.intp)) if fits else None
 
 
-def _write(path: Path, artifact: str, trace: StoredTrace) -> None:
-    # As UTF-8 JSON bytes: an object array would have to be unpickled.
-    rows = msgspec.json.encode([(row.text, row.text_pair, row.labels) for row in trace.rows])
+def _write(path: Path, artifact: str, texts: str, trace: _Trace) -> None:
     file = io.BytesIO()
-    np.savez(
-        file,
-        rows=np.frombuffer(rows, np.uint8),
-        logits=trace.logits,
-        lengths=trace.lengths,
-        texts=data_sha256(trace.rows, labels=False),
-        artifact=artifact,
-    )
+    np.savez(file, logits=trace.logits, lengths=trace.lengths, texts=texts, artifact=artifact)
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -203,7 +203,7 @@ def _add_targets(
     built: list[str] = []
     not_built: dict[str, NotBuilt] = {}
     for backend, precision in targets:
-        manifest, name = add_target(path, manifest, backend, precision, options, progress)
+        manifest, name = _add_target(path, manifest, backend, precision, options, progress)
         if name is not None:
             built.append(name)
         else:
@@ -330,7 +330,7 @@ def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
     return [row.content for row in _rows(data, options)]
 
 
-def add_target(
+def _add_target(
     path: Path,
     manifest: Manifest,
     backend: str,

@@ -36,7 +36,7 @@ from ..runtime.rules.base import ExitRule
 from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
 from ..runtime.targets import open_backend
-from .prune.keep import keep_exits
+from .merge import write_one_graph
 from .targets.cpu import FP32_TARGET, ONNXRUNTIME, OPENVINO, version_of
 
 FULL_GRAPH = "full graph"
@@ -294,7 +294,7 @@ def run_bench(
             Engine.load(folder, options.target, threads=options.threads, preload=True)
         )
         one = Path(stack.enter_context(TemporaryDirectory()))
-        keep_exits(Path(folder), engine.manifest, engine.manifest.exits[-1:], one)
+        write_one_graph(Path(folder), one)
         runner = _Runner(one, engine, options, stack)
         rows = engine.encode(texts[: options.max_rows])
         threads = options.threads or usable_cores()

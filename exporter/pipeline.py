@@ -27,7 +27,7 @@ from ..runtime.artifact.reference import write_reference
 from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.engine import Engine
-from ..runtime.errors import ArtifactError, Remedy
+from ..runtime.errors import ArtifactError, ModelError, Remedy
 from ..runtime.exit_0 import ExitZero
 from ..runtime.files import ReadOptions, read_rows
 from ..runtime.progress import Progress, silent
@@ -37,12 +37,11 @@ from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel
-from .prune.keep import check_exits
 from .staging import check_output, resolved, staging
+from .targets.cpu import FP32_TARGET
 from .tokenizer import save_tokenizer
 from .verify import (
     BUILT_IN_TEXTS,
-    FP32_TARGET,
     LEAST_TOLERANCE,
     check_chain,
     check_graphs,
@@ -176,7 +175,11 @@ def _write(
 
     count = len(model.exit_config.exits)
     exits = options.exits or tuple(range(1, count + 1))
-    check_exits(exits, count)
+    if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
+        raise ModelError(
+            f"exits {','.join(map(str, exits))} do not fit a model with {count} exits",
+            Remedy("give {exits} as ascending numbers between 1 and {count}", count=count),
+        )
     tokenizer = save_tokenizer(source, model, folder, options.max_length)
     cut = segments.cut(model, exits, "token_type_ids" in tokenizer.inputs)
     graphs = {}

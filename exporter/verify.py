@@ -2,7 +2,7 @@
 
 Every export checks each graph against its PyTorch module, on the inputs that the PyTorch model
 feeds it. Then it checks the chain of graphs, in the runtime that users run, against the whole
-model. Importing this module does not load torch, because dropping exits does not need it.
+model.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+import torch
 
 from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.artifact.folder import sha256_of
@@ -25,14 +25,13 @@ from ..runtime.artifact.manifest import (
     VERIFICATION_NAME,
     Manifest,
 )
+from ..runtime.backends.onnxruntime_session import cpu_session
+from ..runtime.backends.stepping import steps
 from ..runtime.encoding import EncodedRow, Text, padded_batches, padding_values
 from ..runtime.engine import Engine
 from ..runtime.errors import VerificationError
-from .targets.cpu import FP32_TARGET as FP32_TARGET
-
-if TYPE_CHECKING:
-    from .model import MultiExitModel
-    from .segments import Cut
+from .model import MultiExitModel
+from .segments import Cut
 
 # The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
 LEAST_TOLERANCE = 1e-5
@@ -67,8 +66,6 @@ def reference_logits(
         rows: tokenized rows.
         padding: see `padding_values`.
     """
-    import torch
-
     batches = []
     for batch in padded_batches(rows, padding, _BATCH):
         ids, types, bias = (torch.from_numpy(array) for array in batch.values())
@@ -86,11 +83,6 @@ def check_graphs(
     Raises:
         VerificationError: a graph differs too much; the first one is named.
     """
-    import torch
-
-    from ..runtime.backends.onnxruntime_session import cpu_session
-    from ..runtime.backends.stepping import steps
-
     batches = list(padded_batches(rows, padding_values(manifest.tokenizer), _BATCH))
     worst = dict.fromkeys(cut.modules, 0.0)
     for step in steps(

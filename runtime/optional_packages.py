@@ -12,7 +12,6 @@ _PACKAGES = {
     "bench": ("onnx onnxruntime", "export,cpu"),
     "half": ("onnx onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
-    "merge": ("onnx onnxruntime", "export,cpu"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),

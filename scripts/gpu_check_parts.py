@@ -39,8 +39,9 @@ from gpu_check_measure import (
 from gpu_check_table import TOKENS
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision.formats import INT8, Half
-from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
+from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
@@ -115,14 +116,12 @@ def make_models(folder: Path, size: str, emit: Emit) -> None:
     make_model("bert", folder / "model", max_position_embeddings=LONGEST, **SIZES[size])
     export(folder / "model", chain, ExportOptions(force=True))
     add_targets(chain, AddTargetsOptions((Half.FP16,), backends=()))
-    last = DropExitsOptions((read_manifest(chain).model.layers,), force=True)
-    drop_exits(chain, one, last)
     try:
         add_targets(chain, AddTargetsOptions(int8=True, calibration_data=calibration, backends=()))
     except FpabeeError as error:
         emit(what="not measured", variant=INT8, reason=error.message)
-    else:
-        drop_exits(chain, one, last)
+    with staging(one) as new:
+        write_one_graph(chain, new)
 
 
 def plans(folder: Path, precision: str, emit: Emit) -> None:

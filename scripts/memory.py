@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import click
 from peers_child import resident_mib
 
-from fpabee.exporter.prune.keep import keep_exits
+from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.backends.onnxruntime_session import usable_cores
 from fpabee.runtime.cli.errors import exits_with_one_line
@@ -78,7 +78,7 @@ def table(engines: Path) -> None:
     click.echo("|---|---|---|---|---|---|---|")
     with TemporaryDirectory() as place:
         manifest, whole = read_manifest(engines), Path(place)
-        kept, _ = keep_exits(engines, manifest, manifest.exits[-1:], whole)
+        kept = write_one_graph(engines, whole)
         for target in runnable_targets(engines):
             cells = measured(engines, target)
             cells += measured(whole, target) if target in kept.targets else ["", "", ""]

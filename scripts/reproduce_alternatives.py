@@ -33,7 +33,7 @@ from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import expected_labels
-from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
+from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.staging import staging
 from fpabee.runtime import Budget, Engine, ExitRule, Goal, InputError
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
@@ -150,7 +150,8 @@ def _one_graph(folder: Path) -> Path:
     """An engines folder with one graph, the usual way, and exit 0."""
     whole = folder.with_name(f"{folder.name}-one-graph")
     if not whole.is_dir():
-        drop_exits(folder, whole, DropExitsOptions((len(read_manifest(folder).segments),)))
+        with staging(whole) as new:
+            write_one_graph(folder, new)
     return whole
 
 

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fpabee.calibration.cli import main as calibrate
-from fpabee.calibration.trace import stored_rows
-from fpabee.exporter.cli.export import main as export
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
@@ -60,34 +57,6 @@ def test_the_default_operating_point_runs_on_a_file(tmp_path: Path) -> None:
     records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     expected = EXPECTED["points"]["balanced"]
     assert [record["labels"] for record in records] == [answer["labels"] for answer in expected]
-
-
-def test_its_trace_is_used_to_calibrate_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = read_manifest(folder)
-    target = manifest.targets[manifest.default_target]
-    data = target.operating_points["safe"].data_sha256
-    rows = stored_rows(folder / "calibration", manifest, manifest.default_target, data)
-    assert rows is not None
-    source = tmp_path / "rows.jsonl"
-    source.write_text(
-        "".join(json.dumps({"text": row.text, "labels": row.labels}) + "\n" for row in rows),
-        encoding="utf-8",
-    )
-    monkeypatch.setattr(Engine, "trace", None)  # it must not be needed
-    succeeds(calibrate, folder, "--data", source, "--max-drop", 3, "--name", "new", "--threads", 1)
-    points = read_manifest(folder).targets[manifest.default_target].operating_points
-    assert set(points) == {*target.operating_points, "new"}
-
-
-def test_exits_can_be_dropped(folder: Path, tmp_path: Path) -> None:
-    fewer = tmp_path / "fewer"
-    succeeds(export, "--from", folder, "--exits", "2,3", "--output", fewer)
-    with Engine.load(folder, threads=1) as before, Engine.load(fewer, threads=1) as after:
-        expected, found = before.trace(TEXTS).logits, after.trace(TEXTS).logits
-        assert after.manifest.task == before.manifest.task
-    np.testing.assert_allclose(found, expected[1:], atol=1e-4)
 
 
 def test_its_manifest_survives_a_rewrite(folder: Path) -> None:

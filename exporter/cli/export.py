@@ -16,7 +16,7 @@ from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command
-from ...runtime.cli.console import echo, table_console
+from ...runtime.cli.console import echo
 from ...runtime.cli.errors import in_terms_of_options
 from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import not_with, only_with
@@ -31,10 +31,8 @@ from ..add_targets import (
     drop_graphs,
 )
 from ..precision.formats import INT8, Half
-from ..prune.drop_exits import DropExitsOptions, drop_exits
 from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
-from . import prune
 
 Content = dict[str, Any]
 
@@ -65,8 +63,8 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     examples="""
 fpabee-export model_dir -o engines/
 fpabee-export model_dir -o engines/ --fp16
+fpabee-export model_dir -o engines/ --exits 4,8,12
 fpabee-export --from engines/ --backend tensorrt --fp16
-fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 """,
     panels={
         "Model": "--problem-type --max-length",
@@ -74,7 +72,6 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
         **READING,
         "TensorRT plans": "--sm --batch --sequence --optimization-level --workspace "
         "--version-compatible --hardware-compatible --jobs --resume --no-onnx",
-        "Fewer exits, with --from and --exits": "--threads",
     },
 )
 @click.argument(
@@ -91,7 +88,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.numbers(
     "--exits",
     "N,N,...",
-    "Exits to keep. Default: all. With --from, --output becomes a new folder with these exits.",
+    "Exits to keep. Default: all.",
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
 @options.flag("--bf16", "Also export bf16, and build its targets.")
@@ -118,9 +115,7 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 )
 @options.path(
     "--calibration-data",
-    "Texts that set the value ranges of --int8; if they have labels, its score is checked, too. "
-    "With --from and --exits: labelled rows for the operating points. Points with a guarantee need "
-    "them; the others only if the folder no longer contains the rows that calibrated them.",
+    "Texts that set the value ranges of --int8; if they have labels, its score is checked, too.",
 )
 @options.option(
     "--keep-fp32",
@@ -162,44 +157,31 @@ fpabee-export --from engines/ --exits 4,8,12 -o fewer/
 @options.option(
     "--target",
     "NAME",
-    "Target to make the default. Default: the fastest one on this machine. With --from and "
-    "--exits: target whose operating points to calibrate again.",
+    "Target to make the default. Default: the fastest one on this machine.",
 )
-@options.threads
 def main(
     model_dir: str | None,
     output: Path | None,
     source: Path | None,
-    exits: tuple[int, ...] | None,
     quiet: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Compile MODEL_DIR into an engines folder, with one ONNX segment for each exit.
 
-    With --from, add precisions and targets to an engines folder, or drop some of its exits.
+    With --from, add precisions and targets to an engines folder.
     """
     if (model_dir is None) == (source is None):
         raise click.UsageError("give either MODEL_DIR or --from ENGINES")
-    drops = source is not None and exits is not None
-    _check_usage(source is None, drops, settings, output)
+    _check_usage(source is None, settings)
     settings["reading"] = options.read_options(settings)
     say = (lambda line: None) if as_json else echo
     folder = source or output or Path("engines")
     content: Content = {}
     targets = _target_options(settings)
-    if source is not None and exits is not None and output is not None:
-        folder = output
-        changes = {"exits": exits, "targets": targets}
-        kept = msgspec.convert(settings | changes, DropExitsOptions)
-        with step_progress(quiet) as progress:
-            dropped = drop_exits(source, output, kept, progress)
-        content = prune.to_dict(dropped)
-        if not as_json:
-            prune.show(dropped, table_console(), len(read_manifest(source).segments))
     if model_dir is not None:
         check_options(targets)
-        content = _export(model_dir, folder, settings | {"exits": exits}, quiet, say)
+        content = _export(model_dir, folder, settings, quiet, say)
         if not (targets.precisions or targets.int8 or targets.backends):
             # Plans are built only if they are asked for. OpenVINO needs no files.
             problem = unavailable_reason()
@@ -208,7 +190,7 @@ def main(
                 say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
     adds = targets.precisions or targets.int8 or targets.backends or targets.default_target
     added = None
-    if adds or (source is not None and exits is None):
+    if adds or source is not None:
         with step_progress(quiet) as progress:
             added = add_targets(folder, targets, progress)
         content |= _show_added(added, folder, say)
@@ -225,7 +207,7 @@ def main(
         _check_kept(added, settings["int8"])
 
 
-def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Path | None) -> None:
+def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     """Refuse options that contradict each other, or that have no effect.
 
     Raises:
@@ -233,34 +215,19 @@ def _check_usage(is_new: bool, drops: bool, settings: dict[str, Any], output: Pa
     """
     half = settings["fp16"] or settings["bf16"]
     data = settings["calibration_data"]
-    adds = not (is_new or drops)
-    if drops and output is None:
-        raise click.UsageError("--from with --exits writes a new folder: name it with --output")
     only_with(
         "label_column label_separator input_format text_column text_pair_column literal_quotes",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )
-    not_with("problem_type max_length", not is_new, "--from")
-    not_with(
-        "fp16 bf16 int8 keep_fp32 backends no_onnx verify_data",
-        drops,
-        "--from and --exits: add precisions and targets to the new folder afterwards",
-    )
-    not_with(
-        "compute_capabilities batch sequence version_compatible hardware_compatible",
-        drops,
-        "--from and --exits: plans are built again for their GPUs and shapes",
-    )
-    not_with("output force", adds, "--from, unless --exits is given")
-    only_with("threads", drops, "--from and --exits")
+    not_with("output force exits problem_type max_length", not is_new, "--from")
     only_with("keep_fp32", half, "--fp16 or --bf16")
     only_with(
         "verify_data",
         is_new or half or OPENVINO in settings["backends"],
         "a new export, --fp16, --bf16 or --backend openvino",
     )
-    only_with("calibration_data", drops or settings["int8"], "--int8, or --from and --exits")
+    only_with("calibration_data", settings["int8"], "--int8")
     only_with("int8", data or not is_new, "--calibration-data")
     only_with(
         "version_compatible hardware_compatible",

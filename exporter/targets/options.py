@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ...runtime.artifact.manifest import Manifest, Range, Shapes, Target, TensorSpec
+from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
 from ...runtime.backends.buffers import shape_of
 from ...runtime.backends.shapes import Bucket
 from ...runtime.errors import BackendError, Call, Remedy
@@ -75,21 +75,6 @@ class PlanOptions:
         capabilities = self.compute_capabilities if backend == RTX else ()
         return dataclasses.replace(
             self, sequence=(low, typical, high), compute_capabilities=capabilities
-        )
-
-    def like(self, target: Target) -> PlanOptions:
-        """These options with the shapes, GPUs and compatibility of a target that was built."""
-        if not (target.profiles and target.sequence_lengths):
-            return self
-        batch, sequence = target.profiles[0].batch, target.profiles[0].sequence
-        return dataclasses.replace(
-            self,
-            batch=(batch.min, batch.opt, batch.max),
-            sequence=(sequence.min, sequence.opt, target.sequence_lengths[-1]),
-            compute_capabilities=target.compute_capabilities,
-            version_compatible=target.version_compatible,
-            hardware_compatible=target.hardware_compatible,
-            one_row_lengths=tuple(p.sequence.max for p in target.profiles if p.batch.max == 1),
         )
 
     def _check_rtx(self, precision: str) -> None:

@@ -97,8 +97,3 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
     measured_speedup: dict[str, float] = {}
     versions: dict[str, str] = {}
     certificate: Certificate | None = None
-
-    @property
-    def is_guaranteed(self) -> bool:
-        """Whether a guarantee was asked for."""
-        return self.certificate is not None or (self.goal is not None and self.goal.guaranteed)

@@ -24,7 +24,6 @@ _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _COMMANDS = {
     "export": ("fpabee-export", "-o"),
     "add_targets": ("fpabee-export --from", ""),
-    "drop_exits": ("fpabee-export --from", "-o"),
     "calibrate": ("fpabee-calibrate", "--data"),
     "train": ("fpabee-train", ""),
     "inspect": ("fpabee-inspect", ""),

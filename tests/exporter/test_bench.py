@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import (
     FULL_DEPTH,
@@ -28,8 +29,8 @@ from fpabee.exporter.bench import (
     run_bench,
 )
 from fpabee.exporter.cli.bench import main, print_report
-from fpabee.exporter.prune.keep import keep_exits
-from fpabee.runtime import Budget, Engine, Entropy, ExitRule, read_manifest
+from fpabee.exporter.merge import write_one_graph
+from fpabee.runtime import Budget, Engine, Entropy, ExitRule
 from fpabee.runtime.cli.console import table_console
 from fpabee.runtime.rules.runner import RuleRunner
 
@@ -41,7 +42,7 @@ def test_the_full_graph_gives_the_last_exit(
     engines: Mapping[str, Path], family: str, tmp_path: Path
 ) -> None:
     folder = engines[family]
-    keep_exits(folder, read_manifest(folder), (3,), tmp_path)
+    write_one_graph(folder, tmp_path)
     with Engine.load(folder) as engine:
         rows = engine.encode(TEXTS)
         expected = engine.trace(TEXTS).logits[-1]
@@ -118,13 +119,12 @@ def test_pytorch_has_no_exit_0(
 
 
 def test_pytorch_has_the_exits_of_the_folder(
-    engines: Mapping[str, Path],
     tiny_models: Mapping[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("fpabee.exporter.bench.time.sleep", lambda _: None)
-    keep_exits(engines["bert"], read_manifest(engines["bert"]), (2, 3), tmp_path)
+    export(tiny_models["bert"], tmp_path / "engines", ExportOptions(exits=(2, 3)))
     exits: list[range] = []
 
     class Noted(RuleRunner):
@@ -135,7 +135,7 @@ def test_pytorch_has_the_exits_of_the_folder(
     monkeypatch.setattr("fpabee.exporter.bench.RuleRunner", Noted)
     model_dir = str(tiny_models["bert"])
     options = BenchOptions(Budget(exit=2), 1, shapes=(), max_single=1, model_dir=model_dir)
-    run_bench(tmp_path, TEXTS[:1], options)
+    run_bench(tmp_path / "engines", TEXTS[:1], options)
     assert set(exits) == {range(3)}, "the exits after layers 2 and 3"
 
 

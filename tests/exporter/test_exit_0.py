@@ -20,7 +20,7 @@ from fpabee.exporter.exit_0 import (
     save_exit_0,
     unigrams_of,
 )
-from fpabee.exporter.prune.keep import keep_exits
+from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import ExitZeroSpec, ProblemType
 from fpabee.runtime.artifact.reference import read_reference
@@ -167,23 +167,23 @@ def test_what_does_not_fit_the_model_is_refused(name: str, bert: Path) -> None:
     assert caught.value.hint.startswith("train exit 0 again: train(output=")
 
 
-def test_an_export_has_exit_0_and_keeps_it_without_other_exits(
+def test_an_export_has_exit_0_and_keeps_it_in_one_graph(
     tiny_models: Mapping[str, Path], tmp_path: Path, ready_graphs: None
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
     given = random_exit_0(load_config(source).vocab_size, 4)
     save_exit_0(source, given, SINGLE)
     first = export(source, tmp_path / "engines")
-    (tmp_path / "few").mkdir()
-    few, _ = keep_exits(first.folder, first.manifest, (2,), tmp_path / "few")
-    for folder, manifest in ((first.folder, first.manifest), (tmp_path / "few", few)):
+    (tmp_path / "one").mkdir()
+    one = write_one_graph(first.folder, tmp_path / "one")
+    for folder, manifest in ((first.folder, first.manifest), (tmp_path / "one", one)):
         assert manifest == read_manifest(folder)
         digest = sha256_of(folder / "exit_0.npz")
         expected = ExitZeroSpec(
             file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64
         )
         assert manifest.exit_0 == expected
-        assert manifest.exit_layers == ((0, 1, 2, 3) if folder == first.folder else (0, 2))
+        assert manifest.exit_layers == ((0, 1, 2, 3) if folder == first.folder else (0, 3))
         assert manifest.model.source_sha256[EXIT_0_FILE] == sha256_of(source / EXIT_0_FILE)
         exit_0 = ExitZero.load(folder, manifest)
         assert exit_0 is not None

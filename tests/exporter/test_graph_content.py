@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import serialized
 from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.precision.lowering import choose_lowering, lower
-from fpabee.exporter.prune.keep import keep_exits
 from fpabee.runtime.artifact import graph_content
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
@@ -27,15 +27,14 @@ from fpabee.runtime.errors import ArtifactError, ModelError
 
 
 @pytest.mark.parametrize("family", sorted(_FAMILIES))
-def test_fp32_half_and_kept_exits_pass(
+def test_fp32_half_and_merged_graphs_pass(
     family: str, engines: Mapping[str, Path], tmp_path: Path
 ) -> None:
     folder = engines[family]
     manifest = read_manifest(folder)
     kept = tmp_path / "kept"
     kept.mkdir()
-    merged, _ = keep_exits(folder, manifest, (2, 3), kept)
-    for graph in merged.graphs.values():
+    for graph in write_one_graph(folder, kept).graphs.values():
         check_graph(kept / graph.file)
     for graph in manifest.graphs.values():
         check_graph(folder / graph.file)

@@ -21,8 +21,8 @@ import pytest
 from click.testing import CliRunner
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
@@ -159,7 +159,8 @@ def test_exit_codes(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monk
 def models(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
     """A folder as the part `model` makes it, for a tiny model."""
     chain = engine_copy(name="chain")
-    drop_exits(chain, tmp_path / "one", DropExitsOptions((3,)))
+    (tmp_path / "one").mkdir()
+    write_one_graph(chain, tmp_path / "one")
     texts = [" ".join(WORDS[n % 7 : n % 7 + n % 20]) for n in range(40)]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     return tmp_path
@@ -373,7 +374,7 @@ def test_the_chain_is_built_with_the_timings_of_the_engine(
 ) -> None:
     parts = load_script("gpu_check_parts")
     add_targets(models / "chain", AddTargetsOptions((Half.FP16,), backends=()))
-    drop_exits(models / "chain", models / "one", DropExitsOptions((3,), force=True))
+    write_one_graph(models / "chain", models / "one")
     double = serve(monkeypatch, models / "chain")
     of_chain, of_one = double.trt.plans, plans_of(models / "one")
     double.trt.plans = lambda content: of_chain(content) or of_one(content)

@@ -20,7 +20,7 @@ from tests.conftest import WORDS
 
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.exporter.prune.drop_exits import DropExitsOptions, drop_exits
+from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import Engine, ProblemType, read_manifest
 from fpabee.runtime.rules.base import ExitRule
@@ -177,6 +177,7 @@ def test_a_cut_encoder_has_one_exit_after_its_last_layer(
 @pytest.fixture(scope="module")
 def compared(
     exit_0_engines: Mapping[str, Path],
+    tiny_models: Mapping[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
     load_script: Callable[[str], ModuleType],
 ) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def compared(
         rows = list(zip(texts, labels, strict=True))[number::2]
         lines = (json.dumps({"text": text, "label": label}) for text, label in rows)
         path.write_text("\n".join(lines))
-    drop_exits(folder, root / "cut", DropExitsOptions(exits=(1,)))
+    export(tiny_models["bert"], root / "cut", ExportOptions(exits=(1,)))
     (root / "other.jsonl").write_text('{"text": "zzz"}\n' * 240)
     shifted = {"same": files[1], "other": root / "other.jsonl"}
     found: dict[str, Any] = alternatives.compare_alternatives(

@@ -67,7 +67,6 @@ def test_python_users_read_parameters() -> None:
     [
         (Call("export", "MODEL_DIR", "my engines"), "fpabee-export MODEL_DIR -o 'my engines'"),
         (Call("add_targets", "ENGINES", fp16=True), "fpabee-export --from ENGINES --fp16"),
-        (Call("drop_exits", "A", "B", exits="2,4"), "fpabee-export --from A -o B --exits 2,4"),
         (Call("calibrate", "ENGINES", "DATA"), "fpabee-calibrate ENGINES --data DATA"),
         (Call("inspect", "ENGINES", check=True), "fpabee-inspect ENGINES --check"),
     ],

@@ -1,0 +1,172 @@
+"""Join graphs that run one after another into one ONNX graph. Needs no torch.
+
+Benchmarks compare the chain with one graph of the whole model. The function `merge_graphs` of
+`onnx.compose` refuses two graphs that read the same input.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..runtime.artifact.folder import read_manifest, sha256_of, verified, write_manifest
+from ..runtime.artifact.manifest import (
+    LOGITS,
+    NEXT,
+    REFERENCE_NAME,
+    BuiltFile,
+    Graph,
+    Manifest,
+    keep_targets,
+    with_operating_points,
+)
+from ..runtime.artifact.reference import read_reference, write_reference
+from ..runtime.engine import Engine
+from .onnx_file import load_graphs, write_graph
+from .targets.cpu import FP32_TARGET, INT8_FOLDER, is_cpu_int8
+
+
+def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
+    """One graph that does what several graphs do one after another.
+
+    Args:
+        calls: name and `onnx.ModelProto` of each graph, in order; all names differ.
+        outputs: the outputs of the new graph: `LOGITS`, or `NEXT` and the name of a carried
+            tensor.
+
+    Returns:
+        An `onnx.ModelProto`. Nodes that no output needs, such as the heads before the last, are
+        left out. A node keeps its name, with the number of the call appended.
+    """
+    import onnx
+
+    merged = onnx.GraphProto(name="merged")
+    last = {value.name: name for name, proto in calls for value in proto.graph.output}
+    # What the tensors that are carried from graph to graph are called in the new graph.
+    carried: dict[str, str] = {}
+    for number, (name, proto) in enumerate(calls):
+        graph, prefix = proto.graph, f"{name}/"
+        new = [value for value in graph.input if value.name not in carried]
+        carried |= {value.name: value.name for value in new}
+        kept = {x.name for x in graph.output if x.name in outputs and last[x.name] == name}
+        names = {value: prefix + value for node in graph.node for value in node.output if value}
+        names |= {value.name: carried[value.name] for value in graph.input}
+        names |= {value: value for value in kept}
+        part = onnx.compose.add_prefix_graph(
+            graph,
+            prefix,
+            rename_nodes=False,
+            rename_edges=False,
+            rename_inputs=False,
+            rename_outputs=False,
+            rename_value_infos=False,
+            name_map=names,
+        )
+        for node in part.node:
+            node.name += f".{number:02d}"
+        for before, after in zip(graph.output, part.output, strict=True):
+            carried[before.name.removeprefix(NEXT)] = after.name
+            # The type of a tensor between two graphs is needed if a later conversion lowers it.
+            (merged.output if before.name in kept else merged.value_info).append(after)
+        merged.input.extend(new)
+        merged.node.extend(part.node)
+        merged.initializer.extend(part.initializer)
+        merged.value_info.extend(part.value_info)
+    first = calls[0][1]
+    model = onnx.helper.make_model(
+        merged, opset_imports=first.opset_import, ir_version=first.ir_version
+    )
+    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], [*outputs])
+
+
+def write_one_graph(source: Path, folder: Path) -> Manifest:
+    """Write an engines folder whose only segment runs all layers and gives the last exit.
+
+    It has the targets that run ONNX graphs, without operating points. If layers share their weights
+    (ALBERT), the graphs are copied unchanged, and the segment calls all but the other heads.
+
+    Args:
+        source: the engines folder to copy from.
+        folder: an empty folder to write.
+
+    Returns:
+        The manifest of the new folder.
+
+    Raises:
+        ArtifactError: the source is damaged.
+        VerificationError: the graph does not reproduce the PyTorch model.
+    """
+    manifest = read_manifest(source)
+    last = manifest.segments[-1]
+    heads = {
+        name
+        for name, graph in manifest.graphs.items()
+        if [spec.name for spec in graph.outputs] == [LOGITS] and name not in last.calls
+    }
+    calls = [name for segment in manifest.segments for name in segment.calls if name not in heads]
+
+    def copy(relative: str, sha256: str) -> None:
+        path = folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(verified(source, relative, sha256), path)
+
+    def write(old: dict[str, Graph], place: str) -> dict[str, Graph]:
+        if manifest.model.shared_layers:
+            graphs = {name: old[name] for name in calls}
+            for graph in graphs.values():
+                copy(graph.file, graph.sha256)
+            return graphs
+        protos = load_graphs(source, old)
+        proto = merge_graphs([(name, protos[name]) for name in calls], [LOGITS])
+        specs = {s.name: s for graph in old.values() for s in (*graph.inputs, *graph.outputs)}
+        inputs, outputs = (
+            [specs[value.name] for value in values]
+            for values in (proto.graph.input, proto.graph.output)
+        )
+        file = f"{place}/segment_01.onnx"
+        return {"segment_01": write_graph(folder / file, file, proto, inputs, outputs)}
+
+    graphs = write(manifest.graphs, "onnx/fp32")
+    precisions = {name: write(old, f"onnx/{name}") for name, old in manifest.precisions.items()}
+    segment = msgspec.structs.replace(
+        last, exit=1, calls=tuple(calls if manifest.model.shared_layers else graphs)
+    )
+    copy(manifest.tokenizer.file, manifest.tokenizer.sha256)
+    if manifest.exit_0 is not None:
+        copy(manifest.exit_0.file, manifest.exit_0.sha256)
+    texts, logits = read_reference(source, manifest)
+    write_reference(folder, texts, logits[[*range(manifest.exits.start, 1), -1]])
+    targets = {
+        name: with_operating_points(target, {}, "")
+        for name, target in manifest.targets.items()
+        if not target.files or is_cpu_int8(target)
+    }
+    # Targets for CPUs in int8 run the same graphs, which are merged like all others.
+    built = next((target.files for target in targets.values() if target.files), {})
+    old = {
+        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
+        for name, file in built.items()
+    }
+    files = {
+        name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
+        for name, graph in (write(old, INT8_FOLDER) if old else {}).items()
+    }
+    for name, target in targets.items():
+        if target.files:
+            targets[name] = msgspec.structs.replace(target, files=files)
+    whole = msgspec.structs.replace(
+        keep_targets(manifest, lambda name, _: name in targets),
+        graphs=graphs,
+        precisions=precisions,
+        segments=(segment,),
+        targets=targets,
+        files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
+    )
+    write_manifest(folder, whole)
+    with Engine.load(folder, FP32_TARGET) as engine:
+        engine.check()
+    return whole

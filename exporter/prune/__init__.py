@@ -1,1 +1,0 @@
-"""Engines folders with fewer exits."""

@@ -1,0 +1,109 @@
+"""One graph of the whole model gives the logits of the last exit of the chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fpabee.exporter import merge
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.merge import merge_graphs, write_one_graph
+from fpabee.exporter.precision.formats import Half
+from fpabee.runtime import Engine, FPabee, VerificationError, read_manifest
+from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.encoding import Text
+
+TEXTS: list[Text] = ["turn on the light", "", "book a table " * 5, ("a", "the plot")]
+
+
+def heads(path: Path) -> int:
+    """How many nodes of a graph belong to a head."""
+    return sum(node.name.startswith("head") for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "deberta-v2", "modernbert"])
+def test_one_graph_gives_the_logits_of_the_last_exit(
+    engines: Mapping[str, Path], tmp_path: Path, family: str
+) -> None:
+    source = engines[family]
+    old = read_manifest(source)
+    manifest = write_one_graph(source, tmp_path)
+    assert read_manifest(tmp_path) == manifest
+    assert manifest.exit_layers == old.exit_layers[-1:]
+    with Engine.load(source) as before, Engine.load(tmp_path) as after:
+        expected, found = before.trace(TEXTS).logits[-1:], after.trace(TEXTS).logits
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    stored, logits = read_reference(tmp_path, manifest)
+    texts, expected = read_reference(source, old)
+    assert stored == texts
+    np.testing.assert_array_equal(logits, expected[-1:])
+
+
+def test_only_the_other_heads_are_missing(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    source, again = engines["bert"], tmp_path / "again"
+    old, manifest = read_manifest(source), write_one_graph(source, tmp_path)
+    again.mkdir()
+    assert write_one_graph(source, again).graphs == manifest.graphs, "the same bytes every time"
+    (graph,) = manifest.graphs.values()
+    before = [source / graph.file for graph in old.graphs.values()]
+    missing = sum(len(onnx.load(path).graph.node) for path in before)
+    missing -= len(onnx.load(tmp_path / graph.file).graph.node)
+    assert missing == sum(map(heads, before[:-1]))
+    assert heads(tmp_path / graph.file) == heads(before[-1])
+    assert [spec.name for spec in graph.outputs] == ["logits"]
+
+
+def test_shared_layers_stay_one_graph(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    source = engines["albert"]
+    manifest = write_one_graph(source, tmp_path)
+    (segment,) = manifest.segments
+    assert segment.calls == ("embeddings", "block_01", "block_01", "block_01", "head_03")
+    for graph in manifest.graphs.values():
+        assert (tmp_path / graph.file).read_bytes() == (source / graph.file).read_bytes()
+    assert sorted(manifest.graphs) == ["block_01", "embeddings", "head_03"]
+
+
+def test_every_precision_is_merged_and_no_operating_point_is_copied(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], tmp_path: Path
+) -> None:
+    source, folder = engine_copy("mpnet"), tmp_path / "new"
+    set_points(source, default="fast", fast=FPabee(threshold=(0.1, 0.1, 0.1)))
+    add_targets(source, AddTargetsOptions(precisions=(Half.FP16,), backends=()))
+    folder.mkdir()
+    manifest = write_one_graph(source, folder)
+    for graph in manifest.graphs_in("fp16").values():
+        onnx.checker.check_model(folder / graph.file, full_check=True)
+    assert "onnxruntime-fp16-cuda" in manifest.targets
+    target = manifest.targets["onnxruntime-fp32"]
+    assert (target.operating_points, target.default_operating_point) == ({}, "")
+
+
+def test_a_merged_graph_can_be_converted(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    """Also the hidden states between two of the old graphs become fp16."""
+    write_one_graph(engines["bert"], tmp_path)
+    options = AddTargetsOptions(precisions=(Half.FP16,), backends=())
+    manifest = add_targets(tmp_path, options).manifest
+    for graph in manifest.graphs_in("fp16").values():
+        onnx.checker.check_model(tmp_path / graph.file, full_check=True)
+
+
+def test_a_merge_that_changes_the_model_is_refused(
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any) -> Any:
+        proto = merge_graphs(*arguments)
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith("classifier.bias"):
+                values = numpy_helper.to_array(tensor) + 1
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        return proto
+
+    monkeypatch.setattr(merge, "merge_graphs", wrong)
+    with pytest.raises(VerificationError, match="is not the model that was exported"):
+        write_one_graph(engines["bert"], tmp_path)
