@@ -5,7 +5,6 @@ The folder stays usable at every moment: new files are written first, the manife
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,8 +43,8 @@ from .precision.formats import INT8, Half
 from .targets import cpu
 from .targets.cpu import CpuTarget
 from .targets.judge import labels_of
-from .targets.options import BUILD_ON_DEVICE, RTX, TENSORRT, TURING, PlanOptions
-from .targets.tensorrt import build_target, can_run, lacks_memory, unavailable_reason
+from .targets.options import RTX, TENSORRT, TURING, PlanOptions
+from .targets.tensorrt import build_target, can_run, unavailable_reason
 
 if TYPE_CHECKING:
     from .precision.emulation import PrecisionReport
@@ -73,7 +72,6 @@ class AddTargetsOptions:
         reading: how these two files are read.
         plans: how TensorRT plans are built.
         jobs: the number of builds at a time.
-        resume: whether to keep plans that are already built.
     """
 
     precisions: tuple[Half, ...] = ()
@@ -86,7 +84,6 @@ class AddTargetsOptions:
     reading: ReadOptions = field(default_factory=ReadOptions)
     plans: PlanOptions = field(default_factory=PlanOptions)
     jobs: int = 1
-    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -361,10 +358,9 @@ def _add_target(
         manifest = _noting(manifest, backend, precision, unavailable)
         write_manifest(path, manifest)
         return manifest, None
-    plans, jobs, resume = options.plans, options.jobs, options.resume
     try:
         built, name = build_target(
-            path, manifest, backend, precision, plans, jobs, resume, progress
+            path, manifest, backend, precision, options.plans, options.jobs, progress
         )
     except FpabeeError as failure:
         # The failed build may have replaced files of an earlier one.
@@ -404,23 +400,6 @@ def _tolerance(path: Path, manifest: Manifest, name: str) -> float:
             raise VerificationError(error.message, remedy) from error
 
 
-def drop_graphs(folder: Path) -> None:
-    """Delete the ONNX graphs, on devices that are short of space. Only built targets remain.
-
-    Raises:
-        ArtifactError: no target was built, or the folder cannot be read or written.
-    """
-    manifest = read_manifest(folder)
-    users = [name for name, target in manifest.targets.items() if not target.files]
-    if len(users) == len(manifest.targets):
-        raise ArtifactError(
-            f"{folder} has no built target: {', '.join(users)} run the ONNX graphs themselves",
-            Remedy("build one first: {call}", call=BUILD_ON_DEVICE),
-        )
-    write_manifest(folder, keep_targets(manifest, lambda _, target: bool(target.files)))
-    shutil.rmtree(folder / "onnx")
-
-
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:
     """The manifest without those targets of a precision whose graphs have changed since."""
     graphs = manifest.graphs_in(precision)
@@ -446,7 +425,7 @@ def _noting(
     notes, label = dict(manifest.not_built), f"{backend}-{precision}"
     notes.pop(label, None)
     if error is not None:
-        command = build_command(backend, precision) + (" --resume" if lacks_memory(error) else "")
+        command = build_command(backend, precision)
         if isinstance(error, MissingExtraError) and backend == RTX:
             command = f"{error.hint} && {command}"
         notes[label] = NotBuilt(

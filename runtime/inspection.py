@@ -160,10 +160,8 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
 def _records(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Every file that the folder must have, with its hash."""
     yield manifest.tokenizer.file, manifest.tokenizer.sha256
-    # An export with --no-onnx deletes the graphs; targets with files do not run them.
-    if (folder / "onnx").exists() or not all(t.files for t in manifest.targets.values()):
-        for graphs in (manifest.graphs, *manifest.precisions.values()):
-            yield from ((graph.file, graph.sha256) for graph in graphs.values())
+    for graphs in (manifest.graphs, *manifest.precisions.values()):
+        yield from ((graph.file, graph.sha256) for graph in graphs.values())
     for target in manifest.targets.values():
         yield from ((file.file, file.sha256) for file in target.files.values())
     if manifest.exit_0 is not None:

@@ -135,7 +135,6 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         backends=(backend,),
         plans=replace(PLANS, compute_capabilities=(cuda_device().compute_capability,)),
         jobs=max(1, (os.cpu_count() or 2) // 2),
-        resume=True,
     )
     targets: list[str] = []
     for name in ("one", "chain"):

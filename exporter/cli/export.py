@@ -23,13 +23,7 @@ from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
 from ...runtime.errors import VerificationError
 from ...runtime.optional_packages import require
-from ..add_targets import (
-    AddTargetsOptions,
-    AddTargetsResult,
-    add_targets,
-    check_options,
-    drop_graphs,
-)
+from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
 from ..precision.formats import INT8, Half
 from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
@@ -70,8 +64,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
         "Model": "--problem-type --max-length",
         "Precision and verification": "--calibration-data --keep-fp32 --verify-data --target",
         **READING,
-        "TensorRT plans": "--sm --batch --sequence --optimization-level --workspace "
-        "--version-compatible --hardware-compatible --jobs --resume --no-onnx",
+        "TensorRT plans": "--sm --batch --sequence --hardware-compatible --jobs",
     },
 )
 @click.argument(
@@ -147,13 +140,8 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     callback=_sizes,
     default="16,64,128",
 )
-@options.count("--optimization-level", "Effort of the builder, 0 to 5.", min=0, max=5)
-@options.count("--workspace", "Largest scratch memory in MiB.", max=2**20)
-@options.flag("--version-compatible", "Build plans that later TensorRT versions can run.")
 @options.flag("--hardware-compatible", "Build plans that all GPUs from Ampere on can run.")
 @options.count("--jobs", "Number of builds at a time.", 1)
-@options.flag("--resume", "Keep plans that an earlier run built.")
-@options.flag("--no-onnx", "Delete the ONNX graphs at the end, to save space on a device.")
 @options.option(
     "--target",
     "NAME",
@@ -194,9 +182,6 @@ def main(
         with step_progress(quiet) as progress:
             added = add_targets(folder, targets, progress)
         content |= _show_added(added, folder, say)
-        if settings["no_onnx"]:
-            drop_graphs(folder)
-            say("deleted the ONNX graphs: more targets need a new export")
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
@@ -229,23 +214,16 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     )
     only_with("calibration_data", settings["int8"], "--int8")
     only_with("int8", data or not is_new, "--calibration-data")
-    only_with(
-        "version_compatible hardware_compatible",
-        settings["backends"] == (TENSORRT,),
-        "--backend tensorrt",
-    )
-    only_with("no_onnx", not is_new, "--from")
+    only_with("hardware_compatible", settings["backends"] == (TENSORRT,), "--backend tensorrt")
 
 
 def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:
     """The options of `add_targets`; the fields of both classes are named like settings."""
-    workspace = settings["workspace"]
-    scratch = None if workspace is None else workspace * 2**20
     changes = {
         "precisions": tuple(half for half in Half if settings[half.value]),
         "backends": settings["backends"] or None,
         "default_target": settings["target"],
-        "plans": msgspec.convert(settings | {"workspace": scratch}, PlanOptions),
+        "plans": msgspec.convert(settings, PlanOptions),
     }
     return msgspec.convert(settings | changes, AddTargetsOptions)
 

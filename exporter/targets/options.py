@@ -34,10 +34,7 @@ class PlanOptions:
         batch: the smallest, typical and largest number of rows.
         sequence: the same for the number of tokens; the largest is lowered to the model's limit.
         compute_capabilities: GPUs to build for; only with TensorRT for RTX.
-        version_compatible: whether later versions of TensorRT can run the plans.
         hardware_compatible: whether all GPUs from Ampere on can run the plans.
-        optimization_level: 0 to 5; None: the library's default.
-        workspace: the most scratch memory in bytes; None: no limit.
         one_row_lengths: of the lengths to pad to, those that a profile for a single row is tuned
             for, see `profiles`. None: the longest, the next one that is at most half as long, and
             so on, four at most.
@@ -46,10 +43,7 @@ class PlanOptions:
     batch: tuple[int, int, int] = (1, 8, 32)
     sequence: tuple[int, int, int] = (16, 64, 128)
     compute_capabilities: tuple[str, ...] = PORTABLE
-    version_compatible: bool = False
     hardware_compatible: bool = False
-    optimization_level: int | None = None
-    workspace: int | None = None
     one_row_lengths: tuple[int, ...] | None = None
 
     def fitted(self, manifest: Manifest, backend: str, precision: str) -> PlanOptions:
@@ -91,11 +85,10 @@ class PlanOptions:
                 f"{TURING}",
                 Remedy(f"build fp16 plans, or leave {TURING} out of {{compute_capabilities}}"),
             )
-        if self.version_compatible or self.hardware_compatible:
+        if self.hardware_compatible:
             raise BackendError(
-                "plans of TensorRT for RTX run only with the release that built them and on the "
-                "GPUs that they were built for",
-                Remedy("leave out {version_compatible} and {hardware_compatible}, or use TensorRT"),
+                "plans of TensorRT for RTX run only on the GPUs that they were built for",
+                Remedy("leave out {hardware_compatible}, or use TensorRT"),
             )
 
     def profiles(self) -> tuple[Shapes, ...]:

@@ -91,7 +91,7 @@ def build_plan(request: PlanRequest) -> PlanResult:
     return PlanResult(
         seconds=time.perf_counter() - started,
         dtypes=_dtypes(network),
-        layers=_layers(trt, log, plan, request.options.version_compatible),
+        layers=_layers(trt, log, plan),
     )
 
 
@@ -165,12 +165,6 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
             value = getattr(trt.ComputeCapability, name, None)
             if value is None or not config.set_compute_capability(value, number):
                 return f"{request.module} {trt.__version__} cannot build for {name}"
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.max_aux_streams = 0  # a chain has nothing to run at the same time, also as one graph
@@ -202,12 +196,11 @@ def _dtypes(network: Any) -> dict[str, str]:
     return {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
 
 
-def _layers(trt: Any, log: Any, plan: Any, version_compatible: bool) -> str:
+def _layers(trt: Any, log: Any, plan: Any) -> str:
     """What the engine inspector says, if the plan can be loaded here."""
     if trt.__name__ == "tensorrt_rtx":
         return ""
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         return ""

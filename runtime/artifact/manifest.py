@@ -230,7 +230,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
         hardware_compatible: whether they also run on Ampere and every later GPU.
-        version_compatible: whether they also run with later versions of the library.
         profiles: the shapes that the files accept, by length; empty: any.
         batch_sizes: the batch sizes to pad to, in rows; empty: any.
         sequence_lengths: the lengths to pad to, in tokens; empty: any.
@@ -251,7 +250,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatible: bool = False
-    version_compatible: bool = False
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()

@@ -158,8 +158,6 @@ class TensorRtBackend(DeviceBackend):
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._log = error_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
-        # A version-compatible plan contains the library code that runs it.
-        self._runtime.engine_host_code_allowed = self.target.version_compatible
         self._compiled = None
         if self.target.backend == "tensorrt-rtx":
             self._compiled = RuntimeCache(_cache_key(self.target, self.trt.__version__))
@@ -192,7 +190,7 @@ class TensorRtBackend(DeviceBackend):
                 rebuild(target),
             )
         built, here = target.versions.get(module, "unknown"), library_version(module)
-        if built != here and not (target.version_compatible and _is_later(here, built)):
+        if built != here:
             raise BackendError(
                 f"target {name} was built by {module} {built}, but {module} {here} is installed, "
                 "which cannot load it",
@@ -336,11 +334,6 @@ def _is_for(target: Target, compute_capability: str) -> bool:
     if compute_capability in target.compute_capabilities:
         return True
     return target.hardware_compatible and int(compute_capability.split(".")[0]) >= _AMPERE
-
-
-def _is_later(here: str, built: str) -> bool:
-    numbers = [[int(part) for part in re.findall(r"\d+", version)] for version in (here, built)]
-    return numbers[0] > numbers[1]
 
 
 def build_command(backend: str, precision: str) -> str:

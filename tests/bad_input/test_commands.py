@@ -184,7 +184,6 @@ USAGE: list[tuple[Make, str]] = [
     (lambda p: ["export"], "--from"),
     (command("export", "--exits", "1,,2"), "'1,,2'"),
     (command("export", "--batch", "8,4,2"), "'8,4,2'"),
-    (command("export", "--no-onnx"), "--from"),
     (command("export", "--int8"), "--calibration-data"),
     (command("export", "--calibration-data", "a"), "--int8"),
     (command("export", "--text-column", "body"), "--verify-data"),

@@ -34,7 +34,6 @@ class Plan:
     onnx: Path
     graph: Graph
     profiles: tuple[Shapes, ...]
-    embeds_code: bool
 
 
 def plans_of(folder: Path) -> Callable[[bytes], Plan | None]:
@@ -48,7 +47,7 @@ def plans_of(folder: Path) -> Callable[[bytes], Plan | None]:
                 if path.is_file() and path.read_bytes().startswith(content):
                     graph = manifest.graphs_in(target.precision)[name]
                     onnx = folder / graph.file
-                    return Plan(onnx, graph, target.profiles, target.version_compatible)
+                    return Plan(onnx, graph, target.profiles)
         return None
 
     return find
@@ -214,13 +213,9 @@ class FakeRuntime:
     def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
         self._trt = trt
         self._logger = logger
-        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
         plan = self._trt.plans(content)
-        if plan is not None and plan.embeds_code and not self.engine_host_code_allowed:
-            self._refuse("host code is not allowed")
-            return None
         if plan is None and content not in self._trt.layers:
             self._refuse("Version tag does not match")
             return None

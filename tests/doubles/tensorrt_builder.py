@@ -19,7 +19,7 @@ from .tensorrt import FakeTensorRt
 _TYPES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
 
 
-BuilderFlag = enum.Enum("BuilderFlag", ["VERSION_COMPATIBLE", "TF32"])
+BuilderFlag = enum.Enum("BuilderFlag", ["TF32"])
 
 
 def _tensor(value: Any) -> SimpleNamespace:
@@ -77,10 +77,8 @@ class FakeConfig:
     def __init__(self, version: str) -> None:
         self._version = version
         self.profiles: list[FakeProfile] = []
-        self.limits: dict[Any, int] = {}
         self.flags: set[Any] = {BuilderFlag.TF32}
         self.cache: FakeTimingCache | None = None
-        self.builder_optimization_level: int | None = None
         self.hardware_compatibility_level: Any = None
         self.profiling_verbosity: Any = None
         self.max_aux_streams = -1
@@ -88,12 +86,6 @@ class FakeConfig:
     def add_optimization_profile(self, profile: FakeProfile) -> int:
         self.profiles.append(profile)
         return len(self.profiles) - 1
-
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self.limits[pool] = size
-
-    def set_flag(self, flag: Any) -> None:
-        self.flags.add(flag)
 
     def clear_flag(self, flag: Any) -> None:
         self.flags.discard(flag)
@@ -183,7 +175,6 @@ def builder_parts(configs: list[FakeConfig]) -> dict[str, Any]:
     """The names in a module that building uses, as in TensorRT 10.3."""
     return {
         "NetworkDefinitionCreationFlag": CreationFlag,
-        "MemoryPoolType": enum.Enum("MemoryPoolType", ["WORKSPACE"]),
         "BuilderFlag": BuilderFlag,
         "HardwareCompatibilityLevel": enum.Enum("HardwareCompatibilityLevel", ["AMPERE_PLUS"]),
         "LayerInformationFormat": enum.Enum("LayerInformationFormat", ["JSON"]),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, drop_graphs
+from fpabee.exporter.add_targets import AddTargetsResult
 from fpabee.exporter.cli.export import main
-from fpabee.runtime import ArtifactError, FPabee
+from fpabee.runtime import FPabee
 from fpabee.runtime.artifact.folder import read_manifest
 
 from ...bad_input.cases import change_config
@@ -126,32 +126,10 @@ def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path])
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = engine_copy("albert")
     before = read_manifest(folder)
-    command = ("--from", folder, "--backend", "tensorrt-rtx", "--sm", "8.9,120", "--json")
-    result = run(*command)
+    result = run("--from", folder, "--backend", "tensorrt-rtx", "--sm", "8.9,120", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert content["built"] == ["tensorrt-rtx-fp32"]
     assert read_manifest(folder).graphs == before.graphs
     built = read_manifest(folder).targets["tensorrt-rtx-fp32"]
     assert built.compute_capabilities == ("8.9", "12.0")
-    assert run(*command, "--resume", "--no-onnx").exit_code == 0
-    assert not (folder / "onnx").exists()
-    manifest = read_manifest(folder)
-    assert list(manifest.targets) == [manifest.default_target] == ["tensorrt-rtx-fp32"]
-
-
-def test_workspace_is_in_mebibytes(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(folder: Path, options: AddTargetsOptions, progress: object) -> None:
-        raise ArtifactError(f"{options.plans.workspace} bytes")
-
-    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", stop)
-    assert f"{512 * 2**20} bytes" in run("--from", engines["bert"], "--workspace", 512).stderr
-
-
-def test_graphs_that_are_run_are_not_dropped(engine_copy: Callable[..., Path]) -> None:
-    folder = engine_copy()
-    with pytest.raises(ArtifactError, match="no built target: onnxruntime-fp32"):
-        drop_graphs(folder)
-    assert (folder / "onnx").is_dir()

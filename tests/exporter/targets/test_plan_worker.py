@@ -42,20 +42,13 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
     options = PlanOptions(
         batch=(1, 2, 4),
         sequence=(8, 16, 32),
-        version_compatible=True,
         hardware_compatible=True,
-        optimization_level=2,
-        workspace=1 << 20,
     )
     target = build(double, options).targets["tensorrt-fp32-sm86"]
     assert len(double.configs) == 3
     for config in double.configs:
-        assert config.flags == {trt["BuilderFlag"].VERSION_COMPATIBLE}
         assert config.hardware_compatibility_level is trt["HardwareCompatibilityLevel"].AMPERE_PLUS
-        assert config.builder_optimization_level == 2
-        assert config.limits == {trt["MemoryPoolType"].WORKSPACE: 1 << 20}
         assert len(config.profiles) == len(target.profiles) == 2 + 3
-    assert target.version_compatible
     assert target.hardware_compatible
     assert target.compute_capabilities == ("8.6",)
 
@@ -63,8 +56,8 @@ def test_the_settings_reach_the_builder(double: Double) -> None:
 def test_settings_are_left_to_the_library_and_segments_share_what_was_timed(double: Double) -> None:
     build(double)
     config = double.configs[0]
-    assert (config.flags, config.limits, config.max_aux_streams) == (set(), {}, 0)
-    assert config.builder_optimization_level is config.hardware_compatibility_level is None
+    assert (config.flags, config.max_aux_streams) == (set(), 0)
+    assert config.hardware_compatibility_level is None
     cache = timing_cache(double)
     assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
     assert [path.name for path in cache.parent.glob("timing*")] == ["timing.cache"]
@@ -88,7 +81,7 @@ def test_a_graph_that_cannot_be_parsed_is_named(
     parser = double.trt.__dict__["OnnxParser"]
     monkeypatch.setattr(parser, "parse_from_file", lambda self, path: False)
     monkeypatch.setattr(parser, "num_errors", 0)
-    with pytest.raises(BackendError, match=r"3 of 3 plans .* first segment_01: parser"):
+    with pytest.raises(BackendError, match="segment_01: parser"):
         build(double)
 
 

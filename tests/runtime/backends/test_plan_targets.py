@@ -32,7 +32,7 @@ def check_runs(double: Double, times: int = 1) -> None:
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-ANY_GPU, ANY_VERSION = {"hardware_compatible": True}, {"version_compatible": True}
+ANY_GPU = {"hardware_compatible": True}
 
 
 def built_by(version: str) -> dict[str, Any]:
@@ -48,9 +48,6 @@ def built_by(version: str) -> dict[str, Any]:
         (ANY_GPU, "12.0", ""),
         (ANY_GPU, "7.5", r"capability 8\.6; this another has 7\.5"),
         (built_by("10.98.7"), "8.6", rf"tensorrt 10\.98\.7, .*tensorrt {HERE} is installed"),
-        (ANY_VERSION | built_by("10.3.0.26"), "8.6", ""),
-        (ANY_VERSION | built_by("9.100"), "8.6", ""),
-        (ANY_VERSION | built_by("10.100"), "8.6", r"tensorrt 10\.100, "),
     ],
 )
 def test_gpus_and_versions_that_run_a_plan(
@@ -60,7 +57,7 @@ def test_gpus_and_versions_that_run_a_plan(
     double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On Ampere and later GPUs, and on the version that built it and later ones, if compatible."""
+    """On Ampere and later GPUs, if compatible, and on the version that built it."""
     made = double(**target)
     set_gpu(monkeypatch, CudaDevice("another", capability))
     if not says:
@@ -68,12 +65,6 @@ def test_gpus_and_versions_that_run_a_plan(
         return
     with pytest.raises(BackendError, match=says):
         made.load()
-
-
-def test_other_plans_may_not_bring_code(double: Callable[..., Double]) -> None:
-    with double().load() as engine:
-        backend: Any = engine.model._backend
-        assert backend._runtime.engine_host_code_allowed is False
 
 
 def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:

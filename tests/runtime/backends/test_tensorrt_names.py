@@ -33,16 +33,16 @@ IN_BOTH = """
     ElementWiseOperation PROD ReduceOperation SUM
     AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
     HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
-    MATRIX_MULTIPLY MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
-    Runtime Severity USER_MANAGED VERSION_COMPATIBLE WORKSPACE
-    add_cast add_optimization_profile build_serialized_network builder_optimization_level
+    MATRIX_MULTIPLY NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
+    Runtime Severity USER_MANAGED
+    add_cast add_optimization_profile build_serialized_network
     create_builder_config create_engine_inspector create_execution_context create_network
     create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
     device_memory_size_v2 max_aux_streams
-    engine_host_code_allowed execute_async_v3 get_engine_information get_error get_input get_layer
+    execute_async_v3 get_engine_information get_error get_input get_layer
     get_output hardware_compatibility_level infer_shapes num_errors num_inputs num_layers
     num_outputs parse_from_file profiling_verbosity serialize set_device_memory set_flag
-    set_input_shape set_memory_pool_limit set_optimization_profile_async set_shape
+    set_input_shape set_optimization_profile_async set_shape
     set_tensor_address set_timing_cache update_device_memory_size_for_shapes
 """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
