@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from typing import Any, Generic
 
 import numpy as np
@@ -129,17 +128,20 @@ class Chain(Generic[B]):
     backend: Backend[B]
     limits: Limits
     exit_0: ExitZero | None = None
+    _lent: Execution[B] | None = field(default=None, init=False)
 
-    @cached_property
+    @property  # up to Python 3.11, one lock of a cached_property would make all chains wait
     def execution(self) -> Execution[B]:
         """What runs segments."""
-        return self.backend.check_out()
+        if self._lent is None:
+            self._lent = self.backend.check_out()
+        return self._lent
 
     def __enter__(self) -> Chain[B]:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        lent = self.__dict__.pop("execution", None)
+        lent, self._lent = self._lent, None
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
@@ -302,17 +304,15 @@ class _Window(Generic[B]):
         groups = make_groups(self._lengths[going], chain.limits) if len(going) else []
         self._parts = [(going[places], state.take(places)) for places in groups]
 
-    @property
-    def _execution(self) -> Execution[B]:
-        return self._chain.execution
-
     def run(self) -> WindowResult:
         """Run all groups until every row has stopped."""
-        groups = map(self._begin, self._parts)
-        if len(self._parts) != 1 or not self._execution.lookahead:
-            self._run_groups(groups)
-        elif not self._run_request(self._parts[0][0]):
-            self._run_ahead(next(groups))
+        if self._parts:
+            self._execution = self._chain.execution
+            groups = map(self._begin, self._parts)
+            if len(self._parts) != 1 or not self._execution.lookahead:
+                self._run_groups(groups)
+            elif not self._run_request(self._parts[0][0]):
+                self._run_ahead(next(groups))
         return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
 
     def _begin(self, part: tuple[RowNumbers, PatienceState]) -> Group[B]:
@@ -347,7 +347,7 @@ class _Window(Generic[B]):
         waiting: list[Group[B]] = []
         while True:
             for group in ready:
-                pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
+                pending = self._execution.enqueue(group.hidden.segment, group.hidden)
                 running.append((group, pending))
             if not running:
                 return
@@ -364,7 +364,7 @@ class _Window(Generic[B]):
                 if may_join and plan and chain.has_room(plan[-1]):
                     waiting = plan.pop()
                 ready = [chain.join(parts) for parts in plan]
-            if not running and len(ready) == 1 and chain.execution.lookahead:
+            if not running and len(ready) == 1 and self._execution.lookahead:
                 self._run_ahead(ready[0])
                 return
 

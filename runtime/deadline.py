@@ -71,8 +71,21 @@ class ExitTimes:
         until = np.cumsum(np.sum([self(*group) for group in groups], axis=0))
         return self._exits[0] - 1 + int(np.searchsorted(until, seconds, side="right"))
 
+    def run(self, rows: int, tokens: int) -> None:
+        """Run a group of exactly these rows, or a full one, often enough to capture its segments.
+
+        Args:
+            rows: rows in the group.
+            tokens: tokens in each row.
+        """
+        self._measured(min(rows, self._full(tokens)), tokens)
+
+    def _full(self, tokens: int) -> int:
+        """The rows of a full group."""
+        return max(1, min(self._limits.max_batch, self._limits.group_tokens // tokens))
+
     def _at(self, rows: int, tokens: int) -> Array:
-        full = max(1, min(self._limits.max_batch, self._limits.group_tokens // tokens))
+        full = self._full(tokens)
         one = self._measured(1, tokens)
         if rows == 1 or full == 1:
             return one

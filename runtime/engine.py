@@ -291,6 +291,9 @@ class Engine:
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and measure the times that deadlines and the joining of groups need.
 
+        On a GPU, this also captures the CUDA graphs of calls with as many rows and tokens. Calls at
+        the same time run in an execution of their own, which captures its own graphs.
+
         Args:
             rows: rows of a call.
             tokens: longest row in tokens; default: the longest that the target runs.
@@ -305,6 +308,7 @@ class Engine:
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
         for length in self._times.lengths:
             self._times(rows, length)
+            self._times.run(rows, length)
             if length >= most:
                 break
         with self.model.chain() as chain:

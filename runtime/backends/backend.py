@@ -2,12 +2,13 @@
 
 A `Backend` belongs to one target of an engines folder, and threads may share it. An `Execution`
 owns buffers, bindings and streams. A call checks one out of a pool and gives it back, so there are
-as many as calls that ran at the same time. Hidden states are opaque to the engine: only the
-outputs of exit heads reach it.
+as many as calls that ran at the same time, up to the limit of the backend. Hidden states are opaque
+to the engine: only the outputs of exit heads reach it.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -198,6 +199,7 @@ class Backend(ABC, Generic[B]):
             ignore it.
 
     Attributes:
+        most_executions: a call waits for an execution if as many are lent.
         name: the target's name.
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
@@ -212,6 +214,8 @@ class Backend(ABC, Generic[B]):
         BackendError: the target cannot run on this machine.
         ArtifactError: a file of the target is missing.
     """
+
+    most_executions: ClassVar[float] = math.inf
 
     def __init__(
         self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
@@ -232,8 +236,9 @@ class Backend(ABC, Generic[B]):
         self._loaded: dict[str, Any] = {}
         self._freed = False
         self._pool_lock = threading.Lock()  # nothing else is locked while it is held
+        self._given_back = threading.Condition(self._pool_lock)
         self._idle: list[Execution[B]] = []
-        self._lent = 0
+        self._lent = self._waiting = 0
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -269,12 +274,21 @@ class Backend(ABC, Generic[B]):
     def check_out(self) -> Execution[B]:
         """An execution for one call, which must be given back.
 
+        Waits for one if as many as possible are lent. A call that is waiting when the backend is
+        closed still gets one.
+
         Raises:
             BackendError: the backend is closed, or there is no memory for another execution.
         """
         with self._pool_lock:
             if self._closed:
                 raise _closed()
+            if self._lent >= self.most_executions:
+                self._waiting += 1
+                try:
+                    self._given_back.wait_for(lambda: self._lent < self.most_executions)
+                finally:
+                    self._waiting -= 1
             self._lent += 1
             if self._idle:
                 return self._idle.pop()
@@ -347,11 +361,13 @@ class Backend(ABC, Generic[B]):
             self._lent -= 1
             if execution is not None:
                 self._idle.append(execution)
+            if self._waiting:
+                self._given_back.notify()
         self._free_if_done()
 
     def _free_if_done(self) -> None:
         with self._pool_lock:
-            if not self._closed or self._lent or self._freed:
+            if not self._closed or self._lent or self._waiting or self._freed:
                 return
             self._freed = True
         self.drop_idle()

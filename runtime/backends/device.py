@@ -53,6 +53,8 @@ class DeviceBackend(Backend[DeviceBuffers]):
     """A backend on the first CUDA device; see `Backend`.
 
     Attributes:
+        most_executions: two keep the device busy: one runs while the other waits for the host.
+            Each has contexts, buffers and CUDA graphs of its own for every shape.
         cuda: the driver.
         stream: the stream of all executions; None if each makes its own.
         no_request_graph: the result of `why_no_request_graph`.
@@ -60,6 +62,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         ran_request_graph: whether a request has run as one CUDA graph.
     """
 
+    most_executions = 2
     stream: int | None = None
 
     def __init__(

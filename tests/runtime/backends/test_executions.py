@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -42,6 +43,11 @@ def in_thread(call: Callable[[], Any]) -> Any:
     """The result of a call in a thread of its own, which has then ended."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()
+
+
+def until(happens: Callable[[], bool]) -> bool:
+    """Wait until something happens, which is soon unless the test fails."""
+    return any(happens() or time.sleep(0.01) for _ in range(3000))
 
 
 def nothing_is_left(double: Double) -> bool:
@@ -86,7 +92,7 @@ def test_threads_at_the_same_time(
             expected = usual.trace(texts).logits
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
-        assert len(made.cuda.streams) <= 3
+        assert len(made.cuda.streams) <= 2
     assert bool(made.cuda.ran_parts) == (backend == "one graph")
     assert nothing_is_left(made)
 
@@ -116,6 +122,23 @@ def test_closing_during_a_call(
             engine.predict(TEXTS)
         closed.set()
         assert len(answer.result()) == len(TEXTS)
+    assert nothing_is_left(made)
+
+
+def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -> None:
+    """Even if the engine is closed meanwhile; more executions would need more device memory."""
+    made = double()
+    engine = made.load()
+    backend = engine.model._backend
+    lent = [backend.check_out() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
+        assert until(lambda: backend._waiting == 2)
+        engine.close()
+        backend.give_back(lent.pop(), failed=True)
+        assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
+        assert len(made.cuda.streams) == 2
+        backend.give_back(lent.pop())
     assert nothing_is_left(made)
 
 

@@ -249,6 +249,22 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
             gc.enable()
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_warming_up_captures_what_it_is_asked_for(
+    rows: int, backend: str, double: Callable[..., Double]
+) -> None:
+    shapes = {"batch_sizes": (1, 2, 8, 64), "sequence_lengths": (8, 16, 24, 64)}
+    made = double(backend=backend, **shapes)
+    with made.load() as engine:
+        engine.warm_up(rows, tokens=16)
+        for text in ("rain", "rain " * 10):
+            before = made.cuda.captures, len(made.trt.contexts), made.cuda.launches
+            engine.predict([text] * rows, rule=Budget(exit=3))
+            after = made.cuda.captures, len(made.trt.contexts), made.cuda.launches
+            assert after == (*before[:2], before[2] + 3)
+
+
 def test_a_target_is_checked_before_a_plan_is_loaded(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
