@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..arguments import seconds_of, whole_number
 from ..artifact.manifest import LOGITS
+from ..backends.backend import Pending
 from ..chain import Chain, Group, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
@@ -130,6 +132,7 @@ class Scheduler:
         # What follows belongs to the worker thread.
         self._waiting: list[_Row] = []
         self._groups: list[Group[Any]] = []
+        self._unread = deque[tuple[Group[Any], int, Pending]]()  # with the number of the exit
         self._running: list[_Row] = []
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
@@ -350,24 +353,59 @@ class Scheduler:
             self._recover(error, others)
 
     def _step(self, chain: Chain[Any]) -> None:
-        """Take new rows, and run one segment on one group."""
+        """Take new rows, start a segment of one group, and read the segment that started first.
+
+        A device gets its next segment before this one is read, so that it does not wait for us.
+        """
         self._running = []  # rows to which an error belongs
         self._admit(chain)
         if self._cancels:
             for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
                 row.future.cancel()
         self._waiting = [row for row in self._waiting if not row.future.done()]
-        group = self._choose(chain)
-        if group is None or self._drop(chain, group):
-            return
+        group = self._choose(chain) or self._ahead(chain)
+        if group is not None:
+            if self._drop(chain, group):
+                return
+            self._running = list(group.rows)
+            pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
+            _tell(self._observer.ran, len(group.rows))
+            self._unread.append((group, group.hidden.segment, pending))
+            if chain.execution.lookahead and len(self._unread) == 1:
+                return
+        if self._unread:
+            self._read(chain)
+
+    def _ahead(self, chain: Chain[Any]) -> Group[Any] | None:
+        """The group that runs, if it can run one more segment before this one is read."""
+        if not self._unread:
+            return None
+        group, exit_number, _ = self._unread[0]
+        soon = self._soon(chain, group)
+        if any(row.future.done() or row.deadline < soon for row in group.rows):
+            return None
+        return group if max(row.last for row in group.rows) > exit_number else None
+
+    def _ready(self) -> list[Group[Any]]:
+        """The groups whose rows have all been read."""
+        return [group for group in self._groups if not self._is_unread(group)]
+
+    def _is_unread(self, group: Group[Any]) -> bool:
+        return any(unread is group for unread, *_ in self._unread)
+
+    def _read(self, chain: Chain[Any]) -> None:
+        """Answer the rows that stop at the exit of the segment that started first."""
+        group, exit_number, pending = self._unread.popleft()
         self._running = list(group.rows)
-        stage = group.hidden.segment
-        pending = chain.execution.enqueue(stage, group.hidden)
         logits = pending.result()[LOGITS]
-        _tell(self._observer.ran, len(group.rows))
-        done = self._decide(stage + 1, self._running, group.state, logits)
+        is_ahead = self._is_unread(group)
+        done = self._decide(exit_number, self._running, group.state, logits, is_ahead)
         if done.any():
             group.keep = np.flatnonzero(~done)
+        if is_ahead and not done.all():
+            return  # the others are regrouped when their next segment is read
+        if is_ahead:
+            self._unread.clear()  # nobody needs that segment
         self._regroup(chain, group)
 
     def _admit(self, chain: Chain[Any]) -> None:
@@ -408,9 +446,9 @@ class Scheduler:
                 return math.inf, stage
             return value(group.rows, stage), stage
 
-        best = max(self._groups, key=gain, default=None)
+        best = max(self._ready(), key=gain, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
-        if not self._waiting or (best and under_way > self._model.window_tokens):
+        if not self._waiting or (self._groups and under_way > self._model.window_tokens):
             return best
         head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
         # Time for the segment of a full group, and then for segment 1 of that row.
@@ -453,16 +491,15 @@ class Scheduler:
         Returns:
             Whether there was one.
         """
-        bucket = group.hidden.bucket
-        soon = perf_counter() + self._seconds(chain, bucket.batch * bucket.sequence)
-        rows = [*self._waiting, *(row for other in self._groups for row in other.rows)]
+        soon, ready = self._soon(chain, group), self._ready()
+        rows = [*self._waiting, *(row for other in ready for row in other.rows)]
         rows = [row for row in rows if not row.future.done()]
         late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
         for row, exit_number, logits in late:
             self._running = [row]
             self._answer(exit_number, [row], logits[None], limited=True)
         changed = []
-        for other in self._groups:
+        for other in ready:
             going = np.array([not row.future.done() for row in other.rows])
             if not going.all():
                 other.keep = np.flatnonzero(going)
@@ -473,9 +510,21 @@ class Scheduler:
         return bool(late or changed)
 
     def _decide(
-        self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any
+        self,
+        exit_number: int,
+        rows: Sequence[_Row],
+        state: PatienceState,
+        logits: Any,
+        is_ahead: bool = False,
     ) -> Mask:
         """Apply the rule to a group at an exit, and answer the rows that stop.
+
+        Args:
+            exit_number: the exit.
+            rows: the rows; those that have their answer already stay as they are.
+            state: what the rule remembers of them.
+            logits: `[rows, labels]` float32 at the exit.
+            is_ahead: whether the next segment has been started for all of them.
 
         Returns:
             `[rows]` bool, which rows leave the group.
@@ -483,15 +532,17 @@ class Scheduler:
         finite = np.isfinite(logits).all(axis=1)
         clean = logits if finite.all() else np.where(finite[:, None], logits, np.float32(0))
         stops, _ = rows[0].runner.decide(exit_number, state, clean.astype(np.float64))
+        answered = np.array([row.future.done() for row in rows])
         done: Mask = np.array([row.last <= exit_number for row in rows])
         if stops is not None:
             done |= stops
-        places = np.flatnonzero(done & finite)
+        places = np.flatnonzero(done & finite & ~answered)
         if len(places):
-            self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
-        for place in np.flatnonzero(~finite).tolist():
+            stopped = [rows[place] for place in places.tolist()]
+            self._answer(exit_number, stopped, clean[places], is_ahead=is_ahead)
+        for place in np.flatnonzero(~finite & ~answered).tolist():
             self._fail(rows[place], not_finite(self._model.target, exit_number))
-        done |= ~finite | [row.future.cancelled() for row in rows]
+        done |= ~finite | answered
         for place in np.flatnonzero(~done).tolist():
             if rows[place].deadline < math.inf:
                 rows[place].reached = exit_number, clean[place].copy()
@@ -505,6 +556,7 @@ class Scheduler:
                 other.hidden.segment == group.hidden.segment
                 and other.rows[0].runner is group.rows[0].runner
                 and not other.rows[0].alone
+                and not self._is_unread(other)
             )
 
         others = [other for other in self._groups if other is not group]
@@ -516,7 +568,12 @@ class Scheduler:
         self._groups += chain.regroup(peers, self._model.joining_cost(chain))
 
     def _answer(
-        self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
+        self,
+        exit_number: int,
+        rows: Sequence[_Row],
+        logits: Any,
+        limited: bool = False,
+        is_ahead: bool = False,
     ) -> None:
         kept = [number for number, row in enumerate(rows) if not row.future.cancelled()]
         if not kept:
@@ -529,6 +586,7 @@ class Scheduler:
             logits[kept],
             np.full(len(taken), limited),
             np.array([now > row.deadline for row in taken]),
+            len(taken) if is_ahead else 0,
         )
         seconds = [now - row.arrived for row in taken]
         self._tell_started(taken, now)  # those that stop at exit 0
@@ -572,12 +630,19 @@ class Scheduler:
             if not row.future.done():
                 self._fail(row, error)
         self._running, self._groups = [], list(others)
+        self._unread = deque(unread for unread in self._unread if unread[0] in others)
         begun = dict.fromkeys((*running, *rest))
         self._waiting = [row for row in begun if not row.future.done()]
 
     def _segments_left(self) -> Any:
         first = self._model.manifest.exits[0]
         return segments_left(self._engine.tally.exits[1 - first :])
+
+    def _soon(self, chain: Chain[Any], group: Group[Any]) -> float:
+        """When the next segment of a group will be done if it is started now."""
+        bucket = group.hidden.bucket
+        seconds = self._seconds(chain, bucket.batch * bucket.sequence)
+        return perf_counter() + (1 + len(self._unread)) * seconds
 
     def _seconds(self, chain: Chain[Any], tokens: int) -> float:
         """The time of a segment on a group of this many padded tokens; 0 if it is not known."""

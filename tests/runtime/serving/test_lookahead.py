@@ -1,0 +1,135 @@
+"""The scheduler on a device, over a double: the device never waits, and answers stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee, Regroup
+from fpabee.runtime import model as model_module
+from fpabee.runtime.backends.device import DeviceExecution
+from fpabee.runtime.batching import CostCurve
+from fpabee.runtime.serving import Scheduler, scheduler
+
+from ...doubles.device import Double, install
+from .test_scheduler import WAIT, results
+
+TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
+SOME_STOP_FIRST = Entropy(threshold=0.3)
+"""Some of the texts, but not all, stop at exit 1."""
+ALL_STOP_FIRST = Entropy(threshold=10.0)
+NEVER = FPabee(threshold=-1.0)
+
+
+@pytest.fixture
+def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
+    """At most four rows run together. Made-up times of segments: 1 ms for any group."""
+    flat = CostCurve((1, 1024), (1e-3, 1e-3), 0.0)
+    monkeypatch.setattr(model_module, "measure", lambda chain: flat)
+    shapes = {"batch_sizes": (1, 2, 4), "sequence_lengths": (8, 16, 64)}
+    return install(monkeypatch, engine_copy(), batch=(1, 2, 4), **shapes)
+
+
+@pytest.mark.parametrize("regroup", list(Regroup))
+@pytest.mark.parametrize("rule", [SOME_STOP_FIRST, FPabee(threshold=0.6, patience=2), NEVER])
+def test_answers_are_those_of_the_cpu(rule: ExitRule, regroup: Regroup, double: Double) -> None:
+    texts = TEXTS * 4
+    with double.load(rule=rule, regroup=regroup) as engine, Engine.load(double.folder) as usual:
+        expected = usual.predict(texts, rule=rule)
+        with Scheduler(engine) as scheduler:
+            for _ in range(2):
+                found = results([scheduler.submit(text) for text in texts])
+                assert [answer.exit for answer in found] == [answer.exit for answer in expected]
+                for answer, same in zip(found, expected, strict=True):
+                    np.testing.assert_allclose(answer.probabilities, same.probabilities, atol=1e-5)
+        assert engine.tally.rows == 2 * len(texts)
+    assert double.cuda.memory_of == double.cuda.streams == {}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_the_device_never_waits_for_the_rule(rows: int, double: Double) -> None:
+    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+        for _ in range(3):
+            double.cuda.idle = 0
+            results(scheduler.submit_all(["rain"] * rows))
+        assert double.cuda.idle == 1, "when all rows were done"
+        assert engine.tally.wasted == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "texts", "wasted"),
+    [
+        (ALL_STOP_FIRST, ["rain"], 1),
+        (Entropy(threshold=10.0, max_exit=1), ["rain"], 0),  # no row could go on
+        (SOME_STOP_FIRST, TEXTS[:4], None),
+        (ALL_STOP_FIRST, ["rain"] * 8, 4),  # of two groups, the second one is the last to run
+    ],
+)
+def test_wasted_segments_are_counted(
+    rule: ExitRule, texts: list[str], wasted: int | None, double: Double
+) -> None:
+    with double.load(rule=rule, regroup=Regroup.NEVER) as engine:
+        if wasted is None:
+            first = engine.trace(texts, rule=rule).exits == 1
+            wasted = int(np.count_nonzero(first))
+            assert 0 < wasted < len(texts)
+        with Scheduler(engine) as scheduler:
+            results(scheduler.submit_all(texts))
+        assert engine.tally.wasted == wasted
+
+
+def test_a_group_that_fails_while_another_runs(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = DeviceExecution.enqueue
+
+    def fails(execution: Any, segment: int, hidden: Any) -> Any:
+        if segment == 1 and hidden.bucket.sequence == 64:
+            raise BackendError("made up")
+        return enqueue(execution, segment, hidden)
+
+    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+        expected = engine.predict(["rain"])
+        monkeypatch.setattr(DeviceExecution, "enqueue", fails)
+        long, *short = scheduler.submit_all(["rain " * 40, *["rain"] * 6])
+        with pytest.raises(BackendError, match="made up"):
+            long.result(WAIT)
+        for answer in results(short):
+            np.testing.assert_allclose(answer.probabilities, expected[0].probabilities, atol=1e-5)
+    assert double.cuda.memory_of == double.cuda.streams == {}
+
+
+@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(2.5, 2), (10.0, 3)])
+def test_a_deadline_counts_the_segment_that_runs(
+    deadline_ms: float, exit_number: int, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second segment is not started for a row that should be answered before."""
+    now, enqueue = 0.0, DeviceExecution.enqueue
+
+    def takes_time(execution: Any, segment: int, hidden: Any) -> Any:
+        nonlocal now
+        now += 1e-3
+        return enqueue(execution, segment, hidden)
+
+    monkeypatch.setattr(scheduler, "perf_counter", lambda: now)
+    monkeypatch.setattr(DeviceExecution, "enqueue", takes_time)
+    with double.load(rule=NEVER) as engine, Scheduler(engine) as each:
+        answer = each.submit("rain", deadline_ms=deadline_ms).result(WAIT)
+        assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
+        assert not answer.deadline_missed
+        assert engine.tally.wasted == 0
+
+
+def test_closing_while_segments_run(double: Double) -> None:
+    with double.load(rule=NEVER) as engine:
+        scheduler = Scheduler(engine)
+        futures = [scheduler.submit(text) for text in TEXTS * 10]
+        futures[0].result(WAIT)
+        scheduler.close(cancel=True)
+        assert all(future.done() for future in futures)
+        assert scheduler.unanswered == 0
+    assert double.cuda.memory_of == double.cuda.streams == {}
