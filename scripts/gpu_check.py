@@ -41,38 +41,48 @@ class Part:
 
     Attributes:
         name: what `gpu_check_parts.py` is called with, such as `plans base fp16`.
-        seconds: its time limit.
+        seconds: its time limit if the whole check has `SECONDS`.
     """
 
     name: str
     seconds: float
 
 
+SECONDS = 525.0
 MODELS = (Part("model minilm", 100), Part("model base", 170))
 # The parts of a stage run at the same time; those of the second one measure no times. A limit only
 # keeps a part from using up the time of the others: what it leaves over is for the parts after it.
-# The first five stages compare one model in all libraries. Their limits fit into the 525 seconds
-# of the whole; the stages after them run if time is left, or in the next run. Nobody has seen the
-# times of a GPU yet, so the limits are estimates:
-# - `plans` builds 13 plans for base and 7 for minilm, each in a process that needs several seconds
-#   to start, and TensorRT times kernels for 5 profiles (see PLANS). The chain uses the timings of
-#   the whole model again. Measuring takes 4 seconds for each length, and about 30 in all. The plans
-#   that a stopped part has built are kept, so the next run has them.
+# With more or less time for the whole, the limits are in proportion, see `stages`. The first five
+# stages compare one model in all libraries, the small one first. Their limits fit into the 525
+# seconds of the whole; the stages after them run if time is left, or in the next run. Nobody has
+# seen the times of a GPU yet, so the limits are estimates:
+# - `plans` builds 7 plans for minilm and 13 for base, each in a process that needs several seconds
+#   to start, and TensorRT times kernels for 5 profiles (see PLANS). The plan of the whole model
+#   uses the timings of the segments again. Measuring takes 4 seconds for each length, and about 30
+#   in all. The plans that a stopped part has built are kept, so the next run has them.
 # - `onnxruntime` and `pytorch` measure the same, without builds.
 STAGES: tuple[tuple[Part, ...], ...] = (
     (Part("decide", 60),),
     (Part("tests", 150), *MODELS),
+    (Part("plans minilm fp16", 140),),
+    (Part("onnxruntime minilm fp16", 30),),
+    (Part("pytorch minilm eager", 20),),
     (Part("plans base fp16", 220),),
     (Part("onnxruntime base fp16", 40),),
     (Part("pytorch base eager", 30),),
-    (Part("plans minilm fp16", 140),),
-    (Part("onnxruntime minilm fp16", 30),),
-    (Part("plans base int8", 220),),
-    (Part("pytorch base compiled", 60),),
-    (Part("pytorch minilm eager", 20),),
     (Part("plans minilm int8", 140),),
     (Part("pytorch minilm compiled", 60),),
+    (Part("plans base int8", 220),),
+    (Part("pytorch base compiled", 60),),
 )
+
+
+def stages(seconds: float) -> list[list[Part]]:
+    """The stages for a check of this length: a slow device needs more time for each part."""
+    return [
+        [replace(part, seconds=part.seconds * seconds / SECONDS) for part in stage]
+        for stage in STAGES
+    ]
 
 
 def run_part(part: Part, output: Path, until: float, no_gpu: str) -> Entry:
@@ -159,10 +169,7 @@ def _read(results: Path) -> list[Entry]:
 
 
 def check(
-    output: Path,
-    seconds: float,
-    stages: Sequence[Sequence[Part]] = STAGES,
-    needs_gpu: bool = True,
+    output: Path, seconds: float, stages: Sequence[Sequence[Part]], needs_gpu: bool = True
 ) -> Entry:
     """Run stages of parts, and write the report after each of them.
 
@@ -203,9 +210,9 @@ def check(
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=525.0,
+    default=SECONDS,
     show_default=True,
-    help="Time limit of the whole.",
+    help="Time limit of the whole; those of its parts are in proportion.",
 )
 @click.option(
     "--prepare",
@@ -215,8 +222,9 @@ def check(
 )
 def main(output: Path, seconds: float, prepare: bool) -> None:
     """Check and measure fpabee on the GPU of this machine."""
-    models = tuple(replace(part, seconds=seconds) for part in MODELS)
-    report = check(output, seconds, (models,) if prepare else STAGES, needs_gpu=not prepare)
+    models = [replace(part, seconds=seconds) for part in MODELS]
+    parts = [models] if prepare else stages(seconds)
+    report = check(output, seconds, parts, needs_gpu=not prepare)
     click.echo(f"the report is in {output / 'gpu_check.md'} and {output / 'gpu_check.json'}")
     bad = [entry["name"] for entry in report["parts"] if entry["state"] in ("failed", "stopped")]
     if bad:

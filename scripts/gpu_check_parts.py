@@ -137,13 +137,15 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         jobs=max(1, (os.cpu_count() or 2) // 2),
     )
     targets: list[str] = []
-    for name in ("one", "chain"):
+    # Each plan of the chain is kept with its timings if the part is stopped. The one large plan is
+    # kept only if it is done, so it comes last, and begins with the timings of the same layers.
+    for name in ("chain", "one"):
         started = time.perf_counter()
         targets += add_targets(folder / name, options).built
         emit(what="build", variant=name, seconds=round(time.perf_counter() - started, 1))
-        cache = folder / "one" / "targets" / targets[0] / TIMING_CACHE
-        if name == "one" and cache.is_file():  # the chain has the same layers
-            home = folder / "chain" / "targets" / targets[0]
+        cache = folder / "chain" / "targets" / targets[0] / TIMING_CACHE
+        if name == "chain" and cache.is_file():
+            home = folder / "one" / "targets" / targets[0]
             home.mkdir(parents=True, exist_ok=True)
             shutil.copy(cache, home)
     measure(folder, targets[0], emit)

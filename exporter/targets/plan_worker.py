@@ -185,9 +185,14 @@ def _timing_cache(trt: Any, config: Any, file: Path) -> Any:
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file anew: if it is a link, the file behind it must not be overwritten."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
+    """Write a file anew, completely or not at all, even if the process is killed.
+
+    If it is a link, the file behind it must not be overwritten.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _dtypes(network: Any) -> dict[str, str]:

@@ -122,10 +122,25 @@ def test_the_whole_has_a_limit(script: ModuleType, tmp_path: Path) -> None:
     assert _states(report) == {"hangs": "stopped", "works": "skipped"}
     assert report["parts"][1]["reason"] == "no time was left"
     first = script.STAGES[:5]
-    libraries = {part.name.split()[0] for stage in first for part in stage if "base" in part.name}
-    assert libraries == {"model", "plans", "onnxruntime", "pytorch"}
+    libraries = {part.name.split()[0] for stage in first for part in stage if "mini" in part.name}
+    assert libraries == {"model", "plans", "onnxruntime", "pytorch"}, "the small model comes first"
     total = sum(max(part.seconds for part in stage) for stage in first)
     assert total <= 525, "the most important stages do not fit"
+
+
+def test_the_parts_of_a_longer_check_have_more_time(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {}
+
+    def run_part(part: Any, *rest: Any) -> Any:
+        limits[part.name] = part.seconds
+        return script._entry(part, "done", "")
+
+    monkeypatch.setattr(script, "run_part", run_part)
+    done = CliRunner().invoke(script.main, ["--output", str(tmp_path), "--seconds", "5250"])
+    assert done.exit_code == 0
+    assert limits == {part.name: 10 * part.seconds for stage in script.STAGES for part in stage}
 
 
 def test_without_a_gpu_all_parts_are_skipped(
@@ -369,22 +384,21 @@ def test_a_kernel_that_never_stops_or_gathers_wrongly_is_noticed(
         module.check_gather(FakeCuda())
 
 
-def test_the_chain_is_built_with_the_timings_of_the_engine(
+def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
     load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = load_script("gpu_check_parts")
     add_targets(models / "chain", AddTargetsOptions((Half.FP16,), backends=()))
     write_one_graph(models / "chain", models / "one")
     double = serve(monkeypatch, models / "chain")
-    of_chain, of_one = double.trt.plans, plans_of(models / "one")
-    double.trt.plans = lambda content: of_chain(content) or of_one(content)
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
     monkeypatch.setattr(parts, "cuda_device", lambda: GPU)
     monkeypatch.setattr(parts, "measure", lambda *arguments: None)
 
     def emit(variant: str, **result: Any) -> None:
-        if variant == "one":
-            (cache,) = (models / "one").rglob("timing.cache")
+        if variant == "chain":
+            double.trt.plans = plans_of(models / "one")
+            (cache,) = (models / "chain").rglob("timing.cache")
             cache.write_text(cache.read_text("utf-8").replace("segment_01", "a layer"), "utf-8")
 
     parts.plans(models, "fp16", emit)
@@ -394,8 +408,8 @@ def test_the_chain_is_built_with_the_timings_of_the_engine(
     assert len(profiles) == len(one_row) + 2
     timed = [config.cache.timed for config in double.configs if config.cache]
     assert [("a layer" in found, len(found)) for found in timed] == [
-        (False, 1),
-        *((True, number) for number in (2, 3, 4)),
+        *((False, number) for number in (1, 2, 3)),
+        (True, 4),
     ]
 
 
@@ -418,7 +432,7 @@ def test_a_model_is_made_and_its_plans_are_built(
     # There is no GPU that could run the plans.
     with pytest.raises(parts.Skipped, match="needs an NVIDIA GPU"):
         parts.plans(tmp_path, "fp16", emit)
-    assert [r["variant"] for r in results if r["what"] == "build"] == ["one", "chain"]
+    assert [r["variant"] for r in results if r["what"] == "build"] == ["chain", "one"]
     if "int8" in precisions:
         with pytest.raises(parts.Skipped, match="the model was made before"):
             parts.make_models(tmp_path, "tiny", emit)

@@ -98,6 +98,24 @@ def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
     assert not any(path.is_symlink() for path in home.iterdir())
 
 
+def test_a_build_that_is_killed_while_it_writes_loses_no_timings(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(double)
+    write = Path.write_bytes
+
+    def killed(path: Path, content: Any) -> int:
+        if path.name.startswith("timing"):
+            write(path, b"half")
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(double)
+    assert json.loads(timing_cache(double).read_bytes()) == ["10.99", SEGMENTS]
+
+
 def test_plans_of_rtx_can_be_captured_and_fp32_is_fp32() -> None:
     """With the real library, whose defaults are different."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
