@@ -54,6 +54,19 @@ def values_at(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview
                 yield value
 
 
+def numbers(value: int | memoryview) -> list[int]:
+    """The signed numbers of a field of int32 or int64, which may be packed.
+
+    Raises:
+        ValueError: a number does not end.
+    """
+    found, at = [value] if isinstance(value, int) else [], 0
+    while isinstance(value, memoryview) and at < len(value):
+        number, at = _varint(value, at)
+        found.append(number)
+    return [number - 2**64 if number >= 2**63 else number for number in found]
+
+
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """A number of variable length that begins at `at`, and the position after it."""
     value = 0
