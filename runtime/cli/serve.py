@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .console import echo
     examples="""
 fpabee-serve engines/
 fpabee-serve engines/ --port 8080 --operating-point fast
-fpabee-serve engines/ --host 0.0.0.0
+fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 fpabee-serve engines/ --triton repository/ --name intents
 """,
     panels={"Triton": "--triton --name", "Limits": "--max-rows --max-texts --max-body"},
@@ -31,6 +32,13 @@ fpabee-serve engines/ --triton repository/ --name intents
     "ADDRESS",
     "Address to listen on. To serve other machines, give 0.0.0.0 or an address of this machine.",
     default="127.0.0.1",
+)
+@options.option(
+    "--allowed-host allowed_hosts",
+    "NAME",
+    "Name under which clients reach the server. May be repeated; * allows all names. Default: this "
+    "machine, by the address of --host or as localhost.",
+    multiple=True,
 )
 @options.option(
     "--operating-point",
@@ -53,6 +61,7 @@ def main(
     engines: Path,
     host: str,
     port: int,
+    allowed_hosts: tuple[str, ...],
     check: bool,
     quiet: bool,
     max_rows: int,
@@ -65,7 +74,9 @@ def main(
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
     name = name or engines.resolve().name
     if triton is not None:
-        options.not_with("host port check max_body", triton, "--triton, which starts no server")
+        options.not_with(
+            "host port allowed_hosts check max_body", triton, "--triton, which starts no server"
+        )
         folder = write_repository(
             engines, triton, name, max_rows=max_rows, max_texts=max_texts, **loading
         )
@@ -85,13 +96,20 @@ def main(
         metrics = Metrics(engine)
         scheduler = Scheduler(engine, max_rows, metrics)
         try:
+            app = make_app(engine, scheduler, metrics, limits, name, (host, *allowed_hosts))
             engine.warm_up(tokens=1)
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+            address = listener.getsockname()
+            if not ip_address(address[0]).is_loopback:
+                echo(
+                    "warning: everybody who can reach this machine can use the server, which asks "
+                    "for no password; names that lead to it need --allowed-host",
+                    err=True,
+                )
             if not quiet:
-                address = listener.getsockname()
                 shown = f"[{address[0]}]" if ":" in host else address[0]
                 echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
-            serve(make_app(engine, scheduler, metrics, limits, name), listener, limits)
+            serve(app, listener, limits)
         finally:
             scheduler.close(cancel=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +16,7 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -34,6 +35,7 @@ from .formats import (
     openapi,
     predict_response,
 )
+from .hosts import ANY_HOST, HEALTH, HostCheck, accepted_hosts
 from .metrics import Metrics
 from .scheduler import Scheduler
 
@@ -44,6 +46,7 @@ STATUSES = {
     408: "the body of the request took too long",
     413: "the body or the number of texts is too large",
     415: "the body is not JSON",
+    421: "the request names a host that is not this server, see --allowed-host",
     429: "the queue is full; try again later",
     500: "the model failed on one of the texts",
     503: "the server is stopping",
@@ -85,6 +88,7 @@ def make_app(
     metrics: Metrics,
     limits: ServerLimits | None = None,
     name: str = "fpabee",
+    allowed_hosts: Sequence[str] = (ANY_HOST,),
 ) -> Starlette:
     """The application, to run under any ASGI server.
 
@@ -94,8 +98,13 @@ def make_app(
         metrics: the scheduler's observer.
         limits: what is refused.
         name: the name of the model in responses.
+        allowed_hosts: which hosts requests may name, see `accepted_hosts`; default: all.
+
+    Raises:
+        InputError: one of the hosts is not the name of a host.
     """
-    return _Server(engine, scheduler, metrics, limits or ServerLimits(), name).app
+    accepted = accepted_hosts(allowed_hosts)
+    return _Server(engine, scheduler, metrics, limits or ServerLimits(), name, accepted).app
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -202,21 +211,24 @@ class _Server:
     _metrics: Metrics
     _limits: ServerLimits
     _name: str
+    _hosts: Collection[str]
 
     def __post_init__(self) -> None:
         self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         post = {"methods": ["POST"]}
+        refusal = _error(421, STATUSES[421], "InvalidRequest")
         self.app = Starlette(
             routes=[
                 Route("/", self._index),
                 Route("/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
                 Route("/v1/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
                 Route("/predict", _stoppable(self._predict), **post),  # type: ignore[arg-type]
-                Route("/health", self._health),
+                Route(HEALTH, self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
                 Route("/openapi.json", self._openapi),
             ],
+            middleware=[Middleware(HostCheck, self._hosts, refusal)],
             exception_handlers={
                 HTTPException: _refused,
                 FpabeeError: self._failed,

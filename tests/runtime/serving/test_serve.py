@@ -56,6 +56,10 @@ def ask(port: int, path: str, content: Any = None) -> tuple[int, Any]:
     return response.status, found if path == "/metrics" else json.loads(found)
 
 
+def local(app: Starlette) -> TestClient:
+    return TestClient(app, "http://localhost")
+
+
 @pytest.mark.slow
 def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
     """Requests that have begun are answered, and clients that left disturb nobody."""
@@ -63,7 +67,9 @@ def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", port)) as left:
                 body = json.dumps({"input": ["rain " * 40] * 20}).encode()
-                head = "POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                head = (
+                    "POST /classify HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+                )
                 left.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         with socket.create_connection(("127.0.0.1", port)) as broken:
             broken.sendall(b"\x00\xff nonsense\r\n\r\n")
@@ -112,6 +118,54 @@ def test_an_empty_host_does_not_mean_all_addresses(
     check_refused(serve(bert, "--host", "", "--port", "0"), "empty", "--host", "0.0.0.0")
 
 
+@pytest.mark.parametrize(
+    ("options", "accepted", "refused"),
+    [
+        ([], ["127.0.0.1", "localhost:8000", "LOCALHOST", "[::1]:8000", "[0:0::1]", ""],
+         ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "10.0.0.7", "::",
+          "[::1", "[evil.example]", "evil.example:localhost", "localhost@evil.example"]),
+        (["--allowed-host", "texts.example.com", "--allowed-host", "10.0.0.7"],
+         ["texts.example.com:443", "Texts.Example.Com", "10.0.0.7", "localhost"],
+         ["a.texts.example.com", "10.0.0.8", "evil.example"]),
+        (["--host", "0.0.0.0"], ["10.0.0.7:8000", "[fe80::1]", "localhost"],
+         ["evil.example", "10.0.0.7.evil.example", "0x7f000001"]),
+        (["--host", "0.0.0.0", "--allowed-host", "*"], ["evil.example", "10.0.0.7"], []),
+    ],
+    ids=["default", "allowed", "all addresses", "all names"],
+)  # fmt: skip
+def test_requests_that_name_another_host_are_refused(
+    options: list[str],
+    accepted: list[str],
+    refused: list[str],
+    bert: Path,
+    serve: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise a web page could reach the server under a name of its own (DNS rebinding)."""
+
+    def asks(app: Starlette, *_: object) -> None:
+        client = TestClient(app)
+
+        def status(path: str, *hosts: str) -> int:
+            return client.get(path, headers=[("Host", host) for host in hosts]).status_code
+
+        assert {host: status("/info", host) for host in accepted} == dict.fromkeys(accepted, 200)
+        assert {host: status("/info", host) for host in refused} == dict.fromkeys(refused, 421)
+        for host in refused:
+            assert status("/health", host) == 200
+            assert status("/info", "localhost", host) == 421
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
+    done = serve(bert, "--port", "0", "--quiet", *options)
+    assert done.code == 0
+    assert done.err.count("warning: everybody who can reach") == ("0.0.0.0" in options)
+
+
+def test_an_allowed_host_that_is_no_name(bert: Path, serve: Run) -> None:
+    refused = serve(bert, "--port", "0", "--allowed-host", "http://texts.example.com")
+    check_refused(refused, "'http://texts.example.com'", "--allowed-host")
+
+
 def test_a_signal_as_soon_as_the_server_listens(
     bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +184,7 @@ def test_metrics_begin_at_zero(
     found: list[str] = []
 
     def asks(app: Starlette, *_: object) -> None:
-        found.extend(TestClient(app).get("/metrics").text.splitlines())
+        found.extend(local(app).get("/metrics").text.splitlines())
 
     monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
     assert serve(without_special_tokens, "--port", "0").code == 0
@@ -146,7 +200,7 @@ def test_texts_longer_than_the_target_takes_are_truncated(
     found: list[Any] = []
 
     def asks(app: Starlette, *_: object) -> None:
-        client = TestClient(app)
+        client = local(app)
         found.append(client.get("/info").json()["max_input_length"])
         asked = {"input": ["rain " * 20, "sun"]}
         found.extend(client.post("/classify", json=asked).json()["data"])
