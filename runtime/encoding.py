@@ -17,7 +17,7 @@ from .arguments import whole_number
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
-from .artifact.tokenizer_content import check_tokenizer
+from .artifact.tokenizer_content import check_added_tokens, check_tokenizer
 from .blocks import blocks
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, Remedy, first_line
 from .tokens import (
@@ -234,6 +234,7 @@ class TextEncoder:
         with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
             check_tokenizer(self._path)
             tokenizer = Tokenizer.from_file(str(self._path))
+            check_added_tokens(tokenizer)
             self._tokenizer = RowTokenizer(tokenizer, self.limit, "token_type_ids" in spec.inputs)
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:

@@ -90,6 +90,21 @@ def check_tokenizer(path: Path) -> None:
         raise ValueError(f"a part of it is damaged: {error!r}") from error
 
 
+def check_added_tokens(tokenizer: Any) -> None:
+    """Refuse added tokens that normalize to nothing: the library finds them without end.
+
+    Args:
+        tokenizer: of the library, loaded from a file that `check_tokenizer` accepts.
+
+    Raises:
+        ValueError: which token it is.
+    """
+    normalizer = tokenizer.normalizer
+    for token in tokenizer.get_added_tokens_decoder().values() if normalizer else ():
+        if token.normalized and token.content and not normalizer.normalize_str(token.content):
+            raise ValueError(f"its normalizer leaves nothing of the added token {token.content!r}")
+
+
 def _parsed(part: msgspec.Raw) -> Any:
     return json.loads(bytes(part), object_pairs_hook=_without_duplicates)
 
@@ -161,6 +176,12 @@ def _unchanged(*kinds: str) -> _Growths:
 def _replace(part: dict[str, Any]) -> float:
     """Each match is replaced; an empty match inserts the content on both sides of a byte."""
     ((kind, pattern),) = part["pattern"].items()
+    if kind == "Regex":
+        can_be_empty = any(_EMPTY.fullmatch(choice) for choice in pattern.split("|"))
+    else:
+        can_be_empty = not pattern
+    if can_be_empty and part["content"]:
+        raise ValueError(f"it replaces the empty match of {pattern!r}, where the library panics")
     shortest = len(pattern.encode()) if kind == "String" else _shortest_match(pattern)
     content = _normalized_bytes(part["content"])
     return max(1.0, content / shortest) if shortest else 1.0 + 2 * content
@@ -169,6 +190,12 @@ def _replace(part: dict[str, Any]) -> float:
 # One character that must match, possibly repeated.
 _CHARACTER = r"(?:[^\\^$.|?*+()\[\]{}]|\\[snrtdw]|\[[^\[\]]+\])"
 _CERTAIN = re.compile(rf"{_CHARACTER}(\+|\{{(?P<least>[1-9]\d?),?\d{{0,3}}\}})?")
+
+
+# What certainly has an empty match: nothing, or a sequence of optional parts and of assertions.
+_EMPTY = re.compile(
+    rf"(?:(?:{_CHARACTER}|\([^()]*\))(?:[*?]|\{{0?,\d*\}})[?+]?|\^|\$|\\[bBAGzZ]|\(\?<?[=!][^()]*\))*"
+)
 
 
 def _shortest_match(pattern: str) -> int:
@@ -199,6 +226,18 @@ def _normalized_bytes(text: str) -> int:
     )
 
 
+def _prepend(part: dict[str, Any]) -> float:
+    if not part["prepend"]:
+        raise ValueError("it prepends nothing, where the library panics")
+    return 1.0 + _normalized_bytes(part["prepend"])
+
+
+def _fixed_length(part: dict[str, Any]) -> float:
+    if not part["length"]:
+        raise ValueError("it cuts texts into pieces of no characters, where the library panics")
+    return 1.0
+
+
 def _template(part: dict[str, Any]) -> float:
     """How many pieces a template joins; a piece is a text, or one id of a special token."""
     sizes = {name: max(1, len(token["ids"])) for name, token in part["special_tokens"].items()}
@@ -218,7 +257,7 @@ _NORMALIZERS: _Growths = {
     # Each byte becomes a character of at most 2 bytes.
     "ByteLevel": lambda part: 2.0,
     "Precompiled": _precompiled,
-    "Prepend": lambda part: 1.0 + _normalized_bytes(part["prepend"]),
+    "Prepend": _prepend,
     "Replace": _replace,
     **_unchanged("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
 }
@@ -226,7 +265,8 @@ _SPLITTERS: _Growths = {
     "ByteLevel": lambda part: 3.0,  # as above, and a space in front
     # A space becomes another character, and one may be put in front.
     "Metaspace": lambda part: 1.0 + len(part["replacement"].encode()),
-    **_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength"),
+    "FixedLength": _fixed_length,
+    **_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits"),
     **_unchanged("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
 }
 _TEMPLATES: _Growths = {

@@ -17,7 +17,11 @@ from tokenizers.normalizers import Precompiled
 
 from fpabee.runtime.artifact import tokenizer_content
 from fpabee.runtime.artifact.charsmap import replacements
-from fpabee.runtime.artifact.tokenizer_content import MAX_GROWTH, check_tokenizer
+from fpabee.runtime.artifact.tokenizer_content import (
+    MAX_GROWTH,
+    check_added_tokens,
+    check_tokenizer,
+)
 from fpabee.runtime.encoding import tokenizer_errors
 from fpabee.runtime.errors import ArtifactError
 
@@ -147,7 +151,10 @@ PARTS = st.one_of(
 @given(st.lists(PARTS, max_size=4), st.text("aé ﷺİ東b", min_size=1, max_size=12))
 def test_no_text_grows_beyond_the_bound(parts: list[Part], text: str) -> None:
     normalizer = sequence(*parts)
-    bound = growth_of(normalizer)
+    try:
+        bound = growth_of(normalizer)
+    except ValueError:  # of an empty match
+        reject()
     assume(bound <= 10_000)
     tokenizer = Tokenizer.from_str(json.dumps(NONE | {"normalizer": normalizer}))
     assert tokenizer.normalizer is not None
@@ -179,8 +186,15 @@ ADDED = {"id": 0, "content": "a" * 5000, **FLAGS}
 
 REFUSED: dict[str, tuple[Part, str]] = {
     "nested": ({"normalizer": sequence(sequence(A_THOUSAND))}, "up to 1e.03"),
-    "between all characters": ({"normalizer": replace("", "a" * 99)}, "up to 199 bytes"),
-    "where nothing is": ({"normalizer": replace("b*", "a" * 99, "Regex")}, "up to 199 bytes"),
+    "where it may match nothing": (
+        {"normalizer": replace("(b+)+", "a" * 99, "Regex")},
+        "up to 199 bytes",
+    ),
+    "nothing prepended": ({"normalizer": {"type": "Prepend", "prepend": ""}}, "prepends nothing"),
+    "pieces of nothing": (
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        "pieces of no characters",
+    ),
     "prepended": ({"normalizer": {"type": "Prepend", "prepend": "a" * 199}}, "up to 200 bytes"),
     "by table": ({"normalizer": precompiled({b"a": b"a" * 199})}, "up to 199 bytes"),
     "under another name": (
@@ -210,6 +224,46 @@ def test_a_tokenizer_that_grows_texts_or_is_damaged_is_refused(name: str, tmp_pa
     parts, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         check_tokenizer(written(tmp_path, **parts))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "a*", "a|", "^", "$", r"\b", "(?=a)", "(?<!a)", "(a)?", "[ab]{0,3}", r"\s*$", "a{,2}?"],
+)
+def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -> None:
+    """The library panics on many texts; with nothing in its place, nothing is inserted."""
+    for content in ("", "b"):
+        path = written(tmp_path, normalizer=replace(pattern, content, "Regex"))
+        if content:
+            with pytest.raises(ValueError, match=r"the empty match of .*, where the library panics"):
+                check_tokenizer(path)
+            continue
+        check_tokenizer(path)
+        normalizer: Any = Tokenizer.from_file(str(path)).normalizer
+        normalizer.normalize_str("a b")
+
+
+@pytest.mark.parametrize("pattern", ["a+", " {2,}", r"\s+", "(?:ab)", r"(?<!\n)\n", "[a-z]b*"])
+def test_other_patterns_are_replaced(pattern: str, tmp_path: Path) -> None:
+    for kind in ("Regex", "String"):
+        check_tokenizer(written(tmp_path, normalizer=replace(f"{pattern}|b", "c", kind)))
+    check_tokenizer(written(tmp_path, normalizer=replace("|", "b")))
+
+
+def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
+    """With another token that asks for whole words, one character took all memory."""
+    added = [
+        {"id": 0, "content": "\u0301", **FLAGS, "normalized": True},
+        {"id": 1, "content": "b", **FLAGS, "normalized": True, "single_word": True},
+    ]
+    for normalizer in (BERT, None):
+        parts = {"added_tokens": added, "normalizer": normalizer}
+        tokenizer = Tokenizer.from_str(json.dumps(NONE | parts))
+        if normalizer is None:
+            check_added_tokens(tokenizer)
+            continue
+        with pytest.raises(ValueError, match="leaves nothing of the added token '\u0301'"):
+            check_added_tokens(tokenizer)
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
