@@ -44,10 +44,12 @@ class _Model(msgspec.Struct):
     continuing_subword_prefix: msgspec.Raw = _NULL
     end_of_word_suffix: msgspec.Raw = _NULL
     max_input_chars_per_word: int = 0
+    vocab: msgspec.Raw = _NULL
+    merges: msgspec.Raw = _NULL
 
 
 class _File(msgspec.Struct):
-    """The parts of a tokenizer.json that are checked; the vocabulary is skipped."""
+    """The parts of a tokenizer.json that are checked."""
 
     normalizer: msgspec.Raw = _NULL
     pre_tokenizer: msgspec.Raw = _NULL
@@ -80,7 +82,7 @@ def check_tokenizer(path: Path) -> None:
         _check_growth("its post-processor makes", parts, "parts of one text")
         _check_tokens(template)
         _check_tokens(_parsed(file.added_tokens))
-        if file.model is not None:
+        if file.model:
             _check_model(file.model)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -134,17 +136,26 @@ def _check_tokens(part: Any) -> None:
 
 
 def _check_model(model: _Model) -> None:
-    for token in (
-        model.unk_token,
-        model.continuing_subword_prefix,
-        model.end_of_word_suffix,
-    ):
+    """Refuse long tokens or words, and merges of which the library panics.
+
+    It looks up what two tokens make together, without the prefix of the second one.
+    """
+    for token in (model.unk_token, model.continuing_subword_prefix, model.end_of_word_suffix):
         _check_tokens(_parsed(token))
     if model.max_input_chars_per_word > MAX_WORD:
         raise ValueError(
             f"its max_input_chars_per_word is {model.max_input_chars_per_word}; "
             f"expected at most {MAX_WORD}"
         )
+    merges = msgspec.json.decode(model.merges, type=list[str | tuple[str, str]] | None)
+    if not merges:
+        return
+    vocabulary = msgspec.json.decode(model.vocab, type=dict[str, int])
+    prefix = _parsed(model.continuing_subword_prefix) or ""
+    for merge in merges:
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        if not second.startswith(prefix) or first + second[len(prefix) :] not in vocabulary:
+            raise ValueError(f"its vocabulary lacks what {first!r} and {second!r} make")
 
 
 _Growths = dict[str, Callable[[dict[str, Any]], float]]

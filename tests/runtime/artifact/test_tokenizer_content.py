@@ -235,7 +235,9 @@ def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -
     for content in ("", "b"):
         path = written(tmp_path, normalizer=replace(pattern, content, "Regex"))
         if content:
-            with pytest.raises(ValueError, match=r"the empty match of .*, where the library panics"):
+            with pytest.raises(
+                ValueError, match=r"the empty match of .*, where the library panics"
+            ):
                 check_tokenizer(path)
             continue
         check_tokenizer(path)
@@ -264,6 +266,32 @@ def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
             continue
         with pytest.raises(ValueError, match="leaves nothing of the added token '\u0301'"):
             check_added_tokens(tokenizer)
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "continuing_subword_prefix": "##"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"merges": ["a ##b"]}, ""),
+        ({"continuing_subword_prefix": "a##"}, "lacks what 'a' and '##b' make"),
+        ({"continuing_subword_prefix": None}, "lacks what 'a' and '##b' make"),
+        ({"merges": [["ab", "##b"]]}, "lacks what 'ab' and '##b' make"),
+        ({"merges": ["a"]}, "unpack"),
+    ],
+)
+def test_merges_of_which_the_library_panics_are_refused(
+    changes: Part, message: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, model={"merges": [["a", "##b"]], **BPE, **changes})
+    if message:
+        with pytest.raises(ValueError, match=message):
+            check_tokenizer(path)
+        return
+    check_tokenizer(path)
+    Tokenizer.from_file(str(path))
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
