@@ -236,7 +236,7 @@ def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -
         path = written(tmp_path, normalizer=replace(pattern, content, "Regex"))
         if content:
             with pytest.raises(
-                ValueError, match=r"the empty match of .*, where the library panics"
+                ValueError, match="replaces the empty match of"
             ):
                 check_tokenizer(path)
             continue
