@@ -17,13 +17,11 @@ import msgspec
 from ..runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     Manifest,
-    NotBuilt,
     Target,
     keep_targets,
     with_operating_points,
     with_target,
 )
-from ..runtime.backends.tensorrt import build_command
 from ..runtime.cpu import multiplies_int8
 from ..runtime.encoding import Text
 from ..runtime.errors import (
@@ -31,7 +29,6 @@ from ..runtime.errors import (
     BackendError,
     FpabeeError,
     InputError,
-    MissingExtraError,
     Remedy,
     VerificationError,
 )
@@ -96,7 +93,7 @@ class AddTargetsResult:
         built: names of the targets that were built.
         cpu: what the checks of new targets for CPUs found.
         default: one line that says which target is the default, and why; empty: as before.
-        not_built: targets that this machine cannot build, as in the manifest.
+        not_built: targets that this machine cannot build, and why.
         lost_points: names of operating points, by target, that were removed because their graphs
             or plans have changed.
     """
@@ -106,7 +103,7 @@ class AddTargetsResult:
     built: tuple[str, ...]
     cpu: tuple[CpuTarget, ...]
     default: str
-    not_built: dict[str, NotBuilt]
+    not_built: dict[str, FpabeeError]
     lost_points: dict[str, tuple[str, ...]]
 
 
@@ -198,14 +195,14 @@ def _add_targets(
         labels_of(_rows(data, options), before)  # which refuses labels that the model lacks
     manifest, checks = _add_precisions(path, before, options, for_plans, progress)
     built: list[str] = []
-    not_built: dict[str, NotBuilt] = {}
+    not_built: dict[str, FpabeeError] = {}
     for backend, precision in targets:
+        unavailable = unavailable_reason(backend)
+        if unavailable:
+            not_built[f"{backend}-{precision}"] = unavailable
+            continue
         manifest, name = _add_target(path, manifest, backend, precision, options, progress)
-        if name is not None:
-            built.append(name)
-        else:
-            label = f"{backend}-{precision}"
-            not_built[label] = manifest.not_built[label]
+        built.append(name)
     checked: list[CpuTarget] = []
     if cpu.OPENVINO in backends:
         manifest, checked = cpu.add_openvino(
@@ -334,7 +331,7 @@ def _add_target(
     precision: str,
     options: AddTargetsOptions,
     progress: Progress,
-) -> tuple[Manifest, str | None]:
+) -> tuple[Manifest, str]:
     """Build a target, verify it if it can run here, and write it into the manifest.
 
     Args:
@@ -346,40 +343,32 @@ def _add_target(
         progress: called with (what, done, total).
 
     Returns:
-        The new manifest, and the target's name; None: this machine cannot build it, and the
-        manifest says so.
+        The new manifest, and the target's name.
 
     Raises:
         BackendError: the build failed.
         VerificationError: the plan does not reproduce the model.
     """
-    unavailable = unavailable_reason(backend)
-    if unavailable:
-        manifest = _noting(manifest, backend, precision, unavailable)
-        write_manifest(path, manifest)
-        return manifest, None
     try:
         built, name = build_target(
             path, manifest, backend, precision, options.plans, options.jobs, progress
         )
-    except FpabeeError as failure:
+    except FpabeeError:
         # The failed build may have replaced files of an earlier one.
-        left = keep_targets(manifest, lambda _, target: _is_intact(path, target))
-        write_manifest(path, _noting(left, backend, precision, failure))
+        write_manifest(path, keep_targets(manifest, lambda _, target: _is_intact(path, target)))
         raise
     old, new = manifest.targets.get(name), built.targets[name]
     if old is not None and old.files == new.files:
         new = with_operating_points(new, old.operating_points, old.default_operating_point)
-    built = _noting(with_target(built, name, new), backend, precision, None)
+    built = with_target(built, name, new)
     write_manifest(path, built)
     if can_run(new):
         progress(f"verify {name}", 0, 1)
         try:
             tolerance = _tolerance(path, built, name)
-        except FpabeeError as failure:
+        except FpabeeError:
             # An earlier target of this name had files that are replaced now.
-            left = keep_targets(manifest, lambda other, _: other != name)
-            write_manifest(path, _noting(left, backend, precision, failure))
+            write_manifest(path, keep_targets(manifest, lambda other, _: other != name))
             raise
         built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
         write_manifest(path, built)
@@ -416,22 +405,6 @@ def _without_stale(manifest: Manifest, precision: str) -> Manifest:
 def _is_intact(path: Path, target: Target) -> bool:
     files = {path / file.file: file.sha256 for file in target.files.values()}
     return all(place.is_file() and sha256_of(place) == sha256 for place, sha256 in files.items())
-
-
-def _noting(
-    manifest: Manifest, backend: str, precision: str, error: FpabeeError | None
-) -> Manifest:
-    """The manifest with a note that a target is not built; without an error, with no such note."""
-    notes, label = dict(manifest.not_built), f"{backend}-{precision}"
-    notes.pop(label, None)
-    if error is not None:
-        command = build_command(backend, precision)
-        if isinstance(error, MissingExtraError) and backend == RTX:
-            command = f"{error.hint} && {command}"
-        notes[label] = NotBuilt(
-            backend=backend, precision=precision, reason=error.message, command=command
-        )
-    return msgspec.structs.replace(manifest, not_built=notes)
 
 
 def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:

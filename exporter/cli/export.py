@@ -18,7 +18,6 @@ from ...runtime.cli import options
 from ...runtime.cli.command import READING, command
 from ...runtime.cli.console import echo
 from ...runtime.cli.errors import in_terms_of_options
-from ...runtime.cli.inspect import not_built_lines
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.cli.progress import step_progress
 from ...runtime.errors import VerificationError
@@ -181,7 +180,7 @@ def main(
     if adds or source is not None:
         with step_progress(quiet) as progress:
             added = add_targets(folder, targets, progress)
-        content |= _show_added(added, folder, say)
+        content |= _show_added(added, say)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
@@ -291,7 +290,7 @@ def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> li
     return steps or [f"fpabee-run {shlex.quote(str(folder))} texts.txt"]
 
 
-def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], None]) -> Content:
+def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content:
     for check in result.checks:
         kept = f", {len(check.kept)} nodes kept in fp32" if check.kept else ""
         say(f"{check.precision}: emulated on {check.rows} texts, {check.agreement}{kept}")
@@ -314,8 +313,8 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
             )
     if result.default:
         say(result.default)
-    for line in not_built_lines(result.not_built, folder):
-        say(line)
+    for name, error in result.not_built.items():
+        say(f"not built: {name}: {in_terms_of_options(error)}")
     for name, points in result.lost_points.items():
         say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
     return {
@@ -333,6 +332,6 @@ def _show_added(result: AddTargetsResult, folder: Path, say: Callable[[str], Non
             for checked in result.cpu
         ],
         "default_target": result.manifest.default_target,
-        "not_built": msgspec.to_builtins(result.not_built),
+        "not_built": {name: str(error) for name, error in result.not_built.items()},
         "not_valid_any_more": result.lost_points,
     }

@@ -269,22 +269,6 @@ def with_operating_points(
     return msgspec.structs.replace(target, operating_points=points, default_operating_point=default)
 
 
-class NotBuilt(msgspec.Struct, frozen=True, kw_only=True):
-    """A target that could not be built where the folder was made.
-
-    Attributes:
-        backend: inference library.
-        precision: precision of the graphs to build.
-        reason: why it could not be built.
-        command: the command that builds it on a suitable machine, with ENGINES for the folder.
-    """
-
-    backend: str
-    precision: str
-    reason: str
-    command: str
-
-
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `manifest.json`. Paths in it are relative POSIX paths.
 
@@ -304,7 +288,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
-        not_built: targets that could not be built where the folder was made, by name.
         exit_0: the classifier before layer 1; None: the model has none. Since schema 1.1.
 
     Example:
@@ -333,7 +316,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     default_rule: RuleSettings
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
-    not_built: dict[str, NotBuilt] = {}
     exit_0: ExitZeroSpec | None = None
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:

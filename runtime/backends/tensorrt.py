@@ -336,18 +336,6 @@ def _is_for(target: Target, compute_capability: str) -> bool:
     return target.hardware_compatible and int(compute_capability.split(".")[0]) >= _AMPERE
 
 
-def build_command(backend: str, precision: str) -> str:
-    """The command that builds the plans of a precision, with ENGINES for the folder.
-
-    Empty if this fpabee does not know the backend or the precision: a manifest may say
-    anything, and people run the commands that they are shown.
-    """
-    if backend not in MODULES or precision not in REQUIREMENTS:
-        return ""
-    flag = "" if precision == "fp32" else f" --{precision}"
-    return f"fpabee-export --from ENGINES --backend {backend}{flag}"
-
-
 def rebuild(target: Target, otherwise: str = "") -> Remedy | str:
     """The remedy to build a target on this machine.
 

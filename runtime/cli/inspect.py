@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from rich import box
 from rich.table import Table
 
 from ..artifact.folder import read_manifest
-from ..artifact.manifest import Manifest, NotBuilt
-from ..backends.tensorrt import build_command
+from ..artifact.manifest import Manifest
 from ..environment import environment, providers
 from ..errors import VerificationError
 from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
@@ -26,20 +24,6 @@ from . import options
 from .command import command
 from .console import echo, table_console
 from .errors import in_terms_of_options
-
-
-def not_built_lines(not_built: Mapping[str, NotBuilt], folder: Path) -> list[str]:
-    """For each target that is missing: why, and the command that builds it.
-
-    The command comes from this version of fpabee and not from the folder, because nobody should
-    run a command that a file contains.
-    """
-    lines = []
-    for name, note in not_built.items():
-        command = build_command(note.backend, note.precision)
-        there = command.replace("ENGINES", shlex.quote(str(folder))) or "pip install -U fpabee"
-        lines += [f"not built: {name}: {note.reason}", f"  to build it: {there}"]
-    return lines
 
 
 @command(
@@ -76,7 +60,6 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         content |= _summary(manifest) | {
             "chain": msgspec.to_builtins(parts),
             "targets": msgspec.to_builtins(states),
-            "not_built": msgspec.to_builtins(manifest.not_built),
         }
         if found is not None:
             content["check"] = msgspec.to_builtins(found) | {"passed": found.passed}
@@ -150,8 +133,6 @@ def _print(
     if runs and default not in {state.name for state in runs}:
         name = target_of(folder, manifest, None)
         echo(f"the default target {default} cannot run here; {name} runs instead")
-    for line in not_built_lines(manifest.not_built, folder):
-        echo(line)
 
 
 def _runs(state: TargetState, default: str) -> str:

