@@ -200,7 +200,7 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     half = settings["fp16"] or settings["bf16"]
     data = settings["calibration_data"]
     only_with(
-        "label_column label_separator input_format text_column text_pair_column literal_quotes",
+        "label_column input_format text_column text_pair_column literal_quotes",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )

@@ -14,7 +14,7 @@ from .errors import exits_with_one_line
 
 READING = {
     "Reading files": "--input --input-format --text-column --text-pair-column --label-column "
-    "--label-separator --no-quotes"
+    "--no-quotes"
 }
 RULE = {
     "Exit rule": "--rule --measure --threshold --patience --exit --min-exit --max-exit "

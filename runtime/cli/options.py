@@ -13,7 +13,7 @@ import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
 
-from ..files import LABEL_SEPARATOR, ReadOptions, TextFormat
+from ..files import ReadOptions, TextFormat
 from ..rules.base import ExitRule
 from ..rules.measures import Measure
 from ..rules.rules import RULES
@@ -200,11 +200,6 @@ labelled_texts = together(
         "--label-column",
         "NAME",
         "Column or field of the true labels. Default: labels or label, if there is one.",
-    ),
-    option(
-        "--label-separator",
-        "TEXT",
-        f"Text between the labels of a row. Default: {LABEL_SEPARATOR} in a column named labels.",
     ),
 )
 """Those of `texts`, and options that say how labels are read."""

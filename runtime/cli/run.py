@@ -17,10 +17,9 @@ from ..artifact.manifest import MANIFEST_NAME
 from ..chain import Regroup
 from ..engine import Engine
 from ..errors import InputError
-from ..files import LABEL_SEPARATOR, STANDARD_INPUT, Inputs, TextFormat
-from ..files.destination import Destination, open_sink
-from ..files.formats import OUTPUT_FORMATS
-from ..files.formats import output_format as format_of
+from ..files import STANDARD_INPUT, Inputs, TextFormat
+from ..files.destination import check_output, open_output
+from ..files.formats import is_plain_file, output_format
 from ..files.job import run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
@@ -42,8 +41,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     panels={
         **RULE,
         **READING,
-        "Writing results": "--output-format --with-text --top-k --scores --logits "
-        "--resume --unbuffered",
+        "Writing results": "--with-text --top-k --scores --logits --resume --unbuffered",
     },
 )
 @options.engines
@@ -54,7 +52,10 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     help="Texts to classify: .txt (one text per line), .jsonl, .csv, .tsv or .parquet. All but "
     ".parquet may end in .gz. - is standard input.",
 )
-@options.path("--output", "File to write. Default: standard output.")
+@options.path(
+    "--output",
+    "File to write: .jsonl, .csv or .parquet. Default: JSON lines on standard output.",
+)
 @options.option(
     "--operating-point",
     "NAME",
@@ -78,12 +79,6 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.rule
 @click.option("--input", "sources", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.labelled_texts
-@options.choice(
-    "--output-format",
-    "FORMAT",
-    "Format of the results. Default: by the name of the output file, or jsonl.",
-    OUTPUT_FORMATS,
-)
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.count("--top-k", "Write the N most probable labels and their probabilities.")
 @options.flag("--scores --all-scores all_scores", "Write the probabilities of all labels.")
@@ -99,7 +94,6 @@ def main(
     files: tuple[str, ...],
     sources: tuple[str, ...],
     output: Path | None,
-    output_format: str | None,
     resume: bool,
     on_error: str,
     target: str | None,
@@ -124,10 +118,20 @@ def main(
     options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
     is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
-    destination = _destination(output, output_format, resume, unbuffered)
-    unbuffered = unbuffered or (is_typed and not destination.is_file)
+    output = None if output == Path("-") else output
+    is_file = is_plain_file(output)
+    options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
+    options.not_with(
+        "unbuffered",
+        is_file,
+        "--output FILE, which is complete or does not exist; use standard output or a pipe",
+    )
+    options.only_with("resume", is_file, "--output FILE")
+    chosen = output_format(output)
+    unbuffered = unbuffered or (is_typed and not is_file)
     inputs = Inputs(sources, reading)
-    destination.check_inputs(sources)
+    if output is not None:
+        check_output(output, sources)
     shows = not (quiet or as_json)
     with Engine.load(
         engines, target, operating_point, regroup=_regroup(engines, target), **loading
@@ -139,27 +143,22 @@ def main(
                 f"largest difference of a logit {checked.max_logit_difference:.1e}",
                 err=True,
             )
-        chosen = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
-        summary = Summary(engine, None if full_depth else chosen, metrics)
+        rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
+        summary = Summary(engine, None if full_depth else rule, metrics)
         schema = RecordSchema(
-            engine.labels,
-            engine.multi_label,
-            errors=on_error == "skip",
-            separator=reading.label_separator or LABEL_SEPARATOR,
-            **written,
+            engine.labels, engine.multi_label, errors=on_error == "skip", **written
         )
-        if destination.chosen in (TextFormat.CSV, TextFormat.TSV):
+        if chosen is TextFormat.CSV:
             schema.check_separator()
-
         shared = asdict(reading) | written | loading
         settings_of_run = partial(_settings_of_run, engines, summary, inputs, shared, resume)
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
-            open_sink(destination, schema, settings_of_run) as sink,
+            open_output(output, chosen, resume, schema, settings_of_run) as (write, completed),
             row_progress(not shows or unbuffered, lambda: inputs.share) as advance,
         ):
-            run(inputs, sink, schema, summary, advance, unbuffered)
+            run(inputs, write, completed, schema, summary, advance, unbuffered)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
             found = {} if checked is None else {"check": checked.to_dict()}
@@ -173,24 +172,6 @@ def main(
         raise InputError(
             f"none of {summary.rows} rows could be used; the first: {first.message}", first.remedy
         )
-
-
-def _destination(
-    output: Path | None, format_name: str | None, resume: bool, unbuffered: bool
-) -> Destination:
-    output = None if output == Path("-") else output
-    options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
-    if unbuffered and format_name == TextFormat.PARQUET.value:
-        raise click.UsageError("--unbuffered cannot write Parquet, which is written as a whole")
-    chosen = format_of(output, TextFormat(format_name) if format_name else None)
-    destination = Destination(output, chosen, resume)
-    options.not_with(
-        "unbuffered",
-        destination.is_file,
-        "--output FILE, which is complete or does not exist; use standard output or a pipe",
-    )
-    options.only_with("resume", destination.is_file, "--output FILE")
-    return destination
 
 
 def _regroup(engines: Path, target: str | None) -> Regroup:

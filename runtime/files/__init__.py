@@ -8,7 +8,7 @@ Reading, one row at a time, so that memory stays flat:
 
 Writing:
 
-- `records`: what is written for a row; `writers`: in which format
+- `records`: what is written for a row; `writers`: the same as CSV and Parquet
 - `destination`: the output as a whole; `partial`: the rows of a file that is not complete yet
 - `job`: from rows to records, block by block; `summary`: what it counted
 
@@ -21,11 +21,10 @@ mark. `-` is standard input, as text or JSON lines unless the options say otherw
 """
 
 from .formats import TextFormat
-from .rows import LABEL_SEPARATOR, ReadOptions, Row
+from .rows import ReadOptions, Row
 from .sources import STANDARD_INPUT, Inputs, read_rows
 
 __all__ = [
-    "LABEL_SEPARATOR",
     "STANDARD_INPUT",
     "Inputs",
     "ReadOptions",

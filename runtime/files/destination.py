@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,9 +15,9 @@ from ..artifact.folder import check_outside
 from ..errors import FpabeeError, InputError, Remedy
 from .formats import TextFormat, is_plain_file
 from .partial import Partial
-from .records import Record, RecordSchema
+from .records import Record, RecordSchema, to_json
 from .sources import STANDARD_INPUT
-from .writers import StreamWriter, convert
+from .writers import convert
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,92 +34,65 @@ class Interrupted(KeyboardInterrupt):
         self.remedy = remedy
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where results go, and in which format.
+def check_output(output: Path, sources: Sequence[str]) -> None:
+    """Check that results would replace neither an input nor a file of a model.
 
-    Attributes:
-        output: the file; None for standard output.
-        chosen: the format.
-        resume: whether to continue after the rows that an earlier run has done.
+    Args:
+        output: the file to write.
+        sources: the inputs, which exist; `-` is standard input.
+
+    Raises:
+        InputError: one of them is the output, or the output is inside the folder of a model.
     """
-
-    output: Path | None
-    chosen: TextFormat
-    resume: bool = False
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a file, which is replaced as a whole, and not a pipe or a device."""
-        return is_plain_file(self.output)
-
-    def check_inputs(self, sources: Sequence[str]) -> None:
-        """Check that the results would replace neither an input nor a file of a model.
-
-        Args:
-            sources: the inputs, which exist; `-` is standard input.
-
-        Raises:
-            InputError: one of them is the output, or the output is inside the folder of a model.
-        """
-        if self.output is None:
-            return
-        check_outside(self.output)
-        if not self.output.is_file():
-            return
-        for source in sources:
-            if source != STANDARD_INPUT and self.output.samefile(source):
-                raise InputError(
-                    f"{self.output} is an input, which the results would replace",
-                    Remedy("set another {output}"),
-                )
-
-
-@dataclass(frozen=True)
-class Sink:
-    """An open output.
-
-    Attributes:
-        write: takes the next record.
-        completed: yields the records that an earlier run has written, once.
-    """
-
-    write: Callable[[Record], None]
-    completed: Iterator[Record]
+    check_outside(output)
+    if not output.is_file():
+        return
+    for source in sources:
+        if source != STANDARD_INPUT and output.samefile(source):
+            raise InputError(
+                f"{output} is an input, which the results would replace",
+                Remedy("set another {output}"),
+            )
 
 
 @contextmanager
-def open_sink(
-    destination: Destination, schema: RecordSchema, settings: Callable[[], dict[str, Any]]
-) -> Iterator[Sink]:
+def open_output(
+    output: Path | None,
+    chosen: TextFormat,
+    resume: bool,
+    schema: RecordSchema,
+    settings: Callable[[], dict[str, Any]],
+) -> Iterator[tuple[Callable[[Record], object], Iterator[Record]]]:
     """Open the output.
 
     A file gets its name when it is complete. Until then, and after an error or Ctrl-C, its rows
     are in `OUT.partial`.
 
     Args:
-        destination: where results go.
+        output: the file; None for standard output.
+        chosen: its format; a pipe or a device takes JSON lines.
+        resume: whether to continue after the rows that an earlier run has done.
         schema: what the records contain.
         settings: returns what is run on which inputs; called only if the output is a file.
+
+    Yields:
+        What takes the next record; and the records that an earlier run has written, once.
 
     Raises:
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
         Interrupted: Ctrl-C, and the rows that are done are kept.
     """
-    output = destination.output
     try:
-        if output is not None and destination.is_file:
+        if output is not None and is_plain_file(output):
             # A link stays; the file that it leads to is replaced.
-            partial = Partial(Path(os.path.realpath(output)), settings(), destination.resume)
+            partial = Partial(Path(os.path.realpath(output)), settings(), resume)
             with _kept(partial):
-                yield Sink(partial.write, partial.records())
+                yield partial.write, partial.records()
                 partial.sync()
-                _finish(partial, destination.chosen, schema)
+                _finish(partial, chosen, schema)
         else:
             with _stream(output) as stream:
-                writer = StreamWriter(stream, destination.chosen, schema)
-                yield Sink(writer.write, iter(()))
-                writer.finish()
+                yield lambda record: stream.write(to_json(record) + "\n"), iter(())
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -156,12 +128,12 @@ def _kept(partial: Partial) -> Iterator[None]:
 
 def _finish(partial: Partial, chosen: TextFormat, schema: RecordSchema) -> None:
     output = partial.output
-    if chosen is TextFormat.JSON_LINES and output.suffix != ".gz":
+    if chosen is TextFormat.JSON_LINES:
         partial.become_output()
         return
     table = output.with_name(output.name + ".partial.out")
     try:
-        convert(partial.path, table, chosen, schema, output)
+        convert(partial.path, table, chosen, schema)
         with table.open("rb") as stream:
             os.fsync(stream.fileno())
         table.replace(output)

@@ -11,10 +11,10 @@ from ..optional_packages import require
 
 
 class TextFormat(str, Enum):
-    """A format of inputs and outputs; all but Parquet are UTF-8, and may be gzip-compressed."""
+    """A format of inputs; all but Parquet are UTF-8, and may be gzip-compressed."""
 
     TEXT = "txt"
-    """One text per line, for inputs only; an empty line is an empty text."""
+    """One text per line; an empty line is an empty text."""
     JSON_LINES = "jsonl"
     """One JSON object per line."""
     CSV = "csv"
@@ -25,23 +25,21 @@ class TextFormat(str, Enum):
     """A file, not a pipe; needs pyarrow."""
 
 
-OUTPUT_FORMATS = tuple(known for known in TextFormat if known is not TextFormat.TEXT)
-"""The formats that results can be written in."""
-
-DELIMITERS = {TextFormat.CSV: ",", TextFormat.TSV: "\t"}
-"""What separates the cells of a table."""
-
-_SUFFIXES = {
+_OUTPUT_SUFFIXES = {
+    "": TextFormat.JSON_LINES,
     ".jsonl": TextFormat.JSON_LINES,
     ".ndjson": TextFormat.JSON_LINES,
     ".json": TextFormat.JSON_LINES,
     ".csv": TextFormat.CSV,
-    ".tsv": TextFormat.TSV,
     ".parquet": TextFormat.PARQUET,
     ".pq": TextFormat.PARQUET,
 }
-_INPUT_SUFFIXES = {"": TextFormat.TEXT, ".txt": TextFormat.TEXT, **_SUFFIXES}
-_OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES, **_SUFFIXES}
+_INPUT_SUFFIXES = {
+    **_OUTPUT_SUFFIXES,
+    "": TextFormat.TEXT,
+    ".txt": TextFormat.TEXT,
+    ".tsv": TextFormat.TSV,
+}
 
 
 def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | None:
@@ -59,12 +57,41 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
         InputError: the suffix is unknown, or the input is Parquet and not a plain file.
         MissingExtraError: the format is Parquet, and pyarrow is not installed.
     """
-    return _chosen(path, given, _INPUT_SUFFIXES, "input")
+    chosen = given
+    if given is None and path is not None:
+        suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
+        chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set {input_format}")
+    if chosen is TextFormat.PARQUET:
+        if path is None or path.suffix == ".gz" or not is_plain_file(path):
+            raise InputError(
+                f"{path or 'standard input'} cannot be Parquet, which needs a plain file",
+                "use a file whose name ends in .parquet: Parquet is compressed already",
+            )
+        require("parquet")
+    return chosen
 
 
-def output_format(path: Path | None, given: TextFormat | None) -> TextFormat:
-    """The format of an output, as `input_format`; that of standard output is JSON lines."""
-    return _chosen(path, given, _OUTPUT_SUFFIXES, "output") or TextFormat.JSON_LINES
+def output_format(path: Path | None) -> TextFormat:
+    """The format of an output: JSON lines, CSV or Parquet, by the suffix of the file name.
+
+    Args:
+        path: the file; None for standard output, which takes JSON lines.
+
+    Raises:
+        InputError: the suffix is unknown, or the output is a table and not a plain file.
+        MissingExtraError: the format is Parquet, and pyarrow is not installed.
+    """
+    if path is None:
+        return TextFormat.JSON_LINES
+    chosen = _named(path, path.suffix, _OUTPUT_SUFFIXES, "")
+    if chosen is not TextFormat.JSON_LINES and not is_plain_file(path):
+        raise InputError(
+            f"{path} cannot be {chosen.value}, which needs a plain file",
+            "write JSON lines into pipes and devices",
+        )
+    if chosen is TextFormat.PARQUET:
+        require("parquet")
+    return chosen
 
 
 def is_plain_file(path: Path | None) -> bool:
@@ -72,26 +99,10 @@ def is_plain_file(path: Path | None) -> bool:
     return path is not None and (path.is_file() or not path.exists())
 
 
-def _chosen(
-    path: Path | None, given: TextFormat | None, suffixes: Mapping[str, TextFormat], what: str
-) -> TextFormat | None:
-    chosen = given
-    if given is None and path is not None:
-        suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
-        chosen = suffixes.get(suffix)
-        if chosen is None:
-            raise InputError(
-                f"{path}: cannot tell the format from {suffix!r}",
-                Remedy(
-                    "rename the file to {known}, or set {" + what + "_format}",
-                    known=", ".join(filter(None, suffixes)),
-                ),
-            )
-    if chosen is TextFormat.PARQUET:
-        if path is None or path.suffix == ".gz" or not is_plain_file(path):
-            raise InputError(
-                f"{path or f'standard {what}'} cannot be Parquet, which needs a plain file",
-                "use a file whose name ends in .parquet: Parquet is compressed already",
-            )
-        require("parquet")
-    return chosen
+def _named(path: Path, suffix: str, known: Mapping[str, TextFormat], more: str) -> TextFormat:
+    if suffix not in known:
+        raise InputError(
+            f"{path}: cannot tell the format from {suffix!r}",
+            Remedy("rename the file to {known}" + more, known=", ".join(filter(None, known))),
+        )
+    return known[suffix]

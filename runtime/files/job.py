@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ..blocks import blocks
 from ..errors import InputError, Remedy, RowError
 from ..results import Prediction
-from .destination import Sink
-from .records import RecordSchema
+from .records import Record, RecordSchema
 from .rows import Row
 from .summary import Summary
 
@@ -28,7 +27,8 @@ _START_AGAIN = Remedy("start again without {resume}")
 
 def run(
     items: Iterable[Item],
-    sink: Sink,
+    write: Callable[[Record], object],
+    completed: Iterator[Record],
     schema: RecordSchema,
     summary: Summary,
     advance: Callable[[Summary, int], None],
@@ -38,7 +38,8 @@ def run(
 
     Args:
         items: the rows.
-        sink: where records go; rows that are completed already are only counted.
+        write: takes the next record.
+        completed: the records that an earlier run has written; they are only counted.
         schema: what is written for a row. If records may be errors, the record of a row that
             cannot be read is its error; otherwise such a row ends the run.
         summary: says which engine and rule run, and counts every row.
@@ -53,31 +54,33 @@ def run(
     checked = _checked(items, summary, schema.errors)
     for block in blocks(checked, _characters, BLOCK_CHARACTERS, most_rows):
         start = summary.rows
-        done = _count_completed(block, sink, schema, summary)
+        done = _count_completed(block, completed, schema, summary)
         if done == len(block):
             continue
         # The whole block is run even if some of its rows are completed already.
         for item, prediction in itertools.islice(_predicted(summary, block), done, None):
             if isinstance(item, RowError):
-                sink.write(schema.error(summary.rows, item))
+                write(schema.error(summary.rows, item))
                 summary.add_error(item)
             else:
                 assert prediction is not None
-                sink.write(schema.record(summary.rows, item, prediction))
+                write(schema.record(summary.rows, item, prediction))
                 summary.add(item, prediction)
             advance(summary, start + len(block))
-    if next(sink.completed, None) is not None:
+    if next(completed, None) is not None:
         raise InputError("the earlier run has more rows than the inputs", _START_AGAIN)
 
 
-def _count_completed(block: list[Item], sink: Sink, schema: RecordSchema, summary: Summary) -> int:
+def _count_completed(
+    block: list[Item], completed: Iterator[Record], schema: RecordSchema, summary: Summary
+) -> int:
     """Count the first rows of a block, which an earlier run has completed; returns how many.
 
     Raises:
         InputError: a completed record cannot be that of its row.
     """
     done, exits = 0, summary.engine.manifest.exits
-    for item, record in zip(block, itertools.islice(sink.completed, len(block)), strict=False):
+    for item, record in zip(block, itertools.islice(completed, len(block)), strict=False):
         if isinstance(item, RowError) != ("error" in record) or not schema.fits(record, exits):
             raise InputError(
                 f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN

@@ -21,26 +21,12 @@ _ONE_PER_LINE = {
     "{": "write one object per line: jq -c . IN > OUT",
 }
 _NOT_FINITE = re.compile(r"[:,\[]\s*-?(NaN|Infinity)\b")
-# Latin letters in UTF-16 without a byte order mark, which are also valid UTF-8.
-_UTF_16 = re.compile(rb"(?P<BE>(\0[^\0]){2,})|(?P<LE>([^\0]\0){2,}\n?)")
-# The first bytes of files that are not UTF-8 text: what such a file is, and what to do.
-_SIGNATURES = {
-    b"\xff\xfe": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
-    b"\xfe\xff": ("UTF-16", "convert the file: iconv -f UTF-16 -t UTF-8 IN > OUT"),
-    b"\x1f\x8b": ("gzip", "unpack it, or give it a name that ends in .gz"),
-    b"PK\x03\x04": ("a zip archive, such as .xlsx", "save the table in it as .csv"),
-    b"PAR1": ("Parquet", "give it a name that ends in .parquet"),
-    b"(\xb5\x2f\xfd": ("zstd", "unpack it: zstd -d FILE"),
-    b"BZh": ("bzip2", "unpack it: bunzip2 FILE"),
-    b"\xfd7zXZ": ("xz", "unpack it: unxz FILE"),
-}
 
 
 class Lines:
     """The decoded lines of a stream, with their line endings.
 
     `RowError` is raised for a line that cannot be read, and the next call continues after it.
-    `InputError` is raised if the file is not UTF-8 text at all.
 
     Args:
         stream: the bytes.
@@ -57,11 +43,6 @@ class Lines:
         self._stream = stream
         self._is_within = False
         self._first = self._bytes().removeprefix(_BYTE_ORDER_MARK)
-        if order := _UTF_16.fullmatch(self._first):
-            raise InputError(
-                f"{name}, line 1 is UTF-16 without a byte order mark",
-                f"convert the file: iconv -f UTF-16{order.lastgroup} -t UTF-8 IN > OUT",
-            )
 
     @property
     def where(self) -> str:
@@ -95,15 +76,10 @@ class Lines:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            found = (
-                f"{self.where} is not UTF-8: byte 0x{raw[error.start]:02x} "
-                f"at column {error.start + 1}"
-            )
-            for signature, (what, remedy) in _SIGNATURES.items():
-                if self._first.startswith(signature):  # no other line is a text either
-                    raise InputError(f"{found}; the file is {what}", remedy) from error
             raise RowError(
-                found, "convert the file: iconv -f ISO-8859-1 -t UTF-8 IN > OUT"
+                f"{self.where} is not UTF-8: byte 0x{raw[error.start]:02x} "
+                f"at column {error.start + 1}",
+                "convert the text to UTF-8; names of compressed files must end in .gz",
             ) from error
 
     def _bytes(self) -> bytes:

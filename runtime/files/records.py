@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import InputError, Remedy, RowError
+from ..errors import InputError, RowError
 from ..results import Prediction
 from .rows import LABEL_SEPARATOR, Row
 
@@ -29,7 +29,6 @@ class RecordSchema:
         top_k: how many of the most probable labels are included; None for none.
         logits: whether the logits of all labels are included.
         errors: whether a record may be an error.
-        separator: separates labels, and scores, in a cell.
     """
 
     labels: tuple[str, ...]
@@ -39,7 +38,6 @@ class RecordSchema:
     top_k: int | None = None
     logits: bool = False
     errors: bool = False
-    separator: str = LABEL_SEPARATOR
 
     def record(self, index: int, row: Row, prediction: Prediction) -> Record:
         """The record of a row; a field of the input never replaces a result."""
@@ -131,7 +129,7 @@ class RecordSchema:
         if isinstance(value, str):
             return value
         if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
-            return self.separator.join(map(self.cell, value))
+            return LABEL_SEPARATOR.join(map(self.cell, value))
         return to_json(value)
 
     def check_separator(self) -> None:
@@ -141,10 +139,10 @@ class RecordSchema:
             InputError: a label contains the separator.
         """
         for label in self.labels if self.multi_label or self.top_k else ():
-            if self.separator in label:
+            if LABEL_SEPARATOR in label:
                 raise InputError(
-                    f"the label {label!r} contains {self.separator!r}, which separates labels",
-                    Remedy("set another {label_separator}, or write JSON lines"),
+                    f"the label {label!r} contains {LABEL_SEPARATOR!r}, which separates labels",
+                    "write JSON lines or Parquet",
                 )
 
 

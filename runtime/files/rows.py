@@ -11,7 +11,7 @@ from ..errors import InputError, Remedy, RowError
 from .formats import TextFormat
 
 LABEL_SEPARATOR = "|"
-"""Separates the labels in a cell of a column `labels`, in inputs and in outputs."""
+"""Separates labels in a cell of a table: in a column `labels` of an input, and in CSV outputs."""
 
 # Far more than real data has, and far less than Python's JSON encoder can write.
 _MAX_NESTING = 100
@@ -63,8 +63,6 @@ class ReadOptions:
         text_pair_column: the one with the second text; None: `text_pair`, if there is one.
         label_column: the one with the true label or labels; None: `labels` or `label`, if there
             is one.
-        label_separator: splits a string into labels; None: `|` splits the cells of a column
-            named `labels` in a table, and nothing else is split.
         literal_quotes: whether `"` is an ordinary character in CSV and TSV; by default it
             quotes cells.
 
@@ -84,7 +82,6 @@ class ReadOptions:
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str | None = None
-    label_separator: str | None = None
     literal_quotes: bool = False
 
     def __post_init__(self) -> None:
@@ -110,10 +107,6 @@ class ReadOptions:
     def label_columns(self) -> tuple[str, ...]:
         """The columns that may hold labels; the first one that has a value counts."""
         return _LABELS if self.label_column is None else (self.label_column,)
-
-    def separator_of(self, name: str) -> str | None:
-        """What separates the labels in a cell of the named column of a table, if anything does."""
-        return self.label_separator or (LABEL_SEPARATOR if name == "labels" else None)
 
     def check(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns that will be read.
@@ -180,9 +173,9 @@ class ReadOptions:
             value = content.get(name)
             if value is None:
                 continue
-            separator = self.separator_of(name) if table else self.label_separator
-            if separator and isinstance(value, str):
-                return tuple(part.strip() for part in value.split(separator) if part.strip())
+            if table and name == _LABELS[0] and isinstance(value, str):
+                parts = map(str.strip, value.split(LABEL_SEPARATOR))
+                return tuple(filter(None, parts))
             is_list = isinstance(value, list)
             expects_list = {"label": False, "labels": True}.get(name, is_list)
             names = value if is_list else [value]

@@ -11,7 +11,7 @@ from typing import IO, cast
 
 from ..artifact.folder import sha256_of
 from ..errors import InputError, Remedy, RowError
-from .formats import DELIMITERS, TextFormat, input_format
+from .formats import TextFormat, input_format
 from .lines import Lines, json_rows, text_rows
 from .parquet import parquet_rows
 from .rows import ReadOptions, Row
@@ -129,7 +129,8 @@ class Inputs:
             elif chosen is TextFormat.JSON_LINES:
                 yield from json_rows(lines, self._options)
             else:
-                yield from table_rows(lines, self._options, DELIMITERS[chosen])
+                separator = "\t" if chosen is TextFormat.TSV else ","
+                yield from table_rows(lines, self._options, separator)
 
     def _guess(self, lines: Lines) -> TextFormat:
         # An array is not JSON lines, but it is not a text either.

@@ -103,7 +103,7 @@ def into(holder: str, name: str, *options: object, link: bool = False) -> Make:
             target = place.root / "link"
         rows = place.file("rows.jsonl", '{"text": "rain", "label": "music"}\n')
         command: dict[str, Arguments] = {
-            "run": place.run(rows, "--output-format", "jsonl", "--output", target),
+            "run": place.run(rows, "--output", target),
             "export": ["export", place.models["bert"], "--quiet", "--output", target],
             "train": ["train", "--train", rows, "--dev", rows, "--backbone", "x", "-o", target],
         }
@@ -133,7 +133,7 @@ OUTPUTS = [
     Case("a link to nowhere", out("out.jsonl", link="none/x"), "out.jsonl", "--output"),
     Case("its .run is a folder", out("out.jsonl", folder="out.jsonl.partial.run"), "--output"),
     Case("a full device", run("--output", "/dev/full"), "/dev/full", "No space left"),
-    Case("an unknown suffix", out("out.xls"), ".xls", "--output-format"),
+    Case("an unknown suffix", out("out.xls"), ".xls", ".parquet"),
     Case("Parquet in gzip", out("out.parquet.gz"), "out.parquet.gz", ".parquet"),
     Case("a link to its input", onto_its_input, "link.jsonl", "--output"),
 ]  # fmt: skip
@@ -172,7 +172,7 @@ SETTINGS = [
 
 # What is given, and what the message names.
 USAGE: list[tuple[Make, str]] = [
-    (run("--agreement", "nan"), "'nan'"),
+    (run("--exit-0-threshold", "nan"), "'nan'"),
     (run("--full-depth", "--rule", "pabee"), "--full-depth"),
     (run("--operating-point", "a", "--patience", 1), "--operating-point"),
     (run("--resume"), "--output"),

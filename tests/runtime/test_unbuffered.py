@@ -44,9 +44,8 @@ def answer(stream: IO[bytes] | None) -> str:
     [
         ((), "", '{{"text": "{}"}}\n'),
         (("--input-format", "csv"), "text,id\n", "{},1\n"),
-        (("--output-format", "csv"), "", "{}\n"),
     ],
-    ids=["JSON lines", "CSV", "text to CSV"],
+    ids=["JSON lines", "CSV"],
 )
 def test_a_line_is_answered_before_the_next(
     bert: Path, options: tuple[str, ...], header: str, row: str
@@ -57,10 +56,8 @@ def test_a_line_is_answered_before_the_next(
         process.stdin.write(header.encode())
         for number, text in enumerate(texts):
             process.stdin.write(row.format(text).encode())
-            if number == 0 and "--output-format" in options:
-                assert answer(process.stdout).startswith("index,text,")
             line = answer(process.stdout)
-            assert line.startswith((f'{{"index": {number}, ', f'{{"index":{number},', f"{number},"))
+            assert line.startswith(f'{{"index": {number}, ')
             assert text in line
         process.stdin.close()
         assert answer(process.stdout) == ""
@@ -102,7 +99,6 @@ def test_what_cannot_be_written_at_once(run: Run, bert: Path, tmp_path: Path) ->
     output = ("--output", tmp_path / "out.jsonl")
     for options, says in (
         (output, "--unbuffered cannot be used with --output FILE"),
-        (("--output-format", "parquet"), "--unbuffered cannot write Parquet"),
         ((*output, "--resume"), "--resume cannot be used with --unbuffered"),
     ):
         result = run(bert, "-", "--unbuffered", *options, stdin=b"rain\n")

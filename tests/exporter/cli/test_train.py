@@ -48,8 +48,8 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         *["--exit-weights", "uniform", "--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
         *["--head-lr", "2e-3", "--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
         *["--resume", "--force", "--input-format", "csv", "--text-column", "body"],
-        *["--text-pair-column", "other", "--label-column", "kind", "--label-separator", ";"],
-        *["--no-quotes", "--no-exit-0"],
+        *["--text-pair-column", "other", "--label-column", "kind", "--no-quotes"],
+        *["--no-exit-0"],
     )
     assert result.exit_code == 0, result.output
     expected = TrainOptions(
@@ -72,7 +72,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         seed=7,
         bf16=True,
         exit_0=False,
-        reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", ";", True),
+        reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", True),
         resume=True,
         force=True,
     )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.errors import RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import lines as lines_module
 from fpabee.runtime.files.lines import Lines
@@ -88,9 +88,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         (ReadOptions(), "labels", "", ()),
         (ReadOptions(), "label", "a|b", ("a|b",)),
         (ReadOptions(), "label", "", None),
-        (ReadOptions(label_separator=";"), "label", "a;c", ("a", "c")),
-        (ReadOptions(label_column="topics", label_separator=" "), "topics", "a  b", ("a", "b")),
-        (ReadOptions(label_column="topics", label_separator=" "), "topics", "", ()),
+        (ReadOptions(label_column="topics"), "topics", "a|b", ("a|b",)),
     ],
 )
 def test_labels(
@@ -100,15 +98,9 @@ def test_labels(
     assert row.labels == expected
 
 
-def test_a_separator_splits_in_json_too(tmp_path: Path) -> None:
-    content = b'{"text": "x", "label": "a;b"}\n{"text": "y", "labels": "c"}\n'
-    rows = read(tmp_path / "in.jsonl", content, ReadOptions(label_separator=";"))
-    assert [row.labels for row in rows] == [("a", "b"), ("c",)]
-
-
 def test_quotes_can_be_ordinary_characters(tmp_path: Path) -> None:
     content = b'text\tlabel\n"Never," he said\t1\nan " alone\t0\n'
-    with pytest.raises(InputError, match=r"line 2 is not a row of a table.*literal_quotes"):
+    with pytest.raises(RowError, match=r"line 2 is not a row of a table.*literal_quotes"):
         read(tmp_path / "in.tsv", content)
     rows = read(tmp_path / "in.tsv", content, ReadOptions(literal_quotes=True))
     assert [row.text for row in rows] == ['"Never," he said', 'an " alone']
