@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does calibration keep its promises? Simulations on populations whose true drop is known.
 
-    python scripts/calibration_study.py --work WORK [--quick] [--population sst2] [--rows 1000]
+    python scripts/calibration_study.py --work WORK [--population trec-minilm] [--rows 1000]
 
 A population is a large set of logits with labels: either synthetic, or from a real model on real
 data (`scripts/logits/`, dev and test rows together). A calibration sees rows that are drawn from
@@ -9,25 +9,31 @@ it with replacement. What it chooses is then evaluated on the whole population, 
 known. The cost of a row is its number of layers.
 
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
-so the script can be stopped at any time. The tables are written to `docs/calibration-study.md`. The
-calibrations behind them are in `scripts/results/calibration-study.tar.xz`; unpack it into WORK to
-add to them. The extras `calibrate` and `plot` are needed.
+so the script can be stopped at any time. The tables of all of them are written to
+`scripts/results/calibration-study.md`; the first one is also in `docs/calibration-study.md`. The
+columns are
+
+- drop: the mean true drop over calibrations, in points, with its standard error,
+- broken: the share of calibrations whose true drop exceeds a guarantee, with its 95 % interval,
+- refused: the share of calibrations that choose full depth, since no faster setting is confirmed,
+- saving: the mean share of layers that is saved; a refusal saves nothing,
+- oracle: the saving as a share of the oracle's, which knows the population, and takes the setting
+  that saves most within the promise.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from pages import render
 
 from fpabee.calibration import Bound, Goal, LabelledLogits, RiskOf
 from fpabee.calibration.choose import Search
@@ -40,12 +46,11 @@ from fpabee.runtime import ExitRule, InputError, ProblemType
 from fpabee.runtime.cli.errors import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
-PAGE = Path(__file__).parent.parent / "docs" / "calibration-study.md"
+OUTPUT = Path(__file__).parent / "results" / "calibration-study.md"
 SIZES = (200, 500, 1000, 3000)
 REPEATS = 500
-QUICK_SIZES, QUICK_REPEATS = (500, 1000), 60
-# Each kind of rule alone is judged on fewer calibrations of one size.
-ALONE_ROWS, ALONE_REPEATS = 1000, 60
+SUMMARY_ROWS = 1000
+"""The number of rows of the first table."""
 _SYNTHETIC_ROWS = 20_000
 _SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 
@@ -111,13 +116,11 @@ class Promise:
         name: as the table shows it.
         goal: what is asked for.
         metric: the metric; None means the first one of the task.
-        ordered: whether the rows come sorted by label instead of at random.
     """
 
     name: str
     goal: Goal | Bound
     metric: str | None = None
-    ordered: bool = False
 
     @property
     def allowed(self) -> float:
@@ -136,7 +139,6 @@ PROMISES = (
     Promise("safe, macro-F1", SAFE, "macro_f1"),
     Promise("safe, agreement", SAFE, AGREEMENT),
     Promise("risk 1", Bound(0.01, 0.95)),
-    Promise("risk 1, sorted file", Bound(0.01, 0.95), ordered=True),
     Promise("risk 2", Bound(0.02, 0.95)),
     Promise("risk 2, disagreement", Bound(0.02, 0.95, RiskOf.DISAGREEMENT), AGREEMENT),
 )
@@ -209,48 +211,29 @@ class Population:
 
 
 def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
-    """Costs `[exits, rows]`: the number of the exit, which counts its layers; 0.01 for exit 0."""
-    return np.repeat(np.maximum(rows.exits, 0.01)[:, None], len(rows), axis=1)
+    """Costs `[exits, rows]`: the number of the exit, which counts its layers."""
+    return np.repeat(np.array(rows.exits, float)[:, None], len(rows), axis=1)
 
 
 def calibrate(
-    population: Population, promises: Sequence[Promise], count: int, seed: int
+    population: Population, count: int, seed: int
 ) -> Iterator[tuple[str, float, float, bool]]:
     """One calibration for each promise: its name, true drop, saving, and whether it refused."""
     rows = population.drawn(count, seed)
-    assert rows.expected is not None
-    keys = rows.expected if rows.expected.ndim == 1 else rows.expected.sum(axis=1)
     searches: dict[str, Search] = {}
-    costs_of: dict[tuple[str, bool], StoppingCosts] = {}
-    for promise in promises:
+    for promise in PROMISES:
         metric = population.scorer(promise.metric).metric
-        if (metric, promise.ordered) not in costs_of:
-            seen = rows.take(np.argsort(keys, kind="stable")) if promise.ordered else rows
-            costs_of[metric, promise.ordered] = StoppingCosts(seen, metric, layer_costs(seen))
-        costs = costs_of[metric, promise.ordered]
-        rule: ExitRule | None
+        if metric not in searches:
+            costs = StoppingCosts(rows, metric, layer_costs(rows))
+            families = make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed)
+            searches[metric] = Search(costs, families, seed)
+        search, rule = searches[metric], None
         if isinstance(promise.goal, Bound):
-            try:
-                rule, _ = control(costs, promise.goal, (), DEFAULT_MEASURES, seed)
-            except InputError:
-                rule = None
+            with suppress(InputError):  # The rows cannot confirm any rule.
+                rule, _ = control(search.stopping_costs, promise.goal, (), DEFAULT_MEASURES, seed)
         else:
-            if metric not in searches:
-                families = make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed)
-                searches[metric] = Search(costs, families, seed)
-            rule = searches[metric].choose(promise.goal, searches[metric].kinds)
+            rule = search.choose(promise.goal, search.kinds)
         yield promise.name, *population.truth(rule, promise.metric), rule is None
-
-
-def calibrate_alone(
-    population: Population, count: int, seed: int
-) -> Iterator[tuple[str, float, float]]:
-    """For each kind of rule, the true drop and the saving of `balanced` if only it competes."""
-    rows = population.drawn(count, seed)
-    costs = StoppingCosts(rows, population.scorer(None).metric, layer_costs(rows))
-    search = Search(costs, make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed), seed)
-    for kind in search.kinds:
-        yield kind, *population.truth(search.choose(BALANCED, [kind]), None)
 
 
 def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...]]]) -> None:
@@ -262,60 +245,50 @@ def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...
             file.flush()
 
 
-def page_of(names: Sequence[str], work: Path) -> str:
-    """The page, for what has been run."""
-    paths = {name: work / f"{name}-alone.jsonl" for name in names}
-    alone = {name: _runs(path) for name, path in paths.items() if path.is_file()}
-    return render(
-        "calibration-study",
-        lines=_lines(names, work),
-        alone=alone,
-        alone_rows=ALONE_ROWS,
-        kinds=list(dict.fromkeys(kind for run in chain(*alone.values()) for kind in run)),
-        outcome_alone=_outcome_alone,
-    )
-
-
-def _runs(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _lines(names: Sequence[str], work: Path) -> Iterator[str]:
-    """The lines of the table of promises."""
+def tables(names: Sequence[str], work: Path) -> Iterator[str]:
+    """The lines of the tables, for what has been run."""
+    yield "# Calibration study\n"
+    yield "Made by `scripts/calibration_study.py`, which describes the columns.\n"
+    yield f"## `balanced` and `safe` with {SUMMARY_ROWS:,} rows\n"
+    yield "| population | balanced: drop | saving | oracle | safe: broken | saving | oracle |"
+    yield "|---|---|---|---|---|---|---|"
     for name in names:
-        oracle_path = work / f"{name}-oracle.json"
-        oracles = json.loads(oracle_path.read_text()) if oracle_path.is_file() else {}
-        found = {
-            int(path.stem.rpartition("-")[2]): path for path in work.glob(f"{name}-*[0-9].jsonl")
-        }
-        for count, path in sorted(found.items()):
-            runs = _runs(path)
+        if (work / f"{name}-{SUMMARY_ROWS}.jsonl").is_file():
+            _, *balanced = _cells(name, SUMMARY_ROWS, PROMISES[0], work)
+            _, *safe = _cells(name, SUMMARY_ROWS, PROMISES[2], work)
+            cells = [name, balanced[0], *balanced[3:], safe[1], *safe[3:]]
+            yield f"| {' | '.join(cells)} |"
+    yield "\n## All promises\n"
+    yield "| population | rows | promise | runs | drop | broken | refused | saving | oracle |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name in names:
+        paths = work.glob(f"{name}-*[0-9].jsonl")
+        for count in sorted(int(path.stem.rpartition("-")[2]) for path in paths):
             for promise in PROMISES:
-                yield _line(name, count, promise, [run[promise.name] for run in runs], oracles)
+                cells = [name, str(count), promise.name, *_cells(name, count, promise, work)]
+                yield f"| {' | '.join(cells)} |"
 
 
-def _line(
-    name: str, count: int, promise: Promise, runs: list[Any], oracles: dict[str, float]
-) -> str:
-    drops, savings, refused = (np.array(column, float) for column in zip(*runs, strict=True))
+def _cells(name: str, count: int, promise: Promise, work: Path) -> list[str]:
+    """Runs, drop, broken, refused, saving and oracle of a promise."""
+    runs = (work / f"{name}-{count}.jsonl").read_text().splitlines()
+    found = [json.loads(line)[promise.name] for line in runs]
+    drops, savings, refused = (np.array(column, float) for column in zip(*found, strict=True))
     broken = int((drops > promise.allowed + 1e-9).sum())
     error = drops.std() / np.sqrt(len(drops))
     share = "-"
     if isinstance(promise.goal, Bound):
         low, high = binomial_interval(broken, len(drops))
         share = f"{100 * broken / len(drops):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    saving, best = savings.mean(), oracles.get(promise.name, 0.0)
-    of = f"{saving / best:.2f}" if best else "-"
-    return (
-        f"| {name} | {count} | {promise.name} | {len(drops)} | {drops.mean():.2f} ± {error:.2f} | "
-        f"{share} | {100 * refused.mean():.0f} % | {saving:.3f} | {of} |"
-    )
-
-
-def _outcome_alone(runs: Sequence[dict[str, Any]], kind: str) -> str:
-    """The mean saving and drop if only one kind of rule competes."""
-    drop, saving = np.mean([run[kind] for run in runs if kind in run], axis=0)
-    return f"{saving:.3f} ({drop:.2f})"
+    best = json.loads((work / f"{name}-oracle.json").read_text())[promise.name]
+    return [
+        str(len(drops)),
+        f"{drops.mean():.2f} ± {error:.2f}",
+        share,
+        f"{100 * refused.mean():.0f} %",
+        f"{savings.mean():.3f}",
+        f"{savings.mean() / best:.2f}" if best else "-",
+    ]
 
 
 def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -328,35 +301,26 @@ def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, f
 @click.command(context_settings={"show_default": True})
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Results so far.")
 @click.option("--population", "names", multiple=True, help="Default: all.")
-@click.option("--rows", "sizes", multiple=True, type=int, help=f"Default: {SIZES}.")
-@click.option("--repeats", type=int, help=f"Calibrations of each kind. Default: {REPEATS}.")
-@click.option("--quick", is_flag=True, help="Fewer calibrations: at most an hour on two cores.")
-@click.option("--page", default=PAGE, type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--rows", "sizes", multiple=True, type=int, default=SIZES)
+@click.option("--repeats", default=REPEATS, help="Calibrations of each kind.")
+@click.option("--output", default=OUTPUT, type=click.Path(path_type=Path), help="Where to write.")
 @exits_with_one_line
 def main(
-    work: Path,
-    names: tuple[str, ...],
-    sizes: tuple[int, ...],
-    repeats: int | None,
-    quick: bool,
-    page: Path,
+    work: Path, names: tuple[str, ...], sizes: tuple[int, ...], repeats: int, output: Path
 ) -> None:
-    """Run what is missing, then write the table of all that has been run."""
+    """Run what is missing, then write the tables of all that has been run."""
     work.mkdir(parents=True, exist_ok=True)
     makers = populations()
-    repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     for name in names or makers:
         population = Population(makers[name]())
         oracle = work / f"{name}-oracle.json"
         if not oracle.is_file():
             oracle.write_text(json.dumps({p.name: population.oracle(p) for p in PROMISES}))
-        for count in sizes or (QUICK_SIZES if quick else SIZES):
-            run = partial(calibrate, population, PROMISES, count)
+        for count in sizes:
+            run = partial(calibrate, population, count)
             study(work / f"{name}-{count}.jsonl", repeats, run)
             click.echo(f"{name}, {count} rows: done", err=True)
-        alone = partial(calibrate_alone, population, ALONE_ROWS)
-        study(work / f"{name}-alone.jsonl", min(repeats, ALONE_REPEATS), alone)
-    page.write_text(page_of(list(makers), work), encoding="utf-8")
+    output.write_text("\n".join(tables(list(makers), work)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Draw the README's picture from the results of `peers.py`: score against time per text.
 
-    python scripts/picture.py scripts/results/peers docs/assets
+    python scripts/picture.py scripts/results/peers.json docs/assets
 
-There is one panel for each data set. fpabee is a curve over its operating points, and every
+There is one panel for each model. fpabee is a curve over its operating points, and every
 alternative is a point. The time is that of the whole file, divided by its texts: the time of the
 median text would hide the texts that use all layers. A light and a dark version are written.
 """
@@ -19,18 +19,22 @@ import click
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from peers import MODELS
+from peers import CUTS, PABEE
+from systems import OTHERS
 
 from fpabee.runtime import InputError
 from fpabee.runtime.cli.errors import exits_with_one_line
 
 OWN = "fpabee-"
+SHOWN = sorted([PABEE, *(other.name for other in OTHERS), *(f"first-{n}-layers" for n in CUTS)])
 BLUE = "#0072B2"
 # Colours and markers of the alternatives: together they tell more than a dozen apart.
 COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "sD^vPX*"
 
-Results = dict[str, list[dict[str, Any]]]
+Places = dict[str, tuple[float, float]]
+"""The milliseconds and the accuracy of each system."""
+Results = dict[str, Places]
 Styles = dict[str, tuple[str, str]]
 """The colour and the marker of each alternative."""
 
@@ -56,27 +60,28 @@ def style(ink: str, grid: str) -> dict[Any, Any]:
     }
 
 
-def read(folder: Path) -> Results:
-    """What was measured, by data set; alternatives that failed are left out.
+def read(path: Path) -> Results:
+    """What was measured, by model, except for systems that failed or that are not drawn.
 
     Raises:
         InputError: nothing was measured.
     """
-    found = {}
-    for name in MODELS:
-        rows = [
-            json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(f"{name}/*.json"))
-        ]
-        if any("score" in row for row in rows):
-            found[name] = [row for row in rows if "score" in row]
-    if not found:
-        raise InputError(f"{folder} has no results", "run scripts/peers.py first")
-    return found
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {
+        model: {
+            name: (1000 / row["rows_per_s"], 100 * row["score"])
+            for name, row in rows.items()
+            if "score" in row and (name in SHOWN or name.startswith(OWN))
+        }
+        for model, rows in stored.items()
+    }
+    if not any(found.values()):
+        raise InputError(f"{path} has no results", "run scripts/peers.py first")
+    return {model: places for model, places in found.items() if places}
 
 
-def draw(axes: Axes, name: str, rows: list[dict[str, Any]], styles: Styles) -> None:
-    """Draw a data set."""
-    places = {row["name"]: (1000 / row["rows_per_s"], 100 * row["score"]) for row in rows}
+def draw(axes: Axes, name: str, places: Places, styles: Styles) -> None:
+    """Draw the systems of a model."""
     own = sorted(place for other, place in places.items() if other.startswith(OWN))
     axes.plot(*zip(*own, strict=True), "o-", color=BLUE, zorder=3, label="fpabee")
     for other, (color, marker) in styles.items():
@@ -91,12 +96,10 @@ def picture(results: Results) -> Figure:
     """The picture, in the colours that matplotlib is set to."""
     figure = Figure(figsize=(3.2 + 4 * len(results), 3.8), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
-    names = dict.fromkeys(row["name"] for rows in results.values() for row in rows)
-    others = [name for name in names if not name.startswith(OWN)]
-    styles = dict(zip(others, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
+    styles = dict(zip(SHOWN, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     lines: dict[str, Any] = {}
-    for axes, (name, rows) in zip(panels, results.items(), strict=True):
-        draw(axes, name, rows, styles)
+    for axes, (model, places) in zip(panels, results.items(), strict=True):
+        draw(axes, model.split("-")[1], places, styles)
         drawn, labels = axes.get_legend_handles_labels()
         lines |= zip(labels, drawn, strict=True)
     panels[0].set_ylabel("test accuracy, %")

@@ -5,50 +5,38 @@
 
 For each dataset and seed, one multi-exit model is trained, exported and traced on dev and test. For
 each kind of rule, the setting with the least drop among those that save enough is chosen on dev
-and evaluated on test. Models are trained with the loss of the paper; those named `-distill` also
-use self-distillation, and are compared with the others. DATA holds a folder for each dataset, with
-train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped at
-any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED. Results are in
-`scripts/results/`: a JSON file for each run, and tables.
-
-Models named `-exit-0` also have exit 0, and are trained with the default options. They are compared
-with what people would do instead: the cascade, encoders that are cut after the first layers, and
-model2vec. For this, nothing else should run on the machine.
+and evaluated on test. Models are trained with the loss of the paper; those named `-exit-0` have
+exit 0, and are trained with the default options. DATA holds a folder for each dataset, with
+train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped
+at any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED, and an encoder
+if it is in WORK/all-MiniLM-L6-v2 or WORK/all-mpnet-base-v2. The results of each run are stored in
+WORK/rules; the table of all of them is `scripts/results/rules.md`.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Sequence
+import shutil
+import statistics
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from reproduce_alternatives import (
-    choose,
-    compare_alternatives,
-    selector_by_layers,
-    static_model,
-)
-from reproduce_tables import DISTILLED, EXIT_0, SAVINGS, alternatives, tables
-from transformers import AlbertConfig, AutoTokenizer
 
+from fpabee.calibration.choose import Search
+from fpabee.calibration.families import make_families
 from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
+from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.trace import trace_rows
-from fpabee.exporter import export
-from fpabee.exporter.exit_0 import EXIT_0_FILE
+from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.exporter.training.report import REPORT_NAME
-from fpabee.exporter.training.resume import last_checkpoint
-from fpabee.runtime import Engine, ProblemType
-from fpabee.runtime.artifact.operating_point import Goal
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
 from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.cli.progress import step_progress
 from fpabee.runtime.files import read_rows
@@ -56,7 +44,11 @@ from fpabee.runtime.rules.measures import Measure
 from fpabee.runtime.rules.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
-MINILM, MPNET, ALBERT = "minilm", "mpnet", "albert"
+MINILM, MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
+SAVINGS = (0.25, 0.5, 0.75)
+EXIT_0 = "-exit-0"
+"""Suffix of the names of runs with exit 0 and self-distillation."""
+COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
 
 
 @dataclass(frozen=True)
@@ -67,288 +59,229 @@ class Run:
         backbone: which encoder is trained.
         data: folder of the dataset.
         seeds: number of seeds.
-        options: of the training, where they differ from the defaults. Epochs are 3 unless they are
-            among them.
-        problem_type: the task.
-        distill: the option of that name; 0 gives the loss of the paper.
-        exit_0: whether the model has exit 0.
-        shifted: folders of datasets whose first texts are of another kind.
+        options: of the training, where they differ from the loss of the paper and three epochs.
     """
 
     backbone: str
     data: str
     seeds: int = 3
     options: dict[str, Any] = field(default_factory=dict)
-    problem_type: ProblemType = ProblemType.SINGLE_LABEL
-    distill: float = 0.0
-    exit_0: bool = False
-    shifted: tuple[str, ...] = ()
 
 
-_MULTI = ProblemType.MULTI_LABEL
-_PLAIN = {
+_MULTI = {"problem_type": ProblemType.MULTI_LABEL}
+_PAPER = {"distill": 0.0, "exit_0": False, "epochs": 3.0}
+RUNS = {
     "mini-sst2": Run(MINILM, "sst2"),
     "mini-mrpc": Run(MINILM, "mrpc"),
     "mini-trec": Run(MINILM, "trec"),
-    "mini-mixsnips": Run(MINILM, "mixsnips", 3, {"epochs": 2.0}, _MULTI),
-    "mini-mixatis": Run(MINILM, "mixatis", problem_type=_MULTI),
+    "mini-mixsnips": Run(MINILM, "mixsnips", 3, {"epochs": 2.0} | _MULTI),
+    "mini-mixatis": Run(MINILM, "mixatis", 3, _MULTI),
     "mpnet-sst2": Run(MPNET, "sst2", 1, {"epochs": 2.0, "lr": 3e-5}),
-    "mpnet-mixsnips": Run(MPNET, "mixsnips", 1, {"epochs": 0.5, "lr": 3e-5}, _MULTI),
-    "albert-snips": Run(ALBERT, "snips", 1, {"random_init": True, "lr": 3e-4}),
-}
-# The number of seeds with which self-distillation is evaluated.
-_DISTILLED = {
-    "mini-sst2": 3,
-    "mini-mrpc": 3,
-    "mini-trec": 3,
-    "mini-mixsnips": 1,
-    "mini-mixatis": 1,
-    "mpnet-sst2": 1,
+    "mpnet-mixsnips": Run(MPNET, "mixsnips", 1, {"epochs": 0.5, "lr": 3e-5} | _MULTI),
 }
 _EXIT_0 = {
-    "mini-sst2": Run(MINILM, "sst2", shifted=("mrpc", "cola")),
+    "mini-sst2": Run(MINILM, "sst2"),
     "mini-trec": Run(MINILM, "trec"),
-    "mini-mrpc": Run(MINILM, "mrpc", options={"epochs": 2.0}),
+    "mini-mrpc": Run(MINILM, "mrpc", 3, {"epochs": 2.0}),
     "mini-snips": Run(MINILM, "snips", 1, {"epochs": 1.0}),
-    "mini-mixsnips": Run(MINILM, "mixsnips", 1, {"epochs": 0.5}, _MULTI),
-    "mini-mixatis": Run(MINILM, "mixatis", 1, {"epochs": 1.0}, _MULTI),
-    "mpnet-sst2": _PLAIN["mpnet-sst2"],
+    "mini-mixsnips": Run(MINILM, "mixsnips", 1, {"epochs": 0.5} | _MULTI),
+    "mini-mixatis": Run(MINILM, "mixatis", 1, {"epochs": 1.0} | _MULTI),
+    "mpnet-sst2": RUNS["mpnet-sst2"],
 }
-RUNS = (
-    _PLAIN
-    | {
-        name + DISTILLED: replace(_PLAIN[name], seeds=seeds, distill=0.5)
-        for name, seeds in _DISTILLED.items()
-    }
-    | {name + EXIT_0: replace(run, distill=0.5, exit_0=True) for name, run in _EXIT_0.items()}
-)
-# Options that differed between runs.
-_REPORTED = ("epochs", "lr", "distill", "bf16")
-# The numbers of layers after which encoders are cut, to compare them with exits.
-_CUTS = (1, 2, 3)
+for _name, _run in _EXIT_0.items():
+    _options = _run.options | {"distill": 0.5, "exit_0": True}
+    RUNS[_name + EXIT_0] = replace(_run, options=_options)
 
 
-def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path, command: str) -> Any:
-    """Train the model of a run, unless that is done, and return its report.
-
-    An interrupted training is resumed, and a model gets exit 0 if that alone is missing.
-    """
-    report = folder / REPORT_NAME
-    files: Any = {part: str(path) for part, path in files_of(run, data).items()}
-    with step_progress(quiet=False) as progress:
-        if not report.is_file():
-            options = TrainOptions(
-                **files,
-                backbone=backbone,
-                problem_type=run.problem_type,
-                distill=run.distill,
-                seed=seed,
-                bf16=has_fast_bf16(),
-                exit_0=run.exit_0,
-                resume=last_checkpoint(folder) is not None,
-                **{"epochs": 3.0} | run.options,
-            )
-            train(folder, options, progress, command)
-        elif run.exit_0 and not (folder / EXIT_0_FILE).is_file():
-            train(folder, TrainOptions(**files, exit_0_only=True, seed=seed), progress)
-    return json.loads(report.read_text(encoding="utf-8"))
+def backbone_of(run: Run, work: Path) -> str:
+    """The encoder of a run: its folder in `work`, or else its name on the Hugging Face hub."""
+    folder = work / run.backbone
+    return str(folder) if folder.is_dir() else f"sentence-transformers/{run.backbone}"
 
 
-def engines_of(folder: Path) -> Path:
-    """The engines folder of a model_dir, which is exported unless that is done."""
-    engines = folder.with_name(f"{folder.name}-engines")
+def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> Path:
+    """Train the model of a run in a folder, unless that is done; returns the folder."""
+    if not (folder / REPORT_NAME).is_file():
+        files: Any = {
+            part: str(data / run.data / f"{part}.jsonl.gz") for part in ("train", "dev", "test")
+        }
+        options = TrainOptions(
+            **files, backbone=backbone, seed=seed, bf16=has_fast_bf16(), **_PAPER | run.options
+        )
+        with step_progress(quiet=False) as progress:
+            train(folder, options, progress)
+    return folder
+
+
+def engines_of(model: Path, exits: tuple[int, ...] | None = None) -> Path:
+    """The engines folder of a model_dir with some or all exits, exported unless that is done."""
+    suffix = "-".join(["-engines", *map(str, exits or ())])
+    engines = model.with_name(model.name + suffix)
     if not (engines / "manifest.json").is_file():
-        export(folder, engines)
+        export(model, engines, ExportOptions(exits=exits))
     return engines
 
 
-def cut_encoders(
-    name: str, seed: int, data: Path, backbone: str, work: Path, is_trained: bool
-) -> dict[int, Path]:
-    """Models of encoders that are cut after the first layers, by their number.
-
-    Args:
-        name: of the run, whose options the training has.
-        seed: of the training.
-        data: the folder of the datasets.
-        backbone: the encoder.
-        work: the folder of the models.
-        is_trained: whether encoders are trained; otherwise only those in `work` count.
-    """
-    found = {}
-    for layers in _CUTS:
-        run = RUNS[name]
-        run = replace(run, options={**run.options, "exits": (layers,)}, distill=0.0, exit_0=False)
-        folder = work / f"{name.removesuffix(EXIT_0)}-cut-{layers}-{seed}"
-        if is_trained:
-            train_run(run, seed, data, backbone, folder, _command(name, seed))
-        if (folder / REPORT_NAME).is_file():
-            found[layers] = folder
-    return found
+def without_exit_0(model: Path) -> Path:
+    """A copy of a model_dir without exit 0."""
+    copy = model.with_name(f"{model.name}-without-exit-0")
+    shutil.copytree(model, copy, dirs_exist_ok=True)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["fpabee"].pop("exit_0", None)
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return copy
 
 
-def _command(name: str, seed: int) -> str:
-    return f"python scripts/reproduce.py --data DATA --work WORK --only {name} --seed {seed}"
-
-
-def files_of(run: Run, data: Path) -> dict[str, Path]:
-    """The files of a dataset by part."""
-    return {part: data / run.data / f"{part}.jsonl.gz" for part in ("train", "dev", "test")}
-
-
-def trace(folder: Path, data: Path, threads: int | None) -> tuple[LabelledLogits, list[int]]:
+def trace(engines: Path, data: Path) -> tuple[LabelledLogits, list[int]]:
     """The trace of a file, which is stored in the engines folder, and the layer of each exit."""
-    with Engine.load(folder, threads=threads) as engine, step_progress(quiet=False) as progress:
-        place = folder / "calibration"
+    with Engine.load(engines) as engine, step_progress(quiet=False) as progress:
+        place = engines / "calibration"
         rows = trace_rows(engine, list(read_rows(data)), place, progress=progress)
         return rows, list(engine.manifest.exit_layers)
 
 
-def store_logits(path: Path, dev: LabelledLogits, test: LabelledLogits) -> None:
-    """Store the logits of two parts in 16 bits, with their labels and without their texts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {}
-    for part, rows in (("dev", dev), ("test", test)):
-        assert rows.expected is not None
-        content[f"{part}_logits"] = rows.logits.astype(np.float16)
-        content[f"{part}_labels"] = rows.expected.astype(np.int8)
-    np.savez_compressed(path, **content)
+def search_by_layers(
+    rows: LabelledLogits,
+    layers: Sequence[int],
+    rules: Sequence[str] = tuple(RULES),
+    measures: Sequence[Measure] = tuple(Measure),
+) -> Search:
+    """Settings of rules, to choose by the number of layers instead of measured times.
+
+    Args:
+        rows: the rows that choose.
+        layers: the layer of each exit.
+        rules: names of the rules that compete.
+        measures: similarity measures that compete.
+    """
+    costs = np.repeat(np.array(layers, float)[:, None], len(rows), axis=1)
+    stopping = StoppingCosts(rows, METRICS[rows.problem_type][0], costs)
+    return Search(stopping, make_families(stopping, rules, measures))
+
+
+def choose(search: Search, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
+    """The best setting of some kinds; None if no setting but full depth meets the goal."""
+    try:
+        return search.choose(goal, kinds)
+    except InputError:  # No setting is as fast.
+        return None
 
 
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
-    metric = METRICS[dev.problem_type][0]
-    selector = selector_by_layers(dev, layers, list(RULES), list(Measure))
-    scorer = Scorer(test, metric)
+    search = search_by_layers(dev, layers)
+    scorer = Scorer(test, METRICS[dev.problem_type][0])
     found = []
-    for kind in selector.search.kinds:
+    for kind in search.kinds:
         for saving in SAVINGS:
-            chosen = choose(selector, Goal(speedup=1 / (1 - saving)), [kind])
+            chosen = choose(search, Goal(speedup=1 / (1 - saving)), [kind])
             if chosen is None:
                 continue
             exits = exits_of(chosen, test)
             depth = np.asarray(layers)[test.at(exits)[0]].mean()
-            found.append(
-                {
-                    "kind": kind,
-                    "wished": saving,
-                    "rule": chosen.to_dict(),
-                    "saving": float(1 - depth / layers[-1]),
-                    "score": scorer.score(exits),
-                }
-            )
-    every = test.exits
-    return {
-        "metric": metric,
-        "rows": {"dev": len(dev), "test": len(test)},
-        "layers": list(layers),
-        "exits": [scorer.score(np.full(len(test), number)) for number in every],
-        "settings": found,
-    }
+            saved, score = float(1 - depth / layers[-1]), scorer.score(exits)
+            found.append({"kind": kind, "wished": saving, "saving": saved, "score": score})
+    full = scorer.full_depth
+    return {"metric": scorer.metric, "rows": len(test), "full_depth": full, "settings": found}
 
 
-def small_albert(tokenizer: str, folder: Path) -> str:
-    """Write the configuration of an ALBERT with 12 layers of width 256; returns the folder."""
-    if not (folder / "config.json").is_file():
-        words = AutoTokenizer.from_pretrained(tokenizer)
-        words.save_pretrained(folder)
-        AlbertConfig(
-            vocab_size=len(words),
-            embedding_size=128,
-            hidden_size=256,
-            num_hidden_layers=12,
-            num_attention_heads=4,
-            intermediate_size=1024,
-            max_position_embeddings=128,
-            pad_token_id=words.pad_token_id,
-        ).save_pretrained(folder)
-    return str(folder)
+def table(results: Path) -> str:
+    """The stored results as Markdown.
+
+    Args:
+        results: their folder.
+    """
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")]
+    stored.sort(key=lambda run: run["seed"])
+    runs = {name: [run for run in stored if run["name"] == name] for name in RUNS}
+    return "\n".join(_lines({name: mine for name, mine in runs.items() if mine})) + "\n"
+
+
+def _lines(runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    yield "# Scores at 25, 50 and 75 % of layers saved\n"
+    yield "Made by `scripts/reproduce.py`. Settings are chosen on dev and evaluated on test. The"
+    yield "share of layers saved is in brackets. Means and standard deviations over the seeds.\n"
+    yield "## F-PABEE and other rules\n"
+    yield "Score of `fpabee` minus that of the other rule on the same model, in points, where"
+    yield "25 / 50 / 75 % of the layers are saved.\n"
+    yield f"| model | {' | '.join(COMPARED)} |"
+    yield "|---|" + "---|" * len(COMPARED)
+    for name, mine in runs.items():
+        yield f"| {name} | " + " | ".join(_difference(mine, kind) for kind in COMPARED) + " |"
+    for name, mine in runs.items():
+        seeds = ", ".join(str(run["seed"]) for run in mine)
+        full = _with_deviation([run["full_depth"] for run in mine])
+        yield f"\n## {name}\n"
+        yield f"Seeds {seeds}; {mine[0]['metric']} at full depth {full}; {mine[0]['rows']} rows.\n"
+        yield "| rule | 25 % | 50 % | 75 % |"
+        yield "|---|---|---|---|"
+        for kind in dict.fromkeys(setting["kind"] for run in mine for setting in run["settings"]):
+            cells = [_cell(_found(mine, kind, saving), len(mine)) for saving in SAVINGS]
+            yield f"| {kind} | " + " | ".join(cells) + " |"
+
+
+def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
+    """The setting of a kind of rule in each run."""
+    settings = [setting for run in runs for setting in run["settings"]]
+    return [each for each in settings if (each["kind"], each["wished"]) == (kind, saving)]
+
+
+def _cell(found: Sequence[dict[str, Any]], runs: int) -> str:
+    """The score at a saving, and what is saved."""
+    if len(found) < runs:
+        return "-"
+    saved = statistics.mean(100 * setting["saving"] for setting in found)
+    return f"{_with_deviation([setting['score'] for setting in found])} ({saved:.0f} %)"
+
+
+def _difference(runs: Sequence[dict[str, Any]], kind: str) -> str:
+    """Mean difference between F-PABEE and another kind of rule at each saving, in points."""
+    found = []
+    for saving in SAVINGS:
+        both = [_found(runs, each, saving) for each in ("fpabee", kind)]
+        means = [statistics.mean(one["score"] for one in each) for each in both if each]
+        complete = all(len(each) == len(runs) for each in both)
+        found.append(f"{100 * (means[0] - means[1]):+.2f}" if complete else "-")
+    return " / ".join(found)
+
+
+def _with_deviation(scores: Sequence[float]) -> str:
+    mean = f"{100 * statistics.mean(scores):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else mean
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="Models and traces.")
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Models and results.")
 @click.option("--only", multiple=True, type=click.Choice(list(RUNS)), help="Default: all.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ...")
-@click.option("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
-@click.option("--mpnet", default="sentence-transformers/all-mpnet-base-v2")
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS)
-@click.option("--logits", type=click.Path(path_type=Path), help="Also store logits there.")
-@click.option(
-    "--train-cuts/--no-train-cuts",
-    default=True,
-    help="Train encoders that are cut, or use only those in WORK/NAME-cut-LAYERS-SEED.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS / "rules.md")
 @exits_with_one_line
 def main(
     data: Path,
     work: Path,
     only: tuple[str, ...],
     seeds: tuple[int, ...],
-    minilm: str,
-    mpnet: str,
-    results: Path,
-    logits: Path | None,
-    train_cuts: bool,
-    threads: int | None,
+    output: Path,
 ) -> None:
-    """Train, export, trace and compare; then write the tables."""
-    # First, because an export would set up the process's thread pool with all cores.
-    session_options(threads)
-    backbones = {MINILM: minilm, MPNET: mpnet, ALBERT: small_albert(minilm, work / ALBERT)}
-    runs, others = results / "runs", results / "alternatives"
+    """Train, export, trace and compare; then write the table."""
+    results = work / "rules"
+    results.mkdir(parents=True, exist_ok=True)
     for name in only or RUNS:
         run = RUNS[name]
         for seed in seeds or range(42, 42 + run.seeds):
-            model, backbone = work / f"{name}-{seed}", backbones[run.backbone]
-            path, other = (folder / f"{name}-{seed}.json" for folder in (runs, others))
-            if path.is_file() and (not run.exit_0 or _is_compared(other, train_cuts)):
+            path = results / f"{name}-{seed}.json"
+            if path.is_file():
                 continue
-            report = train_run(run, seed, data, backbone, model, _command(name, seed))
-            folder, files = engines_of(model), files_of(run, data)
-            head = {
-                "name": name,
-                "seed": seed,
-                "command": _command(name, seed),
-                "training": {key: report["options"][key] for key in _REPORTED},
-                "train_seconds": report["train_seconds"],
-                "hardware": f"{platform.machine()}, {platform.system()}",
-                "versions": {n: metadata.version(n) for n in ("torch", "onnxruntime", "fpabee")},
-            }
-            if not path.is_file():
-                (dev, layers), (test, _) = (
-                    trace(folder, files[part], threads) for part in ("dev", "test")
-                )
-                if logits is not None:
-                    store_logits(logits / f"{name}-{seed}.npz", dev, test)
-                _store(path, head | compare(dev, test, layers))
-            if run.exit_0:
-                models = cut_encoders(name, seed, data, backbone, work, train_cuts)
-                cuts = {layers: engines_of(model) for layers, model in models.items()}
-                sources = (run.data, *run.shifted) if run.shifted else ()
-                shifted = {source: data / source / "test.jsonl.gz" for source in sources}
-                parts = files["dev"], files["test"]
-                found = compare_alternatives(folder, *parts, cuts, shifted, threads)
-                found["systems"].append(static_model(backbone, work, data / run.data, threads))
-                _store(other, head | found)
-    (results / "table.md").write_text(tables(runs, RUNS), encoding="utf-8")
-    (results / "alternatives.md").write_text(alternatives(others, RUNS), encoding="utf-8")
-    click.echo(f"{results / 'table.md'} covers {len(list(runs.glob('*.json')))} runs")
-
-
-def _is_compared(path: Path, with_cuts: bool) -> bool:
-    """Whether a comparison is stored; without cut encoders it may not be complete."""
-    if not path.is_file():
-        return False
-    systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
-    return not with_cuts or any(system["name"].startswith("cut") for system in systems)
-
-
-def _store(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{path} is written")
+            model = work / f"{name}-{seed}"
+            engines = engines_of(train_run(run, seed, data, backbone_of(run, work), model))
+            (dev, layers), (test, _) = (
+                trace(engines, data / run.data / f"{part}.jsonl.gz") for part in ("dev", "test")
+            )
+            content = {"name": name, "seed": seed} | compare(dev, test, layers)
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            click.echo(f"{path} is written", err=True)
+    output.write_text(table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

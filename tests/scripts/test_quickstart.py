@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -56,18 +55,8 @@ def test_fp16_is_exported_where_rtx_can_be_installed(
     assert done.returncode == 0, done.stderr
     assert (EXPORT_FP16 in done.stdout.splitlines()) == has_rtx
     assert ("skipped: TensorRT for RTX is not installed" in done.stderr) != has_rtx
-    assert done.stdout.splitlines()[-1] == "python scripts/show_results.py demo"
-
-
-def test_the_gains_are_in_plain_words(load_script: Callable[[str], ModuleType]) -> None:
-    point = {"operating_point": "balanced", "rows": 800, "saving": 0.4}
-    calibrated = point | {"metrics": {"accuracy": 0.92}}
-    full = {"metrics": {"accuracy": 0.925}}
-    lines = list(load_script("show_results").gains(calibrated, full, 1.25))
-    assert "800 test requests" in lines[0]
-    assert "92.5% at full depth, 92.0% with early exit" in lines[1]
-    assert "40% fewer" in lines[2]
-    assert "20% less" in lines[3]
+    run = "fpabee-run demo/engines scripts/demo_data/test.jsonl.gz --metrics --output demo/test"
+    assert done.stdout.splitlines()[-2:] == [f"{run}_full.jsonl --full-depth", f"{run}.jsonl"]
 
 
 def test_the_demo_data_are_as_documented() -> None:

@@ -1,13 +1,12 @@
-"""One alternative of `peers.py`, prepared or measured in an environment of its own.
+"""The systems that `peers.py` compares, each in a process and an environment of its own.
 
-    python peers_child.py prepare|measure < SPECIFICATION.json
+    python systems.py prepare|measure < SPECIFICATION.json
 
 `prepare` exports, quantizes or trains, once. `measure` loads the result in a fresh process,
 classifies the texts of the test file, and prints JSON. The specification holds `kind` (one of
 `KINDS`), `place` (the folder that `prepare` writes), `model` (the multi-exit model whose last exit
-is the classifier), `engines` (its engines folder), `backbone`, `data` (the folder of the data set),
-`rows` (test texts at most), `threads`, `begun` (when the process was started) and what belongs to
-the kind. Only what runs fpabee imports fpabee.
+is the classifier), `backbone`, `data` (the folder of the data set), `threads`, `begun` (when the
+process was started) and the settings of the system. Only what runs fpabee imports fpabee.
 """
 
 from __future__ import annotations
@@ -15,24 +14,127 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+import venv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace as Specification
 from typing import Any
 
 SINGLE_ROWS, ROUNDS, MOST_SECONDS = 200, 3, 60.0
 
-Predict = Callable[[list[str]], list[str]]
+ENVIRONMENTS = {
+    "torch": ["sentence-transformers==6.2.0"],
+    "onnx": ["sentence-transformers[onnx]", "optimum-onnx==0.1.0"],
+    "openvino": ["sentence-transformers[openvino]", "optimum-intel==2.2.0", "nncf", "datasets"],
+    "setfit": ["setfit==1.2.0"],
+    "model2vec": ["model2vec[distill,inference,quantization,train]==0.10.0"],
+}
+"""What each environment installs. With optimum, pip chooses a sentence-transformers that fits."""
+
+Text = str | tuple[str, str]
+Answer = tuple[list[str], int | None]
+"""The labels of a text, and how many layers ran, where this is known."""
+Predict = Callable[[Sequence[Any]], list[Answer]]
 
 
-def read(data: str, part: str) -> tuple[list[str], list[str]]:
-    """The texts and labels of a part of a data set."""
+@dataclass(frozen=True)
+class System:
+    """A way to classify.
+
+    Attributes:
+        name: in tables.
+        kind: one of `KINDS`.
+        environment: one of `ENVIRONMENTS`; empty: that of this interpreter.
+        settings: what else its functions need to know.
+    """
+
+    name: str
+    kind: str
+    environment: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+OTHERS = [
+    *(System(f"torch-{form}", "torch", "torch", {"form": form}) for form in ("eager", "bf16")),
+    System("torch-compiled", "torch", "torch", {"form": "compiled"}),
+    System("onnx", "backend", "onnx", {"int8": False}),
+    System("onnx-int8", "backend", "onnx", {"int8": True}),
+    System("openvino", "backend", "openvino", {"int8": False}),
+    System("openvino-int8", "backend", "openvino", {"int8": True}),
+    System("setfit", "setfit", "setfit"),
+    System("model2vec", "model2vec", "model2vec"),
+]
+"""The systems that do not run fpabee."""
+
+
+def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Prepare a system unless that is done, and measure it.
+
+    Args:
+        system: the system.
+        given: what all of them need to know, see above.
+        work: gets environments, and what is exported and trained.
+
+    Raises:
+        RuntimeError: an environment or a step failed; the message is the last line that it wrote.
+    """
+    place = work / "peers" / f"{Path(given['model']).name}-{system.name}"
+    more = {"kind": system.kind, "place": str(place), "backend": system.environment}
+    python, done = environment(system.environment, work), place / ".prepared"
+    given = given | more | system.settings
+    if not done.is_file():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        _child(python, "prepare", given)
+        done.touch()
+    found: dict[str, Any] = json.loads(_child(python, "measure", given).splitlines()[-1])
+    return found
+
+
+def environment(name: str, work: Path) -> str:
+    """The interpreter of an environment, which is created unless that is done.
+
+    Raises:
+        RuntimeError: its packages cannot be installed.
+    """
+    if not name:
+        return sys.executable
+    place = work / "environments" / name
+    python, done = place / "bin" / "python", place / "installed"
+    if not done.is_file():
+        venv.create(place, with_pip=True, clear=True)
+        _checked([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]])
+        done.touch()
+    return str(python)
+
+
+def _child(python: str, step: str, given: dict[str, Any]) -> str:
+    return _checked([python, __file__, step], json.dumps(given | {"begun": time.time()}))
+
+
+def _checked(command: list[str], text: str | None = None) -> str:
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, env=os.environ | quiet
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(lines[-1].strip() if lines else f"exit code {done.returncode}")
+    return done.stdout
+
+
+def read(data: str, part: str) -> tuple[list[Text], list[list[str]]]:
+    """The texts or pairs of a part of a data set, and the labels of each."""
     with gzip.open(Path(data) / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [row["text"] for row in rows], [row["label"] for row in rows]
+    texts = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in rows]
+    return texts, [row["labels"] if "labels" in row else [row["label"]] for row in rows]
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -62,7 +164,12 @@ def from_logits(model: Any, spec: Specification) -> Predict:
     """The labels of what `encode` returns, which is the logits."""
     names = config_of(spec.model)["id2label"]
     more = {"convert_to_tensor": True, "show_progress_bar": False}
-    return lambda texts: [names[str(n)] for n in model.encode(texts, **more).argmax(1).tolist()]
+
+    def predict(texts: Sequence[Any]) -> list[Answer]:
+        best = model.encode(texts, **more).argmax(1).tolist()
+        return [([names[str(number)]], None) for number in best]
+
+    return predict
 
 
 def load_torch(spec: Specification) -> Predict:
@@ -121,7 +228,7 @@ def prepare_setfit(spec: Specification) -> None:
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments, sample_dataset
 
-    texts, labels = read(spec.data, "train")
+    texts, labels = train_rows(spec)
     model = SetFitModel.from_pretrained(spec.backbone, labels=sorted(set(labels)), device="cpu")
     arguments = TrainingArguments(batch_size=16, num_epochs=1, max_steps=200, save_strategy="no")
     rows = Dataset.from_dict({"text": texts, "label": labels})
@@ -136,7 +243,9 @@ def load_setfit(spec: Specification) -> Predict:
     from setfit import SetFitModel
 
     model = SetFitModel.from_pretrained(spec.place, device="cpu")
-    return lambda texts: [str(label) for label in model.predict(texts, show_progress_bar=False)]
+    return lambda texts: [
+        ([str(label)], None) for label in model.predict(texts, show_progress_bar=False)
+    ]
 
 
 def prepare_model2vec(spec: Specification) -> None:
@@ -146,7 +255,7 @@ def prepare_model2vec(spec: Specification) -> None:
 
     static = distill(spec.backbone, device="cpu")
     classifier = StaticModelForClassification.from_static_model(model=static)
-    classifier.fit(*read(spec.data, "train"), device="cpu")
+    classifier.fit(*train_rows(spec), device="cpu")
     classifier.to_pipeline().save_pretrained(spec.place)
 
 
@@ -155,16 +264,24 @@ def load_model2vec(spec: Specification) -> Predict:
     from model2vec.inference import StaticModelPipeline
 
     model = StaticModelPipeline.from_pretrained(spec.place)
-    return lambda texts: [str(label) for label in model.predict(texts)]
+    return lambda texts: [([str(label)], None) for label in model.predict(texts)]
+
+
+def train_rows(spec: Specification) -> tuple[list[Text], list[str]]:
+    """The texts of the training file, and the one label of each."""
+    texts, labels = read(spec.data, "train")
+    return texts, [label for (label,) in labels]
 
 
 def load_fpabee(spec: Specification) -> Predict:
-    """An operating point, or full depth."""
-    from fpabee.runtime import Engine
+    """A rule on the chain, or full depth."""
+    from fpabee.runtime import Engine, ExitRule
 
-    engine = Engine.load(spec.engines, spec.target, operating_point=spec.point)
-    full = spec.point is None
-    return lambda texts: [row.labels[0] for row in engine.predict(texts, full_depth=full)]
+    rule = ExitRule.from_dict(spec.rule) if spec.rule else None
+    engine = Engine.load(spec.engines, spec.target, rule=rule)
+    return lambda texts: [
+        (list(row.labels), row.layer) for row in engine.predict(texts, full_depth=rule is None)
+    ]
 
 
 def load_pabee(spec: Specification) -> Predict:
@@ -180,7 +297,7 @@ def load_pabee(spec: Specification) -> Predict:
     encoder = TextEncoder(Path(spec.engines), manifest.tokenizer)
     embeddings, blocks, heads = model.parts
 
-    def one(text: str) -> str:
+    def one(text: Text) -> Answer:
         arrays = padded_inputs(encoder.encode([text]), padding_values(manifest.tokenizer))
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
@@ -191,9 +308,9 @@ def load_pabee(spec: Specification) -> Predict:
             answer, same = now, same + 1 if now == answer else 0
             if same == spec.patience:
                 break
-        return manifest.task.labels[answer]
+        return [manifest.task.labels[answer]], None
 
-    def predict(texts: list[str]) -> list[str]:
+    def predict(texts: Sequence[Any]) -> list[Answer]:
         with torch.inference_mode():
             return [one(text) for text in texts]
 
@@ -211,13 +328,13 @@ KINDS = {
 
 
 def measured(spec: Specification) -> dict[str, Any]:
-    """The answers, times and memory of an alternative."""
-    texts = read(spec.data, "test")[0][: spec.rows]
+    """The score, times and memory of a system."""
+    texts, labels = read(spec.data, "test")
     predict = KINDS[spec.kind][1](spec)
     predict(texts[:1])
     start_up = time.time() - spec.begun
 
-    def seconds(some: list[str]) -> float:
+    def seconds(some: Sequence[Any]) -> float:
         started = time.perf_counter()
         predict(some)
         return time.perf_counter() - started
@@ -230,8 +347,12 @@ def measured(spec: Specification) -> dict[str, Any]:
     answers, whole = predict(texts), [seconds(texts)]
     while len(whole) < ROUNDS and sum(whole) < MOST_SECONDS:
         whole.append(seconds(texts))
+    layers = [layer for _, layer in answers if layer is not None]
+    right = [set(mine) == set(true) for (mine, _), true in zip(answers, labels, strict=True)]
     return {
-        "answers": answers,
+        "score": statistics.mean(right),
+        "layers": statistics.mean(layers) if layers else None,
+        "rows": len(texts),
         "median_ms": statistics.median(alone),
         "p99_ms": alone[int(0.99 * (len(alone) - 1))],
         "rows_per_s": len(texts) / statistics.median(whole),
