@@ -36,6 +36,7 @@ from gpu_check_measure import (
     interleaved,
     measure,
 )
+from gpu_check_polygraphy import judge
 from gpu_check_table import TOKENS
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
@@ -45,7 +46,13 @@ from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
-from fpabee.runtime import Engine, FpabeeError, MissingExtraError, read_manifest
+from fpabee.runtime import (
+    Engine,
+    FpabeeError,
+    MissingExtraError,
+    VerificationError,
+    read_manifest,
+)
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.backends.cuda import cuda
@@ -148,7 +155,10 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
             home = folder / "one" / "targets" / targets[0]
             home.mkdir(parents=True, exist_ok=True)
             shutil.copy(cache, home)
+    problem = judge(folder, targets[0], emit)
     measure(folder, targets[0], emit)
+    if problem:
+        raise VerificationError(problem, "send us this report")
 
 
 def plan_backend() -> str:

@@ -36,15 +36,16 @@ def markdown(report: Result) -> str:
         lines += _section(size, _HEADS, [_row(own, *variant) for variant in variants])
     heads = ("model", "runs on", "tokens", "ratio", "at most", "found", "")
     lines += _section("Targets", heads, list(_targets(results)))
-    lines += _section(
-        "Largest difference of a logit from PyTorch in fp32, at each exit",
-        ("model", "runs on", "exits", "verdict"),
-        [
-            (r["size"], r["runs_on"], ", ".join(f"{d:.1e}" for d in r["exits"]), r["verdict"])
-            for r in results
-            if r["what"] == "parity"
-        ],
-    )
+    for what, judge in (("parity", "PyTorch in fp32"), ("judge", "Polygraphy's runner")):
+        lines += _section(
+            f"Largest difference of a logit from {judge}, at each exit",
+            ("model", "runs on", "exits", "verdict"),
+            [
+                (r["size"], r["runs_on"], ", ".join(f"{d:.1e}" for d in r["exits"]), r["verdict"])
+                for r in results
+                if r["what"] == what
+            ],
+        )
     lines += _section(
         "The kernel that decides after an exit",
         ("rule", "labels", "rows", "microseconds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from click.testing import CliRunner
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision.formats import Half
-from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime import Engine, VerificationError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
@@ -34,6 +35,7 @@ from ..conftest import WORDS
 from ..doubles.cuda import FakeCuda
 from ..doubles.decide import compiled, decide
 from ..doubles.device import GPU, install, install_cuda_provider, serve, set_gpu
+from ..doubles.polygraphy import serve_polygraphy
 from ..doubles.tensorrt import plans_of
 
 ROOT = Path(__file__).parents[2]
@@ -393,7 +395,9 @@ def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
     double = serve(monkeypatch, models / "chain")
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
     monkeypatch.setattr(parts, "cuda_device", lambda: GPU)
-    monkeypatch.setattr(parts, "measure", lambda *arguments: None)
+    monkeypatch.setattr(parts, "judge", lambda *arguments: "the chain differs")
+    monkeypatch.setattr(parts, "measure", lambda *arguments: measured.append(arguments))
+    measured: list[Any] = []
 
     def emit(variant: str, **result: Any) -> None:
         if variant == "chain":
@@ -401,7 +405,9 @@ def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
             (cache,) = (models / "chain").rglob("timing.cache")
             cache.write_text(cache.read_text("utf-8").replace("segment_01", "a layer"), "utf-8")
 
-    parts.plans(models, "fp16", emit)
+    with pytest.raises(VerificationError, match="the chain differs"):
+        parts.plans(models, "fp16", emit)
+    assert measured, "also if they differ"
     profiles = read_manifest(models / "chain").targets["tensorrt-fp16-sm86"].profiles
     one_row = [shapes.sequence.opt for shapes in profiles if shapes.batch.max == 1]
     assert one_row == [length for length in parts.TOKENS if length <= 64], "no others are timed"
@@ -436,6 +442,50 @@ def test_a_model_is_made_and_its_plans_are_built(
     if "int8" in precisions:
         with pytest.raises(parts.Skipped, match="the model was made before"):
             parts.make_models(tmp_path, "tiny", emit)
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1])
+def test_plans_are_compared_with_the_runner_of_polygraphy(
+    difference: float,
+    measure: tuple[ModuleType, str],
+    load_script: Load,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, target = measure
+    if target == TARGET:
+        pytest.skip("these are no plans")
+    module = load_script("gpu_check_polygraphy")
+    monkeypatch.setattr(module, "TOKENS", (16, 32))
+    find = [plans_of(models / name) for name in ("chain", "one")]
+    serve_polygraphy(monkeypatch, lambda plan: find[0](plan) or find[1](plan), difference)
+    results: Results = []
+    found = module.judge(models, target, lambda **result: results.append(result))
+    assert [(r["what"], r["variant"]) for r in results] == [
+        ("judge", module.ENGINE),
+        ("judge", module.STEPWISE),
+    ]
+    assert [len(r["exits"]) for r in results] == [1, 3]
+    for result in results:
+        np.testing.assert_allclose(result["exits"], difference, atol=1e-5)
+        assert (result["verdict"] == "equal") == (difference == 0)
+    assert bool(found) == (difference > 0)
+
+
+def test_without_polygraphy_nothing_is_compared(
+    load_script: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    results: Results = []
+    emit = lambda **result: results.append(result)  # noqa: E731
+    assert load_script("gpu_check_polygraphy").judge(tmp_path, "tensorrt-fp16-sm86", emit) == ""
+    assert [r["reason"] for r in results] == ["polygraphy is not installed"]
+
+
+def test_the_runner_of_polygraphy_takes_these_arguments() -> None:
+    polygraphy = pytest.importorskip("polygraphy.backend.trt", reason="it is not installed")
+    names = inspect.signature(polygraphy.TrtRunner.__init__).parameters
+    assert {"optimization_profile", "allocation_strategy"} <= set(names)
 
 
 def test_only_tests_that_are_marked_run(load_script: Load, tmp_path: Path) -> None:
@@ -481,6 +531,7 @@ def test_the_table_shows_times_and_whether_the_targets_are_met(load_script: Load
     results.append(
         where | {"what": "parity", "variant": "x", "exits": [1e-4, 2e-3], "verdict": "good"}
     )
+    results.append(where | {"what": "judge", "variant": "x", "exits": [1e-6], "verdict": "equal"})
     text = table.markdown(_report(*results))
     assert text.startswith("# fpabee on A10, compute capability 8.6\n")
     assert "| plans fp16 | chain as one graph |  | 1.04 / 1.7 |  |  |  | 0.2 | 40 | 1 |  |" in text
@@ -492,6 +543,7 @@ def test_the_table_shows_times_and_whether_the_targets_are_met(load_script: Load
     assert f"| base | plans fp16 | 32 | {rule} | 0.60 | 0.524 | met |" in text
     assert "| p99 / p50, chain as one graph | 1.50 | 1.635 | **missed** |" in text
     assert "| base | plans fp16 | 1.0e-04, 2.0e-03 | good |" in text
+    assert "| base | plans fp16 | 1.0e-06 | equal |" in text.split("Polygraphy's runner")[1]
     assert "| plans base fp16 | done | 61 s | int8 was not measured: no \\| graphs |" in text
     results = [r for r in results if r.get("variant") != table.ONE_GRAPH]
     text = table.markdown(_report(*results))
@@ -531,7 +583,7 @@ def test_its_environment_is_made_for_the_cuda_of_the_driver(tmp_path: Path) -> N
     installed = [call.split("install --quiet ")[1] for call in calls if "install --quiet" in call]
     assert installed == [
         "--upgrade pip",
-        "--editable .[calibrate,export]",
+        "--editable .[calibrate,export,gpu-check]",
         "--editable .[gpu-cu12]",
         "--editable .[tensorrt-cu12]",
         "--editable .[tensorrt-rtx-cu12]",
