@@ -14,8 +14,8 @@ from importlib import metadata
 
 from ..errors import BackendError, Remedy
 
-# The oldest NVIDIA driver for each version of CUDA.
-_DRIVERS = {12: "525", 13: "580"}
+# The oldest NVIDIA driver for each version of CUDA. Our kernels need CUDA 12.4.
+_DRIVERS = {12: "550", 13: "580"}
 _CONDITIONAL = (12, 4)  # the first version of CUDA whose graphs have nested IF nodes
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 

@@ -614,6 +614,8 @@ def test_the_images_install_extras_that_exist() -> None:
         settings = dict(re.findall(r"^ARG (\w+)=(.*)$", text, re.MULTILINE))
         named = re.findall(r'"\.\[(.+?)\]"', text)
         assert named, path
+        for variable in ("XDG_CACHE_HOME", "CUDA_CACHE_PATH"):  # the user has no home directory
+            assert re.search(rf"^ENV .*{variable}=/cache", text, re.MULTILINE), path
         for cuda in ("12", "13"):
             values = settings | {"CUDA": cuda}
             extras = string.Template(",".join(named)).substitute(values)

@@ -21,7 +21,7 @@ from ...doubles.device import Double, set_gpu
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
 ROOT = Path(__file__).parents[3]
 NAMES = ["gpu", "tensorrt", "tensorrt-rtx"]
-BINDINGS = ["12.6.0", "12.9.0", "12.9.1", "12.9.10", "13.0.0", "13.5.0", "14.0.0"]
+BINDINGS = ["12.8.0", "12.9.0", "12.9.1", "12.9.10", "13.0.0", "13.5.0", "14.0.0"]
 
 
 def requirements(name: str) -> dict[str, Requirement]:
@@ -65,7 +65,7 @@ def test_a_release_of_tensorrt_for_rtx_that_hangs_is_not_installed(cuda: str) ->
         ((13, 0), 0, 13, ""),
         ((12, 6), 13, 0, r"cuda-bindings for CUDA 13.* CUDA 12\.6 -> .*driver 580.*\[gpu-cu12\]"),
         ((12, 6), 12, 13, r"x uses lib for CUDA 13.*driver 580 or later, or pip .*\[gpu-cu12\]"),
-        ((11, 4), 12, 12, r"CUDA 11\.4 -> install NVIDIA driver 525 or later$"),
+        ((11, 4), 12, 12, r"CUDA 11\.4 -> install NVIDIA driver 550 or later$"),
         ((13, 0), 13, 12, r"lib was built for CUDA 12, but cuda-bindings .* 13 -> .*gpu-cu13"),
         ((13, 0), 12, 13, r"lib was built for CUDA 13, but cuda-bindings .* 12 -> .*gpu-cu13"),
     ],
