@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,3 +30,16 @@ def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path])
         rows = engine.encode(["the film", "rain"])
         assert measure_speedup(engine, rows, Budget(exit=1), 1) > 0
         assert measure_speedup(engine, rows, Budget(exit=3), 1) == pytest.approx(1.0, abs=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_costs_are_those_of_one_row(batch: int) -> None:
+    """On a target that takes at most eight rows, and 36 tokens, at a time."""
+
+    def time_exits(rows: int, tokens: int) -> list[float]:
+        return [rows * seconds for seconds in (0.5, tokens)]
+
+    limits = SimpleNamespace(max_batch=8, group_tokens=36)
+    engine: Any = SimpleNamespace(limits=limits, time_exits=time_exits)
+    found = measure_costs(engine, np.array([3, 9], np.intp), batch)
+    assert found.seconds == ((0.5,) * len(found.lengths), found.lengths)

@@ -43,7 +43,7 @@ NEVER = FPabee(threshold=-1.0)
 RULES: tuple[ExitRule, ...] = (
     FPabee(threshold=1.2),
     FPabee(threshold=3.0, patience=2),
-    Pabee(patience=1),
+    Pabee(patience=1, exit_0_threshold=2.0),  # exit 1 is compared with exit 0
     Entropy(threshold=1.1),
     Confidence(threshold=0.55, exit_0_threshold=0.6),
     Budget(exit=2),
@@ -216,6 +216,33 @@ def test_rows_of_an_earlier_rule_do_not_wait_for_others(
         assert gate.at() == (1, 1)
         gate.open()
         results([first, *others])
+
+
+def test_rows_of_different_rules_share_no_group(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    folder = engine_copy()
+    set_points(folder, deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
+    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        deep = [scheduler.submit("rain")]
+        assert gate.at() == (0, 1)
+        deep.append(scheduler.submit("sun"))
+        engine.use("two")
+        # The first is urgent, so it meets the row of the other rule before segment 2; the second
+        # waits beside a row of the other rule.
+        two = [scheduler.submit("rain", deadline_ms=1.5)]
+        gate.step()
+        assert gate.at() == (0, 1)
+        two.append(scheduler.submit("rain"))
+        gate.step()
+        assert gate.at() == (1, 1)
+        gate.open()
+        assert [answer.exit for answer in results([*deep, *two])] == [3, 3, 2, 2]
 
 
 def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) -> None:
