@@ -38,20 +38,14 @@ def check_request(
         raise InputError(
             f"there is no metric {metric!r} for {what}", f"choose from {', '.join(known)}"
         )
-    if options.bound is not None:
-        if not engine.manifest.targets[engine.target].row_invariant:
-            raise InputError(
-                f"on target {engine.target} the answer of a row depends on the other rows of its "
-                "batch, so the risk of a row cannot be bounded",
-                Remedy("choose another {target}, or give {max_drop} instead"),
-            )
-        if options.bound.risk_of is RiskOf.DROP and metric not in ROW_MEANS:
-            raise InputError(
-                f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
-                Remedy(
-                    "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
-                ),
-            )
+    bounds_drop = options.bound is not None and options.bound.risk_of is RiskOf.DROP
+    if bounds_drop and metric not in ROW_MEANS:
+        raise InputError(
+            f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
+            Remedy(
+                "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
+            ),
+        )
     texts = {row.content for row in rows}
     if len(texts) < LEAST_ROWS:
         raise InputError(

@@ -120,9 +120,6 @@ class PointMaker:
         """
         costs, options = self.selector.stopping_costs, self.options
         full_depth = Budget(exit=costs.rows.exits[-1])
-        if not self.engine.manifest.targets[self.engine.target].row_invariant:
-            why = "on this target, rows depend on the other rows of their batch"
-            return full_depth, None, why
         bound = goal if isinstance(goal, Bound) else bound_of(goal)
         try:
             measures, seed = options.competing_measures, options.seed

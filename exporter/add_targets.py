@@ -32,14 +32,13 @@ from ..runtime.errors import (
     Remedy,
     VerificationError,
 )
-from ..runtime.files import Inputs, ReadOptions, Row, read_rows
+from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of
 from .precision.formats import INT8, Half
 from .targets import cpu
 from .targets.cpu import CpuTarget
-from .targets.judge import labels_of
 from .targets.options import RTX, TENSORRT, TURING, PlanOptions
 from .targets.tensorrt import build_target, can_run, unavailable_reason
 
@@ -58,14 +57,13 @@ class AddTargetsOptions:
         precisions: 16-bit formats to write graphs in.
         int8: whether to add int8.
         calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
-            folder has int8 graphs already. If they have labels, int8 targets for CPUs are also
-            judged by their score.
+            folder has int8 graphs already.
         backends: backends whose targets must be built; None: those that this machine can build.
         default_target: the target to make the default; None: the fastest target for CPUs, if
             targets for CPUs are added.
         keep_fp32: `auto`, or nodes that stay in fp32, see `add_half`.
         verify_data: texts to check 16-bit formats and targets of OpenVINO with, in any format of
-            `read_rows`. If they have labels, targets of OpenVINO are also judged by their score.
+            `read_rows`.
         reading: how these two files are read.
         plans: how TensorRT plans are built.
         jobs: the number of builds at a time.
@@ -191,8 +189,6 @@ def _add_targets(
         if unavailable_reason(backend) is None:
             # Plans that cannot be built are refused before anything is written.
             options.plans.fitted(before, backend, precision)
-    for data in (options.verify_data, options.calibration_data if for_cpus else None):
-        labels_of(_rows(data, options), before)  # which refuses labels that the model lacks
     manifest, checks = _add_precisions(path, before, options, for_plans, progress)
     built: list[str] = []
     not_built: dict[str, FpabeeError] = {}
@@ -206,7 +202,7 @@ def _add_targets(
     checked: list[CpuTarget] = []
     if cpu.OPENVINO in backends:
         manifest, checked = cpu.add_openvino(
-            path, manifest, _rows(options.verify_data, options), progress
+            path, manifest, _texts(options.verify_data, options), progress
         )
         write_manifest(path, manifest)
     if for_cpus and options.calibration_data is not None:
@@ -219,8 +215,8 @@ def _add_targets(
             if ((version := cpu.version_of(name)) and name in backends)
             or any(t.backend == name and cpu.is_cpu_int8(t) for t in manifest.targets.values())
         }
-        rows = _rows(options.calibration_data, options)
-        manifest, int8 = add_cpu_int8(path, manifest, versions, rows, progress)
+        texts = _texts(options.calibration_data, options)
+        manifest, int8 = add_cpu_int8(path, manifest, versions, texts, progress)
         write_manifest(path, manifest)
         drop_unused_graphs(path, manifest)
         checked += int8
@@ -316,12 +312,8 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
 
 
-def _rows(data: Path | None, options: AddTargetsOptions) -> list[Row]:
-    return [] if data is None else list(read_rows(data, options.reading))
-
-
 def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
-    return [row.content for row in _rows(data, options)]
+    return [] if data is None else [row.content for row in read_rows(data, options.reading)]
 
 
 def _add_target(

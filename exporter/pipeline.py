@@ -227,7 +227,6 @@ def _write(
                 precision="fp32",
                 versions={"onnxruntime": onnxruntime.__version__},
                 tolerance=LEAST_TOLERANCE,
-                row_invariant=True,
             )
         },
         default_target=FP32_TARGET,

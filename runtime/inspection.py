@@ -43,7 +43,6 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
         relative_speed: see `Target`.
-        row_difference: see `Target`.
     """
 
     name: str
@@ -53,7 +52,6 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
     no_rule: str
     tolerance: float | None
     relative_speed: float | None
-    row_difference: float | None
 
 
 class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
@@ -123,7 +121,7 @@ def target_states(
         except FpabeeError as error:
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
-        measured = target.tolerance, target.relative_speed, target.row_difference
+        measured = target.tolerance, target.relative_speed
         states.append(TargetState(name, size, unavailable_reason, how, no_rule, *measured))
     return states
 

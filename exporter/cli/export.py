@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
 )
 @options.path(
     "--calibration-data",
-    "Texts that set the value ranges of --int8; if they have labels, its score is checked, too.",
+    "Texts that set the value ranges of --int8.",
 )
 @options.option(
     "--keep-fp32",
@@ -118,10 +118,9 @@ fpabee-export --from engines/ --backend tensorrt --fp16
 )
 @options.path(
     "--verify-data",
-    "More texts to verify with. Targets of OpenVINO are also judged by their score if these have "
-    "labels.",
+    "More texts to verify with.",
 )
-@options.labelled_texts
+@options.texts
 @options.option(
     "--sm compute_capabilities",
     "SM,SM,...",
@@ -200,7 +199,7 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     half = settings["fp16"] or settings["bf16"]
     data = settings["calibration_data"]
     only_with(
-        "label_column input_format text_column text_pair_column literal_quotes",
+        "input_format text_column text_pair_column literal_quotes",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )
@@ -306,11 +305,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         if checked.refused:
             say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
         else:
-            score = f"; {checked.score}" if checked.score else ""
-            say(
-                f"added {checked.name}: {checked.agreement}{score}; a row alone and among others: "
-                f"within {checked.row_difference:.1e}"
-            )
+            say(f"added {checked.name}: {checked.agreement}")
     if result.default:
         say(result.default)
     for name, error in result.not_built.items():
@@ -324,9 +319,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         "checked": [
             {
                 "target": checked.name,
-                "row_difference": checked.row_difference,
                 "refused": checked.refused.message if checked.refused else "",
-                "score": asdict(checked.score) if checked.score else None,
                 "agreement": checked.agreement.to_dict() if checked.agreement else None,
             }
             for checked in result.cpu

@@ -14,9 +14,8 @@ from importlib import util
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from ...runtime.agreement import Agreement
+from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.artifact.manifest import (
     Manifest,
     Target,
@@ -24,17 +23,15 @@ from ...runtime.artifact.manifest import (
     with_operating_points,
     with_target,
 )
-from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
+from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.errors import FpabeeError
-from ...runtime.files import Row
+from ...runtime.errors import FpabeeError, Remedy
 from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, target_of, why_not
 from ..precision.formats import CPU_INT8
-from .judge import Judge, Score
 
 FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
@@ -51,7 +48,7 @@ _SHAPES = ((1, 32), (32, 32))
 _TURNS, _RUNS = 4, 3
 # Speeds that differ by less count as equal.
 _LEAST_GAIN = 1.05
-_MOST_TEXTS = 32
+_MOST_TEXTS = 2000
 # How long idle threads of the libraries may keep a core busy.
 _SPIN_SECONDS = 0.01
 
@@ -68,16 +65,11 @@ class CpuTarget:
     Attributes:
         name: the target.
         agreement: with the PyTorch model; None if it was refused.
-        row_difference: largest difference of a logit between a row alone, the same row together
-            with others, and the same row with other padding; None if it was refused.
-        score: on labelled rows; None without any.
         refused: why the folder does not have it; None if it does.
     """
 
     name: str
     agreement: Agreement | None = None
-    row_difference: float | None = None
-    score: Score | None = None
     refused: FpabeeError | None = None
 
 
@@ -110,17 +102,17 @@ def version_of(backend: str) -> str:
 
 
 def add_openvino(
-    folder: Path, manifest: Manifest, rows: Sequence[Row], progress: Progress
+    folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Add the targets of OpenVINO that suit this machine, and verify each.
 
     That is fp32, so that the folder runs on every machine, and bf16 if this CPU has it. Targets
-    that the same version of OpenVINO verified before are left as they are, unless rows are given.
+    that the same version of OpenVINO verified before are left as they are, unless texts are given.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the targets is returned, not written.
-        rows: what the targets are judged on, besides the reference texts; may be empty.
+        texts: what the targets are compared on, besides the reference texts; may be empty.
         progress: called with (what, done, total).
 
     Returns:
@@ -131,14 +123,13 @@ def add_openvino(
     error = unavailable_reason()
     if error is not None:
         return manifest, [CpuTarget(OPENVINO, refused=error)]
-    judge = judge_of(folder, manifest, rows)
+    more = exact_logits(folder, manifest, texts)
     versions = {OPENVINO: openvino_version()}
     found = []
     for precision in ("fp32", *["bf16"] * has_bf16()):
         name = f"{OPENVINO}-{precision}"
         old = manifest.targets.get(name)
-        is_verified = old is not None and old.row_difference is not None
-        if old is not None and is_verified and old.versions == versions and judge is None:
+        if old is not None and old.versions == versions and more is None:
             continue
         progress(f"verify {name}", 0, 1)
         target = Target(
@@ -148,35 +139,41 @@ def add_openvino(
             versions=versions,
             tolerance=None,
         )
-        manifest, checked = verified_target(folder, manifest, name, target, judge)
+        manifest, checked = verified_target(folder, manifest, name, target, more)
         found.append(checked)
     return manifest, found
 
 
-def judge_of(folder: Path, manifest: Manifest, rows: Sequence[Row]) -> Judge | None:
-    """What compares targets with `onnxruntime-fp32` on rows; None without rows.
+def exact_logits(
+    folder: Path, manifest: Manifest, texts: Sequence[Text]
+) -> tuple[Sequence[Text], Logits] | None:
+    """The first 2,000 texts, and their logits in `onnxruntime-fp32`; None without texts.
 
     Raises:
         BackendError: the folder does not have that target.
-        InputError: the model does not know a label.
     """
-    if not rows:
+    if not texts:
         return None
+    texts = texts[:_MOST_TEXTS]
     with engine_of(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
-        return Judge(exact, rows)
+        return texts, exact.trace(texts).logits
 
 
 def verified_target(
-    folder: Path, manifest: Manifest, name: str, target: Target, judge: Judge | None = None
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    target: Target,
+    more: tuple[Sequence[Text], Logits] | None = None,
 ) -> tuple[Manifest, CpuTarget]:
-    """Run the reference texts on a target for CPUs, alone and together.
+    """Run the reference texts, and perhaps others, on a target for CPUs.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The new one is returned, not written.
         name: the target's name. An older target of this name is replaced.
         target: its record, without what is measured.
-        judge: judges it on more rows, too.
+        more: other texts, and their logits in fp32.
 
     Returns:
         The manifest with the target if it passed, or without it, and what was found.
@@ -184,25 +181,37 @@ def verified_target(
     old = manifest.targets.get(name)
     if old is not None and _origin(old) == _origin(target):
         target = with_operating_points(target, old.operating_points, old.default_operating_point)
-    candidate, score = with_target(manifest, name, target), None
     try:
-        with engine_of(folder, candidate, name) as engine:
+        with engine_of(folder, with_target(manifest, name, target), name) as engine:
             agreement = engine.check()
             tolerance = agreement.max_logit_difference
-            if judge is not None:
-                agreement, score = judge(engine)
+            if more is not None:
+                agreement = _check_texts(engine, *more)
                 tolerance = max(tolerance, agreement.max_logit_difference)
-            difference = _row_difference(folder, engine)
     except FpabeeError as error:
         rest = keep_targets(manifest, lambda other, _: other != name)
         return rest, CpuTarget(name, refused=error)
-    passed = msgspec.structs.replace(
-        target,
-        tolerance=tolerance,
-        row_difference=difference,
-        row_invariant=difference <= max(tolerance, agreement.required.tie / 10),
+    passed = msgspec.structs.replace(target, tolerance=tolerance)
+    return with_target(manifest, name, passed), CpuTarget(name, agreement)
+
+
+def _check_texts(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agreement:
+    """Compare a target with fp32 on texts.
+
+    Raises:
+        VerificationError: too many labels or exits differ.
+    """
+    manifest = engine.manifest
+    found, precision = engine.trace(texts).logits, manifest.targets[engine.target].precision
+    required = REQUIREMENTS[precision]
+    agreement = compare(found, expected, engine.rule, manifest.task, required, manifest.exits.start)
+    remedy = Remedy(
+        "give more texts like those to classify as {calibration_data}, or use another target"
+        if precision in CPU_INT8
+        else "use another target"
     )
-    return with_target(manifest, name, passed), CpuTarget(name, agreement, difference, score)
+    must_pass(agreement, "it changes answers", remedy)
+    return agreement
 
 
 def _origin(target: Target) -> tuple[dict[str, str], list[str]]:
@@ -299,17 +308,3 @@ def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str
         for engine in engines.values():
             engine.close()
     return best
-
-
-def _row_difference(folder: Path, engine: Engine) -> float:
-    """The largest difference of a logit between a row alone, among others, and padded."""
-    texts = read_reference(folder, engine.manifest)[0][:_MOST_TEXTS]
-    together = engine.trace(texts).logits
-    longest = max(texts, key=lambda text: len(engine.encode([text])[0]))
-    worst = 0.0
-    for number, text in enumerate(texts):
-        alone = engine.trace([text]).logits[:, 0]
-        padded = engine.trace([text, longest]).logits[:, 0]
-        for other in (together[:, number], padded):
-            worst = max(worst, float(np.abs(other - alone).max()))
-    return worst

@@ -15,20 +15,19 @@ import msgspec
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.openvino import has_bf16
-from ...runtime.encoding import TextEncoder
-from ...runtime.files import Row
+from ...runtime.encoding import Text, TextEncoder
 from ...runtime.progress import Progress
 from ..onnx_file import serialized
 from ..precision.formats import INT8, INT8_BF16
 from ..precision.int8 import quantize, split_texts
-from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, judge_of, verified_target
+from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, exact_logits, verified_target
 
 
 def add_cpu_int8(
     folder: Path,
     manifest: Manifest,
     versions: dict[str, str],
-    rows: Sequence[Row],
+    texts: Sequence[Text],
     progress: Progress,
 ) -> tuple[Manifest, list[CpuTarget]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
@@ -40,20 +39,20 @@ def add_cpu_int8(
         manifest: its manifest. The one with the targets is returned, not written.
         versions: by backend, the version of the library that is to run them. Backends of older
             targets are among them; the version is empty if the library cannot run here.
-        rows: at least 32 texts like those that will be classified. Of the first 512, every other
-            one gives the ranges. The rest judge the result, also by its score if they have labels.
+        texts: at least 32 texts like those that will be classified. Of the first 512, every other
+            one gives the ranges. The result is compared with fp32 on the rest.
         progress: called with (what, done, total).
 
     Returns:
         The manifest with the targets that passed, and what was found of each.
 
     Raises:
-        InputError: too few texts, or the model does not know a label.
+        InputError: too few texts.
         VerificationError: a graph could not be quantized.
     """
-    ranges, judged = split_texts(rows)
-    judge = judge_of(folder, manifest, [*judged, *rows[len(ranges) + len(judged) :]])
-    encoded = TextEncoder(folder, manifest.tokenizer).encode([row.content for row in ranges])
+    ranges, others = split_texts(texts)
+    more = exact_logits(folder, manifest, [*others, *texts[len(ranges) + len(others) :]])
+    encoded = TextEncoder(folder, manifest.tokenizer).encode(ranges)
     quantized = quantize(folder, manifest, encoded, "smooth", progress)
     place, found, changed = folder / INT8_FOLDER, [], manifest
     place.parent.mkdir(exist_ok=True)
@@ -91,7 +90,7 @@ def add_cpu_int8(
                     files=files,
                     tolerance=None,
                 )
-                changed, checked = verified_target(folder, changed, name, target, judge)
+                changed, checked = verified_target(folder, changed, name, target, more)
                 found.append(checked)
         if not any(checked.agreement for checked in found):
             return manifest, found

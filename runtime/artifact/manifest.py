@@ -223,9 +223,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
         tolerance: largest measured difference in logits from the PyTorch model in fp32;
             None: it was built where it cannot run.
-        row_invariant: whether a row's logits are independent of its neighbours.
-        row_difference: largest measured difference of a logit between a row alone, among others,
-            and with other padding; None: not measured.
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
@@ -245,8 +242,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
-    row_invariant: bool = True
-    row_difference: Annotated[float, msgspec.Meta(ge=0)] | None = None
     relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatible: bool = False

@@ -109,7 +109,7 @@ def _print(
     console = table_console()
     console.print(chain_table(parts))
     table = Table(
-        *("target", "MiB", "error of logits", "effect of batch", "speed"),
+        *("target", "MiB", "error of logits", "speed"),
         *("operating points", "on this machine"),
         box=box.SIMPLE_HEAD,
     )
@@ -123,7 +123,6 @@ def _print(
             state.name + " (default)" * (state.name == default),
             _mebibytes(state.size),
             "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
-            "" if state.row_difference is None else f"{state.row_difference:.1e}",
             "" if state.relative_speed is None else f"{state.relative_speed:.2f}x",
             ", ".join(points),
             state.unavailable_reason or _runs(state, target.default_operating_point),

@@ -25,7 +25,6 @@ from .cases import (
     Place,
     check,
     each,
-    manifest,
     no_space,
     with_nan,
 )
@@ -111,11 +110,6 @@ def full_disk(what: str, make: Make) -> Make:
     return full
 
 
-def neighbours(content: Any) -> None:
-    """A target in which rows influence each other."""
-    content["targets"][content["default_target"]]["row_invariant"] = False
-
-
 UNLABELLED = [{"text": row["text"]} for row in rows()]
 CASES = [
     Case("no label", given([*rows(), {"text": "rain"}]), "dev.jsonl", "81", "--unlabelled"),
@@ -130,8 +124,6 @@ CASES = [
     Case("20 times as fast", traced("--speedup", 20), "20"),
     Case("a risk that few rows cannot show", traced("--risk", 0.1), "0.1", "95", "64"),
     Case("a risk of F1", goal("--risk", 5, "--metric", "macro_f1"), "macro_f1", "accuracy"),
-    Case("a risk where rows influence each other", goal("--risk", 5, change=manifest(neighbours)),
-         "onnxruntime-fp32"),
     Case("a metric of another task", goal("--metric", "exact_match"), "exact_match", "macro_f1"),
     Case("a metric of labels without labels", goal("--metric", "accuracy", "--unlabelled"),
          "accuracy", "agreement"),

@@ -10,11 +10,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 
 from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.cli.export import main
@@ -26,7 +27,6 @@ from fpabee.runtime import (
     Budget,
     Engine,
     Manifest,
-    Trace,
     VerificationError,
     read_manifest,
 )
@@ -82,8 +82,6 @@ def test_targets_are_verified_and_measured(engine_copy: Callable[..., Path]) -> 
         target = manifest.targets[name]
         assert target.tolerance is not None
         assert target.tolerance < REQUIREMENTS[target.precision].tie
-        assert target.row_difference is not None
-        assert target.row_invariant
         assert target.relative_speed is not None
     assert manifest.targets[ONNX].relative_speed == 1.0
     assert result.default.startswith(f"default target: {manifest.default_target}, ")
@@ -226,28 +224,28 @@ def test_a_default_with_operating_points_stays(
 @pytest.mark.parametrize("difference", [0.0, 0.5])
 def test_the_tolerance_covers_all_texts_of_the_check(folder: Path, difference: float) -> None:
     manifest = read_manifest(folder)
-    with Engine.load(folder) as engine:
-        agreement = dataclasses.replace(engine.check(), max_logit_difference=difference)
-    judge: Any = lambda _: (agreement, None)  # noqa: E731
-    found, _ = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], judge)
+    texts, logits = exact(folder, manifest)
+    more = texts, logits + np.float32(difference)
+    found, _ = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], more)
     tolerance = found.targets[FP32].tolerance
     assert tolerance is not None
-    assert tolerance == difference if difference else 0.0 < tolerance < 1e-3
+    assert tolerance == pytest.approx(difference, abs=1e-3)
 
 
-@pytest.mark.parametrize("rows", [2, 3])
-def test_neighbours_and_padding_count_as_influence(folder: Path, rows: int) -> None:
-    with Engine.load(folder) as engine:
-        trace = engine.trace
+def test_a_target_that_changes_the_labels_of_given_texts_is_not_kept(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    texts, logits = exact(folder, manifest)
+    more = texts, -logits
+    found, checked = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], more)
+    assert FP32 not in found.targets
+    assert "it changes answers from exit 1 on (2 texts)" in str(checked.refused)
+    assert "use another target" in str(checked.refused)
 
-        def influenced(texts: Sequence[Text]) -> Trace:
-            found = trace(texts)
-            if min(len(texts), 3) == rows:
-                found.logits[:, 0] += 1.0
-            return found
 
-        engine.trace = influenced  # type: ignore[method-assign, assignment]
-        assert cpu._row_difference(folder, engine) > 0.9
+def exact(folder: Path, manifest: Manifest) -> tuple[Sequence[Text], NDArray[np.float32]]:
+    found = cpu.exact_logits(folder, manifest, ["the film is good", "turn on the light"])
+    assert found is not None
+    return found
 
 
 def test_another_target_runs_where_the_default_cannot(

@@ -235,9 +235,7 @@ def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -
     for content in ("", "b"):
         path = written(tmp_path, normalizer=replace(pattern, content, "Regex"))
         if content:
-            with pytest.raises(
-                ValueError, match="replaces the empty match of"
-            ):
+            with pytest.raises(ValueError, match="replaces the empty match of"):
                 check_tokenizer(path)
             continue
         check_tokenizer(path)
