@@ -101,7 +101,6 @@ def calibrate(
             target=engine.target,
             held_out=_held_out_name(options),
             rows=seen,
-            texts=rows,
             test=held,
             points=points,
             default=default,

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..runtime.artifact.folder import check_outside
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
@@ -26,7 +27,7 @@ from .calibrate import calibrate
 from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 from .families import DEFAULT_MEASURES, DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
-from .report import check_place, write_report
+from .report import write_report
 from .result import Calibration, Point, RuleComparison, make_default
 from .risk import Bound, RiskOf
 from .scoring import METRICS
@@ -39,13 +40,13 @@ fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
 fpabee-calibrate engines/ --data dev.jsonl --all-targets
 fpabee-calibrate engines/ --set-default fast
-fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
+fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report.html
 """,
     panels={
         "With --risk": "--confidence --risk-of",
         "Choice of the rule": "--rule --measure --metric --unlabelled --batch-size --seed",
         **READING,
-        "Writing results": "--all-targets --name --output --no-texts",
+        "Writing results": "--all-targets --name --output",
     },
 )
 @options.engines
@@ -58,7 +59,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
 @options.option("--set-default", "NAME", "Only make this operating point the default.")
-@options.path("--report", "Folder for a page about the result.", "DIR")
+@options.path("--report", "HTML page about the result to write.")
 @options.threads
 @options.quiet
 @options.as_json
@@ -97,14 +98,12 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report/
 @options.count("--seed", "Seed that shuffles the rows and divides them into parts.", 0, min=0)
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
 @options.path("--output", "Folder for the logits of the rows. Default: ENGINES/calibration.", "DIR")
-@options.flag("--no-texts", "Leave the texts of the rows out of the report.")
 @options.labelled_texts
 def main(
     engines: Path,
     data: Path | None,
     set_default: str | None,
     report: Path | None,
-    no_texts: bool,
     all_targets: bool,
     quiet: bool,
     as_json: bool,
@@ -117,19 +116,18 @@ def main(
     """
     if (data is None) == (set_default is None):
         raise click.UsageError("give either --data or --set-default")
-    others = {*settings, "report", "no_texts", "all_targets", "as_json"} - {"target", "threads"}
+    others = {*settings, "report", "all_targets", "as_json"} - {"target", "threads"}
     options.not_with(" ".join(sorted(others)), set_default, "--set-default")
     if set_default is not None:
         target = make_default(engines, set_default, settings["target"])
         echo(f"{set_default} is now the default operating point of {target}")
         return
     assert data is not None
-    options.only_with("no_texts", report, "--report")
     options.not_with("report target", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")
-        check_place(report)
+        check_outside(report)
     names = runnable_targets(engines) if all_targets else [wanted.target]
     results = []
     for name in names:
@@ -145,9 +143,8 @@ def main(
     else:
         echo(f"next: fpabee-run {engines} texts.txt")
     if report is not None:
-        with step_progress(quiet) as progress:
-            page = write_report(result, report, texts=not no_texts, progress=progress)
-        echo(f"report: {page}", err=as_json)
+        write_report(result, report)
+        echo(f"report: {report}", err=as_json)
 
 
 def _options(

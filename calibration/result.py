@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from .. import __version__
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
-from ..runtime.files import Row
 from ..runtime.rules.base import ExitRule
 from ..runtime.targets import rule_of, target_of
 from .choose import Selector
@@ -88,7 +86,6 @@ class Calibration:
         target: the target that was calibrated.
         held_out: which rows the points are reported on.
         rows: the trace of the rows that chose the points.
-        texts: the same rows as they were read.
         test: the trace of the rows that the points are reported on; None if cross-fitted.
         points: the operating points.
         default: the point that runs if none is named.
@@ -104,7 +101,6 @@ class Calibration:
     target: str
     held_out: str
     rows: LabelledLogits
-    texts: Sequence[Row]
     test: LabelledLogits | None
     points: tuple[Point, ...]
     default: str

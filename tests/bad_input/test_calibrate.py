@@ -128,7 +128,6 @@ CASES = [
     Case("a metric of labels without labels", goal("--metric", "accuracy", "--unlabelled"),
          "accuracy", "agreement"),
     Case("calibration/ is a file", in_the_way("calibration"), "calibration", "--output"),
-    Case("the report is a file", in_the_way("x", "--report", "HERE"), "engines/x"),
     Case("no space for the trace",
          full_disk("pathlib.Path.write_bytes", lambda p: [*goal()(p), "--output", p.root]),
          "No space left"),
@@ -146,7 +145,6 @@ USAGE = [
     (("--rule", "auto", "--rule", "fpabee"), "auto"),
     (("--rule", "fastbert"), "fastbert"),
     (("--rule", "entropy", "--measure", "kd"), "--measure"),
-    (("--no-texts",), "--report"),
     (("--set-default", "fast"), "--set-default"),
 ]
 

@@ -123,7 +123,7 @@ MODELS = [
     Case("export into a model", into("model", "engines", "export"), "model,"),
     Case("train into engines", into("engines", "", "train"), "engines,"),
     Case("train into a model", into("model", "more", "train"), "model,"),
-    Case("a report into engines", into("engines", "", "--report"), "engines,"),
+    Case("a report into engines", into("engines", "report.html", "--report"), "engines,"),
     Case("traces into engines", into("engines", "", "--output"), "engines,"),
 ]  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""The report: its curves, what its page says, and that it fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from fpabee.calibration import Bound, Calibration, write_report
+from fpabee.calibration.descriptions import promise_in_words
+from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.report import plots
+from fpabee.calibration.report.curves import curves
+from fpabee.calibration.scoring import Scorer
+
+Make = Callable[..., Calibration]
+VOID = {"meta", "img", "br"}
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are made, but not drawn, which takes seconds."""
+    monkeypatch.setattr(plots, "_svg", lambda figure: b"<svg/>")
+
+
+class Page(HTMLParser):
+    """What a page holds: tags with their attributes, and text; every tag must be closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(self.source)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def pictures(self) -> list[bytes]:
+        found = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', self.source)
+        return [base64.b64decode(content) for content in found]
+
+
+def report(result: Calibration, folder: Path) -> Page:
+    write_report(result, folder / "report.html")
+    return Page(folder / "report.html")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
+    calibrated: Make, test_file: Path, metric: str, tested: bool
+) -> None:
+    result = calibrated(count=80, metric=metric, test=test_file if tested else None)
+    rows = result.test if result.test is not None else result.rows
+    assert tested is (result.test is not None)
+    found = curves(result)
+    assert {"fpabee", "pabee", "entropy"} <= {*found} <= {*result.selector.search.kinds}
+    assert {point.kind for point in result.points} <= {*found, "budget"}
+    assert len(found) <= 6
+    scorer = Scorer(rows, metric)
+    for kind, settings in found.items():
+        depths = [depth for depth, _ in settings]
+        assert tested or depths == sorted(depths, reverse=True)
+        if kind.endswith("per exit") and not tested:
+            continue  # judged on rows that its thresholds were not fitted to
+        rules = [
+            rule
+            for family in result.selector.search.families
+            if family.kind == kind
+            for rule in family.rules
+        ]
+        every = [exits_of(rule, rows) for rule in rules]
+        pairs = [(exits.mean(), 100 * (scorer.full_depth - scorer.score(exits))) for exits in every]
+        for setting in settings:
+            assert np.abs(np.array(pairs) - setting).max(axis=1).min() < 1e-9
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ({}, ["4, one for each text", "150 labelled rows"]),
+        ({"with_test": True}, ["judged by: test.jsonl", "on test.jsonl: "]),
+        ({"family": "mpnet"}, ["5, any number for each text"]),
+        ({"unlabelled": True}, ["150 unlabelled rows", "by definition"]),
+    ],
+    ids=str,
+)
+def test_the_page_says_what_the_calibration_says(
+    calibrated: Make, test_file: Path, tmp_path: Path, case: dict[str, Any], words: list[str]
+) -> None:
+    test = test_file if case.pop("with_test", False) else None
+    result = calibrated(**case, compare=True, test=test)
+    page = report(result, tmp_path / "new")
+    for word in words:
+        assert word in page.text
+    for point in result.points:
+        assert point.name in page.text
+        assert promise_in_words(point, result) in page.text
+        assert f"{point.chosen_on.mean_depth:.2f}" in page.text
+    for one in result.comparisons:
+        assert f"{one.held_out.score:.4f}" in page.text
+    assert len(page.pictures) == 2
+
+
+def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
+    calibrated: Make, tmp_path: Path
+) -> None:
+    name = "$x_{<b>&天気<script>" + "y" * 60
+    result = calibrated(bound=Bound(0.3, 0.95), name=name, compare=True)
+    result = dataclasses.replace(result, warnings=("the rows are odd",))
+    page = report(result, tmp_path)
+    assert name in page.text
+    assert "drop at most 30 points with 95 % confidence" in page.text
+    assert "at most 30 points lost on new rows, with 95 % confidence, tested on 120" in page.text
+    assert "Warning : the rows are odd." in page.text
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "a"})
+    without_pictures = re.sub(r'src="data:[^"]*"', "", page.source)
+    assert re.findall(r"src=|url\(|@import|https?://", without_pictures) == []
+
+
+def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
+    calibrated: Make, tmp_path: Path
+) -> None:
+    before, backend = dict(mpl.rcParams), mpl.get_backend()
+    result = calibrated("mpnet", unlabelled=True)
+    first, again = report(result, tmp_path).pictures, report(result, tmp_path).pictures
+    assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
+    assert first == again
+    for picture in first:
+        assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
