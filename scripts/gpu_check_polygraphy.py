@@ -19,6 +19,7 @@ from gpu_check_table import ENGINE, STEPWISE, TOKENS
 
 from fpabee.exporter.targets.options import RTX
 from fpabee.runtime import Bucket, Engine
+from fpabee.runtime.artifact.manifest import Graph, TensorSpec
 from fpabee.runtime.backends.buffers import dtype_of
 from fpabee.runtime.backends.stepping import steps
 from fpabee.runtime.encoding import Arrays, EncodedRow, padded_inputs, padding_values
@@ -44,7 +45,7 @@ class PlanSession:
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
         backend: Any = engine.model._backend
-        self._graph = backend.graphs[graph]
+        self._graph: Graph = backend.graphs[graph]
         plan = folder / backend.target.files[graph].file
         # Plans of TensorRT for RTX have no scratch memory of their own, so the runner allocates it.
         self._runner = TrtRunner(
@@ -53,11 +54,11 @@ class PlanSession:
             allocation_strategy="runtime",
         )
 
-    def get_inputs(self) -> Sequence[Any]:
+    def get_inputs(self) -> Sequence[TensorSpec]:
         """The inputs of the graph."""
         return self._graph.inputs
 
-    def get_outputs(self) -> Sequence[Any]:
+    def get_outputs(self) -> Sequence[TensorSpec]:
         """The outputs of the graph."""
         return self._graph.outputs
 

@@ -58,16 +58,14 @@ def serve_polygraphy(
             for output in self._outputs.values():  # the memory is used again
                 output.fill(-1)
 
-    names = {
+    modules: dict[str, dict[str, Any]] = {
         "polygraphy": {},
-        "polygraphy.exception": {
-            "PolygraphyException": type("PolygraphyException", (OSError,), {})
-        },
+        "polygraphy.exception": {"PolygraphyException": RuntimeError},
         "polygraphy.backend": {},
         "polygraphy.backend.common": {"BytesFromPath": lambda path: Path(path).read_bytes()},
         "polygraphy.backend.trt": {"EngineFromBytes": find, "TrtRunner": Runner},
     }
-    for name, content in names.items():
+    for name, content in modules.items():
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         module.__dict__.update(content)

@@ -47,7 +47,10 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
 def until(happens: Callable[[], bool]) -> bool:
     """Wait until something happens, which is soon unless the test fails."""
-    return any(happens() or time.sleep(0.01) for _ in range(3000))
+    ends = time.monotonic() + 30
+    while not happens() and time.monotonic() < ends:
+        time.sleep(0.01)
+    return happens()
 
 
 def nothing_is_left(double: Double) -> bool:

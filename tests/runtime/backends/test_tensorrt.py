@@ -239,8 +239,10 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     with double().load() as engine:
         with engine.model.chain() as chain:
             chain_times.time_exits(chain, 1, 8)
-            shared = chain.execution.shared.values()
-            contexts = [weakref.ref(each) for made in shared for each in made.values()]
+            execution: Any = chain.execution
+            shared = [each for of_shape in execution.shared.values() for each in of_shape.values()]
+            contexts = [weakref.ref(each) for each in shared]
+            del shared
         gc.disable()
         try:
             engine.model._backend.drop_idle()

@@ -30,7 +30,7 @@ def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) ->
     """At most four rows run together. Made-up times of segments: 1 ms for any group."""
     flat = CostCurve((1, 1024), (1e-3, 1e-3), 0.0)
     monkeypatch.setattr(model_module, "measure", lambda chain: flat)
-    shapes = {"batch_sizes": (1, 2, 4), "sequence_lengths": (8, 16, 64)}
+    shapes: dict[str, Any] = {"batch_sizes": (1, 2, 4), "sequence_lengths": (8, 16, 64)}
     return install(monkeypatch, engine_copy(), batch=(1, 2, 4), **shapes)
 
 
