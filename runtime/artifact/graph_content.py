@@ -18,6 +18,7 @@ import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,8 @@ OPSET = {"domain": 1}
 NODE_VALUES = {"input": 1, "output": 2}
 ATTRIBUTE_VALUES = {"ints": 8}
 TENSOR_VALUES = {"data_type": 2, "int32_data": 5, "int64_data": 7, "name": 8, "raw_data": 9}
-_INTEGERS = {6: "<i4", 7: "<i8"}  # by the value of data_type
+# By the value of data_type.
+_INTEGERS: dict[int, np.dtype[Any]] = {6: np.dtype("<i4"), 7: np.dtype("<i8")}
 
 # The messages inside others, by the field that holds them; all other fields of interest are values.
 _INSIDE = {
@@ -156,7 +158,7 @@ def _size_problem(graph: int | memoryview) -> str:
             asked[name] = max(asked[name], _asked_by(tensor))
     for message in content[GRAPH["node"]]:
         node = _by_number(message)
-        operator = b"".join(_names(node[NODE["op_type"]])).decode(errors="replace")
+        operator = b"".join(_names(node[NODE["op_type"]][-1:])).decode(errors="replace")
         inputs = [asked.get(name, math.inf) for name in _names(node[NODE_VALUES["input"]])]
         attributes = [_by_number(attribute) for attribute in node[NODE["attribute"]]]
         sizes = [inputs[place] for place in _SIZED.get(operator, ()) if place < len(inputs)]
@@ -178,15 +180,15 @@ def _size_problem(graph: int | memoryview) -> str:
 def _asked_by(tensor: int | memoryview) -> float:
     """The product of the whole numbers of a small tensor; infinite for any other tensor."""
     content = _by_number(tensor)
-    raw = content[TENSOR_VALUES["raw_data"]]
+    raw = [value for value in content[TENSOR_VALUES["raw_data"]] if isinstance(value, memoryview)]
     listed = [*content[TENSOR_VALUES["int32_data"]], *content[TENSOR_VALUES["int64_data"]]]
-    kinds = [_INTEGERS.get(kind) for kind in content[TENSOR_VALUES["data_type"]] if kind in (6, 7)]
     size = sum(len(value) if isinstance(value, memoryview) else 1 for value in (*raw, *listed))
-    if not kinds or size > _MOST_SIZE_BYTES:
+    (kind,) = content[TENSOR_VALUES["data_type"]][-1:] or (0,)
+    if not isinstance(kind, int) or kind not in _INTEGERS or size > _MOST_SIZE_BYTES:
         return math.inf
     found = _numbers(listed)
     for value in raw:
-        found += np.frombuffer(value, kinds[-1]).tolist()
+        found += np.frombuffer(value, _INTEGERS[kind]).tolist()
     return _product(found)
 
 
