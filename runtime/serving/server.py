@@ -46,7 +46,7 @@ STATUSES = {
     408: "the body of the request took too long",
     413: "the body or the number of texts is too large",
     415: "the body is not JSON",
-    421: "the request names a host that is not this server, see --allowed-host",
+    421: "the request names a host that this server does not accept",
     429: "the queue is full; try again later",
     500: "the model failed on one of the texts",
     503: "the server is stopping",
