@@ -11,7 +11,7 @@ from .arguments import whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
-from .errors import BackendError, Call, Remedy, RuleError, in_one_line
+from .errors import BackendError, Call, Remedy, RuleError
 from .rules.base import ExitRule
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def tell_of_points(folder: Path, manifest: Manifest, name: str) -> None:
 def _tell(folder: Path, warning: str) -> None:
     if (folder, warning) not in _told:
         _told.add((folder, warning))
-        logger.warning("%s", in_one_line(warning))
+        logger.warning("%s", warning)
 
 
 def rule_of(

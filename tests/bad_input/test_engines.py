@@ -188,12 +188,39 @@ def test_a_damaged_file(
     check(case, place, capfd)
 
 
-def test_a_panic_of_the_tokenizer(place: Place) -> None:
-    """It is no Exception, and the library writes to stderr first."""
+def test_an_added_token_that_the_library_would_find_without_end(place: Place) -> None:
+    """It is refused when the folder is loaded, before there is a text."""
 
-    def without_cls(path: Path) -> None:
-        change_json(path, lambda t: t["post_processor"]["special_tokens"].pop("[CLS]"))
+    def with_accent(tokenizer: dict[str, Any]) -> None:
+        token = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+        added = {"id": 0, "content": "\u0301", "normalized": True, **token}
+        tokenizer["added_tokens"].append(added)
 
-    path = place.engines(corrected(TOKENIZER_NAME, without_cls))
+    path = place.engines(corrected(TOKENIZER_NAME, lambda file: change_json(file, with_accent)))
+    with pytest.raises(ArtifactError, match="leaves nothing of the added token"):
+        TextEncoder(path, read_manifest(path).tokenizer)
+
+
+EMPTY_MATCH = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y"}
+MERGES = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["post_processor"]["special_tokens"].pop("[CLS]"),
+        lambda t: t.update(normalizer=EMPTY_MATCH),
+        lambda t: t.update(normalizer={"type": "Prepend", "prepend": ""}),
+        lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        lambda t: t.update(model=MERGES),
+    ],
+)
+def test_a_tokenizer_on_which_the_library_panics(
+    change: Callable[[dict[str, Any]], Any], place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A panic writes lines of Rust to standard error, so the library does not come that far."""
+    path = place.engines(corrected(TOKENIZER_NAME, lambda file: change_json(file, change)))
+    capfd.readouterr()
     with pytest.raises(ArtifactError, match=TOKENIZER_NAME):
         TextEncoder(path, read_manifest(path).tokenizer).encode(["rain"])
+    assert capfd.readouterr().err == ""

@@ -27,6 +27,7 @@ from fpabee.runtime import (
     RuleError,
     simulate,
 )
+from fpabee.runtime.rule_words import rounded
 from fpabee.runtime.rules.base import ThresholdRule
 from fpabee.runtime.rules.measures import Outputs
 
@@ -102,6 +103,9 @@ def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
                 continue
             np.testing.assert_array_equal(family.exits[number], exits, err_msg=family.kind)
             answered.add(round(float((exits == 0).mean()), 1))
+        if family.kind == "entropy per exit":
+            limits = np.array([rule.stop_thresholds for rule in family.rules]).ravel().tolist()
+            assert limits == [rounded(limit) for limit in limits]
         if family.kind in ("entropy", "confidence", "energy") and first_exit == 1:
             assert (depths[0], depths[-1]) == (rows.exits[-1], 1)
     assert first_exit == 1 or len(answered) >= 9, "exit 0 answers from none to nearly all rows"

@@ -15,7 +15,7 @@ from fpabee.runtime.artifact.manifest import with_target
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
 from ..calibration.conftest import label_rows
-from ..doubles.device import GPU, install, set_gpu
+from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
 
 FP32 = "onnxruntime-fp32"
 PLAN = "tensorrt-fp32-sm86"
@@ -50,6 +50,19 @@ def test_a_gpu_that_the_default_target_does_not_use_is_named_once(
         ": choose that target, or make it the default target"
     )
     assert told(caplog) == [expected] * (case == "said")
+
+
+def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_is_named(
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = engine_copy()
+    install_cuda_provider(monkeypatch, folder)
+    install(monkeypatch, folder)
+    assert list(read_manifest(folder).targets) == [FP32, "onnxruntime-fp32-cuda", PLAN]
+    Engine.load(folder).close()
+    assert f"but {PLAN} can run on the GPU" in caplog.text
 
 
 def test_of_targets_for_the_gpu_the_one_with_the_same_points_is_named(

@@ -12,11 +12,14 @@ from click.testing import CliRunner, Result
 
 from fpabee.exporter.add_targets import AddTargetsResult
 from fpabee.exporter.cli.export import main
+from fpabee.exporter.targets.cpu import CpuTarget
 from fpabee.runtime import FPabee
 from fpabee.runtime.artifact.folder import read_manifest
 
 from ...bad_input.cases import change_config
 from ...doubles.device import Double
+
+FP32 = "onnxruntime-fp32"
 
 
 def run(*arguments: object) -> Result:
@@ -106,20 +109,29 @@ def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
     assert after == f"next: fpabee-run {folder} texts.txt"
 
 
+@pytest.mark.parametrize(("name", "option"), [(FP32, f" --target {FP32}"), ("gone", "")])
 def test_points_that_are_lost_are_calibrated_next(
-    double: Double, set_points: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    name: str, option: str, engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = double.folder
-    lost = AddTargetsResult(
-        read_manifest(folder), (), (), (), "", {}, {"onnxruntime-fp32": ("fast",), "gone": ("a",)}
-    )
+    """Unless their target is lost, too."""
+    folder = engines["bert"]
+    lost = AddTargetsResult(read_manifest(folder), (), (), (), "", {}, {name: ("fast",)})
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: lost)
-    result = run("--from", folder)
-    assert result.stdout.splitlines() == [
-        "no longer valid: fast of onnxruntime-fp32, whose graphs or plans have changed",
-        "no longer valid: a of gone, whose graphs or plans have changed",
-        f"next: fpabee-calibrate {folder} --data DATA --target onnxruntime-fp32",
+    assert run("--from", folder).stdout.splitlines() == [
+        f"no longer valid: fast of {name}, whose graphs or plans have changed",
+        f"next: fpabee-calibrate {folder} --data DATA{option}",
     ]
+
+
+def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engines["bert"]
+    kept = CpuTarget(FP32, row_difference=0.0)
+    added = AddTargetsResult(read_manifest(folder), (), (), (kept,), "", {}, {})
+    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
+    after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
+    assert after == f"next: fpabee-calibrate {folder} --data DATA --target {FP32}"
 
 
 def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:
