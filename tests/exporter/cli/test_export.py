@@ -127,7 +127,7 @@ def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engines["bert"]
-    kept = CpuTarget(FP32, row_difference=0.0)
+    kept = CpuTarget(FP32)
     added = AddTargetsResult(read_manifest(folder), (), (), (kept,), "", {}, {})
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
