@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.fixture(scope="session")
 def golden_engines(shared_root: Path) -> Mapping[str, Path]:
     """Engines folders of two exits of the published checkpoints, to save time. Read-only."""
-    options = ExportOptions(exits=(2, 6))
+    options = ExportOptions(exits=(2, 4))
     return MadeOnce(
         shared_root / "golden", lambda name, folder: export(GOLDEN / name, folder, options)
     )

@@ -59,7 +59,7 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     source = GOLDEN / "pabee_bert"
     assert read(source) is None, "checkpoints without it stay valid"
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, bert))
-    block = {"exit_0": {"unigrams": 800, "buckets": 64}}
+    block = {"exit_0": {"unigrams": 200, "buckets": 64}}
     assert new == old | {"fpabee": block, "problem_type": SINGLE.value}
     names = {path.name for path in source.iterdir()}
     assert {path.name for path in bert.iterdir()} == names | {EXIT_0_FILE}
@@ -68,14 +68,14 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     assert load_checkpoint(bert).exit_config == load_checkpoint(source).exit_config
     assert [path.name for path in tmp_path.iterdir()] == ["bert"], "nothing is left beside it"
 
-    given = random_exit_0(800, 3)
+    given = random_exit_0(200, 3)
     found = read(bert)
     assert found is not None
     assert found.arrays.keys() == given.arrays.keys()
     for name, array in given.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
 
-    other = ExitZero(800, given.table, given.weights, np.full(3, 5, np.float32))
+    other = ExitZero(200, given.table, given.weights, np.full(3, 5, np.float32))
     save_exit_0(bert, other, SINGLE)
     again = read(bert)
     assert again is not None
@@ -94,7 +94,7 @@ def test_a_model_dir_may_be_a_disk_of_its_own(bert: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "replace", from_the_same_disk)
     names = {path.name for path in bert.iterdir()}
-    save_exit_0(bert, random_exit_0(800, 3), SINGLE)
+    save_exit_0(bert, random_exit_0(200, 3), SINGLE)
     assert {path.name for path in bert.iterdir()} == names
 
 
@@ -130,7 +130,7 @@ def into_folder(folder: Path) -> None:
     (folder / EXIT_0_FILE).mkdir()
 
 
-NAN = np.full((864, 3), np.nan, np.float16)
+NAN = np.full((264, 3), np.nan, np.float16)
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (lambda folder: (folder / EXIT_0_FILE).unlink(), "is missing, but config.json"),
     "a folder": (into_folder, "is missing, but config.json"),
@@ -138,19 +138,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no safetensors": (lambda f: (f / EXIT_0_FILE).write_bytes(b"x" * 99), "is not an exit 0: "),
     "an array is missing": (change(bias=None), "it lacks the arrays bias"),
     "NaN": (change(table=NAN), "it holds numbers that are not finite"),
-    "buckets": (change(table=NAN[:860]), "60 buckets, which is not a power of two"),
+    "buckets": (change(table=NAN[:260]), "60 buckets, which is not a power of two"),
     "other buckets": (
-        change(table=(NAN[:832] == 0).astype(np.float16)),
+        change(table=(NAN[:232] == 0).astype(np.float16)),
         "it has 32 buckets, expected 64",
     ),
     "float32": (change(table=NAN.astype(np.float32)), "its table, weights and bias are"),
     "shapes": (change(bias=np.ones(4, np.float32)), "its table, weights and bias are"),
     "vocabulary": (
         lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
-        "another vocabulary: it has 1000 unigrams, expected 800",
+        "another vocabulary: it has 1000 unigrams, expected 200",
     ),
     "labels": (
-        lambda folder: save_exit_0(folder, random_exit_0(800, 2), SINGLE),
+        lambda folder: save_exit_0(folder, random_exit_0(200, 2), SINGLE),
         "gives 2 logits for 3 labels",
     ),
     "an empty block": (with_block({"exit_0": {}}), "is not an exit 0: 'unigrams'"),

@@ -41,7 +41,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration and a tokenizer, but no weights."""
     folder = tmp_path_factory.mktemp("backbone")
     BertConfig(
-        vocab_size=800,
+        vocab_size=200,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,

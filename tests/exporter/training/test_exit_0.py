@@ -48,7 +48,7 @@ class Stub(nn.Module):
         super().__init__()
         labels = tuple(map(str, range(len(logits))))
         self.exit_config = MultiExitConfig((1,), labels, problem_type)
-        self.backbone = SimpleNamespace(config=SimpleNamespace(vocab_size=800))
+        self.backbone = SimpleNamespace(config=SimpleNamespace(vocab_size=200))
         self.logits = torch.tensor(logits)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ def test_numpy_gives_the_logits_of_torch(labels: int) -> None:
     rows = [Row(f"{a} {b} film"[: 3 + i]) for i, a in enumerate(words * 4) for b in words]
     rows += [Row("good", "bad film"), Row("", ""), Row("")]
     encoded = encoded_rows(rows, tokenizer, 16)
-    vocabulary = Vocabulary(encoded[:-20], 800)
+    vocabulary = Vocabulary(encoded[:-20], 200)
     bag = BagOfNgrams(vocabulary, labels)
     nn.init.normal_(bag.vectors.weight[:-1])
     with torch.no_grad():
         expected = bag(vocabulary.bags(encoded)).numpy()
     stored = bag.weights()
-    assert stored.table.shape == (800 + 65536, 3 if labels == 3 else 64), "it holds logits if few"
+    assert stored.table.shape == (200 + 65536, 3 if labels == 3 else 64), "it holds logits if few"
     assert stored.table.dtype == np.float16
     found = stored(encoded)
     assert expected.std() > 0.1

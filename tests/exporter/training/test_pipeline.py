@@ -107,16 +107,16 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
     rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
     path = write_rows("multi.jsonl", rows)
     start = {"backbone": str(GOLDEN), "random_init": False, "train": path, "dev": path}
-    model = {"exits": (2, 6), "pooling": Pooling.CLS, "problem_type": MULTI}
+    model = {"exits": (2, 4), "pooling": Pooling.CLS, "problem_type": MULTI}
     settings = options(**start, **model, lr=1e-9)
     assert settings.exit_lr == 1e-3
     report = train(tmp_path / "model", settings)
     for row in report.scores["dev"]:
         assert set(row) == {"exact_match", "micro_f1", "macro_f1"}
     trained, given = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
-    assert trained.exit_config == MultiExitConfig((2, 6), ("a", "b"), MULTI, Pooling.CLS)
+    assert trained.exit_config == MultiExitConfig((2, 4), ("a", "b"), MULTI, Pooling.CLS)
     found, expected = (
-        each.state_dict()["bert.encoder.layer.5.output.dense.weight"] for each in (trained, given)
+        each.state_dict()["bert.encoder.layer.3.output.dense.weight"] for each in (trained, given)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -212,7 +212,7 @@ def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_pat
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"train": "missing.jsonl"}, InputError, "missing.jsonl does not exist"),
     "no encoder": ({"backbone": "missing"}, ModelError, "missing does not exist"),
-    "tokenizer": ({"backbone": "small"}, ModelError, "gives token ids up to 799, but .* 700"),
+    "tokenizer": ({"backbone": "small"}, ModelError, "gives token ids up to 199, but .* 150"),
     "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
     "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
     "unknown label": ({"dev": "other.jsonl"}, InputError, "line 1 has label 'other'"),
@@ -230,7 +230,7 @@ def test_nothing_is_written_when_the_input_is_bad(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(backbone, "small")
-    change_config(Path("small"), vocab_size=700)
+    change_config(Path("small"), vocab_size=150)
     write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
     write_rows("none.jsonl", [{"text": "x"}])
     write_rows("other.jsonl", [{"text": "x", "label": "other"}])
