@@ -16,7 +16,6 @@ The modules in the order of the steps: `goals` (what is asked), `checks` (what i
 
 from ..runtime.artifact.operating_point import Goal
 from .calibrate import calibrate
-from .costs import CostModel
 from .goals import DEFAULT_GOALS, CalibrationOptions
 from .outcome import Outcome
 from .report import write_report
@@ -30,7 +29,6 @@ __all__ = [
     "Bound",
     "Calibration",
     "CalibrationOptions",
-    "CostModel",
     "Goal",
     "LabelledLogits",
     "Outcome",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime.artifact.folder import check_outside, read_manifest, write_manifest
+from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.engine import Engine
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
@@ -13,7 +13,7 @@ from ..runtime.rules.base import ExitRule
 from .checks import check_request
 from .choose import Selector
 from .costs import measure_costs
-from .families import PARTS
+from .families import DEFAULT_MEASURES, PARTS
 from .goals import CalibrationOptions
 from .points import PointMaker
 from .result import TESTED, Calibration, with_points
@@ -51,7 +51,6 @@ def calibrate(
 
     Raises:
         InputError: the rows cannot be used, or a goal cannot be met; the manifest stays unchanged.
-            Or the traces would be written into another folder of a model.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -70,10 +69,6 @@ def calibrate(
         ```
     """
     path, options = Path(folder), options or CalibrationOptions()
-    place = path / "calibration"
-    if options.output is not None and Path(options.output).resolve() != place.resolve():
-        place = Path(options.output)
-        check_outside(place / "trace")
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     test = list(read_rows(options.test, options.reading)) if options.test else None
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
@@ -81,6 +76,7 @@ def calibrate(
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         metric = _metric(engine, options)
         warnings = check_request(engine, options, metric, rows, test or [])
+        place = path / "calibration"
         seen = trace_rows(engine, rows, place, not options.unlabelled, progress)
         held = None
         if test is not None:
@@ -90,9 +86,7 @@ def calibrate(
             progress(f"time segments, batch {batch}", 0, 1)
             costs.append(measure_costs(engine, seen.lengths, batch))
         stopping_costs = StoppingCosts(seen, metric, costs[-1].row_costs(seen.lengths))
-        selector = Selector(
-            stopping_costs, options.competing, options.competing_measures, options.seed
-        )
+        selector = Selector(stopping_costs, options.competing, DEFAULT_MEASURES)
         chooser = PointMaker(engine, options, progress, selector, costs, held)
         points = chooser.points([row.content for row in rows])
         default = options.default if options.default in options.asked else points[0].name
@@ -105,7 +99,6 @@ def calibrate(
             points=points,
             default=default,
             comparisons=chooser.comparisons(options.asked[default], points),
-            costs=tuple(costs),
             selector=selector,
             layers=engine.manifest.exit_layers,
             warnings=tuple(warnings),

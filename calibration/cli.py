@@ -20,12 +20,11 @@ from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, table_console
 from ..runtime.cli.progress import step_progress
 from ..runtime.optional_packages import require
-from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import RULES, Budget
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
 from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
-from .families import DEFAULT_MEASURES, DEFAULT_RULES
+from .families import DEFAULT_RULES
 from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
 from .report import write_report
 from .result import Calibration, Point, RuleComparison, make_default
@@ -44,9 +43,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report.htm
 """,
     panels={
         "With --risk": "--confidence --risk-of",
-        "Choice of the rule": "--rule --measure --metric --unlabelled --batch-size --seed",
+        "Choice of the rule": "--rule --metric --unlabelled --batch-size",
         **READING,
-        "Writing results": "--all-targets --name --output",
     },
 )
 @options.engines
@@ -73,18 +71,10 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report.htm
 @options.choice(
     "--rule rules",
     "RULE",
-    f"Exit rule that may be chosen. May be repeated. Default: auto: {', '.join(DEFAULT_RULES)}; "
+    f"Exit rule that may be chosen. May be repeated. Default: {', '.join(DEFAULT_RULES)}; "
     "for guaranteed points, entropy. Full depth competes as well, and the cascade if the model has "
     "exit 0.",
-    ["auto", *RULES],
-    multiple=True,
-)
-@options.choice(
-    "--measure measures",
-    "MEASURE",
-    "Similarity measure of F-PABEE to try. May be repeated. "
-    f"Default: {' and '.join(measure.value for measure in DEFAULT_MEASURES)}.",
-    ["all", *Measure],
+    RULES,
     multiple=True,
 )
 @options.choice(
@@ -95,9 +85,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report.htm
 )
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
 @options.count("--batch-size", "Batch size at which the segments are timed.", 32)
-@options.count("--seed", "Seed that shuffles the rows and divides them into parts.", 0, min=0)
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
-@options.path("--output", "Folder for the logits of the rows. Default: ENGINES/calibration.", "DIR")
 @options.labelled_texts
 def main(
     engines: Path,
@@ -155,7 +143,6 @@ def _options(
     confidence: float | None,
     risk_of: str | None,
     rules: tuple[str, ...],
-    measures: tuple[str, ...],
     **settings: Any,
 ) -> CalibrationOptions:
     """The options of the library.
@@ -171,11 +158,8 @@ def _options(
         )
     options.only_with("name", goals, "--max-drop, --speedup or --risk")
     options.only_with("confidence risk_of", risk is not None, "--risk")
-    options.only_with("measures", not rules or {"auto", "fpabee"} & {*rules}, "--rule fpabee")
     if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
-    if "auto" in rules and len(rules) > 1:
-        raise click.UsageError("--rule auto names several rules: give no other rule with it")
     point = name or (goals[0] if goals else "balanced")
     bound = None
     if risk is not None:
@@ -188,8 +172,7 @@ def _options(
         name=point,
         default=point,
         reading=options.read_options(settings),
-        rules=() if "auto" in rules else rules,
-        measures=tuple(Measure) if "all" in measures else tuple(map(Measure, measures)),
+        rules=rules,
         **settings,
     )
 
@@ -206,7 +189,6 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         ],
         "contenders": [_judged(comparison) for comparison in result.comparisons],
         "warnings": result.warnings,
-        "segment_seconds": [asdict(model) for model in result.costs],
     }
 
 
@@ -215,7 +197,6 @@ def _point(point: Point) -> dict[str, Any]:
         "name": point.name,
         "wish": str(point.goal),
         **_judged(point),
-        "optimism": point.optimism,
         "measured_speedup": point.measured,
         "certificate": msgspec.to_builtins(point.certificate),
     }

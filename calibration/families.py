@@ -7,15 +7,17 @@ guards against that luck costs more speed than a finer search gains.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.rules.base import ExitRule, SearchSpace, ThresholdRule
+from ..runtime.rules.base import ExitRule, ThresholdRule
 from ..runtime.rules.measures import Array, Measure
-from ..runtime.rules.rules import RULES, Budget
+from ..runtime.rules.rules import RULES, Budget, Pabee
 from .per_exit import fit_per_exit
 from .scoring import LabelledLogits
 from .stopping_costs import StoppingCosts
@@ -101,9 +103,7 @@ def make_families(
     parts = deal(len(rows), seed)
     found: list[Family] = []
     for name in rules:
-        patience = last - 1 if name == "pabee" else min(_MOST_PATIENCE, last - 1)
-        space = SearchSpace(rows.exits, measures, range(1, patience + 1))
-        for rule in RULES[name].search_grid(space):
+        for rule in _settings(RULES[name], rows.exits, measures):
             scores = stop.stop_scores(rule)
             found += _families(rule, scores, rows)
             if not per_exit or name not in _FITTED_PER_EXIT or rule.signals_needed > 1:
@@ -118,6 +118,22 @@ def make_families(
         cascade = Budget(exit=last)
         found += _families(cascade, stop.stop_scores(cascade), rows)
     return found
+
+
+def _settings(
+    kind: type[ExitRule], exits: range, measures: Sequence[Measure]
+) -> Iterator[ExitRule]:
+    """Every combination of what a rule takes; thresholds are swept separately, so one stands in."""
+    patience = exits[-1] - 1 if kind is Pabee else min(_MOST_PATIENCE, exits[-1] - 1)
+    values: dict[str, Sequence[Any]] = {
+        "exit": exits,
+        "threshold": (0.0,),
+        "measure": measures,
+        "patience": range(1, patience + 1),
+    }
+    names = [field.name for field in fields(kind) if field.name in values]
+    for settings in itertools.product(*(values[name] for name in names)):
+        yield kind(**dict(zip(names, settings, strict=True)))
 
 
 def deal(rows: int, seed: int) -> NDArray[np.intp]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError, Remedy
 from ..runtime.files import ReadOptions
-from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import RULES
-from .families import DEFAULT_MEASURES, DEFAULT_RULES
+from .families import DEFAULT_RULES
 from .risk import Bound
 
 DEFAULT_GOALS = {
@@ -37,15 +36,12 @@ class CalibrationOptions:
             disagreement.
         rules: names of the exit rules to choose from, of `runtime.RULES`; empty means
             `DEFAULT_RULES`, or entropy for what is guaranteed.
-        measures: similarity measures to try; empty means `DEFAULT_MEASURES`.
         target: a built target; None means the default of the manifest.
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
         unlabelled: ignore labels, and compare answers with those at full depth.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
-        output: folder for traces; None means `calibration/` in the engines folder.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
-        seed: shuffles rows and deals them into parts; from 0.
         compare: also evaluate the best setting of up to six kinds of rules.
 
     Raises:
@@ -70,15 +66,12 @@ class CalibrationOptions:
     default: str = "balanced"
     metric: str | None = None
     rules: tuple[str, ...] = ()
-    measures: tuple[Measure, ...] = ()
     target: str | None = None
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     unlabelled: bool = False
     batch_size: int = 32
-    output: str | Path | None = None
     threads: int | None = None
-    seed: int = 0
     compare: bool = False
 
     def __post_init__(self) -> None:
@@ -97,20 +90,13 @@ class CalibrationOptions:
                 raise InputError(
                     f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
-        for setting, least in (("batch_size", 1), ("seed", 0)):
-            value = getattr(self, setting)
-            if value < least:
-                raise InputError(f"{setting} is {value}", f"give a number from {least}")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")
 
     @property
     def competing(self) -> tuple[str, ...]:
         """Names of the rules that compete."""
         return self.rules or DEFAULT_RULES
-
-    @property
-    def competing_measures(self) -> tuple[Measure, ...]:
-        """The similarity measures that compete."""
-        return self.measures or DEFAULT_MEASURES
 
     @property
     def asked(self) -> dict[str, Goal | Bound]:

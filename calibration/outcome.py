@@ -31,7 +31,6 @@ class Outcome:
             promise.
         mean_depth: mean number of layers that ran for a row.
         exits: how many rows stopped at each exit, from the first exit on.
-        theoretical: speed-up over full depth in layers, weighted by tokens.
         estimated: speed-up over full depth in measured times of the segments.
         rows: how many rows there were.
         exit_0_changed: how many rows stopped at exit 0 with another answer than that of full depth;
@@ -45,7 +44,6 @@ class Outcome:
     interval: tuple[float, float]
     mean_depth: float
     exits: tuple[int, ...]
-    theoretical: float
     estimated: float
     rows: int
     exit_0_changed: int | None = None
@@ -63,7 +61,7 @@ def outcome(
         layers: the layer of each exit.
         level: of the interval.
     """
-    places, lengths = scorer.rows.at(exits), scorer.rows.lengths
+    places = scorer.rows.at(exits)
     ran = np.asarray(layers)[places[0]]
     score, full = scorer.score(exits), scorer.full_depth
     return Outcome(
@@ -74,8 +72,6 @@ def outcome(
         interval=drop_interval(scorer, exits, level),
         mean_depth=float(ran.mean()),
         exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
-        # Finite even if no row needs a layer.
-        theoretical=float(layers[-1] * lengths.sum() / max((ran * lengths).sum(), 1)),
         estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
         exit_0_changed=(

@@ -15,7 +15,7 @@ from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget
 from .choose import Selector
 from .costs import CostModel, measure_speedup
-from .families import CASCADE, PER_EXIT
+from .families import CASCADE, DEFAULT_MEASURES, PER_EXIT
 from .goals import CalibrationOptions
 from .outcome import Outcome, exits_of, level_of, outcome
 from .result import Point, RuleComparison
@@ -100,7 +100,7 @@ class PointMaker:
         if isinstance(goal, Bound) or goal.guaranteed:
             rule, certificate, refusal = self._guaranteed(goal)
             confidence = certificate.confidence / 100 if certificate else _CONFIDENCE
-            tested = self.held or rows.take(split(len(rows), self.options.seed)[1])
+            tested = self.held or rows.take(split(len(rows))[1])
             held_out = self._judge(rule, tested, level_of(confidence))
         else:
             search = self.selector.search
@@ -122,8 +122,7 @@ class PointMaker:
         full_depth = Budget(exit=costs.rows.exits[-1])
         bound = goal if isinstance(goal, Bound) else bound_of(goal)
         try:
-            measures, seed = options.competing_measures, options.seed
-            rule, certificate = control(costs, bound, options.rules, measures, seed)
+            rule, certificate = control(costs, bound, options.rules, DEFAULT_MEASURES)
             return rule, certificate, ""
         except InputError as error:
             if isinstance(goal, Bound):

@@ -14,7 +14,6 @@ from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.rules.base import ExitRule
 from ..runtime.targets import rule_of, target_of
 from .choose import Selector
-from .costs import CostModel
 from .families import kind_of
 from .outcome import Outcome
 from .risk import Bound
@@ -54,11 +53,6 @@ class Point:
         """The kind of its rule, see `kind_of`."""
         return kind_of(self.rule)
 
-    @property
-    def optimism(self) -> float:
-        """How much smaller the drop is on the rows that chose the rule, in points."""
-        return self.held_out.drop - self.chosen_on.drop
-
 
 @dataclass(frozen=True)
 class RuleComparison:
@@ -91,7 +85,6 @@ class Calibration:
         default: the point that runs if none is named.
         comparisons: the best setting of every kind of rule for the goal of the default point, the
             fastest first.
-        costs: measured times, for one row and for `CalibrationOptions.batch_size` rows at a time.
         selector: all settings; not public.
         layers: the layer of each exit.
         warnings: what is wrong with the rows without making the result useless.
@@ -105,7 +98,6 @@ class Calibration:
     points: tuple[Point, ...]
     default: str
     comparisons: tuple[RuleComparison, ...]
-    costs: tuple[CostModel, ...]
     selector: Selector
     layers: tuple[int, ...]
     warnings: tuple[str, ...] = ()
@@ -176,8 +168,6 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         data_sha256=data_sha256,
         mean_depth=runs.mean_depth,
         exits=runs.exits,
-        theoretical_speedup=runs.theoretical,
-        estimated_speedup=runs.estimated,
         measured_speedup=point.measured,
         versions={**target.versions, "fpabee": __version__},
         certificate=point.certificate,

@@ -163,7 +163,7 @@ def _betting(sample: Array, risk: float, level: float) -> float:
     return math.exp(-capital)
 
 
-def split(rows: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def split(rows: int, seed: int = 0) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """The numbers of the rows that fix a path, and of those that test it, in random order."""
     order = np.random.default_rng(seed).permutation(rows)
     count = math.ceil(_PATH_SHARE * rows)

@@ -164,5 +164,5 @@ def _write(path: Path, artifact: str, texts: str, trace: _Trace) -> None:
             partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"cannot write {path}: {error.strerror}",
-            Remedy("give {output} a folder that can be written"),
+            "make the folder writable, or free some space",
         ) from error

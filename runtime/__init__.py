@@ -55,7 +55,7 @@ from .errors import (
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
-from .rules.base import ExitRule, SearchSpace, Signal, Threshold, ThresholdRule
+from .rules.base import ExitRule, Signal, Threshold, ThresholdRule
 from .rules.measures import Measure, Outputs, RowOutputs
 from .rules.rules import (
     RULES,
@@ -114,7 +114,6 @@ __all__ = [
     "RowOutputs",
     "RuleError",
     "RuleSettings",
-    "SearchSpace",
     "Segment",
     "Shapes",
     "Signal",

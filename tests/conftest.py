@@ -311,8 +311,6 @@ def _point(rule: ExitRule) -> OperatingPoint:
         data_sha256="0" * 64,
         mean_depth=1.0,
         exits=(100, 0, 0),
-        theoretical_speedup=3.0,
-        estimated_speedup=2.9,
     )
 
 

@@ -72,11 +72,8 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
         mean_depth: layers that ran for a row, on average; as all figures below, on all of the rows
             that chose the rule.
         exits: how many of these rows stopped at each exit.
-        theoretical_speedup: ratio of the layers of full depth to those of the rule, weighted by
-            tokens.
-        estimated_speedup: the same ratio in measured times of the segments.
-        measured_speedup: ratio of run times on the target, by batch size: 1 for rows one by one,
-            a larger number for windows of 128 rows.
+        measured_speedup: run time at full depth over that with the rule, by batch size: 1 for rows
+            one by one, a larger number for windows of 128 rows.
         versions: versions of the libraries that measured it.
         certificate: a bound on the risk, if the point is guaranteed.
     """
@@ -92,8 +89,6 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": 
     data_sha256: Sha256
     mean_depth: Annotated[float, msgspec.Meta(ge=0)]
     exits: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
-    theoretical_speedup: float
-    estimated_speedup: float
     measured_speedup: dict[str, float] = {}
     versions: dict[str, str] = {}
     certificate: Certificate | None = None

@@ -16,10 +16,7 @@ READING = {
     "Reading files": "--input --input-format --text-column --text-pair-column --label-column "
     "--no-quotes"
 }
-RULE = {
-    "Exit rule": "--rule --measure --threshold --patience --exit --min-exit --max-exit "
-    "--exit-0-threshold"
-}
+RULE = {"Exit rule": "--rule --threshold --patience --exit --max-exit --exit-0-threshold"}
 
 
 def command(examples: str, panels: Mapping[str, str]) -> Callable[[Callable[..., None]], Command]:

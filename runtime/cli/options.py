@@ -15,14 +15,13 @@ from click.core import ParameterSource
 
 from ..files import ReadOptions, TextFormat
 from ..rules.base import ExitRule
-from ..rules.measures import Measure
 from ..rules.rules import RULES
 from .errors import option_of
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = "rule measure threshold patience exit min_exit max_exit exit_0_threshold"
+RULE_OPTIONS = "rule threshold patience exit max_exit exit_0_threshold"
 PATH = click.Path(path_type=Path)
 
 
@@ -162,7 +161,6 @@ rule = together(
         "Exit rule. If it is that of the operating point, settings that are not given stay.",
         RULES,
     ),
-    choice("--measure", "MEASURE", "Similarity measure of the rule fpabee.", Measure),
     option(
         "--threshold",
         "X[,X,...]",
@@ -172,7 +170,6 @@ rule = together(
     ),
     count("--patience", "How many times in a row the condition of the rule must hold."),
     count("--exit", "Exit at which every row stops, only with --rule budget.", min=0),
-    count("--min-exit", "First exit at which a row may stop.", min=0),
     count("--max-exit", "Exit at which every row stops at the latest.", min=0),
     number(
         "--exit-0-threshold",
@@ -218,9 +215,6 @@ def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
     name = values.pop("rule")
     changes = {key: value for key, value in values.items() if value is not None}
     base = default.to_dict() if name in (None, default.name) else {"name": name}
-    if changes.get("measure", base.get("measure")) != base.get("measure"):
-        # Thresholds of two measures are on different scales.
-        base.pop("threshold", None)
     return ExitRule.from_dict(base | changes)
 
 

@@ -73,7 +73,6 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 )
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
-@options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.flag("--quiet", "Show no progress and no summary.")
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
@@ -81,7 +80,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.labelled_texts
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.count("--top-k", "Write the N most probable labels and their probabilities.")
-@options.flag("--scores --all-scores all_scores", "Write the probabilities of all labels.")
+@options.flag("--scores all_scores", "Write the probabilities of all labels.")
 @options.flag("--logits", "Write the logits of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
 @options.flag(
@@ -99,7 +98,6 @@ def main(
     target: str | None,
     operating_point: str | None,
     full_depth: bool,
-    check: bool,
     metrics: bool,
     unbuffered: bool,
     quiet: bool,
@@ -136,13 +134,6 @@ def main(
     with Engine.load(
         engines, target, operating_point, regroup=_regroup(engines, target), **loading
     ) as engine:
-        checked = engine.check() if check else None
-        if checked is not None and shows:
-            echo(
-                f"{engine.target} reproduces the exported model: {checked.rows} reference texts, "
-                f"largest difference of a logit {checked.max_logit_difference:.1e}",
-                err=True,
-            )
         rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else rule, metrics)
         schema = RecordSchema(
@@ -161,8 +152,7 @@ def main(
             run(inputs, write, completed, schema, summary, advance, unbuffered)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
-            found = {} if checked is None else {"check": checked.to_dict()}
-            click.echo(json.dumps(summary.to_dict(point) | found), err=True)
+            click.echo(json.dumps(summary.to_dict(point)), err=True)
         elif not quiet:
             print_summary(summary, point)
         elif metrics:

@@ -6,18 +6,16 @@ at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer
 it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
 
 A rule answers every question about itself: its signals for a batch (`signal`) and for a single
-row without numpy (`row_signal`), the settings that calibration tries (`search_grid`), how all
-thresholds are tried at once (`stop_scores`), and how far rounding can move its decisions
-(`shifted`, `uses_labels`).
+row without numpy (`row_signal`), how calibration tries all thresholds at once (`stop_scores`), and
+how far rounding can move its decisions (`shifted`, `uses_labels`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, ClassVar
@@ -59,21 +57,6 @@ class Signal:
 
 ScoresOf = Callable[["ExitRule"], Array]
 """Gives the scores `[exits, rows]` of a rule on a trace, with NaN where the rule has none."""
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What a rule needs to know to list the settings that are worth trying on a trace.
-
-    Attributes:
-        exits: the numbers of the exits of the model.
-        measures: similarity measures to try.
-        patiences: values of `patience` to try.
-    """
-
-    exits: range
-    measures: Sequence[Measure]
-    patiences: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,25 +198,6 @@ class ExitRule(ABC):
         """
         return None
 
-    @classmethod
-    def search_grid(cls, space: SearchSpace) -> Iterator[ExitRule]:
-        """The settings that calibration tries: here every combination of what the rule takes.
-
-        Thresholds are swept separately, so one of them stands for all.
-
-        Args:
-            space: what can be tried on the trace.
-        """
-        values: dict[str, Sequence[Any]] = {
-            "exit": space.exits,
-            "threshold": (0.0,),
-            "measure": space.measures,
-            "patience": space.patiences,
-        }
-        names = [field.name for field in dataclasses.fields(cls) if field.name in values]
-        for settings in itertools.product(*(values[name] for name in names)):
-            yield cls(**dict(zip(names, settings, strict=True)))
-
     def stop_scores(self, scores_of: ScoresOf) -> Array:
         """Everything about the rule from exit 1 on but its threshold, as a score for each row.
 
@@ -363,18 +327,17 @@ class ThresholdRule(ExitRule):
     threshold: Threshold
 
     @abstractmethod
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The scores `[rows]` of some rows at an exit.
 
         Args:
-            exit_number: from 1.
             earlier: outputs of the previous exit; None if there is none.
             now: outputs of this exit.
         """
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The answer looks settled where the score is strictly beyond the threshold."""
-        scores = self.scores(exit_number, earlier, now)
+        scores = self.scores(earlier, now)
         return Signal(scores, self._passes(exit_number, scores))
 
     def _passes(self, exit_number: int, scores: Array) -> Mask:

@@ -45,7 +45,7 @@ class FPabee(ThresholdRule):
     measure: Measure = Measure.JSKD
     patience: int = 1
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The measure, summed over labels."""
         assert earlier is not None
         measure = MEASURES[self.measure]
@@ -98,7 +98,7 @@ class Entropy(ThresholdRule):
 
     name: ClassVar[str] = "entropy"
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The entropy; for multi-label tasks the sum of the binary entropies."""
         return now.entropy()
 
@@ -114,7 +114,7 @@ class Confidence(ThresholdRule):
     name: ClassVar[str] = "confidence"
     sign: ClassVar[int] = -1
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The largest probability; for multi-label tasks the least max(p, 1 - p) of a label."""
         return now.confidence()
 
@@ -129,7 +129,7 @@ class Energy(ThresholdRule):
 
     name: ClassVar[str] = "energy"
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The energy, computed without overflow."""
         top = np.maximum(now.logits.max(axis=-1), 0.0)
         total = np.exp(now.logits - top[:, None]).sum(axis=-1)
@@ -153,7 +153,7 @@ class Pcee(ThresholdRule):
 
     patience: int = 1
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The normalised entropy."""
         return now.normalised_entropy()
 
@@ -175,13 +175,13 @@ class Epee(ThresholdRule):
 
     patience: int
 
-    def scores(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Array:
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The normalised entropy."""
         return now.normalised_entropy()
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """A row stops now if its entropy is low, and gives a signal if its answer is the same."""
-        scores = self.scores(exit_number, earlier, now)
+        scores = self.scores(earlier, now)
         same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
         return Signal(scores, same, stop_now=self._passes(exit_number, scores))
 

@@ -124,7 +124,6 @@ MODELS = [
     Case("train into engines", into("engines", "", "train"), "engines,"),
     Case("train into a model", into("model", "more", "train"), "model,"),
     Case("a report into engines", into("engines", "report.html", "--report"), "engines,"),
-    Case("traces into engines", into("engines", "", "--output"), "engines,"),
 ]  # fmt: skip
 
 OUTPUTS = [
@@ -161,8 +160,7 @@ SETTINGS = [
     Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
     Case("a setting of another rule", run("--rule", "pabee", "--patience", 1, "--threshold", 1),
          "pabee", "threshold"),
-    Case("a measure whose threshold is unknown", run("--measure", "kd"), "needs", "--threshold"),
-    Case("a last exit before the first", run("--min-exit", 3, "--max-exit", 2), "2", "3"),
+    Case("a last exit before the first", run("--max-exit", 9), "9"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
     Case("a depth without threshold",
          command("bench", "--depth", 0.5, "--rule", "pabee", "--patience", 1), "pabee"),

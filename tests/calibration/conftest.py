@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.calibration import Calibration, CalibrationOptions, CostModel, calibrate, points
+from fpabee.calibration import Calibration, CalibrationOptions, calibrate, points
+from fpabee.calibration.costs import CostModel
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.runtime import Engine, ProblemType

@@ -218,7 +218,7 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     )
     changed = msgspec.structs.replace(before.targets[TARGET], default_operating_point="fast")
     assert read_manifest(folder).targets[TARGET] == changed
-    assert run(folder, "--set-default", "safe", "--seed", 3).exit_code == 2
+    assert run(folder, "--set-default", "safe", "--batch-size", 3).exit_code == 2
 
 
 @pytest.mark.usefixtures("measured")
@@ -234,7 +234,6 @@ def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path
     assert result.held_out == "test.jsonl"
     for point in result.points:
         assert (point.held_out.rows, point.chosen_on.rows) == (73, 120)
-        assert point.optimism == pytest.approx(point.held_out.drop - point.chosen_on.drop)
     stored = read_manifest(folder).targets[TARGET].operating_points["fast"]
     assert (stored.held_out, stored.rows) == ("test.jsonl", 73)
 
@@ -293,19 +292,10 @@ def test_unlabelled_rows_are_compared_with_full_depth(folder: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("measured")
 def test_only_the_rules_that_are_named_are_chosen(folder: Path, data: Path) -> None:
-    given = ("--rule", "fpabee", "--rule", "pcee", "--measure", "kd", "--compare", "--json")
+    given = ("--rule", "fpabee", "--rule", "pcee", "--compare", "--json")
     content = json.loads(said(folder, "--data", data, *given))
     assert {point["rule"]["name"] for point in content["points"]} <= {"fpabee", "pcee", "budget"}
     assert {"fpabee", "pcee"} <= {comparison["kind"] for comparison in content["contenders"]}
-    measures = {point["rule"].get("measure", "kd") for point in content["points"]}
-    assert measures == {"kd"}
-
-
-@pytest.mark.usefixtures("measured")
-def test_a_trace_can_be_kept_elsewhere(folder: Path, data: Path, tmp_path: Path) -> None:
-    (folder / "calibration").write_text("in the way")
-    said(folder, "--data", data, "--output", tmp_path / "out")
-    assert list((tmp_path / "out").glob("trace-*.npz"))
 
 
 @pytest.mark.usefixtures("measured")

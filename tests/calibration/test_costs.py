@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.calibration import CostModel
-from fpabee.calibration.costs import measure_costs, measure_speedup
+from fpabee.calibration.costs import CostModel, measure_costs, measure_speedup
 from fpabee.runtime import Budget, Engine
 
 

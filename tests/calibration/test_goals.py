@@ -28,7 +28,6 @@ from fpabee.runtime import InputError
         ({"bound": Bound(0.01, 0.95), "name": ""}, "an operating point is named ''"),
         ({"rules": ("fpabee", "fastbert")}, "exit rule 'fastbert' does not exist"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_what_cannot_be_asked(settings: dict[str, Any], message: str) -> None:

@@ -53,13 +53,11 @@ def test_intervals_cover_rare_changes(share: float) -> None:
     assert covered >= 95
 
 
-def test_an_outcome_counts_layers_and_tokens() -> None:
+def test_an_outcome_counts_layers() -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
     found = outcome(Scorer(rows, "accuracy"), exits, with_costs(rows).costs, range(2, 13, 2))
     assert found.mean_depth == pytest.approx(2 * exits.mean())
-    tokens = rows.lengths.sum() / (exits * rows.lengths).sum()
-    assert found.theoretical == pytest.approx(6 * tokens)
     assert found.estimated == pytest.approx(6 / exits.mean())
     assert sum(found.exits) == found.rows == 400
     assert found.interval[0] < found.drop < found.interval[1]

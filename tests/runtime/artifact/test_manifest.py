@@ -88,7 +88,7 @@ def test_fields_of_a_newer_minor_version_survive_a_rewrite(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"theoretical_speedup": NAN}, "theoretical_speedup"),
+        ({"score": NAN}, "score"),
         ({"exits": (1.5,)}, "exits"),
         ({"rule": {"name": "entropy", "threshold": NAN}}, "a different one"),
     ],

@@ -19,14 +19,13 @@ from fpabee.runtime import (
     Engine,
     Entropy,
     FPabee,
-    Measure,
     Pabee,
+    Pcee,
     Regroup,
     Target,
     read_manifest,
 )
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.cli.run import _regroup, main
 
 from ..running import Run, check_refused, write_lines
@@ -42,7 +41,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, source, "--all-scores")
+    result = run(bert, source, "--scores")
     with Engine.load(bert) as engine:
         predictions = engine.predict(TEXTS)
     for index, (record, prediction) in enumerate(zip(result.records, predictions, strict=True)):
@@ -57,17 +56,6 @@ def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
     short = run(bert, source, "--max-length", "4")
     assert ["truncated" in record for record in short.records] == [True, False, False, True, True]
     assert "3 truncated" in short.err
-
-
-def test_a_check_that_passes_is_reported(run: Run, bert: Path, source: Path) -> None:
-    texts, _ = read_reference(bert, read_manifest(bert))
-    (line,) = [x for x in run(bert, source, "--check").err.splitlines() if "reproduces" in x]
-    assert line.startswith("onnxruntime-fp32 reproduces the exported model: ")
-    assert f" {len(texts)} reference texts" in line
-    assert float(line.split()[-1]) < 1e-4
-    assert run(bert, source, "--check", "--quiet").err == ""
-    assert json.loads(run(bert, source, "--check", "--json").err)["check"]["rows"] == len(texts)
-    assert "check" not in json.loads(run(bert, source, "--json").err)
 
 
 def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:
@@ -122,13 +110,13 @@ def test_standard_input(run: Run, bert: Path, source: Path) -> None:
         (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
         (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
         (
-            ["--rule", "entropy", "--threshold", "1.1", "--min-exit", "2"],
-            Entropy(threshold=1.1, min_exit=2),
+            ["--rule", "entropy", "--threshold", "1.1", "--max-exit", "2"],
+            Entropy(threshold=1.1, max_exit=2),
         ),
         (["--rule", "entropy", "--threshold", "0,9,9"], Entropy(threshold=(0.0, 9.0, 9.0))),
         (
-            ["--rule", "fpabee", "--measure", "jsd", "--threshold", "0.2", "--max-exit", "2"],
-            FPabee(measure=Measure.JSD, threshold=0.2, max_exit=2),
+            ["--rule", "pcee", "--threshold", "0.9", "--patience", "2"],
+            Pcee(threshold=0.9, patience=2),
         ),
         # Without --rule, the folder's rule with what is given changed.
         (["--threshold", "1.2"], FPabee(threshold=1.2)),

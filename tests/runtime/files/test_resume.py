@@ -24,7 +24,7 @@ from fpabee.runtime.files.partial import Partial
 from ..running import Result, Run, check_refused, write_lines
 
 ROWS = 400
-RULE = ("--rule", "entropy", "--threshold", "0.9", "--all-scores", "--quiet")
+RULE = ("--rule", "entropy", "--threshold", "0.9", "--scores", "--quiet")
 WORDS = ["the", "a", "film", "rain", "sun", "lights", "alarm", "off", "good", "bad", "not", "it"]
 
 # Small blocks of several windows each, so that a run stops within a block and a window.

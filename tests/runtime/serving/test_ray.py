@@ -64,7 +64,7 @@ def test_rows_are_those_of_the_command(
 ) -> None:
     rows = texts_of(50)
     rows = rows.append_column("text_pair", [["film", None] * 25])
-    flags = ["--with-text", *(["--all-scores", "--top-k", "2", "--logits"] if options else [])]
+    flags = ["--with-text", *(["--scores", "--top-k", "2", "--logits"] if options else [])]
     expected = answers_of_run(run, engines[family], tmp_path, rows, *flags)
 
     found = Classify(engines[family], **options)(rows)
