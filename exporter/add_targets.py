@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     Manifest,
@@ -36,14 +36,11 @@ from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of
-from .precision.formats import INT8, Half
+from .precision.formats import FP16, INT8
 from .targets import cpu
 from .targets.cpu import CpuTarget
-from .targets.options import RTX, TENSORRT, TURING, PlanOptions
+from .targets.options import RTX, TENSORRT, PlanOptions
 from .targets.tensorrt import build_target, can_run, unavailable_reason
-
-if TYPE_CHECKING:
-    from .precision.emulation import PrecisionReport
 
 PLAN_BACKENDS = (RTX, TENSORRT)
 BACKENDS = (*PLAN_BACKENDS, *cpu.BACKENDS)
@@ -54,27 +51,25 @@ class AddTargetsOptions:
     """What to add to an engines folder.
 
     Attributes:
-        precisions: 16-bit formats to write graphs in.
+        fp16: whether to add fp16.
         int8: whether to add int8.
         calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
             folder has int8 graphs already.
         backends: backends whose targets must be built; None: those that this machine can build.
         default_target: the target to make the default; None: the fastest target for CPUs, if
             targets for CPUs are added.
-        keep_fp32: `auto`, or nodes that stay in fp32, see `add_half`.
-        verify_data: texts to check 16-bit formats and targets of OpenVINO with, in any format of
+        verify_data: texts to check fp16 and targets of OpenVINO with, in any format of
             `read_rows`.
         reading: how these two files are read.
         plans: how TensorRT plans are built.
         jobs: the number of builds at a time.
     """
 
-    precisions: tuple[Half, ...] = ()
+    fp16: bool = False
     int8: bool = False
     calibration_data: Path | None = None
     backends: tuple[str, ...] | None = None
     default_target: str | None = None
-    keep_fp32: tuple[str, ...] = ()
     verify_data: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     plans: PlanOptions = field(default_factory=PlanOptions)
@@ -87,7 +82,7 @@ class AddTargetsResult:
 
     Attributes:
         manifest: the folder's new manifest.
-        checks: what each precision that was written does to the model.
+        checks: for each precision that was written, how closely it agrees with fp32.
         built: names of the targets that were built.
         cpu: what the checks of new targets for CPUs found.
         default: one line that says which target is the default, and why; empty: as before.
@@ -97,7 +92,7 @@ class AddTargetsResult:
     """
 
     manifest: Manifest
-    checks: tuple[PrecisionReport, ...]
+    checks: dict[str, Agreement]
     built: tuple[str, ...]
     cpu: tuple[CpuTarget, ...]
     default: str
@@ -177,7 +172,7 @@ def _add_targets(
     path: Path, before: Manifest, options: AddTargetsOptions, progress: Progress
 ) -> AddTargetsResult:
     for_plans, for_cpus = _int8_forms(options)
-    asked = [half.value for half in options.precisions] + ([INT8] if for_plans else [])
+    asked = [FP16] * options.fp16 + [INT8] * for_plans
     backends = BACKENDS if options.backends is None else options.backends
     targets = [
         (backend, precision)
@@ -185,10 +180,10 @@ def _add_targets(
         if backend in PLAN_BACKENDS
         for precision in asked or (() if for_cpus else tuple(before.precisions) or ("fp32",))
     ]
-    for backend, precision in targets:
+    for backend in {backend for backend, _ in targets}:
         if unavailable_reason(backend) is None:
             # Plans that cannot be built are refused before anything is written.
-            options.plans.fitted(before, backend, precision)
+            options.plans.fitted(before, backend)
     manifest, checks = _add_precisions(path, before, options, for_plans, progress)
     built: list[str] = []
     not_built: dict[str, FpabeeError] = {}
@@ -224,7 +219,7 @@ def _add_targets(
     write_manifest(path, manifest)
     lost = _lost_points(before, manifest)
     return AddTargetsResult(
-        manifest, tuple(checks), tuple(built), tuple(checked), default, not_built, lost
+        manifest, checks, tuple(built), tuple(checked), default, not_built, lost
     )
 
 
@@ -254,38 +249,28 @@ def _add_precisions(
     options: AddTargetsOptions,
     int8_for_plans: bool,
     progress: Progress,
-) -> tuple[Manifest, list[PrecisionReport]]:
+) -> tuple[Manifest, dict[str, Agreement]]:
     """Write the graphs in the precisions that are asked for."""
     texts = _texts(options.verify_data, options)
-    checks = []
-    for half in options.precisions:
-        if half.value in manifest.precisions and not options.keep_fp32 and not texts:
-            continue
+    checks: dict[str, Agreement] = {}
+    if options.fp16 and (FP16 not in manifest.precisions or texts):
         require("half")
-        from .precision.float16 import add_half
+        from .precision.float16 import add_fp16
 
-        turing = half is Half.FP16 and TURING in options.plans.compute_capabilities
-        manifest, report = add_half(
-            path, manifest, half, options.keep_fp32, texts, progress, turing=turing
-        )
-        manifest = _without_stale(manifest, half.value)
-        if half is Half.FP16:
-            # ONNX Runtime runs these graphs directly, on a CUDA device.
-            target = Target(
-                backend="onnxruntime", precision=half.value, device="cuda", tolerance=None
-            )
-            manifest = with_target(manifest, f"onnxruntime-{half.value}-cuda", target)
+        manifest, checks[FP16] = add_fp16(path, manifest, texts, progress)
+        manifest = _without_stale(manifest, FP16)
+        # ONNX Runtime runs these graphs directly, on a CUDA device.
+        target = Target(backend="onnxruntime", precision=FP16, device="cuda", tolerance=None)
+        manifest = with_target(manifest, "onnxruntime-fp16-cuda", target)
         write_manifest(path, manifest)
-        checks.append(report)
     if options.calibration_data is not None and int8_for_plans:
         require("half")
         from .precision.int8 import add_int8
 
         texts = _texts(options.calibration_data, options)
-        manifest, report = add_int8(path, manifest, texts, progress)
+        manifest, checks[INT8] = add_int8(path, manifest, texts, progress)
         manifest = _without_stale(manifest, INT8)
         write_manifest(path, manifest)
-        checks.append(report)
     built = {target.backend for target in manifest.targets.values() if cpu.is_cpu_int8(target)}
     missing = set(options.backends or ()) & set(cpu.BACKENDS) - built
     has_int8 = INT8 in manifest.precisions if int8_for_plans else built
@@ -302,8 +287,8 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
     if not options.int8:
         return False, False
     if options.backends is None:
-        # Graphs in 16 bits are for GPUs, also for those of other machines.
-        for_plans = bool(options.precisions) or any(
+        # Graphs in fp16 are for GPUs, also for those of other machines.
+        for_plans = options.fp16 or any(
             unavailable_reason(backend) is None for backend in PLAN_BACKENDS
         )
         can_quantize = util.find_spec("nncf") is not None and multiplies_int8()

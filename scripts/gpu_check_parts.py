@@ -41,7 +41,7 @@ from gpu_check_table import TOKENS
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.merge import write_one_graph
-from fpabee.exporter.precision.formats import INT8, Half
+from fpabee.exporter.precision.formats import INT8
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
@@ -122,7 +122,7 @@ def make_models(folder: Path, size: str, emit: Emit) -> None:
     calibration.write_text("\n".join(texts[:INT8_TEXTS]), encoding="utf-8")
     make_model("bert", folder / "model", max_position_embeddings=LONGEST, **SIZES[size])
     export(folder / "model", chain, ExportOptions(force=True))
-    add_targets(chain, AddTargetsOptions((Half.FP16,), backends=()))
+    add_targets(chain, AddTargetsOptions(fp16=True, backends=()))
     try:
         add_targets(chain, AddTargetsOptions(int8=True, calibration_data=calibration, backends=()))
     except FpabeeError as error:
@@ -137,7 +137,7 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
     if precision not in read_manifest(folder / "chain").precisions:
         raise Skipped(f"the model has no {precision} graphs")
     options = AddTargetsOptions(
-        precisions=(Half.FP16,) if precision == "fp16" else (),
+        fp16=precision == "fp16",
         int8=precision == INT8,
         backends=(backend,),
         plans=replace(PLANS, compute_capabilities=(cuda_device().compute_capability,)),

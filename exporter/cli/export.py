@@ -23,7 +23,7 @@ from ...runtime.cli.progress import step_progress
 from ...runtime.errors import VerificationError
 from ...runtime.optional_packages import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
-from ..precision.formats import INT8, Half
+from ..precision.formats import INT8
 from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
 from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 
@@ -61,7 +61,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
 """,
     panels={
         "Model": "--problem-type --max-length",
-        "Precision and verification": "--calibration-data --keep-fp32 --verify-data --target",
+        "Precision and verification": "--calibration-data --verify-data --target",
         **READING,
         "TensorRT plans": "--sm --batch --sequence --hardware-compatible --jobs",
     },
@@ -83,7 +83,6 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     "Exits to keep. Default: all.",
 )
 @options.flag("--fp16", "Also export fp16, and build its targets.")
-@options.flag("--bf16", "Also export bf16, and build its targets.")
 @options.flag("--int8", "Also export int8, and build its targets.")
 @options.choice(
     "--backend backends",
@@ -108,13 +107,6 @@ fpabee-export --from engines/ --backend tensorrt --fp16
 @options.path(
     "--calibration-data",
     "Texts that set the value ranges of --int8.",
-)
-@options.option(
-    "--keep-fp32",
-    "NODE",
-    "Keep a node, written GRAPH:NODE, in fp32. May be repeated. auto: all nodes that read or write "
-    "values above half of the range of the format (fp16 or bf16).",
-    multiple=True,
 )
 @options.path(
     "--verify-data",
@@ -168,13 +160,13 @@ def main(
     if model_dir is not None:
         check_options(targets)
         content = _export(model_dir, folder, settings, quiet, say)
-        if not (targets.precisions or targets.int8 or targets.backends):
+        if not (targets.fp16 or targets.int8 or targets.backends):
             # Plans are built only if they are asked for. OpenVINO needs no files.
             problem = unavailable_reason()
             targets = replace(targets, backends=() if problem else (OPENVINO,))
             if problem and is_installed():
                 say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
-    adds = targets.precisions or targets.int8 or targets.backends or targets.default_target
+    adds = targets.fp16 or targets.int8 or targets.backends or targets.default_target
     added = None
     if adds or source is not None:
         with step_progress(quiet) as progress:
@@ -196,7 +188,6 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     Raises:
         click.UsageError: which, and what they need.
     """
-    half = settings["fp16"] or settings["bf16"]
     data = settings["calibration_data"]
     only_with(
         "input_format text_column text_pair_column literal_quotes",
@@ -204,11 +195,10 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
         "--verify-data or --calibration-data",
     )
     not_with("output force exits problem_type max_length", not is_new, "--from")
-    only_with("keep_fp32", half, "--fp16 or --bf16")
     only_with(
         "verify_data",
-        is_new or half or OPENVINO in settings["backends"],
-        "a new export, --fp16, --bf16 or --backend openvino",
+        is_new or settings["fp16"] or OPENVINO in settings["backends"],
+        "a new export, --fp16 or --backend openvino",
     )
     only_with("calibration_data", settings["int8"], "--int8")
     only_with("int8", data or not is_new, "--calibration-data")
@@ -218,7 +208,6 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
 def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:
     """The options of `add_targets`; the fields of both classes are named like settings."""
     changes = {
-        "precisions": tuple(half for half in Half if settings[half.value]),
         "backends": settings["backends"] or None,
         "default_target": settings["target"],
         "plans": msgspec.convert(settings, PlanOptions),
@@ -290,9 +279,8 @@ def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> li
 
 
 def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content:
-    for check in result.checks:
-        kept = f", {len(check.kept)} nodes kept in fp32" if check.kept else ""
-        say(f"{check.precision}: emulated on {check.rows} texts, {check.agreement}{kept}")
+    for precision, agreement in result.checks.items():
+        say(f"{precision}: emulated on {agreement.rows} texts, {agreement}")
     for name in result.built:
         target = result.manifest.targets[name]
         where = ", ".join(target.compute_capabilities)
@@ -314,7 +302,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
     return {
         "targets": list(result.manifest.targets),
-        "precisions": [check.to_dict() for check in result.checks],
+        "precisions": {name: agreement.to_dict() for name, agreement in result.checks.items()},
         "built": list(result.built),
         "checked": [
             {

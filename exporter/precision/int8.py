@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.artifact.reference import read_reference
@@ -30,11 +31,10 @@ from ...runtime.encoding import (
 )
 from ...runtime.errors import InputError, Remedy, VerificationError, first_line
 from ...runtime.progress import Progress, silent
-from ..onnx_file import load_graphs
-from .emulation import PrecisionReport, report_on, run_emulated
+from ..targets.cpu import exact_logits
+from .emulation import check_emulated
 from .float16 import with_lowered
-from .formats import INT8, Half
-from .lowering import LoweredGraphs, choose_lowering
+from .formats import INT8
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ _MOST_TEXTS = 256
 
 def add_int8(
     folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress = silent
-) -> tuple[Manifest, PrecisionReport]:
+) -> tuple[Manifest, Agreement]:
     """Quantize the graphs to `onnx/int8-qdq/`, if enough labels and exits stay the same.
 
     Args:
@@ -57,26 +57,22 @@ def add_int8(
         progress: called with (what, done, total).
 
     Returns:
-        The manifest with the new graphs, and what was found.
+        The manifest with the new graphs, and how closely they agree with the fp32 model.
 
     Raises:
         InputError: too few texts.
         VerificationError: too many labels or exits change.
     """
-    encoder = TextEncoder(folder, manifest.tokenizer)
-    ranges, judged = (encoder.encode(part) for part in split_texts(texts))
-    quantized = quantize(folder, manifest, ranges, "symmetric", progress)
-    lowerings = {name: choose_lowering(proto) for name, proto in quantized.items()}
-    graphs = LoweredGraphs(quantized, Half.FP16, lowerings)
-    exact = LoweredGraphs(load_graphs(folder, manifest.graphs), Half.FP16)
-    fp32 = run_emulated(folder, manifest, exact, judged, progress)
-    known, logits = read_reference(folder, manifest)
-    expected = np.concatenate([logits, fp32.logits], axis=1)
-    rows = [*encoder.encode(known), *judged]
-    found = run_emulated(folder, manifest, graphs, rows, progress)
-    report = report_on(found, expected, manifest, INT8, graphs)
-    report.check(Remedy("give more texts as {calibration_data}, or stay with fp16"))
-    return with_lowered(folder, manifest, INT8, _FOLDER, graphs), report
+    ranges, others = split_texts(texts)
+    rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
+    quantized = quantize(folder, manifest, rows, "symmetric", progress)
+    known, expected = read_reference(folder, manifest)
+    more = exact_logits(folder, manifest, others)
+    assert more is not None
+    known, expected = [*known, *more[0]], np.concatenate([expected, more[1]], axis=1)
+    remedy = Remedy("give more texts as {calibration_data}, or stay with fp16")
+    agreement = check_emulated(folder, manifest, INT8, quantized, known, expected, remedy, progress)
+    return with_lowered(folder, manifest, INT8, _FOLDER, quantized), agreement
 
 
 def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

@@ -16,9 +16,8 @@ RTX = "tensorrt-rtx"
 TENSORRT = "tensorrt"
 PORTABLE = ("8.6", "8.9", "12.0")
 """Ampere, Ada and Blackwell GPUs of desktops, laptops and workstations."""
-TURING = "7.5"
 
-RTX_CAPABILITIES = (TURING, "8.0", "8.6", "8.9", "12.0", "12.1")
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 BUILD_ON_DEVICE = Call("add_targets", "ENGINES", backend=TENSORRT)
 
 _BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,16 +45,15 @@ class PlanOptions:
     hardware_compatible: bool = False
     one_row_lengths: tuple[int, ...] | None = None
 
-    def fitted(self, manifest: Manifest, backend: str, precision: str) -> PlanOptions:
+    def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:
         """These options with shapes that the model takes and GPUs that the backend asks for.
 
         Args:
             manifest: of the engines folder.
             backend: `tensorrt-rtx` or `tensorrt`.
-            precision: of the graphs to build.
 
         Raises:
-            BackendError: the backend cannot build such plans in this precision.
+            BackendError: the backend cannot build such plans.
         """
         longest = manifest.tokenizer.max_length
         low, typical, high = (min(length, longest) for length in self.sequence)
@@ -65,13 +63,13 @@ class PlanOptions:
                 Remedy("give the smallest, typical and largest size as {batch} and {sequence}"),
             )
         if backend == RTX:
-            self._check_rtx(precision)
+            self._check_rtx()
         capabilities = self.compute_capabilities if backend == RTX else ()
         return dataclasses.replace(
             self, sequence=(low, typical, high), compute_capabilities=capabilities
         )
 
-    def _check_rtx(self, precision: str) -> None:
+    def _check_rtx(self) -> None:
         for capability in self.compute_capabilities:
             if capability not in RTX_CAPABILITIES:
                 raise BackendError(
@@ -79,12 +77,6 @@ class PlanOptions:
                     f"{', '.join(RTX_CAPABILITIES)}",
                     Remedy("use TensorRT on the device instead: {call}", call=BUILD_ON_DEVICE),
                 )
-        if TURING in self.compute_capabilities and precision in ("fp32", "bf16"):
-            raise BackendError(
-                f"TensorRT for RTX has no {precision} matrix products for compute capability "
-                f"{TURING}",
-                Remedy(f"build fp16 plans, or leave {TURING} out of {{compute_capabilities}}"),
-            )
         if self.hardware_compatible:
             raise BackendError(
                 "plans of TensorRT for RTX run only on the GPUs that they were built for",

@@ -20,9 +20,9 @@ import msgspec
 
 from ...runtime.backends.tensorrt import error_logger
 from ..precision.formats import in_head
-from .options import TURING, PlanOptions
+from .options import PlanOptions
 
-_DTYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64"}
+_DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64"}
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +74,6 @@ def build_plan(request: PlanRequest) -> PlanResult:
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
     _sum_tokens(trt, network)
-    if TURING in request.options.compute_capabilities:
-        _lower_heads(trt, network)
     config = builder.create_builder_config()
     problem = _configure(trt, builder, config, request)
     if problem:
@@ -134,17 +132,6 @@ def _head_products(trt: Any, network: Any) -> Iterator[tuple[Any, list[tuple[Any
         if layer.type == trt.LayerType.MATRIX_MULTIPLY and in_head(layer.name):
             name = layer.get_output(0).name
             yield layer, [(reader, number) for reader, number, x in inputs if x.name == name]
-
-
-def _lower_heads(trt: Any, network: Any) -> None:
-    """Compute the products of exit heads in fp16: on Turing, TensorRT for RTX has none in fp32."""
-    for layer, readers in _head_products(trt, network):
-        for number in range(layer.num_inputs):
-            lowered = network.add_cast(layer.get_input(number), trt.DataType.HALF)
-            layer.set_input(number, lowered.get_output(0))
-        exact = network.add_cast(layer.get_output(0), trt.DataType.FLOAT)
-        for reader, number in readers:
-            reader.set_input(number, exact.get_output(0))
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:

@@ -89,7 +89,7 @@ def build_target(
     error = unavailable_reason(backend)
     if error:
         raise error
-    options = options.fitted(manifest, backend, precision)
+    options = options.fitted(manifest, backend)
     graphs = manifest.graphs_in(precision)
     device = "" if backend == RTX else "sm" + cuda_device().compute_capability.replace(".", "")
     name = f"{backend}-{precision}" + (f"-{device}" if device else "")
@@ -116,7 +116,7 @@ def build_target(
             )
         )
         if result.error:
-            raise BackendError(f"{name}: {graph_name}: {result.error}", _remedy(precision, result))
+            raise BackendError(f"{name}: {graph_name}: {result.error}", _remedy(result))
         fp32 = verified_graph(folder, exact.file, exact.sha256)
         check_precision(plan, graph, result, precision, onnx, fp32)
         return result
@@ -144,13 +144,12 @@ def build_target(
     return with_target(manifest, name, target), name
 
 
-def _remedy(precision: str, failed: PlanResult) -> Remedy:
+def _remedy(failed: PlanResult) -> Remedy:
     if _LACKS_MEMORY.search(failed.error):
         return Remedy("free some memory, and build with fewer {jobs} or smaller shapes")
     return Remedy(
-        "try {other}, or run the graphs without plans, on onnxruntime-fp32; please report this "
-        "with the output of {call}",
-        other="bf16" if precision == "fp16" else "fp16",
+        "run the graphs without plans, on onnxruntime-fp32; please report this with the output of "
+        "{call}",
         call=Call("inspect", env=True),
     )
 

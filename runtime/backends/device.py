@@ -282,7 +282,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
         """What writes each input of segment 1."""
 
         def writes(name: str) -> Callable[[NDArray[Any]], None]:
-            padding = _bits_of(self._padding[name], self._specs[name])
+            padding = self._padding[name]
             return lambda array: write_rows(array, name, encoded, padding)
 
         return {buffer: writes(name) for name, buffer in self._stages[0].live.items()}
@@ -306,7 +306,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
         count = sum(len(rows) for _, rows in sources)
         shortest = min(source.bucket.sequence for source, _ in sources)
         if spec.name == ATTENTION_BIAS:
-            padding = _bits_of(MASK_FILL, spec)
+            padding = MASK_FILL
             target.upload({buffer: lambda array: array.fill(padding)})
         elif "sequence" in spec.shape and shortest < sequence:
             self._cuda.clear(pointer, pitch * batch, self.stream)
@@ -336,7 +336,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
             addresses[places] = source.buffer(buffer) + rows * source_pitch
             widths[places] = min(pitch, source_pitch)
         plan = np.zeros(1, GATHER)
-        fill = _bits_of(MASK_FILL, spec) if spec.name == ATTENTION_BIAS else 0
+        fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
         plan["fill"] = np.full(8, fill, dtype_of(spec)).view(np.uint64)[0]
         plan["pitch"] = pitch
         most = plan["sources"].shape[1]
@@ -395,12 +395,6 @@ class DeviceExecution(Execution[DeviceBuffers]):
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
         step.scratch = self._scratch_number
-
-
-def _bits_of(value: float, spec: TensorSpec) -> float:
-    """The number that stands for a value in an array of `dtype_of(spec)`."""
-    # For bfloat16 it is 0 or `MASK_FILL`, which rounds to the nearest number if bits are cut off.
-    return int(np.float32(value).view(np.uint32)) >> 16 if spec.dtype == "bfloat16" else value
 
 
 def _runs_of(rows: Rows) -> list[tuple[int, int]]:

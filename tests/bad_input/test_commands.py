@@ -185,7 +185,6 @@ USAGE: list[tuple[Make, str]] = [
     (command("export", "--int8"), "--calibration-data"),
     (command("export", "--calibration-data", "a"), "--int8"),
     (command("export", "--text-column", "body"), "--verify-data"),
-    (command("export", "--keep-fp32", "auto"), "--keep-fp32"),
     (command("from", "--exits", "1,2"), "--exits"),
     (command("from", "--force"), "--from"),
     (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),

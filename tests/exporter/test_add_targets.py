@@ -13,13 +13,13 @@ from click.testing import CliRunner
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main as export
-from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
 from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
 from fpabee.runtime import BackendError, Engine, FPabee, VerificationError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 
+from ..bad_input.cases import changed_heads
 from ..doubles.device import Double
 
 SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
@@ -46,7 +46,7 @@ def test_the_result_says_what_was_not_built(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
-    add_targets(folder, AddTargetsOptions((Half.FP16,), backends=()))
+    add_targets(folder, AddTargetsOptions(fp16=True, backends=()))
     before = read_manifest(folder)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
@@ -106,10 +106,14 @@ def test_a_target_that_does_not_reproduce_the_model_is_removed(
 
 
 def test_new_graphs_of_a_precision_remove_the_plans_of_the_old_ones(double: Double) -> None:
-    options = dataclasses.replace(OPTIONS, precisions=(Half.FP16,))
+    options = dataclasses.replace(OPTIONS, fp16=True)
     (name,) = add_targets(double.folder, options).built
-    kept = dataclasses.replace(options, backends=(), keep_fp32=("hidden_states",))
-    assert name not in add_targets(double.folder, kept).manifest.targets
+    texts = double.folder.parent / "texts.txt"
+    texts.write_text("the film")  # so that graphs are made again
+    again = dataclasses.replace(options, backends=(), verify_data=texts)
+    assert name in add_targets(double.folder, again).manifest.targets, "the graphs are the same"
+    changed_heads(double.folder, "onnx/fp32/segment_02.onnx", lambda weight: 1.0001 * weight)
+    assert name not in add_targets(double.folder, again).manifest.targets
 
 
 @pytest.mark.slow

@@ -19,8 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import serialized
-from fpabee.exporter.precision.formats import Half
-from fpabee.exporter.precision.lowering import choose_lowering, lower
+from fpabee.exporter.precision.lowering import lower
 from fpabee.runtime.artifact import graph_content
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.graph_content import check_graph
@@ -40,9 +39,8 @@ def test_fp32_half_and_merged_graphs_pass(
     for graph in manifest.graphs.values():
         check_graph(folder / graph.file)
         proto = onnx.load(folder / graph.file)
-        for half in Half:
-            onnx.save(lower(proto, half, choose_lowering(proto)), tmp_path / "half.onnx")
-            check_graph(tmp_path / "half.onnx")
+        onnx.save(lower(proto), tmp_path / "half.onnx")
+        check_graph(tmp_path / "half.onnx")
 
 
 def test_numbers_of_fields_and_names_of_operators_are_those_of_onnx() -> None:

@@ -14,7 +14,6 @@ from onnx import numpy_helper
 from fpabee.exporter import merge
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.merge import merge_graphs, write_one_graph
-from fpabee.exporter.precision.formats import Half
 from fpabee.runtime import Engine, FPabee, VerificationError, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
@@ -74,7 +73,7 @@ def test_every_precision_is_merged_and_no_operating_point_is_copied(
 ) -> None:
     source, folder = engine_copy("mpnet"), tmp_path / "new"
     set_points(source, default="fast", fast=FPabee(threshold=(0.1, 0.1, 0.1)))
-    add_targets(source, AddTargetsOptions(precisions=(Half.FP16,), backends=()))
+    add_targets(source, AddTargetsOptions(fp16=True, backends=()))
     folder.mkdir()
     manifest = write_one_graph(source, folder)
     for graph in manifest.graphs_in("fp16").values():
@@ -87,7 +86,7 @@ def test_every_precision_is_merged_and_no_operating_point_is_copied(
 def test_a_merged_graph_can_be_converted(engines: Mapping[str, Path], tmp_path: Path) -> None:
     """Also the hidden states between two of the old graphs become fp16."""
     write_one_graph(engines["bert"], tmp_path)
-    options = AddTargetsOptions(precisions=(Half.FP16,), backends=())
+    options = AddTargetsOptions(fp16=True, backends=())
     manifest = add_targets(tmp_path, options).manifest
     for graph in manifest.graphs_in("fp16").values():
         onnx.checker.check_model(tmp_path / graph.file, full_check=True)

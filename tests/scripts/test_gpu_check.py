@@ -23,7 +23,6 @@ from click.testing import CliRunner
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.merge import write_one_graph
-from fpabee.exporter.precision.formats import Half
 from fpabee.runtime import Engine, VerificationError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
@@ -390,7 +389,7 @@ def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
     load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = load_script("gpu_check_parts")
-    add_targets(models / "chain", AddTargetsOptions((Half.FP16,), backends=()))
+    add_targets(models / "chain", AddTargetsOptions(fp16=True, backends=()))
     write_one_graph(models / "chain", models / "one")
     double = serve(monkeypatch, models / "chain")
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")

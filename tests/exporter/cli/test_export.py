@@ -115,7 +115,7 @@ def test_points_that_are_lost_are_calibrated_next(
 ) -> None:
     """Unless their target is lost, too."""
     folder = engines["bert"]
-    lost = AddTargetsResult(read_manifest(folder), (), (), (), "", {}, {name: ("fast",)})
+    lost = AddTargetsResult(read_manifest(folder), {}, (), (), "", {}, {name: ("fast",)})
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: lost)
     assert run("--from", folder).stdout.splitlines() == [
         f"no longer valid: fast of {name}, whose graphs or plans have changed",

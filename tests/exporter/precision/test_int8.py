@@ -14,11 +14,13 @@ import pytest
 from onnx import numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.precision.emulation import run_emulated
 from fpabee.exporter.precision.int8 import add_int8, graph_inputs
-from fpabee.runtime import Engine, agreement, read_manifest
+from fpabee.exporter.targets.cpu import exact_logits
+from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.encoding import Text
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
@@ -27,8 +29,8 @@ TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Require nothing: a tiny random model has no robust answers, and the written graphs matter."""
-    required = replace(agreement.REQUIREMENTS["int8"], labels=0.0, exits=0.0)
-    monkeypatch.setitem(agreement.REQUIREMENTS, "int8", required)
+    required = replace(REQUIREMENTS["int8"], labels=0.0, exits=0.0)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
 
 
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
@@ -39,18 +41,17 @@ def test_products_with_weights_are_quantized_symmetrically(
     family: str, engine_copy: Callable[..., Path], lenient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy(family)
-    judged: list[set[int]] = []
+    judged: list[Text] = []
 
     def noted(*given: Any) -> Any:
-        judged.append({len(row) for row in given[3]})
-        return run_emulated(*given)
+        judged.extend(given[2])
+        return exact_logits(*given)
 
-    monkeypatch.setattr("fpabee.exporter.precision.int8.run_emulated", noted)
+    monkeypatch.setattr("fpabee.exporter.precision.int8.exact_logits", noted)
     texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
-    manifest, report = add_int8(folder, read_manifest(folder), texts)
-    assert report.precision == "int8"
-    assert report.rows == 12 + len(texts) // 2
-    assert judged[0] == {3}, "texts that gave ranges, which have 4 tokens, are not judged"
+    manifest, agreement = add_int8(folder, read_manifest(folder), texts)
+    assert agreement.rows == 12 + len(texts) // 2
+    assert set(judged) == {WORDS[0]}, "texts that gave ranges are not judged"
     quantized = 0
     for graph in manifest.graphs_in("int8").values():
         assert graph.file.startswith("onnx/int8-qdq/")

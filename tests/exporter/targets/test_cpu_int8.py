@@ -24,7 +24,7 @@ from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision import int8
-from fpabee.exporter.precision.formats import Half, in_head
+from fpabee.exporter.precision.formats import in_head
 from fpabee.exporter.targets import cpu, cpu_int8
 from fpabee.runtime import (
     BackendError,
@@ -300,7 +300,7 @@ def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
     )
     with pytest.raises(MissingExtraError, match="nncf"):
         add_targets(folder, asked)
-    result = add_targets(folder, dataclasses.replace(asked, precisions=(Half.FP16,)))
+    result = add_targets(folder, dataclasses.replace(asked, fp16=True))
     assert {"fp16", "int8"} == result.manifest.precisions.keys()
     assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
 

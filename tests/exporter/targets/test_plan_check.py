@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from fpabee.exporter import export
-from fpabee.exporter.precision.float16 import add_half
-from fpabee.exporter.precision.formats import Half
+from fpabee.exporter.precision.float16 import add_fp16
 from fpabee.exporter.precision.int8 import add_int8
 from fpabee.exporter.targets.options import RTX, PlanOptions
 from fpabee.exporter.targets.plan_check import check_precision
@@ -101,7 +100,6 @@ def test_plans_with_other_weights_fail(
     ("precision", "kinds"),
     [
         ("fp16", ("Row major linear FP16 format",)),
-        ("bf16", ("BFloat16",)),
         ("int8", ("Int8", "Half")),
     ],
 )
@@ -117,7 +115,6 @@ def test_the_inspector_decides_if_it_says_anything(
         ("fp16", {"dtypes": ENDS | {"x": "float32"}}, "its x is float32, not float16"),
         ("fp16", {"dtypes": {"x": "float16"}}, "its logits is None, not float32"),
         ("fp16", {"layers": layers("Float", "Int64")}, "its layers are Float, Int64"),
-        ("bf16", {"layers": layers("Half")}, "its layers are Half"),
     ],
 )
 def test_types_and_layers_of_another_precision_fail(
@@ -139,12 +136,11 @@ def test_real_plans_are_in_their_own_precision_and_in_no_other(width: int, tmp_p
     model = make_model("bert", tmp_path / "model", width, layers=2, intermediate_size=4 * width)
     folder = export(model, tmp_path / "engines").folder
     manifest = read_manifest(folder)
-    for half in Half:
-        manifest, _ = add_half(folder, manifest, half)
+    manifest, _ = add_fp16(folder, manifest)
     texts = [f"{first} {second}" for first in WORDS[:8] for second in WORDS[-8:]]
     manifest, _ = add_int8(folder, manifest, texts)
     plans = {}
-    for precision in ("fp32", "fp16", "bf16", "int8"):
+    for precision in ("fp32", "fp16", "int8"):
         manifest, target = build_target(folder, manifest, RTX, precision, SMALL)
         plans[precision] = folder / "targets" / target / "segment_02.plan"
     presented = tmp_path / "segment_02.plan"

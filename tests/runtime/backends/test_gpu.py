@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.precision.formats import Half
 from fpabee.exporter.targets.options import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
@@ -61,7 +60,7 @@ def _build(folder: Path, backend: str, compute_capability: str) -> Built:
         one_row_lengths=(8, 16),  # those of the texts: each profile makes a build longer
     )
     backends = (backend,) if backend in MODULES else ()
-    result = add_targets(folder, AddTargetsOptions((Half.FP16,), backends=backends, plans=plans))
+    result = add_targets(folder, AddTargetsOptions(fp16=True, backends=backends, plans=plans))
     target = result.built[0] if backends else "onnxruntime-fp16-cuda"
     return Built(folder, result.manifest, target, compute_capability)
 
