@@ -128,7 +128,7 @@ def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
 ) -> None:
     folder = engines["bert"]
     kept = CpuTarget(FP32)
-    added = AddTargetsResult(read_manifest(folder), (), (), (kept,), "", {}, {})
+    added = AddTargetsResult(read_manifest(folder), {}, (), (kept,), "", {}, {})
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
     assert after == f"next: fpabee-calibrate {folder} --data DATA --target {FP32}"
