@@ -68,7 +68,7 @@ CASES = [
     Case("a driver that is too old", on_gpu(versions((12, 6), 13)),
          "CUDA 13", "CUDA 12.6", "driver 580", "'fpabee[tensorrt-cu12]'"),
     Case("a driver that is older than CUDA 12", on_gpu(versions((11, 4), 12)),
-         "CUDA 11.4", "driver 525"),
+         "CUDA 11.4", "driver 550"),
     Case("CUDA 12 libraries with bindings for 13", on_gpu(library_for(12, 13)),
          "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
     Case("CUDA 13 libraries with bindings for 12", on_gpu(library_for(13, 12)),
