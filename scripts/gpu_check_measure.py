@@ -94,7 +94,7 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
         Skipped: the target cannot run here.
         FpabeeError: it should run, but does not.
     """
-    _check_target(folder, target)
+    check_target(folder, target)
     as_one = OneGraph(folder / "chain", target)
     texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
     with ExitStack() as stack:
@@ -134,7 +134,8 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
         emit_throughput(WITH_RULE, partial(_file, best, texts, rule), emit)
 
 
-def _check_target(folder: Path, target: str) -> None:
+def check_target(folder: Path, target: str) -> None:
+    """Raise `Skipped` if a target cannot run here in the folders `one` and `chain`."""
     for name in ("one", "chain"):
         states = {s.name: s for s in target_states(folder / name, read_manifest(folder / name))}
         if target not in states:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_check_measure import Emit, exact_rows, full_depth
+from gpu_check_measure import Emit, check_target, exact_rows, full_depth
 from gpu_check_table import ENGINE, STEPWISE, TOKENS
 
 from fpabee.exporter.targets.options import RTX
@@ -83,7 +83,11 @@ def judge(folder: Path, target: str, emit: Emit) -> str:
 
     Returns:
         What differs; empty if nothing does, or if Polygraphy cannot run here.
+
+    Raises:
+        Skipped: the target cannot run here.
     """
+    check_target(folder, target)
     if util.find_spec("polygraphy") is None:
         emit(what="not measured", variant=JUDGE, reason="polygraphy is not installed")
         return ""

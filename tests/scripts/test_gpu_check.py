@@ -472,12 +472,14 @@ def test_plans_are_compared_with_the_runner_of_polygraphy(
 
 
 def test_without_polygraphy_nothing_is_compared(
-    load_script: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    load_script: Load, monkeypatch: pytest.MonkeyPatch, models: Path
 ) -> None:
+    for name in ("one", "chain"):
+        target = install(monkeypatch, models / name).target
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     results: Results = []
     emit = lambda **result: results.append(result)  # noqa: E731
-    assert load_script("gpu_check_polygraphy").judge(tmp_path, "tensorrt-fp16-sm86", emit) == ""
+    assert load_script("gpu_check_polygraphy").judge(models, target, emit) == ""
     assert [r["reason"] for r in results] == ["polygraphy is not installed"]
 
 
