@@ -34,6 +34,7 @@ from fpabee.runtime.cli.errors import exits_with_one_line
 from fpabee.runtime.files import read_rows
 
 PATIENCE_SECONDS = 10.0
+POSITIVE = click.FloatRange(min=0, min_open=True)
 HEAD = "POST /classify HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\n"
 
 
@@ -127,15 +128,8 @@ def row_of(rate: float, seconds: float, sent: int, answers: Sequence[tuple[float
 @click.command(context_settings={"show_default": True})
 @click.argument("server")
 @click.option("--input", "source", required=True, type=Path, help="Texts, as for fpabee-run.")
-@click.option(
-    "--rate",
-    "rates",
-    required=True,
-    multiple=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="Requests a second; may be given several times.",
-)
-@click.option("--seconds", default=60.0, type=click.FloatRange(min=0, min_open=True))
+@click.option("--rate", "rates", required=True, multiple=True, type=POSITIVE, help="Per second.")
+@click.option("--seconds", default=60.0, type=POSITIVE, help="Duration of each rate.")
 @click.argument("options", nargs=-1)
 @exits_with_one_line
 def main(

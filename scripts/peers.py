@@ -12,14 +12,14 @@ full depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (e
 rows of which it is certain, and one graph all others), encoders that are cut after their first
 layers, and exits that run as many layers on average. Finished systems are not measured again, so
 the script can be stopped at any time. One that fails is listed with its error, and is tried again
-the next time. `picture.py` draws the results. Nothing else should run on the machine.
+the next time. `picture.py` draws the results. Nothing else should run on the machine. All cores
+that this process may use are used; `taskset -c 0,1 python ...` takes two of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +153,6 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
 @click.option(
     "--results", type=click.Path(path_type=Path), default=reproduce.RESULTS / "peers.json"
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
 @exits_with_one_line
 def main(
     data: Path,
@@ -163,12 +162,9 @@ def main(
     target: str | None,
     seed: int,
     results: Path,
-    threads: int | None,
 ) -> None:
     """Measure all systems, and write a table of them beside the RESULTS."""
-    threads = threads or usable_cores()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    hardware = f"{cpu_name()}, {threads} threads, {platform.system()}"
+    hardware = f"{cpu_name()}, {usable_cores()} threads, {platform.system()}"
     stored = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for name in only:
         run = RUNS[name]
@@ -184,7 +180,6 @@ def main(
             "model": str(model),
             "backbone": backbone,
             "data": str(data / run.data),
-            "threads": threads,
         }
         mine = stored.setdefault(model.name, {})
         for system in systems(model, data / run.data, cuts, target):

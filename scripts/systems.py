@@ -5,8 +5,8 @@
 `prepare` exports, quantizes or trains, once. `measure` loads the result in a fresh process,
 classifies the texts of the test file, and prints JSON. The specification holds `kind` (one of
 `KINDS`), `place` (the folder that `prepare` writes), `model` (the multi-exit model whose last exit
-is the classifier), `backbone`, `data` (the folder of the data set), `threads`, `begun` (when the
-process was started) and the settings of the system. Only what runs fpabee imports fpabee.
+is the classifier), `backbone`, `data` (the folder of the data set), `begun` (when the process was
+started) and the settings of the system. Only what runs fpabee imports fpabee.
 """
 
 from __future__ import annotations
@@ -371,8 +371,6 @@ def resident_mib() -> float:
 def main() -> None:
     """Prepare or measure what the specification says."""
     spec = Specification(**json.load(sys.stdin))
-    # Every library then starts as many threads.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec.threads])
     prepare = KINDS[spec.kind][0]
     if sys.argv[1] == "measure":
         print(json.dumps(measured(spec)))

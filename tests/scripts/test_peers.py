@@ -49,7 +49,7 @@ def test_a_system_is_measured_in_a_fresh_process(
         labels = [row.labels[0] for row in engine.predict(TEXTS, full_depth=True)]
         labels[0] = next(name for name in engine.labels if name != labels[0])
     _store(tmp_path / "data" / "test.jsonl.gz", TEXTS, labels)
-    given = {"model": "m", "data": str(tmp_path / "data"), "threads": 1}
+    given = {"model": "m", "data": str(tmp_path / "data")}
     settings = {"engines": folder, "target": TARGET, "rule": None}
     found = systems.measure(System("full", "fpabee", settings=settings), given, tmp_path)
     assert (found["score"], found["rows"], found["layers"]) == (0.75, 4, 3)
