@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,23 @@ def test_verify_data_is_verified_too(bert: Path, tmp_path: Path) -> None:
     assert result.agreement.rows == len(BUILT_IN_TEXTS) + 2
     texts, _ = read_reference(result.folder, result.manifest)
     assert texts[-2:] == ["good film", ("rain", "sun")]
+
+
+def test_label_thresholds_of_the_configuration_are_in_the_manifest(
+    tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_models["mpnet"], tmp_path / "model"))
+    thresholds = (0.1, 0.5, 0.5, 0.9, 1.0)
+    change_json(
+        source / "config.json",
+        lambda config: config["fpabee"].update(label_thresholds=list(thresholds)),
+    )
+    result = export(source, tmp_path / "engines")
+    assert result.manifest.task.label_thresholds == thresholds
+    with Engine.load(result.folder, threads=1) as engine:
+        (prediction,) = engine.predict(["the film"], full_depth=True)
+        above = np.array(prediction.probabilities) > thresholds
+        assert prediction.labels == tuple(np.array(engine.labels)[above].tolist())
 
 
 @pytest.fixture
