@@ -12,7 +12,7 @@ from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.rules.base import ExitRule
-from ..runtime.targets import rule_of, target_of
+from ..runtime.targets import rest_precision, rule_of, target_of
 from .choose import Selector
 from .families import kind_of
 from .outcome import Outcome
@@ -148,8 +148,11 @@ def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Ma
     """
     target = manifest.targets[result.target]
     points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
-    points = target.operating_points | points
+    here = rest_precision(target)
+    if here == target.rest_precision:
+        points = target.operating_points | points
     changed = with_operating_points(target, points, result.default)
+    changed = msgspec.structs.replace(changed, rest_precision=here)
     return with_target(manifest, result.target, changed)
 
 

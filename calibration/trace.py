@@ -24,6 +24,7 @@ from ..runtime.errors import ArtifactError, InputError, Remedy
 from ..runtime.files import Row
 from ..runtime.metrics import Labels, encode_labels
 from ..runtime.progress import Progress, silent
+from ..runtime.targets import rest_precision
 from .scoring import LabelledLogits
 
 _CHUNK = 256
@@ -48,6 +49,7 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
         [list(segment.calls) for segment in manifest.segments],
         [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
         sorted(chosen.versions.items()),
+        rest_precision(chosen),
     ]
     if manifest.exit_0 is not None:
         content.append([manifest.exit_0.sha256])

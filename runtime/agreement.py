@@ -52,7 +52,6 @@ REQUIREMENTS = {
     # int8 is a different model rather than a different rounding: thresholds should be calibrated
     # for it. So changed exits are only reported.
     "int8": Requirements(labels=0.995, exits=0.0, tie=0.25, score_tie=0.0),
-    "int8-bf16": Requirements(labels=0.995, exits=0.0, tie=0.25, score_tie=0.0),
 }
 """What is required of a target, by its precision."""
 

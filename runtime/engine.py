@@ -30,7 +30,7 @@ from .rules.base import ExitRule
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
-from .targets import open_backend, rule_of, target_of, tell_of_points
+from .targets import open_backend, rule_here, target_of
 
 
 class Engine:
@@ -114,9 +114,7 @@ class Engine:
         name = target_of(folder, manifest, target)
         point = None
         if rule is None:
-            point, rule = rule_of(folder, manifest, name, operating_point)
-            if point is None:
-                tell_of_points(folder, manifest, name)
+            point, rule = rule_here(folder, manifest, name, operating_point)
         backend = open_backend(folder, manifest, name, threads)
         try:
             if preload:
@@ -323,7 +321,7 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point, rule = rule_of(self._folder, self.manifest, self.target, operating_point)
+        point, rule = rule_here(self._folder, self.manifest, self.target, operating_point)
         self._in_use = (point, self.model.runner(rule))
 
     @property

@@ -13,6 +13,7 @@ from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
 from .errors import BackendError, Call, Remedy, RuleError
 from .rules.base import ExitRule
+from .rules.rules import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,24 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
     return default  # which runs, or whose error is the one to report
 
 
-def tell_of_points(folder: Path, manifest: Manifest, name: str) -> None:
-    """Warn if a target has no operating points, although others of the folder have some."""
+def rule_here(
+    folder: Path, manifest: Manifest, name: str, point: str | None
+) -> tuple[str | None, ExitRule]:
+    """The operating point to run on this machine, and its rule; the arguments as in `rule_of`.
+
+    A warning says if the operating points of the target do not apply on this CPU, so that texts run
+    at full depth, or if it has none, although others of the folder have some.
+    """
+    point, rule = rule_of(folder, manifest, name, point)
+    here, measured = rest_precision(manifest.targets[name]), manifest.targets[name].rest_precision
+    if point is not None and here != measured:
+        _tell(
+            folder,
+            f"the operating points of {name} were measured where what is not quantized runs in "
+            f"{measured}, but this CPU runs it in {here}: until the target is calibrated here, "
+            "texts run at full depth",
+        )
+        return None, Budget(exit=manifest.exits[-1])
     others = [other for other, target in manifest.targets.items() if target.operating_points]
     if others and name not in others:
         _tell(
@@ -114,6 +131,16 @@ def tell_of_points(folder: Path, manifest: Manifest, name: str) -> None:
             f"target {name} has no operating points, unlike {', '.join(others)}: until it is "
             "calibrated, it runs by the cautious default rule",
         )
+    return point, rule
+
+
+def rest_precision(target: Target) -> str:
+    """In which precision this CPU runs what a target does not quantize, see `Target`."""
+    if not target.rest_precision:
+        return ""
+    from .backends import openvino
+
+    return openvino.rest_precision()
 
 
 def _tell(folder: Path, warning: str) -> None:

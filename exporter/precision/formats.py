@@ -4,10 +4,6 @@ from __future__ import annotations
 
 FP16 = "fp16"
 INT8 = "int8"
-INT8_BF16 = "int8-bf16"
-"""int8, where operations that are not quantized run in bf16; only OpenVINO on CPUs has it."""
-CPU_INT8 = (INT8, INT8_BF16)
-"""The precisions in which targets for CPUs run the int8 graphs."""
 
 
 def in_head(node: str) -> bool:

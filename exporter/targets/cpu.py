@@ -31,7 +31,7 @@ from ...runtime.errors import FpabeeError, Remedy
 from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, target_of, why_not
-from ..precision.formats import CPU_INT8
+from ..precision.formats import INT8
 
 FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
@@ -55,7 +55,7 @@ _SPIN_SECONDS = 0.01
 
 def is_cpu_int8(target: Target) -> bool:
     """Whether a target runs the int8 graphs for CPUs."""
-    return target.backend in BACKENDS and target.precision in CPU_INT8
+    return target.backend in BACKENDS and target.precision == INT8
 
 
 @dataclass(frozen=True)
@@ -207,16 +207,17 @@ def _check_texts(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agr
     agreement = compare(found, expected, engine.rule, manifest.task, required, manifest.exits.start)
     remedy = Remedy(
         "give more texts like those to classify as {calibration_data}, or use another target"
-        if precision in CPU_INT8
+        if precision == INT8
         else "use another target"
     )
     must_pass(agreement, "it changes answers", remedy)
     return agreement
 
 
-def _origin(target: Target) -> tuple[dict[str, str], list[str]]:
-    """The versions and files of a target, on which its operating points depend."""
-    return target.versions, [file.sha256 for file in target.files.values()]
+def _origin(target: Target) -> tuple[object, ...]:
+    """What the operating points of a target depend on."""
+    files = [file.sha256 for file in target.files.values()]
+    return target.versions, files, target.rest_precision
 
 
 def with_fastest_default(

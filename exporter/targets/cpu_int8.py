@@ -1,7 +1,7 @@
 """int8 for CPUs: one set of graphs that ONNX Runtime and OpenVINO both run.
 
 NNCF quantizes with the user's own texts. Heads, and what is not quantized, stay in fp32. If the
-CPU has bf16 instructions, OpenVINO has a second target that runs these parts in bf16.
+CPU has bf16 instructions, OpenVINO runs these parts in bf16.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import msgspec
 
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
-from ...runtime.backends.openvino import has_bf16
+from ...runtime.backends.openvino import rest_precision
 from ...runtime.encoding import Text, TextEncoder
 from ...runtime.progress import Progress
 from ..onnx_file import serialized
-from ..precision.formats import INT8, INT8_BF16
+from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
 from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, exact_logits, verified_target
 
@@ -72,26 +72,22 @@ def add_cpu_int8(
             for name, file in files.items()
         }
         for backend, version in versions.items():
-            has_library = bool(version)
-            runs = {INT8: has_library}
-            if backend == OPENVINO:
-                runs[INT8_BF16] = has_library and has_bf16()
-            for precision, runs_here in runs.items():
-                name = f"{backend}-{precision}"
-                old = manifest.targets.get(name)
-                if not runs_here and (old is None or old.files == moved):
-                    continue  # an older target with the same graphs stays valid on other machines
-                progress(f"verify {name}", 0, 1)
-                target = Target(
-                    backend=backend,
-                    precision=precision,
-                    graph_precision="fp32",
-                    versions={backend: version},
-                    files=files,
-                    tolerance=None,
-                )
-                changed, checked = verified_target(folder, changed, name, target, more)
-                found.append(checked)
+            name = f"{backend}-{INT8}"
+            old = manifest.targets.get(name)
+            if not version and old is not None and old.files == moved:
+                continue  # an older target with the same graphs stays valid on other machines
+            progress(f"verify {name}", 0, 1)
+            target = Target(
+                backend=backend,
+                precision=INT8,
+                graph_precision="fp32",
+                rest_precision=rest_precision() if backend == OPENVINO and version else "",
+                versions={backend: version},
+                files=files,
+                tolerance=None,
+            )
+            changed, checked = verified_target(folder, changed, name, target, more)
+            found.append(checked)
         if not any(checked.agreement for checked in found):
             return manifest, found
         place.mkdir(exist_ok=True)

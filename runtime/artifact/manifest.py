@@ -218,6 +218,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         precision: numeric format of the weights and activations, such as `fp32`.
         graph_precision: that of the ONNX graphs which are run, or from which the files were built;
             empty: the target's own. OpenVINO rounds fp32 graphs to bf16.
+        rest_precision: with OpenVINO in int8: `bf16` or `fp32`, in which what is not quantized ran
+            where the target was verified or calibrated. The operating points do not apply on CPUs
+            that run it in the other one.
         device: device class that the files are bound to; empty: any.
         versions: version of each library that built or verified it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
@@ -238,6 +241,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     precision: str
     graph_precision: str = ""
+    rest_precision: str = ""
     device: str = ""
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}

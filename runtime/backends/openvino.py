@@ -98,7 +98,8 @@ class OpenVinoBackend(HostBackend):
         self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
     ) -> None:
         super().__init__(folder, manifest, name, threads)
-        self._is_bf16 = _needs_bf16(self.target)
+        precision = self.target.precision
+        self._is_bf16 = (rest_precision() if precision == "int8" else precision) == "bf16"
         if self._is_bf16 and HIDDEN_STATES in self.specs:
             spec = self.specs[HIDDEN_STATES]
             self.specs[HIDDEN_STATES] = msgspec.structs.replace(spec, dtype="bfloat16")
@@ -118,7 +119,7 @@ class OpenVinoBackend(HostBackend):
         Raises:
             BackendError: the CPU lacks the instructions for it.
         """
-        if _needs_bf16(target) and not has_bf16():
+        if target.precision == "bf16" and not has_bf16():
             raise BackendError(
                 f"target {name} needs a CPU with bf16 instructions, and this one has none",
                 Remedy("choose another {target}, such as openvino-fp32"),
@@ -256,8 +257,12 @@ def has_bf16() -> bool:
     return "BF16" in capabilities and (not flags or "avx512_bf16" in flags or "amx_bf16" in flags)
 
 
-def _needs_bf16(target: Target) -> bool:
-    return target.precision in ("bf16", "int8-bf16")
+def rest_precision() -> str:
+    """The precision in which targets in int8 run what is not quantized, on this CPU.
+
+    See `has_bf16` for the errors.
+    """
+    return "bf16" if has_bf16() else "fp32"
 
 
 def openvino_version() -> str:

@@ -18,6 +18,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from fpabee.calibration import CalibrationOptions, calibrate
 from fpabee.exporter import add_targets as targets_module
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
@@ -25,14 +26,16 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision import int8
 from fpabee.exporter.precision.formats import in_head
-from fpabee.exporter.targets import cpu, cpu_int8
+from fpabee.exporter.targets import cpu_int8
 from fpabee.runtime import (
     BackendError,
     Budget,
     Engine,
+    Goal,
     InputError,
     Manifest,
     MissingExtraError,
+    Row,
     VerificationError,
     read_manifest,
 )
@@ -51,8 +54,6 @@ pytest.importorskip("nncf")
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
 NAMES = ("onnxruntime-int8", "openvino-int8")
-MIXED = "openvino-int8-bf16"
-ALL = (*NAMES, *[MIXED] * openvino.has_bf16())
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
 
 
@@ -65,9 +66,8 @@ def options(tmp_path: Path) -> AddTargetsOptions:
 
 
 def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    for precision in ("int8", "int8-bf16"):
-        required = dataclasses.replace(REQUIREMENTS[precision], labels=share, exits=share)
-        monkeypatch.setitem(REQUIREMENTS, precision, required)
+    required = dataclasses.replace(REQUIREMENTS["int8"], labels=share, exits=share)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
 
 
 @pytest.mark.parametrize("family", ["albert", *SLOW])
@@ -113,11 +113,8 @@ def test_both_libraries_run_the_same_graphs(
             logits.append(engine.trace(TEXTS[:8]).logits)
     # The libraries round halves differently.
     assert np.abs(logits[0] - logits[1]).mean() < 0.05
-    if MIXED in ALL:
-        assert manifest.targets[MIXED].files == first.files
-        with Engine.load(folder, MIXED) as engine:
-            difference = np.abs(engine.trace(TEXTS[:8]).logits - logits[1])
-        assert 0 < difference.mean() < 0.05
+    assert first.rest_precision == ""
+    assert second.rest_precision == ("bf16" if openvino.has_bf16() else "fp32")
 
 
 def test_int8_that_changes_answers_is_not_kept(
@@ -129,11 +126,11 @@ def test_int8_that_changes_answers_is_not_kept(
     backends = ("--backend", "openvino", "--backend", "onnxruntime")
     result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
     assert result.exit_code == 1
-    for name in ALL:
+    for name in NAMES:
         assert re.search(f"{name} is not kept: .*from exit", result.stdout)
     assert "added openvino-fp32" in result.stdout
-    assert f"{' and '.join(ALL)} did not pass: " in result.stderr
-    assert not set(ALL) & read_manifest(folder).targets.keys()
+    assert f"{' and '.join(NAMES)} did not pass: " in result.stderr
+    assert not set(NAMES) & read_manifest(folder).targets.keys()
     assert not (folder / "targets" / "cpu-int8").exists()
 
 
@@ -168,7 +165,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
         require(monkeypatch, 1.1)
         assert all(checked.refused for checked in add_targets(folder, options).cpu)
     manifest = read_manifest(folder)
-    for name in ALL:
+    for name in NAMES:
         assert manifest.targets[name].files == before.manifest.targets[name].files
         for file in manifest.targets[name].files.values():
             assert sha256_of(folder / file.file) == file.sha256
@@ -213,34 +210,31 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     assert NAMES[1] not in result.manifest.targets
 
 
-def test_int8_bf16_needs_a_cpu_with_bf16(
+def test_points_do_not_apply_where_the_rest_runs_in_another_precision(
     engine_copy: Callable[..., Path],
-    options: AddTargetsOptions,
-    monkeypatch: pytest.MonkeyPatch,
+    set_points: Callable[..., None],
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    require(monkeypatch, 0.0)
-    folder = engine_copy()
-    add_targets(folder, options)
-    manifest = read_manifest(folder)
-    assert (MIXED in manifest.targets) is openvino.has_bf16()
-    # The folder looks as if it came from a machine with bf16, where this target is the fastest.
-    mixed = msgspec.structs.replace(
-        manifest.targets[NAMES[1]], precision="int8-bf16", relative_speed=9.0
-    )
-    manifest = with_target(manifest, MIXED, mixed)
-    write_manifest(folder, msgspec.structs.replace(manifest, default_target=MIXED))
-    for module in (openvino, cpu_int8, cpu):
-        monkeypatch.setattr(module, "has_bf16", lambda: False)
-    with Engine.load(folder) as engine:
-        assert engine.target != MIXED
-    assert f"{engine.target} runs instead of the default target {MIXED}" in caplog.text
-    with pytest.raises(BackendError, match="needs a CPU with bf16"):
-        Engine.load(folder, MIXED)
-    kept = add_targets(folder, options).manifest.targets[MIXED]
-    assert kept.files == mixed.files, "the graphs are the same"
-    (folder.parent / "texts.txt").write_text("\n".join(reversed(TEXTS)))  # other ranges
-    assert MIXED not in add_targets(folder, options).manifest.targets
+    folder, name, here = engine_copy(), NAMES[1], openvino.rest_precision()
+    other = {"fp32": "bf16", "bf16": "fp32"}[here]
+    measured = Target(
+        backend="openvino", precision="int8", graph_precision="fp32", rest_precision=other,
+        tolerance=None,
+    )  # fmt: skip
+    write_manifest(folder, with_target(read_manifest(folder), name, measured))
+    set_points(folder, name, fast=Budget(exit=1), default="fast")
+    for point in (None, "fast"):
+        with Engine.load(folder, name, point, threads=1) as engine:
+            assert (engine.operating_point, engine.rule) == (None, Budget(exit=3))
+    assert len(caplog.messages) == 1
+    assert f"runs in {other}, but this CPU runs it in {here}" in caplog.text
+    rows = [Row(text, None, ("music",)) for text in TEXTS]
+    calibrate(folder, rows, CalibrationOptions(goals={"new": Goal(max_drop=1.0)}, target=name))
+    found = read_manifest(folder).targets[name]
+    assert (found.rest_precision, list(found.operating_points)) == (here, ["new"])
+    with Engine.load(folder, name, threads=1) as engine:
+        assert engine.operating_point == "new"
 
 
 def test_int8_needs_a_cpu_with_vnni(
@@ -373,7 +367,7 @@ def test_one_graph_keeps_int8_without_texts(
     add_targets(folder, options)
     new.mkdir()
     write_one_graph(folder, new)
-    for name in ALL:
+    for name in NAMES:
         with Engine.load(folder, name) as before, Engine.load(new, name) as after:
             expected, found = before.trace(TEXTS[:8]).logits, after.trace(TEXTS[:8]).logits
         assert np.abs(found - expected[-1:]).mean() < 0.05
