@@ -38,7 +38,7 @@ from .artifact.manifest import (
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
 from .backends.shapes import Bucket, Limits
-from .chain import Regroup, WindowResult
+from .chain import WindowResult
 from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (
@@ -107,7 +107,6 @@ __all__ = [
     "ProblemType",
     "Range",
     "ReadOptions",
-    "Regroup",
     "Requirements",
     "Row",
     "RowError",

@@ -1,12 +1,8 @@
-"""Split rows into groups, and decide when the undecided rows of several groups are joined.
-
-These are pure functions of lengths and measured times.
-"""
+"""Split rows into groups, and decide which groups are joined: pure functions of lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,39 +37,12 @@ def make_groups(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
     return groups
 
 
-@dataclass(frozen=True)
-class CostCurve:
-    """Measured time of a middle segment by the padded tokens of a group.
-
-    Attributes:
-        tokens: the sizes that were measured, ascending.
-        seconds: time of one segment at each size.
-        copy_seconds: time of joining groups, in seconds per token.
-    """
-
-    tokens: tuple[int, ...]
-    seconds: tuple[float, ...]
-    copy_seconds: float
-
-    def __call__(self, tokens: int) -> float:
-        """Seconds at a size: linear between measurements, and proportional to tokens beyond."""
-        if tokens > self.tokens[-1]:
-            return self.seconds[-1] * tokens / self.tokens[-1]
-        return float(np.interp(tokens, self.tokens, self.seconds))
-
-
-def plan_joins(
-    lengths: Sequence[Sequence[int]], limits: Limits, cost: CostCurve
-) -> list[list[int]]:
-    """Which neighbouring groups to join before the next segment.
-
-    Joining saves time if the segment is faster on the joined group than on its parts, by more
-    than the copy takes.
+def plan_joins(lengths: Sequence[Sequence[int]], limits: Limits) -> list[list[int]]:
+    """Which groups to join before the next segment: neighbours, as long as they fit into one.
 
     Args:
         lengths: the row lengths of each group, in tokens.
         limits: the shapes that the backend runs.
-        cost: its measured times.
 
     Returns:
         Group numbers of each new group; every group appears once, in order.
@@ -83,15 +52,11 @@ def plan_joins(
     for number, group in enumerate(lengths):
         joined_rows, joined_longest = rows + len(group), max(longest, *group)
         if plan and fits(joined_rows, joined_longest, limits):
-            parts = (_tokens(rows, longest, limits), _tokens(len(group), max(group), limits))
-            apart = cost(parts[0]) + cost(parts[1])
-            joined = _tokens(joined_rows, joined_longest, limits)
-            if cost(joined) + cost.copy_seconds * joined < apart:
-                plan[-1].append(number)
-                rows, longest = joined_rows, joined_longest
-                continue
-        plan.append([number])
-        rows, longest = len(group), max(group)
+            plan[-1].append(number)
+            rows, longest = joined_rows, joined_longest
+        else:
+            plan.append([number])
+            rows, longest = len(group), max(group)
     return plan
 
 

@@ -7,10 +7,10 @@ The others are regrouped, and the next segment runs.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Generic
 
 import numpy as np
@@ -20,27 +20,13 @@ from .artifact.manifest import LOGITS
 from .backends.backend import Backend, Execution, Pending
 from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
-from .batching import CostCurve, RowNumbers, fits, make_groups, plan_joins
+from .batching import RowNumbers, fits, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
 from .exit_0 import ExitZero
 from .rules.measures import Integers
 from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
-
-
-class Regroup(str, Enum):
-    """Whether the undecided rows of several groups are joined into full groups.
-
-    It changes how long a run takes. Answers stay the same within the target's tolerance.
-    """
-
-    AUTO = "auto"
-    """Join groups if this saves time, according to the measured cost of small groups."""
-    ALWAYS = "always"
-    """Join neighbouring groups whenever they fit into one."""
-    NEVER = "never"
-    """Rows stay in the group that they started in."""
 
 
 @dataclass(frozen=True)
@@ -145,23 +131,19 @@ class Chain(Generic[B]):
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
-    def run(
-        self, rows: Sequence[EncodedRow], runner: RuleRunner, cost: CostCurve | None
-    ) -> WindowResult:
+    def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         """Run rows until the rule has stopped all of them.
 
         Args:
             rows: the window, at least one row.
             runner: the rule.
-            cost: measured times. Undecided rows of several groups are joined if this saves time
-                according to them. None: groups are never joined.
 
         Raises:
             BackendError: a row is longer than the target takes, or the logits at an exit that it
                 reached are not finite.
         """
         if len(rows) > 1:
-            return _Window(self, rows, runner, cost).run()
+            return _Window(self, rows, runner).run()
         found = self.run_one(rows[0], runner)
         logits = np.full((len(runner.exits), 1, self.backend.labels), np.nan, np.float32)
         logits[: len(found.logits), 0] = found.logits
@@ -235,16 +217,15 @@ class Chain(Generic[B]):
         bucket = self.bucket(count, int(lengths.max()), alone=count == 1)
         return Group(rows, lengths, self.execution.begin(encoded, bucket), state)
 
-    def regroup(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[Group[B]]:
-        """Drop the rows that have stopped, and join groups where this saves time.
+    def regroup(self, groups: Sequence[Group[B]]) -> list[Group[B]]:
+        """Drop the rows that have stopped, and join groups where the backend does.
 
         Args:
             groups: groups before the same segment, with the same rule.
-            cost: measured times; None: groups are never joined.
         """
-        return [self.join(parts) for parts in self.plan(groups, cost)]
+        return [self.join(parts) for parts in self.plan(groups)]
 
-    def plan(self, groups: Sequence[Group[B]], cost: CostCurve | None) -> list[list[Group[B]]]:
+    def plan(self, groups: Sequence[Group[B]]) -> list[list[Group[B]]]:
         """The groups to `join`, see `regroup`; those without rows are released."""
         alive = []
         for group in groups:
@@ -253,9 +234,9 @@ class Chain(Generic[B]):
             else:
                 self.execution.release(group.hidden)
         plan = [[number] for number in range(len(alive))]
-        if cost is not None and len(alive) > 1:
+        if self.backend.joins:
             lengths = [group.lengths[group.going].tolist() for group in alive]
-            plan = plan_joins(lengths, self.limits, cost)
+            plan = plan_joins(lengths, self.limits)
         return [[alive[number] for number in part] for part in plan]
 
     def has_room(self, parts: Sequence[Group[B]]) -> bool:
@@ -278,6 +259,22 @@ class Chain(Generic[B]):
         rows = np.concatenate([part.rows[keep] for part, keep in kept])
         return Group(rows, lengths, hidden, state)
 
+    def time_exits(self, rows: int, tokens: int) -> list[float]:
+        """Time the way from each exit to the next once; see `Engine.time_exits`."""
+        bucket, ids = self.bucket(rows, tokens), np.zeros(tokens, np.int64)
+        made_up, times = [EncodedRow(ids, ids, truncated=False)] * rows, []
+        if self.exit_0 is not None:
+            started = time.perf_counter()
+            self.exit_0(made_up)
+            times.append(time.perf_counter() - started)
+        hidden = self.execution.begin(made_up, bucket)
+        for segment in range(self.backend.segments):
+            started = time.perf_counter()
+            self.execution.enqueue(segment, hidden).result()
+            times.append(time.perf_counter() - started)
+        self.execution.release(hidden)
+        return times
+
 
 @dataclass(eq=False)
 class _Window(Generic[B]):
@@ -286,7 +283,6 @@ class _Window(Generic[B]):
     _chain: Chain[B]
     _rows: Sequence[EncodedRow]
     _runner: RuleRunner
-    _cost: CostCurve | None
 
     def __post_init__(self) -> None:
         chain, rows, runner = self._chain, self._rows, self._runner
@@ -357,10 +353,10 @@ class _Window(Generic[B]):
             if stops is not None:
                 group.keep = np.flatnonzero(~stops)
             is_last = not running or running[0][0].hidden.segment > exit_number
-            may_join = self._cost is not None and not is_last
+            may_join = chain.backend.joins and not is_last
             ready = [group]
             if stops is not None or waiting or may_join:
-                plan, waiting = chain.plan([*waiting, group], self._cost), []
+                plan, waiting = chain.plan([*waiting, group]), []
                 if may_join and plan and chain.has_room(plan[-1]):
                     waiting = plan.pop()
                 ready = [chain.join(parts) for parts in plan]
@@ -405,26 +401,13 @@ class _Window(Generic[B]):
                 rows, state = rows[keep], state.take(keep)
                 hidden_at, ahead_at = hidden_at[keep], ahead_at[keep]
                 bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
-                if self._saves_time(hidden.bucket, bucket, segments - segment - 2):
+                tokens, fewer = (each.batch * each.sequence for each in (hidden.bucket, bucket))
+                if 2 * fewer <= tokens and segment + 2 < segments:  # else a copy does not pay
                     unread = hidden
                     hidden = self._execution.regroup([hidden], [hidden_at], bucket)
                     hidden_at = np.arange(len(rows))
             pending, read_at = ahead, ahead_at
         self._execution.release(hidden)
-
-    def _saves_time(self, old: Bucket, new: Bucket, segments: int) -> bool:
-        """Whether to copy a group into a smaller shape for the number of segments that are left.
-
-        Without measured times, this is assumed if it at least halves the tokens.
-        """
-        before, after = old.batch * old.sequence, new.batch * new.sequence
-        if segments < 1 or after >= before:
-            return False
-        if self._cost is None:
-            return 2 * after <= before
-        return segments * self._cost(after) + self._cost.copy_seconds * after <= segments * (
-            self._cost(before)
-        )
 
     def _decide(
         self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]

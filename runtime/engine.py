@@ -17,8 +17,7 @@ from .artifact.folder import read_manifest
 from .artifact.manifest import ProblemType
 from .batching import make_groups
 from .blocks import blocks
-from .chain import Regroup, WindowResult
-from .chain_times import time_exits
+from .chain import WindowResult
 from .deadline import ExitTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import InputError, RuleError
@@ -67,7 +66,6 @@ class Engine:
         threads: int | None = None,
         *,
         rule: ExitRule | None = None,
-        regroup: Regroup = Regroup.AUTO,
         preload: bool = False,
         max_length: int | None = None,
         fit_target: bool = False,
@@ -83,7 +81,6 @@ class Engine:
             threads: CPU threads, at most 1024; default: the cores that this process may use.
                 All engines of a process share one pool, whose size the first engine sets.
             rule: a rule of your own instead of an operating point.
-            regroup: whether undecided rows of several groups are joined.
             preload: load all segments now, instead of when each is first needed.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model takes.
@@ -119,7 +116,7 @@ class Engine:
         try:
             if preload:
                 backend.preload()
-            model = Model(folder, manifest, backend, Regroup(regroup))
+            model = Model(folder, manifest, backend)
             engine = cls(folder, model, rule, point, max_length, fit_target)
             if check:
                 engine.check()
@@ -287,7 +284,7 @@ class Engine:
         return check_reference(self, self._folder)
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and measure the times that deadlines and the joining of groups need.
+        """Load the segments, and measure the times that deadlines need.
 
         On a GPU, this also captures the CUDA graphs of calls with as many rows and tokens. Calls at
         the same time run in an execution of their own, which captures its own graphs.
@@ -309,8 +306,6 @@ class Engine:
             self._times.run(rows, length)
             if length >= most:
                 break
-        with self.model.chain() as chain:
-            self.model.segment_cost(chain)
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
@@ -420,7 +415,7 @@ class Engine:
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
         with self.model.chain() as chain:
-            return time_exits(chain, rows, tokens)
+            return chain.time_exits(rows, tokens)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.

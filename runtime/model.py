@@ -1,8 +1,7 @@
-"""The model of an engines folder, opened on one target: what runs its segments, and their cost."""
+"""The model of an engines folder, opened on one target: and what runs its segments."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from .artifact.manifest import NEXT, Manifest
 from .backends.backend import Backend
 from .backends.buffers import nbytes_of
 from .backends.shapes import Bucket, Limits
-from .batching import CostCurve
-from .chain import Chain, Regroup, WindowResult
-from .chain_times import measure
+from .chain import Chain, WindowResult
 from .encoding import EncodedRow
 from .errors import BackendError
 from .exit_0 import ExitZero
@@ -34,20 +31,13 @@ class Model:
         window_tokens: most tokens of rows whose hidden states are in memory at a time.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        backend: Backend[Any],
-        regroup: Regroup = Regroup.AUTO,
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend[Any]) -> None:
         """Read exit 0.
 
         Args:
             folder: the engines folder.
             manifest: its manifest.
             backend: what runs the segments on the target it was opened for; `close` closes it.
-            regroup: whether undecided rows of several groups are joined.
 
         Raises:
             ArtifactError: the file of exit 0 is missing or damaged, or does not fit the model.
@@ -59,9 +49,6 @@ class Model:
         self.window_tokens = max(self.limits.group_tokens, _WINDOW_BYTES // per_token)
         self._backend = backend
         self._exit_0 = ExitZero.load(folder, manifest)
-        self._regroup = regroup
-        self._cost: CostCurve | None = None
-        self._cost_lock = threading.Lock()
         self._closed = False
 
     def runner(self, rule: ExitRule) -> RuleRunner:
@@ -85,26 +72,8 @@ class Model:
 
     def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
         """Run a window of rows until the rule has stopped all of them; see `Chain.run`."""
-        is_large = sum(len(row) for row in rows) > self.limits.group_tokens
         with self.chain() as chain:
-            return chain.run(rows, runner, self.joining_cost(chain) if is_large else None)
-
-    def segment_cost(self, chain: Chain[Any]) -> CostCurve | None:
-        """Measured times of a middle segment; None for a model of one segment."""
-        if len(self.manifest.segments) == 1:
-            return None
-        with self._cost_lock:
-            if self._cost is None:
-                self._cost = measure(chain)
-            return self._cost
-
-    def joining_cost(self, chain: Chain[Any]) -> CostCurve | None:
-        """The costs that decide which groups are joined; None if groups are never joined."""
-        if self._regroup is Regroup.AUTO:
-            return self.segment_cost(chain)
-        if self._regroup is Regroup.NEVER or len(self.manifest.segments) == 1:
-            return None
-        return CostCurve((1, self.limits.group_tokens), (1.0, 1.0), 0.0)
+            return chain.run(rows, runner)
 
     def how_it_ran(self) -> str:
         """How requests of few rows have run so far; empty if there is only one way."""

@@ -146,9 +146,6 @@ class Execution(ABC, Generic[B]):
         """Keep the buffers of a group for the next group of its shape."""
         self._store.give(hidden.buffers)
 
-    def wait(self) -> None:
-        """Wait until everything that was started is done, for measurements."""
-
     def recover(self, others: Sequence[Hidden[B]] = ()) -> None:
         """Free the buffers of groups that an error interrupted.
 
@@ -200,6 +197,8 @@ class Backend(ABC, Generic[B]):
 
     Attributes:
         most_executions: a call waits for an execution if as many are lent.
+        joins: whether the undecided rows of several groups are joined, as long as they fit into
+            one. Devices need full groups; on a CPU this gains almost nothing.
         name: the target's name.
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
@@ -216,6 +215,7 @@ class Backend(ABC, Generic[B]):
     """
 
     most_executions: ClassVar[float] = math.inf
+    joins: ClassVar[bool] = False
 
     def __init__(
         self, folder: Path, manifest: Manifest, name: str, threads: int | None = None

@@ -63,6 +63,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
     """
 
     most_executions = 2
+    joins = True
     stream: int | None = None
 
     def __init__(
@@ -241,10 +242,6 @@ class DeviceExecution(Execution[DeviceBuffers]):
             buffers.can_capture = False
             self.backend.warn_once(NO_REQUEST_GRAPH, error)
         return buffers.request
-
-    def wait(self) -> None:
-        """Wait for the stream."""
-        self._cuda.synchronize(self.stream)
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""

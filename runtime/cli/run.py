@@ -12,9 +12,8 @@ from typing import Any
 import rich_click as click
 
 from ... import __version__
-from ..artifact.folder import read_manifest, sha256_of
+from ..artifact.folder import sha256_of
 from ..artifact.manifest import MANIFEST_NAME
-from ..chain import Regroup
 from ..engine import Engine
 from ..errors import InputError
 from ..files import STANDARD_INPUT, Inputs, TextFormat
@@ -23,7 +22,6 @@ from ..files.formats import is_plain_file, output_format
 from ..files.job import run
 from ..files.records import RecordSchema
 from ..files.summary import Summary
-from ..targets import target_of
 from . import options
 from .command import READING, RULE, command
 from .console import echo
@@ -131,9 +129,7 @@ def main(
     if output is not None:
         check_output(output, sources)
     shows = not (quiet or as_json)
-    with Engine.load(
-        engines, target, operating_point, regroup=_regroup(engines, target), **loading
-    ) as engine:
+    with Engine.load(engines, target, operating_point, **loading) as engine:
         rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
         summary = Summary(engine, None if full_depth else rule, metrics)
         schema = RecordSchema(
@@ -162,17 +158,6 @@ def main(
         raise InputError(
             f"none of {summary.rows} rows could be used; the first: {first.message}", first.remedy
         )
-
-
-def _regroup(engines: Path, target: str | None) -> Regroup:
-    """Whether to join small groups of rows: always on a GPU, never on a CPU.
-
-    Measured times do not decide this, so that the same input gives the same bytes. On a CPU
-    it gains almost nothing.
-    """
-    manifest = read_manifest(engines)
-    built = manifest.targets[target_of(engines, manifest, target)]
-    return Regroup.ALWAYS if built.on_gpu else Regroup.NEVER
 
 
 def _settings_of_run(

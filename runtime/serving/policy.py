@@ -1,4 +1,4 @@
-"""Which rows run next: pure functions of counts, lengths and measured times."""
+"""Which rows run next: pure functions of counts and lengths."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..backends.shapes import Limits
-from ..batching import CostCurve, RowNumbers, make_groups
+from ..batching import RowNumbers
 from ..rules.measures import Floats
+
+# On a CPU, the fixed part of a segment takes about as long as so many tokens.
+_CALL_TOKENS = 32
 
 
 def segments_left(stopped: Sequence[int]) -> Floats:
@@ -30,48 +33,41 @@ def segments_left(stopped: Sequence[int]) -> Floats:
     return left
 
 
-def worth(
-    lengths: Sequence[int], left: float, age: float, limits: Limits, cost: CostCurve | None
-) -> float:
-    """The gain of running a group now: its tokens per second and per segment left, times its age.
+def worth(tokens: int, left: float, age: float, joins: bool) -> float:
+    """The gain of running a group now.
 
-    On a target whose time is proportional to the tokens, this prefers the rows that are nearly
-    finished. On a target whose small groups take as long as full ones, it prefers full groups, and
-    a small one waits until rows that follow have joined it. Tokens are counted instead of rows,
-    because otherwise long texts would wait for all shorter ones that arrive in the meantime. The
-    age keeps rows from waiting for all that are worth a little more. In a simulation of a busy
+    Where groups are joined, a small group takes about as long as a full one. Full groups therefore
+    come first, and a small one waits until rows that follow have joined it. Tokens are counted
+    instead of rows, because otherwise long texts would wait for all shorter ones that arrive in the
+    meantime. Elsewhere waiting gains nothing, and the rows that are nearly finished come first.
+
+    The age keeps rows from waiting for all that are worth a little more. In a simulation of a busy
     target, the slowest answers then come sooner, at the same mean.
 
     Args:
-        lengths: tokens of each row.
+        tokens: tokens of its rows.
         left: segments that its rows are expected to run.
         age: seconds since the first of them arrived.
-        limits: the shapes that the target runs.
-        cost: its measured times; None: groups are never joined, so waiting gains nothing.
+        joins: whether groups are joined, see `Backend`.
     """
-    if cost is None:
-        return age / left
-    bucket = limits.bucket(len(lengths), max(lengths))
-    return age * sum(lengths) / cost(bucket.batch * bucket.sequence) / left
+    return age * (tokens if joins else 1) / left
 
 
-def rows_with(
-    head: int, lengths: Sequence[int], limits: Limits, cost: CostCurve | None
-) -> RowNumbers:
+def rows_with(head: int, lengths: Sequence[int], limits: Limits, joins: bool) -> RowNumbers:
     """A group of waiting rows that has a certain row and rows of similar length.
 
-    It is the group that runs most tokens in a second, so that rows are padded only where larger
-    groups gain more than the padding costs.
+    It is the group that runs most tokens in a time, if the time is proportional to the padded
+    tokens and a fixed number of tokens more. Rows are thus padded only where larger groups gain
+    more than the padding costs.
 
     Args:
         head: the number of that row.
         lengths: tokens of each waiting row.
         limits: the shapes that the target runs.
-        cost: its measured times; None: they are not known, and the group is as large as possible.
+        joins: whether groups are joined, see `Backend`; the fixed part is then that of a full
+            group.
     """
-    if cost is None:
-        groups = make_groups(np.array(lengths, np.intp), limits)
-        return next(group for group in groups if head in group)
+    fixed = limits.group_tokens if joins else _CALL_TOKENS
     order = np.argsort(lengths, kind="stable")
     ascending = np.array(lengths, np.intp)[order]
     until = np.concatenate([[0], np.cumsum(ascending)])
@@ -86,7 +82,7 @@ def rows_with(
         for start in range(max(0, end - most), place + 1):
             bucket = limits.bucket(end - start, longest)
             tokens = bucket.batch * bucket.sequence
-            rate = (until[end] - until[start]) / cost(tokens)
+            rate = (until[end] - until[start]) / (fixed + tokens)
             if rate > best_rate and (tokens <= limits.group_tokens or end - start == 1):
                 best, best_rate = (start, end), rate
     return order[slice(*best)]

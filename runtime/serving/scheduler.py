@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +132,12 @@ class Scheduler:
         # What follows belongs to the worker thread.
         self._waiting: list[_Row] = []
         self._groups: list[Group[Any]] = []
-        self._unread = deque[tuple[Group[Any], int, Pending]]()  # with the number of the exit
+        # With the number of the exit, and with when the segment was started.
+        self._unread = deque[tuple[Group[Any], int, Pending, float]]()
         self._running: list[_Row] = []
+        self._read_at = 0.0
+        # Seconds and padded tokens of segments; each counts half as much as the one after it.
+        self._recent = 0.0, 1.0
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
 
@@ -367,10 +371,10 @@ class Scheduler:
         if group is not None:
             if self._drop(chain, group):
                 return
-            self._running = list(group.rows)
+            self._running, started = list(group.rows), perf_counter()
             pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
             _tell(self._observer.ran, len(group.rows))
-            self._unread.append((group, group.hidden.segment, pending))
+            self._unread.append((group, group.hidden.segment, pending, started))
             if chain.execution.lookahead and len(self._unread) == 1:
                 return
         if self._unread:
@@ -380,8 +384,8 @@ class Scheduler:
         """The group that runs, if it can run one more segment before this one is read."""
         if not self._unread:
             return None
-        group, exit_number, _ = self._unread[0]
-        soon = self._soon(chain, group)
+        group, exit_number, *_ = self._unread[0]
+        soon = self._soon(group)
         if any(row.future.done() or row.deadline < soon for row in group.rows):
             return None
         return group if max(row.last for row in group.rows) > exit_number else None
@@ -395,9 +399,10 @@ class Scheduler:
 
     def _read(self, chain: Chain[Any]) -> None:
         """Answer the rows that stop at the exit of the segment that started first."""
-        group, exit_number, pending = self._unread.popleft()
+        group, exit_number, pending, started = self._unread.popleft()
         self._running = list(group.rows)
         logits = pending.result()[LOGITS]
+        self._time(group, started)
         is_ahead = self._is_unread(group)
         done = self._decide(exit_number, self._running, group.state, logits, is_ahead)
         if done.any():
@@ -433,12 +438,11 @@ class Scheduler:
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
-        cost, left = self._model.joining_cost(chain), self._segments_left()
-        limits, now = chain.limits, perf_counter()
+        joins, left, now = chain.backend.joins, self._segments_left(), perf_counter()
 
-        def value(rows: Iterable[_Row], stage: int) -> float:
-            lengths, arrived = zip(*((len(row.encoded), row.arrived) for row in rows), strict=True)
-            return worth(lengths, left[stage], max(0.0, now - min(arrived)), limits, cost)
+        def value(rows: Collection[_Row], stage: int) -> float:
+            age = max(0.0, now - min(row.arrived for row in rows))
+            return worth(sum(len(row.encoded) for row in rows), left[stage], age, joins)
 
         def gain(group: Group[Any]) -> tuple[float, int]:
             stage, first = group.hidden.segment, group.rows[0]
@@ -452,7 +456,7 @@ class Scheduler:
             return best
         head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
         # Time for the segment of a full group, and then for segment 1 of that row.
-        soon = now + 2 * self._seconds(chain, limits.group_tokens)
+        soon = now + 2 * self._seconds(chain.limits.group_tokens)
         urgent = self._waiting[head].deadline < soon
         rows = self._rows_with(head if urgent else 0, chain)
         if best and not urgent and value(rows, 0) <= gain(best)[0]:
@@ -466,8 +470,8 @@ class Scheduler:
             return [first]
         rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
         lengths = [len(row.encoded) for row in rows]
-        cost = self._model.segment_cost(chain)
-        return [rows[n] for n in rows_with(rows.index(first), lengths, chain.limits, cost)]
+        numbers = rows_with(rows.index(first), lengths, chain.limits, chain.backend.joins)
+        return [rows[number] for number in numbers]
 
     def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
         taken = set(rows)
@@ -491,7 +495,7 @@ class Scheduler:
         Returns:
             Whether there was one.
         """
-        soon, ready = self._soon(chain, group), self._ready()
+        soon, ready = self._soon(group), self._ready()
         rows = [*self._waiting, *(row for other in ready for row in other.rows)]
         rows = [row for row in rows if not row.future.done()]
         late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
@@ -565,7 +569,7 @@ class Scheduler:
         # The groups that stay are listed before anything can fail.
         self._groups = [other for other in others if other not in peers]
         self._running = [row for peer in peers for row in peer.rows]
-        self._groups += chain.regroup(peers, self._model.joining_cost(chain))
+        self._groups += chain.regroup(peers)
 
     def _answer(
         self,
@@ -638,16 +642,24 @@ class Scheduler:
         first = self._model.manifest.exits[0]
         return segments_left(self._engine.tally.exits[1 - first :])
 
-    def _soon(self, chain: Chain[Any], group: Group[Any]) -> float:
+    def _time(self, group: Group[Any], started: float) -> None:
+        """Remember how long a segment took that was started at a time and has now been read."""
+        bucket, now = group.hidden.bucket, perf_counter()
+        seconds, tokens = self._recent
+        seconds += now - max(started, self._read_at)  # a device runs one segment after another
+        self._recent = seconds / 2, (tokens + bucket.batch * bucket.sequence) / 2
+        self._read_at = now
+
+    def _soon(self, group: Group[Any]) -> float:
         """When the next segment of a group will be done if it is started now."""
         bucket = group.hidden.bucket
-        seconds = self._seconds(chain, bucket.batch * bucket.sequence)
+        seconds = self._seconds(bucket.batch * bucket.sequence)
         return perf_counter() + (1 + len(self._unread)) * seconds
 
-    def _seconds(self, chain: Chain[Any], tokens: int) -> float:
-        """The time of a segment on a group of this many padded tokens; 0 if it is not known."""
-        cost = self._model.segment_cost(chain)
-        return 0.0 if cost is None else cost(tokens)
+    def _seconds(self, tokens: int) -> float:
+        """The time of a segment on a group of this many padded tokens, by the recent segments."""
+        seconds, measured = self._recent
+        return seconds * tokens / measured
 
 
 def _tell(method: Callable[..., None], *what: Any) -> None:

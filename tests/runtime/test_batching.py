@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.shapes import Bucket, Limits
-from fpabee.runtime.batching import CostCurve, fits, make_groups, plan_joins
+from fpabee.runtime.batching import fits, make_groups, plan_joins
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(
@@ -18,12 +17,6 @@ some_limits = st.builds(
     group_tokens=st.sampled_from([1, 50, 200, 5000]),
     batch_sizes=st.sampled_from([(), (1, 2, 4, 8, 16, 32)]),
     sequence_lengths=st.sampled_from([(), (16, 32, 64)]),
-)
-curves = st.builds(
-    CostCurve,
-    tokens=st.just((32, 128, 512)),
-    seconds=st.tuples(*[st.floats(1e-6, 1.0)] * 3).map(lambda s: tuple(sorted(s))),
-    copy_seconds=st.sampled_from([0.0, 1e-9, 1e-3]),
 )
 
 
@@ -53,12 +46,12 @@ def test_groups_are_as_large_as_the_budget_allows() -> None:
     assert [len(group) for group in groups] == [1, 2, 3, 1]
 
 
-@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), curves)
+@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12))
 def test_joins_keep_every_group_once_and_in_order(
-    groups: list[list[int]], curve: CostCurve
+    groups: list[list[int]],
 ) -> None:
     limits = Limits(max_batch=12, max_sequence=64, group_tokens=200)
-    plan = plan_joins(groups, limits, curve)
+    plan = plan_joins(groups, limits)
     assert [number for part in plan for number in part] == list(range(len(groups)))
     for part in plan:
         rows = [length for number in part for length in groups[number]]
@@ -66,49 +59,22 @@ def test_joins_keep_every_group_once_and_in_order(
         assert len(part) == 1 or padded(limits.bucket(len(rows), max(rows))) <= limits.group_tokens
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), some_limits, curves
-)
+@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), some_limits)
 def test_a_group_without_room_need_not_wait_for_the_next(
-    groups: list[list[int]], limits: Limits, curve: CostCurve
+    groups: list[list[int]], limits: Limits
 ) -> None:
-    for number, part in enumerate(whole := plan_joins(groups, limits, curve)):
+    for number, part in enumerate(whole := plan_joins(groups, limits)):
         rows = [length for group in part for length in groups[group]]
         if not fits(len(rows) + 1, max(rows), limits):
-            alone = plan_joins(groups[: part[-1] + 1], limits, curve)
+            alone = plan_joins(groups[: part[-1] + 1], limits)
             assert alone == whole[: number + 1]
             for following in groups:
                 assert not fits(len(rows + following), max(rows + following), limits)
 
 
-def test_joins_fill_groups_where_every_call_costs_the_same() -> None:
+def test_joins_fill_groups() -> None:
     limits = Limits(max_batch=4, max_sequence=64, group_tokens=1000)
-    constant = CostCurve((1, 1000), (1.0, 1.0), 0.0)
-    assert plan_joins([[5], [5, 4], [4], [4], [4, 3]], limits, constant) == [[0, 1, 2], [3, 4]]
-
-
-def test_groups_stay_apart_where_time_is_proportional_to_tokens() -> None:
-    limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
-    proportional = CostCurve((1, 1000), (0.001, 1.0), 1e-6)
-    groups = [[8, 8], [8], [8, 8, 8]]
-    assert plan_joins(groups, limits, proportional) == [[0], [1], [2]]
-
-
-def test_joins_consider_the_time_of_the_copy() -> None:
-    limits = Limits(max_batch=100, max_sequence=64, group_tokens=1000)
-    groups = [[8], [8]]
-    # Two calls of 8 tokens take 2 s, one of 16 takes 1 s and the copy.
-    assert plan_joins(groups, limits, CostCurve((8, 16), (1.0, 1.0), 0.9 / 16)) == [[0, 1]]
-    assert plan_joins(groups, limits, CostCurve((8, 16), (1.0, 1.0), 1.1 / 16)) == [[0], [1]]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "seconds"), [(1, 1.0), (32, 1.0), (80, 2.0), (128, 3.0), (256, 6.0)]
-)
-def test_cost_is_linear_between_measurements_and_proportional_beyond(
-    tokens: int, seconds: float
-) -> None:
-    assert CostCurve((32, 128), (1.0, 3.0), 0.0)(tokens) == pytest.approx(seconds)
+    assert plan_joins([[5], [5, 4], [4], [4], [4, 3]], limits) == [[0, 1, 2], [3, 4]]
 
 
 def test_buckets_round_up_to_the_next_step_if_there_is_one() -> None:

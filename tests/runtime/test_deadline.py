@@ -193,7 +193,6 @@ def test_real_times_are_measured_when_first_needed_or_before(engines: Mapping[st
     with Engine.load(engines["bert"], threads=1) as engine:
         engine.warm_up(tokens=10)
         assert set(engine._times._known) == {(1, 8), (1, 16)}
-        assert engine.model._cost is not None
         (answer,) = engine.predict(["the film"], rule=NEVER, deadline_ms=1e6)
         assert (answer.exit, answer.deadline_limited, answer.deadline_missed) == (3, False, False)
         assert all((times > 0).all() for times in engine._times._known.values())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -40,7 +40,6 @@ from fpabee.runtime import (
     Pabee,
     Pcee,
     Prediction,
-    Regroup,
     RuleError,
     Simulation,
     Trace,
@@ -139,7 +138,7 @@ def tuned(
     max_batch: int = 256,
     window_tokens: int = 1,
     chunk: int = 256,
-    regroup: Regroup = Regroup.AUTO,
+    joins: bool = False,
 ) -> Iterator[Engine]:
     """An engine with other sizes of groups and windows; a window is at least a group."""
     with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +147,8 @@ def tuned(
         width = 8 * read_manifest(folder).model.hidden_size
         patch.setattr(model_module, "_WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
-        with Engine.load(folder, regroup=regroup) as engine:
+        patch.setattr(host.HostBackend, "joins", joins)
+        with Engine.load(folder) as engine:
             yield engine
 
 
@@ -182,13 +182,13 @@ def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     max_batch=st.sampled_from([1, 3, 256]),
     window_tokens=st.sampled_from([1, 300, 10**6]),
     chunk=st.sampled_from([1, 7, 256]),
-    regroup=st.sampled_from([Regroup.ALWAYS, Regroup.NEVER]),
+    joins=st.booleans(),
 )
 def test_a_row_gets_the_same_answer_as_alone(
-    case: Case, numbers: list[int], data: st.DataObject, regroup: Regroup, **sizes: int
+    case: Case, numbers: list[int], data: st.DataObject, joins: bool, **sizes: int
 ) -> None:
     rule = data.draw(st.sampled_from(case.rules))
-    with tuned(case.folder, regroup=regroup, **sizes) as engine:
+    with tuned(case.folder, joins=joins, **sizes) as engine:
         trace = engine.trace([TEXTS[number] for number in numbers], rule=rule)
         check(case, trace, numbers, rule)
         simulated = case.simulate(trace.logits, rule)
@@ -202,13 +202,6 @@ def test_the_rules_of_these_tests_use_every_exit(case: Case) -> None:
     mixed = [len(set(row.tolist())) > 1 for row in exits]
     assert sum(mixed) >= 5
     assert max(case.near(rule).sum() for rule in case.rules) <= 2, "rows near a threshold are few"
-
-
-def test_regrouping_by_measured_cost_changes_no_answer(case: Case) -> None:
-    numbers = list(range(len(TEXTS))) * 4
-    rule = Entropy(threshold=1.1)
-    with tuned(case.folder, group_tokens=128, regroup=Regroup.AUTO) as engine:
-        check(case, engine.trace([TEXTS[n] for n in numbers], rule=rule), numbers, rule)
 
 
 def test_full_depth_runs_every_layer(case: Case) -> None:
@@ -255,14 +248,14 @@ def test_no_texts_give_no_predictions(case: Case) -> None:
 def test_four_threads_agree_with_one(case: Case) -> None:
     rule = Entropy(threshold=1.1)
     lists = [random.Random(seed).sample(TEXTS, 30) for seed in range(4)]
-    with tuned(case.folder, group_tokens=100, regroup=Regroup.AUTO) as engine:
+    with tuned(case.folder, group_tokens=100) as engine:
         start = threading.Barrier(4)
 
         def work(texts: Rows) -> list[Prediction]:
             start.wait()
             return [p for _ in range(3) for p in engine.predict(texts, rule=rule)]
 
-        # Segments are loaded, and the costs measured, by whichever thread comes first.
+        # Segments are loaded by whichever thread comes first.
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(work, lists))
     near = {TEXTS[n] for n in np.flatnonzero(case.near(rule))}
@@ -274,9 +267,9 @@ def test_four_threads_agree_with_one(case: Case) -> None:
                 assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
 
 
-@pytest.mark.parametrize("regroup", Regroup)
+@pytest.mark.parametrize("joins", [False, True])
 def test_streams_read_no_further_than_a_window_ahead(
-    engines: Mapping[str, Path], regroup: Regroup
+    engines: Mapping[str, Path], joins: bool
 ) -> None:
     read = 0
 
@@ -287,7 +280,7 @@ def test_streams_read_no_further_than_a_window_ahead(
             yield "the film " * (number % 5)
 
     sizes = {"group_tokens": 50, "window_tokens": 100, "chunk": 4}
-    with tuned(engines["bert"], regroup=regroup, **sizes) as engine:
+    with tuned(engines["bert"], joins=joins, **sizes) as engine:
         ahead = []
         for given_back, _ in enumerate(engine.stream(texts())):
             ahead.append(read - given_back)
@@ -385,8 +378,6 @@ def test_a_rule_that_does_not_fit_is_refused_at_once(
         ):
             with pytest.raises(RuleError, match=says):
                 call(rule)
-    with pytest.raises(ValueError, match="'often' is not a valid Regroup"):
-        Engine.load(engines["bert"], regroup=cast(Any, "often"))
 
 
 def test_the_rule_of_a_call_replaces_that_of_the_engine_and_of_the_folder(

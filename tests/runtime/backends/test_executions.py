@@ -25,7 +25,6 @@ from fpabee.runtime import BackendError, Budget, Engine, read_manifest
 from fpabee.runtime.backends.backend import Backend
 from fpabee.runtime.backends.cuda_probe import required_gpu
 from fpabee.runtime.backends.shapes import Bucket
-from fpabee.runtime.chain_times import time_exits
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.rules.runner import RuleRunner
 from fpabee.runtime.targets import open_backend
@@ -176,7 +175,7 @@ def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
     with made.load() as engine:
         lent = [engine.model.chain() for _ in range(2)]
         for chain in lent:
-            time_exits(chain, 5, 12)
+            chain.time_exits(5, 12)
         for chain in lent:
             chain.__exit__(None)
         assert len(made.cuda.streams) == 2
@@ -197,7 +196,7 @@ def test_idle_executions_make_room_for_a_context(
 
     with made.load() as engine:
         with engine.model.chain() as chain, engine.model.chain() as other:
-            time_exits(chain, 1, 8)
+            chain.time_exits(1, 8)
             assert other.execution is not chain.execution
         monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
         assert len(engine.predict(["turn the lights on"])) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fpabee.exporter.targets.options import PlanOptions
-from fpabee.runtime import BackendError, Engine, Regroup, read_manifest
+from fpabee.runtime import BackendError, Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends import device_buffers
 from fpabee.runtime.backends.cuda_probe import CudaDevice
@@ -145,8 +145,7 @@ def test_one_context_serves_all_groups_of_a_shape(
     monkeypatch.setattr(device_buffers, "_CAPTURE_TOKENS", 4 * 8)
     made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
     texts = ["rain"] * 17 + ["rain " * 40] * 4
-    never = Regroup.NEVER  # otherwise times are measured, at other shapes
-    with made.load(regroup=never) as engine, Engine.load(made.folder) as usual:
+    with made.load() as engine, Engine.load(made.folder) as usual:
         expected = usual.trace(texts).logits
         for _ in range(3):
             np.testing.assert_allclose(engine.trace(texts).logits, expected, atol=1e-5)

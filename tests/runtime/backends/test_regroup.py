@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import Budget, ExitRule, FPabee, Regroup
+from fpabee.runtime import Budget, ExitRule, FPabee
 from fpabee.runtime.backends.decide import GATHER, PTX
 from fpabee.runtime.backends.shapes import Bucket
 
@@ -97,13 +97,12 @@ def test_calls_of_the_driver_to_regroup(
 
 
 @pytest.mark.parametrize("rule", [FPabee(threshold=0.45), Budget(exit=3)])
-@pytest.mark.parametrize("regroup", [Regroup.NEVER, Regroup.ALWAYS])
 def test_the_device_is_busy_while_the_host_decides(
-    rule: ExitRule, regroup: Regroup, double: Callable[..., Double]
+    rule: ExitRule, double: Callable[..., Double]
 ) -> None:
     """Several groups of at most 4 rows; the device has nothing to do after the last exit only."""
     made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
-    with made.load(regroup=regroup) as engine, made.load() as usual:
+    with made.load() as engine, made.load() as usual:
         rows = engine.encode(TEXTS * 4)
         made.cuda.idle = 0
         found = engine.run_encoded(rows, rule)

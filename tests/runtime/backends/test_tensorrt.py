@@ -24,13 +24,11 @@ from fpabee.runtime import (
     ExitRule,
     FPabee,
     MissingExtraError,
-    chain_times,
 )
 from fpabee.runtime.backends import compiled_cache
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.device import DeviceExecution
-from fpabee.runtime.batching import CostCurve
 from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
@@ -68,13 +66,6 @@ def test_answers_are_those_of_the_cpu(
     assert made.cuda.streams == {}
 
 
-def measure(engine: Engine) -> None:
-    """Take the times that deadlines and the joining of groups depend on."""
-    engine.time_exits(2, 8)
-    with engine.model.chain() as chain:
-        chain_times.measure(chain)
-
-
 @pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
 def test_windows_leave_no_device_memory_behind(
     rule: ExitRule, double: Callable[..., Double]
@@ -87,32 +78,22 @@ def test_windows_leave_no_device_memory_behind(
         for texts in (TEXTS[:1], TEXTS[:4], TEXTS * 3):
             for _ in range(3):  # memory is taken when a group first needs it
                 engine.predict(texts, rule=rule)
-                measure(engine)
+                engine.time_exits(2, 8)
             used, contexts = made.used(), len(made.trt.contexts)
             for _ in range(3):
                 engine.predict(texts, rule=rule)
-                measure(engine)
+                engine.time_exits(2, 8)
                 assert made.used() == used > 0
                 assert len(made.trt.contexts) == contexts, "made once for a shape"
         rows = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
         assert rows <= {1, 2, 4}
 
 
-@pytest.mark.parametrize(
-    ("stay", "copy_seconds", "regroups"),
-    [(4, None, 0), (2, None, 1), (4, 0.0, 1), (4, 1.0, 0)],
-)
-def test_a_group_shrinks_only_if_this_saves_time(
-    stay: int,
-    copy_seconds: float | None,
-    regroups: int,
-    double: Callable[..., Double],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("stay", "regroups"), [(4, 0), (3, 0), (2, 1)])
+def test_a_group_shrinks_if_this_halves_its_tokens(
+    stay: int, regroups: int, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without measured times if its tokens are halved, otherwise according to them."""
-    made = double()
-    cost = None if copy_seconds is None else CostCurve((1, 100), (0.01, 1.0), copy_seconds)
-    calls = []
+    made, calls = double(), []
     regroup = DeviceExecution.regroup
 
     def counted(*arguments: Any) -> Any:
@@ -127,19 +108,8 @@ def test_a_group_shrinks_only_if_this_saves_time(
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
     with made.load() as engine, engine.model.chain() as chain:
-        chain.run(engine.encode(["rain"] * 5), engine.model.runner(engine.rule), cost)
+        chain.run(engine.encode(["rain"] * 5), engine.model.runner(engine.rule))
     assert len(calls) == regroups
-
-
-def test_copies_are_timed_until_they_are_done(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited = []
-    made = double()
-    with made.load() as engine, engine.model.chain() as chain:
-        monkeypatch.setattr(DeviceExecution, "wait", lambda self: waited.append(self))
-        chain_times.measure(chain)
-    assert waited
 
 
 def test_looking_ahead_counts_wasted_segments(double: Callable[..., Double]) -> None:
@@ -238,7 +208,7 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
     with double().load() as engine:
         with engine.model.chain() as chain:
-            chain_times.time_exits(chain, 1, 8)
+            chain.time_exits(1, 8)
             execution: Any = chain.execution
             shared = [each for of_shape in execution.shared.values() for each in of_shape.values()]
             contexts = [weakref.ref(each) for each in shared]

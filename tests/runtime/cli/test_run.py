@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -21,12 +20,8 @@ from fpabee.runtime import (
     FPabee,
     Pabee,
     Pcee,
-    Regroup,
-    Target,
-    read_manifest,
 )
-from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.cli.run import _regroup, main
+from fpabee.runtime.cli.run import main
 
 from ..running import Run, check_refused, write_lines
 
@@ -237,15 +232,3 @@ def test_a_reader_that_stops_early_is_no_error(bert: Path, tmp_path: Path) -> No
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-
-
-def test_groups_are_joined_on_the_target_that_runs(engine_copy: Callable[..., Path]) -> None:
-    """Here the default target cannot run, so one for CPUs runs instead."""
-    folder = engine_copy()
-    manifest = read_manifest(folder)
-    target = Target(backend="onnxruntime", precision="fp32", device="cuda", tolerance=None)
-    targets = {**manifest.targets, "onnxruntime-fp32-cuda": target}
-    changes = {"targets": targets, "default_target": "onnxruntime-fp32-cuda"}
-    write_manifest(folder, msgspec.structs.replace(manifest, **changes))
-    assert _regroup(folder, None) is Regroup.NEVER
-    assert _regroup(folder, "onnxruntime-fp32-cuda") is Regroup.ALWAYS

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee, Regroup
-from fpabee.runtime import model as model_module
+from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
-from fpabee.runtime.batching import CostCurve
 from fpabee.runtime.serving import Scheduler, scheduler
 
 from ...doubles.device import Double, install
@@ -27,18 +25,15 @@ NEVER = FPabee(threshold=-1.0)
 
 @pytest.fixture
 def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
-    """At most four rows run together. Made-up times of segments: 1 ms for any group."""
-    flat = CostCurve((1, 1024), (1e-3, 1e-3), 0.0)
-    monkeypatch.setattr(model_module, "measure", lambda chain: flat)
+    """At most four rows run together."""
     shapes: dict[str, Any] = {"batch_sizes": (1, 2, 4), "sequence_lengths": (8, 16, 64)}
     return install(monkeypatch, engine_copy(), batch=(1, 2, 4), **shapes)
 
 
-@pytest.mark.parametrize("regroup", list(Regroup))
 @pytest.mark.parametrize("rule", [SOME_STOP_FIRST, FPabee(threshold=0.6, patience=2), NEVER])
-def test_answers_are_those_of_the_cpu(rule: ExitRule, regroup: Regroup, double: Double) -> None:
+def test_answers_are_those_of_the_cpu(rule: ExitRule, double: Double) -> None:
     texts = TEXTS * 4
-    with double.load(rule=rule, regroup=regroup) as engine, Engine.load(double.folder) as usual:
+    with double.load(rule=rule) as engine, Engine.load(double.folder) as usual:
         expected = usual.predict(texts, rule=rule)
         with Scheduler(engine) as scheduler:
             for _ in range(2):
@@ -72,7 +67,7 @@ def test_the_device_never_waits_for_the_rule(rows: int, double: Double) -> None:
 def test_wasted_segments_are_counted(
     rule: ExitRule, texts: list[str], wasted: int | None, double: Double
 ) -> None:
-    with double.load(rule=rule, regroup=Regroup.NEVER) as engine:
+    with double.load(rule=rule) as engine:
         if wasted is None:
             first = engine.trace(texts, rule=rule).exits == 1
             wasted = int(np.count_nonzero(first))

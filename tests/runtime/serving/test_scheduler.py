@@ -27,12 +27,10 @@ from fpabee.runtime import (
     OverloadedError,
     Pabee,
     Prediction,
-    Regroup,
     RuleError,
 )
-from fpabee.runtime import model as model_module
 from fpabee.runtime.agreement import exits_near_ties
-from fpabee.runtime.backends.host import HostExecution
+from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.serving import Observer, Scheduler
@@ -73,8 +71,8 @@ class Gate:
             return enqueue(execution, segment, hidden)
 
         monkeypatch.setattr(HostExecution, "enqueue", gated)
-        # Made-up times: 1 ms for any group, so that joining always pays and no probes run.
-        monkeypatch.setattr(model_module, "measure", lambda _: _flat())
+        # Made-up times: 1 ms for any group.
+        monkeypatch.setattr(Scheduler, "_seconds", lambda scheduler, tokens: 1e-3)
 
     def at(self) -> tuple[int, int]:
         """Wait until the worker is before a segment; returns it, and its rows."""
@@ -90,15 +88,15 @@ class Gate:
         self.steps.release(1000)
 
 
-def _flat() -> Any:
-    from fpabee.runtime.batching import CostCurve
-
-    return CostCurve((1, 1024), (1e-3, 1e-3), 0.0)
-
-
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join groups on the CPU, as devices do."""
+    monkeypatch.setattr(HostBackend, "joins", True)
 
 
 @pytest.fixture
@@ -132,16 +130,18 @@ def check_same(
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-@pytest.mark.parametrize("regroup", list(Regroup))
+@pytest.mark.parametrize("joins", [False, True])
 def test_answers_are_those_of_predict(
     family: str,
     rule: ExitRule,
-    regroup: Regroup,
+    joins: bool,
     engines: Mapping[str, Path],
     exit_0_engines: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(HostBackend, "joins", joins)
     folder = (exit_0_engines if rule.exit_0_threshold else engines)[family]
-    with Engine.load(folder, rule=rule, regroup=regroup) as engine:
+    with Engine.load(folder, rule=rule) as engine:
         with Scheduler(engine) as scheduler:
             found = results([scheduler.submit(text) for text in TEXTS * 2])
         assert engine.tally.rows == len(found)
@@ -165,8 +165,9 @@ def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gat
         assert deep.result(WAIT).exit == 3
 
 
+@pytest.mark.usefixtures("joins")
 def test_new_rows_join_between_segments(engine: Engine, gate: Gate) -> None:
-    """The first row waits for the others, because groups of two are as fast as one.
+    """The first row waits for the others.
 
     All have the same age; a row that is much older would not wait.
     """
@@ -183,13 +184,8 @@ def test_new_rows_join_between_segments(engine: Engine, gate: Gate) -> None:
         assert [answer.exit for answer in results(futures)] == [3, 3, 3]
 
 
-def test_nearly_finished_rows_come_first_if_joining_gains_nothing(
-    engines: Mapping[str, Path], gate: Gate
-) -> None:
-    with (
-        Engine.load(engines["bert"], rule=NEVER, regroup=Regroup.NEVER) as engine,
-        Scheduler(engine) as scheduler,
-    ):
+def test_nearly_finished_rows_come_first_on_a_cpu(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
         futures = [scheduler.submit("the film")]
         assert gate.at() == (0, 1)
         futures += scheduler.submit_all(["the plot", "rain"])
@@ -201,6 +197,7 @@ def test_nearly_finished_rows_come_first_if_joining_gains_nothing(
         results(futures)
 
 
+@pytest.mark.usefixtures("joins")
 def test_rows_of_an_earlier_rule_do_not_wait_for_others(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
 ) -> None:
@@ -253,7 +250,7 @@ def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) 
         gate.open()
         results([first, *futures])
     # 62 tokens in a long row, and at most 1024 in a group.
-    assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 7, 16, 16]
+    assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 4, 16, 19]
 
 
 def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
@@ -273,13 +270,14 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     assert engine.tally.rows == 1
 
 
+@pytest.mark.usefixtures("joins")
 def test_rows_that_are_cancelled_while_others_run_leave(
     engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def most_rows(lengths: Sequence[int], *_: object) -> int:
-        return len(lengths)
+    def most_tokens(tokens: int, *_: object) -> int:
+        return tokens
 
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.worth", most_rows)
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.worth", most_tokens)
     with Scheduler(engine) as scheduler:
         first = scheduler.submit("the film")
         gate.at()
@@ -298,7 +296,7 @@ def test_the_age_of_a_group_is_that_of_its_oldest_row(
 ) -> None:
     ages = []
 
-    def recorded(lengths: Sequence[int], left: float, age: float, *_: object) -> float:
+    def recorded(tokens: int, left: float, age: float, *_: object) -> float:
         ages.append(age)
         return age
 
@@ -430,6 +428,7 @@ def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.Monk
     assert gate.begun == [(0, 2)]
 
 
+@pytest.mark.usefixtures("joins")
 def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row stops at the exit before the segment that would make it late."""
     now = 0.0
@@ -454,6 +453,25 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     ]
     assert flags == [(False, False), (True, False), (True, True), (False, False)]
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
+
+
+@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(3.0, 1), (5.0, 2), (6.0, 3)])
+def test_segments_are_expected_to_take_as_long_as_the_last_ones(
+    deadline_ms: float, exit_number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, enqueue = 0.0, HostExecution.enqueue
+
+    def takes_time(*arguments: Any) -> Any:
+        nonlocal now
+        now += 2e-3
+        return enqueue(*arguments)
+
+    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    monkeypatch.setattr(HostExecution, "enqueue", takes_time)
+    with Scheduler(engine) as scheduler:
+        answer = scheduler.submit("rain", deadline_ms=deadline_ms).result(WAIT)
+    assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
+    assert not answer.deadline_missed
 
 
 def test_tokenization_is_part_of_the_deadline(
