@@ -158,13 +158,6 @@ class Chain(Generic[B]):
             if one.stops(history[0]):
                 return RowResult(0, history)
         execution, bucket = self.execution, self.bucket(1, len(row), alone=True)
-        if execution.lookahead:
-            exit_0 = np.array(history, np.float32) if history else None
-            found = execution.run_request([row], bucket, runner, exit_0)
-            if found is not None:
-                last, reached = int(found[0][0]), found[1][: found[0][0], 0].tolist()
-                history += [self._finite(n, logits) for n, logits in enumerate(reached, 1)]
-                return RowResult(last, history)
         hidden = execution.begin([row], bucket)
         pending = execution.enqueue(0, hidden)
         wasted = 0
@@ -305,31 +298,15 @@ class _Window(Generic[B]):
         if self._parts:
             self._execution = self._chain.execution
             groups = map(self._begin, self._parts)
-            if len(self._parts) != 1 or not self._execution.lookahead:
-                self._run_groups(groups)
-            elif not self._run_request(self._parts[0][0]):
+            if len(self._parts) == 1 and self._execution.lookahead:
                 self._run_ahead(next(groups))
+            else:
+                self._run_groups(groups)
         return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
 
     def _begin(self, part: tuple[RowNumbers, PatienceState]) -> Group[B]:
         rows, state = part
         return self._chain.begin([self._rows[row] for row in rows], rows, state)
-
-    def _run_request(self, rows: RowNumbers) -> bool:
-        """Let the device run a group alone, and decide; returns whether it can."""
-        encoded = [self._rows[row] for row in rows]
-        bucket = self._chain.bucket(len(rows), int(self._lengths[rows].max()))
-        exit_0 = None if self._chain.exit_0 is None else self._logits[0, rows]
-        found = self._execution.run_request(encoded, bucket, self._runner, exit_0)
-        if found is None:
-            return False
-        self._exits[rows], logits = found
-        deepest = int(found[0].max())
-        for exit_number, now in enumerate(logits[:deepest], 1):
-            reached = found[0] >= exit_number
-            self._record(exit_number, rows[reached], now[reached])
-        self._wasted += int(np.sum(deepest - found[0]))
-        return True
 
     def _run_groups(self, ready: Iterable[Group[B]]) -> None:
         """Read the exits of groups in turn, and enqueue the next segment of each at once.

@@ -39,7 +39,6 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
         name: the target.
         size: bytes of its files, or of the graphs that it runs, without missing files.
         unavailable_reason: why it cannot run here; empty if it can. The key in JSON is `why_not`.
-        how: how requests of few rows run on this machine; empty if there is only one way.
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
         relative_speed: see `Target`.
@@ -48,7 +47,6 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
     name: str
     size: int
     unavailable_reason: str
-    how: str
     no_rule: str
     tolerance: float | None
     relative_speed: float | None
@@ -63,14 +61,12 @@ class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
         agreement: for each target that passed, how closely it agrees with the PyTorch model. The
             key in JSON is `parity`.
         refused: for each target that can run here but did not pass, the reason.
-        how: for each target on a GPU that passed, how a request of one text ran.
     """
 
     files: int
     damaged: tuple[str, ...]
     agreement: dict[str, str]
     refused: dict[str, str]
-    how: dict[str, str]
 
     @property
     def passed(self) -> bool:
@@ -107,12 +103,11 @@ def target_states(
     for name, target in manifest.targets.items():
         graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
-        unavailable_reason = how = no_rule = ""
+        unavailable_reason = no_rule = ""
         try:
             for file in files:
                 resolve(folder, file)
             backend_class(target).check(target, name)
-            how = backend_class(target).how_it_runs()
         except FpabeeError as error:
             unavailable_reason = describe(error)
         try:
@@ -122,7 +117,7 @@ def target_states(
             no_rule = error.message
         size = sum(_size(folder, [file]) or 0 for file in files)
         measured = target.tolerance, target.relative_speed
-        states.append(TargetState(name, size, unavailable_reason, how, no_rule, *measured))
+        states.append(TargetState(name, size, unavailable_reason, no_rule, *measured))
     return states
 
 
@@ -141,18 +136,16 @@ def check_integrity(folder: Path, manifest: Manifest, states: Iterable[TargetSta
             (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
         except ArtifactError as error:
             damaged.append(error.message)
-    agreement, refused, how = dict[str, str](), dict[str, str](), dict[str, str]()
+    agreement, refused = dict[str, str](), dict[str, str]()
     for state in states:
         if state.unavailable_reason:
             continue
         try:
             with Engine.load(folder, state.name) as engine:
                 agreement[state.name] = str(engine.check())
-                if engine.model.how_it_ran():
-                    how[state.name] = engine.model.how_it_ran()
         except FpabeeError as error:
             refused[state.name] = error.message
-    return Integrity(len(records), tuple(damaged), agreement, refused, how)
+    return Integrity(len(records), tuple(damaged), agreement, refused)
 
 
 def _records(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

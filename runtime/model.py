@@ -75,10 +75,6 @@ class Model:
         with self.chain() as chain:
             return chain.run(rows, runner)
 
-    def how_it_ran(self) -> str:
-        """How requests of few rows have run so far; empty if there is only one way."""
-        return self._backend.how_it_ran()
-
     def close(self) -> None:
         """Free the segments; calls that have begun are answered, and the last of them frees."""
         self._closed = True

@@ -52,7 +52,7 @@ SECONDS = 525.0
 MODELS = (Part("model minilm", 100), Part("model base", 170))
 # The parts of a stage run at the same time; those of the second one measure no times. A limit only
 # keeps a part from using up the time of the others: what it leaves over is for the parts after it.
-# With more or less time for the whole, the limits are in proportion, see `stages`. The first five
+# With more or less time for the whole, the limits are in proportion, see `stages`. The first four
 # stages compare one model in all libraries, the small one first. Their limits fit into the 525
 # seconds of the whole; the stages after them run if time is left, or in the next run. Nobody has
 # seen the times of a GPU yet, so the limits are estimates:
@@ -62,7 +62,6 @@ MODELS = (Part("model minilm", 100), Part("model base", 170))
 #   in all. The plans that a stopped part has built are kept, so the next run has them.
 # - `onnxruntime` and `pytorch` measure the same, without builds.
 STAGES: tuple[tuple[Part, ...], ...] = (
-    (Part("decide", 60),),
     (Part("tests", 150), *MODELS),
     (Part("plans minilm fp16", 140),),
     (Part("onnxruntime minilm fp16", 30),),

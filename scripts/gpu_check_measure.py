@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from gpu_check_table import ENGINE, ONE_GRAPH, STEPWISE, TOKENS, WITH_RULE
+from gpu_check_table import ENGINE, STEPWISE, TOKENS, WITH_RULE
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.bench import exact_batches
@@ -21,7 +21,6 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.cuda import Cuda, cuda
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.inspection import target_states
-from fpabee.runtime.targets import backend_class
 
 ROWS = 32  # texts of each length
 REPEATS = 20  # of each text
@@ -34,30 +33,6 @@ Run = Callable[[Sequence[EncodedRow]], Any]
 
 class Skipped(Exception):  # noqa: N818
     """A part, or something in it, cannot run here."""
-
-
-class OneGraph:
-    """The chain of a target as one CUDA graph, in which the device decides when to stop.
-
-    Args:
-        folder: an engines folder.
-        target: the name of a target that can run here.
-    """
-
-    def __init__(self, folder: Path, target: str) -> None:
-        self._backend: Any = backend_class(read_manifest(folder).targets[target])
-
-    @property
-    def unavailable_reason(self) -> str:
-        """Why the chain cannot run as one graph; empty if it can."""
-        return str(self._backend.why_no_request_graph())
-
-    @contextmanager
-    def turned_off(self) -> Iterator[None]:
-        """Engines that are loaded in this context run one segment at a time."""
-        off = staticmethod(lambda: "it is measured segment by segment")
-        with mock.patch.object(self._backend, "why_no_request_graph", off):
-            yield
 
 
 @dataclass
@@ -95,43 +70,30 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
         FpabeeError: it should run, but does not.
     """
     check_target(folder, target)
-    as_one = OneGraph(folder / "chain", target)
     texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
     with ExitStack() as stack:
         engines = {}
-        with as_one.turned_off():
-            for variant, name in ((ENGINE, "one"), (STEPWISE, "chain")):
-                engines[variant] = _loaded(folder / name, target, variant, texts, emit)
-                stack.enter_context(engines[variant])
-        if as_one.unavailable_reason:
-            emit(what="not measured", variant=ONE_GRAPH, reason=as_one.unavailable_reason)
-        else:
-            engines[ONE_GRAPH] = _loaded(folder / "chain", target, ONE_GRAPH, texts, emit)
-            stack.enter_context(engines[ONE_GRAPH])
-        for variant in list(engines)[1:]:
-            _emit_parity(folder / "chain", engines[variant], variant, emit)
-        best = engines.get(ONE_GRAPH, engines[STEPWISE])
+        for variant, name in ((ENGINE, "one"), (STEPWISE, "chain")):
+            engines[variant] = _loaded(folder / name, target, variant, texts, emit)
+            stack.enter_context(engines[variant])
+        chain = engines[STEPWISE]
+        _emit_parity(folder / "chain", chain, STEPWISE, emit)
         runs = {name: full_depth(engine) for name, engine in engines.items()}
         rule: ExitRule = Entropy(threshold=0.5)
         for tokens in TOKENS:
-            batches = exact_rows(best, texts, tokens)
-            rule, mean_depth = at_half_depth(best, [row for (row,) in batches])
-            variants = runs | {WITH_RULE: partial(best.run_encoded, rule=rule)}
+            batches = exact_rows(chain, texts, tokens)
+            rule, mean_depth = at_half_depth(chain, [row for (row,) in batches])
+            variants = runs | {WITH_RULE: partial(chain.run_encoded, rule=rule)}
             times = interleaved(variants, batches)
             for name, measured in times.items():
-                calls, is_one_graph = _driver_calls(variants[name], batches[0])
-                if name == ONE_GRAPH and not is_one_graph:
-                    how = best.model.how_it_ran()
-                    reason = f"{tokens} tokens took several launches; requests ran {how}"
-                    emit(what="not measured", variant=name, reason=reason)
-                    continue
+                calls = _driver_calls(variants[name], batches[0])
                 depth = {"mean_depth": mean_depth} if name == WITH_RULE else {}
                 found = measured.summary() | calls | depth
                 emit(what="latency", variant=name, tokens=tokens, **found)
         for name, engine in engines.items():
             full = Budget(exit=engine.manifest.exits[-1])
             emit_throughput(name, partial(_file, engine, texts, full), emit)
-        emit_throughput(WITH_RULE, partial(_file, best, texts, rule), emit)
+        emit_throughput(WITH_RULE, partial(_file, chain, texts, rule), emit)
 
 
 def check_target(folder: Path, target: str) -> None:
@@ -197,19 +159,12 @@ def at_half_depth(engine: Engine, rows: Sequence[EncodedRow]) -> tuple[ExitRule,
     return rule, round(float(np.array(layers)[exits - 1].mean()), 2)
 
 
-def _driver_calls(run: Run, rows: Sequence[EncodedRow]) -> tuple[dict[str, float], bool]:
-    """Driver calls of a request, and the share of its segments that ran in a captured graph.
-
-    Returns:
-        These two numbers, and whether the request was one graph: segments that run one by one
-        record an event each.
-    """
+def _driver_calls(run: Run, rows: Sequence[EncodedRow]) -> dict[str, float]:
+    """Driver calls of a request, and the share of its segments that ran in a captured graph."""
     with _counted() as calls:
         result = run(rows)
     launches, segments = calls.get("launch", 0), int(result.exits[0]) + result.wasted
-    is_one_graph = launches == 1 and "record" not in calls
-    share = 1.0 if is_one_graph else launches / segments
-    return {"driver_calls": sum(calls.values()), "captured": round(share, 3)}, is_one_graph
+    return {"driver_calls": sum(calls.values()), "captured": round(launches / segments, 3)}
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import click
-from gpu_check_decide import check_decide, check_gather, time_decide
 from gpu_check_measure import (
     Emit,
     Run,
@@ -55,8 +54,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import is_engines_folder
-from fpabee.runtime.backends.cuda import cuda
-from fpabee.runtime.backends.cuda_probe import cuda_device, no_conditional_graphs
+from fpabee.runtime.backends.cuda_probe import cuda_device
 from fpabee.runtime.encoding import EncodedRow, padded_inputs, padding_values
 
 ROOT = Path(__file__).parents[1]
@@ -90,18 +88,6 @@ def tests(root: Path, emit: Emit) -> None:
     print(done.stdout, flush=True)
     emit(what="tests", summary=(done.stdout.strip().splitlines() or ["no output"])[-1])
     done.check_returncode()
-
-
-def decide(emit: Emit) -> None:
-    """The kernels, with and without a CUDA graph, and how long it takes to decide."""
-    reason = no_conditional_graphs()
-    if reason:
-        raise Skipped(f"requests cannot be one CUDA graph: {reason}")
-    driver = cuda()
-    check_gather(driver)
-    emit(what="tests", summary=f"{check_decide(driver)}; rows are gathered as by NumPy")
-    for found in time_decide(driver):
-        emit(what="decide", **found)
 
 
 def make_models(folder: Path, size: str, emit: Emit) -> None:
@@ -246,8 +232,6 @@ def run_part(part: str, size: str, how: str, models: Path, emit: Emit) -> None:
     """
     if part == "tests":
         return tests(ROOT, emit)
-    if part == "decide":
-        return decide(emit)
     folder = models / size
     if part == "model":
         return make_models(folder, size, emit)
@@ -259,9 +243,7 @@ def run_part(part: str, size: str, how: str, models: Path, emit: Emit) -> None:
 
 
 @click.command()
-@click.argument(
-    "part", type=click.Choice(("tests", "decide", "model", "plans", "onnxruntime", "pytorch"))
-)
+@click.argument("part", type=click.Choice(("tests", "model", "plans", "onnxruntime", "pytorch")))
 @click.argument("size", type=click.Choice(tuple(SIZES)), required=False, default="minilm")
 @click.argument("how", required=False, default="")
 @click.option("--models", type=click.Path(path_type=Path), required=True)
@@ -270,7 +252,7 @@ def main(part: str, size: str, how: str, models: Path, results: Path) -> None:
     """Run one PART of the check."""
 
     def emit(**result: Any) -> None:
-        if part not in ("tests", "decide"):
+        if part != "tests":
             result = {"size": size, "runs_on": f"{part} {how}".strip()} | result
         with results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")

@@ -7,7 +7,6 @@ from typing import Any
 
 ENGINE = "one engine"
 STEPWISE = "chain, one segment at a time"
-ONE_GRAPH = "chain as one graph"
 WITH_RULE = "chain with the rule"
 TOKENS = (16, 32, 128)
 """Lengths at which single texts are timed; the second one stands for all in some columns."""
@@ -47,15 +46,6 @@ def markdown(report: Result) -> str:
             ],
         )
     lines += _section(
-        "The kernel that decides after an exit",
-        ("rule", "labels", "rows", "microseconds"),
-        [
-            (r["rule"], str(r["labels"]), str(r["rows"]), f"{r['us']:.2f}")
-            for r in results
-            if r["what"] == "decide"
-        ],
-    )
-    lines += _section(
         "Parts",
         ("part", "state", "time", "remarks"),
         [
@@ -82,18 +72,15 @@ def _targets(results: Sequence[Result]) -> Iterator[Sequence[str]]:
         if r["what"] == "latency"
     }
     for key in dict.fromkeys(key[:3] for key in timed):
-        one, stepwise, graph, rule = (
-            timed.get((*key, variant)) for variant in (ENGINE, STEPWISE, ONE_GRAPH, WITH_RULE)
-        )
+        one, chain, rule = (timed.get((*key, variant)) for variant in (ENGINE, STEPWISE, WITH_RULE))
         if one is None:
             continue
-        steady = graph or stepwise
         half_depth = "chain with the rule at half depth / one engine, mean"
-        slowest = f"p99 / p50, {(steady or one)['variant']}"
+        slowest = f"p99 / p50, {(chain or one)['variant']}"
         for target, most, found in (
-            ("chain as one graph / one engine, p50", MOST_FULL_DEPTH, _ratio(graph, one)),
+            ("chain / one engine, p50", MOST_FULL_DEPTH, _ratio(chain, one)),
             (half_depth, MOST_HALF_DEPTH, _ratio(rule, one, "mean_ms", "mean_ms")),
-            (slowest, MOST_P99, _ratio(steady, steady, "p99_ms")),
+            (slowest, MOST_P99, _ratio(chain, chain, "p99_ms")),
         ):
             state = "not measured" if found is None else "met" if found <= most else "**missed**"
             ratio = "" if found is None else f"{found:.3f}"

@@ -159,7 +159,7 @@ def test_the_sdist_holds_what_the_readme_names(sdist: Path) -> None:
     listed = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"}
     packaged = (
         *("py.typed", "calibration/report/page.html", "exporter/training/model_card.md"),
-        *(f"runtime/backends/decide/decide.{kind}" for kind in ("cu", "h", "ptx")),
+        *("runtime/backends/gather.cu", "runtime/backends/gather.ptx"),
     )
     assert listed | {f"src/fpabee/{name}" for name in packaged} <= names
     for folder in ("scripts", "tests"):
@@ -181,5 +181,5 @@ def test_the_sdist_can_be_installed(sdist: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
-    ptx = "runtime/backends/decide/decide.ptx"
+    ptx = "runtime/backends/gather.ptx"
     assert (tmp_path / "fpabee" / ptx).read_bytes() == (ROOT / ptx).read_bytes()

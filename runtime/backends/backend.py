@@ -20,8 +20,6 @@ from ..artifact.folder import resolve
 from ..artifact.manifest import BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import Arrays, EncodedRow, padding_values
 from ..errors import BackendError
-from ..rules.measures import Floats, Integers
-from ..rules.runner import RuleRunner
 from .buffers import B, BufferName, Hidden, Store, carried_specs, plan_buffers
 from .shapes import Bucket, Limits, Rows
 
@@ -88,34 +86,6 @@ class Execution(ABC, Generic[B]):
             BackendError: the library or the device failed, for example for lack of memory.
             ArtifactError: the segment is loaded now, and is missing or damaged.
         """
-
-    def run_request(
-        self,
-        encoded: Sequence[EncodedRow],
-        bucket: Bucket,
-        runner: RuleRunner,
-        exit_0: Floats | None,
-    ) -> tuple[Integers, Floats] | None:
-        """Run a group through all segments, where the device decides which rows stop.
-
-        It is asked only where `lookahead` is true.
-
-        Args:
-            encoded: the rows.
-            bucket: padded shape of the group.
-            runner: the rule.
-            exit_0: `[rows, labels]`, the logits of exit 0 if the model has one.
-
-        Returns:
-            The exit of each row, `[rows]` int64, and logits `[exits, rows, labels]` float32 from
-            exit 1. Those of exits that a row did not reach mean nothing. None: the segments must
-            be run one by one, because the rule, the shape or the device do not allow more.
-
-        Raises:
-            BackendError: the device failed.
-            ArtifactError: a segment is loaded now, and is missing or damaged.
-        """
-        return None
 
     def regroup(
         self, hiddens: Sequence[Hidden[B]], rows: Sequence[Rows], bucket: Bucket
@@ -257,15 +227,6 @@ class Backend(ABC, Generic[B]):
             MissingExtraError: the inference library is not installed.
             BackendError: the library, its version or the device does not fit.
         """
-
-    @classmethod
-    def how_it_runs(cls) -> str:
-        """How requests of few rows run here, as words after "runs"; empty if there is one way."""
-        return ""
-
-    def how_it_ran(self) -> str:
-        """How requests of few rows have run so far, like `how_it_runs`."""
-        return ""
 
     @abstractmethod
     def limits(self) -> Limits:

@@ -12,8 +12,9 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
 from .cuda_probe import cuda_device
-from .decide import PTX
 
 SPIN = "FPABEE_CUDA_SPIN"
 """If this environment variable is set, threads that wait for the device keep a core busy.
@@ -29,14 +29,22 @@ SPIN = "FPABEE_CUDA_SPIN"
 They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
 """
 
+PTX = Path(__file__).with_name("gather.ptx")
+"""The compiled kernel `gather_rows`."""
+
+GATHER = np.dtype(
+    [
+        *((name, np.uint64) for name in ("to", "pitch", "fill")),
+        ("sources", np.uint64, (256,)),
+        ("widths", np.uint32, (256,)),
+    ]
+)
+"""What `gather.cu` reads: addresses, sizes in bytes, and the bytes of padding."""
+
 _CAPTURING = threading.Lock()  # the collector is turned off for the whole process
-# At most this many warps decide about a group: every GPU has enough registers for 256 threads.
-_WARPS = 8
 # A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
 _GATHERED_BYTES = 8192
 _DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
-# The types of nodes that the body of an IF node can hold.
-_NODES = ("Kernel", "Memcpy", "Memset", "Empty", "Graph", "Conditional")
 
 
 class Cuda:
@@ -191,75 +199,16 @@ class Cuda:
                 self._runtime.cudaGraphDestroy(ended[1])
         return int(executable)
 
-    def capture_request(
-        self, stream: int, parts: Sequence[Callable[[int], None]], end: Callable[[], None]
-    ) -> int:
-        """Capture parts that run one after another until one of them says that it was the last.
-
-        Every part is followed by an IF node, whose body is the next part. This needs CUDA 12.4.
-
-        Args:
-            stream: the stream. It can be used as before even if the capture fails.
-            parts: what they enqueue in the stream. Each gets the handle of the IF node after it,
-                which it must give to `decide`; the handle of the last part is 0.
-            end: what is enqueued after the last part that runs.
-
-        Returns:
-            An executable graph, which is on the device already.
-        """
-        self.load_kernels()
-        runtime = self._runtime
-        (root,) = self._check(runtime.cudaGraphCreate(0))
-        try:
-            graph, outermost = root, list[Any]()
-            for part in parts[:-1]:
-                (handle,) = self._check(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
-                before = self._capture_into(graph, [], stream, functools.partial(part, int(handle)))
-                node, body = self._add_if(graph, before, handle)
-                outermost = outermost or [node]
-                graph = body
-            last = self._capture_into(graph, [], stream, functools.partial(parts[-1], 0))
-            self._capture_into(root, outermost or last, stream, end)
-            (executable,) = self._check(runtime.cudaGraphInstantiate(root, 0))
-            try:
-                self._check(runtime.cudaGraphUpload(executable, stream))
-            except BackendError:
-                runtime.cudaGraphExecDestroy(executable)
-                raise
-        except BaseException:
-            runtime.cudaGetLastError()  # so that libraries do not take it for their own
-            raise
-        finally:
-            runtime.cudaGraphDestroy(root)
-        return int(executable)
-
-    def decide(
-        self, board: int, logits: int, exit_number: int, rows: int, handle: int, stream: int
-    ) -> None:
-        """Enqueue `decide_exit`, see `decide.cu`.
-
-        Args:
-            board: address of the board, see `board_type`.
-            logits: address of `[rows, labels]` float32.
-            exit_number: the exit, from 1.
-            rows: rows of the group, rows of padding included.
-            handle: of the IF node that follows; the last exit needs none.
-            stream: the stream, which captures.
-        """
-        values = board, logits, exit_number, rows, handle
-        types = (*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_ulonglong)
-        self._launch("decide_exit", (1, 1, 1), (32, min(rows, _WARPS), 1), stream, (values, types))
-
-    def load_kernels(self) -> None:
-        """Load the kernels of `decide` and `gather`, which need a driver for CUDA 12.4 or later.
+    def load_kernel(self) -> None:
+        """Load the kernel of `gather`, which needs a driver for CUDA 12.4 or later.
 
         CUDA does not allow this while a stream captures, so it must be called before.
         """
         self._check(self._runtime.cudaSetDevice(0))  # this thread may not have used the device yet
-        self._kernels  # noqa: B018 - the driver compiles them now
+        self._gather_rows  # noqa: B018 - the driver compiles it now
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
-        """Enqueue `gather_rows`, see `gather.h`.
+        """Enqueue `gather_rows`, see `gather.cu`.
 
         Args:
             plan: `[1]` of type `GATHER`; the driver copies it.
@@ -268,14 +217,8 @@ class Cuda:
         """
         values = np.array([plan.ctypes.data], np.uint64)
         blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
-        self._launch("gather_rows", (rows, blocks, 1), (256, 1, 1), stream, values.ctypes.data)
-
-    def _launch(
-        self, name: str, grid: Sequence[int], block: Sequence[int], stream: int, given: Any
-    ) -> None:
-        """Enqueue a kernel: `given` are its arguments with their types, or their addresses."""
-        kernel, launch = self._kernels[name], self._driver.cuLaunchKernel
-        self._check_driver(launch(kernel, *grid, *block, 0, stream, given, 0))
+        launch, shape = self._driver.cuLaunchKernel, (rows, blocks, 1, 256, 1, 1)
+        self._check_driver(launch(self._gather_rows, *shape, 0, stream, values.ctypes.data, 0))
 
     @functools.cached_property
     def _driver(self) -> Any:
@@ -284,51 +227,12 @@ class Cuda:
         return driver
 
     @functools.cached_property
-    def _kernels(self) -> dict[str, Any]:
-        """The kernels by name, which the driver compiles for this GPU."""
+    def _gather_rows(self) -> Any:
+        """The kernel, which the driver compiles for this GPU."""
         ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
         (module,) = self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))
-        return {
-            name: self._check_driver(self._driver.cuModuleGetFunction(module, name.encode()))[0]
-            for name in ("decide_exit", "gather_rows")
-        }
-
-    def _capture_into(
-        self, graph: Any, after: list[Any], stream: int, work: Callable[[], None]
-    ) -> list[Any]:
-        """Capture work into a graph after some of its nodes; returns the last nodes of the work."""
-        runtime = self._runtime
-        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._check(
-            runtime.cudaStreamBeginCaptureToGraph(stream, graph, after, None, len(after), mode)
-        )
-        try:
-            work()
-            # CUDA 13 also tells the data of edges.
-            _, _, _, last, *_ = self._check(runtime.cudaStreamGetCaptureInfo(stream))
-        finally:
-            ended = runtime.cudaStreamEndCapture(stream)
-        self._check(ended)
-        count = self._check(runtime.cudaGraphGetNodes(graph))[-1]
-        for node in self._check(runtime.cudaGraphGetNodes(graph, count))[0]:
-            (kind,) = self._check(runtime.cudaGraphNodeGetType(node))
-            name = kind.name.removeprefix("cudaGraphNodeType")
-            if name not in _NODES:
-                raise BackendError(f"a part of a CUDA graph has a node of type {name}", "")
-        return list(last)
-
-    def _add_if(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
-        """Add an IF node after some nodes; returns the node and its body, which is empty."""
-        runtime = self._runtime
-        node = runtime.cudaGraphNodeParams()
-        node.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
-        node.conditional.handle = handle
-        node.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
-        node.conditional.size = 1
-        # CUDA 13 also takes the data of edges.
-        edges = () if hasattr(runtime, "cudaGraphAddNode_v2") else (None,)
-        (added,) = self._check(runtime.cudaGraphAddNode(graph, after, *edges, len(after), node))
-        return added, node.conditional.phGraph_out[0]
+        (kernel,) = self._check_driver(self._driver.cuModuleGetFunction(module, b"gather_rows"))
+        return kernel
 
     def launch(self, executable: int, stream: int) -> None:
         """Enqueue a captured graph."""

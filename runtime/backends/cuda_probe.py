@@ -16,7 +16,6 @@ from ..errors import BackendError, Remedy
 
 # The oldest NVIDIA driver for each version of CUDA. Our kernels need CUDA 12.4.
 _DRIVERS = {12: "550", 13: "580"}
-_CONDITIONAL = (12, 4)  # the first version of CUDA whose graphs have nested IF nodes
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -138,18 +137,6 @@ def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:
             f"{library} was built for CUDA {major}, but cuda-bindings is for CUDA {bindings}",
             f"pip install 'fpabee[{extra(extra_name)}]'",
         )
-
-
-def no_conditional_graphs() -> str:
-    """Why a CUDA graph cannot decide what it runs next here; empty if it can."""
-    driver = cuda_device().cuda
-    if driver < _CONDITIONAL:
-        has = f"is for CUDA {driver[0]}.{driver[1]}" if driver[0] else "does not tell its version"
-        return f"it needs a driver for CUDA 12.4, and the driver of this machine {has}"
-    installed = metadata.version("cuda-bindings") if bindings_cuda() else ""
-    if installed and tuple(map(int, installed.split(".")[:2])) < _CONDITIONAL:
-        return f"it needs cuda-bindings 12.4, and {installed} is installed"
-    return ""
 
 
 def bindings_cuda() -> int:

@@ -5,7 +5,7 @@ of a small group can therefore be started with one launch: its first run warms u
 captured as a CUDA graph, and later runs replay this graph. Segments run one after another, so all
 runners of an execution share one piece of scratch memory, and those of the same graph and shape
 share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
-event to wait for. A request of few rows can also be one graph, see `request_graph.py`.
+event to wait for.
 
 Rows are regrouped by one kernel for each tensor, which comes as PTX. Where the driver is too old
 for it, copies of the driver do the same, one for each run of neighbouring rows. All of this runs in
@@ -26,24 +26,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, Manifest, TensorSpec
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Manifest, TensorSpec
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import BackendError
-from ..rules.measures import Floats, Integers
-from ..rules.runner import RuleRunner
 from .backend import Backend, Execution
 from .buffers import BufferName, Hidden, dtype_of, nbytes_of, shape_of
-from .cuda import Cuda, cuda
+from .cuda import GATHER, Cuda, cuda
 from .cuda_probe import check_not_forked
-from .decide import GATHER, settings_of
 from .device_buffers import DeviceBuffers, Place, Runner, Step
-from .request_graph import RequestGraph
 from .shapes import Bucket, Rows
 
 logger = logging.getLogger(__name__)
-
-NO_REQUEST_GRAPH = "requests run segment by segment"
-"""What is logged if a request cannot be captured as one CUDA graph."""
 
 # Unused buffers keep up to this much device memory; each also keeps its CUDA graphs.
 _FREE_BYTES = 256 * 2**20
@@ -57,9 +50,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
             Each has contexts, buffers and CUDA graphs of its own for every shape.
         cuda: the driver.
         stream: the stream of all executions; None if each makes its own.
-        no_request_graph: the result of `why_no_request_graph`.
-        warnings: what has been logged, each with its reason.
-        ran_request_graph: whether a request has run as one CUDA graph.
+        warnings: what has been logged.
     """
 
     most_executions = 2
@@ -71,15 +62,13 @@ class DeviceBackend(Backend[DeviceBuffers]):
     ) -> None:
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
-        self.no_request_graph = self.why_no_request_graph()
-        self.warnings: dict[str, str] = {}
-        self.ran_request_graph = False
+        self.warnings: set[str] = set()
 
     @functools.cached_property
     def gathers(self) -> bool:
         """Whether a kernel regroups rows."""
         try:
-            self.cuda.load_kernels()
+            self.cuda.load_kernel()
         except BackendError as error:
             self.warn_once("rows are regrouped by several copies instead of one kernel", error)
             return False
@@ -111,33 +100,10 @@ class DeviceBackend(Backend[DeviceBuffers]):
             execution: has the stream to run in, and keeps what runners share.
         """
 
-    @staticmethod
-    @abstractmethod
-    def why_no_request_graph() -> str:
-        """Why a request cannot be one CUDA graph on this machine; empty if it can."""
-
-    @classmethod
-    def how_it_runs(cls) -> str:
-        """Whether a request of few rows is one CUDA graph."""
-        reason = cls.why_no_request_graph()
-        if reason:
-            return f"segment by segment; one CUDA graph would be faster, but {reason}"
-        return (
-            "as one CUDA graph, in which the device decides when to stop; if its capture fails, "
-            "segment by segment"
-        )
-
-    def how_it_ran(self) -> str:
-        """Whether requests of few rows were one CUDA graph, and why not."""
-        reason = self.no_request_graph or self.warnings.get(NO_REQUEST_GRAPH, "")
-        if self.ran_request_graph and not reason:
-            return "as one CUDA graph"
-        return f"segment by segment: {reason or 'no request was small enough for a CUDA graph'}"
-
     def warn_once(self, what: str, error: BackendError) -> None:
         """Log what happens because of an error, unless this backend has logged it before."""
         if what not in self.warnings:
-            self.warnings[what] = error.message
+            self.warnings.add(what)
             logger.warning("%s: %s: %s", self.name, what, error.message)
 
 
@@ -183,7 +149,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
     def enqueue(self, segment: int, hidden: Hidden[DeviceBuffers]) -> _Pending:
         """Enqueue a segment without waiting for it."""
         step = hidden.buffers.step(segment)
-        self.share_scratch(step)
+        self._share_scratch(step)
         if step.executable is not None:
             self._cuda.launch(step.executable, self.stream)
         elif step.can_capture and step.is_warm():
@@ -193,55 +159,6 @@ class DeviceExecution(Execution[DeviceBuffers]):
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
-
-    def run_request(
-        self,
-        encoded: Sequence[EncodedRow],
-        bucket: Bucket,
-        runner: RuleRunner,
-        exit_0: Floats | None,
-    ) -> tuple[Integers, Floats] | None:
-        """Launch a request as one CUDA graph, and wait for it; see `Execution`.
-
-        The first request of a shape runs segment by segment, and the second one is captured.
-        """
-        if self.backend.no_request_graph:
-            return None
-        labels = self._specs[LOGITS].shape[-1]
-        settings = settings_of(
-            runner.rule, runner.problem_type, runner.exits, labels, runner.label_thresholds
-        )
-        if settings is None:
-            return None
-        buffers = self._store.take(bucket)
-        graph, found = self._request_graph(buffers, encoded), None
-        if graph is not None:
-            graph.board.write(settings, len(encoded), exit_0)
-            buffers.fill(self._inputs(encoded))
-            self._cuda.launch(graph.executable, self.stream)
-            self._cuda.synchronize(self.stream)
-            found = graph.board.read(len(encoded))
-            self.backend.ran_request_graph = True
-        self._store.give(buffers)
-        return found
-
-    def _request_graph(
-        self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]
-    ) -> RequestGraph | None:
-        """The graph of a request in these buffers; None if it is too early, or not possible."""
-        graph = buffers.request
-        if graph is not None and graph.scratch == self._scratch_number:
-            return graph
-        buffers.requests += 1
-        if buffers.requests < 2 or not buffers.can_capture:
-            return None
-        try:
-            self._write(buffers, encoded)
-            buffers.capture_request()
-        except BackendError as error:
-            buffers.can_capture = False
-            self.backend.warn_once(NO_REQUEST_GRAPH, error)
-        return buffers.request
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
@@ -273,19 +190,13 @@ class DeviceExecution(Execution[DeviceBuffers]):
         self._groups[bucket] += 1
         return buffers
 
-    def _inputs(
-        self, encoded: Sequence[EncodedRow]
-    ) -> dict[BufferName, Callable[[NDArray[Any]], None]]:
-        """What writes each input of segment 1."""
-
+    def _write(self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
         def writes(name: str) -> Callable[[NDArray[Any]], None]:
             padding = self._padding[name]
             return lambda array: write_rows(array, name, encoded, padding)
 
-        return {buffer: writes(name) for name, buffer in self._stages[0].live.items()}
-
-    def _write(self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
-        buffers.upload(self._inputs(encoded))
+        inputs = self._stages[0].live.items()
+        buffers.upload({buffer: writes(name) for name, buffer in inputs})
 
     def _gather(
         self,
@@ -372,7 +283,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
         else:
             self._cuda.launch(step.executable, self.stream)
 
-    def share_scratch(self, step: Step) -> None:
+    def _share_scratch(self, step: Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""
         if step.scratch == self._scratch_number:
             return

@@ -1,22 +1,18 @@
-"""The memory of a group on a CUDA device, and what runs its segments and its whole request."""
+"""The memory of a group on a CUDA device, and what runs its segments."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..artifact.manifest import LOGITS, NEXT
+from ..artifact.manifest import NEXT
 from ..encoding import Arrays
-from ..errors import BackendError
 from .buffers import BufferName, Buffers, dtype_of, nbytes_of, shape_of
 from .cuda import PinnedArray
-from .decide import MOST_ROWS, board_type
-from .request_graph import Board, RequestGraph, capture_request
 from .shapes import Bucket
 
 if TYPE_CHECKING:
@@ -25,12 +21,6 @@ if TYPE_CHECKING:
 # Larger groups are not captured: their kernels take much longer than their launches, and a window
 # of many groups would need as many graphs for each segment.
 _CAPTURE_TOKENS = 1024
-# A request of several rows keeps the rows that have stopped. Beyond this size, a segment takes
-# longer for more tokens, so running segments one by one and dropping rows is assumed to be faster.
-_REQUEST_TOKENS = 256
-# TensorRT for RTX compiles during the first runs, which cannot be captured.
-_WARM_UPS = 3
-_BOARD: BufferName = ("the board of decide", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +64,6 @@ class Step:
         executable: its captured CUDA graph; None before it is captured.
         can_capture: false for a large group, and once a capture has failed.
         scratch: number of the scratch memory that its runners use; 0 if none is set.
-        logits: device address of the logits.
     """
 
     event: int
@@ -84,7 +73,6 @@ class Step:
     arrays: Arrays = field(default_factory=dict)
     executable: int | None = None
     scratch: int = 0
-    logits: int = 0
 
     def run(self) -> None:
         """Enqueue its graphs."""
@@ -97,13 +85,7 @@ class Step:
 
 
 class DeviceBuffers(Buffers[int, Step]):
-    """Device memory, each buffer as its address.
-
-    Attributes:
-        can_capture: false for a large group, and once the capture of a request has failed.
-        requests: how often a graph of the request was asked for before there was one.
-        request: that graph.
-    """
+    """Device memory, each buffer as its address."""
 
     def __init__(self, execution: DeviceExecution, bucket: Bucket) -> None:
         super().__init__(bucket)
@@ -114,14 +96,6 @@ class DeviceBuffers(Buffers[int, Step]):
         self._events: list[int] = []
         self._uploaded = self._event()
         self._is_uploading = False
-        tokens = bucket.batch * bucket.sequence
-        self._is_small = tokens <= _CAPTURE_TOKENS
-        self.can_capture = self._is_small and (
-            bucket.batch == 1 or (bucket.batch <= MOST_ROWS and tokens <= _REQUEST_TOKENS)
-        )
-        self.requests = 0
-        self.request: RequestGraph | None = None
-        self._board: Board | None = None
 
     def upload(self, buffers: Mapping[BufferName, Callable[[NDArray[Any]], None]]) -> None:
         """Fill buffers, in the stream's order.
@@ -129,64 +103,19 @@ class DeviceBuffers(Buffers[int, Step]):
         Args:
             buffers: for each, what writes its content into pinned memory.
         """
-        self.fill(buffers)
-        self.send(buffers)
-        self._cuda.record(self._uploaded, self._execution.stream)
-        self._is_uploading = True
-
-    def fill(self, buffers: Mapping[BufferName, Callable[[NDArray[Any]], None]]) -> None:
-        """Write the content of buffers into pinned memory only, see `upload`."""
         if self._is_uploading:  # the pinned memory may still be read
             self._cuda.wait(self._uploaded)
-            self._is_uploading = False
+        stream = self._execution.stream
         for buffer, write in buffers.items():
-            write(self._staging(buffer).array)
-
-    def send(self, buffers: Iterable[BufferName]) -> None:
-        """Enqueue the copies of pinned memory to buffers."""
-        for buffer in buffers:
             pinned = self._staging(buffer)
-            size = pinned.array.nbytes
-            self._cuda.copy(self.buffer(buffer), pinned.pointer, size, self._execution.stream)
-
-    def capture_request(self) -> None:
-        """Capture a graph of the whole request. The buffers hold inputs for runs that warm up."""
-        execution, stages = self._execution, self._execution.backend.stages
-        self.drop_request()
-        steps = [self.step(segment) for segment in range(len(stages))]
-        for step in steps * 2:  # a later segment may make the scratch memory grow
-            execution.share_scratch(step)
-        for _ in range(_WARM_UPS):
-            if not all(step.is_warm() for step in steps):
-                for step in steps:
-                    step.run()
-        if not all(step.is_warm() for step in steps):
-            raise BackendError("a segment cannot be part of a CUDA graph", "")
-        if self._board is None:
-            spec = execution.backend.specs[LOGITS]
-            if spec.dtype != "float32":
-                raise BackendError(f"the logits are {spec.dtype}, not float32", "")
-            _, labels = shape_of(spec, self.bucket)
-            layout = board_type(len(steps), labels, self.bucket.batch)
-            self._values[_BOARD] = execution.malloc(layout.itemsize)
-            self.nbytes += layout.itemsize
-            self._board = Board(self._cuda, layout, self._values[_BOARD], self.bucket.batch)
-        copy_in = partial(self.send, list(stages[0].live.values()))
-        parts = [(step.run, step.logits) for step in steps]
-        executable = capture_request(self._cuda, execution.stream, self._board, copy_in, parts)
-        self.request = RequestGraph(executable, self._board, steps[0].scratch)
-
-    def drop_request(self) -> None:
-        """Destroy the graph of the request."""
-        if self.request is not None:
-            self._cuda.synchronize(self._execution.stream)
-            self._cuda.destroy_graph(self.request.executable)
-            self.request = None
+            write(pinned.array)
+            self._cuda.copy(self.buffer(buffer), pinned.pointer, pinned.array.nbytes, stream)
+        self._cuda.record(self._uploaded, stream)
+        self._is_uploading = True
 
     def free(self) -> None:
         """Free everything, once the device no longer uses it."""
         self._cuda.synchronize(self._execution.stream)
-        self.drop_request()
         for step in self._steps.values():
             if step.executable is not None:
                 self._cuda.destroy_graph(step.executable)
@@ -219,7 +148,8 @@ class DeviceBuffers(Buffers[int, Step]):
 
     def _prepare(self, segment: int) -> Step:
         backend = self._execution.backend
-        step = Step(self._event(), self._is_small)
+        is_small = self.bucket.batch * self.bucket.sequence <= _CAPTURE_TOKENS
+        step = Step(self._event(), is_small)
         for call in backend.stages[segment].calls:
             places = {}
             for name, buffer in (*call.inputs, *call.outputs):
@@ -232,6 +162,4 @@ class DeviceBuffers(Buffers[int, Step]):
                     host = self._staging(buffer)
                     step.copies.append((host.pointer, self.buffer(buffer), host.array.nbytes))
                     step.arrays[name] = host.array
-                    if name == LOGITS:
-                        step.logits = self.buffer(buffer)
         return step

@@ -87,11 +87,6 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
             )
         check_cuda(name, f"onnxruntime-gpu {ort.__version__}", _built_for(), "gpu")
 
-    @staticmethod
-    def why_no_request_graph() -> str:
-        """ONNX Runtime never can; see `DeviceBackend`."""
-        return "ONNX Runtime allocates memory during a run"
-
     def limits(self) -> Limits:
         """Batches in powers of two, so that few shapes need memory; lengths in steps.
 

@@ -23,7 +23,7 @@ from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
 from . import compiled_cache
 from .backend import Execution
-from .cuda_probe import check_cuda, cuda_device, extra, no_conditional_graphs, required_gpu
+from .cuda_probe import check_cuda, cuda_device, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution
 from .device_buffers import DeviceBuffers, Place, Runner
 from .shapes import Bucket, Limits
@@ -196,11 +196,6 @@ class TensorRtBackend(DeviceBackend):
                 "which cannot load it",
                 rebuild(target, f"pip install {shlex.quote(f'{module}=={built}')}"),
             )
-
-    @staticmethod
-    def why_no_request_graph() -> str:
-        """Why the driver or `cuda-bindings` is too old, if it is; see `DeviceBackend`."""
-        return no_conditional_graphs()
 
     def limits(self) -> Limits:
         """The shapes of the target's profiles."""

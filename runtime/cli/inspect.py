@@ -136,7 +136,7 @@ def _print(
 
 def _runs(state: TargetState, default: str) -> str:
     if not state.no_rule:
-        return f"runs {state.how}".rstrip()
+        return "runs"
     rule = f"default operating point {default!r}" if default else "default rule"
     return f"runs, but its {rule} cannot be used: {state.no_rule}"
 
@@ -164,8 +164,6 @@ def _print_check(found: Integrity) -> None:
         echo(f"  {message}")
     for name, agreement in found.agreement.items():
         echo(f"{name} reproduces the exported model: {agreement}")
-        if name in found.how:
-            echo(f"{name} ran a request of one text {found.how[name]}")
     for name, message in found.refused.items():
         echo(f"{name} is refused: {message}")
 

@@ -13,18 +13,15 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.cuda import Cuda, PinnedArray
-from fpabee.runtime.backends.decide import GATHER, board_type
+from fpabee.runtime.backends.cuda import GATHER, Cuda, PinnedArray
 from fpabee.runtime.errors import BackendError
-
-from .decide import decide
 
 _GAP = 1 << 20
 
@@ -73,9 +70,7 @@ class FakeCuda(Cuda):
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
         calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
-        conditions: what `decide` told each IF node, None before it did.
-        ran_parts: how many parts of each request ran, of those that are captured as one graph.
-        loads_kernels: whether the driver accepts the PTX of the kernels.
+        loads_kernel: whether the driver accepts the PTX of the kernel.
         idle: how often the device had nothing left to do when a wait ended.
     """
 
@@ -90,9 +85,7 @@ class FakeCuda(Cuda):
         self.launches = 0
         self.captures = 0
         self.frees = 0
-        self.conditions: dict[int, bool | None] = {}
-        self.ran_parts: list[int] = []
-        self.loads_kernels = True
+        self.loads_kernel = True
         self.idle = 0
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
@@ -170,13 +163,13 @@ class FakeCuda(Cuda):
     def clear(self, pointer: int, size: int, stream: int) -> None:
         self.put(stream, lambda: self.view(pointer, size).fill(0))
 
-    def load_kernels(self) -> None:
+    def load_kernel(self) -> None:
         self._refuse_in_capture()
-        if not self.loads_kernels:
+        if not self.loads_kernel:
             raise BackendError("CUDA: no kernel image for this device (error 209)", "")
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
-        assert self.loads_kernels
+        assert self.loads_kernel
         assert plan.dtype == GATHER
         (copied,) = plan.copy()
 
@@ -258,66 +251,6 @@ class FakeCuda(Cuda):
         handle = next(self._handles)
         self.graphs[handle] = stream, captured
         return handle
-
-    def capture_request(
-        self, stream: int, parts: Sequence[Callable[[int], None]], end: Work
-    ) -> int:
-        """A graph whose parts are nested: each is queued when the IF node before it runs."""
-        self.load_kernels()
-        state = self.streams[stream]
-        assert state.capture is None, "a capture within a capture"
-        handles = [next(self._handles) for _ in parts[1:]]
-        captured: list[list[_Queued]] = []
-        state.capturing = threading.get_ident()
-        try:
-            for part, handle in zip(parts, [*handles, 0], strict=True):
-                captured.append([])
-                state.capture = captured[-1]
-                part(handle)
-            at_end: list[_Queued] = []
-            state.capture = at_end
-            end()
-        finally:
-            state.capture = None
-        self._may_fail("capture")
-        assert all(captured), "a part of a request is empty"
-        self.captures += 1
-
-        def run(number: int) -> None:
-            """Run a part, and its IF node."""
-            for queued in captured[number]:
-                queued.work()
-            if number == len(handles):
-                self.ran_parts.append(number + 1)
-                return
-            goes_on = self.conditions.pop(handles[number], None)
-            assert goes_on is not None, "nothing was decided"
-            if goes_on:
-                run(number + 1)
-            else:
-                self.ran_parts.append(number + 1)
-
-        executable = next(self._handles)
-        self.graphs[executable] = stream, [_Queued(lambda: run(0)), *at_end]
-        return executable
-
-    def decide(
-        self, board: int, logits: int, exit_number: int, rows: int, handle: int, stream: int
-    ) -> None:
-        assert self.streams[stream].capture is not None, "it sets the condition of a graph"
-        assert self.loads_kernels
-        assert 0 < rows <= 32
-
-        def work() -> None:
-            labels, exits = self.view(board, 8).view(np.int32)
-            memory = self.view(board, board_type(exits, labels, rows).itemsize)
-            now = self.view(logits, 4 * rows * labels)
-            goes_on = decide(memory.ctypes.data, now.ctypes.data, exit_number, rows)
-            assert (handle == 0) == (exit_number == exits)
-            if handle:
-                self.conditions[handle] = goes_on
-
-        self.put(stream, work)
 
     def launch(self, executable: int, stream: int) -> None:
         self.launches += 1

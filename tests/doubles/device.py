@@ -26,8 +26,6 @@ from .tensorrt import FakeTensorRt, plans_of
 from .tensorrt_builder import FakeBuilder, FakeConfig, builder_parts
 
 GPU = CudaDevice("a double", "8.6")
-NEW_DRIVER = CudaDevice("a double", "8.6", (13, 0))
-"""The same with a driver that runs requests as one CUDA graph."""
 # Looking through all installed packages takes longer than a test.
 _packages = functools.cache(metadata.packages_distributions)
 

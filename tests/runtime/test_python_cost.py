@@ -18,22 +18,18 @@ import pytest
 from fpabee.runtime import Budget, Confidence, Engine, ExitRule, FPabee
 
 from ..conftest import WORDS
-from ..doubles.decide import compiled
-from ..doubles.device import NEW_DRIVER, install, set_gpu
+from ..doubles.device import install
 
 NEVER = FPabee(threshold=0.0)  # computes a score at every exit, and stops no row
 TEXTS = [" ".join(WORDS[start : start + 6]) for start in range(8)]
 
 # Calls of functions in Python and C, about 10 % above what was counted when this was written: of a
 # request with its first segment, and of each further segment, by the target and the number of rows.
-# As one CUDA graph, a further segment only adds its logits to the answer.
 MOST_CALLS = {
     ("cpu", 1): (186, 48),
     ("cpu", 8): (729, 49),
     ("stepwise", 1): (242, 47),
     ("stepwise", 8): (897, 46),
-    ("one graph", 1): (194, 4),
-    ("one graph", 8): (754, 7),
 }
 DOUBLES = str(Path(install.__code__.co_filename).parent)
 
@@ -48,9 +44,6 @@ def load(
         folder, target = engine_copy(), None
         if where != "cpu":
             target = install(monkeypatch, folder).target
-        if where == "one graph":
-            compiled()
-            set_gpu(monkeypatch, NEW_DRIVER)
         return Engine.load(folder, target, threads=1)
 
     return make

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
 import json
 import os
 import re
@@ -26,14 +24,11 @@ from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import Engine, VerificationError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference
-from fpabee.runtime.backends.cuda_probe import CudaDevice, cuda_device
-from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.encoding import padding_values
 
 from ..conftest import WORDS
-from ..doubles.cuda import FakeCuda
-from ..doubles.decide import compiled, decide
-from ..doubles.device import GPU, install, install_cuda_provider, serve, set_gpu
+from ..doubles.device import GPU, install, install_cuda_provider, serve
 from ..doubles.polygraphy import serve_polygraphy
 from ..doubles.tensorrt import plans_of
 
@@ -122,7 +117,7 @@ def test_the_whole_has_a_limit(script: ModuleType, tmp_path: Path) -> None:
     report = script.check(tmp_path, 4, _stages(script, ("hangs",), ("works",)))
     assert _states(report) == {"hangs": "stopped", "works": "skipped"}
     assert report["parts"][1]["reason"] == "no time was left"
-    first = script.STAGES[:5]
+    first = script.STAGES[:4]
     libraries = {part.name.split()[0] for stage in first for part in stage if "mini" in part.name}
     assert libraries == {"model", "plans", "onnxruntime", "pytorch"}, "the small model comes first"
     total = sum(max(part.seconds for part in stage) for stage in first)
@@ -206,7 +201,6 @@ def measure(
         double = install(monkeypatch, models / "chain")
         chain_plans = double.trt.plans
         double.trt.plans = lambda content: chain_plans(content) or one.trt.plans(content)
-        set_gpu(monkeypatch, CudaDevice("a double", "8.6", (13, 0)))
     monkeypatch.setattr(module, "cuda", lambda: double.cuda)
     return module, double.target
 
@@ -223,13 +217,7 @@ def test_a_target_is_measured(measure: tuple[ModuleType, str], models: Path) -> 
     times = {(r["variant"], r["tokens"]): r for r in results if r["what"] == "latency"}
     variants = [module.ENGINE, module.STEPWISE, module.WITH_RULE]
     notes = [r for r in results if r["what"] == "not measured"]
-    if module.OneGraph(models / "chain", target).unavailable_reason:
-        assert [note["variant"] for note in notes] == [module.ONE_GRAPH]
-    else:
-        assert notes == []
-        variants.insert(2, module.ONE_GRAPH)
-        calls = [times[variant, 16]["driver_calls"] for variant in variants]
-        assert calls[2] < calls[1], "one launch for each segment"
+    assert notes == []
     assert set(times) == {(variant, tokens) for variant in variants for tokens in (16, 32)}
     for found in times.values():
         assert found["runs"] == 12
@@ -249,38 +237,6 @@ def test_a_target_is_measured(measure: tuple[ModuleType, str], models: Path) -> 
         assert not found["verdict"].startswith("refused")
 
 
-def test_the_chain_as_one_graph_is_found_and_turned_off(
-    load_script: Load, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = load_script("gpu_check_measure")
-    install_cuda_provider(monkeypatch, models / "chain")
-    for reason in ("the driver is too old", ""):
-        says = staticmethod(lambda reason=reason: reason)
-        monkeypatch.setattr(OnnxRuntimeCudaBackend, "why_no_request_graph", says)
-        graph = module.OneGraph(models / "chain", TARGET)
-        assert graph.unavailable_reason == reason
-        with graph.turned_off():
-            assert graph.unavailable_reason == "it is measured segment by segment"
-        assert graph.unavailable_reason == reason
-
-
-@pytest.mark.parametrize("measure", ["tensorrt"], indirect=True)
-def test_a_chain_that_is_not_captured_as_one_graph_is_not_measured_as_one(
-    measure: tuple[ModuleType, str], models: Path
-) -> None:
-    module, target = measure
-    module.cuda().loads_kernels = False
-    results = _measured(module, models, target)
-    reasons = [r["reason"] for r in results if r["what"] == "not measured"]
-    assert [reason.split(":")[0] for reason in reasons] == [
-        f"{tokens} tokens took several launches; requests ran segment by segment"
-        for tokens in (16, 32)
-    ]
-    assert all("no kernel image for this device" in reason for reason in reasons)
-    captured = [(r["variant"], r["captured"]) for r in results if r["what"] == "latency"]
-    assert captured == [(v, 1.0) for v in (module.ENGINE, module.STEPWISE, module.WITH_RULE)] * 2
-
-
 def test_captured_segments_and_driver_calls_are_counted(
     load_script: Load,
     engine_copy: Callable[..., Path],
@@ -289,9 +245,9 @@ def test_captured_segments_and_driver_calls_are_counted(
     module = load_script("gpu_check_measure")
     double = install(monkeypatch, engine_copy())
     monkeypatch.setattr(module, "cuda", lambda: double.cuda)
-    with module.OneGraph(double.folder, double.target).turned_off(), double.load() as engine:
+    with double.load() as engine:
         run, rows = module.full_depth(engine), engine.encode(["turn on the lights"])
-        found = [module._driver_calls(run, rows)[0] for _ in range(4)]
+        found = [module._driver_calls(run, rows) for _ in range(4)]
         with module._counted() as calls:
             run(rows)
     assert [each["captured"] for each in found] == [0.0, 1.0, 1.0, 1.0]
@@ -335,9 +291,6 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     assert skipped["skipped"] == "the model minilm was not made"
     parts = load_script("gpu_check_parts")
     monkeypatch.setattr(parts, "cuda_device", lambda: CudaDevice("H100", "9.0"))
-    monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "it needs a driver for CUDA 12.4")
-    with pytest.raises(parts.Skipped, match=r"CUDA 12\.4"):
-        parts.decide(print)
     with pytest.raises(parts.Skipped, match=r"tensorrt is not installed; .*(9\.0|not installed)"):
         parts.plans(models, "fp16", print)
     with pytest.raises(parts.Skipped, match="finds no GPU"):
@@ -345,44 +298,6 @@ def test_what_a_part_lacks_is_a_reason_to_skip_it(
     monkeypatch.setattr(parts, "plan_backend", lambda: "tensorrt")
     with pytest.raises(parts.Skipped, match="the model has no int8 graphs"):
         parts.plans(models, "int8", print)
-
-
-@pytest.mark.parametrize("where", ["double", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_kernels_decide_and_gather(
-    where: str, load_script: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts, double, results = load_script("gpu_check_parts"), FakeCuda(), list[dict[str, Any]]()
-    if where == "double":
-        compiled()
-        check = functools.partial(parts.check_decide, every=9)
-        monkeypatch.setattr(parts, "cuda", lambda: double)
-        monkeypatch.setattr(parts, "no_conditional_graphs", lambda: "")
-        monkeypatch.setattr(parts, "check_decide", check)
-        for constant in ("KERNELS", "REPEATS"):
-            monkeypatch.setattr(load_script("gpu_check_decide"), constant, 3)
-    elif cuda_device().error:
-        pytest.skip(cuda_device().error)
-    parts.decide(lambda **result: results.append(result))
-    assert re.match(r"\d+ rows stopped as `simulate` says", results[0]["summary"])
-    times = {(r["rule"], r["labels"], r["rows"]): r["us"] for r in results[1:]}
-    assert set(times) == set(itertools.product(("budget", "entropy", "fpabee"), (2, 77), (1, 32)))
-    assert min(times.values()) > 0
-    if where == "double":
-        assert set(double.ran_parts) >= {1, 2, 3, 6}
-        assert not any((double.memory_of, double.streams, double.graphs))
-
-
-def test_a_kernel_that_never_stops_or_gathers_wrongly_is_noticed(
-    load_script: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled()
-    module = load_script("gpu_check_decide")
-    monkeypatch.setattr("tests.doubles.cuda.decide", lambda *values: decide(*values) or True)
-    with pytest.raises(AssertionError, match="wrong last segment"):
-        module.check_decide(FakeCuda(), every=9)
-    monkeypatch.setattr(FakeCuda, "gather", lambda *values: None)
-    with pytest.raises(AssertionError, match="not equal"):
-        module.check_gather(FakeCuda())
 
 
 def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
@@ -521,8 +436,7 @@ def test_the_table_shows_times_and_whether_the_targets_are_met(load_script: Load
     results = []
     for variant, p50, p99 in (
         (table.ENGINE, 1.0, 1.2),
-        (table.STEPWISE, 1.3, 1.4),
-        (table.ONE_GRAPH, 1.04, 1.7),
+        (table.STEPWISE, 1.04, 1.7),
         (table.WITH_RULE, 0.5, 1.1),
     ):
         found = {"p50_ms": p50, "p99_ms": p99, "mean_ms": p50 + 0.05, "cpu_ms": 0.2}
@@ -535,21 +449,18 @@ def test_the_table_shows_times_and_whether_the_targets_are_met(load_script: Load
     results.append(where | {"what": "judge", "variant": "x", "exits": [1e-6], "verdict": "equal"})
     text = table.markdown(_report(*results))
     assert text.startswith("# fpabee on A10, compute capability 8.6\n")
-    assert "| plans fp16 | chain as one graph |  | 1.04 / 1.7 |  |  |  | 0.2 | 40 | 1 |  |" in text
-    assert (
-        "| base | plans fp16 | 32 | chain as one graph / one engine, p50 | 1.05 | 1.040 | met |"
-        in text
-    )
+    row = f"| plans fp16 | {table.STEPWISE} |  | 1.04 / 1.7 |  |  |  | 0.2 | 40 | 1 |  |"
+    assert row in text
+    assert "| base | plans fp16 | 32 | chain / one engine, p50 | 1.05 | 1.040 | met |" in text
     rule = "chain with the rule at half depth / one engine, mean"
     assert f"| base | plans fp16 | 32 | {rule} | 0.60 | 0.524 | met |" in text
-    assert "| p99 / p50, chain as one graph | 1.50 | 1.635 | **missed** |" in text
+    assert f"| p99 / p50, {table.STEPWISE} | 1.50 | 1.635 | **missed** |" in text
     assert "| base | plans fp16 | 1.0e-04, 2.0e-03 | good |" in text
     assert "| base | plans fp16 | 1.0e-06 | equal |" in text.split("Polygraphy's runner")[1]
     assert "| plans base fp16 | done | 61 s | int8 was not measured: no \\| graphs |" in text
-    results = [r for r in results if r.get("variant") != table.ONE_GRAPH]
+    results = [r for r in results if r.get("variant") != table.STEPWISE]
     text = table.markdown(_report(*results))
-    assert "chain as one graph / one engine, p50 | 1.05 |  | not measured |" in text
-    assert f"| p99 / p50, {table.STEPWISE} | 1.50 | 1.077 | met |" in text
+    assert "chain / one engine, p50 | 1.05 |  | not measured |" in text
 
 
 def _shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -21,16 +21,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from fpabee.runtime import BackendError, Budget, Engine, read_manifest
+from fpabee.runtime import BackendError, Engine, read_manifest
 from fpabee.runtime.backends.backend import Backend
 from fpabee.runtime.backends.cuda_probe import required_gpu
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import TextEncoder
-from fpabee.runtime.rules.runner import RuleRunner
 from fpabee.runtime.targets import open_backend
 
-from ...doubles.decide import compiled
-from ...doubles.device import NEW_DRIVER, Double, set_gpu
+from ...doubles.device import Double, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeEngine
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
@@ -72,14 +70,9 @@ def test_threads_that_end_leave_nothing_behind(backend: str, double: Callable[..
     assert nothing_is_left(made)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "one graph"])
-def test_threads_at_the_same_time(
-    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double(backend="tensorrt" if backend == "one graph" else backend)
-    if backend == "one graph":
-        compiled()  # the test is skipped if that is not possible
-        set_gpu(monkeypatch, NEW_DRIVER)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -> None:
+    made = double(backend=backend)
     start = threading.Barrier(3)
     with made.load() as engine, Engine.load(made.folder) as usual:
 
@@ -95,7 +88,6 @@ def test_threads_at_the_same_time(
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert len(made.cuda.streams) <= 2
-    assert bool(made.cuda.ran_parts) == (backend == "one graph")
     assert nothing_is_left(made)
 
 
@@ -234,8 +226,6 @@ class Group:
 class Calls(RuleBasedStateMachine):
     """Calls on one backend in any order, of which some fail. `TEXTS` are its rows."""
 
-    requests = 0
-
     def __init__(self, double: Double, expected: Any) -> None:
         super().__init__()
         self.double, self.expected = double, expected
@@ -245,7 +235,6 @@ class Calls(RuleBasedStateMachine):
         self.rows = TextEncoder(double.folder, manifest.tokenizer).encode(TEXTS)
         self.lent: list[Any] = []
         self.groups: list[Group] = []
-        self.runner = RuleRunner(Budget(exit=2), manifest.task.problem_type, manifest.exits)
 
     def end_call(self, execution: Any, failed: bool) -> None:
         self.groups = [group for group in self.groups if group.execution is not execution]
@@ -297,19 +286,6 @@ class Calls(RuleBasedStateMachine):
                 logits = execution.enqueue(segment, hidden).result()["logits"]
                 np.testing.assert_allclose(logits, self.expected[segment][1:3], atol=1e-5)
             execution.release(hidden)
-
-    @precondition(lambda self: self.lent)
-    @rule(data=st.data())
-    def request(self, data: st.DataObject) -> None:
-        """A whole call as one CUDA graph, if its capture does not fail."""
-        execution = data.draw(st.sampled_from(self.lent))
-        with self.may_fail(execution):
-            found = execution.run_request(self.rows[1:3], Bucket(4, 16), self.runner, None)
-            if found is not None:
-                Calls.requests += 1
-                exits, logits = found
-                np.testing.assert_array_equal(exits, 2)
-                np.testing.assert_allclose(logits[:2], self.expected[:2, 1:3], atol=1e-5)
 
     @precondition(lambda self: any(group.unread for group in self.groups))
     @rule(data=st.data())
@@ -371,17 +347,12 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "tensorrt-rtx"])
-def test_any_order_of_calls_with_failures(
-    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_order_of_calls_with_failures(backend: str, double: Callable[..., Double]) -> None:
     """No use after free, no leak, and the logits of every group are right."""
-    compiled()  # the test is skipped if that is not possible
-    monkeypatch.setattr(Calls, "requests", 0)
     made = double(backend=backend, batch=(1, 2, 4))
     made.trt.runs_before_capture = 1
     with Engine.load(made.folder) as usual:
         expected = usual.trace(TEXTS).logits
-    set_gpu(monkeypatch, NEW_DRIVER)
     make: Any = lambda: Calls(made, expected)  # noqa: E731 - hypothesis calls it like a class
     run_state_machine_as_test(
         make,
@@ -394,4 +365,3 @@ def test_any_order_of_calls_with_failures(
     )
     if backend != "onnxruntime":
         assert made.cuda.captures > 0, "nothing was captured"
-        assert Calls.requests > 0, "no request was one graph"

@@ -24,8 +24,7 @@ from fpabee.runtime.backends.onnxruntime_cuda import PROVIDER
 from fpabee.runtime.backends.tensorrt import MODULES
 from fpabee.runtime.inspection import target_states
 
-from ...doubles.decide import compiled
-from ...doubles.device import GPU, NEW_DRIVER, serve, serve_cuda_provider, set_gpu
+from ...doubles.device import GPU, serve, serve_cuda_provider
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
@@ -136,35 +135,6 @@ def test_answers_are_those_of_fp32_on_the_cpu(built: Built) -> None:
                 found = engine.trace(texts).logits
                 np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
                 assert np.nanmax(np.abs(found - expected)) < DIFFERENCE
-
-
-def test_a_text_is_one_graph_and_stops_where_it_does_on_the_cpu(
-    built: Built, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if where == "double":
-        compiled()
-        set_gpu(monkeypatch, NEW_DRIVER)
-    rule, exits = FPabee(threshold=THRESHOLD), set[int]()
-    with (
-        Engine.load(built.folder, target=built.target) as engine,
-        Engine.load(built.folder) as usual,
-    ):
-        backend = cast(DeviceBackend, engine.model._backend)
-        if backend.no_request_graph:
-            pytest.skip(backend.no_request_graph)
-        for text in TEXTS:
-            expected = usual.trace([text], rule=rule)
-            for _ in range(2):  # warm-up, capture
-                engine.trace([text], rule=rule)
-            with monkeypatch.context() as patch:
-                # Segments that run one by one record an event each.
-                patch.setattr(backend.cuda, "record", None)
-                found = engine.trace([text], rule=rule)
-            np.testing.assert_array_equal(found.exits, expected.exits)
-            assert np.nanmax(np.abs(found.logits - expected.logits)) < DIFFERENCE
-            exits |= set(found.exits.tolist())
-        assert backend.warnings == {}
-    assert len(exits) > 1, "all texts stop at once"
 
 
 @pytest.mark.parametrize("gathers", [True, False])

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fpabee.runtime import Budget, ExitRule, FPabee
-from fpabee.runtime.backends.decide import GATHER, PTX
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.backends.cuda import GATHER, PTX
 from fpabee.runtime.backends.shapes import Bucket
 
 from ...doubles.cuda import FakeCuda
-from ...doubles.decide import compiled
 from ...doubles.device import Double
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 THREADS = 3
+# Lets a C compiler compile the kernel.
+PRELUDE = "struct { int x, y; } threadIdx, blockIdx, blockDim, gridDim;\n"
+CALL = """
+void run(const Gather *set, int row, int thread, int threads) {
+  blockIdx.x = row, threadIdx.x = thread, blockDim.x = threads, gridDim.y = 1;
+  gather_rows(*set);
+}
+"""
+
+
+def compiled(folder: Path) -> Any:
+    """The kernel as a library, with `run`; the test is skipped without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("there is no C compiler")
+    source, library = folder / "gather.c", folder / "gather.so"
+    kernel = PTX.with_suffix(".cu").read_text("utf-8").replace('extern "C" __global__', "")
+    source.write_text(PRELUDE + kernel.replace("__grid_constant__", "") + CALL, "utf-8")
+    flags = ("-std=gnu99", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC")
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-def test_the_kernel_copies_what_its_double_copies(aligned: bool) -> None:
+def test_the_kernel_copies_what_its_double_copies(aligned: bool, tmp_path: Path) -> None:
     """Compiled as C, with threads that share a row; in words of 8 bytes, or byte by byte."""
-    kernel = compiled(PTX.with_name("gather.h")).gather
+    library = compiled(tmp_path)
     random, cuda, unit = np.random.default_rng(5), FakeCuda(), 8 if aligned else 1
     stream = cuda.stream()
     for _ in range(50):
@@ -47,14 +72,16 @@ def test_the_kernel_copies_what_its_double_copies(aligned: bool) -> None:
             plan[name] += np.uint64(offset % 2**64)
         for row in range(rows):
             for thread in range(THREADS):
-                share = ctypes.c_ulonglong(thread), ctypes.c_ulonglong(THREADS)
-                kernel(ctypes.c_void_p(plan.ctypes.data), row, *share)
+                library.run(ctypes.c_void_p(plan.ctypes.data), row, thread, THREADS)
         np.testing.assert_array_equal(memory, expected)
 
 
-def test_the_plan_of_the_kernel_is_its_parameter() -> None:
-    size = f"gather_rows_param_0[{GATHER.itemsize}]"
-    assert size in PTX.read_text()
+def test_the_ptx_is_that_of_its_source_and_for_all_supported_gpus_and_drivers() -> None:
+    lines = PTX.read_text().splitlines()
+    assert lines[0].endswith(sha256_of(PTX.with_suffix(".cu"))), "make it again with NVRTC 12.4"
+    assert ".version 8.4" in lines, "drivers for CUDA 12.4 accept no newer one"
+    assert ".target sm_75" in lines
+    assert f"\t.param .align 8 .b8 gather_rows_param_0[{GATHER.itemsize}]" in lines
     assert GATHER.itemsize <= 4096
 
 
@@ -75,7 +102,7 @@ def test_calls_of_the_driver_to_regroup(
     A kernel takes up to 256 rows.
     """
     made = double(batch=(1, 8, 300))
-    made.cuda.loads_kernels = kernel
+    made.cuda.loads_kernel = kernel
     with made.load() as engine, engine.model.chain() as chain:
         encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
         bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
