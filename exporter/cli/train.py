@@ -22,7 +22,7 @@ from ...runtime.cli.progress import step_progress
 from ...runtime.errors import InputError
 from ...runtime.optional_packages import require
 from ..pooling import Pooling
-from ..training.options import ExitWeights, TrainOptions
+from ..training.options import TrainOptions
 from ..training.report import TrainReport
 
 
@@ -34,9 +34,9 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
         "Exit 0": "--no-exit-0 --exit-0-only",
-        "Exits": "--exits --pooling --exit-weights --distill",
-        "Optimisation": "--epochs --lr --head-lr --batch-size --max-length --freeze-encoder "
-        "--random-init --seed --bf16",
+        "Exits": "--exits --pooling --distill",
+        "Optimisation": "--epochs --lr --head-lr --batch-size --max-length --freeze-encoder --seed "
+        "--bf16",
         **READING,
     },
 )
@@ -61,7 +61,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     "Task. Default: that of --from-classifier, otherwise single-label.",
     ProblemType,
 )
-@options.flag("--resume", "Continue after the last finished epoch.")
 @options.flag("--force", "Replace an existing model.")
 @options.quiet
 @options.as_json
@@ -72,13 +71,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     "Input of the exits. mean: the mean over all tokens; cls: the first token, as in PABEE.",
     Pooling,
     default=TrainOptions.pooling.value,
-)
-@options.choice(
-    "--exit-weights",
-    "WEIGHTS",
-    "How much the loss of an exit counts: more for later exits, or the same for all.",
-    ExitWeights,
-    default=TrainOptions.exit_weights.value,
 )
 @options.number(
     "--distill",
@@ -100,7 +92,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     "--max-length", "Number of tokens to which longer texts are truncated.", TrainOptions.max_length
 )
 @options.flag("--freeze-encoder", "Train only the exits.")
-@options.flag("--random-init", "Start from random weights.")
 @options.count("--seed", "Seed of all random choices.", TrainOptions.seed, min=0)
 @options.flag("--bf16", "Compute in bfloat16 where that is safe: on a GPU, or a CPU with AVX-512.")
 @click.option(

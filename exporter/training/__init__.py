@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.optional_packages import require
-from .options import ExitWeights, TrainOptions
+from .options import TrainOptions
 from .report import TrainReport
 
 if TYPE_CHECKING:
     from .pipeline import train
 
-__all__ = ["ExitWeights", "TrainOptions", "TrainReport", "train"]
+__all__ = ["TrainOptions", "TrainReport", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions
 from ..pooling import Pooling
-
-
-class ExitWeights(str, Enum):
-    """How much the loss of each exit counts."""
-
-    LINEAR = "linear"
-    """In proportion to the number of the exit (F-PABEE, eq. 13)."""
-    UNIFORM = "uniform"
-    """The same for all exits."""
-
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
@@ -27,8 +16,8 @@ _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
 _EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
 # Settings without effect where only exit 0 is trained.
 _OF_ENCODERS = (
-    *("backbone", "freeze_encoder", "random_init", "exits", "pooling", "exit_weights", "distill"),
-    *("epochs", "lr", "head_lr", "batch_size", "bf16", "resume"),
+    *("backbone", "freeze_encoder", "exits", "pooling", "distill"),
+    *("epochs", "lr", "head_lr", "batch_size", "bf16"),
 )
 
 
@@ -49,12 +38,10 @@ class TrainOptions:
             a folder or a hub id) that gets exits. It keeps its labels and its head, and the other
             exits are trained on its predictions.
         freeze_encoder: train only the exits.
-        random_init: start from random weights instead of those of `backbone`.
         problem_type: the task; default: that of `from_classifier` if it names one, otherwise
             single-label.
         exits: the layers after which there is an exit, ascending; default: every layer.
         pooling: what the classifiers of the exits see.
-        exit_weights: how much the loss of each exit counts.
         distill: share of the targets of all exits but the last that comes from the last exit
             instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
             the loss of F-PABEE.
@@ -72,7 +59,6 @@ class TrainOptions:
             in the output folder, or replaced there. With it, the new model has the classifier's
             own head as its only other exit.
         reading: how the rows are read.
-        resume: continue after the last finished epoch of an interrupted training.
         force: replace an existing model.
 
     Raises:
@@ -85,11 +71,9 @@ class TrainOptions:
     backbone: str | None = None
     from_classifier: str | None = None
     freeze_encoder: bool = False
-    random_init: bool = False
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
     pooling: Pooling = Pooling.MEAN
-    exit_weights: ExitWeights = ExitWeights.LINEAR
     distill: float = 0.5
     epochs: float | None = None
     lr: float = 5e-5
@@ -101,7 +85,6 @@ class TrainOptions:
     exit_0: bool = True
     exit_0_only: bool = False
     reading: ReadOptions = field(default_factory=ReadOptions)
-    resume: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -112,11 +95,6 @@ class TrainOptions:
             raise InputError(
                 f"expected either an encoder or a classifier to train, found {given}",
                 Remedy("give either {backbone} or {from_classifier}"),
-            )
-        if self.from_classifier and self.random_init:
-            raise InputError(
-                "the weights of a classifier are kept, so they cannot be random",
-                Remedy("leave out {random_init}, or give {backbone} instead of {from_classifier}"),
             )
         for name, bound in _ABOVE.items():
             value = getattr(self, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from ...calibration.trace import data_sha256
-from ...runtime.artifact.folder import sha256_of
+from ...runtime.artifact.folder import check_outside, sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, ModelError, Remedy
@@ -25,7 +24,6 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
 from ...runtime.progress import Progress, silent
-from ..backbones import build_encoder
 from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..model import MultiExitConfig, MultiExitModel
@@ -36,7 +34,6 @@ from .from_classifier import Classifier
 from .options import TrainOptions
 from .predictions import Collate, predict
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
-from .resume import begin, check_output, checkpoints_of, last_checkpoint
 from .rows import encoded_rows, label_names, load_rows
 from .trainer import Features, MultiExitTrainer, exit_scores, is_head
 
@@ -65,8 +62,8 @@ def train(
         The scores of every exit, and what they were obtained with.
 
     Raises:
-        InputError: rows cannot be read or lack labels, there is already a model, there is nothing
-            to resume, or bfloat16 is asked for where it is slow.
+        InputError: rows cannot be read or lack labels, there is already a model, or bfloat16 is
+            asked for where it is slow.
         ModelError: the encoder or classifier cannot be used.
         MissingExtraError: a package of `fpabee[train]` is not installed.
 
@@ -82,7 +79,7 @@ def train(
         ```
     """
     output = Path(output)
-    check_output(output, options)
+    _check_output(output, options)
     if options.bf16 and not has_fast_bf16():
         raise InputError(
             "PyTorch computes many times slower in bfloat16 than in float32 on this CPU",
@@ -113,11 +110,8 @@ def train(
     started = time.perf_counter()
     if not options.exit_0_only:
         options = replace(options, epochs=options.epochs_for(len(rows["train"])))
-        begin(output, options, data_sha256(rows["train"]))
-        checkpoints = checkpoints_of(output)
-        trainer = MultiExitTrainer(model, options, checkpoints, data, tokenizer, progress)
-        resumed = str(last_checkpoint(output)) if options.resume else None
-        trainer.train(resume_from_checkpoint=resumed)
+        output.mkdir(parents=True, exist_ok=True)
+        MultiExitTrainer(model, options, output, data, tokenizer, progress).train()
     collate = DataCollatorWithPadding(tokenizer)
     exit_0 = None
     if options.exit_0:
@@ -153,8 +147,23 @@ def train(
         # Last, because this file marks the training as finished.
         text = json.dumps(report.to_dict(), indent=2)
         (output / REPORT_NAME).write_text(text, encoding="utf-8")
-        shutil.rmtree(checkpoints_of(output), ignore_errors=True)
     return report
+
+
+def _check_output(output: Path, options: TrainOptions) -> None:
+    """Check that no model is replaced without `force`.
+
+    Raises:
+        InputError: there is already a model, or the folder is an engines folder or inside of the
+            folder of a model.
+    """
+    holds_model = (output / "config.json").is_file()
+    check_outside(output if holds_model else output / "config.json")
+    if holds_model and not (options.force or options.in_place):
+        raise InputError(
+            f"{output} already holds a model",
+            Remedy("give {force} to replace it, or another {output}"),
+        )
 
 
 def has_fast_bf16() -> bool:
@@ -190,11 +199,8 @@ def build_model(
         model = teacher.multi_exit(exits, options.pooling)
     else:
         folder = resolve_model_dir(str(options.backbone))
-        config = load_config(folder)
-        if options.random_init:
-            encoder = build_encoder(config, attention=None)
-        else:
-            encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        load_config(folder)  # which refuses families that are not supported
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
         exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
         problem_type = options.problem_type or ProblemType.SINGLE_LABEL
         exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)

@@ -69,12 +69,7 @@ class TrainReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in types that JSON has."""
-        return in_json_types(self)
-
-
-def in_json_types(record: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary with the types of JSON."""
-    return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(record)))
+        return cast("dict[str, Any]", msgspec.json.decode(msgspec.json.encode(self)))
 
 
 def model_card(report: TrainReport) -> Any:

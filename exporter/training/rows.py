@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +19,6 @@ from ...runtime.files.rows import class_name
 # Where datasets usually have the text and the second text.
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
 _PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
-# Any error is raised again, and reported, when the caller loads the dataset itself.
-_PREPARE = """
-import json, sys
-sys.path[:] = sys.argv[2:]
-from datasets import load_dataset
-given = json.loads(sys.argv[1])
-try:
-    load_dataset(*given["names"], split=given["split"])
-except Exception:
-    sys.exit(1)
-"""
 
 
 def dataset_name(source: str) -> str | None:
@@ -170,7 +155,6 @@ def _load(source: str) -> Any:
     try:
         if not all((*path.split("/"), split)):
             raise ValueError("its name or its split is empty")
-        _prepare(source, names, split)
         return load_dataset(*names, split=split)
     # RuntimeError: the dataset is a script, which is not run.
     except (OSError, ValueError, TypeError, DatasetsError, RuntimeError) as error:
@@ -178,18 +162,3 @@ def _load(source: str) -> Any:
             f"{source} cannot be loaded: {' '.join(str(error).split())}",
             "give a file, or OWNER/NAME[/CONFIG]:SPLIT of a dataset on the Hugging Face hub",
         ) from error
-
-
-def _prepare(source: str, names: Sequence[str], split: str) -> None:
-    """Convert the files of a dataset in a child process, which a damaged file may abort.
-
-    The library caches the result, so that afterwards only its own files are read.
-    """
-    given = json.dumps({"names": names, "split": split})
-    command = [sys.executable, "-c", _PREPARE, given, *sys.path]
-    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
-    if code < 0:
-        raise InputError(
-            f"{source} cannot be loaded: the reader crashed ({signal.Signals(-code).name})",
-            "delete the cached files of the dataset and load it again, or give a file",
-        )

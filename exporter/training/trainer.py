@@ -22,7 +22,7 @@ from ...runtime.artifact.manifest import ProblemType
 from ...runtime.metrics import evaluate
 from ...runtime.progress import Progress
 from ..model import MultiExitModel
-from .options import ExitWeights, TrainOptions
+from .options import TrainOptions
 
 Features = list[dict[str, Any]]
 
@@ -38,7 +38,7 @@ class MultiExitTrainer(Trainer):
     Args:
         model: the model to train.
         options: of the training.
-        folder: where a checkpoint is written after every epoch.
+        folder: the output folder, in which the trainer writes nothing.
         data: rows with labels, by name: `train`, `dev` and perhaps others.
         tokenizer: knows how to pad.
         progress: called with (loss and scores, steps done, steps in total).
@@ -64,8 +64,7 @@ class MultiExitTrainer(Trainer):
             warmup_steps=int(_WARMUP * steps),
             lr_scheduler_type="linear",
             eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
+            save_strategy="no",
             logging_steps=_REPORTS,
             report_to="none",
             disable_tqdm=True,
@@ -99,8 +98,7 @@ class MultiExitTrainer(Trainer):
         """The loss over all exits; the outputs are logits `[rows, exits, labels]`."""
         labels = inputs.pop("labels")
         logits = model(**inputs)
-        weights, distill = self.options.exit_weights, self.options.distill
-        loss = exit_loss(logits, labels, self.problem_type, weights, distill)
+        loss = exit_loss(logits, labels, self.problem_type, self.options.distill)
         self._report()
         return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
 
@@ -158,7 +156,6 @@ def exit_loss(
     logits: Tensor,
     labels: Tensor,
     problem_type: ProblemType,
-    weights: ExitWeights,
     distill: float = 0.0,
 ) -> Tensor:
     """Weighted mean of the losses of the exits (F-PABEE, eq. 13: weight j for exit j).
@@ -169,7 +166,6 @@ def exit_loss(
             probabilities `[rows, labels]`.
         problem_type: single-label takes the cross-entropy, multi-label the binary
             cross-entropy of every label.
-        weights: how much each exit counts.
         distill: share of the targets of the earlier exits that is the prediction of the last
             exit instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178).
 
@@ -188,9 +184,7 @@ def exit_loss(
     # Both losses are linear in their target.
     mixed = (1 - distill) * hard + distill * soft
     losses = torch.stack([*(loss(row, mixed) for row in logits[:-1]), loss(logits[-1], hard)])
-    is_linear = weights is ExitWeights.LINEAR
-    exits = len(losses)
-    weight = (torch.arange(1, exits + 1) if is_linear else torch.ones(exits)).to(losses)
+    weight = torch.arange(1, len(losses) + 1).to(losses)
     return (losses * weight).sum() / weight.sum()
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from fpabee.exporter.cli.train import main
 from fpabee.exporter.model import Pooling
-from fpabee.exporter.training import ExitWeights, TrainOptions, pipeline
+from fpabee.exporter.training import TrainOptions, pipeline
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
 from fpabee.runtime.files import ReadOptions, TextFormat
@@ -43,11 +43,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
 
 def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOptions]]) -> None:
     result = run(
-        *["--backbone", "encoder", "--test", "test.csv", "--freeze-encoder", "--random-init"],
+        *["--backbone", "encoder", "--test", "test.csv", "--freeze-encoder"],
         *["--problem-type", "multi_label_classification", "--exits", "2,4", "--pooling", "cls"],
-        *["--exit-weights", "uniform", "--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
+        *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
         *["--head-lr", "2e-3", "--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
-        *["--resume", "--force", "--input-format", "csv", "--text-column", "body"],
+        *["--force", "--input-format", "csv", "--text-column", "body"],
         *["--text-pair-column", "other", "--label-column", "kind", "--no-quotes"],
         *["--no-exit-0"],
     )
@@ -58,11 +58,9 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         test="test.csv",
         backbone="encoder",
         freeze_encoder=True,
-        random_init=True,
         problem_type=ProblemType.MULTI_LABEL,
         exits=(2, 4),
         pooling=Pooling.CLS,
-        exit_weights=ExitWeights.UNIFORM,
         distill=0.0,
         epochs=0.5,
         lr=1e-4,
@@ -73,7 +71,6 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         bf16=True,
         exit_0=False,
         reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", True),
-        resume=True,
         force=True,
     )
     assert trained == [(Path("model dir"), expected)]
@@ -108,7 +105,6 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
         (["--backbone", "x", "--exits", "a"], "--exits"),
         (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),
         (["--exit-0-only", "--backbone", "x"], "leave out --backbone or --exit-0-only"),
-        (["--exit-0-only", "--resume"], "leave out --resume or --exit-0-only"),
         (["--exit-0-only", "--from-classifier", "x", "--exits", "2"], "leave out --exits or"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.training import TrainOptions
@@ -38,16 +38,18 @@ def write_rows(tmp_path: Path) -> WriteRows:
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a configuration and a tokenizer, but no weights."""
+    """A tiny encoder with random weights, and a tokenizer."""
     folder = tmp_path_factory.mktemp("backbone")
-    BertConfig(
+    torch.manual_seed(42)
+    config = BertConfig(
         vocab_size=200,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=32,
-    ).save_pretrained(folder)
+    )
+    BertModel(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(GOLDEN / name, folder)
     return folder
@@ -62,7 +64,6 @@ def options(backbone: Path, write_rows: WriteRows) -> Options:
         "train": write_rows("train.jsonl.gz", rows),
         "dev": write_rows("dev.jsonl", rows[:8]),
         "backbone": str(backbone),
-        "random_init": True,
         "epochs": 1.0,
         "batch_size": 8,
         "max_length": 16,

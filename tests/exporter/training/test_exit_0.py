@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
@@ -21,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
 from fpabee.exporter.model import MultiExitConfig
-from fpabee.exporter.training import TrainOptions, exit_0, pipeline, train
+from fpabee.exporter.training import TrainOptions, exit_0, train
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.exporter.training.rows import encoded_rows
@@ -153,26 +151,6 @@ def test_exit_0_can_be_left_out(options: Options, tmp_path: Path) -> None:
     assert not (folder / EXIT_0_FILE).exists()
     assert "exit_0" not in load_config(folder).fpabee
     assert "Exit 0" not in (folder / "README.md").read_text()
-
-
-def test_a_training_that_stops_before_exit_0_is_resumed(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, broken, settings = tmp_path / "whole", tmp_path / "broken", options()
-
-    def stop(*_: object) -> None:
-        raise InputError("the power fails")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train_exit_0", stop)
-        with pytest.raises(InputError, match="the power fails"):
-            train(broken, settings)
-    assert not (broken / EXIT_0_FILE).exists()
-    train(broken, dataclasses.replace(settings, resume=True))
-    train(whole, settings)
-    one, two = (load_file(folder / EXIT_0_FILE) for folder in (whole, broken))
-    for name, array in one.items():
-        np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "task"), [("pabee_bert", None), ("fpabee_albert", MULTI)])

@@ -1,9 +1,7 @@
-"""Trainings of tiny models: what they write, report, refuse and resume."""
+"""Trainings of tiny models: what they write, report and refuse."""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,7 +20,6 @@ from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
 from fpabee.exporter.training.rows import encoded_rows
-from fpabee.exporter.training.trainer import MultiExitTrainer
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
@@ -106,7 +103,7 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
 ) -> None:
     rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
     path = write_rows("multi.jsonl", rows)
-    start = {"backbone": str(GOLDEN), "random_init": False, "train": path, "dev": path}
+    start = {"backbone": str(GOLDEN), "train": path, "dev": path}
     model = {"exits": (2, 4), "pooling": Pooling.CLS, "problem_type": MULTI}
     settings = options(**start, **model, lr=1e-9)
     assert settings.exit_lr == 1e-3
@@ -157,53 +154,12 @@ def test_the_report_says_how_many_epochs_there_were(options: Options, tmp_path: 
     assert totals == {60}, "24 rows in batches of 8"
 
 
-def test_a_resumed_training_ends_like_an_uninterrupted_one(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    settings = options(epochs=2.0, exits=(1, 2))
-    train(whole, settings)
-    steps: list[int] = []
-    loss = MultiExitTrainer.compute_loss
-
-    def counted(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.training:
-            steps.append(self.state.global_step)
-            if len(steps) == 5:
-                raise InputError("the power fails in the second epoch")
-        return loss(self, model, *args, **kwargs)
-
-    monkeypatch.setattr(MultiExitTrainer, "compute_loss", counted)
-    with pytest.raises(InputError, match="the power fails"):
-        train(broken, settings)
-    assert not (broken / "training.json").exists()
-    resumed = dataclasses.replace(settings, resume=True)
-    with pytest.raises(InputError, match=r"started with distill 0\.5, not 0\.0"):
-        train(broken, dataclasses.replace(resumed, distill=0.0))
-    rows = Path(settings.train).read_bytes()
-    lines = gzip.decompress(rows).splitlines()
-    Path(settings.train).write_bytes(gzip.compress(b"\n".join(reversed(lines))))
-    with pytest.raises(InputError, match="started with other rows"):
-        train(broken, resumed)
-    Path(settings.train).write_bytes(rows)
-    half_written = broken / "checkpoints" / "checkpoint-6"
-    half_written.mkdir()
-    (half_written / "trainer_state.json").touch()
-    train(broken, resumed)
-    assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "continues after the last finished epoch"
-    one, two = (load_file(folder / "model.safetensors") for folder in (whole, broken))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
-
-
 def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     train(folder, options())
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="already holds a model -> give force"):
         train(folder, options(seed=7))
-    with pytest.raises(InputError, match=r"no finished epoch .* -> leave out resume"):
-        train(folder, options(resume=True))
     assert (folder / "model.safetensors").read_bytes() == before
     train(folder, options(seed=7, force=True))
     assert (folder / "model.safetensors").read_bytes() != before
@@ -244,7 +200,6 @@ def test_nothing_is_written_when_the_input_is_bad(
     ("changes", "message"),
     [
         ({"from_classifier": "x"}, "found both -> give either backbone or from_classifier"),
-        ({"backbone": None, "from_classifier": "x"}, "cannot be random -> leave out random_init"),
         ({"epochs": 0.0}, "epochs is 0.0 -> give epochs above 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"max_length": 3}, "give max_length above 3"),

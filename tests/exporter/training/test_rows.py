@@ -8,16 +8,13 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets.packaged_modules.parquet.parquet import Parquet
 
-from fpabee.exporter.training import rows as module
 from fpabee.exporter.training.rows import label_names, load_rows
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import ReadOptions, Row, TextFormat
 
 PAIRS: dict[str, list[Any]] = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [1, 0]}
 CLASSES = datasets.ClassLabel(names=["no", "yes"])
-PREPARE = module._PREPARE
 
 Store = Callable[..., str]
 
@@ -37,10 +34,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # For the child process.
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # Loading the library in a child process takes seconds, so only its own tests do it.
-    monkeypatch.setattr(module, "_PREPARE", "")
     return store
 
 
@@ -158,27 +151,3 @@ def test_a_bad_row_of_a_dataset_is_named(
 ) -> None:
     with pytest.raises(InputError, match=f"owner/name:train, {expected}"):
         load_rows(store({"label": ["x", "y"]} | columns))
-
-
-def test_a_crash_of_the_library_is_an_error(
-    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    name = store(PAIRS)
-    monkeypatch.setattr(module, "_PREPARE", PREPARE)
-    (tmp_path / "datasets.py").write_text("import os; os.abort()")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match=rf"{name} cannot be loaded: .* crashed \(SIGABRT\)"):
-        load_rows(name)
-
-
-def test_a_child_process_reads_the_files_of_a_dataset(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = store(PAIRS)
-    monkeypatch.setattr(module, "_PREPARE", PREPARE)
-
-    def aborts(*_: object, **__: object) -> None:
-        raise AssertionError("read in this process")
-
-    monkeypatch.setattr(Parquet, "_generate_tables", aborts)
-    assert len(load_rows(name, labelled=False)) == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fpabee.exporter.training import ExitWeights, TrainOptions
+from fpabee.exporter.training import TrainOptions
 from fpabee.exporter.training.pipeline import build_model
 from fpabee.exporter.training.trainer import MultiExitTrainer, exit_loss, exit_scores
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -25,13 +25,10 @@ def random_logits(exits: int, rows: int, labels: int) -> torch.Tensor:
     return torch.randn(exits, rows, labels, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("weights", ExitWeights)
 @pytest.mark.parametrize("distill", [0.0, 0.3])
 @pytest.mark.parametrize("task", [SINGLE, MULTI])
-def test_exits_learn_from_the_labels_and_the_last_exit(
-    task: ProblemType, distill: float, weights: ExitWeights
-) -> None:
-    """Exit j counts j times, or once; the last exit learns from the labels alone."""
+def test_exits_learn_from_the_labels_and_the_last_exit(task: ProblemType, distill: float) -> None:
+    """Exit j counts j times; the last exit learns from the labels alone."""
     logits = random_logits(3, 5, 4).requires_grad_()
     hard = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
     labels = torch.tensor([0, 3, 1, 2, 2]) if task is SINGLE else hard
@@ -45,10 +42,10 @@ def test_exits_learn_from_the_labels_and_the_last_exit(
         return -(target * p.log() + (1 - target) * (1 - p).log()).mean()
 
     mixed = distill * soft + (1 - distill) * hard
-    counts = (1, 2, 3) if weights is ExitWeights.LINEAR else (1, 1, 1)
+    counts = (1, 2, 3)
     losses = [loss(row, target) for row, target in zip(logits, (mixed, mixed, hard), strict=True)]
     expected = torch.stack(losses) @ torch.tensor(counts).double() / sum(counts)
-    found = exit_loss(logits, labels, task, weights, distill)
+    found = exit_loss(logits, labels, task, distill)
     assert found.item() == pytest.approx(expected.item())
     # Only the labels train the last exit: no gradient flows through its role as a teacher.
     gradients, wanted = (
@@ -61,7 +58,7 @@ def test_exits_learn_from_the_labels_and_the_last_exit(
 def test_probabilities_are_targets_of_the_single_label_loss() -> None:
     logits, target = random_logits(1, 2, 3), torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
     expected = functional.cross_entropy(logits[0], target.double()).item()
-    assert exit_loss(logits, target, SINGLE, ExitWeights.LINEAR).item() == pytest.approx(expected)
+    assert exit_loss(logits, target, SINGLE).item() == pytest.approx(expected)
 
 
 def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
