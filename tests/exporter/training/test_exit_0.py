@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
@@ -131,7 +131,7 @@ def test_a_vocabulary_of_250_000_tokens_is_hashed_and_the_card_states_the_size(
     large = Path(shutil.copytree(backbone, tmp_path / "large"))
     config = BertConfig.from_pretrained(backbone)
     config.vocab_size = 250_002
-    config.save_pretrained(large)
+    BertModel(config).save_pretrained(large)
     report = train(tmp_path / "model", options(backbone=str(large), epochs=0.3))
     config = load_config(tmp_path / "model")
     found = load_exit_0(tmp_path / "model", config, 3)

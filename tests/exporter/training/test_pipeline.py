@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.model import MultiExitConfig, Pooling
@@ -24,8 +24,6 @@ from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.files import Row, read_rows
-
-from ...bad_input.cases import change_config
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -186,7 +184,9 @@ def test_nothing_is_written_when_the_input_is_bad(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(backbone, "small")
-    change_config(Path("small"), vocab_size=150)
+    config = BertConfig.from_pretrained("small")
+    config.vocab_size = 150
+    BertModel(config).save_pretrained("small")
     write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
     write_rows("none.jsonl", [{"text": "x"}])
     write_rows("other.jsonl", [{"text": "x", "label": "other"}])
