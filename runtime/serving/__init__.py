@@ -1,5 +1,5 @@
 """Answer the texts of many callers with one engine, each at its own exit."""
 
-from .scheduler import Observer, Scheduler
+from .scheduler import Scheduler
 
-__all__ = ["Observer", "Scheduler"]
+__all__ = ["Scheduler"]

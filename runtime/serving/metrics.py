@@ -9,14 +9,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..engine import Engine
 from ..results import Prediction
-from .scheduler import Observer
 
 _SECONDS = tuple(base * 10**power for power in range(-3, 2) for base in (1, 2, 5))
 _ROWS = tuple(2**power for power in range(11))
 
 
-class Metrics(Observer):
-    """Counts what schedulers do.
+class Metrics:
+    """Counts what schedulers do. Their worker threads call all methods but `refused` and `text`.
 
     Args:
         engine: their engine. If it has an operating point, its drift is shown.
@@ -50,25 +49,25 @@ class Metrics(Observer):
         self._drift = made(Gauge, "drift", help)
 
     def started(self, seconds: Sequence[float]) -> None:
-        """Count the time that rows waited."""
+        """Count the seconds until the first segment of rows, or until their answer at exit 0."""
         for value in seconds:
             self._queue.observe(value)
 
     def ran(self, rows: int) -> None:
-        """Count a run of a segment."""
+        """Count a run of a segment on a group of this many rows."""
         self._batch.observe(rows)
 
     def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
-        """Count answers and their times."""
+        """Count answers, and the seconds from their arrival."""
         for prediction, value in zip(predictions, seconds, strict=True):
             self._rows.labels(prediction.exit).inc()
             self._limited.inc(prediction.deadline_limited)
             self._missed.inc(prediction.deadline_missed)
             self._answer.observe(value)
 
-    def failed(self, error: Exception) -> None:
-        """Count an error."""
-        self._failed.inc()
+    def failed(self, rows: int) -> None:
+        """Count rows that got an error."""
+        self._failed.inc(rows)
 
     def refused(self, rows: int) -> None:
         """Count rows that were not queued."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,41 +23,18 @@ from ..chain import Chain, Group, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, Remedy
-from ..exit_0 import ExitZero
 from ..results import Prediction
 from ..rules.measures import Mask
 from ..rules.runner import PatienceState, RuleRunner
 from .policy import rows_with, segments_left, worth
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .metrics import Metrics
 
 _MOST_ROWS = 1000
 # Longer texts of a request are tokenized in another thread than that of the event loop. It is one
 # thread for all requests, so that the memory which this takes does not grow with their number.
 _SHORT_CHARACTERS = 20_000
-
-
-class Observer:
-    """Told by a scheduler what happens, as `Metrics` is; the methods of this class do nothing.
-
-    The worker thread calls all of them but `refused`, so they should return quickly. An exception
-    of theirs is logged, and changes no answer.
-    """
-
-    def started(self, seconds: Sequence[float]) -> None:
-        """Rows waited these seconds until their first segment, or until their answer at exit 0."""
-
-    def ran(self, rows: int) -> None:
-        """A segment ran on a group of this many rows."""
-
-    def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
-        """Rows were answered, these seconds after they were submitted."""
-
-    def failed(self, error: Exception) -> None:
-        """A row got an error instead of an answer."""
-
-    def refused(self, rows: int) -> None:
-        """The queue was too full for this many rows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,8 +50,6 @@ class _Row:
         deadline: when it should be answered, in the same seconds.
         at_exit_0: its logits there, `[labels]`, if the model has exit 0.
         reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
-        begun: whether the observer knows that its wait is over.
-        alone: whether it runs without others, because a group with it failed.
     """
 
     encoded: EncodedRow
@@ -86,8 +60,6 @@ class _Row:
     deadline: float
     at_exit_0: NDArray[np.float32] | None = None
     reached: tuple[int, NDArray[np.float32]] | None = None
-    begun: bool = False
-    alone: bool = False
 
 
 class Scheduler:
@@ -95,13 +67,13 @@ class Scheduler:
 
     Rows of different callers run together. New rows join between two segments, and each row is
     answered as soon as it stops. Answers are those of `Engine.predict`, within the target's
-    tolerance. One thread runs the segments. If a group fails, its rows run again one by one, so
-    that only the row that cannot be answered gets the error.
+    tolerance. One thread runs the segments. If a group fails, all of its rows get the error; a row
+    whose logits are not finite numbers gets an error alone.
 
     Args:
         engine: the engine, which the scheduler does not close.
         max_rows: most rows that are unanswered at a time, tokenization included; more are refused.
-        observer: is told what happens, see `Metrics`.
+        metrics: count what happens.
 
     Raises:
         InputError: `max_rows` is not a whole number from 1.
@@ -118,12 +90,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, max_rows: int = _MOST_ROWS, observer: Observer | None = None
+        self, engine: Engine, max_rows: int = _MOST_ROWS, metrics: Metrics | None = None
     ) -> None:
         self._engine, self._model = engine, engine.model
         self._runner = self._model.runner(engine.rule)
         self._most = whole_number("max_rows", max_rows, InputError)
-        self._observer = observer or Observer()
+        self._metrics = metrics
         self._changed = threading.Condition()
         self._arrived: list[_Row] = []
         self._unanswered = 0
@@ -272,7 +244,8 @@ class Scheduler:
         self._check_open()  # before the lock, which a fork may have copied while it was held
         with self._changed:
             if self._unanswered + rows > self._most:
-                _tell(self._observer.refused, rows)
+                if self._metrics is not None:
+                    self._metrics.refused(rows)
                 raise OverloadedError(
                     f"{self._unanswered} of at most {self._most} rows are unanswered, and "
                     f"{rows} more were submitted",
@@ -335,8 +308,11 @@ class Scheduler:
                 with self._model.chain() as chain:
                     while self._waiting or self._groups or self._arrived:
                         self._try_step(chain)
-            except Exception as error:  # noqa: BLE001 - it belongs to rows, and others go on
-                self._recover(error)
+            except Exception as error:  # noqa: BLE001 - it belongs to all rows
+                with self._changed:
+                    rows, self._arrived = self._arrived + self._waiting, []
+                self._fail([*rows, *(row for group in self._groups for row in group.rows)], error)
+                self._waiting, self._groups, self._unread = [], [], deque()
 
     def _wait(self) -> bool:
         """Wait for rows; False when the scheduler is closed and has answered all."""
@@ -345,23 +321,25 @@ class Scheduler:
             return bool(self._arrived or self._waiting)
 
     def _try_step(self, chain: Chain[Any]) -> None:
-        """Take a step; if a group fails, the others go on."""
+        """Take a step. If a group fails, its rows get the error, and the others go on."""
+        self._running = []  # rows to which an error belongs
         try:
             self._step(chain)
         except Exception as error:
-            failed = set(self._running)
-            others = [group for group in self._groups if failed.isdisjoint(group.rows)]
-            if not failed or not others:
+            if not self._running:
                 raise
-            chain.execution.recover([group.hidden for group in others])
-            self._recover(error, others)
+            failed = set(self._running)
+            lost = [group for group in self._groups if not failed.isdisjoint(group.rows)]
+            self._groups = [group for group in self._groups if group not in lost]
+            self._unread = deque(unread for unread in self._unread if unread[0] not in lost)
+            self._fail(failed.union(*(group.rows for group in lost)), error)
+            chain.execution.recover([group.hidden for group in self._groups])
 
     def _step(self, chain: Chain[Any]) -> None:
         """Take new rows, start a segment of one group, and read the segment that started first.
 
         A device gets its next segment before this one is read, so that it does not wait for us.
         """
-        self._running = []  # rows to which an error belongs
         self._admit(chain)
         if self._cancels:
             for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
@@ -372,8 +350,11 @@ class Scheduler:
             if self._drop(chain, group):
                 return
             self._running, started = list(group.rows), perf_counter()
+            if group.hidden.segment == 0:
+                self._tell_started(group.rows, started)
             pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
-            _tell(self._observer.ran, len(group.rows))
+            if self._metrics is not None:
+                self._metrics.ran(len(group.rows))
             self._unread.append((group, group.hidden.segment, pending, started))
             if chain.execution.lookahead and len(self._unread) == 1:
                 return
@@ -418,23 +399,17 @@ class Scheduler:
         with self._changed:
             rows, self._arrived = self._arrived, []
             self._waiting += rows  # before anything can fail
-        if chain.exit_0 is not None:
-            for part in _by_rule(rows):
-                self._ask_exit_0(chain.exit_0, part)
-
-    def _ask_exit_0(self, exit_0: ExitZero, rows: Sequence[_Row]) -> None:
-        try:
-            logits = exit_0([row.encoded for row in rows])
-            self._decide(0, rows, rows[0].runner.start(len(rows)), logits)
-            for row, row_logits in zip(rows, logits, strict=True):
+        if chain.exit_0 is None:
+            return
+        for part in _by_rule(rows):
+            try:
+                logits = chain.exit_0([row.encoded for row in part])
+                self._decide(0, part, part[0].runner.start(len(part)), logits)
+            except Exception as error:  # noqa: BLE001 - it belongs to these rows, and others go on
+                self._fail(part, error)
+                continue
+            for row, row_logits in zip(part, logits, strict=True):
                 row.at_exit_0 = row_logits
-        except Exception as error:  # noqa: BLE001 - it belongs to one of the rows
-            if len(rows) == 1:
-                self._fail(rows[0], error)
-                return
-            for row in rows:
-                if not row.future.done():
-                    self._ask_exit_0(exit_0, [row])
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
@@ -446,7 +421,7 @@ class Scheduler:
 
         def gain(group: Group[Any]) -> tuple[float, int]:
             stage, first = group.hidden.segment, group.rows[0]
-            if first.alone or first.runner is not self._runner:  # no rows will join it
+            if first.runner is not self._runner:  # no rows will join it
                 return math.inf, stage
             return value(group.rows, stage), stage
 
@@ -466,9 +441,7 @@ class Scheduler:
     def _rows_with(self, head: int, chain: Chain[Any]) -> list[_Row]:
         """A group of waiting rows with a certain one."""
         first = self._waiting[head]
-        if first.alone:
-            return [first]
-        rows = [row for row in self._waiting if row.runner is first.runner and not row.alone]
+        rows = [row for row in self._waiting if row.runner is first.runner]
         lengths = [len(row.encoded) for row in rows]
         numbers = rows_with(rows.index(first), lengths, chain.limits, chain.backend.joins)
         return [rows[number] for number in numbers]
@@ -477,7 +450,6 @@ class Scheduler:
         taken = set(rows)
         self._waiting = [row for row in self._waiting if row not in taken]
         self._running = rows
-        self._tell_started(rows, perf_counter())
         runner = rows[0].runner
         state = runner.start(len(rows))
         if chain.exit_0 is not None:
@@ -499,8 +471,8 @@ class Scheduler:
         rows = [*self._waiting, *(row for other in ready for row in other.rows)]
         rows = [row for row in rows if not row.future.done()]
         late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
+        self._running = [row for row, *_ in late]
         for row, exit_number, logits in late:
-            self._running = [row]
             self._answer(exit_number, [row], logits[None], limited=True)
         changed = []
         for other in ready:
@@ -544,8 +516,9 @@ class Scheduler:
         if len(places):
             stopped = [rows[place] for place in places.tolist()]
             self._answer(exit_number, stopped, clean[places], is_ahead=is_ahead)
-        for place in np.flatnonzero(~finite & ~answered).tolist():
-            self._fail(rows[place], not_finite(self._model.target, exit_number))
+        if not finite.all():
+            failed = [rows[place] for place in np.flatnonzero(~finite).tolist()]
+            self._fail(failed, not_finite(self._model.target, exit_number))
         done |= ~finite | answered
         for place in np.flatnonzero(~done).tolist():
             if rows[place].deadline < math.inf:
@@ -559,13 +532,12 @@ class Scheduler:
             return (
                 other.hidden.segment == group.hidden.segment
                 and other.rows[0].runner is group.rows[0].runner
-                and not other.rows[0].alone
                 and not self._is_unread(other)
             )
 
         others = [other for other in self._groups if other is not group]
-        peers = [] if group.rows[0].alone else [other for other in others if meets(other)]
-        peers = sorted([*peers, group], key=lambda peer: int(peer.lengths.max()))
+        peers = [group, *(other for other in others if meets(other))]
+        peers.sort(key=lambda peer: int(peer.lengths.max()))
         # The groups that stay are listed before anything can fail.
         self._groups = [other for other in others if other not in peers]
         self._running = [row for peer in peers for row in peer.rows]
@@ -592,51 +564,25 @@ class Scheduler:
             np.array([now > row.deadline for row in taken]),
             len(taken) if is_ahead else 0,
         )
-        seconds = [now - row.arrived for row in taken]
-        self._tell_started(taken, now)  # those that stop at exit 0
-        _tell(self._observer.answered, predictions, seconds)
+        if exit_number == 0:
+            self._tell_started(taken, now)
+        if self._metrics is not None:
+            self._metrics.answered(predictions, [now - row.arrived for row in taken])
         for row, prediction in zip(taken, predictions, strict=True):
             if row.future.set_running_or_notify_cancel():
                 row.future.set_result(prediction)
 
-    def _tell_started(self, rows: Sequence[_Row], now: float) -> None:
-        new = [row for row in rows if not row.begun]
-        for row in new:
-            row.begun = True
-        if new:
-            _tell(self._observer.started, [now - row.arrived for row in new])
+    def _tell_started(self, rows: Iterable[_Row], now: float) -> None:
+        if self._metrics is not None:
+            self._metrics.started([now - row.arrived for row in rows])
 
-    def _fail(self, row: _Row, error: Exception) -> None:
-        _tell(self._observer.failed, error)
-        if row.future.set_running_or_notify_cancel():
-            row.future.set_exception(error)
-
-    def _recover(self, error: Exception, others: Sequence[Group[Any]] = ()) -> None:
-        """Begin again with the rows that are not answered, after an error.
-
-        If it was in a group, the rows of that group run again one by one. Otherwise no row can run,
-        and all of them get the error.
-
-        Args:
-            error: the error.
-            others: groups that go on.
-        """
-        running = [row for row in self._running if not row.future.done()]
-        lost = (group for group in self._groups if group not in others)
-        rest = [row for group in lost for row in group.rows] + self._waiting
-        failed = running if len(self._running) == 1 else []
-        if not self._running:
-            with self._changed:
-                failed, self._arrived = rest + self._arrived, []
-        for row in running:
-            row.alone = True
+    def _fail(self, rows: Iterable[_Row], error: Exception) -> None:
+        failed = [row for row in rows if not row.future.done()]
+        if self._metrics is not None:
+            self._metrics.failed(len(failed))
         for row in failed:
-            if not row.future.done():
-                self._fail(row, error)
-        self._running, self._groups = [], list(others)
-        self._unread = deque(unread for unread in self._unread if unread[0] in others)
-        begun = dict.fromkeys((*running, *rest))
-        self._waiting = [row for row in begun if not row.future.done()]
+            if row.future.set_running_or_notify_cancel():
+                row.future.set_exception(error)
 
     def _segments_left(self) -> Any:
         first = self._model.manifest.exits[0]
@@ -660,14 +606,6 @@ class Scheduler:
         """The time of a segment on a group of this many padded tokens, by the recent segments."""
         seconds, measured = self._recent
         return seconds * tokens / measured
-
-
-def _tell(method: Callable[..., None], *what: Any) -> None:
-    """Call an observer, whose failure must not become that of a row."""
-    try:
-        method(*what)
-    except Exception:
-        logger.exception("the observer of a scheduler failed")
 
 
 def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:

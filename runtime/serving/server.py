@@ -95,7 +95,7 @@ def make_app(
     Args:
         engine: the engine.
         scheduler: runs its rows.
-        metrics: the scheduler's observer.
+        metrics: those of the scheduler.
         limits: what is refused.
         name: the name of the model in responses.
         allowed_hosts: which hosts requests may name, see `accepted_hosts`; default: all.

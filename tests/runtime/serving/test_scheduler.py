@@ -33,7 +33,8 @@ from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.exit_0 import ExitZero
-from fpabee.runtime.serving import Observer, Scheduler
+from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving.metrics import Metrics
 
 from ..test_engine import LOGIT_TOLERANCE, TEXTS
 
@@ -493,32 +494,6 @@ def test_tokenization_is_part_of_the_deadline(
         assert not scheduler.submit("a", deadline_ms=5000.0).result(WAIT).deadline_missed
 
 
-@pytest.mark.parametrize("bad", [1, 2])
-def test_a_late_answer_that_fails(
-    bad: int, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It fails for one of three late rows in two groups; the others are answered."""
-    now = 0.0
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
-    texts = ["sun", "rain sun rain", "film film"]
-    fail_answers(monkeypatch, bad=len(engine.encode(texts)[bad]))
-    with Scheduler(engine) as scheduler:
-        late = scheduler.submit_all(texts[:2], deadline_ms=5.0)
-        assert gate.at() == (0, 2)
-        gate.step()
-        assert gate.at() == (1, 2)
-        late.append(scheduler.submit(texts[2], deadline_ms=1.5))
-        gate.step()
-        assert gate.at() == (0, 1)
-        now = 1.0
-        gate.open()
-        with pytest.raises(MemoryError):
-            late.pop(bad).result(WAIT)
-        assert [answer.exit for answer in results(late)] == [2, 1 if bad == 1 else 2]
-    assert scheduler.unanswered == 0
-    assert engine.tally.rows == 2
-
-
 def test_exit_0_answers_while_a_segment_waits(
     exit_0_engines: Mapping[str, Path], gate: Gate
 ) -> None:
@@ -528,47 +503,24 @@ def test_exit_0_answers_while_a_segment_waits(
         assert gate.begun == []
 
 
-class Counting(Observer):
-    def __init__(self) -> None:
-        self.failures: list[Exception] = []
-        self.begun = 0
-
-    def started(self, seconds: Sequence[float]) -> None:
-        self.begun += len(seconds)
-
-    def failed(self, error: Exception) -> None:
-        self.failures.append(error)
-
-
-class Raising(Counting):
-    """An observer with a bug in each method."""
-
-    def _raise(self, *_: object) -> None:
-        raise ZeroDivisionError
-
-    def failed(self, error: Exception) -> None:
-        super().failed(error)
-        self._raise()
-
-    started = ran = answered = refused = _raise  # type: ignore[assignment]
+def counted(metrics: Metrics, name: str) -> float:
+    """The value of a metric."""
+    (line,) = [x for x in metrics.text().decode().splitlines() if x.startswith(f"fpabee_{name} ")]
+    return float(line.split()[1])
 
 
 def test_a_late_row_waits_once(exit_0_engines: Mapping[str, Path]) -> None:
-    """Its wait ends when its group begins, although it is then answered at exit 0."""
-    observed = Counting()
-    with (
-        Engine.load(exit_0_engines["bert"], rule=NEVER) as engine,
-        Scheduler(engine, observer=observed) as scheduler,
-    ):
-        assert scheduler.submit("a", deadline_ms=-1.0).result(WAIT).exit == 0
-    assert observed.begun == 1
+    """Its wait ends with its answer at exit 0."""
+    with Engine.load(exit_0_engines["bert"], rule=NEVER) as engine:
+        metrics = Metrics(engine)
+        with Scheduler(engine, metrics=metrics) as scheduler:
+            assert scheduler.submit("a", deadline_ms=-1.0).result(WAIT).exit == 0
+        assert counted(metrics, "queue_seconds_count") == 1
 
 
-@pytest.mark.parametrize("observer", [Counting, Raising])
-def test_a_failing_row_gets_its_error_and_others_their_answers(
-    engine: Engine, gate: Gate, observer: type[Counting], caplog: pytest.LogCaptureFixture
+def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
+    engine: Engine, gate: Gate
 ) -> None:
-    """The group fails as a whole, so its rows run again one by one."""
     bad = engine.encode(["rain " * 9])[0].input_ids
 
     def fails(segment: int, hidden: Any) -> None:
@@ -577,29 +529,21 @@ def test_a_failing_row_gets_its_error_and_others_their_answers(
             raise MemoryError("made up")
 
     gate.fails = fails
-    observed = observer()
-    with Scheduler(engine, observer=observed) as scheduler:
+    metrics = Metrics(engine)
+    with Scheduler(engine, metrics=metrics) as scheduler:
         first = scheduler.submit("sun")
         gate.at()
-        futures = scheduler.submit_all(["the film", "rain " * 9, "the plot"])
+        group = scheduler.submit_all(["the film", "rain " * 9, "the plot"])
         gate.open()
-        with pytest.raises(MemoryError, match="made up"):
-            futures[1].result(WAIT)
-        texts = ["sun", "the film", "the plot"]
-        check_same(engine, texts, results([first, futures[0], futures[2]]), NEVER)
-    # The group of "sun" went on.
-    assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1, 1, 1]
+        for future in group:
+            with pytest.raises(MemoryError, match="made up"):
+                future.result(WAIT)
+        check_same(engine, ["sun"], results([first]), NEVER)
+        check_same(engine, ["the film"], results([scheduler.submit("the film")]), NEVER)
+    assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1]
     assert not engine.model._backend.check_out()._store._taken
-    assert len(observed.failures) == 1
-    assert observed.begun == (4 if observer is Counting else 0)
-    assert ("the observer of a scheduler failed" in caplog.text) == (observer is Raising)
-
-
-def test_an_observer_that_fails_when_the_queue_is_full(engine: Engine) -> None:
-    with Scheduler(engine, max_rows=1, observer=Raising()) as scheduler:
-        with pytest.raises(OverloadedError):
-            scheduler.submit_all(["a", "b"])
-        assert scheduler.submit("a").result(WAIT).exit == 3
+    assert counted(metrics, "failed_rows_total") == 3
+    assert counted(metrics, "queue_seconds_count") == 5
 
 
 def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,36 +580,10 @@ def test_exit_0_that_fails(
 
     monkeypatch.setattr(ExitZero, "__call__", fails)
     with Engine.load(exit_0_engines["bert"]) as engine, Scheduler(engine) as scheduler:
-        futures = scheduler.submit_all(["rain", "rain " * 30, "sun"])
-        results([futures[0], futures[2]])
-        with pytest.raises(MemoryError):
-            futures[1].result(WAIT)
-
-
-def test_an_answer_at_exit_0_that_fails(
-    exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows are asked again one by one, and exit 0 is not skipped."""
-    rule = dataclasses.replace(NEVER, exit_0_threshold=0.0)
-    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
-        fail_answers(monkeypatch, bad=len(engine.encode(["rain sun rain"])[0]))
-        futures = scheduler.submit_all(["rain", "rain sun rain", "sun"])
-        with pytest.raises(MemoryError):
-            futures[1].result(WAIT)
-        assert [answer.exit for answer in results([futures[0], futures[2]])] == [0, 0]
-        assert scheduler.unanswered == 0
-
-
-def fail_answers(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
-    """Let rows of a certain length have no answer."""
-    answers = Engine.answers
-
-    def fails(engine: Engine, rows: Sequence[Any], *rest: Any) -> Any:
-        if any(len(row) == bad for row in rows):
-            raise MemoryError("made up")
-        return answers(engine, rows, *rest)
-
-    monkeypatch.setattr(Engine, "answers", fails)
+        for future in scheduler.submit_all(["rain", "rain " * 30]):
+            with pytest.raises(MemoryError):
+                future.result(WAIT)
+        results([scheduler.submit("sun")])
 
 
 def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:

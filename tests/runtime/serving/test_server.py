@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,7 @@ from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Engine
-from fpabee.runtime.chain import Chain
-from fpabee.runtime.encoding import EncodedRow, Text
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, make_app
@@ -326,36 +324,6 @@ def test_a_failing_model(
             assert ("it failed" in found["error"]) == isinstance(error, BackendError)
             assert ("it failed" in caplog.text) == isinstance(error, BackendError)
             assert "\nfpabee_failed_rows_total 0.0\n" not in server.client.get("/metrics").text
-        assert server.post("/classify", {"input": "a"}).status_code == 200
-        server.scheduler.close()
-
-
-def test_no_memory_for_one_text_fails_one_request(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests run in one batch, which fails, while the metrics fail too."""
-    begin, texts = Chain.begin, ["rain", "sun", "rain sun rain", "the film"]
-    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine:
-        server = Server(engine)
-        (bad,) = engine.encode(["rain sun rain"])
-        arrived = threading.Event()
-
-        def fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
-            arrived.wait(60)
-            if any(row.input_ids.tolist() == bad.input_ids.tolist() for row in rows):
-                raise MemoryError
-            return begin(chain, rows, *rest)
-
-        monkeypatch.setattr(Chain, "begin", fails)
-        monkeypatch.setattr(server.metrics, "failed", None)
-        with ThreadPoolExecutor(len(texts)) as pool:
-            sent = [pool.submit(server.post, "/classify", {"input": text}) for text in texts]
-            while server.scheduler.unanswered < len(texts):
-                time.sleep(0.001)
-            arrived.set()
-            found = [response.result(60) for response in sent]
-        assert [response.status_code for response in found] == [200, 200, 500, 200]
-        server.check("/classify", found[2])
         assert server.post("/classify", {"input": "a"}).status_code == 200
         server.scheduler.close()
 
