@@ -120,25 +120,6 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
 
-    def copy_rows(
-        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
-    ) -> None:
-        """Enqueue a copy of `rows` pieces of `width` bytes.
-
-        Args:
-            target: the address of the first piece, and the distance between pieces in bytes.
-            source: the same of where to copy from.
-            width: bytes of a piece.
-            rows: number of pieces.
-            stream: the stream.
-        """
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(self._runtime.cudaMemcpy2DAsync(*target, *source, width, rows, kind, stream))
-
-    def clear(self, pointer: int, size: int, stream: int) -> None:
-        """Enqueue setting `size` bytes of device memory to zero."""
-        self._check(self._runtime.cudaMemsetAsync(pointer, 0, size, stream))
-
     def stream(self) -> int:
         """Create a stream that does not wait for the default stream."""
         flag = self._runtime.cudaStreamNonBlocking
@@ -198,14 +179,6 @@ class Cuda:
             if ended and int(ended[0]) == 0:
                 self._runtime.cudaGraphDestroy(ended[1])
         return int(executable)
-
-    def load_kernel(self) -> None:
-        """Load the kernel of `gather`, which needs a driver for CUDA 12.4 or later.
-
-        CUDA does not allow this while a stream captures, so it must be called before.
-        """
-        self._check(self._runtime.cudaSetDevice(0))  # this thread may not have used the device yet
-        self._gather_rows  # noqa: B018 - the driver compiles it now
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.cu`.

@@ -14,8 +14,7 @@ from importlib import metadata
 
 from ..errors import BackendError, Remedy
 
-# The oldest NVIDIA driver for each version of CUDA. Our kernels need CUDA 12.4.
-_DRIVERS = {12: "550", 13: "580"}
+_OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -26,7 +25,7 @@ class CudaDevice:
     Attributes:
         name: the driver's name for it.
         compute_capability: such as `8.6`.
-        cuda: the newest CUDA version that the driver runs, such as (12, 6); (0, 0) if unknown.
+        cuda: the newest CUDA version that the driver runs, such as (12, 6).
         error: why no GPU can be used; empty if one can.
         process: the process that has asked, the only one that can use the GPU: CUDA does not work
             in processes that are forked from it.
@@ -55,6 +54,14 @@ def cuda_device() -> CudaDevice:
         return CudaDevice(error=f"the NVIDIA driver finds no GPU (error {status})")
     if count.value == 0:
         return CudaDevice(error="there is no CUDA device")
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    cuda = (version.value // 1000, version.value % 1000 // 10)
+    if cuda < _OLDEST_CUDA:
+        return CudaDevice(
+            error=f"its driver is for CUDA {cuda[0]}.{cuda[1]}; install one for CUDA 12.4 or later "
+            "(NVIDIA driver 550, JetPack 6.1)"
+        )
     text = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(text, len(text), 0)
     parts = []
@@ -62,9 +69,6 @@ def cuda_device() -> CudaDevice:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
         parts.append(str(value.value))
-    version = ctypes.c_int()
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    cuda = (version.value // 1000, version.value % 1000 // 10)
     return CudaDevice(text.value.decode(errors="replace"), ".".join(parts), cuda)
 
 
@@ -125,12 +129,12 @@ def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:
     bindings = bindings_cuda()
     driver = cuda_device().cuda
     for name, needed in ((library, major), ("cuda-bindings", bindings)):
-        if driver[0] and needed > driver[0]:
+        if needed > driver[0]:
             raise BackendError(
                 f"target {target} uses {name} for CUDA {needed}, but the NVIDIA driver of this "
                 f"machine supports CUDA {driver[0]}.{driver[1]}",
-                f"install NVIDIA driver {_DRIVERS.get(needed, 'for this CUDA version')} or later"
-                + (f", or pip install 'fpabee[{extra(extra_name)}]'" if driver[0] == 12 else ""),
+                "install a newer NVIDIA driver (580 or later for CUDA 13), or pip install "
+                f"'fpabee[{extra(extra_name)}]'",
             )
     if major and bindings and major != bindings:
         raise BackendError(

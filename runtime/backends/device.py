@@ -7,14 +7,12 @@ runners of an execution share one piece of scratch memory, and those of the same
 share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
 event to wait for.
 
-Rows are regrouped by one kernel for each tensor, which comes as PTX. Where the driver is too old
-for it, copies of the driver do the same, one for each run of neighbouring rows. All of this runs in
-the stream of the segments, so buffers can be used again without waiting.
+Rows are regrouped by one kernel for each tensor, which comes as PTX. All of this runs in the stream
+of the segments, so buffers can be used again without waiting.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -50,7 +48,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
             Each has contexts, buffers and CUDA graphs of its own for every shape.
         cuda: the driver.
         stream: the stream of all executions; None if each makes its own.
-        warnings: what has been logged.
+        captures: whether segments of small groups are captured; false once a capture has failed.
     """
 
     most_executions = 2
@@ -62,17 +60,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
     ) -> None:
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
-        self.warnings: set[str] = set()
-
-    @functools.cached_property
-    def gathers(self) -> bool:
-        """Whether a kernel regroups rows."""
-        try:
-            self.cuda.load_kernel()
-        except BackendError as error:
-            self.warn_once("rows are regrouped by several copies instead of one kernel", error)
-            return False
-        return True
+        self.captures = True
 
     def check_out(self) -> Execution[DeviceBuffers]:
         """An execution for one call, see `Backend`; refused in a forked process."""
@@ -99,12 +87,6 @@ class DeviceBackend(Backend[DeviceBuffers]):
             places: where each input and output is, by its name.
             execution: has the stream to run in, and keeps what runners share.
         """
-
-    def warn_once(self, what: str, error: BackendError) -> None:
-        """Log what happens because of an error, unless this backend has logged it before."""
-        if what not in self.warnings:
-            self.warnings.add(what)
-            logger.warning("%s: %s: %s", self.name, what, error.message)
 
 
 class _Pending(NamedTuple):
@@ -150,12 +132,12 @@ class DeviceExecution(Execution[DeviceBuffers]):
         """Enqueue a segment without waiting for it."""
         step = hidden.buffers.step(segment)
         self._share_scratch(step)
-        if step.executable is not None:
-            self._cuda.launch(step.executable, self.stream)
-        elif step.can_capture and step.is_warm():
+        if step.executable is None and self.backend.captures and step.can_be_captured():
             self._capture(step)
-        else:
+        if step.executable is None:
             self._run(step)
+        else:
+            self._cuda.launch(step.executable, self.stream)
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
         return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
@@ -205,67 +187,57 @@ class DeviceExecution(Execution[DeviceBuffers]):
         sources: Sequence[tuple[DeviceBuffers, Rows]],
         target: DeviceBuffers,
     ) -> None:
-        if self.backend.gathers:
-            self._gather_by_kernel(spec, buffer, sources, target)
-            return
-        batch, sequence = target.bucket.batch, target.bucket.sequence
-        pitch = nbytes_of(spec, Bucket(1, sequence))
-        pointer = target.buffer(buffer)
-        count = sum(len(rows) for _, rows in sources)
-        shortest = min(source.bucket.sequence for source, _ in sources)
-        if spec.name == ATTENTION_BIAS:
-            padding = MASK_FILL
-            target.upload({buffer: lambda array: array.fill(padding)})
-        elif "sequence" in spec.shape and shortest < sequence:
-            self._cuda.clear(pointer, pitch * batch, self.stream)
-        elif count < batch:
-            self._cuda.clear(pointer + count * pitch, (batch - count) * pitch, self.stream)
-        for source, rows in sources:
-            source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
-            width = min(pitch, source_pitch)
-            for first, length in _runs_of(rows):
-                start = (source.buffer(buffer) + first * source_pitch, source_pitch)
-                self._cuda.copy_rows((pointer, pitch), start, width, length, self.stream)
-                pointer += length * pitch
-
-    def _gather_by_kernel(
-        self,
-        spec: TensorSpec,
-        buffer: BufferName,
-        sources: Sequence[tuple[DeviceBuffers, Rows]],
-        target: DeviceBuffers,
-    ) -> None:
-        batch, pitch = target.bucket.batch, nbytes_of(spec, Bucket(1, target.bucket.sequence))
-        addresses, widths = np.zeros(batch, np.uint64), np.zeros(batch, np.uint32)
+        pitch = nbytes_of(spec, Bucket(1, target.bucket.sequence))
+        addresses = np.zeros(target.bucket.batch, np.uint64)
+        widths = np.zeros(target.bucket.batch, np.uint32)
         row = 0
         for source, rows in sources:
             source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
             places = slice(row, row := row + len(rows))
             addresses[places] = source.buffer(buffer) + rows * source_pitch
             widths[places] = min(pitch, source_pitch)
-        plan = np.zeros(1, GATHER)
-        fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
-        plan["fill"] = np.full(8, fill, dtype_of(spec)).view(np.uint64)[0]
-        plan["pitch"] = pitch
-        most = plan["sources"].shape[1]
-        for first in range(0, batch, most):
-            count = min(most, batch - first)
-            plan["to"] = target.buffer(buffer) + first * pitch
-            plan["sources"][0, :count] = addresses[first : first + count]
-            plan["widths"][0, :count] = widths[first : first + count]
-            self._cuda.gather(plan, count, self.stream)
+        fill = np.full(8, MASK_FILL if spec.name == ATTENTION_BIAS else 0, dtype_of(spec))
+        self._copy_rows(target.buffer(buffer), pitch, addresses, widths, fill)
 
     def _crop(
         self, spec: TensorSpec, buffer: BufferName, source: DeviceBuffers, target: DeviceBuffers
     ) -> None:
         wide, narrow = shape_of(spec, source.bucket), shape_of(spec, target.bucket)
-        itemsize = dtype_of(spec).itemsize
         # The last two axes are a matrix, of which the first rows and columns are copied.
-        wide_pitch, pitch = wide[-1] * itemsize, narrow[-1] * itemsize
-        for matrix in range(int(np.prod(narrow[:-2]))):
-            start = (source.buffer(buffer) + matrix * wide[-2] * wide_pitch, wide_pitch)
-            end = (target.buffer(buffer) + matrix * narrow[-2] * pitch, pitch)
-            self._cuda.copy_rows(end, start, pitch, narrow[-2], self.stream)
+        matrices, rows = np.ogrid[: np.prod(narrow[:-2]), : narrow[-2]]
+        itemsize = dtype_of(spec).itemsize
+        places = (matrices * wide[-2] + rows).ravel() * (wide[-1] * itemsize)
+        pitch = narrow[-1] * itemsize
+        widths = np.full(len(places), pitch, np.uint32)
+        addresses = (source.buffer(buffer) + places).astype(np.uint64)
+        self._copy_rows(target.buffer(buffer), pitch, addresses, widths, np.zeros(8, np.uint8))
+
+    def _copy_rows(
+        self,
+        to: int,
+        pitch: int,
+        sources: NDArray[np.uint64],
+        widths: NDArray[np.uint32],
+        fill: NDArray[Any],
+    ) -> None:
+        """Copy rows to one place, in as many launches as the parameters of a kernel need.
+
+        Args:
+            to: the address of the first row.
+            pitch: bytes of a row there.
+            sources: the address of each row.
+            widths: bytes to copy of each row.
+            fill: is repeated in the rest of each row; its first 8 bytes count.
+        """
+        plan = np.zeros(1, GATHER)
+        plan["fill"], plan["pitch"] = fill.view(np.uint64)[0], pitch
+        most = plan["sources"].shape[1]
+        for first in range(0, len(sources), most):
+            count = min(most, len(sources) - first)
+            plan["to"] = to + first * pitch
+            plan["sources"][0, :count] = sources[first : first + count]
+            plan["widths"][0, :count] = widths[first : first + count]
+            self._cuda.gather(plan, count, self.stream)
 
     def _run(self, step: Step) -> None:
         step.run()
@@ -273,15 +245,13 @@ class DeviceExecution(Execution[DeviceBuffers]):
             self._cuda.copy(host, pointer, size, self.stream)
 
     def _capture(self, step: Step) -> None:
-        """Capture a step and launch it. If that fails, run it, and do not try again."""
         try:
             step.executable = self._cuda.capture(self.stream, partial(self._run, step))
         except BackendError as error:
-            step.can_capture = False
-            self.backend.warn_once("a segment runs without a CUDA graph", error)
-            self._run(step)
-        else:
-            self._cuda.launch(step.executable, self.stream)
+            self.backend.captures = False
+            logger.warning(
+                "%s: segments run without CUDA graphs: %s", self.backend.name, error.message
+            )
 
     def _share_scratch(self, step: Step) -> None:
         """Let a step's runners use the common scratch memory, which grows if they need more."""
@@ -303,9 +273,3 @@ class DeviceExecution(Execution[DeviceBuffers]):
         for runner in step.runners:
             runner.use_scratch(self._scratch, self._scratch_size)
         step.scratch = self._scratch_number
-
-
-def _runs_of(rows: Rows) -> list[tuple[int, int]]:
-    """Runs of neighbouring rows: the first row of each, and its length."""
-    parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    return [(int(part[0]), len(part)) for part in parts if len(part)]

@@ -62,12 +62,12 @@ class Step:
         copies: pinned memory, device address and bytes of each output of the head.
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
-        can_capture: false for a large group, and once a capture has failed.
+        is_small: whether its group is small enough to be captured.
         scratch: number of the scratch memory that its runners use; 0 if none is set.
     """
 
     event: int
-    can_capture: bool
+    is_small: bool
     runners: list[Runner] = field(default_factory=list)
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     arrays: Arrays = field(default_factory=dict)
@@ -79,9 +79,9 @@ class Step:
         for runner in self.runners:
             runner.run()
 
-    def is_warm(self) -> bool:
+    def can_be_captured(self) -> bool:
         """Whether its next run can be captured."""
-        return all(runner.can_capture() for runner in self.runners)
+        return self.is_small and all(runner.can_capture() for runner in self.runners)
 
 
 class DeviceBuffers(Buffers[int, Step]):

@@ -70,7 +70,6 @@ class FakeCuda(Cuda):
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
         calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
-        loads_kernel: whether the driver accepts the PTX of the kernel.
         idle: how often the device had nothing left to do when a wait ended.
     """
 
@@ -85,7 +84,6 @@ class FakeCuda(Cuda):
         self.launches = 0
         self.captures = 0
         self.frees = 0
-        self.loads_kernel = True
         self.idle = 0
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
@@ -136,40 +134,16 @@ class FakeCuda(Cuda):
         raise AssertionError(f"{pointer:#x} is nobody's memory, or was given back")
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        self._copy_rows((target, size), (source, size), size, 1, stream)
-
-    def copy_rows(
-        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
-    ) -> None:
-        self._copy_rows(target, source, width, rows, stream)
-
-    def _copy_rows(
-        self, target: tuple[int, int], source: tuple[int, int], width: int, rows: int, stream: int
-    ) -> None:
-        assert width <= min(target[1], source[1])
-        assert rows > 0
-
         def work() -> None:
-            for row in range(rows):
-                from_ = self.view(source[0] + row * source[1], width)
-                self.view(target[0] + row * target[1], width)[...] = from_
+            self.view(target, size)[...] = self.view(source, size)
 
         def when_queued() -> None:
-            if target[0] in self.pinned_of:
-                self.view(target[0], width)[...] = 0xFF  # invalid until it has been waited for
+            if target in self.pinned_of:
+                self.view(target, size)[...] = 0xFF  # invalid until it has been waited for
 
         self.put(stream, work, when_queued)
 
-    def clear(self, pointer: int, size: int, stream: int) -> None:
-        self.put(stream, lambda: self.view(pointer, size).fill(0))
-
-    def load_kernel(self) -> None:
-        self._refuse_in_capture()
-        if not self.loads_kernel:
-            raise BackendError("CUDA: no kernel image for this device (error 209)", "")
-
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
-        assert self.loads_kernel
         assert plan.dtype == GATHER
         (copied,) = plan.copy()
 
@@ -282,4 +256,4 @@ class FakeCuda(Cuda):
     def _refuse_in_capture(self) -> None:
         for stream in self.streams.values():
             captures = stream.capture is not None and stream.capturing == threading.get_ident()
-            assert not captures, "neither memory nor kernels may change during a capture"
+            assert not captures, "memory may not change during a capture"

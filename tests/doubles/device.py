@@ -25,7 +25,7 @@ from .onnxruntime_cuda import FakeCudaSession
 from .tensorrt import FakeTensorRt, plans_of
 from .tensorrt_builder import FakeBuilder, FakeConfig, builder_parts
 
-GPU = CudaDevice("a double", "8.6")
+GPU = CudaDevice("a double", "8.6", (13, 0))
 # Looking through all installed packages takes longer than a test.
 _packages = functools.cache(metadata.packages_distributions)
 

@@ -183,7 +183,6 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
         len(numbers) + data.draw(st.integers(0, 2), label="padding rows"),
         data.draw(st.integers(longest, widest), label="sequence"),
     )
-    chain.backend.gathers = data.draw(st.booleans(), label="a kernel gathers the rows")
     joined = chain.execution.regroup(hiddens, [np.array(k, np.intp) for k in keeps], bucket)
     assert joined.bucket == bucket
     chain.check_tensors(joined, numbers, after=rest - 1)

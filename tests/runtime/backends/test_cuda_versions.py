@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -61,11 +62,14 @@ def test_a_release_of_tensorrt_for_rtx_that_hangs_is_not_installed(cuda: str) ->
         ((13, 0), 13, 13, ""),
         ((13, 0), 12, 12, ""),
         ((12, 6), 12, 0, ""),
-        ((0, 0), 13, 13, ""),
         ((13, 0), 0, 13, ""),
-        ((12, 6), 13, 0, r"cuda-bindings for CUDA 13.* CUDA 12\.6 -> .*driver 580.*\[gpu-cu12\]"),
-        ((12, 6), 12, 13, r"x uses lib for CUDA 13.*driver 580 or later, or pip .*\[gpu-cu12\]"),
-        ((11, 4), 12, 12, r"CUDA 11\.4 -> install NVIDIA driver 550 or later$"),
+        ((12, 6), 13, 0, r"cuda-bindings for CUDA 13.* 12\.6 -> .*580 or later.*\[gpu-cu12\]"),
+        (
+            (12, 6),
+            12,
+            13,
+            r"x uses lib for CUDA 13.*\(580 or later .*, or pip .*\[gpu-cu12\]",
+        ),
         ((13, 0), 13, 12, r"lib was built for CUDA 12, but cuda-bindings .* 13 -> .*gpu-cu13"),
         ((13, 0), 12, 13, r"lib was built for CUDA 13, but cuda-bindings .* 12 -> .*gpu-cu13"),
     ],
@@ -86,6 +90,35 @@ def test_drivers_bindings_and_libraries(
         check_cuda("x", "lib", library, "gpu")
 
 
+@pytest.mark.parametrize(("version", "is_old"), [(11040, True), (12020, True), (12040, False)])
+def test_a_driver_must_be_for_cuda_12_4(
+    version: int, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sets(number: int) -> Callable[..., int]:
+        def call(place: Any, *_: object) -> int:
+            place._obj.value = number
+            return 0
+
+        return call
+
+    driver = SimpleNamespace(
+        cuInit=lambda flags: 0,
+        cuDeviceGetCount=sets(1),
+        cuDriverGetVersion=sets(version),
+        cuDeviceGetName=lambda *_: 0,
+        cuDeviceGetAttribute=sets(8),
+    )
+    monkeypatch.setattr("ctypes.CDLL", lambda name: driver)
+    device = cuda_probe.cuda_device.__wrapped__()
+    if not is_old:
+        assert device == CudaDevice("", "8.8", (12, 4))
+        return
+    set_gpu(monkeypatch, device)
+    says = r"needs an NVIDIA GPU, but its driver is for CUDA 1.\..; .*NVIDIA driver 550, JetPack"
+    with pytest.raises(BackendError, match=says):
+        cuda_probe.required_gpu("tensorrt-fp16-sm86")
+
+
 def test_an_old_driver_is_named_before_anything_is_loaded(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +127,7 @@ def test_an_old_driver_is_named_before_anything_is_loaded(
     monkeypatch.setattr(cuda_probe, "bindings_cuda", lambda: 13)
     set_gpu(monkeypatch, CudaDevice("Orin", "8.6", (12, 6)))
     assert extra("tensorrt") == "tensorrt-cu12"
-    with pytest.raises(BackendError, match=r"driver 580 or later.*fpabee\[tensorrt-cu12\]"):
+    with pytest.raises(BackendError, match=r"driver \(580 or later.*fpabee\[tensorrt-cu12\]"):
         made.load()
 
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from fpabee.exporter.targets.options import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device
-from fpabee.runtime.backends.device import DeviceBackend
 from fpabee.runtime.backends.onnxruntime_cuda import PROVIDER
 from fpabee.runtime.backends.tensorrt import MODULES
 from fpabee.runtime.inspection import target_states
@@ -137,20 +135,13 @@ def test_answers_are_those_of_fp32_on_the_cpu(built: Built) -> None:
                 assert np.nanmax(np.abs(found - expected)) < DIFFERENCE
 
 
-@pytest.mark.parametrize("gathers", [True, False])
-def test_rows_that_exit_early_are_regrouped_on_the_device(
-    gathers: bool, built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the kernel, or by copies of the driver."""
+def test_rows_that_exit_early_are_regrouped_on_the_device(built: Built) -> None:
     rule = FPabee(threshold=THRESHOLD)
-    if not gathers:
-        monkeypatch.setattr(DeviceBackend, "gathers", False)
     with (
         Engine.load(built.folder, target=built.target) as engine,
         Engine.load(built.folder) as usual,
     ):
         found, expected = (each.trace(TEXTS * 5, rule=rule) for each in (engine, usual))
-        assert cast(DeviceBackend, engine.model._backend).gathers == gathers
     assert len(set(expected.exits.tolist())) > 1, "all rows stop at once"
     np.testing.assert_array_equal(found.exits, expected.exits)
     assert np.nanmax(np.abs(found.logits - expected.logits)) < DIFFERENCE

@@ -59,7 +59,7 @@ def test_gpus_and_versions_that_run_a_plan(
 ) -> None:
     """On Ampere and later GPUs, if compatible, and on the version that built it."""
     made = double(**target)
-    set_gpu(monkeypatch, CudaDevice("another", capability))
+    set_gpu(monkeypatch, CudaDevice("another", capability, (13, 0)))
     if not says:
         check_runs(made)
         return
@@ -123,18 +123,18 @@ def test_segments_that_can_never_be_captured_are_run(double: Callable[..., Doubl
 def test_a_capture_that_fails(
     failure: str, double: Callable[..., Double], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The step runs without a graph, is not captured later, and the others are captured."""
+    """The step runs without a graph, and no other one is captured from then on."""
     made = double()
     with made.load() as engine, Engine.load(made.folder) as usual:
         expected = usual.trace(["rain"]).logits
         made.cuda.fails_at[failure] = 2
-        for graphs in (0, 2, 2):
+        for graphs in (0, 1, 1):
             np.testing.assert_allclose(engine.trace(["rain"]).logits, expected, atol=1e-5)
             assert len(made.cuda.graphs) == graphs
         made.cuda.fails_at[failure] = 1
         engine.trace(["turn the lights on"])
         engine.trace(["turn the lights on"])
-    assert caplog.text.count("runs without a CUDA graph") == 1
+    assert caplog.text.count("run without CUDA graphs") == 1
     assert made.cuda.memory_of == made.cuda.graphs == {}
 
 

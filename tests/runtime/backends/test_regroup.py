@@ -85,24 +85,15 @@ def test_the_ptx_is_that_of_its_source_and_for_all_supported_gpus_and_drivers() 
     assert GATHER.itemsize <= 4096
 
 
-@pytest.mark.parametrize(
-    ("kernel", "rows", "expected"),
-    [
-        (True, 16, {"gather": 3}),
-        (True, 300, {"gather": 6}),
-        (False, 16, {"clear": 2, "copy_rows": 3 * 8, "copy": 1, "wait": 1, "record": 1}),
-        (False, 300, {"clear": 2, "copy_rows": 3 * 150, "copy": 1, "wait": 1, "record": 1}),
-    ],
-)
+@pytest.mark.parametrize(("rows", "expected"), [(16, {"gather": 3}), (300, {"gather": 6})])
 def test_calls_of_the_driver_to_regroup(
-    kernel: bool, rows: int, expected: dict[str, int], double: Callable[..., Double], caplog: Any
+    rows: int, expected: dict[str, int], double: Callable[..., Double]
 ) -> None:
     """Every second row stops, and three tensors are copied into a group of the same size.
 
     A kernel takes up to 256 rows.
     """
     made = double(batch=(1, 8, 300))
-    made.cuda.loads_kernel = kernel
     with made.load() as engine, engine.model.chain() as chain:
         encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
         bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
@@ -119,8 +110,6 @@ def test_calls_of_the_driver_to_regroup(
             for group in (hidden, kept):
                 chain.execution.release(group)
     assert +calls == Counter(expected)
-    warnings = [record.message for record in caplog.records if "several copies" in record.message]
-    assert len(warnings) == (not kernel)
 
 
 @pytest.mark.parametrize("rule", [FPabee(threshold=0.45), Budget(exit=3)])
