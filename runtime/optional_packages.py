@@ -15,7 +15,7 @@ _PACKAGES = {
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),
-    "serve": ("httptools prometheus_client starlette uvicorn", "serve"),
+    "serve": ("prometheus_client starlette uvicorn", "serve"),
     "plot": ("matplotlib jinja2", "plot"),
 }
 

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
 from ..encoding import EncodedRow
@@ -54,8 +54,6 @@ STATUSES = {
 """What each status of an error means."""
 
 _CLIENT_LEFT = 499
-_MOST_HEAD = 2**16  # bytes
-_MOST_HEADERS = 500
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
@@ -138,7 +136,7 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
     limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
-        http=_connections(limits),
+        http=_connections(limits.body_seconds),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -147,17 +145,10 @@ def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None =
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
-    """Connections with two limits that uvicorn has no settings for.
+def _connections(seconds: float) -> type[H11Protocol]:
+    """Connections that limit the time a client may take, for which uvicorn has no setting."""
 
-    These are the time that a client may take, and the bytes that a request may have.
-    """
-    seconds = limits.body_seconds
-
-    class Connection(HttpToolsProtocol):
-        # Bytes of the request, without those of a body that is discarded; and their limit.
-        received, most = 0, _MOST_HEAD
-
+    class Connection(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._timer = self.loop.call_later(seconds, self._check, None)
@@ -165,31 +156,6 @@ def _connections(limits: ServerLimits) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
             super().connection_lost(exc)
-
-        def on_message_begin(self) -> None:
-            self.received, self.most = 0, _MOST_HEAD
-            super().on_message_begin()
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if len(self.headers) >= _MOST_HEADERS:
-                raise ValueError("the request has too many headers")  # which gives status 400
-            super().on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            # A chunked body takes more bytes than its content, which `_body` checks itself.
-            self.most = 2 * limits.max_body + 2**20
-            super().on_headers_complete()
-
-        def on_body(self, body: bytes) -> None:
-            if self.cycle and self.cycle.response_complete:
-                self.received -= len(body)  # it is discarded
-            super().on_body(body)
-
-        def data_received(self, data: bytes) -> None:
-            self.received += len(data)  # before, since the data may begin another request
-            super().data_received(data)
-            if self.received > self.most and not self.transport.is_closing():
-                self.send_400_response(f"The request has more than {self.most} bytes.")
 
         def _check(self, before: Any) -> None:
             """Cut off a client that the server has waited for since the last check."""
