@@ -195,7 +195,7 @@ def to_dict(result: Calibration) -> dict[str, Any]:
 def _point(point: Point) -> dict[str, Any]:
     return {
         "name": point.name,
-        "wish": str(point.goal),
+        "goal": str(point.goal),
         **_judged(point),
         "measured_speedup": point.measured,
         "certificate": msgspec.to_builtins(point.certificate),

@@ -32,13 +32,13 @@ class Part(msgspec.Struct, frozen=True):
     size: int | None
 
 
-class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "why_not"}):
+class TargetState(msgspec.Struct, frozen=True):
     """One target of a folder.
 
     Attributes:
         name: the target.
         size: bytes of its files, or of the graphs that it runs, without missing files.
-        unavailable_reason: why it cannot run here; empty if it can. The key in JSON is `why_not`.
+        unavailable_reason: why it cannot run here; empty if it can.
         no_rule: why its default rule cannot be used; empty if it can.
         tolerance: largest difference of a logit from the PyTorch model; None: not measured.
         relative_speed: see `Target`.
@@ -52,14 +52,13 @@ class TargetState(msgspec.Struct, frozen=True, rename={"unavailable_reason": "wh
     relative_speed: float | None
 
 
-class Integrity(msgspec.Struct, frozen=True, rename={"agreement": "parity"}):
+class Integrity(msgspec.Struct, frozen=True):
     """The result of checking a folder.
 
     Attributes:
         files: how many files the manifest names.
         damaged: a message for each file that is missing or has another hash.
-        agreement: for each target that passed, how closely it agrees with the PyTorch model. The
-            key in JSON is `parity`.
+        agreement: for each target that passed, how closely it agrees with the PyTorch model.
         refused: for each target that can run here but did not pass, the reason.
     """
 

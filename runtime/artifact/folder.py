@@ -12,11 +12,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import msgspec
 
@@ -127,7 +125,7 @@ def _is_model_dir(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically; unknown fields of the old one are kept.
+    """Write the manifest atomically.
 
     A manifest that is a link is replaced; the file behind the link is not changed.
 
@@ -135,11 +133,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         ArtifactError: the folder cannot be written, or `read_manifest` would not return an equal
             manifest. The old manifest is then unchanged.
     """
-    new = _plain(manifest)
-    if (folder / MANIFEST_NAME).is_file():
-        raw = _read_bytes(folder)
-        new = _graft(msgspec.json.decode(raw), _plain(_decode(folder, raw)), new)
-    text = msgspec.json.format(msgspec.json.encode(new), indent=2) + b"\n"
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     _check_readable(folder, text, manifest)
     partial = None
     try:
@@ -223,10 +217,12 @@ def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
 
 def _decode(folder: Path, raw: bytes) -> Manifest:
     try:
-        versions = msgspec.json.decode(raw, type=_Version)
-        _check_version(versions.schema_version, versions.fpabee_version)
-        # Unknown fields, which are skipped below, must be valid too: they are written again.
-        msgspec.json.decode(raw)
+        version = msgspec.json.decode(raw, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"the engines folder has schema {version}; this fpabee reads {SCHEMA_VERSION}",
+                EXPORT_AGAIN,
+            )
         return msgspec.json.decode(raw, type=Manifest)
     except BAD_JSON as error:
         raise ArtifactError(
@@ -236,7 +232,6 @@ def _decode(folder: Path, raw: bytes) -> Manifest:
 
 class _Version(msgspec.Struct):
     schema_version: str
-    fpabee_version: str = ""
 
 
 def _read_bytes(folder: Path) -> bytes:
@@ -278,42 +273,3 @@ def _check_readable(folder: Path, raw: bytes, manifest: Manifest) -> None:
         f"the new {MANIFEST_NAME} cannot be used, so it was not written: {problem}",
         "nothing was changed; this is a defect of fpabee: please report it",
     )
-
-
-def _check_version(version: str, fpabee_version: str) -> None:
-    if not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
-        raise ArtifactError(
-            f"schema_version {version!r} is not of the form major.minor", EXPORT_AGAIN
-        )
-    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        written_by = f"=={fpabee_version}" if re.fullmatch(r"[\w.]+", fpabee_version) else ""
-        raise ArtifactError(
-            f"the engines folder has schema {version}; this fpabee reads {SCHEMA_VERSION}",
-            f"install the fpabee that wrote it: pip install 'fpabee{written_by}', "
-            "or export again with this one",
-        )
-
-
-def _plain(manifest: Manifest) -> Any:
-    """The manifest as it is on disk: dictionaries and lists."""
-    return msgspec.json.decode(msgspec.json.encode(manifest))
-
-
-def _graft(raw: Any, known: Any, new: Any) -> Any:
-    """`new`, with the fields of `raw` that this version does not know.
-
-    Args:
-        raw: the old content as it is on disk.
-        known: the old content after reading, so without unknown fields.
-        new: the content to write.
-    """
-    if isinstance(raw, dict) and isinstance(known, dict) and isinstance(new, dict):
-        merged = {key: value for key, value in raw.items() if key not in known}
-        for key, value in new.items():
-            both = key in raw and key in known
-            merged[key] = _graft(raw[key], known[key], value) if both else value
-        return merged
-    lists = isinstance(raw, list) and isinstance(known, list) and isinstance(new, list)
-    if lists and len(raw) == len(known) == len(new):
-        return [_graft(*items) for items in zip(raw, known, new, strict=True)]
-    return new

@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError, Call, Remedy
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.0-draft"
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -54,14 +54,14 @@ class ProblemType(str, Enum):
     """Any number of labels for each row: a sigmoid for each logit."""
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True, rename={"label_thresholds": "cuts"}):
+class Task(msgspec.Struct, frozen=True, kw_only=True):
     """The classification task.
 
     Attributes:
         problem_type: single-label or multi-label.
         labels: label names in the order of the logits.
         label_thresholds: for multi-label: a label is predicted if its probability is above its
-            threshold; empty means 0.5 for all labels. The key in `manifest.json` is `cuts`.
+            threshold; empty means 0.5 for all labels.
     """
 
     problem_type: ProblemType
@@ -272,7 +272,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `manifest.json`. Paths in it are relative POSIX paths.
 
     Attributes:
-        schema_version: version of the format, `major.minor`; readers need the same major number.
+        schema_version: version of the format. Until it is frozen, readers need the same version.
         fpabee_version: version of fpabee that wrote it.
         versions: versions of the libraries that exported the model.
         model: the model that was exported.
@@ -287,7 +287,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         default_rule: the rule without an operating point, as `ExitRule.from_dict` reads it.
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
-        exit_0: the classifier before layer 1; None: the model has none. Since schema 1.1.
+        exit_0: the classifier before layer 1; None: the model has none.
 
     Example:
         ```python

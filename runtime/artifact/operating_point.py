@@ -29,14 +29,14 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     rows: Count
 
 
-class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "surely"}):
+class Goal(msgspec.Struct, frozen=True, kw_only=True):
     """The goal of an operating point: give one of `max_drop` and `speedup`.
 
     Attributes:
         max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
             setting within it is chosen. None, the default, if `speedup` is given.
         guaranteed: whether the drop must be within `max_drop` with 95 % confidence, instead of by
-            its estimate; default: no. The key in `manifest.json` is `surely`.
+            its estimate; default: no.
         speedup: least estimated speed-up, such as 2.0 for half the time; the setting with the
             smallest drop is chosen. None, the default, if `max_drop` is given.
     """
@@ -52,13 +52,12 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, rename={"guaranteed": "sur
         return f"drop at most {self.max_drop:g} points{bound}"
 
 
-class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, rename={"goal": "wish"}):
+class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A named rule with its settings, and how it performed on its target.
 
     Attributes:
         rule: name and settings, as `ExitRule.from_dict` reads them.
         goal: the goal it was chosen for; None: it was chosen for the bound of its certificate.
-            The key in `manifest.json` is `wish`.
         metric: name of the score, which ranges from 0 to 1 (Matthews correlation from -1).
         score: score with the rule, on rows that did not choose it.
         full_depth_score: score of the last exit on the same rows.

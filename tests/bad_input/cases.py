@@ -22,7 +22,7 @@ from fpabee.calibration import cli as calibrate
 from fpabee.exporter.cli import bench, export, train
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
-from fpabee.runtime.cli import inspect, run
+from fpabee.runtime.cli import inspect, run, serve
 
 from ..runtime import running
 from ..runtime.running import Result
@@ -30,6 +30,7 @@ from ..runtime.running import Result
 COMMANDS: dict[str, click.Command] = {
     "run": run.main,
     "inspect": inspect.main,
+    "serve": serve.main,
     "calibrate": calibrate.main,
     "export": export.main,
     "train": train.main,

@@ -116,7 +116,7 @@ def test_a_goal_makes_one_point(
     folder: Path, data: Path, goal: tuple[Any, ...], name: str, words: str
 ) -> None:
     content = json.loads(said(folder, "--data", data, *goal, "--json"))
-    assert [(point["name"], point["wish"]) for point in content["points"]] == [(name, words)]
+    assert [(point["name"], point["goal"]) for point in content["points"]] == [(name, words)]
     point = read_manifest(folder).targets[TARGET].operating_points[name]
     assert str(point.goal) == words or point.goal is None
     assert (point.certificate is not None) == name.startswith("risk")

@@ -50,7 +50,7 @@ def test_a_folder_is_described(
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exits"] == [1, 2, 3]
     (target,) = content["targets"]
-    assert (target["name"], target["why_not"]) == ("onnxruntime-fp32", "")
+    assert (target["name"], target["unavailable_reason"]) == ("onnxruntime-fp32", "")
     assert target["size"] > 10_000
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
@@ -105,7 +105,7 @@ def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:
     assert content["passed"]
     assert content["damaged"] == []
     assert content["refused"] == {}
-    assert list(content["parity"]) == ["onnxruntime-fp32"]
+    assert list(content["agreement"]) == ["onnxruntime-fp32"]
     manifest = read_manifest(engines["albert"])
     assert content["files"] == 1 + len(manifest.graphs) + len(manifest.files)
 
@@ -179,7 +179,7 @@ def test_a_rule_that_cannot_be_used_is_named(
     assert f"runs, but its {where} cannot be used: " in shown.stdout
     assert problem in shown.stdout
     (state,) = json.loads(run(folder, "--json").stdout)["targets"]
-    assert state["why_not"] == ""
+    assert state["unavailable_reason"] == ""
     assert problem in state["no_rule"]
     assert run(folder, "--check").exit_code == 1
 
