@@ -36,8 +36,9 @@ from ..runtime.rules.base import ExitRule
 from ..runtime.rules.rules import Budget
 from ..runtime.rules.runner import RuleRunner
 from ..runtime.targets import open_backend
+from .exact import FP32_TARGET
 from .merge import write_one_graph
-from .targets.cpu import FP32_TARGET, ONNXRUNTIME, OPENVINO, version_of
+from .targets.cpu import ONNXRUNTIME, OPENVINO, version_of
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"

@@ -26,8 +26,9 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import read_reference, write_reference
 from ..runtime.engine import Engine
+from .exact import FP32_TARGET
 from .onnx_file import load_graphs, write_graph
-from .targets.cpu import FP32_TARGET, INT8_FOLDER, is_cpu_int8
+from .targets.cpu import INT8_FOLDER, is_cpu_int8
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:

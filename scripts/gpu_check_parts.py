@@ -39,10 +39,10 @@ from gpu_check_polygraphy import judge
 from gpu_check_table import TOKENS
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.exact import FP32_TARGET
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.precision.formats import INT8
 from fpabee.exporter.staging import staging
-from fpabee.exporter.targets.cpu import FP32_TARGET
 from fpabee.exporter.targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
 from fpabee.runtime import (

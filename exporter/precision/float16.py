@@ -19,9 +19,9 @@ from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
 from ...runtime.errors import Remedy
 from ...runtime.progress import Progress, silent
+from ..exact import exact_logits
 from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
-from ..targets.cpu import exact_logits
 from .emulation import check_emulated
 from .formats import FP16
 from .lowering import lower

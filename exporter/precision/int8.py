@@ -31,7 +31,7 @@ from ...runtime.encoding import (
 )
 from ...runtime.errors import InputError, Remedy, VerificationError, first_line
 from ...runtime.progress import Progress, silent
-from ..targets.cpu import exact_logits
+from ..exact import exact_logits
 from .emulation import check_emulated
 from .float16 import with_lowered
 from .formats import INT8

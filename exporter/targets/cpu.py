@@ -30,10 +30,10 @@ from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError, Remedy
 from ...runtime.model import Model
 from ...runtime.progress import Progress
-from ...runtime.targets import open_backend, rule_of, target_of, why_not
+from ...runtime.targets import open_backend, rule_of, why_not
+from ..exact import exact_logits
 from ..precision.formats import INT8
 
-FP32_TARGET = "onnxruntime-fp32"
 OPENVINO = "openvino"
 ONNXRUNTIME = "onnxruntime"
 BACKENDS = (ONNXRUNTIME, OPENVINO)
@@ -48,7 +48,6 @@ _SHAPES = ((1, 32), (32, 32))
 _TURNS, _RUNS = 4, 3
 # Speeds that differ by less count as equal.
 _LEAST_GAIN = 1.05
-_MOST_TEXTS = 2000
 # How long idle threads of the libraries may keep a core busy.
 _SPIN_SECONDS = 0.01
 
@@ -142,21 +141,6 @@ def add_openvino(
         manifest, checked = verified_target(folder, manifest, name, target, more)
         found.append(checked)
     return manifest, found
-
-
-def exact_logits(
-    folder: Path, manifest: Manifest, texts: Sequence[Text]
-) -> tuple[Sequence[Text], Logits] | None:
-    """The first 2,000 texts, and their logits in `onnxruntime-fp32`; None without texts.
-
-    Raises:
-        BackendError: the folder does not have that target.
-    """
-    if not texts:
-        return None
-    texts = texts[:_MOST_TEXTS]
-    with engine_of(folder, manifest, target_of(folder, manifest, FP32_TARGET)) as exact:
-        return texts, exact.trace(texts).logits
 
 
 def verified_target(

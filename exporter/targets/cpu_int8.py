@@ -17,10 +17,11 @@ from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.openvino import rest_precision
 from ...runtime.encoding import Text, TextEncoder
 from ...runtime.progress import Progress
+from ..exact import exact_logits
 from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
-from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, exact_logits, verified_target
+from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, verified_target
 
 
 def add_cpu_int8(

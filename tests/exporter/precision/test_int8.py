@@ -14,8 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.exact import exact_logits
 from fpabee.exporter.precision.int8 import add_int8, graph_inputs
-from fpabee.exporter.targets.cpu import exact_logits
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.graph_content import check_graph

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.cli.export import main
+from fpabee.exporter.exact import exact_logits
 from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets.options import PlanOptions
 from fpabee.runtime import (
@@ -243,7 +244,7 @@ def test_a_target_that_changes_the_labels_of_given_texts_is_not_kept(folder: Pat
 
 
 def exact(folder: Path, manifest: Manifest) -> tuple[Sequence[Text], NDArray[np.float32]]:
-    found = cpu.exact_logits(folder, manifest, ["the film is good", "turn on the light"])
+    found = exact_logits(folder, manifest, ["the film is good", "turn on the light"])
     assert found is not None
     return found
 
