@@ -115,8 +115,7 @@ def add_targets(
     Raises:
         ArtifactError: the folder is missing or damaged, or cannot be written.
         InputError: texts cannot be read, or int8 has no texts.
-        VerificationError: a precision overflows or changes too many labels or exits, or a plan is
-            not in its precision.
+        VerificationError: a precision overflows or changes too many labels or exits.
         BackendError: a backend that was asked for cannot build here, or a build failed.
     """
     path = Path(folder)

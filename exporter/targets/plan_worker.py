@@ -22,8 +22,6 @@ from ...runtime.backends.tensorrt import error_logger
 from ..precision.formats import in_head
 from .options import PlanOptions
 
-_DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64"}
-
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One plan to build.
@@ -52,14 +50,10 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         error: why there is no plan; empty: it was built.
         seconds: time of parsing and building.
-        dtypes: type of each input and output of the network.
-        layers: what the engine inspector says of the layers, as JSON; empty with TensorRT for RTX.
     """
 
     error: str = ""
     seconds: float = 0.0
-    dtypes: dict[str, str] = {}
-    layers: str = ""
 
 
 def build_plan(request: PlanRequest) -> PlanResult:
@@ -86,11 +80,7 @@ def build_plan(request: PlanRequest) -> PlanResult:
     replace_file(Path(request.plan), memoryview(plan))
     if cache is not None:
         replace_file(timing_cache, memoryview(cache.serialize()))
-    return PlanResult(
-        seconds=time.perf_counter() - started,
-        dtypes=_dtypes(network),
-        layers=_layers(trt, log, plan),
-    )
+    return PlanResult(seconds=time.perf_counter() - started)
 
 
 def _creation_flags(trt: Any) -> int:
@@ -155,7 +145,6 @@ def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     config.max_aux_streams = 0  # a chain has nothing to run at the same time, also as one graph
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     return ""
 
 
@@ -180,24 +169,6 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     partial.unlink(missing_ok=True)
     partial.write_bytes(content)
     partial.replace(path)
-
-
-def _dtypes(network: Any) -> dict[str, str]:
-    tensors = [network.get_input(number) for number in range(network.num_inputs)]
-    tensors += [network.get_output(number) for number in range(network.num_outputs)]
-    return {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
-
-
-def _layers(trt: Any, log: Any, plan: Any) -> str:
-    """What the engine inspector says, if the plan can be loaded here."""
-    if trt.__name__ == "tensorrt_rtx":
-        return ""
-    runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        return ""
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def main() -> None:

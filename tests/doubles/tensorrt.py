@@ -196,7 +196,6 @@ class FakeTensorRt(types.ModuleType):
         self.cuda = cuda
         self.plans = plans
         self.contexts: list[FakeContext] = []
-        self.layers: dict[bytes, str] = {}
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
         self.loses_scratch_size = False
@@ -216,10 +215,10 @@ class FakeRuntime:
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
         plan = self._trt.plans(content)
-        if plan is None and content not in self._trt.layers:
+        if plan is None:
             self._refuse("Version tag does not match")
             return None
-        return FakeEngine(self._trt, plan, self._trt.layers.get(content, ""))
+        return FakeEngine(self._trt, plan)
 
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
         assert len(header) == 64
@@ -266,27 +265,19 @@ class FakeRuntimeConfig:
 
 
 class FakeEngine:
-    """Makes contexts, and describes its layers."""
+    """Makes contexts."""
 
-    def __init__(self, trt: FakeTensorRt, plan: Plan | None, layers: str) -> None:
+    def __init__(self, trt: FakeTensorRt, plan: Plan) -> None:
         self._trt = trt
         self._plan = plan
-        self._layers = layers
 
     @property
     def device_memory_size_v2(self) -> int:
-        assert self._plan is not None
         return SCRATCH * max(profile.batch.max for profile in self._plan.profiles)
 
     def create_runtime_config(self) -> FakeRuntimeConfig:
         assert self._trt.__name__ == "tensorrt_rtx", "TensorRT 10.3 has none"
         return FakeRuntimeConfig()
-
-    def create_engine_inspector(self) -> FakeEngine:
-        return self
-
-    def get_engine_information(self, how: Any) -> str:
-        return self._layers
 
     def create_execution_context(self, how: Any) -> FakeContext | None:
         config = how if isinstance(how, FakeRuntimeConfig) else None
@@ -294,7 +285,6 @@ class FakeEngine:
         assert strategy is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if len(self._trt.contexts) >= self._trt.contexts_left:
             return None
-        assert self._plan is not None
         context = FakeContext(self._trt, self._plan)
         if config is not None:
             assert config.cache is not None

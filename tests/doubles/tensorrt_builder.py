@@ -130,7 +130,7 @@ class FakeBuilder:
     """Builds plans.
 
     Args:
-        trt: the module, which keeps the inspector's description of each plan.
+        trt: the module.
         configs: the configuration of every build is added here.
     """
 
@@ -156,12 +156,7 @@ class FakeBuilder:
         name = network.proto.graph.doc_string
         config.cache.timed.add(name)
         self._configs.append(config)
-        types = {_TYPES.get(t.data_type, "") for t in network.proto.graph.initializer}
-        written = {"HALF": "Half", "FLOAT": "Float", "BF16": "BFloat16"}
-        layers = [{"Format/Datatype": written[kind]} for kind in sorted(types & written.keys())]
-        plan = f"plan of {name} by the double".encode().ljust(96, b".")
-        self._trt.layers[plan] = json.dumps({"Layers": layers})
-        return plan
+        return f"plan of {name} by the double".encode().ljust(96, b".")
 
 
 class CreationFlag(enum.IntEnum):
@@ -177,7 +172,6 @@ def builder_parts(configs: list[FakeConfig]) -> dict[str, Any]:
         "NetworkDefinitionCreationFlag": CreationFlag,
         "BuilderFlag": BuilderFlag,
         "HardwareCompatibilityLevel": enum.Enum("HardwareCompatibilityLevel", ["AMPERE_PLUS"]),
-        "LayerInformationFormat": enum.Enum("LayerInformationFormat", ["JSON"]),
         "OnnxParser": FakeParser,
         "configs": configs,
     }

@@ -21,7 +21,6 @@ KINDS = {
     "parser": "OnnxParser",
     "network": "INetworkDefinition",
     "profile": "IOptimizationProfile",
-    "inspector": "EngineInspector",
     "cache": "ITimingCache",
     "_cache": "IRuntimeCache",
     "runtime_config": "IRuntimeConfig",
@@ -29,30 +28,25 @@ KINDS = {
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
-    NONE TF32 clear_flag nvtx_verbosity add_elementwise add_reduce add_shuffle
-    ElementWiseOperation PROD ReduceOperation SUM
-    AMPERE_PLUS Builder BuilderFlag DETAILED DataType ERROR ExecutionContextAllocationStrategy FLOAT
-    HALF HardwareCompatibilityLevel ILogger INTERNAL_ERROR JSON LayerInformationFormat LayerType
-    MATRIX_MULTIPLY NetworkDefinitionCreationFlag OnnxParser ProfilingVerbosity
-    Runtime Severity USER_MANAGED
-    add_cast add_optimization_profile build_serialized_network
-    create_builder_config create_engine_inspector create_execution_context create_network
-    create_optimization_profile create_timing_cache deserialize deserialize_cuda_engine
-    device_memory_size_v2 max_aux_streams
-    execute_async_v3 get_engine_information get_error get_input get_layer
-    get_output hardware_compatibility_level infer_shapes num_errors num_inputs num_layers
-    num_outputs parse_from_file profiling_verbosity serialize set_device_memory set_flag
-    set_input_shape set_optimization_profile_async set_shape
-    set_tensor_address set_timing_cache update_device_memory_size_for_shapes
+    AMPERE_PLUS Builder BuilderFlag ERROR ElementWiseOperation ExecutionContextAllocationStrategy
+    HardwareCompatibilityLevel ILogger INTERNAL_ERROR LayerType MATRIX_MULTIPLY NONE
+    NetworkDefinitionCreationFlag OnnxParser PROD ProfilingVerbosity ReduceOperation Runtime SUM
+    Severity TF32 USER_MANAGED add_elementwise add_optimization_profile add_reduce add_shuffle
+    build_serialized_network clear_flag create_builder_config create_execution_context
+    create_network create_optimization_profile create_timing_cache deserialize
+    deserialize_cuda_engine device_memory_size_v2 execute_async_v3 get_error get_layer
+    hardware_compatibility_level infer_shapes max_aux_streams num_errors num_layers nvtx_verbosity
+    parse_from_file serialize set_device_memory set_flag set_input_shape
+    set_optimization_profile_async set_shape set_tensor_address set_timing_cache
+    update_device_memory_size_for_shapes
 """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
-    DynamicShapesKernelSpecializationStrategy EAGER REQUIRE_USER_ALLOCATION
-    dynamic_shapes_kernel_specialization_strategy
-    ComputeCapability EngineValidity INVALID create_runtime_cache create_runtime_config
-    get_engine_validity num_compute_capabilities set_compute_capability
-    set_execution_context_allocation_strategy set_runtime_cache
+    ComputeCapability DynamicShapesKernelSpecializationStrategy EAGER EngineValidity INVALID
+    REQUIRE_USER_ALLOCATION create_runtime_cache create_runtime_config
+    dynamic_shapes_kernel_specialization_strategy get_engine_validity num_compute_capabilities
+    set_compute_capability set_execution_context_allocation_strategy set_runtime_cache
 """
 """Used only with TensorRT for RTX, because not all versions of TensorRT have them."""
 
