@@ -12,14 +12,12 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ...runtime.backends.tensorrt import error_logger
-from ..precision.formats import in_head
 from .options import PlanOptions
 
 
@@ -67,7 +65,6 @@ def build_plan(request: PlanRequest) -> PlanResult:
     if not parser.parse_from_file(request.onnx):
         errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
         return PlanResult(error=f"parser: {'; '.join(errors) or log.last}")
-    _sum_tokens(trt, network)
     config = builder.create_builder_config()
     problem = _configure(trt, builder, config, request)
     if problem:
@@ -87,41 +84,6 @@ def _creation_flags(trt: Any) -> int:
     # Version 10 needs this flag; in later versions, every network is strongly typed.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def _sum_tokens(trt: Any, network: Any) -> None:
-    """Compute the mean over tokens in heads as a product and a sum instead of a matrix product.
-
-    Builders fuse these into the layer norm before them: 12 kernels in a segment instead of 14. The
-    graph keeps the matrix product, because it is several times faster on a CPU.
-    """
-    for layer, readers in _head_products(trt, network):
-        weights, values = layer.get_input(0), layer.get_input(1)
-        if len(weights.shape) != 3 or weights.shape[1] != 1:  # a product with a constant matrix
-            continue
-        turned = network.add_shuffle(weights)
-        turned.first_transpose = (0, 2, 1)
-        product = network.add_elementwise(
-            turned.get_output(0), values, trt.ElementWiseOperation.PROD
-        )
-        mean = network.add_reduce(product.get_output(0), trt.ReduceOperation.SUM, 1 << 1, True)
-        for reader, number in readers:
-            reader.set_input(number, mean.get_output(0))
-
-
-def _head_products(trt: Any, network: Any) -> Iterator[tuple[Any, list[tuple[Any, int]]]]:
-    """The matrix products of exit heads, each with the layers that read it, as which input."""
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    inputs = [
-        (layer, number, layer.get_input(number))
-        for layer in layers
-        for number in range(layer.num_inputs)
-        if layer.get_input(number) is not None
-    ]
-    for layer in layers:
-        if layer.type == trt.LayerType.MATRIX_MULTIPLY and in_head(layer.name):
-            name = layer.get_output(0).name
-            yield layer, [(reader, number) for reader, number, x in inputs if x.name == name]
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: PlanRequest) -> str:

@@ -16,37 +16,13 @@ import onnx
 
 from .tensorrt import FakeTensorRt
 
-_TYPES = {1: "FLOAT", 7: "INT64", 10: "HALF", 16: "BF16"}
-
-
 BuilderFlag = enum.Enum("BuilderFlag", ["TF32"])
-
-
-def _tensor(value: Any) -> SimpleNamespace:
-    """An input or output of a network."""
-    dtype = SimpleNamespace(name=_TYPES[value.type.tensor_type.elem_type])
-    return SimpleNamespace(name=value.name, dtype=dtype)
 
 
 class FakeNetwork:
     """A parsed graph."""
 
     proto: Any = None
-    num_layers = 0
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self.proto.graph.input)
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.proto.graph.output)
-
-    def get_input(self, number: int) -> SimpleNamespace:
-        return _tensor(self.proto.graph.input[number])
-
-    def get_output(self, number: int) -> SimpleNamespace:
-        return _tensor(self.proto.graph.output[number])
 
 
 class FakeTimingCache:

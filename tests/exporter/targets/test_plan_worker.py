@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
-from fpabee.exporter.targets.plan_worker import PlanRequest, _configure, _sum_tokens
+from fpabee.exporter.targets.plan_worker import PlanRequest, _configure
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import BackendError
 from fpabee.runtime.artifact.folder import read_manifest
@@ -146,26 +145,3 @@ def test_tensorrt_builds_one_plan_at_a_time(
 
     monkeypatch.setattr(FakeBuilder, "build_serialized_network", alone)
     build_target(double.folder, read_manifest(double.folder), TENSORRT, "fp32", SMALL, jobs=3)
-
-
-def test_the_mean_over_tokens_is_a_product_and_a_sum(engines: Mapping[str, Path]) -> None:
-    """In a network of the real library; a pooler's product with a matrix stays as it is."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    log = error_logger(trt)
-    network = trt.Builder(log).create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse_from_file(str(engines["bert"] / "onnx/fp32/segment_02.onnx"))
-    before = network.num_layers
-    _sum_tokens(trt, network)
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    *_, turned, product, total = layers
-    assert len(layers) == before + 3
-    assert tuple(product.get_output(0).shape) == (-1, -1, 32)
-    assert tuple(total.get_output(0).shape) == (-1, 1, 32)
-    assert turned.get_input(0).name == "token_weights"
-    assert any(
-        layer.get_input(number).name == total.get_output(0).name
-        for layer in layers
-        for number in range(layer.num_inputs)
-        if layer.get_input(number) is not None
-    )

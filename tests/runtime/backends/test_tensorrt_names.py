@@ -19,7 +19,6 @@ KINDS = {
     "builder": "Builder",
     "config": "IBuilderConfig",
     "parser": "OnnxParser",
-    "network": "INetworkDefinition",
     "profile": "IOptimizationProfile",
     "cache": "ITimingCache",
     "_cache": "IRuntimeCache",
@@ -28,14 +27,13 @@ KINDS = {
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
-    AMPERE_PLUS Builder BuilderFlag ERROR ElementWiseOperation ExecutionContextAllocationStrategy
-    HardwareCompatibilityLevel ILogger INTERNAL_ERROR LayerType MATRIX_MULTIPLY NONE
-    NetworkDefinitionCreationFlag OnnxParser PROD ProfilingVerbosity ReduceOperation Runtime SUM
-    Severity TF32 USER_MANAGED add_elementwise add_optimization_profile add_reduce add_shuffle
+    AMPERE_PLUS Builder BuilderFlag ERROR ExecutionContextAllocationStrategy
+    HardwareCompatibilityLevel ILogger INTERNAL_ERROR NONE NetworkDefinitionCreationFlag OnnxParser
+    ProfilingVerbosity Runtime Severity TF32 USER_MANAGED add_optimization_profile
     build_serialized_network clear_flag create_builder_config create_execution_context
     create_network create_optimization_profile create_timing_cache deserialize
-    deserialize_cuda_engine device_memory_size_v2 execute_async_v3 get_error get_layer
-    hardware_compatibility_level infer_shapes max_aux_streams num_errors num_layers nvtx_verbosity
+    deserialize_cuda_engine device_memory_size_v2 execute_async_v3 get_error
+    hardware_compatibility_level infer_shapes max_aux_streams num_errors nvtx_verbosity
     parse_from_file serialize set_device_memory set_flag set_input_shape
     set_optimization_profile_async set_shape set_tensor_address set_timing_cache
     update_device_memory_size_for_shapes
