@@ -6,9 +6,11 @@ will run the plans.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
@@ -19,19 +21,15 @@ from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target, with_target
 from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
-from ...runtime.errors import (
-    BackendError,
-    Call,
-    MissingExtraError,
-    Remedy,
-)
+from ...runtime.errors import BackendError, Call, MissingExtraError, Remedy
 from ...runtime.progress import Progress, silent
 from .options import BUILD_ON_DEVICE, RTX, TENSORRT, PlanOptions, profile_of
-from .plan_worker import PlanRequest, PlanResult
+from .plan_worker import PlanRequest
 
 TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
 _SIGKILL = 9  # on Windows, the module `signal` does not have it
+_ERROR = "[E] "
 _LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
 
 
@@ -41,6 +39,8 @@ def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
         return MissingExtraError(
             f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{extra(backend)}]'"
         )
+    if util.find_spec("polygraphy") is None:  # on a Jetson, TensorRT comes without the extra
+        return MissingExtraError("polygraphy is not installed", "pip install polygraphy")
     if backend == TENSORRT:
         device = cuda_device()
         if device.error:
@@ -96,12 +96,13 @@ def build_target(
     files: dict[str, BuiltFile] = {}
     progress(name, 0, len(graphs))
 
-    def build(graph_name: str) -> PlanResult:
+    def build(graph_name: str) -> float:
+        started = time.perf_counter()
         graph = graphs[graph_name]
         onnx = verified_graph(folder, graph.file, graph.sha256)
-        result = _run_worker(
+        error = _run_worker(
+            backend,
             PlanRequest(
-                module=MODULES[backend],
                 onnx=str(onnx),
                 plan=str(home / f"{graph_name}.plan"),
                 timing_cache=str(home / TIMING_CACHE),
@@ -110,19 +111,19 @@ def build_target(
                     for shapes in options.profiles()
                 ],
                 options=options,
-            )
+            ),
         )
-        if result.error:
-            raise BackendError(f"{name}: {graph_name}: {result.error}", _remedy(result))
-        return result
+        if error:
+            raise BackendError(f"{name}: {graph_name}: {error}", _remedy(error))
+        return time.perf_counter() - started
 
     with ThreadPoolExecutor(1 if backend == TENSORRT else jobs) as pool:
-        for graph, result in zip(graphs, pool.map(build, graphs), strict=True):
+        for graph, seconds in zip(graphs, pool.map(build, graphs), strict=True):
             file = f"targets/{name}/{graph}.plan"
             files[graph] = BuiltFile(
                 file=file, sha256=sha256_of(folder / file), onnx_sha256=graphs[graph].sha256
             )
-            progress(f"{name} {graph} ({result.seconds:.1f} s)", len(files), len(graphs))
+            progress(f"{name} {graph} ({seconds:.1f} s)", len(files), len(graphs))
     target = Target(
         backend=backend,
         precision=precision,
@@ -139,8 +140,8 @@ def build_target(
     return with_target(manifest, name, target), name
 
 
-def _remedy(failed: PlanResult) -> Remedy:
-    if _LACKS_MEMORY.search(failed.error):
+def _remedy(error: str) -> Remedy:
+    if _LACKS_MEMORY.search(error):
         return Remedy("free some memory, and build with fewer {jobs} or smaller shapes")
     return Remedy(
         "run the graphs without plans, on onnxruntime-fp32; please report this with the output of "
@@ -149,20 +150,21 @@ def _remedy(failed: PlanResult) -> Remedy:
     )
 
 
-def _run_worker(request: PlanRequest) -> PlanResult:
+def _run_worker(backend: str, request: PlanRequest) -> str:
+    """Build a plan in another process; returns why there is no plan, or nothing."""
     done = subprocess.run(
         [sys.executable, "-m", "fpabee.exporter.targets.plan_worker"],
         input=msgspec.json.encode(request),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))},
         check=False,
     )
-    try:
-        return msgspec.json.decode(done.stdout, type=PlanResult)
-    except msgspec.DecodeError:
-        if done.returncode == -_SIGKILL:
-            return PlanResult(error="the builder was killed, as happens when memory runs out")
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        return PlanResult(
-            error=f"the builder ended with code {done.returncode}"
-            + (f": {lines[-1]}" if lines else "")
-        )
+    if done.returncode == 0:
+        return ""
+    if done.returncode == -_SIGKILL:
+        return "the builder was killed, as happens when memory runs out"
+    lines = done.stdout.decode(errors="replace").strip().splitlines()
+    # What the library says itself; the exception says little.
+    errors = [line[len(_ERROR) :] for line in lines if line.startswith(_ERROR)]
+    return (errors or lines or [f"the builder ended with code {done.returncode}"])[-1]

@@ -277,8 +277,6 @@ class TensorRtBackend(DeviceBackend):
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 "use fewer threads, or close other programs that use the GPU",
             )
-        # Plans name their layers in detail, which would otherwise slow down every run.
-        context.nvtx_verbosity = self.trt.ProfilingVerbosity.NONE
         done = context.set_optimization_profile_async(self._profile(bucket), stream)
         _must(done, f"{graph} does not accept its profile")
         for spec in self.graphs[graph].inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -12,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from fpabee.exporter.targets import plan_worker
 from fpabee.exporter.targets import tensorrt as targets
+from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import BuiltFile, Range, Shapes, Target
@@ -23,7 +24,6 @@ from fpabee.runtime.backends.cuda_probe import CudaDevice
 from .cuda import FakeCuda
 from .onnxruntime_cuda import FakeCudaSession
 from .tensorrt import FakeTensorRt, plans_of
-from .tensorrt_builder import FakeBuilder, FakeConfig, builder_parts
 
 GPU = CudaDevice("a double", "8.6", (13, 0))
 # Looking through all installed packages takes longer than a test.
@@ -32,13 +32,27 @@ _packages = functools.cache(metadata.packages_distributions)
 
 @dataclass
 class Double:
-    """Doubles of the driver and of TensorRT, and the folder whose target they run."""
+    """Doubles of the driver and of TensorRT, and the folder whose target they run.
+
+    Attributes:
+        builds: what was built, each with the names of the graphs that were timed before.
+    """
 
     folder: Path
     target: str
     cuda: FakeCuda
     trt: FakeTensorRt
-    configs: list[FakeConfig] = field(default_factory=list)
+    builds: list[tuple[PlanRequest, list[str]]] = field(default_factory=list)
+
+    def build(self, backend: str, request: PlanRequest) -> str:
+        """Write a plan that the double can run, as the worker of `build_target` does."""
+        name, cache = Path(request.onnx).stem, Path(request.timing_cache)
+        timed = json.loads(cache.read_text("utf-8")) if cache.is_file() else []
+        self.builds.append((request, timed))
+        cache.write_text(json.dumps([*timed, name]), "utf-8")
+        plan = f"plan of {name} by the double".encode().ljust(96, b".")
+        replace_file(Path(request.plan), plan)
+        return ""
 
     def load(self, **settings: Any) -> Engine:
         """The engine on the double."""
@@ -64,17 +78,16 @@ def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
 
 def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
     """Let doubles run the plans of an engines folder, and build those of TensorRT."""
-    cuda, configs = FakeCuda(), list[FakeConfig]()
-    name = tensorrt.MODULES[backend]
-    trt = FakeTensorRt(cuda, plans_of(folder), name, builder_parts(configs))
-    trt.Builder = lambda logger: FakeBuilder(trt, configs)  # type: ignore[attr-defined]
+    cuda, name = FakeCuda(), tensorrt.MODULES[backend]
+    trt = FakeTensorRt(cuda, plans_of(folder), name)
     patch.setitem(sys.modules, name, trt)
     patch.setattr(device, "cuda", lambda: cuda)
     patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
+    double = Double(folder, "", cuda, trt)
     if backend == "tensorrt":
-        patch.setattr(targets, "_run_worker", plan_worker.build_plan)
-    return Double(folder, "", cuda, trt, configs)
+        patch.setattr(targets, "_run_worker", double.build)
+    return double
 
 
 def install(

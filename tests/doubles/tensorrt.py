@@ -12,7 +12,7 @@ import importlib.machinery
 import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ class FakeContext:
         self.runs = 0
         self.config: Callable[[], Any] = lambda: self
         self.is_eager = True
-        self.nvtx_verbosity = trt.ProfilingVerbosity.DETAILED
         if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 does not have it
             self.is_stream_capturable = lambda stream: self._can_be_captured()
 
@@ -111,7 +110,6 @@ class FakeContext:
         cuda = self.trt.cuda
         assert stream != 0, "the default stream"
         assert self.config() is not None, "the configuration was freed"
-        assert self.nvtx_verbosity is self.trt.ProfilingVerbosity.NONE
         if cuda.streams[stream].capture is not None:
             assert self._can_be_captured(), "a first run was captured"
             assert self.is_eager, "slow kernels would be captured"
@@ -143,7 +141,6 @@ class FakeTensorRt(types.ModuleType):
         cuda: the driver.
         plans: finds a plan by its bytes; None: it cannot be loaded.
         name: the module's name.
-        more: the names that a builder uses, see `builder_parts`.
     """
 
     __version__ = "10.99"
@@ -172,12 +169,6 @@ class FakeTensorRt(types.ModuleType):
         LAZY = 0
         EAGER = 1
 
-    class ProfilingVerbosity(enum.Enum):
-        """As in TensorRT."""
-
-        NONE = 1
-        DETAILED = 2
-
     class EngineValidity(enum.Enum):
         """As in TensorRT for RTX."""
 
@@ -189,7 +180,6 @@ class FakeTensorRt(types.ModuleType):
         cuda: FakeCuda,
         plans: Callable[[bytes], Plan | None],
         name: str = "tensorrt",
-        more: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(name)
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -199,7 +189,6 @@ class FakeTensorRt(types.ModuleType):
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
         self.loses_scratch_size = False
-        self.__dict__.update(more or {})
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         """A runtime that reports to a logger."""

@@ -15,7 +15,7 @@ from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main as export
 from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.options import TENSORRT, PlanOptions
-from fpabee.exporter.targets.plan_worker import PlanRequest, PlanResult
+from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import BackendError, Engine, FPabee, VerificationError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 
@@ -31,13 +31,13 @@ def patch_builds(monkeypatch: pytest.MonkeyPatch, **errors: str) -> None:
     """Let builds give other plans than before, and some of them errors."""
     worker = tensorrt._run_worker
 
-    def other(request: PlanRequest) -> PlanResult:
+    def other(backend: str, request: PlanRequest) -> str:
         plan = Path(request.plan)
         if plan.stem in errors:
-            return PlanResult(error=errors[plan.stem])
-        result = worker(request)
+            return errors[plan.stem]
+        worker(backend, request)
         plan.write_bytes(plan.read_bytes() + b"other")
-        return result
+        return ""
 
     monkeypatch.setattr(tensorrt, "_run_worker", other)
 

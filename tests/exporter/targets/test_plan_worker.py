@@ -1,147 +1,180 @@
-"""The settings of the builder, and the timing cache that builds share, over a double."""
+"""Plans that Polygraphy really builds, with TensorRT for RTX, and the timings that builds share."""
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 
-from fpabee.exporter.targets.options import TENSORRT, PlanOptions
-from fpabee.exporter.targets.plan_worker import PlanRequest, _configure
+from fpabee.exporter.targets import tensorrt
+from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
+from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
 from fpabee.exporter.targets.tensorrt import build_target
-from fpabee.runtime import BackendError
-from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import Manifest
-from fpabee.runtime.backends.tensorrt import error_logger
+from fpabee.runtime import read_manifest
 
 from ...doubles.device import Double
-from ...doubles.tensorrt_builder import FakeBuilder
 
-SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
+SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
 
 
-def build(double: Double, options: PlanOptions = SMALL) -> Manifest:
-    manifest, double.target = build_target(
-        double.folder, read_manifest(double.folder), TENSORRT, "fp32", options
+def graph(path: Path, operator: str) -> str:
+    x, y = (helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy")
+    made = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", [x], [y])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), path)
+    return str(path)
+
+
+def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanRequest:
+    return PlanRequest(
+        onnx=onnx,
+        plan=str(folder / "x.plan"),
+        timing_cache=str(folder / "timing.cache"),
+        profiles=[{"x": [(1, 4), (2, 4), (4, 4)]}, {"x": [(5, 4), (6, 4), (7, 4)]}],
+        options=options,
     )
-    return manifest
 
 
-def timing_cache(double: Double) -> Path:
-    return double.folder / "targets" / "tensorrt-fp32-sm86" / "timing.cache"
+def needs_rtx() -> None:
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-def test_the_settings_reach_the_builder(double: Double) -> None:
-    trt = double.trt.__dict__
-    options = PlanOptions(
-        batch=(1, 2, 4),
-        sequence=(8, 16, 32),
-        hardware_compatible=True,
+def test_a_plan_is_built_in_another_process(tmp_path: Path) -> None:
+    needs_rtx()
+    wanted = request(tmp_path, graph(tmp_path / "x.onnx", "Relu"))
+    assert tensorrt._run_worker(RTX, wanted) == ""
+    assert Path(wanted.plan).stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir() if path.name != "x.onnx"] == ["x.plan"]
+
+
+def test_the_library_says_why_a_graph_cannot_be_built(tmp_path: Path) -> None:
+    needs_rtx()
+    wanted = request(tmp_path, graph(tmp_path / "x.onnx", "NoSuchOperator"))
+    assert "operator: NoSuchOperator" in tensorrt._run_worker(RTX, wanted)
+    assert not Path(wanted.plan).exists()
+
+
+def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, run = request(tmp_path, "x"), subprocess.run
+    for code, says in (
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "when memory runs out"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "ended with code -15"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+    ):
+        command = [sys.executable, "-c", code]
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                subprocess, "run", lambda _, command=command, **others: run(command, **others)
+            )
+            assert says in tensorrt._run_worker(TENSORRT, wanted)
+
+
+# TensorRT has no build for machines without a GPU, so the other library stands for it.
+_PROGRAM = """
+import os, sys
+from pathlib import Path
+import tensorrt_rtx as trt
+rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
+if not rtx:
+    trt.__version__, sys.modules["tensorrt"] = "10.3.0", trt
+    trt.HardwareCompatibilityLevel.AMPERE_PLUS = trt.HardwareCompatibilityLevel.NONE
+from polygraphy.backend.trt import CreateConfig, PostprocessConfig
+from fpabee.exporter.targets import plan_worker
+from tests.exporter.targets.test_plan_worker import SMALL, PlanOptions, request
+settings, call = {}, CreateConfig.__init__
+def noted(self, **given):
+    settings.update(given)
+    call(self, **given)
+CreateConfig.__init__ = noted
+onnx, folder = sys.argv[1], Path(sys.argv[2])
+options = SMALL if rtx else PlanOptions(compute_capabilities=(), hardware_compatible=True)
+flags = trt.BuilderFlag
+builder = trt.Builder.build_serialized_network
+def build(self, network, config):
+    print("FOUND", config.num_optimization_profiles, config.get_flag(flags.TF32),
+          config.get_flag(flags.REQUIRE_USER_ALLOCATION), config.max_aux_streams,
+          config.profiling_verbosity.name, config.num_compute_capabilities,
+          "hardware_compatibility_level" in settings)
+    return builder(self, network, config)
+trt.Builder.build_serialized_network = build
+plan_worker.build_plan(request(folder, onnx, options))
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "found"), [(RTX, "2 False True 0 NONE 2 False"), (TENSORRT, "2 False False 0 NONE")]
+)
+def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path) -> None:
+    """Among them: plans of RTX can be captured, fp32 is fp32, and other timings are replaced."""
+    needs_rtx()
+    onnx = graph(tmp_path / "x.onnx", "Relu")
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"timings of another version")
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, onnx, str(tmp_path)],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))},
+        capture_output=True,
+        text=True,
     )
-    target = build(double, options).targets["tensorrt-fp32-sm86"]
-    assert len(double.configs) == 3
-    for config in double.configs:
-        assert config.hardware_compatibility_level is trt["HardwareCompatibilityLevel"].AMPERE_PLUS
-        assert len(config.profiles) == len(target.profiles) == 2 + 3
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    assert line.removeprefix("FOUND ").startswith(found)
+    assert line.endswith(str(backend == TENSORRT))
+    assert (tmp_path / "x.plan").stat().st_size > 1000
+    assert (cache.read_bytes() == b"timings of another version") == (backend == RTX)
+
+
+def test_segments_share_what_was_timed_one_after_another(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It times kernels on the GPU, so builds at the same time would disturb each other."""
+    builds, build = threading.Lock(), tensorrt._run_worker
+
+    def alone(backend: str, wanted: PlanRequest) -> str:
+        assert builds.acquire(blocking=False), "two builds at the same time"
+        time.sleep(0.05)
+        try:
+            return build(backend, wanted)
+        finally:
+            builds.release()
+
+    monkeypatch.setattr(tensorrt, "_run_worker", alone)
+    options = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), hardware_compatible=True)
+    before = read_manifest(double.folder)
+    manifest, name = build_target(double.folder, before, TENSORRT, "fp32", options, jobs=3)
+    assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
+    target = manifest.targets[name]
+    for wanted, _ in double.builds:
+        assert wanted.options.hardware_compatible
+        assert wanted.options.compute_capabilities == ()
+        assert len(wanted.profiles) == len(target.profiles) == 2 + 3
     assert target.hardware_compatible
     assert target.compute_capabilities == ("8.6",)
 
 
-def test_settings_are_left_to_the_library_and_segments_share_what_was_timed(double: Double) -> None:
-    build(double)
-    config = double.configs[0]
-    assert (config.flags, config.max_aux_streams) == (set(), 0)
-    assert config.hardware_compatibility_level is None
-    cache = timing_cache(double)
-    assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
-    assert [path.name for path in cache.parent.glob("timing*")] == ["timing.cache"]
-    seen = [config.cache.timed for config in double.configs if config.cache]
-    assert [len(timed) for timed in seen] == [1, 2, 3], "a segment starts from those before it"
-
-
-@pytest.mark.parametrize("content", [b"no cache at all", b'["10.3.0", ["other"]]'])
-def test_an_unusable_cache_is_replaced(content: bytes, double: Double) -> None:
-    """It is damaged, or of another version of TensorRT."""
-    cache = timing_cache(double)
-    cache.parent.mkdir(parents=True)
-    cache.write_bytes(content)
-    build(double)
-    assert json.loads(cache.read_bytes()) == ["10.99", SEGMENTS]
-
-
-def test_a_graph_that_cannot_be_parsed_is_named(
-    double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parser = double.trt.__dict__["OnnxParser"]
-    monkeypatch.setattr(parser, "parse_from_file", lambda self, path: False)
-    monkeypatch.setattr(parser, "num_errors", 0)
-    with pytest.raises(BackendError, match="segment_01: parser"):
-        build(double)
-
-
-def test_links_are_replaced_by_plans_and_not_followed(double: Double) -> None:
-    build(double)
-    home = timing_cache(double).parent
-    mine = double.folder / "mine"
+def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
+    mine, link = tmp_path / "mine", tmp_path / "x.plan"
     mine.write_bytes(b"mine")
-    for path in [path for path in home.iterdir() if path.name != "timing.cache"]:
-        path.unlink()
-        path.symlink_to(mine)
-    build(double)
+    link.symlink_to(mine)
+    replace_file(link, b"a plan")
     assert mine.read_bytes() == b"mine"
-    assert not any(path.is_symlink() for path in home.iterdir())
+    assert not link.is_symlink()
+    assert link.read_bytes() == b"a plan"
 
 
-def test_a_build_that_is_killed_while_it_writes_loses_no_timings(
-    double: Double, monkeypatch: pytest.MonkeyPatch
+def test_without_polygraphy_nothing_is_built(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(double)
-    write = Path.write_bytes
-
-    def killed(path: Path, content: Any) -> int:
-        if path.name.startswith("timing"):
-            write(path, b"half")
-            raise KeyboardInterrupt
-        return write(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build(double)
-    assert json.loads(timing_cache(double).read_bytes()) == ["10.99", SEGMENTS]
-
-
-def test_plans_of_rtx_can_be_captured_and_fp32_is_fp32() -> None:
-    """With the real library, whose defaults are different."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    builder = trt.Builder(error_logger(trt))
-    config = builder.create_builder_config()
-    request = PlanRequest(
-        module="tensorrt_rtx", onnx="", plan="", timing_cache="", profiles=[], options=SMALL
-    )
-    assert _configure(trt, builder, config, request) == ""
-    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    assert not config.get_flag(trt.BuilderFlag.TF32)
-    assert config.max_aux_streams == 0
-
-
-def test_tensorrt_builds_one_plan_at_a_time(
-    double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It times kernels on the GPU, so builds at the same time would disturb each other."""
-    builds, build_network = threading.Lock(), FakeBuilder.build_serialized_network
-
-    def alone(*arguments: Any) -> bytes:
-        assert builds.acquire(blocking=False), "two builds at the same time"
-        time.sleep(0.05)
-        try:
-            return build_network(*arguments)
-        finally:
-            builds.release()
-
-    monkeypatch.setattr(FakeBuilder, "build_serialized_network", alone)
-    build_target(double.folder, read_manifest(double.folder), TENSORRT, "fp32", SMALL, jobs=3)
+    found = {"tensorrt_rtx": object()}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    assert "pip install polygraphy" in str(tensorrt.unavailable_reason(RTX))

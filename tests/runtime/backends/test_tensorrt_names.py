@@ -8,43 +8,30 @@ from typing import Any
 
 import pytest
 
-from fpabee.exporter.targets import plan_worker
 from fpabee.runtime.backends import cuda, tensorrt
 
-SOURCE = "".join(Path(str(m.__file__)).read_text("utf-8") for m in (tensorrt, plan_worker))
+SOURCE = Path(tensorrt.__file__).read_text("utf-8")
 KINDS = {
     "context": "IExecutionContext",
     "engine": "ICudaEngine",
     "_runtime": "Runtime",
-    "builder": "Builder",
-    "config": "IBuilderConfig",
-    "parser": "OnnxParser",
-    "profile": "IOptimizationProfile",
-    "cache": "ITimingCache",
     "_cache": "IRuntimeCache",
     "runtime_config": "IRuntimeConfig",
 }
 """The TensorRT class of each variable."""
 
 IN_BOTH = """
-    AMPERE_PLUS Builder BuilderFlag ERROR ExecutionContextAllocationStrategy
-    HardwareCompatibilityLevel ILogger INTERNAL_ERROR NONE NetworkDefinitionCreationFlag OnnxParser
-    ProfilingVerbosity Runtime Severity TF32 USER_MANAGED add_optimization_profile
-    build_serialized_network clear_flag create_builder_config create_execution_context
-    create_network create_optimization_profile create_timing_cache deserialize
-    deserialize_cuda_engine device_memory_size_v2 execute_async_v3 get_error
-    hardware_compatibility_level infer_shapes max_aux_streams num_errors nvtx_verbosity
-    parse_from_file serialize set_device_memory set_flag set_input_shape
-    set_optimization_profile_async set_shape set_tensor_address set_timing_cache
-    update_device_memory_size_for_shapes
+    ERROR ExecutionContextAllocationStrategy ILogger INTERNAL_ERROR Runtime Severity USER_MANAGED
+    create_execution_context deserialize deserialize_cuda_engine device_memory_size_v2
+    execute_async_v3 infer_shapes serialize set_device_memory set_input_shape
+    set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes
 """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
-    ComputeCapability DynamicShapesKernelSpecializationStrategy EAGER EngineValidity INVALID
-    REQUIRE_USER_ALLOCATION create_runtime_cache create_runtime_config
-    dynamic_shapes_kernel_specialization_strategy get_engine_validity num_compute_capabilities
-    set_compute_capability set_execution_context_allocation_strategy set_runtime_cache
+    DynamicShapesKernelSpecializationStrategy EAGER EngineValidity INVALID create_runtime_cache
+    create_runtime_config dynamic_shapes_kernel_specialization_strategy get_engine_validity
+    set_execution_context_allocation_strategy set_runtime_cache
 """
 """Used only with TensorRT for RTX, because not all versions of TensorRT have them."""
 
