@@ -1,4 +1,4 @@
-"""The content of an engines folder: its chain, its targets, and whether its files are intact."""
+"""The targets of an engines folder, and whether its files are intact."""
 
 from __future__ import annotations
 
@@ -11,25 +11,7 @@ from .artifact.folder import resolve, verified, verified_graph
 from .artifact.manifest import Manifest
 from .engine import Engine
 from .errors import ArtifactError, FpabeeError
-from .rules.runner import RuleRunner
-from .targets import backend_class, rule_of
-
-
-class Part(msgspec.Struct, frozen=True):
-    """One segment of the chain, in fp32.
-
-    Attributes:
-        exit: the exit at its end.
-        layers: the first and the last encoder layer that it runs, from 1; for exit 0 both are 0.
-        calls: the graphs that it calls, in order; for exit 0 its file.
-        size: bytes of its graphs, without those that an earlier segment calls, too; None: a file
-            is missing.
-    """
-
-    exit: int
-    layers: tuple[int, int]
-    calls: tuple[str, ...]
-    size: int | None
+from .targets import backend_class
 
 
 class TargetState(msgspec.Struct, frozen=True):
@@ -37,19 +19,13 @@ class TargetState(msgspec.Struct, frozen=True):
 
     Attributes:
         name: the target.
-        size: bytes of its files, or of the graphs that it runs, without missing files.
+        size: bytes of its files, or of the graphs that it runs.
         unavailable_reason: why it cannot run here; empty if it can.
-        no_rule: why its default rule cannot be used; empty if it can.
-        tolerance: largest difference of a logit from the PyTorch model; None: not measured.
-        relative_speed: see `Target`.
     """
 
     name: str
     size: int
     unavailable_reason: str
-    no_rule: str
-    tolerance: float | None
-    relative_speed: float | None
 
 
 class Integrity(msgspec.Struct, frozen=True):
@@ -73,21 +49,6 @@ class Integrity(msgspec.Struct, frozen=True):
         return not self.damaged and not self.refused
 
 
-def chain_parts(folder: Path, manifest: Manifest) -> list[Part]:
-    """Exit 0, if there is one, and the segments of a folder in order."""
-    parts, known, before = list[Part](), set[str](), 0
-    if manifest.exit_0 is not None:
-        file = manifest.exit_0.file
-        parts.append(Part(0, (0, 0), (file,), _size(folder, [file])))
-    for segment in manifest.segments:
-        new = [name for name in dict.fromkeys(segment.calls) if name not in known]
-        known.update(new)
-        size = _size(folder, (manifest.graphs[name].file for name in new))
-        parts.append(Part(segment.exit, (before + 1, segment.layer), segment.calls, size))
-        before = segment.layer
-    return parts
-
-
 def target_states(
     folder: Path, manifest: Manifest, describe: Callable[[FpabeeError], str] = str
 ) -> list[TargetState]:
@@ -98,25 +59,18 @@ def target_states(
         manifest: its manifest.
         describe: how to write the error that explains why a target cannot run here.
     """
-    states, task = [], manifest.task
+    states = []
     for name, target in manifest.targets.items():
         graphs = target.files or manifest.graphs_of(target)
         files = [graph.file for graph in graphs.values()]
-        unavailable_reason = no_rule = ""
+        size, unavailable_reason = 0, ""
         try:
             for file in files:
-                resolve(folder, file)
+                size += resolve(folder, file).stat().st_size
             backend_class(target).check(target, name)
         except FpabeeError as error:
             unavailable_reason = describe(error)
-        try:
-            _, rule = rule_of(folder, manifest, name, None)
-            RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)
-        except FpabeeError as error:
-            no_rule = error.message
-        size = sum(_size(folder, [file]) or 0 for file in files)
-        measured = target.tolerance, target.relative_speed
-        states.append(TargetState(name, size, unavailable_reason, no_rule, *measured))
+        states.append(TargetState(name, size, unavailable_reason))
     return states
 
 
@@ -157,10 +111,3 @@ def _records(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.exit_0 is not None:
         yield manifest.exit_0.file, manifest.exit_0.sha256
     yield from manifest.files.items()
-
-
-def _size(folder: Path, files: Iterable[str]) -> int | None:
-    try:
-        return sum(resolve(folder, file).stat().st_size for file in files)
-    except ArtifactError:
-        return None

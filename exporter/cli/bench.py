@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,28 +25,23 @@ from ...runtime.optional_packages import require
 from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.base import ExitRule, ThresholdRule
 from ...runtime.rules.rules import RULES
-from ..bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, BenchOptions, BenchReport, run_bench
+from ..bench import (
+    FULL_DEPTH,
+    FULL_GRAPH,
+    PADDED_32,
+    WITH_RULE,
+    BenchOptions,
+    BenchReport,
+    run_bench,
+)
 
-_MOST_TOKENS = 2**20
-
-
-def _shapes(_: click.Context, __: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
-    try:
-        shapes = [part.split("x") for part in value.split(",") if part]
-        pairs = tuple((int(rows), int(tokens)) for rows, tokens in shapes)
-    except ValueError:
-        pairs = ((0, 0),)
-    if any(rows < 1 or tokens < 1 for rows, tokens in pairs):
-        raise click.BadParameter(f"{value!r} is not a list of ROWSxTOKENS such as 1x32,32x128")
-    if any(rows * tokens > _MOST_TOKENS for rows, tokens in pairs):
-        raise click.BadParameter(f"{value!r} has a batch of more than {_MOST_TOKENS} tokens")
-    return pairs
+_MOST_TEXTS = 2000
 
 
 @command(
     examples="""
 fpabee-bench engines/ --input texts.txt
-fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
+fpabee-bench engines/ --input texts.txt --depth 0.5
 """,
     panels={
         **RULE,
@@ -61,17 +57,7 @@ fpabee-bench engines/ --input texts.txt --depth 0.5 --model-dir model_dir
     max=1,
     min_open=True,
 )
-@options.option("--model-dir", "DIR", "PyTorch model on which the same rule is timed as well.")
-@options.count("--repeats", "Repetitions of each batch.", 5)
 @options.number("--max-seconds", "Time after which batches run only once.", 120.0, min=0)
-@options.option(
-    "--shapes",
-    "ROWSxTOKENS,...",
-    "Synthetic batches. '' for none.",
-    callback=_shapes,
-    default="1x32,1x128,32x32,32x128",
-)
-@options.count("--max-rows", "Largest number of texts.", 2000)
 @options.target
 @options.threads
 @options.quiet
@@ -84,7 +70,6 @@ def main(
     depth: float | None,
     target: str | None,
     threads: int | None,
-    max_rows: int,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -96,7 +81,7 @@ def main(
     """
     options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
     require("bench")
-    texts = [row.content for row in read_rows(source, options.read_options(settings))]
+    texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
     with step_progress(quiet) as progress:
         with Engine.load(engines, target, threads=threads) as engine:
             kind = RULES[settings["rule"] or engine.rule.name]
@@ -105,11 +90,11 @@ def main(
             rule = options.chosen_rule(engine.rule, settings)
             if depth is not None:
                 progress("choose the threshold", 0, 1)
-                rule = _of_depth(engine, rule, texts[:max_rows], depth)
-        wanted = BenchOptions(rule, max_rows=max_rows, threads=threads, target=target, **settings)
+                rule = _of_depth(engine, rule, texts, depth)
+        wanted = BenchOptions(rule, threads=threads, target=target, **settings)
         report = run_bench(engines, texts, wanted, progress)
     if as_json:
-        click.echo(json.dumps(to_dict(report)))
+        click.echo(json.dumps(dataclasses.asdict(report)))
     else:
         print_report(report, table_console())
 
@@ -125,39 +110,36 @@ def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: floa
     )
 
 
-def to_dict(report: BenchReport) -> dict[str, Any]:
-    """The report and the ratios that follow from it, for JSON."""
-    content = dataclasses.asdict(report)
-    for entry, workload in zip(content["workloads"], report.workloads, strict=True):
-        entry["full_depth_over_full_graph"] = 1 / workload.speedup(FULL_DEPTH)
-        entry["realised"] = workload.speedup(WITH_RULE)
-        entry["realised_over_theoretical"] = workload.realised_share
-    return content
-
-
 def print_report(report: BenchReport, console: Console) -> None:
-    """Print the report as a table with one line for each workload and variant."""
-    table = Table("workload", "variant", "median ms", "p95 ms", "x full graph", "theory", "share")
+    """Print the report as a table in Markdown, with the settings and the hardware below."""
+    heads = ("workload", FULL_GRAPH, FULL_DEPTH, "chain + rule", "speed-up", "theory", "share")
+    table = Table(*heads, box=box.MARKDOWN)
     for workload in report.workloads:
-        for variant, timing in workload.timings.items():
-            theory = share = ""
-            if variant == WITH_RULE:
-                theory, share = f"{workload.theoretical:.2f}", f"{workload.realised_share:.3f}"
-                if not workload.mean_depth:  # layers have no ratio
-                    theory, share = "no layers", ""
-            table.add_row(
-                workload.name if variant == FULL_GRAPH else "",
-                variant,
-                f"{timing.median_ms:.1f}",
-                f"{timing.p95_ms:.1f}",
-                f"{workload.speedup(variant):.2f}",
-                theory,
-                share,
-            )
-        table.add_section()
+        times = {variant: f"{each.median_ms:.1f}" for variant, each in workload.timings.items()}
+        speedup, theory, share = workload.speedup(WITH_RULE), "no layers", ""
+        if workload.mean_depth:  # otherwise layers have no ratio
+            theory, share = f"{workload.theoretical:.2f}x", f"{speedup / workload.theoretical:.3f}"
+        table.add_row(
+            workload.name,
+            times[FULL_GRAPH],
+            f"{times[FULL_DEPTH]} ({1 / workload.speedup(FULL_DEPTH):.2f}x)",
+            times[WITH_RULE],
+            f"{speedup:.2f}x",
+            theory,
+            share,
+        )
     console.print(table)
-    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
+    whole = report.workloads[-1]
+    console.print("Median milliseconds per unit (a batch, a text, or 256 texts).")
+    console.print(
+        f"Rule: {rule_in_words(ExitRule.from_dict(report.rule))}; mean depth "
+        f"{whole.mean_depth:.2f} of {report.layers} layers on the file."
+    )
+    console.print(
+        "The full graph over padded batches of 32 in file order takes "
+        f"{whole.speedup(WITH_RULE, PADDED_32):.1f}x as long as the chain with the rule."
+    )
     if report.target != report.full_target:
         console.print(f"The full graph runs in {report.full_target}, not in {report.target}.")
-    console.print(f"{report.target}, rule {rule_in_words(ExitRule.from_dict(report.rule))}")
-    console.print(f"{report.hardware}; {versions}")
+    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
+    console.print(f"{report.hardware}; {versions}; {report.target}.")

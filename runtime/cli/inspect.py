@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..artifact.folder import read_manifest
 from ..artifact.manifest import Manifest
 from ..environment import environment, providers
 from ..errors import VerificationError
-from ..inspection import Integrity, Part, TargetState, chain_parts, check_integrity, target_states
+from ..inspection import Integrity, TargetState, check_integrity, target_states
 from ..rule_words import settings_in_words
 from ..targets import target_of
 from . import options
@@ -54,17 +53,15 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
             _print_values(content["environment"])
     if engines is not None:
         manifest = read_manifest(engines)
-        parts = chain_parts(engines, manifest)
         states = target_states(engines, manifest, in_terms_of_options)
         found = check_integrity(engines, manifest, states) if check else None
         content |= _summary(manifest) | {
-            "chain": msgspec.to_builtins(parts),
             "targets": msgspec.to_builtins(states),
         }
         if found is not None:
             content["check"] = msgspec.to_builtins(found) | {"passed": found.passed}
         if not as_json:
-            _print(engines, manifest, parts, states)
+            _print(engines, manifest, states)
             if found is not None:
                 _print_check(found)
     if as_json:
@@ -98,16 +95,12 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(
-    folder: Path, manifest: Manifest, parts: Sequence[Part], states: Sequence[TargetState]
-) -> None:
+def _print(folder: Path, manifest: Manifest, states: Sequence[TargetState]) -> None:
     shown = _summary(manifest)
     default, rule = shown.pop("default_target"), shown.pop("rule")
     del shown["operating_points"]
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
-    console = table_console()
-    console.print(chain_table(parts))
     table = Table(
         *("target", "MiB", "error of logits", "speed"),
         *("operating points", "on this machine"),
@@ -121,40 +114,17 @@ def _print(
         ]
         table.add_row(
             state.name + " (default)" * (state.name == default),
-            _mebibytes(state.size),
-            "not measured" if state.tolerance is None else f"{state.tolerance:.1e}",
-            "" if state.relative_speed is None else f"{state.relative_speed:.2f}x",
+            f"{state.size / 2**20:.1f}",
+            "not measured" if target.tolerance is None else f"{target.tolerance:.1e}",
+            "" if target.relative_speed is None else f"{target.relative_speed:.2f}x",
             ", ".join(points),
-            state.unavailable_reason or _runs(state, target.default_operating_point),
+            state.unavailable_reason or "runs",
         )
-    console.print(table)
+    table_console().print(table)
     runs = [state for state in states if not state.unavailable_reason]
     if runs and default not in {state.name for state in runs}:
         name = target_of(folder, manifest, None)
         echo(f"the default target {default} cannot run here; {name} runs instead")
-
-
-def _runs(state: TargetState, default: str) -> str:
-    if not state.no_rule:
-        return "runs"
-    rule = f"default operating point {default!r}" if default else "default rule"
-    return f"runs, but its {rule} cannot be used: {state.no_rule}"
-
-
-def chain_table(parts: Sequence[Part]) -> Table:
-    """The segments of a chain, with the graphs that each calls."""
-    table = Table("exit", "layers", "MiB", "calls", "graphs", box=box.SIMPLE_HEAD)
-    for part in parts:
-        first, last = part.layers
-        calls = Counter(part.calls).items()
-        table.add_row(
-            str(part.exit),
-            f"{first or 'none'}" if first == last else f"{first}-{last}",
-            "missing" if part.size is None else _mebibytes(part.size),
-            str(len(part.calls)),
-            ", ".join(f"{name} x{times}" if times > 1 else name for name, times in calls),
-        )
-    return table
 
 
 def _print_check(found: Integrity) -> None:
@@ -172,7 +142,3 @@ def _print_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         echo(f"{name}: {text}")
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.1f}"

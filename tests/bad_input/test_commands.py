@@ -164,8 +164,6 @@ SETTINGS = [
     Case("no room for a token", run("--max-length", 2), "2", "3"),
     Case("a depth without threshold",
          command("bench", "--depth", 0.5, "--rule", "pabee", "--patience", 1), "pabee"),
-    Case("another model to compare with",
-         lambda p: [*command("bench")(p), "--model-dir", p.models["albert"]], "--model-dir"),
 ]  # fmt: skip
 
 # What is given, and what the message names.
@@ -177,8 +175,6 @@ USAGE: list[tuple[Make, str]] = [
     (lambda p: ["inspect"], "--env"),
     (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
     (command("bench", "--depth", 0.5, "--threshold", 0.1), "--threshold"),
-    (command("bench", "--shapes", "ax8"), "'ax8'"),
-    (command("bench", "--shapes", "1000000000x8"), "1048576"),
     (lambda p: ["export"], "--from"),
     (command("export", "--exits", "1,,2"), "'1,,2'"),
     (command("export", "--batch", "8,4,2"), "'8,4,2'"),

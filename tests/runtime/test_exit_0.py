@@ -30,7 +30,7 @@ from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.exit_0 import ExitZero, ngrams
-from fpabee.runtime.inspection import chain_parts, check_integrity, target_states
+from fpabee.runtime.inspection import check_integrity, target_states
 
 from ..conftest import WORDS, add_exit_0, correct_reference, set_exit_0
 
@@ -285,13 +285,6 @@ def test_another_number_of_ngrams_is_refused(folder: Path) -> None:
     spec = msgspec.structs.replace(manifest.exit_0, buckets=12)
     with pytest.raises(ArtifactError, match="12 buckets, which is not a power of two"):
         write_manifest(folder, msgspec.structs.replace(manifest, exit_0=spec))
-
-
-def test_the_parts_of_a_chain_begin_with_exit_0(folder: Path) -> None:
-    part, *others = chain_parts(folder, read_manifest(folder))
-    size = (folder / EXIT_0_NAME).stat().st_size
-    assert (part.exit, part.layers, part.calls, part.size) == (0, (0, 0), ("exit_0.npz",), size)
-    assert [other.exit for other in others] == [1, 2, 3]
 
 
 def test_a_missing_or_damaged_file_is_named(folder: Path) -> None:

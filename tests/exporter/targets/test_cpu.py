@@ -96,8 +96,6 @@ def test_the_fastest_becomes_the_default(folder: Path) -> None:
     shown = CliRunner().invoke(inspect, [str(folder)])
     assert "openvino-fp32 (default)" in shown.stdout
     assert "2.00x" in shown.stdout
-    states = {s["name"]: s for s in json.loads(run_inspect(folder).stdout)["targets"]}
-    assert states[FP32]["relative_speed"] == 2.0
 
 
 def test_what_other_targets_leave_in_the_caches_is_not_timed(

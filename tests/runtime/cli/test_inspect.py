@@ -18,8 +18,8 @@ from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.cli.inspect import chain_table, main
-from fpabee.runtime.inspection import Part, chain_parts, check_integrity, target_states
+from fpabee.runtime.cli.inspect import main
+from fpabee.runtime.inspection import check_integrity, target_states
 
 from ...bad_input.cases import corrected
 from ...doubles.device import install
@@ -55,7 +55,6 @@ def test_a_folder_is_described(
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
     assert "exits: 0, 1, 2, 3" in shown
-    assert " 0 none 0.0 1 exit_0.npz 1 1 " in shown
 
 
 NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
@@ -75,26 +74,6 @@ def test_names_from_files_are_escaped(
     assert shown.replace("\n", "").isprintable()
     content = json.loads(run(folder, "--json").stdout)
     assert content["labels"][0] == NASTY
-
-
-def test_the_chain_is_a_table(engines: Mapping[str, Path]) -> None:
-    folder = engines["albert"]
-    manifest = read_manifest(folder)
-    parts = chain_parts(folder, manifest)
-    assert [part.layers for part in parts] == [(1, 1), (2, 2), (3, 3)]
-    sizes = [(folder / graph.file).stat().st_size for graph in manifest.graphs.values()]
-    assert sum(part.size or 0 for part in parts) == sum(sizes), "a shared block counts once"
-    assert set(parts[0].calls) & set(parts[2].calls)
-    assert ["3", "3"] in [line.split()[:2] for line in run(folder).stdout.splitlines()]
-    parts = [
-        Part(1, (1, 4), ("embed", "block", "block", "block", "block", "head"), 3 * 2**20),
-        Part(2, (5, 5), ("block",), None),
-    ]
-    cells = [list(column.cells) for column in chain_table(parts).columns]
-    assert list(zip(*cells, strict=True)) == [
-        ("1", "1-4", "3.0", "6", "embed, block x4, head"),
-        ("2", "5", "missing", "1", "block"),
-    ]
 
 
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:
@@ -159,29 +138,6 @@ def test_the_environment_and_sizes_need_no_onnxruntime(
     assert state.size == size
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     assert "onnxruntime is damaged" in run("--env").stdout
-
-
-@pytest.mark.parametrize(
-    ("point", "where"), [("fast", "default operating point 'fast'"), ("", "default rule")]
-)
-def test_a_rule_that_cannot_be_used_is_named(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], point: str, where: str
-) -> None:
-    folder = engine_copy()
-    problem = "exit is 9, but the exits of the model are 1 to 3"
-    if point:
-        set_points(folder, default=point, **{point: Budget(exit=9)})
-    else:
-        bad = msgspec.structs.replace(read_manifest(folder), default_rule=Budget(exit=9).to_dict())
-        write_manifest(folder, bad)
-    shown = run(folder)
-    assert shown.exit_code == 0, shown.output
-    assert f"runs, but its {where} cannot be used: " in shown.stdout
-    assert problem in shown.stdout
-    (state,) = json.loads(run(folder, "--json").stdout)["targets"]
-    assert state["unavailable_reason"] == ""
-    assert problem in state["no_rule"]
-    assert run(folder, "--check").exit_code == 1
 
 
 def test_targets_that_cannot_run_say_why(
