@@ -39,7 +39,7 @@ fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
 fpabee-calibrate engines/ --data dev.jsonl --all-targets
 fpabee-calibrate engines/ --set-default fast
-fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report report.html
+fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
         "With --risk": "--confidence --risk-of",
