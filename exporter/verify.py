@@ -1,8 +1,7 @@
 """Check that an exported model gives what the PyTorch model gives.
 
-Every export checks each graph against its PyTorch module, on the inputs that the PyTorch model
-feeds it. Then it checks the chain of graphs, in the runtime that users run, against the whole
-model.
+Every export checks the chain of graphs, in the runtime that users run, against the whole model, at
+all exits.
 """
 
 from __future__ import annotations
@@ -18,20 +17,11 @@ import torch
 
 from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import (
-    ATTENTION_BIAS,
-    HIDDEN_STATES,
-    NEXT,
-    VERIFICATION_NAME,
-    Manifest,
-)
-from ..runtime.backends.onnxruntime_session import cpu_session
-from ..runtime.backends.stepping import steps
-from ..runtime.encoding import EncodedRow, Text, padded_batches, padding_values
+from ..runtime.artifact.manifest import VERIFICATION_NAME, Manifest
+from ..runtime.encoding import EncodedRow, Text, padded_batches
 from ..runtime.engine import Engine
-from ..runtime.errors import VerificationError
+from .exact import FP32_TARGET
 from .model import MultiExitModel
-from .segments import Cut
 
 # The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
 LEAST_TOLERANCE = 1e-5
@@ -75,51 +65,13 @@ def reference_logits(
     return np.concatenate(batches, axis=1).astype(np.float32)
 
 
-def check_graphs(
-    cut: Cut, manifest: Manifest, folder: Path, rows: Sequence[EncodedRow]
-) -> dict[str, float]:
-    """The largest difference between each graph and its module, on inputs from the PyTorch model.
-
-    Raises:
-        VerificationError: a graph differs too much; the first one is named.
-    """
-    batches = list(padded_batches(rows, padding_values(manifest.tokenizer), _BATCH))
-    worst = dict.fromkeys(cut.modules, 0.0)
-    for step in steps(
-        manifest, batches, lambda name: cpu_session(folder / manifest.graphs[name].file)
-    ):
-        with torch.no_grad():
-            outputs = cut.modules[step.graph](
-                {key: torch.from_numpy(value) for key, value in step.inputs.items()}
-            )
-        expected = {key: value.numpy() for key, value in outputs.items()}
-        is_real = batches[step.batch][ATTENTION_BIAS][:, 0, 0] == 0
-        for key, value in step.outputs.items():
-            difference = np.abs(value - expected[key])
-            if key == NEXT + HIDDEN_STATES:  # those of padding are never read
-                difference = difference[is_real]
-            # Unlike max(), this keeps NaN, which must fail.
-            worst[step.graph] = float(np.maximum(worst[step.graph], difference.max()))
-        if not worst[step.graph] <= EXPORT_REQUIREMENTS.logits:
-            raise VerificationError(
-                f"{step.graph} differs from its PyTorch module by {worst[step.graph]:.2e}; "
-                f"at most {EXPORT_REQUIREMENTS.logits:.0e} is allowed",
-                _REPORT,
-            )
-        step.outputs.update(expected)
-    return worst
-
-
-def check_chain(
-    engine: Engine, texts: Sequence[Text], expected: Logits, graphs: dict[str, float]
-) -> Agreement:
+def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agreement:
     """Compare the chain with the PyTorch model.
 
     Args:
         engine: the export, loaded.
         texts: the texts to compare.
         expected: `[exits, rows, labels]` of the PyTorch model.
-        graphs: what `check_graphs` returned, for the record.
 
     Raises:
         VerificationError: logits, labels or exits differ too much.
@@ -135,26 +87,23 @@ def check_chain(
     for agreement in (first, second):
         must_pass(agreement, "the chain differs from the PyTorch model", _REPORT)
     difference = max(first.max_logit_difference, second.max_logit_difference)
-    return dataclasses.replace(first, max_logit_difference=difference, graphs=graphs)
+    return dataclasses.replace(first, max_logit_difference=difference)
 
 
-def with_verification(
-    folder: Path, manifest: Manifest, target: str, agreement: Agreement
-) -> Manifest:
+def with_verification(folder: Path, manifest: Manifest, agreement: Agreement) -> Manifest:
     """Write `verification.json`, and return the manifest that records the result.
 
     Args:
         folder: the engines folder.
         manifest: its manifest; the new one is returned, not written.
-        target: the target that was compared.
         agreement: how closely it agrees with the PyTorch model.
     """
     path = folder / VERIFICATION_NAME
     path.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
     tolerance = max(LEAST_TOLERANCE, agreement.max_logit_difference)
-    checked = msgspec.structs.replace(manifest.targets[target], tolerance=tolerance)
+    checked = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
     return msgspec.structs.replace(
         manifest,
-        targets={**manifest.targets, target: checked},
+        targets={**manifest.targets, FP32_TARGET: checked},
         files={**manifest.files, VERIFICATION_NAME: sha256_of(path)},
     )

@@ -7,7 +7,7 @@ by the check of a built target, and by `Engine.check`. Needs only numpy.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,6 @@ class Agreement:
         required: the least shares and the largest difference with which the target passes.
         first_bad_exit: the first exit where logits, labels or the decision to stop differ too much;
             None if there is no such exit.
-        graphs: largest absolute difference of any output of each graph, by the graph's name;
-            empty if graphs were not compared one by one.
     """
 
     rows: int
@@ -83,7 +81,6 @@ class Agreement:
     near_ties: int
     required: Requirements
     first_bad_exit: int | None = None
-    graphs: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
