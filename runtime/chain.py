@@ -37,13 +37,11 @@ class WindowResult:
         exits: `[rows]` int64, the exit of each row.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
         first_exit: the exit of the first logits.
-        wasted: segments that rows ran beyond their exit; only devices that look ahead waste any.
     """
 
     exits: Integers
     logits: NDArray[np.float32]
     first_exit: int
-    wasted: int = 0
 
     @property
     def at_exit(self) -> NDArray[np.float32]:
@@ -58,12 +56,10 @@ class RowResult:
     Attributes:
         exit: its exit.
         logits: the logits of every exit that it reached, one list after another.
-        wasted: segments that it ran beyond its exit.
     """
 
     exit: int
     logits: list[list[float]]
-    wasted: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +144,7 @@ class Chain(Generic[B]):
         logits = np.full((len(runner.exits), 1, self.backend.labels), np.nan, np.float32)
         logits[: len(found.logits), 0] = found.logits
         first = runner.exits[0]
-        return WindowResult(np.array([found.exit], np.int64), logits, first, found.wasted)
+        return WindowResult(np.array([found.exit], np.int64), logits, first)
 
     def run_one(self, row: EncodedRow, runner: RuleRunner) -> RowResult:
         """Run a single row until the rule stops it; the errors are those of `run`."""
@@ -160,20 +156,18 @@ class Chain(Generic[B]):
         execution, bucket = self.execution, self.bucket(1, len(row), alone=True)
         hidden = execution.begin([row], bucket)
         pending = execution.enqueue(0, hidden)
-        wasted = 0
         for segment in range(1, self.backend.segments + 1):
             ahead = pending
             if execution.lookahead and segment < self.backend.segments:
                 ahead = execution.enqueue(segment, hidden)
             history.append(self._finite(segment, pending.result()[LOGITS][0].tolist()))
             if one.stops(history[-1]):
-                wasted = int(ahead is not pending)
                 break
             if not execution.lookahead:
                 ahead = execution.enqueue(segment, hidden)
             pending = ahead
         execution.release(hidden)
-        return RowResult(segment, history, wasted)
+        return RowResult(segment, history)
 
     def _finite(self, exit_number: int, logits: list[float]) -> list[float]:
         if not all(map(math.isfinite, logits)):
@@ -283,7 +277,6 @@ class _Window(Generic[B]):
         self._exits = np.zeros(len(rows), np.int64)
         shape = len(runner.exits), len(rows), chain.backend.labels
         self._logits = np.full(shape, np.nan, np.float32)
-        self._wasted = 0
         going, state = np.arange(len(rows)), runner.start(len(rows))
         if chain.exit_0 is not None:
             stops = self._decide(0, going, state, chain.exit_0(rows))
@@ -302,7 +295,7 @@ class _Window(Generic[B]):
                 self._run_ahead(next(groups))
             else:
                 self._run_groups(groups)
-        return WindowResult(self._exits, self._logits, self._runner.exits[0], self._wasted)
+        return WindowResult(self._exits, self._logits, self._runner.exits[0])
 
     def _begin(self, part: tuple[RowNumbers, PatienceState]) -> Group[B]:
         rows, state = part
@@ -345,7 +338,7 @@ class _Window(Generic[B]):
         """Run one group, and enqueue each segment before reading the exit before it.
 
         The device therefore never waits for the rule. A row that stops has run one segment more
-        than necessary, which is counted.
+        than necessary.
 
         Three arrays hold the positions of the remaining rows. For example, of the rows a, b and c,
         row b stops at exit 1, after segment 2 has been enqueued for all three. Then:
@@ -362,8 +355,7 @@ class _Window(Generic[B]):
         segments = self._chain.backend.segments
         for segment in range(first, segments):
             ahead, ahead_at = pending, hidden_at
-            is_last = segment + 1 == segments
-            if not is_last:
+            if segment + 1 < segments:
                 ahead = self._execution.enqueue(segment + 1, hidden)
             logits = pending.result()[LOGITS][read_at]
             if unread is not None:
@@ -371,7 +363,6 @@ class _Window(Generic[B]):
                 unread = None
             stops = self._decide(segment + 1, rows, state, logits)
             if stops is not None:
-                self._wasted += 0 if is_last else int(np.count_nonzero(stops))
                 keep = np.flatnonzero(~stops)
                 if not len(keep):
                     break

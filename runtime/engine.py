@@ -373,7 +373,6 @@ class Engine:
         logits: NDArray[np.float32],
         limited: Mask,
         missed: Mask,
-        wasted: int = 0,
     ) -> list[Prediction]:
         """Count rows in the tally, and make their predictions.
 
@@ -383,7 +382,6 @@ class Engine:
             logits: `[rows, labels]` float32 at that exit.
             limited: `[rows]` whether the deadline stopped a row before its rule did.
             missed: `[rows]` whether the deadline was missed.
-            wasted: segments that the rows ran beyond their exit.
         """
         first = self._exits[0]
         counts = Tally(
@@ -391,7 +389,6 @@ class Engine:
             truncated=sum(row.truncated for row in rows),
             deadline_limited=int(np.count_nonzero(limited)),
             deadline_missed=int(np.count_nonzero(missed)),
-            wasted=wasted,
         )
         with self._tally_lock:
             self._tally += counts
@@ -473,7 +470,7 @@ class Engine:
             result = self.model.run(rows, self.model.runner(runner.rule.capped(cap)))
             limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
         found = result.exits, result.at_exit
-        yield from self.answers(rows, *found, limited, missed, result.wasted)
+        yield from self.answers(rows, *found, limited, missed)
 
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
@@ -482,5 +479,5 @@ class Engine:
             result = chain.run_one(row, runner)
         exits = tuple([int(number == result.exit) for number in self._exits])
         with self._tally_lock:
-            self._tally += Tally(exits, row.truncated, wasted=result.wasted)
+            self._tally += Tally(exits, row.truncated)
         return self._predictions.row(result.logits[-1], result.exit, row.truncated)

@@ -81,14 +81,12 @@ class Tally:
         truncated: rows with more tokens than the model takes.
         deadline_limited: rows that a deadline stopped before their rule did.
         deadline_missed: rows whose `Prediction.deadline_missed` is true.
-        wasted: segments that rows ran beyond their exit, on devices that look ahead.
     """
 
     exits: tuple[int, ...]
     truncated: int = 0
     deadline_limited: int = 0
     deadline_missed: int = 0
-    wasted: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -96,7 +94,6 @@ class Tally:
             self.truncated + other.truncated,
             self.deadline_limited + other.deadline_limited,
             self.deadline_missed + other.deadline_missed,
-            self.wasted + other.wasted,
         )
 
     @property

@@ -103,13 +103,6 @@ def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
     return int(np.prod(shape_of(spec, bucket))) * dtype_of(spec).itemsize
 
 
-def crop_of(spec: TensorSpec, bucket: Bucket) -> tuple[slice, ...]:
-    """The part of a tensor for longer rows that a bucket needs."""
-    return tuple(
-        slice(bucket.sequence) if size == "sequence" else slice(None) for size in spec.shape
-    )
-
-
 V = TypeVar("V")
 S = TypeVar("S")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,9 +27,9 @@ from ..artifact.manifest import (
 )
 from ..cpu import multiplies_int8
 from ..encoding import Arrays, EncodedRow, write_rows
-from ..errors import COPY_AGAIN, ArtifactError, BackendError, Remedy, first_line
+from ..errors import ArtifactError, BackendError, Remedy, first_line
 from .backend import Backend, Execution
-from .buffers import BufferName, Buffers, GraphCall, Hidden, crop_of, dtype_of, shape_of
+from .buffers import BufferName, Buffers, GraphCall, Hidden, dtype_of, shape_of
 from .onnxruntime_session import is_out_of_memory
 from .shapes import Bucket, Limits, Rows
 
@@ -116,12 +116,8 @@ class HostBackend(Backend[HostBuffers]):
         """Prepare to run a graph over buffers."""
 
     @abstractmethod
-    def read(self, file: BuiltFile | Graph) -> tuple[Any, Iterable[str]]:
-        """Load a graph, after `verified` if its file is read.
-
-        Returns:
-            The graph as the library represents it, and the names of its inputs and outputs.
-        """
+    def read(self, file: BuiltFile | Graph) -> Any:
+        """Load a graph as the library represents it, after `verified` if its file is read."""
 
     @staticmethod
     @abstractmethod
@@ -152,25 +148,15 @@ class HostBackend(Backend[HostBuffers]):
 
     def _load(self, name: str) -> Any:
         file = self._file(name)
-        path = self._folder / file.file
         try:
-            graph, names = self.read(file)
+            return self.read(file)
         except self.failures() as error:
             raise ArtifactError(
-                f"{self.library} cannot load {path}: {first_line(error)}",
+                f"{self.library} cannot load {self._folder / file.file}: {first_line(error)}",
                 "close other programs: there is not enough free memory"
                 if is_out_of_memory(error)
                 else f"update {self.library}: {self.update}; or export the model again",
             ) from error
-        expected = {spec.name for spec in (*self.graphs[name].inputs, *self.graphs[name].outputs)}
-        found = set(names)
-        if found != expected:
-            raise ArtifactError(
-                f"{path} is another graph than the manifest describes: it has "
-                f"{', '.join(sorted(found))}; expected {', '.join(sorted(expected))}",
-                COPY_AGAIN,
-            )
-        return graph
 
 
 class HostExecution(Execution[HostBuffers]):
@@ -239,7 +225,8 @@ class HostExecution(Execution[HostBuffers]):
     def _crop(
         self, spec: TensorSpec, buffer: BufferName, source: HostBuffers, target: HostBuffers
     ) -> None:
-        target.buffer(buffer)[0][...] = source.buffer(buffer)[0][crop_of(spec, target.bucket)]
+        ends = [target.bucket.sequence if size == "sequence" else None for size in spec.shape]
+        target.buffer(buffer)[0][...] = source.buffer(buffer)[0][tuple(map(slice, ends))]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -160,8 +159,8 @@ class OpenVinoBackend(HostBackend):
             request.set_tensor(name, buffers.buffer(buffer)[1])
         return partial(compiled.run, request)
 
-    def read(self, file: BuiltFile | Graph) -> tuple[Compiled, Iterable[str]]:
-        """A compiled model, from the cache if possible, and the names of its inputs and outputs."""
+    def read(self, file: BuiltFile | Graph) -> Compiled:
+        """A compiled model, from the cache if possible."""
         key = self._key(file.sha256)
         found = self._imported(key)
         if found is None:
@@ -170,7 +169,7 @@ class OpenVinoBackend(HostBackend):
                 compiled_cache.write(key, _exported(model))
             # What is read from the cache takes less memory than what was compiled.
             found = self._imported(key) or Compiled(model, None, can_share_memory(model))
-        return found, (port.any_name for port in (*found.model.inputs, *found.model.outputs))
+        return found
 
     def _compile(self, file: BuiltFile | Graph) -> Any:
         import openvino as ov

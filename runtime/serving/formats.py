@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,12 +22,10 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         deadline_ms: milliseconds for the answer.
         max_exit: rows stop at this exit at the latest.
-        top_k: how many labels an answer has with their probabilities, the most probable first.
     """
 
     deadline_ms: float | None = None
     max_exit: int | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class ClassifyRequest(Options, kw_only=True, forbid_unknown_fields=True):
@@ -37,13 +35,11 @@ class ClassifyRequest(Options, kw_only=True, forbid_unknown_fields=True):
         input: a text, or a list of texts and pairs.
         model: anything; there is one model.
         user: ignored.
-        logits: whether answers have the logits of all labels.
     """
 
     input: str | list[str | Pair]
     model: str | None = None
     user: str | None = None
-    logits: bool = False
 
     @property
     def texts(self) -> list[Text]:
@@ -72,8 +68,6 @@ class Answer(msgspec.Struct):
         truncated: whether the text was too long.
         deadline_limited: whether the deadline stopped the row.
         deadline_missed: whether the answer is late.
-        top: with `top_k`, the most probable labels.
-        logits: if they were asked for, the logits at that exit, in the order of `probs`.
     """
 
     index: int
@@ -86,8 +80,6 @@ class Answer(msgspec.Struct):
     truncated: bool
     deadline_limited: bool
     deadline_missed: bool
-    top: list[LabelScore] | msgspec.UnsetType = msgspec.UNSET
-    logits: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Usage(msgspec.Struct):
@@ -158,16 +150,11 @@ def _text_or_pair(strings: Sequence[str]) -> Text:
 
 
 def classify_response(
-    asked: ClassifyRequest,
-    predictions: Sequence[Prediction],
-    labels: Sequence[str],
-    model: str,
-    tokens: int,
+    predictions: Sequence[Prediction], labels: Sequence[str], model: str, tokens: int
 ) -> ClassifyResponse:
     """Answers in vLLM's format.
 
     Args:
-        asked: the request.
         predictions: in the order of the request.
         labels: in the order of the probabilities.
         model: the name of the model.
@@ -185,8 +172,6 @@ def classify_response(
             answer.truncated,
             answer.deadline_limited,
             answer.deadline_missed,
-            _scores(answer.top(labels, asked.top_k)) if asked.top_k else msgspec.UNSET,
-            answer.logits if asked.logits else msgspec.UNSET,
         )
         for number, answer in enumerate(predictions)
     ]
@@ -198,19 +183,14 @@ def predict_response(
     asked: PredictRequest, prediction: Prediction, labels: Sequence[str]
 ) -> list[LabelScore]:
     """An answer in the format of text-embeddings-inference, the most probable label first."""
-    top = prediction.top(labels, asked.top_k)
-    if not asked.raw_scores:
-        return _scores(top)
-    logits = dict(zip(labels, prediction.logits, strict=True))
-    return _scores([(label, logits[label]) for label, _ in top])
-
-
-def _scores(pairs: Sequence[tuple[str, float]]) -> list[LabelScore]:
-    return [LabelScore(score, label) for label, score in pairs]
+    scores = prediction.logits if asked.raw_scores else prediction.probabilities
+    pairs = zip(prediction.probabilities, scores, labels, strict=True)
+    ranked = sorted(pairs, key=lambda pair: -pair[0])
+    return [LabelScore(score, label) for _, score, label in ranked]
 
 
 def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
-    """The OpenAPI 3.1 schema of the server.
+    """The OpenAPI 3.1 schema of the requests that classify texts.
 
     Args:
         version: of fpabee.
@@ -222,10 +202,7 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
     )
     scores = {"type": "array", "items": refs[4]}
     answers = {"oneOf": [scores, {"type": "array", "items": scores}]}
-    any_object = {"type": "object"}
     failures = {str(status): _response(text, refs[3]) for status, text in statuses.items()}
-    wait = {"description": "seconds to wait", "schema": {"type": "integer"}}
-    failures["429"]["headers"] = {"Retry-After": wait}
 
     def post(summary: str, request: Any, response: Any) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": request}}}
@@ -233,28 +210,17 @@ def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
         return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
     classify = post("Classify texts, as in vLLM.", refs[0], refs[1])
-
-    def get(summary: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
-        return {"get": {"summary": summary, "responses": {"200": _response("", schema, kind)}}}
-
-    health = get("Whether the server takes requests.", any_object)
-    health["get"]["responses"]["503"] = failures["503"]
     return {
         "openapi": "3.1.0",
         "info": {"title": "fpabee", "version": version},
         "paths": {
-            "/": get("A page to try the model.", {"type": "string"}, "text/html"),
             "/classify": classify,
             "/v1/classify": classify,
             "/predict": post("Classify texts, as in TEI.", refs[2], answers),
-            "/health": health,
-            "/info": get("The model and the limits.", any_object),
-            "/openapi.json": get("This schema.", any_object),
-            "/metrics": get("Metrics for Prometheus.", {"type": "string"}, "text/plain"),
         },
         "components": {"schemas": schemas},
     }
 
 
-def _response(description: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
-    return {"description": description, "content": {kind: {"schema": schema}}}
+def _response(description: str, schema: Any) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

@@ -151,26 +151,6 @@ class Scheduler:
             self._queue(futures, self._engine.encode(texts), deadline_ms, max_exit, arrived)
         return futures
 
-    def submit_encoded(
-        self,
-        rows: Sequence[EncodedRow],
-        deadline_ms: float | None = None,
-        max_exit: int | None = None,
-        arrived: float | None = None,
-    ) -> list[Future[Prediction]]:
-        """Queue the results of `Engine.encode`, or none of them; see `submit`.
-
-        Args:
-            rows: the results.
-            deadline_ms: milliseconds from their arrival.
-            max_exit: the rows stop at this exit at the latest.
-            arrived: when the texts arrived, in seconds of `perf_counter`; default: now.
-        """
-        arrived = perf_counter() if arrived is None else arrived
-        with self._accepted(len(rows)) as futures:
-            self._queue(futures, rows, deadline_ms, max_exit, arrived)
-        return futures
-
     async def classify(
         self,
         texts: Sequence[Text],
@@ -385,7 +365,7 @@ class Scheduler:
         logits = pending.result()[LOGITS]
         self._time(group, started)
         is_ahead = self._is_unread(group)
-        done = self._decide(exit_number, self._running, group.state, logits, is_ahead)
+        done = self._decide(exit_number, self._running, group.state, logits)
         if done.any():
             group.keep = np.flatnonzero(~done)
         if is_ahead and not done.all():
@@ -491,7 +471,6 @@ class Scheduler:
         rows: Sequence[_Row],
         state: PatienceState,
         logits: Any,
-        is_ahead: bool = False,
     ) -> Mask:
         """Apply the rule to a group at an exit, and answer the rows that stop.
 
@@ -500,7 +479,6 @@ class Scheduler:
             rows: the rows; those that have their answer already stay as they are.
             state: what the rule remembers of them.
             logits: `[rows, labels]` float32 at the exit.
-            is_ahead: whether the next segment has been started for all of them.
 
         Returns:
             `[rows]` bool, which rows leave the group.
@@ -515,7 +493,7 @@ class Scheduler:
         places = np.flatnonzero(done & finite & ~answered)
         if len(places):
             stopped = [rows[place] for place in places.tolist()]
-            self._answer(exit_number, stopped, clean[places], is_ahead=is_ahead)
+            self._answer(exit_number, stopped, clean[places])
         if not finite.all():
             failed = [rows[place] for place in np.flatnonzero(~finite).tolist()]
             self._fail(failed, not_finite(self._model.target, exit_number))
@@ -549,7 +527,6 @@ class Scheduler:
         rows: Sequence[_Row],
         logits: Any,
         limited: bool = False,
-        is_ahead: bool = False,
     ) -> None:
         kept = [number for number, row in enumerate(rows) if not row.future.cancelled()]
         if not kept:
@@ -562,7 +539,6 @@ class Scheduler:
             logits[kept],
             np.full(len(taken), limited),
             np.array([now > row.deadline for row in taken]),
-            len(taken) if is_ahead else 0,
         )
         if exit_number == 0:
             self._tell_started(taken, now)

@@ -208,7 +208,7 @@ class _Server:
         rows: list[EncodedRow] = []
         found = await self._answers(request, asked, rows.extend)
         tokens = sum(map(len, rows))
-        return _json(classify_response(asked, found, self._engine.labels, self._name, tokens))
+        return _json(classify_response(found, self._engine.labels, self._name, tokens))
 
     async def _predict(self, request: Request) -> Response:
         asked = await self._read(request, PredictRequest)

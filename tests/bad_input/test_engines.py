@@ -135,7 +135,7 @@ FILES = [
     Case("graphs that take less than the manifest says", long_text, "segment_01", "--max-length"),
     Case("a segment that is no ONNX", rewritten(SECOND, b"hello"), SECOND),
     Case("a segment with a loop", folder(corrected(SECOND, with_loop)), SECOND),
-    Case("a segment of another family", of_mpnet, SECOND),
+    Case("a segment of another family", of_mpnet, "segment_02"),
     Case("a segment of another model", served(other_weights),
          "onnxruntime-fp32"),
     Case("a segment of NaN where no row stops",

@@ -112,16 +112,6 @@ def test_a_group_shrinks_if_this_halves_its_tokens(
     assert len(calls) == regroups
 
 
-def test_looking_ahead_counts_wasted_segments(double: Callable[..., Double]) -> None:
-    made = double()
-    with made.load() as engine, Engine.load(made.folder) as usual:
-        for rows in (engine.encode(TEXTS), engine.encode(TEXTS[:1])):
-            for each, number, wasted in ((engine, 3, 0), (engine, 1, len(rows)), (usual, 1, 0)):
-                result = each.run_encoded(rows, Budget(exit=number))
-                assert result.wasted == wasted
-                assert result.exits.tolist() == [number] * len(rows)
-
-
 @pytest.mark.parametrize(("value", "texts"), [("nan", ["rain"]), ("inf", TEXTS)])
 def test_logits_that_are_not_finite_are_refused(
     value: str, texts: list[str], engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
