@@ -34,16 +34,12 @@ class PlanOptions:
         sequence: the same for the number of tokens; the largest is lowered to the model's limit.
         compute_capabilities: GPUs to build for; only with TensorRT for RTX.
         hardware_compatible: whether all GPUs from Ampere on can run the plans.
-        one_row_lengths: of the lengths to pad to, those that a profile for a single row is tuned
-            for, see `profiles`. None: the longest, the next one that is at most half as long, and
-            so on, four at most.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
     sequence: tuple[int, int, int] = (16, 64, 128)
     compute_capabilities: tuple[str, ...] = PORTABLE
     hardware_compatible: bool = False
-    one_row_lengths: tuple[int, ...] | None = None
 
     def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:
         """These options with shapes that the model takes and GPUs that the backend asks for.
@@ -106,8 +102,7 @@ class PlanOptions:
         return tuple(profiles)
 
     def _one_row_lengths(self) -> list[int]:
-        if self.one_row_lengths is not None:
-            return [length for length in self.sequence_lengths if length in self.one_row_lengths]
+        """The longest, the next one that is at most half as long, and so on, four at most."""
         lengths = [self.sequence[2]]
         for length in reversed(self.sequence_lengths):
             if 2 * length <= lengths[0] and len(lengths) < _MOST_ONE_ROW_LENGTHS:

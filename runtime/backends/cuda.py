@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,12 +21,6 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
 from .cuda_probe import cuda_device
-
-SPIN = "FPABEE_CUDA_SPIN"
-"""If this environment variable is set, threads that wait for the device keep a core busy.
-
-They notice sooner that the device is done, which matters on slow cores, as on Jetson Orin.
-"""
 
 PTX = Path(__file__).with_name("gather.ptx")
 """The compiled kernel `gather_rows`."""
@@ -66,8 +59,6 @@ class Cuda:
                 f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
             ) from error
         self._runtime: Any = runtime
-        if os.environ.get(SPIN):
-            self._check(runtime.cudaSetDeviceFlags(runtime.cudaDeviceScheduleSpin))
         self._check(runtime.cudaSetDevice(0))
 
     def malloc(self, size: int) -> int:

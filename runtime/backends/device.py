@@ -3,8 +3,8 @@
 Each group's buffers have runners of their own, whose shapes and addresses never change. A segment
 of a small group can therefore be started with one launch: its first run warms up, the second run is
 captured as a CUDA graph, and later runs replay this graph. Segments run one after another, so all
-runners of an execution share one piece of scratch memory, and those of the same graph and shape
-share what they run on. Only the outputs of exit heads are copied back, into pinned memory, with an
+runners of an execution share scratch memory, and those of the same graph and shape share what they
+run on. Only the outputs of exit heads are copied back, into pinned memory, with an
 event to wait for.
 
 Rows are regrouped by one kernel for each tensor, which comes as PTX. All of this runs in the stream
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from .backend import Backend, Execution
 from .buffers import BufferName, Hidden, dtype_of, nbytes_of, shape_of
 from .cuda import GATHER, Cuda, cuda
 from .cuda_probe import check_not_forked
-from .device_buffers import DeviceBuffers, Place, Runner, Step
+from .device_buffers import DeviceBuffers, Runner, Step
 from .shapes import Bucket, Rows
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,14 @@ class DeviceBackend(Backend[DeviceBuffers]):
 
     @abstractmethod
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
+        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
     ) -> Runner:
         """A runner of a graph.
 
         Args:
             graph: name of the graph.
             bucket: the padded shape.
-            places: where each input and output is, by its name.
+            addresses: where each input and output is, by its name.
             execution: has the stream to run in, and keeps what runners share.
         """
 
@@ -93,14 +93,13 @@ class _Pending(NamedTuple):
     """Head outputs on their way into pinned memory."""
 
     cuda: Cuda
-    event: int
-    arrays: Arrays
+    step: Step
     rows: int
 
     def result(self) -> Arrays:
         """Wait for the outputs."""
-        self.cuda.wait(self.event)
-        return {name: array[: self.rows] for name, array in self.arrays.items()}
+        self.cuda.wait(self.step.event)
+        return {name: array[: self.rows] for name, array in self.step.arrays.items()}
 
 
 class DeviceExecution(Execution[DeviceBuffers]):
@@ -121,17 +120,13 @@ class DeviceExecution(Execution[DeviceBuffers]):
         self.backend = backend
         self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
         self._cuda = backend.cuda
-        self._scratch = 0
-        self._scratch_size = 0
-        # An address may be used again for less memory, so pieces are told apart by their number.
-        self._scratch_number = 1  # steps begin with 0
+        self._scratch = [(0, 0)]  # sizes and addresses
         self._groups: Counter[Bucket] = Counter()
         self.shared: dict[Bucket, dict[str, Any]] = {}
 
     def enqueue(self, segment: int, hidden: Hidden[DeviceBuffers]) -> _Pending:
         """Enqueue a segment without waiting for it."""
         step = hidden.buffers.step(segment)
-        self._share_scratch(step)
         if step.executable is None and self.backend.captures and step.can_be_captured():
             self._capture(step)
         if step.executable is None:
@@ -140,7 +135,19 @@ class DeviceExecution(Execution[DeviceBuffers]):
             self._cuda.launch(step.executable, self.stream)
         self._cuda.record(step.event, self.stream)
         hidden.segment = segment + 1
-        return _Pending(self._cuda, step.event, step.arrays, hidden.rows)
+        return _Pending(self._cuda, step, hidden.rows)
+
+    def scratch(self, size: int) -> int:
+        """The address of memory for intermediate results, which all graphs share in turn.
+
+        Graphs that were made before keep the smaller piece that they got.
+
+        Args:
+            size: the least size in bytes; 0 needs no memory.
+        """
+        if size > self._scratch[-1][0]:
+            self._scratch.append((size, self.malloc(size)))
+        return self._scratch[-1][1]
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
@@ -154,10 +161,10 @@ class DeviceExecution(Execution[DeviceBuffers]):
     def close(self) -> None:
         """Free everything."""
         super().close()
-        if self._scratch:
-            self._cuda.synchronize(self.stream)
-            self._cuda.free(self._scratch)
-            self._scratch = self._scratch_size = 0
+        self._cuda.synchronize(self.stream)
+        for _, pointer in self._scratch[1:]:
+            self._cuda.free(pointer)
+        del self._scratch[1:]
         if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
@@ -173,12 +180,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
         return buffers
 
     def _write(self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
-        def writes(name: str) -> Callable[[NDArray[Any]], None]:
-            padding = self._padding[name]
-            return lambda array: write_rows(array, name, encoded, padding)
-
-        inputs = self._stages[0].live.items()
-        buffers.upload({buffer: writes(name) for name, buffer in inputs})
+        buffers.upload(lambda name, array: write_rows(array, name, encoded, self._padding[name]))
 
     def _gather(
         self,
@@ -252,24 +254,3 @@ class DeviceExecution(Execution[DeviceBuffers]):
             logger.warning(
                 "%s: segments run without CUDA graphs: %s", self.backend.name, error.message
             )
-
-    def _share_scratch(self, step: Step) -> None:
-        """Let a step's runners use the common scratch memory, which grows if they need more."""
-        if step.scratch == self._scratch_number:
-            return
-        need = max(runner.scratch_bytes() for runner in step.runners)
-        if need > self._scratch_size:
-            if self._scratch:  # work in the stream still uses it
-                self._cuda.synchronize(self.stream)
-                self._cuda.free(self._scratch)
-                self._scratch = self._scratch_size = 0
-            self._scratch_number += 1
-            self._scratch = self.malloc(need)
-            self._scratch_size = need
-        if step.executable is not None:  # it holds the old address
-            self._cuda.synchronize(self.stream)
-            self._cuda.destroy_graph(step.executable)
-            step.executable = None
-        for runner in step.runners:
-            runner.use_scratch(self._scratch, self._scratch_size)
-        step.scratch = self._scratch_number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 _CAPTURE_TOKENS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor is on the device: address, shape, and type as in the manifest."""
-
-    pointer: int
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Runner(ABC):
     """One graph at one shape, with fixed addresses."""
 
@@ -42,14 +33,6 @@ class Runner(ABC):
     def can_capture(self) -> bool:
         """Whether its next run can be part of a CUDA graph."""
         return False
-
-    def scratch_bytes(self) -> int:
-        """Scratch memory that it needs, in bytes; 0 if it allocates its own."""
-        return 0
-
-    @abstractmethod
-    def use_scratch(self, pointer: int, size: int) -> None:
-        """Use the execution's scratch memory: its address, and its size in bytes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +46,6 @@ class Step:
         arrays: the pinned memory by the name of the output.
         executable: its captured CUDA graph; None before it is captured.
         is_small: whether its group is small enough to be captured.
-        scratch: number of the scratch memory that its runners use; 0 if none is set.
     """
 
     event: int
@@ -72,7 +54,6 @@ class Step:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     arrays: Arrays = field(default_factory=dict)
     executable: int | None = None
-    scratch: int = 0
 
     def run(self) -> None:
         """Enqueue its graphs."""
@@ -95,23 +76,20 @@ class DeviceBuffers(Buffers[int, Step]):
         self._pinned: dict[BufferName, PinnedArray] = {}
         self._events: list[int] = []
         self._uploaded = self._event()
-        self._is_uploading = False
 
-    def upload(self, buffers: Mapping[BufferName, Callable[[NDArray[Any]], None]]) -> None:
-        """Fill buffers, in the stream's order.
+    def upload(self, write: Callable[[str, NDArray[Any]], None]) -> None:
+        """Fill the inputs of segment 1, in the stream's order.
 
         Args:
-            buffers: for each, what writes its content into pinned memory.
+            write: writes an input, given by its name, into pinned memory.
         """
-        if self._is_uploading:  # the pinned memory may still be read
-            self._cuda.wait(self._uploaded)
+        self._cuda.wait(self._uploaded)  # until then, the pinned memory may still be read
         stream = self._execution.stream
-        for buffer, write in buffers.items():
+        for name, buffer in self._execution.backend.stages[0].live.items():
             pinned = self._staging(buffer)
-            write(pinned.array)
+            write(name, pinned.array)
             self._cuda.copy(self.buffer(buffer), pinned.pointer, pinned.array.nbytes, stream)
         self._cuda.record(self._uploaded, stream)
-        self._is_uploading = True
 
     def free(self) -> None:
         """Free everything, once the device no longer uses it."""
@@ -151,11 +129,9 @@ class DeviceBuffers(Buffers[int, Step]):
         is_small = self.bucket.batch * self.bucket.sequence <= _CAPTURE_TOKENS
         step = Step(self._event(), is_small)
         for call in backend.stages[segment].calls:
-            places = {}
-            for name, buffer in (*call.inputs, *call.outputs):
-                spec = backend.specs[buffer[0]]
-                places[name] = Place(self.buffer(buffer), shape_of(spec, self.bucket), spec.dtype)
-            runner = backend.runner(call.graph, self.bucket, places, self._execution)
+            buffers = (*call.inputs, *call.outputs)
+            addresses = {name: self.buffer(buffer) for name, buffer in buffers}
+            runner = backend.runner(call.graph, self.bucket, addresses, self._execution)
             step.runners.append(runner)
             for name, buffer in call.outputs:
                 if not name.startswith(NEXT):

@@ -19,9 +19,10 @@ import numpy as np
 from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Remedy, first_line
+from .buffers import shape_of
 from .cuda_probe import check_cuda, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution
-from .device_buffers import Place, Runner
+from .device_buffers import Runner
 from .onnxruntime_session import check_installed, is_out_of_memory, ort_errors, session_options
 from .shapes import Bucket, Limits
 
@@ -37,7 +38,7 @@ _SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 
 
 class SessionRunner(Runner):
-    """A session with all inputs and outputs bound to places on the device.
+    """A session with all inputs and outputs bound to addresses on the device.
 
     It allocates scratch memory and synchronises during a run, so it cannot be captured.
     """
@@ -59,9 +60,6 @@ class SessionRunner(Runner):
                 if is_out_of_memory(error)
                 else Remedy("export the model again, or choose another {target}"),
             ) from error
-
-    def use_scratch(self, pointer: int, size: int) -> None:
-        """Do nothing: sessions allocate their own scratch memory."""
 
 
 class OnnxRuntimeCudaBackend(DeviceBackend):
@@ -102,15 +100,19 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         """Accept every shape."""
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
+        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
     ) -> SessionRunner:
-        """A session of a graph, bound to places on the device."""
+        """A session of a graph, bound to addresses on the device."""
         session = self.graph(graph)
         binding = session.io_binding()
-        inputs = {spec.name for spec in self.graphs[graph].inputs}
-        for name, place in places.items():
-            bind = binding.bind_input if name in inputs else binding.bind_output
-            bind(name, "cuda", 0, np.dtype(place.dtype), list(place.shape), place.pointer)
+        record = self.graphs[graph]
+        for specs, bind in (
+            (record.inputs, binding.bind_input),
+            (record.outputs, binding.bind_output),
+        ):
+            for spec in specs:
+                shape = list(shape_of(spec, bucket))
+                bind(spec.name, "cuda", 0, np.dtype(spec.dtype), shape, addresses[spec.name])
         return SessionRunner(session, binding, run_options(), graph)
 
     def _load(self, name: str) -> Any:

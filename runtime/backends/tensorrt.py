@@ -23,9 +23,10 @@ from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
 from . import compiled_cache
 from .backend import Execution
+from .buffers import shape_of
 from .cuda_probe import check_cuda, cuda_device, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution
-from .device_buffers import DeviceBuffers, Place, Runner
+from .device_buffers import DeviceBuffers, Runner
 from .shapes import Bucket, Limits
 
 logger = logging.getLogger(__name__)
@@ -43,18 +44,13 @@ class PlanContext:
     Attributes:
         context: the object of the library.
         stream: the stream that it runs in.
-        scratch_bytes: scratch memory that it needs.
-        scratch: address and size of the scratch memory that it uses.
         addresses: the addresses that are set. A reference to their runner would be a cycle, and
             the context would keep its memory until the garbage collector runs.
-        is_warm: whether it has run with this scratch memory. A first run may allocate memory,
-            which cannot be captured.
+        is_warm: whether it has run. A first run may allocate memory, which cannot be captured.
     """
 
     context: Any
     stream: int
-    scratch_bytes: int
-    scratch: tuple[int, int] = (0, 0)
     addresses: Sequence[tuple[str, int]] = ()
     is_warm: bool = False
 
@@ -88,17 +84,6 @@ class PlanRunner(Runner):
         """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
         ask = getattr(self._shared.context, "is_stream_capturable", None)
         return self._shared.is_warm and (ask is None or bool(ask(self._shared.stream)))
-
-    def scratch_bytes(self) -> int:
-        """Scratch memory that the context needs, in bytes."""
-        return self._shared.scratch_bytes
-
-    def use_scratch(self, pointer: int, size: int) -> None:
-        """Let the context use scratch memory at an address, of a size in bytes."""
-        context = self._shared.context
-        if (pointer, size) != self._shared.scratch:
-            context.set_device_memory(pointer, size)
-            self._shared.scratch, self._shared.is_warm = (pointer, size), False
 
 
 class RuntimeCache:
@@ -221,13 +206,13 @@ class TensorRtBackend(DeviceBackend):
         self._profile(bucket)
 
     def runner(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], execution: DeviceExecution
+        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
     ) -> PlanRunner:
         """A runner on the execution's context of a graph and shape."""
         contexts = execution.shared.setdefault(bucket, {})
         if graph not in contexts:
-            contexts[graph] = self._context(graph, bucket, places, execution.stream)
-        return PlanRunner(contexts[graph], [(name, p.pointer) for name, p in places.items()])
+            contexts[graph] = self._context(graph, bucket, execution)
+        return PlanRunner(contexts[graph], list(addresses.items()))
 
     def _profile(self, bucket: Bucket) -> int:
         """The narrowest optimization profile for a shape.
@@ -256,9 +241,7 @@ class TensorRtBackend(DeviceBackend):
             ),
         )
 
-    def _context(
-        self, graph: str, bucket: Bucket, places: Mapping[str, Place], stream: int
-    ) -> PlanContext:
+    def _context(self, graph: str, bucket: Bucket, execution: DeviceExecution) -> PlanContext:
         """A context of a graph with its shapes set, which uses scratch memory of the execution."""
         engine = self.graph(graph)
         with self._lock:
@@ -277,10 +260,10 @@ class TensorRtBackend(DeviceBackend):
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 "use fewer threads, or close other programs that use the GPU",
             )
-        done = context.set_optimization_profile_async(self._profile(bucket), stream)
+        done = context.set_optimization_profile_async(self._profile(bucket), execution.stream)
         _must(done, f"{graph} does not accept its profile")
         for spec in self.graphs[graph].inputs:
-            shape = places[spec.name].shape
+            shape = shape_of(spec, bucket)
             done = context.set_input_shape(spec.name, shape)
             _must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}")
         missing = context.infer_shapes()
@@ -289,7 +272,10 @@ class TensorRtBackend(DeviceBackend):
         most = int(engine.device_memory_size_v2)
         need = int(context.update_device_memory_size_for_shapes())
         _must(need > 0 or most == 0, f"{graph} does not tell how much scratch memory it needs")
-        return PlanContext(context, stream, max(need, most))
+        size = max(need, most)
+        if size:
+            context.set_device_memory(execution.scratch(size), size)
+        return PlanContext(context, execution.stream)
 
     def _load(self, name: str) -> Any:
         file = self._file(name)

@@ -6,38 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fpabee.runtime.backends.cuda import PTX, SPIN, Cuda
-
-
-@pytest.mark.parametrize("spins", [False, True])
-def test_threads_spin_if_the_environment_says_so(
-    spins: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    calls: list[tuple[str, int]] = []
-
-    def recorded(name: str) -> Callable[[int], tuple[int]]:
-        def call(value: int) -> tuple[int]:
-            calls.append((name, int(value)))
-            return (0,)
-
-        return call
-
-    for name in ("cudaSetDeviceFlags", "cudaSetDevice"):
-        monkeypatch.setattr(real, name, recorded(name))
-    if spins:
-        monkeypatch.setenv(SPIN, "1")
-    else:
-        monkeypatch.delenv(SPIN, raising=False)
-    Cuda()
-    flags = [("cudaSetDeviceFlags", int(real.cudaDeviceScheduleSpin))] if spins else []
-    assert calls == [*flags, ("cudaSetDevice", 0)]
-
+from fpabee.runtime.backends.cuda import PTX
 
 _LIBRARY = r"""
 #include <stdio.h>

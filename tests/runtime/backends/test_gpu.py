@@ -54,7 +54,6 @@ def _build(folder: Path, backend: str, compute_capability: str) -> Built:
         batch=(1, 4, 16),
         sequence=(2, 16, 64),
         compute_capabilities=(compute_capability,),
-        one_row_lengths=(8, 16),  # those of the texts: each profile makes a build longer
     )
     backends = (backend,) if backend in MODULES else ()
     result = add_targets(folder, AddTargetsOptions(fp16=True, backends=backends, plans=plans))
