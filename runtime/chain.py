@@ -7,10 +7,10 @@ The others are regrouped, and the next segment runs.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Generic
 
 import numpy as np
@@ -24,7 +24,7 @@ from .batching import RowNumbers, fits, make_groups, plan_joins
 from .encoding import EncodedRow
 from .errors import BackendError, Call, Remedy
 from .exit_0 import ExitZero
-from .rules.measures import Integers
+from .rules.measures import Integers, Mask
 from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
 
@@ -37,11 +37,13 @@ class WindowResult:
         exits: `[rows]` int64, the exit of each row.
         logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
         first_exit: the exit of the first logits.
+        limited: `[rows]` whether the deadline stopped a row before its rule did.
     """
 
     exits: Integers
     logits: NDArray[np.float32]
     first_exit: int
+    limited: Mask
 
     @property
     def at_exit(self) -> NDArray[np.float32]:
@@ -127,24 +129,23 @@ class Chain(Generic[B]):
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
-    def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
-        """Run rows until the rule has stopped all of them.
+    def run(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> WindowResult:
+        """Run rows until the rule or the deadline has stopped all of them.
 
         Args:
             rows: the window, at least one row.
             runner: the rule.
+            deadline: when the answers should be there, in seconds of `perf_counter`. Rows that
+                would miss it if the next segment took as long as the one before it stop at the
+                exit that they have reached. Without exit 0, the first segment always runs.
 
         Raises:
             BackendError: a row is longer than the target takes, or the logits at an exit that it
                 reached are not finite.
         """
-        if len(rows) > 1:
-            return _Window(self, rows, runner).run()
-        found = self.run_one(rows[0], runner)
-        logits = np.full((len(runner.exits), 1, self.backend.labels), np.nan, np.float32)
-        logits[: len(found.logits), 0] = found.logits
-        first = runner.exits[0]
-        return WindowResult(np.array([found.exit], np.int64), logits, first)
+        return _Window(self, rows, runner, deadline).run()
 
     def run_one(self, row: EncodedRow, runner: RuleRunner) -> RowResult:
         """Run a single row until the rule stops it; the errors are those of `run`."""
@@ -251,14 +252,14 @@ class Chain(Generic[B]):
         bucket, ids = self.bucket(rows, tokens), np.zeros(tokens, np.int64)
         made_up, times = [EncodedRow(ids, ids, truncated=False)] * rows, []
         if self.exit_0 is not None:
-            started = time.perf_counter()
+            started = perf_counter()
             self.exit_0(made_up)
-            times.append(time.perf_counter() - started)
+            times.append(perf_counter() - started)
         hidden = self.execution.begin(made_up, bucket)
         for segment in range(self.backend.segments):
-            started = time.perf_counter()
+            started = perf_counter()
             self.execution.enqueue(segment, hidden).result()
-            times.append(time.perf_counter() - started)
+            times.append(perf_counter() - started)
         self.execution.release(hidden)
         return times
 
@@ -270,6 +271,7 @@ class _Window(Generic[B]):
     _chain: Chain[B]
     _rows: Sequence[EncodedRow]
     _runner: RuleRunner
+    _deadline: float
 
     def __post_init__(self) -> None:
         chain, rows, runner = self._chain, self._rows, self._runner
@@ -277,6 +279,8 @@ class _Window(Generic[B]):
         self._exits = np.zeros(len(rows), np.int64)
         shape = len(runner.exits), len(rows), chain.backend.labels
         self._logits = np.full(shape, np.nan, np.float32)
+        self._limited = np.zeros(len(rows), np.bool_)
+        self._enqueuing = self._reading = 0.0  # seconds, of the last segment
         going, state = np.arange(len(rows)), runner.start(len(rows))
         if chain.exit_0 is not None:
             stops = self._decide(0, going, state, chain.exit_0(rows))
@@ -295,7 +299,7 @@ class _Window(Generic[B]):
                 self._run_ahead(next(groups))
             else:
                 self._run_groups(groups)
-        return WindowResult(self._exits, self._logits, self._runner.exits[0])
+        return WindowResult(self._exits, self._logits, self._runner.exits[0], self._limited)
 
     def _begin(self, part: tuple[RowNumbers, PatienceState]) -> Group[B]:
         rows, state = part
@@ -313,13 +317,12 @@ class _Window(Generic[B]):
         waiting: list[Group[B]] = []
         while True:
             for group in ready:
-                pending = self._execution.enqueue(group.hidden.segment, group.hidden)
-                running.append((group, pending))
+                running.append((group, self._enqueue(group.hidden.segment, group.hidden)))
             if not running:
                 return
             group, pending = running.popleft()
             exit_number = group.hidden.segment
-            stops = self._decide(exit_number, group.rows, group.state, pending.result()[LOGITS])
+            stops = self._decide(exit_number, group.rows, group.state, self._read(pending))
             if stops is not None:
                 group.keep = np.flatnonzero(~stops)
             is_last = not running or running[0][0].hidden.segment > exit_number
@@ -349,15 +352,15 @@ class _Window(Generic[B]):
         """
         rows, hidden, state = group.rows, group.hidden, group.state
         first = hidden.segment
-        pending = self._execution.enqueue(first, hidden)
+        pending = self._enqueue(first, hidden)
         read_at = hidden_at = np.arange(len(rows))
         unread = None  # the buffers before regrouping, until the outputs in them are read
         segments = self._chain.backend.segments
         for segment in range(first, segments):
             ahead, ahead_at = pending, hidden_at
             if segment + 1 < segments:
-                ahead = self._execution.enqueue(segment + 1, hidden)
-            logits = pending.result()[LOGITS][read_at]
+                ahead = self._enqueue(segment + 1, hidden)
+            logits = self._read(pending)[read_at]
             if unread is not None:
                 self._execution.release(unread)
                 unread = None
@@ -377,16 +380,32 @@ class _Window(Generic[B]):
             pending, read_at = ahead, ahead_at
         self._execution.release(hidden)
 
+    def _enqueue(self, segment: int, hidden: Hidden[B]) -> Pending:
+        started = perf_counter()
+        pending = self._execution.enqueue(segment, hidden)
+        self._enqueuing = perf_counter() - started
+        return pending
+
+    def _read(self, pending: Pending) -> NDArray[np.float32]:
+        started = perf_counter()
+        logits: NDArray[np.float32] = pending.result()[LOGITS]
+        self._reading = perf_counter() - started
+        return logits
+
     def _decide(
         self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]
     ) -> NDArray[np.bool_] | None:
-        """Record the logits of some rows at an exit, and apply the rule to them.
+        """Record the logits of some rows at an exit, and apply rule and deadline to them.
 
         Returns:
             `[rows]` bool, which of them stop; None if no row does.
         """
         self._record(exit_number, rows, logits)
         stops, _ = self._runner.decide(exit_number, state, logits.astype(np.float64))
+        if perf_counter() + self._enqueuing + self._reading > self._deadline:
+            limited = np.ones(len(rows), np.bool_) if stops is None else ~stops
+            self._limited[rows[limited]] = True
+            stops = np.ones(len(rows), np.bool_)
         if stops is not None:
             self._exits[rows[stops]] = exit_number
         return stops

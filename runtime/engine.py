@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,8 @@ from .agreement import Agreement
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import ProblemType
-from .batching import make_groups
 from .blocks import blocks
 from .chain import WindowResult
-from .deadline import ExitTimes, deadline_limited_rows
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import InputError, RuleError
 from .model import Model
@@ -30,6 +29,10 @@ from .rules.measures import Integers, Mask
 from .rules.rules import Budget
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_here, target_of
+
+# Runs of a shape until a GPU has captured its segments.
+_WARM_UPS = 4
+_LEAST_TOKENS = 8
 
 
 class Engine:
@@ -151,7 +154,6 @@ class Engine:
             spec = msgspec.structs.replace(spec, max_length=most)
         self._encoder = TextEncoder(folder, spec, max_length)
         self.max_length = self._encoder.limit
-        self._times = ExitTimes(self.limits, self._exits, self.time_exits)
         self._predictions = PredictionMaker(manifest)
         self._tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
@@ -167,12 +169,11 @@ class Engine:
     ) -> list[Prediction]:
         """Classify texts.
 
-        A deadline is a budget for the whole call, tokenization included. The depth is limited so
-        that the call would be in time even if no row stopped early, according to measured times
-        of the exits. A row that the rule would not have stopped yet is marked `deadline_limited`.
-        There is always an answer: if even the first exit takes too long, rows stop there and are
-        marked `deadline_missed`. The first call with rows of a new length also measures the times,
-        see `warm_up`.
+        A deadline is a budget for the whole call, tokenization included. Before each segment, rows
+        that would miss it if the segment took as long as the one before it are answered at the
+        exit that they have reached, and marked `deadline_limited`. Without exit 0, the first
+        segment always runs. Answers that are late are marked `deadline_missed`. The first call
+        with rows of a new length takes longer, see `warm_up`.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
@@ -194,13 +195,13 @@ class Engine:
         """
         if deadline_ms is None and len(texts) == 1:
             return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
-        if deadline_ms is None:
-            return list(self.stream(texts, rule=rule, full_depth=full_depth, max_exit=max_exit))
-        ends = perf_counter() + seconds_of("deadline_ms", deadline_ms)
+        deadline = math.inf
+        if deadline_ms is not None:
+            deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         runner = self._chosen(rule, full_depth, max_exit)
-        windows = list(self._windows(texts))
-        fits = self._deepest(windows, ends - perf_counter())
-        return [answer for rows in windows for answer in self._answer(rows, runner, fits)]
+        windows = [(rows, self.model.run(rows, runner, deadline)) for rows in self._windows(texts)]
+        missed = perf_counter() > deadline
+        return [answer for window in windows for answer in self._answer(*window, missed)]
 
     def stream(
         self,
@@ -209,7 +210,6 @@ class Engine:
         rule: ExitRule | None = None,
         full_depth: bool = False,
         max_exit: int | None = None,
-        deadline_ms: float | None = None,
     ) -> Iterator[Prediction]:
         """Classify any number of texts in constant memory.
 
@@ -219,8 +219,6 @@ class Engine:
             rule: replaces the engine's rule.
             full_depth: run every layer for every row, whatever the rule.
             max_exit: every row stops at this exit at the latest.
-            deadline_ms: milliseconds for each window of rows that run together, without
-                tokenization; see `predict`.
 
         Yields:
             One prediction for each text, in the same order.
@@ -228,11 +226,9 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
-        seconds = None if deadline_ms is None else seconds_of("deadline_ms", deadline_ms)
         runner = self._chosen(rule, full_depth, max_exit)
         for rows in self._windows(texts):
-            fits = None if seconds is None else self._deepest([rows], seconds)
-            yield from self._answer(rows, runner, fits)
+            yield from self._answer(rows, self.model.run(rows, runner), missed=False)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -254,7 +250,7 @@ class Engine:
         if not results:
             shape = (len(self._exits), 0, len(self.labels))
             nothing = np.zeros(0, np.int64), np.zeros(shape, np.float32)
-            results = [WindowResult(*nothing, self._exits[0])]
+            results = [WindowResult(*nothing, self._exits[0], np.zeros(0, np.bool_))]
         logits = np.concatenate([result.logits for result in results], axis=1)
         exits = np.concatenate([result.exits for result in results])
         return Trace(
@@ -284,7 +280,7 @@ class Engine:
         return check_reference(self, self._folder)
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and measure the times that deadlines need.
+        """Load the segments, and run them often enough that calls take no longer than usual.
 
         On a GPU, this also captures the CUDA graphs of calls with as many rows and tokens. Calls at
         the same time run in an execution of their own, which captures its own graphs.
@@ -301,9 +297,10 @@ class Engine:
         rows = whole_number("rows", rows, InputError)
         longest = self.limits.max_sequence
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
-        for length in self._times.lengths:
-            self._times(rows, length)
-            self._times.run(rows, length)
+        for length in self.limits.sequence_lengths or _powers_of_two(longest):
+            full = max(1, min(self.limits.max_batch, self.limits.group_tokens // length))
+            for _ in range(_WARM_UPS):
+                self.time_exits(min(rows, full), length)
             if length >= most:
                 break
 
@@ -438,39 +435,13 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         return blocks(self._encoder.stream(texts), len, self.model.window_tokens)
 
-    def _deepest(self, windows: Sequence[Sequence[EncodedRow]], seconds: float) -> int:
-        """The deepest exit that the rows of all windows reach in a given time, see `ExitTimes`."""
-        groups = []
-        for rows in windows:
-            lengths = np.array([len(row) for row in rows], np.intp)
-            groups += [
-                (len(numbers), int(lengths[numbers].max()))
-                for numbers in make_groups(lengths, self.limits)
-            ]
-        return self._times.deepest(groups, seconds)
-
     def _answer(
-        self, rows: list[EncodedRow], runner: RuleRunner, fits: int | None
-    ) -> Iterator[Prediction]:
-        """Run a window of rows, count them, and yield their predictions.
-
-        Args:
-            rows: the window.
-            runner: the rule.
-            fits: the deepest exit that meets the deadline, a number below that of the first exit if
-                none does; None: no deadline.
-        """
-        first = self._exits[0]
-        limited = np.zeros(len(rows), np.bool_)
-        missed = np.full(len(rows), fits is not None and fits < first)
-        if fits is None:
-            result = self.model.run(rows, runner)
-        else:
-            cap = max(first, fits)
-            result = self.model.run(rows, self.model.runner(runner.rule.capped(cap)))
-            limited = deadline_limited_rows(runner, result.exits, result.logits, cap)
-        found = result.exits, result.at_exit
-        yield from self.answers(rows, *found, limited, missed)
+        self, rows: list[EncodedRow], result: WindowResult, missed: bool
+    ) -> list[Prediction]:
+        """Count a window of rows, and make their predictions."""
+        late = np.full(len(rows), missed)
+        found = result.exits, result.at_exit, result.limited
+        return self.answers(rows, *found, late)
 
     def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
         """The prediction of a single text, made with as little Python as possible."""
@@ -481,3 +452,10 @@ class Engine:
         with self._tally_lock:
             self._tally += Tally(exits, row.truncated)
         return self._predictions.row(result.logits[-1], result.exit, row.truncated)
+
+
+def _powers_of_two(longest: int) -> tuple[int, ...]:
+    steps = [min(_LEAST_TOKENS, longest)]
+    while steps[-1] < longest:
+        steps.append(min(2 * steps[-1], longest))
+    return tuple(steps)

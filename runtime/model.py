@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ class Model:
             raise BackendError("this engine is closed", "load it again with Engine.load")
         return Chain(self._backend, self.limits, self._exit_0)
 
-    def run(self, rows: Sequence[EncodedRow], runner: RuleRunner) -> WindowResult:
-        """Run a window of rows until the rule has stopped all of them; see `Chain.run`."""
+    def run(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> WindowResult:
+        """Run a window of rows until all of them have stopped; see `Chain.run`."""
         with self.chain() as chain:
-            return chain.run(rows, runner)
+            return chain.run(rows, runner, deadline)
 
     def close(self) -> None:
         """Free the segments; calls that have begun are answered, and the last of them frees."""

@@ -25,8 +25,7 @@ class Prediction:
         logits: the logits of that exit, in the same order, from which the probabilities come.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.
-        deadline_missed: whether even the first exit takes longer than the deadline. A
-            `Scheduler` sets it if the answer came after the deadline.
+        deadline_missed: whether the answer came after the deadline.
     """
 
     labels: tuple[str, ...]

@@ -1,8 +1,7 @@
-"""Deadlines: the deepest exit that meets them, with made-up times."""
+"""Deadlines, with a clock on which each segment takes 10 ms."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fpabee.runtime import (
     Budget,
@@ -23,81 +20,42 @@ from fpabee.runtime import (
     InputError,
     RuleError,
 )
+from fpabee.runtime import chain as chain_module
 from fpabee.runtime import engine as engine_module
-from fpabee.runtime.backends.shapes import Limits
-from fpabee.runtime.deadline import ExitTimes
+from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.encoding import Text
 
-LIMITS = Limits(max_batch=16, max_sequence=100, group_tokens=128)
 TEXTS: list[Text] = ["the film is not bad", "rain", ("turn the lights", "off"), "", "play music"]
 NEVER = FPabee(threshold=-1.0)
 
 
-class Device:
-    """Takes 1 ms per token for segment 1 and 2 ms for the others, and records its runs."""
+class Clock:
+    """Every segment takes 10 ms for any group, and everything else takes no time."""
 
-    def __init__(self, segments: int = 3) -> None:
-        self.runs: list[tuple[int, int]] = []
-        self.segments = segments
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def __call__(self, rows: int, tokens: int) -> list[float]:
-        self.runs.append((rows, tokens))
-        return [rows * tokens * 1e-3 * (1 if s == 0 else 2) for s in range(self.segments)]
-
-
-@given(rows=st.integers(1, 16), tokens=st.integers(8, 100))
-def test_proportional_times_are_reproduced(rows: int, tokens: int) -> None:
-    # Groups are never larger than the token budget.
-    rows = min(rows, LIMITS.group_tokens // tokens)
-    if rows:
-        times = ExitTimes(LIMITS, range(1, 4), Device())(rows, tokens)
-        np.testing.assert_allclose(times, rows * tokens * 1e-3 * np.array([1, 2, 2]))
-
-
-def test_each_shape_is_measured_once() -> None:
-    device = Device()
-    times = ExitTimes(LIMITS, range(1, 4), device)
-    assert times.lengths == (8, 16, 32, 64, 100)
-    times(1, 20)
-    assert set(device.runs) == {(1, 16), (1, 32)}
-    before = len(device.runs)
-    times(1, 30)
-    times(1, 17)
-    assert len(device.runs) == before
-    times(3, 16)
-    assert set(device.runs[before:]) == {(8, 16)}
-
-
-def test_a_target_with_fixed_lengths_is_measured_at_those() -> None:
-    device = Device()
-    limits = Limits(16, 64, 128, batch_sizes=(1, 16), sequence_lengths=(16, 64))
-    assert ExitTimes(limits, range(1, 4), device)(1, 20)[0] == pytest.approx(64e-3)
-    assert set(device.runs) == {(1, 64)}
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 2), st.integers(1, 64)), min_size=1, max_size=4),
-    st.floats(-1, 3, allow_nan=False),
-)
-def test_the_deepest_exit_fits_and_the_next_does_not(
-    groups: list[tuple[int, int]], seconds: float
-) -> None:
-    times = ExitTimes(LIMITS, range(1, 4), Device())
-    deepest = times.deepest(groups, seconds)
-    total = np.cumsum(sum(times(*group) for group in groups))
-    assert deepest == 0 or total[deepest - 1] <= seconds
-    assert deepest == 3 or total[deepest] > seconds
-
-
-def test_no_rows_meet_every_deadline() -> None:
-    assert ExitTimes(LIMITS, range(1, 4), Device()).deepest([], -1.0) == 3
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """An engine whose segments take 10 ms each for any group, and everything else no time."""
-    monkeypatch.setattr(engine_module, "perf_counter", lambda: 0.0)
-    monkeypatch.setattr(Engine, "time_exits", lambda *_: [0.01] * 3)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (engine_module, chain_module):
+        monkeypatch.setattr(module, "perf_counter", clock)
+    enqueue = HostExecution.enqueue
+
+    def slow(execution: Any, segment: int, hidden: Any) -> Any:
+        clock.now += 0.01
+        return enqueue(execution, segment, hidden)
+
+    monkeypatch.setattr(HostExecution, "enqueue", slow)
+    return clock
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, Path], clock: Clock) -> Iterator[Engine]:
     with Engine.load(engines["bert"], threads=1) as engine:
         yield engine
 
@@ -116,12 +74,13 @@ def engine(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_rows_go_as_deep_as_the_deadline_allows(
     engine: Engine, deadline_ms: float, exit_number: int, deadline_missed: bool
 ) -> None:
-    answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=deadline_ms)
-    assert [(a.exit, a.deadline_limited, a.deadline_missed) for a in answers] == [
-        (exit_number, exit_number < 3, deadline_missed)
-    ] * len(TEXTS)
-    expected = engine.predict(TEXTS, rule=Budget(exit=exit_number))
-    assert [a.probabilities for a in answers] == [a.probabilities for a in expected]
+    for texts in (TEXTS, TEXTS[:1]):
+        answers = engine.predict(texts, rule=NEVER, deadline_ms=deadline_ms)
+        assert [(a.exit, a.deadline_limited, a.deadline_missed) for a in answers] == [
+            (exit_number, exit_number < 3, deadline_missed)
+        ] * len(texts)
+        expected = engine.predict(texts, rule=Budget(exit=exit_number))
+        assert [a.probabilities for a in answers] == [a.probabilities for a in expected]
 
 
 def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) -> None:
@@ -137,21 +96,26 @@ def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) ->
 def test_the_deadline_is_for_the_whole_call(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each text has its own window and length, so each of its segments takes 10 ms.
+    # Each text has its own window, so each of its segments takes 10 ms.
     monkeypatch.setattr(engine.model, "window_tokens", 1)
-    assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=149)} == {2}
-    assert {a.exit for a in engine.predict(TEXTS, rule=NEVER, deadline_ms=151)} == {3}
-    # In a stream, the deadline applies to each window.
-    assert {a.exit for a in engine.stream(TEXTS, rule=NEVER, deadline_ms=29)} == {2}
+    answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=85)
+    assert [a.exit for a in answers] == [3, 3, 2, 1, 1]
+    assert [a.deadline_limited for a in answers] == [False, False, True, True, True]
+    assert {a.deadline_missed for a in answers} == {True}, "all answers come at the end"
 
 
 def test_tokenization_counts_towards_the_deadline(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = itertools.count(0.0, 0.015)
-    monkeypatch.setattr(engine_module, "perf_counter", lambda: next(clock))
-    assert engine.predict(["rain"], rule=NEVER, deadline_ms=30)[0].exit == 1
-    assert engine.predict(["rain"], rule=NEVER, deadline_ms=35.1)[0].exit == 2
+    windows = engine._windows
+
+    def slow(texts: Any) -> Any:
+        clock.now += 0.015
+        return windows(texts)
+
+    monkeypatch.setattr(engine, "_windows", slow)
+    assert engine.predict(["rain"], rule=NEVER, deadline_ms=34)[0].exit == 1
+    assert engine.predict(["rain"], rule=NEVER, deadline_ms=36)[0].exit == 2
 
 
 @pytest.mark.parametrize("rule", [NEVER, Entropy(threshold=9.0, min_exit=3), Budget(exit=3)])
@@ -185,14 +149,19 @@ def test_impossible_limits_are_refused(
     with pytest.raises(error) as caught:
         call(["rain"], **options)
     assert says in str(caught.value)
-    with pytest.raises(error):
-        list(engine.stream(["rain"], **options))  # type: ignore[arg-type]
 
 
-def test_real_times_are_measured_when_first_needed_or_before(engines: Mapping[str, Path]) -> None:
+def test_warming_up_runs_every_length_of_a_call(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
     with Engine.load(engines["bert"], threads=1) as engine:
-        engine.warm_up(tokens=10)
-        assert set(engine._times._known) == {(1, 8), (1, 16)}
-        (answer,) = engine.predict(["the film"], rule=NEVER, deadline_ms=1e6)
-        assert (answer.exit, answer.deadline_limited, answer.deadline_missed) == (3, False, False)
-        assert all((times > 0).all() for times in engine._times._known.values())
+        time_exits = engine.time_exits
+
+        def noted(rows: int, tokens: int) -> list[float]:
+            shapes.append((rows, tokens))
+            return time_exits(rows, tokens)
+
+        monkeypatch.setattr(engine, "time_exits", noted)
+        engine.warm_up(rows=2, tokens=10)
+    assert set(shapes) == {(2, 8), (2, 16)}

@@ -205,17 +205,11 @@ def test_a_confidence_that_equals_the_threshold_stops(engine: Engine) -> None:
         assert found.exits.tolist() == [expected]
 
 
-def test_exit_0_answers_when_no_layer_meets_the_deadline(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine._times, "_measure", lambda rows, tokens: [1e-6, 10.0, 10.0, 10.0])
+def test_exit_0_answers_when_the_deadline_is_over_before_the_first_layer(engine: Engine) -> None:
     for texts in (TEXTS, TEXTS[:1]):
-        answers = engine.predict(texts, rule=Budget(exit=3), deadline_ms=5000)
-        assert {(p.exit, p.deadline_limited, p.deadline_missed) for p in answers} == {
-            (0, True, False)
-        }
-        answers = engine.predict(texts, rule=Budget(exit=3), deadline_ms=0)
-        assert {(p.exit, p.deadline_missed) for p in answers} == {(0, True)}
+        for deadline_ms, expected in ((1e6, (3, False, False)), (0, (0, True, True))):
+            answers = engine.predict(texts, rule=Budget(exit=3), deadline_ms=deadline_ms)
+            assert {(p.exit, p.deadline_limited, p.deadline_missed) for p in answers} == {expected}
 
 
 def test_drift_counts_exit_0(engine: Engine) -> None:
