@@ -251,6 +251,8 @@ class TextEncoder:
                 where it is read, or has no tokens; or a string is given instead of a list.
             ArtifactError: the tokenizer fails on a text.
         """
+        if len(texts) == 1 and not isinstance(texts, str):  # without the threads of `stream`
+            return self._rows(texts, 1)
         return list(self.stream(texts))
 
     def stream(self, texts: Iterable[Text]) -> Iterator[EncodedRow]:

@@ -83,7 +83,7 @@ def test_calls_of_a_text_that_stops_at_exit_0(exit_0_engines: Mapping[str, Path]
     with Engine.load(exit_0_engines["bert"], threads=1, rule=rule) as engine:
         assert [p.exit for p in engine.predict(TEXTS[:1])] == [0]
         counts = calls_of(lambda: engine.predict(TEXTS[:1]))
-    assert counts.total() <= 136, counts.most_common(20)
+    assert counts.total() <= 155, counts.most_common(20)
 
 
 @pytest.mark.parametrize(("where", "rows"), MOST_CALLS)
