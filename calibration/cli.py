@@ -44,6 +44,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     panels={
         "With --risk": "--confidence --risk-of",
         "Choice of the rule": "--rule --metric --unlabelled --batch-size",
+        "Result": "--name --set-default --report",
         **READING,
     },
 )
