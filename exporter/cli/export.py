@@ -63,7 +63,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
         "Model": "--problem-type --max-length",
         "Precision and verification": "--calibration-data --verify-data --target",
         **READING,
-        "TensorRT plans": "--sm --batch --sequence --hardware-compatible --jobs",
+        "TensorRT plans": "--sm --batch --sequence --jobs",
     },
 )
 @click.argument(
@@ -130,7 +130,6 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     callback=_sizes,
     default="16,64,128",
 )
-@options.flag("--hardware-compatible", "Build plans that all GPUs from Ampere on can run.")
 @options.count("--jobs", "Number of builds at a time.", 1)
 @options.option(
     "--target",
@@ -202,7 +201,6 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     )
     only_with("calibration_data", settings["int8"], "--int8")
     only_with("int8", data or not is_new, "--calibration-data")
-    only_with("hardware_compatible", settings["backends"] == (TENSORRT,), "--backend tensorrt")
 
 
 def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:

@@ -33,13 +33,11 @@ class PlanOptions:
         batch: the smallest, typical and largest number of rows.
         sequence: the same for the number of tokens; the largest is lowered to the model's limit.
         compute_capabilities: GPUs to build for; only with TensorRT for RTX.
-        hardware_compatible: whether all GPUs from Ampere on can run the plans.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
     sequence: tuple[int, int, int] = (16, 64, 128)
     compute_capabilities: tuple[str, ...] = PORTABLE
-    hardware_compatible: bool = False
 
     def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:
         """These options with shapes that the model takes and GPUs that the backend asks for.
@@ -73,11 +71,6 @@ class PlanOptions:
                     f"{', '.join(RTX_CAPABILITIES)}",
                     Remedy("use TensorRT on the device instead: {call}", call=BUILD_ON_DEVICE),
                 )
-        if self.hardware_compatible:
-            raise BackendError(
-                "plans of TensorRT for RTX run only on the GPUs that they were built for",
-                Remedy("leave out {hardware_compatible}, or use TensorRT"),
-            )
 
     def profiles(self) -> tuple[Shapes, ...]:
         """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.

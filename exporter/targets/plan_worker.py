@@ -88,16 +88,9 @@ def rtx_config(request: PlanRequest) -> Any:
 
 def tensorrt_config(request: PlanRequest, timings: Any) -> Any:
     """The configuration for TensorRT, as Polygraphy takes it; it turns off TF32 itself."""
-    from polygraphy.backend.trt import CreateConfig, lazy_import_trt
+    from polygraphy.backend.trt import CreateConfig
 
-    level = lazy_import_trt().HardwareCompatibilityLevel
-    return CreateConfig(
-        hardware_compatibility_level=(
-            level.AMPERE_PLUS if request.options.hardware_compatible else None
-        ),
-        load_timing_cache=timings,
-        **_settings(request),
-    )
+    return CreateConfig(load_timing_cache=timings, **_settings(request))
 
 
 def _settings(request: PlanRequest) -> dict[str, Any]:

@@ -132,7 +132,6 @@ def build_target(
         files=files,
         tolerance=None,
         compute_capabilities=options.compute_capabilities or (cuda_device().compute_capability,),
-        hardware_compatible=options.hardware_compatible,
         profiles=options.profiles(),
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,

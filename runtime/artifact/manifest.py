@@ -229,7 +229,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
-        hardware_compatible: whether they also run on Ampere and every later GPU.
         profiles: the shapes that the files accept, by length; empty: any.
         batch_sizes: the batch sizes to pad to, in rows; empty: any.
         sequence_lengths: the lengths to pad to, in tokens; empty: any.
@@ -248,7 +247,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
     relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
-    hardware_compatible: bool = False
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..artifact.folder import resolve
 from ..artifact.manifest import BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import Arrays, EncodedRow, padding_values
 from ..errors import BackendError
-from .buffers import B, BufferName, Hidden, Store, carried_specs, plan_buffers
+from .buffers import B, BufferName, Hidden, carried_specs, plan_buffers
 from .shapes import Bucket, Limits, Rows
 
 
@@ -55,7 +56,10 @@ class Execution(ABC, Generic[B]):
         self._stages = backend.stages
         self._specs = backend.specs
         self._padding = backend.padding
-        self._store = Store(self._make, most_bytes)
+        self._most_bytes = most_bytes
+        self._unused: OrderedDict[Bucket, list[B]] = OrderedDict()  # last used last
+        self._unused_bytes = 0
+        self._taken: set[B] = set()
 
     def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden[B]:
         """Put the tokens of a group where segment 1 reads them.
@@ -67,7 +71,7 @@ class Execution(ABC, Generic[B]):
         Raises:
             BackendError: memory is lacking, or the target does not run the shape.
         """
-        buffers = self._store.take(bucket)
+        buffers = self._take(bucket)
         self._write(buffers, encoded)
         return Hidden(len(encoded), buffers)
 
@@ -101,7 +105,7 @@ class Execution(ABC, Generic[B]):
             bucket: padded shape of the new group, no longer than the longest group.
         """
         segment = hiddens[0].segment
-        buffers = self._store.take(bucket)
+        buffers = self._take(bucket)
         sources = [(hidden.buffers, part) for hidden, part in zip(hiddens, rows, strict=True)]
         for name, buffer in self._stages[segment].live.items():
             spec = self._specs[name]
@@ -114,7 +118,12 @@ class Execution(ABC, Generic[B]):
 
     def release(self, hidden: Hidden[B]) -> None:
         """Keep the buffers of a group for the next group of its shape."""
-        self._store.give(hidden.buffers)
+        buffers = hidden.buffers
+        self._taken.remove(buffers)
+        self._unused.setdefault(buffers.bucket, []).append(buffers)
+        self._unused.move_to_end(buffers.bucket)
+        self._unused_bytes += buffers.nbytes
+        self._shrink(self._most_bytes)
 
     def recover(self, others: Sequence[Hidden[B]] = ()) -> None:
         """Free the buffers of groups that an error interrupted.
@@ -125,12 +134,37 @@ class Execution(ABC, Generic[B]):
         Raises:
             BackendError: the device has failed, so the execution cannot be used again.
         """
-        self._store.free_taken([hidden.buffers for hidden in others])
+        lost = self._taken.difference(hidden.buffers for hidden in others)
+        self._taken -= lost
+        for buffers in lost:
+            buffers.free()
 
     def close(self) -> None:
         """Free everything."""
         self.recover()
-        self._store.shrink(0)
+        self._shrink(0)
+
+    def _take(self, bucket: Bucket) -> B:
+        """Buffers of a shape: unused ones if possible, otherwise new ones."""
+        unused = self._unused.get(bucket)
+        if unused:
+            buffers = unused.pop()
+            self._unused_bytes -= buffers.nbytes
+        else:
+            buffers = self._make(bucket)
+        self._taken.add(buffers)
+        return buffers
+
+    def _shrink(self, most_bytes: int) -> None:
+        """Free the least recently used of the unused buffers, until at most so many bytes are."""
+        while self._unused_bytes > most_bytes:
+            oldest, unused = next(iter(self._unused.items()))
+            if unused:
+                dropped = unused.pop(0)
+                self._unused_bytes -= dropped.nbytes
+                dropped.free()
+            else:
+                del self._unused[oldest]
 
     @abstractmethod
     def _make(self, bucket: Bucket) -> B:

@@ -1,10 +1,9 @@
-"""Which buffer holds which tensor, and which buffers are kept: the same for every backend."""
+"""Which buffer holds which tensor: the same for every backend."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -170,56 +169,3 @@ class Hidden(Generic[B]):
     def bucket(self) -> Bucket:
         """Padded shape."""
         return self.buffers.bucket
-
-
-class Store(Generic[B]):
-    """Unused buffers by shape, and those that were taken. Least recently used shapes are dropped.
-
-    Args:
-        make: makes the buffers of a shape.
-        most_bytes: memory that is kept, in bytes.
-    """
-
-    def __init__(self, make: Callable[[Bucket], B], most_bytes: int) -> None:
-        self._make = make
-        self._most_bytes = most_bytes
-        self._free: OrderedDict[Bucket, list[B]] = OrderedDict()
-        self._taken: set[B] = set()
-        self.nbytes = 0
-
-    def take(self, bucket: Bucket) -> B:
-        """Buffers of a shape: unused ones if possible, otherwise new ones."""
-        free = self._free.get(bucket)
-        if free:
-            buffers = free.pop()
-            self.nbytes -= buffers.nbytes
-        else:
-            buffers = self._make(bucket)
-        self._taken.add(buffers)
-        return buffers
-
-    def give(self, buffers: B) -> None:
-        """Keep buffers for the next group of their shape."""
-        self._taken.remove(buffers)
-        self._free.setdefault(buffers.bucket, []).append(buffers)
-        self._free.move_to_end(buffers.bucket)
-        self.nbytes += buffers.nbytes
-        self.shrink(self._most_bytes)
-
-    def free_taken(self, kept: Collection[B] = ()) -> None:
-        """Free the buffers that were taken and will not be given back, which are all but some."""
-        lost = self._taken.difference(kept)
-        self._taken -= lost
-        for buffers in lost:
-            buffers.free()
-
-    def shrink(self, most_bytes: int) -> None:
-        """Free the least recently used buffers until at most `most_bytes` are held."""
-        while self.nbytes > most_bytes:
-            oldest, free = next(iter(self._free.items()))
-            if free:
-                dropped = free.pop(0)
-                self.nbytes -= dropped.nbytes
-                dropped.free()
-            else:
-                del self._free[oldest]

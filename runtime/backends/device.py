@@ -151,7 +151,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
-        for free_some in (partial(self._store.shrink, 0), self.backend.drop_idle):
+        for free_some in (partial(self._shrink, 0), self.backend.drop_idle):
             try:
                 return self._cuda.malloc(size)
             except BackendError:

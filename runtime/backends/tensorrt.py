@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _HEADER_BYTES = 64
-_AMPERE = 8
 
 
 @dataclass(eq=False)
@@ -167,7 +166,7 @@ class TensorRtBackend(DeviceBackend):
             )
         gpu = required_gpu(name)
         check_cuda(name, module, _built_for(module), target.backend)
-        if not _is_for(target, gpu.compute_capability):
+        if gpu.compute_capability not in target.compute_capabilities:
             raise BackendError(
                 f"target {name} is for compute capability "
                 f"{', '.join(target.compute_capabilities)}; this {gpu.name} has "
@@ -307,12 +306,6 @@ def _cache_key(target: Target, version: str) -> str:
     plans = sorted(file.sha256 for file in target.files.values())
     parts = [plans, version, gpu.name, gpu.compute_capability]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _is_for(target: Target, compute_capability: str) -> bool:
-    if compute_capability in target.compute_capabilities:
-        return True
-    return target.hardware_compatible and int(compute_capability.split(".")[0]) >= _AMPERE
 
 
 def rebuild(target: Target, otherwise: str = "") -> Remedy | str:

@@ -184,7 +184,6 @@ USAGE: list[tuple[Make, str]] = [
     (command("from", "--exits", "1,2"), "--exits"),
     (command("from", "--force"), "--from"),
     (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
-    (command("from", "--fp16", "--hardware-compatible"), "--hardware-compatible"),
     (command("from", "--sm", "8"), "'8'"),
     (command("from", "--fp16", "--sm", "86,90"), "9.0"),
     (lambda p: ["fpabee", "none"], "'none'"),

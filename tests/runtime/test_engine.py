@@ -335,15 +335,15 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
             found = [engine.trace([text]).logits for text in texts]
             with engine.model.chain() as chain:
                 execution: Any = chain.execution
-            store = execution._store
-            free = [buffers for part in store._free.values() for buffers in part]
-            assert 0 < store.nbytes <= 100_000
-            assert store.nbytes == sum(buffers.nbytes for buffers in free)
-            oldest, *_, newest = (bucket for bucket, part in store._free.items() if part)
+            unused = execution._unused
+            free = [buffers for part in unused.values() for buffers in part]
+            assert 0 < execution._unused_bytes <= 100_000
+            assert execution._unused_bytes == sum(buffers.nbytes for buffers in free)
+            oldest, *_, newest = (bucket for bucket, part in unused.items() if part)
             assert newest.sequence == 41
             for tokens in (oldest.sequence, oldest.sequence - 2):  # the second was dropped before
                 engine.trace([texts[tokens - 3]])
-            assert store._free[oldest], "it was used more recently than others"
+            assert unused[oldest], "it was used more recently than others"
     with Engine.load(engines["bert"]) as engine:
         usual = engine.trace(texts).logits
     np.testing.assert_allclose(np.concatenate(found, axis=1), usual, atol=1e-5)

@@ -543,7 +543,7 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
         check_same(engine, ["sun"], results([first]), NEVER)
         check_same(engine, ["the film"], results([scheduler.submit("the film")]), NEVER)
     assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1]
-    assert not engine.model._backend.check_out()._store._taken
+    assert not engine.model._backend.check_out()._taken
     assert counted(metrics, "failed_rows_total") == 3
     assert counted(metrics, "queue_seconds_count") == 5
 
