@@ -43,42 +43,10 @@ _WINDOW = 256
 _MOST_SINGLE = 100
 _FILE_BATCH = 32
 _PACKAGES = ("python", "numpy", "onnxruntime", "openvino", "tensorrt")
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure.
-
-    Attributes:
-        rule: the exit rule.
-        repeats: how often each unit is run at most.
-        max_seconds: of a workload, after which its units are run only once.
-        shapes: (rows, tokens) of the synthetic batches; those longer than the target takes are
-            left out.
-        threads: CPU threads of all variants.
-        target: the target whose chain and full graph are timed; default: the manifest's. For
-            targets on GPUs, the full graph runs in ONNX Runtime in fp32.
-    """
-
-    rule: ExitRule
-    repeats: int = 5
-    max_seconds: float = 120.0
-    shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (32, 32), (32, 128))
-    threads: int | None = None
-    target: str | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one variant over a workload.
-
-    Attributes:
-        total_s: the sum over units.
-        median_ms: the median over units.
-    """
-
-    total_s: float
-    median_ms: float
+# Rows and tokens of the synthetic batches.
+_SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))
+# How often each unit is run, and the seconds of a workload after which its units run only once.
+_REPEATS, _SECONDS = 5, 120.0
 
 
 @dataclass(frozen=True)
@@ -87,19 +55,19 @@ class Workload:
 
     Attributes:
         name: what was run.
-        timings: by variant.
+        seconds: by variant, for each unit the median of its repeats.
         mean_depth: layers that ran for a row under the rule, on average.
         theoretical: speed-up of the rule in layers, weighted by tokens.
     """
 
     name: str
-    timings: dict[str, Timing]
+    seconds: dict[str, list[float]]
     mean_depth: float
     theoretical: float
 
     def speedup(self, variant: str, baseline: str = FULL_GRAPH) -> float:
         """The time of the baseline over the time of the variant."""
-        return self.timings[baseline].total_s / self.timings[variant].total_s
+        return sum(self.seconds[baseline]) / sum(self.seconds[variant])
 
 
 @dataclass(frozen=True)
@@ -110,8 +78,7 @@ class BenchReport:
     full_target: str
     rule: dict[str, Any]
     layers: int
-    hardware: str
-    versions: dict[str, str]
+    machine: str
     workloads: list[Workload]
 
 
@@ -157,40 +124,43 @@ class _Graph:
 
 
 def run_bench(
-    folder: str | Path,
+    folder: Path,
+    engine: Engine,
+    rule: ExitRule,
     texts: Sequence[Text],
-    options: BenchOptions,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
     """Measure an engines folder on texts.
 
     Args:
         folder: the engines folder.
+        engine: runs its chain. The full graph runs in the same target; for targets on GPUs, it runs
+            in ONNX Runtime in fp32.
+        rule: the exit rule.
         texts: the texts of the file workloads, whose tokens also fill the synthetic batches.
-        options: what to measure.
+            Batches that are longer than the target takes are left out.
+        threads: CPU threads of the full graph; those of the engine.
         progress: called with (workload, units done, units in total).
     """
     progress("load", 0, 1)
+    target, manifest = engine.manifest.targets[engine.target], engine.manifest
     with ExitStack() as stack:
-        engine = stack.enter_context(
-            Engine.load(folder, options.target, threads=options.threads, preload=True)
-        )
-        target, manifest = engine.manifest.targets[engine.target], engine.manifest
         one = Path(stack.enter_context(TemporaryDirectory()))
-        has_target = engine.target in write_one_graph(Path(folder), one).targets
+        has_target = engine.target in write_one_graph(folder, one).targets
         full_target = engine.target if has_target and not target.on_gpu else FP32_TARGET
-        full = stack.enter_context(closing(_Graph(one, full_target, options.threads)))
+        full = stack.enter_context(closing(_Graph(one, full_target, threads)))
         variants: dict[str, Run] = {
             FULL_GRAPH: full.grouped,
             FULL_DEPTH: partial(engine.run_encoded, rule=Budget(exit=manifest.exits[-1])),
-            WITH_RULE: partial(engine.run_encoded, rule=options.rule),
+            WITH_RULE: partial(engine.run_encoded, rule=rule),
         }
         rows = engine.encode(texts)
         work: dict[str, Units] = {
             f"{batch} x {tokens} tokens": exact_batches(
                 rows, batch, tokens, units=16 if batch == 1 else 2
             )
-            for batch, tokens in options.shapes
+            for batch, tokens in _SHAPES
             if tokens <= engine.limits.max_sequence
         }
         single = [[row] for row in _spread(rows, min(_MOST_SINGLE, len(rows)))]
@@ -200,19 +170,19 @@ def run_bench(
         workloads = []
         for name, units in work.items():
             padded = {PADDED_32: full.padded} if name == whole else {}
-            workloads.append(_measure(name, units, engine, variants | padded, options, progress))
-    threads = options.threads or usable_cores()
+            workloads.append(_measure(name, units, engine, variants | padded, progress))
+    versions = [
+        f"{name} {version}"
+        for name, version in environment().items()
+        if name.partition("-")[0] in _PACKAGES
+    ]
+    used = threads or usable_cores()
     return BenchReport(
         target=engine.target,
         full_target=full_target,
-        rule=options.rule.to_dict(),
+        rule=rule.to_dict(),
         layers=manifest.model.layers,
-        hardware=f"{cpu_name()}, {threads} threads, {platform.system()}",
-        versions={
-            name: version
-            for name, version in environment().items()
-            if name.partition("-")[0] in _PACKAGES
-        },
+        machine=f"{cpu_name()}, {used} threads, {platform.system()}; {', '.join(versions)}",
         workloads=workloads,
     )
 
@@ -222,27 +192,27 @@ def _measure(
     units: Units,
     engine: Engine,
     variants: dict[str, Run],
-    options: BenchOptions,
     progress: Progress,
 ) -> Workload:
     progress(name, 0, len(units))
     for run in variants.values():  # the first run loads segments and prepares bindings
         run(units[0])
-    times: dict[str, list[list[float]]] = {variant: [] for variant in variants}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
     exits = []
     begun = time.perf_counter()
     for number, unit in enumerate(units, start=1):
-        for seconds in times.values():
-            seconds.append([])
-        until = begun + options.max_seconds * number / len(units)
-        for repeat in range(options.repeats):
+        repeats: dict[str, list[float]] = {variant: [] for variant in variants}
+        until = begun + _SECONDS * number / len(units)
+        for repeat in range(_REPEATS):
             if repeat and time.perf_counter() > until:
                 break
             results = {}
             for variant, run in variants.items():
                 started = time.perf_counter()
                 results[variant] = run(unit)
-                times[variant][-1].append(time.perf_counter() - started)
+                repeats[variant].append(time.perf_counter() - started)
+        for variant, seconds in repeats.items():
+            times[variant].append(statistics.median(seconds))
         exits.append(results[WITH_RULE].exits)
         progress(name, number, len(units))
     layers = np.array(engine.manifest.exit_layers)
@@ -250,16 +220,10 @@ def _measure(
     tokens = np.array([len(row) for unit in units for row in unit])
     return Workload(
         name=name,
-        timings={variant: _timing(seconds) for variant, seconds in times.items()},
+        seconds=times,
         mean_depth=float(ran.mean()),
         theoretical=float(layers[-1] * tokens.sum() / max((ran * tokens).sum(), 1)),
     )
-
-
-def _timing(times: Sequence[Sequence[float]]) -> Timing:
-    """The timing of a variant from its seconds, by unit and repeat."""
-    medians = [statistics.median(repeats) for repeats in times]
-    return Timing(total_s=sum(medians), median_ms=1e3 * statistics.median(medians))
 
 
 def exact_batches(rows: Sequence[EncodedRow], batch: int, tokens: int, units: int) -> Units:

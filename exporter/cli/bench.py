@@ -6,11 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import rich_click as click
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...calibration import threshold_for_depth
@@ -25,15 +25,7 @@ from ...runtime.optional_packages import require
 from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.base import ExitRule, ThresholdRule
 from ...runtime.rules.rules import RULES
-from ..bench import (
-    FULL_DEPTH,
-    FULL_GRAPH,
-    PADDED_32,
-    WITH_RULE,
-    BenchOptions,
-    BenchReport,
-    run_bench,
-)
+from ..bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, WITH_RULE, BenchReport, run_bench
 
 _MOST_TEXTS = 2000
 
@@ -57,7 +49,6 @@ fpabee-bench engines/ --input texts.txt --depth 0.5
     max=1,
     min_open=True,
 )
-@options.number("--max-seconds", "Time after which batches run only once.", 120.0, min=0)
 @options.target
 @options.threads
 @options.quiet
@@ -82,21 +73,22 @@ def main(
     options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
     require("bench")
     texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
-    with step_progress(quiet) as progress:
-        with Engine.load(engines, target, threads=threads) as engine:
-            kind = RULES[settings["rule"] or engine.rule.name]
-            if depth is not None and issubclass(kind, ThresholdRule):
-                settings["threshold"] = 0.0  # replaced below
-            rule = options.chosen_rule(engine.rule, settings)
-            if depth is not None:
-                progress("choose the threshold", 0, 1)
-                rule = _of_depth(engine, rule, texts, depth)
-        wanted = BenchOptions(rule, threads=threads, target=target, **settings)
-        report = run_bench(engines, texts, wanted, progress)
+    with (
+        step_progress(quiet) as progress,
+        Engine.load(engines, target, threads=threads, preload=True) as engine,
+    ):
+        kind = RULES[settings["rule"] or engine.rule.name]
+        if depth is not None and issubclass(kind, ThresholdRule):
+            settings["threshold"] = 0.0  # replaced below
+        rule = options.chosen_rule(engine.rule, settings)
+        if depth is not None:
+            progress("choose the threshold", 0, 1)
+            rule = _of_depth(engine, rule, texts, depth)
+        report = run_bench(engines, engine, rule, texts, threads, progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
     else:
-        print_report(report, table_console())
+        print_report(report)
 
 
 def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: float) -> ExitRule:
@@ -110,12 +102,12 @@ def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: floa
     )
 
 
-def print_report(report: BenchReport, console: Console) -> None:
+def print_report(report: BenchReport) -> None:
     """Print the report as a table in Markdown, with the settings and the hardware below."""
     heads = ("workload", FULL_GRAPH, FULL_DEPTH, "chain + rule", "speed-up", "theory", "share")
     table = Table(*heads, box=box.MARKDOWN)
     for workload in report.workloads:
-        times = {variant: f"{each.median_ms:.1f}" for variant, each in workload.timings.items()}
+        times = {name: f"{1e3 * median(each):.1f}" for name, each in workload.seconds.items()}
         speedup, theory, share = workload.speedup(WITH_RULE), "no layers", ""
         if workload.mean_depth:  # otherwise layers have no ratio
             theory, share = f"{workload.theoretical:.2f}x", f"{speedup / workload.theoretical:.3f}"
@@ -128,6 +120,7 @@ def print_report(report: BenchReport, console: Console) -> None:
             theory,
             share,
         )
+    console = table_console()
     console.print(table)
     whole = report.workloads[-1]
     console.print("Median milliseconds per unit (a batch, a text, or 256 texts).")
@@ -141,5 +134,4 @@ def print_report(report: BenchReport, console: Console) -> None:
     )
     if report.target != report.full_target:
         console.print(f"The full graph runs in {report.full_target}, not in {report.target}.")
-    versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
-    console.print(f"{report.hardware}; {versions}; {report.target}.")
+    console.print(f"{report.machine}; {report.target}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,26 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from fpabee.exporter import bench
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import (
     FULL_DEPTH,
     FULL_GRAPH,
     PADDED_32,
     WITH_RULE,
-    BenchOptions,
     _Graph,
-    _timing,
     run_bench,
 )
 from fpabee.exporter.cli.bench import main, print_report
 from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import Budget, Engine, Entropy, ExitRule
-from fpabee.runtime.cli.console import table_console
+
+
+def few(monkeypatch: pytest.MonkeyPatch, *shapes: tuple[int, int], repeats: int) -> None:
+    """Let a benchmark run only these synthetic batches, and each unit only so often."""
+    monkeypatch.setattr(bench, "_SHAPES", shapes)
+    monkeypatch.setattr(bench, "_REPEATS", repeats)
+
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
 
@@ -63,29 +69,34 @@ def test_the_full_graph_gives_the_last_exit(
 
 
 def test_the_full_graph_runs_in_the_target_of_the_chain(
-    engine_copy: Callable[..., Path],
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
     folder = engine_copy()
     add_targets(folder, AddTargetsOptions(backends=("openvino",)))
-    options = BenchOptions(Budget(exit=1), 1, shapes=(), target="openvino-fp32")
-    report = run_bench(folder, TEXTS, options)
+    few(monkeypatch, repeats=1)
+    with Engine.load(folder, "openvino-fp32") as engine:
+        report = run_bench(folder, engine, Budget(exit=1), TEXTS)
     assert (report.target, report.full_target) == ("openvino-fp32", "openvino-fp32")
-    assert "openvino" in report.versions
-    assert PADDED_32 in report.workloads[-1].timings
+    assert "; python 3." in report.machine
+    assert ", openvino " in report.machine
+    assert PADDED_32 in report.workloads[-1].seconds
 
 
-def test_report_and_progress(engines: Mapping[str, Path]) -> None:
+def test_report_and_progress(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int, int]] = []
-    options = BenchOptions(Budget(exit=1), 2, shapes=((1, 8),))
-    report = run_bench(engines["bert"], TEXTS, options, lambda *state: told.append(state))
+    few(monkeypatch, (1, 8), repeats=2)
+    folder = engines["bert"]
+    with Engine.load(folder) as engine:
+        rule = Budget(exit=1)
+        report = run_bench(folder, engine, rule, TEXTS, progress=lambda *state: told.append(state))
     names = [workload.name for workload in report.workloads]
     assert names == ["1 x 8 tokens", "file, batch 1 (4 texts)", "file, all 4 texts"]
-    assert set(report.workloads[0].timings) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE}
-    assert PADDED_32 in report.workloads[-1].timings
+    assert set(report.workloads[0].seconds) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE}
+    assert PADDED_32 in report.workloads[-1].seconds
     for workload in report.workloads:
         assert (workload.theoretical, workload.mean_depth) == (3.0, 1.0)
-        assert all(timing.total_s > 0 for timing in workload.timings.values())
+        assert all(min(seconds) > 0 for seconds in workload.seconds.values())
     assert told[0] == ("load", 0, 1)
     assert told[1:] == [
         (name, done, units)
@@ -97,18 +108,24 @@ def test_report_and_progress(engines: Mapping[str, Path]) -> None:
 def test_a_rule_by_which_no_layer_runs(
     exit_0_engines: Mapping[str, Path],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = BenchOptions(Entropy(threshold=0.0, exit_0_threshold=0.0), 1, shapes=())
-    report = run_bench(exit_0_engines["bert"], TEXTS, options)
+    few(monkeypatch, repeats=1)
+    with Engine.load(exit_0_engines["bert"]) as engine:
+        rule = Entropy(threshold=0.0, exit_0_threshold=0.0)
+        report = run_bench(exit_0_engines["bert"], engine, rule, TEXTS)
     assert {workload.mean_depth for workload in report.workloads} == {0.0}
-    print_report(report, table_console())
+    print_report(report)
     assert capsys.readouterr().out.count("no layers") == 2
 
 
-def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> None:
+def test_command_prints_json(
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch, repeats=1)
     texts = tmp_path / "rows"
     texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
-    command = [str(engines["bert"]), "--input", str(texts), "--max-seconds", "0", "--depth", "0.8"]
+    command = [str(engines["bert"]), "--input", str(texts), "--depth", "0.8"]
     columns = ["--input-format", "jsonl", "--text-column", "body"]
 
     result = CliRunner().invoke(main, [*command, *columns, "--json"])
@@ -117,7 +134,7 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
     report = json.loads(result.stdout)
     assert report["rule"]["name"] == "fpabee"
     whole = report["workloads"][-1]
-    assert set(whole["timings"]) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE, PADDED_32}
+    assert set(whole["seconds"]) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE, PADDED_32}
     with Engine.load(engines["bert"]) as engine:
         trace = engine.trace(TEXTS, rule=ExitRule.from_dict(report["rule"]))
     layers = (trace.exits * trace.lengths).sum()
@@ -125,11 +142,12 @@ def test_command_prints_json(engines: Mapping[str, Path], tmp_path: Path) -> Non
 
 
 def test_the_table_is_markdown_and_not_cut_in_a_file(
-    engines: Mapping[str, Path], tmp_path: Path
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few(monkeypatch, (1, 8), (2, 8), repeats=1)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS))
-    command = [str(engines["bert"]), "--input", str(texts), "--max-seconds", "0"]
+    command = [str(engines["bert"]), "--input", str(texts)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     lines = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|")]
@@ -141,6 +159,21 @@ def test_the_table_is_markdown_and_not_cut_in_a_file(
     assert "full graph over padded batches of 32 in file order takes" in result.stdout
 
 
-def test_the_time_of_a_unit_is_the_median_of_its_repeats() -> None:
-    timing = _timing([[3.0, 1.0, 2.0], [9.0, 4.0, 5.0]])
-    assert (timing.total_s, timing.median_ms) == (7.0, 3500.0)
+def test_the_time_of_a_unit_is_the_median_of_its_repeats(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch, repeats=3)
+    # The first run is not timed.
+    ends = iter([0.0, 3.0, 1.0, 2.0, 9.0, 4.0, 5.0])
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+
+    def run(_: object) -> SimpleNamespace:
+        end = next(ends)
+        clock.perf_counter = iter([end, 0.0, 0.0, 0.0]).__next__
+        return SimpleNamespace(exits=[1])
+
+    monkeypatch.setattr(bench, "time", clock)
+    with Engine.load(engines["bert"]) as engine:
+        units = [[row] for row in engine.encode(TEXTS[:2])]
+        found = bench._measure("two texts", units, engine, {WITH_RULE: run}, lambda *_: None)
+    assert found.seconds == {WITH_RULE: [2.0, 5.0]}
