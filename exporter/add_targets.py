@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ..runtime.agreement import Agreement
-from ..runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import (
     Manifest,
     Target,
@@ -40,7 +40,7 @@ from .precision.formats import FP16, INT8
 from .targets import cpu
 from .targets.cpu import CpuTarget
 from .targets.options import RTX, TENSORRT, PlanOptions
-from .targets.tensorrt import build_target, can_run, unavailable_reason
+from .targets.tensorrt import build_target, can_run, target_name, unavailable_reason
 
 PLAN_BACKENDS = (RTX, TENSORRT)
 BACKENDS = (*PLAN_BACKENDS, *cpu.BACKENDS)
@@ -62,7 +62,6 @@ class AddTargetsOptions:
             `read_rows`.
         reading: how these two files are read.
         plans: how TensorRT plans are built.
-        jobs: the number of builds at a time.
     """
 
     fp16: bool = False
@@ -73,7 +72,6 @@ class AddTargetsOptions:
     verify_data: Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     plans: PlanOptions = field(default_factory=PlanOptions)
-    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -325,29 +323,19 @@ def _add_target(
         BackendError: the build failed.
         VerificationError: the plan does not reproduce the model.
     """
-    try:
-        built, name = build_target(
-            path, manifest, backend, precision, options.plans, options.jobs, progress
-        )
-    except FpabeeError:
-        # The failed build may have replaced files of an earlier one.
-        write_manifest(path, keep_targets(manifest, lambda _, target: _is_intact(path, target)))
-        raise
+    name = target_name(backend, precision)
+    # A build that fails or is killed may have replaced some of the files of an earlier one.
+    write_manifest(path, keep_targets(manifest, lambda other, _: other != name))
+    built, _ = build_target(path, manifest, backend, precision, options.plans, progress)
     old, new = manifest.targets.get(name), built.targets[name]
     if old is not None and old.files == new.files:
         new = with_operating_points(new, old.operating_points, old.default_operating_point)
-    built = with_target(built, name, new)
-    write_manifest(path, built)
     if can_run(new):
         progress(f"verify {name}", 0, 1)
-        try:
-            tolerance = _tolerance(path, built, name)
-        except FpabeeError:
-            # An earlier target of this name had files that are replaced now.
-            write_manifest(path, keep_targets(manifest, lambda other, _: other != name))
-            raise
-        built = with_target(built, name, msgspec.structs.replace(new, tolerance=tolerance))
-        write_manifest(path, built)
+        tolerance = _tolerance(path, with_target(built, name, new), name)
+        new = msgspec.structs.replace(new, tolerance=tolerance)
+    built = with_target(built, name, new)
+    write_manifest(path, built)
     return built, name
 
 
@@ -376,11 +364,6 @@ def _without_stale(manifest: Manifest, precision: str) -> Manifest:
             or all(file.onnx_sha256 == graphs[g].sha256 for g, file in target.files.items())
         ),
     )
-
-
-def _is_intact(path: Path, target: Target) -> bool:
-    files = {path / file.file: file.sha256 for file in target.files.values()}
-    return all(place.is_file() and sha256_of(place) == sha256 for place, sha256 in files.items())
 
 
 def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:

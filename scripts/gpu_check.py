@@ -167,7 +167,6 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         int8=precision == INT8,
         backends=(backend,),
         plans=replace(PLANS, compute_capabilities=(cuda_device().compute_capability,)),
-        jobs=max(1, (os.cpu_count() or 2) // 2),
     )
     targets: list[str] = []
     # Each plan of the chain is kept with its timings if the part is stopped. The one large plan is

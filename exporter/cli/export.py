@@ -63,7 +63,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
         "Model": "--problem-type --max-length",
         "Precision and verification": "--calibration-data --verify-data --target",
         **READING,
-        "TensorRT plans": "--sm --batch --sequence --jobs",
+        "TensorRT plans": "--sm --batch --sequence",
     },
 )
 @click.argument(
@@ -130,7 +130,6 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     callback=_sizes,
     default="16,64,128",
 )
-@options.count("--jobs", "Number of builds at a time.", 1)
 @options.option(
     "--target",
     "NAME",

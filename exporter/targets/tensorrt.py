@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
@@ -57,13 +56,22 @@ def can_run(target: Target) -> bool:
     return not device.error and device.compute_capability in target.compute_capabilities
 
 
+def _device(backend: str) -> str:
+    """The class of GPUs that plans are bound to, such as `sm86`; empty with `tensorrt-rtx`."""
+    return "" if backend == RTX else "sm" + cuda_device().compute_capability.replace(".", "")
+
+
+def target_name(backend: str, precision: str) -> str:
+    """The name of a target that is built on this machine."""
+    return "-".join(filter(None, (backend, precision, _device(backend))))
+
+
 def build_target(
     folder: Path,
     manifest: Manifest,
     backend: str,
     precision: str,
     options: PlanOptions,
-    jobs: int = 1,
     progress: Progress = silent,
 ) -> tuple[Manifest, str]:
     """Build the plans of a target into `targets/<name>/`.
@@ -74,37 +82,31 @@ def build_target(
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
         options: shapes, GPUs and limits.
-        jobs: the number of builds at a time. It is 1 with `tensorrt`, which times kernels on the
-            GPU while it builds.
         progress: called with (what, done, total).
 
     Returns:
         The manifest with the target, and the target's name.
 
     Raises:
-        BackendError: the backend cannot build this here, or a build failed.
+        BackendError: a build failed.
     """
-    error = unavailable_reason(backend)
-    if error:
-        raise error
     options = options.fitted(manifest, backend)
     graphs = manifest.graphs_in(precision)
-    device = "" if backend == RTX else "sm" + cuda_device().compute_capability.replace(".", "")
-    name = f"{backend}-{precision}" + (f"-{device}" if device else "")
+    name = target_name(backend, precision)
     home = folder / "targets" / name
     home.mkdir(parents=True, exist_ok=True)
     files: dict[str, BuiltFile] = {}
     progress(name, 0, len(graphs))
 
-    def build(graph_name: str) -> float:
+    for graph_name, graph in graphs.items():
         started = time.perf_counter()
-        graph = graphs[graph_name]
         onnx = verified_graph(folder, graph.file, graph.sha256)
+        plan = home / f"{graph_name}.plan"
         error = _run_worker(
             backend,
             PlanRequest(
                 onnx=str(onnx),
-                plan=str(home / f"{graph_name}.plan"),
+                plan=str(plan),
                 timing_cache=str(home / TIMING_CACHE),
                 profiles=[
                     {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
@@ -115,19 +117,17 @@ def build_target(
         )
         if error:
             raise BackendError(f"{name}: {graph_name}: {error}", _remedy(error))
-        return time.perf_counter() - started
-
-    with ThreadPoolExecutor(1 if backend == TENSORRT else jobs) as pool:
-        for graph, seconds in zip(graphs, pool.map(build, graphs), strict=True):
-            file = f"targets/{name}/{graph}.plan"
-            files[graph] = BuiltFile(
-                file=file, sha256=sha256_of(folder / file), onnx_sha256=graphs[graph].sha256
-            )
-            progress(f"{name} {graph} ({seconds:.1f} s)", len(files), len(graphs))
+        files[graph_name] = BuiltFile(
+            file=plan.relative_to(folder).as_posix(),
+            sha256=sha256_of(plan),
+            onnx_sha256=graph.sha256,
+        )
+        seconds = time.perf_counter() - started
+        progress(f"{name} {graph_name} ({seconds:.1f} s)", len(files), len(graphs))
     target = Target(
         backend=backend,
         precision=precision,
-        device=device,
+        device=_device(backend),
         versions={MODULES[backend]: library_version(MODULES[backend])},
         files=files,
         tolerance=None,
@@ -141,7 +141,7 @@ def build_target(
 
 def _remedy(error: str) -> Remedy:
     if _LACKS_MEMORY.search(error):
-        return Remedy("free some memory, and build with fewer {jobs} or smaller shapes")
+        return Remedy("free some memory, or build for smaller shapes")
     return Remedy(
         "run the graphs without plans, on onnxruntime-fp32; please report this with the output of "
         "{call}",

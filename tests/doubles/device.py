@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from fpabee.exporter.targets import cpu
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
-from fpabee.runtime.artifact.manifest import BuiltFile, Range, Shapes, Target
+from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
 from fpabee.runtime.backends import cuda_probe, device, onnxruntime_cuda, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 
@@ -36,6 +37,7 @@ class Double:
 
     Attributes:
         builds: what was built, each with the names of the graphs that were timed before.
+        unwritten: see `plans_of`.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Double:
     cuda: FakeCuda
     trt: FakeTensorRt
     builds: list[tuple[PlanRequest, list[str]]] = field(default_factory=list)
+    unwritten: list[Manifest] = field(default_factory=list)
 
     def build(self, backend: str, request: PlanRequest) -> str:
         """Write a plan that the double can run, as the worker of `build_target` does."""
@@ -78,13 +81,20 @@ def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
 
 def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
     """Let doubles run the plans of an engines folder, and build those of TensorRT."""
-    cuda, name = FakeCuda(), tensorrt.MODULES[backend]
-    trt = FakeTensorRt(cuda, plans_of(folder), name)
+    cuda, name, unwritten = FakeCuda(), tensorrt.MODULES[backend], list[Manifest]()
+    trt = FakeTensorRt(cuda, plans_of(folder, unwritten), name)
     patch.setitem(sys.modules, name, trt)
     patch.setattr(device, "cuda", lambda: cuda)
     patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
-    double = Double(folder, "", cuda, trt)
+    engine_of = cpu.engine_of
+
+    def noted(path: Path, manifest: Manifest, target: str) -> Engine:
+        unwritten[:] = [manifest]
+        return engine_of(path, manifest, target)
+
+    patch.setattr(cpu, "engine_of", noted)
+    double = Double(folder, "", cuda, trt, unwritten=unwritten)
     if backend == "tensorrt":
         patch.setattr(targets, "_run_worker", double.build)
     return double

@@ -12,14 +12,14 @@ import importlib.machinery
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fpabee.exporter.targets.options import profile_of
 from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import Graph, Shapes
+from fpabee.runtime.artifact.manifest import Graph, Manifest, Shapes
 
 from .cuda import FakeCuda
 from .onnxruntime_cuda import DeviceGraph
@@ -36,18 +36,22 @@ class Plan:
     profiles: tuple[Shapes, ...]
 
 
-def plans_of(folder: Path) -> Callable[[bytes], Plan | None]:
-    """A function that finds a plan of a folder by its bytes, or by the first of them."""
+def plans_of(folder: Path, unwritten: Sequence[Manifest] = ()) -> Callable[[bytes], Plan | None]:
+    """A function that finds a plan of a folder by its bytes, or by the first of them.
+
+    Args:
+        folder: the folder.
+        unwritten: manifests with targets that are checked before the folder names them.
+    """
 
     def find(content: bytes) -> Plan | None:
-        manifest = read_manifest(folder)
-        for target in manifest.targets.values():
-            for name, file in target.files.items():
-                path = folder / file.file
-                if path.is_file() and path.read_bytes().startswith(content):
-                    graph = manifest.graphs_in(target.precision)[name]
-                    onnx = folder / graph.file
-                    return Plan(onnx, graph, target.profiles)
+        for manifest in (read_manifest(folder), *unwritten):
+            for target in manifest.targets.values():
+                for name, file in target.files.items():
+                    path = folder / file.file
+                    if path.is_file() and path.read_bytes().startswith(content):
+                        graph = manifest.graphs_in(target.precision)[name]
+                        return Plan(folder / graph.file, graph, target.profiles)
         return None
 
     return find

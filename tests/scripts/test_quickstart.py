@@ -15,7 +15,7 @@ import pytest
 from fpabee.runtime import read_rows
 
 ROOT = Path(__file__).parents[2]
-EXPORT_FP16 = "fpabee-export --from demo/engines --fp16 --jobs 2"
+EXPORT_FP16 = "fpabee-export --from demo/engines --fp16"
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -125,24 +123,10 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
     assert (cache.read_bytes() == b"timings of another version") == (backend == RTX)
 
 
-def test_segments_share_what_was_timed_one_after_another(
-    double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It times kernels on the GPU, so builds at the same time would disturb each other."""
-    builds, build = threading.Lock(), tensorrt._run_worker
-
-    def alone(backend: str, wanted: PlanRequest) -> str:
-        assert builds.acquire(blocking=False), "two builds at the same time"
-        time.sleep(0.05)
-        try:
-            return build(backend, wanted)
-        finally:
-            builds.release()
-
-    monkeypatch.setattr(tensorrt, "_run_worker", alone)
+def test_segments_share_what_was_timed(double: Double) -> None:
     options = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
     before = read_manifest(double.folder)
-    manifest, name = build_target(double.folder, before, TENSORRT, "fp32", options, jobs=3)
+    manifest, name = build_target(double.folder, before, TENSORRT, "fp32", options)
     assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
     target = manifest.targets[name]
     for wanted, _ in double.builds:
