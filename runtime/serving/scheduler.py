@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from ..arguments import seconds_of, whole_number
 from ..artifact.manifest import LOGITS
 from ..backends.backend import Pending
+from ..backends.shapes import Limits
+from ..batching import fits
 from ..chain import Chain, Group, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, Remedy
 from ..results import Prediction
-from ..rules.measures import Mask
 from ..rules.runner import PatienceState, RuleRunner
-from .policy import rows_with, segments_left, worth
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -35,6 +35,8 @@ _MOST_ROWS = 1000
 # Longer texts of a request are tokenized in another thread than that of the event loop. It is one
 # thread for all requests, so that the memory which this takes does not grow with their number.
 _SHORT_CHARACTERS = 20_000
+# Rows of up to so many tokens are padded to one another: a call takes about as long as so many.
+_SHORT_TOKENS = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +51,6 @@ class _Row:
         arrived: when it was submitted, in seconds of `perf_counter`.
         deadline: when it should be answered, in the same seconds.
         at_exit_0: its logits there, `[labels]`, if the model has exit 0.
-        reached: the deepest exit that it reached, and its logits; only for rows with a deadline.
     """
 
     encoded: EncodedRow
@@ -59,7 +60,6 @@ class _Row:
     arrived: float
     deadline: float
     at_exit_0: NDArray[np.float32] | None = None
-    reached: tuple[int, NDArray[np.float32]] | None = None
 
 
 class Scheduler:
@@ -108,8 +108,7 @@ class Scheduler:
         self._unread = deque[tuple[Group[Any], int, Pending, float]]()
         self._running: list[_Row] = []
         self._read_at = 0.0
-        # Seconds and padded tokens of segments; each counts half as much as the one after it.
-        self._recent = 0.0, 1.0
+        self._seconds = 0.0  # of a segment; each counts half as much as the one after it
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
 
@@ -120,9 +119,10 @@ class Scheduler:
 
         Args:
             text: a string, or a (text, text_pair) tuple.
-            deadline_ms: milliseconds from now, tokenization included. A row that would miss it by
-                running one more segment is answered at the exit that it has reached, and marked as
-                in `Engine.predict`. There is always an answer, if need be a late one.
+            deadline_ms: milliseconds from now, tokenization included. A row that would miss it if
+                another segment took as long as the last ones is answered at the exit that it has
+                reached, and marked as in `Engine.predict`. There is always an answer, if need be a
+                late one.
             max_exit: the row stops at this exit at the latest.
 
         Returns:
@@ -179,11 +179,6 @@ class Scheduler:
                 check(rows)
             self._queue(futures, rows, deadline_ms, max_exit, arrived)
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
-
-    @property
-    def unanswered(self) -> int:
-        """Rows that are being tokenized, waiting or running."""
-        return self._unanswered
 
     @property
     def is_closed(self) -> bool:
@@ -324,11 +319,11 @@ class Scheduler:
         if self._cancels:
             for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
                 row.future.cancel()
+        self._answer_late()
         self._waiting = [row for row in self._waiting if not row.future.done()]
-        group = self._choose(chain) or self._ahead(chain)
+        self._regroup(chain)
+        group = self._choose(chain) or self._ahead()
         if group is not None:
-            if self._drop(chain, group):
-                return
             self._running, started = list(group.rows), perf_counter()
             if group.hidden.segment == 0:
                 self._tell_started(group.rows, started)
@@ -341,12 +336,12 @@ class Scheduler:
         if self._unread:
             self._read(chain)
 
-    def _ahead(self, chain: Chain[Any]) -> Group[Any] | None:
+    def _ahead(self) -> Group[Any] | None:
         """The group that runs, if it can run one more segment before this one is read."""
         if not self._unread:
             return None
         group, exit_number, *_ = self._unread[0]
-        soon = self._soon(group)
+        soon = self._after(1 + len(self._unread))
         if any(row.future.done() or row.deadline < soon for row in group.rows):
             return None
         return group if max(row.last for row in group.rows) > exit_number else None
@@ -363,16 +358,13 @@ class Scheduler:
         group, exit_number, pending, started = self._unread.popleft()
         self._running = list(group.rows)
         logits = pending.result()[LOGITS]
-        self._time(group, started)
-        is_ahead = self._is_unread(group)
-        done = self._decide(exit_number, self._running, group.state, logits)
-        if done.any():
-            group.keep = np.flatnonzero(~done)
-        if is_ahead and not done.all():
-            return  # the others are regrouped when their next segment is read
-        if is_ahead:
+        now = perf_counter()
+        # A device runs one segment after another.
+        self._seconds = (self._seconds + now - max(started, self._read_at)) / 2
+        self._read_at = now
+        self._decide(exit_number, self._running, group.state, logits)
+        if all(row.future.done() for row in group.rows) and self._is_unread(group):
             self._unread.clear()  # nobody needs that segment
-        self._regroup(chain, group)
 
     def _admit(self, chain: Chain[Any]) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
@@ -381,10 +373,11 @@ class Scheduler:
             self._waiting += rows  # before anything can fail
         if chain.exit_0 is None:
             return
-        for part in _by_rule(rows):
+        for runner in {row.runner for row in rows}:
+            part = [row for row in rows if row.runner is runner]
             try:
                 logits = chain.exit_0([row.encoded for row in part])
-                self._decide(0, part, part[0].runner.start(len(part)), logits)
+                self._decide(0, part, runner.start(len(part)), logits)
             except Exception as error:  # noqa: BLE001 - it belongs to these rows, and others go on
                 self._fail(part, error)
                 continue
@@ -393,38 +386,51 @@ class Scheduler:
 
     def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
         """The group that runs next, which may be a new one."""
-        joins, left, now = chain.backend.joins, self._segments_left(), perf_counter()
+        segments, now = chain.backend.segments, perf_counter()
 
-        def value(rows: Collection[_Row], stage: int) -> float:
-            age = max(0.0, now - min(row.arrived for row in rows))
-            return worth(sum(len(row.encoded) for row in rows), left[stage], age, joins)
+        def gain(rows: Iterable[_Row], stage: int = 0) -> tuple[float, int]:
+            return (self._worth(rows, segments - stage, now) if chain.backend.joins else 0.0), stage
 
-        def gain(group: Group[Any]) -> tuple[float, int]:
-            stage, first = group.hidden.segment, group.rows[0]
-            if first.runner is not self._runner:  # no rows will join it
-                return math.inf, stage
-            return value(group.rows, stage), stage
+        def gain_of(group: Group[Any]) -> tuple[float, int]:
+            return gain(group.rows, group.hidden.segment)
 
-        best = max(self._ready(), key=gain, default=None)
+        best = max(self._ready(), key=gain_of, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
         if not self._waiting or (self._groups and under_way > self._model.window_tokens):
             return best
-        head = min(range(len(self._waiting)), key=lambda number: self._waiting[number].deadline)
-        # Time for the segment of a full group, and then for segment 1 of that row.
-        soon = now + 2 * self._seconds(chain.limits.group_tokens)
-        urgent = self._waiting[head].deadline < soon
-        rows = self._rows_with(head if urgent else 0, chain)
-        if best and not urgent and value(rows, 0) <= gain(best)[0]:
+        first = min(self._waiting, key=lambda row: row.deadline)
+        # Time for the segment of another group, and then for segment 1 of that row.
+        is_urgent = first.deadline < self._after(2)
+        rows = self._rows_with(first if is_urgent else self._waiting[0], chain.limits)
+        if best and not is_urgent and gain(rows) <= gain_of(best):
             return best
         return self._begin(chain, rows)
 
-    def _rows_with(self, head: int, chain: Chain[Any]) -> list[_Row]:
-        """A group of waiting rows with a certain one."""
-        first = self._waiting[head]
-        rows = [row for row in self._waiting if row.runner is first.runner]
-        lengths = [len(row.encoded) for row in rows]
-        numbers = rows_with(rows.index(first), lengths, chain.limits, chain.backend.joins)
-        return [rows[number] for number in numbers]
+    def _worth(self, rows: Iterable[_Row], left: int, now: float) -> float:
+        """The gain of running rows that have so many segments left, where groups are joined.
+
+        A small group takes about as long as a full one there, so it waits until other rows have
+        joined it, but not for long. Tokens are counted instead of rows, because otherwise long
+        texts would wait for all shorter ones that arrive in the meantime. Elsewhere waiting gains
+        nothing, and the rows that are nearly finished come first.
+        """
+        age = max(0.0, now - min(row.arrived for row in rows))
+        return age * sum(len(row.encoded) for row in rows) / left
+
+    def _rows_with(self, first: _Row, limits: Limits) -> list[_Row]:
+        """A group of a waiting row and others of similar length, the oldest ones."""
+        rows, longest = [first], len(first.encoded)
+        size = max(longest, _SHORT_TOKENS)
+        for row in self._waiting:
+            tokens = len(row.encoded)
+            if row is first or row.runner is not first.runner:
+                continue
+            if not size <= 2 * max(tokens, _SHORT_TOKENS) <= 4 * size:
+                continue
+            if fits(len(rows) + 1, max(longest, tokens), limits):
+                rows.append(row)
+                longest = max(longest, tokens)
+        return rows
 
     def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
         taken = set(rows)
@@ -438,40 +444,21 @@ class Scheduler:
         self._groups.append(group)
         return group
 
-    def _drop(self, chain: Chain[Any], group: Group[Any]) -> bool:
-        """Before a group runs, let go of the rows that need no more segments.
-
-        These are the rows that would miss their deadline while it runs, which are answered, and the
-        cancelled rows.
-
-        Returns:
-            Whether there was one.
-        """
-        soon, ready = self._soon(group), self._ready()
-        rows = [*self._waiting, *(row for other in ready for row in other.rows)]
-        rows = [row for row in rows if not row.future.done()]
-        late = [(row, *row.reached) for row in rows if row.deadline < soon and row.reached]
-        self._running = [row for row, *_ in late]
-        for row, exit_number, logits in late:
-            self._answer(exit_number, [row], logits[None], limited=True)
-        changed = []
-        for other in ready:
-            going = np.array([not row.future.done() for row in other.rows])
-            if not going.all():
-                other.keep = np.flatnonzero(going)
-                changed.append(other)
-        for other in changed:
-            if other in self._groups:  # else it has joined one before
-                self._regroup(chain, other)
-        return bool(late or changed)
+    def _answer_late(self) -> None:
+        """Answer the rows that would miss their deadline while another segment runs."""
+        soon = self._after(1 + len(self._unread))
+        for row in self._waiting:
+            if row.deadline < soon and row.at_exit_0 is not None:
+                self._answer(0, [row], row.at_exit_0[None], limited=True)
+        for group in self._ready():
+            late = np.array([row.deadline < soon for row in group.rows])
+            if late.any() and group.state.earlier is not None:
+                logits = group.state.earlier.logits[late].astype(np.float32)
+                self._answer(group.hidden.segment, list(group.rows[late]), logits, limited=True)
 
     def _decide(
-        self,
-        exit_number: int,
-        rows: Sequence[_Row],
-        state: PatienceState,
-        logits: Any,
-    ) -> Mask:
+        self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any
+    ) -> None:
         """Apply the rule to a group at an exit, and answer the rows that stop.
 
         Args:
@@ -479,56 +466,35 @@ class Scheduler:
             rows: the rows; those that have their answer already stay as they are.
             state: what the rule remembers of them.
             logits: `[rows, labels]` float32 at the exit.
-
-        Returns:
-            `[rows]` bool, which rows leave the group.
         """
         finite = np.isfinite(logits).all(axis=1)
-        clean = logits if finite.all() else np.where(finite[:, None], logits, np.float32(0))
+        clean = np.where(finite[:, None], logits, np.float32(0))
         stops, _ = rows[0].runner.decide(exit_number, state, clean.astype(np.float64))
-        answered = np.array([row.future.done() for row in rows])
-        done: Mask = np.array([row.last <= exit_number for row in rows])
+        done = np.array([row.last <= exit_number for row in rows])
         if stops is not None:
             done |= stops
-        places = np.flatnonzero(done & finite & ~answered)
-        if len(places):
-            stopped = [rows[place] for place in places.tolist()]
-            self._answer(exit_number, stopped, clean[places])
-        if not finite.all():
-            failed = [rows[place] for place in np.flatnonzero(~finite).tolist()]
-            self._fail(failed, not_finite(self._model.target, exit_number))
-        done |= ~finite | answered
-        for place in np.flatnonzero(~done).tolist():
-            if rows[place].deadline < math.inf:
-                rows[place].reached = exit_number, clean[place].copy()
-        return done
+        failed = [rows[place] for place in np.flatnonzero(~finite).tolist()]
+        self._fail(failed, not_finite(self._model.target, exit_number))
+        places = np.flatnonzero(done & finite)
+        self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
 
-    def _regroup(self, chain: Chain[Any], group: Group[Any]) -> None:
-        """Drop the rows of a group that are answered, and join it with others of its stage."""
-
-        def meets(other: Group[Any]) -> bool:
-            return (
-                other.hidden.segment == group.hidden.segment
-                and other.rows[0].runner is group.rows[0].runner
-                and not self._is_unread(other)
-            )
-
-        others = [other for other in self._groups if other is not group]
-        peers = [group, *(other for other in others if meets(other))]
-        peers.sort(key=lambda peer: int(peer.lengths.max()))
-        # The groups that stay are listed before anything can fail.
-        self._groups = [other for other in others if other not in peers]
-        self._running = [row for peer in peers for row in peer.rows]
-        self._groups += chain.regroup(peers)
+    def _regroup(self, chain: Chain[Any]) -> None:
+        """Drop the rows that are answered or cancelled, and join groups of the same stage."""
+        peers: dict[tuple[int, RuleRunner], list[Group[Any]]] = {}
+        for group in sorted(self._ready(), key=lambda group: int(group.lengths.max())):
+            going = np.array([not row.future.done() for row in group.rows])
+            group.keep = None if going.all() else np.flatnonzero(going)
+            peers.setdefault((group.hidden.segment, group.rows[0].runner), []).append(group)
+        for groups in peers.values():
+            # The groups that stay are listed before anything can fail.
+            self._groups = [group for group in self._groups if group not in groups]
+            self._running = [row for group in groups for row in group.rows]
+            self._groups += chain.regroup(groups)
 
     def _answer(
-        self,
-        exit_number: int,
-        rows: Sequence[_Row],
-        logits: Any,
-        limited: bool = False,
+        self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
     ) -> None:
-        kept = [number for number, row in enumerate(rows) if not row.future.cancelled()]
+        kept = [number for number, row in enumerate(rows) if not row.future.done()]
         if not kept:
             return
         now = perf_counter()
@@ -560,32 +526,6 @@ class Scheduler:
             if row.future.set_running_or_notify_cancel():
                 row.future.set_exception(error)
 
-    def _segments_left(self) -> Any:
-        first = self._model.manifest.exits[0]
-        return segments_left(self._engine.tally.exits[1 - first :])
-
-    def _time(self, group: Group[Any], started: float) -> None:
-        """Remember how long a segment took that was started at a time and has now been read."""
-        bucket, now = group.hidden.bucket, perf_counter()
-        seconds, tokens = self._recent
-        seconds += now - max(started, self._read_at)  # a device runs one segment after another
-        self._recent = seconds / 2, (tokens + bucket.batch * bucket.sequence) / 2
-        self._read_at = now
-
-    def _soon(self, group: Group[Any]) -> float:
-        """When the next segment of a group will be done if it is started now."""
-        bucket = group.hidden.bucket
-        seconds = self._seconds(bucket.batch * bucket.sequence)
-        return perf_counter() + (1 + len(self._unread)) * seconds
-
-    def _seconds(self, tokens: int) -> float:
-        """The time of a segment on a group of this many padded tokens, by the recent segments."""
-        seconds, measured = self._recent
-        return seconds * tokens / measured
-
-
-def _by_rule(rows: Sequence[_Row]) -> list[list[_Row]]:
-    parts: dict[RuleRunner, list[_Row]] = {}
-    for row in rows:
-        parts.setdefault(row.runner, []).append(row)
-    return list(parts.values())
+    def _after(self, segments: int) -> float:
+        """When so many more segments are done, if they take as long as the last ones."""
+        return perf_counter() + segments * self._seconds

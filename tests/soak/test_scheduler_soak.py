@@ -127,7 +127,7 @@ def test_no_answer_is_lost_or_wrong(
             ends = time.monotonic() + pytestconfig.getoption("--seconds")
             with ThreadPoolExecutor(_THREADS) as pool:
                 counts = sum(pool.map(ask, range(_THREADS)), Counter[str]())
-            assert scheduler.unanswered == 0
+            assert scheduler._unanswered == 0
         print(dict(counts))
         assert counts["answered"] > 100
         assert counts["at exit 0"] > 10

@@ -33,6 +33,7 @@ from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving import scheduler as module
 from fpabee.runtime.serving.metrics import Metrics
 
 from ..test_engine import LOGIT_TOLERANCE, TEXTS
@@ -72,7 +73,11 @@ class Gate:
 
         monkeypatch.setattr(HostExecution, "enqueue", gated)
         # Made-up times: 1 ms for any group.
-        monkeypatch.setattr(Scheduler, "_seconds", lambda scheduler, tokens: 1e-3)
+        monkeypatch.setattr(
+            Scheduler,
+            "_after",
+            lambda _, segments: vars(module)["perf_counter"]() + segments * 1e-3,
+        )
 
     def at(self) -> tuple[int, int]:
         """Wait until the worker is before a segment; returns it, and its rows."""
@@ -146,7 +151,7 @@ def test_answers_are_those_of_predict(
             found = results([scheduler.submit(text) for text in TEXTS * 2])
         assert engine.tally.rows == len(found)
         check_same(engine, TEXTS * 2, found, rule)
-        assert scheduler.unanswered == 0
+        assert scheduler._unanswered == 0
 
 
 def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gate) -> None:
@@ -200,24 +205,6 @@ def test_nearly_finished_rows_come_first_on_a_cpu(engine: Engine, gate: Gate) ->
         results(futures)
 
 
-@pytest.mark.usefixtures("joins")
-def test_rows_of_an_earlier_rule_do_not_wait_for_others(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
-) -> None:
-    """Larger groups of new rows gain more, but none of them would join the row."""
-    folder = engine_copy()
-    set_points(folder, deep=NEVER, other=Budget(exit=3))
-    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
-        first = scheduler.submit(TEXTS[0])
-        assert gate.at() == (0, 1)
-        engine.use("other")
-        others = scheduler.submit_all([TEXTS[0]] * 8)
-        gate.step()
-        assert gate.at() == (1, 1)
-        gate.open()
-        results([first, *others])
-
-
 def test_rows_of_different_rules_share_no_group(
     engine_copy: Callable[..., Path],
     set_points: Callable[..., None],
@@ -263,7 +250,7 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
         waiting = scheduler.submit("rain")
         assert running[0].cancel()
         assert waiting.cancel()
-        assert scheduler.unanswered == 1
+        assert scheduler._unanswered == 1
         gate.step()
         assert gate.at() == (1, 1)
         gate.open()
@@ -277,10 +264,10 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
 def test_rows_that_are_cancelled_while_others_run_leave(
     engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def most_tokens(tokens: int, *_: object) -> int:
-        return tokens
+    def most_tokens(_: Scheduler, rows: Sequence[Any], *__: object) -> float:
+        return sum(len(row.encoded) for row in rows)
 
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.worth", most_tokens)
+    monkeypatch.setattr(Scheduler, "_worth", most_tokens)
     with Scheduler(engine) as scheduler:
         first = scheduler.submit("the film")
         gate.at()
@@ -294,29 +281,21 @@ def test_rows_that_are_cancelled_while_others_run_leave(
         assert [answer.exit for answer in results(futures)] == [3, 3]
 
 
-def test_the_age_of_a_group_is_that_of_its_oldest_row(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+def test_a_group_is_worth_more_the_older_and_fuller_and_deeper_it_is(
+    engine: Engine, gate: Gate
 ) -> None:
-    ages = []
-
-    def recorded(tokens: int, left: float, age: float, *_: object) -> float:
-        ages.append(age)
-        return age
-
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.worth", recorded)
-    now = 0.0
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
     with Scheduler(engine) as scheduler:
-        futures = [scheduler.submit(text) for text in ("the plot", "a film")]
+        futures = scheduler.submit_all(["rain", "the plot", "rain"])
         gate.at()
-        now = -100.0
-        futures.append(scheduler.submit("rain"))
-        now = 100.0
-        futures.append(scheduler.submit("rain"))
-        now = 0.0
+        young, full, old = rows = scheduler._running
+        young.arrived, full.arrived, old.arrived = 9.0, 9.0, 5.0
+        worth = scheduler._worth
+        assert worth([young], 3, 10.0) < worth([full], 3, 10.0) < worth(rows[:2], 3, 10.0)
+        assert worth([young], 3, 10.0) < worth([young], 2, 10.0)
+        assert worth([young], 3, 10.0) < worth([young, old], 3, 10.0) / 2, "as old as its oldest"
+        assert worth([young], 3, 1000.0) > worth(rows, 1, 10.0), "no row waits forever"
         gate.open()
         results(futures)
-    assert (min(ages), max(ages)) == (0, 100)
 
 
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
@@ -351,17 +330,17 @@ def test_texts_count_while_they_are_tokenized(
         first, bad, left = (asyncio.ensure_future(scheduler.classify(each)) for each in requests)
         while not calls:
             await asyncio.sleep(0.01)
-        assert scheduler.unanswered == 5
+        assert scheduler._unanswered == 5
         with pytest.raises(OverloadedError):
             await scheduler.classify(["a"])
         left.cancel()
         await asyncio.wait([left])
-        assert scheduler.unanswered == 4
+        assert scheduler._unanswered == 4
         goes_on.set()
         assert [answer.exit for answer in await first] == [3, 3]
         with pytest.raises(InputError):
             await bad
-        assert scheduler.unanswered == 0
+        assert scheduler._unanswered == 0
 
     monkeypatch.setattr(engine, "encode", slowly)
     with Scheduler(engine, max_rows=5) as scheduler:
@@ -382,7 +361,7 @@ def test_a_scheduler_that_closes_while_texts_are_tokenized(
     monkeypatch.setattr(engine, "encode", closes)
     with pytest.raises(BackendError, match="closed"):
         scheduler.submit("a")
-    assert scheduler.unanswered == 0
+    assert scheduler._unanswered == 0
 
 
 # Python 3.12 and later warn of forks, since what this test is about can happen.
@@ -458,7 +437,7 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
 
 
-@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(3.0, 1), (5.0, 2), (6.0, 3)])
+@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(2.9, 1), (5.0, 2), (6.0, 3)])
 def test_segments_are_expected_to_take_as_long_as_the_last_ones(
     deadline_ms: float, exit_number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -628,7 +607,7 @@ def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -
             scheduler.submit(**arguments)
         with pytest.raises(error):
             asyncio.run(scheduler.classify([arguments.pop("text")], **arguments))
-        assert scheduler.unanswered == 0
+        assert scheduler._unanswered == 0
         assert scheduler.submit("a").result(WAIT).exit == 3
 
 
@@ -699,7 +678,7 @@ def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:
     async def leaves(scheduler: Scheduler) -> None:
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(scheduler.classify(["a", "b"]), 0.01)
-        assert scheduler.unanswered == 0
+        assert scheduler._unanswered == 0
 
     with Scheduler(engine) as scheduler:
         asyncio.run(leaves(scheduler))

@@ -219,7 +219,7 @@ def test_bad_requests(server: Server, status: int, says: str, content: Any) -> N
     assert says in found["error"]
     assert "Traceback" not in response.text
     assert server.post("/classify", {"input": "still fine"}).status_code == 200
-    assert server.scheduler.unanswered == 0
+    assert server.scheduler._unanswered == 0
 
 
 @pytest.mark.parametrize(
