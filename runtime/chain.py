@@ -51,19 +51,6 @@ class WindowResult:
         return self.logits[self.exits - self.first_exit, np.arange(len(self.exits))]
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
-    """The logits of a single row.
-
-    Attributes:
-        exit: its exit.
-        logits: the logits of every exit that it reached, one list after another.
-    """
-
-    exit: int
-    logits: list[list[float]]
-
-
 @dataclass(slots=True, eq=False)
 class Group(Generic[B]):
     """Rows that run together.
@@ -147,13 +134,13 @@ class Chain(Generic[B]):
         """
         return _Window(self, rows, runner, deadline).run()
 
-    def run_one(self, row: EncodedRow, runner: RuleRunner) -> RowResult:
-        """Run a single row until the rule stops it; the errors are those of `run`."""
-        one, history = OneRow(runner), []
+    def run_one(self, row: EncodedRow, runner: RuleRunner) -> tuple[int, list[float]]:
+        """The exit of a single row and its logits there; the errors are those of `run`."""
+        one = OneRow(runner)
         if self.exit_0 is not None:
-            history.append(self._finite(0, self.exit_0([row])[0].tolist()))
-            if one.stops(history[0]):
-                return RowResult(0, history)
+            logits = self._finite(0, self.exit_0([row])[0].tolist())
+            if one.stops(logits):
+                return 0, logits
         execution, bucket = self.execution, self.bucket(1, len(row), alone=True)
         hidden = execution.begin([row], bucket)
         pending = execution.enqueue(0, hidden)
@@ -161,14 +148,14 @@ class Chain(Generic[B]):
             ahead = pending
             if execution.lookahead and segment < self.backend.segments:
                 ahead = execution.enqueue(segment, hidden)
-            history.append(self._finite(segment, pending.result()[LOGITS][0].tolist()))
-            if one.stops(history[-1]):
+            logits = self._finite(segment, pending.result()[LOGITS][0].tolist())
+            if one.stops(logits):
                 break
             if not execution.lookahead:
                 ahead = execution.enqueue(segment, hidden)
             pending = ahead
         execution.release(hidden)
-        return RowResult(segment, history)
+        return segment, logits
 
     def _finite(self, exit_number: int, logits: list[float]) -> list[float]:
         if not all(map(math.isfinite, logits)):
@@ -205,27 +192,22 @@ class Chain(Generic[B]):
         bucket = self.bucket(count, int(lengths.max()), alone=count == 1)
         return Group(rows, lengths, self.execution.begin(encoded, bucket), state)
 
-    def regroup(self, groups: Sequence[Group[B]]) -> list[Group[B]]:
-        """Drop the rows that have stopped, and join groups where the backend does.
+    def plan(self, groups: Sequence[Group[B]]) -> list[list[Group[B]]]:
+        """The groups to `join`, where the backend joins groups; those without rows are released.
 
         Args:
             groups: groups before the same segment, with the same rule.
         """
-        return [self.join(parts) for parts in self.plan(groups)]
-
-    def plan(self, groups: Sequence[Group[B]]) -> list[list[Group[B]]]:
-        """The groups to `join`, see `regroup`; those without rows are released."""
         alive = []
         for group in groups:
             if group.keep is None or len(group.keep):
                 alive.append(group)
             else:
                 self.execution.release(group.hidden)
-        plan = [[number] for number in range(len(alive))]
-        if self.backend.joins:
-            lengths = [group.lengths[group.going].tolist() for group in alive]
-            plan = plan_joins(lengths, self.limits)
-        return [[alive[number] for number in part] for part in plan]
+        if not self.backend.joins:
+            return [[group] for group in alive]
+        lengths = [group.lengths[group.going].tolist() for group in alive]
+        return [[alive[at] for at in part] for part in plan_joins(lengths, self.limits)]
 
     def has_room(self, parts: Sequence[Group[B]]) -> bool:
         """Whether another row fits into a group that is joined from these."""
@@ -237,14 +219,13 @@ class Chain(Generic[B]):
         if len(parts) == 1 and parts[0].keep is None:
             return parts[0]
         keeps = [part.going for part in parts]
-        kept = list(zip(parts, keeps, strict=True))
-        lengths = np.concatenate([part.lengths[keep] for part, keep in kept])
+        lengths = np.concatenate([part.lengths[part.going] for part in parts])
         bucket = self.bucket(len(lengths), int(lengths.max()))
         hidden = self.execution.regroup([part.hidden for part in parts], keeps, bucket)
         for part in parts:
             self.execution.release(part.hidden)
-        state = PatienceState.join([part.state.take(keep) for part, keep in kept])
-        rows = np.concatenate([part.rows[keep] for part, keep in kept])
+        state = PatienceState.join([part.state.take(part.going) for part in parts])
+        rows = np.concatenate([part.rows[part.going] for part in parts])
         return Group(rows, lengths, hidden, state)
 
     def time_exits(self, rows: int, tokens: int) -> list[float]:
@@ -400,7 +381,9 @@ class _Window(Generic[B]):
         Returns:
             `[rows]` bool, which of them stop; None if no row does.
         """
-        self._record(exit_number, rows, logits)
+        if not np.isfinite(logits).all():
+            raise not_finite(self._chain.backend.name, exit_number)
+        self._logits[self._runner.exits.index(exit_number), rows] = logits
         stops, _ = self._runner.decide(exit_number, state, logits.astype(np.float64))
         if perf_counter() + self._enqueuing + self._reading > self._deadline:
             limited = np.ones(len(rows), np.bool_) if stops is None else ~stops
@@ -409,9 +392,3 @@ class _Window(Generic[B]):
         if stops is not None:
             self._exits[rows[stops]] = exit_number
         return stops
-
-    def _record(self, exit_number: int, rows: RowNumbers, logits: NDArray[np.float32]) -> None:
-        """Keep the logits of some rows at an exit, which must be finite."""
-        if not np.isfinite(logits).all():
-            raise not_finite(self._chain.backend.name, exit_number)
-        self._logits[self._runner.exits.index(exit_number), rows] = logits

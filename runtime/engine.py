@@ -447,11 +447,11 @@ class Engine:
         """The prediction of a single text, made with as little Python as possible."""
         (row,) = self._encoder.encode(texts)
         with self.model.chain() as chain:
-            result = chain.run_one(row, runner)
-        exits = tuple([int(number == result.exit) for number in self._exits])
+            stopped, logits = chain.run_one(row, runner)
+        exits = tuple([int(number == stopped) for number in self._exits])
         with self._tally_lock:
             self._tally += Tally(exits, row.truncated)
-        return self._predictions.row(result.logits[-1], result.exit, row.truncated)
+        return self._predictions.row(logits, stopped, row.truncated)
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import whole_number
 from ..engine import Engine
-from ..errors import InputError, Remedy, RowError
+from ..errors import InputError, RowError
 from ..files import ReadOptions, Row
 from ..files.parquet import row_at
 from ..files.records import RecordSchema
@@ -74,8 +74,8 @@ class Classify:
             `truncated`; and the columns of the arguments that are set.
 
         Raises:
-            InputError: the column of the text is missing or does not hold strings; the batch has
-                a column with the name of an answer; or a text is null.
+            InputError: the column of the text is missing; the batch has a column with the name of
+                an answer; or a text is not a string.
             FpabeeError: as in `Engine.predict`.
         """
         import pyarrow
@@ -104,8 +104,6 @@ class Classify:
 
     def _texts(self, batch: pyarrow.Table) -> pyarrow.Table:
         """The columns of the batch that hold texts."""
-        import pyarrow
-
         self._reading.check(batch.column_names, "the dataset")
         taken = set(self._names) & set(batch.column_names)
         if taken:
@@ -113,20 +111,11 @@ class Classify:
                 f'the dataset has a column "{min(taken)}", which is the name of an answer',
                 "rename or drop the column first: dataset.rename_columns, dataset.drop_columns",
             )
-        texts = batch.select(
+        return batch.select(
             name
             for name in (self._reading.text_column, self._reading.pair_column)
             if name in batch.column_names
         )
-        for name, column in zip(texts.column_names, texts.columns, strict=True):
-            is_coded = pyarrow.types.is_dictionary(column.type)
-            kind = str(column.type.value_type if is_coded else column.type)
-            if kind not in ("string", "large_string", "string_view", "null"):
-                raise InputError(
-                    f'the column "{name}" holds {column.type}, expected strings',
-                    Remedy("set {text_column} to the column of the text, or convert the column"),
-                )
-        return texts
 
 
 def classify(

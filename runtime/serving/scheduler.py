@@ -325,11 +325,11 @@ class Scheduler:
         group = self._choose(chain) or self._ahead()
         if group is not None:
             self._running, started = list(group.rows), perf_counter()
-            if group.hidden.segment == 0:
-                self._tell_started(group.rows, started)
-            pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
             if self._metrics is not None:
                 self._metrics.ran(len(group.rows))
+                if group.hidden.segment == 0:
+                    self._metrics.started([started - row.arrived for row in self._running])
+            pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
             self._unread.append((group, group.hidden.segment, pending, started))
             if chain.execution.lookahead and len(self._unread) == 1:
                 return
@@ -489,7 +489,7 @@ class Scheduler:
             # The groups that stay are listed before anything can fail.
             self._groups = [group for group in self._groups if group not in groups]
             self._running = [row for group in groups for row in group.rows]
-            self._groups += chain.regroup(groups)
+            self._groups += [chain.join(parts) for parts in chain.plan(groups)]
 
     def _answer(
         self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
@@ -506,17 +506,14 @@ class Scheduler:
             np.full(len(taken), limited),
             np.array([now > row.deadline for row in taken]),
         )
-        if exit_number == 0:
-            self._tell_started(taken, now)
         if self._metrics is not None:
-            self._metrics.answered(predictions, [now - row.arrived for row in taken])
+            seconds = [now - row.arrived for row in taken]
+            self._metrics.answered(predictions, seconds)
+            if exit_number == 0:
+                self._metrics.started(seconds)
         for row, prediction in zip(taken, predictions, strict=True):
             if row.future.set_running_or_notify_cancel():
                 row.future.set_result(prediction)
-
-    def _tell_started(self, rows: Iterable[_Row], now: float) -> None:
-        if self._metrics is not None:
-            self._metrics.started([now - row.arrived for row in rows])
 
     def _fail(self, rows: Iterable[_Row], error: Exception) -> None:
         failed = [row for row in rows if not row.future.done()]

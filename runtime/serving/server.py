@@ -180,19 +180,20 @@ class _Server:
     _hosts: Collection[str]
 
     def __post_init__(self) -> None:
-        self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-        post = {"methods": ["POST"]}
+        page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+        index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         refusal = _error(421, STATUSES[421], "InvalidRequest")
+        classify = _stoppable(self._classify)
         self.app = Starlette(
             routes=[
-                Route("/", self._index),
-                Route("/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
-                Route("/v1/classify", _stoppable(self._classify), **post),  # type: ignore[arg-type]
-                Route("/predict", _stoppable(self._predict), **post),  # type: ignore[arg-type]
+                Route("/", index, methods=["GET"]),
+                Route("/classify", classify, methods=["POST"]),
+                Route("/v1/classify", classify, methods=["POST"]),
+                Route("/predict", _stoppable(self._predict), methods=["POST"]),
                 Route(HEALTH, self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
-                Route("/openapi.json", self._openapi),
+                Route("/openapi.json", _json(openapi(__version__, STATUSES)), methods=["GET"]),
             ],
             middleware=[Middleware(HostCheck, self._hosts, refusal)],
             exception_handlers={
@@ -301,12 +302,6 @@ class _Server:
     async def _show_metrics(self, _: Request) -> Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(self._metrics.text(), headers={"Content-Type": kind})
-
-    async def _openapi(self, _: Request) -> Response:
-        return _json(openapi(__version__, STATUSES))
-
-    async def _index(self, _: Request) -> Response:
-        return HTMLResponse(self._page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     async def _failed(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, FpabeeError)
