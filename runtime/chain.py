@@ -261,7 +261,7 @@ class _Window(Generic[B]):
         shape = len(runner.exits), len(rows), chain.backend.labels
         self._logits = np.full(shape, np.nan, np.float32)
         self._limited = np.zeros(len(rows), np.bool_)
-        self._enqueuing = self._reading = 0.0  # seconds, of the last segment
+        self._decided = perf_counter()  # when a segment was last read
         going, state = np.arange(len(rows)), runner.start(len(rows))
         if chain.exit_0 is not None:
             stops = self._decide(0, going, state, chain.exit_0(rows))
@@ -298,12 +298,13 @@ class _Window(Generic[B]):
         waiting: list[Group[B]] = []
         while True:
             for group in ready:
-                running.append((group, self._enqueue(group.hidden.segment, group.hidden)))
+                pending = self._execution.enqueue(group.hidden.segment, group.hidden)
+                running.append((group, pending))
             if not running:
                 return
             group, pending = running.popleft()
             exit_number = group.hidden.segment
-            stops = self._decide(exit_number, group.rows, group.state, self._read(pending))
+            stops = self._decide(exit_number, group.rows, group.state, pending.result()[LOGITS])
             if stops is not None:
                 group.keep = np.flatnonzero(~stops)
             is_last = not running or running[0][0].hidden.segment > exit_number
@@ -333,15 +334,15 @@ class _Window(Generic[B]):
         """
         rows, hidden, state = group.rows, group.hidden, group.state
         first = hidden.segment
-        pending = self._enqueue(first, hidden)
+        pending = self._execution.enqueue(first, hidden)
         read_at = hidden_at = np.arange(len(rows))
         unread = None  # the buffers before regrouping, until the outputs in them are read
         segments = self._chain.backend.segments
         for segment in range(first, segments):
             ahead, ahead_at = pending, hidden_at
             if segment + 1 < segments:
-                ahead = self._enqueue(segment + 1, hidden)
-            logits = self._read(pending)[read_at]
+                ahead = self._execution.enqueue(segment + 1, hidden)
+            logits = pending.result()[LOGITS][read_at]
             if unread is not None:
                 self._execution.release(unread)
                 unread = None
@@ -361,18 +362,6 @@ class _Window(Generic[B]):
             pending, read_at = ahead, ahead_at
         self._execution.release(hidden)
 
-    def _enqueue(self, segment: int, hidden: Hidden[B]) -> Pending:
-        started = perf_counter()
-        pending = self._execution.enqueue(segment, hidden)
-        self._enqueuing = perf_counter() - started
-        return pending
-
-    def _read(self, pending: Pending) -> NDArray[np.float32]:
-        started = perf_counter()
-        logits: NDArray[np.float32] = pending.result()[LOGITS]
-        self._reading = perf_counter() - started
-        return logits
-
     def _decide(
         self, exit_number: int, rows: RowNumbers, state: PatienceState, logits: NDArray[np.float32]
     ) -> NDArray[np.bool_] | None:
@@ -385,7 +374,8 @@ class _Window(Generic[B]):
             raise not_finite(self._chain.backend.name, exit_number)
         self._logits[self._runner.exits.index(exit_number), rows] = logits
         stops, _ = self._runner.decide(exit_number, state, logits.astype(np.float64))
-        if perf_counter() + self._enqueuing + self._reading > self._deadline:
+        before, self._decided = self._decided, perf_counter()
+        if 2 * self._decided - before > self._deadline:  # another segment takes as long
             limited = np.ones(len(rows), np.bool_) if stops is None else ~stops
             self._limited[rows[limited]] = True
             stops = np.ones(len(rows), np.bool_)

@@ -266,11 +266,9 @@ class _Server:
 
     async def _body(self, request: Request) -> bytes:
         body = bytearray()
-        length = request.headers.get("content-length", "0")
-        size = int(length) if length.isdecimal() else 0
         async for chunk in request.stream():
             body += chunk
-            if max(size, len(body)) > self._limits.max_body:
+            if len(body) > self._limits.max_body:
                 raise HTTPException(413, f"the body has more than {self._limits.max_body} bytes")
         return bytes(body)
 
