@@ -334,7 +334,7 @@ class Scheduler:
             if chain.execution.lookahead and len(self._unread) == 1:
                 return
         if self._unread:
-            self._read(chain)
+            self._read()
 
     def _ahead(self) -> Group[Any] | None:
         """The group that runs, if it can run one more segment before this one is read."""
@@ -353,7 +353,7 @@ class Scheduler:
     def _is_unread(self, group: Group[Any]) -> bool:
         return any(unread is group for unread, *_ in self._unread)
 
-    def _read(self, chain: Chain[Any]) -> None:
+    def _read(self) -> None:
         """Answer the rows that stop at the exit of the segment that started first."""
         group, exit_number, pending, started = self._unread.popleft()
         self._running = list(group.rows)
@@ -363,8 +363,6 @@ class Scheduler:
         self._seconds = (self._seconds + now - max(started, self._read_at)) / 2
         self._read_at = now
         self._decide(exit_number, self._running, group.state, logits)
-        if all(row.future.done() for row in group.rows) and self._is_unread(group):
-            self._unread.clear()  # nobody needs that segment
 
     def _admit(self, chain: Chain[Any]) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""

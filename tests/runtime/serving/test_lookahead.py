@@ -19,7 +19,6 @@ from .test_scheduler import WAIT, results
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 SOME_STOP_FIRST = Entropy(threshold=0.3)
 """Some of the texts, but not all, stop at exit 1."""
-ALL_STOP_FIRST = Entropy(threshold=10.0)
 NEVER = FPabee(threshold=-1.0)
 
 
