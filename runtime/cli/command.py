@@ -13,8 +13,7 @@ from ...help_pages import LOOK, Command
 from .errors import exits_with_one_line
 
 READING = {
-    "Reading files": "--input --input-format --text-column --text-pair-column --label-column "
-    "--no-quotes"
+    "Reading files": "--input-format --text-column --text-pair-column --label-column --no-quotes"
 }
 RULE = {"Exit rule": "--rule --threshold --patience --exit --max-exit --exit-0-threshold"}
 

@@ -39,13 +39,14 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
     panels={
         **RULE,
         **READING,
-        "Writing results": "--with-text --top-k --scores --logits --resume --unbuffered",
+        "Writing results": "--with-text --scores --resume --unbuffered",
     },
 )
 @options.engines
 @click.argument(
     "files",
     nargs=-1,
+    required=True,
     type=click.Path(allow_dash=True),
     help="Texts to classify: .txt (one text per line), .jsonl, .csv, .tsv or .parquet. All but "
     ".parquet may end in .gz. - is standard input.",
@@ -74,12 +75,9 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--quiet", "Show no progress and no summary.")
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
-@click.option("--input", "sources", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.labelled_texts
 @options.flag("--with-text", "Repeat the text in each result.")
-@options.count("--top-k", "Write the N most probable labels and their probabilities.")
 @options.flag("--scores all_scores", "Write the probabilities of all labels.")
-@options.flag("--logits", "Write the logits of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
 @options.flag(
     "--unbuffered",
@@ -89,7 +87,6 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 def main(
     engines: Path,
     files: tuple[str, ...],
-    sources: tuple[str, ...],
     output: Path | None,
     resume: bool,
     on_error: str,
@@ -103,17 +100,13 @@ def main(
     **settings: Any,
 ) -> None:
     """Classify texts. Results go to standard output or --output, all else to standard error."""
-    sources = (*files, *sources)
-    if not sources:
-        raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
     loading = {name: settings.pop(name) for name in ("max_length", "threads")}
-    fields = ("with_text", "all_scores", "top_k", "logits")
-    written = {name: settings.pop(name) for name in fields}
+    written = {name: settings.pop(name) for name in ("with_text", "all_scores")}
     overrides = bool(options.given(options.RULE_OPTIONS))
     options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
-    is_typed = STANDARD_INPUT in sources and sys.stdin is not None and sys.stdin.isatty()
+    is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
     output = None if output == Path("-") else output
     is_file = is_plain_file(output)
     options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
@@ -125,9 +118,9 @@ def main(
     options.only_with("resume", is_file, "--output FILE")
     chosen = output_format(output)
     unbuffered = unbuffered or (is_typed and not is_file)
-    inputs = Inputs(sources, reading)
+    inputs = Inputs(files, reading)
     if output is not None:
-        check_output(output, sources)
+        check_output(output, files)
     shows = not (quiet or as_json)
     with Engine.load(engines, target, operating_point, **loading) as engine:
         rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule

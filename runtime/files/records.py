@@ -14,7 +14,7 @@ from .rows import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]
 
-_ALL_SCORES, _LOGITS = "all_scores", "logits"
+_ALL_SCORES = "all_scores"
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,6 @@ class RecordSchema:
         multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
         all_scores: whether the probabilities of all labels are included.
-        top_k: how many of the most probable labels are included; None for none.
-        logits: whether the logits of all labels are included.
         errors: whether a record may be an error.
     """
 
@@ -35,8 +33,6 @@ class RecordSchema:
     multi_label: bool
     with_text: bool = False
     all_scores: bool = False
-    top_k: int | None = None
-    logits: bool = False
     errors: bool = False
 
     def record(self, index: int, row: Row, prediction: Prediction) -> Record:
@@ -55,14 +51,9 @@ class RecordSchema:
         record |= {"exit": prediction.exit, "layer": prediction.layer}
         if prediction.truncated:
             record["truncated"] = True
-        if self.top_k:
-            top = prediction.top(self.labels, self.top_k)
-            record["top_labels"] = [label for label, _ in top]
-            record["top_scores"] = [round(score, 6) for _, score in top]
-        values = {_ALL_SCORES: prediction.probabilities, _LOGITS: prediction.logits}
-        for name in self._by_label:
-            pairs = zip(self.labels, values[name], strict=True)
-            record[name] = {label: round(value, 6) for label, value in pairs}
+        if self.all_scores:
+            pairs = zip(self.labels, prediction.probabilities, strict=True)
+            record[_ALL_SCORES] = {label: round(value, 6) for label, value in pairs}
         return record
 
     def error(self, index: int, error: RowError) -> Record:
@@ -88,21 +79,15 @@ class RecordSchema:
         )
 
     @cached_property
-    def _by_label(self) -> list[str]:
-        """The fields that hold a number for each label."""
-        return [_ALL_SCORES] * self.all_scores + [_LOGITS] * self.logits
-
-    @cached_property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()
         answer = ("labels", "scores") if self.multi_label else ("label", "score")
-        top = ("top_labels", "top_scores") if self.top_k else ()
-        numbers = (f"{name}.{label}" for name in self._by_label for label in self.labels)
-        return (*text, *answer, "exit", "layer", "truncated", *top, *numbers)
+        scores = (f"{_ALL_SCORES}.{label}" for label in self.labels if self.all_scores)
+        return (*text, *answer, "exit", "layer", "truncated", *scores)
 
     @cached_property
     def _names(self) -> set[str]:
-        return {"index", "error", _ALL_SCORES, *self._by_label, *self._results}
+        return {"index", "error", _ALL_SCORES, *self._results}
 
     def columns(self, fields: Iterable[str]) -> tuple[str, ...]:
         """The columns of a table: the index, the other fields of the input, and the results."""
@@ -115,9 +100,8 @@ class RecordSchema:
     def flat(self, record: Record) -> Record:
         """A record with one value for each column of results."""
         record = dict(record)
-        for name in self._by_label:
-            values = record.pop(name, {})
-            record |= {f"{name}.{label}": value for label, value in values.items()}
+        scores = record.pop(_ALL_SCORES, {})
+        record |= {f"{_ALL_SCORES}.{label}": score for label, score in scores.items()}
         if "error" not in record:
             record.setdefault("truncated", False)
         return record
@@ -138,7 +122,7 @@ class RecordSchema:
         Raises:
             InputError: a label contains the separator.
         """
-        for label in self.labels if self.multi_label or self.top_k else ():
+        for label in self.labels if self.multi_label else ():
             if LABEL_SEPARATOR in label:
                 raise InputError(
                     f"the label {label!r} contains {LABEL_SEPARATOR!r}, which separates labels",

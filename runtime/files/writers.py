@@ -55,10 +55,7 @@ def arrow_type(name: str) -> Any:
         "score": pyarrow.float64(),
         "scores": pyarrow.list_(pyarrow.float64()),
         "labels": pyarrow.list_(pyarrow.string()),
-        "top_scores": pyarrow.list_(pyarrow.float64()),
-        "top_labels": pyarrow.list_(pyarrow.string()),
         "all_scores": pyarrow.float64(),
-        "logits": pyarrow.float64(),
     }
     return types.get(name.partition(".")[0], pyarrow.string())
 

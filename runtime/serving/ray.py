@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import whole_number
 from ..engine import Engine
 from ..errors import InputError, RowError
 from ..files import ReadOptions, Row
@@ -30,14 +29,11 @@ class Classify:
         text_column: the column of the text.
         text_pair_column: the column of the second text; default: `text_pair`, if there is one.
         all_scores: whether there is a column `all_scores.NAME` for the probability of each label.
-        top_k: how many of the most probable labels are in `top_labels`, with their `top_scores`.
-        logits: whether there is a column `logits.NAME` for the logit of each label.
         skip_errors: whether a row without a text gets a message in the column `error`, and nulls as
             its answer. Otherwise it ends the job.
         **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
 
     Raises:
-        InputError: `top_k` is not a whole number from 0.
         FpabeeError: as `Engine.load`.
     """
 
@@ -48,8 +44,6 @@ class Classify:
         text_column: str = "text",
         text_pair_column: str | None = None,
         all_scores: bool = False,
-        top_k: int = 0,
-        logits: bool = False,
         skip_errors: bool = False,
         **load: Any,
     ) -> None:
@@ -59,8 +53,6 @@ class Classify:
             self._engine.labels,
             self._engine.multi_label,
             all_scores=all_scores,
-            top_k=whole_number("top_k", top_k, InputError, least=0),
-            logits=logits,
             errors=skip_errors,
         )
         self._names = self._schema.columns(())[1:]  # without the index

@@ -205,8 +205,8 @@ def test_a_wrong_use(
 @pytest.mark.parametrize(
     ("redirection", "facts"),
     [
-        ("run {engines} --input {texts} --quiet >&-", ("standard output", "--output")),
-        ("run {engines} --input - --quiet <&-", ("standard input",)),
+        ("run {engines} {texts} --quiet >&-", ("standard output", "--output")),
+        ("run {engines} - --quiet <&-", ("standard input",)),
         ("inspect {engines} >/dev/full", ("standard output", "No space left")),
     ],
 )

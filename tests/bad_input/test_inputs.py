@@ -114,12 +114,12 @@ FILES = [
     Case("an unknown suffix", given("in.xls", "a\n"), ".xls"),
     Case("a name that is too long", lambda p: p.run("a" * 300), "File name too long"),
     Case("a device that cannot be read", lambda p: p.run("/proc/self/mem"), "/proc/self/mem"),
-    Case("standard input twice", lambda p: p.run("-", "--input", "-"), "standard input"),
+    Case("standard input twice", lambda p: p.run("-", "-"), "standard input"),
 ]  # fmt: skip
 
 USAGE = [
     Case("an unknown format", given("in.txt", "", "--input-format", "xml"), "'xml'", code=2),
-    Case("no input", lambda p: ["run", p.shared["bert"]], "standard input", code=2),
+    Case("no input", lambda p: ["run", p.shared["bert"]], "FILES", code=2),
     Case("a column twice", given("in.csv", "", "--label-column", "text"), "text", code=2),
 ]
 

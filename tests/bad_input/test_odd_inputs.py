@@ -52,7 +52,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 @pytest.mark.parametrize("odd", FILES)
 def test_an_odd_input_is_read(odd: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     name, content, texts = FILES[odd]
-    arguments = ["--input", place.file(name, content), "--with-text", "--threads", 1, "--json"]
+    arguments = [place.file(name, content), "--with-text", "--threads", 1, "--json"]
     outcome = execute(["run", place.shared["bert"], *arguments], place, capfd)
     assert outcome.code == 0, outcome.err
     # Not splitlines: texts hold other line ends.

@@ -88,10 +88,10 @@ def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Pat
 
 def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     from_file = run(bert, source, "--quiet")
-    as_text = run(bert, "--input", "-", "--quiet", stdin=source.read_bytes())
+    as_text = run(bert, "-", "--quiet", stdin=source.read_bytes())
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    as_json = run(bert, "--input", "-", "--quiet", stdin=lines)
-    said = run(bert, "--input", "-", "--input-format", "txt", "--quiet", stdin=lines)
+    as_json = run(bert, "-", "--quiet", stdin=lines)
+    said = run(bert, "-", "--input-format", "txt", "--quiet", stdin=lines)
     assert from_file == as_text == as_json
     assert from_file.err == ""
     assert len(said.records) == len(TEXTS)

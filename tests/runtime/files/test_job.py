@@ -33,7 +33,7 @@ def test_columns_by_name(run: Run, bert: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.tsv"
     source.write_text('q1\tq2\tgold\nthe film\t"bad\talarm\n', encoding="utf-8")
     options = ["--text-column", "q1", "--text-pair-column", "q2", "--no-quotes", "--with-text"]
-    result = run(bert, "--input", source, *options, "--label-column", "gold", "--metrics")
+    result = run(bert, source, *options, "--label-column", "gold", "--metrics")
     (record,) = result.records
     assert (record["text"], record["text_pair"]) == ("the film", '"bad')
     assert "accuracy" in result.err
@@ -41,13 +41,13 @@ def test_columns_by_name(run: Run, bert: Path, tmp_path: Path) -> None:
 
 def test_the_same_rows_in_every_format(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", *({"text": t, "id": t[:3]} for t in TEXTS))
-    shown = run(bert, "--input", source, "--quiet")
+    shown = run(bert, source, "--quiet")
     names = ("index", "id", "label", "score", "exit")
     expected = [[str(r[name]) for name in names] for r in shown.records]
     for name in ("out.jsonl", "out.csv", "out.parquet"):
         output = tmp_path / name
         output.write_text("old")
-        assert run(bert, "--input", source, "--output", output, "--quiet").code == 0
+        assert run(bert, source, "--output", output, "--quiet").code == 0
         found: list[Any]
         if output.suffix == ".parquet":
             found = parquet.read_table(output).to_pylist()
@@ -63,14 +63,14 @@ def test_the_same_rows_in_every_format(run: Run, bert: Path, tmp_path: Path) -> 
 
 def test_output_to_something_that_is_not_a_file(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"text": "rain"})
-    null = run(bert, "--input", source, "--output", "/dev/null", "--quiet")
+    null = run(bert, source, "--output", "/dev/null", "--quiet")
     assert (null.code, null.err) == (0, "")
     assert not Path("/dev/null").is_file()
-    assert len(run(bert, "--input", source, "--output", "-", "--quiet").records) == 1
+    assert len(run(bert, source, "--output", "-", "--quiet").records) == 1
     link, real = tmp_path / "link.jsonl", tmp_path / "real.jsonl"
     real.touch()
     link.symlink_to(real)
-    run(bert, "--input", source, "--output", link, "--quiet")
+    run(bert, source, "--output", link, "--quiet")
     assert link.is_symlink()
     assert len(real.read_text().splitlines()) == 1
 
@@ -94,7 +94,7 @@ def test_skipped_rows_are_records_of_their_errors(
     source = tmp_path / "in.jsonl"
     source.write_text("".join(line + "\n" for line in BAD))
     options = ["--metrics"] if metrics else []
-    result = run(bert, "--input", source, "--on-error", "skip", *options)
+    result = run(bert, source, "--on-error", "skip", *options)
     assert result.code == 0
     assert [record["index"] for record in result.records] == list(range(len(BAD)))
     bad = {1, 2, 6} | ({4, 5} if metrics else set())
@@ -113,7 +113,7 @@ def test_skipped_rows_are_records_of_their_errors(
 def test_bad_rows_stop_a_run_unless_they_are_skipped(run: Run, bert: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
     source.write_text("text,id\nrain,1\nsun\n")
-    check_refused(run(bert, "--input", source), "line 3 has 1 cells")
+    check_refused(run(bert, source), "line 3 has 1 cells")
     output = tmp_path / "out.csv"
     assert run(bert, source, "--on-error", "skip", "--output", output, "--quiet").code == 0
     assert output.read_text().splitlines()[2].startswith("1,,,,,,,")
@@ -122,7 +122,7 @@ def test_bad_rows_stop_a_run_unless_they_are_skipped(run: Run, bert: Path, tmp_p
 def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"sentence": "a"}, {"sentence": "b"})
     output = tmp_path / "out.jsonl"
-    options = ("--input", source, "--on-error", "skip")
+    options = (source, "--on-error", "skip")
     told = run(bert, *options, "--json")
     summary = json.loads("{" + told.err.partition("{")[2].rpartition("}")[0] + "}")
     assert (summary["mean_depth"], summary["saving"]) == (None, None)
@@ -133,11 +133,10 @@ def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_files_come_before_inputs(run: Run, bert: Path, tmp_path: Path) -> None:
+def test_files_are_read_in_their_order(run: Run, bert: Path, tmp_path: Path) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"{name}\n")
     a, b, c, d = (tmp_path / f"{name}.txt" for name in "abcd")
-    result = run(bert, "--input", c, b, "-", "--input", d, a, "--with-text", stdin=b"stdin\n")
+    result = run(bert, c, b, "-", d, a, "--with-text", stdin=b"stdin\n")
     assert result.code == 0
-    assert [record["text"] for record in result.records] == ["b", "stdin", "a", "c", "d"]
-    assert "ENGINES [FILES]..." in run("--help").out
+    assert [record["text"] for record in result.records] == ["c", "b", "stdin", "d", "a"]

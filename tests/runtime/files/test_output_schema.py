@@ -25,9 +25,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 FIELDS = set(SCHEMA["properties"])
 FLAGS = {
     "--with-text": {"text", "text_pair"},
-    "--top-k=2": {"top_labels", "top_scores"},
     "--scores": {"all_scores"},
-    "--logits": {"logits"},
 }
 ANSWER = {"bert": {"label", "score"}, "mpnet": {"labels", "scores"}}
 ALWAYS = {"index", "exit", "layer", "truncated", "error"}
@@ -73,7 +71,6 @@ def test_tables(run: Run, engines: Mapping[str, Path], source: Path, family: str
     table = parquet.read_table(parquet_file)
     assert list(cells[0]) == table.column_names
     assert {name.partition(".")[0] for name in cells[0]} == expected(family, *FLAGS)
-    assert cells[0]["top_labels"] == "|".join(lines[0]["top_labels"])
     for row, line in zip(table.to_pylist(), lines, strict=True):
         record: dict[str, Any] = {}
         for name, value in row.items():
@@ -99,8 +96,6 @@ def test_the_schema_is_strict() -> None:
         good | {"truncated": False},
         good | {"error": "x"},
         good | {"labels": ["a"], "scores": [0.5]},
-        good | {"top_labels": ["a"]},
-        good | {"logits": {"a": None}},
     ):
         assert not VALIDATOR.is_valid(bad), bad
 
@@ -112,7 +107,7 @@ def test_the_page_names_the_same_fields() -> None:
 
 @pytest.mark.parametrize("family", ANSWER)
 def test_values(run: Run, engines: Mapping[str, Path], source: Path, family: str) -> None:
-    (record, *_) = run(engines[family], source, "--on-error=skip", *FLAGS, "--top-k=99").records
+    (record, *_) = run(engines[family], source, "--on-error=skip", *FLAGS).records
     with Engine.load(engines[family]) as engine:
         (answer,) = engine.predict(["play music"])
         traced = engine.trace(["play music"]).logits[answer.exit - 1, 0]
@@ -120,27 +115,13 @@ def test_values(run: Run, engines: Mapping[str, Path], source: Path, family: str
         labels = engine.labels
     assert answer.logits == pytest.approx(traced.tolist(), abs=1e-5)
     assert two.logits == pytest.approx(answer.logits, abs=1e-5)
-    assert list(record["logits"].values()) == pytest.approx(answer.logits, abs=1e-5)
     ranked = sorted(record["all_scores"].items(), key=lambda pair: -pair[1])
-    assert list(zip(record["top_labels"], record["top_scores"], strict=True)) == ranked
-    assert [label for label, _ in answer.top(labels)] == record["top_labels"]
+    assert [label for label, _ in answer.top(labels)] == [label for label, _ in ranked]
     assert answer.top(labels, 1) == [(ranked[0][0], max(answer.probabilities))]
-
-
-@pytest.mark.parametrize("name", ["top_labels", "logits"])
-def test_a_field_of_the_input_passes_unless_its_flag_is_given(
-    run: Run, bert: Path, tmp_path: Path, name: str
-) -> None:
-    source = write_lines(tmp_path / "in.jsonl", {"text": "rain", name: "theirs"})
-    (record,) = run(bert, source).records
-    assert record[name] == "theirs"
-    (record,) = run(bert, source, "--top-k=1", "--logits").records
-    assert record[name] != "theirs"
 
 
 def test_a_label_with_the_separator_is_refused_in_a_table() -> None:
     labels = ("a|b", "c")
     RecordSchema(labels, multi_label=False).check_separator()
-    for schema in (RecordSchema(labels, multi_label=True), RecordSchema(labels, False, top_k=1)):
-        with pytest.raises(InputError, match=r"'a\|b' contains '\|'.*JSON lines"):
-            schema.check_separator()
+    with pytest.raises(InputError, match=r"'a\|b' contains '\|'.*JSON lines"):
+        RecordSchema(labels, multi_label=True).check_separator()

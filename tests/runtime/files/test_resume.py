@@ -78,7 +78,7 @@ class Classify:
         return sorted(path.name for path in self.output.parent.iterdir())
 
     def arguments(self, *options: object) -> list[str]:
-        given = (self.engines, "--input", self.source, "--output", self.output)
+        given = (self.engines, self.source, "--output", self.output)
         return [str(argument) for argument in (*given, *self.rule, *options)]
 
     def __call__(self, *options: object) -> Result:
@@ -265,8 +265,7 @@ def test_a_resume_with_other_settings_is_refused(
     for options, says in (
         (["--threshold", "0.8"], "threshold"),
         (["--with-text"], "with_text was false and is true"),
-        (["--top-k", "2"], "top_k was"),
-        (["--logits"], "logits was"),
+        (["--scores"], "all_scores was"),
         (["--max-length", "9"], "max_length was null and is 9"),
         (["--threads", "1"], "threads was null and is 1"),
         (["--text-column", "id"], "text_column was"),

@@ -57,14 +57,14 @@ def check_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("bert", {}), ("bert", {"all_scores": True, "top_k": 2, "logits": True}), ("mpnet", {})],
+    [("bert", {}), ("bert", {"all_scores": True}), ("mpnet", {})],
 )
 def test_rows_are_those_of_the_command(
     family: str, options: Any, engines: Mapping[str, Path], run: Run, tmp_path: Path
 ) -> None:
     rows = texts_of(50)
     rows = rows.append_column("text_pair", [["film", None] * 25])
-    flags = ["--with-text", *(["--scores", "--top-k", "2", "--logits"] if options else [])]
+    flags = ["--with-text", *(["--scores"] if options else [])]
     expected = answers_of_run(run, engines[family], tmp_path, rows, *flags)
 
     found = Classify(engines[family], **options)(rows)
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_command(
     assert found.schema.types == expected.schema.types
     for name in names:
         for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
-            is_number = name.startswith(("score", "all_scores", "top_scores", "logits"))
+            is_number = name.startswith(("score", "all_scores"))
             assert one == (pytest.approx(other, abs=1e-5) if is_number else other)
 
 
@@ -119,11 +119,6 @@ def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
     assert "UTF-8" in errors[2]
     only = Classify(bert, skip_errors=True)(pyarrow.table({"text": pyarrow.nulls(2)}))
     assert only["exit"].null_count == 2
-
-
-def test_a_negative_top_k(bert: Path) -> None:
-    with pytest.raises(InputError, match="top_k is -1"):
-        Classify(bert, top_k=-1)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
