@@ -19,18 +19,18 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
         operating_point: the name of the calibrated rule that was run, if it was one.
     """
     console = PlainConsole(stderr=True)
-    engine = summary.engine
+    found = summary.to_dict(operating_point)
     rule = "full depth" if summary.rule is None else f"rule {rule_in_words(summary.rule)}"
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
         f"{summary.rows} rows in {summary.seconds:.1f} s ({summary.rate:.0f} rows/s) on "
-        f"{engine.target}, {rule}"
+        f"{found['target']}, {rule}"
     ]
-    if summary.mean_depth is not None:
+    if found["mean_depth"] is not None:
         lines.append(
-            f"mean depth {summary.mean_depth:.2f} of {engine.manifest.model.layers} layers, saving "
-            f"{summary.saving:.1%}; {summary.truncated} truncated, {summary.empty} empty"
+            f"mean depth {found['mean_depth']:.2f} of {found['layers']} layers, saving "
+            f"{found['saving']:.1%}; {summary.truncated} truncated, {summary.empty} empty"
         )
     if summary.completed:
         lines.append(f"{summary.completed} rows were done by an earlier run")
@@ -40,21 +40,19 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
     table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
-    manifest = engine.manifest
-    for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True):
-        count = summary.exits[number]
-        share = count / max(1, summary.rows - summary.errors)
+    for part in found["exits"]:
+        share = part["rows"] / max(1, summary.rows - summary.errors)
         bar = "█" * round(_BAR_WIDTH * share)
-        table.add_row(str(number), str(layer), str(count), f"{share:.1%}", bar)
+        table.add_row(*map(str, part.values()), f"{share:.1%}", bar)
     console.print(table)
     if summary.metrics:
         print_scores(summary)
     if operating_point is None and summary.rule is not None:
-        points = ", ".join(engine.manifest.targets[engine.target].operating_points)
+        points = ", ".join(summary.engine.manifest.targets[found["target"]].operating_points)
         console.print(
-            f"The rule is not one of the operating points of {engine.target}: {points}."
+            f"The rule is not one of the operating points of {found['target']}: {points}."
             if points
-            else f"The rule is not calibrated for your data on {engine.target}: run "
+            else f"The rule is not calibrated for your data on {found['target']}: run "
             "fpabee-calibrate on labelled rows.",
             soft_wrap=True,
         )

@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from ..blocks import blocks
-from ..errors import InputError, Remedy, RowError
-from ..results import Prediction
+from ..errors import RowError
 from .records import Record, RecordSchema
 from .rows import Row
 from .summary import Summary
@@ -21,8 +20,6 @@ BLOCK_ROWS = 4096
 BLOCK_CHARACTERS = 512 * 2**10
 
 Item = Row | RowError
-
-_START_AGAIN = Remedy("start again without {resume}")
 
 
 def run(
@@ -47,47 +44,30 @@ def run(
         unbuffered: whether the record of a row is written before the next row is read.
 
     Raises:
-        InputError: a row cannot be read and is not to be skipped, or the completed rows are not
-            those of these inputs.
+        RowError: a row cannot be read and is not to be skipped.
     """
     most_rows = 1 if unbuffered else BLOCK_ROWS
     checked = _checked(items, summary, schema.errors)
     for block in blocks(checked, _characters, BLOCK_CHARACTERS, most_rows):
         start = summary.rows
-        done = _count_completed(block, completed, schema, summary)
-        if done == len(block):
+        for item, record in zip(block, itertools.islice(completed, len(block)), strict=False):
+            summary.add(item, record)
+            summary.completed += 1
+        if summary.rows == start + len(block):
             continue
         # The whole block is run even if some of its rows are completed already.
-        for item, prediction in itertools.islice(_predicted(summary, block), done, None):
+        rows = [item.content for item in block if isinstance(item, Row)]
+        rule = summary.rule
+        predictions = summary.engine.stream(rows, rule=rule, full_depth=rule is None)
+        for index, item in enumerate(block, start):
             if isinstance(item, RowError):
-                write(schema.error(summary.rows, item))
-                summary.add_error(item)
+                record = schema.error(index, item)
             else:
-                assert prediction is not None
-                write(schema.record(summary.rows, item, prediction))
-                summary.add(item, prediction)
-            advance(summary, start + len(block))
-    if next(completed, None) is not None:
-        raise InputError("the earlier run has more rows than the inputs", _START_AGAIN)
-
-
-def _count_completed(
-    block: list[Item], completed: Iterator[Record], schema: RecordSchema, summary: Summary
-) -> int:
-    """Count the first rows of a block, which an earlier run has completed; returns how many.
-
-    Raises:
-        InputError: a completed record cannot be that of its row.
-    """
-    done, exits = 0, summary.engine.manifest.exits
-    for item, record in zip(block, itertools.islice(completed, len(block)), strict=False):
-        if isinstance(item, RowError) != ("error" in record) or not schema.fits(record, exits):
-            raise InputError(
-                f"row {summary.rows} of the earlier run is not from these inputs", _START_AGAIN
-            )
-        summary.add_completed(item, record)
-        done += 1
-    return done
+                record = schema.record(index, item, next(predictions))
+            if index == summary.rows:
+                write(record)
+                summary.add(item, record)
+                advance(summary, start + len(block))
 
 
 def _characters(item: Item) -> int:
@@ -107,11 +87,3 @@ def _checked(items: Iterable[Item], summary: Summary, skip: bool) -> Iterator[It
             yield error
         else:
             yield item
-
-
-def _predicted(summary: Summary, block: list[Item]) -> Iterator[tuple[Item, Prediction | None]]:
-    rows = [item.content for item in block if isinstance(item, Row)]
-    rule = summary.rule
-    predictions = summary.engine.stream(rows, rule=rule, full_depth=rule is None)
-    for item in block:
-        yield item, next(predictions) if isinstance(item, Row) else None

@@ -60,24 +60,6 @@ class RecordSchema:
         """The record of a row that has an error instead of an answer."""
         return {"index": index, "error": str(error)}
 
-    def fits(self, record: Record, exits: range) -> bool:
-        """Whether a record from a file can be of this schema: an error, or labels and an exit.
-
-        Args:
-            record: the record.
-            exits: the numbers of the exits of the model.
-        """
-        if "error" in record:
-            return isinstance(record["error"], str)
-        exit_number = record.get("exit")
-        labels = record.get("labels") if self.multi_label else [record.get("label")]
-        return (
-            type(exit_number) is int
-            and exit_number in exits
-            and isinstance(labels, list)
-            and all(isinstance(label, str) and label in self.labels for label in labels)
-        )
-
     @cached_property
     def _results(self) -> tuple[str, ...]:
         text = ("text", "text_pair") if self.with_text else ()

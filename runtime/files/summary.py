@@ -11,7 +11,6 @@ import numpy as np
 from ..engine import Engine
 from ..errors import Remedy, RowError
 from ..metrics import encode_labels, evaluate
-from ..results import Prediction
 from ..rules.base import ExitRule
 from .records import Record
 from .rows import Row
@@ -30,7 +29,7 @@ class Summary:
         rule: as given.
         metrics: as given.
         rows: number of rows.
-        completed: rows that an earlier run has classified.
+        completed: how many of these an earlier run has done.
         errors: rows that could not be read, or that have no usable label if predictions are
             scored.
         first_error: the error of the first of these.
@@ -54,24 +53,19 @@ class Summary:
         # How often each pair of true and predicted labels occurred.
         self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
 
-    def add(self, row: Row, prediction: Prediction) -> None:
-        """Count a row, which has a usable label if predictions are scored."""
-        self._count(row, prediction.exit, prediction.labels, prediction.truncated)
-
-    def add_completed(self, item: Row | RowError, record: Record) -> None:
-        """Count a row that an earlier run has done."""
-        if isinstance(item, RowError):
-            self.add_error(item)
-            return
-        labels = record["labels"] if self.engine.multi_label else [record["label"]]
-        self._count(item, record["exit"], tuple(labels), "truncated" in record)
-        self.completed += 1
-
-    def add_error(self, error: RowError) -> None:
-        """Count a row that has an error instead of an answer."""
-        self.first_error = self.first_error or error
+    def add(self, item: Row | RowError, record: Record) -> None:
+        """Count a row, which has a usable label if predictions are scored, and its record."""
         self.rows += 1
-        self.errors += 1
+        if isinstance(item, RowError):
+            self.first_error = self.first_error or item
+            self.errors += 1
+            return
+        self.exits[record["exit"]] += 1
+        self.truncated += "truncated" in record
+        self.empty += not item.text
+        if self.metrics:
+            labels = record["labels"] if self.engine.multi_label else [record["label"]]
+            self._answers[item.labels or (), tuple(labels)] += 1
 
     def check_label(self, row: Row) -> None:
         """Check that a row can be scored, if predictions are scored.
@@ -111,55 +105,33 @@ class Summary:
         """Rows that this run has done per second, without those of an earlier run."""
         return (self.rows - self.completed) / self.seconds
 
-    @property
-    def mean_depth(self) -> float | None:
-        """The mean number of layers that a row ran through; None without answered rows."""
-        answered = self.rows - self.errors
-        if not answered:
-            return None
-        manifest = self.engine.manifest
-        layers = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
-        total = sum(layers[number] * count for number, count in self.exits.items())
-        return total / answered
-
-    @property
-    def saving(self) -> float | None:
-        """1 - mean depth / layers; None without answered rows."""
-        depth = self.mean_depth
-        return None if depth is None else 1 - depth / self.engine.manifest.model.layers
-
     def to_dict(self, operating_point: str | None) -> dict[str, Any]:
-        """The tally for JSON.
+        """The tally for JSON; mean depth and saving are None without answered rows.
 
         Args:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
-        manifest, seconds = self.engine.manifest, self.seconds
-        content = {
+        manifest, answered = self.engine.manifest, self.exits.total()
+        exits = [
+            {"exit": number, "layer": layer, "rows": self.exits[number]}
+            for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
+        ]
+        ran = sum(part["layer"] * part["rows"] for part in exits)
+        depth = ran / answered if answered else None
+        return {
             "rows": self.rows,
             "rows_before": self.completed,
             "errors": self.errors,
             "truncated": self.truncated,
             "empty": self.empty,
-            "seconds": seconds,
-            "rows_per_second": (self.rows - self.completed) / seconds,
+            "seconds": self.seconds,
+            "rows_per_second": self.rate,
             "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),
             "layers": manifest.model.layers,
-            "mean_depth": self.mean_depth,
-            "saving": self.saving,
-            "exits": [
-                {"exit": number, "layer": layer, "rows": self.exits[number]}
-                for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
-            ],
+            "mean_depth": depth,
+            "saving": None if depth is None else 1 - depth / manifest.model.layers,
+            "exits": exits,
+            **({"metrics": self.scores()} if self._answers else {}),
         }
-        return content | ({"metrics": self.scores()} if self._answers else {})
-
-    def _count(self, row: Row, exit_number: int, labels: tuple[str, ...], truncated: bool) -> None:
-        self.rows += 1
-        self.exits[exit_number] += 1
-        self.truncated += truncated
-        self.empty += not row.text
-        if self.metrics:
-            self._answers[row.labels or (), labels] += 1
