@@ -13,7 +13,6 @@ from typing import Any
 import rich_click as click
 
 from ..errors import Call, FpabeeError, Remedy, in_one_line
-from ..files.destination import Interrupted
 from .console import echo
 
 _INTERRUPTED = 130  # as in a shell
@@ -48,16 +47,13 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
             echo(f"error: {in_terms_of_options(ours)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            more = ""
-            if isinstance(interrupt, Interrupted):
-                more = f": {in_terms_of_options(interrupt)}"
-            echo(f"interrupted{more}", err=True)
+            echo(": ".join(["interrupted", *interrupt.args]), err=True)
             sys.exit(_INTERRUPTED)
 
     return wrapper
 
 
-def in_terms_of_options(error: FpabeeError | Interrupted) -> str:
+def in_terms_of_options(error: FpabeeError) -> str:
     """An error with its parameters written as options and its functions as commands."""
     remedy = error.remedy
     text = remedy.render(option_of, _command) if isinstance(remedy, Remedy) else remedy

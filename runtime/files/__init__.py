@@ -4,12 +4,12 @@ Reading, one row at a time, so that memory stays flat:
 
 - `sources`: files and standard input, in the format that their names tell (`formats`)
 - `rows`: what a row is, and the options that say how it is read
-- `lines` (plain text, JSON lines), `tables` (CSV, TSV) and `parquet`
+- `lines` (plain text, JSON lines, CSV, TSV) and `parquet`
 
 Writing:
 
 - `records`: what is written for a row; `writers`: the same as CSV and Parquet
-- `destination`: the output as a whole; `partial`: the rows of a file that is not complete yet
+- `destination`: the output as a whole, and the rows of a file that is not complete yet
 - `job`: from rows to records, block by block; `summary`: what it counted
 
 `.txt`: each line is a text, and an empty line is an empty text, so that results line up with the

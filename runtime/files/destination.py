@@ -1,4 +1,10 @@
-"""Where results go: standard output, a pipe, or a file that appears when it is complete."""
+"""Where results go: standard output, a pipe, or a file that appears when it is complete.
+
+Until then, `OUT.partial` holds its rows, so that a later run can continue after them. It holds JSON
+lines. Each is handed to the operating system before the next row is worked on, so that neither
+Ctrl-C nor `kill -9` loses one; an incomplete last line is dropped. `OUT.partial.run` beside it says
+what was run on which inputs: only the same run may continue.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..artifact.folder import check_outside
+import msgspec
+
+from ..artifact.folder import BAD_JSON, check_outside
 from ..errors import FpabeeError, InputError, Remedy
 from .formats import TextFormat, is_plain_file
-from .partial import Partial
 from .records import Record, RecordSchema, to_json
 from .sources import STANDARD_INPUT
-from .writers import convert
+from .writers import convert, records_of
 
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run that can be continued.
-
-    Attributes:
-        message: where the rows that are done are kept.
-        remedy: how to continue.
-    """
-
-    def __init__(self, message: str, remedy: Remedy) -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(output: Path, sources: Sequence[str]) -> None:
@@ -80,7 +78,7 @@ def open_output(
 
     Raises:
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
-        Interrupted: Ctrl-C, and the rows that are done are kept.
+        KeyboardInterrupt: Ctrl-C; if rows are done, its message says where they are kept.
     """
     try:
         if output is not None and is_plain_file(output):
@@ -88,8 +86,7 @@ def open_output(
             partial = Partial(Path(os.path.realpath(output)), settings(), resume)
             with _kept(partial):
                 yield partial.write, partial.records()
-                partial.sync()
-                _finish(partial, chosen, schema)
+                partial.finish(chosen, schema)
         else:
             with _stream(output) as stream:
                 yield lambda record: stream.write(to_json(record) + "\n"), iter(())
@@ -102,6 +99,140 @@ def open_output(
         ) from error
 
 
+class Partial:
+    """The rows of one output file that are done.
+
+    Args:
+        output: the file that they are for.
+        settings: what is run on which inputs.
+        resume: whether to continue after the rows of an earlier run.
+
+    Attributes:
+        output: as given.
+        path: the file that holds them.
+        rows: how many are done.
+
+    Raises:
+        InputError: the rows are from another run, would be lost, or are being written by another
+            process.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + ".partial")
+        self._settings_path = output.with_name(output.name + ".partial.run")
+        # Opened to append, because nothing may be lost before the checks below.
+        self._stream = self.path.open("ab")
+        try:
+            self._lock()
+            self.rows, size = _whole_lines(self.path)
+            if self.rows and not resume:
+                raise InputError(
+                    f"{self.path} holds {self.rows} rows of a run that did not finish",
+                    Remedy("use {resume} to continue, or delete it to start again"),
+                )
+            if self.rows:
+                self._check(settings)
+            else:
+                self._settings_path.write_text(to_json(settings) + "\n", encoding="utf-8")
+            self._stream.truncate(size)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def records(self) -> Iterator[Record]:
+        """The records that an earlier run has written.
+
+        Raises:
+            InputError: they are damaged.
+        """
+        index = 0
+        try:
+            for index, record in zip(range(self.rows), records_of(self.path), strict=False):
+                if record["index"] != index:
+                    raise ValueError
+                yield record
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.path}, line {index + 1} is damaged", "delete the file to start again"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        """Add a record; the operating system has it when this returns."""
+        self._stream.write(to_json(record).encode() + b"\n")
+        self._stream.flush()
+        self.rows += 1
+
+    def finish(self, chosen: TextFormat, schema: RecordSchema) -> None:
+        """Turn the rows into the output, and delete everything else."""
+        made = self.path
+        try:
+            if chosen is not TextFormat.JSON_LINES:
+                made = self.output.with_name(self.output.name + ".partial.out")
+                convert(self.path, made, chosen, schema)
+            with made.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            made.replace(self.output)
+        finally:
+            if made != self.path:
+                made.unlink(missing_ok=True)
+        self._settings_path.unlink(missing_ok=True)
+        # Another run may use the name of the rows as soon as they are the output.
+        self.close(keep=made == self.path)
+
+    def close(self, keep: bool) -> None:
+        """Close the file, and delete it unless it is to be kept."""
+        try:
+            self._stream.close()
+        finally:
+            if not keep:
+                self.path.unlink(missing_ok=True)
+                self._settings_path.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{self.path} is being written by another run",
+                Remedy("wait for that run, or set another {output}"),
+            ) from error
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Check that the rows are those of the same run.
+
+        Raises:
+            InputError: the settings of the earlier run are different or unknown.
+        """
+        remedy = f"delete {self.path} to start again"
+        try:
+            earlier = msgspec.json.decode(self._settings_path.read_bytes(), type=dict[str, Any])
+        except (OSError, *BAD_JSON) as error:
+            raise InputError(
+                f"{self._settings_path}, which says what was run, is missing or damaged", remedy
+            ) from error
+        for name, value in settings.items():
+            before, now = to_json(earlier.get(name)), to_json(value)
+            if before != now:
+                raise InputError(
+                    f"{self.path} is from another run: {name} was {before} and is {now}",
+                    f"run it as before, or {remedy}",
+                )
+
+
+def _whole_lines(path: Path) -> tuple[int, int]:
+    """The number of complete lines, and their size in bytes."""
+    count = size = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                count, size = count + 1, size + len(line)
+    return count, size
+
+
 @contextmanager
 def _kept(partial: Partial) -> Iterator[None]:
     """After an error, keep the finished rows and say where they are."""
@@ -111,35 +242,17 @@ def _kept(partial: Partial) -> Iterator[None]:
         # On a full disk closing fails too: the next run drops the line that is incomplete.
         with contextlib.suppress(OSError):
             partial.close(keep=partial.rows > 0)
-        if not partial.rows:
-            raise
         done = f"{partial.rows} finished rows are in {partial.path}"
-        if isinstance(error, OSError):
+        if partial.rows and isinstance(error, OSError):
             raise InputError(
                 f"cannot write {partial.output}: {error.strerror}; {done}",
                 Remedy("free some space, then use {resume} to continue"),
             ) from error
-        if isinstance(error, FpabeeError):
+        if partial.rows and isinstance(error, FpabeeError):
             raise type(error)(f"{error.message}; {done}", error.remedy) from error
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(done, Remedy("use {resume} to continue")) from error
+        if partial.rows and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{done} -> use --resume to continue") from error
         raise
-
-
-def _finish(partial: Partial, chosen: TextFormat, schema: RecordSchema) -> None:
-    output = partial.output
-    if chosen is TextFormat.JSON_LINES:
-        partial.become_output()
-        return
-    table = output.with_name(output.name + ".partial.out")
-    try:
-        convert(partial.path, table, chosen, schema)
-        with table.open("rb") as stream:
-            os.fsync(stream.fileno())
-        table.replace(output)
-    finally:
-        table.unlink(missing_ok=True)
-    partial.close(keep=False)
 
 
 @contextmanager

@@ -1,26 +1,20 @@
-"""Lines of a text file, and the formats with one row per line: plain text and JSON lines."""
+"""Text files: plain text and JSON lines with a row per line, and tables with a header row."""
 
 from __future__ import annotations
 
-import re
+import csv
 import zlib
 from collections.abc import Iterator
 from typing import IO
 
 import msgspec
 
-from ..errors import InputError, RowError
+from ..errors import InputError, Remedy, RowError
 from .rows import ReadOptions, Row, all_rows
 
 MAX_LINE_BYTES = 16 * 2**20
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# How to rewrite rows that are one array, or spread over several lines.
-_ONE_PER_LINE = {
-    "[": "write one object per line: jq -c '.[]' IN > OUT",
-    "{": "write one object per line: jq -c . IN > OUT",
-}
-_NOT_FINITE = re.compile(r"[:,\[]\s*-?(NaN|Infinity)\b")
 
 
 class Lines:
@@ -51,11 +45,8 @@ class Lines:
 
     @property
     def first(self) -> str:
-        """The first line, stripped; empty if it is not UTF-8."""
-        try:
-            return self._first.decode().strip()
-        except UnicodeDecodeError:
-            return ""
+        """The first line, stripped; characters that are not UTF-8 are replaced."""
+        return self._first.decode(errors="replace").strip()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -106,28 +97,79 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
 
     def read() -> Row:
         line = next(lines)
-        where = lines.where
-        if not line.strip():
-            raise RowError(f"{where} is empty", "remove the line, or write a JSON object in it")
         try:
-            content = msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
-            what, remedy = _why_not_json(line)
+            content = msgspec.json.decode(line, type=dict)
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise RowError(
-                f"{where} is not JSON: {what or error or 'it is nested too deeply'}", remedy
+                f"{lines.where} is not a JSON object: {str(error) or 'it is nested too deeply'}",
+                'write one object such as {"text": "..."} per line; jq -c . IN > OUT does this for '
+                "objects over several lines, and jq -c '.[]' IN > OUT for an array",
             ) from error
-        if isinstance(content, list):
-            raise RowError(f"{where} is an array, not an object", _ONE_PER_LINE["["])
-        return options.row(content if isinstance(content, dict) else {}, where, lines.number)
+        return options.row(content, lines.where, lines.number)
 
     return all_rows(read)
 
 
-def _why_not_json(line: str) -> tuple[str, str]:
-    """A common mistake in a line, or nothing if it is not one of these; and a remedy."""
-    opened = _ONE_PER_LINE.get(line.strip())
-    if opened:
-        return "an object or array over several lines", opened
-    if _NOT_FINITE.search(line):
-        return "JSON does not allow NaN or Infinity", "write null instead"
-    return "", 'write an object such as {"text": "..."}'
+def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[Row | RowError]:
+    """One row for each record after the header; empty lines are ignored.
+
+    Raises:
+        InputError: the header cannot be read, or lacks a column.
+    """
+    # This also limits the memory that a quote which is never closed can take. The limit is
+    # global: one that was set higher elsewhere remains.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    reader = csv.reader(
+        lines,
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if options.literal_quotes else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    header: list[str] = []
+    while not header:
+        try:
+            header, line = _record(reader, lines)
+        except StopIteration:
+            return
+    options.check(header, f"{lines.name}, line {line}")
+    # A table has no other way to say that a row has no pair or no label.
+    blank_is_none = {options.pair_column, *options.label_columns} - {"labels"}
+
+    def read() -> Row | None:
+        cells, line = _record(reader, lines)
+        where = f"{lines.name}, line {line}"
+        if not cells:
+            return None
+        if len(cells) != len(header):
+            raise RowError(
+                f"{where} has {len(cells)} cells, but the header has {len(header)}",
+                "quote cells that contain the separator, and write all columns in every row",
+            )
+        content: dict[str, str | None] = dict(zip(header, cells, strict=True))
+        for name in blank_is_none:
+            content[name] = content.get(name) or None
+        return options.row(content, where, line, table=True)
+
+    yield from all_rows(read)
+
+
+def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
+    """The next record, and its first line.
+
+    Raises:
+        RowError: the record is bad; the next call continues after it.
+        StopIteration: there are no more records.
+    """
+    line = lines.number + 1
+    try:
+        return next(reader), line
+    except csv.Error as error:
+        span = f" (up to line {lines.number})" if lines.number > line else ""
+        raise RowError(
+            f"{lines.name}, line {line}{span} is not a row of a table: {error}",
+            Remedy(
+                'close the quote, and double each quote within a cell (""), or set '
+                '{literal_quotes} if " is an ordinary character in this file; end lines with a '
+                r"line feed: tr '\r' '\n' < IN > OUT"
+            ),
+        ) from error

@@ -12,10 +12,9 @@ from typing import IO, cast
 from ..artifact.folder import sha256_of
 from ..errors import InputError, Remedy, RowError
 from .formats import TextFormat, input_format
-from .lines import Lines, json_rows, text_rows
+from .lines import Lines, json_rows, table_rows, text_rows
 from .parquet import parquet_rows
 from .rows import ReadOptions, Row
-from .tables import table_rows
 
 STANDARD_INPUT = "-"
 """Stands for standard input among the sources."""

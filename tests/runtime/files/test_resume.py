@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from fpabee.runtime import Engine
 from fpabee.runtime.files import destination
-from fpabee.runtime.files.partial import Partial
+from fpabee.runtime.files.destination import Partial
 
 from ..running import Result, Run, check_refused, write_lines
 
@@ -36,7 +36,7 @@ SMALL = {
 START = f"""
 import os, resource, signal, time
 from fpabee.runtime.cli.run import main
-from fpabee.runtime.files.partial import Partial
+from fpabee.runtime.files.destination import Partial
 from unittest.mock import patch
 for name, value in {SMALL}.items():
     patch(name, value).start()
@@ -318,8 +318,8 @@ def test_a_damaged_partial_is_refused(classify: Classify) -> None:
 def test_a_run_that_stopped_at_a_bad_row_can_skip_it(classify: Classify) -> None:
     classify.patch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2)
     classify.source.write_text('{"text": "a"}\n{"text": "b"}\n{\n{"text": "c"}\n')
-    check_refused(classify(), "line 3 is not JSON", "2 finished rows are in")
-    check_refused(classify("--resume"), "line 3 is not JSON")
+    check_refused(classify(), "line 3 is not a JSON object", "2 finished rows are in")
+    check_refused(classify("--resume"), "line 3 is not a JSON object")
     assert classify("--resume", "--on-error", "skip").code == 0
     resumed = classify.output.read_bytes()
     classify("--on-error", "skip")

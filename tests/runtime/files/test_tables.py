@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from fpabee.runtime.errors import RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import lines as lines_module
-from fpabee.runtime.files.lines import Lines
-from fpabee.runtime.files.tables import table_rows
+from fpabee.runtime.files.lines import Lines, table_rows
 
 
 def read(path: Path, content: bytes, options: ReadOptions | None = None) -> list[Row]:
