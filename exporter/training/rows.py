@@ -14,7 +14,6 @@ from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.encoding import EncodedRow, RowTokenizer
 from ...runtime.errors import InputError, Remedy
 from ...runtime.files import ReadOptions, Row, read_rows
-from ...runtime.files.rows import class_name
 
 # Where datasets usually have the text and the second text.
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
@@ -142,8 +141,15 @@ def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator
     for number, item in enumerate(data, start=1):
         content = {name: item[name] for name in found if name is not None}
         if label is not None and classes:
-            content[label] = class_name(content[label], classes)
+            content[label] = _class_name(content[label], classes)
         yield named.row(content, f"{source}, row {number}", number)
+
+
+def _class_name(value: Any, names: Sequence[str]) -> Any:
+    """The name of a numbered class, or of each in a list; None for -1: the class is unknown."""
+    if isinstance(value, list):
+        return [_class_name(part, names) for part in value]
+    return None if value in (None, -1) else names[value]
 
 
 def _load(source: str) -> Any:

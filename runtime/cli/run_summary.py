@@ -24,8 +24,8 @@ def print_summary(summary: Summary, operating_point: str | None) -> None:
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
-        f"{summary.rows} rows in {summary.seconds:.1f} s ({summary.rate:.0f} rows/s) on "
-        f"{found['target']}, {rule}"
+        f"{summary.rows} rows in {found['seconds']:.1f} s ({found['rows_per_second']:.0f} rows/s) "
+        f"on {found['target']}, {rule}"
     ]
     if found["mean_depth"] is not None:
         lines.append(

@@ -6,7 +6,6 @@ chunk (`RowGroupMetaData.column`), but raises an error when it reads the rows. S
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 import msgspec
 
 from ..errors import InputError, RowError
-from .rows import ReadOptions, Row, class_name
+from .rows import ReadOptions, Row
 
 # Few, because a long value that the file holds once may be the value of every row.
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
-_Classes = dict[str, list[str]]
 
 
 def parquet_rows(
@@ -43,12 +41,11 @@ def parquet_rows(
         # Without a buffer size, whole row groups are read.
         with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
             options.check(file.schema_arrow.names, str(path))
-            classes = _class_names(file.schema_arrow, options)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
                 for at in range(batch.num_rows):
                     number += 1
-                    yield row_at(batch, at, options, classes, f"{path}, row {number}", number)
+                    yield row_at(batch, at, options, f"{path}, row {number}", number)
                 progress(number / max(1, file.metadata.num_rows))
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -58,16 +55,13 @@ def parquet_rows(
         ) from error
 
 
-def row_at(
-    batch: Any, at: int, options: ReadOptions, classes: _Classes, where: str, number: int
-) -> Row | RowError:
+def row_at(batch: Any, at: int, options: ReadOptions, where: str, number: int) -> Row | RowError:
     """A row of a table or batch of pyarrow, or why it cannot be read.
 
     Args:
         batch: the table.
         at: the place of the row in it, from 0.
         options: which columns are text and labels; the others are passed through.
-        classes: for each column of numbered labels: the names of the classes.
         where: file and row, for messages.
         number: the number of the row in the file.
     """
@@ -84,7 +78,7 @@ def row_at(
                 f'{where}: the column "{name}" holds a {column.type} that cannot be read: {reason}',
                 "write it as a string in UTF-8, or leave the column out",
             )
-        content[name] = class_name(value, classes[name]) if name in classes else value
+        content[name] = value
     try:
         return options.row(content, where, number, table=True)
     except RowError as error:
@@ -102,19 +96,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
-
-
-def _class_names(schema: Any, options: ReadOptions) -> _Classes:
-    """The names of numbered labels, which the `datasets` library keeps in the metadata."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: features.get(name, {}) for name in options.label_columns}
-        # With several labels per row, the feature is a list of classes.
-        found = {name: kind.get("feature", kind).get("names") for name, kind in kinds.items()}
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return {}
-    return {
-        name: [str(part) for part in names]
-        for name, names in found.items()
-        if isinstance(names, list) and name in schema.names
-    }

@@ -88,16 +88,6 @@ class RecordSchema:
             record.setdefault("truncated", False)
         return record
 
-    def cell(self, value: Any) -> str:
-        """A value as text: empty for None; labels and scores are joined; the rest is JSON."""
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
-            return LABEL_SEPARATOR.join(map(self.cell, value))
-        return to_json(value)
-
     def check_separator(self) -> None:
         """Check that labels which are joined in a cell can be told apart again.
 
@@ -115,3 +105,14 @@ class RecordSchema:
 def to_json(value: Any) -> str:
     """JSON in one line."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def cell(value: Any) -> str:
+    """A value as text: empty for None; labels and scores are joined; the rest is JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
+        return LABEL_SEPARATOR.join(map(cell, value))
+    return to_json(value)

@@ -57,7 +57,7 @@ class ReadOptions:
     """How an input is read: its format, and which of its columns are text and labels.
 
     Attributes:
-        input_format: the format, or its name; None: the suffix of the file name decides, and
+        input_format: the format; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
         text_pair_column: the one with the second text; None: `text_pair`, if there is one.
@@ -65,9 +65,6 @@ class ReadOptions:
             is one.
         literal_quotes: whether `"` is an ordinary character in CSV and TSV; by default it
             quotes cells.
-
-    Raises:
-        InputError: `input_format` is not the name of a format.
 
     Example:
         ```python
@@ -83,20 +80,6 @@ class ReadOptions:
     text_pair_column: str | None = None
     label_column: str | None = None
     literal_quotes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.input_format is None:
-            return
-        try:
-            object.__setattr__(self, "input_format", TextFormat(self.input_format))
-        except ValueError as error:
-            raise InputError(
-                f"there is no text format {self.input_format!r}",
-                Remedy(
-                    "set {input_format} to one of {formats}",
-                    formats=", ".join(known.value for known in TextFormat),
-                ),
-            ) from error
 
     @property
     def pair_column(self) -> str:
@@ -187,25 +170,6 @@ class ReadOptions:
                 )
             return tuple(map(str, names))
         return None
-
-
-def class_name(value: Any, names: Sequence[str]) -> Any:
-    """The name of a numbered class, or of each class in a list, as in the `datasets` library.
-
-    Args:
-        value: the value of a label column.
-        names: the names of the classes.
-
-    Returns:
-        The name; None for -1, which stands for an unknown class; other values unchanged.
-    """
-    if isinstance(value, list):
-        return [class_name(part, names) for part in value]
-    if not isinstance(value, int) or isinstance(value, bool):
-        return value
-    if 0 <= value < len(names):
-        return names[value]
-    return None if value == -1 else value
 
 
 def _is_deep(fields: dict[str, Any]) -> bool:

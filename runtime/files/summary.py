@@ -96,14 +96,9 @@ class Summary:
         return evaluate(predicted, expected, len(task.labels))
 
     @property
-    def seconds(self) -> float:
-        """Seconds since the tally began."""
-        return time.perf_counter() - self._started
-
-    @property
     def rate(self) -> float:
         """Rows that this run has done per second, without those of an earlier run."""
-        return (self.rows - self.completed) / self.seconds
+        return (self.rows - self.completed) / (time.perf_counter() - self._started)
 
     def to_dict(self, operating_point: str | None) -> dict[str, Any]:
         """The tally for JSON; mean depth and saving are None without answered rows.
@@ -112,6 +107,7 @@ class Summary:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
         manifest, answered = self.engine.manifest, self.exits.total()
+        seconds = time.perf_counter() - self._started
         exits = [
             {"exit": number, "layer": layer, "rows": self.exits[number]}
             for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
@@ -124,8 +120,8 @@ class Summary:
             "errors": self.errors,
             "truncated": self.truncated,
             "empty": self.empty,
-            "seconds": self.seconds,
-            "rows_per_second": self.rate,
+            "seconds": seconds,
+            "rows_per_second": (self.rows - self.completed) / seconds,
             "target": self.engine.target,
             "operating_point": operating_point,
             "rule": None if self.rule is None else self.rule.to_dict(),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from ..blocks import blocks
 from .formats import TextFormat
-from .records import Record, RecordSchema, to_json
+from .records import Record, RecordSchema, cell, to_json
 
 _GROUP_ROWS = 16_384
 _GROUP_BYTES = 32 * 2**20
@@ -82,22 +82,10 @@ def _kind(value: Any) -> str:
 def _write_csv(partial: Path, target: Path, schema: RecordSchema) -> None:
     columns = schema.columns(_kinds(partial, schema))
     with target.open("w", encoding="utf-8", newline="") as stream:
-        # Older versions of Python quote a carriage return in a cell with this line ending only.
-        write = csv.writer(_LineFeeds(stream), lineterminator="\r\n").writerow
-        write(columns)
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
         for record in records_of(partial):
-            flat = schema.flat(record)
-            write([schema.cell(flat.get(name)) for name in columns])
-
-
-class _LineFeeds:
-    """A stream for `csv.writer`, with a line feed as the end of each row."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, line: str) -> None:
-        self._stream.write(line[:-2] + "\n")
+            writer.writerow({name: cell(value) for name, value in schema.flat(record).items()})
 
 
 def _write_parquet(partial: Path, target: Path, schema: RecordSchema) -> None:

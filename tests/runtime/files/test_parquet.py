@@ -65,27 +65,6 @@ def test_labels(tmp_path: Path) -> None:
         assert [row.labels for row in rows] == expected
 
 
-CLASSES = {"names": ["bad", "good"], "_type": "ClassLabel"}
-
-
-@pytest.mark.parametrize(
-    ("name", "feature", "value", "expected"),
-    [
-        ("label", CLASSES, 1, ("good",)),
-        ("label", CLASSES, -1, None),  # an unknown class
-        ("label", CLASSES, 2, ("2",)),
-        ("labels", {"feature": CLASSES, "_type": "List"}, [1, 0], ("good", "bad")),
-        ("label", [], 1, ("1",)),
-    ],
-)
-def test_numbered_labels_have_the_names_that_datasets_keeps(
-    tmp_path: Path, name: str, feature: Any, value: Any, expected: tuple[str, ...] | None
-) -> None:
-    metadata = {"huggingface": json.dumps({"info": {"features": {name: feature, "text": {}}}})}
-    path = write(tmp_path / "in.parquet", {"text": ["a"], name: [value]}, metadata)
-    assert [row.labels for row in read_rows(path)] == [expected]
-
-
 def test_kinds_of_strings(tmp_path: Path) -> None:
     texts = pyarrow.array(["a", "b"])
     kinds = (texts.cast(kind) for kind in ("large_string", "string_view"))
