@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from time import perf_counter
 
 from rich import progress as bars
@@ -19,7 +18,7 @@ _UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
 _DECIMAL = re.compile(r"\d+\.\d+")
 
-Advance = Callable[[Summary, int], None]
+Advance = Callable[[Summary], None]
 
 
 class _Display:
@@ -88,41 +87,21 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
         yield progress
 
 
-def state_of_run(summary: Summary, read: int, share: float | None) -> tuple[str, float | None]:
-    """A line about the state of a run, and the share of the rows that are done.
-
-    Args:
-        summary: the tally so far, of at least one row.
-        read: rows read so far.
-        share: the share of the input that has been read; None: not known.
-    """
-    text = f"{summary.rows} rows, {summary.rate:.0f} rows/s"
-    if not share:
-        return text, None
-    # Reading is ahead of classifying by up to one block of rows.
-    total = read / share
-    if summary.rate:
-        left = (total - summary.rows) / summary.rate
-        text += f", {timedelta(seconds=round(left))} left"
-    return text, summary.rows / total
-
-
 @contextmanager
-def row_progress(quiet: bool, share: Callable[[], float | None]) -> Iterator[Advance]:
-    """Show rows, rate and remaining time; without a terminal, one line every half minute.
+def row_progress(quiet: bool) -> Iterator[Advance]:
+    """Show rows and rate; without a terminal, one line every half minute.
 
     Args:
         quiet: show nothing.
-        share: gives the share of the input that has been read, or None.
     """
     with _Display(quiet) as display:
         due = perf_counter() + _UPDATE_SECONDS
 
-        def advance(summary: Summary, read: int) -> None:
+        def advance(summary: Summary) -> None:
             nonlocal due
             now = perf_counter()
             if now >= due:
                 due = now + _UPDATE_SECONDS
-                display.show(*state_of_run(summary, read, share()))
+                display.show(f"{summary.rows} rows, {summary.rate:.0f} rows/s", None)
 
         yield advance

@@ -136,7 +136,7 @@ def main(
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
             open_output(output, chosen, resume, schema, settings_of_run) as (write, completed),
-            row_progress(not shows or unbuffered, lambda: inputs.share) as advance,
+            row_progress(not shows or unbuffered) as advance,
         ):
             run(inputs, write, completed, schema, summary, advance, unbuffered)
         point = None if overrides or full_depth else engine.operating_point

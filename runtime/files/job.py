@@ -28,7 +28,7 @@ def run(
     completed: Iterator[Record],
     schema: RecordSchema,
     summary: Summary,
-    advance: Callable[[Summary, int], None],
+    advance: Callable[[Summary], None],
     unbuffered: bool = False,
 ) -> None:
     """Classify rows and write their records in order.
@@ -40,7 +40,7 @@ def run(
         schema: what is written for a row. If records may be errors, the record of a row that
             cannot be read is its error; otherwise such a row ends the run.
         summary: says which engine and rule run, and counts every row.
-        advance: called after every record with the number of rows read so far.
+        advance: called after every record.
         unbuffered: whether the record of a row is written before the next row is read.
 
     Raises:
@@ -67,7 +67,7 @@ def run(
             if index == summary.rows:
                 write(record)
                 summary.add(item, record)
-                advance(summary, start + len(block))
+                advance(summary)
 
 
 def _characters(item: Item) -> int:

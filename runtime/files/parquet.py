@@ -7,7 +7,7 @@ chunk (`RowGroupMetaData.column`), but raises an error when it reads the rows. S
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,12 @@ _BATCH_ROWS = 16
 _BUFFER_BYTES = 2**20
 
 
-def parquet_rows(
-    path: Path, options: ReadOptions, progress: Callable[[float], None]
-) -> Iterator[Row | RowError]:
+def parquet_rows(path: Path, options: ReadOptions) -> Iterator[Row | RowError]:
     """One row for each row of a Parquet file.
 
     Args:
         path: the file.
         options: which columns are text and labels; the others are passed through.
-        progress: called with the share of the rows that has been read.
 
     Raises:
         InputError: the file is damaged, or a column is missing or has the wrong type.
@@ -46,7 +43,6 @@ def parquet_rows(
                 for at in range(batch.num_rows):
                     number += 1
                     yield row_at(batch, at, options, f"{path}, row {number}", number)
-                progress(number / max(1, file.metadata.num_rows))
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, cast
@@ -70,22 +70,13 @@ class Inputs:
             raise InputError("standard input is given twice", "give - once")
         given = self._options.input_format
         self._formats = [_format_of(source, given) for source in self._sources]
-        self._sizes = [_size(source) for source in self._sources]
-        # Bytes of the sources that are finished, and of the one that is being read.
-        self._finished = 0
-        self._position: Callable[[], float] | None = None
 
     def __iter__(self) -> Iterator[Row | RowError]:
         any_row = False
-        self._finished = 0
-        for source, chosen, size in zip(self._sources, self._formats, self._sizes, strict=True):
-            try:
-                for row in self._rows(source, chosen, size):
-                    any_row = True
-                    yield row
-            finally:
-                self._finished += size or 0
-                self._position = None
+        for source, chosen in zip(self._sources, self._formats, strict=True):
+            for row in self._rows(source, chosen):
+                any_row = True
+                yield row
         if not any_row:
             others = len(self._sources) - 1
             more = f", nor do the {others} others" if others else ""
@@ -93,31 +84,13 @@ class Inputs:
                 f"{_name(self._sources[0])} has no rows{more}", "give a file with at least one row"
             )
 
-    @property
-    def share(self) -> float | None:
-        """The share of all bytes that has been read; None if the total is unknown."""
-        sizes = [size for size in self._sizes if size is not None]
-        if len(sizes) < len(self._sizes) or not sum(sizes):
-            return None
-        here = 0.0 if self._position is None else self._position()
-        return min(1.0, (self._finished + here) / sum(sizes))
-
     def hashes(self) -> dict[str, str | None]:
         """The SHA-256 of each input; None for a pipe, which can be read only once."""
-        return {
-            source: None if size is None else _sha256(source)
-            for source, size in zip(self._sources, self._sizes, strict=True)
-        }
+        return {source: _sha256(source) for source in self._sources}
 
-    def _rows(
-        self, source: str, chosen: TextFormat | None, size: int | None
-    ) -> Iterator[Row | RowError]:
+    def _rows(self, source: str, chosen: TextFormat | None) -> Iterator[Row | RowError]:
         if chosen is TextFormat.PARQUET:
-
-            def note(share: float) -> None:
-                self._position = lambda: share * (size or 0)
-
-            yield from parquet_rows(Path(source), self._options, note)
+            yield from parquet_rows(Path(source), self._options)
             return
         with ExitStack() as stack:
             lines = Lines(self._open(source, stack), _name(source))
@@ -152,8 +125,6 @@ class Inputs:
             raw = stack.enter_context(path.open("rb"))
         except OSError as error:
             raise _unreadable(path, error) from error
-        if path.is_file():
-            self._position = raw.tell
         if path.suffix == ".gz":
             return cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw)))
         return raw
@@ -167,16 +138,14 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot read {path}: {error.strerror}", "check the file's permissions")
 
 
-def _size(source: str) -> int | None:
+def _sha256(source: str) -> str | None:
     path = Path(source)
-    return path.stat().st_size if source != STANDARD_INPUT and path.is_file() else None
-
-
-def _sha256(source: str) -> str:
+    if source == STANDARD_INPUT or not path.is_file():
+        return None
     try:
-        return sha256_of(Path(source), most=sys.maxsize)
+        return sha256_of(path, most=sys.maxsize)
     except OSError as error:
-        raise _unreadable(Path(source), error) from error
+        raise _unreadable(path, error) from error
 
 
 def _format_of(source: str, given: TextFormat | None) -> TextFormat | None:

@@ -179,7 +179,7 @@ def test_a_long_text_that_parquet_holds_once(place: Place, column: str) -> None:
     parquet.write_table(pyarrow.table(content), path, store_schema=False)
     assert path.stat().st_size < 10**5
     before = pyarrow.total_allocated_bytes()
-    first = next(parquet_rows(path, ReadOptions(), lambda share: None))
+    first = next(parquet_rows(path, ReadOptions()))
     assert isinstance(first, Row)
     assert (first.text if column == "text" else first.fields["x"]) == long
     assert pyarrow.total_allocated_bytes() - before < 32 * 2**20
@@ -190,7 +190,7 @@ def test_many_texts_of_a_row_group_are_not_held_at_once(place: Place) -> None:
     texts = [f"{number} {'a' * 400}" for number in range(40_000)]
     parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
     before, most = pyarrow.total_allocated_bytes(), 0
-    for row in parquet_rows(path, ReadOptions(), lambda share: None):
+    for row in parquet_rows(path, ReadOptions()):
         assert isinstance(row, Row)
         if row.line % 1024 == 0:
             most = max(most, pyarrow.total_allocated_bytes() - before)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fpabee.runtime.cli import progress as progress_module
 from fpabee.runtime.cli.console import PlainConsole, echo
-from fpabee.runtime.cli.progress import row_progress, state_of_run, step_progress
+from fpabee.runtime.cli.progress import row_progress, step_progress
 from fpabee.runtime.errors import InputError, printable
 from fpabee.runtime.files.summary import Summary
 
@@ -61,31 +61,12 @@ def test_steps_are_escaped_in_lines_and_in_the_bar_of_a_terminal(
     assert not any(c in shown for c in "\x07\x9b\u202e\x7f")
 
 
-def tally(rows: int, completed: int) -> Summary:
+def tally(rows: int) -> Summary:
     """The tally of a run that began ten seconds ago."""
     summary: Summary = object.__new__(Summary)
-    summary.rows, summary.completed = rows, completed
+    summary.rows, summary.completed = rows, 0
     summary._started = time.perf_counter() - 10
     return summary
-
-
-@pytest.mark.parametrize(
-    ("share", "rows", "completed", "read", "expected"),
-    [
-        (0.5, 100, 0, 100, ("100 rows, 10 rows/s, 0:00:10 left", 0.5)),
-        # Twice as many rows are read as are done.
-        (0.5, 100, 0, 200, ("100 rows, 10 rows/s, 0:00:30 left", 0.25)),
-        # The rows of an earlier run took no time.
-        (0.5, 100, 50, 100, ("100 rows, 5 rows/s, 0:00:20 left", 0.5)),
-        (0.5, 100, 100, 100, ("100 rows, 0 rows/s", 0.5)),
-        (0.01, 1000, 0, 1000, ("1000 rows, 100 rows/s, 0:16:30 left", 0.01)),
-        (None, 100, 0, 100, ("100 rows, 10 rows/s", None)),
-    ],
-)
-def test_rate_and_remaining_time_after_ten_seconds(
-    share: float | None, rows: int, completed: int, read: int, expected: tuple[str, float | None]
-) -> None:
-    assert state_of_run(tally(rows, completed), read, share) == expected
 
 
 @pytest.fixture
@@ -114,10 +95,10 @@ def test_without_a_terminal_there_is_a_line_for_each_step_and_half_minute(
 def test_without_a_terminal_the_state_of_a_run_is_printed_every_half_minute(
     clock: Mock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with row_progress(False, lambda: None) as advance:
+    with row_progress(False) as advance:
         for rows, now in [(10, 0.0), (20, 29.0), (30, 30.0), (40, 59.0), (50, 60.5)]:
             clock.return_value = now
-            advance(tally(rows, 0), rows)
+            advance(tally(rows))
     assert capsys.readouterr() == ("", "30 rows, 3 rows/s\n50 rows, 5 rows/s\n")
 
 

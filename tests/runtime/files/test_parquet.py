@@ -165,11 +165,3 @@ def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[fl
         except InputError:
             return
     assert all(isinstance(row, (Row, RowError)) for row in found)
-
-
-def test_shares_are_of_what_was_taken(tmp_path: Path) -> None:
-    path = tmp_path / "in.parquet"
-    parquet.write_table(pyarrow.table({"text": ["a"] * 40}), path)
-    inputs = Inputs([path])
-    assert [inputs.share for _ in inputs] == [0.0] * 16 + [0.4] * 16 + [0.8] * 8
-    assert inputs.share == 1.0

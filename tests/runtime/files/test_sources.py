@@ -181,20 +181,7 @@ def test_all_inputs_are_looked_for_before_the_first_is_read(three: list[Path]) -
         Inputs(["-", "-"])
 
 
-def test_share_grows_to_one(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a.txt", "b.txt.gz", "c.jsonl")]
-    paths[0].write_bytes(b"a text that is long\n" * 10_000)
-    paths[1].write_bytes(gzip.compress(os.urandom(60_000).hex().encode() + b"\n"))
-    paths[2].write_bytes(b'{"text": "x"}\n' * 10_000)
-    inputs = Inputs(paths)
-    for _ in range(2):  # they may be read again
-        shares = [inputs.share or 0.0 for _ in inputs]
-        assert shares == sorted(shares)
-        assert shares[0] < 0.05
-        assert shares[-1] == 1.0
-
-
-def test_a_pipe_is_read_but_its_end_is_not_known(tmp_path: Path) -> None:
+def test_a_pipe_is_read(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text("text\none\n"))
@@ -202,4 +189,3 @@ def test_a_pipe_is_read_but_its_end_is_not_known(tmp_path: Path) -> None:
     writer.start()
     assert texts(inputs) == ["one"]
     writer.join()
-    assert inputs.share is None
