@@ -59,5 +59,5 @@ def check_request(
         return []
     return [
         f"{len(both)} of {len(test)} test texts are also among the rows that choose (the first is "
-        f"{both[0].place}), so their figures look better than those of new rows"
+        f"{both[0].where}), so their figures look better than those of new rows"
     ]

@@ -65,11 +65,11 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
     for row in rows:
         if row.labels is None:
             raise InputError(
-                f"{row.place} has no label, and calibration needs labels",
+                f"{row.where} has no label, and calibration needs labels",
                 Remedy("label every row, name their column in {label_column}, or set {unlabelled}"),
             )
     given = [row.labels or () for row in rows]
-    return encode_labels(given, task.labels, task.problem_type, [row.place for row in rows])
+    return encode_labels(given, task.labels, task.problem_type, [row.where for row in rows])
 
 
 def trace_rows(

@@ -244,7 +244,7 @@ def features(
         targets = teacher.soft_labels(inputs, DataCollatorWithPadding(tokenizer))
     else:
         given = [row.labels or () for row in rows]
-        places = [row.place for row in rows]
+        places = [row.where for row in rows]
         targets = encode_labels(given, config.labels, config.problem_type, places).tolist()
     return [row | {"labels": target} for row, target in zip(inputs, targets, strict=True)]
 

@@ -109,7 +109,7 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
     for row, encoded in zip(rows, found, strict=True):
         if not len(encoded):
             raise InputError(
-                f"{row.place} has no tokens: the tokenizer adds no special tokens",
+                f"{row.where} has no tokens: the tokenizer adds no special tokens",
                 "leave such rows out, or use a tokenizer that adds special tokens",
             )
     return found
@@ -142,7 +142,7 @@ def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator
         content = {name: item[name] for name in found if name is not None}
         if label is not None and classes:
             content[label] = _class_name(content[label], classes)
-        yield named.row(content, f"{source}, row {number}", number)
+        yield named.row(content, f"{source}, row {number}")
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:

@@ -89,7 +89,7 @@ def _is_end(raw: bytes) -> bool:
 
 def text_rows(lines: Lines) -> Iterator[Row | RowError]:
     """One row for each line."""
-    return all_rows(lambda: Row(next(lines).rstrip("\r\n"), line=lines.number, where=lines.where))
+    return all_rows(lambda: Row(next(lines).rstrip("\r\n"), where=lines.where))
 
 
 def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
@@ -105,7 +105,7 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
                 'write one object such as {"text": "..."} per line; jq -c . IN > OUT does this for '
                 "objects over several lines, and jq -c '.[]' IN > OUT for an array",
             ) from error
-        return options.row(content, lines.where, lines.number)
+        return options.row(content, lines.where)
 
     return all_rows(read)
 
@@ -148,7 +148,7 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
         content: dict[str, str | None] = dict(zip(header, cells, strict=True))
         for name in blank_is_none:
             content[name] = content.get(name) or None
-        return options.row(content, where, line, table=True)
+        return options.row(content, where, table=True)
 
     yield from all_rows(read)
 

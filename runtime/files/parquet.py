@@ -42,7 +42,7 @@ def parquet_rows(path: Path, options: ReadOptions) -> Iterator[Row | RowError]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
                 for at in range(batch.num_rows):
                     number += 1
-                    yield row_at(batch, at, options, f"{path}, row {number}", number)
+                    yield row_at(batch, at, options, f"{path}, row {number}")
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
@@ -51,7 +51,7 @@ def parquet_rows(path: Path, options: ReadOptions) -> Iterator[Row | RowError]:
         ) from error
 
 
-def row_at(batch: Any, at: int, options: ReadOptions, where: str, number: int) -> Row | RowError:
+def row_at(batch: Any, at: int, options: ReadOptions, where: str) -> Row | RowError:
     """A row of a table or batch of pyarrow, or why it cannot be read.
 
     Args:
@@ -59,7 +59,6 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str, number: int) -
         at: the place of the row in it, from 0.
         options: which columns are text and labels; the others are passed through.
         where: file and row, for messages.
-        number: the number of the row in the file.
     """
     content = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -76,7 +75,7 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str, number: int) -
             )
         content[name] = value
     try:
-        return options.row(content, where, number, table=True)
+        return options.row(content, where, table=True)
     except RowError as error:
         return error
 

@@ -30,21 +30,14 @@ class Row:
         labels: names of the true labels, exactly one if the task is single-label; None if they
             are not known.
         fields: all other fields, which are passed through to the output.
-        line: line number, counted from 1; in Parquet the row number.
-        where: file and line, for messages.
+        where: file and line, or in Parquet the number of the row, for messages.
     """
 
     text: str
     text_pair: str | None = None
     labels: tuple[str, ...] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
-    line: int = 0
     where: str = field(default="", compare=False)
-
-    @property
-    def place(self) -> str:
-        """How messages refer to the row: by file and line, or by the line alone."""
-        return self.where or f"line {self.line}"
 
     @property
     def content(self) -> str | tuple[str, str]:
@@ -115,13 +108,12 @@ class ReadOptions:
                     Remedy("set {" + option + "} to one of these, or rename it in the file"),
                 )
 
-    def row(self, content: Mapping[str, Any], where: str, number: int, table: bool = False) -> Row:
+    def row(self, content: Mapping[str, Any], where: str, table: bool = False) -> Row:
         """Make a row of named values.
 
         Args:
             content: the values by name.
             where: file and line, for messages.
-            number: the line number.
             table: whether the values are cells, so that a string in `labels` is split.
 
         Raises:
@@ -147,7 +139,7 @@ class ReadOptions:
                 f"{where} has a field that is nested deeper than {_MAX_NESTING} lists or objects",
                 "leave that field out",
             )
-        return Row(text, pair, self._labels(content, where, table), fields, number, where)
+        return Row(text, pair, self._labels(content, where, table), fields, where)
 
     def _labels(
         self, content: Mapping[str, Any], where: str, table: bool

@@ -77,11 +77,11 @@ class Summary:
             return
         if row.labels is None:
             raise RowError(
-                f"{row.place} has no label to score against",
+                f"{row.where} has no label to score against",
                 Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
             )
         task = self.engine.manifest.task
-        encode_labels([row.labels], task.labels, task.problem_type, [row.place])
+        encode_labels([row.labels], task.labels, task.problem_type, [row.where])
 
     def scores(self) -> dict[str, float]:
         """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""

@@ -74,8 +74,7 @@ class Classify:
 
         texts = self._texts(batch)
         items = [
-            row_at(texts, at, self._reading, f"row {at} of a batch", at)
-            for at in range(batch.num_rows)
+            row_at(texts, at, self._reading, f"row {at} of a batch") for at in range(batch.num_rows)
         ]
         if not self._schema.errors:
             for item in items:

@@ -116,7 +116,7 @@ def test_a_row_without_tokens_is_refused() -> None:
     tokenizer = fast(tokenizer_object=words)
     assert len(encoded_rows([Row("a a")], tokenizer, 8)[0]) == 2
     with pytest.raises(InputError, match=r"line 7 has no tokens: the tokenizer adds no special"):
-        encoded_rows([Row("a"), Row("  ", line=7)], tokenizer, 8)
+        encoded_rows([Row("a"), Row("  ", where="line 7")], tokenizer, 8)
 
 
 def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,12 @@ def read(path: Path, columns: dict[str, Any], options: ReadOptions | None = None
 def test_columns(tmp_path: Path) -> None:
     named = ReadOptions(text_column="q1", text_pair_column="q2", label_column="gold")
     (row,) = read(tmp_path / "in.pq", {"q1": ["a"], "q2": ["b"], "gold": [3], "text": [1]}, named)
-    assert row == Row("a", "b", ("3",), {"text": 1}, 1)
+    assert row == Row("a", "b", ("3",), {"text": 1})
     rows = read(
         tmp_path / "in.parquet",
         {"text": ["a", ""], "text_pair": ["b", None], "label": ["x", None], "id": [1, 2]},
     )
-    assert rows == [Row("a", "b", ("x",), {"id": 1}, 1), Row("", None, None, {"id": 2}, 2)]
+    assert rows == [Row("a", "b", ("x",), {"id": 1}), Row("", None, None, {"id": 2})]
     assert rows[1].where == f"{tmp_path / 'in.parquet'}, row 2"
 
 

@@ -52,7 +52,8 @@ def texts(rows: Iterable[Row | RowError]) -> list[str]:
 def test_text_file(tmp_path: Path, content: bytes, expected: list[str]) -> None:
     rows = read(tmp_path / "in.txt", content)
     assert texts(rows) == expected
-    assert [row.line for row in rows] == list(range(1, len(expected) + 1))
+    numbers = range(1, len(expected) + 1)
+    assert [row.where for row in rows] == [f"{tmp_path / 'in.txt'}, line {n}" for n in numbers]
     assert texts(read(tmp_path / "in.txt.gz", gzip.compress(content))) == expected
 
 
@@ -88,11 +89,11 @@ def test_json_lines(tmp_path: Path) -> None:
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     rows = read(tmp_path / "in.jsonl", content)
     assert rows == [
-        Row("a", fields={"id": 10**30, "tags": [1, None, {"x": 0.5}]}, line=1),
-        Row("b", "c", ("yes",), line=2),
-        Row("", None, ("x", "y"), line=3),
-        Row("d", None, ("3",), line=4),
-        Row("e", None, (), line=5),
+        Row("a", fields={"id": 10**30, "tags": [1, None, {"x": 0.5}]}),
+        Row("b", "c", ("yes",)),
+        Row("", None, ("x", "y")),
+        Row("d", None, ("3",)),
+        Row("e", None, ()),
     ]
     assert [row.content for row in rows[:2]] == ["a", ("b", "c")]
 
@@ -161,7 +162,7 @@ def test_inputs_come_in_order(three: list[Path], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdin", type("Stdin", (), {"buffer": io.BytesIO(b"five\n")}))
     rows = [row for row in Inputs([*three, "-", three[0]]) if isinstance(row, Row)]
     assert texts(rows) == ["one", "two", "three", "four", "five", "one", "two"]
-    assert [row.line for row in rows] == [1, 2, 1, 2, 1, 1, 2]
+    assert [row.where.split()[-1] for row in rows] == list("1212112")
     assert rows[2].where == f"{three[1]}, line 1"
 
 

@@ -61,8 +61,8 @@ def test_columns_and_lines(tmp_path: Path) -> None:
     content = b'id,text,label,text_pair\n7,"a\nb",yes,c\n\n8,d,,\n'
     rows = read(tmp_path / "in.csv", content)
     assert rows == [
-        Row("a\nb", "c", ("yes",), {"id": "7"}, 2),
-        Row("d", None, None, {"id": "8"}, 5),
+        Row("a\nb", "c", ("yes",), {"id": "7"}),
+        Row("d", None, None, {"id": "8"}),
     ]
     assert rows[1].where == f"{tmp_path / 'in.csv'}, line 5"
 
@@ -71,12 +71,12 @@ def test_columns_by_name(tmp_path: Path) -> None:
     options = ReadOptions(text_column="premise", text_pair_column="hypothesis", label_column="gold")
     content = b"gold,premise,hypothesis,text,label\nno,a,b,c,d\n"
     assert read(tmp_path / "in.csv", content, options) == [
-        Row("a", "b", ("no",), {"text": "c", "label": "d"}, 2)
+        Row("a", "b", ("no",), {"text": "c", "label": "d"})
     ]
     lines = b'{"gold": ["x", "y"], "premise": "a", "text": "c"}\n{"premise": "b", "gold": 3}\n'
     assert read(tmp_path / "in.jsonl", lines, options) == [
-        Row("a", None, ("x", "y"), {"text": "c"}, 1),
-        Row("b", None, ("3",), {}, 2),
+        Row("a", None, ("x", "y"), {"text": "c"}),
+        Row("b", None, ("3",), {}),
     ]
 
 
