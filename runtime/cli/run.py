@@ -109,7 +109,6 @@ def main(
     is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
     output = None if output == Path("-") else output
     is_file = is_plain_file(output)
-    options.not_with("resume", unbuffered, "--unbuffered, which does not write a file")
     options.not_with(
         "unbuffered",
         is_file,

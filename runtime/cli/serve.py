@@ -49,7 +49,6 @@ fpabee-serve engines/ --triton repository/ --name intents
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
-@options.flag("--quiet", "Print neither the address nor the folder.")
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
 @options.count("--max-texts", "Most texts in a request.", 256)
 @options.count("--max-body", "Most bytes in the body of a request.", 2**20)
@@ -63,7 +62,6 @@ def main(
     port: int,
     allowed_hosts: tuple[str, ...],
     check: bool,
-    quiet: bool,
     max_rows: int,
     max_texts: int,
     max_body: int,
@@ -80,8 +78,7 @@ def main(
         folder = write_repository(
             engines, triton, name, max_rows=max_rows, max_texts=max_texts, **loading
         )
-        if not quiet:
-            echo(f"wrote {folder}", err=True)
+        echo(f"wrote {folder}", err=True)
         return
     require("serve")
     from ..serving.metrics import Metrics
@@ -107,9 +104,8 @@ def main(
                     "for no password; names that lead to it need --allowed-host",
                     err=True,
                 )
-            if not quiet:
-                shown = f"[{address[0]}]" if ":" in host else address[0]
-                echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
+            shown = f"[{address[0]}]" if ":" in host else address[0]
+            echo(f"{engine.target} listens on http://{shown}:{address[1]}", err=True)
             serve(app, listener, limits)
         finally:
             scheduler.close(cancel=True)

@@ -46,7 +46,7 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
     """The format of an input.
 
     Args:
-        path: the file, which exists; None for standard input.
+        path: the file; None for standard input.
         given: the format that was asked for; None: the suffix of the file name decides, where
             `.gz` at its end is ignored.
 
@@ -54,9 +54,16 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
         The format; None if the first line of standard input decides.
 
     Raises:
-        InputError: the suffix is unknown, or the input is Parquet and not a plain file.
+        InputError: the file does not exist, its suffix is unknown, or it is Parquet and not a plain
+            file.
         MissingExtraError: the format is Parquet, and pyarrow is not installed.
     """
+    if path is not None and (path.is_dir() or not path.exists()):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(
+            f"input file {path} {what}",
+            "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
+        )
     chosen = given
     if given is None and path is not None:
         suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")

@@ -151,14 +151,11 @@ class ReadOptions:
             if table and name == _LABELS[0] and isinstance(value, str):
                 parts = map(str.strip, value.split(LABEL_SEPARATOR))
                 return tuple(filter(None, parts))
-            is_list = isinstance(value, list)
-            expects_list = {"label": False, "labels": True}.get(name, is_list)
-            names = value if is_list else [value]
-            has_other = any(part is None or isinstance(part, (dict, list)) for part in names)
-            if has_other or is_list is not expects_list:
+            names = value if isinstance(value, list) else [value]
+            if any(part is None or isinstance(part, (dict, list)) for part in names):
                 raise RowError(
-                    f'{where}: "{name}" is not {"a list of names" if expects_list else "a name"}',
-                    'write ["a", "b"]' if expects_list else 'write a string, such as "positive"',
+                    f'{where}: "{name}" is neither a name nor a list of names',
+                    'write a string, such as "positive", or ["a", "b"] for several labels',
                 )
             return tuple(map(str, names))
         return None

@@ -69,7 +69,8 @@ class Inputs:
         if self._sources.count(STANDARD_INPUT) > 1:
             raise InputError("standard input is given twice", "give - once")
         given = self._options.input_format
-        self._formats = [_format_of(source, given) for source in self._sources]
+        paths = [None if source == STANDARD_INPUT else Path(source) for source in self._sources]
+        self._formats = [input_format(path, given) for path in paths]
 
     def __iter__(self) -> Iterator[Row | RowError]:
         any_row = False
@@ -146,15 +147,3 @@ def _sha256(source: str) -> str | None:
         return sha256_of(path, most=sys.maxsize)
     except OSError as error:
         raise _unreadable(path, error) from error
-
-
-def _format_of(source: str, given: TextFormat | None) -> TextFormat | None:
-    """The format of an input that exists; None if its first line decides."""
-    path = None if source == STANDARD_INPUT else Path(source)
-    if path is not None and (path.is_dir() or not path.exists()):
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(
-            f"input file {path} {what}",
-            "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
-        )
-    return input_format(path, given)

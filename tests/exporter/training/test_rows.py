@@ -143,7 +143,7 @@ def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
     [
         ({"text": ["a", None]}, 'row 2 has no string field "text"'),
         ({"text": ["a", "b"], "text_pair": [1, 2]}, 'row 1: "text_pair" is a int'),
-        ({"text": ["a", "b"], "label": [{"x": 1}, {"x": 2}]}, 'row 1: "label" is not a name'),
+        ({"text": ["a", "b"], "label": [{"x": 1}, {"x": 2}]}, 'row 1: "label" is neither a name'),
     ],
 )
 def test_a_bad_row_of_a_dataset_is_named(

@@ -156,7 +156,7 @@ def test_requests_that_name_another_host_are_refused(
             assert status("/info", "localhost", host) == 421
 
     monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
-    done = serve(bert, "--port", "0", "--quiet", *options)
+    done = serve(bert, "--port", "0", *options)
     assert done.code == 0
     assert done.err.count("warning: everybody who can reach") == ("0.0.0.0" in options)
 
