@@ -6,7 +6,6 @@ chunk (`RowGroupMetaData.column`), but raises an error when it reads the rows. S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,12 +81,4 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str) -> Row | RowEr
 
 def _plain(value: Any) -> Any:
     """A value in terms of JSON: dates, decimals and the like as strings, bytes in base64."""
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return msgspec.to_builtins(value) if isinstance(value, bytes) else str(value)
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str))
