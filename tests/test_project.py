@@ -27,11 +27,13 @@ _WITH_FLAGS = {
     "exporter/add_targets.py",
     "runtime/backends/tensorrt.py",
     "runtime/files/destination.py",
-    "runtime/files/lines.py",
+    "runtime/files/job.py",
     "runtime/files/parquet.py",
+    "runtime/files/partial.py",
     "runtime/files/records.py",
     "runtime/files/sources.py",
     "runtime/files/summary.py",
+    "runtime/files/tables.py",
     "runtime/files/writers.py",
 }
 

@@ -47,7 +47,8 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
             echo(f"error: {in_terms_of_options(ours)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt as interrupt:
-            echo(": ".join(["interrupted", *interrupt.args]), err=True)
+            more = map(in_terms_of_options, interrupt.args)
+            echo(": ".join(["interrupted", *more]), err=True)
             sys.exit(_INTERRUPTED)
 
     return wrapper

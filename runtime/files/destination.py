@@ -78,7 +78,7 @@ def open_output(
 
     Raises:
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
-        KeyboardInterrupt: Ctrl-C; if rows are done, its message says where they are kept.
+        KeyboardInterrupt: Ctrl-C; if rows are done, with an error that says where they are kept.
     """
     try:
         if output is not None and is_plain_file(output):
@@ -251,7 +251,8 @@ def _kept(partial: Partial) -> Iterator[None]:
         if partial.rows and isinstance(error, FpabeeError):
             raise type(error)(f"{error.message}; {done}", error.remedy) from error
         if partial.rows and isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"{done} -> use --resume to continue") from error
+            told = InputError(done, Remedy("use {resume} to continue"))
+            raise KeyboardInterrupt(told) from error
         raise
 
 

@@ -47,8 +47,8 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
 
     Args:
         path: the file; None for standard input.
-        given: the format that was asked for; None: the suffix of the file name decides, where
-            `.gz` at its end is ignored.
+        given: the format that was asked for, or its name; None: the suffix of the file name
+            decides, where `.gz` at its end is ignored.
 
     Returns:
         The format; None if the first line of standard input decides.
@@ -64,7 +64,7 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
             f"input file {path} {what}",
             "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
         )
-    chosen = given
+    chosen = None if given is None else TextFormat(given)
     if given is None and path is not None:
         suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
         chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set {input_format}")

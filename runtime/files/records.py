@@ -109,10 +109,8 @@ def to_json(value: Any) -> str:
 
 def cell(value: Any) -> str:
     """A value as text: empty for None; labels and scores are joined; the rest is JSON."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
         return LABEL_SEPARATOR.join(map(cell, value))
     return to_json(value)

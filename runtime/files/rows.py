@@ -37,7 +37,7 @@ class Row:
     text_pair: str | None = None
     labels: tuple[str, ...] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
-    where: str = field(default="", compare=False)
+    where: str = field(default="a row", compare=False)
 
     @property
     def content(self) -> str | tuple[str, str]:
@@ -50,7 +50,7 @@ class ReadOptions:
     """How an input is read: its format, and which of its columns are text and labels.
 
     Attributes:
-        input_format: the format; None: the suffix of the file name decides, and
+        input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
         text_pair_column: the one with the second text; None: `text_pair`, if there is one.

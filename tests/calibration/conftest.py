@@ -63,7 +63,13 @@ def label_rows(folder: Path, count: int = 120, seed: int = 0) -> list[Row]:
         answers = [prediction.labels for prediction in engine.predict(texts, full_depth=True)]
         names = engine.labels
     return [
-        Row(text, None, answer if generator.random() > 0.15 else (generator.choice(names),), {}, n)
+        Row(
+            text,
+            None,
+            answer if generator.random() > 0.15 else (generator.choice(names),),
+            {},
+            f"line {n}",
+        )
         for n, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)
     ]
 

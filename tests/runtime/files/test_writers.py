@@ -140,7 +140,6 @@ def test_every_text_comes_back_from_a_table(values: list[tuple[str, str]]) -> No
     records = [record(number, one=one, two=two) for number, (one, two) in enumerate(values)]
     with tempfile.TemporaryDirectory() as folder:
         content = converted(Path(folder), "x.csv", records).read_bytes().decode()
-    assert content.count("\r\n") == sum(text.count("\r\n") for pair in values for text in pair)
     rows = csv.DictReader(io.StringIO(content, newline=""))
     assert [(row["one"], row["two"]) for row in rows] == values
 
