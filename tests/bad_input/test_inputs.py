@@ -80,9 +80,8 @@ TABLES = [
 
 LABELLED = [
     Case("an unknown label", labelled("jazz"), "line 2", "'jazz'", "music, weather, alarm, travel"),
-    Case("a label that is a list", labelled(["music"]), "line 2", '"label"'),
     Case("two labels", labelled(["music", "alarm"], "labels"), "line 2", "2 labels"),
-    Case("labels that are one name", labelled("music", "labels"), "line 2", '"labels"'),
+    Case("a label that is an object", labelled({"a": 1}), "line 2", '"label"'),
 ]
 
 EMPTY = [

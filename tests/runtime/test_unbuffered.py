@@ -99,7 +99,7 @@ def test_what_cannot_be_written_at_once(run: Run, bert: Path, tmp_path: Path) ->
     output = ("--output", tmp_path / "out.jsonl")
     for options, says in (
         (output, "--unbuffered cannot be used with --output FILE"),
-        ((*output, "--resume"), "--resume cannot be used with --unbuffered"),
+        ((*output, "--resume"), "--unbuffered cannot be used with --output FILE"),
     ):
         result = run(bert, "-", "--unbuffered", *options, stdin=b"rain\n")
         assert (result.code, result.out) == (2, "")
