@@ -330,27 +330,15 @@ def _add_target(
     old, new = manifest.targets.get(name), built.targets[name]
     if old is not None and old.files == new.files:
         new = with_operating_points(new, old.operating_points, old.default_operating_point)
+    built = with_target(built, name, new)
     if can_run(new):
         progress(f"verify {name}", 0, 1)
-        tolerance = _tolerance(path, with_target(built, name, new), name)
-        new = msgspec.structs.replace(new, tolerance=tolerance)
-    built = with_target(built, name, new)
+        built, checked = cpu.verified_target(path, built, name, new)
+        if error := checked.refused:
+            remedy = "it was removed from the manifest; build it from fp32 graphs, or report this"
+            raise type(error)(error.message, remedy) from error
     write_manifest(path, built)
     return built, name
-
-
-def _tolerance(path: Path, manifest: Manifest, name: str) -> float:
-    """The largest difference of a logit between a target and the PyTorch model.
-
-    Raises:
-        VerificationError: too many labels or exits differ.
-    """
-    with cpu.engine_of(path, manifest, name) as engine:
-        try:
-            return engine.check().max_logit_difference
-        except VerificationError as error:
-            remedy = "it was removed from the manifest; build it from fp32 graphs, or report this"
-            raise VerificationError(error.message, remedy) from error
 
 
 def _without_stale(manifest: Manifest, precision: str) -> Manifest:

@@ -18,14 +18,12 @@ _MOST_TEXTS = 2000
 
 def exact_logits(
     folder: Path, manifest: Manifest, texts: Sequence[Text]
-) -> tuple[Sequence[Text], Logits] | None:
-    """The first 2,000 texts, and their logits in `onnxruntime-fp32`; None without texts.
+) -> tuple[list[Text], Logits]:
+    """The first 2,000 texts, and their logits in `onnxruntime-fp32`.
 
     Raises:
         BackendError: the folder does not have that target.
     """
-    if not texts:
-        return None
-    texts, rule = texts[:_MOST_TEXTS], ExitRule.from_dict(manifest.default_rule)
+    texts, rule = list(texts[:_MOST_TEXTS]), ExitRule.from_dict(manifest.default_rule)
     with Engine.load(folder, FP32_TARGET, rule=rule) as engine:
         return texts, engine.trace(texts).logits

@@ -7,24 +7,15 @@ all exits.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 
 from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
-from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import VERIFICATION_NAME, Manifest
 from ..runtime.encoding import EncodedRow, Text, padded_batches
 from ..runtime.engine import Engine
-from .exact import FP32_TARGET
 from .model import MultiExitModel
-
-# The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
-LEAST_TOLERANCE = 1e-5
 
 BUILT_IN_TEXTS: tuple[Text, ...] = (
     "",
@@ -88,22 +79,3 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
         must_pass(agreement, "the chain differs from the PyTorch model", _REPORT)
     difference = max(first.max_logit_difference, second.max_logit_difference)
     return dataclasses.replace(first, max_logit_difference=difference)
-
-
-def with_verification(folder: Path, manifest: Manifest, agreement: Agreement) -> Manifest:
-    """Write `verification.json`, and return the manifest that records the result.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest; the new one is returned, not written.
-        agreement: how closely it agrees with the PyTorch model.
-    """
-    path = folder / VERIFICATION_NAME
-    path.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
-    tolerance = max(LEAST_TOLERANCE, agreement.max_logit_difference)
-    checked = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
-    return msgspec.structs.replace(
-        manifest,
-        targets={**manifest.targets, FP32_TARGET: checked},
-        files={**manifest.files, VERIFICATION_NAME: sha256_of(path)},
-    )

@@ -93,7 +93,7 @@ class Agreement:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `verification.json`."""
+        """The figures in types that JSON has."""
         content = dataclasses.asdict(self) | {"passed": self.passed}
         del content["required"], content["first_bad_exit"]
         return content

@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from onnx import TensorProto
 
 from ...runtime.agreement import Agreement
 from ...runtime.artifact.manifest import Manifest, TensorSpec
-from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
 from ...runtime.errors import Remedy
 from ...runtime.progress import Progress, silent
-from ..exact import exact_logits
 from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
 from .emulation import check_emulated
@@ -46,34 +43,32 @@ def add_fp16(
         ModelError: a weight does not fit into fp16.
     """
     protos = load_graphs(folder, manifest.graphs)
-    known, expected = read_reference(folder, manifest)
-    # The reference may hold the same texts already, from the export's own verification.
-    more = exact_logits(folder, manifest, [t for t in dict.fromkeys(texts) if t not in known])
-    if more is not None:
-        known, expected = [*known, *more[0]], np.concatenate([expected, more[1]], axis=1)
     remedy = Remedy("use the targets in fp32 of this model")
-    agreement = check_emulated(folder, manifest, FP16, protos, known, expected, remedy, progress)
-    return with_lowered(folder, manifest, FP16, "onnx/fp16", protos, progress), agreement
+    return add_lowered(folder, manifest, FP16, protos, texts, remedy, progress)
 
 
-def with_lowered(
+def add_lowered(
     folder: Path,
     manifest: Manifest,
     precision: str,
-    place: str,
     protos: Mapping[str, Any],
-    progress: Progress = silent,
-) -> Manifest:
-    """Lower graphs to fp16 and write them. They replace earlier ones only when all are written.
+    texts: Sequence[Text],
+    remedy: Remedy,
+    progress: Progress,
+) -> tuple[Manifest, Agreement]:
+    """Check graphs in fp16 and write them. They replace earlier ones only when all are written.
 
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
         precision: what the manifest calls them.
-        place: their folder in the engines folder.
         protos: the graphs by name, each an `onnx.ModelProto`.
+        texts: more texts to check with, see `check_emulated`.
+        remedy: what to do if labels or exits change.
         progress: called with (what, done, total).
     """
+    agreement = check_emulated(folder, manifest, precision, protos, texts, remedy, progress)
+    place = f"onnx/{precision}"
 
     def typed(specs: Sequence[TensorSpec], values: Iterable[Any]) -> list[TensorSpec]:
         return [
@@ -95,4 +90,5 @@ def with_lowered(
                 typed(exact.inputs, lowered.graph.input),
                 typed(exact.outputs, lowered.graph.output),
             )
-    return msgspec.structs.replace(manifest, precisions={**manifest.precisions, precision: graphs})
+    precisions = {**manifest.precisions, precision: graphs}
+    return msgspec.structs.replace(manifest, precisions=precisions), agreement

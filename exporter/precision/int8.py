@@ -18,7 +18,6 @@ import numpy as np
 from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
-from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import cpu_session, ort_errors
 from ...runtime.backends.stepping import steps
 from ...runtime.encoding import (
@@ -31,14 +30,11 @@ from ...runtime.encoding import (
 )
 from ...runtime.errors import InputError, Remedy, VerificationError, first_line
 from ...runtime.progress import Progress, silent
-from ..exact import exact_logits
-from .emulation import check_emulated
-from .float16 import with_lowered
+from .float16 import add_lowered
 from .formats import INT8
 
 T = TypeVar("T")
 
-_FOLDER = "onnx/int8-qdq"
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
 
@@ -46,7 +42,7 @@ _MOST_TEXTS = 256
 def add_int8(
     folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress = silent
 ) -> tuple[Manifest, Agreement]:
-    """Quantize the graphs to `onnx/int8-qdq/`, if enough labels and exits stay the same.
+    """Quantize the graphs to `onnx/int8/`, if enough labels and exits stay the same.
 
     Args:
         folder: the engines folder.
@@ -66,13 +62,8 @@ def add_int8(
     ranges, others = split_texts(texts)
     rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
     quantized = quantize(folder, manifest, rows, "symmetric", progress)
-    known, expected = read_reference(folder, manifest)
-    more = exact_logits(folder, manifest, others)
-    assert more is not None
-    known, expected = [*known, *more[0]], np.concatenate([expected, more[1]], axis=1)
     remedy = Remedy("give more texts as {calibration_data}, or stay with fp16")
-    agreement = check_emulated(folder, manifest, INT8, quantized, known, expected, remedy, progress)
-    return with_lowered(folder, manifest, INT8, _FOLDER, quantized), agreement
+    return add_lowered(folder, manifest, INT8, quantized, others, remedy, progress)
 
 
 def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

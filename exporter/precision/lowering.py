@@ -117,38 +117,40 @@ def emulate(proto: Any) -> Any:
     Raises:
         ModelError: a weight does not fit into fp16.
     """
-    nodes, tensors = lowered_nodes(proto), lowered_tensors(proto)
-    floats = _float_values(proto)
-    originals = {node.name: node for node in proto.graph.node}
-    lowered = lower(proto)
+    nodes, tensors, floats = lowered_nodes(proto), lowered_tensors(proto), _float_values(proto)
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     result = onnx.ModelProto()
-    result.CopyFrom(lowered)
+    result.CopyFrom(proto)
     graph = result.graph
-    del graph.node[:]
-    for value in (*graph.input, *graph.output):
-        if value.name in tensors:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            exact = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(exact, tensor.name))
-    for node in lowered.graph.node:
-        original = originals.get(node.name)
-        if original is None:  # a cast that `lower` added
-            if node.attribute[0].i != TensorProto.FLOAT:
-                _round(graph, node.input[0], node.output[0])
+    del graph.node[:], graph.initializer[:]
+    # Where each value is rounded, and where an output of the graph that is rounded is exact.
+    rounded: dict[str, str] = {}
+    exact: dict[str, str] = {}
+
+    def in_fp16(name: str) -> str:
+        if name in floats and name not in rounded:
+            rounded[name] = _in_type(name, True)
+            if name in weights:
+                values = numpy_helper.to_array(_lowered(weights[name])).astype(np.float32)
+                graph.initializer.append(numpy_helper.from_array(values, rounded[name]))
             else:
-                graph.node.append(node)
-            continue
-        copy = graph.node.add()
-        copy.CopyFrom(node)
-        del copy.attribute[:]
-        copy.attribute.extend(original.attribute)
-        if node.name in nodes:
-            for number, name in enumerate(original.output):
-                if name in floats:
-                    copy.output[number] += "/exact"
-                    _round(graph, copy.output[number], node.output[number])
+                _round(graph, name, rounded[name])
+        return rounded.get(name, name)
+
+    for original in proto.graph.node:
+        low = original.name in nodes
+        inputs = [in_fp16(name) if low else exact.get(name, name) for name in original.input]
+        node = graph.node.add()
+        node.CopyFrom(original)
+        node.input[:] = inputs
+        for number, name in enumerate(original.output):
+            if name in (floats if low else tensors):
+                node.output[number], rounded[name] = f"{name}/exact", name
+                _round(graph, node.output[number], name)
+                if not low:
+                    exact[name] = node.output[number]
+    read = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(tensor for name, tensor in weights.items() if name in read)
     onnx.checker.check_model(result)
     return result
 

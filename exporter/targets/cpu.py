@@ -122,7 +122,7 @@ def add_openvino(
     error = unavailable_reason()
     if error is not None:
         return manifest, [CpuTarget(OPENVINO, refused=error)]
-    more = exact_logits(folder, manifest, texts)
+    more = exact_logits(folder, manifest, texts) if texts else None
     versions = {OPENVINO: openvino_version()}
     found = []
     for precision in ("fp32", *["bf16"] * has_bf16()):

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 from fpabee.exporter import ExportOptions, export, pipeline
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.verify import BUILT_IN_TEXTS, with_verification
-from fpabee.runtime import Engine, FpabeeError, Manifest, Trace
+from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
+from fpabee.runtime import Engine, FpabeeError, Trace
+from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.errors import ArtifactError, VerificationError
@@ -89,11 +90,7 @@ def test_the_folder_describes_the_model_and_itself(
     named |= manifest.files | {manifest.tokenizer.file: manifest.tokenizer.sha256}
     found = contents(folder).keys() - {"manifest.json"}
     assert {name: sha256_of(folder / name) for name in found} == named
-    assert {"reference.npz", "verification.json", "tokenizer/tokenizer.json"} <= found
-    record = json.loads((folder / "verification.json").read_text())
-    assert (record["passed"], record["rows"]) == (True, len(BUILT_IN_TEXTS))
-    assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
-    assert 0 < record["max_logit_difference"] < 1e-4
+    assert {"reference.npz", "tokenizer/tokenizer.json"} <= found
     texts, logits = read_reference(folder, manifest)
     assert texts == list(BUILT_IN_TEXTS)
     assert logits.dtype == np.float32
@@ -108,7 +105,10 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert result.folder == folder
     assert result.manifest == read_manifest(folder)
     assert result.size == sum(len(content) for content in contents(folder).values())
-    assert result.agreement.to_dict() == json.loads((folder / "verification.json").read_text())
+    record = result.agreement.to_dict()
+    assert (record["passed"], record["rows"]) == (True, len(BUILT_IN_TEXTS))
+    assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
+    assert 0 < record["max_logit_difference"] < 1e-4
     assert calls == [
         ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
     ]  # fmt: skip
@@ -203,11 +203,11 @@ def test_a_file_is_never_replaced(
     assert (tmp_path / "file").read_text() == "mine"
     late = tmp_path / "appears during the export"
 
-    def late_file(*given: Any) -> Manifest:
+    def late_file(*given: Any) -> Agreement:
         late.write_text("mine")
-        return with_verification(*given)
+        return check_chain(*given)
 
-    monkeypatch.setattr(pipeline, "with_verification", late_file)
+    monkeypatch.setattr(pipeline, "check_chain", late_file)
     with pytest.raises(ArtifactError, match="will not be replaced"):
         export(bert, late)
     assert late.read_text() == "mine"

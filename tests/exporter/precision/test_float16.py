@@ -94,7 +94,7 @@ def test_answers_that_change_are_refused(
     manifest = read_manifest(folder)
     texts, logits = read_reference(folder, manifest)
     turned = (texts, np.ascontiguousarray(logits[..., ::-1]))
-    monkeypatch.setattr("fpabee.exporter.precision.float16.read_reference", lambda *_: turned)
+    monkeypatch.setattr("fpabee.exporter.precision.emulation.read_reference", lambda *_: turned)
     message = r"changes answers from exit 1 on.*at least 99\.9% required"
     with pytest.raises(VerificationError, match=message):
         add_fp16(folder, manifest)
