@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import ProblemType, Task
-from .errors import Remedy, VerificationError
+from .artifact.manifest import Manifest, ProblemType, Task
+from .errors import ArtifactError, Remedy, VerificationError
 from .rules.base import ExitRule
 from .rules.measures import Integers, Mask, Outputs
 from .rules.runner import simulate
@@ -57,6 +57,31 @@ REQUIREMENTS = {
 
 EXPORT_REQUIREMENTS = Requirements(1.0, 1.0, tie=1e-4, score_tie=1e-3, logits=1e-4)
 """What is required of a fresh fp32 export, which runs where the PyTorch model ran."""
+
+# Another CPU or driver rounds differently from the one on which the tolerance was measured.
+_SLACK = 10
+
+
+def requirements_of(name: str, manifest: Manifest) -> Requirements:
+    """What is required of a target of a folder.
+
+    Args:
+        name: the target.
+        manifest: that of the folder.
+
+    Raises:
+        ArtifactError: its precision is not known.
+    """
+    target = manifest.targets[name]
+    if target.precision not in REQUIREMENTS:
+        raise ArtifactError(
+            f"target {name} has precision {target.precision!r}, which this fpabee does not know",
+            "pip install -U fpabee",
+        )
+    required = REQUIREMENTS[target.precision]
+    if target.tolerance is None:
+        return required
+    return dataclasses.replace(required, logits=max(_SLACK * target.tolerance, required.tie))
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .agreement import Agreement
+from .agreement import Agreement, compare, must_pass, requirements_of
 from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import ProblemType
+from .artifact.reference import read_reference
 from .blocks import blocks
 from .chain import WindowResult
 from .encoding import EncodedRow, Text, TextEncoder
-from .errors import InputError, RuleError
+from .errors import COPY_AGAIN, ArtifactError, InputError, Remedy, RuleError
 from .model import Model
 from .predictions import PredictionMaker
-from .reference_check import check_reference
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule
 from .rules.measures import Integers, Mask
@@ -277,7 +277,24 @@ class Engine:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
             VerificationError: the target is not the model that was exported.
         """
-        return check_reference(self, self._folder)
+        manifest, required = self.manifest, requirements_of(self.target, self.manifest)
+        texts, expected = read_reference(self._folder, manifest)
+        # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
+        rows = TextEncoder(self._folder, manifest.tokenizer).encode(texts)
+        fits = [n for n, row in enumerate(rows) if len(row) <= self.limits.max_sequence]
+        if not fits:
+            raise ArtifactError(
+                f"no text of the reference fits the {self.limits.max_sequence} tokens of "
+                f"{self.target}",
+                Remedy("export the model again with shorter texts as {verify_data}"),
+            )
+        found = self.run_encoded([rows[n] for n in fits], Budget(exit=manifest.exits[-1])).logits
+        agreement = compare(
+            found, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
+        )
+        what = f"target {self.target} is not the model that was exported,"
+        must_pass(agreement, what, COPY_AGAIN)
+        return agreement
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and run them often enough that calls take no longer than usual.

@@ -6,13 +6,10 @@ CPU has bf16 instructions, OpenVINO runs these parts in bf16.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import msgspec
-
-from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.openvino import rest_precision
 from ...runtime.encoding import Text, TextEncoder
@@ -21,6 +18,7 @@ from ..exact import exact_logits
 from ..onnx_file import serialized
 from ..precision.formats import INT8
 from ..precision.int8 import quantize, split_texts
+from ..staging import replacing
 from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, verified_target
 
 
@@ -56,26 +54,25 @@ def add_cpu_int8(
     encoded = TextEncoder(folder, manifest.tokenizer).encode(ranges)
     quantized = quantize(folder, manifest, encoded, "smooth", progress)
     place, found, changed = folder / INT8_FOLDER, [], manifest
-    place.parent.mkdir(exist_ok=True)
-    with TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as temporary:
-        files = {}
-        for name, proto in quantized.items():
-            path = Path(temporary) / f"{name}.onnx"
-            path.write_bytes(serialized(proto, path.name))
-            files[name] = BuiltFile(
-                file=path.relative_to(folder).as_posix(),
-                sha256=sha256_of(path),
-                onnx_sha256=manifest.graphs[name].sha256,
-            )
-        moved = {
-            # Another name for other content, so that the manifest of an older target stays true.
-            name: msgspec.structs.replace(file, file=f"{INT8_FOLDER}/{name}-{file.sha256[:8]}.onnx")
-            for name, file in files.items()
-        }
+    place.mkdir(parents=True, exist_ok=True)
+    files = {}
+    try:
+        with replacing(place) as temporary:
+            for name, proto in quantized.items():
+                content = serialized(proto, name)
+                sha256 = hashlib.sha256(content).hexdigest()
+                # Another name for other content: the manifest of an older target stays true.
+                file = f"{name}-{sha256[:8]}.onnx"
+                (temporary / file).write_bytes(content)
+                files[name] = BuiltFile(
+                    file=f"{INT8_FOLDER}/{file}",
+                    sha256=sha256,
+                    onnx_sha256=manifest.graphs[name].sha256,
+                )
         for backend, version in versions.items():
             name = f"{backend}-{INT8}"
             old = manifest.targets.get(name)
-            if not version and old is not None and old.files == moved:
+            if not version and old is not None and old.files == files:
                 continue  # an older target with the same graphs stays valid on other machines
             progress(f"verify {name}", 0, 1)
             target = Target(
@@ -89,16 +86,11 @@ def add_cpu_int8(
             )
             changed, checked = verified_target(folder, changed, name, target, more)
             found.append(checked)
-        if not any(checked.agreement for checked in found):
-            return manifest, found
-        place.mkdir(exist_ok=True)
-        for name, file in files.items():
-            (folder / file.file).replace(folder / moved[name].file)
-    targets = {
-        name: msgspec.structs.replace(target, files=moved) if target.files == files else target
-        for name, target in changed.targets.items()
-    }
-    return msgspec.structs.replace(changed, targets=targets), found
+    finally:
+        passed = any(checked.agreement for checked in found)
+        if not passed:
+            drop_unused_graphs(folder, manifest)
+    return (changed if passed else manifest), found
 
 
 def drop_unused_graphs(folder: Path, manifest: Manifest) -> None:
@@ -109,6 +101,9 @@ def drop_unused_graphs(folder: Path, manifest: Manifest) -> None:
         manifest: its manifest, which must be written already.
     """
     used = {folder / f.file for target in manifest.targets.values() for f in target.files.values()}
-    for path in (folder / INT8_FOLDER).glob("*.onnx"):
+    place = folder / INT8_FOLDER
+    for path in place.glob("*.onnx"):
         if path not in used:
             path.unlink()
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
