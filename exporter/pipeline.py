@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from ..runtime.artifact.folder import sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     REFERENCE_NAME,
     SCHEMA_VERSION,
+    VERIFICATION_NAME,
     Manifest,
     Model,
     ProblemType,
@@ -234,8 +236,11 @@ def _write(
     write_manifest(folder, manifest)
     with Engine.load(folder) as engine:
         agreement = check_chain(engine, texts, logits)
+    record = folder / VERIFICATION_NAME
+    record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
+    files = {**manifest.files, VERIFICATION_NAME: sha256_of(record)}
     tolerance = max(_LEAST_TOLERANCE, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
-    manifest = with_target(manifest, FP32_TARGET, target)
+    manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
     write_manifest(folder, manifest)
     return manifest, agreement

@@ -6,6 +6,7 @@
     targets/<target>/        built files, where a backend needs any
     exit_0.npz               classifier before layer 1, if the model has one
     reference.npz            texts and fp32 logits of the PyTorch model
+    verification.json        agreement of the export with the PyTorch model
 
 Nothing in the folder is ever unpickled. The module `folder` reads and writes the manifest.
 """
@@ -25,6 +26,7 @@ SCHEMA_VERSION = "1.0-draft"
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
+VERIFICATION_NAME = "verification.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 
 # A graph output with this prefix replaces the carried tensor with the rest of its name.

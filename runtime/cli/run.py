@@ -46,11 +46,11 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @click.argument(
     "files",
     nargs=-1,
-    required=True,
     type=click.Path(allow_dash=True),
     help="Texts to classify: .txt (one text per line), .jsonl, .csv, .tsv or .parquet. All but "
     ".parquet may end in .gz. - is standard input.",
 )
+@click.option("--input", "more", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.path(
     "--output",
     "File to write: .jsonl, .csv or .parquet. Default: JSON lines on standard output.",
@@ -87,6 +87,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 def main(
     engines: Path,
     files: tuple[str, ...],
+    more: tuple[str, ...],
     output: Path | None,
     resume: bool,
     on_error: str,
@@ -100,6 +101,9 @@ def main(
     **settings: Any,
 ) -> None:
     """Classify texts. Results go to standard output or --output, all else to standard error."""
+    files += more
+    if not files:
+        raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
     loading = {name: settings.pop(name) for name in ("max_length", "threads")}
     written = {name: settings.pop(name) for name in ("with_text", "all_scores")}

@@ -76,7 +76,7 @@ class Place:
 
     def run(self, source: object, *options: object, folder: Path | None = None) -> Arguments:
         """The arguments that classify a file of texts."""
-        return ["run", folder or self.shared["bert"], source, *QUIET, *options]
+        return ["run", folder or self.shared["bert"], "--input", source, *QUIET, *options]
 
     def run_texts(self, *options: object, folder: Path | None = None) -> Arguments:
         """The arguments that classify good texts."""

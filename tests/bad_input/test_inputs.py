@@ -118,7 +118,7 @@ FILES = [
 
 USAGE = [
     Case("an unknown format", given("in.txt", "", "--input-format", "xml"), "'xml'", code=2),
-    Case("no input", lambda p: ["run", p.shared["bert"]], "FILES", code=2),
+    Case("no input", lambda p: ["run", p.shared["bert"]], "standard input", code=2),
     Case("a column twice", given("in.csv", "", "--label-column", "text"), "text", code=2),
 ]
 

@@ -90,7 +90,7 @@ def test_the_folder_describes_the_model_and_itself(
     named |= manifest.files | {manifest.tokenizer.file: manifest.tokenizer.sha256}
     found = contents(folder).keys() - {"manifest.json"}
     assert {name: sha256_of(folder / name) for name in found} == named
-    assert {"reference.npz", "tokenizer/tokenizer.json"} <= found
+    assert {"reference.npz", "verification.json", "tokenizer/tokenizer.json"} <= found
     texts, logits = read_reference(folder, manifest)
     assert texts == list(BUILT_IN_TEXTS)
     assert logits.dtype == np.float32
@@ -106,6 +106,7 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert result.manifest == read_manifest(folder)
     assert result.size == sum(len(content) for content in contents(folder).values())
     record = result.agreement.to_dict()
+    assert record == json.loads((folder / "verification.json").read_text())
     assert (record["passed"], record["rows"]) == (True, len(BUILT_IN_TEXTS))
     assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
     assert 0 < record["max_logit_difference"] < 1e-4

@@ -56,6 +56,7 @@ def test_json_is_one_object_and_quiet_is_quiet(
     assert content["segments"] == 3
     assert content["targets"][0] == "onnxruntime-fp32"
     assert content["bytes"] > 0
+    assert content["verification"] == json.loads((folder / "verification.json").read_text())
     assert content["verification"]["passed"]
     assert read_manifest(folder).model.model_type == "bert"
 
