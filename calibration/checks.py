@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..runtime.engine import Engine
-from ..runtime.errors import InputError, Remedy
+from ..runtime.errors import InputError
 from ..runtime.files import Row
 from .goals import CalibrationOptions
 from .risk import RiskOf
@@ -42,9 +42,7 @@ def check_request(
     if bounds_drop and metric not in ROW_MEANS:
         raise InputError(
             f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
-            Remedy(
-                "use {metric} accuracy (exact_match for multi-label), or {risk_of} disagreement"
-            ),
+            "use `metric` accuracy (exact_match for multi-label), or `risk_of` disagreement",
         )
     texts = {row.content for row in rows}
     if len(texts) < LEAST_ROWS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.errors import InputError, Remedy
+from ..runtime.errors import InputError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES
 from .families import DEFAULT_RULES
@@ -76,7 +76,7 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if not self.goals and self.bound is None:
-            raise InputError("no goal is given", Remedy("give {goals} or {bound}"))
+            raise InputError("no goal is given", "give `goals` or `bound`")
         for name in self.asked:
             if not is_name(name):
                 raise InputError(
@@ -114,17 +114,17 @@ def _check_goal(name: str, goal: Goal) -> None:
     if len(given) != 1:
         raise InputError(
             f"the goal {name!r} has {len(given)} of max_drop and speedup",
-            Remedy("give one of {max_drop} and {speedup}"),
+            "give one of `max_drop` and `speedup`",
         )
     if goal.guaranteed and goal.max_drop is None:
         raise InputError(
             f"the goal {name!r} is a guaranteed speed-up, but only a drop can be guaranteed",
-            Remedy("give {max_drop}, or a goal that is not guaranteed"),
+            "give `max_drop`, or a goal that is not guaranteed",
         )
     (value,) = given
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)
     if not (low <= value <= high and math.isfinite(value)):
         raise InputError(
             f"the goal {name!r} is {value:g}",
-            Remedy("give {max_drop} in points, 0 to 100, or {speedup} of at least 1"),
+            "give `max_drop` in points, 0 to 100, or `speedup` of at least 1",
         )

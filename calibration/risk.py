@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Certificate, Goal
-from ..runtime.errors import InputError, Remedy
+from ..runtime.errors import InputError
 from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array, Measure
 from ..runtime.rules.rules import Budget
@@ -187,7 +187,7 @@ def control(
         seed: shuffles the rows.
 
     Raises:
-        InputError: no setting passes; the remedy says what would help.
+        InputError: no setting passes; the hint says what would help.
     """
     choosing, tested = split(len(costs.rows), seed)
     family = _path(costs.take(choosing), bound, rules or PATH_RULES, measures, seed)
@@ -205,13 +205,13 @@ def control(
             passed = rule
     if passed is None:
         if least is None:
-            raise InputError("no setting stops any of these rows early", Remedy("change {rules}"))
+            raise InputError("no setting stops any of these rows early", "change `rules`")
         raise InputError(
             f"these rows confirm no setting with a risk ({bound.risk_of.value}) of at most "
             f"{100 * bound.risk:g} points at {100 * bound.confidence:g} % confidence: on the "
             f"{len(tested)} rows that tested it, the most cautious setting lost "
             f"{100 * least:.2f} points",
-            _remedy(bound, least, len(tested)),
+            _hint(bound, least, len(tested)),
         )
     certificate = Certificate(
         risk_of=bound.risk_of.value,
@@ -253,7 +253,7 @@ def _path(
     families = _joined(make_families(costs, rules, measures, seed, per_exit=False))
     if not families:
         raise InputError(
-            "no setting of these rules can be tried on these rows", Remedy("name other {rules}")
+            "no setting of these rules can be tried on these rows", "name other `rules`"
         )
     if len(families) == 1:
         return families[0]
@@ -280,10 +280,10 @@ def _joined(families: Sequence[Family]) -> list[Family]:
     return found
 
 
-def _remedy(bound: Bound, least: float, tested: int) -> Remedy:
+def _hint(bound: Bound, least: float, tested: int) -> str:
     """What makes a certificate possible, if the most cautious setting lost `least`."""
     if least >= bound.risk:
-        return Remedy("allow a larger {risk}, or a lower {confidence}")
+        return "allow a larger `risk`, or a lower `confidence`"
     needed = bound.rows_needed
     if least > 0:
         deviation = math.sqrt(least) / (bound.risk - least)
@@ -291,4 +291,4 @@ def _remedy(bound: Bound, least: float, tested: int) -> Remedy:
     if needed <= tested:  # an estimate that these rows have shown to be too small
         needed = 2 * tested
     rows = math.ceil(needed / (1 - _PATH_SHARE))
-    return Remedy("give about {rows} rows, or a larger {risk}", rows=rows)
+    return f"give about {rows} rows, or a larger `risk`"

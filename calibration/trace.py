@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.arrays import read_arrays
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.engine import Engine
-from ..runtime.errors import ArtifactError, InputError, Remedy
+from ..runtime.errors import ArtifactError, InputError
 from ..runtime.files import Row
 from ..runtime.metrics import Labels, encode_labels
 from ..runtime.progress import Progress, silent
@@ -66,7 +66,7 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
         if row.labels is None:
             raise InputError(
                 f"{row.where} has no label, and calibration needs labels",
-                Remedy("label every row, name their column in {label_column}, or set {unlabelled}"),
+                "label every row, name their column in `label_column`, or set `unlabelled`",
             )
     given = [row.labels or () for row in rows]
     return encode_labels(given, task.labels, task.problem_type, [row.where for row in rows])

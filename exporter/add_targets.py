@@ -29,7 +29,6 @@ from ..runtime.errors import (
     BackendError,
     FpabeeError,
     InputError,
-    Remedy,
     VerificationError,
 )
 from ..runtime.files import Inputs, ReadOptions, read_rows
@@ -231,7 +230,7 @@ def _with_default(
     name = options.default_target
     reason = {target.name: target.refused for target in checked}.get(name or "")
     if reason and name not in manifest.targets:
-        raise VerificationError(f"{name} is not kept: {reason.message}", reason.remedy)
+        raise VerificationError(f"{name} is not kept: {reason.message}", reason.hint)
     if name is not None:
         fixed = target_of(path, manifest, name)
         manifest = msgspec.structs.replace(manifest, default_target=fixed, default_is_fixed=True)
@@ -274,7 +273,7 @@ def _add_precisions(
     if options.calibration_data is None and options.int8 and (missing or not has_int8):
         raise InputError(
             f"{path} lacks int8 targets that were asked for, and no texts are given for the ranges",
-            Remedy("give texts like those to classify as {calibration_data}"),
+            "give texts like those to classify as `calibration_data`",
         )
     return manifest, checks
 
@@ -335,8 +334,8 @@ def _add_target(
         progress(f"verify {name}", 0, 1)
         built, checked = cpu.verified_target(path, built, name, new)
         if error := checked.refused:
-            remedy = "it was removed from the manifest; build it from fp32 graphs, or report this"
-            raise type(error)(error.message, remedy) from error
+            hint = "it was removed from the manifest; build it from fp32 graphs, or report this"
+            raise type(error)(error.message, hint) from error
     write_manifest(path, built)
     return built, name
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import Call, ModelError, Remedy, first_line
+from ..runtime.errors import ModelError, first_line
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
@@ -209,10 +209,7 @@ def _exit_config(
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            Remedy(
-                "if it is a classifier, add exits to it: {call}",
-                call=Call("train", from_classifier=str(folder)),
-            ),
+            "if it is a classifier, add exits to it by training with `from_classifier`",
         )
     layers = int(config.num_hidden_layers)
     block = getattr(config, CONFIG_BLOCK, None) or {}
@@ -288,7 +285,7 @@ def agreed_problem_type(
     if named and asked and named is not asked:
         raise ModelError(
             f"{folder} was trained for {named.value}, not for {asked.value}",
-            Remedy("leave out {problem_type}"),
+            "leave out `problem_type`",
         )
     return named or asked or ProblemType.SINGLE_LABEL
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec, ProblemType
-from ..runtime.errors import TRAIN_EXIT_0, ModelError, Remedy, first_line
+from ..runtime.errors import ModelError, first_line
 from ..runtime.exit_0 import ARRAYS, ExitZero
 from .staging import replacing
 
@@ -22,7 +22,7 @@ CONFIG_BLOCK = "fpabee"
 """The key of `config.json` that holds our settings; its key `exit_0` holds those of exit 0."""
 
 _MOST_UNIGRAMS = 65536
-_TRAIN_AGAIN = Remedy("train exit 0 again: {call}", call=TRAIN_EXIT_0)
+_TRAIN_AGAIN = "train exit 0 again"
 
 
 def unigrams_of(vocabulary: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import ModelError, Remedy
+from ..runtime.errors import ModelError
 from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
 from .pooling import Pooling as Pooling
 
@@ -82,14 +82,12 @@ class MultiExitConfig:
             ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
                 have a hidden layer than there are.
         """
-        remedy = Remedy("give {exits} as layers between 1 and {layers}", layers=layers)
+        hint = f"give `exits` as layers between 1 and {layers}"
         if not self.exits or list(self.exits) != sorted(set(self.exits)):
-            raise ModelError(
-                f"exits {list(self.exits)} are not an ascending list of layers", remedy
-            )
+            raise ModelError(f"exits {list(self.exits)} are not an ascending list of layers", hint)
         if self.exits[0] < 1 or self.exits[-1] > layers:
             raise ModelError(
-                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", remedy
+                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", hint
             )
         if not 0 <= self.hidden_layers <= len(self.exits):
             raise ModelError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runtime.artifact.folder import sha256_of, verified_graph
 from ..runtime.artifact.manifest import Graph, TensorSpec
-from ..runtime.errors import ModelError, Remedy
+from ..runtime.errors import ModelError
 
 
 def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def serialized(proto: Any, what: str) -> bytes:
     except EncodeError as error:
         raise ModelError(
             f"{what} does not fit into one ONNX file, which holds at most 2 GiB: {error}",
-            Remedy("keep more {exits}, so that fewer layers lie between two of them"),
+            "keep more `exits`, so that fewer layers lie between two of them",
         ) from error
     onnx.checker.check_model(content)
     return content

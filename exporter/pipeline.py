@@ -31,7 +31,7 @@ from ..runtime.artifact.reference import write_reference
 from ..runtime.backends.onnxruntime_session import check_installed
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.engine import Engine
-from ..runtime.errors import ArtifactError, ModelError, Remedy
+from ..runtime.errors import ArtifactError, ModelError
 from ..runtime.exit_0 import ExitZero
 from ..runtime.files import ReadOptions, read_rows
 from ..runtime.progress import Progress, silent
@@ -144,7 +144,7 @@ def export(
     if source.resolve().is_relative_to(target):
         raise ArtifactError(
             f"{target} contains the model itself, which would be replaced",
-            Remedy("give another folder as {output}"),
+            "give another folder as `output`",
         )
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
@@ -177,7 +177,7 @@ def _write(
     if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
         raise ModelError(
             f"exits {','.join(map(str, exits))} do not fit a model with {count} exits",
-            Remedy("give {exits} as ascending numbers between 1 and {count}", count=count),
+            f"give `exits` as ascending numbers between 1 and {count}",
         )
     tokenizer = save_tokenizer(source, model, folder, options.max_length)
     cut = segments.cut(model, exits, "token_type_ids" in tokenizer.inputs)

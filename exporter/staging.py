@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtime.artifact.folder import check_outside, is_engines_folder
-from ..runtime.errors import ArtifactError, Remedy
+from ..runtime.errors import ArtifactError
 
-_ELSEWHERE = Remedy("give another folder as {output}")
+_ELSEWHERE = "give another folder as `output`"
 
 
 def resolved(output: str | Path) -> Path:
@@ -46,9 +46,7 @@ def check_output(target: Path, force: bool) -> None:
             f"{target} exists and is not an engines folder; it will not be replaced", _ELSEWHERE
         )
     if not force:
-        raise ArtifactError(
-            f"{target} already holds an engines folder", Remedy("replace it with {force}")
-        )
+        raise ArtifactError(f"{target} already holds an engines folder", "replace it with `force`")
 
 
 @contextmanager
@@ -64,7 +62,7 @@ def staging(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise ArtifactError(
             f"cannot write in {target.parent}: {error.strerror}",
-            Remedy("give a writable folder as {output}"),
+            "give a writable folder as `output`",
         ) from error
     folder = Path(name)
     try:

@@ -12,13 +12,13 @@ from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
 from ..runtime.artifact.protobuf import values_at
 from ..runtime.artifact.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
-from ..runtime.errors import ModelError, Remedy
+from ..runtime.errors import ModelError
 from .model import MultiExitModel
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
 _CONFIG = "tokenizer_config.json"
-_REMEDY = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
+_HINT = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
 # Fields of SentencePiece's model: ModelProto.normalizer_spec.precompiled_charsmap.
 _CHARSMAP = (3, 2)
 
@@ -42,12 +42,12 @@ def save_tokenizer(
     tokenizer = load_tokenizer(source, model)
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest, own = model.backbone.max_positions(), tokenizer.model_max_length
-    remedy = Remedy("give {max_length} between {low} and {high}", low=special + 1, high=longest)
+    hint = f"give `max_length` between {special + 1} and {longest}"
     if max_length is not None:
         if not special < max_length <= longest:
-            raise ModelError(f"max_length {max_length} is impossible for this model", remedy)
+            raise ModelError(f"max_length {max_length} is impossible for this model", hint)
     elif not isinstance(own, (int, float)) or own <= special:
-        raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", remedy)
+        raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", hint)
     else:
         max_length = min(longest, int(own)) if own < _NO_LIMIT else longest
     path = folder / TOKENIZER_NAME
@@ -67,7 +67,7 @@ def save_tokenizer(
 
 
 def _model_errors(source: Path) -> AbstractContextManager[None]:
-    return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _REMEDY)
+    return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _HINT)
 
 
 def _check_sentencepiece(path: Path) -> None:
@@ -101,7 +101,7 @@ def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
     # Without these files, transformers makes an empty tokenizer that knows no word.
     if not any((source / name).is_file() for name in files):
         raise ModelError(
-            f"{source} has no tokenizer: it has none of {', '.join(sorted(files))}", _REMEDY
+            f"{source} has no tokenizer: it has none of {', '.join(sorted(files))}", _HINT
         )
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import Manifest, ProblemType, Task
-from .errors import ArtifactError, Remedy, VerificationError
+from .errors import ArtifactError, VerificationError
 from .rules.base import ExitRule
 from .rules.measures import Integers, Mask, Outputs
 from .rules.runner import simulate
@@ -135,13 +135,13 @@ class Agreement:
         )
 
 
-def must_pass(agreement: Agreement, what: str, remedy: str | Remedy) -> None:
+def must_pass(agreement: Agreement, what: str, hint: str) -> None:
     """Refuse a target that does not pass.
 
     Args:
         agreement: what its check found.
         what: what the message says that the target does from the first bad exit on.
-        remedy: what to change.
+        hint: what to change.
 
     Raises:
         VerificationError: the target does not pass.
@@ -149,7 +149,7 @@ def must_pass(agreement: Agreement, what: str, remedy: str | Remedy) -> None:
     if not agreement.passed:
         raise VerificationError(
             f"{what} from exit {agreement.first_bad_exit} on ({agreement.rows} texts): {agreement}",
-            remedy,
+            hint,
         )
 
 

@@ -22,7 +22,7 @@ from .backends.buffers import B, Hidden
 from .backends.shapes import Bucket, Limits
 from .batching import RowNumbers, fits, make_groups, plan_joins
 from .encoding import EncodedRow
-from .errors import BackendError, Call, Remedy
+from .errors import BackendError
 from .exit_0 import ExitZero
 from .rules.measures import Integers, Mask
 from .rules.one_row import OneRow
@@ -79,10 +79,7 @@ def not_finite(target: str, exit_number: int) -> BackendError:
     """The error for logits that are NaN or infinite, from which no label or exit can follow."""
     return BackendError(
         f"target {target} gives logits that are not finite numbers at exit {exit_number}",
-        Remedy(
-            "check the folder: {call}; or choose another {target}",
-            call=Call("inspect", "ENGINES", check=True),
-        ),
+        "check the engines folder, or choose another `target`",
     )
 
 
@@ -171,7 +168,7 @@ class Chain(Generic[B]):
         if longest > self.limits.max_sequence:
             raise BackendError(
                 f"a row has {longest} tokens; this target takes {self.limits.max_sequence}",
-                Remedy("give a smaller {max_length}, or build the target for longer rows"),
+                "give a smaller `max_length`, or build the target for longer rows",
             )
         return self.limits.bucket(rows, longest, alone)
 

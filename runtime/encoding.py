@@ -19,7 +19,7 @@ from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_added_tokens, check_tokenizer
 from .blocks import blocks
-from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, Remedy, first_line
+from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line
 from .tokens import (
     FIRST,
     SECOND,
@@ -141,7 +141,7 @@ class RowTokenizer:
         if limit <= special:
             raise InputError(
                 f"max_length {limit} leaves no room for text beside {special} special tokens",
-                Remedy("give {max_length} of at least {low}", low=special + 1),
+                f"give `max_length` of at least {special + 1}",
             )
         tokenizer.post_processor = None
         self._tokenizer, self._limit, self._uses_types = tokenizer, limit, uses_types
@@ -297,7 +297,7 @@ class TextEncoder:
 def tokenizer_errors(
     what: str,
     kind: type[FpabeeError] = ArtifactError,
-    remedy: str | Remedy = EXPORT_AGAIN,
+    hint: str = EXPORT_AGAIN,
 ) -> Iterator[None]:
     """Turn the exceptions of the tokenizers library, and of `check_tokenizer`, into our errors.
 
@@ -306,7 +306,7 @@ def tokenizer_errors(
     Args:
         what: what failed.
         kind: class of our error.
-        remedy: remedy of our error.
+        hint: hint of our error.
     """
     try:
         yield
@@ -316,7 +316,7 @@ def tokenizer_errors(
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{what}: {first_line(error)}", remedy) from error
+        raise kind(f"{what}: {first_line(error)}", hint) from error
 
 
 def _check(text: object, number: int, most: int) -> None:

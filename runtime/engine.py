@@ -20,7 +20,7 @@ from .artifact.reference import read_reference
 from .blocks import blocks
 from .chain import WindowResult
 from .encoding import EncodedRow, Text, TextEncoder
-from .errors import COPY_AGAIN, ArtifactError, InputError, Remedy, RuleError
+from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError
 from .model import Model
 from .predictions import PredictionMaker
 from .results import Prediction, Tally, Trace
@@ -286,7 +286,7 @@ class Engine:
             raise ArtifactError(
                 f"no text of the reference fits the {self.limits.max_sequence} tokens of "
                 f"{self.target}",
-                Remedy("export the model again with shorter texts as {verify_data}"),
+                "export the model again with shorter texts as `verify_data`",
             )
         found = self.run_encoded([rows[n] for n in fits], Budget(exit=manifest.exits[-1])).logits
         agreement = compare(

@@ -11,7 +11,7 @@
     |-- OverloadedError         the queue of a scheduler is full
     `-- VerificationError       segments or a target do not reproduce the PyTorch model
 
-Every message says what was found and what was expected, and its remedy says what to change. A
+Every message says what was found and what was expected, and its hint says what to change. A
 message is one line, although the text that it quotes from a file or from the command line may
 contain line endings, escape codes, or megabytes.
 """
@@ -19,77 +19,14 @@ contain line endings, escape codes, or megabytes.
 from __future__ import annotations
 
 import re
-import string
-from collections.abc import Callable
 
 _MOST_CHARACTERS = 480
 
 
-class Call:
-    """A call of a public function that a remedy recommends.
-
-    Args:
-        function: its name, such as `export`.
-        *arguments: positional arguments, as a user would write them.
-        **keywords: keyword arguments; True stands for a flag.
-    """
-
-    def __init__(self, function: str, *arguments: object, **keywords: object) -> None:
-        self.function = function
-        self.arguments = arguments
-        self.keywords = keywords
-
-    def __str__(self) -> str:
-        given = [*map(str, self.arguments), *(f"{k}={v!r}" for k, v in self.keywords.items())]
-        return f"{self.function}({', '.join(given)})"
-
-
-class Remedy:
-    """What a user can change to make an error go away.
-
-    Python users read it in terms of parameters and functions. Commands render the same remedy in
-    terms of their own options.
-
-    Args:
-        text: a sentence with fields in braces. A field that is given in `values` is replaced by
-            that value or `Call`; any other field is the name of a parameter.
-        **values: the values of fields.
-
-    Example:
-        >>> from fpabee.runtime.errors import Remedy
-        >>> str(Remedy("give {max_length} of at most {limit}", limit=512))
-        'give max_length of at most 512'
-    """
-
-    def __init__(self, text: str, **values: object) -> None:
-        self.text = text
-        self.values = values
-
-    def __str__(self) -> str:
-        return self.render(str, str)
-
-    def render(self, parameter: Callable[[str], str], call: Callable[[Call], str]) -> str:
-        """The remedy as one sentence.
-
-        Args:
-            parameter: how to write the name of a parameter.
-            call: how to write a call of a function.
-        """
-        given = {k: call(v) if isinstance(v, Call) else str(v) for k, v in self.values.items()}
-        fields = {field for _, field, _, _ in string.Formatter().parse(self.text) if field}
-        return self.text.format_map(given | {f: parameter(f) for f in fields - given.keys()})
-
-
-EXPORT_AGAIN = Remedy("export the model again: {call}", call=Call("export", "MODEL_DIR", "ENGINES"))
+EXPORT_AGAIN = "export the model again"
 """For an engines folder whose content cannot be used."""
-COPY_AGAIN = Remedy(
-    "copy the engines folder again, or export the model again: {call}",
-    call=Call("export", "MODEL_DIR", "ENGINES"),
-)
+COPY_AGAIN = "copy the engines folder again, or export the model again"
 """For an engines folder that may have been damaged on its way."""
-
-TRAIN_EXIT_0 = Call("train", output="MODEL_DIR", exit_0_only=True, train="DATA", dev="DATA")
-"""The call that adds exit 0 to a model."""
 
 
 class FpabeeError(Exception):
@@ -97,18 +34,16 @@ class FpabeeError(Exception):
 
     Args:
         message: what was found and what was expected.
-        remedy: what to change; a `Remedy` if that involves a parameter or a call.
+        hint: what to change; may be empty. Parameters of functions are in backticks.
 
     Attributes:
-        message: what was found and what was expected, in one line.
-        remedy: what to change; may be empty.
-        hint: the remedy in terms of the Python API, in one line.
+        message: the message, in one line.
+        hint: the hint, in one line.
     """
 
-    def __init__(self, message: str, remedy: str | Remedy = "") -> None:
+    def __init__(self, message: str, hint: str = "") -> None:
         self.message = in_one_line(message)
-        self.remedy = remedy
-        self.hint = in_one_line(str(remedy))
+        self.hint = in_one_line(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -140,7 +75,7 @@ class BackendError(FpabeeError):
 
 
 class MissingExtraError(BackendError):
-    """An optional package is not installed; the remedy is the command that installs it."""
+    """An optional package is not installed; the hint is the command that installs it."""
 
 
 class OverloadedError(FpabeeError):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .artifact.manifest import ProblemType
-from .errors import Remedy, RowError
+from .errors import RowError
 
 Labels = NDArray[np.int64]
 
@@ -47,10 +47,8 @@ def encode_labels(
         if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
             raise RowError(
                 f"{place} has {len(row)} labels, but the task is single-label",
-                Remedy(
-                    'give each row one "label"; several labels need a model that was trained and '
-                    "exported with {problem_type} multi_label_classification"
-                ),
+                'give each row one "label"; several labels need a model that was trained and '
+                "exported with `problem_type` multi_label_classification",
             )
         encoded[number, [index[name] for name in row]] = 1
     return encoded.argmax(axis=1) if problem_type is ProblemType.SINGLE_LABEL else encoded

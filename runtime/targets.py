@@ -11,7 +11,7 @@ from .arguments import whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
-from .errors import BackendError, Call, Remedy, RuleError
+from .errors import BackendError, RuleError
 from .rules.base import ExitRule
 from .rules.rules import Budget
 
@@ -41,10 +41,7 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
     if name not in manifest.targets:
         raise BackendError(
             f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
-            Remedy(
-                "choose a {target} that it has, or build one: {call}",
-                call=Call("add_targets", folder),
-            ),
+            "choose a `target` that it has, or add one to the folder",
         )
     return name
 
@@ -171,17 +168,16 @@ def rule_of(
         return None, ExitRule.from_dict(manifest.default_rule)
     if point in points:
         return point, ExitRule.from_dict(points[point].rule)
-    calibrate = Call("calibrate", folder, data="DATA", target=target)
     elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
     if elsewhere:
         raise RuleError(
             f"operating point {point!r} was measured on {', '.join(elsewhere)}, not on {target}",
-            Remedy("calibrate this target: {call}", call=calibrate),
+            "calibrate this target",
         )
     raise RuleError(
         f"target {target} has no operating point {point!r}; it has: "
         f"{', '.join(points) or 'none yet'}",
-        Remedy("calibrate it: {call}", call=calibrate),
+        "calibrate this target",
     )
 
 
@@ -209,7 +205,7 @@ def backend_class(target: Target) -> type[Backend[Any]]:
         return TensorRtBackend
     raise BackendError(
         f"the manifest names backend {target.backend!r}, which fpabee {__version__} does not have",
-        Remedy("pip install -U fpabee, or choose another {target}"),
+        "pip install -U fpabee, or choose another `target`",
     )
 
 

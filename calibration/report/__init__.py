@@ -9,7 +9,7 @@ import base64
 from pathlib import Path
 
 from ...runtime.artifact.folder import read_manifest
-from ...runtime.errors import ArtifactError, Remedy
+from ...runtime.errors import ArtifactError
 from ...runtime.optional_packages import require
 from ..descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 from ..result import Calibration
@@ -57,5 +57,5 @@ def write_report(result: Calibration, path: str | Path) -> None:
     except OSError as error:
         raise ArtifactError(
             f"cannot write the report {path}: {error.strerror}",
-            Remedy("the operating points are in the manifest; give another file as {report}"),
+            "the operating points are in the manifest; give another file as `report`",
         ) from error

@@ -250,7 +250,7 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))
-        raise VerificationError(f"{names} did not pass: {first.message}", first.remedy)
+        raise VerificationError(f"{names} did not pass: {first.message}", first.hint)
 
 
 def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> list[str]:

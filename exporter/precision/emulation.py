@@ -19,7 +19,7 @@ from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime_session import cpu_session, session_options
 from ...runtime.backends.stepping import steps
 from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
-from ...runtime.errors import Remedy, VerificationError
+from ...runtime.errors import VerificationError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress
 from ...runtime.rules.base import ExitRule
@@ -35,7 +35,7 @@ def check_emulated(
     precision: str,
     protos: Mapping[str, Any],
     texts: Sequence[Text],
-    remedy: Remedy,
+    hint: str,
     progress: Progress,
 ) -> Agreement:
     """Run texts through graphs as if they were lowered, and compare with the fp32 model.
@@ -46,7 +46,7 @@ def check_emulated(
         precision: the precision that is checked.
         protos: the graphs that will be lowered, by name, each an `onnx.ModelProto`.
         texts: more texts than those of `reference.npz`, of which 2,000 are used.
-        remedy: what to do if they differ.
+        hint: what to do if they differ.
         progress: called with (what, done, total).
 
     Raises:
@@ -60,7 +60,7 @@ def check_emulated(
         new, logits = exact_logits(folder, manifest, new)
         expected = np.concatenate([expected, logits], axis=1)
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *new])
-    found = _run(manifest, precision, protos, rows, remedy, progress)
+    found = _run(manifest, precision, protos, rows, hint, progress)
     exit_0 = ExitZero.load(folder, manifest)
     if exit_0 is not None:  # it runs as always, because no precision changes it
         found.insert(0, exit_0(rows))
@@ -72,7 +72,7 @@ def check_emulated(
         REQUIREMENTS[precision],
         manifest.exits.start,
     )
-    must_pass(agreement, f"{precision} changes answers", remedy)
+    must_pass(agreement, f"{precision} changes answers", hint)
     return agreement
 
 
@@ -81,7 +81,7 @@ def _run(
     precision: str,
     protos: Mapping[str, Any],
     rows: Sequence[EncodedRow],
-    remedy: Remedy,
+    hint: str,
     progress: Progress,
 ) -> list[Logits]:
     """The logits `[rows, labels]` of each exit from exit 1 on, with every rounding in place."""
@@ -99,7 +99,7 @@ def _run(
             progress("emulate the chain", step.call, calls)
         if not all(np.isfinite(value).all() for value in step.outputs.values()):
             raise VerificationError(
-                f"in {precision}, {step.graph} gives values that are not finite numbers", remedy
+                f"in {precision}, {step.graph} gives values that are not finite numbers", hint
             )
         if LOGITS in step.outputs:
             logits.setdefault(step.call, []).append(step.outputs[LOGITS])

@@ -15,7 +15,6 @@ from onnx import TensorProto
 from ...runtime.agreement import Agreement
 from ...runtime.artifact.manifest import Manifest, TensorSpec
 from ...runtime.encoding import Text
-from ...runtime.errors import Remedy
 from ...runtime.progress import Progress, silent
 from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
@@ -43,8 +42,8 @@ def add_fp16(
         ModelError: a weight does not fit into fp16.
     """
     protos = load_graphs(folder, manifest.graphs)
-    remedy = Remedy("use the targets in fp32 of this model")
-    return add_lowered(folder, manifest, FP16, protos, texts, remedy, progress)
+    hint = "use the targets in fp32 of this model"
+    return add_lowered(folder, manifest, FP16, protos, texts, hint, progress)
 
 
 def add_lowered(
@@ -53,7 +52,7 @@ def add_lowered(
     precision: str,
     protos: Mapping[str, Any],
     texts: Sequence[Text],
-    remedy: Remedy,
+    hint: str,
     progress: Progress,
 ) -> tuple[Manifest, Agreement]:
     """Check graphs in fp16 and write them. They replace earlier ones only when all are written.
@@ -64,10 +63,10 @@ def add_lowered(
         precision: what the manifest calls them.
         protos: the graphs by name, each an `onnx.ModelProto`.
         texts: more texts to check with, see `check_emulated`.
-        remedy: what to do if labels or exits change.
+        hint: what to do if labels or exits change.
         progress: called with (what, done, total).
     """
-    agreement = check_emulated(folder, manifest, precision, protos, texts, remedy, progress)
+    agreement = check_emulated(folder, manifest, precision, protos, texts, hint, progress)
     place = f"onnx/{precision}"
 
     def typed(specs: Sequence[TensorSpec], values: Iterable[Any]) -> list[TensorSpec]:

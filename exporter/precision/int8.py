@@ -28,7 +28,7 @@ from ...runtime.encoding import (
     padded_batches,
     padding_values,
 )
-from ...runtime.errors import InputError, Remedy, VerificationError, first_line
+from ...runtime.errors import InputError, VerificationError, first_line
 from ...runtime.progress import Progress, silent
 from .float16 import add_lowered
 from .formats import INT8
@@ -62,8 +62,8 @@ def add_int8(
     ranges, others = split_texts(texts)
     rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
     quantized = quantize(folder, manifest, rows, "symmetric", progress)
-    remedy = Remedy("give more texts as {calibration_data}, or stay with fp16")
-    return add_lowered(folder, manifest, INT8, quantized, others, remedy, progress)
+    hint = "give more texts as `calibration_data`, or stay with fp16"
+    return add_lowered(folder, manifest, INT8, quantized, others, hint, progress)
 
 
 def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
@@ -75,7 +75,7 @@ def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     if len(texts) < _LEAST_TEXTS:
         raise InputError(
             f"int8 ranges need at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
-            Remedy("give a few hundred texts like those to classify as {calibration_data}"),
+            "give a few hundred texts like those to classify as `calibration_data`",
         )
     used = texts[: 2 * _MOST_TEXTS]
     return used[::2], used[1::2]
@@ -151,9 +151,9 @@ def quantize(
         if done.returncode:
             failed = next((name for name in targets if not targets[name].exists()), "a graph")
             lines = done.stderr.strip().splitlines() or ["no reason given"]
-            hint = Remedy("use another precision, and report this with your model's config.json")
+            hint = "use another precision, and report this with your model's config.json"
             if done.returncode == -9:  # SIGKILL, which Windows does not have
                 lines.append("the system ended the process, probably for lack of memory")
-                hint = Remedy("free some memory, or give fewer or shorter texts")
+                hint = "free some memory, or give fewer or shorter texts"
             raise VerificationError(f"{failed} could not be quantized: {lines[-1]}", hint)
         return {name: onnx.load(target) for name, target in targets.items()}

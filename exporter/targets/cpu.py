@@ -27,7 +27,7 @@ from ...runtime.backends.onnxruntime_session import check_installed
 from ...runtime.backends.openvino import has_bf16, openvino_version
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.errors import FpabeeError, Remedy
+from ...runtime.errors import FpabeeError
 from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, why_not
@@ -189,12 +189,12 @@ def _check_texts(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agr
     found, precision = engine.trace(texts).logits, manifest.targets[engine.target].precision
     required = REQUIREMENTS[precision]
     agreement = compare(found, expected, engine.rule, manifest.task, required, manifest.exits.start)
-    remedy = Remedy(
-        "give more texts like those to classify as {calibration_data}, or use another target"
+    hint = (
+        "give more texts like those to classify as `calibration_data`, or use another target"
         if precision == INT8
         else "use another target"
     )
-    must_pass(agreement, "it changes answers", remedy)
+    must_pass(agreement, "it changes answers", hint)
     return agreement
 
 

@@ -10,7 +10,7 @@ import msgspec
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
 from ...runtime.backends.buffers import shape_of
 from ...runtime.backends.shapes import Bucket
-from ...runtime.errors import BackendError, Call, Remedy
+from ...runtime.errors import BackendError
 
 RTX = "tensorrt-rtx"
 TENSORRT = "tensorrt"
@@ -18,7 +18,6 @@ PORTABLE = ("8.6", "8.9", "12.0")
 """Ampere, Ada and Blackwell GPUs of desktops, laptops and workstations."""
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-BUILD_ON_DEVICE = Call("add_targets", "ENGINES", backend=TENSORRT)
 
 _BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MOST_ONE_ROW_LENGTHS = 4
@@ -54,7 +53,7 @@ class PlanOptions:
         if list(self.batch) != sorted(self.batch) or not low <= typical <= high:
             raise BackendError(
                 f"batch {self.batch} or sequence {self.sequence} does not ascend",
-                Remedy("give the smallest, typical and largest size as {batch} and {sequence}"),
+                "give the smallest, typical and largest size as `batch` and `sequence`",
             )
         if backend == RTX:
             self._check_rtx()
@@ -69,7 +68,7 @@ class PlanOptions:
                 raise BackendError(
                     f"TensorRT for RTX does not support compute capability {capability}, only "
                     f"{', '.join(RTX_CAPABILITIES)}",
-                    Remedy("use TensorRT on the device instead: {call}", call=BUILD_ON_DEVICE),
+                    f"build on the device, with `backend` {TENSORRT}",
                 )
 
     def profiles(self) -> tuple[Shapes, ...]:

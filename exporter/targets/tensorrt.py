@@ -20,9 +20,9 @@ from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target, with_target
 from ...runtime.backends.cuda_probe import cuda_device, extra
 from ...runtime.backends.tensorrt import MODULES, library_version
-from ...runtime.errors import BackendError, Call, MissingExtraError, Remedy
+from ...runtime.errors import BackendError, MissingExtraError
 from ...runtime.progress import Progress, silent
-from .options import BUILD_ON_DEVICE, RTX, TENSORRT, PlanOptions, profile_of
+from .options import RTX, TENSORRT, PlanOptions, profile_of
 from .plan_worker import PlanRequest
 
 TIMING_CACHE = "timing.cache"
@@ -45,7 +45,7 @@ def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
         if device.error:
             return BackendError(
                 f"TensorRT builds on the GPU that runs the plans, and here {device.error}",
-                Remedy("run this on the device: {call}", call=BUILD_ON_DEVICE),
+                "build on the device that runs it",
             )
     return None
 
@@ -116,7 +116,7 @@ def build_target(
             ),
         )
         if error:
-            raise BackendError(f"{name}: {graph_name}: {error}", _remedy(error))
+            raise BackendError(f"{name}: {graph_name}: {error}", _hint(error))
         files[graph_name] = BuiltFile(
             file=plan.relative_to(folder).as_posix(),
             sha256=sha256_of(plan),
@@ -139,14 +139,10 @@ def build_target(
     return with_target(manifest, name, target), name
 
 
-def _remedy(error: str) -> Remedy:
+def _hint(error: str) -> str:
     if _LACKS_MEMORY.search(error):
-        return Remedy("free some memory, or build for smaller shapes")
-    return Remedy(
-        "run the graphs without plans, on onnxruntime-fp32; please report this with the output of "
-        "{call}",
-        call=Call("inspect", env=True),
-    )
+        return "free some memory, or build for smaller shapes"
+    return "run the graphs without plans, on onnxruntime-fp32, and please report this"
 
 
 def _run_worker(backend: str, request: PlanRequest) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ModelError, Remedy
+from ...runtime.errors import ModelError
 from ...runtime.exit_0 import ExitZero, ngrams
 from ...runtime.progress import Progress
 from ..exit_0 import unigrams_of
@@ -141,7 +141,7 @@ def train_exit_0(
         return fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
     except ValueError as error:
         raise ModelError(
-            f"the training of exit 0 diverged: {error}", Remedy("use {exit_0} to train without it")
+            f"the training of exit 0 diverged: {error}", "use `exit_0` to train without it"
         ) from error
 
 

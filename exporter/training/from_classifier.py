@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import ModelError, Remedy, first_line
+from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..model import LastHead, MultiExitConfig, MultiExitModel
@@ -86,7 +86,7 @@ class Classifier:
             raise ModelError(
                 f"the classifier has its head after layer {layers}, but the last of the exits "
                 f"{list(exits)} is after layer {exits[-1]}",
-                Remedy("add {layer} to {exits}", layer=layers),
+                f"add {layers} to `exits`",
             )
         model = MultiExitModel(encoder, exit_config.with_hidden_layers())
         assert model.last_head is not None
@@ -121,7 +121,7 @@ class Classifier:
             raise ModelError(
                 f"{self.folder} does not have the usual head of its family: the logits of the last "
                 f"exit differ from it by {difference:.2e}",
-                Remedy("train with {backbone} instead, which makes new heads"),
+                "train with `backbone` instead, which makes new heads",
             )
 
 
@@ -143,7 +143,7 @@ def _load(folder: Path) -> Any:
         raise ModelError(
             f"{folder} is not a trained classifier: it lacks {len(missing)} weights, first "
             f"{missing[0]!r}",
-            Remedy("give a trained AutoModelForSequenceClassification, or train with {backbone}"),
+            "give a trained AutoModelForSequenceClassification, or train with `backbone`",
         )
     return model.eval()
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import InputError, Remedy
+from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions
 from ..pooling import Pooling
 
@@ -94,27 +94,25 @@ class TrainOptions:
             given = "both" if self.backbone else "neither"
             raise InputError(
                 f"expected either an encoder or a classifier to train, found {given}",
-                Remedy("give either {backbone} or {from_classifier}"),
+                "give either `backbone` or `from_classifier`",
             )
         for name, bound in _ABOVE.items():
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
-                raise InputError(
-                    f"{name} is {value}", Remedy(f"give {{{name}}} above {{bound}}", bound=bound)
-                )
+                raise InputError(f"{name} is {value}", f"give `{name}` above {bound}")
         if not 0 <= self.distill <= 1:
-            raise InputError(f"distill is {self.distill}", Remedy("give {distill} from 0 to 1"))
+            raise InputError(f"distill is {self.distill}", "give `distill` from 0 to 1")
 
     def _check_exit_0_only(self) -> None:
         if not self.exit_0:
             raise InputError(
-                "exit 0 is asked for and left out", Remedy("leave out {exit_0} or {exit_0_only}")
+                "exit 0 is asked for and left out", "leave out `exit_0` or `exit_0_only`"
             )
         for name in _OF_ENCODERS:
             if getattr(self, name) != getattr(TrainOptions, name):
                 raise InputError(
                     f"{name} is a setting of the encoder, of which nothing is trained",
-                    Remedy(f"leave out {{{name}}} or {{exit_0_only}}"),
+                    f"leave out `{name}` or `exit_0_only`",
                 )
 
     def epochs_for(self, rows: int) -> float:

@@ -19,7 +19,7 @@ from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import check_outside, sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import InputError, ModelError, Remedy
+from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.metrics import encode_labels
@@ -83,7 +83,7 @@ def train(
     if options.bf16 and not has_fast_bf16():
         raise InputError(
             "PyTorch computes many times slower in bfloat16 than in float32 on this CPU",
-            Remedy("leave out {bf16}"),
+            "leave out `bf16`",
         )
     set_seed(options.seed)
     teacher = None
@@ -162,7 +162,7 @@ def _check_output(output: Path, options: TrainOptions) -> None:
     if holds_model and not (options.force or options.in_place):
         raise InputError(
             f"{output} already holds a model",
-            Remedy("give {force} to replace it, or another {output}"),
+            "give `force` to replace it, or another `output`",
         )
 
 

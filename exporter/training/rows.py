@@ -12,7 +12,7 @@ import msgspec
 
 from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.encoding import EncodedRow, RowTokenizer
-from ...runtime.errors import InputError, Remedy
+from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions, Row, read_rows
 
 # Where datasets usually have the text and the second text.
@@ -50,7 +50,7 @@ def load_rows(
     elif reading.input_format is not None or reading.literal_quotes:
         raise InputError(
             f"{source} is a dataset, to which file formats and quotes do not apply",
-            Remedy("leave out {input_format} and {literal_quotes}"),
+            "leave out `input_format` and `literal_quotes`",
         )
     else:
         rows = list(_dataset_rows(source, labelled, reading))
@@ -58,7 +58,7 @@ def load_rows(
         if labelled and row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label",
-                Remedy("give every row a label, or name their column with {label_column}"),
+                "give every row a label, or name their column with `label_column`",
             )
     return rows
 
@@ -132,7 +132,7 @@ def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator
         raise InputError(
             f"{source} has the columns {', '.join(data.features)}; expected "
             f"{', and '.join(' or '.join(names) for names in required)}",
-            Remedy("name the columns with {text_column}, {text_pair_column} and {label_column}"),
+            "name the columns with `text_column`, `text_pair_column` and `label_column`",
         )
     text, pair, label = found
     feature = data.features.get(label)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, Call, InputError, Remedy
+from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
 from .consistency import problems
 from .graph_content import check_graph
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
@@ -236,15 +236,14 @@ class _Version(msgspec.Struct):
 
 def _read_bytes(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
-    call = Call("export", "MODEL_DIR", "ENGINES")
-    remedy = Remedy("export a model: {call}", call=call)
+    hint = "give the folder that the export of a model wrote"
     if not folder.is_dir():
-        raise ArtifactError(f"engines folder {folder} does not exist", remedy)
+        raise ArtifactError(f"engines folder {folder} does not exist", hint)
     try:
         return read_regular(path, _MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", remedy
+            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
         ) from error
     except OSError as error:
         raise ArtifactError(

@@ -54,7 +54,7 @@ _SIZED = {
 _MOST_VALUES = 2**24
 _MOST_SIZE_BYTES = 1024
 
-_REMEDY = (
+_HINT = (
     "do not use this folder if you do not trust its source; export the model again, or if a later "
     "fpabee exported it: pip install -U fpabee"
 )
@@ -97,7 +97,7 @@ def check_graph(path: Path) -> None:
     """
     # ONNX Runtime reads a file with another suffix as its own format.
     if path.suffix != ".onnx":
-        raise ArtifactError(f"{path} is not named *.onnx, as an ONNX graph should be", _REMEDY)
+        raise ArtifactError(f"{path} is not named *.onnx, as an ONNX graph should be", _HINT)
     try:
         with path.open("rb") as file:
             # Not closed here: an exception may still hold views of it. It is freed with the last.
@@ -110,9 +110,9 @@ def check_graph(path: Path) -> None:
         if not graphs:
             problem = problem or "contains no graph"
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} is not an ONNX graph: {error}", _REMEDY) from error
+        raise ArtifactError(f"{path} is not an ONNX graph: {error}", _HINT) from error
     if problem:
-        raise ArtifactError(f"{path} {problem}", _REMEDY)
+        raise ArtifactError(f"{path} {problem}", _HINT)
 
 
 def _values(message: memoryview, known: dict[str, int]) -> Iterator[tuple[str, int | memoryview]]:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ..errors import ArtifactError, Call, Remedy
+from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
 SCHEMA_VERSION = "1.0-draft"
@@ -327,11 +327,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         if precision == "fp32":
             return self.graphs
         if precision not in self.precisions:
-            flag = {precision: True}
             raise ArtifactError(
                 f"the engines folder has no {precision} graphs; it has "
                 f"{', '.join(['fp32', *self.precisions])}",
-                Remedy("add the graphs: {call}", call=Call("add_targets", "ENGINES", **flag)),
+                f"add the {precision} graphs to it with `{precision}`",
             )
         return self.precisions[precision]
 

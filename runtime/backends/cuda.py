@@ -214,15 +214,15 @@ class Cuda:
         status, *values = result
         if int(status) != 0:
             _, text = self._runtime.cudaGetErrorString(status)
-            remedy = "check the driver with nvidia-smi, and close other programs that use the GPU"
+            hint = "check the driver with nvidia-smi, and close other programs that use the GPU"
             if int(status) == _DRIVER_TOO_OLD:
-                remedy = (
+                hint = (
                     "install a newer NVIDIA driver, or cuda-bindings for the CUDA version of this "
                     "driver, which nvidia-smi shows"
                 )
             raise BackendError(
                 f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
-                remedy,
+                hint,
             )
         return tuple(values)
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 
-from ..errors import BackendError, Remedy
+from ..errors import BackendError
 
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -90,7 +90,7 @@ def required_gpu(target: str) -> CudaDevice:
     if device.error:
         raise BackendError(
             f"target {target} needs an NVIDIA GPU, but {device.error}",
-            Remedy("choose another {target}, such as onnxruntime-fp32"),
+            "choose another `target`, such as onnxruntime-fp32",
         )
     check_not_forked(target)
     return device

@@ -27,7 +27,7 @@ from ..artifact.manifest import (
 )
 from ..cpu import multiplies_int8
 from ..encoding import Arrays, EncodedRow, write_rows
-from ..errors import ArtifactError, BackendError, Remedy, first_line
+from ..errors import ArtifactError, BackendError, first_line
 from .backend import Backend, Execution
 from .buffers import BufferName, Buffers, GraphCall, Hidden, dtype_of, shape_of
 from .onnxruntime_session import is_out_of_memory
@@ -130,7 +130,7 @@ class HostBackend(Backend[HostBuffers]):
         if target.precision.startswith("int8") and not multiplies_int8():
             raise BackendError(
                 f"target {name} needs a CPU with VNNI instructions, and this one has none",
-                Remedy("choose another {target}, such as onnxruntime-fp32"),
+                "choose another `target`, such as onnxruntime-fp32",
             )
 
     def limits(self) -> Limits:
@@ -181,9 +181,9 @@ class HostExecution(Execution[HostBuffers]):
                 f"{hidden.bucket.sequence} tokens: {first_line(error)}",
                 _LESS_MEMORY
                 if is_out_of_memory(error)
-                else Remedy(
+                else (
                     "export the model again: the graph does not accept these tokens; if only "
-                    "long texts fail, give a smaller {max_length}"
+                    "long texts fail, give a smaller `max_length`"
                 ),
             ) from error
         hidden.segment = segment + 1

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
-from ..errors import ArtifactError, BackendError, Remedy, first_line
+from ..errors import ArtifactError, BackendError, first_line
 from .buffers import shape_of
 from .cuda_probe import check_cuda, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution
@@ -58,7 +58,7 @@ class SessionRunner(Runner):
                 f"ONNX Runtime failed in {self._graph} on the GPU: {first_line(error)}",
                 "check the free device memory with nvidia-smi"
                 if is_out_of_memory(error)
-                else Remedy("export the model again, or choose another {target}"),
+                else "export the model again, or choose another `target`",
             ) from error
 
 
@@ -126,10 +126,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         except ort_errors() as error:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} on the GPU: {first_line(error)}",
-                Remedy(
-                    "pip install -U 'fpabee[{extra}]', or choose another {target}",
-                    extra=extra("gpu"),
-                ),
+                f"pip install -U 'fpabee[{extra('gpu')}]', or choose another `target`",
             ) from error
         if session.get_providers()[0] != PROVIDER:
             raise BackendError(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..cpu import cpu_info
-from ..errors import BackendError, MissingExtraError, Remedy, first_line
+from ..errors import BackendError, MissingExtraError, first_line
 from . import compiled_cache
 from .buffers import GraphCall
 from .host import HostBackend, HostBuffers, Run
@@ -121,7 +121,7 @@ class OpenVinoBackend(HostBackend):
         if target.precision == "bf16" and not has_bf16():
             raise BackendError(
                 f"target {name} needs a CPU with bf16 instructions, and this one has none",
-                Remedy("choose another {target}, such as openvino-fp32"),
+                "choose another `target`, such as openvino-fp32",
             )
         _core()
         HostBackend.check(target, name)

@@ -20,7 +20,7 @@ from typing import Any
 from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
-from ..errors import ArtifactError, BackendError, Call, MissingExtraError, Remedy
+from ..errors import ArtifactError, BackendError, MissingExtraError
 from . import compiled_cache
 from .backend import Execution
 from .buffers import shape_of
@@ -159,10 +159,7 @@ class TensorRtBackend(DeviceBackend):
         if util.find_spec(module) is None:
             raise MissingExtraError(
                 f"target {name} needs {module}, which is not installed",
-                Remedy(
-                    "pip install 'fpabee[{extra}]', or choose another {target}",
-                    extra=extra(target.backend),
-                ),
+                f"pip install 'fpabee[{extra(target.backend)}]', or choose another `target`",
             )
         gpu = required_gpu(name)
         check_cuda(name, module, _built_for(module), target.backend)
@@ -234,10 +231,7 @@ class TensorRtBackend(DeviceBackend):
         )
         raise BackendError(
             f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
-            Remedy(
-                "build it for more shapes: {call}",
-                call=Call("add_targets", "ENGINES", batch="1,8,64", sequence="16,64,256"),
-            ),
+            "build it again for more shapes, with larger `batch` and `sequence`",
         )
 
     def _context(self, graph: str, bucket: Bucket, execution: DeviceExecution) -> PlanContext:
@@ -308,19 +302,18 @@ def _cache_key(target: Target, version: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def rebuild(target: Target, otherwise: str = "") -> Remedy | str:
-    """The remedy to build a target on this machine.
+def rebuild(target: Target, otherwise: str = "") -> str:
+    """The hint to build a target on this machine.
 
     Args:
         target: the target's record.
-        otherwise: another remedy.
+        otherwise: what else can be done.
     """
     if target.backend not in MODULES or target.precision not in REQUIREMENTS:
         return "pip install -U fpabee"
-    precision = {} if target.precision == "fp32" else {target.precision: True}
-    call = Call("add_targets", "ENGINES", backend=target.backend, **precision)
-    text = "build it here: {call}; or {otherwise}" if otherwise else "build it here: {call}"
-    return Remedy(text, call=call, otherwise=otherwise)
+    precision = "" if target.precision == "fp32" else f" and `{target.precision}`"
+    here = f"build it here, with `backend` {target.backend}{precision}"
+    return f"{here}; or {otherwise}" if otherwise else here
 
 
 def library_version(module: str) -> str:
@@ -367,5 +360,4 @@ def error_logger(trt: Any) -> Any:
 
 def _must(done: bool, what: str) -> None:
     if not done:
-        call = Call("add_targets", "ENGINES")
-        raise BackendError(what, Remedy("build the target again: {call}", call=call))
+        raise BackendError(what, "build the target again")

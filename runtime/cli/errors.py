@@ -5,28 +5,18 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import shlex
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import rich_click as click
 
-from ..errors import Call, FpabeeError, Remedy, in_one_line
+from ..errors import FpabeeError
 from .console import echo
 
 _INTERRUPTED = 130  # as in a shell
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
-# For each public function that a remedy may name: the command that calls it, and the option that
-# takes its second argument.
-_COMMANDS = {
-    "export": ("fpabee-export", "-o"),
-    "add_targets": ("fpabee-export --from", ""),
-    "calibrate": ("fpabee-calibrate", "--data"),
-    "train": ("fpabee-train", ""),
-    "inspect": ("fpabee-inspect", ""),
-}
 
 
 def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
@@ -55,10 +45,9 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def in_terms_of_options(error: FpabeeError) -> str:
-    """An error with its parameters written as options and its functions as commands."""
-    remedy = error.remedy
-    text = remedy.render(option_of, _command) if isinstance(remedy, Remedy) else remedy
-    return f"{error.message} -> {in_one_line(text)}" if text else error.message
+    """An error whose hint names options of the running command instead of parameters."""
+    hint = re.sub(r"`(\w+)`", lambda match: option_of(match[1]), error.hint)
+    return f"{error.message} -> {hint}" if hint else error.message
 
 
 def option_of(parameter: str) -> str:
@@ -70,18 +59,6 @@ def option_of(parameter: str) -> str:
             is_option = isinstance(option, click.Option)
             return max(option.opts, key=len) if is_option else parameter.upper()
     return parameter
-
-
-def _command(call: Call) -> str:
-    command, second = _COMMANDS[call.function]
-    words = [command, *(shlex.quote(str(argument)) for argument in call.arguments)]
-    if len(call.arguments) > 1 and second:
-        words.insert(2, second)
-    for name, value in call.keywords.items():
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words.append(shlex.quote(str(value)))
-    return " ".join(words)
 
 
 def _of_the_system(error: OSError) -> FpabeeError:

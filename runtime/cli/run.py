@@ -152,7 +152,7 @@ def main(
     first = summary.first_error
     if first is not None and summary.errors == summary.rows:
         raise InputError(
-            f"none of {summary.rows} rows could be used; the first: {first.message}", first.remedy
+            f"none of {summary.rows} rows could be used; the first: {first.message}", first.hint
         )
 
 

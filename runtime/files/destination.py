@@ -20,7 +20,7 @@ from typing import IO, Any
 import msgspec
 
 from ..artifact.folder import BAD_JSON, check_outside
-from ..errors import FpabeeError, InputError, Remedy
+from ..errors import FpabeeError, InputError
 from .formats import TextFormat, is_plain_file
 from .records import Record, RecordSchema, to_json
 from .sources import STANDARD_INPUT
@@ -49,7 +49,7 @@ def check_output(output: Path, sources: Sequence[str]) -> None:
         if source != STANDARD_INPUT and output.samefile(source):
             raise InputError(
                 f"{output} is an input, which the results would replace",
-                Remedy("set another {output}"),
+                "set another `output`",
             )
 
 
@@ -93,9 +93,9 @@ def open_output(
     except BrokenPipeError:
         raise
     except OSError as error:
-        remedy = "set another {output}" if output else "free some space there, or set {output}"
         raise InputError(
-            f"cannot write {output or 'standard output'}: {error.strerror}", Remedy(remedy)
+            f"cannot write {output or 'standard output'}: {error.strerror}",
+            "set another `output`" if output else "free some space there, or set `output`",
         ) from error
 
 
@@ -131,7 +131,7 @@ class Partial:
             if self.rows and not resume:
                 raise InputError(
                     f"{self.path} holds {self.rows} rows of a run that did not finish",
-                    Remedy("use {resume} to continue, or delete it to start again"),
+                    "use `resume` to continue, or delete it to start again",
                 )
             if self.rows:
                 self._check(settings)
@@ -201,7 +201,7 @@ class Partial:
         except BlockingIOError as error:
             raise InputError(
                 f"{self.path} is being written by another run",
-                Remedy("wait for that run, or set another {output}"),
+                "wait for that run, or set another `output`",
             ) from error
 
     def _check(self, settings: dict[str, Any]) -> None:
@@ -210,19 +210,19 @@ class Partial:
         Raises:
             InputError: the settings of the earlier run are different or unknown.
         """
-        remedy = f"delete {self.path} to start again"
+        hint = f"delete {self.path} to start again"
         try:
             earlier = msgspec.json.decode(self._settings_path.read_bytes(), type=dict[str, Any])
         except (OSError, *BAD_JSON) as error:
             raise InputError(
-                f"{self._settings_path}, which says what was run, is missing or damaged", remedy
+                f"{self._settings_path}, which says what was run, is missing or damaged", hint
             ) from error
         for name, value in settings.items():
             before, now = to_json(earlier.get(name)), to_json(value)
             if before != now:
                 raise InputError(
                     f"{self.path} is from another run: {name} was {before} and is {now}",
-                    f"run it as before, or {remedy}",
+                    f"run it as before, or {hint}",
                 )
 
 
@@ -249,12 +249,12 @@ def _kept(partial: Partial) -> Iterator[None]:
         if partial.rows and isinstance(error, OSError):
             raise InputError(
                 f"cannot write {partial.output}: {error.strerror}; {done}",
-                Remedy("free some space, then use {resume} to continue"),
+                "free some space, then use `resume` to continue",
             ) from error
         if partial.rows and isinstance(error, FpabeeError):
-            raise type(error)(f"{error.message}; {done}", error.remedy) from error
+            raise type(error)(f"{error.message}; {done}", error.hint) from error
         if partial.rows and isinstance(error, KeyboardInterrupt):
-            told = InputError(done, Remedy("use {resume} to continue"))
+            told = InputError(done, "use `resume` to continue")
             raise KeyboardInterrupt(told) from error
         raise
 

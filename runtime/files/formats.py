@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
-from ..errors import InputError, Remedy
+from ..errors import InputError
 from ..optional_packages import require
 
 
@@ -110,6 +110,6 @@ def _named(path: Path, suffix: str, known: Mapping[str, TextFormat], more: str) 
     if suffix not in known:
         raise InputError(
             f"{path}: cannot tell the format from {suffix!r}",
-            Remedy("rename the file to {known}" + more, known=", ".join(filter(None, known))),
+            f"rename the file to {', '.join(filter(None, known))}{more}",
         )
     return known[suffix]

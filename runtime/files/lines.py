@@ -9,7 +9,7 @@ from typing import IO
 
 import msgspec
 
-from ..errors import InputError, Remedy, RowError
+from ..errors import InputError, RowError
 from .rows import ReadOptions, Row, all_rows
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -167,9 +167,9 @@ def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
         span = f" (up to line {lines.number})" if lines.number > line else ""
         raise RowError(
             f"{lines.name}, line {line}{span} is not a row of a table: {error}",
-            Remedy(
+            (
                 'close the quote, and double each quote within a cell (""), or set '
-                '{literal_quotes} if " is an ordinary character in this file; end lines with a '
+                '`literal_quotes` if " is an ordinary character in this file; end lines with a '
                 r"line feed: tr '\r' '\n' < IN > OUT"
             ),
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError, Remedy, RowError
+from ..errors import InputError, RowError
 from .formats import TextFormat
 
 LABEL_SEPARATOR = "|"
@@ -105,7 +105,7 @@ class ReadOptions:
             if name is not None and name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    Remedy("set {" + option + "} to one of these, or rename it in the file"),
+                    f"set `{option}` to one of these, or rename it in the file",
                 )
 
     def row(self, content: Mapping[str, Any], where: str, table: bool = False) -> Row:
@@ -124,7 +124,7 @@ class ReadOptions:
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text_column}"',
-                Remedy("give it one, or set {text_column} to the name of the field with the text"),
+                "give it one, or set `text_column` to the name of the field with the text",
             )
         pair = content.get(self.pair_column)
         if pair is not None and not isinstance(pair, str):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from ..artifact.folder import sha256_of
-from ..errors import InputError, Remedy, RowError
+from ..errors import InputError, RowError
 from .formats import TextFormat, input_format
 from .lines import Lines, json_rows, table_rows, text_rows
 from .parquet import parquet_rows
@@ -112,7 +112,7 @@ class Inputs:
         if self._options != ReadOptions():
             raise InputError(
                 f"{lines.name} looks like plain text, which has no columns",
-                Remedy("set {input_format}, such as csv"),
+                "set `input_format`, such as csv",
             )
         return TextFormat.TEXT
 

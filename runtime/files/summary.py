@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine import Engine
-from ..errors import Remedy, RowError
+from ..errors import RowError
 from ..metrics import encode_labels, evaluate
 from ..rules.base import ExitRule
 from .records import Record
@@ -78,7 +78,7 @@ class Summary:
         if row.labels is None:
             raise RowError(
                 f"{row.where} has no label to score against",
-                Remedy("give every row a label, set {label_column}, or leave out {metrics}"),
+                "give every row a label, set `label_column`, or leave out `metrics`",
             )
         task = self.engine.manifest.task
         encode_labels([row.labels], task.labels, task.problem_type, [row.where])

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..arguments import whole_number
 from ..artifact.operating_point import RuleSettings
-from ..errors import TRAIN_EXIT_0, Remedy, RuleError
+from ..errors import RuleError
 from .measures import Array, Mask, Measure, Outputs, RowOutputs
 
 MOST_LABELS = 16
@@ -106,11 +106,11 @@ class ExitRule(ABC):
                 value = value.tolist()
             if isinstance(value, list | tuple):
                 value = tuple(v.item() if isinstance(v, np.generic) else v for v in value)
-            kind, remedy = _SETTINGS.get(field.name) or _SETTINGS.get(str(field.type), (Any, ""))
+            kind, hint = _SETTINGS.get(field.name) or _SETTINGS.get(str(field.type), (Any, ""))
             try:
                 object.__setattr__(self, field.name, msgspec.convert(value, kind))
             except msgspec.ValidationError:
-                raise RuleError(f"{self.name}: {field.name} is {value!r}", remedy) from None
+                raise RuleError(f"{self.name}: {field.name} is {value!r}", hint) from None
         if self.max_exit is not None and self.max_exit < self.min_exit:
             raise RuleError(
                 f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
@@ -165,7 +165,7 @@ class ExitRule(ABC):
         if self.exit_0_threshold is not None and 0 not in exits:
             raise RuleError(
                 f"rule {self.name} has a threshold for exit 0, but the model has no exit 0",
-                Remedy("leave out {exit_0_threshold}, or train exit 0: {call}", call=TRAIN_EXIT_0),
+                "leave out `exit_0_threshold`, or train exit 0",
             )
         for field in ("exit", "min_exit", "max_exit"):
             value = getattr(self, field, None)
@@ -311,8 +311,7 @@ class ExitRule(ABC):
             raise RuleError(f"rule {name} does not take {', '.join(unknown)}", known)
         for field in fields.values():
             if field.default is dataclasses.MISSING and field.name not in given:
-                remedy = Remedy("give {" + field.name + "}; {known}", known=known)
-                raise RuleError(f"rule {name} needs {field.name}", remedy)
+                raise RuleError(f"rule {name} needs {field.name}", f"give `{field.name}`; {known}")
         return kind(**given)
 
 

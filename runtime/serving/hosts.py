@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import InputError, Remedy
+from ..errors import InputError
 
 ANY_HOST = "*"
 HEALTH = "/health"
@@ -70,7 +70,7 @@ def accepted_hosts(hosts: Iterable[str]) -> frozenset[str]:
         if not known:
             raise InputError(
                 f"{host!r} is not the name of a host",
-                Remedy("give {allowed_hosts} a name such as texts.example.com, or * for all names"),
+                "give `allowed_hosts` a name such as texts.example.com, or * for all names",
             )
         found.add(known)
     return frozenset(found)

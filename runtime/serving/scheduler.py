@@ -24,7 +24,7 @@ from ..batching import fits
 from ..chain import Chain, Group, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
-from ..errors import BackendError, InputError, OverloadedError, Remedy
+from ..errors import BackendError, InputError, OverloadedError
 from ..results import Prediction
 from ..rules.runner import PatienceState, RuleRunner
 
@@ -224,7 +224,7 @@ class Scheduler:
                 raise OverloadedError(
                     f"{self._unanswered} of at most {self._most} rows are unanswered, and "
                     f"{rows} more were submitted",
-                    Remedy("try again later, submit fewer rows at a time, or raise {max_rows}"),
+                    "try again later, submit fewer rows at a time, or raise `max_rows`",
                 )
             self._unanswered += rows
         futures: list[Future[Prediction]] = [Future() for _ in range(rows)]

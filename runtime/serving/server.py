@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ... import __version__
 from ..encoding import EncodedRow
 from ..engine import Engine
-from ..errors import FpabeeError, InputError, OverloadedError, Remedy, RuleError, in_one_line
+from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
 from ..results import Prediction
 from .formats import (
     ClassifyRequest,
@@ -114,7 +114,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not host:
         raise InputError(
-            "the host is empty", Remedy("give an address as {host}; 0.0.0.0 stands for all of them")
+            "the host is empty", "give an address as `host`; 0.0.0.0 stands for all of them"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -127,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or str(error)
         raise FpabeeError(
             f"cannot listen on {host} port {port}: {reason}",
-            Remedy("choose another {port} or {host}"),
+            "choose another `port` or `host`",
         ) from error
 
 

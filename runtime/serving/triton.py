@@ -14,7 +14,7 @@ from typing import Any
 
 from ..artifact.folder import check_outside, read_manifest
 from ..artifact.manifest import ProblemType
-from ..errors import InputError, Remedy
+from ..errors import InputError
 from ..targets import rule_of, target_of
 
 _MODEL = """# Written by fpabee, which must be installed for the server's Python.
@@ -72,10 +72,10 @@ def write_repository(
     rule_of(engines, manifest, chosen, parameters.get("operating_point"))
     folder = repository / name
     if Path(name).name != name or name == "..":
-        raise InputError(f"{name!r} is not the name of a folder", Remedy("choose another {name}"))
+        raise InputError(f"{name!r} is not the name of a folder", "choose another `name`")
     check_outside(folder)
     if folder.exists():
-        raise InputError(f"{folder} already exists", Remedy("choose another {name}, or remove it"))
+        raise InputError(f"{folder} already exists", "choose another `name`, or remove it")
     labels = len(manifest.task.labels)
     width = labels if manifest.task.problem_type is ProblemType.MULTI_LABEL else 1
     sizes = {"labels": width, "scores": width, "probabilities": labels}

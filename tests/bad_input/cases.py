@@ -133,9 +133,9 @@ def check_message(err: str, case: Case, place: Place) -> None:
     """A message is one printable line that says what to do, with options that exist."""
     assert err.count("\n") == 1, err
     line = err.removesuffix("\n")
-    message, _, remedy = line.partition(" -> ")
+    message, _, hint = line.partition(" -> ")
     assert message.startswith("error: ")
-    assert remedy.strip(), "it does not say what to do"
+    assert hint.strip(), "it does not say what to do"
     assert line.isprintable()
     assert len(line) < 1000
     options = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", line)) - set(case.facts)

@@ -110,8 +110,8 @@ GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
 REPEATS = {"Sequence": {"id": "A", "type_id": 0}}
 
 MANIFESTS = [
-    Case("no folder", lambda p: p.run_texts(folder=p.root / "none"), "none", "fpabee-export"),
-    Case("a newer schema", says(lambda m: m.update(schema_version="2.3")), "2.3", "fpabee-export"),
+    Case("no folder", lambda p: p.run_texts(folder=p.root / "none"), "none", "export"),
+    Case("a newer schema", says(lambda m: m.update(schema_version="2.3")), "2.3", "export"),
     # Other wrong fields are in tests/runtime/artifact/test_manifest.py.
     Case("a million calls", says(lambda m: m["segments"][2].update(calls=["x"] * 10**6)), "calls"),
     Case("segments in another order", says(lambda m: m["segments"].reverse()), "1", "3"),

@@ -13,7 +13,7 @@ from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.risk import (
     Bound,
     RiskOf,
-    _remedy,
+    _hint,
     control,
     p_value,
     passes,
@@ -196,14 +196,14 @@ def test_too_few_rows_say_how_many_are_needed(lost: bool, bound: Bound, says: st
 
 def test_more_rows_are_asked_for_than_have_failed() -> None:
     # By the formula 299 rows without a loss suffice, but 480 just did not: 960 are to test.
-    assert str(_remedy(Bound(0.01, 0.95), 0.0, 480)).startswith("give about 1200 rows")
-    assert str(_remedy(Bound(0.01, 0.95), 0.0, 120)).startswith("give about 374 rows")
-    assert "larger risk" in str(_remedy(Bound(0.01, 0.95), 0.02, 120))
+    assert str(_hint(Bound(0.01, 0.95), 0.0, 480)).startswith("give about 1200 rows")
+    assert str(_hint(Bound(0.01, 0.95), 0.0, 120)).startswith("give about 374 rows")
+    assert "larger `risk`" in str(_hint(Bound(0.01, 0.95), 0.02, 120))
 
 
 def test_rules_without_a_setting_are_refused() -> None:
     rows = make_rows(count=60, exits=1, problem_type=ProblemType.MULTI_LABEL)
-    with pytest.raises(InputError, match=r"no setting of these rules.*name other rules"):
+    with pytest.raises(InputError, match=r"no setting of these rules.*name other `rules`"):
         control(with_costs(rows, "exact_match"), BOUND, ["pabee"], [])
 
 

@@ -406,7 +406,7 @@ def test_operating_points(
         engine.use("fast")
         assert (engine.operating_point, engine.rule) == ("fast", Budget(exit=1))
         assert [p.exit for p in engine.predict(["the"])] == [1]
-        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> .*calibrate\("):
+        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> calibrate this target"):
             engine.use("slow")
         assert engine.operating_point == "fast"
     with Engine.load(folder, rule=Budget(exit=2)) as engine:
@@ -422,7 +422,7 @@ def test_a_point_of_another_target_is_refused(
     set_points(folder, target="other", default="fast", fast=Budget(exit=1))
     with pytest.raises(RuleError, match=f"measured on other, not on {here}") as caught:
         Engine.load(folder, operating_point="fast")
-    assert f"calibrate({folder}, data='DATA', target='{here}')" in caught.value.hint
+    assert caught.value.hint == "calibrate this target"
     with Engine.load(folder) as engine:
         assert engine.operating_point is None
         assert engine.rule == ExitRule.from_dict(manifest.default_rule)

@@ -124,7 +124,7 @@ def test_a_graph_with_control_flow_reaches_no_builder(
     ("changes", "message"),
     [
         ({"compute_capabilities": ("9.0",)}, r"not support compute capability 9\.0"),
-        ({"compute_capabilities": ("8.6", "8.7")}, r"capability 8\.7.*backend='tensorrt'"),
+        ({"compute_capabilities": ("8.6", "8.7")}, r"capability 8\.7.*`backend` tensorrt"),
         ({"compute_capabilities": ("7.5",)}, r"not support compute capability 7\.5"),
         ({"batch": (4, 2, 8)}, r"\(4, 2, 8\) .*does not ascend"),
     ],

@@ -132,13 +132,13 @@ def test_an_old_driver_is_named_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("status", "remedy"),
+    ("status", "hint"),
     [(35, "newer NVIDIA driver, or cuda-bindings for the CUDA version"), (2, "close other")],
 )
-def test_the_error_of_an_old_driver_says_what_to_install(status: int, remedy: str) -> None:
+def test_the_error_of_an_old_driver_says_what_to_install(status: int, hint: str) -> None:
     cuda = Cuda.__new__(Cuda)
     cuda._runtime = SimpleNamespace(cudaGetErrorString=lambda status: (0, b"it failed"))
-    with pytest.raises(BackendError, match=rf"it failed \(error {status}\) -> .*{remedy}"):
+    with pytest.raises(BackendError, match=rf"it failed \(error {status}\) -> .*{hint}"):
         cuda._check((status,))
 
 
