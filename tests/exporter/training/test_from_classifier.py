@@ -124,7 +124,7 @@ def test_what_cannot_be_converted_is_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="trained for single_label"):
         Classifier(folder, ProblemType.MULTI_LABEL)
     classifier = Classifier(folder)
-    with pytest.raises(ModelError, match=r"after layer 3, .* \[1, 2\] .* -> add 3 to exits"):
+    with pytest.raises(ModelError, match=r"after layer 3, .* \[1, 2\] .* -> add 3 to `exits`"):
         classifier.multi_exit((1, 2), Pooling.MEAN)
     classifier.model.classifier.activation = nn.Tanh()
     with pytest.raises(ModelError, match="does not have the usual head of its family"):

@@ -156,7 +156,7 @@ def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_pat
     folder = tmp_path / "model"
     train(folder, options())
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match="already holds a model -> give force"):
+    with pytest.raises(InputError, match="already holds a model -> give `force`"):
         train(folder, options(seed=7))
     assert (folder / "model.safetensors").read_bytes() == before
     train(folder, options(seed=7, force=True))
@@ -199,11 +199,11 @@ def test_nothing_is_written_when_the_input_is_bad(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"from_classifier": "x"}, "found both -> give either backbone or from_classifier"),
-        ({"epochs": 0.0}, "epochs is 0.0 -> give epochs above 0"),
+        ({"from_classifier": "x"}, "found both -> give either `backbone` or `from_classifier`"),
+        ({"epochs": 0.0}, "epochs is 0.0 -> give `epochs` above 0"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"max_length": 3}, "give max_length above 3"),
-        ({"distill": 1.5}, "give distill from 0 to 1"),
+        ({"max_length": 3}, "give `max_length` above 3"),
+        ({"distill": 1.5}, "give `distill` from 0 to 1"),
     ],
 )
 def test_bad_options_are_refused(options: Options, changes: dict[str, Any], message: str) -> None:
@@ -217,7 +217,7 @@ def test_bfloat16_is_refused_on_a_cpu_that_is_slow_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out bf16"):
+    with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out `bf16`"):
         train(tmp_path / "model", options(bf16=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert has_fast_bf16()

@@ -95,7 +95,7 @@ def test_graphs_compute_no_shapes_on_the_host(family: str, engines: Mapping[str,
 def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(backend="onnxruntime", precision="fp32", device="cuda", tolerance=None)
     set_gpu(monkeypatch, CudaDevice(error="there is no GPU"))
-    with pytest.raises(BackendError, match=r"target x .*there is no GPU -> .*another target"):
+    with pytest.raises(BackendError, match=r"target x .*there is no GPU -> .*another `target`"):
         OnnxRuntimeCudaBackend.check(target, "x")
     set_gpu(monkeypatch)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])

@@ -40,7 +40,7 @@ def built_by(version: str) -> dict[str, Any]:
     ("target", "capability", "says"),
     [
         ({}, "8.6", ""),
-        ({}, "8.9", r"capability 8\.6; this another has 8\.9 -> .*add_targets"),
+        ({}, "8.9", r"capability 8\.6; this another has 8\.9 -> build it here"),
         (built_by("10.98.7"), "8.6", rf"tensorrt 10\.98\.7, .*tensorrt {HERE} is installed"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_target_is_checked_before_a_plan_is_loaded(
     made = double()
     monkeypatch.setattr(made.trt, "Runtime", None)
     set_gpu(monkeypatch, CudaDevice(error="no NVIDIA driver is installed"))
-    with pytest.raises(BackendError, match=r"NVIDIA GPU.*no NVIDIA driver.*another target"):
+    with pytest.raises(BackendError, match=r"NVIDIA GPU.*no NVIDIA driver.*another `target`"):
         made.load()
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt-cu13\]'"):
@@ -243,8 +243,8 @@ def test_a_target_is_checked_before_a_plan_is_loaded(
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("tensorrt", r"segment_01\.plan .*: Version tag does not match -> .*add_targets"),
-        ("tensorrt-rtx", r"segment_01\.plan was not built for this GPU .*add_targets"),
+        ("tensorrt", r"segment_01\.plan .*: Version tag does not match -> build it here"),
+        ("tensorrt-rtx", r"segment_01\.plan was not built for this GPU .*build it here"),
     ],
 )
 def test_a_plan_that_does_not_load_says_why(

@@ -350,7 +350,7 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
         ({}, "exit rule None does not exist"),
         ({"name": "berxit", "threshold": 0.1}, "choose from fpabee, pabee"),
         ({"name": "fpabee"}, "needs threshold"),
-        ({"name": "pabee"}, "give patience"),
+        ({"name": "pabee"}, "give `patience`"),
         ({"name": "pabee", "patience": 1, "threshold": 1.0}, "does not take threshold"),
         ({"name": "fpabee", "threshold": 1.0, "measure": "cosine"}, "choose from kd, rekd"),
         ({"name": "fpabee", "threshold": 1.0, "measure": ["kd"]}, "choose from kd, rekd"),

@@ -94,7 +94,7 @@ def test_strings_of_every_kind_and_no_rows(bert: Path) -> None:
 @pytest.mark.parametrize(
     ("batch", "says"),
     [
-        (pyarrow.table({"body": ["rain"]}), 'no column "text"; it has: body -> set text_column'),
+        (pyarrow.table({"body": ["rain"]}), 'no column "text"; it has: body -> set `text_column`'),
         (pyarrow.table({"text": [1]}), 'row 0 of a batch has no string field "text"'),
         (pyarrow.table({"text": [["rain"]]}), 'row 0 of a batch has no string field "text"'),
         (table(text_pair=[1.5, 2.5]), "text_pair"),
