@@ -240,5 +240,7 @@ def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
 
 def test_a_graph_that_is_too_large_for_a_file_is_refused() -> None:
     beyond = Mock(side_effect=EncodeError("Failed to serialize proto"))
-    with pytest.raises(ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more `exits`"):
+    with pytest.raises(
+        ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more `exits`"
+    ):
         serialized(SimpleNamespace(SerializeToString=beyond), "segment_01.onnx")

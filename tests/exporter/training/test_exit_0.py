@@ -121,7 +121,9 @@ def test_a_row_without_tokens_is_refused() -> None:
 
 def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exit_0, "_LR", float("inf"))
-    with pytest.raises(ModelError, match=r"exit 0 diverged: .* -> use `exit_0` to train without it"):
+    with pytest.raises(
+        ModelError, match=r"exit 0 diverged: .* -> use `exit_0` to train without it"
+    ):
         learn([Row("good"), Row("bad")], [0, 1], Stub(SINGLE, [0.0, 0.0]))
 
 
