@@ -38,7 +38,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     held, goal = point.held_out, point.goal
     low, high = held.interval
     if point.rule == Budget(exit=result.rows.exits[-1]):
-        help = point.refusal or "give more rows, or allow a larger drop"
+        help = point.refusal.replace("`", "") or "give more rows, or allow a larger drop"
         return f"nothing is lost, but these rows confirm no faster setting: {help}"
     certificate, level = point.certificate, 95.0
     if certificate is not None:
