@@ -1,10 +1,12 @@
-"""Progress on standard error: a bar on a terminal, otherwise a few lines."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from threading import Event, Thread
 from time import perf_counter
 
 from rich import progress as bars
@@ -22,7 +24,9 @@ Advance = Callable[[Summary], None]
 
 
 class _Display:
-    """One line of text with a bar; without a terminal, some of the texts are printed.
+    """One line of text with a bar; without a terminal, the text is printed every half minute.
+
+    A thread prints it, because a single step, such as a build, can take many minutes.
 
     Args:
         quiet: show nothing.
@@ -41,15 +45,23 @@ class _Display:
             transient=True,
             disable=not is_bar,
         )
-        self._due = perf_counter() + _LINE_SECONDS
+        self._text = "loading"
+        self._started = perf_counter()
+        self._ended = Event()
+        self._thread = Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> _Display:
         self._bar.start()
-        self._task = self._bar.add_task("loading", total=None)
+        self._task = self._bar.add_task(self._text, total=None)
+        if self._prints:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._ended.set()
+        if self._prints:
+            self._thread.join()
 
     def show(self, text: str, share: float | None, at_once: bool = False) -> None:
         """Change the text and the bar.
@@ -57,18 +69,23 @@ class _Display:
         Args:
             text: what happens now.
             share: how much of it is done, from 0 to 1; None: not known.
-            at_once: where there is no bar, print the text even if another one was printed just now.
+            at_once: where there is no bar, print the text now, too.
         """
-        total, now, text = None if share is None else 1.0, perf_counter(), printable(text)
-        self._bar.update(self._task, description=text, completed=share or 0.0, total=total)
-        if self._prints and (at_once or now >= self._due):
-            self._due = now + _LINE_SECONDS
-            self._console.print(text, soft_wrap=True)
+        total = None if share is None else 1.0
+        self._text = printable(text)
+        self._bar.update(self._task, description=self._text, completed=share or 0.0, total=total)
+        if at_once and self._prints:
+            self._console.print(self._text, soft_wrap=True)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(_LINE_SECONDS):
+            elapsed = timedelta(seconds=round(perf_counter() - self._started))
+            self._console.print(f"{self._text} ({elapsed})", soft_wrap=True)
 
 
 @contextmanager
 def step_progress(quiet: bool) -> Iterator[Progress]:
-    """Show the steps of an operation; without a terminal, a line for each.
+    """Show the steps of an operation; without a terminal, a line for each, and every half minute.
 
     A step is the same if only a decimal number in its text changed, such as the loss of a training.
 

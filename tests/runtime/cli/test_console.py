@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from queue import SimpleQueue
+from threading import Semaphore
 from unittest.mock import Mock
 
 import pytest
@@ -69,49 +71,73 @@ def tally(rows: int) -> Summary:
     return summary
 
 
+class Clock:
+    """A clock whose half minutes pass when a test says so, and the event that waits for them."""
+
+    def __init__(self) -> None:
+        self.now, self._waits, self._answers = 0.0, Semaphore(0), SimpleQueue[bool]()
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds == 30.0
+        self._waits.release()
+        return self._answers.get(timeout=60)
+
+    def set(self) -> None:
+        self._answers.put(True)
+
+    def pass_half_a_minute(self) -> None:
+        self._waits.acquire(timeout=60)
+        self.now += 30.0
+        self._answers.put(False)
+        self._waits.acquire(timeout=60)  # what was due is printed
+        self._waits.release()
+
+
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Its return value is the time in seconds."""
-    made = Mock(return_value=0.0)
-    monkeypatch.setattr(progress_module, "perf_counter", made)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(progress_module, "Event", lambda: made)
+    monkeypatch.setattr(progress_module, "perf_counter", lambda: made.now)
     return made
 
 
-def test_without_a_terminal_there_is_a_line_for_each_step_and_half_minute(
-    clock: Mock, capsys: pytest.CaptureFixture[str]
+def test_without_a_terminal_the_state_is_printed_every_half_minute(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with step_progress(quiet=False) as progress:
+        clock.pass_half_a_minute()
         for done in range(3):
-            clock.return_value = 20.0 * done
             progress(f"train, loss 2.{done}", done, 125)
-        progress("write", 0, 1)
+        clock.pass_half_a_minute()
+        clock.pass_half_a_minute()
     assert capsys.readouterr().err.splitlines() == [
+        "loading (0:00:30)",
         "train, loss 2.0 0/125",
-        "train, loss 2.2 2/125",
-        "write 0/1",
+        "train, loss 2.2 2/125 (0:01:00)",
+        "train, loss 2.2 2/125 (0:01:30)",
     ]
 
 
 def test_without_a_terminal_the_state_of_a_run_is_printed_every_half_minute(
-    clock: Mock, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with row_progress(False) as advance:
-        for rows, now in [(10, 0.0), (20, 29.0), (30, 30.0), (40, 59.0), (50, 60.5)]:
-            clock.return_value = now
-            advance(tally(rows))
-    assert capsys.readouterr() == ("", "30 rows, 3 rows/s\n50 rows, 5 rows/s\n")
+        advance(tally(10))
+        clock.now += 0.2
+        advance(tally(20))
+        advance(tally(30))  # too soon after the one before
+        clock.pass_half_a_minute()
+    assert capsys.readouterr() == ("", "20 rows, 2 rows/s (0:00:30)\n")
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize(("is_terminal", "quiet"), [(False, True), (True, False), (True, True)])
 def test_no_lines_are_printed_beside_a_bar_or_if_nothing_is_to_be_shown(
-    is_terminal: bool,
-    quiet: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
+    thread = Mock()
+    monkeypatch.setattr(progress_module, "Thread", lambda **_: thread)
     with step_progress(quiet) as progress:
         progress("build", 0, 1)
-    assert ("build 0/1\n" in capsys.readouterr().err) == (not (is_terminal or quiet))
+    assert thread.mock_calls == []
