@@ -98,7 +98,8 @@ def total_of(tokenizer: Tokenizer, text: str, tokens: Tokens) -> int:
     """
     if not tokens.is_estimate or len(text) > _MOST_COUNTED:
         return tokens.total
-    return len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+    whole = text.encode(errors="replace").decode()  # only its beginning was checked
+    return len(tokenizer.encode_batch_fast([whole], add_special_tokens=False)[0])
 
 
 def _shortened(text: str, offsets: Sequence[tuple[int, int]]) -> str:

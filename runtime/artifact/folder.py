@@ -81,7 +81,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         ArtifactError: the folder is not an engines folder, or its manifest is damaged,
-            inconsistent, or of a newer schema.
+            inconsistent, or of another schema.
     """
     path = Path(folder)
     return _checked(path, _read_bytes(path))

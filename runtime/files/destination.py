@@ -153,7 +153,7 @@ class Partial:
         index = 0
         try:
             for index, record in zip(range(self.rows), records_of(self.path), strict=False):
-                if record["index"] != index:
+                if record["index"] != index or not {"exit", "error"} & record.keys():
                     raise ValueError
                 yield record
         except (ValueError, KeyError, TypeError, RecursionError) as error:

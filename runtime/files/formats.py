@@ -67,7 +67,7 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
     chosen = None if given is None else TextFormat(given)
     if given is None and path is not None:
         suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
-        chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set {input_format}")
+        chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set `input_format`")
     if chosen is TextFormat.PARQUET:
         if path is None or path.suffix == ".gz" or not is_plain_file(path):
             raise InputError(

@@ -66,7 +66,7 @@ def accepted_hosts(hosts: Iterable[str]) -> frozenset[str]:
     """
     found = set(_LOCAL)
     for host in hosts:
-        known = host if host == ANY_HOST or _is_address(host) else _host_of(host)
+        known = _normal(host) if host == ANY_HOST or _is_address(host) else _host_of(host)
         if not known:
             raise InputError(
                 f"{host!r} is not the name of a host",
@@ -81,8 +81,12 @@ def _host_of(header: str) -> str:
     match = _HOST.fullmatch(header)
     if match is None:
         return ""
-    host = (match[1] or match[2]).lower()
-    return str(ip_address(host)) if _is_address(host) else host
+    return _normal(match[1] or match[2])
+
+
+def _normal(host: str) -> str:
+    """An address or a name in the one form in which hosts are compared."""
+    return str(ip_address(host)) if _is_address(host) else host.lower()
 
 
 def _is_address(host: str) -> bool:

@@ -7,8 +7,8 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -273,7 +273,9 @@ class Scheduler:
             self._arrived += queued
             self._changed.notify()
 
-    def _forget(self, _: Future[Prediction]) -> None:
+    def _forget(self, future: Future[Prediction]) -> None:
+        if future.cancelled():
+            future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for this
         with self._changed:
             self._unanswered -= 1
 
@@ -510,7 +512,7 @@ class Scheduler:
             if exit_number == 0:
                 self._metrics.started(seconds)
         for row, prediction in zip(taken, predictions, strict=True):
-            if row.future.set_running_or_notify_cancel():
+            with suppress(InvalidStateError):  # it was cancelled in the meantime
                 row.future.set_result(prediction)
 
     def _fail(self, rows: Iterable[_Row], error: Exception) -> None:
@@ -518,7 +520,7 @@ class Scheduler:
         if self._metrics is not None:
             self._metrics.failed(len(failed))
         for row in failed:
-            if row.future.set_running_or_notify_cancel():
+            with suppress(InvalidStateError):
                 row.future.set_exception(error)
 
     def _after(self, segments: int) -> float:

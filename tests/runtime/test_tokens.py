@@ -193,3 +193,8 @@ def test_only_what_is_read_must_be_valid(make: Make) -> None:
     spaces = " " * 100_000
     (row,) = tokenizer.rows([f"the{spaces}\ud800 film"])
     assert content(row) == content(tokenizer.rows([f"the{spaces}? film"])[0])
+    for limit in (16, 17):  # with an odd budget, all tokens of a pair of this length are counted
+        (row,) = RowTokenizer(make(), limit, uses_types=True).rows(
+            [("film " * 3000 + "\ud800",) * 2]
+        )
+        assert row.truncated

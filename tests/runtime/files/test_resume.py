@@ -305,6 +305,7 @@ def test_a_damaged_partial_is_refused(classify: Classify) -> None:
     for old, new, says in (
         (b"{", b"[" * 10**5 + b"\n{", "line 1 is damaged"),
         (b'x": 7', b'x": 8', "line 8 is damaged"),
+        (b'"exit"', b'"exits"', "line 1 is damaged"),
     ):
         classify.partial.write_bytes(rows.replace(old, new, 1))
         record.write_text(settings)

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +407,7 @@ def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.Monk
     gate.open()
     scheduler.close()
     assert all(future.cancelled() for future in futures)
+    assert not wait(futures, timeout=10).not_done, "it waits for a notice, not only for the state"
     assert gate.begun == [(0, 2)]
 
 
