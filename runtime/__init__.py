@@ -56,7 +56,7 @@ from .errors import (
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
 from .rules.base import ExitRule, Signal, Threshold, ThresholdRule
-from .rules.measures import Measure, Outputs, RowOutputs
+from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,
     Budget,
@@ -110,7 +110,6 @@ __all__ = [
     "Requirements",
     "Row",
     "RowError",
-    "RowOutputs",
     "RuleError",
     "RuleSettings",
     "Segment",

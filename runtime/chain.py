@@ -25,7 +25,6 @@ from .encoding import EncodedRow
 from .errors import BackendError
 from .exit_0 import ExitZero
 from .rules.measures import Integers, Mask
-from .rules.one_row import OneRow
 from .rules.runner import PatienceState, RuleRunner
 
 
@@ -130,34 +129,6 @@ class Chain(Generic[B]):
                 reached are not finite.
         """
         return _Window(self, rows, runner, deadline).run()
-
-    def run_one(self, row: EncodedRow, runner: RuleRunner) -> tuple[int, list[float]]:
-        """The exit of a single row and its logits there; the errors are those of `run`."""
-        one = OneRow(runner)
-        if self.exit_0 is not None:
-            logits = self._finite(0, self.exit_0([row])[0].tolist())
-            if one.stops(logits):
-                return 0, logits
-        execution, bucket = self.execution, self.bucket(1, len(row), alone=True)
-        hidden = execution.begin([row], bucket)
-        pending = execution.enqueue(0, hidden)
-        for segment in range(1, self.backend.segments + 1):
-            ahead = pending
-            if execution.lookahead and segment < self.backend.segments:
-                ahead = execution.enqueue(segment, hidden)
-            logits = self._finite(segment, pending.result()[LOGITS][0].tolist())
-            if one.stops(logits):
-                break
-            if not execution.lookahead:
-                ahead = execution.enqueue(segment, hidden)
-            pending = ahead
-        execution.release(hidden)
-        return segment, logits
-
-    def _finite(self, exit_number: int, logits: list[float]) -> list[float]:
-        if not all(map(math.isfinite, logits)):
-            raise not_finite(self.backend.name, exit_number)
-        return logits
 
     def bucket(self, rows: int, longest: int, alone: bool = False) -> Bucket:
         """The padded shape of a group, see `Limits.bucket`.

@@ -193,8 +193,6 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        if deadline_ms is None and len(texts) == 1:
-            return [self._answer_one(texts, self._chosen(rule, full_depth, max_exit))]
         deadline = math.inf
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
@@ -459,16 +457,6 @@ class Engine:
         late = np.full(len(rows), missed)
         found = result.exits, result.at_exit, result.limited
         return self.answers(rows, *found, late)
-
-    def _answer_one(self, texts: Sequence[Text], runner: RuleRunner) -> Prediction:
-        """The prediction of a single text, made with as little Python as possible."""
-        (row,) = self._encoder.encode(texts)
-        with self.model.chain() as chain:
-            stopped, logits = chain.run_one(row, runner)
-        exits = tuple([int(number == stopped) for number in self._exits])
-        with self._tally_lock:
-            self._tally += Tally(exits, row.truncated)
-        return self._predictions.row(logits, stopped, row.truncated)
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,11 +10,7 @@ from numpy.typing import NDArray
 from .artifact.manifest import Manifest, ProblemType
 from .encoding import EncodedRow
 from .results import Prediction
-from .rules.measures import Integers, Mask, Outputs, RowOutputs
-
-# Plain Python rounds differently from numpy; a probability this close to its threshold is left to
-# numpy, so that both give the same labels.
-_TOO_CLOSE = 1e-9
+from .rules.measures import Integers, Mask, Outputs
 
 
 class PredictionMaker:
@@ -85,37 +80,3 @@ class PredictionMaker:
                 deadline_limited=is_limited,
                 deadline_missed=is_missed,
             )
-
-    def row(self, logits: Sequence[float], exit_number: int, truncated: bool) -> Prediction:
-        """The prediction of a single row without a deadline, made without numpy.
-
-        Args:
-            logits: of its exit, one for each label.
-            exit_number: its exit.
-            truncated: whether its text was truncated.
-        """
-        outputs = RowOutputs(logits, self._problem_type)
-        if self._problem_type is ProblemType.SINGLE_LABEL:
-            (probabilities,) = outputs.distributions
-            numbers = [logits.index(max(logits))]
-        else:
-            probabilities = tuple([yes for yes, _ in outputs.distributions])
-            numbers = self._chosen(logits, probabilities)
-        return Prediction(
-            labels=tuple([self._labels[number] for number in numbers]),
-            scores=tuple([probabilities[number] for number in numbers]),
-            exit=exit_number,
-            layer=self._layers[exit_number - self._first],
-            probabilities=probabilities,
-            logits=tuple(logits),
-            truncated=truncated,
-        )
-
-    def _chosen(self, logits: Sequence[float], probabilities: Sequence[float]) -> list[int]:
-        """The labels whose probability is above their threshold."""
-        thresholds = self._label_thresholds or (0.5,) * len(logits)
-        excess = [p - limit for p, limit in zip(probabilities, thresholds, strict=True)]
-        if any(math.isclose(each, 0.0, abs_tol=_TOO_CLOSE) for each in excess):
-            outputs = Outputs(np.array([logits]), self._problem_type, self._label_thresholds)
-            return np.flatnonzero(outputs.answers[0]).tolist()
-        return [number for number, each in enumerate(excess) if each > 0]

@@ -5,9 +5,9 @@ row stops after as many consecutive signals as the rule's patience; some rules c
 at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats
 it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
 
-A rule answers every question about itself: its signals for a batch (`signal`) and for a single
-row without numpy (`row_signal`), how calibration tries all thresholds at once (`stop_scores`), and
-how far rounding can move its decisions (`shifted`, `uses_labels`).
+A rule answers every question about itself: its signals (`signal`), how calibration tries all
+thresholds at once (`stop_scores`), and how far rounding can move its decisions (`shifted`,
+`uses_labels`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ import numpy as np
 from ..arguments import whole_number
 from ..artifact.operating_point import RuleSettings
 from ..errors import RuleError
-from .measures import Array, Mask, Measure, Outputs, RowOutputs
-
-MOST_LABELS = 16
-"""With more labels than this, numpy is faster than plain Python even for a single row."""
-
-# Numpy and plain Python round differently. A score this close to the threshold is left to numpy.
-_TOO_CLOSE = 1e-9
+from .measures import Array, Mask, Measure, Outputs
 
 Threshold = float | tuple[float, ...]
 """One threshold for all exits, or one for each exit; the last exit stops every row anyway."""
@@ -144,14 +138,6 @@ class ExitRule(ABC):
             return None
         return np.asarray(now.confidence() >= self.exit_0_threshold)
 
-    def row_stops_at_exit_0(self, now: RowOutputs) -> bool | None:
-        """Whether a single row stops at exit 0; None if rounding decides, see `row_signal`."""
-        threshold = self.exit_0_threshold
-        if threshold is None or self.ends_at_exit_0:
-            return self.ends_at_exit_0
-        excess = now.confidence() - threshold
-        return excess > 0 if abs(excess) > _TOO_CLOSE else None
-
     def check_exits(self, exits: range) -> None:
         """Check that the rule fits a model.
 
@@ -181,22 +167,6 @@ class ExitRule(ABC):
     def signals_needed(self) -> int:
         """How many consecutive signals stop a row."""
         return int(getattr(self, "patience", 1))
-
-    def row_signal(
-        self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
-    ) -> bool | None:
-        """The signal of a single row, computed without numpy.
-
-        Args:
-            exit_number: from 1.
-            earlier: outputs of the previous exit; None if there is none.
-            now: outputs of this exit.
-
-        Returns:
-            Whether the answer looks settled. None if the rule has no such form, or if the score
-            is so close to the threshold that rounding decides: then `signal` must be asked.
-        """
-        return None
 
     def stop_scores(self, scores_of: ScoresOf) -> Array:
         """Everything about the rule from exit 1 on but its threshold, as a score for each row.
@@ -342,13 +312,6 @@ class ThresholdRule(ExitRule):
     def _passes(self, exit_number: int, scores: Array) -> Mask:
         threshold = self.threshold_at(exit_number)
         return scores < threshold if self.sign > 0 else scores > threshold
-
-    def _row_passes(self, exit_number: int, score: float) -> bool | None:
-        """Whether a row's score is below the threshold (`sign` is 1); None if it is too close."""
-        threshold = self.threshold_at(exit_number)
-        excess = score - threshold
-        # NaN is never beyond the margin, so numpy decides about it as well.
-        return bool(excess < 0) if abs(excess) > _TOO_CLOSE * (1 + abs(threshold)) else None
 
     def check_exits(self, exits: range) -> None:
         """Check that the rule fits a model, see `ExitRule`."""

@@ -25,26 +25,6 @@ TINY = 1e-12
 """The smallest argument of a logarithm."""
 
 
-class _Arrays:
-    """What the measures consist of, for arrays of distributions along the last axis."""
-
-    def mean(self, p: Array, q: Array) -> Array:
-        """The mean distribution."""
-        return (p + q) / 2
-
-    def cross_entropy(self, p: Array, q: Array) -> Array:
-        """-sum p log q."""
-        return -_sum(p * _log(q))
-
-    def divergence(self, p: Array, q: Array) -> Array:
-        """Sum p log(p/q), never negative."""
-        return np.maximum(_sum(p * (_log(p) - _log(q))), 0.0)
-
-
-ARRAYS = _Arrays()
-"""For arrays `[..., outcomes]`."""
-
-
 def _sum(values: Array) -> Array:
     # The ufunc itself: `values.sum` calls it through two Python functions.
     return np.asarray(np.add.reduce(values, axis=-1))
@@ -54,27 +34,14 @@ def _log(values: Array) -> Array:
     return np.log(np.maximum(values, TINY))
 
 
-RowDistribution = tuple[float, ...]
+def _cross_entropy(p: Array, q: Array) -> Array:
+    """-sum p log q."""
+    return -_sum(p * _log(q))
 
 
-class _Floats:
-    """The same for one distribution as a tuple of floats, faster than numpy for a single row."""
-
-    def mean(self, p: RowDistribution, q: RowDistribution) -> RowDistribution:
-        return tuple([(a + b) / 2 for a, b in zip(p, q, strict=True)])
-
-    def cross_entropy(self, p: RowDistribution, q: RowDistribution) -> float:
-        return -sum([a * math.log(max(b, TINY)) for a, b in zip(p, q, strict=True)])
-
-    def divergence(self, p: RowDistribution, q: RowDistribution) -> float:
-        terms = [
-            a * (math.log(max(a, TINY)) - math.log(max(b, TINY))) for a, b in zip(p, q, strict=True)
-        ]
-        return max(sum(terms), 0.0)
-
-
-FLOATS = _Floats()
-"""For tuples of floats."""
+def _divergence(p: Array, q: Array) -> Array:
+    """Sum p log(p/q), never negative."""
+    return np.maximum(_sum(p * (_log(p) - _log(q))), 0.0)
 
 
 class Measure(str, Enum):
@@ -102,27 +69,27 @@ class Measure(str, Enum):
     """Jensen-Shannon divergence (KL(p, m) + KL(q, m))/2: small also if both are uninformed."""
 
 
-def _jensen_shannon(use: Any, p: Any, q: Any) -> Any:
-    m = use.mean(p, q)
-    return (use.divergence(p, m) + use.divergence(q, m)) / 2
+def _mean_entropy(p: Array, q: Array) -> Array:
+    m = (p + q) / 2
+    return _cross_entropy(m, m)
 
 
-def _mean_entropy(use: Any, p: Any, q: Any) -> Any:
-    m = use.mean(p, q)
-    return use.cross_entropy(m, m)
+def _jensen_shannon(p: Array, q: Array) -> Array:
+    m = (p + q) / 2
+    return (_divergence(p, m) + _divergence(q, m)) / 2
 
 
-MEASURES: dict[Measure, Callable[[Any, Any, Any], Any]] = {
-    Measure.KD: lambda use, p, q: use.cross_entropy(p, q),
-    Measure.REKD: lambda use, p, q: use.cross_entropy(q, p),
-    Measure.SYMKD: lambda use, p, q: use.cross_entropy(p, q) + use.cross_entropy(q, p),
+MEASURES: dict[Measure, Callable[[Array, Array], Array]] = {
+    Measure.KD: _cross_entropy,
+    Measure.REKD: lambda p, q: _cross_entropy(q, p),
+    Measure.SYMKD: lambda p, q: _cross_entropy(p, q) + _cross_entropy(q, p),
     Measure.JSKD: _mean_entropy,
-    Measure.KL: lambda use, p, q: use.divergence(p, q),
-    Measure.REKL: lambda use, p, q: use.divergence(q, p),
-    Measure.SYMKL: lambda use, p, q: use.divergence(p, q) + use.divergence(q, p),
+    Measure.KL: _divergence,
+    Measure.REKL: lambda p, q: _divergence(q, p),
+    Measure.SYMKL: lambda p, q: _divergence(p, q) + _divergence(q, p),
     Measure.JSD: _jensen_shannon,
 }
-"""The formula of each measure: `MEASURES[measure](ARRAYS, p, q)`."""
+"""The formula of each measure, for arrays `[..., outcomes]` of distributions p and q."""
 
 
 class Outputs:
@@ -194,7 +161,7 @@ class Outputs:
 
     def entropy(self) -> Array:
         """Entropy `[rows]` in nats; for multi-label tasks the sum of the binary entropies."""
-        return per_row(ARRAYS.cross_entropy(self.distributions, self.distributions))
+        return per_row(_cross_entropy(self.distributions, self.distributions))
 
     def normalised_entropy(self) -> Array:
         """Entropy `[rows]` over its largest value; for multi-label tasks the mean over labels."""
@@ -214,38 +181,6 @@ class Outputs:
 
 
 _COMPUTED = frozenset({"distributions", "answers"})
-
-
-class RowOutputs:
-    """The outputs of one exit for a single row, without numpy.
-
-    Args:
-        logits: one number for each label.
-        problem_type: the type of the task.
-    """
-
-    def __init__(self, logits: Sequence[float], problem_type: ProblemType) -> None:
-        self.logits = logits
-        self._problem_type = problem_type
-
-    @cached_property
-    def distributions(self) -> list[RowDistribution]:
-        """The softmax, or for multi-label tasks both outcomes of each label."""
-        if self._problem_type is ProblemType.SINGLE_LABEL:
-            top = max(self.logits)
-            powers = [math.exp(z - top) for z in self.logits]
-            total = sum(powers)
-            return [tuple([power / total for power in powers])]
-        both: list[RowDistribution] = []
-        for z in self.logits:
-            small = math.exp(-abs(z))
-            low, high = small / (1 + small), 1 / (1 + small)
-            both.append((high, low) if z >= 0 else (low, high))
-        return both
-
-    def confidence(self) -> float:
-        """The largest probability; for multi-label tasks the smallest of all labels."""
-        return min(map(max, self.distributions))
 
 
 def per_row(values: Array) -> Array:

@@ -12,17 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import MOST_LABELS, ExitRule, ScoresOf, Signal, ThresholdRule
-from .measures import (
-    ARRAYS,
-    FLOATS,
-    MEASURES,
-    Array,
-    Measure,
-    Outputs,
-    RowOutputs,
-    per_row,
-)
+from .base import ExitRule, ScoresOf, Signal, ThresholdRule
+from .measures import MEASURES, Array, Measure, Outputs, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +40,7 @@ class FPabee(ThresholdRule):
         """The measure, summed over labels."""
         assert earlier is not None
         measure = MEASURES[self.measure]
-        return per_row(measure(ARRAYS, earlier.distributions, now.distributions))
-
-    def row_signal(
-        self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
-    ) -> bool | None:
-        """Whether the measure is below the threshold, for up to 16 labels."""
-        if len(now.logits) > MOST_LABELS:
-            return None
-        if earlier is None:
-            return False
-        measure = MEASURES[self.measure]
-        pairs = zip(earlier.distributions, now.distributions, strict=True)
-        return self._row_passes(exit_number, sum([measure(FLOATS, p, q) for p, q in pairs]))
+        return per_row(measure(earlier.distributions, now.distributions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +189,6 @@ class Budget(ExitRule):
     def ends_at_exit_0(self) -> bool:
         """Whether exit 0 is that exit."""
         return self.exit == 0 or super().ends_at_exit_0
-
-    def row_signal(
-        self, exit_number: int, earlier: RowOutputs | None, now: RowOutputs
-    ) -> bool | None:
-        """Whether the exit is reached."""
-        return exit_number >= self.exit
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
         scores = np.full_like(scores_of(self), np.inf)
