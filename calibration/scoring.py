@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.metrics import evaluate, f1, matthews
+from ..runtime.files.labels import evaluate, f1, matthews
 from ..runtime.rules.measures import Array, Integers, Mask, Outputs
 
 AGREEMENT = "agreement"

@@ -22,7 +22,7 @@ from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
 from ..runtime.files import Row
-from ..runtime.metrics import Labels, encode_labels
+from ..runtime.files.labels import Labels, encode_labels
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import rest_precision
 from .scoring import LabelledLogits

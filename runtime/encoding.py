@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .arguments import whole_number
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
 from .artifact.tokenizer_content import check_added_tokens, check_tokenizer
-from .blocks import blocks
-from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line
+from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line, whole_number
 from .tokens import (
     FIRST,
     SECOND,
@@ -35,6 +33,7 @@ from .tokens import (
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 2**18
 
+T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 """Tensors by name."""
 
@@ -340,3 +339,26 @@ def characters(text: Text) -> int:
     """Characters of a text or pair; anything else is refused when it is encoded."""
     parts = text if isinstance(text, tuple) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))
+
+
+def blocks(
+    items: Iterable[T], size: Callable[[T], int], most: int, most_items: int | None = None
+) -> Iterator[list[T]]:
+    """Lists of items, bounded in total size and in number.
+
+    Args:
+        items: the items; nothing is read beyond the list that is asked for.
+        size: the size of an item.
+        most: a list ends when its items have at least this size together.
+        most_items: most items in a list; None: any number.
+    """
+    block: list[T] = []
+    total = 0
+    for item in items:
+        block.append(item)
+        total += size(item)
+        if total >= most or len(block) == most_items:
+            yield block
+            block, total = [], 0
+    if block:
+        yield block

@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .agreement import Agreement, compare, must_pass, requirements_of
-from .arguments import seconds_of, whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
-from .blocks import blocks
 from .chain import WindowResult
-from .encoding import EncodedRow, Text, TextEncoder
-from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError
+from .encoding import EncodedRow, Text, TextEncoder, blocks
+from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .model import Model
 from .predictions import PredictionMaker
 from .results import Prediction, Tally, Trace

@@ -18,7 +18,10 @@ contain line endings, escape codes, or megabytes.
 
 from __future__ import annotations
 
+import math
 import re
+from numbers import Integral, Real
+from typing import Any
 
 _MOST_CHARACTERS = 480
 
@@ -106,6 +109,46 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     said = (line for line in lines if not re.search("^Exception from |Check '.*' failed at ", line))
     return next(said, type(error).__name__)
+
+
+def whole_number(
+    name: str, value: Any, error: type[FpabeeError], most: int | None = None, least: int = 1
+) -> int:
+    """Check that an argument is a whole number; a NumPy integer is one, too.
+
+    Args:
+        name: name of the argument.
+        value: value of the argument.
+        error: the error to raise if it is anything else.
+        most: the largest number allowed; None: any.
+        least: the smallest number allowed.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        upto = "" if most is None else f" to {most}"
+        raise error(f"{name} is {value!r}", f"give a whole number from {least}{upto}")
+    return int(value)
+
+
+def seconds_of(name: str, milliseconds: Any) -> float:
+    """Convert milliseconds to seconds.
+
+    Args:
+        name: name of the argument.
+        milliseconds: any number, possibly a numpy one.
+
+    Raises:
+        InputError: it is not a number.
+    """
+    is_number = isinstance(milliseconds, Real) and not isinstance(milliseconds, bool)
+    if not is_number or milliseconds != milliseconds:  # NaN
+        raise InputError(
+            f"{name} is {milliseconds!r}", "give milliseconds as a number, or leave it out"
+        )
+    try:
+        return float(milliseconds) / 1000
+    except OverflowError:  # a whole number that is larger than any float
+        return math.inf if milliseconds > 0 else -math.inf
 
 
 def _without_middle(text: str) -> str:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .arguments import whole_number
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
-from .errors import BackendError, RuleError
+from .errors import BackendError, RuleError, whole_number
 from .rules.base import ExitRule
 from .rules.rules import Budget
 

@@ -22,7 +22,7 @@ from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.metrics import encode_labels
+from ...runtime.files.labels import encode_labels
 from ...runtime.progress import Progress, silent
 from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0

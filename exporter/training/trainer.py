@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.metrics import evaluate
+from ...runtime.files.labels import evaluate
 from ...runtime.progress import Progress
 from ..model import MultiExitModel
 from .options import TrainOptions

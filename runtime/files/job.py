@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from ..blocks import blocks
+from ..encoding import blocks
 from ..errors import RowError
 from .records import Record, RecordSchema
 from .rows import Row

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..engine import Engine
 from ..errors import RowError
-from ..metrics import encode_labels, evaluate
 from ..rules.base import ExitRule
+from .labels import encode_labels, evaluate
 from .records import Record
 from .rows import Row
 
@@ -84,7 +84,7 @@ class Summary:
         encode_labels([row.labels], task.labels, task.problem_type, [row.where])
 
     def scores(self) -> dict[str, float]:
-        """The scores of the rows so far, by `runtime.metrics.evaluate`; empty without any row."""
+        """The scores of the rows so far, by `evaluate`; empty without any row."""
         if not self._answers:
             return {}
         task = self.engine.manifest.task

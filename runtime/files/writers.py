@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ..blocks import blocks
+from ..encoding import blocks
 from .formats import TextFormat
 from .records import Record, RecordSchema, cell, to_json
 

@@ -23,9 +23,8 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import numpy as np
 
-from ..arguments import whole_number
 from ..artifact.operating_point import RuleSettings
-from ..errors import RuleError
+from ..errors import RuleError, whole_number
 from .measures import Array, Mask, Measure, Outputs
 
 Threshold = float | tuple[float, ...]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arguments import seconds_of, whole_number
 from ..artifact.manifest import LOGITS
 from ..backends.backend import Pending
 from ..backends.shapes import Limits
@@ -24,7 +23,7 @@ from ..batching import fits
 from ..chain import Chain, Group, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
-from ..errors import BackendError, InputError, OverloadedError
+from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..results import Prediction
 from ..rules.runner import PatienceState, RuleRunner
 

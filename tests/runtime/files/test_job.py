@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fpabee.runtime.blocks import blocks
+from fpabee.runtime.encoding import blocks
 
 from ..running import Run, check_refused, write_lines
 

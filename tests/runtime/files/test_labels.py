@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.metrics import encode_labels, evaluate
+from fpabee.runtime.files.labels import encode_labels, evaluate
 
 NAMES = ("no", "perhaps", "yes")
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL

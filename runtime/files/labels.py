@@ -1,4 +1,4 @@
-"""Scores of predictions against true labels, in numpy (the tests compare with scikit-learn)."""
+"""Labels of rows as numbers, and the metrics of predictions against them, in numpy alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .artifact.manifest import ProblemType
-from .errors import RowError
+from ..artifact.manifest import ProblemType
+from ..errors import RowError
 
 Labels = NDArray[np.int64]
 
