@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.arrays import read_arrays
 from ..runtime.artifact.manifest import Manifest, Task
+from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, InputError
 from ..runtime.files import Row

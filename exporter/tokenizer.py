@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..runtime.artifact.charsmap import replacements
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.artifact.protobuf import values_at
-from ..runtime.artifact.tokenizer_content import check_tokenizer
+from ..runtime.artifact.untrusted.charsmap import replacements
+from ..runtime.artifact.untrusted.protobuf import values_at
+from ..runtime.artifact.untrusted.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError
 from .model import MultiExitModel

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
-from .artifact.tokenizer_content import check_added_tokens, check_tokenizer
+from .artifact.untrusted.tokenizer_content import check_added_tokens, check_tokenizer
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line, whole_number
 from .tokens import (
     FIRST,

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.arrays import read_arrays
 from .artifact.folder import verified
 from .artifact.manifest import ExitZeroSpec, Manifest
+from .artifact.untrusted.arrays import read_arrays
 from .encoding import EncodedRow
 from .errors import EXPORT_AGAIN, ArtifactError
 

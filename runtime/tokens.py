@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from .artifact.tokenizer_content import MAX_WORD
+from .artifact.untrusted.tokenizer_content import MAX_WORD
 
 # A text is read to this many characters for each token that is wanted, and this many more. What is
 # behind a token can change it only within a word, which is shorter than the margin, or becomes an

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .consistency import problems
-from .graph_content import check_graph
 from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from .untrusted.consistency import problems
+from .untrusted.graph_content import check_graph
 
 MAX_FILE_BYTES = 16 * 2**30
 """Far more than any file of an artifact has: an ONNX file and a plan have at most about 2 GiB."""

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError
-from .arrays import read_arrays
 from .folder import verified
 from .manifest import REFERENCE_NAME, Manifest
+from .untrusted.arrays import read_arrays
 
 Text = str | tuple[str, str]
 """A text to classify, or a text and its pair."""

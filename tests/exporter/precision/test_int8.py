@@ -18,7 +18,7 @@ from fpabee.exporter.exact import exact_logits
 from fpabee.exporter.precision.int8 import add_int8, graph_inputs
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
-from fpabee.runtime.artifact.graph_content import check_graph
+from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
 from fpabee.runtime.encoding import Text
 

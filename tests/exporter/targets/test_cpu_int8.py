@@ -42,8 +42,8 @@ from fpabee.runtime import (
 from fpabee.runtime import cpu as cpu_features
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import sha256_of, write_manifest
-from fpabee.runtime.artifact.graph_content import check_graph
 from fpabee.runtime.artifact.manifest import Target, with_target
+from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.inspection import check_integrity
 from fpabee.runtime.progress import silent

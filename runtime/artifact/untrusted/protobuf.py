@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-VARINT, I64, LEN, I32 = 0, 1, 2, 5
-
-_FIXED_BYTES = {I64: 8, I32: 4}
+_VARINT, _LENGTH = 0, 2
+# Sizes of the numbers of fixed size.
+_FIXED = {1: 8, 5: 4}
 _MAX_VARINT_BYTES = 10
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of one message; nested messages are not read.
+
+    Numbers of fixed size are left out: no field of interest is one, and a library ignores a field
+    of another type than the one that it knows.
 
     Args:
         message: its bytes.
 
     Yields:
-        Field number, wire type, and the number, or a view of the bytes.
+        Field number, and the number or a view of the bytes.
 
     Raises:
         ValueError: the bytes are not a protobuf message.
@@ -28,25 +31,26 @@ def fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         number, wire = tag >> 3, tag & 7
         if not 0 < number < 2**29:
             raise ValueError(f"field number {number} is impossible")
-        if wire == VARINT:
+        if wire == _VARINT:
             value, at = _varint(message, at)
-            yield number, wire, value
+            yield number, value
             continue
-        if wire == LEN:
+        if wire == _LENGTH:
             size, at = _varint(message, at)
-        elif wire in _FIXED_BYTES:
-            size = _FIXED_BYTES[wire]
+        elif wire in _FIXED:
+            size = _FIXED[wire]
         else:  # groups are deprecated and nested differently; ONNX has none
             raise ValueError(f"byte {at} begins a field of wire type {wire}")
         if size > len(message) - at:
             raise ValueError(f"a field has {size} bytes, but only {len(message) - at} are left")
-        yield number, wire, message[at : at + size]
+        if wire == _LENGTH:
+            yield number, message[at : at + size]
         at += size
 
 
 def values_at(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview]:
     """The values at a path of field numbers through nested messages."""
-    for number, _, value in fields(message):
+    for number, value in fields(message):
         if number == path[0] and isinstance(value, memoryview):
             if path[1:]:
                 yield from values_at(value, path[1:])
@@ -54,16 +58,20 @@ def values_at(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview
                 yield value
 
 
-def numbers(value: int | memoryview) -> list[int]:
-    """The signed numbers of a field of int32 or int64, which may be packed.
+def numbers(values: Iterable[int | memoryview]) -> list[int]:
+    """The signed numbers of the fields of an int32 or int64, which may be packed.
 
     Raises:
         ValueError: a number does not end.
     """
-    found, at = [value] if isinstance(value, int) else [], 0
-    while isinstance(value, memoryview) and at < len(value):
-        number, at = _varint(value, at)
-        found.append(number)
+    found = []
+    for value in values:
+        at = 0
+        while isinstance(value, memoryview) and at < len(value):
+            number, at = _varint(value, at)
+            found.append(number)
+        if isinstance(value, int):
+            found.append(value)
     return [number - 2**64 if number >= 2**63 else number for number in found]
 
 

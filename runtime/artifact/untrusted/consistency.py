@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from .manifest import ATTENTION_BIAS, LOGITS, MAX_VALUES, NEXT, Manifest, TensorSpec
+from ..manifest import ATTENTION_BIAS, LOGITS, MAX_VALUES, NEXT, Manifest, TensorSpec
 
 # The inputs that the runtime makes from a text; graphs must produce all others themselves.
 _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})

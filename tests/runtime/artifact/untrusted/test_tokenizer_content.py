@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Precompiled
 
-from fpabee.runtime.artifact import tokenizer_content
-from fpabee.runtime.artifact.charsmap import replacements
-from fpabee.runtime.artifact.tokenizer_content import (
+from fpabee.runtime.artifact.untrusted import tokenizer_content
+from fpabee.runtime.artifact.untrusted.charsmap import replacements
+from fpabee.runtime.artifact.untrusted.tokenizer_content import (
     MAX_GROWTH,
     check_added_tokens,
     check_tokenizer,

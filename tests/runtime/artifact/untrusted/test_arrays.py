@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.runtime.artifact.arrays import read_arrays
+from fpabee.runtime.artifact.untrusted.arrays import read_arrays
 
 
 def test_arrays_come_back(tmp_path: Path) -> None:
