@@ -12,15 +12,13 @@ from time import perf_counter
 from rich import progress as bars
 
 from ..errors import printable
-from ..files.summary import Summary
+from ..files.job import Job
 from ..progress import Progress
 from .console import PlainConsole
 
 _UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
 _DECIMAL = re.compile(r"\d+\.\d+")
-
-Advance = Callable[[Summary], None]
 
 
 class _Display:
@@ -30,9 +28,10 @@ class _Display:
 
     Args:
         quiet: show nothing.
+        text: what happens first.
     """
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, text: str = "loading") -> None:
         self._console = PlainConsole(stderr=True, quiet=quiet)
         is_bar = self._console.is_terminal and not quiet
         self._prints = not (is_bar or quiet)
@@ -45,7 +44,7 @@ class _Display:
             transient=True,
             disable=not is_bar,
         )
-        self._text = "loading"
+        self._text = text
         self._started = perf_counter()
         self._ended = Event()
         self._thread = Thread(target=self._repeat, daemon=True)
@@ -105,20 +104,21 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
 
 
 @contextmanager
-def row_progress(quiet: bool) -> Iterator[Advance]:
+def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
     """Show rows and rate; without a terminal, one line every half minute.
 
     Args:
+        job: whose rows are shown whenever what this gives is called.
         quiet: show nothing.
     """
-    with _Display(quiet) as display:
+    with _Display(quiet, "0 rows") as display:
         due = perf_counter() + _UPDATE_SECONDS
 
-        def advance(summary: Summary) -> None:
+        def advance() -> None:
             nonlocal due
             now = perf_counter()
             if now >= due:
                 due = now + _UPDATE_SECONDS
-                display.show(f"{summary.rows} rows, {summary.rate:.0f} rows/s", None)
+                display.show(f"{job.rows} rows, {job.rows_per_second:.0f} rows/s", None)
 
         yield advance

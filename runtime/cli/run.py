@@ -19,9 +19,8 @@ from ..errors import InputError
 from ..files import STANDARD_INPUT, Inputs, TextFormat
 from ..files.destination import check_output, open_output
 from ..files.formats import is_plain_file, output_format
-from ..files.job import run
+from ..files.job import Job
 from ..files.records import RecordSchema
-from ..files.summary import Summary
 from . import options
 from .command import READING, RULE, command
 from .console import echo
@@ -77,7 +76,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.rule
 @options.labelled_texts
 @options.flag("--with-text", "Repeat the text in each result.")
-@options.flag("--scores all_scores", "Write the probabilities of all labels.")
+@options.flag("--scores probabilities", "Write the probabilities of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
 @options.flag(
     "--unbuffered",
@@ -106,7 +105,7 @@ def main(
         raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
     loading = {name: settings.pop(name) for name in ("max_length", "threads")}
-    written = {name: settings.pop(name) for name in ("with_text", "all_scores")}
+    written = {name: settings.pop(name) for name in ("with_text", "probabilities")}
     overrides = bool(options.given(options.RULE_OPTIONS))
     options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
     options.not_with("full_depth", operating_point or overrides, "an exit rule")
@@ -127,37 +126,37 @@ def main(
     shows = not (quiet or as_json)
     with Engine.load(engines, target, operating_point, **loading) as engine:
         rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
-        summary = Summary(engine, None if full_depth else rule, metrics)
         schema = RecordSchema(
             engine.labels, engine.multi_label, errors=on_error == "skip", **written
         )
+        job = Job(engine, None if full_depth else rule, schema, metrics)
         if chosen is TextFormat.CSV:
             schema.check_separator()
         shared = asdict(reading) | written | loading
-        settings_of_run = partial(_settings_of_run, engines, summary, inputs, shared, resume)
+        settings_of_run = partial(_settings_of_run, engines, job, inputs, shared, resume)
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
             open_output(output, chosen, resume, schema, settings_of_run) as (write, completed),
-            row_progress(not shows or unbuffered) as advance,
+            row_progress(job, not shows or unbuffered) as advance,
         ):
-            run(inputs, write, completed, schema, summary, advance, unbuffered)
+            job.run(inputs, write, completed, advance, unbuffered)
         point = None if overrides or full_depth else engine.operating_point
         if as_json:
-            click.echo(json.dumps(summary.to_dict(point)), err=True)
+            click.echo(json.dumps(job.to_dict(point)), err=True)
         elif not quiet:
-            print_summary(summary, point)
+            print_summary(job, point)
         elif metrics:
-            print_scores(summary)
-    first = summary.first_error
-    if first is not None and summary.errors == summary.rows:
+            print_scores(job)
+    if job.first_error is not None and job.errors == job.rows:
         raise InputError(
-            f"none of {summary.rows} rows could be used; the first: {first.message}", first.hint
+            f"none of {job.rows} rows could be used; the first: {job.first_error.message}",
+            job.first_error.hint,
         )
 
 
 def _settings_of_run(
-    engines: Path, summary: Summary, inputs: Inputs, shared: dict[str, Any], resume: bool
+    engines: Path, job: Job, inputs: Inputs, shared: dict[str, Any], resume: bool
 ) -> dict[str, Any]:
     """All settings that a run and the run that resumes it must share.
 
@@ -173,11 +172,11 @@ def _settings_of_run(
         )
     return {
         "fpabee": __version__,
-        "target": summary.engine.target,
-        "rule": "full depth" if summary.rule is None else summary.rule.to_dict(),
+        "target": job.engine.target,
+        "rule": "full depth" if job.rule is None else job.rule.to_dict(),
         "inputs": list(hashes),
         **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
         "engines": sha256_of(engines / MANIFEST_NAME),
         **shared,
-        "metrics": summary.metrics,
+        "metrics": job.metrics,
     }

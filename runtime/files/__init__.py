@@ -9,9 +9,9 @@ Reading, one row at a time, so that memory stays flat:
 
 Writing:
 
-- `records`: what is written for a row; `writers`: the same as CSV and Parquet
+- `records`: what is written for a row, as a line of JSON or as a row of CSV or Parquet
 - `destination`: the output as a whole, and the rows of a file that is not complete yet
-- `job`: from rows to records, block by block; `summary`: what it counted
+- `job`: from rows to records, block by block, and what it counted
 
 `.txt`: each line is a text, and an empty line is an empty text, so that results line up with the
 file. `.jsonl`: each line is an object with `text`, optionally `text_pair`, `label` or `labels`, and

@@ -22,9 +22,8 @@ import msgspec
 from ..artifact.folder import BAD_JSON, check_outside
 from ..errors import FpabeeError, InputError
 from .formats import TextFormat, is_plain_file
-from .records import Record, RecordSchema, to_json
+from .records import Record, RecordSchema, convert, records_of, to_json
 from .sources import STANDARD_INPUT
-from .writers import convert, records_of
 
 try:
     import fcntl
@@ -81,15 +80,15 @@ def open_output(
         KeyboardInterrupt: Ctrl-C; if rows are done, with an error that says where they are kept.
     """
     try:
-        if output is not None and is_plain_file(output):
-            # A link stays; the file that it leads to is replaced.
-            partial = Partial(Path(os.path.realpath(output)), settings(), resume)
-            with _kept(partial):
-                yield partial.write, partial.records()
-                partial.finish(chosen, schema)
-        else:
+        if output is None or not is_plain_file(output):
             with _stream(output) as stream:
                 yield lambda record: stream.write(to_json(record) + "\n"), iter(())
+            return
+        # A link stays; the file that it leads to is replaced.
+        partial = Partial(Path(os.path.realpath(output)), settings(), resume)
+        with _kept(partial):
+            yield partial.write, partial.records()
+            partial.finish(chosen, schema)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -245,17 +244,18 @@ def _kept(partial: Partial) -> Iterator[None]:
         # On a full disk closing fails too: the next run drops the line that is incomplete.
         with contextlib.suppress(OSError):
             partial.close(keep=partial.rows > 0)
+        if not partial.rows:
+            raise
         done = f"{partial.rows} finished rows are in {partial.path}"
-        if partial.rows and isinstance(error, OSError):
+        if isinstance(error, OSError):
             raise InputError(
                 f"cannot write {partial.output}: {error.strerror}; {done}",
                 "free some space, then use `resume` to continue",
             ) from error
-        if partial.rows and isinstance(error, FpabeeError):
+        if isinstance(error, FpabeeError):
             raise type(error)(f"{error.message}; {done}", error.hint) from error
-        if partial.rows and isinstance(error, KeyboardInterrupt):
-            told = InputError(done, "use `resume` to continue")
-            raise KeyboardInterrupt(told) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(InputError(done, "use `resume` to continue")) from error
         raise
 
 

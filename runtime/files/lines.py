@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import msgspec
 
 from ..errors import InputError, RowError
-from .rows import ReadOptions, Row, all_rows
+from .rows import ReadOptions, Row
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -89,7 +89,7 @@ def _is_end(raw: bytes) -> bool:
 
 def text_rows(lines: Lines) -> Iterator[Row | RowError]:
     """One row for each line."""
-    return all_rows(lambda: Row(next(lines).rstrip("\r\n"), where=lines.where))
+    return _all_rows(lambda: Row(next(lines).rstrip("\r\n"), where=lines.where))
 
 
 def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
@@ -107,7 +107,7 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
             ) from error
         return options.row(content, lines.where)
 
-    return all_rows(read)
+    return _all_rows(read)
 
 
 def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[Row | RowError]:
@@ -150,7 +150,7 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
             content[name] = content.get(name) or None
         return options.row(content, where, table=True)
 
-    yield from all_rows(read)
+    yield from _all_rows(read)
 
 
 def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
@@ -173,3 +173,22 @@ def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
                 r"line feed: tr '\r' '\n' < IN > OUT"
             ),
         ) from error
+
+
+def _all_rows(read: Callable[[], Row | None]) -> Iterator[Row | RowError]:
+    """All rows that a function reads, and an error in place of each row that it cannot read.
+
+    Args:
+        read: reads the next row, or returns None for a line that is not a row; raises `RowError`
+            if it cannot, and `StopIteration` at the end.
+    """
+    while True:
+        try:
+            row = read()
+        except StopIteration:
+            return
+        except RowError as error:
+            yield error
+        else:
+            if row is not None:
+                yield row

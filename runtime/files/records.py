@@ -1,20 +1,30 @@
-"""The record that is written for a row, and its cells if the output is a table."""
+"""The record that is written for a row: a line of JSON, or a row of a table."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from ..encoding import blocks
 from ..errors import InputError, RowError
 from ..results import Prediction
+from .formats import TextFormat
 from .rows import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]
 
-_ALL_SCORES = "all_scores"
+_PROBABILITIES = "probabilities"
+_GROUP_ROWS = 16_384
+_GROUP_BYTES = 32 * 2**20
+# Beyond this, a float cannot represent all integers.
+_MAX_EXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -25,14 +35,14 @@ class RecordSchema:
         labels: the labels of the model.
         multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
-        all_scores: whether the probabilities of all labels are included.
+        probabilities: whether the probabilities of all labels are included.
         errors: whether a record may be an error.
     """
 
     labels: tuple[str, ...]
     multi_label: bool
     with_text: bool = False
-    all_scores: bool = False
+    probabilities: bool = False
     errors: bool = False
 
     def record(self, index: int, row: Row, prediction: Prediction) -> Record:
@@ -51,9 +61,9 @@ class RecordSchema:
         record |= {"exit": prediction.exit, "layer": prediction.layer}
         if prediction.truncated:
             record["truncated"] = True
-        if self.all_scores:
+        if self.probabilities:
             pairs = zip(self.labels, prediction.probabilities, strict=True)
-            record[_ALL_SCORES] = {label: round(value, 6) for label, value in pairs}
+            record[_PROBABILITIES] = {label: round(value, 6) for label, value in pairs}
         return record
 
     def error(self, index: int, error: RowError) -> Record:
@@ -61,19 +71,17 @@ class RecordSchema:
         return {"index": index, "error": str(error)}
 
     @cached_property
-    def _results(self) -> tuple[str, ...]:
+    def results(self) -> tuple[str, ...]:
+        """The columns of a table that hold the results of a row."""
         text = ("text", "text_pair") if self.with_text else ()
         answer = ("labels", "scores") if self.multi_label else ("label", "score")
-        scores = (f"{_ALL_SCORES}.{label}" for label in self.labels if self.all_scores)
-        return (*text, *answer, "exit", "layer", "truncated", *scores)
+        all_labels = (f"{_PROBABILITIES}.{label}" for label in self.labels if self.probabilities)
+        error = ("error",) if self.errors else ()
+        return (*text, *answer, "exit", "layer", "truncated", *all_labels, *error)
 
     @cached_property
     def _names(self) -> set[str]:
-        return {"index", "error", _ALL_SCORES, *self._results}
-
-    def columns(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """The columns of a table: the index, the other fields of the input, and the results."""
-        return ("index", *fields, *self._results, *(("error",) if self.errors else ()))
+        return {"index", "error", _PROBABILITIES, *self.results}
 
     def fields(self, record: Record) -> list[str]:
         """The fields in a record that come from the input."""
@@ -82,8 +90,8 @@ class RecordSchema:
     def flat(self, record: Record) -> Record:
         """A record with one value for each column of results."""
         record = dict(record)
-        scores = record.pop(_ALL_SCORES, {})
-        record |= {f"{_ALL_SCORES}.{label}": score for label, score in scores.items()}
+        pairs = record.pop(_PROBABILITIES, {}).items()
+        record |= {f"{_PROBABILITIES}.{label}": value for label, value in pairs}
         if "error" not in record:
             record.setdefault("truncated", False)
         return record
@@ -107,10 +115,101 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def cell(value: Any) -> str:
+def records_of(partial: Path) -> Iterator[Record]:
+    """The records of a file of JSON lines."""
+    with partial.open("rb") as stream:
+        for line in stream:
+            yield msgspec.json.decode(line)
+
+
+def convert(partial: Path, target: Path, chosen: TextFormat, schema: RecordSchema) -> None:
+    """Convert a file of JSON lines to a table, in flat memory.
+
+    A table needs its columns before its first row, and Parquet cannot be appended to. So there are
+    two passes: find the columns, then write the rows.
+
+    Args:
+        partial: the JSON lines.
+        target: the file to write.
+        chosen: CSV or Parquet.
+        schema: what the records contain.
+    """
+    kinds: dict[str, set[str]] = {}
+    for record in records_of(partial):
+        for field in schema.fields(record):
+            kinds.setdefault(field, set()).add(_kind(record[field]))
+    if chosen is TextFormat.PARQUET:
+        _write_parquet(partial, target, schema, kinds)
+        return
+    with target.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, ("index", *kinds, *schema.results))
+        writer.writeheader()
+        for record in records_of(partial):
+            writer.writerow({name: _cell(value) for name, value in schema.flat(record).items()})
+
+
+def _cell(value: Any) -> str:
     """A value as text: empty for None; labels and scores are joined; the rest is JSON."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list) and all(isinstance(part, (str, int, float)) for part in value):
-        return LABEL_SEPARATOR.join(map(cell, value))
+        return LABEL_SEPARATOR.join(map(_cell, value))
     return to_json(value)
+
+
+def arrow_type(column: str) -> Any:
+    """The type of pyarrow of a column of results, such as `score`."""
+    import pyarrow
+
+    types = {
+        "index": pyarrow.int64(),
+        "exit": pyarrow.int32(),
+        "layer": pyarrow.int32(),
+        "truncated": pyarrow.bool_(),
+        "score": pyarrow.float64(),
+        "scores": pyarrow.list_(pyarrow.float64()),
+        "labels": pyarrow.list_(pyarrow.string()),
+        _PROBABILITIES: pyarrow.float64(),
+    }
+    return types.get(column.partition(".")[0], pyarrow.string())
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) <= _MAX_EXACT:
+            return "int"
+        return "long" if -(2**63) <= value < 2**63 else "other"
+    return type(value).__name__
+
+
+def _narrowest(kinds: set[str]) -> Any:
+    """The narrowest type of pyarrow that represents all values exactly; a string fits them all."""
+    import pyarrow
+
+    if kinds == {"bool"}:
+        return pyarrow.bool_()
+    if kinds and kinds <= {"int", "long"}:
+        return pyarrow.int64()
+    return pyarrow.float64() if kinds and kinds <= {"int", "float"} else pyarrow.string()
+
+
+def _write_parquet(
+    partial: Path, target: Path, schema: RecordSchema, kinds: dict[str, set[str]]
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {"index": arrow_type("index")}
+    types |= {name: _narrowest(found - {"NoneType"}) for name, found in kinds.items()}
+    types |= {name: arrow_type(name) for name in schema.results}
+    table = pyarrow.schema(list(types.items()))
+    texts = [name for name, kind in types.items() if kind == pyarrow.string()]
+    with partial.open("rb") as stream, parquet.ParquetWriter(target, table) as writer:
+        for group in blocks(stream, len, _GROUP_BYTES, _GROUP_ROWS):
+            rows = [schema.flat(msgspec.json.decode(line)) for line in group]
+            for row in rows:
+                for name in texts:
+                    value = row.get(name)
+                    if value is not None and not isinstance(value, str):
+                        row[name] = to_json(value)
+            writer.write_table(pyarrow.Table.from_pylist(rows, table))

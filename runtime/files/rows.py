@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,22 +170,3 @@ def _is_deep(fields: dict[str, Any]) -> bool:
             return False
         level = [x for part in inner for x in (part.values() if isinstance(part, dict) else part)]
     return True
-
-
-def all_rows(read: Callable[[], Row | None]) -> Iterator[Row | RowError]:
-    """All rows that a function reads, and an error in place of each row that it cannot read.
-
-    Args:
-        read: reads the next row, or returns None for a line that is not a row; raises `RowError`
-            if it cannot, and `StopIteration` at the end.
-    """
-    while True:
-        try:
-            row = read()
-        except StopIteration:
-            return
-        except RowError as error:
-            yield error
-        else:
-            if row is not None:
-                yield row

@@ -9,8 +9,7 @@ from ..engine import Engine
 from ..errors import InputError, RowError
 from ..files import ReadOptions, Row
 from ..files.parquet import row_at
-from ..files.records import RecordSchema
-from ..files.writers import arrow_type
+from ..files.records import RecordSchema, arrow_type
 from ..optional_packages import require
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Classify:
         engines: the engines folder, at a path that every machine can read.
         text_column: the column of the text.
         text_pair_column: the column of the second text; default: `text_pair`, if there is one.
-        all_scores: whether there is a column `all_scores.NAME` for the probability of each label.
+        probabilities: whether there is a column `probabilities.NAME` for each label.
         skip_errors: whether a row without a text gets a message in the column `error`, and nulls as
             its answer. Otherwise it ends the job.
         **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
@@ -43,7 +42,7 @@ class Classify:
         *,
         text_column: str = "text",
         text_pair_column: str | None = None,
-        all_scores: bool = False,
+        probabilities: bool = False,
         skip_errors: bool = False,
         **load: Any,
     ) -> None:
@@ -52,10 +51,10 @@ class Classify:
         self._schema = RecordSchema(
             self._engine.labels,
             self._engine.multi_label,
-            all_scores=all_scores,
+            probabilities=probabilities,
             errors=skip_errors,
         )
-        self._names = self._schema.columns(())[1:]  # without the index
+        self._names = self._schema.results
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         """Add the answers to a batch.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from queue import SimpleQueue
 from threading import Semaphore
 from unittest.mock import Mock
@@ -15,7 +14,6 @@ from fpabee.runtime.cli import progress as progress_module
 from fpabee.runtime.cli.console import PlainConsole, echo
 from fpabee.runtime.cli.progress import row_progress, step_progress
 from fpabee.runtime.errors import InputError, printable
-from fpabee.runtime.files.summary import Summary
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
 PLAIN = "\\x1b[31mred\\x07\\r\\n\\x9b2J\\u202eeslaf\\x7f [bold]x[/bold] :fire:"
@@ -61,14 +59,6 @@ def test_steps_are_escaped_in_lines_and_in_the_bar_of_a_terminal(
     shown = capsys.readouterr().err
     assert f"{PLAIN} 1/2" in shown
     assert not any(c in shown for c in "\x07\x9b\u202e\x7f")
-
-
-def tally(rows: int) -> Summary:
-    """The tally of a run that began ten seconds ago."""
-    summary: Summary = object.__new__(Summary)
-    summary.rows, summary.completed = rows, 0
-    summary._started = time.perf_counter() - 10
-    return summary
 
 
 class Clock:
@@ -121,13 +111,18 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
 def test_without_a_terminal_the_state_of_a_run_is_printed_every_half_minute(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with row_progress(False) as advance:
-        advance(tally(10))
-        clock.now += 0.2
-        advance(tally(20))
-        advance(tally(30))  # too soon after the one before
+    job = Mock(rows=20, rows_per_second=2.3)
+    with row_progress(job, quiet=False) as advance:
         clock.pass_half_a_minute()
-    assert capsys.readouterr() == ("", "20 rows, 2 rows/s (0:00:30)\n")
+        clock.now += 0.2
+        advance()
+        job.rows = 30
+        advance()  # too soon after the one before
+        clock.pass_half_a_minute()
+    assert capsys.readouterr() == (
+        "",
+        "0 rows (0:00:30)\n20 rows, 2 rows/s (0:01:00)\n",
+    )
 
 
 @pytest.mark.parametrize(("is_terminal", "quiet"), [(False, True), (True, False), (True, True)])

@@ -40,7 +40,7 @@ def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
     with Engine.load(bert) as engine:
         predictions = engine.predict(TEXTS)
     for index, (record, prediction) in enumerate(zip(result.records, predictions, strict=True)):
-        scores = record.pop("all_scores")
+        scores = record.pop("probabilities")
         assert scores[record["label"]] == record.pop("score") == max(scores.values())
         assert list(scores) == ["music", "weather", "alarm", "travel"]
         assert list(scores.values()) == pytest.approx(prediction.probabilities, abs=1e-5)

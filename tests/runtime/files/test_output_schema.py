@@ -25,7 +25,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 FIELDS = set(SCHEMA["properties"])
 FLAGS = {
     "--with-text": {"text", "text_pair"},
-    "--scores": {"all_scores"},
+    "--scores": {"probabilities"},
 }
 ANSWER = {"bert": {"label", "score"}, "mpnet": {"labels", "scores"}}
 ALWAYS = {"index", "exit", "layer", "truncated", "error"}
@@ -115,7 +115,7 @@ def test_values(run: Run, engines: Mapping[str, Path], source: Path, family: str
         labels = engine.labels
     assert answer.logits == pytest.approx(traced.tolist(), abs=1e-5)
     assert two.logits == pytest.approx(answer.logits, abs=1e-5)
-    ranked = sorted(record["all_scores"].items(), key=lambda pair: -pair[1])
+    ranked = sorted(record["probabilities"].items(), key=lambda pair: -pair[1])
     assert [label for label, _ in answer.top(labels)] == [label for label, _ in ranked]
     assert answer.top(labels, 1) == [(ranked[0][0], max(answer.probabilities))]
 

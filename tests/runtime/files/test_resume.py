@@ -240,7 +240,7 @@ def test_the_summary_is_that_of_all_rows(
     assert "33 rows were done by an earlier run" in resumed.err
     classify.interrupt(33)
     content = json.loads(classify("--resume", "--json").err)
-    assert content["rows_per_second"] * content["seconds"] == pytest.approx(60 - 33)
+    assert content["rows_per_second"] * content["seconds"] == pytest.approx(60 - 33, rel=1e-3)
     ran = sum(part["layer"] * part["rows"] for part in content["exits"])
     assert content["exits"][0]["layer"] == 0
     assert 0 < content["exits"][0]["rows"] < 58

@@ -17,12 +17,11 @@ from pyarrow import parquet
 from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Row, TextFormat, read_rows
 from fpabee.runtime.files.formats import output_format
-from fpabee.runtime.files.records import Record, RecordSchema, to_json
-from fpabee.runtime.files.writers import convert
+from fpabee.runtime.files.records import Record, RecordSchema, convert, to_json
 from fpabee.runtime.results import Prediction
 
 SINGLE = RecordSchema(("no", "yes"), multi_label=False)
-MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, all_scores=True, errors=True)
+MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, probabilities=True, errors=True)
 
 
 def record(index: int = 0, **fields: Any) -> Record:
@@ -48,7 +47,7 @@ def test_records() -> None:
     prediction = Prediction((), (), 1, 1, (0.25, 0.5), (-1.1, 0.0), True)
     assert MULTI.record(1, Row("x", "y"), prediction) == {
         **{"index": 1, "text": "x", "text_pair": "y", "labels": [], "scores": []},
-        **{"exit": 1, "layer": 1, "truncated": True, "all_scores": {"a": 0.25, "b": 0.5}},
+        **{"exit": 1, "layer": 1, "truncated": True, "probabilities": {"a": 0.25, "b": 0.5}},
     }
     assert MULTI.error(2, RowError("bad", "mend it")) == {"index": 2, "error": "bad -> mend it"}
 
@@ -90,7 +89,7 @@ def test_multi_label_tables_read_back(tmp_path: Path) -> None:
         *rows, bad = csv.DictReader(stream)
     assert [row["labels"] for row in rows] == ["", "a", "a|b"]
     assert [row["scores"] for row in rows] == ["", "0.75", "0.75|1.0"]
-    assert (rows[0]["all_scores.a"], rows[0]["all_scores.b"]) == ("0.25", "0.5")
+    assert (rows[0]["probabilities.a"], rows[0]["probabilities.b"]) == ("0.25", "0.5")
     filled = {name: value for name, value in bad.items() if value}
     assert filled == {"index": "3", "error": "bad -> mend it"}
     assert [row.labels for row in read_rows(path)] == [(), ("a",), ("a", "b"), ()]
@@ -119,13 +118,13 @@ def test_parquet(tmp_path: Path) -> None:
     prediction = Prediction(("a",), (0.75,), 1, 1, (0.75, 0.5), (1.1, 0.0), True)
     records = [MULTI.record(0, Row("x", "y"), prediction), MULTI.error(1, RowError("bad"))]
     first, second = parquet.read_table(converted(tmp_path, "x.pq", records, MULTI)).to_pylist()
-    assert (first["labels"], first["scores"], first["all_scores.b"]) == (["a"], [0.75], 0.5)
+    assert (first["labels"], first["scores"], first["probabilities.b"]) == (["a"], [0.75], 0.5)
     assert (first["text"], first["text_pair"], first["truncated"]) == ("x", "y", True)
     assert {n: v for n, v in second.items() if v is not None} == {"index": 1, "error": "bad"}
 
 
 def test_parquet_is_written_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpabee.runtime.files.writers._GROUP_ROWS", 10)
+    monkeypatch.setattr("fpabee.runtime.files.records._GROUP_ROWS", 10)
     path = converted(tmp_path, "x.parquet", [record(n) for n in range(25)])
     with parquet.ParquetFile(path) as file:
         assert file.metadata.num_row_groups == 3

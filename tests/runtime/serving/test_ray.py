@@ -57,7 +57,7 @@ def check_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("bert", {}), ("bert", {"all_scores": True}), ("mpnet", {})],
+    [("bert", {}), ("bert", {"probabilities": True}), ("mpnet", {})],
 )
 def test_rows_are_those_of_the_command(
     family: str, options: Any, engines: Mapping[str, Path], run: Run, tmp_path: Path
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_command(
     assert found.schema.types == expected.schema.types
     for name in names:
         for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
-            is_number = name.startswith(("score", "all_scores"))
+            is_number = name.startswith(("score", "probabilities"))
             assert one == (pytest.approx(other, abs=1e-5) if is_number else other)
 
 
