@@ -9,14 +9,19 @@ last exit that was the head of a plain classifier.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..runtime.artifact.manifest import ProblemType
+from ..runtime.artifact.manifest import ATTENTION_BIAS, ProblemType
+from ..runtime.encoding import EncodedRow, padded_inputs
 from ..runtime.errors import ModelError
+from ..runtime.progress import Progress, silent
 from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
 from .pooling import Pooling as Pooling
 
@@ -290,3 +295,60 @@ class MultiExitModel(nn.Module):
 def _linear(module: nn.Module | None) -> nn.Linear:
     assert isinstance(module, nn.Linear)
     return module
+
+
+def model_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> dict[str, Tensor]:
+    """The inputs of a model for tokenized rows, by name, padded to the longest of them.
+
+    Args:
+        rows: at least one row.
+        padding: the value on padding of each input that the model takes, besides its mask.
+    """
+    wanted = {name: value for name, value in padding.items() if name != ATTENTION_BIAS}
+    arrays = padded_inputs(rows, wanted)
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]
+    return inputs | {"attention_mask": mask.long()}
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    rows: Sequence[EncodedRow],
+    padding: Mapping[str, float],
+    read: Callable[[Any], Tensor],
+    batch: int = 64,
+    progress: Progress = silent,
+    what: str = "predict",
+) -> NDArray[np.float32]:
+    """What a model gives for rows, without dropout, in padded batches.
+
+    Args:
+        model: takes the inputs of a batch by name.
+        rows: tokenized rows.
+        padding: see `model_inputs`.
+        read: the wanted part of an output, with one entry for each row.
+        batch: the largest number of rows in a batch.
+        progress: called with (what, rows done, rows).
+        what: the name of this step.
+
+    Returns:
+        `[rows, ...]`.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    # Rows of similar length share a batch, which saves padding.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    parts = []
+    for start in range(0, len(order), batch):
+        progress(what, start, len(order))
+        chosen = model_inputs([rows[number] for number in order[start : start + batch]], padding)
+        output = model(**{name: value.to(device) for name, value in chosen.items()})
+        parts.append(read(output).float().cpu().numpy())
+    return np.asarray(np.concatenate(parts)[np.argsort(order)], np.float32)
+
+
+def by_row(logits: Tensor) -> Tensor:
+    """Logits `[rows, exits, labels]` from those of a `MultiExitModel`."""
+    return logits.transpose(0, 1)

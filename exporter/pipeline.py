@@ -41,10 +41,10 @@ from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .exact import FP32_TARGET
 from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
-from .model import MultiExitModel
+from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
 from .tokenizer import save_tokenizer
-from .verify import BUILT_IN_TEXTS, check_chain, reference_logits
+from .verify import BUILT_IN_TEXTS, check_chain
 from .weights import WEIGHTS
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
@@ -188,8 +188,9 @@ def _write(
         graphs[name] = segments.export_graph(model, module, folder / file, file)
     progress("verify", len(cut.modules), len(cut.modules))
     rows = TextEncoder(folder, tokenizer).encode(texts)
-    logits = reference_logits(model, rows, padding_values(tokenizer))
-    logits = logits[[number - 1 for number in exits]]
+    # In small batches, because attention that is not fused needs much memory.
+    every = predict(model, rows, padding_values(tokenizer), by_row, batch=8)
+    logits = every.swapaxes(0, 1)[[number - 1 for number in exits]]
     if exit_0:
         logits = np.concatenate([exit_0(rows)[None], logits])
     write_reference(folder, texts, logits)

@@ -55,15 +55,20 @@ def save_tokenizer(
     with _model_errors(source):
         tokenizer.backend_tokenizer.save(str(path), pretty=False)
         check_tokenizer(path)
-    pad = tokenizer.pad_token_id
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
         max_length=max_length,
-        pad_id=int(pad if pad is not None else model.backbone.config.pad_token_id or 0),
+        pad_id=pad_id(tokenizer, model),
         pad_type_id=int(tokenizer.pad_token_type_id),
         inputs=tuple(tokenizer.model_input_names),
     )
+
+
+def pad_id(tokenizer: Any, model: MultiExitModel) -> int:
+    """The token id on padding: that of the tokenizer, else that of the model, else 0."""
+    own = tokenizer.pad_token_id
+    return int(own if own is not None else model.backbone.config.pad_token_id or 0)
 
 
 def _model_errors(source: Path) -> AbstractContextManager[None]:

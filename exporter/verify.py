@@ -7,15 +7,13 @@ all exits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
-from ..runtime.encoding import EncodedRow, Text, padded_batches
+from ..runtime.encoding import Text
 from ..runtime.engine import Engine
-from .model import MultiExitModel
 
 BUILT_IN_TEXTS: tuple[Text, ...] = (
     "",
@@ -32,28 +30,8 @@ BUILT_IN_TEXTS: tuple[Text, ...] = (
     "the quick brown fox jumps over the lazy dog " * 40,
 )
 
-_BATCH = 8
 _ALONE = 8
 _REPORT = "nothing was written; please report this with your model's config.json"
-
-
-def reference_logits(
-    model: MultiExitModel, rows: Sequence[EncodedRow], padding: Mapping[str, float]
-) -> Logits:
-    """Logits `[exits, rows, labels]` float32 of the PyTorch model, in padded batches.
-
-    Args:
-        model: the model.
-        rows: tokenized rows.
-        padding: see `padding_values`.
-    """
-    batches = []
-    for batch in padded_batches(rows, padding, _BATCH):
-        ids, types, bias = (torch.from_numpy(array) for array in batch.values())
-        mask = (bias[:, 0, 0] == 0).long()
-        with torch.no_grad():
-            batches.append(model(ids, mask, types if model.backbone.token_types else None).numpy())
-    return np.concatenate(batches, axis=1).astype(np.float32)
 
 
 def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agreement:

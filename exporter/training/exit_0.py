@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
@@ -20,8 +19,9 @@ from ...runtime.errors import ModelError
 from ...runtime.exit_0 import ExitZero, ngrams
 from ...runtime.progress import Progress
 from ..exit_0 import unigrams_of
-from ..model import MultiExitModel
-from .predictions import Collate, Encoded, predict, probabilities
+from ..model import MultiExitModel, predict
+from .rows import Examples
+from .trainer import as_probabilities, label_loss, probabilities
 
 _WIDTH = 64
 _BUCKETS = 65536
@@ -104,9 +104,9 @@ class BagOfNgrams(nn.Module):
 
 def train_exit_0(
     model: MultiExitModel,
-    rows: Mapping[str, Sequence[EncodedRow]],
-    data: Mapping[str, Sequence[Encoded]],
-    collate: Collate,
+    train: Examples,
+    dev: Examples,
+    padding: Mapping[str, float],
     seed: int,
     progress: Progress,
     is_taught: bool = False,
@@ -115,12 +115,12 @@ def train_exit_0(
 
     Args:
         model: the trained model.
-        rows: tokenized rows by name: `train` and `dev`.
-        data: the same rows as inputs of the model, with their `labels`.
-        collate: makes a padded batch of inputs.
+        train: the rows to train on.
+        dev: the rows that say when to stop.
+        padding: see `model_inputs`.
         seed: of all random choices.
         progress: called with (what, done, total).
-        is_taught: whether the labels are already the output of the last exit.
+        is_taught: whether the targets are already the output of the last exit.
 
     Raises:
         ModelError: the training diverged.
@@ -128,27 +128,25 @@ def train_exit_0(
     torch.manual_seed(seed)
     config = model.exit_config
     count = len(config.labels)
-    targets = {name: _targets(part, count) for name, part in data.items()}
-    wanted = targets["train"]
+    wanted, dev_wanted = (
+        as_probabilities(torch.from_numpy(part.targets), count).float() for part in (train, dev)
+    )
     if not is_taught:
         step = "answers of the last exit, to train exit 0"
-        last = predict(model, data["train"], collate, lambda output: output[-1], progress, step)
-        wanted = (wanted + probabilities(last, config.problem_type)) / 2
-    vocabulary = Vocabulary(rows["train"], unigrams_of(int(model.backbone.config.vocab_size)))
+        last = predict(
+            model, train.rows, padding, lambda logits: logits[-1], progress=progress, what=step
+        )
+        wanted = (wanted + probabilities(torch.from_numpy(last), config.problem_type)) / 2
+    vocabulary = Vocabulary(train.rows, unigrams_of(int(model.backbone.config.vocab_size)))
     bag = BagOfNgrams(vocabulary, count)
-    train, dev = (vocabulary.bags(rows[name]) for name in ("train", "dev"))
+    bags = [vocabulary.bags(part.rows) for part in (train, dev)]
     try:
-        return fit(bag, (train, wanted), (dev, targets["dev"]), config.problem_type, progress)
+        parts = (bags[0], wanted), (bags[1], dev_wanted)
+        return fit(bag, *parts, config.problem_type, progress)
     except ValueError as error:
         raise ModelError(
             f"the training of exit 0 diverged: {error}", "use `exit_0` to train without it"
         ) from error
-
-
-def _targets(rows: Sequence[Encoded], labels: int) -> Tensor:
-    """Probabilities `[rows, labels]` of rows whose labels may be numbers."""
-    given = torch.tensor([row["labels"] for row in rows])
-    return (functional.one_hot(given, labels) if given.ndim == 1 else given).float()
 
 
 def fit(
@@ -176,12 +174,12 @@ def fit(
     for epoch in range(epochs):
         for bags, targets in _batches(*train, torch.randperm(len(train[0]))):
             bag.zero_grad()
-            torch.autograd.backward(_loss(bag(bags), targets, problem_type))
+            torch.autograd.backward(label_loss(bag(bags), targets, problem_type))
             for optimizer in optimizers:
                 optimizer.step()
         with torch.no_grad():
             parts = _batches(*dev, torch.arange(len(dev[0])))
-            total = sum(float(_loss(bag(b), t, problem_type)) * len(t) for b, t in parts)
+            total = sum(float(label_loss(bag(b), t, problem_type)) * len(t) for b, t in parts)
         losses.append(total / len(dev[0]))
         progress(f"exit 0, dev loss {losses[-1]:.3f}", epoch + 1, epochs)
         if losses[-1] <= min(losses):
@@ -197,9 +195,3 @@ def _batches(
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     for numbers in torch.split(order, _BATCH):
         yield [bags[number] for number in numbers.tolist()], targets[numbers]
-
-
-def _loss(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> Tensor:
-    if problem_type is ProblemType.SINGLE_LABEL:
-        return functional.cross_entropy(logits, targets)
-    return functional.binary_cross_entropy_with_logits(logits, targets)

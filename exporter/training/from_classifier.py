@@ -6,20 +6,23 @@ and are trained on the predictions of the classifier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
-from ..model import LastHead, MultiExitConfig, MultiExitModel
+from ..model import LastHead, MultiExitConfig, MultiExitModel, predict
 from ..pooling import Pooling
-from .predictions import Collate, Encoded, predict, probabilities
+from .trainer import probabilities
 
 _TOLERANCE = 1e-4
 
@@ -99,16 +102,21 @@ class Classifier:
             part.requires_grad_(False)
         return model
 
-    def soft_labels(self, rows: Sequence[Encoded], collate: Collate) -> list[list[float]]:
-        """The probabilities `[rows][labels]` that the classifier predicts.
+    def soft_labels(
+        self, rows: Sequence[EncodedRow], padding: Mapping[str, float]
+    ) -> NDArray[np.float32]:
+        """The probabilities `[rows, labels]` that the classifier predicts.
 
         Args:
             rows: tokenized rows.
-            collate: makes a padded batch of rows.
+            padding: see `model_inputs`.
         """
-        logits = predict(self.model, rows, collate, lambda output: output.logits)
-        soft: list[list[float]] = probabilities(logits, self.problem_type).tolist()
-        return soft
+
+        def read(output: Any) -> Tensor:
+            return probabilities(output.logits, self.problem_type)
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return predict(self.model.to(device), rows, padding, read)
 
     @torch.no_grad()
     def _check_head(self, model: MultiExitModel) -> None:

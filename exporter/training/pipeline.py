@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,29 +13,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, DataCollatorWithPadding, set_seed
+from transformers import AutoModel, set_seed
 
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import check_outside, sha256_of
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.files.labels import encode_labels
+from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
 from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
-from ..model import MultiExitConfig, MultiExitModel
-from ..tokenizer import load_tokenizer
+from ..model import MultiExitConfig, MultiExitModel, by_row, predict
+from ..tokenizer import load_tokenizer, pad_id
 from ..weights import TRAIN
 from .exit_0 import train_exit_0
 from .from_classifier import Classifier
 from .options import TrainOptions
-from .predictions import Collate, predict
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
-from .rows import encoded_rows, label_names, load_rows
-from .trainer import Features, MultiExitTrainer, exit_scores, is_head
+from .rows import Examples, encoded_rows, label_names, load_rows
+from .trainer import MultiExitTrainer, exit_scores, is_head
 
 _PACKAGES = ("fpabee", "torch", "transformers")
 _ROWS = 1024  # whose n-grams are in memory at once
@@ -100,24 +98,28 @@ def train(
     else:
         labels = teacher.labels if teacher else label_names(rows["train"], options.train)
         model, tokenizer = build_model(options, labels, teacher)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
-    encoded = {name: encoded_rows(part, tokenizer, length) for name, part in rows.items()}
-    teachers = {"train": teacher}
-    data = {
-        name: features(part, encoded[name], tokenizer, config, teachers.get(name))
-        for name, part in rows.items()
-    }
+    padding = {"input_ids": pad_id(tokenizer, model)}
+    if "token_type_ids" in tokenizer.model_input_names:
+        padding["token_type_ids"] = tokenizer.pad_token_type_id
+    data = {}
+    for name, part in rows.items():
+        encoded, targets = encoded_rows(part, tokenizer, length), None
+        if teacher and name == "train":
+            targets = teacher.soft_labels(encoded, padding)
+        data[name] = Examples(encoded, _labels(part, config) if targets is None else targets)
+    parts = data["train"], data["dev"]
     started = time.perf_counter()
     if not options.exit_0_only:
         options = replace(options, epochs=options.epochs_for(len(rows["train"])))
         output.mkdir(parents=True, exist_ok=True)
-        MultiExitTrainer(model, options, output, data, tokenizer, progress).train()
-    collate = DataCollatorWithPadding(tokenizer)
+        MultiExitTrainer(model, options, output, *parts, padding, progress).train()
     exit_0 = None
     if options.exit_0:
         # The last exit of a frozen classifier gives what the other exits are trained on.
         is_taught = bool(teacher) and (options.freeze_encoder or options.exit_0_only)
-        exit_0 = train_exit_0(model, encoded, data, collate, options.seed, progress, is_taught)
+        exit_0 = train_exit_0(model, *parts, padding, options.seed, progress, is_taught)
     seconds = time.perf_counter() - started
     report = TrainReport(
         options=options,
@@ -128,7 +130,7 @@ def train(
         exits=(0, *config.exits) if exit_0 else config.exits,
         exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
         scores={
-            name: _scores(model, exit_0, encoded[name], part, collate)
+            name: _scores(model, exit_0, part, padding)
             for name, part in data.items()
             if name != "train"
         },
@@ -211,58 +213,26 @@ def build_model(
     return model, load_tokenizer(folder, model)
 
 
-def features(
-    rows: Sequence[Row],
-    encoded: Sequence[EncodedRow],
-    tokenizer: Any,
-    config: MultiExitConfig,
-    teacher: Classifier | None = None,
-) -> Features:
-    """Inputs of the model with labels.
-
-    Args:
-        rows: the rows.
-        encoded: the rows, tokenized.
-        tokenizer: of the model.
-        config: names the labels and the task.
-        teacher: its predictions are the labels, instead of those of the rows.
+def _labels(rows: Sequence[Row], config: MultiExitConfig) -> Labels:
+    """The labels of rows, as targets.
 
     Raises:
         InputError: a label that the model does not have, or not exactly one in single-label rows.
     """
-    inputs = [
-        {
-            "input_ids": row.input_ids.tolist(),
-            "attention_mask": [1] * len(row),
-            "token_type_ids": row.token_type_ids.tolist(),
-        }
-        for row in encoded
-    ]
-    names = tokenizer.model_input_names
-    inputs = [{name: row[name] for name in row if name in names} for row in inputs]
-    if teacher:
-        targets = teacher.soft_labels(inputs, DataCollatorWithPadding(tokenizer))
-    else:
-        given = [row.labels or () for row in rows]
-        places = [row.where for row in rows]
-        targets = encode_labels(given, config.labels, config.problem_type, places).tolist()
-    return [row | {"labels": target} for row, target in zip(inputs, targets, strict=True)]
+    given, places = [row.labels or () for row in rows], [row.where for row in rows]
+    return encode_labels(given, config.labels, config.problem_type, places)
 
 
 def _scores(
-    model: MultiExitModel,
-    exit_0: ExitZero | None,
-    rows: Sequence[EncodedRow],
-    data: Features,
-    collate: Collate,
+    model: MultiExitModel, exit_0: ExitZero | None, data: Examples, padding: Mapping[str, float]
 ) -> list[dict[str, float]]:
-    """The scores of every exit on tokenized rows, exit 0 first if there is one."""
-    logits = predict(model, data, collate, lambda output: output.transpose(0, 1))
+    """The scores of every exit, exit 0 first if there is one."""
+    rows = data.rows
+    logits = predict(model, rows, padding, by_row)
     if exit_0:
         parts = [exit_0(rows[n : n + _ROWS]) for n in range(0, len(rows), _ROWS)]
         logits = np.concatenate([np.concatenate(parts)[:, None], logits], axis=1)
-    labels = np.array([row["labels"] for row in data])
-    return exit_scores(logits, labels, model.exit_config.problem_type)
+    return exit_scores(logits, data.targets, model.exit_config.problem_type)
 
 
 def _source(source: str, rows: Sequence[Row]) -> DataSource:

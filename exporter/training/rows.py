@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.encoding import EncodedRow, RowTokenizer
@@ -18,6 +19,20 @@ from ...runtime.files import ReadOptions, Row, read_rows
 # Where datasets usually have the text and the second text.
 _TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
 _PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized rows, and what a model should give for them.
+
+    Attributes:
+        rows: the rows.
+        targets: numbers of labels `[rows]` int64; for multi-label `[rows, labels]` of 0 and 1;
+            for either also probabilities `[rows, labels]` float32.
+    """
+
+    rows: Sequence[EncodedRow]
+    targets: NDArray[Any]
 
 
 def dataset_name(source: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,21 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.encoding import EncodedRow
 from ...runtime.files.labels import evaluate
 from ...runtime.progress import Progress
-from ..model import MultiExitModel
+from ..model import MultiExitModel, by_row, model_inputs, predict
 from .options import TrainOptions
-
-Features = list[dict[str, Any]]
+from .rows import Examples
 
 _WEIGHT_DECAY = 0.01
 # Shares of all steps: the length of the warm-up, and the distance between means of the loss.
@@ -37,10 +32,11 @@ class MultiExitTrainer(Trainer):
 
     Args:
         model: the model to train.
-        options: of the training.
+        options: of the training, with the number of `epochs`.
         folder: the output folder, in which the trainer writes nothing.
-        data: rows with labels, by name: `train`, `dev` and perhaps others.
-        tokenizer: knows how to pad.
+        train: the rows to train on.
+        dev: the rows that are scored after every epoch.
+        padding: see `model_inputs`.
         progress: called with (loss and scores, steps done, steps in total).
     """
 
@@ -49,19 +45,16 @@ class MultiExitTrainer(Trainer):
         model: MultiExitModel,
         options: TrainOptions,
         folder: Path,
-        data: dict[str, Features],
-        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        dev: Examples,
+        padding: Mapping[str, float],
         progress: Progress,
     ) -> None:
-        rows = len(data["train"])
-        epochs = options.epochs_for(rows)
-        steps = -(-rows // options.batch_size) * epochs
         arguments = TrainingArguments(
             output_dir=str(folder),
-            num_train_epochs=epochs,
+            num_train_epochs=cast(float, options.epochs),
             per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=64,
-            warmup_steps=int(_WARMUP * steps),
+            warmup_steps=_WARMUP,
             lr_scheduler_type="linear",
             eval_strategy="epoch",
             save_strategy="no",
@@ -72,21 +65,27 @@ class MultiExitTrainer(Trainer):
             bf16=options.bf16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
-            label_names=["labels"],
             remove_unused_columns=False,
         )
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=cast(Any, data["train"]),
-            eval_dataset=cast(Any, data["dev"]),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=cast(Any, list(zip(train.rows, train.targets, strict=True))),
+            eval_dataset=cast(Any, dev.rows),  # see `evaluate`
+            data_collator=cast(Any, self._batch),
         )
         self.remove_callback(PrinterCallback)
         self.options = options
         self.problem_type = model.exit_config.problem_type
+        self.dev, self.padding = dev, padding
         self.progress = progress
         self.loss = self.dev_scores = ""
+
+    def _batch(self, chosen: Sequence[tuple[EncodedRow, Any]]) -> dict[str, Tensor]:
+        """The padded inputs and the targets of some rows."""
+        rows, targets = zip(*chosen, strict=True)
+        labels = torch.from_numpy(np.stack(targets))
+        return model_inputs(rows, self.padding) | {"labels": labels}
 
     def compute_loss(
         self,
@@ -95,12 +94,10 @@ class MultiExitTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss over all exits; the outputs are logits `[rows, exits, labels]`."""
+        """The loss over all exits."""
         labels = inputs.pop("labels")
-        logits = model(**inputs)
-        loss = exit_loss(logits, labels, self.problem_type, self.options.distill)
         self._report()
-        return (loss, {"logits": logits.transpose(0, 1)}) if return_outputs else loss
+        return exit_loss(model(**inputs), labels, self.problem_type, self.options.distill)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW, with a learning rate of their own for the weights of exits, see `is_head`."""
@@ -131,8 +128,8 @@ class MultiExitTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Report the main metric of every exit on dev; the trainer calls this after every epoch."""
-        found = cast(Any, self.predict(cast(Any, self.eval_dataset)))
-        scores = exit_scores(found.predictions, found.label_ids, self.problem_type)
+        logits = predict(cast(Any, self.model), self.dev.rows, self.padding, by_row)
+        scores = exit_scores(logits, self.dev.targets, self.problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
         self.loss, self.dev_scores = "", f", dev {metric} by exit: {values}"
@@ -162,30 +159,46 @@ def exit_loss(
 
     Args:
         logits: `[exits, rows, labels]`.
-        labels: `[rows]` int64, or `[rows, labels]` of 0 and 1 for multi-label; for either also
-            probabilities `[rows, labels]`.
-        problem_type: single-label takes the cross-entropy, multi-label the binary
-            cross-entropy of every label.
+        labels: the targets, see `Examples`.
+        problem_type: the task, which has its own loss, see `label_loss`.
         distill: share of the targets of the earlier exits that is the prediction of the last
             exit instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178).
 
     Returns:
         A scalar.
     """
-    if problem_type is ProblemType.SINGLE_LABEL:
-        loss: Any = functional.cross_entropy
-        is_soft = labels.dtype.is_floating_point
-        hard = labels if is_soft else functional.one_hot(labels, logits.shape[-1])
-        soft = logits[-1].detach().softmax(dim=-1)
-    else:
-        loss = functional.binary_cross_entropy_with_logits
-        hard, soft = labels, logits[-1].detach().sigmoid()
-    hard = hard.to(logits.dtype)
-    # Both losses are linear in their target.
+    hard = as_probabilities(labels, logits.shape[-1]).to(logits.dtype)
+    soft = probabilities(logits[-1].detach(), problem_type)
+    # The loss is linear in its target.
     mixed = (1 - distill) * hard + distill * soft
-    losses = torch.stack([*(loss(row, mixed) for row in logits[:-1]), loss(logits[-1], hard)])
-    weight = torch.arange(1, len(losses) + 1).to(losses)
-    return (losses * weight).sum() / weight.sum()
+    targets = [mixed] * (len(logits) - 1) + [hard]
+    losses = [label_loss(*pair, problem_type) for pair in zip(logits, targets, strict=True)]
+    weight = torch.arange(1, len(losses) + 1).to(logits)
+    return (torch.stack(losses) * weight).sum() / weight.sum()
+
+
+def label_loss(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> Tensor:
+    """The cross-entropy, or for multi-label the binary cross-entropy of every label.
+
+    Args:
+        logits: `[rows, labels]`.
+        targets: probabilities `[rows, labels]`.
+        problem_type: the task.
+    """
+    if problem_type is ProblemType.SINGLE_LABEL:
+        return functional.cross_entropy(logits, targets)
+    return functional.binary_cross_entropy_with_logits(logits, targets)
+
+
+def as_probabilities(targets: Tensor, labels: int) -> Tensor:
+    """Targets `[rows, labels]` from any that `Examples` may have."""
+    return functional.one_hot(targets, labels) if targets.ndim == 1 else targets
+
+
+def probabilities(logits: Tensor, problem_type: ProblemType) -> Tensor:
+    """The probabilities `[..., labels]` of logits `[..., labels]`."""
+    is_single = problem_type is ProblemType.SINGLE_LABEL
+    return logits.softmax(dim=-1) if is_single else logits.sigmoid()
 
 
 def exit_scores(

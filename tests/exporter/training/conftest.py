@@ -6,8 +6,10 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.training import TrainOptions
+from fpabee.exporter.training import TrainOptions, pipeline
+from fpabee.exporter.training.rows import Examples
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 
@@ -69,6 +72,28 @@ def options(backbone: Path, write_rows: WriteRows) -> Options:
         "max_length": 16,
     }
     return lambda **changes: TrainOptions(**(settings | changes))
+
+
+@dataclass
+class Call:
+    """What the training of exits was called with."""
+
+    options: TrainOptions
+    train: Examples
+    dev: Examples
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Lets exits stay untrained, and notes what their training is called with."""
+    noted: list[Call] = []
+
+    def note(_: Any, options: TrainOptions, __: Path, train: Any, dev: Any, *___: Any) -> Mock:
+        noted.append(Call(options, train, dev))
+        return Mock()
+
+    monkeypatch.setattr(pipeline, "MultiExitTrainer", note)
+    return noted
 
 
 LABELS = ("no", "perhaps", "yes")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from fpabee.exporter.model import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, train
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.from_classifier import Classifier
-from fpabee.exporter.training.rows import encoded_rows
+from fpabee.exporter.training.rows import Examples, encoded_rows
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
@@ -47,9 +47,9 @@ class Stub(nn.Module):
         labels = tuple(map(str, range(len(logits))))
         self.exit_config = MultiExitConfig((1,), labels, problem_type)
         self.backbone = SimpleNamespace(config=SimpleNamespace(vocab_size=200))
-        self.logits = torch.tensor(logits)
+        self.logits = nn.Parameter(torch.tensor(logits))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.logits.expand(1, len(input_ids), -1)
 
 
@@ -57,14 +57,8 @@ def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZero, An
     """Exit 0 trained on some rows, which are also its dev rows, and its logits for them."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "pabee_bert")
     encoded = encoded_rows(rows, tokenizer, 16)
-    inputs = [{"input_ids": [0], "labels": label} for label in labels]
-    parts = ({"train": encoded, "dev": encoded}, {"train": inputs, "dev": inputs})
-
-    def collate(batch: Any) -> Any:
-        return {"input_ids": torch.tensor([row["input_ids"] for row in batch])}
-
-    model: Any = teacher
-    found = train_exit_0(model, *parts, collate, 3, silent)
+    part, model = Examples(encoded, np.array(labels)), cast(Any, teacher)
+    found = train_exit_0(model, part, part, {"input_ids": 0}, 3, silent)
     return found, found(encoded)
 
 
@@ -128,31 +122,19 @@ def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_vocabulary_of_250_000_tokens_is_hashed_and_the_card_states_the_size(
-    options: Options, backbone: Path, tmp_path: Path
+    options: Options, backbone: Path, calls: object, tmp_path: Path
 ) -> None:
     large = Path(shutil.copytree(backbone, tmp_path / "large"))
     config = BertConfig.from_pretrained(backbone)
     config.vocab_size = 250_002
     BertModel(config).save_pretrained(large)
-    report = train(tmp_path / "model", options(backbone=str(large), epochs=0.3))
+    report = train(tmp_path / "model", options(backbone=str(large)))
     config = load_config(tmp_path / "model")
     found = load_exit_0(tmp_path / "model", config, 3)
     assert found is not None
     assert config.fpabee["exit_0"] == {"unigrams": 65536, "buckets": 65536}
     assert report.exit_0_bytes == 131072 * 3 * 2 + 9 * 4 + 3 * 4
     assert "(0.8 MB)" in (tmp_path / "model" / "README.md").read_text()
-
-
-def test_exit_0_can_be_left_out(options: Options, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    train(folder, options(epochs=0.3))
-    assert (folder / EXIT_0_FILE).is_file()
-    report = train(folder, options(epochs=0.3, exit_0=False, force=True))
-    assert (report.exits, report.exit_0_bytes, list(report.numbers)) == ((1, 2), 0, [1, 2])
-    assert len(report.scores["dev"]) == 2
-    assert not (folder / EXIT_0_FILE).exists()
-    assert "exit_0" not in load_config(folder).fpabee
-    assert "Exit 0" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "task"), [("pabee_bert", None), ("fpabee_albert", MULTI)])

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
 from fpabee.exporter.model import MultiExitModel, Pooling
 from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.exporter.training.rows import encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
+from fpabee.runtime.files import Row
 
 from ...bad_input.cases import change_config
 from .conftest import KINDS, LABELS
@@ -109,11 +111,12 @@ def test_soft_labels_are_the_predictions_for_each_row(
     assert classifier.problem_type is problem_type
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     texts = ["good film", "a", "", *("the music is good " * n for n in range(70))]
-    rows = [dict(tokenizer(text, truncation=True)) for text in texts]
-    soft = classifier.soft_labels(rows, DataCollatorWithPadding(tokenizer))
-    for row, found in zip(rows, soft, strict=True):
+    rows = encoded_rows([Row(text) for text in texts], tokenizer, 64)
+    soft = classifier.soft_labels(rows, {"input_ids": 0, "token_type_ids": 0})
+    for text, found in zip(texts, soft, strict=True):
         with torch.no_grad():
-            logits = classifier.model(**{n: torch.tensor([v]) for n, v in row.items()}).logits[0]
+            row = tokenizer(text, truncation=True, return_tensors="pt")
+            logits = classifier.model(**row).logits[0]
         single = problem_type is ProblemType.SINGLE_LABEL
         expected = logits.softmax(-1) if single else logits.sigmoid()
         assert found == pytest.approx(expected.tolist(), abs=1e-5)

@@ -9,21 +9,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.checkpoint import load_checkpoint, load_config
+from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.model import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.pipeline import build_model, features, has_fast_bf16
-from fpabee.exporter.training.rows import encoded_rows
+from fpabee.exporter.training.from_classifier import Classifier
+from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
-from fpabee.runtime.files import Row, read_rows
+from fpabee.runtime.files import read_rows
+
+from .conftest import Call
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -116,24 +120,24 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_long_rows_are_truncated_for_training(options: Options) -> None:
-    model, tokenizer = build_model(options(), ("a", "b"))
-    rows = [Row("film " * 30, None, ("a",))]
-    (row,) = features(rows, encoded_rows(rows, tokenizer, 8), tokenizer, model.exit_config)
-    assert len(row["input_ids"]) == 8
+def test_rows_are_truncated_and_the_report_says_how_many_epochs_there_were(
+    options: Options, write_rows: WriteRows, calls: list[Call], tmp_path: Path
+) -> None:
+    long = write_rows("long.jsonl", [{"text": "film " * 30, "label": "a"}])
+    report = train(tmp_path / "model", options(train=long, dev=long, max_length=8, epochs=None))
+    (call,) = calls
+    assert [len(row) for part in (call.train, call.dev) for row in part.rows] == [8, 8]
+    assert report.options.epochs == call.options.epochs == 20
 
 
 @pytest.mark.parametrize(
     ("rows", "changes", "epochs"),
     [
         (1, {}, 20),  # at most 20
-        (1600, {}, 20),  # 50 steps each
         (1601, {}, 20),  # 51 steps each: 19.6
-        (3668, {}, 9),
         (3668, {"batch_size": 8}, 3),
         (10_656, {}, 4),  # 333 steps each
         (10_688, {}, 3),  # 334 steps each
-        (10**6, {}, 3),
         (100, {"epochs": 0.5}, 0.5),
     ],
 )
@@ -144,23 +148,22 @@ def test_little_data_is_trained_on_more_often(
     assert options.epochs_for(rows) == epochs
 
 
-def test_the_report_says_how_many_epochs_there_were(options: Options, tmp_path: Path) -> None:
-    totals = set()
-    settings = options(epochs=None, exit_0=False)
-    report = train(tmp_path / "model", settings, lambda _, __, total: totals.add(total))
-    assert report.options.epochs == 20
-    assert totals == {60}, "24 rows in batches of 8"
-
-
-def test_an_existing_model_is_replaced_only_on_request(options: Options, tmp_path: Path) -> None:
+def test_a_model_is_replaced_only_on_request_with_its_exit_0(
+    options: Options, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
-    train(folder, options())
-    before = (folder / "model.safetensors").read_bytes()
+    train(folder, options(epochs=0.3))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match="already holds a model -> give `force`"):
         train(folder, options(seed=7))
-    assert (folder / "model.safetensors").read_bytes() == before
-    train(folder, options(seed=7, force=True))
-    assert (folder / "model.safetensors").read_bytes() != before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    report = train(folder, options(epochs=0.3, seed=7, exit_0=False, force=True))
+    assert (folder / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert (report.exits, report.exit_0_bytes, list(report.numbers)) == ((1, 2), 0, [1, 2])
+    assert len(report.scores["dev"]) == 2
+    assert before.keys() - {path.name for path in folder.iterdir()} == {EXIT_0_FILE}
+    assert "exit_0" not in load_config(folder).fpabee
+    assert "Exit 0" not in (folder / "README.md").read_text()
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -211,14 +214,14 @@ def test_bad_options_are_refused(options: Options, changes: dict[str, Any], mess
         options(**changes)
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT", "NO AVX", "AVX2"])
 def test_bfloat16_is_refused_on_a_cpu_that_is_slow_in_it(
-    capability: str, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out `bf16`"):
-        train(tmp_path / "model", options(bf16=True))
+    for slow in ("DEFAULT", "NO AVX", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda slow=slow: slow)
+        with pytest.raises(InputError, match=r"slower in bfloat16 .* -> leave out `bf16`"):
+            train(tmp_path / "model", options(bf16=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert has_fast_bf16()
 
@@ -256,31 +259,18 @@ def from_classifier(
     return options
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
-def test_exits_learn_the_predictions_of_a_classifier(
-    problem_type: ProblemType, from_classifier: Options, tmp_path: Path
+def test_exits_are_trained_on_the_predictions_of_a_classifier(
+    problem_type: ProblemType, from_classifier: Options, calls: list[Call], tmp_path: Path
 ) -> None:
-    settings = from_classifier(
-        problem_type, freeze_encoder=True, epochs=30.0, head_lr=0.05, pooling=Pooling.CLS
-    )
-    report = train(tmp_path / "model", settings)
+    report = train(tmp_path / "model", from_classifier(problem_type))
     assert report.labels == ("bad", "good")
-    load: Any = AutoModelForSequenceClassification.from_pretrained
-    classifier = load(tmp_path / "classifier").eval()
-    model = load_checkpoint(tmp_path / "model")
-    assert model.exit_config.problem_type is problem_type
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    rows = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        teacher, logits = classifier(**rows).logits, model(**rows)
-    torch.testing.assert_close(logits[-1], teacher, rtol=0, atol=1e-5)
-    function = torch.softmax if problem_type is SINGLE else lambda z, _: torch.sigmoid(z)
-    wanted, *found = (function(z, -1) for z in (teacher, *logits[:-1]))
-    spread = (wanted - wanted.mean(dim=0)).abs().mean()
-    assert spread > 0.1
-    for prediction in found:
-        assert (prediction - wanted).abs().mean() < 0.5 * spread, "hardly better than the mean"
+    (call,) = calls
+    soft = Classifier(tmp_path / "classifier").soft_labels(call.train.rows, {"input_ids": 1})
+    np.testing.assert_allclose(call.train.targets, soft, atol=1e-6)
+    assert soft.std(axis=0).min() > 0.05
+    given = [1, 0] if problem_type is SINGLE else [[0, 1], [1, 0]]
+    assert call.dev.targets.tolist() == given, "dev has labels of its own"
 
 
 @pytest.mark.parametrize("frozen", [True, False])
