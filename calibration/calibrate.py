@@ -9,7 +9,7 @@ from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.engine import Engine
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.base import ExitRule
+from ..runtime.rules.rules import ExitRule
 from .checks import check_request
 from .choose import Selector
 from .costs import measure_costs

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array, Integers, Measure
+from ..runtime.rules.rules import ExitRule
 from .families import PARTS, Family, deal, make_families
 from .outcome import exits_of, resampled
 from .stopping_costs import StoppingCosts

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
-from ..runtime.rules.rules import Budget
+from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.rules.runner import RuleRunner
 
 _QUANTILES = (0.1, 0.5, 0.9)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.rules.base import ExitRule, ThresholdRule
 from ..runtime.rules.measures import Array, Measure
-from ..runtime.rules.rules import RULES, Budget, Pabee
+from ..runtime.rules.rules import RULES, Budget, ExitRule, Pabee, ThresholdRule
 from .per_exit import fit_per_exit
 from .scoring import LabelledLogits
 from .stopping_costs import StoppingCosts
@@ -131,7 +130,7 @@ def _settings(
         "measure": measures,
         "patience": range(1, patience + 1),
     }
-    names = [field.name for field in fields(kind) if field.name in values]
+    names = [name for name in kind.__struct_fields__ if name in values]
     for settings in itertools.product(*(values[name] for name in names)):
         yield kind(**dict(zip(names, settings, strict=True)))
 
@@ -174,7 +173,7 @@ def _family(
     rules = [rule.with_stop_threshold(threshold) for threshold in thresholds]
     if limits is None:
         return Family(kind_of(rule), exits_below(scores, thresholds), rules)
-    rules = [with_exit_0(each, -limit) for each, limit in zip(rules, limits, strict=True)]
+    rules = [with_exit_0(each, limit) for each, limit in zip(rules, limits, strict=True)]
     pairs = [
         [exit_0_limit(each.exit_0_threshold), *[threshold] * (len(scores) - 1)]
         for each, threshold in zip(rules, thresholds, strict=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array, Integers
+from ..runtime.rules.rules import ExitRule
 from ..runtime.rules.runner import simulate
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 

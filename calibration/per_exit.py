@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.rule_words import rounded
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array
+from ..runtime.rules.rules import ExitRule
 from .stopping_costs import StoppingCosts
 from .sweep import NEVER, exits_below, with_exit_0
 
@@ -121,5 +121,5 @@ def fit_per_exit(
     if first == 0:
         # A threshold that stops none of these rows could stop others.
         limits = np.where(fitted[:, 0] > scores[0].min(), fitted[:, 0], NEVER)
-        rules = [with_exit_0(rule, -limit) for rule, limit in zip(rules, limits, strict=True)]
+        rules = [with_exit_0(rule, limit) for rule, limit in zip(rules, limits, strict=True)]
     return rules, exits

@@ -10,9 +10,8 @@ from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.progress import Progress
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Integers
-from ..runtime.rules.rules import Budget
+from ..runtime.rules.rules import Budget, ExitRule
 from .choose import Selector
 from .costs import CostModel, measure_speedup
 from .families import CASCADE, DEFAULT_MEASURES, PER_EXIT
@@ -35,7 +34,7 @@ def compared_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:
     others = sorted(kinds, key=lambda kind: kind.endswith(PER_EXIT))
     found = [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds]
     # The same exit for all rows comes last: unless it is asked for, it is only full depth.
-    return sorted(found, key=lambda kind: kind == Budget.name)[:MOST_COMPARED]
+    return sorted(found, key=lambda kind: kind == "budget")[:MOST_COMPARED]
 
 
 def bound_of(goal: Goal) -> Bound:

@@ -11,7 +11,7 @@ from .. import __version__
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
-from ..runtime.rules.base import ExitRule
+from ..runtime.rules.rules import ExitRule
 from ..runtime.targets import rest_precision, rule_of, target_of
 from .choose import Selector
 from .families import kind_of

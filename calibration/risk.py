@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.errors import InputError
-from ..runtime.rules.base import ExitRule
 from ..runtime.rules.measures import Array, Measure
-from ..runtime.rules.rules import Budget
+from ..runtime.rules.rules import Budget, ExitRule
 from .choose import Search
 from .families import Family, make_families
 from .outcome import drop_interval, exits_of, level_of

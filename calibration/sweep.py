@@ -8,24 +8,24 @@ remains the reference: the tests compare the two row by row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
 from ..runtime.rule_words import rounded
-from ..runtime.rules.base import ExitRule, ThresholdRule
 from ..runtime.rules.measures import Array, Integers, Outputs
+from ..runtime.rules.rules import ExitRule, ThresholdRule
 from ..runtime.rules.runner import simulate
 from .scoring import LabelledLogits
 
 _THRESHOLDS = 64
-NEVER = -2.0
-"""A limit of the stop scores of exit 0 that no row reaches, since confidences are at most 1."""
+NEVER = -1.0
+"""A limit of the stop scores of exit 0 that no row reaches, since they are not negative."""
 
 
 def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:
@@ -90,11 +90,10 @@ class StopScores:
 
     @cached_property
     def exit_0(self) -> Array:
-        """The stop scores `[rows]` of exit 0, below -t where the confidence is at least t."""
+        """The stop scores `[rows]` of exit 0: 1 - confidence."""
         rows = self._rows
         outputs = Outputs(rows.logits[0], rows.problem_type, rows.label_thresholds)
-        # One step down, because a row also stops if its confidence equals the threshold.
-        return np.asarray(np.nextafter(-outputs.confidence(), -np.inf))
+        return outputs.uncertainty()
 
     def stop_scores(self, rule: ExitRule) -> Array:
         """The stop scores `[exits, rows]` of a rule, those of exit 0 included."""
@@ -114,15 +113,14 @@ class StopScores:
         return np.asarray(exits_below(scores, limits[None], first)[0], np.int64)
 
 
-def with_exit_0(rule: ExitRule, threshold: float) -> ExitRule:
-    """A rule with a threshold for exit 0, rounded; none if no confidence reaches the threshold."""
-    limit = rounded(threshold)
-    return replace(rule, exit_0_threshold=limit if limit <= 1 else None)
+def with_exit_0(rule: ExitRule, limit: float) -> ExitRule:
+    """A rule with a limit of the stop scores of exit 0, rounded; or without one: `NEVER`."""
+    return replace(rule, exit_0_threshold=None if limit < 0 else 1 - rounded(limit))
 
 
 def exit_0_limit(threshold: float | None) -> float:
     """What the stop scores of exit 0 are compared with, see `StopScores.exit_0`."""
-    return NEVER if threshold is None else -threshold
+    return NEVER if threshold is None else 1 - threshold
 
 
 def threshold_for_depth(

@@ -28,8 +28,7 @@ from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.environment import cpu_name, environment
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.base import ExitRule
-from ..runtime.rules.rules import Budget
+from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.targets import open_backend
 from .exact import FP32_TARGET
 from .merge import write_one_graph

@@ -9,7 +9,7 @@ from ..runtime.agreement import Logits
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
-from ..runtime.rules.base import ExitRule
+from ..runtime.rules.rules import ExitRule
 
 FP32_TARGET = "onnxruntime-fp32"
 

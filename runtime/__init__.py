@@ -55,7 +55,6 @@ from .errors import (
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .results import Prediction, Tally, Trace
-from .rules.base import ExitRule, Signal, Threshold, ThresholdRule
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,
@@ -64,9 +63,13 @@ from .rules.rules import (
     Energy,
     Entropy,
     Epee,
+    ExitRule,
     FPabee,
     Pabee,
     Pcee,
+    Signal,
+    Threshold,
+    ThresholdRule,
 )
 from .rules.runner import Simulation, simulate
 

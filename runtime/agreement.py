@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from .artifact.manifest import Manifest, ProblemType, Task
 from .errors import ArtifactError, VerificationError
-from .rules.base import ExitRule
 from .rules.measures import Integers, Mask, Outputs
+from .rules.rules import ExitRule
 from .rules.runner import simulate
 
 Logits = NDArray[np.float32]

@@ -22,9 +22,8 @@ from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of
 from .model import Model
 from .predictions import PredictionMaker
 from .results import Prediction, Tally, Trace
-from .rules.base import ExitRule
 from .rules.measures import Integers, Mask
-from .rules.rules import Budget
+from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_here, target_of
 

@@ -15,7 +15,7 @@ from .chain import Chain, WindowResult
 from .encoding import EncodedRow
 from .errors import BackendError
 from .exit_0 import ExitZero
-from .rules.base import ExitRule
+from .rules.rules import ExitRule
 from .rules.runner import RuleRunner
 
 # Most memory of a window: the hidden states of all its rows, once as input and once as output.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .artifact.operating_point import RuleSettings
-from .rules.base import ExitRule
+from .rules.rules import ExitRule
 
 
 def rounded(threshold: float) -> float:
@@ -30,7 +30,7 @@ def settings_in_words(settings: RuleSettings) -> str:
     rest = dict(settings)
     if rest.get("name") == "budget" and "exit_0_threshold" in rest:
         limit = _in_digits(rest["exit_0_threshold"])
-        return f"cascade: exit 0 from {limit}, else exit {rest.get('exit')}"
+        return f"cascade: exit 0 above {limit}, else exit {rest.get('exit')}"
     words = [str(rest.pop(name, "")) for name in ("name", "measure")]
     threshold = rest.pop("threshold", None)
     if isinstance(threshold, tuple):

@@ -11,8 +11,7 @@ from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
 from .backends.backend import Backend
 from .errors import BackendError, RuleError, whole_number
-from .rules.base import ExitRule
-from .rules.rules import Budget
+from .rules.rules import Budget, ExitRule
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.exit_0 import ExitZero, ngrams
-from fpabee.runtime.rules.base import ExitRule
+from fpabee.runtime.rules.rules import ExitRule
 
 # fmt: off
 WORDS = (

@@ -23,8 +23,7 @@ from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
 from ...runtime.rule_words import rule_in_words
-from ...runtime.rules.base import ExitRule, ThresholdRule
-from ...runtime.rules.rules import RULES
+from ...runtime.rules.rules import RULES, ExitRule, ThresholdRule
 from ..bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, WITH_RULE, BenchReport, run_bench
 
 _MOST_TEXTS = 2000

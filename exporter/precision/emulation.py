@@ -22,7 +22,7 @@ from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, p
 from ...runtime.errors import VerificationError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress
-from ...runtime.rules.base import ExitRule
+from ...runtime.rules.rules import ExitRule
 from ..exact import exact_logits
 from .lowering import emulate
 

@@ -14,8 +14,7 @@ from click import get_current_context
 from click.core import ParameterSource
 
 from ..files import ReadOptions, TextFormat
-from ..rules.base import ExitRule
-from ..rules.rules import RULES
+from ..rules.rules import RULES, ExitRule
 from .errors import option_of
 
 Function = Callable[..., Any]
@@ -173,7 +172,7 @@ rule = together(
     count("--max-exit", "Exit at which every row stops at the latest.", min=0),
     number(
         "--exit-0-threshold",
-        "Confidence from which a row stops at exit 0; 2 means never. Default: that of the "
+        "Confidence above which a row stops at exit 0; 2 means never. Default: that of the "
         "operating point, or never with another rule.",
     ),
 )

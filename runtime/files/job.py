@@ -18,7 +18,7 @@ import numpy as np
 from ..encoding import blocks
 from ..engine import Engine
 from ..errors import RowError
-from ..rules.base import ExitRule
+from ..rules.rules import ExitRule
 from .labels import Labels, encode_labels, evaluate
 from .records import Record, RecordSchema
 from .rows import Row

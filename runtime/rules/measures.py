@@ -108,56 +108,45 @@ class Outputs:
         self, logits: Floats, problem_type: ProblemType, label_thresholds: Sequence[float] = ()
     ) -> None:
         self.logits: Array = logits.astype(np.float64, copy=False)
-        self._problem_type = problem_type
-        self._label_thresholds = label_thresholds
+        self._single = problem_type is ProblemType.SINGLE_LABEL
+        self._task = problem_type, label_thresholds
 
     @cached_property
     def distributions(self) -> Array:
         """The softmax `[rows, labels]`, or for multi-label tasks `[rows, labels, 2]`; float64.
 
         The latter holds both outcomes of each label's binary distribution, so that the measures
-        apply to every label.
+        apply to every label. It is the softmax of the logit and 0.
         """
         z = self.logits
-        if self._problem_type is ProblemType.SINGLE_LABEL:
-            powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
-            powers /= np.add.reduce(powers, axis=-1, keepdims=True)
-            return powers
-        # Both outcomes directly from the logit: 1 - p would lose the small one.
-        small = np.exp(-np.abs(z))
-        low, high = small / (1 + small), 1 / (1 + small)
-        return np.stack([np.where(z >= 0, high, low), np.where(z >= 0, low, high)], axis=-1)
-
-    @cached_property
-    def answers(self) -> Integers:
-        """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
-        if self._problem_type is ProblemType.SINGLE_LABEL:
-            return np.asarray(self.logits.argmax(axis=-1))
-        thresholds = self._label_thresholds if len(self._label_thresholds) else 0.5
-        return (self.probabilities > np.asarray(thresholds, np.float64)).astype(np.int64)
+        if not self._single:
+            z = np.zeros((*z.shape, 2))
+            z[..., 0] = self.logits
+        powers = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+        powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+        return powers
 
     @property
     def probabilities(self) -> Array:
         """The softmax, or for multi-label tasks the sigmoid of each logit: `[rows, labels]`."""
-        single = self._problem_type is ProblemType.SINGLE_LABEL
-        return self.distributions if single else self.distributions[..., 0]
+        return self.distributions if self._single else self.distributions[..., 0]
+
+    @cached_property
+    def answers(self) -> Integers:
+        """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
+        if self._single:
+            return np.asarray(self.logits.argmax(axis=-1))
+        _, thresholds = self._task
+        return (self.probabilities > (thresholds if len(thresholds) else 0.5)).astype(np.int64)
 
     def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
         """The outputs of some of the rows, given by their numbers or as a mask."""
-        taken = Outputs(self.logits[rows], self._problem_type, self._label_thresholds)
-        for name in _COMPUTED & vars(self).keys():
-            vars(taken)[name] = vars(self)[name][rows]
-        return taken
+        return Outputs(self.logits[rows], *self._task)
 
     @staticmethod
     def join(parts: Sequence[Outputs]) -> Outputs:
         """The outputs of several groups of rows; at least one group."""
-        first = parts[0]
-        logits = np.concatenate([part.logits for part in parts])
-        joined = Outputs(logits, first._problem_type, first._label_thresholds)
-        for name in _COMPUTED.intersection(*(vars(part) for part in parts)):
-            vars(joined)[name] = np.concatenate([vars(part)[name] for part in parts])
-        return joined
+        return Outputs(np.concatenate([part.logits for part in parts]), *parts[0]._task)
 
     def entropy(self) -> Array:
         """Entropy `[rows]` in nats; for multi-label tasks the sum of the binary entropies."""
@@ -165,24 +154,27 @@ class Outputs:
 
     def normalised_entropy(self) -> Array:
         """Entropy `[rows]` over its largest value; for multi-label tasks the mean over labels."""
-        outcomes = self.distributions.shape[-1]
-        problems = 1 if self.distributions.ndim == 2 else self.distributions.shape[-2]
-        return self.entropy() / (problems * math.log(max(2, outcomes)))
+        *labels, outcomes = self.distributions.shape[1:]
+        return self.entropy() / (math.prod(labels) * math.log(max(2, outcomes)))
+
+    def uncertainty(self) -> Array:
+        """1 - max p, `[rows]`; for multi-label tasks the largest of all labels.
+
+        It is the sum of the other probabilities, which stays exact where max p rounds to 1.
+        """
+        others = _sum(np.sort(self.distributions, axis=-1)[..., :-1])
+        return others if self._single else np.maximum.reduce(others, axis=-1)
 
     def confidence(self) -> Array:
         """The largest probability `[rows]`; for multi-label tasks the smallest of all labels."""
-        best = self.distributions.max(axis=-1)
-        return np.asarray(best if best.ndim == 1 else best.min(axis=-1))
+        return 1 - self.uncertainty()
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
         same = self.answers == earlier.answers
-        return np.asarray(same if same.ndim == 1 else same.all(axis=-1))
-
-
-_COMPUTED = frozenset({"distributions", "answers"})
+        return np.asarray(same if self._single else np.logical_and.reduce(same, axis=-1))
 
 
 def per_row(values: Array) -> Array:
     """The sum over labels, if there is one value for each label."""
-    return values if values.ndim == 1 else values.sum(axis=-1)
+    return values if values.ndim == 1 else _sum(values)

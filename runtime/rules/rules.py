@@ -1,4 +1,13 @@
-"""The exit rules: for each its settings, its formula, and what calibration tries.
+"""The exit rules: which rows stop at an exit, and what calibration tries.
+
+After every exit from exit 1, a rule gives each row a *signal*: whether the answer looks settled. A
+row stops after as many consecutive signals as the rule's patience; some rules can also stop a row
+at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats
+it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
+
+A rule answers every question about itself: its signals (`signal`), how calibration tries all
+thresholds at once (`stop_scores`), and how far rounding can move its decisions (`shifted`,
+`uses_labels`).
 
 Sources: F-PABEE (arXiv 2305.11916), PABEE (2006.04152), DeeBERT (2004.12993), Shallow-Deep
 Networks (1810.07052), COSEE (2412.13236), PCEE-BERT, FastBERT (2004.02178), EPEE (2503.02053).
@@ -7,17 +16,339 @@ Logarithms are natural, and their arguments are at least 1e-12.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
+import msgspec
 import numpy as np
 
-from .base import ExitRule, ScoresOf, Signal, ThresholdRule
-from .measures import MEASURES, Array, Measure, Outputs, per_row
+from ..artifact.operating_point import RuleSettings
+from ..errors import RuleError, whole_number
+from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row
+
+# The types of settings; the description says what to give.
+_Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Exit = Annotated[int, msgspec.Meta(ge=0, description="give a whole number from 0")]
+_Patience = Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
+_Measure = Annotated[
+    Measure, msgspec.Meta(description=f"choose from {', '.join(each.value for each in Measure)}")
+]
+Threshold = Annotated[
+    _Finite | Annotated[tuple[_Finite, ...], msgspec.Meta(min_length=1)],
+    msgspec.Meta(description="give a finite number, or one for each exit"),
+]
+"""One threshold for all exits, or one for each exit; the last exit stops every row anyway."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FPabee(ThresholdRule):
+@dataclass(slots=True)
+class Signal:
+    """What a rule sees at one exit.
+
+    Attributes:
+        scores: `[rows]` float64, what the rule compares with its threshold; None if it has no
+            score.
+        agrees: `[rows]` bool, whether the answer looks settled at this exit.
+        stop_now: `[rows]` bool, rows that stop regardless of their earlier signals; None if there
+            are none.
+    """
+
+    scores: Array | None
+    agrees: Mask
+    stop_now: Mask | None = None
+
+
+ScoresOf = Callable[["ExitRule"], Array]
+"""Gives the scores `[exits, rows]` of a rule on a trace, with NaN where the rule has none."""
+
+_fields = functools.cache(msgspec.structs.fields)
+# Settings of every rule that are not stored at their default.
+_LEFT_OUT: dict[str, Any] = {"min_exit": 0, "max_exit": None, "exit_0_threshold": None}
+
+
+class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
+    """Base class of the exit rules, which decide for each row which exit answers.
+
+    A rule is made with keyword arguments and never changes. A rule of your own is a subclass with
+    the class argument `tag`, which is its name, and a method `signal`.
+
+    Attributes:
+        min_exit: the first exit at which a row may stop. Signals count from exit 1 on.
+        max_exit: every row that reaches this exit stops there; None means the last exit.
+        exit_0_threshold: a row stops at exit 0 if its confidence there, see `Outputs.confidence`,
+            is above this number; None means that no row does. Models without exit 0 allow None
+            only.
+
+    Raises:
+        RuleError: a setting has the wrong type or value. Exits are whole numbers from 0, patience
+            from 1, thresholds are finite numbers, that of exit 0 from 0 to 2, and a measure is a
+            `Measure` or its value.
+
+    Example:
+        >>> from fpabee.runtime import ExitRule, FPabee
+        >>> rule = FPabee(threshold=0.25, patience=2, min_exit=3)
+        >>> rule.to_dict()
+        {'name': 'fpabee', 'min_exit': 3, 'threshold': 0.25, 'measure': 'jskd', 'patience': 2}
+        >>> ExitRule.from_dict(rule.to_dict()) == rule
+        True
+    """
+
+    compares_exits: ClassVar[bool] = False
+    """Whether a signal needs the exit before; `signal` is then not called without one."""
+    uses_labels: ClassVar[bool] = False
+    """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
+
+    min_exit: _Exit = 0
+    max_exit: Annotated[_Exit | None, msgspec.Meta(description="give a whole number from 0")] = None
+    exit_0_threshold: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=2)] | None,
+        msgspec.Meta(description="give a share from 0 to 1, or 2 for never"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        # The constructors of msgspec check names only.
+        for field in _fields(type(self)):
+            value = getattr(self, field.name)
+            try:
+                checked = msgspec.convert(_plain(value), field.type)
+            except msgspec.ValidationError as error:
+                meta = getattr(field.type, "__metadata__", [None])[0]
+                hint = getattr(meta, "description", None) or str(error)
+                raise RuleError(f"{self.name}: {field.name} is {value!r}", hint) from None
+            msgspec.structs.force_setattr(self, field.name, checked)
+        if self.max_exit is not None and self.max_exit < self.min_exit:
+            raise RuleError(
+                f"{self.name}: max_exit {self.max_exit} is before min_exit {self.min_exit}",
+                "give a larger max_exit",
+            )
+
+    @property
+    def name(self) -> str:
+        """The name of the rule in commands and in the manifest."""
+        return str(self.__struct_config__.tag)
+
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """Scores and signals of some rows at an exit; each row depends on its own outputs only.
+
+        Args:
+            exit_number: from 1.
+            earlier: outputs of the previous exit for the same rows; None if there is none.
+            now: outputs of this exit.
+        """
+        raise NotImplementedError
+
+    @property
+    def ends_at_exit_0(self) -> bool:
+        """Whether every row stops at exit 0."""
+        return self.max_exit == 0
+
+    def stops_at_exit_0(self, now: Outputs) -> Mask | None:
+        """Which rows stop at exit 0, `[rows]`; None if no row does.
+
+        Args:
+            now: outputs of exit 0.
+        """
+        if self.ends_at_exit_0:
+            return np.ones(len(now.logits), np.bool_)
+        if self.exit_0_threshold is None:
+            return None
+        return now.uncertainty() < 1 - self.exit_0_threshold
+
+    def check_exits(self, exits: range) -> None:
+        """Check that the rule fits a model.
+
+        Args:
+            exits: the numbers of the exits of the model.
+
+        Raises:
+            RuleError: a setting names an exit that the model does not have, or is given for
+                another number of exits.
+        """
+        if self.exit_0_threshold is not None and 0 not in exits:
+            raise RuleError(
+                f"rule {self.name} has a threshold for exit 0, but the model has no exit 0",
+                "leave out `exit_0_threshold`, or train exit 0",
+            )
+        for field in ("exit", "min_exit", "max_exit"):
+            value = getattr(self, field, None)
+            if value is None or value in exits or (field == "min_exit" and value == 0):
+                continue
+            raise RuleError(
+                f"rule {self.name}: {field} is {value}, but the exits of the model are "
+                f"{exits[0]} to {exits[-1]}",
+                f"give a number from {exits[0]} to {exits[-1]}",
+            )
+
+    @property
+    def signals_needed(self) -> int:
+        """How many consecutive signals stop a row."""
+        return int(getattr(self, "patience", 1))
+
+    def stop_scores(self, scores_of: ScoresOf) -> Array:
+        """Everything about the rule from exit 1 on but its threshold, as a score for each row.
+
+        A row stops at the first exit whose stop score is below the threshold, see
+        `stop_thresholds`. A score of infinity never stops the row, and a score of minus infinity
+        always does.
+
+        Args:
+            scores_of: the scores of any rule on the trace, from exit 1 on.
+
+        Returns:
+            `[exits, rows]` float64, from exit 1 on.
+        """
+        scores = self._stop_scores(scores_of)
+        scores = np.where(np.isnan(scores), np.inf, scores)
+        scores[: max(0, self.min_exit - 1)] = np.inf
+        last = len(scores) if self.max_exit is None else self.max_exit
+        scores[max(0, last - 1) :] = -np.inf
+        return scores
+
+    def _stop_scores(self, scores_of: ScoresOf) -> Array:
+        """The largest of the last `patience` scores: if it is below the threshold, all are.
+
+        NaN means that the rule cannot stop the row there.
+        """
+        # Settings that do not change the scores get the same value, so that scores are shared.
+        plain = {**_LEFT_OUT, "patience": 1, "threshold": 0.0}
+        plain = {name: plain[name] for name in plain.keys() & self.__struct_fields__}
+        scores = scores_of(msgspec.structs.replace(self, **plain))
+        patience, largest = self.signals_needed, np.full_like(scores, np.nan)
+        if patience <= len(scores):
+            windows = np.lib.stride_tricks.sliding_window_view(scores, patience, axis=0)
+            largest[patience - 1 :] = windows.max(axis=-1)
+        return largest
+
+    @property
+    def stop_thresholds(self) -> Array:
+        """What stop scores are compared with: one number `[]`, or `[exits]` from exit 1.
+
+        It is 0.5 for rules without a threshold.
+        """
+        return np.asarray(0.5)
+
+    def with_stop_threshold(self, threshold: float | Sequence[float] | Array) -> ExitRule:
+        """This rule with another threshold for its stop scores.
+
+        Args:
+            threshold: one number, or one for each exit. Rules without a threshold ignore it.
+        """
+        return self
+
+    def shifted(self, by: float) -> ExitRule:
+        """This rule with all its thresholds moved by `by`, up if more rows shall stop.
+
+        A row whose scores change by less than `by` stops no earlier and no later than under the
+        rule shifted up and the rule shifted down.
+        """
+        moved = self.with_stop_threshold(self.stop_thresholds + by)
+        if self.exit_0_threshold is None:
+            return moved
+        # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
+        limit = min(max(self.exit_0_threshold - by, 0.0), 2.0)
+        return msgspec.structs.replace(moved, exit_0_threshold=limit)
+
+    def capped(self, max_exit: int) -> ExitRule:
+        """This rule, except that no row goes beyond an exit.
+
+        Args:
+            max_exit: that exit. A lower `max_exit` of the rule stays; a higher `min_exit` is
+                lowered.
+
+        Raises:
+            RuleError: the exit is not a whole number from 0.
+        """
+        last = whole_number("max_exit", max_exit, RuleError, least=0)
+        if self.max_exit is not None:
+            last = min(last, self.max_exit)
+        return msgspec.structs.replace(self, min_exit=min(self.min_exit, last), max_exit=last)
+
+    def to_dict(self) -> RuleSettings:
+        """The rule's name and settings, as the manifest stores them; `from_dict` reads them."""
+        settings = msgspec.to_builtins(self)
+        return {k: v for k, v in settings.items() if k not in _LEFT_OUT or v != _LEFT_OUT[k]}
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> ExitRule:
+        """The rule that a dictionary with `name` and settings describes.
+
+        Args:
+            settings: as `to_dict` returns them; measures are given by their values.
+
+        Raises:
+            RuleError: the rule or a setting does not exist, a setting is missing, or it has a
+                wrong value.
+        """
+        given = dict(settings)
+        name = given.pop("name", None)
+        kind = RULES.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
+        try:
+            return kind(**given)
+        except TypeError as error:  # a name that is missing or unknown
+            known = ", ".join(f"`{field}`" for field in kind.__struct_fields__)
+            raise RuleError(f"rule {name}: {error}", f"its settings are {known}") from None
+
+
+def _plain(value: Any) -> Any:
+    """The numbers and lists of Python that stand for a scalar, an array or a sequence of NumPy."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+class ThresholdRule(ExitRule, frozen=True, kw_only=True):
+    """Base class of the rules that compare a score with a threshold.
+
+    Attributes:
+        threshold: one for all exits, or one for each exit from exit 1.
+    """
+
+    threshold: Threshold
+
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+        """The scores `[rows]` of some rows at an exit.
+
+        Args:
+            earlier: outputs of the previous exit; None if there is none.
+            now: outputs of this exit.
+        """
+        raise NotImplementedError
+
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """The answer looks settled where the score is strictly below the threshold."""
+        scores = self.scores(earlier, now)
+        return Signal(scores, scores < self.threshold_at(exit_number))
+
+    def check_exits(self, exits: range) -> None:
+        """Check that the rule fits a model, see `ExitRule`."""
+        super().check_exits(exits)
+        if isinstance(self.threshold, tuple) and len(self.threshold) != exits[-1]:
+            raise RuleError(
+                f"rule {self.name} has {len(self.threshold)} thresholds, but the model has "
+                f"{exits[-1]} exits after a layer",
+                f"give one number, or {exits[-1]}: one for each of these exits",
+            )
+
+    def threshold_at(self, exit_number: int) -> float:
+        """The threshold at an exit from 1."""
+        numbers = self.threshold
+        return numbers[exit_number - 1] if isinstance(numbers, tuple) else numbers
+
+    @property
+    def stop_thresholds(self) -> Array:
+        """The threshold, or the thresholds `[exits]`."""
+        return np.asarray(self.threshold)
+
+    def with_stop_threshold(self, threshold: float | Sequence[float] | Array) -> ExitRule:
+        """This rule with another threshold, see `ExitRule`."""
+        return msgspec.structs.replace(self, threshold=threshold)
+
+
+class FPabee(ThresholdRule, tag="fpabee", frozen=True, kw_only=True):
     """F-PABEE (arXiv 2305.11916): neighbouring exits are similar `patience` times in a row.
 
     The measure of the distributions of two neighbouring exits is below the threshold. The first
@@ -30,21 +361,18 @@ class FPabee(ThresholdRule):
         patience: how many consecutive signals stop a row.
     """
 
-    name: ClassVar[str] = "fpabee"
     compares_exits: ClassVar[bool] = True
 
-    measure: Measure = Measure.JSKD
-    patience: int = 1
+    measure: _Measure = Measure.JSKD
+    patience: _Patience = 1
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The measure, summed over labels."""
         assert earlier is not None
-        measure = MEASURES[self.measure]
-        return per_row(measure(earlier.distributions, now.distributions))
+        return per_row(MEASURES[self.measure](earlier.distributions, now.distributions))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pabee(ExitRule):
+class Pabee(ExitRule, tag="pabee", frozen=True, kw_only=True):
     """PABEE (arXiv 2006.04152): the answer stays the same `patience` times in a row.
 
     For multi-label tasks the whole set of labels must stay the same. No row stops before exit
@@ -54,11 +382,10 @@ class Pabee(ExitRule):
         patience: how many consecutive signals stop a row.
     """
 
-    name: ClassVar[str] = "pabee"
     compares_exits: ClassVar[bool] = True
     uses_labels: ClassVar[bool] = True
 
-    patience: int
+    patience: _Patience
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The score is 0 if the previous exit gave the same answer, else 1."""
@@ -67,46 +394,63 @@ class Pabee(ExitRule):
         return Signal(np.where(same, 0.0, 1.0), same)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entropy(ThresholdRule):
+class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
     """BranchyNet, DeeBERT (arXiv 2004.12993): the entropy -sum p log p is below the threshold.
 
     Attributes:
         threshold: in nats, not normalised; one for all exits, or one for each exit.
     """
 
-    name: ClassVar[str] = "entropy"
-
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The entropy; for multi-label tasks the sum of the binary entropies."""
         return now.entropy()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confidence(ThresholdRule):
+class _Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
+    """What `Confidence` compares: 1 - max p is below the threshold."""
+
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+        return now.uncertainty()
+
+
+class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
     """Shallow-Deep Networks (arXiv 1810.07052), RightTool: max p is above the threshold.
+
+    Close to 1, max p loses its digits. Therefore 1 - max p, which is the sum of the other
+    probabilities, is compared with 1 - threshold.
 
     Attributes:
         threshold: a probability; one for all exits, or one for each exit.
     """
 
-    name: ClassVar[str] = "confidence"
-    sign: ClassVar[int] = -1
-
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The largest probability; for multi-label tasks the least max(p, 1 - p) of a label."""
         return now.confidence()
 
+    def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
+        """The answer looks settled where 1 - max p is strictly below 1 - threshold."""
+        uncertainty = now.uncertainty()
+        return Signal(1 - uncertainty, uncertainty < 1 - self.threshold_at(exit_number))
 
-@dataclass(frozen=True, kw_only=True)
-class Energy(ThresholdRule):
+    @property
+    def stop_thresholds(self) -> Array:
+        """1 - threshold, or `[exits]` of them."""
+        return 1 - np.asarray(self.threshold)
+
+    def with_stop_threshold(self, threshold: float | Sequence[float] | Array) -> ExitRule:
+        """This rule with another threshold for 1 - max p, see `ExitRule`."""
+        return msgspec.structs.replace(self, threshold=1 - np.asarray(threshold))
+
+    def _stop_scores(self, scores_of: ScoresOf) -> Array:
+        return scores_of(_Uncertainty(threshold=0.0))
+
+
+class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):
     """COSEE (arXiv 2412.13236): the energy 1/(1 + sum exp z) is below the threshold; z are logits.
 
     Attributes:
         threshold: from 0 to 1; one for all exits, or one for each exit.
     """
-
-    name: ClassVar[str] = "energy"
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The energy, computed without overflow."""
@@ -115,8 +459,7 @@ class Energy(ThresholdRule):
         return np.asarray(np.exp(-top) / (np.exp(-top) + total))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pcee(ThresholdRule):
+class Pcee(ThresholdRule, tag="pcee", frozen=True, kw_only=True):
     """PCEE-BERT: the normalised entropy is below the threshold `patience` times in a row.
 
     Normalised means divided by the logarithm of the number of classes. For multi-label tasks it is
@@ -128,17 +471,14 @@ class Pcee(ThresholdRule):
         patience: how many consecutive signals stop a row; they count from exit 1 on.
     """
 
-    name: ClassVar[str] = "pcee"
-
-    patience: int = 1
+    patience: _Patience = 1
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The normalised entropy."""
         return now.normalised_entropy()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Epee(ThresholdRule):
+class Epee(ThresholdRule, tag="epee", frozen=True, kw_only=True):
     """EPEE (arXiv 2503.02053): the normalised entropy is low, or the answer stays the same.
 
     A row stops at once if its normalised entropy (as in `Pcee`) is below the threshold, or if its
@@ -149,10 +489,9 @@ class Epee(ThresholdRule):
         patience: how many times in a row the answer must stay the same.
     """
 
-    name: ClassVar[str] = "epee"
     uses_labels: ClassVar[bool] = True
 
-    patience: int
+    patience: _Patience
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The normalised entropy."""
@@ -160,26 +499,23 @@ class Epee(ThresholdRule):
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """A row stops now if its entropy is low, and gives a signal if its answer is the same."""
-        scores = self.scores(earlier, now)
-        same = np.zeros(len(scores), np.bool_) if earlier is None else now.unchanged(earlier)
-        return Signal(scores, same, stop_now=self._passes(exit_number, scores))
+        sure = super().signal(exit_number, earlier, now)
+        same = np.zeros_like(sure.agrees) if earlier is None else now.unchanged(earlier)
+        return Signal(sure.scores, same, stop_now=sure.agrees)
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
         same = Pabee(patience=self.patience).stop_scores(scores_of) < 0.5
         return np.where(same, -np.inf, Pcee(threshold=0.0).stop_scores(scores_of))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget(ExitRule):
+class Budget(ExitRule, tag="budget", frozen=True, kw_only=True):
     """Every row stops at the same exit ("Budgeted-Exit" in F-PABEE's Table 1).
 
     Attributes:
         exit: that exit.
     """
 
-    name: ClassVar[str] = "budget"
-
-    exit: int
+    exit: _Exit
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """Every row gives its signal from that exit on; there is no score."""
@@ -196,7 +532,6 @@ class Budget(ExitRule):
         return scores
 
 
-RULES: dict[str, type[ExitRule]] = {
-    rule.name: rule for rule in (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
-}
+_ALL = (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
+RULES: dict[str, type[ExitRule]] = {str(rule.__struct_config__.tag): rule for rule in _ALL}
 """The class of each rule by its name."""

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
-from .base import ExitRule, Signal
 from .measures import Array, Floats, Integers, Mask, Outputs
+from .rules import ExitRule, Signal
 
 
 @dataclass(slots=True, eq=False)

@@ -25,7 +25,7 @@ from fpabee.calibration.risk import split
 from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.rules.base import ExitRule
+from fpabee.runtime.rules.rules import ExitRule
 
 from ..doubles.openvino import add_openvino
 from .conftest import label_rows, write

@@ -23,7 +23,7 @@ from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts, observed_losses
 from fpabee.calibration.sweep import StopScores, exits_below
 from fpabee.runtime import Entropy, ExitRule, InputError, Measure, ProblemType
-from fpabee.runtime.rules.base import ThresholdRule
+from fpabee.runtime.rules.rules import ThresholdRule
 
 from .conftest import make_rows, two_exits, with_costs
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.families import (
@@ -28,8 +29,8 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.rule_words import rounded
-from fpabee.runtime.rules.base import ThresholdRule
 from fpabee.runtime.rules.measures import Outputs
+from fpabee.runtime.rules.rules import ThresholdRule
 
 from ..runtime.rules.test_rules import Logits, rules, tasks, traces
 from .conftest import make_rows, with_costs
@@ -67,12 +68,12 @@ def test_the_same_with_exit_0(
         threshold = data.draw(st.sampled_from([*confidences, 0.7]))
     last = data.draw(st.sampled_from([None, None, 0, 1]))
     least = 0 if last == 0 else data.draw(st.sampled_from([0, 0, 1]))
-    rule = dataclasses.replace(rule, exit_0_threshold=threshold, min_exit=least, max_exit=last)
+    rule = replace(rule, exit_0_threshold=threshold, min_exit=least, max_exit=last)
     if len(logits) - 1 < getattr(rule, "exit", 1):
         return
     expected = simulate(logits, rule, task, first_exit=0).exits
     np.testing.assert_array_equal(StopScores(rows).exits(rule), expected)
-    later = dataclasses.replace(rule, min_exit=1, max_exit=None)
+    later = replace(rule, min_exit=1, max_exit=None)
     assert (simulate(logits, later, task, first_exit=0).exits >= 1).all()
     np.testing.assert_array_equal(
         StopScores(rows).exits(later), simulate(logits, later, task, first_exit=0).exits
@@ -162,7 +163,7 @@ def test_the_threshold_gives_the_mean_depth_and_other_settings_stay(
     exits = simulate(rows.logits, found, rows.problem_type).exits
     assert np.array(LAYERS)[exits - 1].mean() == pytest.approx(depth, abs=0.15)
     assert isinstance(found, ThresholdRule)
-    assert found == dataclasses.replace(rule, threshold=found.threshold)
+    assert found == replace(rule, threshold=found.threshold)
 
 
 def test_a_rule_without_threshold_is_refused() -> None:

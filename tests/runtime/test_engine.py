@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import random
@@ -69,7 +68,7 @@ RULES: tuple[ExitRule, ...] = (
     Budget(exit=2),
 )
 RULES_WITH_EXIT_0: tuple[ExitRule, ...] = (
-    *(dataclasses.replace(rule, exit_0_threshold=0.6) for rule in RULES),
+    *(msgspec.structs.replace(rule, exit_0_threshold=0.6) for rule in RULES),
     FPabee(threshold=1.2),
     Pabee(patience=1),
     Pabee(patience=2, exit_0_threshold=0.9, min_exit=1),

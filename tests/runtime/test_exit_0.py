@@ -194,17 +194,6 @@ def test_settings_that_concern_exit_0(engine: Engine, rule: ExitRule, expected: 
     assert ExitRule.from_dict(rule.to_dict()) == rule
 
 
-def test_a_confidence_that_equals_the_threshold_stops(engine: Engine) -> None:
-    trace = engine.trace(TEXTS[:1])
-    z = trace.logits[0, 0].astype(np.float64)
-    confidence = float((np.exp(z - z.max()) / np.exp(z - z.max()).sum()).max())
-    for threshold, expected in ((confidence, 0), (np.nextafter(confidence, 2), 3)):
-        rule = Confidence(threshold=2.0, exit_0_threshold=float(threshold))
-        assert [p.exit for p in engine.predict(TEXTS[:1], rule=rule)] == [expected]
-        found = simulate(trace.logits, rule, ProblemType.SINGLE_LABEL, first_exit=0)
-        assert found.exits.tolist() == [expected]
-
-
 def test_exit_0_answers_when_the_deadline_is_over_before_the_first_layer(engine: Engine) -> None:
     for texts in (TEXTS, TEXTS[:1]):
         for deadline_ms, expected in ((1e6, (3, False, False)), (0, (0, True, True))):

@@ -20,7 +20,7 @@ from fpabee.runtime.rule_words import rounded, rule_in_words
             Entropy(threshold=0.5, exit_0_threshold=0.9999912344),
             "entropy 0.5, exit 0 threshold 0.999991234",
         ),
-        (Budget(exit=3, exit_0_threshold=0.99999), "cascade: exit 0 from 0.99999, else exit 3"),
+        (Budget(exit=3, exit_0_threshold=0.99999), "cascade: exit 0 above 0.99999, else exit 3"),
     ],
 )
 def test_words(rule: ExitRule, words: str) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from fpabee.runtime import (
@@ -33,7 +32,7 @@ from fpabee.runtime import (
     Signal,
     simulate,
 )
-from fpabee.runtime.rules.base import ThresholdRule
+from fpabee.runtime.rules.rules import ThresholdRule
 from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 
 GOLDEN: list[dict[str, Any]] = json.loads(
@@ -158,14 +157,12 @@ def test_a_threshold_for_each_exit_is_compared_at_its_exit(
     logits: Logits, task: ProblemType, rule: ThresholdRule, data: st.DataObject
 ) -> None:
     each = tuple(data.draw(st.lists(thresholds, min_size=len(logits), max_size=len(logits))))
-    rule = dataclasses.replace(rule, threshold=each)
+    rule = replace(rule, threshold=each)
     runner = RuleRunner(rule, task, range(1, len(logits) + 1))
     state = runner.start(logits.shape[1])
     for number, threshold in enumerate(each, start=1):
         # The same exit under the rule that has this threshold everywhere.
-        one = RuleRunner(
-            dataclasses.replace(rule, threshold=threshold), task, range(1, len(logits) + 1)
-        )
+        one = RuleRunner(replace(rule, threshold=threshold), task, range(1, len(logits) + 1))
         before = PatienceState(state.streak.copy(), state.earlier)
         found, _ = runner.decide(number, state, logits[number - 1])
         expected, _ = one.decide(number, before, logits[number - 1])
@@ -179,9 +176,9 @@ def test_min_exit_counts_from_the_first_exit_and_max_exit_stops_every_row(
 ) -> None:
     min_exit = min(low, len(logits))
     max_exit = min(min_exit + more, len(logits))
-    free = simulate(logits, dataclasses.replace(rule, min_exit=1), task)
-    late = simulate(logits, dataclasses.replace(rule, min_exit=min_exit), task)
-    both = simulate(logits, dataclasses.replace(rule, min_exit=min_exit, max_exit=max_exit), task)
+    free = simulate(logits, replace(rule, min_exit=1), task)
+    late = simulate(logits, replace(rule, min_exit=min_exit), task)
+    both = simulate(logits, replace(rule, min_exit=min_exit, max_exit=max_exit), task)
     assert (late.exits >= min_exit).all()
     # Counts run on, so a row that would have stopped later anyway is not touched.
     later = free.exits >= min_exit
@@ -299,7 +296,7 @@ def test_divergence_of_equal_distributions_is_zero(task: ProblemType, measure: s
 @pytest.mark.parametrize("task", ProblemType)
 @pytest.mark.parametrize(
     "rule",
-    [kind(threshold=0.0) for kind in (FPabee, Entropy, Confidence, Energy, Pcee)]
+    [kind(threshold=0.0) for kind in (FPabee, Entropy, Energy, Pcee)]
     + [Epee(threshold=0.0, patience=3)],
     ids=lambda rule: rule.name,
 )
@@ -309,11 +306,39 @@ def test_a_score_equal_to_the_threshold_does_not_stop(
     logits = np.random.default_rng(5).normal(size=(3, 1, 4)).astype(np.float32)
     at = 2 if rule.compares_exits else 1
     score = simulate(logits, rule, task).scores[at - 1, 0]
-    beyond = np.nextafter(score, -np.inf if rule.sign < 0 else np.inf)
-    equal = simulate(logits, dataclasses.replace(rule, threshold=float(score)), task)
-    passed = simulate(logits, dataclasses.replace(rule, threshold=float(beyond)), task)
+    beyond = np.nextafter(score, np.inf)
+    equal = simulate(logits, replace(rule, threshold=float(score)), task)
+    passed = simulate(logits, replace(rule, threshold=float(beyond)), task)
     assert equal.exits[0] > at
     assert passed.exits[0] == at
+
+
+@pytest.mark.parametrize(("labels", "task", "confidence"), [(4, SINGLE, 0.25), (3, MULTI, 0.5)])
+def test_a_confidence_equal_to_the_threshold_does_not_stop(
+    labels: int, task: ProblemType, confidence: float
+) -> None:
+    logits = np.zeros((3, 1, labels), np.float32)
+    for threshold, expected in [(confidence, 2), (confidence - 1e-15, 0)]:
+        rule = Confidence(threshold=2.0, exit_0_threshold=threshold)
+        assert simulate(logits, rule, task, first_exit=0).exits.tolist() == [expected]
+        plain = Confidence(threshold=threshold)
+        assert simulate(logits, plain, task).exits.tolist() == [expected + 1]
+
+
+@pytest.mark.parametrize("task", ProblemType)
+def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
+    # In float32, 1 - p is 0 from 17 on, and in float64 from 37 on.
+    gaps = np.array([14, 18, 22, 26, 30, 34, 38, 42], np.float32)
+    logits = np.zeros((1, len(gaps), 2 if task is SINGLE else 1), np.float32)
+    logits[..., 0] = gaps
+    uncertainty = Outputs(logits[0], task).uncertainty()
+    np.testing.assert_allclose(uncertainty, 1 / (1 + np.exp(gaps.astype(np.float64))), rtol=1e-12)
+    for row, between in enumerate(np.exp(-gaps[:5] - 2.0)):
+        rule = Confidence(threshold=0.0).with_stop_threshold(float(between))
+        found = simulate(np.tile(logits, (2, 1, 1)), rule, task).exits
+        assert found.tolist() == [2] * (row + 1) + [1] * (len(gaps) - row - 1)
+        assert rule.stop_thresholds == pytest.approx(between, rel=1e-2)
+        assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
 def test_single_label_ties_take_the_lowest_index() -> None:
@@ -333,7 +358,7 @@ def test_label_thresholds_move_answers_and_the_rules_that_compare_them() -> None
 
 @given(rules, st.none() | st.integers(2, 9))
 def test_rules_survive_their_dictionary(rule: ExitRule, max_exit: int | None) -> None:
-    rule = dataclasses.replace(rule, max_exit=max_exit)
+    rule = replace(rule, max_exit=max_exit)
     settings_ = json.loads(json.dumps(rule.to_dict()))
     assert ExitRule.from_dict(settings_) == rule
 
@@ -349,14 +374,14 @@ def test_only_settings_that_matter_are_in_the_dictionary() -> None:
     [
         ({}, "exit rule None does not exist"),
         ({"name": "berxit", "threshold": 0.1}, "choose from fpabee, pabee"),
-        ({"name": "fpabee"}, "needs threshold"),
-        ({"name": "pabee"}, "give `patience`"),
-        ({"name": "pabee", "patience": 1, "threshold": 1.0}, "does not take threshold"),
+        ({"name": "fpabee"}, "Missing required"),
+        ({"name": "pabee"}, "`patience`"),
+        ({"name": "pabee", "patience": 1, "threshold": 1.0}, "Unexpected keyword"),
         ({"name": "fpabee", "threshold": 1.0, "measure": "cosine"}, "choose from kd, rekd"),
         ({"name": "fpabee", "threshold": 1.0, "measure": ["kd"]}, "choose from kd, rekd"),
         ({"name": "fpabee", "threshold": "0.1"}, "threshold is '0.1'"),
         ({"name": "entropy", "threshold": True}, "threshold is True"),
-        ({"name": "entropy", "threshold": []}, "threshold is ()"),
+        ({"name": "entropy", "threshold": []}, "threshold is []"),
         ({"name": "entropy", "threshold": [0.1, "x"]}, "one for each exit"),
         ({"name": "entropy", "threshold": [0.1, float("inf")]}, "finite"),
         ({"name": "entropy", "threshold": [0.1, 0.2]}, "2 thresholds, but the model has 3 exits"),
@@ -436,19 +461,14 @@ def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
 ) -> None:
     low, high = rule.shifted(-by), rule.shifted(by)
     if isinstance(rule, ThresholdRule):
-        assert isinstance(high, ThresholdRule)
-        assert high.threshold_at(1) - rule.threshold_at(1) == pytest.approx(by, abs=1e-9)
+        np.testing.assert_allclose(high.stop_thresholds - rule.stop_thresholds, by, atol=1e-9)
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]
-    if isinstance(rule, Confidence):
-        exits.reverse()
     assert (exits[0] >= exits[1]).all()
     assert (exits[1] >= exits[2]).all()
 
 
 def test_a_rule_of_the_users_own_may_have_settings_of_any_type() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class ByName(ExitRule):
-        name: ClassVar[str] = "by-name"
+    class ByName(ExitRule, tag="by-name", frozen=True, kw_only=True):
         wanted: frozenset[str] = frozenset()
 
         def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fpabee.runtime import (
     BackendError,
@@ -479,7 +479,7 @@ def test_tokenization_is_part_of_the_deadline(
 def test_exit_0_answers_while_a_segment_waits(
     exit_0_engines: Mapping[str, Path], gate: Gate
 ) -> None:
-    rule = dataclasses.replace(NEVER, exit_0_threshold=0.0)
+    rule = replace(NEVER, exit_0_threshold=0.0)
     with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
         assert [answer.exit for answer in results(scheduler.submit_all(TEXTS))] == [0] * len(TEXTS)
         assert gate.begun == []
@@ -649,7 +649,7 @@ def test_the_operating_point_may_change_while_rows_are_queued(
 ) -> None:
     """The rule and its last exit are those of one point."""
     folder = engine_copy()
-    set_points(folder, deep=NEVER, shallow=dataclasses.replace(NEVER, max_exit=1))
+    set_points(folder, deep=NEVER, shallow=replace(NEVER, max_exit=1))
 
     def changes(engine: Engine) -> ExitRule:
         rule = engine._in_use[1].rule
