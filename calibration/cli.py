@@ -17,8 +17,7 @@ from ..runtime.artifact.folder import check_outside
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
-from ..runtime.cli.console import echo, table_console
-from ..runtime.cli.progress import step_progress
+from ..runtime.cli.console import echo, step_progress, table_console
 from ..runtime.optional_packages import require
 from ..runtime.rules.rules import RULES, Budget
 from ..runtime.targets import runnable_targets

@@ -43,7 +43,7 @@ from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
 from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.calibration.sweep import StopScores
 from fpabee.runtime import ExitRule, InputError, ProblemType
-from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.command import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
 OUTPUT = Path(__file__).parent / "results" / "calibration-study.md"

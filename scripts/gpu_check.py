@@ -51,7 +51,7 @@ from fpabee.runtime.backends.cuda_probe import cuda_device
 from fpabee.runtime.backends.stepping import steps
 from fpabee.runtime.encoding import Arrays, EncodedRow, padded_inputs, padding_values
 from fpabee.runtime.environment import environment, providers
-from fpabee.runtime.inspection import target_states
+from fpabee.runtime.targets import why_not
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "build" / "gpu_check"
@@ -263,11 +263,11 @@ def _differences(engine: Engine, folder: Path, rows: Sequence[EncodedRow]) -> li
 def check_target(folder: Path, target: str) -> None:
     """Raise `Skipped` if a target cannot run here in the folders `one` and `chain`."""
     for name in ("one", "chain"):
-        states = {s.name: s for s in target_states(folder / name, read_manifest(folder / name))}
-        if target not in states:
+        manifest = read_manifest(folder / name)
+        if target not in manifest.targets:
             raise Skipped(f"the engines folder {name} has no target {target}")
-        if states[target].unavailable_reason:
-            raise Skipped(states[target].unavailable_reason)
+        if error := why_not(manifest, target):
+            raise Skipped(str(error))
 
 
 def measure(folder: Path, target: str, emit: Emit) -> None:

@@ -30,7 +30,7 @@ import click
 import numpy as np
 
 from fpabee.runtime import InputError
-from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.files import read_rows
 
 PATIENCE_SECONDS = 10.0

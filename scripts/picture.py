@@ -23,7 +23,7 @@ from peers import CUTS, PABEE
 from systems import OTHERS
 
 from fpabee.runtime import InputError
-from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.command import exits_with_one_line
 
 OWN = "fpabee-"
 SHOWN = sorted([PABEE, *(other.name for other in OTHERS), *(f"first-{n}-layers" for n in CUTS)])

@@ -37,8 +37,8 @@ from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.exporter.training.report import REPORT_NAME
 from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
-from fpabee.runtime.cli.errors import exits_with_one_line
-from fpabee.runtime.cli.progress import step_progress
+from fpabee.runtime.cli.command import exits_with_one_line
+from fpabee.runtime.cli.console import step_progress
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
 from fpabee.runtime.rules.rules import RULES

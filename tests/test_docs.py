@@ -14,7 +14,7 @@ import pytest
 
 from fpabee.runtime import RuleError
 
-from .runtime.cli.test_errors import COMMANDS as MODULES
+from .runtime.cli.test_command import COMMANDS as MODULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

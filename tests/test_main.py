@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from fpabee.__main__ import main
 
-from .runtime.cli.test_errors import COMMANDS
+from .runtime.cli.test_command import COMMANDS
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

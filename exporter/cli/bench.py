@@ -16,8 +16,7 @@ from rich.table import Table
 from ...calibration import threshold_for_depth
 from ...runtime.cli import options
 from ...runtime.cli.command import RULE, command
-from ...runtime.cli.console import table_console
-from ...runtime.cli.progress import step_progress
+from ...runtime.cli.console import step_progress, table_console
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows

@@ -15,11 +15,9 @@ import rich_click as click
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
-from ...runtime.cli.command import READING, command
-from ...runtime.cli.console import echo
-from ...runtime.cli.errors import in_terms_of_options
+from ...runtime.cli.command import READING, command, in_terms_of_options
+from ...runtime.cli.console import echo, step_progress
 from ...runtime.cli.options import not_with, only_with
-from ...runtime.cli.progress import step_progress
 from ...runtime.errors import VerificationError
 from ...runtime.optional_packages import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options

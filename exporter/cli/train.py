@@ -15,10 +15,8 @@ from rich.table import Table
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
-from ...runtime.cli.command import READING, command
-from ...runtime.cli.console import echo, table_console
-from ...runtime.cli.errors import in_terms_of_options
-from ...runtime.cli.progress import step_progress
+from ...runtime.cli.command import READING, command, in_terms_of_options
+from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
 from ...runtime.optional_packages import require
 from ..pooling import Pooling

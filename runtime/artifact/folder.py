@@ -19,7 +19,15 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from .manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    BuiltFile,
+    ExitZeroSpec,
+    Graph,
+    Manifest,
+    TokenizerSpec,
+)
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
@@ -213,6 +221,26 @@ def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
     path = verified(folder, relative, sha256)
     check_graph(path)
     return path
+
+
+def damage(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with each file that a manifest names; empty for a file that is intact."""
+    records: list[TokenizerSpec | Graph | BuiltFile | ExitZeroSpec] = [manifest.tokenizer]
+    for graphs in (manifest.graphs, *manifest.precisions.values()):
+        records += graphs.values()
+    for target in manifest.targets.values():
+        records += target.files.values()
+    if manifest.exit_0 is not None:
+        records.append(manifest.exit_0)
+    hashes = [(record.file, record.sha256) for record in records]
+    found = []
+    for file, sha256 in dict.fromkeys([*hashes, *manifest.files.items()]):
+        try:
+            (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
+            found.append("")
+        except ArtifactError as error:
+            found.append(error.message)
+    return found
 
 
 def _decode(folder: Path, raw: bytes) -> Manifest:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,12 +15,16 @@ from rich.text import Text
 
 from ... import __version__
 from ...help_pages import LOOK, Command
-from .errors import exits_with_one_line
+from ..errors import FpabeeError
+from .console import echo
 
 READING = {
     "Reading files": "--input-format --text-column --text-pair-column --label-column --no-quotes"
 }
 RULE = {"Exit rule": "--rule --threshold --patience --exit --max-exit --exit-0-threshold"}
+
+_INTERRUPTED = 130  # as in a shell
+_DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def command(examples: str, panels: Mapping[str, str]) -> Callable[[Callable[..., None]], Command]:
@@ -42,3 +51,64 @@ def command(examples: str, panels: Mapping[str, str]) -> Callable[[Callable[...,
         return made
 
     return decorate
+
+
+def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
+    """Print an error of ours as one line and exit with code 1; a bug keeps its traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of our output, such as `head`, has seen enough. That is not an error.
+            _drop_stdout()
+            sys.exit(0)
+        except (FpabeeError, OSError) as error:
+            ours = error if isinstance(error, FpabeeError) else _of_the_system(error)
+            echo(f"error: {in_terms_of_options(ours)}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt as interrupt:
+            more = map(in_terms_of_options, interrupt.args)
+            echo(": ".join(["interrupted", *more]), err=True)
+            sys.exit(_INTERRUPTED)
+
+    return wrapper
+
+
+def in_terms_of_options(error: FpabeeError) -> str:
+    """An error whose hint names options of the running command instead of parameters."""
+    hint = re.sub(r"`(\w+)`", lambda match: option_of(match[1]), error.hint)
+    return f"{error.message} -> {hint}" if hint else error.message
+
+
+def option_of(parameter: str) -> str:
+    """The option of the running command that sets a parameter; else the parameter's name."""
+    context = click.get_current_context(silent=True)
+    spelled = f"--{parameter.replace('_', '-')}"
+    for option in context.command.params if context else ():
+        if option.name == parameter or spelled in option.opts:
+            is_option = isinstance(option, click.Option)
+            return max(option.opts, key=len) if is_option else parameter.upper()
+    return parameter
+
+
+def _of_the_system(error: OSError) -> FpabeeError:
+    """An error for a path that the system refuses, or for a full standard output."""
+    if error.filename is not None:
+        return FpabeeError(
+            f"{error.filename}: {error.strerror}", "check the path and its permissions"
+        )
+    if error.errno not in _DEVICE_ERRORS:
+        raise error
+    # Otherwise Python would try to write again when it exits.
+    _drop_stdout()
+    return FpabeeError(
+        f"cannot write to standard output: {error.strerror}", "free some space on that device"
+    )
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,22 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import rich_click as click
 from rich import box
 from rich.table import Table
 
-from ..artifact.folder import read_manifest
+from ..artifact.folder import damage, read_manifest, resolve
 from ..artifact.manifest import Manifest
+from ..engine import Engine
 from ..environment import environment, providers
-from ..errors import VerificationError
-from ..inspection import Integrity, TargetState, check_integrity, target_states
+from ..errors import FpabeeError, VerificationError
 from ..rule_words import settings_in_words
-from ..targets import target_of
+from ..targets import backend_class, rule_of, target_of
 from . import options
-from .command import command
+from .command import command, in_terms_of_options
 from .console import echo, table_console
-from .errors import in_terms_of_options
 
 
 @command(
@@ -53,39 +51,70 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
             _print_values(content["environment"])
     if engines is not None:
         manifest = read_manifest(engines)
-        states = target_states(engines, manifest, in_terms_of_options)
-        found = check_integrity(engines, manifest, states) if check else None
-        content |= _summary(manifest) | {
-            "targets": msgspec.to_builtins(states),
-        }
-        if found is not None:
-            content["check"] = msgspec.to_builtins(found) | {"passed": found.passed}
+        states = [_state_of(engines, manifest, name) for name in manifest.targets]
+        content |= _summary(manifest) | {"targets": states}
         if not as_json:
             _print(engines, manifest, states)
-            if found is not None:
+        if check:
+            content["check"] = found = _check(engines, manifest, states)
+            if not as_json:
                 _print_check(found)
     if as_json:
         click.echo(json.dumps(content))
-    if found is not None and not found.passed:
+    if found and not found["passed"]:
         raise VerificationError(
-            f"{engines} has changed since its export: {len(found.damaged)} of {found.files} files "
-            f"are damaged, and {len(found.refused)} targets do not reproduce the model",
+            f"{engines} has changed since its export: {len(found['damaged'])} of {found['files']} "
+            f"files are damaged, and {len(found['refused'])} targets do not reproduce the model",
             "copy the engines folder again, or export the model again",
         )
+
+
+def _state_of(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """The bytes of a target's files, or of the graphs that it runs, and why it cannot run here."""
+    target = manifest.targets[name]
+    state: dict[str, Any] = {"name": name, "size": 0, "unavailable_reason": ""}
+    try:
+        for graph in (target.files or manifest.graphs_of(target)).values():
+            state["size"] += resolve(folder, graph.file).stat().st_size
+        backend_class(target).check(target, name)
+    except FpabeeError as error:
+        state["unavailable_reason"] = in_terms_of_options(error)
+    return state
+
+
+def _check(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Compare every hash, and run the reference texts on every target that can run here."""
+    files = damage(folder, manifest)
+    agreement, refused = dict[str, str](), dict[str, str]()
+    for name in (state["name"] for state in states if not state["unavailable_reason"]):
+        try:
+            _, rule = rule_of(folder, manifest, name, None)
+            with Engine.load(folder, name, rule=rule) as engine:
+                agreement[name] = str(engine.check())
+        except FpabeeError as error:
+            refused[name] = error.message
+    damaged = [message for message in files if message]
+    return {
+        "files": len(files),
+        "damaged": damaged,
+        "agreement": agreement,
+        "refused": refused,
+        "passed": not damaged and not refused,
+    }
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
     model = manifest.model
     return {
-        "fpabee": manifest.fpabee_version,
+        "fpabee_version": manifest.fpabee_version,
         "model": f"{model.model_type}, {model.layers} layers of {model.hidden_size}, "
         f"{model.pooling} pooling",
-        "task": manifest.task.problem_type.value,
+        "problem_type": manifest.task.problem_type.value,
         "labels": list(manifest.task.labels),
-        "exits": list(manifest.exit_layers),
+        "exit_layers": list(manifest.exit_layers),
         "max_length": manifest.tokenizer.max_length,
         "precisions": ["fp32", *manifest.precisions],
-        "rule": manifest.default_rule,
+        "default_rule": manifest.default_rule,
         "default_target": manifest.default_target,
         "operating_points": {
             name: list(target.operating_points)
@@ -95,9 +124,9 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(folder: Path, manifest: Manifest, states: Sequence[TargetState]) -> None:
+def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -> None:
     shown = _summary(manifest)
-    default, rule = shown.pop("default_target"), shown.pop("rule")
+    default, rule = shown.pop("default_target"), shown.pop("default_rule")
     del shown["operating_points"]
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
@@ -107,38 +136,39 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[TargetState]) -> N
         box=box.SIMPLE_HEAD,
     )
     for state in states:
-        target = manifest.targets[state.name]
+        name = state["name"]
+        target = manifest.targets[name]
         points = [
             point + " (default)" * (point == target.default_operating_point)
             for point in target.operating_points
         ]
         table.add_row(
-            state.name + " (default)" * (state.name == default),
-            f"{state.size / 2**20:.1f}",
+            name + " (default)" * (name == default),
+            f"{state['size'] / 2**20:.1f}",
             "not measured" if target.tolerance is None else f"{target.tolerance:.1e}",
             "" if target.relative_speed is None else f"{target.relative_speed:.2f}x",
             ", ".join(points),
-            state.unavailable_reason or "runs",
+            state["unavailable_reason"] or "runs",
         )
     table_console().print(table)
-    runs = [state for state in states if not state.unavailable_reason]
-    if runs and default not in {state.name for state in runs}:
-        name = target_of(folder, manifest, None)
-        echo(f"the default target {default} cannot run here; {name} runs instead")
+    runs = [state["name"] for state in states if not state["unavailable_reason"]]
+    if runs and default not in runs:
+        instead = target_of(folder, manifest, None)
+        echo(f"the default target {default} cannot run here; {instead} runs instead")
 
 
-def _print_check(found: Integrity) -> None:
-    intact = found.files - len(found.damaged)
-    echo(f"hashes: {intact} of {found.files} files are intact")
-    for message in found.damaged:
+def _print_check(found: Mapping[str, Any]) -> None:
+    intact = found["files"] - len(found["damaged"])
+    echo(f"hashes: {intact} of {found['files']} files are intact")
+    for message in found["damaged"]:
         echo(f"  {message}")
-    for name, agreement in found.agreement.items():
+    for name, agreement in found["agreement"].items():
         echo(f"{name} reproduces the exported model: {agreement}")
-    for name, message in found.refused.items():
+    for name, message in found["refused"].items():
         echo(f"{name} is refused: {message}")
 
 
 def _print_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        echo(f"{name}: {text}")
+        echo(f"{name.replace('_', ' ')}: {text}")

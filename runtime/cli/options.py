@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from ..files import ReadOptions, TextFormat
 from ..rules.rules import RULES, ExitRule
-from .errors import option_of
+from .command import option_of
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from rich.table import Table
 
 from ... import __version__
 from ..artifact.folder import sha256_of
@@ -21,11 +22,12 @@ from ..files.destination import check_output, open_output
 from ..files.formats import is_plain_file, output_format
 from ..files.job import Job
 from ..files.records import RecordSchema
+from ..rule_words import rule_in_words
 from . import options
 from .command import READING, RULE, command
-from .console import echo
-from .progress import row_progress
-from .run_summary import print_scores, print_summary
+from .console import PlainConsole, echo, row_progress
+
+_BAR_WIDTH = 30
 
 
 @command(
@@ -145,9 +147,9 @@ def main(
         if as_json:
             click.echo(json.dumps(job.to_dict(point)), err=True)
         elif not quiet:
-            print_summary(job, point)
+            _print_summary(job, point)
         elif metrics:
-            print_scores(job)
+            _print_scores(job)
     if job.first_error is not None and job.errors == job.rows:
         raise InputError(
             f"none of {job.rows} rows could be used; the first: {job.first_error.message}",
@@ -180,3 +182,56 @@ def _settings_of_run(
         **shared,
         "metrics": job.metrics,
     }
+
+
+def _print_summary(job: Job, operating_point: str | None) -> None:
+    """Print the tally of a run to standard error.
+
+    Args:
+        job: the run.
+        operating_point: the name of the calibrated rule that was run, if it was one.
+    """
+    console = PlainConsole(stderr=True)
+    found = job.to_dict(operating_point)
+    rule = "full depth" if job.rule is None else f"rule {rule_in_words(job.rule)}"
+    if operating_point:
+        rule = f"operating point {operating_point}: {rule}"
+    lines = [
+        f"{job.rows} rows in {found['seconds']:.1f} s ({found['rows_per_second']:.0f} rows/s) "
+        f"on {found['target']}, {rule}"
+    ]
+    if found["mean_depth"] is not None:
+        lines.append(
+            f"mean depth {found['mean_depth']:.2f} of {found['layers']} layers, saving "
+            f"{found['saving']:.1%}; {job.truncated} truncated, {job.empty} empty"
+        )
+    if job.rows_before:
+        lines.append(f"{job.rows_before} rows were done by an earlier run")
+    if job.errors:
+        unusable = " or have no usable label" if job.metrics else ""
+        lines.append(f"{job.errors} rows could not be read{unusable}: their records are errors")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
+    for part in found["exits"]:
+        share = part["rows"] / max(1, job.rows - job.errors)
+        bar = "█" * round(_BAR_WIDTH * share)
+        table.add_row(*map(str, part.values()), f"{share:.1%}", bar)
+    console.print(table)
+    if job.metrics:
+        _print_scores(job)
+    if operating_point is None and job.rule is not None:
+        points = ", ".join(job.engine.manifest.targets[found["target"]].operating_points)
+        console.print(
+            f"The rule is not one of the operating points of {found['target']}: {points}."
+            if points
+            else f"The rule is not calibrated for your data on {found['target']}: run "
+            "fpabee-calibrate on labelled rows.",
+            soft_wrap=True,
+        )
+
+
+def _print_scores(job: Job) -> None:
+    """Print the scores of a run to standard error."""
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in job.scores().items())
+    PlainConsole(stderr=True).print(scores)

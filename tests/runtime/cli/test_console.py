@@ -10,9 +10,8 @@ from unittest.mock import Mock
 import pytest
 from rich.table import Table
 
-from fpabee.runtime.cli import progress as progress_module
-from fpabee.runtime.cli.console import PlainConsole, echo
-from fpabee.runtime.cli.progress import row_progress, step_progress
+from fpabee.runtime.cli import console as console_module
+from fpabee.runtime.cli.console import PlainConsole, echo, row_progress, step_progress
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
@@ -86,8 +85,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(progress_module, "Event", lambda: made)
-    monkeypatch.setattr(progress_module, "perf_counter", lambda: made.now)
+    monkeypatch.setattr(console_module, "Event", lambda: made)
+    monkeypatch.setattr(console_module, "perf_counter", lambda: made.now)
     return made
 
 
@@ -132,7 +131,7 @@ def test_no_lines_are_printed_beside_a_bar_or_if_nothing_is_to_be_shown(
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
     thread = Mock()
-    monkeypatch.setattr(progress_module, "Thread", lambda **_: thread)
+    monkeypatch.setattr(console_module, "Thread", lambda **_: thread)
     with step_progress(quiet) as progress:
         progress("build", 0, 1)
     assert thread.mock_calls == []

@@ -14,12 +14,11 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime import Budget
-from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.folder import damage, read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.cli.inspect import main
-from fpabee.runtime.inspection import check_integrity, target_states
 
 from ...bad_input.cases import corrected
 from ...doubles.device import install
@@ -40,7 +39,7 @@ def test_a_folder_is_described(
     assert result.exit_code == 0, result.output
     for part in (
         "mpnet, 3 layers of 32",
-        "exits: 1, 2, 3",
+        "exit layers: 1, 2, 3",
         "onnxruntime-fp32 (default)",
         " fast, safe (default) ",
         " runs",
@@ -48,13 +47,13 @@ def test_a_folder_is_described(
     ):
         assert part in result.stdout
     content = json.loads(run(folder, "--env", "--json").stdout)
-    assert content["exits"] == [1, 2, 3]
+    assert content["exit_layers"] == [1, 2, 3]
     (target,) = content["targets"]
     assert (target["name"], target["unavailable_reason"]) == ("onnxruntime-fp32", "")
     assert target["size"] > 10_000
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
-    assert "exits: 0, 1, 2, 3" in shown
+    assert "exit layers: 0, 1, 2, 3" in shown
 
 
 NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
@@ -120,7 +119,7 @@ def test_graphs_of_all_precisions_and_plans_are_checked(
     other = {n: msgspec.structs.replace(g, sha256="0" * 64) for n, g in manifest.graphs.items()}
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     manifest = msgspec.structs.replace(manifest, precisions={"bf16": other})
-    assert len(check_integrity(folder, manifest, states=()).damaged) == 1 + len(other)
+    assert sum(map(bool, damage(folder, manifest))) == 1 + len(other)
 
 
 def test_the_environment_and_sizes_need_no_onnxruntime(
@@ -133,9 +132,9 @@ def test_the_environment_and_sizes_need_no_onnxruntime(
     size = sum((engines["bert"] / g.file).stat().st_size for g in manifest.graphs.values())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "providers: none: " in run("--env").stdout
-    (state,) = target_states(engines["bert"], manifest)
-    assert "onnxruntime" in state.unavailable_reason
-    assert state.size == size
+    (state,) = json.loads(run(engines["bert"], "--json").stdout)["targets"]
+    assert "onnxruntime" in state["unavailable_reason"]
+    assert state["size"] == size
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     assert "onnxruntime is damaged" in run("--env").stdout
 
@@ -145,12 +144,14 @@ def test_targets_that_cannot_run_say_why(
 ) -> None:
     folder = engine_copy()
     made = install(monkeypatch, folder)
-    states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
-    assert states == {"onnxruntime-fp32": "", made.target: ""}
+
+    def reasons() -> dict[str, str]:
+        targets = json.loads(run(folder, "--json").stdout)["targets"]
+        return {target["name"]: target["unavailable_reason"] for target in targets}
+
+    assert reasons() == {"onnxruntime-fp32": "", made.target: ""}
     none = CudaDevice(error="no NVIDIA driver is installed")
     monkeypatch.setattr("fpabee.runtime.backends.cuda_probe.cuda_device", lambda: none)
-    states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
-    assert "needs an NVIDIA GPU, but no NVIDIA driver" in states[made.target]
+    assert "needs an NVIDIA GPU, but no NVIDIA driver" in reasons()[made.target]
     (folder / "targets" / made.target / "segment_01.plan").unlink()
-    states = {s.name: s.unavailable_reason for s in target_states(folder, read_manifest(folder))}
-    assert "segment_01.plan is missing" in states[made.target]
+    assert "segment_01.plan is missing" in reasons()[made.target]

@@ -13,7 +13,7 @@ import rich_click as click
 from click.testing import CliRunner
 
 from fpabee.runtime import errors
-from fpabee.runtime.cli.errors import exits_with_one_line
+from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.errors import FpabeeError, InputError
 
 ROOT = Path(__file__).parents[3]
