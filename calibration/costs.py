@@ -13,7 +13,6 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget, ExitRule
-from ..runtime.rules.runner import RuleRunner
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -83,7 +82,7 @@ def measure_speedup(
     full_depth = Budget(exit=engine.manifest.exits[-1])
     if rule == full_depth:
         return 1.0
-    runners = engine.model.runner(full_depth), engine.model.runner(rule)
+    rules = full_depth, rule
     size, most, repeats = 1, _SINGLE_ROWS, _REPEATS
     if batch > 1:
         size, most, repeats = _WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS, _WINDOW_REPEATS
@@ -96,14 +95,14 @@ def measure_speedup(
         times: list[tuple[float, ...]] = []
         for _ in range(1 + repeats):
             window = chosen[start : start + size]
-            times.append(tuple(_seconds(engine, window, each) for each in runners))
+            times.append(tuple(_seconds(engine, window, each) for each in rules))
         totals += np.median(times[1:], axis=0)  # the first run warms up
         if time.perf_counter() - begun > _MOST_SECONDS:
             break
     return round(float(totals[0] / totals[1]), 3)
 
 
-def _seconds(engine: Engine, rows: Sequence[EncodedRow], runner: RuleRunner) -> float:
+def _seconds(engine: Engine, rows: Sequence[EncodedRow], rule: ExitRule) -> float:
     started = time.perf_counter()
-    engine.model.run(rows, runner)
+    engine.run_encoded(rows, rule)
     return time.perf_counter() - started

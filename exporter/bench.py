@@ -23,10 +23,10 @@ import numpy as np
 
 from ..runtime.artifact.folder import read_manifest
 from ..runtime.backends.onnxruntime_session import usable_cores
-from ..runtime.batching import make_groups
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.environment import cpu_name, environment
+from ..runtime.groups import split
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.targets import open_backend
@@ -102,7 +102,7 @@ class _Graph:
     def grouped(self, rows: Sequence[EncodedRow]) -> None:
         """Run the groups that the chain starts with."""
         lengths = np.array([len(row) for row in rows], np.intp)
-        for numbers in make_groups(lengths, self._limits):
+        for numbers in split(lengths, self._limits):
             self._run([rows[number] for number in numbers])
 
     def padded(self, rows: Sequence[EncodedRow]) -> None:

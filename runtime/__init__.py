@@ -38,7 +38,6 @@ from .artifact.manifest import (
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
 from .backends.shapes import Bucket, Limits
-from .chain import WindowResult
 from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (
@@ -54,7 +53,7 @@ from .errors import (
     VerificationError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
-from .results import Prediction, Tally, Trace
+from .results import Prediction, Tally, Trace, WindowResult
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,

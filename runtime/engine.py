@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,14 +15,17 @@ from numpy.typing import NDArray
 
 from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import read_manifest
-from .artifact.manifest import ProblemType
+from .artifact.manifest import Manifest, ProblemType
 from .artifact.reference import read_reference
-from .chain import WindowResult
+from .backends.backend import Backend
+from .backends.buffers import window_tokens
+from .chain import Chain, Decision, not_finite
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
-from .model import Model
+from .exit_0 import ExitZero
+from .groups import Group, split
 from .predictions import PredictionMaker
-from .results import Prediction, Tally, Trace
+from .results import Prediction, Tally, Trace, WindowResult
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
@@ -42,7 +46,7 @@ class Engine:
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
-        model: what runs the rows, for code that chains segments itself, as `Scheduler` does.
+        window_tokens: most tokens of rows whose hidden states are in memory at a time.
 
     Example:
         ```python
@@ -116,8 +120,7 @@ class Engine:
         try:
             if preload:
                 backend.preload()
-            model = Model(folder, manifest, backend)
-            engine = cls(folder, model, rule, point, max_length, fit_target)
+            engine = cls(folder, manifest, backend, rule, point, max_length, fit_target)
             if check:
                 engine.check()
         except BaseException:
@@ -128,23 +131,25 @@ class Engine:
     def __init__(
         self,
         folder: Path,
-        model: Model,
+        manifest: Manifest,
+        backend: Backend[Any],
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,
         fit_target: bool = False,
     ) -> None:
-        """Called by `Engine.load`, which opens the model."""
+        """Called by `Engine.load`, which opens the backend."""
         self._folder = folder.absolute()
-        self.model, self.target = model, model.target
-        self.manifest = manifest = model.manifest
+        self._backend, self.target, self.limits = backend, backend.name, backend.limits()
+        self.manifest = manifest
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
-        self.limits = self.model.limits
+        self.window_tokens = window_tokens(manifest, self.limits)
+        self._exit_0 = ExitZero.load(folder, manifest)
         self._exits = manifest.exits
         # One attribute, so that a thread never sees the rule of one point with another's name. A
         # rule that does not fit the model is refused now, not at the first text.
-        self._in_use = (operating_point, self.model.runner(rule))
+        self._in_use = (operating_point, self._runner(rule))
         spec = manifest.tokenizer
         if fit_target:
             most = min(spec.max_length, self.limits.max_sequence)
@@ -193,8 +198,8 @@ class Engine:
         deadline = math.inf
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
-        runner = self._chosen(rule, full_depth, max_exit)
-        windows = [(rows, self.model.run(rows, runner, deadline)) for rows in self._windows(texts)]
+        runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
+        windows = [(rows, self._run(rows, runner, deadline)) for rows in self._windows(texts)]
         missed = perf_counter() > deadline
         return [answer for window in windows for answer in self._answer(*window, missed)]
 
@@ -221,9 +226,9 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
-        runner = self._chosen(rule, full_depth, max_exit)
+        runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self._windows(texts):
-            yield from self._answer(rows, self.model.run(rows, runner), missed=False)
+            yield from self._answer(rows, self._run(rows, runner), missed=False)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -239,13 +244,11 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        runner = self._chosen(rule, rule is None, None)
+        runner = self.runner(rule, full_depth=rule is None)
         windows = list(self._windows(texts))
-        results = [self.model.run(rows, runner) for rows in windows]
+        results = [self._run(rows, runner) for rows in windows]
         if not results:
-            shape = (len(self._exits), 0, len(self.labels))
-            nothing = np.zeros(0, np.int64), np.zeros(shape, np.float32)
-            results = [WindowResult(*nothing, self._exits[0], np.zeros(0, np.bool_))]
+            results = [WindowResult.empty(0, self._exits, len(self.labels))]
         logits = np.concatenate([result.logits for result in results], axis=1)
         exits = np.concatenate([result.exits for result in results])
         return Trace(
@@ -326,7 +329,7 @@ class Engine:
             RuleError: the target has no such point.
         """
         point, rule = rule_here(self._folder, self.manifest, self.target, operating_point)
-        self._in_use = (point, self.model.runner(rule))
+        self._in_use = (point, self._runner(rule))
 
     @property
     def tally(self) -> Tally:
@@ -373,7 +376,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        return self.model.run(rows, self.model.runner(rule))
+        return self._run(rows, self.runner(rule))
 
     def answers(
         self,
@@ -420,15 +423,60 @@ class Engine:
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
-        with self.model.chain() as chain:
-            return chain.time_exits(rows, tokens)
+        ids, seconds = np.zeros(tokens, np.int64), []
+        made_up = [EncodedRow(ids, ids, truncated=False)] * rows
+        runner = self.runner(Budget(exit=self._exits[-1]))
+        group = Group.of(np.arange(rows), made_up, runner, math.inf, self.limits)
+        with self.chain() as chain:
+            for exit_number in self._exits:
+                started = perf_counter()
+                if exit_number == 0:
+                    chain.ask_exit_0(group)
+                else:
+                    chain.enqueue(group)
+                    chain.finish()
+                seconds.append(perf_counter() - started)
+        return seconds
+
+    def runner(
+        self,
+        rule: ExitRule | None = None,
+        *,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+    ) -> RuleRunner:
+        """What applies a rule to rows of this model, for code that chains segments itself.
+
+        Args:
+            rule: the rule; default: the engine's.
+            full_depth: as in `predict`.
+            max_exit: as in `predict`.
+
+        Raises:
+            RuleError: the rule or `max_exit` does not fit the model.
+        """
+        runner = self._in_use[1]
+        if full_depth:
+            rule = Budget(exit=self._exits[-1])
+        if rule is not None:
+            runner = self._runner(rule)
+        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
+
+    def chain(self) -> Chain:
+        """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
+
+        Raises:
+            BackendError: the engine is closed.
+        """
+        self._backend.check_open()
+        return Chain(self._backend, self.limits, self._exit_0)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.
 
         Calls of other threads that have begun are answered; the last of them frees the segments.
         """
-        self.model.close()
+        self._backend.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -436,16 +484,35 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _chosen(self, rule: ExitRule | None, full_depth: bool, max_exit: int | None) -> RuleRunner:
-        """The rule of a call."""
-        if full_depth:
-            rule = Budget(exit=self._exits[-1])
-        runner = self._in_use[1] if rule is None else self.model.runner(rule)
-        return runner if max_exit is None else self.model.runner(runner.rule.capped(max_exit))
+    def _runner(self, rule: ExitRule) -> RuleRunner:
+        task = self.manifest.task
+        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
-        return blocks(self._encoder.stream(texts), len, self.model.window_tokens)
+        return blocks(self._encoder.stream(texts), len, self.window_tokens)
+
+    def _run(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> WindowResult:
+        """Run a window of rows until the rule or the deadline has stopped all of them."""
+        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
+        result = WindowResult.empty(len(rows), self._exits, len(self.labels))
+        with self.chain() as chain:
+            for decision in chain.ask_exit_0(window):
+                self._record(decision, result)
+            groups = [window.take(places) for places in split(window.lengths, self.limits)]
+            for decision in chain.run(groups):
+                self._record(decision, result)
+        return result
+
+    def _record(self, decision: Decision, result: WindowResult) -> None:
+        if len(decision.failed):
+            raise not_finite(self.target, decision.exit)
+        result.logits[decision.exit - self._exits[0], decision.rows] = decision.logits
+        if len(decision.stopped):
+            stopped = decision.rows[decision.stopped]
+            result.exits[stopped], result.limited[stopped] = decision.exit, decision.limited
 
     def _answer(
         self, rows: list[EncodedRow], result: WindowResult, missed: bool

@@ -197,7 +197,7 @@ class PlanSession:
         from polygraphy.backend.common import BytesFromPath
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-        backend: Any = engine.model._backend
+        backend: Any = engine._backend
         self._graph: Graph = backend.graphs[graph]
         plan = folder / backend.target.files[graph].file
         # Plans of TensorRT for RTX have no scratch memory of their own, so the runner allocates it.

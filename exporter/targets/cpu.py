@@ -28,7 +28,6 @@ from ...runtime.backends.openvino import has_bf16, openvino_version
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError
-from ...runtime.model import Model
 from ...runtime.progress import Progress
 from ...runtime.targets import open_backend, rule_of, why_not
 from ..exact import exact_logits
@@ -261,7 +260,7 @@ def engine_of(folder: Path, manifest: Manifest, name: str) -> Engine:
     _, rule = rule_of(folder, manifest, name, None)
     backend = open_backend(folder, manifest, name, None)
     try:
-        return Engine(folder, Model(folder, manifest, backend), rule)
+        return Engine(folder, manifest, backend, rule)
     except BaseException:
         backend.close()
         raise

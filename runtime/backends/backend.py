@@ -266,6 +266,11 @@ class Backend(ABC, Generic[B]):
     def limits(self) -> Limits:
         """The shapes that this target runs."""
 
+    def check_open(self) -> None:
+        """Raise `BackendError` if the backend is closed."""
+        if self._closed:
+            raise _closed()
+
     def check_out(self) -> Execution[B]:
         """An execution for one call, which must be given back.
 
@@ -276,8 +281,7 @@ class Backend(ABC, Generic[B]):
             BackendError: the backend is closed, or there is no memory for another execution.
         """
         with self._pool_lock:
-            if self._closed:
-                raise _closed()
+            self.check_open()
             if self._lent >= self.most_executions:
                 self._waiting += 1
                 try:

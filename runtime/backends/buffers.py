@@ -10,9 +10,12 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..artifact.manifest import NEXT, Graph, Manifest, TensorSpec
-from .shapes import Bucket
+from .shapes import Bucket, Limits
 
 BufferName = tuple[str, int]
+
+# Most memory of a window: the hidden states of all its rows, once as input and once as output.
+_WINDOW_BYTES = 256 * 2**20
 
 # NumPy lacks these types, so their bits are handled as integers.
 _DTYPES = {"bfloat16": np.dtype(np.uint16)}
@@ -100,6 +103,22 @@ def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
 def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
     """A tensor's size in bytes at a padded shape."""
     return int(np.prod(shape_of(spec, bucket))) * dtype_of(spec).itemsize
+
+
+def window_tokens(manifest: Manifest, limits: Limits) -> int:
+    """Most tokens of a window of rows whose hidden states are in memory at a time.
+
+    Each tensor that segment 1 passes on counts twice: as an input and as an output of a segment.
+    The rows are assumed to be the longest ones, because a position bias takes most memory there.
+    """
+    sequence = limits.max_sequence
+    bucket = Bucket(max(1, limits.group_tokens // sequence), sequence)
+    outputs = [
+        spec for name in manifest.segments[0].calls for spec in manifest.graphs[name].outputs
+    ]
+    size = sum(nbytes_of(spec, bucket) for spec in outputs if spec.name.startswith(NEXT))
+    per_token = max(1, 2 * size // (bucket.batch * sequence))
+    return max(limits.group_tokens, _WINDOW_BYTES // per_token)
 
 
 V = TypeVar("V")

@@ -5,27 +5,23 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import LOGITS
-from ..backends.backend import Pending
 from ..backends.shapes import Limits
-from ..batching import fits
-from ..chain import Chain, Group, not_finite
+from ..chain import Chain, Decision, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
+from ..groups import Group, RowNumbers, fits
 from ..results import Prediction
-from ..rules.runner import PatienceState, RuleRunner
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -44,21 +40,15 @@ class _Row:
 
     Attributes:
         encoded: its tokens.
-        runner: its rule.
-        last: the exit at which it stops at the latest.
         future: its answer.
         arrived: when it was submitted, in seconds of `perf_counter`.
         deadline: when it should be answered, in the same seconds.
-        at_exit_0: its logits there, `[labels]`, if the model has exit 0.
     """
 
     encoded: EncodedRow
-    runner: RuleRunner
-    last: int
     future: Future[Prediction]
     arrived: float
     deadline: float
-    at_exit_0: NDArray[np.float32] | None = None
 
 
 class Scheduler:
@@ -91,23 +81,17 @@ class Scheduler:
     def __init__(
         self, engine: Engine, max_rows: int = _MOST_ROWS, metrics: Metrics | None = None
     ) -> None:
-        self._engine, self._model = engine, engine.model
-        self._runner = self._model.runner(engine.rule)
+        self._engine = engine
         self._most = whole_number("max_rows", max_rows, InputError)
         self._metrics = metrics
         self._changed = threading.Condition()
-        self._arrived: list[_Row] = []
+        self._arrived: list[Group] = []
         self._unanswered = 0
-        self._closed = self._cancels = False
+        self._closed = self._cancels = self._some_cancelled = False
         self._tokenizer = ThreadPoolExecutor(1, "fpabee tokenizer")
         # What follows belongs to the worker thread.
-        self._waiting: list[_Row] = []
-        self._groups: list[Group[Any]] = []
-        # With the number of the exit, and with when the segment was started.
-        self._unread = deque[tuple[Group[Any], int, Pending, float]]()
-        self._running: list[_Row] = []
-        self._read_at = 0.0
-        self._seconds = 0.0  # of a segment; each counts half as much as the one after it
+        self._waiting: list[Group] = []  # before segment 1; one for each rule, oldest rows first
+        self._groups: list[Group] = []
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
 
@@ -254,26 +238,21 @@ class Scheduler:
     ) -> None:
         """Hand accepted rows to the worker."""
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
-        rule, runner = self._engine.rule, self._runner
-        if runner.rule is not rule:  # rows of one runner run together
-            runner = self._runner = self._model.runner(rule)
-        last = runner.last
-        if max_exit is not None:
-            last = self._model.runner(rule.capped(max_exit)).last
-        chain = self._model.chain()
-        for row in encoded:
-            chain.bucket(1, len(row))
-        queued = [
-            _Row(row, runner, last, future, arrived, ends)
-            for row, future in zip(encoded, futures, strict=True)
+        self._engine.chain()  # raises if the engine is closed
+        runner = self._engine.runner(max_exit=max_exit)
+        rows = [
+            _Row(row, future, arrived, ends) for row, future in zip(encoded, futures, strict=True)
         ]
+        named = np.fromiter(rows, np.object_, len(rows))
+        group = Group.of(named, encoded, runner, ends, self._engine.limits)
         with self._changed:
             self._check_open()
-            self._arrived += queued
+            self._arrived += [group] if rows else []
             self._changed.notify()
 
     def _forget(self, future: Future[Prediction]) -> None:
         if future.cancelled():
+            self._some_cancelled = True
             future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for this
         with self._changed:
             self._unanswered -= 1
@@ -281,236 +260,150 @@ class Scheduler:
     def _work(self) -> None:
         while self._wait():
             try:
-                with self._model.chain() as chain:
-                    while self._waiting or self._groups or self._arrived:
+                with self._engine.chain() as chain:
+                    while self._arrived or self._waiting or self._groups:
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
                 with self._changed:
-                    rows, self._arrived = self._arrived + self._waiting, []
-                self._fail([*rows, *(row for group in self._groups for row in group.rows)], error)
-                self._waiting, self._groups, self._unread = [], [], deque()
+                    groups = [*self._arrived, *self._waiting, *self._groups]
+                    self._arrived, self._waiting, self._groups = [], [], []
+                for group in groups:
+                    self._fail(group.rows, error)
 
     def _wait(self) -> bool:
         """Wait for rows; False when the scheduler is closed and has answered all."""
         with self._changed:
-            self._changed.wait_for(lambda: self._arrived or self._waiting or self._closed)
-            return bool(self._arrived or self._waiting)
+            self._changed.wait_for(lambda: self._arrived or self._closed)
+            return bool(self._arrived)
 
-    def _try_step(self, chain: Chain[Any]) -> None:
+    def _try_step(self, chain: Chain) -> None:
         """Take a step. If a group fails, its rows get the error, and the others go on."""
-        self._running = []  # rows to which an error belongs
+        chain.current = None
         try:
             self._step(chain)
         except Exception as error:
-            if not self._running:
+            lost = chain.current
+            if lost is None:
                 raise
-            failed = set(self._running)
-            lost = [group for group in self._groups if not failed.isdisjoint(group.rows)]
-            self._groups = [group for group in self._groups if group not in lost]
-            self._unread = deque(unread for unread in self._unread if unread[0] not in lost)
-            self._fail(failed.union(*(group.rows for group in lost)), error)
-            chain.execution.recover([group.hidden for group in self._groups])
+            self._fail(lost.rows, error)
+            self._waiting = [group for group in self._waiting if group is not lost]
+            self._groups = [group for group in self._groups if group is not lost]
+            chain.drop(lost)
+            chain.execution.recover([group.hidden for group in self._groups if group.hidden])
 
-    def _step(self, chain: Chain[Any]) -> None:
-        """Take new rows, start a segment of one group, and read the segment that started first.
-
-        A device gets its next segment before this one is read, so that it does not wait for us.
-        """
+    def _step(self, chain: Chain) -> None:
+        """Take new rows, and let one group take a step of the chain."""
         self._admit(chain)
-        if self._cancels:
-            for row in (*self._waiting, *(row for group in self._groups for row in group.rows)):
-                row.future.cancel()
-        self._answer_late()
-        self._waiting = [row for row in self._waiting if not row.future.done()]
-        self._regroup(chain)
-        group = self._choose(chain) or self._ahead()
-        if group is not None:
-            self._running, started = list(group.rows), perf_counter()
-            if self._metrics is not None:
-                self._metrics.ran(len(group.rows))
-                if group.hidden.segment == 0:
-                    self._metrics.started([started - row.arrived for row in self._running])
-            pending = chain.execution.enqueue(group.hidden.segment, group.hidden)
-            self._unread.append((group, group.hidden.segment, pending, started))
-            if chain.execution.lookahead and len(self._unread) == 1:
-                return
-        if self._unread:
-            self._read()
+        self._clear(chain)
+        group = self._choose(chain) or chain.ahead()
+        if group is not None and self._metrics is not None:
+            self._metrics.ran(len(group))
+            if group.hidden is None:
+                now = perf_counter()
+                self._metrics.started([now - row.arrived for row in group.rows])
+        decision = chain.step(group)
+        if decision is not None:
+            self._answer(decision)
 
-    def _ahead(self) -> Group[Any] | None:
-        """The group that runs, if it can run one more segment before this one is read."""
-        if not self._unread:
-            return None
-        group, exit_number, *_ = self._unread[0]
-        soon = self._after(1 + len(self._unread))
-        if any(row.future.done() or row.deadline < soon for row in group.rows):
-            return None
-        return group if max(row.last for row in group.rows) > exit_number else None
-
-    def _ready(self) -> list[Group[Any]]:
-        """The groups whose rows have all been read."""
-        return [group for group in self._groups if not self._is_unread(group)]
-
-    def _is_unread(self, group: Group[Any]) -> bool:
-        return any(unread is group for unread, *_ in self._unread)
-
-    def _read(self) -> None:
-        """Answer the rows that stop at the exit of the segment that started first."""
-        group, exit_number, pending, started = self._unread.popleft()
-        self._running = list(group.rows)
-        logits = pending.result()[LOGITS]
-        now = perf_counter()
-        # A device runs one segment after another.
-        self._seconds = (self._seconds + now - max(started, self._read_at)) / 2
-        self._read_at = now
-        self._decide(exit_number, self._running, group.state, logits)
-
-    def _admit(self, chain: Chain[Any]) -> None:
+    def _admit(self, chain: Chain) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
         with self._changed:
-            rows, self._arrived = self._arrived, []
-            self._waiting += rows  # before anything can fail
-        if chain.exit_0 is None:
-            return
-        for runner in {row.runner for row in rows}:
-            part = [row for row in rows if row.runner is runner]
-            try:
-                logits = chain.exit_0([row.encoded for row in part])
-                self._decide(0, part, runner.start(len(part)), logits)
-            except Exception as error:  # noqa: BLE001 - it belongs to these rows, and others go on
-                self._fail(part, error)
-                continue
-            for row, row_logits in zip(part, logits, strict=True):
-                row.at_exit_0 = row_logits
+            arrived, self._arrived = _one_for_each_rule(self._arrived), []
+            self._waiting += arrived  # before anything can fail
+        for group in arrived:
+            chain.current = group
+            for decision in chain.ask_exit_0(group):
+                self._answer(decision)
+        if arrived:
+            self._waiting = _one_for_each_rule(self._waiting)
 
-    def _choose(self, chain: Chain[Any]) -> Group[Any] | None:
+    def _clear(self, chain: Chain) -> None:
+        """Drop the rows that are cancelled, and answer those that would miss their deadline."""
+        some_cancelled, self._some_cancelled = self._some_cancelled or self._cancels, False
+        for group in (*self._waiting, *self._groups):
+            if self._cancels:
+                for row in group.rows:
+                    row.future.cancel()
+            if some_cancelled:
+                chain.keep(group, np.array([not row.future.done() for row in group.rows]))
+            if len(group) and not group.started:
+                for decision in chain.stop_late(group):
+                    self._answer(decision)
+        self._waiting = [group for group in self._waiting if len(group)]
+        self._groups = [group for group in self._groups if len(group)]
+
+    def _choose(self, chain: Chain) -> Group | None:
         """The group that runs next, which may be a new one."""
-        segments, now = chain.backend.segments, perf_counter()
+        ready, now = self._joined(chain), perf_counter()
 
-        def gain(rows: Iterable[_Row], stage: int = 0) -> tuple[float, int]:
-            return (self._worth(rows, segments - stage, now) if chain.backend.joins else 0.0), stage
+        def gain(group: Group) -> tuple[float, int]:
+            left = chain.backend.segments - group.segment
+            return (_worth(group, left, now) if chain.backend.joins else 0.0), group.segment
 
-        def gain_of(group: Group[Any]) -> tuple[float, int]:
-            return gain(group.rows, group.hidden.segment)
-
-        best = max(self._ready(), key=gain_of, default=None)
+        best = max(ready, key=gain, default=None)
         under_way = sum(int(group.lengths.sum()) for group in self._groups)
-        if not self._waiting or (self._groups and under_way > self._model.window_tokens):
+        if not self._waiting or (self._groups and under_way > self._engine.window_tokens):
             return best
-        first = min(self._waiting, key=lambda row: row.deadline)
+        waiting = min(self._waiting, key=lambda group: float(group.deadlines.min()))
+        first = int(waiting.deadlines.argmin())
         # Time for the segment of another group, and then for segment 1 of that row.
-        is_urgent = first.deadline < self._after(2)
-        rows = self._rows_with(first if is_urgent else self._waiting[0], chain.limits)
-        if best and not is_urgent and gain(rows) <= gain_of(best):
+        is_urgent = waiting.deadlines[first] < chain.soon(2)
+        if not is_urgent:
+            if best is not None and not chain.backend.joins:
+                return best
+            waiting, first = min(self._waiting, key=lambda group: group.rows[0].arrived), 0
+        places = _similar(waiting.lengths, first, chain.limits)
+        group = waiting.take(places)
+        if best is not None and not is_urgent and gain(group) <= gain(best):
             return best
-        return self._begin(chain, rows)
-
-    def _worth(self, rows: Iterable[_Row], left: int, now: float) -> float:
-        """The gain of running rows that have so many segments left, where groups are joined.
-
-        A small group takes about as long as a full one there, so it waits until other rows have
-        joined it, but not for long. Tokens are counted instead of rows, because otherwise long
-        texts would wait for all shorter ones that arrive in the meantime. Elsewhere waiting gains
-        nothing, and the rows that are nearly finished come first.
-        """
-        age = max(0.0, now - min(row.arrived for row in rows))
-        return age * sum(len(row.encoded) for row in rows) / left
-
-    def _rows_with(self, first: _Row, limits: Limits) -> list[_Row]:
-        """A group of a waiting row and others of similar length, the oldest ones."""
-        rows, longest = [first], len(first.encoded)
-        size = max(longest, _SHORT_TOKENS)
-        for row in self._waiting:
-            tokens = len(row.encoded)
-            if row is first or row.runner is not first.runner:
-                continue
-            if not size <= 2 * max(tokens, _SHORT_TOKENS) <= 4 * size:
-                continue
-            if fits(len(rows) + 1, max(longest, tokens), limits):
-                rows.append(row)
-                longest = max(longest, tokens)
-        return rows
-
-    def _begin(self, chain: Chain[Any], rows: list[_Row]) -> Group[Any]:
-        taken = set(rows)
-        self._waiting = [row for row in self._waiting if row not in taken]
-        self._running = rows
-        runner = rows[0].runner
-        state = runner.start(len(rows))
-        if chain.exit_0 is not None:
-            runner.decide(0, state, np.array([row.at_exit_0 for row in rows], np.float64))
-        group = chain.begin([row.encoded for row in rows], np.array(rows, object), state)
+        chain.keep(waiting, ~np.isin(np.arange(len(waiting)), places))
+        self._waiting = [each for each in self._waiting if len(each)]
         self._groups.append(group)
         return group
 
-    def _answer_late(self) -> None:
-        """Answer the rows that would miss their deadline while another segment runs."""
-        soon = self._after(1 + len(self._unread))
-        for row in self._waiting:
-            if row.deadline < soon and row.at_exit_0 is not None:
-                self._answer(0, [row], row.at_exit_0[None], limited=True)
-        for group in self._ready():
-            late = np.array([row.deadline < soon for row in group.rows])
-            if late.any() and group.state.earlier is not None:
-                logits = group.state.earlier.logits[late].astype(np.float32)
-                self._answer(group.hidden.segment, list(group.rows[late]), logits, limited=True)
+    def _joined(self, chain: Chain) -> list[Group]:
+        """The groups that wait for a segment, joined as far as they fit."""
+        ready = [group for group in self._groups if not group.started]
+        ready.sort(key=lambda group: int(group.lengths.max()))
+        for number, group in enumerate(ready):
+            others = [
+                other
+                for other in ready[number + 1 :]
+                if len(other)
+                and other.segment == group.segment
+                and other.runner.rule == group.runner.rule
+            ]
+            if len(group):
+                chain.join(group, others)
+        self._groups = [group for group in self._groups if len(group)]
+        return [group for group in ready if len(group)]
 
-    def _decide(
-        self, exit_number: int, rows: Sequence[_Row], state: PatienceState, logits: Any
-    ) -> None:
-        """Apply the rule to a group at an exit, and answer the rows that stop.
-
-        Args:
-            exit_number: the exit.
-            rows: the rows; those that have their answer already stay as they are.
-            state: what the rule remembers of them.
-            logits: `[rows, labels]` float32 at the exit.
-        """
-        finite = np.isfinite(logits).all(axis=1)
-        clean = np.where(finite[:, None], logits, np.float32(0))
-        stops, _ = rows[0].runner.decide(exit_number, state, clean.astype(np.float64))
-        done = np.array([row.last <= exit_number for row in rows])
-        if stops is not None:
-            done |= stops
-        failed = [rows[place] for place in np.flatnonzero(~finite).tolist()]
-        self._fail(failed, not_finite(self._model.target, exit_number))
-        places = np.flatnonzero(done & finite)
-        self._answer(exit_number, [rows[place] for place in places.tolist()], clean[places])
-
-    def _regroup(self, chain: Chain[Any]) -> None:
-        """Drop the rows that are answered or cancelled, and join groups of the same stage."""
-        peers: dict[tuple[int, RuleRunner], list[Group[Any]]] = {}
-        for group in sorted(self._ready(), key=lambda group: int(group.lengths.max())):
-            going = np.array([not row.future.done() for row in group.rows])
-            group.keep = None if going.all() else np.flatnonzero(going)
-            peers.setdefault((group.hidden.segment, group.rows[0].runner), []).append(group)
-        for groups in peers.values():
-            # The groups that stay are listed before anything can fail.
-            self._groups = [group for group in self._groups if group not in groups]
-            self._running = [row for group in groups for row in group.rows]
-            self._groups += [chain.join(parts) for parts in chain.plan(groups)]
-
-    def _answer(
-        self, exit_number: int, rows: Sequence[_Row], logits: Any, limited: bool = False
-    ) -> None:
-        kept = [number for number, row in enumerate(rows) if not row.future.done()]
-        if not kept:
+    def _answer(self, decision: Decision) -> None:
+        """Answer the rows that stop."""
+        if len(decision.failed):
+            error = not_finite(self._engine.target, decision.exit)
+            self._fail(decision.rows[decision.failed], error)
+        numbers = [
+            number
+            for number in decision.stopped.tolist()
+            if not decision.rows[number].future.done()
+        ]
+        if not numbers:
             return
-        now = perf_counter()
-        taken = [rows[number] for number in kept]
+        now, rows = perf_counter(), decision.rows[numbers].tolist()
         predictions = self._engine.answers(
-            [row.encoded for row in taken],
-            np.full(len(taken), exit_number),
-            logits[kept],
-            np.full(len(taken), limited),
-            np.array([now > row.deadline for row in taken]),
+            [row.encoded for row in rows],
+            np.full(len(rows), decision.exit),
+            decision.logits[numbers],
+            np.full(len(rows), decision.limited),
+            np.array([now > row.deadline for row in rows]),
         )
         if self._metrics is not None:
-            seconds = [now - row.arrived for row in taken]
+            seconds = [now - row.arrived for row in rows]
             self._metrics.answered(predictions, seconds)
-            if exit_number == 0:
+            if decision.exit == 0:
                 self._metrics.started(seconds)
-        for row, prediction in zip(taken, predictions, strict=True):
+        for row, prediction in zip(rows, predictions, strict=True):
             with suppress(InvalidStateError):  # it was cancelled in the meantime
                 row.future.set_result(prediction)
 
@@ -522,6 +415,45 @@ class Scheduler:
             with suppress(InvalidStateError):
                 row.future.set_exception(error)
 
-    def _after(self, segments: int) -> float:
-        """When so many more segments are done, if they take as long as the last ones."""
-        return perf_counter() + segments * self._seconds
+
+def _worth(group: Group, left: int, now: float) -> float:
+    """The gain of running a group next that has so many segments left, where groups are joined.
+
+    A small group takes about as long as a full one there, so it waits until other rows have
+    joined it, but not for long. Tokens are counted instead of rows, because otherwise long texts
+    would wait for all shorter ones that arrive in the meantime. Elsewhere waiting gains nothing,
+    and the rows that are nearly finished come first.
+    """
+    age = max(0.0, now - float(min(row.arrived for row in group.rows)))
+    return age * int(group.lengths.sum()) / left
+
+
+def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
+    """Groups that have seen the same exits, joined if they have the same rule."""
+    joined: list[Group] = []
+    rest = [group for group in groups if len(group)]
+    while rest:
+        first, rule = rest[0], rest[0].runner.rule
+        first.add([group for group in rest[1:] if group.runner.rule == rule])
+        joined.append(first)
+        rest = [group for group in rest if group.runner.rule != rule]
+    return joined
+
+
+def _similar(lengths: NDArray[np.intp], first: int, limits: Limits) -> RowNumbers:
+    """A row and others of similar length, the oldest ones, as many as fit into a group.
+
+    Args:
+        lengths: `[rows]` tokens of the rows, oldest first.
+        first: the row.
+        limits: the shapes that the backend runs.
+    """
+    sizes = np.maximum(lengths, _SHORT_TOKENS)
+    similar = (2 * sizes >= sizes[first]) & (sizes <= 2 * sizes[first])
+    similar[first] = False
+    places = np.concatenate([[first], np.flatnonzero(similar)])
+    longest = np.maximum.accumulate(lengths[places])
+    rows = 1
+    while rows < len(places) and fits(rows + 1, int(longest[rows]), limits):
+        rows += 1
+    return np.asarray(places[:rows], np.intp)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from fpabee.exporter.targets import cpu
@@ -21,6 +24,9 @@ from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manif
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
 from fpabee.runtime.backends import cuda_probe, device, onnxruntime_cuda, tensorrt
 from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.chain import Chain
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.groups import Group
 
 from .cuda import FakeCuda
 from .onnxruntime_cuda import FakeCudaSession
@@ -181,3 +187,10 @@ def _add_target(folder: Path, name: str, target: Target) -> None:
     manifest = read_manifest(folder)
     targets = {**manifest.targets, name: target}
     write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+
+
+def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:
+    """Run texts to full depth as one group, on the execution of a chain."""
+    rows, runner = engine.encode(texts), engine.runner(full_depth=True)
+    group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.limits)
+    assert [decision.exit for decision in chain.run([group])] == list(engine.manifest.exits)

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.groups import Group
 from fpabee.runtime.rules.measures import Outputs
-from fpabee.runtime.rules.runner import PatienceState
 
 
-def test_joined_rows_keep_their_lengths_and_their_state(engines: Mapping[str, Path]) -> None:
+def test_joined_rows_keep_what_belongs_to_them(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostBackend, "joins", True)
     texts = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
-    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine:
+    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine, engine.chain() as chain:
         encoded, depth = engine.encode(texts), engine.trace(texts).logits
         logits = np.arange(20.0).reshape(5, 4)  # those of each row tell it apart
-        with engine.model.chain() as chain:
-            groups = []
-            for rows in (np.arange(3), np.arange(3, 5)):
-                earlier = Outputs(logits[rows], ProblemType.SINGLE_LABEL)
-                state = PatienceState(10 + rows, earlier)
-                groups.append(chain.begin([encoded[row] for row in rows], rows, state))
-                chain.execution.enqueue(0, groups[-1].hidden)
-            groups[0].keep = np.array([0, 2])
-            joined = chain.join(groups)
-            found = chain.execution.enqueue(1, joined.hidden).result()["logits"]
-    going = [0, 2, 3, 4]
-    assert joined.rows.tolist() == going
-    assert joined.lengths.tolist() == [len(encoded[row]) for row in going]
-    assert joined.state.streak.tolist() == [10 + row for row in going]
-    assert joined.state.earlier is not None
-    np.testing.assert_array_equal(joined.state.earlier.logits, logits[going])
-    np.testing.assert_allclose(found, depth[1, going], atol=1e-4)
+        groups = []
+        for rows in (np.arange(3), np.arange(3, 5)):
+            part = [encoded[row] for row in rows]
+            group = Group.of(rows, part, engine.runner(), math.inf, engine.limits)
+            chain.enqueue(group)
+            chain.finish()
+            group.state.streak = 10 + rows
+            group.state.earlier = Outputs(logits[rows], ProblemType.SINGLE_LABEL)
+            group.deadlines = np.array([100.0 + row for row in rows])
+            groups.append(group)
+        joined, other = groups
+        chain.keep(joined, np.array([True, False, True]))
+        chain.join(joined, [other])
+        assert len(other) == 0
+        going = [0, 2, 3, 4]
+        assert joined.rows.tolist() == going
+        assert joined.lengths.tolist() == [len(encoded[row]) for row in going]
+        assert joined.deadlines.tolist() == [100.0 + row for row in going]
+        assert joined.state.streak.tolist() == [10 + row for row in going]
+        assert joined.state.earlier is not None
+        np.testing.assert_array_equal(joined.state.earlier.logits, logits[going])
+        chain.enqueue(joined)
+        np.testing.assert_allclose(chain.finish().logits, depth[1, going], atol=1e-4)
+        assert len(chain.execution._taken) == 1, "the hidden states of both groups were released"

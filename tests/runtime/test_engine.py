@@ -46,10 +46,9 @@ from fpabee.runtime import (
     read_manifest,
     simulate,
 )
-from fpabee.runtime import model as model_module
 from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.backends import host
+from fpabee.runtime.backends import buffers, host
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
 
@@ -144,7 +143,7 @@ def tuned(
         patch.setattr(host, "_GROUP_TOKENS", group_tokens)
         patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
-        patch.setattr(model_module, "_WINDOW_BYTES", window_tokens * width)
+        patch.setattr(buffers, "_WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         patch.setattr(host.HostBackend, "joins", joins)
         with Engine.load(folder) as engine:
@@ -332,12 +331,12 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(host.HostBackend, "free_bytes", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
-            with engine.model.chain() as chain:
+            with engine.chain() as chain:
                 execution: Any = chain.execution
             unused = execution._unused
-            free = [buffers for part in unused.values() for buffers in part]
+            free = [each for part in unused.values() for each in part]
             assert 0 < execution._unused_bytes <= 100_000
-            assert execution._unused_bytes == sum(buffers.nbytes for buffers in free)
+            assert execution._unused_bytes == sum(each.nbytes for each in free)
             oldest, *_, newest = (bucket for bucket, part in unused.items() if part)
             assert newest.sequence == 41
             for tokens in (oldest.sequence, oldest.sequence - 2):  # the second was dropped before
@@ -355,7 +354,7 @@ def test_segments_are_loaded_when_rows_reach_them(engine_copy: Callable[..., Pat
         assert [p.exit for p in engine.predict(TEXTS, rule=Budget(exit=2))] == [2] * len(TEXTS)
         with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):
             engine.predict(TEXTS, full_depth=True)
-        session = weakref.ref(engine.model._backend.graph("segment_01"))
+        session = weakref.ref(engine._backend.graph("segment_01"))
     gc.collect()
     assert session() is None, "closing frees the sessions"
     with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):

@@ -155,7 +155,7 @@ def test_rows_that_stop_at_exit_0_reach_no_device(
         def refuse() -> None:
             raise AssertionError("an execution was opened")
 
-        monkeypatch.setattr(engine.model._backend, "open", refuse)
+        monkeypatch.setattr(engine._backend, "open", refuse)
         for texts in (TEXTS, TEXTS[:1]):
             assert {p.exit for p in engine.predict(texts, rule=Budget(exit=0))} == {0}
             assert {p.exit for p in engine.predict(texts, max_exit=0)} == {0}

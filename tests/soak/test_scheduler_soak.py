@@ -20,7 +20,7 @@ import pytest
 
 from fpabee.runtime import EncodedRow, Engine, FPabee, OverloadedError
 from fpabee.runtime.agreement import exits_near_ties
-from fpabee.runtime.chain import Chain
+from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.serving import Scheduler
 
@@ -57,7 +57,7 @@ def test_no_answer_is_lost_or_wrong(
     choose = random.Random(5)
     texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 40))) for _ in range(200)]
     rule = FPabee(threshold=1.2, exit_0_threshold=0.6)
-    begin, call = Chain.begin, ExitZero.__call__
+    begin, call = HostExecution.begin, ExitZero.__call__
     called: list[None] = []  # no futures, to keep the memory flat
 
     with Engine.load(exit_0_engines["bert"], rule=rule, threads=1) as engine:
@@ -74,15 +74,15 @@ def test_no_answer_is_lost_or_wrong(
             if any(np.array_equal(row.input_ids, ids[number]) for row in rows):
                 raise _MadeUpError
 
-        def begin_fails(chain: Chain[Any], rows: Sequence[EncodedRow], *rest: Any) -> Any:
+        def begin_fails(execution: Any, rows: Sequence[EncodedRow], bucket: Any) -> Any:
             check(rows, 1)
-            return begin(chain, rows, *rest)
+            return begin(execution, rows, bucket)
 
         def exit_0_fails(exit_0: ExitZero, rows: Sequence[EncodedRow]) -> Any:
             check(rows, 0)
             return call(exit_0, rows)
 
-        monkeypatch.setattr(Chain, "begin", begin_fails)
+        monkeypatch.setattr(HostExecution, "begin", begin_fails)
         monkeypatch.setattr(ExitZero, "__call__", exit_0_fails)
         monkeypatch.setattr("fpabee.runtime.serving.scheduler.Future", _Counted)
 

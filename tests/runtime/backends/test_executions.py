@@ -28,7 +28,7 @@ from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
-from ...doubles.device import Double, set_gpu
+from ...doubles.device import Double, run_through, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeEngine
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
@@ -123,7 +123,7 @@ def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -
     """Even if the engine is closed meanwhile; more executions would need more device memory."""
     made = double()
     engine = made.load()
-    backend = engine.model._backend
+    backend = engine._backend
     lent = [backend.check_out() for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
@@ -165,9 +165,9 @@ def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
     """A burst of threads leaves executions behind; a call that lacks memory closes them."""
     made = double()
     with made.load() as engine:
-        lent = [engine.model.chain() for _ in range(2)]
+        lent = [engine.chain() for _ in range(2)]
         for chain in lent:
-            chain.time_exits(5, 12)
+            run_through(engine, chain, ["rain " * 10] * 5)
         for chain in lent:
             chain.__exit__(None)
         assert len(made.cuda.streams) == 2
@@ -187,8 +187,8 @@ def test_idle_executions_make_room_for_a_context(
         return create(engine, how) if len(made.cuda.streams) == 1 else None
 
     with made.load() as engine:
-        with engine.model.chain() as chain, engine.model.chain() as other:
-            chain.time_exits(1, 8)
+        with engine.chain() as chain, engine.chain() as other:
+            run_through(engine, chain, ["rain"])
             assert other.execution is not chain.execution
         monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
         assert len(engine.predict(["turn the lights on"])) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -21,9 +22,11 @@ import pytest
 
 from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
+from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, MissingExtraError, first_line
+from fpabee.runtime.groups import Group
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.openvino import add_openvino
@@ -309,7 +312,7 @@ def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -
 def test_threads_share_an_engine(folder: Path) -> None:
     with Engine.load(folder, TARGET, threads=1) as engine:
         expected = engine.trace(TEXTS).logits
-        model = engine.model._backend.graph("segment_01").model
+        model = engine._backend.graph("segment_01").model
         assert [model.get_property(name) for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")] == [
             1,
             1,
@@ -327,7 +330,7 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
     add_openvino(folder, "fp32")
     with Engine.load(folder, TARGET) as engine:
         engine.predict(TEXTS, max_exit=1)
-        first = set(engine.model._backend._loaded)
+        first = set(engine._backend._loaded)
         assert first < set(engine.manifest.graphs)
         engine.predict(TEXTS, full_depth=True)
         blocks = [name for name in engine.manifest.segments[1].calls if name in first]
@@ -347,7 +350,7 @@ def test_lengths_are_multiples_of_eight_and_few_for_long_texts() -> None:
 def test_rows_are_padded_to_few_batch_sizes(folder: Path) -> None:
     assert openvino.steps(21, 1, 16) == (*range(1, 17), 18, 20, 21)
     with Engine.load(folder, TARGET) as engine:
-        limits = engine.model._backend.limits()
+        limits = engine._backend.limits()
         assert [limits.bucket(rows, 8).batch for rows in (8, 17, 33)] == [8, 18, 36]
         alone = [engine.predict([text], full_depth=True)[0].logits for text in TEXTS]
         for number, prediction in enumerate(engine.predict(TEXTS * 9 + TEXTS[:1], full_depth=True)):
@@ -362,23 +365,27 @@ def test_with_amx_a_row_alone_is_padded_to_multiples_of_16(
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
     texts = ["the plot " * 8, "the music " * 8, "the"]
     with Engine.load(folder, "openvino-int8") as engine:
-        rows, runner = engine.encode(texts), engine.model.runner(Budget(exit=3))
+        rows, runner = engine.encode(texts), engine.runner(Budget(exit=3))
         assert len(rows[0]) == 18
         expected = engine.trace(texts, rule=Budget(exit=3)).logits[1]
-        with engine.model.chain() as chain:
-            assert chain.bucket(1, 18) == Bucket(1, 24)
+        with engine.chain() as chain:
+            assert chain.limits.bucket(1, 18) == Bucket(1, 24)
             groups = [
-                chain.begin([row], np.array([number]), runner.start(1))
+                Group.of(np.array([number]), [row], runner, math.inf, engine.limits)
                 for number, row in enumerate(rows)
             ]
-            assert groups[0].hidden.bucket == Bucket(1, length)
             for group in groups:
-                chain.execution.enqueue(0, group.hidden)
+                chain.step(group)
+            joined, *others = groups
+            assert joined.hidden is not None
+            assert joined.hidden.bucket == Bucket(1, length)
             # Rows that were alone are joined in a shape that may be shorter.
-            joined = chain.join(groups)
+            monkeypatch.setattr(HostBackend, "joins", True)
+            chain.join(joined, others)
             assert joined.hidden.bucket == Bucket(3, 24)
-            logits = chain.execution.enqueue(1, joined.hidden).result()["logits"]
-        assert logits == pytest.approx(expected, abs=1e-5)
+            found = chain.step(joined)
+        assert found is not None
+        assert found.logits == pytest.approx(expected, abs=1e-5)
         alone = [engine.predict([text], full_depth=True)[0].logits for text in texts]
         together = engine.predict(texts, full_depth=True)
     assert [one.logits for one in together] == [pytest.approx(one, abs=1e-5) for one in alone]

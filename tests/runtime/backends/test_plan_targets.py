@@ -166,7 +166,7 @@ def test_the_host_work_of_one_text(double: Callable[..., Double]) -> None:
         made.cuda.calls.clear()
         engine.predict(["rain"], full_depth=True)
         counted = dict(made.cuda.calls)
-    inputs = len(engine.model._backend.stages[0].live)
+    inputs = len(engine._backend.stages[0].live)
     calls = {name: count for name, count in counted.items() if name in COUNTED}
     assert not counted.keys() & {"malloc", "free", "synchronize", "event", "pinned", "capture"}
     segments = 3

@@ -94,7 +94,7 @@ def test_calls_of_the_driver_to_regroup(
     A kernel takes up to 256 rows.
     """
     made = double(batch=(1, 8, 300))
-    with made.load() as engine, engine.model.chain() as chain:
+    with made.load() as engine, engine.chain() as chain:
         encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
         bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
         for _ in range(2):  # buffers are made first

@@ -32,7 +32,7 @@ from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
-from ...doubles.device import Double, install, set_gpu
+from ...doubles.device import Double, install, run_through, set_gpu
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
@@ -107,8 +107,8 @@ def test_a_group_shrinks_if_this_halves_its_tokens(
         return (stops if stops.any() else None), None
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    with made.load() as engine, engine.model.chain() as chain:
-        chain.run(engine.encode(["rain"] * 5), engine.model.runner(engine.rule))
+    with made.load() as engine:
+        engine.run_encoded(engine.encode(["rain"] * 5), engine.rule)
     assert len(calls) == regroups
 
 
@@ -197,15 +197,15 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
 def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
     with double().load() as engine:
-        with engine.model.chain() as chain:
-            chain.time_exits(1, 8)
+        with engine.chain() as chain:
+            run_through(engine, chain, ["rain"])
             execution: Any = chain.execution
             shared = [each for of_shape in execution.shared.values() for each in of_shape.values()]
             contexts = [weakref.ref(each) for each in shared]
             del shared
         gc.disable()
         try:
-            engine.model._backend.drop_idle()
+            engine._backend.drop_idle()
             assert [each() for each in contexts] == [None] * 3
         finally:
             gc.enable()

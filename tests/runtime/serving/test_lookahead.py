@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
-from fpabee.runtime.backends.device import DeviceExecution
-from fpabee.runtime.serving import Scheduler, scheduler
+from fpabee.runtime.backends.device import DeviceExecution, _Pending
+from fpabee.runtime.serving import Scheduler
 
 from ...doubles.device import Double, install
-from .test_scheduler import WAIT, results
+from .test_scheduler import WAIT, results, set_clock
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 SOME_STOP_FIRST = Entropy(threshold=0.3)
@@ -79,15 +79,21 @@ def test_a_deadline_counts_the_segment_that_runs(
     deadline_ms: float, exit_number: int, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second segment is not started for a row that should be answered before."""
-    now, started, enqueue = 0.0, 0, DeviceExecution.enqueue
+    now, started, enqueue, result = 0.0, 0, DeviceExecution.enqueue, _Pending.result
 
-    def takes_time(execution: Any, segment: int, hidden: Any) -> Any:
-        nonlocal now, started
-        now, started = now + 1e-3, segment + 1
+    def counts(execution: Any, segment: int, hidden: Any) -> Any:
+        nonlocal started
+        started = segment + 1
         return enqueue(execution, segment, hidden)
 
-    monkeypatch.setattr(scheduler, "perf_counter", lambda: now)
-    monkeypatch.setattr(DeviceExecution, "enqueue", takes_time)
+    def takes_time(pending: Any) -> Any:
+        nonlocal now
+        now += 1e-3
+        return result(pending)
+
+    set_clock(monkeypatch, lambda: now)
+    monkeypatch.setattr(DeviceExecution, "enqueue", counts)
+    monkeypatch.setattr(_Pending, "result", takes_time)
     with double.load(rule=NEVER) as engine, Scheduler(engine) as each:
         answer = each.submit("rain", deadline_ms=deadline_ms).result(WAIT)
         assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)

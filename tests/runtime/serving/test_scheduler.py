@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,15 @@ from fpabee.runtime import (
     Prediction,
     RuleError,
 )
+from fpabee.runtime import chain as chain_module
 from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostBackend, HostExecution
+from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.exit_0 import ExitZero
+from fpabee.runtime.groups import Group
 from fpabee.runtime.serving import Scheduler
-from fpabee.runtime.serving import scheduler as module
+from fpabee.runtime.serving import scheduler as scheduler_module
 from fpabee.runtime.serving.metrics import Metrics
 
 from ..test_engine import LOGIT_TOLERANCE, TEXTS
@@ -48,6 +53,17 @@ RULES: tuple[ExitRule, ...] = (
     Budget(exit=2),
 )
 WAIT = 20
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
+    for module in (chain_module, scheduler_module):
+        monkeypatch.setattr(module, "perf_counter", clock)
+
+
+def in_milliseconds(chain: Chain, segments: int = 1) -> float:
+    """As `Chain.soon`, if each segment takes 1 ms."""
+    now: float = vars(chain_module)["perf_counter"]()
+    return now + (len(chain.running) + segments) * 1e-3
 
 
 class Gate:
@@ -72,12 +88,7 @@ class Gate:
             return enqueue(execution, segment, hidden)
 
         monkeypatch.setattr(HostExecution, "enqueue", gated)
-        # Made-up times: 1 ms for any group.
-        monkeypatch.setattr(
-            Scheduler,
-            "_after",
-            lambda _, segments: vars(module)["perf_counter"]() + segments * 1e-3,
-        )
+        monkeypatch.setattr(Chain, "soon", in_milliseconds)
 
     def at(self) -> tuple[int, int]:
         """Wait until the worker is before a segment; returns it, and its rows."""
@@ -179,7 +190,7 @@ def test_new_rows_join_between_segments(
     All have the same age; a row that is much older would not wait.
     """
     now = 0.0
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    set_clock(monkeypatch, lambda: now)
     with Scheduler(engine) as scheduler:
         futures = [scheduler.submit("the film")]
         assert gate.at() == (0, 1)
@@ -212,7 +223,7 @@ def test_rows_of_different_rules_share_no_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    set_clock(monkeypatch, lambda: now)
     folder = engine_copy()
     set_points(folder, deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
     with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
@@ -264,10 +275,10 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
 def test_rows_that_are_cancelled_while_others_run_leave(
     engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def most_tokens(_: Scheduler, rows: Sequence[Any], *__: object) -> float:
-        return sum(len(row.encoded) for row in rows)
+    def most_tokens(group: Group, *_: object) -> int:
+        return int(group.lengths.sum())
 
-    monkeypatch.setattr(Scheduler, "_worth", most_tokens)
+    monkeypatch.setattr(scheduler_module, "_worth", most_tokens)
     with Scheduler(engine) as scheduler:
         first = scheduler.submit("the film")
         gate.at()
@@ -281,21 +292,16 @@ def test_rows_that_are_cancelled_while_others_run_leave(
         assert [answer.exit for answer in results(futures)] == [3, 3]
 
 
-def test_a_group_is_worth_more_the_older_and_fuller_and_deeper_it_is(
-    engine: Engine, gate: Gate
-) -> None:
-    with Scheduler(engine) as scheduler:
-        futures = scheduler.submit_all(["rain", "the plot", "rain"])
-        gate.at()
-        young, full, old = rows = scheduler._running
-        young.arrived, full.arrived, old.arrived = 9.0, 9.0, 5.0
-        worth = scheduler._worth
-        assert worth([young], 3, 10.0) < worth([full], 3, 10.0) < worth(rows[:2], 3, 10.0)
-        assert worth([young], 3, 10.0) < worth([young], 2, 10.0)
-        assert worth([young], 3, 10.0) < worth([young, old], 3, 10.0) / 2, "as old as its oldest"
-        assert worth([young], 3, 1000.0) > worth(rows, 1, 10.0), "no row waits forever"
-        gate.open()
-        results(futures)
+def test_a_group_is_worth_more_the_older_and_fuller_and_deeper_it_is(engine: Engine) -> None:
+    def worth(arrived: Sequence[float], left: int, now: float = 10.0) -> float:
+        rows = np.array([SimpleNamespace(arrived=each) for each in arrived])
+        encoded = engine.encode(["rain"] * len(arrived))
+        group = Group.of(rows, encoded, engine.runner(), math.inf, engine.limits)
+        return scheduler_module._worth(group, left, now)
+
+    assert worth([9.0], 3) < worth([9.0, 9.0], 3) < worth([9.0, 9.0], 2)
+    assert worth([9.0, 5.0], 3) == pytest.approx(10 * worth([9.0], 3)), "as old as its oldest row"
+    assert worth([9.0], 3, 1000.0) > worth([9.0, 9.0, 5.0], 1), "no row waits forever"
 
 
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
@@ -415,7 +421,7 @@ def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.Monk
 def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row stops at the exit before the segment that would make it late."""
     now = 0.0
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    set_clock(monkeypatch, lambda: now)
     with Scheduler(engine) as scheduler:
         usual = scheduler.submit("the film")
         gate.at()
@@ -449,7 +455,7 @@ def test_segments_are_expected_to_take_as_long_as_the_last_ones(
         now += 2e-3
         return enqueue(*arguments)
 
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    set_clock(monkeypatch, lambda: now)
     monkeypatch.setattr(HostExecution, "enqueue", takes_time)
     with Scheduler(engine) as scheduler:
         answer = scheduler.submit("rain", deadline_ms=deadline_ms).result(WAIT)
@@ -461,7 +467,7 @@ def test_tokenization_is_part_of_the_deadline(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, encode = 0.0, engine.encode
-    monkeypatch.setattr("fpabee.runtime.serving.scheduler.perf_counter", lambda: now)
+    set_clock(monkeypatch, lambda: now)
 
     def slowly(texts: Sequence[Text]) -> Any:
         nonlocal now
@@ -523,7 +529,7 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
         check_same(engine, ["sun"], results([first]), NEVER)
         check_same(engine, ["the film"], results([scheduler.submit("the film")]), NEVER)
     assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1]
-    assert not engine.model._backend.check_out()._taken
+    assert not engine._backend.check_out()._taken
     assert counted(metrics, "failed_rows_total") == 3
     assert counted(metrics, "queue_seconds_count") == 5
 
@@ -574,7 +580,7 @@ def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> 
         gate.at()
         futures += scheduler.submit_all(["c", "d"])
         gate.fails = _refuse
-        engine.model._closed = True
+        engine._backend._closed = True
         gate.open()
         for future in futures:
             with pytest.raises(BackendError, match="closed"):
@@ -640,25 +646,6 @@ def test_the_operating_point_may_change(
         after = scheduler.submit("b")
         gate.open()
         assert (before.result(WAIT).exit, after.result(WAIT).exit) == (3, 1)
-
-
-def test_the_operating_point_may_change_while_rows_are_queued(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The rule and its last exit are those of one point."""
-    folder = engine_copy()
-    set_points(folder, deep=NEVER, shallow=replace(NEVER, max_exit=1))
-
-    def changes(engine: Engine) -> ExitRule:
-        rule = engine._in_use[1].rule
-        engine.use("shallow")
-        return rule
-
-    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
-        monkeypatch.setattr(Engine, "rule", property(changes))
-        assert scheduler.submit("a", max_exit=2).result(WAIT).exit == 2
 
 
 def test_asyncio(engine: Engine) -> None:

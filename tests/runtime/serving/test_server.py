@@ -292,7 +292,7 @@ def test_a_failing_model(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("fpabee.runtime.chain.Chain.begin", fails)
+            patch.setattr("fpabee.runtime.backends.host.HostExecution.begin", fails)
             response = server.post("/classify", {"input": ["a", "b"]})
             assert response.status_code == 500
             found = server.check("/classify", response)

@@ -1,4 +1,4 @@
-"""Groups contain every row once and keep to the budget; joins contain every group once."""
+"""Groups contain every row once and keep to the budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.shapes import Bucket, Limits
-from fpabee.runtime.batching import fits, make_groups, plan_joins
+from fpabee.runtime.groups import split
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(
@@ -29,7 +29,7 @@ def padded(bucket: Bucket) -> int:
 def test_every_row_is_in_one_group_of_similar_rows_within_the_budget(
     lengths: list[int], limits: Limits
 ) -> None:
-    groups = make_groups(np.array(lengths, np.intp), limits)
+    groups = split(np.array(lengths, np.intp), limits)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     descending: list[int] = []
     for group in groups:
@@ -42,39 +42,8 @@ def test_every_row_is_in_one_group_of_similar_rows_within_the_budget(
 
 def test_groups_are_as_large_as_the_budget_allows() -> None:
     limits = Limits(max_batch=3, max_sequence=64, group_tokens=40)
-    groups = make_groups(np.array([50, 20, 20, 5, 5, 5, 5], np.intp), limits)
+    groups = split(np.array([50, 20, 20, 5, 5, 5, 5], np.intp), limits)
     assert [len(group) for group in groups] == [1, 2, 3, 1]
-
-
-@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12))
-def test_joins_keep_every_group_once_and_in_order(
-    groups: list[list[int]],
-) -> None:
-    limits = Limits(max_batch=12, max_sequence=64, group_tokens=200)
-    plan = plan_joins(groups, limits)
-    assert [number for part in plan for number in part] == list(range(len(groups)))
-    for part in plan:
-        rows = [length for number in part for length in groups[number]]
-        assert len(part) == 1 or len(rows) <= limits.max_batch
-        assert len(part) == 1 or padded(limits.bucket(len(rows), max(rows))) <= limits.group_tokens
-
-
-@given(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=8), max_size=12), some_limits)
-def test_a_group_without_room_need_not_wait_for_the_next(
-    groups: list[list[int]], limits: Limits
-) -> None:
-    for number, part in enumerate(whole := plan_joins(groups, limits)):
-        rows = [length for group in part for length in groups[group]]
-        if not fits(len(rows) + 1, max(rows), limits):
-            alone = plan_joins(groups[: part[-1] + 1], limits)
-            assert alone == whole[: number + 1]
-            for following in groups:
-                assert not fits(len(rows + following), max(rows + following), limits)
-
-
-def test_joins_fill_groups() -> None:
-    limits = Limits(max_batch=4, max_sequence=64, group_tokens=1000)
-    assert plan_joins([[5], [5, 4], [4], [4], [4, 3]], limits) == [[0, 1, 2], [3, 4]]
 
 
 def test_buckets_round_up_to_the_next_step_if_there_is_one() -> None:

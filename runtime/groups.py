@@ -1,0 +1,182 @@
+"""Groups of rows that run together: what belongs to each row, and how rows are put into groups."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.backend import Pending
+from .backends.buffers import Hidden
+from .backends.shapes import Limits
+from .encoding import EncodedRow
+from .errors import BackendError
+from .rules.runner import PatienceState, RuleRunner
+
+RowNumbers = NDArray[np.intp]
+
+
+@dataclass(slots=True, eq=False)
+class Started:
+    """A segment that was started for a group.
+
+    Attributes:
+        outputs: those of the exit at its end.
+        hidden: the hidden states that it runs on.
+        places: `[rows]` where the rows of the group are in the outputs.
+        at: when it was started, in seconds of `perf_counter`.
+    """
+
+    outputs: Pending
+    hidden: Hidden[Any]
+    places: RowNumbers
+    at: float
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Rows that run together, with the same rule. Rows leave it when they stop.
+
+    Attributes:
+        runner: the rule.
+        rows: `[rows]` what the rows are to the caller, such as their numbers in a window.
+        encoded: `[rows]` their tokens, until segment 1 has been started.
+        lengths: `[rows]` how many tokens they have.
+        deadlines: `[rows]` when their answers should be there, in seconds of `perf_counter`.
+        earliest: no deadline is before it, in the same seconds.
+        state: what the rule remembers of them.
+        hidden: their hidden states; None before segment 1.
+        places: `[rows]` where they are in the hidden states.
+        started: the segments that were started and whose exits were not read, in order.
+    """
+
+    runner: RuleRunner
+    rows: NDArray[Any]
+    encoded: NDArray[np.object_]
+    lengths: NDArray[np.intp]
+    deadlines: NDArray[np.float64]
+    earliest: float
+    state: PatienceState
+    hidden: Hidden[Any] | None = None
+    places: RowNumbers = field(default_factory=lambda: np.zeros(0, np.intp))
+    started: deque[Started] = field(default_factory=deque)
+
+    @classmethod
+    def of(
+        cls,
+        rows: NDArray[Any],
+        encoded: Sequence[EncodedRow],
+        runner: RuleRunner,
+        deadline: float,
+        limits: Limits,
+    ) -> Group:
+        """A group of new rows.
+
+        Args:
+            rows: `[rows]` what the caller calls them.
+            encoded: their tokens.
+            runner: their rule.
+            deadline: that of all of them.
+            limits: the shapes that the backend runs.
+
+        Raises:
+            BackendError: a row is longer than the backend takes.
+        """
+        count = len(encoded)
+        lengths = np.fromiter(map(len, encoded), np.intp, count)
+        if count and lengths.max() > limits.max_sequence:
+            raise BackendError(
+                f"a row has {lengths.max()} tokens; this target takes {limits.max_sequence}",
+                "give a smaller `max_length`, or build the target for longer rows",
+            )
+        return cls(
+            runner=runner,
+            rows=rows,
+            encoded=np.fromiter(encoded, np.object_, count),
+            lengths=lengths,
+            deadlines=np.full(count, deadline),
+            earliest=deadline,
+            state=runner.start(count),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def segment(self) -> int:
+        """The segment that is started next, from 0."""
+        return 0 if self.hidden is None else self.hidden.segment
+
+    @property
+    def exit(self) -> int:
+        """The exit that was read last; 0 before exit 1."""
+        return self.segment - len(self.started)
+
+    def take(self, rows: RowNumbers) -> Group:
+        """A new group of some of the rows, given by their places, before segment 1."""
+        return Group(
+            runner=self.runner,
+            rows=self.rows[rows],
+            encoded=self.encoded[rows],
+            lengths=self.lengths[rows],
+            deadlines=self.deadlines[rows],
+            earliest=self.earliest,
+            state=self.state.take(rows),
+        )
+
+    def keep(self, rows: RowNumbers) -> None:
+        """Drop all rows but those at the given places."""
+        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
+        self.deadlines, self.state = self.deadlines[rows], self.state.take(rows)
+        if self.hidden is None:
+            self.encoded = self.encoded[rows]
+        else:
+            self.places = self.places[rows]
+            for started in self.started:
+                started.places = started.places[rows]
+
+    def add(self, others: Sequence[Group]) -> None:
+        """Take all rows of groups that have seen the same exits; no segment may be running."""
+        groups = [self, *others]
+        self.rows = np.concatenate([group.rows for group in groups])
+        self.encoded = np.concatenate([group.encoded for group in groups])
+        self.lengths = np.concatenate([group.lengths for group in groups])
+        self.deadlines = np.concatenate([group.deadlines for group in groups])
+        self.earliest = min(group.earliest for group in groups)
+        self.state = PatienceState.join([group.state for group in groups])
+
+
+def split(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
+    """Rows of similar length within the token budget, longest rows first.
+
+    Args:
+        lengths: `[rows]` tokens in each row.
+        limits: the shapes that the backend runs.
+
+    Returns:
+        Row numbers of each group, from the longest row to the shortest.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    groups = []
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        padded = limits.bucket(1, longest).sequence
+        size = min(max(1, limits.group_tokens // padded), limits.max_batch, len(order) - start)
+        # A batch that is padded to a larger one may exceed the budget; then take a smaller one.
+        while size > 1 and not fits(size, longest, limits):
+            size = max((step for step in limits.batch_sizes if step < size), default=1)
+        groups.append(order[start : start + size])
+        start += size
+    return groups
+
+
+def fits(rows: int, longest: int, limits: Limits) -> bool:
+    """Whether several rows, the longest of which has `longest` tokens, may form one group."""
+    most = max(limits.group_tokens, limits.bucket(1, longest).sequence)
+    bucket = limits.bucket(rows, longest)
+    return rows <= limits.max_batch and bucket.batch * bucket.sequence <= most
