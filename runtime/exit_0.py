@@ -7,7 +7,11 @@ on the host in numpy, whatever runs the segments, so a row that stops here never
 Every token gives two n-grams: itself, and the bigram with the token after it, where the last token
 is followed by an end mark. The first rows of the table belong to unigrams: the row of a token is
 its id modulo the number of these rows. Bigrams are hashed into the rows after them. The two texts
-of a pair have n-grams of their own: all n-grams of the second text are hashed.
+of a pair have n-grams of their own: all n-grams of the second text are hashed, where 2^23 is added
+to each id, and a token by itself is the pair of its id with and without this offset.
+
+The hash can be computed in a graph as well: all numbers stay below 2^24, since OpenVINO computes
+int64 with less precision.
 """
 
 from __future__ import annotations
@@ -28,14 +32,13 @@ from .errors import EXPORT_AGAIN, ArtifactError
 ARRAYS = ("table", "weights", "bias")
 """The arrays of the file, see `ExitZero`."""
 
-# They stand for the token after the last one, and for the missing half of a hashed unigram.
-_END, _ALONE = np.uint32(0xFFFFFFFF), np.uint32(0xFFFFFFFE)
 # Added to the token ids of a second text; more than any vocabulary has.
-_SECOND = np.uint32(1 << 24)
-# Odd numbers that mix the bits of two tokens (multiplicative hashing, Knuth 1973, vol. 3, 6.4).
-_MIX_FIRST, _MIX_BOTH = np.uint32(0x9E3779B1), np.uint32(0x85EBCA77)
+_SECOND = 1 << 23
+# Stands for the token after the last one.
+_END = (1 << 24) - 1
 
 Counts = NDArray[np.intp]
+Tokens = NDArray[np.int64]
 
 
 def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Counts, Counts]:
@@ -52,9 +55,9 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     """
     lengths = np.array([len(row) for row in rows], np.intp)
     ends = np.cumsum(lengths)
-    tokens = np.concatenate([row.input_ids for row in rows]).astype(np.uint32)
+    tokens = np.concatenate([row.input_ids for row in rows])
     found = np.empty((len(tokens), 2), np.intp)
-    found[:, 0] = tokens % np.uint32(unigrams)
+    found[:, 0] = tokens % unigrams
     second = [
         np.arange(end - len(row) + row.pair_start, end)
         for row, end in zip(rows, ends.tolist(), strict=True)
@@ -62,27 +65,21 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     ]
     if second:
         at = np.concatenate(second)
+        found[at, 0] = unigrams + bucket_of(tokens[at] + _SECOND, tokens[at], buckets)
         tokens[at] += _SECOND
-        found[at, 0] = unigrams + _bucket(tokens[at], _ALONE, buckets)
     following = np.empty_like(tokens)
     following[:-1] = tokens[1:]
     following[ends - 1] = _END
-    found[:, 1] = _bucket(tokens, following, buckets)
-    found[:, 1] += unigrams
+    found[:, 1] = unigrams + bucket_of(tokens, following, buckets)
     return found.reshape(-1), 2 * lengths
 
 
-def _bucket(
-    first: NDArray[np.uint32], second: NDArray[np.uint32] | np.uint32, buckets: int
-) -> NDArray[np.uint32]:
-    """A bucket for each pair of tokens: the upper bits of a product, which depend on all bits."""
-    mixed = first * _MIX_FIRST
-    mixed ^= second
-    mixed *= _MIX_BOTH
-    # In two steps, because a shift by all 32 bits, for a single bucket, is undefined.
-    mixed >>= np.uint32(1)
-    mixed >>= np.uint32(32 - buckets.bit_length())
-    return mixed
+def bucket_of(first: Tokens, second: Tokens, buckets: int) -> Tokens:
+    """A bucket for each pair of numbers below 2^24; `buckets` is a power of two.
+
+    Both remainders count, so that pairs with a number in common differ in up to 4,093 ways.
+    """
+    return (first % 4093 * 2039 + second % 4091 * 2029) % buckets
 
 
 class ExitZero:
