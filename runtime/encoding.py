@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ from .tokens import (
 # Texts that are tokenized in one call. The library needs a hundred bytes for each character.
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 2**18
+
+_NO_TOKENS = Tokens([], 0)
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
@@ -162,51 +166,33 @@ class RowTokenizer:
         parts = [part for text in texts for part in (text if isinstance(text, tuple) else (text,))]
         tokens = iter(first_tokens(self._tokenizer, parts, self._limit))
         return [
-            self._pair(text, next(tokens), next(tokens))
-            if isinstance(text, tuple)
-            else self._single(next(tokens))
+            self._row(text, next(tokens), next(tokens) if isinstance(text, tuple) else _NO_TOKENS)
             for text in texts
         ]
 
-    def _single(self, text: Tokens) -> EncodedRow:
-        pieces = self._templates[0]
-        kept = text.ids[: self._limit - len(pieces) + 1]
-        return self._row(pieces, len(kept) < text.total, kept, [])
-
-    def _pair(self, texts: tuple[str, str], first: Tokens, second: Tokens) -> EncodedRow:
-        pieces = self._templates[1]
-        budget = self._limit - len(pieces) + 2
+    def _row(self, text: Text, first: Tokens, second: Tokens) -> EncodedRow:
+        pieces = self._templates[isinstance(text, tuple)]
+        budget = self._limit - sum(token not in (FIRST, SECOND) for token, _ in pieces)
         totals = first.total, second.total
         if budget % 2 and min(totals) > budget // 2:  # the longer text gets the odd token
             totals = (
-                total_of(self._tokenizer, texts[0], first),
-                total_of(self._tokenizer, texts[1], second),
+                total_of(self._tokenizer, text[0], first),
+                total_of(self._tokenizer, text[1], second),
             )
         kept = longest_first(*totals, budget)
-        return self._row(pieces, kept != totals, first.ids[: kept[0]], second.ids[: kept[1]])
-
-    def _row(
-        self,
-        pieces: Sequence[tuple[int, int]],
-        truncated: bool,
-        first: list[int],
-        second: list[int],
-    ) -> EncodedRow:
+        texts = {FIRST: first.ids[: kept[0]], SECOND: second.ids[: kept[1]]}
         ids: list[int] = []
         types: list[int] = []
         pair_start = None
         for token, kind in pieces:
-            added = [token]
-            if token == FIRST:
-                added = first
-            elif token == SECOND:
-                added = second
-                pair_start = len(ids) if added else None
+            if token == SECOND and kept[1]:
+                pair_start = len(ids)
+            added = texts.get(token, [token])
             ids += added
             types += [kind] * len(added)
         found = np.array(ids, np.int64)
         kinds = np.array(types, np.int64) if self._uses_types else np.zeros_like(found)
-        return EncodedRow(found, kinds, truncated, pair_start)
+        return EncodedRow(found, kinds, kept != totals, pair_start)
 
 
 class TextEncoder:
@@ -250,8 +236,6 @@ class TextEncoder:
                 where it is read, or has no tokens; or a string is given instead of a list.
             ArtifactError: the tokenizer fails on a text.
         """
-        if len(texts) == 1 and not isinstance(texts, str):  # without the threads of `stream`
-            return self._rows(texts, 1)
         return list(self.stream(texts))
 
     def stream(self, texts: Iterable[Text]) -> Iterator[EncodedRow]:
@@ -266,19 +250,18 @@ class TextEncoder:
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: [text]")
         parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
-        part, following, first = next(parts, []), next(parts, None), 1
+        part, following = next(parts, []), next(parts, None)
         if following is None:  # a thread would take longer than it saves
-            yield from self._rows(part, first)
+            yield from self._rows(part, 1)
             return
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._rows, part, first)
-            while following is not None:
-                first += len(part)
-                part = following
-                rows, ahead = ahead.result(), pool.submit(self._rows, part, first)
-                yield from rows
-                following = next(parts, None)
-            yield from ahead.result()
+            rows: Callable[[], list[EncodedRow]] = partial(self._rows, part, 1)
+            first = 1 + len(part)
+            for part in chain([following], parts):
+                ahead = pool.submit(self._rows, part, first)
+                yield from rows()
+                rows, first = ahead.result, first + len(part)
+            yield from rows()
 
     def _rows(self, texts: Sequence[Text], first: int) -> list[EncodedRow]:
         with tokenizer_errors(f"{self._path} fails on a text"):
