@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.rule_words import rule_in_words as rule_in_words
 from ..runtime.rules.rules import Budget
+from ..runtime.rules.words import rule_in_words as rule_in_words
 from .outcome import Outcome, level_of
 from .result import Calibration, Point, RuleComparison
 from .risk import RiskOf

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.rule_words import rounded
 from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import ExitRule
+from ..runtime.rules.words import rounded
 from .stopping_costs import StoppingCosts
 from .sweep import NEVER, exits_below, with_exit_0
 

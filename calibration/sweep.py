@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
-from ..runtime.rule_words import rounded
 from ..runtime.rules.measures import Array, Integers, Outputs
 from ..runtime.rules.rules import ExitRule, ThresholdRule
 from ..runtime.rules.runner import simulate
+from ..runtime.rules.words import rounded
 from .scoring import LabelledLogits
 
 _THRESHOLDS = 64

@@ -53,7 +53,7 @@ from .errors import (
     VerificationError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
-from .results import Prediction, Tally, Trace, WindowResult
+from .predictions import Prediction, Tally, Trace, WindowResult
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,

@@ -24,8 +24,7 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .exit_0 import ExitZero
 from .groups import Group, split
-from .predictions import PredictionMaker
-from .results import Prediction, Tally, Trace, WindowResult
+from .predictions import Prediction, PredictionMaker, Tally, Trace, WindowResult
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner

@@ -1,16 +1,163 @@
-"""Turn the logits of exits into predictions."""
+"""What an engine gives: predictions from the logits of exits, traces, and a tally of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import Manifest, ProblemType
 from .encoding import EncodedRow
-from .results import Prediction
 from .rules.measures import Integers, Mask, Outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one row.
+
+    Attributes:
+        labels: the predicted label, or for multi-label the predicted labels (may be none).
+        scores: the probability of each predicted label, in their order.
+        exit: the exit that answered; exit 0 answers before layer 1.
+        layer: the layer of that exit, which is the number of encoder layers that ran.
+        probabilities: probabilities of all labels, in the order of `Engine.labels`.
+        logits: the logits of that exit, in the same order, from which the probabilities come.
+        truncated: whether the text had more tokens than the model takes.
+        deadline_limited: whether the deadline stopped the row before its rule did.
+        deadline_missed: whether the answer came after the deadline.
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    exit: int
+    layer: int
+    probabilities: tuple[float, ...]
+    logits: tuple[float, ...]
+    truncated: bool
+    deadline_limited: bool = False
+    deadline_missed: bool = False
+
+    def top(self, labels: Sequence[str], k: int | None = None) -> list[tuple[str, float]]:
+        """The most probable labels and their probabilities, the most probable one first.
+
+        Args:
+            labels: all labels, that is `Engine.labels`.
+            k: how many; default: all.
+        """
+        pairs = zip(labels, self.probabilities, strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])[:k]
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """The exits and logits of a window of rows.
+
+    Attributes:
+        exits: `[rows]` int64, the exit of each row.
+        logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
+        first_exit: the exit of the first logits.
+        limited: `[rows]` whether the deadline stopped a row before its rule did.
+    """
+
+    exits: Integers
+    logits: NDArray[np.float32]
+    first_exit: int
+    limited: Mask
+
+    @classmethod
+    def empty(cls, rows: int, exits: range, labels: int) -> WindowResult:
+        """The result before any exit was read."""
+        logits = np.full((len(exits), rows, labels), np.nan, np.float32)
+        return cls(np.zeros(rows, np.int64), logits, exits[0], np.zeros(rows, np.bool_))
+
+    @property
+    def at_exit(self) -> NDArray[np.float32]:
+        """The logits of each row at its exit, `[rows, labels]`."""
+        return self.logits[self.exits - self.first_exit, np.arange(len(self.exits))]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Logits of the exits for some rows.
+
+    Attributes:
+        logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach. The first
+            axis has the exits from `first_exit` on.
+        exits: `[rows]` int64, the exit of each row.
+        predictions: int64, the answer at that exit: `[rows]` class indices, or for
+            multi-label `[rows, labels]` of 0 and 1.
+        lengths: `[rows]` tokens of each row, special tokens included.
+        first_exit: 0 if the model has exit 0, else 1.
+    """
+
+    logits: NDArray[np.float32]
+    exits: Integers
+    predictions: Integers
+    lengths: NDArray[np.intp]
+    first_exit: int = 1
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts of an engine's answers since it was loaded, or since its tally was reset.
+
+    Attributes:
+        exits: rows that stopped at each exit; the first number is that of exit 0 if the model has
+            one, as in `Manifest.exits`.
+        truncated: rows with more tokens than the model takes.
+        deadline_limited: rows that a deadline stopped before their rule did.
+        deadline_missed: rows whose `Prediction.deadline_missed` is true.
+    """
+
+    exits: tuple[int, ...]
+    truncated: int = 0
+    deadline_limited: int = 0
+    deadline_missed: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            tuple(map(add, self.exits, other.exits)),
+            self.truncated + other.truncated,
+            self.deadline_limited + other.deadline_limited,
+            self.deadline_missed + other.deadline_missed,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(self.exits)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the rows that stopped at each exit; zeros before the first row."""
+        return tuple(count / max(1, self.rows) for count in self.exits)
+
+    def drift(self, expected: Sequence[float]) -> float:
+        """How far the exits are from expected ones, such as `OperatingPoint.exits`.
+
+        Args:
+            expected: rows or shares by exit; at least one is above 0.
+
+        Returns:
+            The total variation distance, from 0 to 1: the share of rows that would have to stop
+            elsewhere. For n rows from the same source it is about sqrt(exits / n) by chance.
+
+        Raises:
+            ValueError: `expected` does not have one number for each exit, or all are 0.
+
+        Example:
+            >>> from fpabee.runtime import Tally
+            >>> Tally(exits=(75, 25)).drift([0.5, 0.5])
+            0.25
+        """
+        if len(expected) != len(self.exits) or not sum(expected) > 0:
+            raise ValueError(f"expected {len(self.exits)} counts, not {list(expected)}")
+        total = sum(expected)
+        pairs = zip(self.shares, expected, strict=True)
+        return sum(abs(share - count / total) for share, count in pairs) / 2
 
 
 class PredictionMaker:

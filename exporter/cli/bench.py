@@ -21,8 +21,8 @@ from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.optional_packages import require
-from ...runtime.rule_words import rule_in_words
 from ...runtime.rules.rules import RULES, ExitRule, ThresholdRule
+from ...runtime.rules.words import rule_in_words
 from ..bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, WITH_RULE, BenchReport, run_bench
 
 _MOST_TEXTS = 2000

@@ -16,7 +16,7 @@ from ..artifact.manifest import Manifest
 from ..engine import Engine
 from ..environment import environment, providers
 from ..errors import FpabeeError, VerificationError
-from ..rule_words import settings_in_words
+from ..rules.words import settings_in_words
 from ..targets import backend_class, rule_of, target_of
 from . import options
 from .command import command, in_terms_of_options

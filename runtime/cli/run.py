@@ -22,7 +22,7 @@ from ..files.destination import check_output, open_output
 from ..files.formats import is_plain_file, output_format
 from ..files.job import Job
 from ..files.records import RecordSchema
-from ..rule_words import rule_in_words
+from ..rules.words import rule_in_words
 from . import options
 from .command import READING, RULE, command
 from .console import PlainConsole, echo, row_progress

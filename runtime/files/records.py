@@ -14,7 +14,7 @@ import msgspec
 
 from ..encoding import blocks
 from ..errors import InputError, RowError
-from ..results import Prediction
+from ..predictions import Prediction
 from .formats import TextFormat
 from .rows import LABEL_SEPARATOR, Row
 

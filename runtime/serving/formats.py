@@ -11,7 +11,7 @@ import msgspec
 
 from ..encoding import Text
 from ..errors import InputError
-from ..results import Prediction
+from ..predictions import Prediction
 
 Pair = tuple[str, str]
 

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine import Engine
-from ..results import Prediction
+from ..predictions import Prediction
 
 _SECONDS = tuple(base * 10**power for power in range(-3, 2) for base in (1, 2, 5))
 _ROWS = tuple(2**power for power in range(11))

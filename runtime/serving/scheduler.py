@@ -21,7 +21,7 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..groups import Group, RowNumbers, fits
-from ..results import Prediction
+from ..predictions import Prediction
 
 if TYPE_CHECKING:
     from .metrics import Metrics

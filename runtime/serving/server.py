@@ -26,7 +26,7 @@ from ... import __version__
 from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
-from ..results import Prediction
+from ..predictions import Prediction
 from .formats import (
     ClassifyRequest,
     Failure,

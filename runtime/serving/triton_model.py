@@ -20,7 +20,7 @@ import triton_python_backend_utils as triton
 from ..encoding import Text
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError
-from ..results import Prediction
+from ..predictions import Prediction
 from .scheduler import Scheduler
 from .triton import INPUTS, OUTPUTS
 

@@ -28,9 +28,9 @@ from fpabee.runtime import (
     RuleError,
     simulate,
 )
-from fpabee.runtime.rule_words import rounded
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.rules import ThresholdRule
+from fpabee.runtime.rules.words import rounded
 
 from ..runtime.rules.test_rules import Logits, rules, tasks, traces
 from .conftest import make_rows, with_costs

@@ -18,7 +18,7 @@ from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Row, TextFormat, read_rows
 from fpabee.runtime.files.formats import output_format
 from fpabee.runtime.files.records import Record, RecordSchema, convert, to_json
-from fpabee.runtime.results import Prediction
+from fpabee.runtime.predictions import Prediction
 
 SINGLE = RecordSchema(("no", "yes"), multi_label=False)
 MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, probabilities=True, errors=True)

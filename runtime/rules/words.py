@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .artifact.operating_point import RuleSettings
-from .rules.rules import ExitRule
+from ..artifact.operating_point import RuleSettings
+from .rules import ExitRule
 
 
 def rounded(threshold: float) -> float:

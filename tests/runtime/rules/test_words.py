@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fpabee.runtime import Budget, Confidence, Entropy, ExitRule, FPabee
-from fpabee.runtime.rule_words import rounded, rule_in_words
+from fpabee.runtime.rules.words import rounded, rule_in_words
 
 
 @pytest.mark.parametrize(
