@@ -1,4 +1,10 @@
-"""Tokenize texts with the tokenizer of the artifact, and pad rows into batches."""
+"""Tokenize texts with the tokenizer of the artifact, and pad rows into batches.
+
+The tokenizers library tokenizes a whole text, which takes a hundred bytes or more for each
+character, before it truncates it. It keeps all that it cut off, and for a pair it combines every
+part of the first text with every part of the second. So `RowTokenizer` gives it only the beginning
+of a long text, and truncates and joins the tokens itself, as the library would.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +15,34 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
-from .artifact.untrusted.tokenizer_content import check_added_tokens, check_tokenizer
+from .artifact.untrusted.tokenizer_content import MAX_WORD, check_added_tokens, check_tokenizer
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line, whole_number
-from .tokens import (
-    FIRST,
-    SECOND,
-    Tokens,
-    characters_read,
-    first_tokens,
-    longest_first,
-    template,
-    total_of,
-)
 
 # Texts that are tokenized in one call. The library needs a hundred bytes for each character.
 _CHUNK_TEXTS = 256
 _CHUNK_CHARACTERS = 2**18
 
-_NO_TOKENS = Tokens([], 0)
+# A text is read to this many characters for each token that is wanted, and this many more. What is
+# behind a token can change it only within a word, which is shorter than the margin, or becomes an
+# unknown word. The only exception is an added token that takes all spaces before it.
+_PER_TOKEN = 8
+_MARGIN = 2 * MAX_WORD
+# Characters that are kept of a longer stretch that gives no token, such as a run of spaces.
+_GAP = 64
+# Texts of up to this many characters are tokenized whole where their exact number of tokens counts.
+_MOST_COUNTED = 2**16
+# They stand for the tokens of the first and the second text; no vocabulary has such ids.
+_FIRST, _SECOND = 2**32 - 1, 2**32 - 2
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
@@ -120,10 +127,27 @@ def padded_batches(
         yield padded_inputs(rows[start : start + batch], padding)
 
 
+class _Tokens(NamedTuple):
+    """The first tokens of a text.
+
+    Attributes:
+        ids: at most as many as were wanted.
+        total: how many the whole text has.
+        is_estimate: whether that is estimated, because the text was not read to its end.
+    """
+
+    ids: list[int]
+    total: int
+    is_estimate: bool = False
+
+
+_NO_TOKENS = _Tokens([], 0)
+
+
 class RowTokenizer:
     """Tokenizes texts into rows, truncated as the tokenizers library does it.
 
-    Memory and, for ordinary texts, time grow with the limit, and not with the texts, see `tokens`.
+    Memory and, for ordinary texts, time grow with the limit, and not with the texts.
     The longer text of a pair gets the odd token; if one has more than 65,536 characters, their
     numbers of tokens are estimated for this.
 
@@ -139,7 +163,7 @@ class RowTokenizer:
     def __init__(self, tokenizer: Tokenizer, limit: int, uses_types: bool) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._templates = template(tokenizer, is_pair=False), template(tokenizer, is_pair=True)
+        self._templates = _template(tokenizer, is_pair=False), _template(tokenizer, is_pair=True)
         special = len(self._templates[1]) - 2
         if limit <= special:
             raise InputError(
@@ -170,22 +194,22 @@ class RowTokenizer:
             for text in texts
         ]
 
-    def _row(self, text: Text, first: Tokens, second: Tokens) -> EncodedRow:
+    def _row(self, text: Text, first: _Tokens, second: _Tokens) -> EncodedRow:
         pieces = self._templates[isinstance(text, tuple)]
-        budget = self._limit - sum(token not in (FIRST, SECOND) for token, _ in pieces)
+        budget = self._limit - sum(token not in (_FIRST, _SECOND) for token, _ in pieces)
         totals = first.total, second.total
         if budget % 2 and min(totals) > budget // 2:  # the longer text gets the odd token
             totals = (
-                total_of(self._tokenizer, text[0], first),
-                total_of(self._tokenizer, text[1], second),
+                _total_of(self._tokenizer, text[0], first),
+                _total_of(self._tokenizer, text[1], second),
             )
-        kept = longest_first(*totals, budget)
-        texts = {FIRST: first.ids[: kept[0]], SECOND: second.ids[: kept[1]]}
+        kept = _longest_first(*totals, budget)
+        texts = {_FIRST: first.ids[: kept[0]], _SECOND: second.ids[: kept[1]]}
         ids: list[int] = []
         types: list[int] = []
         pair_start = None
         for token, kind in pieces:
-            if token == SECOND and kept[1]:
+            if token == _SECOND and kept[1]:
                 pair_start = len(ids)
             added = texts.get(token, [token])
             ids += added
@@ -193,6 +217,127 @@ class RowTokenizer:
         found = np.array(ids, np.int64)
         kinds = np.array(types, np.int64) if self._uses_types else np.zeros_like(found)
         return EncodedRow(found, kinds, kept != totals, pair_start)
+
+
+def characters_read(most: int) -> int:
+    """How many characters of an ordinary text are read for this many tokens."""
+    return most * _PER_TOKEN + _MARGIN
+
+
+def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[_Tokens]:
+    """The first tokens of texts, without special tokens.
+
+    Args:
+        tokenizer: it truncates nothing, and has no post-processor.
+        texts: any texts that are valid Unicode within the characters that are read.
+        most: how many tokens are wanted of each.
+    """
+    window = characters_read(most)
+    short = [text for text in texts if len(text) <= window]
+    found = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    answers = []
+    for text in texts:
+        if len(text) <= window:
+            ids = next(found).ids
+            answers.append(_Tokens(ids[:most], len(ids)))
+        else:
+            answers.append(_of_long_text(tokenizer, text, most))
+    return answers
+
+
+def _of_long_text(tokenizer: Tokenizer, text: str, most: int) -> _Tokens:
+    """Read a text until its first tokens are certain; what gives few tokens is shortened."""
+    end = characters_read(most)
+    read = text[:end]
+    while True:
+        found = tokenizer.encode(read, add_special_tokens=False)
+        total = len(found)
+        if end >= len(text):
+            return _Tokens(found.ids[:most], total)
+        if total > most and max(stop for _, stop in found.offsets[:most]) + _MARGIN <= len(read):
+            return _Tokens(found.ids[:most], max(most + 1, total * len(text) // end), True)
+        read = _shortened(read, found.offsets)
+        # At least twice as much as before, so that the time grows linearly with the text.
+        more = max(len(read), characters_read(most))
+        # Beyond the first characters, which were checked, a text may be invalid Unicode.
+        read += text[end : end + more].encode(errors="replace").decode()
+        end += more
+
+
+def _total_of(tokenizer: Tokenizer, text: str, tokens: _Tokens) -> int:
+    """How many tokens a text has; an estimate only if it is very long.
+
+    Args:
+        tokenizer: as in `first_tokens`.
+        text: the text.
+        tokens: what `first_tokens` gave for it.
+    """
+    if not tokens.is_estimate or len(text) > _MOST_COUNTED:
+        return tokens.total
+    whole = text.encode(errors="replace").decode()  # only its beginning was checked
+    return len(tokenizer.encode_batch_fast([whole], add_special_tokens=False)[0])
+
+
+def _shortened(text: str, offsets: Sequence[tuple[int, int]]) -> str:
+    """A text that gives the same tokens, without most of what gives none or a single one.
+
+    No token of a vocabulary has as many characters as the margin: a longer stretch is an unknown
+    word, and stays one.
+
+    Args:
+        text: the text.
+        offsets: where each token begins and ends.
+    """
+    parts, at = [], 0
+    for start, stop in offsets:
+        if stop > at:
+            start = max(start, at)
+            parts += [
+                _without_middle(text[at:start], _GAP),
+                _without_middle(text[start:stop], _MARGIN),
+            ]
+            at = stop
+    return "".join((*parts, _without_middle(text[at:], _GAP)))
+
+
+def _without_middle(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most // 2] + text[-most // 2 :]
+
+
+def _template(tokenizer: Tokenizer, is_pair: bool) -> list[tuple[int, int]]:
+    """What the post-processor of a tokenizer makes of a text or a pair.
+
+    Args:
+        tokenizer: the tokenizer.
+        is_pair: whether there is a second text.
+
+    Returns:
+        The id and the type of each special token. `_FIRST` and `_SECOND` stand for all tokens of a
+        text.
+    """
+    toy = Tokenizer(WordLevel({"a": _FIRST, "b": _SECOND}, unk_token="a"))
+    if tokenizer.post_processor is not None:
+        toy.post_processor = tokenizer.post_processor
+    found = toy.encode("a", "b" if is_pair else None)
+    return list(zip(found.ids, found.type_ids, strict=True))
+
+
+def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
+    """How many tokens of each text of a pair are kept, as in the strategy of this name.
+
+    The tokens are taken from the longer text; if both have more than half of the budget, they share
+    it, and the longer one gets the odd token.
+
+    Args:
+        first: tokens of the first text.
+        second: tokens of the second text.
+        budget: tokens that both may have together.
+    """
+    if first + second <= budget:
+        return first, second
+    shorter = min(first, second, budget // 2)
+    longer = budget - shorter
+    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 class TextEncoder:

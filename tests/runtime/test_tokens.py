@@ -17,8 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from fpabee.runtime.encoding import EncodedRow, RowTokenizer, Text
-from fpabee.runtime.tokens import characters_read, first_tokens
+from fpabee.runtime.encoding import EncodedRow, RowTokenizer, Text, characters_read, first_tokens
 
 SPECIAL = ["<s>", "</s>", "<unk>"]
 WORDS = [
