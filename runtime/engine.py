@@ -24,7 +24,7 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .exit_0 import ExitZero
 from .groups import Group, split
-from .predictions import Prediction, PredictionMaker, Tally, Trace, WindowResult
+from .predictions import Prediction, Tally, Trace, WindowResult, make_predictions, outputs_of
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
@@ -155,7 +155,6 @@ class Engine:
             spec = msgspec.structs.replace(spec, max_length=most)
         self._encoder = TextEncoder(folder, spec, max_length)
         self.max_length = self._encoder.limit
-        self._predictions = PredictionMaker(manifest)
         self._tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
 
@@ -254,7 +253,7 @@ class Engine:
             logits=logits,
             exits=exits,
             predictions=np.concatenate(
-                [self._predictions.outputs(result.at_exit).answers for result in results]
+                [outputs_of(self.manifest, result.at_exit).answers for result in results]
             ),
             lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
             first_exit=self._exits[0],
@@ -403,7 +402,7 @@ class Engine:
         )
         with self._tally_lock:
             self._tally += counts
-        return list(self._predictions.several(rows, exits, logits, limited, missed))
+        return make_predictions(self.manifest, rows, exits, logits, limited, missed)
 
     def time_exits(self, rows: int, tokens: int) -> list[float]:
         """Time the way from each exit to the next once, on a group of made-up rows.

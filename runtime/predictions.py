@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 
@@ -160,70 +160,56 @@ class Tally:
         return sum(abs(share - count / total) for share, count in pairs) / 2
 
 
-class PredictionMaker:
-    """Makes the predictions of a model.
+def outputs_of(manifest: Manifest, logits: NDArray[np.float32]) -> Outputs:
+    """The outputs of rows of a model, from their logits `[rows, labels]`."""
+    return Outputs(logits, manifest.task.problem_type, manifest.task.label_thresholds)
+
+
+def make_predictions(
+    manifest: Manifest,
+    rows: Sequence[EncodedRow],
+    exits: Integers,
+    logits: NDArray[np.float32],
+    limited: Mask,
+    missed: Mask,
+) -> list[Prediction]:
+    """The predictions of some rows.
 
     Args:
-        manifest: of its engines folder.
+        manifest: that of the model.
+        rows: the rows.
+        exits: `[rows]` int64, the exit of each row.
+        logits: `[rows, labels]` float32 at that exit.
+        limited: `[rows]` whether the deadline stopped a row.
+        missed: `[rows]` whether the deadline was missed.
     """
-
-    def __init__(self, manifest: Manifest) -> None:
-        task = manifest.task
-        self._labels = task.labels
-        self._problem_type = task.problem_type
-        self._label_thresholds = task.label_thresholds
-        self._first, self._layers = manifest.exits[0], manifest.exit_layers
-
-    def outputs(self, logits: NDArray[np.float32]) -> Outputs:
-        """The outputs of each row at its exit.
-
-        Args:
-            logits: `[rows, labels]` float32 at that exit.
-        """
-        return Outputs(logits, self._problem_type, self._label_thresholds)
-
-    def several(
-        self,
-        rows: Sequence[EncodedRow],
-        exits: Integers,
-        logits: NDArray[np.float32],
-        limited: Mask,
-        missed: Mask,
-    ) -> Iterator[Prediction]:
-        """The predictions of several rows.
-
-        Args:
-            rows: the rows.
-            exits: `[rows]` int64, the exit of each row.
-            logits: `[rows, labels]` float32 at that exit.
-            limited: `[rows]` whether the deadline stopped a row.
-            missed: `[rows]` whether the deadline was missed.
-        """
-        outputs, labels, first = self.outputs(logits), self._labels, self._first
-        answers = outputs.answers.tolist()
-        if self._problem_type is ProblemType.MULTI_LABEL:
-            chosen = [[n for n, given in enumerate(row) if given] for row in answers]
-        else:
-            chosen = [[number] for number in answers]
-        columns = zip(
-            rows,
-            chosen,
-            outputs.probabilities.tolist(),
-            logits.tolist(),
-            exits.tolist(),
-            limited.tolist(),
-            missed.tolist(),
-            strict=True,
+    outputs, labels = outputs_of(manifest, logits), manifest.task.labels
+    chosen = outputs.answers.tolist()
+    if manifest.task.problem_type is ProblemType.MULTI_LABEL:
+        chosen = [[n for n, given in enumerate(row) if given] for row in chosen]
+    else:
+        chosen = [[number] for number in chosen]
+    columns = zip(
+        rows,
+        chosen,
+        outputs.probabilities.tolist(),
+        logits.tolist(),
+        exits.tolist(),
+        limited.tolist(),
+        missed.tolist(),
+        strict=True,
+    )
+    return [
+        Prediction(
+            labels=tuple([labels[number] for number in numbers]),
+            scores=tuple([probabilities[number] for number in numbers]),
+            exit=exit_number,
+            layer=manifest.segments[exit_number - 1].layer if exit_number else 0,
+            probabilities=tuple(probabilities),
+            logits=tuple(at_exit),
+            truncated=row.truncated,
+            deadline_limited=is_limited,
+            deadline_missed=is_missed,
         )
-        for row, numbers, probabilities, at_exit, exit_number, is_limited, is_missed in columns:
-            yield Prediction(
-                labels=tuple([labels[number] for number in numbers]),
-                scores=tuple([probabilities[number] for number in numbers]),
-                exit=exit_number,
-                layer=self._layers[exit_number - first],
-                probabilities=tuple(probabilities),
-                logits=tuple(at_exit),
-                truncated=row.truncated,
-                deadline_limited=is_limited,
-                deadline_missed=is_missed,
-            )
+        for row, numbers, probabilities, at_exit, exit_number, is_limited, is_missed in columns
+    ]
