@@ -21,7 +21,9 @@ import sizes
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("exporter", "runtime", "calibration")
 
-_FLAG = re.compile(r"(?<![\w-])--[a-z]|\bfpabee-[a-z]")
+_FLAG = re.compile(
+    r"(?<![\w-])--[a-z]|\bfpabee[ -](train|export|calibrate|run|serve|bench|inspect)\b"
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

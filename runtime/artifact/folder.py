@@ -19,15 +19,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    BuiltFile,
-    ExitZeroSpec,
-    Graph,
-    Manifest,
-    TokenizerSpec,
-)
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
@@ -60,24 +52,14 @@ def sha256_of(path: Path, most: int = MAX_FILE_BYTES) -> str:
     return digest.hexdigest()
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """The content of a regular file, possibly behind a link.
-
-    A pipe would block, and a device such as `/dev/zero` would never end.
-
-    Args:
-        path: the file.
-        most: the largest number of bytes that it may have.
-
-    Raises:
-        OSError: the file does not exist, is not a regular file, is larger, or cannot be read.
-    """
+def _read_regular(path: Path) -> bytes:
+    """The content of a manifest: a pipe would block, and `/dev/zero` would never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+        content = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_MANIFEST_BYTES} bytes", str(path))
     return content
 
 
@@ -91,14 +73,28 @@ def read_manifest(folder: str | Path) -> Manifest:
         ArtifactError: the folder is not an engines folder, or its manifest is damaged,
             inconsistent, or of another schema.
     """
-    path = Path(folder)
-    return _checked(path, _read_bytes(path))
+    path = Path(folder) / MANIFEST_NAME
+    hint = "give the folder that the export of a model wrote"
+    if not path.parent.is_dir():
+        raise ArtifactError(f"engines folder {folder} does not exist", hint)
+    try:
+        content = _read_regular(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}",
+            "check that it is a file, and its permissions",
+        ) from error
+    return _parsed(path, content)
 
 
 def is_engines_folder(folder: Path) -> bool:
     """Whether a folder has a manifest of any version, even an invalid one."""
     try:
-        content = msgspec.json.decode(read_regular(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES))
+        content = msgspec.json.decode(_read_regular(folder / MANIFEST_NAME))
     except (OSError, *BAD_JSON):
         return False
     return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
@@ -113,13 +109,13 @@ def check_outside(output: Path) -> None:
     Raises:
         InputError: it is inside such a folder, as it is named or where its links lead.
     """
-    for path in (os.path.normpath(output.absolute()), os.path.realpath(output)):
-        for folder in Path(path).parents:
-            if is_engines_folder(folder) or _is_model_dir(folder):
-                raise InputError(
-                    f"{output} is inside {folder}, which holds a model and must not change",
-                    "write to a path outside of that folder",
-                )
+    as_named, behind_links = os.path.normpath(output.absolute()), os.path.realpath(output)
+    for folder in dict.fromkeys((*Path(as_named).parents, *Path(behind_links).parents)):
+        if is_engines_folder(folder) or _is_model_dir(folder):
+            raise InputError(
+                f"{output} is inside {folder}, which holds a model and must not change",
+                "write to a path outside of that folder",
+            )
 
 
 def _is_model_dir(folder: Path) -> bool:
@@ -225,16 +221,15 @@ def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with each file that a manifest names; empty for a file that is intact."""
-    records: list[TokenizerSpec | Graph | BuiltFile | ExitZeroSpec] = [manifest.tokenizer]
+    hashes = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
     for graphs in (manifest.graphs, *manifest.precisions.values()):
-        records += graphs.values()
+        hashes += [(graph.file, graph.sha256) for graph in graphs.values()]
     for target in manifest.targets.values():
-        records += target.files.values()
+        hashes += [(file.file, file.sha256) for file in target.files.values()]
     if manifest.exit_0 is not None:
-        records.append(manifest.exit_0)
-    hashes = [(record.file, record.sha256) for record in records]
+        hashes.append((manifest.exit_0.file, manifest.exit_0.sha256))
     found = []
-    for file, sha256 in dict.fromkeys([*hashes, *manifest.files.items()]):
+    for file, sha256 in dict.fromkeys(hashes):
         try:
             (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
             found.append("")
@@ -243,56 +238,37 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
     return found
 
 
-def _decode(folder: Path, raw: bytes) -> Manifest:
+class _Written(msgspec.Struct):
+    """What a manifest says about its writer; the rest of another schema may be anything."""
+
+    schema_version: str
+    fpabee_version: str = "of another version"
+
+
+def _parsed(path: Path, content: bytes) -> Manifest:
     try:
-        version = msgspec.json.decode(raw, type=_Version).schema_version
-        if version != SCHEMA_VERSION:
+        written = msgspec.json.decode(content, type=_Written)
+        if written.schema_version != SCHEMA_VERSION:
             raise ArtifactError(
-                f"the engines folder has schema {version}; this fpabee reads {SCHEMA_VERSION}",
+                f"{path} was written by fpabee {written.fpabee_version} and has schema "
+                f"{written.schema_version}; this fpabee reads schema {SCHEMA_VERSION}",
                 EXPORT_AGAIN,
             )
-        return msgspec.json.decode(raw, type=Manifest)
+        manifest = msgspec.json.decode(content, type=Manifest)
+        problem = next(problems(manifest), None)
     except BAD_JSON as error:
-        raise ArtifactError(
-            f"{folder / MANIFEST_NAME} is damaged: {error or type(error).__name__}", EXPORT_AGAIN
-        ) from error
-
-
-class _Version(msgspec.Struct):
-    schema_version: str
-
-
-def _read_bytes(folder: Path) -> bytes:
-    path = folder / MANIFEST_NAME
-    hint = "give the folder that the export of a model wrote"
-    if not folder.is_dir():
-        raise ArtifactError(f"engines folder {folder} does not exist", hint)
-    try:
-        return read_regular(path, _MAX_MANIFEST_BYTES)
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
-        ) from error
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error.strerror}",
-            "check that it is a file, and its permissions",
-        ) from error
-
-
-def _checked(folder: Path, raw: bytes) -> Manifest:
-    manifest = _decode(folder, raw)
-    problem = next(problems(manifest), "")
-    if problem:
-        raise ArtifactError(f"{folder / MANIFEST_NAME} is damaged: {problem}", EXPORT_AGAIN)
+        problem = str(error) or type(error).__name__
+    if problem is not None:
+        raise ArtifactError(f"{path} is damaged: {problem}", EXPORT_AGAIN)
     return manifest
 
 
-def _check_readable(folder: Path, raw: bytes, manifest: Manifest) -> None:
+def _check_readable(folder: Path, content: bytes, manifest: Manifest) -> None:
     """Refuse to write what cannot be read again, such as NaN, which becomes null in JSON."""
     problem = "it would have too many bytes, or be read as a different one"
     try:
-        if len(raw) <= _MAX_MANIFEST_BYTES and _checked(folder, raw) == manifest:
+        path = folder / MANIFEST_NAME
+        if len(content) <= _MAX_MANIFEST_BYTES and _parsed(path, content) == manifest:
             return
     except ArtifactError as error:
         problem = error.message

@@ -72,9 +72,9 @@ class Answer(msgspec.Struct):
 
     index: int
     label: str
-    probs: list[float]
+    probs: tuple[float, ...]
     num_classes: int
-    labels: list[str]
+    labels: tuple[str, ...]
     exit: int
     layer: int
     truncated: bool
@@ -164,9 +164,9 @@ def classify_response(
         Answer(
             number,
             answer.top(labels, 1)[0][0],
-            list(answer.probabilities),
+            answer.probabilities,
             len(labels),
-            list(answer.labels),
+            answer.labels,
             answer.exit,
             answer.layer,
             answer.truncated,

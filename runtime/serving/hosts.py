@@ -51,7 +51,7 @@ class HostCheck:
         host = _host_of(header)
         if ANY_HOST in self._hosts or not header or host in self._hosts:
             return True
-        return _is_address(host) and not _ALL_ADDRESSES.isdisjoint(self._hosts)
+        return bool(_address(host)) and not _ALL_ADDRESSES.isdisjoint(self._hosts)
 
 
 def accepted_hosts(hosts: Iterable[str]) -> frozenset[str]:
@@ -66,7 +66,7 @@ def accepted_hosts(hosts: Iterable[str]) -> frozenset[str]:
     """
     found = set(_LOCAL)
     for host in hosts:
-        known = _normal(host) if host == ANY_HOST or _is_address(host) else _host_of(host)
+        known = host if host == ANY_HOST else _address(host) or _host_of(host)
         if not known:
             raise InputError(
                 f"{host!r} is not the name of a host",
@@ -79,19 +79,13 @@ def accepted_hosts(hosts: Iterable[str]) -> frozenset[str]:
 def _host_of(header: str) -> str:
     """The host in a `Host` header, without its port; empty if there is none."""
     match = _HOST.fullmatch(header)
-    if match is None:
-        return ""
-    return _normal(match[1] or match[2])
+    host = (match[1] or match[2]) if match else ""
+    return _address(host) or host.lower()
 
 
-def _normal(host: str) -> str:
-    """An address or a name in the one form in which hosts are compared."""
-    return str(ip_address(host)) if _is_address(host) else host.lower()
-
-
-def _is_address(host: str) -> bool:
+def _address(host: str) -> str:
+    """An IP address in the one form in which addresses are compared; empty for a name."""
     try:
-        ip_address(host)
+        return str(ip_address(host))
     except ValueError:
-        return False
-    return True
+        return ""

@@ -84,8 +84,8 @@ def make_app(
     engine: Engine,
     scheduler: Scheduler,
     metrics: Metrics,
-    limits: ServerLimits | None = None,
-    name: str = "fpabee",
+    limits: ServerLimits,
+    name: str,
     allowed_hosts: Sequence[str] = (ANY_HOST,),
 ) -> Starlette:
     """The application, to run under any ASGI server.
@@ -102,7 +102,7 @@ def make_app(
         InputError: one of the hosts is not the name of a host.
     """
     accepted = accepted_hosts(allowed_hosts)
-    return _Server(engine, scheduler, metrics, limits or ServerLimits(), name, accepted).app
+    return _Server(engine, scheduler, metrics, limits, name, accepted).app
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -131,9 +131,8 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(app: Starlette, listener: socket.socket, limits: ServerLimits | None = None) -> None:
+def serve(app: Starlette, listener: socket.socket, limits: ServerLimits) -> None:
     """Serve until SIGTERM or SIGINT; then answer the requests that have begun."""
-    limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
         http=_connections(limits.body_seconds),

@@ -53,7 +53,7 @@ def serving(
     metrics = Metrics(engine)
     with Scheduler(engine, 100_000, metrics) as scheduler, listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        app = make_app(engine, scheduler, metrics, LIMITS)
+        app = make_app(engine, scheduler, metrics, LIMITS, "tiny")
         thread = threading.Thread(target=serve, args=[app, listener, LIMITS])
         thread.start()
         try:
