@@ -30,8 +30,8 @@ from ..runtime.groups import split
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.targets import open_backend
-from .exact import FP32_TARGET
 from .merge import write_one_graph
+from .targets.check import FP32_TARGET
 
 FULL_GRAPH = "full graph"
 FULL_DEPTH = "chain, full depth"

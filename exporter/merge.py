@@ -7,7 +7,7 @@ Benchmarks compare the chain with one graph of the whole model. The function `me
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,17 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import read_reference, write_reference
 from ..runtime.engine import Engine
-from .exact import FP32_TARGET
 from .onnx_file import load_graphs, write_graph
-from .targets.cpu import INT8_FOLDER, is_cpu_int8
+from .targets.backends import is_cpu_int8
+from .targets.check import FP32_TARGET
+from .targets.cpu_int8 import INT8_FOLDER
 
 
-def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> Any:
-    """One graph that does what several graphs do one after another.
+def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:
+    """One graph that does what several graphs do one after another, and gives the last logits.
 
     Args:
         calls: name and `onnx.ModelProto` of each graph, in order; all names differ.
-        outputs: the outputs of the new graph: `LOGITS`, or `NEXT` and the name of a carried
-            tensor.
 
     Returns:
         An `onnx.ModelProto`. Nodes that no output needs, such as the heads before the last, are
@@ -46,17 +45,16 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
     import onnx
 
     merged = onnx.GraphProto(name="merged")
-    last = {value.name: name for name, proto in calls for value in proto.graph.output}
     # What the tensors that are carried from graph to graph are called in the new graph.
     carried: dict[str, str] = {}
     for number, (name, proto) in enumerate(calls):
         graph, prefix = proto.graph, f"{name}/"
         new = [value for value in graph.input if value.name not in carried]
         carried |= {value.name: value.name for value in new}
-        kept = {x.name for x in graph.output if x.name in outputs and last[x.name] == name}
         names = {value: prefix + value for node in graph.node for value in node.output if value}
         names |= {value.name: carried[value.name] for value in graph.input}
-        names |= {value: value for value in kept}
+        if number == len(calls) - 1:
+            names[LOGITS] = LOGITS
         part = onnx.compose.add_prefix_graph(
             graph,
             prefix,
@@ -72,7 +70,7 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
         for before, after in zip(graph.output, part.output, strict=True):
             carried[before.name.removeprefix(NEXT)] = after.name
             # The type of a tensor between two graphs is needed if a later conversion lowers it.
-            (merged.output if before.name in kept else merged.value_info).append(after)
+            (merged.output if after.name == LOGITS else merged.value_info).append(after)
         merged.input.extend(new)
         merged.node.extend(part.node)
         merged.initializer.extend(part.initializer)
@@ -81,7 +79,7 @@ def merge_graphs(calls: Sequence[tuple[str, Any]], outputs: Collection[str]) -> 
     model = onnx.helper.make_model(
         merged, opset_imports=first.opset_import, ir_version=first.ir_version
     )
-    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], [*outputs])
+    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], [LOGITS])
 
 
 def write_one_graph(source: Path, folder: Path) -> Manifest:
@@ -122,7 +120,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
                 copy(graph.file, graph.sha256)
             return graphs
         protos = load_graphs(source, old)
-        proto = merge_graphs([(name, protos[name]) for name in calls], [LOGITS])
+        proto = merge_graphs([(name, protos[name]) for name in calls])
         specs = {s.name: s for graph in old.values() for s in (*graph.inputs, *graph.outputs)}
         inputs, outputs = (
             [specs[value.name] for value in values]

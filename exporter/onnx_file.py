@@ -82,3 +82,11 @@ def serialized(proto: Any, what: str) -> bytes:
         ) from error
     onnx.checker.check_model(content)
     return content
+
+
+def in_head(node: str) -> bool:
+    """Whether a node of this name belongs to an exit head, which always stays in fp32.
+
+    `segments` names nodes by their modules, such as `head.classifier/linear_5`.
+    """
+    return node.split("/")[0].split(".")[0] == "head"

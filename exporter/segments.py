@@ -310,7 +310,7 @@ def _name_nodes(proto: Any) -> None:
     """Name nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
 
     Messages name nodes, and the nodes of a head are recognised by their names, see
-    `precision.formats.in_head`.
+    `onnx_file.in_head`.
     """
     for node in proto.graph.node:
         scopes = next((item.value for item in node.metadata_props if item.key == _SCOPES), "['']")

@@ -9,8 +9,7 @@ from .errors import MissingExtraError
 # For each feature: the packages that it needs, and the extra of fpabee that installs them.
 _PACKAGES = {
     "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
-    "bench": ("onnx onnxruntime", "export,cpu"),
-    "half": ("onnx onnxruntime", "export,cpu"),
+    "graphs": ("onnx onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
     "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),

@@ -38,10 +38,10 @@ from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import exact_batches
 from fpabee.exporter.merge import write_one_graph
-from fpabee.exporter.precision.formats import INT8
 from fpabee.exporter.staging import staging
-from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
-from fpabee.exporter.targets.tensorrt import TIMING_CACHE, unavailable_reason
+from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason
+from fpabee.exporter.targets.plans import PlanOptions
+from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import is_engines_folder

@@ -69,7 +69,7 @@ def main(
     both.
     """
     options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
-    require("bench")
+    require("graphs")
     texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
     with (
         step_progress(quiet) as progress,

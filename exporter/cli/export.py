@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,20 @@ from ...runtime.cli import options
 from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.cli.options import not_with, only_with
-from ...runtime.errors import VerificationError
+from ...runtime.errors import InputError, VerificationError
 from ...runtime.optional_packages import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
-from ..precision.formats import INT8
-from ..targets.cpu import ONNXRUNTIME, OPENVINO, is_installed, unavailable_reason
-from ..targets.options import RTX, RTX_CAPABILITIES, TENSORRT, PlanOptions
+from ..targets.backends import INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
+from ..targets.plans import PlanOptions
 
 Content = dict[str, Any]
 
 
-def _sizes(_: click.Context, __: click.Parameter, value: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(value) != 3 or list(value) != sorted(value) or value[0] < 1:
-        text = ",".join(map(str, value))
-        raise click.BadParameter(f"{text!r} is not a smallest, a typical and a largest size")
-    return value[0], value[1], value[2]
-
-
 def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
     """Compute capabilities such as `8.6`, from `86` or `8.6`."""
-    parts = [part.strip().replace(".", "") for part in value.split(",")]
-    if not all(part.isdigit() and len(part) > 1 for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of compute capabilities such as 86,89")
-    found = tuple(dict.fromkeys(f"{part[:-1]}.{part[-1]}" for part in parts))
-    for capability in found:
-        if capability not in RTX_CAPABILITIES:
-            raise click.BadParameter(
-                f"TensorRT for RTX supports {', '.join(RTX_CAPABILITIES)}, not {capability}; for "
-                "other GPUs build on the device, with --backend tensorrt"
-            )
-    return found
+    parts = [part.strip() for part in value.split(",")]
+    named = [f"{p[:-1]}.{p[-1]}" if p.isdigit() and len(p) > 1 else p for p in parts]
+    return tuple(dict.fromkeys(named))
 
 
 @command(
@@ -118,14 +103,11 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     callback=_capabilities,
     default="86,89,120",
 )
-@options.numbers(
-    "--batch", "N,N,N", "Smallest, typical and largest batch.", callback=_sizes, default="1,8,32"
-)
+@options.numbers("--batch", "N,N,N", "Smallest, typical and largest batch.", default="1,8,32")
 @options.numbers(
     "--sequence",
     "N,N,N",
     "Smallest, typical and largest number of tokens in a row.",
-    callback=_sizes,
     default="16,64,128",
 )
 @options.option(
@@ -158,9 +140,9 @@ def main(
         content = _export(model_dir, folder, settings, quiet, say)
         if not (targets.fp16 or targets.int8 or targets.backends):
             # Plans are built only if they are asked for. OpenVINO needs no files.
-            problem = unavailable_reason()
+            problem = unavailable_reason(OPENVINO)
             targets = replace(targets, backends=() if problem else (OPENVINO,))
-            if problem and is_installed():
+            if problem and util.find_spec(OPENVINO):
                 say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
     adds = targets.fp16 or targets.int8 or targets.backends or targets.default_target
     added = None
@@ -202,10 +184,15 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
 
 def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:
     """The options of `add_targets`; the fields of both classes are named like settings."""
+    sizes = settings["batch"], settings["sequence"]
+    try:
+        plans = PlanOptions(*sizes, settings["compute_capabilities"])
+    except InputError as error:
+        raise click.UsageError(in_terms_of_options(error)) from error
     changes = {
         "backends": settings["backends"] or None,
         "default_target": settings["target"],
-        "plans": msgspec.convert(settings, PlanOptions),
+        "plans": plans,
     }
     return msgspec.convert(settings | changes, AddTargetsOptions)
 
@@ -244,7 +231,7 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
     Raises:
         VerificationError: none of them is kept.
     """
-    asked = [one for one in added.cpu if not int8 or f"-{INT8}" in one.name]
+    asked = [one for one in added.checked if not int8 or f"-{INT8}" in one.name]
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))
@@ -263,7 +250,7 @@ def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> li
     manifest, new = read_manifest(folder), list[str]()
     if added is not None:
         new += added.built + tuple(added.lost_points)
-        new += (target.name for target in added.cpu if asked)
+        new += (target.name for target in added.checked if asked)
     names = dict.fromkeys(name for name in new if name in manifest.targets)
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = {name for name, target in manifest.targets.items() if not target.operating_points}
@@ -274,7 +261,7 @@ def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> li
 
 
 def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content:
-    for precision, agreement in result.checks.items():
+    for precision, agreement in result.precisions.items():
         say(f"{precision}: emulated on {agreement.rows} texts, {agreement}")
     for name in result.built:
         target = result.manifest.targets[name]
@@ -284,7 +271,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         default = result.manifest.default_target
         role = "the default target" if name == default else f"not the default target {default}"
         say(f"built {name} for compute capability {where} ({ran}); it is {role}")
-    for checked in result.cpu:
+    for checked in result.checked:
         if checked.refused:
             say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
         else:
@@ -297,7 +284,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
     return {
         "targets": list(result.manifest.targets),
-        "precisions": {name: agreement.to_dict() for name, agreement in result.checks.items()},
+        "precisions": {name: agreement.to_dict() for name, agreement in result.precisions.items()},
         "built": list(result.built),
         "checked": [
             {
@@ -305,7 +292,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
                 "refused": checked.refused.message if checked.refused else "",
                 "agreement": checked.agreement.to_dict() if checked.agreement else None,
             }
-            for checked in result.cpu
+            for checked in result.checked
         ],
         "default_target": result.manifest.default_target,
         "not_built": {name: str(error) for name, error in result.not_built.items()},

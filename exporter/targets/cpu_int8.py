@@ -14,21 +14,23 @@ from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.openvino import rest_precision
 from ...runtime.encoding import Text, TextEncoder
 from ...runtime.progress import Progress
-from ..exact import exact_logits
 from ..onnx_file import serialized
-from ..precision.formats import INT8
-from ..precision.int8 import quantize, split_texts
 from ..staging import replacing
-from .cpu import INT8_FOLDER, OPENVINO, CpuTarget, verified_target
+from .backends import INT8, OPENVINO, unavailable_reason, version_of
+from .check import Checked, check_target, exact_logits
+from .int8 import quantize, split_texts
+
+INT8_FOLDER = "targets/cpu-int8"
+"""The place in an engines folder of the int8 graphs that both backends run."""
 
 
 def add_cpu_int8(
     folder: Path,
     manifest: Manifest,
-    versions: dict[str, str],
+    backends: Sequence[str],
     texts: Sequence[Text],
     progress: Progress,
-) -> tuple[Manifest, list[CpuTarget]]:
+) -> tuple[Manifest, list[Checked]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
 
     Older graphs stay until `drop_unused_graphs`. If no target passes, older targets stay as well.
@@ -36,8 +38,8 @@ def add_cpu_int8(
     Args:
         folder: the engines folder.
         manifest: its manifest. The one with the targets is returned, not written.
-        versions: by backend, the version of the library that is to run them. Backends of older
-            targets are among them; the version is empty if the library cannot run here.
+        backends: the libraries that are to run them. Those of older targets are among them, also
+            if they cannot run here.
         texts: at least 32 texts like those that will be classified. Of the first 512, every other
             one gives the ranges. The result is compared with fp32 on the rest.
         progress: called with (what, done, total).
@@ -69,22 +71,21 @@ def add_cpu_int8(
                     sha256=sha256,
                     onnx_sha256=manifest.graphs[name].sha256,
                 )
-        for backend, version in versions.items():
-            name = f"{backend}-{INT8}"
+        for backend in backends:
+            name, runs = f"{backend}-{INT8}", unavailable_reason(backend) is None
             old = manifest.targets.get(name)
-            if not version and old is not None and old.files == files:
+            if not runs and old is not None and old.files == files:
                 continue  # an older target with the same graphs stays valid on other machines
-            progress(f"verify {name}", 0, 1)
             target = Target(
                 backend=backend,
                 precision=INT8,
                 graph_precision="fp32",
-                rest_precision=rest_precision() if backend == OPENVINO and version else "",
-                versions={backend: version},
+                rest_precision=rest_precision() if backend == OPENVINO and runs else "",
+                versions={backend: version_of(backend)} if runs else {},
                 files=files,
                 tolerance=None,
             )
-            changed, checked = verified_target(folder, changed, name, target, more)
+            changed, checked = check_target(folder, changed, name, target, progress, more)
             found.append(checked)
     finally:
         passed = any(checked.agreement for checked in found)

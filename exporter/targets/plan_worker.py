@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from .options import PlanOptions
+from .plans import PlanOptions
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,43 +11,25 @@ import re
 import subprocess
 import sys
 import time
-from importlib import util
 from pathlib import Path
 
 import msgspec
 
 from ...runtime.artifact.folder import sha256_of, verified_graph
-from ...runtime.artifact.manifest import BuiltFile, Manifest, Target, with_target
-from ...runtime.backends.cuda_probe import cuda_device, extra
+from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
+from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, library_version
-from ...runtime.errors import BackendError, MissingExtraError
+from ...runtime.errors import BackendError
 from ...runtime.progress import Progress, silent
-from .options import RTX, TENSORRT, PlanOptions, profile_of
+from .backends import RTX
 from .plan_worker import PlanRequest
+from .plans import PlanOptions, profile_of
 
 TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
 _SIGKILL = 9  # on Windows, the module `signal` does not have it
 _ERROR = "[E] "
 _LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
-
-
-def unavailable_reason(backend: str) -> MissingExtraError | BackendError | None:
-    """Why a backend cannot build on this machine; None: it can."""
-    if util.find_spec(MODULES[backend]) is None:
-        return MissingExtraError(
-            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{extra(backend)}]'"
-        )
-    if util.find_spec("polygraphy") is None:  # on a Jetson, TensorRT comes without the extra
-        return MissingExtraError("polygraphy is not installed", "pip install polygraphy")
-    if backend == TENSORRT:
-        device = cuda_device()
-        if device.error:
-            return BackendError(
-                f"TensorRT builds on the GPU that runs the plans, and here {device.error}",
-                "build on the device that runs it",
-            )
-    return None
 
 
 def can_run(target: Target) -> bool:
@@ -73,19 +55,19 @@ def build_target(
     precision: str,
     options: PlanOptions,
     progress: Progress = silent,
-) -> tuple[Manifest, str]:
+) -> Target:
     """Build the plans of a target into `targets/<name>/`.
 
     Args:
         folder: the engines folder.
-        manifest: its manifest. The one with the target is returned, not written.
+        manifest: its manifest.
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
         options: shapes, GPUs and limits.
         progress: called with (what, done, total).
 
     Returns:
-        The manifest with the target, and the target's name.
+        The record of the target, without what is measured.
 
     Raises:
         BackendError: a build failed.
@@ -124,7 +106,7 @@ def build_target(
         )
         seconds = time.perf_counter() - started
         progress(f"{name} {graph_name} ({seconds:.1f} s)", len(files), len(graphs))
-    target = Target(
+    return Target(
         backend=backend,
         precision=precision,
         device=_device(backend),
@@ -136,7 +118,6 @@ def build_target(
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,
     )
-    return with_target(manifest, name, target), name
 
 
 def _hint(error: str) -> str:

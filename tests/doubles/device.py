@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.exporter.targets import cpu
+from fpabee.exporter.targets import backends, check
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
 from fpabee.runtime import Engine
@@ -81,7 +81,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
-    for module in (cuda_probe, tensorrt, targets):
+    for module in (cuda_probe, tensorrt, targets, backends):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 
@@ -93,13 +93,13 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     patch.setattr(device, "cuda", lambda: cuda)
     patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
-    engine_of = cpu.engine_of
+    engine_of = check.engine_of
 
     def noted(path: Path, manifest: Manifest, target: str) -> Engine:
         unwritten[:] = [manifest]
         return engine_of(path, manifest, target)
 
-    patch.setattr(cpu, "engine_of", noted)
+    patch.setattr(check, "engine_of", noted)
     double = Double(folder, "", cuda, trt, unwritten=unwritten)
     if backend == "tensorrt":
         patch.setattr(targets, "_run_worker", double.build)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.exporter.targets.options import profile_of
+from fpabee.exporter.targets.plans import profile_of
 from fpabee.runtime.backends.onnxruntime_session import cpu_session
 
 from .tensorrt import Plan

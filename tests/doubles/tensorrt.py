@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpabee.exporter.targets.options import profile_of
+from fpabee.exporter.targets.plans import profile_of
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Graph, Manifest, Shapes
 

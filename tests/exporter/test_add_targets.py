@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.cli.export import main as export
 from fpabee.exporter.targets import tensorrt
-from fpabee.exporter.targets.options import TENSORRT, PlanOptions
+from fpabee.exporter.targets.backends import TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest
+from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import BackendError, Engine, FPabee, VerificationError, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import serialized
-from fpabee.exporter.precision.lowering import lower
+from fpabee.exporter.targets.lowering import lower
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.untrusted import graph_content
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph

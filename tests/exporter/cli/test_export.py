@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from fpabee.exporter.add_targets import AddTargetsResult
 from fpabee.exporter.cli.export import main
-from fpabee.exporter.targets.cpu import CpuTarget
+from fpabee.exporter.targets.check import Checked
 from fpabee.runtime import FPabee
 from fpabee.runtime.artifact.folder import read_manifest
 
@@ -128,7 +128,7 @@ def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engines["bert"]
-    kept = CpuTarget(FP32)
+    kept = Checked(FP32)
     added = AddTargetsResult(read_manifest(folder), {}, (), (kept,), "", {}, {})
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from numpy.typing import NDArray
 
+from fpabee.exporter import add_targets as additions
 from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.cli.export import main
-from fpabee.exporter.exact import exact_logits
-from fpabee.exporter.targets import cpu
-from fpabee.exporter.targets.options import PlanOptions
+from fpabee.exporter.targets import backends, cpu
+from fpabee.exporter.targets.backends import OPENVINO
+from fpabee.exporter.targets.check import Checked, check_target, exact_logits
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -36,7 +37,6 @@ from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import keep_targets, with_target
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
-from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
 
 from ...doubles.openvino import add_openvino
@@ -44,19 +44,29 @@ from ...doubles.openvino import add_openvino
 pytest.importorskip("openvino")
 
 ONNX, FP32, BF16 = "onnxruntime-fp32", "openvino-fp32", "openvino-bf16"
-SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
 ADDED = [FP32, *[BF16] * openvino.has_bf16()]
 needs_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
+SECONDS = {ONNX: 2.0, FP32: 1.0, BF16: 1.5}
 
 
 def add(folder: Path, default: str | None = None) -> AddTargetsResult:
-    return add_targets(folder, AddTargetsOptions(backends=(cpu.OPENVINO,), default_target=default))
+    return add_targets(folder, AddTargetsOptions(backends=(OPENVINO,), default_target=default))
+
+
+def export(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def no_labels_suffice(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
+    for precision in precisions:
+        required = dataclasses.replace(REQUIREMENTS[precision], labels=1.1)
+        monkeypatch.setitem(REQUIREMENTS, precision, required)
 
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What is measured instead of times."""
-    made_up = {ONNX: 2.0, FP32: 1.0, BF16: 1.5}
+    made_up = dict(SECONDS)
 
     def measure(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:
         return {name: [made_up[name]] for name in names}
@@ -65,19 +75,28 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return made_up
 
 
+@pytest.fixture(scope="module")
+def added(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all targets, whose default is `openvino-fp32`. Read-only."""
+    folder = tmp_path_factory.mktemp("added") / "engines"
+    shutil.copytree(engines["bert"], folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_seconds", lambda *given: {name: [SECONDS[name]] for name in given[2]})
+        add(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(engine_copy: Callable[..., Path], seconds: dict[str, float]) -> Path:
-    """A folder with all targets, whose default is `openvino-fp32`."""
-    path = engine_copy()
-    add(path)
-    return path
+def folder(added: Path, seconds: dict[str, float], tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(added, tmp_path / "engines"))
 
 
 def test_targets_are_verified_and_measured(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     result = add(folder)
     manifest = read_manifest(folder)
-    assert [checked.name for checked in result.cpu] == ADDED
+    assert [checked.name for checked in result.checked] == ADDED
     assert set(manifest.targets) == {ONNX, *ADDED}
     for name in ADDED:
         target = manifest.targets[name]
@@ -86,7 +105,7 @@ def test_targets_are_verified_and_measured(engine_copy: Callable[..., Path]) -> 
         assert target.relative_speed is not None
     assert manifest.targets[ONNX].relative_speed == 1.0
     assert result.default.startswith(f"default target: {manifest.default_target}, ")
-    assert add(folder).cpu == (), "they are not checked again"
+    assert add(folder).checked == (), "they are not checked again"
 
 
 def test_the_fastest_becomes_the_default(folder: Path) -> None:
@@ -114,40 +133,39 @@ def test_what_other_targets_leave_in_the_caches_is_not_timed(
     assert found == {ONNX: [3.0, 3.0], FP32: [1.5, 1.5]}
 
 
-def run_inspect(folder: Path) -> Result:
-    return CliRunner().invoke(inspect, [str(folder), "--json"])
-
-
+@pytest.mark.parametrize(
+    ("measured", "default", "why"),
+    [
+        ({FP32: 0.99, BF16: 0.98}, ONNX, "no other target for CPUs is faster"),
+        # Of two that are about as fast, the more exact one.
+        pytest.param(
+            {FP32: 0.97, BF16: 0.93},
+            FP32,
+            f"{FP32}, 1.03 times as fast as {ONNX}",
+            marks=needs_bf16,
+        ),
+    ],
+)
 def test_a_little_faster_is_not_enough(
-    engine_copy: Callable[..., Path], seconds: dict[str, float]
+    measured: dict[str, float], default: str, why: str, folder: Path, seconds: dict[str, float]
 ) -> None:
-    seconds.update({ONNX: 1.0, FP32: 0.99, BF16: 0.98})
-    folder = engine_copy()
-    assert "no other target for CPUs is faster" in add(folder).default
-    assert read_manifest(folder).default_target == ONNX
-
-
-@needs_bf16
-def test_an_exact_target_becomes_the_default_if_the_fastest_is_hardly_faster(
-    engine_copy: Callable[..., Path], seconds: dict[str, float]
-) -> None:
-    seconds.update({ONNX: 1.0, FP32: 0.97, BF16: 0.93})
-    folder = engine_copy()
-    assert f"{FP32}, 1.03 times as fast as {ONNX}" in add(folder).default
-    assert read_manifest(folder).default_target == FP32
+    seconds.update({ONNX: 1.0} | measured)
+    manifest = msgspec.structs.replace(read_manifest(folder), default_target=ONNX)
+    changed, said = cpu.with_fastest_default(folder, manifest, silent)
+    assert changed.default_target == default
+    assert why in said
 
 
 def test_a_target_that_changes_answers_is_not_kept(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
-    required = dataclasses.replace(REQUIREMENTS["fp32"], logits=0.0, labels=1.1)
-    monkeypatch.setitem(REQUIREMENTS, "fp32", required)
-    first = add(folder).cpu[0]
+    no_labels_suffice(monkeypatch, "fp32")
+    first = add(folder).checked[0]
     assert first.name == FP32
-    assert "not the model that was exported, from exit 1 on" in str(first.refused)
+    assert "not the model that was exported" in str(first.refused)
     assert FP32 not in read_manifest(folder).targets
-    with pytest.raises(VerificationError, match=f"{FP32} is not kept: .* from exit 1 on"):
+    with pytest.raises(VerificationError, match=f"{FP32} is not kept: "):
         add(folder, FP32)
 
 
@@ -159,32 +177,19 @@ def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
         add(folder, "other")
 
 
-@needs_bf16
-def test_a_default_chosen_by_hand_that_is_not_kept_is_chosen_again(
+def test_a_default_that_is_not_kept_is_chosen_again(
     folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also one that was chosen by hand."""
     add(folder, FP32)
-    version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
-    monkeypatch.setattr(cpu, "openvino_version", lambda: version)
-    required = dataclasses.replace(REQUIREMENTS["fp32"], labels=1.1)
-    monkeypatch.setitem(REQUIREMENTS, "fp32", required)
-    seconds[BF16] = seconds[ONNX]
-    assert "no other target for CPUs is faster" in add(folder).default
-    assert not read_manifest(folder).default_is_fixed
-
-
-def test_a_default_that_is_not_kept_is_replaced_by_the_fastest_target(
-    folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
     manifest, other = read_manifest(folder), "onnxruntime-int8"
     write_manifest(folder, with_target(manifest, other, manifest.targets[ONNX]))
     seconds[other] = 0.5
     version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
-    monkeypatch.setattr(cpu, "openvino_version", lambda: version)
-    for precision in ("fp32", "bf16"):
-        required = dataclasses.replace(REQUIREMENTS[precision], labels=1.1)
-        monkeypatch.setitem(REQUIREMENTS, precision, required)
+    monkeypatch.setattr(backends, "openvino_version", lambda: version)
+    no_labels_suffice(monkeypatch, "fp32", "bf16")
     assert add(folder).default.startswith(f"default target: {other}, ")
+    assert not read_manifest(folder).default_is_fixed
 
 
 @needs_bf16
@@ -199,15 +204,6 @@ def test_a_default_that_cannot_run_here_stays(
     assert line == f"default target: {default}, which does not run on this CPU"
 
 
-def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
-    drop = keep_targets(read_manifest(folder), lambda name, _: name != ONNX)
-    write_manifest(folder, drop)
-    (tmp_path / "texts.txt").write_text("the film is good")
-    options = AddTargetsOptions(backends=(cpu.OPENVINO,), verify_data=tmp_path / "texts.txt")
-    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
-        add_targets(folder, options)
-
-
 def test_a_default_with_operating_points_stays(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], seconds: dict[str, float]
 ) -> None:
@@ -220,31 +216,53 @@ def test_a_default_with_operating_points_stays(
     assert changed.default_target == FP32
 
 
-@pytest.mark.parametrize("difference", [0.0, 0.5])
-def test_the_tolerance_covers_all_texts_of_the_check(folder: Path, difference: float) -> None:
-    manifest = read_manifest(folder)
-    texts, logits = exact(folder, manifest)
-    more = texts, logits + np.float32(difference)
-    found, _ = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], more)
-    tolerance = found.targets[FP32].tolerance
-    assert tolerance is not None
-    assert tolerance == pytest.approx(difference, abs=1e-3)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(ONNX, []), (FP32, ["openvino"]), ("tensorrt-rtx-fp32", ["tensorrt-rtx-fp32"])],
+)
+def test_with_a_default_target_alone_no_other_one_is_built(
+    name: str,
+    expected: list[str],
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither is that one, if it is there."""
+    built: list[str] = []
+
+    def plans(_: object, backend: str, precision: str) -> None:
+        built.append(f"{backend}-{precision}")
+
+    def openvino(_: Path, manifest: Manifest, *__: object) -> tuple[Manifest, list[Checked]]:
+        built.append("openvino")
+        return manifest, []
+
+    monkeypatch.setattr(additions._Addition, "_add_plans", plans)
+    monkeypatch.setattr(additions, "add_openvino", openvino)
+    found = export("--from", engine_copy(), "--target", name)
+    assert built == expected
+    assert found.exit_code == bool(expected), "what is only noted cannot be the default"
 
 
-def test_a_target_that_changes_the_labels_of_given_texts_is_not_kept(folder: Path) -> None:
+def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
+    write_manifest(folder, keep_targets(read_manifest(folder), lambda name, _: name != ONNX))
+    (tmp_path / "texts.txt").write_text("the film is good")
+    options = AddTargetsOptions(backends=(OPENVINO,), verify_data=tmp_path / "texts.txt")
+    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
+        add_targets(folder, options)
+
+
+def test_given_texts_are_checked_and_within_the_tolerance(folder: Path) -> None:
     manifest = read_manifest(folder)
-    texts, logits = exact(folder, manifest)
-    more = texts, -logits
-    found, checked = cpu.verified_target(folder, manifest, FP32, manifest.targets[FP32], more)
+    target = manifest.targets[FP32]
+    texts, logits = exact_logits(folder, manifest, ["the film is good", "turn on the light"])
+    for difference in (0.0, 0.5):
+        more = texts, logits + np.float32(difference)
+        found, _ = check_target(folder, manifest, FP32, target, silent, more)
+        assert found.targets[FP32].tolerance == pytest.approx(difference, abs=1e-3)
+    found, checked = check_target(folder, manifest, FP32, target, silent, (texts, -logits))
     assert FP32 not in found.targets
-    assert "it changes answers from exit 1 on (2 texts)" in str(checked.refused)
+    assert "fp32 changes answers from exit 1 on (2 texts)" in str(checked.refused)
     assert "use another target" in str(checked.refused)
-
-
-def exact(folder: Path, manifest: Manifest) -> tuple[Sequence[Text], NDArray[np.float32]]:
-    found = exact_logits(folder, manifest, ["the film is good", "turn on the light"])
-    assert found is not None
-    return found
 
 
 def test_another_target_runs_where_the_default_cannot(
@@ -267,32 +285,23 @@ def test_another_target_runs_where_the_default_cannot(
         assert engine.target == FP32
 
 
-@pytest.mark.skipif(BF16 not in ADDED, reason="this CPU has no bf16")
-def test_on_a_cpu_without_bf16_the_fastest_other_target_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add(folder, BF16)
-    with Engine.load(folder) as engine:
-        assert engine.target == BF16
-    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
-    with Engine.load(folder) as engine:
-        assert engine.target == FP32
-
-
 def test_a_target_with_the_operating_points_of_the_default_runs_instead(
     folder: Path,
     set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """On a CPU without bf16; if the default has no points, the fastest other target."""
     manifest = read_manifest(folder)
     slow = msgspec.structs.replace(manifest.targets[ONNX], relative_speed=0.1)
     default = msgspec.structs.replace(manifest.targets[FP32], precision="bf16")
     manifest = with_target(with_target(manifest, "slow", slow), "default", default)
     write_manifest(folder, msgspec.structs.replace(manifest, default_target="default"))
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
+    with Engine.load(folder) as engine:
+        assert engine.target == FP32
     set_points(folder, "default", fast=Budget(exit=1), safe=Budget(exit=2))
     set_points(folder, "slow", fast=Budget(exit=1))
-    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})
     with Engine.load(folder, operating_point="fast") as engine:
         assert engine.target == "slow"
     assert "slow runs instead of the default target default, without the operating points safe" in (
@@ -301,31 +310,26 @@ def test_a_target_with_the_operating_points_of_the_default_runs_instead(
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = engine_copy()
-
     def refuse(dir: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(cpu, "add_openvino", lambda *_: 1 / 0)
+    monkeypatch.setattr(additions, "add_openvino", lambda *_: 1 / 0)
     with pytest.raises(ArtifactError, match=f"cannot write {folder}: Read-only file system"):
         add(folder)
-
-
-def export(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_without_openvino_nothing_is_added(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
+    monkeypatch.setattr(additions, "PLAN_BACKENDS", ())
     monkeypatch.setitem(sys.modules, "openvino", None)
     openvino._core.cache_clear()
-    result = add_targets(folder, AddTargetsOptions(plans=SMALL))
-    assert (result.cpu, result.default) == ((), "")
+    result = add_targets(folder, AddTargetsOptions())
+    assert (result.checked, result.default) == ((), "")
     assert not set(ADDED) & read_manifest(folder).targets.keys()
     failed = export("--from", folder, "--backend", "openvino")
     assert failed.exit_code == 1
@@ -333,18 +337,7 @@ def test_without_openvino_nothing_is_added(
     assert "pip install -U 'fpabee[openvino]'" in failed.stderr
 
 
-def test_a_damaged_openvino_is_reported_and_the_rest_is_kept(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = engine_copy()
-    problem = BackendError("the installed OpenVINO has no CPU plugin")
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda: problem)
-    (checked,) = add_targets(folder, AddTargetsOptions(plans=SMALL)).cpu
-    assert checked.refused is problem
-    assert not set(ADDED) & read_manifest(folder).targets.keys()
-
-
-def test_an_export_succeeds_with_an_openvino_that_cannot_be_used(
+def test_an_openvino_that_cannot_be_used_is_reported_and_the_rest_is_kept(
     tiny_models: Mapping[str, Path],
     ready_graphs: None,
     tmp_path: Path,
@@ -353,11 +346,14 @@ def test_an_export_succeeds_with_an_openvino_that_cannot_be_used(
     def refuse() -> str:
         raise BackendError("the installed OpenVINO has no CPU plugin")
 
-    monkeypatch.setattr(cpu, "openvino_version", refuse)
-    result = export(tiny_models["bert"], "-o", tmp_path / "engines")
-    assert result.exit_code == 0, result.output
-    assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
-    assert list(read_manifest(tmp_path / "engines").targets) == [ONNX]
+    monkeypatch.setattr(backends, "openvino_version", refuse)
+    monkeypatch.setattr(additions, "PLAN_BACKENDS", ())
+    folder = tmp_path / "engines"
+    for words in ([tiny_models["bert"], "-o", folder], ["--from", folder]):
+        result = export(*words)
+        assert result.exit_code == 0, result.output
+        assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
+        assert list(read_manifest(folder).targets) == [ONNX]
 
 
 def test_the_command_says_what_was_added_and_which_is_the_default(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -13,10 +12,12 @@ import pytest
 from onnx import helper
 
 from fpabee.exporter.targets import tensorrt
-from fpabee.exporter.targets.options import RTX, TENSORRT, PlanOptions
+from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
+from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import read_manifest
+from fpabee.runtime.progress import silent
 
 from ...doubles.device import Double
 
@@ -125,10 +126,10 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
 
 def test_segments_share_what_was_timed(double: Double) -> None:
     options = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
-    before = read_manifest(double.folder)
-    manifest, name = build_target(double.folder, before, TENSORRT, "fp32", options)
+    target = build_target(
+        double.folder, read_manifest(double.folder), TENSORRT, "fp32", options, silent
+    )
     assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
-    target = manifest.targets[name]
     for wanted, _ in double.builds:
         assert wanted.options.compute_capabilities == ()
         assert len(wanted.profiles) == len(target.profiles) == 2 + 3
@@ -143,11 +144,3 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     assert mine.read_bytes() == b"mine"
     assert not link.is_symlink()
     assert link.read_bytes() == b"a plan"
-
-
-def test_without_polygraphy_nothing_is_built(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"tensorrt_rtx": object()}
-    monkeypatch.setattr("importlib.util.find_spec", found.get)
-    assert "pip install polygraphy" in str(tensorrt.unavailable_reason(RTX))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.targets.options import RTX_CAPABILITIES, PlanOptions
+from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
 from fpabee.runtime.backends.cuda_probe import cuda_device

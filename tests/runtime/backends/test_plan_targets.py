@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.exporter.targets.options import PlanOptions
+from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import BackendError, Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends import device_buffers

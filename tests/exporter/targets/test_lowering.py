@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fpabee.exporter.precision.lowering import emulate, lower
+from fpabee.exporter.targets.lowering import emulate, lower
 from fpabee.runtime import ModelError, read_manifest
 from fpabee.runtime.backends.onnxruntime_session import session_options
 

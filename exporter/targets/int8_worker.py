@@ -1,6 +1,6 @@
 """Quantize graphs in a process of its own.
 
-    python -m fpabee.exporter.precision.int8_worker FORM graph.onnx inputs quantized.onnx ...
+    python -m fpabee.exporter.targets.int8_worker FORM graph.onnx inputs quantized.onnx ...
 
 The form is one of `FORMS`. The folder `inputs` holds a file for each batch, with an array for each
 input of the graph.
@@ -21,8 +21,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ..onnx_file import strip
-from .formats import in_head
+from ..onnx_file import in_head, strip
 
 # NNCF reports its use to Intel otherwise.
 os.environ["NNCF_CI"] = "1"

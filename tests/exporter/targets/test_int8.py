@@ -14,8 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.exact import exact_logits
-from fpabee.exporter.precision.int8 import add_int8, graph_inputs
+from fpabee.exporter.targets.check import exact_logits
+from fpabee.exporter.targets.int8 import add_int8, graph_inputs
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
@@ -47,7 +47,7 @@ def test_products_with_weights_are_quantized_symmetrically(
         judged.extend(given[2])
         return exact_logits(*given)
 
-    monkeypatch.setattr("fpabee.exporter.precision.emulation.exact_logits", noted)
+    monkeypatch.setattr("fpabee.exporter.targets.fp16.exact_logits", noted)
     texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
     manifest, agreement = add_int8(folder, read_manifest(folder), texts)
     assert agreement.rows == 12 + 1

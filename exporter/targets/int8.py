@@ -30,8 +30,8 @@ from ...runtime.encoding import (
 )
 from ...runtime.errors import InputError, VerificationError, first_line
 from ...runtime.progress import Progress, silent
-from .float16 import add_lowered
-from .formats import INT8
+from .backends import INT8
+from .fp16 import add_lowered
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ def quantize(
                 "free some memory, and space there, or give fewer or shorter texts",
             ) from error
         progress("int8 graphs", 0, 1)
-        worker = [sys.executable, "-m", "fpabee.exporter.precision.int8_worker"]
+        worker = [sys.executable, "-m", "fpabee.exporter.targets.int8_worker"]
         done = subprocess.run(
             [*worker, form, *arguments], capture_output=True, text=True, check=False
         )

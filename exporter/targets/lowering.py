@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ...runtime.artifact.manifest import LOGITS
 from ...runtime.errors import ModelError
-from .formats import in_head
+from ..onnx_file import in_head
 
 _FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Log", "Exp"})
 # These only pass on or inspect a value, so they accept it in any precision.
@@ -117,40 +117,30 @@ def emulate(proto: Any) -> Any:
     Raises:
         ModelError: a weight does not fit into fp16.
     """
-    nodes, tensors, floats = lowered_nodes(proto), lowered_tensors(proto), _float_values(proto)
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    graph = result.graph
-    del graph.node[:], graph.initializer[:]
-    # Where each value is rounded, and where an output of the graph that is rounded is exact.
-    rounded: dict[str, str] = {}
-    exact: dict[str, str] = {}
-
-    def in_fp16(name: str) -> str:
-        if name in floats and name not in rounded:
-            rounded[name] = _in_type(name, True)
-            if name in weights:
-                values = numpy_helper.to_array(_lowered(weights[name])).astype(np.float32)
-                graph.initializer.append(numpy_helper.from_array(values, rounded[name]))
-            else:
-                _round(graph, name, rounded[name])
-        return rounded.get(name, name)
-
-    for original in proto.graph.node:
-        low = original.name in nodes
-        inputs = [in_fp16(name) if low else exact.get(name, name) for name in original.input]
-        node = graph.node.add()
-        node.CopyFrom(original)
-        node.input[:] = inputs
-        for number, name in enumerate(original.output):
-            if name in (floats if low else tensors):
-                node.output[number], rounded[name] = f"{name}/exact", name
-                _round(graph, node.output[number], name)
-                if not low:
-                    exact[name] = node.output[number]
-    read = {name for node in graph.node for name in node.input}
-    graph.initializer.extend(tensor for name, tensor in weights.items() if name in read)
+    low, floats = lowered_nodes(proto), _float_values(proto)
+    result = lower(proto)
+    graph, nodes = result.graph, [*result.graph.node]
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    del graph.node[:]
+    for node in nodes:
+        computed = graph.node.add()
+        computed.CopyFrom(node)
+        is_cast = _gives_fp16(node)
+        for number, name in enumerate(node.output):
+            if is_cast or (node.name in low and name.removesuffix("/fp16") in floats):
+                exact, rounded = f"{name}/exact", f"{name}/rounded"
+                computed.output[number] = rounded if is_cast else exact
+                if is_cast:
+                    computed.name += "/exact"
+                else:
+                    graph.node.append(_cast(exact, rounded, True))
+                graph.node.append(_cast(rounded, name, False))
     onnx.checker.check_model(result)
     return result
 
@@ -173,12 +163,6 @@ def _cast(source: str, target: str, low: bool) -> Any:
     return helper.make_node("Cast", [source], [target], name=f"{target}/cast", to=onnx_type)
 
 
-def _round(graph: Any, source: str, target: str) -> None:
-    """Add nodes that round a value to fp16 and give it in fp32."""
-    graph.node.append(_cast(source, f"{target}/rounded", True))
-    graph.node.append(_cast(f"{target}/rounded", target, False))
-
-
 def _lowered(tensor: Any) -> Any:
     """A tensor of the same name, converted to fp16."""
     values = numpy_helper.to_array(tensor)
@@ -190,6 +174,15 @@ def _lowered(tensor: Any) -> Any:
             "use the targets in fp32 of this model",
         )
     return numpy_helper.from_array(values.astype(np.float16), tensor.name)
+
+
+def _gives_fp16(node: Any) -> bool:
+    """Whether the output of a node is in fp16 because an attribute says so."""
+    return any(
+        (attribute.name == "to" and attribute.i == TensorProto.FLOAT16)
+        or attribute.t.data_type == TensorProto.FLOAT16
+        for attribute in node.attribute
+    )
 
 
 def _lower_attributes(node: Any) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fpabee.exporter.precision.float16 import add_fp16
+from fpabee.exporter.targets.fp16 import add_fp16
 from fpabee.runtime import Engine, VerificationError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference, write_reference
@@ -94,7 +94,7 @@ def test_answers_that_change_are_refused(
     manifest = read_manifest(folder)
     texts, logits = read_reference(folder, manifest)
     turned = (texts, np.ascontiguousarray(logits[..., ::-1]))
-    monkeypatch.setattr("fpabee.exporter.precision.emulation.read_reference", lambda *_: turned)
+    monkeypatch.setattr("fpabee.exporter.targets.fp16.read_reference", lambda *_: turned)
     message = r"changes answers from exit 1 on.*at least 99\.9% required"
     with pytest.raises(VerificationError, match=message):
         add_fp16(folder, manifest)

@@ -1,4 +1,4 @@
-"""Settings for building TensorRT plans: shapes, GPUs, and what cannot be built."""
+"""Settings for building TensorRT plans: shapes and GPUs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import msgspec
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
 from ...runtime.backends.buffers import shape_of
 from ...runtime.backends.shapes import Bucket
-from ...runtime.errors import BackendError
+from ...runtime.errors import InputError
+from .backends import RTX, TENSORRT
 
-RTX = "tensorrt-rtx"
-TENSORRT = "tensorrt"
 PORTABLE = ("8.6", "8.9", "12.0")
 """Ampere, Ada and Blackwell GPUs of desktops, laptops and workstations."""
 
@@ -32,44 +31,43 @@ class PlanOptions:
         batch: the smallest, typical and largest number of rows.
         sequence: the same for the number of tokens; the largest is lowered to the model's limit.
         compute_capabilities: GPUs to build for; only with TensorRT for RTX.
+
+    Raises:
+        InputError: sizes do not ascend, or TensorRT for RTX does not support a GPU.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
     sequence: tuple[int, int, int] = (16, 64, 128)
     compute_capabilities: tuple[str, ...] = PORTABLE
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence"):
+            sizes = getattr(self, name)
+            if len(sizes) != 3 or list(sizes) != sorted(sizes) or sizes[0] < 1:
+                raise InputError(
+                    f"{name} is {','.join(map(str, sizes))}",
+                    f"give the smallest, typical and largest size as `{name}`",
+                )
+        for capability in self.compute_capabilities:
+            if capability not in RTX_CAPABILITIES:
+                raise InputError(
+                    f"TensorRT for RTX supports compute capabilities {', '.join(RTX_CAPABILITIES)},"
+                    f" not {capability}",
+                    f"for other GPUs build on the device, with `backend` {TENSORRT}",
+                )
+
     def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:
-        """These options with shapes that the model takes and GPUs that the backend asks for.
+        """These options with lengths that the model takes, and GPUs only if the backend asks.
 
         Args:
             manifest: of the engines folder.
             backend: `tensorrt-rtx` or `tensorrt`.
-
-        Raises:
-            BackendError: the backend cannot build such plans.
         """
-        longest = manifest.tokenizer.max_length
-        low, typical, high = (min(length, longest) for length in self.sequence)
-        if list(self.batch) != sorted(self.batch) or not low <= typical <= high:
-            raise BackendError(
-                f"batch {self.batch} or sequence {self.sequence} does not ascend",
-                "give the smallest, typical and largest size as `batch` and `sequence`",
-            )
-        if backend == RTX:
-            self._check_rtx()
+        low, typical, high = (min(each, manifest.tokenizer.max_length) for each in self.sequence)
         capabilities = self.compute_capabilities if backend == RTX else ()
         return dataclasses.replace(
             self, sequence=(low, typical, high), compute_capabilities=capabilities
         )
-
-    def _check_rtx(self) -> None:
-        for capability in self.compute_capabilities:
-            if capability not in RTX_CAPABILITIES:
-                raise BackendError(
-                    f"TensorRT for RTX does not support compute capability {capability}, only "
-                    f"{', '.join(RTX_CAPABILITIES)}",
-                    f"build on the device, with `backend` {TENSORRT}",
-                )
 
     def profiles(self) -> tuple[Shapes, ...]:
         """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.

@@ -1,1 +1,0 @@
-"""The graphs in precisions other than fp32."""
