@@ -16,7 +16,6 @@ import msgspec
 from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, keep_targets, with_target
-from ..runtime.cpu import multiplies_int8
 from ..runtime.encoding import Text
 from ..runtime.errors import (
     ArtifactError,
@@ -26,6 +25,7 @@ from ..runtime.errors import (
     VerificationError,
 )
 from ..runtime.files import Inputs, ReadOptions, read_rows
+from ..runtime.machine import multiplies_int8
 from ..runtime.optional_packages import require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of, why_not

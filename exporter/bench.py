@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact.folder import read_manifest
-from ..runtime.backends.onnxruntime_session import usable_cores
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
-from ..runtime.environment import cpu_name, environment
 from ..runtime.groups import split
+from ..runtime.machine import cpu_name, environment, usable_cores
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.targets import open_backend

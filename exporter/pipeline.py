@@ -28,7 +28,7 @@ from ..runtime.artifact.manifest import (
     with_target,
 )
 from ..runtime.artifact.reference import write_reference
-from ..runtime.backends.onnxruntime_session import check_installed
+from ..runtime.backends.onnxruntime import check_installed
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError

@@ -34,8 +34,7 @@ from ..runtime.artifact.manifest import (
     Size,
     TensorSpec,
 )
-from ..runtime.backends.buffers import shape_of
-from ..runtime.backends.shapes import Bucket
+from ..runtime.backends.base import Bucket, shape_of
 from .backbones import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
 from .onnx_file import strip, write_graph

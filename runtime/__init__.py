@@ -37,7 +37,7 @@ from .artifact.manifest import (
     TokenizerSpec,
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
-from .backends.shapes import Bucket, Limits
+from .backends.base import Bucket, Limits
 from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (

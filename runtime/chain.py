@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import LOGITS
-from .backends.backend import Backend, Execution
-from .backends.shapes import Bucket, Limits
+from .backends.base import Backend, Bucket, Execution, Limits
 from .errors import BackendError
 from .exit_0 import ExitZero
 from .groups import Group, RowNumbers, Started, fits

@@ -17,8 +17,7 @@ from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, ProblemType
 from .artifact.reference import read_reference
-from .backends.backend import Backend
-from .backends.buffers import window_tokens
+from .backends.base import Backend, window_tokens
 from .chain import Chain, Decision, not_finite
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number

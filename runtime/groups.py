@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.backend import Pending
-from .backends.buffers import Hidden
-from .backends.shapes import Limits
+from .backends.base import Hidden, Limits, Pending
 from .encoding import EncodedRow
 from .errors import BackendError
 from .rules.runner import PatienceState, RuleRunner

@@ -9,7 +9,7 @@ from typing import Any
 from .. import __version__
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, Target
-from .backends.backend import Backend
+from .backends.base import Backend
 from .errors import BackendError, RuleError, whole_number
 from .rules.rules import Budget, ExitRule
 

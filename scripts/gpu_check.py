@@ -41,16 +41,15 @@ from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason
 from fpabee.exporter.targets.plans import PlanOptions
+from fpabee.exporter.targets.stepping import steps
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.artifact.manifest import Graph, TensorSpec
-from fpabee.runtime.backends.buffers import dtype_of
-from fpabee.runtime.backends.cuda_probe import cuda_device
-from fpabee.runtime.backends.stepping import steps
+from fpabee.runtime.backends.base import dtype_of
 from fpabee.runtime.encoding import Arrays, EncodedRow, padded_inputs, padding_values
-from fpabee.runtime.environment import environment, providers
+from fpabee.runtime.machine import cuda_device, environment, providers
 from fpabee.runtime.targets import why_not
 
 ROOT = Path(__file__).parents[1]

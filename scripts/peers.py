@@ -34,9 +34,8 @@ from fpabee.calibration import DEFAULT_GOALS, CalibrationOptions, Goal, calibrat
 from fpabee.calibration.families import CASCADE, DEFAULT_MEASURES, DEFAULT_RULES
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.runtime import Budget, ExitRule, read_manifest
-from fpabee.runtime.backends.onnxruntime_session import usable_cores
 from fpabee.runtime.cli.command import exits_with_one_line
-from fpabee.runtime.environment import cpu_name
+from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
 
 PICTURED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snips")]

@@ -205,7 +205,7 @@ def user_cache(shared_root: Path) -> Iterator[None]:
 def every_cpu_runs_int8() -> Iterator[None]:
     """Tests of int8 run on CPUs without VNNI, too: none of them depends on large sums."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpabee.runtime.cpu._VNNI", {"fpu"})  # which every x86 CPU has
+        patch.setattr("fpabee.runtime.machine._VNNI", {"fpu"})  # which every x86 CPU has
         yield
 
 

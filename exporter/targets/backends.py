@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib import util
 
 from ...runtime.artifact.manifest import Target
-from ...runtime.backends.cuda_probe import cuda_device, extra
-from ...runtime.backends.onnxruntime_session import check_installed
+from ...runtime.backends.cuda import extra
+from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.backends.openvino import openvino_version
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.errors import BackendError, FpabeeError, MissingExtraError
+from ...runtime.machine import cuda_device
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"

@@ -18,8 +18,7 @@ from onnx import TensorProto
 from ...runtime.agreement import Agreement, Logits
 from ...runtime.artifact.manifest import LOGITS, Manifest, TensorSpec
 from ...runtime.artifact.reference import read_reference
-from ...runtime.backends.onnxruntime_session import cpu_session, session_options
-from ...runtime.backends.stepping import steps
+from ...runtime.backends.onnxruntime import cpu_session, session_options
 from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import VerificationError
 from ...runtime.exit_0 import ExitZero
@@ -30,6 +29,7 @@ from ..staging import replacing
 from .backends import FP16
 from .check import exact_logits, judged
 from .lowering import emulate, lower
+from .stepping import steps
 
 _BATCH = 16
 

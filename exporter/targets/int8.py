@@ -18,8 +18,7 @@ import numpy as np
 from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import verified_graph
 from ...runtime.artifact.manifest import Manifest
-from ...runtime.backends.onnxruntime_session import cpu_session, ort_errors
-from ...runtime.backends.stepping import steps
+from ...runtime.backends.onnxruntime import cpu_session, ort_errors
 from ...runtime.encoding import (
     Arrays,
     EncodedRow,
@@ -32,6 +31,7 @@ from ...runtime.errors import InputError, VerificationError, first_line
 from ...runtime.progress import Progress, silent
 from .backends import INT8
 from .fp16 import add_lowered
+from .stepping import steps
 
 T = TypeVar("T")
 

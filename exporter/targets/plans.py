@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
-from ...runtime.backends.buffers import shape_of
-from ...runtime.backends.shapes import Bucket
+from ...runtime.backends.base import Bucket, shape_of
 from ...runtime.errors import InputError
 from .backends import RTX, TENSORRT
 

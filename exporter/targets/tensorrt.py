@@ -17,9 +17,9 @@ import msgspec
 
 from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
-from ...runtime.backends.cuda_probe import cuda_device
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import BackendError
+from ...runtime.machine import cuda_device
 from ...runtime.progress import Progress, silent
 from .backends import RTX
 from .plan_worker import PlanRequest

@@ -1,1 +1,1 @@
-"""Backends: the libraries that run segments. What each of them implements is in `backend`."""
+"""Backends: the libraries that run segments. What each of them implements is in `base`."""

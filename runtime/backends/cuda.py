@@ -1,7 +1,7 @@
 """The CUDA calls that backends make: memory, streams, events, graphs. Needs no torch.
 
-Besides `cuda_probe`, no other module calls CUDA, so tests replace this class. Addresses and handles
-are integers.
+Besides `machine.cuda_device`, nothing else calls CUDA, so tests replace this class. Addresses and
+handles are integers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, MissingExtraError
-from .cuda_probe import cuda_device
+from ..machine import CudaDevice, cuda_device
 
 PTX = Path(__file__).with_name("gather.ptx")
 """The compiled kernel `gather_rows`."""
@@ -251,3 +253,82 @@ class PinnedArray(NamedTuple):
 def cuda() -> Cuda:
     """CUDA's runtime library, loaded once."""
     return Cuda()
+
+
+def extra(name: str) -> str:
+    """The extra of `fpabee` with this machine's CUDA version, such as `gpu-cu12`."""
+    return f"{name}-cu{12 if cuda_device().cuda[0] == 12 else 13}"
+
+
+def required_gpu(target: str) -> CudaDevice:
+    """The first GPU.
+
+    Args:
+        target: name of the target that needs it, for messages.
+
+    Raises:
+        BackendError: no GPU can be used.
+    """
+    device = cuda_device()
+    if device.error:
+        raise BackendError(
+            f"target {target} needs an NVIDIA GPU, but {device.error}",
+            "choose another `target`, such as onnxruntime-fp32",
+        )
+    check_not_forked(target)
+    return device
+
+
+def check_not_forked(target: str) -> None:
+    """Refuse a process that was forked after CUDA was used: libraries can crash in it.
+
+    Args:
+        target: name of the target, for messages.
+
+    Raises:
+        BackendError: this is such a process.
+    """
+    if cuda_device().process != os.getpid():
+        raise BackendError(
+            f"target {target} cannot run in this process, which was forked from one that had used "
+            "the GPU",
+            "start processes with the method spawn or forkserver of multiprocessing, and load the "
+            "engine in each of them",
+        )
+
+
+def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:
+    """Check that a library and `cuda-bindings` are for the same CUDA, which the driver supports.
+
+    Args:
+        target: name of the target that needs them, for messages.
+        library: name of the library.
+        major: the major version of CUDA that it was built for; 0: unknown.
+        extra_name: the extra that installs it, without the version of CUDA.
+
+    Raises:
+        BackendError: the versions do not fit together.
+    """
+    bindings = bindings_cuda()
+    driver = cuda_device().cuda
+    for name, needed in ((library, major), ("cuda-bindings", bindings)):
+        if needed > driver[0]:
+            raise BackendError(
+                f"target {target} uses {name} for CUDA {needed}, but the NVIDIA driver of this "
+                f"machine supports CUDA {driver[0]}.{driver[1]}",
+                "install a newer NVIDIA driver (580 or later for CUDA 13), or pip install "
+                f"'fpabee[{extra(extra_name)}]'",
+            )
+    if major and bindings and major != bindings:
+        raise BackendError(
+            f"{library} was built for CUDA {major}, but cuda-bindings is for CUDA {bindings}",
+            f"pip install 'fpabee[{extra(extra_name)}]'",
+        )
+
+
+def bindings_cuda() -> int:
+    """The major version of CUDA of the installed `cuda-bindings`; 0: it is not installed."""
+    try:
+        return int(metadata.version("cuda-bindings").partition(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0

@@ -25,13 +25,23 @@ from ..artifact.manifest import (
     Target,
     TensorSpec,
 )
-from ..cpu import multiplies_int8
 from ..encoding import Arrays, EncodedRow, write_rows
 from ..errors import ArtifactError, BackendError, first_line
-from .backend import Backend, Execution
-from .buffers import BufferName, Buffers, GraphCall, Hidden, dtype_of, shape_of
-from .onnxruntime_session import is_out_of_memory
-from .shapes import Bucket, Limits, Rows
+from ..machine import multiplies_int8
+from .base import (
+    Backend,
+    Bucket,
+    BufferName,
+    Buffers,
+    Execution,
+    GraphCall,
+    Hidden,
+    Limits,
+    Rows,
+    dtype_of,
+    is_out_of_memory,
+    shape_of,
+)
 
 # Memory of a binding besides its buffers (measured): a third of the total for one short text.
 _BINDING_BYTES = 5 * 2**10

@@ -19,12 +19,10 @@ import numpy as np
 from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, first_line
-from .buffers import shape_of
-from .cuda_probe import check_cuda, extra, required_gpu
-from .device import DeviceBackend, DeviceExecution
-from .device_buffers import Runner
-from .onnxruntime_session import check_installed, is_out_of_memory, ort_errors, session_options
-from .shapes import Bucket, Limits
+from .base import Bucket, Limits, is_out_of_memory, shape_of
+from .cuda import check_cuda, extra, required_gpu
+from .device import DeviceBackend, DeviceExecution, Runner
+from .onnxruntime import check_installed, ort_errors, session_options
 
 logger = logging.getLogger(__name__)
 

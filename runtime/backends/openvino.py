@@ -25,13 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
-from ..cpu import cpu_info
 from ..errors import BackendError, MissingExtraError, first_line
+from ..machine import cpu_info, usable_cores
 from . import compiled_cache
-from .buffers import GraphCall
+from .base import GraphCall, Limits
 from .host import HostBackend, HostBuffers, Run
-from .onnxruntime_session import usable_cores
-from .shapes import Limits
 
 logger = logging.getLogger(__name__)
 

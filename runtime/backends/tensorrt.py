@@ -21,13 +21,11 @@ from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
+from ..machine import cuda_device
 from . import compiled_cache
-from .backend import Execution
-from .buffers import shape_of
-from .cuda_probe import check_cuda, cuda_device, extra, required_gpu
-from .device import DeviceBackend, DeviceExecution
-from .device_buffers import DeviceBuffers, Runner
-from .shapes import Bucket, Limits
+from .base import Bucket, Execution, Limits, shape_of
+from .cuda import check_cuda, extra, required_gpu
+from .device import DeviceBackend, DeviceBuffers, DeviceExecution, Runner
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from ..artifact.folder import damage, read_manifest, resolve
 from ..artifact.manifest import Manifest
 from ..engine import Engine
-from ..environment import environment, providers
 from ..errors import FpabeeError, VerificationError
+from ..machine import environment, providers
 from ..rules.words import settings_in_words
 from ..targets import backend_class, rule_of, target_of
 from . import options

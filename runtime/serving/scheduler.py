@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.shapes import Limits
+from ..backends.base import Limits
 from ..chain import Chain, Decision, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fpabee.runtime import Engine
-from fpabee.runtime.backends import cuda_probe
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends import cuda
+from fpabee.runtime.machine import CudaDevice
 
 from ..doubles.device import GPU, Double, install, set_gpu
 from .cases import Arguments, Case, Make, Place, check, each, execute
@@ -36,7 +36,7 @@ def versions(driver: tuple[int, int], bindings: int) -> Callable[[Place, Double]
 
     def change(place: Place, _: Double) -> None:
         set_gpu(place.patch, CudaDevice("Orin", GPU.compute_capability, driver))
-        place.patch.setattr(cuda_probe, "bindings_cuda", lambda: bindings)
+        place.patch.setattr(cuda, "bindings_cuda", lambda: bindings)
 
     return change
 

@@ -19,14 +19,14 @@ import pytest
 from fpabee.exporter.targets import backends, check
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
-from fpabee.runtime import Engine
+from fpabee.runtime import Engine, machine
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
-from fpabee.runtime.backends import cuda_probe, device, onnxruntime_cuda, tensorrt
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends import cuda, device, onnxruntime_cuda, tensorrt
 from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.groups import Group
+from fpabee.runtime.machine import CudaDevice
 
 from .cuda import FakeCuda
 from .onnxruntime_cuda import FakeCudaSession
@@ -81,7 +81,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
-    for module in (cuda_probe, tensorrt, targets, backends):
+    for module in (machine, cuda, tensorrt, targets, backends):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 

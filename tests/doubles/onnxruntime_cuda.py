@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.backends.onnxruntime import cpu_session
 
 from .cuda import FakeCuda
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fpabee.exporter.targets.plans import profile_of
-from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.backends.onnxruntime import cpu_session
 
 from .tensorrt import Plan
 

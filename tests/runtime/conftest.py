@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.backends.base import Limits
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.backends.shapes import Limits
 from fpabee.runtime.cli import run as run_command
 from fpabee.runtime.cli import serve as serve_command
 

@@ -48,7 +48,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.backends import buffers, host
+from fpabee.runtime.backends import base, host
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
 
@@ -143,7 +143,7 @@ def tuned(
         patch.setattr(host, "_GROUP_TOKENS", group_tokens)
         patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
-        patch.setattr(buffers, "_WINDOW_BYTES", window_tokens * width)
+        patch.setattr(base, "_WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         patch.setattr(host.HostBackend, "joins", joins)
         with Engine.load(folder) as engine:

@@ -28,7 +28,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import damage, write_manifest
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.exit_0 import ExitZero, bucket_of, ngrams
 

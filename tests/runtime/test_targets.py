@@ -12,7 +12,7 @@ from fpabee.calibration import calibrate
 from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import with_target
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.machine import CudaDevice
 
 from ..calibration.conftest import label_rows
 from ..doubles.device import GPU, install, install_cuda_provider, set_gpu

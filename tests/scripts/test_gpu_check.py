@@ -21,7 +21,7 @@ from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import MissingExtraError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.machine import CudaDevice
 
 from ..conftest import WORDS
 from ..doubles.device import GPU, install, install_cuda_provider, serve

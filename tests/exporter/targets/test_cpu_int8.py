@@ -38,9 +38,9 @@ from fpabee.runtime import (
     MissingExtraError,
     Row,
     VerificationError,
+    machine,
     read_manifest,
 )
-from fpabee.runtime import cpu as cpu_features
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import damage, sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import Target, with_target
@@ -274,7 +274,7 @@ def test_int8_needs_a_cpu_with_vnni(
         target = Target(backend=backend, precision="int8", graph_precision="fp32", tolerance=None)
         manifest = with_target(manifest, name, target)
     write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
-    monkeypatch.setattr(cpu_features, "cpu_info", lambda: {"flags": "avx2 avx512f"})
+    monkeypatch.setattr(machine, "cpu_info", lambda: {"flags": "avx2 avx512f"})
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for name in NAMES:
         with pytest.raises(BackendError, match=f"{name} needs a CPU with VNNI instructions"):

@@ -19,7 +19,7 @@ from fpabee.exporter.targets.int8 import add_int8, graph_inputs
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
-from fpabee.runtime.backends.onnxruntime_session import cpu_session
+from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.encoding import Text
 
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.targets.lowering import emulate, lower
 from fpabee.runtime import ModelError, read_manifest
-from fpabee.runtime.backends.onnxruntime_session import session_options
+from fpabee.runtime.backends.onnxruntime import session_options
 
 FAMILIES = ("bert", "albert", "mpnet")
 

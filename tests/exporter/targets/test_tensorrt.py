@@ -21,7 +21,7 @@ from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.runtime import ArtifactError, BackendError, InputError
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import Target
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.progress import silent
 
 from ...bad_input.cases import corrected

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from fpabee.runtime import read_manifest
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.backends.buffers import shape_of
+from fpabee.runtime.backends.base import Bucket, shape_of
 from fpabee.runtime.backends.openvino import has_bf16
-from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.targets import open_backend
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from fpabee.runtime import BackendError
-from fpabee.runtime.backends import cuda_probe, onnxruntime_cuda, tensorrt
-from fpabee.runtime.backends.cuda import Cuda
-from fpabee.runtime.backends.cuda_probe import CudaDevice, check_cuda, extra
+from fpabee.runtime import BackendError, machine
+from fpabee.runtime.backends import cuda, onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends.cuda import Cuda, check_cuda, extra
+from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import Double, set_gpu
 
@@ -82,7 +82,7 @@ def test_drivers_bindings_and_libraries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_gpu(monkeypatch, CudaDevice("a GPU", "8.6", driver))
-    monkeypatch.setattr(cuda_probe, "bindings_cuda", lambda: bindings)
+    monkeypatch.setattr(cuda, "bindings_cuda", lambda: bindings)
     if not says:
         check_cuda("x", "lib", library, "gpu")
         return
@@ -109,14 +109,14 @@ def test_a_driver_must_be_for_cuda_12_4(
         cuDeviceGetAttribute=sets(8),
     )
     monkeypatch.setattr("ctypes.CDLL", lambda name: driver)
-    device = cuda_probe.cuda_device.__wrapped__()
+    device = machine.cuda_device.__wrapped__()
     if not is_old:
         assert device == CudaDevice("", "8.8", (12, 4))
         return
     set_gpu(monkeypatch, device)
     says = r"needs an NVIDIA GPU, but its driver is for CUDA 1.\..; .*NVIDIA driver 550, JetPack"
     with pytest.raises(BackendError, match=says):
-        cuda_probe.required_gpu("tensorrt-fp16-sm86")
+        cuda.required_gpu("tensorrt-fp16-sm86")
 
 
 def test_an_old_driver_is_named_before_anything_is_loaded(
@@ -124,7 +124,7 @@ def test_an_old_driver_is_named_before_anything_is_loaded(
 ) -> None:
     made = double()
     monkeypatch.setattr(made.trt, "Runtime", None)
-    monkeypatch.setattr(cuda_probe, "bindings_cuda", lambda: 13)
+    monkeypatch.setattr(cuda, "bindings_cuda", lambda: 13)
     set_gpu(monkeypatch, CudaDevice("Orin", "8.6", (12, 6)))
     assert extra("tensorrt") == "tensorrt-cu12"
     with pytest.raises(BackendError, match=r"driver \(580 or later.*fpabee\[tensorrt-cu12\]"):

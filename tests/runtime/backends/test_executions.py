@@ -22,9 +22,8 @@ from hypothesis.stateful import (
 )
 
 from fpabee.runtime import BackendError, Engine, read_manifest
-from fpabee.runtime.backends.backend import Backend
-from fpabee.runtime.backends.cuda_probe import required_gpu
-from fpabee.runtime.backends.shapes import Bucket
+from fpabee.runtime.backends.base import Backend, Bucket
+from fpabee.runtime.backends.cuda import required_gpu
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 

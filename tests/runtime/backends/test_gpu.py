@@ -17,9 +17,9 @@ from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
-from fpabee.runtime.backends.cuda_probe import cuda_device
 from fpabee.runtime.backends.onnxruntime_cuda import PROVIDER
 from fpabee.runtime.backends.tensorrt import MODULES
+from fpabee.runtime.machine import cuda_device
 from fpabee.runtime.targets import why_not
 
 from ...doubles.device import GPU, serve, serve_cuda_provider

@@ -15,14 +15,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from fpabee.runtime import ArtifactError, BackendError
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends import onnxruntime_cuda
-from fpabee.runtime.backends.cuda_probe import CudaDevice
+from fpabee.runtime.backends.onnxruntime import cpu_session, session_options
 from fpabee.runtime.backends.onnxruntime_cuda import (
     OnnxRuntimeCudaBackend,
     create_session,
     nodes_on_cpu,
     run_options,
 )
-from fpabee.runtime.backends.onnxruntime_session import cpu_session, session_options
+from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import Double, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession

@@ -22,8 +22,8 @@ import pytest
 
 from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
+from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.backends.shapes import Bucket
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, MissingExtraError, first_line
 from fpabee.runtime.groups import Group

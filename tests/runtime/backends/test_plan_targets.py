@@ -12,9 +12,9 @@ import pytest
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import BackendError, Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends import device_buffers
-from fpabee.runtime.backends.cuda_probe import CudaDevice
-from fpabee.runtime.backends.shapes import Bucket
+from fpabee.runtime.backends import device
+from fpabee.runtime.backends.base import Bucket
+from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double, set_gpu
@@ -135,7 +135,7 @@ def test_one_context_serves_all_groups_of_a_shape(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window has many groups of the same shape. Only small groups are captured."""
-    monkeypatch.setattr(device_buffers, "_CAPTURE_TOKENS", 4 * 8)
+    monkeypatch.setattr(device, "_CAPTURE_TOKENS", 4 * 8)
     made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
     texts = ["rain"] * 17 + ["rain " * 40] * 4
     with made.load() as engine, Engine.load(made.folder) as usual:

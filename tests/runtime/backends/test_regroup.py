@@ -16,8 +16,8 @@ import pytest
 
 from fpabee.runtime import Budget, ExitRule, FPabee
 from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.cuda import GATHER, PTX
-from fpabee.runtime.backends.shapes import Bucket
 
 from ...doubles.cuda import FakeCuda
 from ...doubles.device import Double

@@ -27,8 +27,8 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends import compiled_cache
 from fpabee.runtime.backends import cuda as cuda_module
-from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.backends.device import DeviceExecution
+from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads

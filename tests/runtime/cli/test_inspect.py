@@ -17,8 +17,8 @@ from fpabee.runtime import Budget
 from fpabee.runtime.artifact.folder import damage, read_manifest, write_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
-from fpabee.runtime.backends.cuda_probe import CudaDevice
 from fpabee.runtime.cli.inspect import main
+from fpabee.runtime.machine import CudaDevice
 
 from ...bad_input.cases import corrected
 from ...doubles.device import install
@@ -151,7 +151,7 @@ def test_targets_that_cannot_run_say_why(
 
     assert reasons() == {"onnxruntime-fp32": "", made.target: ""}
     none = CudaDevice(error="no NVIDIA driver is installed")
-    monkeypatch.setattr("fpabee.runtime.backends.cuda_probe.cuda_device", lambda: none)
+    monkeypatch.setattr("fpabee.runtime.backends.cuda.cuda_device", lambda: none)
     assert "needs an NVIDIA GPU, but no NVIDIA driver" in reasons()[made.target]
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     assert "segment_01.plan is missing" in reasons()[made.target]

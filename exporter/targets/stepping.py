@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..artifact.manifest import NEXT, Manifest
-from ..encoding import Arrays
+from ...runtime.artifact.manifest import NEXT, Manifest
+from ...runtime.encoding import Arrays
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from fpabee.runtime.backends import onnxruntime_session
+from fpabee.runtime.backends import onnxruntime
+from fpabee.runtime.backends.base import is_out_of_memory
 
 LOAD = """
 import logging, sys
@@ -73,13 +74,13 @@ def run_of_shape(shape: Sequence[int], indices: int) -> Exception:
         graph (int64[10] table, int64[1] index, int64[1] shape) => (int64[1] found, float[n] large)
         { found = Gather(table, index)  large = ConstantOfShape(shape) }"""
     )
-    session = onnxruntime_session.cpu_session(proto.SerializeToString())
+    session = onnxruntime.cpu_session(proto.SerializeToString())
     feed = {"table": np.arange(10), "index": np.array([indices]), "shape": np.array(shape)}
-    with pytest.raises(onnxruntime_session.ort_errors()) as caught:
+    with pytest.raises(onnxruntime.ort_errors()) as caught:
         session.run(None, feed)
     return caught.value
 
 
 def test_lack_of_memory_is_distinguished_from_other_failures() -> None:
-    assert onnxruntime_session.is_out_of_memory(run_of_shape([2**46], 9))
-    assert not onnxruntime_session.is_out_of_memory(run_of_shape([1], 10))
+    assert is_out_of_memory(run_of_shape([2**46], 9))
+    assert not is_out_of_memory(run_of_shape([1], 10))

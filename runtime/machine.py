@@ -1,0 +1,145 @@
+"""The CPU and the GPU of this machine, and versions, for bug reports and next to measurements."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+
+_PACKAGES = (
+    "numpy tokenizers msgspec onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-cu12 "
+    "tensorrt-cu13 tensorrt-rtx-cu12 tensorrt-rtx-cu13 cuda-bindings onnx torch transformers"
+)
+# Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
+_CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve"
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_OLDEST_CUDA = (12, 4)  # our kernel is made for it
+_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+@cache
+def cpu_info() -> dict[str, str]:
+    """What Linux reports about the first core; empty on other systems."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines()[:40] if file.is_file() else []
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def multiplies_int8() -> bool:
+    """Whether products of int8 are exact. Where this cannot be found out, it is assumed.
+
+    Without VNNI instructions, x86 adds two products of unsigned and signed int8 in 16 bits. Large
+    sums are cut off, so a model would give other answers than on the machine that verified it.
+    """
+    flags = cpu_info().get("flags", "").split()
+    return platform.machine() not in ("x86_64", "AMD64") or not flags or not _VNNI.isdisjoint(flags)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """The first GPU, or why there is none.
+
+    Attributes:
+        name: the driver's name for it.
+        compute_capability: such as `8.6`.
+        cuda: the newest CUDA version that the driver runs, such as (12, 6).
+        error: why no GPU can be used; empty if one can.
+        process: the process that has asked, the only one that can use the GPU: CUDA does not work
+            in processes that are forked from it.
+    """
+
+    name: str = ""
+    compute_capability: str = ""
+    cuda: tuple[int, int] = (0, 0)
+    error: str = ""
+    process: int = field(default_factory=os.getpid, compare=False)
+
+
+@cache
+def cuda_device() -> CudaDevice:
+    """The first CUDA device of this process, as its driver says, without any CUDA package.
+
+    TensorRT's classes can crash the interpreter on a machine without a GPU, so this comes first.
+    """
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return CudaDevice(error="no NVIDIA driver is installed")
+    status = driver.cuInit(0)
+    count = ctypes.c_int()
+    if status == 0:
+        status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0:
+        return CudaDevice(error=f"the NVIDIA driver finds no GPU (error {status})")
+    if count.value == 0:
+        return CudaDevice(error="there is no CUDA device")
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    cuda = (version.value // 1000, version.value % 1000 // 10)
+    if cuda < _OLDEST_CUDA:
+        return CudaDevice(
+            error=f"its driver is for CUDA {cuda[0]}.{cuda[1]}; install one for CUDA 12.4 or later "
+            "(NVIDIA driver 550, JetPack 6.1)"
+        )
+    text = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(text, len(text), 0)
+    parts = []
+    for attribute in _COMPUTE_CAPABILITY:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+        parts.append(str(value.value))
+    return CudaDevice(text.value.decode(errors="replace"), ".".join(parts), cuda)
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices by name."""
+    device = cuda_device()
+    found = {"fpabee": __version__, "python": platform.python_version()}
+    for name in _PACKAGES.split():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "gpu": device.error
+        or f"{device.name}, compute capability {device.compute_capability}, "
+        f"driver for CUDA {device.cuda[0]}.{device.cuda[1]}",
+    }
+
+
+def providers() -> str:
+    """The execution providers of the installed ONNX Runtime, or why there are none."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f"none: {error}"
+    # If two of its packages overwrote each other, the module is empty.
+    found: list[str] = getattr(onnxruntime, "get_available_providers", list)()
+    return ", ".join(found) or "none: onnxruntime is damaged, install it again"
+
+
+def cpu_name() -> str:
+    """The model of this machine's processor and the features that make it fast, as far as known."""
+    info = cpu_info()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    flags = info.get("flags", info.get("Features", "")).split()
+    found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
+    return f"{name} ({' '.join(found)})" if found else name
