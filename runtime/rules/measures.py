@@ -118,13 +118,11 @@ class Outputs:
         The latter holds both outcomes of each label's binary distribution, so that the measures
         apply to every label. It is the softmax of the logit and 0.
         """
-        z = self.logits
-        if not self._single:
-            z = np.zeros((*z.shape, 2))
-            z[..., 0] = self.logits
-        powers = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
-        powers /= np.add.reduce(powers, axis=-1, keepdims=True)
-        return powers
+        if self._single:
+            return softmax(self.logits)
+        pairs = np.zeros((*self.logits.shape, 2))
+        pairs[..., 0] = self.logits
+        return softmax(pairs)
 
     @property
     def probabilities(self) -> Array:
@@ -173,6 +171,13 @@ class Outputs:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
         same = self.answers == earlier.answers
         return np.asarray(same if self._single else np.logical_and.reduce(same, axis=-1))
+
+
+def softmax(z: Array) -> Array:
+    """The softmax along the last axis, without overflow."""
+    powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+    return powers
 
 
 def per_row(values: Array) -> Array:

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..artifact.operating_point import RuleSettings
 from ..errors import RuleError, whole_number
-from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row
+from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row, softmax
 
 # The types of settings; the description says what to give.
 _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -453,10 +453,8 @@ class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):
     """
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
-        """The energy, computed without overflow."""
-        top = np.maximum(now.logits.max(axis=-1), 0.0)
-        total = np.exp(now.logits - top[:, None]).sum(axis=-1)
-        return np.asarray(np.exp(-top) / (np.exp(-top) + total))
+        """The energy: the probability of one more class whose logit is 0."""
+        return softmax(np.column_stack([now.logits, np.zeros(len(now.logits))]))[:, -1]
 
 
 class Pcee(ThresholdRule, tag="pcee", frozen=True, kw_only=True):

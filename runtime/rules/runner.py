@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
 from .measures import Array, Floats, Integers, Mask, Outputs
-from .rules import ExitRule, Signal
+from .rules import ExitRule
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +72,6 @@ class RuleRunner:
             )
         rule.check_exits(self.exits)
         self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit
-        self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:
         """The state of a group of rows before the first exit."""
@@ -99,21 +98,17 @@ class RuleRunner:
             stops = self.rule.stops_at_exit_0(now)
         elif earlier is not None or not self.rule.compares_exits:
             signal = self.rule.signal(exit_number, earlier, now)
-            stops, scores = self._count(state, signal), signal.scores
+            stops, scores = signal.agrees, signal.scores
+            if self.rule.signals_needed > 1:
+                state.streak = (state.streak + 1) * signal.agrees
+                stops = state.streak >= self.rule.signals_needed
+            if signal.stop_now is not None:
+                stops = stops | signal.stop_now
         if exit_number >= self.last:
             return np.ones(len(logits), np.bool_), scores
         if stops is None or exit_number < self.rule.min_exit or not np.count_nonzero(stops):
             return None, scores
         return stops, scores
-
-    def _count(self, state: PatienceState, signal: Signal) -> Mask:
-        """Which rows have given enough signals."""
-        enough = signal.agrees
-        if self._signals_needed > 1:
-            state.streak += 1
-            state.streak *= signal.agrees
-            enough = state.streak >= self._signals_needed
-        return enough if signal.stop_now is None else enough | signal.stop_now
 
 
 @dataclass(frozen=True)

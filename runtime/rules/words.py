@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from ..artifact.operating_point import RuleSettings
 from .rules import ExitRule
 
@@ -11,12 +9,12 @@ from .rules import ExitRule
 def rounded(threshold: float) -> float:
     """A threshold with four significant digits, as people can read it.
 
-    Beside 1 (or -1), these are digits of the distance to it: most confidences are so close to 1
-    that four digits of their own would make them equal.
+    Below 1, these are digits of the distance to it: most confidences are so close to 1 that four
+    digits of their own would make them equal.
     """
-    distance = 1 - abs(threshold)
+    distance = 1 - threshold
     if 0 < distance < 0.1:
-        return math.copysign(1 - float(f"{distance:.4g}"), threshold)
+        return 1 - float(f"{distance:.4g}")
     return float(f"{threshold:.4g}")
 
 
