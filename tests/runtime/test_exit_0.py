@@ -164,25 +164,6 @@ def test_every_prediction_agrees_with_the_trace(engine: Engine) -> None:
     assert [engine.labels.index(p.labels[0]) for p in predictions] == expected.predictions.tolist()
 
 
-def test_a_text_alone_gets_the_same_prediction(exit_0_engines: Mapping[str, Path]) -> None:
-    for family in ("bert", "mpnet"):
-        with Engine.load(exit_0_engines[family], threads=1) as engine:
-            for rule in (Budget(exit=0), Budget(exit=3)):
-                together = engine.predict([*TEXTS, "the " * 90], rule=rule)
-                for text, expected in zip([*TEXTS, "the " * 90], together, strict=True):
-                    (alone,) = engine.predict([text], rule=rule)
-                    assert alone.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
-                    given = (alone.labels, alone.exit, alone.layer, alone.truncated)
-                    assert given == (
-                        expected.labels,
-                        expected.exit,
-                        expected.layer,
-                        expected.truncated,
-                    )
-            assert engine.tally.exits == (50, 0, 0, 50)
-            assert engine.tally.truncated == 4
-
-
 def test_rows_that_stop_at_exit_0_reach_no_device(
     exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +173,8 @@ def test_rows_that_stop_at_exit_0_reach_no_device(
             raise AssertionError("an execution was opened")
 
         monkeypatch.setattr(engine._backend, "open", refuse)
-        for texts in (TEXTS, TEXTS[:1]):
-            assert {p.exit for p in engine.predict(texts, rule=Budget(exit=0))} == {0}
-            assert {p.exit for p in engine.predict(texts, max_exit=0)} == {0}
+        assert {p.exit for p in engine.predict(TEXTS, rule=Budget(exit=0))} == {0}
+        assert {p.exit for p in engine.predict(TEXTS, max_exit=0)} == {0}
         with pytest.raises(AssertionError, match="opened"):
             engine.predict(TEXTS, rule=Budget(exit=1))
 
@@ -224,16 +204,14 @@ def test_later_exits_are_compared_with_exit_0(engine: Engine) -> None:
     ids=str,
 )
 def test_settings_that_concern_exit_0(engine: Engine, rule: ExitRule, expected: int) -> None:
-    for texts in (TEXTS, TEXTS[:1]):
-        assert {p.exit for p in engine.predict(texts, rule=rule)} == {expected}
+    assert {p.exit for p in engine.predict(TEXTS, rule=rule)} == {expected}
     assert ExitRule.from_dict(rule.to_dict()) == rule
 
 
 def test_exit_0_answers_when_the_deadline_is_over_before_the_first_layer(engine: Engine) -> None:
-    for texts in (TEXTS, TEXTS[:1]):
-        for deadline_ms, expected in ((1e6, (3, False, False)), (0, (0, True, True))):
-            answers = engine.predict(texts, rule=Budget(exit=3), deadline_ms=deadline_ms)
-            assert {(p.exit, p.deadline_limited, p.deadline_missed) for p in answers} == {expected}
+    for deadline_ms, expected in ((1e6, (3, False, False)), (0, (0, True, True))):
+        answers = engine.predict(TEXTS, rule=Budget(exit=3), deadline_ms=deadline_ms)
+        assert {(p.exit, p.deadline_limited, p.deadline_missed) for p in answers} == {expected}
 
 
 def test_drift_counts_exit_0(engine: Engine) -> None:
