@@ -72,6 +72,7 @@ class RuleRunner:
             )
         rule.check_exits(self.exits)
         self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit
+        self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:
         """The state of a group of rows before the first exit."""
@@ -99,9 +100,9 @@ class RuleRunner:
         elif earlier is not None or not self.rule.compares_exits:
             signal = self.rule.signal(exit_number, earlier, now)
             stops, scores = signal.agrees, signal.scores
-            if self.rule.signals_needed > 1:
+            if self._signals_needed > 1:
                 state.streak = (state.streak + 1) * signal.agrees
-                stops = state.streak >= self.rule.signals_needed
+                stops = state.streak >= self._signals_needed
             if signal.stop_now is not None:
                 stops = stops | signal.stop_now
         if exit_number >= self.last:

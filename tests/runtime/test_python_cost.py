@@ -26,10 +26,10 @@ TEXTS = [" ".join(WORDS[start : start + 6]) for start in range(8)]
 # Calls of functions in Python and C, about 10 % above what was counted when this was written: of a
 # request with its first segment, and of each further segment, by the target and the number of rows.
 MOST_CALLS = {
-    ("cpu", 1): (380, 82),
-    ("cpu", 8): (870, 82),
-    ("stepwise", 1): (435, 75),
-    ("stepwise", 8): (900, 75),
+    ("cpu", 1): (420, 82),
+    ("cpu", 8): (950, 82),
+    ("stepwise", 1): (480, 75),
+    ("stepwise", 8): (1010, 75),
 }
 DOUBLES = str(Path(install.__code__.co_filename).parent)
 
@@ -83,7 +83,7 @@ def test_calls_of_a_text_that_stops_at_exit_0(exit_0_engines: Mapping[str, Path]
     with Engine.load(exit_0_engines["bert"], threads=1, rule=rule) as engine:
         assert [p.exit for p in engine.predict(TEXTS[:1])] == [0]
         counts = calls_of(lambda: engine.predict(TEXTS[:1]))
-    assert counts.total() <= 280, counts.most_common(20)
+    assert counts.total() <= 310, counts.most_common(20)
 
 
 @pytest.mark.parametrize(("where", "rows"), MOST_CALLS)
