@@ -58,6 +58,7 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        code = 0
         try:
             function(*args, **kwargs)
             if sys.stdout is not None:
@@ -65,15 +66,16 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             # The reader of our output, such as `head`, has seen enough. That is not an error.
             _drop_stdout()
-            sys.exit(0)
         except (FpabeeError, OSError) as error:
-            ours = error if isinstance(error, FpabeeError) else _of_the_system(error)
-            echo(f"error: {in_terms_of_options(ours)}", err=True)
-            sys.exit(1)
+            echo(f"error: {in_terms_of_options(_ours(error))}", err=True)
+            code = 1
         except KeyboardInterrupt as interrupt:
             more = map(in_terms_of_options, interrupt.args)
             echo(": ".join(["interrupted", *more]), err=True)
-            sys.exit(_INTERRUPTED)
+            code = _INTERRUPTED
+        # Not above, where the error still holds open files.
+        if code:
+            sys.exit(code)
 
     return wrapper
 
@@ -95,8 +97,10 @@ def option_of(parameter: str) -> str:
     return parameter
 
 
-def _of_the_system(error: OSError) -> FpabeeError:
-    """An error for a path that the system refuses, or for a full standard output."""
+def _ours(error: FpabeeError | OSError) -> FpabeeError:
+    """An error of ours, also for a path that the system refuses, or for a full standard output."""
+    if isinstance(error, FpabeeError):
+        return error
     if error.filename is not None:
         return FpabeeError(
             f"{error.filename}: {error.strerror}", "check the path and its permissions"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from fpabee.runtime.encoding import blocks
 
@@ -29,36 +26,15 @@ def test_blocks_hold_all_items_and_are_bounded(sizes: list[int]) -> None:
         assert sum(map(len, block[:-1])) < 10
 
 
-def test_columns_by_name(run: Run, bert: Path, tmp_path: Path) -> None:
-    source = tmp_path / "in.tsv"
+def test_columns_by_name_of_several_files(run: Run, bert: Path, tmp_path: Path) -> None:
+    source, last = tmp_path / "in.tsv", tmp_path / "last.csv"
     source.write_text('q1\tq2\tgold\nthe film\t"bad\talarm\n', encoding="utf-8")
+    last.write_text("gold,q1,q2\nalarm,rain,sun\n")
     options = ["--text-column", "q1", "--text-pair-column", "q2", "--no-quotes", "--with-text"]
-    result = run(bert, source, *options, "--label-column", "gold", "--metrics")
-    (record,) = result.records
-    assert (record["text"], record["text_pair"]) == ("the film", '"bad')
+    result = run(bert, source, last, *options, "--label-column", "gold", "--metrics")
+    found = [(record["text"], record["text_pair"]) for record in result.records]
+    assert found == [("the film", '"bad'), ("rain", "sun")]
     assert "accuracy" in result.err
-
-
-def test_the_same_rows_in_every_format(run: Run, bert: Path, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "in.jsonl", *({"text": t, "id": t[:3]} for t in TEXTS))
-    shown = run(bert, source, "--quiet")
-    names = ("index", "id", "label", "score", "exit")
-    expected = [[str(r[name]) for name in names] for r in shown.records]
-    for name in ("out.jsonl", "out.csv", "out.parquet"):
-        output = tmp_path / name
-        output.write_text("old")
-        assert run(bert, source, "--output", output, "--quiet").code == 0
-        found: list[Any]
-        if output.suffix == ".parquet":
-            found = parquet.read_table(output).to_pylist()
-        elif output.suffix == ".jsonl":
-            assert output.read_text() == shown.out
-            continue
-        else:
-            with output.open(newline="") as stream:
-                found = list(csv.DictReader(stream))
-        assert [[str(r[name]) for name in names] for r in found] == expected
-    assert len(list(tmp_path.iterdir())) == 4, "no other file is left"
 
 
 def test_output_to_something_that_is_not_a_file(run: Run, bert: Path, tmp_path: Path) -> None:
@@ -110,15 +86,6 @@ def test_skipped_rows_are_records_of_their_errors(
     assert "mean depth" in result.err
 
 
-def test_bad_rows_stop_a_run_unless_they_are_skipped(run: Run, bert: Path, tmp_path: Path) -> None:
-    source = tmp_path / "in.csv"
-    source.write_text("text,id\nrain,1\nsun\n")
-    check_refused(run(bert, source), "line 3 has 1 cells")
-    output = tmp_path / "out.csv"
-    assert run(bert, source, "--on-error", "skip", "--output", output, "--quiet").code == 0
-    assert output.read_text().splitlines()[2].startswith("1,,,,,,,")
-
-
 def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"sentence": "a"}, {"sentence": "b"})
     output = tmp_path / "out.jsonl"
@@ -131,12 +98,3 @@ def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) ->
     check_refused(result, "none of 2 rows could be used; the first:", "--text-column")
     assert len(output.read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
-
-
-def test_files_are_read_in_their_order(run: Run, bert: Path, tmp_path: Path) -> None:
-    for name in "abcd":
-        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
-    a, b, c, d = (tmp_path / f"{name}.txt" for name in "abcd")
-    result = run(bert, c, b, "-", d, a, "--with-text", stdin=b"stdin\n")
-    assert result.code == 0
-    assert [record["text"] for record in result.records] == ["c", "b", "stdin", "d", "a"]

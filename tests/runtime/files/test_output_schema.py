@@ -13,7 +13,6 @@ import jsonschema
 import pytest
 from pyarrow import parquet
 
-from fpabee.runtime import Engine
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files.records import RecordSchema
 
@@ -46,7 +45,7 @@ def expected(family: str, *flags: str) -> set[str]:
     return ALWAYS.union(ANSWER[family], *(FLAGS[flag] for flag in flags))
 
 
-@pytest.mark.parametrize("flags", [(), *((flag,) for flag in FLAGS), tuple(FLAGS)], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--with-text",), tuple(FLAGS)], ids=str)
 @pytest.mark.parametrize("family", ANSWER)
 def test_lines(
     run: Run, engines: Mapping[str, Path], source: Path, family: str, flags: tuple[str, ...]
@@ -63,9 +62,17 @@ def test_tables(run: Run, engines: Mapping[str, Path], source: Path, family: str
     """A table has the same fields as columns; Parquet holds the same values with their types."""
     options = (engines[family], source, "--on-error", "skip", *FLAGS, "--quiet")
     lines = run(*options).records
-    csv_file, parquet_file = source.with_name("out.csv"), source.with_name("out.parquet")
-    for output in (csv_file, parquet_file):
+    json_file, csv_file, parquet_file = outputs = [
+        source.with_name(name) for name in ("out.jsonl", "out.csv", "out.parquet")
+    ]
+    for output in outputs:
+        output.write_text("old")
         assert run(*options, "--output", output).code == 0
+    assert [json.loads(line) for line in json_file.read_text("utf-8").splitlines()] == lines
+    assert {path.name for path in source.parent.iterdir()} == {
+        "in.jsonl",
+        *(o.name for o in outputs),
+    }
     with csv_file.open(encoding="utf-8", newline="") as stream:
         cells = list(csv.DictReader(stream))
     table = parquet.read_table(parquet_file)
@@ -103,21 +110,6 @@ def test_the_schema_is_strict() -> None:
 def test_the_page_names_the_same_fields() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / "output.md").read_text("utf-8"), re.M)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == FIELDS
-
-
-@pytest.mark.parametrize("family", ANSWER)
-def test_values(run: Run, engines: Mapping[str, Path], source: Path, family: str) -> None:
-    (record, *_) = run(engines[family], source, "--on-error=skip", *FLAGS).records
-    with Engine.load(engines[family]) as engine:
-        (answer,) = engine.predict(["play music"])
-        traced = engine.trace(["play music"]).logits[answer.exit - 1, 0]
-        two = engine.predict(["play music"] * 2)[1]
-        labels = engine.labels
-    assert answer.logits == pytest.approx(traced.tolist(), abs=1e-5)
-    assert two.logits == pytest.approx(answer.logits, abs=1e-5)
-    ranked = sorted(record["probabilities"].items(), key=lambda pair: -pair[1])
-    assert [label for label, _ in answer.top(labels)] == [label for label, _ in ranked]
-    assert answer.top(labels, 1) == [(ranked[0][0], max(answer.probabilities))]
 
 
 def test_a_label_with_the_separator_is_refused_in_a_table() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Inputs, ReadOptions, Row, TextFormat, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 
 from ..cli.test_run import COMMAND
 
@@ -106,17 +106,6 @@ def test_rows_after_a_bad_one_can_be_read(tmp_path: Path) -> None:
     assert "text_column" in null.hint
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.parquet", {"text": [f"text {n}" for n in range(5000)]})
-    content = path.read_bytes()
-    middle = len(content) // 2
-    flipped = content[:1000] + bytes(b ^ 0xFF for b in content[1000:middle]) + content[middle:]
-    for damaged in (b"", content[:middle], flipped):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="cannot be read as Parquet"):
-            list(read_rows(path))
-
-
 def test_a_file_on_which_pyarrow_aborts_is_refused(bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     path.write_bytes(ABORTS)
@@ -126,12 +115,6 @@ def test_a_file_on_which_pyarrow_aborts_is_refused(bert: Path, tmp_path: Path) -
     assert done.stderr.startswith(f"error: {path} cannot be read as Parquet: ")
     assert done.stderr.endswith(" -> copy the file again\n")
     assert done.stderr.count("\n") == 1
-
-
-def test_parquet_needs_a_plain_file(tmp_path: Path) -> None:
-    (tmp_path / "in.parquet.gz").write_bytes(b"")
-    with pytest.raises(InputError, match="needs a plain file"):
-        Inputs([tmp_path / "in.parquet.gz"], ReadOptions(TextFormat.PARQUET))
 
 
 @pytest.fixture(scope="module")
