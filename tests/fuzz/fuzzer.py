@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import logging
-import resource
 import time
 import traceback
 import warnings
@@ -35,8 +34,8 @@ class Judge:
 
     Args:
         target: what reads the inputs.
-        seconds: processor time that an input may take, child processes included.
-        mebibytes: memory that an input may take in one process.
+        seconds: processor time that an input may take.
+        mebibytes: memory that an input may take.
 
     Attributes:
         inputs: how many inputs were read.
@@ -51,7 +50,6 @@ class Judge:
         # What this imports and caches is not counted against the first input.
         target.path.write_bytes(target.seeds[0])
         target.read()
-        self._children = _peak_of_children()
 
     def __call__(self, data: bytes) -> list[str]:
         """Read an input; returns what is wrong with how it was read."""
@@ -59,7 +57,7 @@ class Judge:
         self.inputs += 1
         found = []
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory becomes what is in use
-        children, before, started = _peak_of_children(), memory_of("VmRSS"), _processor_time()
+        before, started = memory_of("VmRSS"), time.process_time()
         try:
             self._target.read()
             self.accepted += 1
@@ -69,12 +67,8 @@ class Judge:
         except BaseException as error:  # noqa: BLE001
             found.append(_described(error))
         taken = memory_of("VmHWM") - before
-        # Only a child process that is larger than all before it shows up in the peak.
-        if _peak_of_children() > children:
-            taken = max(taken, _peak_of_children() - self._children)
-        for value, limit, unit in zip(
-            (_processor_time() - started, taken / MIB), self._limits, ("s", "MiB"), strict=True
-        ):
+        values = time.process_time() - started, taken / MIB
+        for value, limit, unit in zip(values, self._limits, ("s", "MiB"), strict=True):
             if value > limit:
                 found.append(f"more than {limit:g} {unit}")
         return found
@@ -146,14 +140,3 @@ def _described(error: BaseException) -> str:
     ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
     where = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     return f"{type(error).__name__}{where}"
-
-
-def _processor_time() -> float:
-    """Seconds of this process and of its child processes that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _peak_of_children() -> int:
-    """Bytes of the largest child process that has ended."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

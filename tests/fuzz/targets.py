@@ -40,15 +40,15 @@ from .mutations import (
 _MOST_ROWS = 5000
 _MOST_WRITTEN = 2**24
 _TEXTS: list[Text] = ["", "the film is not bad", "\U0001f469\u200d é\u0301", "a" * 300, ("a", "b")]
-_ROWS = [
-    b'{"text": "rain", "label": "a", "id": 1}',
-    b'{"text": "a \\u00e9", "text_pair": "b", "labels": ["a", "b"], "more": {"x": [1.5]}}',
-    b'{"text": "", "labels": []}',
-]
+_ROWS = (
+    b'{"text": "rain", "label": "a", "id": 1}\n'
+    b'{"text": "a \\u00e9", "text_pair": "b", "labels": ["a", "b"], "more": {"x": [1.5]}}\n'
+    b'{"text": "", "labels": []}'
+)
 _TABLE = b'text,text_pair,label,id\nrain,"a, ""b""",a,1\n"two\nlines",,b,\n'
 NAMES = (
     *("manifest", "tokenizer", "reference", "config.json", "model.safetensors", "parquet"),
-    *("txt", "jsonl", "csv", "tsv", "txt.gz", "jsonl.gz", "csv.gz", "tsv.gz"),
+    *("txt", "jsonl", "csv", "jsonl.gz"),
 )
 
 
@@ -78,7 +78,7 @@ def every_target(place: Path, engines: Path, model_dir: Path) -> dict[str, Targe
         model_dir: a model folder.
     """
     manifest = read_manifest(engines)
-    targets = {
+    return {
         "manifest": _manifest(engines, place / "engines"),
         "tokenizer": _tokenizer(engines, manifest, place / "tokenizer"),
         "reference": _reference(engines, manifest, place / "reference"),
@@ -87,18 +87,15 @@ def every_target(place: Path, engines: Path, model_dir: Path) -> dict[str, Targe
             model_dir, place / "weights", "model.safetensors", headed(mutate_json)
         ),
         "parquet": _input(place / "input.parquet", parquet_files.seeds(), parquet_files.mutate),
+        "txt": _input(place / "input.txt", (b"rain\nthe film is not bad\n\n",), mutate_lines),
+        "jsonl": _input(place / "input.jsonl", (_ROWS,), mutate_json_lines),
+        "csv": _input(place / "input.csv", (_TABLE,), mutate_lines),
+        "jsonl.gz": _input(
+            place / "input.jsonl.gz",
+            (gzip.compress(_ROWS, mtime=0),),
+            compressed(mutate_json_lines),
+        ),
     }
-    for suffix, seed, mutation in (
-        ("txt", b"rain\nthe film is not bad\n\n", mutate_lines),
-        ("jsonl", b"\n".join(_ROWS), mutate_json_lines),
-        ("csv", _TABLE, mutate_lines),
-        ("tsv", _TABLE.replace(b",", b"\t"), mutate_lines),
-    ):
-        targets[suffix] = _input(place / f"input.{suffix}", (seed,), mutation)
-        targets[f"{suffix}.gz"] = _input(
-            place / f"input.{suffix}.gz", (gzip.compress(seed, mtime=0),), compressed(mutation)
-        )
-    return targets
 
 
 def _manifest(engines: Path, folder: Path) -> Target:

@@ -12,7 +12,7 @@ import pytest
 
 from fpabee.runtime.errors import ArtifactError
 
-from ..child_process import Child, Ended, Report
+from ..child_process import Child, Report
 from . import fuzzer
 from .targets import NAMES, Target, every_target
 
@@ -26,13 +26,6 @@ def folders(engines: Mapping[str, Path], tiny_models: Mapping[str, Path]) -> dic
     return {"engines": engines["bert"], "model_dir": tiny_models["bert"]}
 
 
-@pytest.fixture(scope="module")
-def targets(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Target]:
-    return every_target(tmp_path_factory.mktemp("fuzz"), **folders)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_fuzzing_finds_nothing(
@@ -42,8 +35,12 @@ def test_fuzzing_finds_nothing(
     assert fuzzer.fuzz(name, tmp_path, FINDS / name, seconds, **folders) == {}
 
 
-def test_every_target_has_a_name(targets: dict[str, Target]) -> None:
+def test_every_target_reads_its_first_seed(folders: dict[str, Path], tmp_path: Path) -> None:
+    targets = every_target(tmp_path, **folders)
     assert set(NAMES) == set(targets)
+    for target in targets.values():
+        target.path.write_bytes(target.seeds[0])
+        target.read()
 
 
 class Panic(BaseException):
@@ -99,15 +96,3 @@ def test_how_a_process_ends(function: Callable[[Report], None], failure: str) ->
     ended = Child(function).wait(2)
     assert ended.reports == ["before"]
     assert re.search(failure, ended.failure)
-
-
-def test_the_input_of_a_crash_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = tmp_path / "bad.json"
-    bad.write_bytes(b"bad")
-    ended = Ended([str(bad), ["KeyError", "an input"]], "exit code -6: Aborted")
-    monkeypatch.setattr(Child, "__init__", lambda *_, **__: None)
-    monkeypatch.setattr(Child, "wait", lambda *_: ended)
-    finds = fuzzer.fuzz("manifest", tmp_path, tmp_path / "keep", 1)
-    assert finds.pop("KeyError") == Path("an input")
-    assert finds.pop(ended.failure).read_bytes() == b"bad"
-    assert finds == {}

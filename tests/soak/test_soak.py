@@ -54,40 +54,26 @@ def test_a_few_calls_are_right(engine: Engine) -> None:
     assert min(memory) > MIB
 
 
-def test_a_wrong_answer_is_found(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    "change", [{"labels": ("none",)}, {"exit": 9}, {"probabilities": (0.25,) * 4}], ids=str
+)
+def test_a_wrong_answer_is_found(engine: Engine, change: dict[str, Any]) -> None:
     reference, rule = Reference(engine, TEXTS), soak.FULL_DEPTH
     first, *others = reference.answers[rule]
-    changes: list[dict[str, Any]] = [
-        {"labels": ("none",)},
-        {"exit": 9},
-        {"probabilities": (0.25,) * 4},
-    ]
-    for change in changes:
-        reference.unsure[rule].discard(0)
-        reference.answers[rule] = [dataclasses.replace(first, **change), *others]
-        assert f"under {rule}" in reference.wrong([rule], [1, 0], [others[0], first])
-        reference.unsure[rule].add(0)
-        assert reference.wrong([rule], [1, 0], [others[0], first]) == ""
+    reference.unsure[rule] = set()
+    reference.answers[rule] = [dataclasses.replace(first, **change), *others]
+    assert f"under {rule}" in reference.wrong([rule], [1, 0], [others[0], first])
+    reference.unsure[rule] = {0}
+    assert reference.wrong([rule], [1, 0], [others[0], first]) == ""
     other = reference.answers["fast"][1]
     assert reference.wrong(["fast", rule], [2, 1], [others[1], other]), "under no one point"
-
-
-def test_an_error_in_a_thread_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = Reference(engine, TEXTS)
-    monkeypatch.setattr(Engine, "predict", lambda *_, **__: 1 / 0)
-    first, second, last = soak.ask(engine, reference, 0.1, threads=2)[0]
-    assert "ZeroDivisionError" in first
-    assert "ZeroDivisionError" in second
-    assert "nothing" in last
 
 
 @pytest.mark.parametrize(
     ("samples", "found"),
     [
-        ([100] * 100, False),
         ([50] * 15 + [100] * 85, False),  # warming up
         ([100] * 50 + [133] * 50, True),
-        ([1000 + n for n in range(100)], True),
         ([100] * 95 + [900] * 5, False),  # a peak
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,17 +43,6 @@ def test_texts(tmp_path: Path, content: bytes, expected: list[str]) -> None:
     tabs = content.replace(b",", b"\t") if b"id" in content else content
     assert [row.text for row in read(tmp_path / "in.tsv", tabs)] == expected
     assert [row.text for row in read(tmp_path / "in.csv.gz", gzip.compress(content))] == expected
-
-
-def test_a_nul_byte_is_a_character_or_makes_a_bad_row(tmp_path: Path) -> None:
-    bad, last = read_all(tmp_path / "in.csv", b"text\na\0b\nlast\n")
-    assert isinstance(last, Row)
-    # The csv module of Python 3.10 refuses it.
-    if sys.version_info >= (3, 11):
-        assert isinstance(bad, Row)
-        assert bad.text == "a\0b"
-    else:
-        assert isinstance(bad, RowError)
 
 
 def test_columns_and_lines(tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ def test_every_text_comes_back_from_a_table(values: list[tuple[str, str]]) -> No
 
 
 def test_formats(tmp_path: Path) -> None:
-    assert output_format(None) is TextFormat.JSON_LINES
     assert output_format(Path("x")) is TextFormat.JSON_LINES
-    assert output_format(Path("x.csv")) is TextFormat.CSV
     for name in ("x.tsv", "x.jsonl.gz"):
         with pytest.raises(InputError, match=r"cannot tell the format.*\.csv, \.parquet"):
             output_format(Path(name))
