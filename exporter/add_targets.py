@@ -39,7 +39,13 @@ from .targets.backends import (
     unavailable_reason,
 )
 from .targets.check import Checked, check_target, with_old_points
-from .targets.cpu import OPENVINO_TARGETS, add_openvino, with_fastest_default
+from .targets.cpu import (
+    OPENVINO_TARGETS,
+    add_cpu_int8,
+    add_openvino,
+    drop_unused_graphs,
+    with_fastest_default,
+)
 from .targets.plans import PlanOptions
 from .targets.tensorrt import build_target, target_name
 
@@ -269,8 +275,6 @@ class _Addition:
         self._write(_without_stale(manifest))
 
     def _add_int8_for_cpus(self) -> None:
-        from .targets.cpu_int8 import add_cpu_int8, drop_unused_graphs
-
         # Older targets run the graphs that are replaced, so they are checked again, too.
         backends = [
             name

@@ -29,7 +29,7 @@ from ..runtime.engine import Engine
 from .onnx_file import load_graphs, write_graph
 from .targets.backends import is_cpu_int8
 from .targets.check import FP32_TARGET
-from .targets.cpu_int8 import INT8_FOLDER
+from .targets.cpu import INT8_FOLDER
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:

@@ -38,14 +38,13 @@ from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
-from .checkpoint import load_checkpoint, resolve_model_dir
+from .checkpoint import WEIGHTS, load_checkpoint, resolve_model_dir
 from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
 from .targets.check import FP32_TARGET
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_chain
-from .weights import WEIGHTS
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
 # classes, a mean probability of 0.98). It applies until the user calibrates.

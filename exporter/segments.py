@@ -13,7 +13,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,43 +113,31 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
     layers = [model.exit_config.exits[number - 1] for number in exits]
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
-    embeddings, blocks = model.parts[0].frozen(positions), model.parts[1][: layers[-1]]
-    mean = any(head.mean for head in heads)
-    part = functools.partial(_part, model, mean, token_types)
-    if model.backbone.shared_layers:
-        return _cut_shared(part, embeddings, blocks, layers, heads)
-    blocks = tuple(block.frozen(positions) for block in blocks)
-    modules, segments, start = {}, [], 0
-    for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
-        name, is_last = f"segment_{number:02d}", number == len(layers)
-        first = embeddings if number == 1 else None
-        modules[name] = part(first, blocks[start:layer], head, is_last)
-        segments.append(Segment(exit=number, layer=layer, calls=(name,)))
-        start = layer
-    return Cut(modules, tuple(segments))
-
-
-def _cut_shared(
-    part: Callable[..., GraphModule],
-    embeddings: Embeddings,
-    blocks: Sequence[Block],
-    layers: Sequence[int],
-    heads: Sequence[Head],
-) -> Cut:
-    modules = {"embeddings": part(embeddings, (), None)}
+    embeddings, blocks = model.parts[0].frozen(positions), model.parts[1]
+    part = functools.partial(_part, model, any(head.mean for head in heads), token_types)
+    modules: dict[str, GraphModule] = {}
     names: dict[int, str] = {}
-    block_names = []
-    for block in blocks:
-        name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
-        modules.setdefault(name, part(None, [block], None))
-        block_names.append(name)
     segments, start = [], 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
-        name = f"head_{number:02d}"
-        modules[name] = part(None, (), head, True)
-        calls = [*(["embeddings"] if number == 1 else []), *block_names[start:layer], name]
-        segments.append(Segment(exit=number, layer=layer, calls=tuple(calls)))
-        start = layer
+        first = embeddings if number == 1 else None
+        own, start = blocks[start:layer], layer
+        # Names of graphs, and the arguments of `_part` for each.
+        calls: list[tuple[str, tuple[Any, ...]]] = []
+        if model.backbone.shared_layers:
+            if first is not None:
+                calls.append(("embeddings", (first, (), None)))
+            for block in own:
+                name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
+                calls.append((name, (None, [block], None)))
+            calls.append((f"head_{number:02d}", (None, (), head, True)))
+        else:
+            frozen = [block.frozen(positions) for block in own]
+            is_last = number == len(layers)
+            calls.append((f"segment_{number:02d}", (first, frozen, head, is_last)))
+        for name, content in calls:
+            if name not in modules:
+                modules[name] = part(*content)
+        segments.append(Segment(exit=number, layer=layer, calls=tuple(name for name, _ in calls)))
     return Cut(modules, tuple(segments))
 
 

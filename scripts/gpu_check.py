@@ -40,8 +40,8 @@ from fpabee.exporter.bench import exact_batches
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason
+from fpabee.exporter.targets.graph_runs import graph_runs
 from fpabee.exporter.targets.plans import PlanOptions
-from fpabee.exporter.targets.stepping import steps
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
@@ -186,7 +186,7 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
 
 
 class PlanSession:
-    """A plan in Polygraphy's runner, with the methods of a session that `steps` calls.
+    """A plan in Polygraphy's runner, with the methods of a session that `graph_runs` calls.
 
     The runner has memory and streams of its own, and copies everything to the host in between. It
     knows nothing of our buffers, contexts and CUDA graphs, so it is an independent judge of them.
@@ -252,8 +252,8 @@ def _differences(engine: Engine, folder: Path, rows: Sequence[EncodedRow]) -> li
     """The largest difference of a logit at each exit."""
     bucket = Bucket(len(rows), len(rows[0]))  # a shape that our runtime does not pad
     inputs = padded_inputs(rows, padding_values(engine.manifest.tokenizer))
-    run = steps(engine.manifest, [inputs], partial(PlanSession, engine, folder, bucket))
-    judged = [step.outputs["logits"] for step in run if "logits" in step.outputs]
+    runs = graph_runs(engine.manifest, [inputs], partial(PlanSession, engine, folder, bucket))
+    judged = [run.outputs["logits"] for run in runs if "logits" in run.outputs]
     ours = [full_depth(engine)(rows).logits[-len(judged) :] for _ in range(RUNS)]
     differences = np.abs(np.array(ours, np.float64) - np.array(judged, np.float64))
     return [float(each) for each in np.nan_to_num(differences, nan=np.inf).max(axis=(0, 2, 3))]

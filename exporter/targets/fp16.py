@@ -28,8 +28,8 @@ from ..onnx_file import load_graphs, write_graph
 from ..staging import replacing
 from .backends import FP16
 from .check import exact_logits, judged
+from .graph_runs import graph_runs
 from .lowering import emulate, lower
-from .stepping import steps
 
 _BATCH = 16
 
@@ -134,13 +134,13 @@ def _emulated(
     calls = sum(len(segment.calls) for segment in manifest.segments)
     batches = padded_batches(rows, padding_values(manifest.tokenizer), _BATCH)
     logits: dict[int, list[Logits]] = {}
-    for step in steps(manifest, batches, open_session):
-        if step.batch == 0:
-            progress("emulate the chain", step.call, calls)
-        if not all(np.isfinite(value).all() for value in step.outputs.values()):
+    for run in graph_runs(manifest, batches, open_session):
+        if run.batch == 0:
+            progress("emulate the chain", run.call, calls)
+        if not all(np.isfinite(value).all() for value in run.outputs.values()):
             raise VerificationError(
-                f"in {precision}, {step.graph} gives values that are not finite numbers", hint
+                f"in {precision}, {run.graph} gives values that are not finite numbers", hint
             )
-        if LOGITS in step.outputs:
-            logits.setdefault(step.call, []).append(step.outputs[LOGITS])
+        if LOGITS in run.outputs:
+            logits.setdefault(run.call, []).append(run.outputs[LOGITS])
     return [np.concatenate(part) for part in logits.values()]

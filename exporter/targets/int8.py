@@ -1,24 +1,31 @@
-"""int8 for TensorRT: explicit, symmetric Q/DQ nodes around the matrix products with weights.
+"""int8: Q/DQ nodes around the matrix products with weights; the ranges come from real texts.
 
-The ranges come from the user's own texts. What is not quantized is in fp16, as TensorRT runs it.
-CPUs need unsigned activations, see `exporter.targets.cpu_int8`.
+    python -m fpabee.exporter.targets.int8 < request.json
+
+For TensorRT, they are symmetric, and what is not quantized is in fp16. For CPUs, activations are
+unsigned, see `exporter.targets.cpu`. Graphs are quantized in a process of its own: ONNX Runtime's
+quantizer creates sessions with their own thread pools, which ONNX Runtime refuses in a process with
+the shared pool of our runtime.
 """
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import numpy_helper
 
 from ...runtime.agreement import Agreement
-from ...runtime.artifact.folder import verified_graph
+from ...runtime.artifact.folder import read_manifest, verified_graph
 from ...runtime.artifact.manifest import Manifest
-from ...runtime.backends.onnxruntime import cpu_session, ort_errors
 from ...runtime.encoding import (
     Arrays,
     EncodedRow,
@@ -27,13 +34,13 @@ from ...runtime.encoding import (
     padded_batches,
     padding_values,
 )
-from ...runtime.errors import InputError, VerificationError, first_line
+from ...runtime.errors import InputError, VerificationError
 from ...runtime.progress import Progress, silent
+from ..onnx_file import in_head, strip
 from .backends import INT8
 from .fp16 import add_lowered
-from .stepping import steps
-
-T = TypeVar("T")
+from .graph_runs import graph_runs
+from .worker import lacks_memory, run_worker
 
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
@@ -60,14 +67,13 @@ def add_int8(
         VerificationError: too many labels or exits change.
     """
     ranges, others = split_texts(texts)
-    rows = TextEncoder(folder, manifest.tokenizer).encode(ranges)
-    quantized = quantize(folder, manifest, rows, "symmetric", progress)
+    quantized = quantize(folder, manifest, ranges, "symmetric", progress)
     hint = "give more texts as `calibration_data`, or stay with fp16"
     return add_lowered(folder, manifest, INT8, quantized, others, hint, progress)
 
 
-def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """Of the first 512 texts or rows: those that give the ranges, and those that judge the result.
+def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
+    """Of the first 512 texts: those that give the ranges, and those that judge the result.
 
     Raises:
         InputError: too few texts.
@@ -81,9 +87,60 @@ def split_texts(texts: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return used[::2], used[1::2]
 
 
+def quantize(
+    folder: Path, manifest: Manifest, texts: Sequence[Text], form: str, progress: Progress
+) -> dict[str, Any]:
+    """The graphs with Q/DQ nodes, made in a separate process.
+
+    Args:
+        folder: the engines folder.
+        manifest: its manifest, as it is written there.
+        texts: texts that give the ranges.
+        form: one of `FORMS`.
+        progress: called with (what, done, total).
+
+    Raises:
+        VerificationError: a graph could not be quantized, or memory or space is lacking.
+    """
+    progress("int8 graphs", 0, 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        request = Int8Request(folder=str(folder), texts=list(texts), form=form, output=temporary)
+        error = run_worker("int8", request)
+        paths = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
+        if error:
+            hint = "use another precision, and report this with your model's config.json"
+            if lacks_memory(error):
+                hint = "free some memory and disk space, or give fewer or shorter texts"
+            failed = next((name for name in paths if not paths[name].exists()), "a graph")
+            raise VerificationError(f"{failed} could not be quantized: {error}", hint)
+        return {name: onnx.load(path) for name, path in paths.items()}
+
+
+class Int8Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Graphs to quantize, see `quantize`; `output` is the folder to write them to."""
+
+    folder: str
+    texts: list[Text]
+    form: str
+    output: str
+
+
+def main() -> None:
+    """Quantize what the request on standard input asks for."""
+    os.environ["NNCF_CI"] = "1"  # NNCF reports its use to Intel otherwise
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Int8Request)
+    folder = Path(request.folder)
+    manifest = read_manifest(folder)
+    rows = TextEncoder(folder, manifest.tokenizer).encode(request.texts)
+    for name, batches in graph_inputs(folder, manifest, rows):
+        proto = FORMS[request.form](folder / manifest.graphs[name].file, batches)
+        strip(proto)
+        onnx.save(proto, Path(request.output) / f"{name}.onnx")
+
+
 def graph_inputs(
     folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], batch: int = 16
-) -> Iterator[tuple[str, Arrays]]:
+) -> Iterator[tuple[str, list[Arrays]]]:
     """The inputs of every graph on some rows, from which int8 ranges are taken.
 
     Runs the fp32 graphs through ONNX Runtime.
@@ -95,65 +152,109 @@ def graph_inputs(
         batch: rows in a batch.
 
     Yields:
-        The name of a graph and its inputs, for each call on each batch.
+        The name of a graph, and its inputs in each call on each batch.
     """
 
     def open_session(name: str) -> Any:
         graph = manifest.graphs[name]
-        return cpu_session(verified_graph(folder, graph.file, graph.sha256))
+        path = verified_graph(folder, graph.file, graph.sha256)
+        return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    batches = padded_batches(rows, padding_values(manifest.tokenizer), batch)
-    for step in steps(manifest, batches, open_session):
-        yield step.graph, step.inputs
+    calls = [name for segment in manifest.segments for name in segment.calls]
+    batches = list(padded_batches(rows, padding_values(manifest.tokenizer), batch))
+    inputs: dict[str, list[Arrays]] = {}
+    for run in graph_runs(manifest, batches, open_session):
+        inputs.setdefault(run.graph, []).append(run.inputs)
+        if run.batch == len(batches) - 1 and run.graph not in calls[run.call + 1 :]:
+            yield run.graph, inputs.pop(run.graph)
 
 
-def quantize(
-    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], form: str, progress: Progress
-) -> dict[str, Any]:
-    """The graphs with Q/DQ nodes, made in a separate process, see `int8_worker`.
+def symmetric(source: Path, batches: list[Arrays]) -> Any:
+    """A graph with symmetric Q/DQ around every product with a weight, except in heads."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
-    Args:
-        folder: the engines folder.
-        manifest: its manifest.
-        rows: tokenized rows that give the ranges.
-        form: one of the forms of `int8_worker`.
-        progress: called with (what, done, total).
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(batches)
 
-    Raises:
-        VerificationError: a graph could not be quantized, or memory or space is lacking.
-    """
-    import onnx
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self._batches, None)
 
-    progress("int8 ranges", 0, 1)
     with tempfile.TemporaryDirectory() as temporary:
-        arguments: list[str] = []
-        targets = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
-        stored = {name: Path(temporary) / name for name in manifest.graphs}
-        for name, graph in manifest.graphs.items():
-            stored[name].mkdir()
-            path = verified_graph(folder, graph.file, graph.sha256)
-            arguments += [str(path), str(stored[name]), str(targets[name])]
-        # On disk, since the inputs of all graphs may be larger than the memory.
-        failures: tuple[type[Exception], ...] = (OSError, *ort_errors())
-        try:
-            for number, (name, inputs) in enumerate(graph_inputs(folder, manifest, rows)):
-                np.savez(stored[name] / f"{number:08d}.npz", **inputs)  # type: ignore[arg-type]
-        except failures as error:
-            raise VerificationError(
-                f"the inputs of the graphs cannot be collected in {temporary}: {first_line(error)}",
-                "free some memory, and space there, or give fewer or shorter texts",
-            ) from error
-        progress("int8 graphs", 0, 1)
-        worker = [sys.executable, "-m", "fpabee.exporter.targets.int8_worker"]
-        done = subprocess.run(
-            [*worker, form, *arguments], capture_output=True, text=True, check=False
+        quantized = Path(temporary) / "quantized.onnx"
+        quantize_static(
+            source,
+            quantized,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=_heads(onnx.load(source)),
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+            },
         )
-        if done.returncode:
-            failed = next((name for name in targets if not targets[name].exists()), "a graph")
-            lines = done.stderr.strip().splitlines() or ["no reason given"]
-            hint = "use another precision, and report this with your model's config.json"
-            if done.returncode == -9:  # SIGKILL, which Windows does not have
-                lines.append("the system ended the process, probably for lack of memory")
-                hint = "free some memory, or give fewer or shorter texts"
-            raise VerificationError(f"{failed} could not be quantized: {lines[-1]}", hint)
-        return {name: onnx.load(target) for name, target in targets.items()}
+        # The types of the new values say which nodes are lowered to fp16.
+        return onnx.shape_inference.infer_shapes(onnx.load(quantized))
+
+
+def smooth(source: Path, batches: list[Arrays]) -> Any:
+    """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads.
+
+    Products within attention are left out, too: OpenVINO would run quantized products of two
+    activations in floating point, after converting both.
+    """
+    import nncf
+
+    proto = onnx.load(source)
+    proto = nncf.quantize(
+        proto,
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+        ignored_scope=nncf.IgnoredScope(
+            names=[*_heads(proto), *_products_of_activations(proto)], validate=False
+        ),
+    )
+    _make_unsigned(proto)
+    return proto
+
+
+def _make_unsigned(proto: Any) -> None:
+    """Shift activations from int8 to uint8, which changes no value.
+
+    ONNX Runtime's kernels for CPUs are several times faster with unsigned activations.
+    """
+    zero_points = {n.input[2] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    for tensor in proto.graph.initializer:
+        if tensor.name in zero_points and tensor.data_type == onnx.TensorProto.INT8:
+            shifted = (numpy_helper.to_array(tensor).astype(np.int16) + 128).astype(np.uint8)
+            tensor.CopyFrom(numpy_helper.from_array(shifted, tensor.name))
+    proto.graph.ClearField("value_info")  # it says int8
+
+
+def _heads(proto: Any) -> list[str]:
+    return [node.name for node in proto.graph.node if in_head(node.name)]
+
+
+def _products_of_activations(proto: Any) -> list[str]:
+    """The names of products that have no weights, which are those within attention."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    products = [node for node in proto.graph.node if node.op_type == "MatMul"]
+    return [node.name for node in products if not weights & set(node.input)]
+
+
+FORMS = {"symmetric": symmetric, "smooth": smooth}
+"""The forms of int8: `symmetric` for TensorRT, and `smooth` for CPUs."""
+
+if __name__ == "__main__":
+    main()

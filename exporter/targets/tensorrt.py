@@ -6,14 +6,8 @@ will run the plans.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
-
-import msgspec
 
 from ...runtime.artifact.folder import sha256_of, verified_graph
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
@@ -24,18 +18,10 @@ from ...runtime.progress import Progress, silent
 from .backends import RTX
 from .plan_worker import PlanRequest
 from .plans import PlanOptions, profile_of
+from .worker import lacks_memory, run_worker
 
 TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
-_SIGKILL = 9  # on Windows, the module `signal` does not have it
-_ERROR = "[E] "
-_LACKS_MEMORY = re.compile("memory|bad_alloc", re.IGNORECASE)
-
-
-def can_run(target: Target) -> bool:
-    """Whether a built target can run on this machine."""
-    device = cuda_device()
-    return not device.error and device.compute_capability in target.compute_capabilities
 
 
 def _device(backend: str) -> str:
@@ -84,19 +70,18 @@ def build_target(
         started = time.perf_counter()
         onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
-        error = _run_worker(
-            backend,
-            PlanRequest(
-                onnx=str(onnx),
-                plan=str(plan),
-                timing_cache=str(home / TIMING_CACHE),
-                profiles=[
-                    {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
-                    for shapes in options.profiles()
-                ],
-                options=options,
-            ),
+        request = PlanRequest(
+            onnx=str(onnx),
+            plan=str(plan),
+            timing_cache=str(home / TIMING_CACHE),
+            profiles=[
+                {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
+                for shapes in options.profiles()
+            ],
+            options=options,
         )
+        is_rtx = str(int(backend == RTX))
+        error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
         if error:
             raise BackendError(f"{name}: {graph_name}: {error}", _hint(error))
         files[graph_name] = BuiltFile(
@@ -121,26 +106,6 @@ def build_target(
 
 
 def _hint(error: str) -> str:
-    if _LACKS_MEMORY.search(error):
+    if lacks_memory(error):
         return "free some memory, or build for smaller shapes"
     return "run the graphs without plans, on onnxruntime-fp32, and please report this"
-
-
-def _run_worker(backend: str, request: PlanRequest) -> str:
-    """Build a plan in another process; returns why there is no plan, or nothing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fpabee.exporter.targets.plan_worker"],
-        input=msgspec.json.encode(request),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))},
-        check=False,
-    )
-    if done.returncode == 0:
-        return ""
-    if done.returncode == -_SIGKILL:
-        return "the builder was killed, as happens when memory runs out"
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    # What the library says itself; the exception says little.
-    errors = [line[len(_ERROR) :] for line in lines if line.startswith(_ERROR)]
-    return (errors or lines or [f"the builder ended with code {done.returncode}"])[-1]

@@ -23,11 +23,10 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import load_checkpoint, load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import TRAIN, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..model import MultiExitConfig, MultiExitModel, by_row, predict
 from ..tokenizer import load_tokenizer, pad_id
-from ..weights import TRAIN
 from .exit_0 import train_exit_0
 from .from_classifier import Classifier
 from .options import TrainOptions

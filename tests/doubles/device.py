@@ -53,7 +53,7 @@ class Double:
     builds: list[tuple[PlanRequest, list[str]]] = field(default_factory=list)
     unwritten: list[Manifest] = field(default_factory=list)
 
-    def build(self, backend: str, request: PlanRequest) -> str:
+    def build(self, module: str, request: PlanRequest, **environment: str) -> str:
         """Write a plan that the double can run, as the worker of `build_target` does."""
         name, cache = Path(request.onnx).stem, Path(request.timing_cache)
         timed = json.loads(cache.read_text("utf-8")) if cache.is_file() else []
@@ -102,7 +102,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     patch.setattr(check, "engine_of", noted)
     double = Double(folder, "", cuda, trt, unwritten=unwritten)
     if backend == "tensorrt":
-        patch.setattr(targets, "_run_worker", double.build)
+        patch.setattr(targets, "run_worker", double.build)
     return double
 
 

@@ -28,19 +28,18 @@ OPTIONS = AddTargetsOptions(backends=(TENSORRT,), plans=SMALL)
 NAME = "tensorrt-fp32-sm86"
 
 
-def patch_builds(monkeypatch: pytest.MonkeyPatch, **errors: str) -> None:
+def patch_builds(double: Double, monkeypatch: pytest.MonkeyPatch, **errors: str) -> None:
     """Let builds give other plans than before, and some of them errors."""
-    worker = tensorrt._run_worker
 
-    def other(backend: str, request: PlanRequest) -> str:
+    def other(module: str, request: PlanRequest, **environment: str) -> str:
         plan = Path(request.plan)
         if plan.stem in errors:
             return errors[plan.stem]
-        worker(backend, request)
+        double.build(module, request, **environment)
         plan.write_bytes(plan.read_bytes() + b"other")
         return ""
 
-    monkeypatch.setattr(tensorrt, "_run_worker", other)
+    monkeypatch.setattr(tensorrt, "run_worker", other)
 
 
 def test_the_result_says_what_was_not_built(
@@ -69,7 +68,7 @@ def test_a_failed_build_removes_the_target_until_it_succeeds(
     built = add_targets(double.folder, OPTIONS).manifest.targets[NAME]
     assert built.tolerance is not None, "it was verified"
     with monkeypatch.context() as patch:
-        patch_builds(patch, segment_02="no tactics")
+        patch_builds(double, patch, segment_02="no tactics")
         with pytest.raises(BackendError, match="segment_02: no tactics"):
             add_targets(double.folder, OPTIONS)
     manifest = read_manifest(double.folder)
@@ -88,7 +87,7 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     set_points(double.folder, NAME, default="fast", fast=FPabee(threshold=0.3))
     assert add_targets(double.folder, OPTIONS).lost_points == {}
     assert read_manifest(double.folder).targets[NAME].default_operating_point == "fast"
-    patch_builds(monkeypatch)
+    patch_builds(double, monkeypatch)
     assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
     assert read_manifest(double.folder).targets[NAME].operating_points == {}
 
@@ -99,7 +98,7 @@ def test_a_target_that_does_not_reproduce_the_model_is_removed(
 ) -> None:
     if earlier:
         add_targets(double.folder, OPTIONS)
-        patch_builds(monkeypatch)
+        patch_builds(double, monkeypatch)
     monkeypatch.setitem(REQUIREMENTS, "fp32", dataclasses.replace(REQUIREMENTS["fp32"], labels=1.1))
     with pytest.raises(VerificationError, match="removed from the manifest"):
         add_targets(double.folder, OPTIONS)

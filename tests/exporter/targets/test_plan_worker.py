@@ -11,17 +11,18 @@ import onnx
 import pytest
 from onnx import helper
 
-from fpabee.exporter.targets import tensorrt
 from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest, replace_file
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
+from fpabee.exporter.targets.worker import run_worker
 from fpabee.runtime import read_manifest
 from fpabee.runtime.progress import silent
 
 from ...doubles.device import Double
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
+AS_RTX = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
 
 
@@ -50,7 +51,7 @@ def needs_rtx() -> None:
 def test_a_plan_is_built_in_another_process(tmp_path: Path) -> None:
     needs_rtx()
     wanted = request(tmp_path, graph(tmp_path / "x.onnx", "Relu"))
-    assert tensorrt._run_worker(RTX, wanted) == ""
+    assert run_worker("plan_worker", wanted, **AS_RTX) == ""
     assert Path(wanted.plan).stat().st_size > 1000
     assert [path.name for path in tmp_path.iterdir() if path.name != "x.onnx"] == ["x.plan"]
 
@@ -58,7 +59,7 @@ def test_a_plan_is_built_in_another_process(tmp_path: Path) -> None:
 def test_the_library_says_why_a_graph_cannot_be_built(tmp_path: Path) -> None:
     needs_rtx()
     wanted = request(tmp_path, graph(tmp_path / "x.onnx", "NoSuchOperator"))
-    assert "operator: NoSuchOperator" in tensorrt._run_worker(RTX, wanted)
+    assert "operator: NoSuchOperator" in run_worker("plan_worker", wanted, **AS_RTX)
     assert not Path(wanted.plan).exists()
 
 
@@ -74,7 +75,7 @@ def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyP
             patch.setattr(
                 subprocess, "run", lambda _, command=command, **others: run(command, **others)
             )
-            assert says in tensorrt._run_worker(TENSORRT, wanted)
+            assert says in run_worker("plan_worker", wanted)
 
 
 # TensorRT has no build for machines without a GPU, so the other library stands for it.

@@ -35,17 +35,16 @@ def build(double: Double) -> Target:
     return build_target(double.folder, manifest, TENSORRT, "fp32", SMALL, silent)
 
 
-def noted_builds(monkeypatch: pytest.MonkeyPatch, **errors: str) -> list[str]:
+def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch, **errors: str) -> list[str]:
     """The names of the plans that are built from now on; some have errors."""
     built: list[str] = []
-    worker = tensorrt._run_worker
 
-    def noted(backend: str, request: PlanRequest) -> str:
+    def noted(module: str, request: PlanRequest, **environment: str) -> str:
         name = Path(request.plan).stem
         built.append(name)
-        return worker(backend, request) or errors.get(name, "")
+        return double.build(module, request, **environment) or errors.get(name, "")
 
-    monkeypatch.setattr(tensorrt, "_run_worker", noted)
+    monkeypatch.setattr(tensorrt, "run_worker", noted)
     return built
 
 
@@ -100,7 +99,7 @@ def test_every_graph_becomes_one_rtx_plan(
 def test_the_first_plan_that_fails_is_named(
     error: str, hint: str, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = noted_builds(monkeypatch, segment_02=error)
+    built = noted_builds(double, monkeypatch, segment_02=error)
     with pytest.raises(BackendError, match=f"tensorrt-fp32-sm86: segment_02: {error}") as why:
         build(double)
     assert built[:2] == ["segment_01", "segment_02"]
@@ -111,7 +110,7 @@ def test_a_graph_with_control_flow_reaches_no_builder(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrected("onnx/fp32/segment_01.onnx", with_loop)(double.folder)
-    built = noted_builds(monkeypatch)
+    built = noted_builds(double, monkeypatch)
     with pytest.raises(ArtifactError, match=r"segment_01\.onnx uses operator 'Loop'"):
         build(double)
     assert "segment_01" not in built

@@ -14,7 +14,7 @@ from ...runtime.encoding import Arrays
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class GraphRun:
     """One graph, run on one batch.
 
     Attributes:
@@ -23,7 +23,7 @@ class Step:
         batch: number of the batch, from 0.
         inputs: what the graph read, by input name.
         outputs: what it gave, by output name. Later graphs read these values. A caller may
-            replace them before it asks for the next step.
+            replace them before it asks for the next run.
     """
 
     call: int
@@ -33,9 +33,9 @@ class Step:
     outputs: Arrays
 
 
-def steps(
+def graph_runs(
     manifest: Manifest, batches: Iterable[Arrays], open_session: Callable[[str], Any]
-) -> Iterator[Step]:
+) -> Iterator[GraphRun]:
     """Run the calls of the chain one after another, each on all batches.
 
     Only one graph is in memory at a time, together with the tensors of all batches.
@@ -46,7 +46,7 @@ def steps(
         open_session: gives the session of a graph by the graph's name.
 
     Yields:
-        One step for each call and batch, in this order.
+        One run for each call and batch, in this order.
     """
     states = [dict(batch) for batch in batches]
     calls = [name for segment in manifest.segments for name in segment.calls]
@@ -61,6 +61,6 @@ def steps(
         for batch, state in enumerate(states):
             inputs = {key: state[key] for key in input_names}
             values = session.run(output_names, inputs)
-            step = Step(call, name, batch, inputs, dict(zip(output_names, values, strict=True)))
-            yield step
-            state |= {key.removeprefix(NEXT): value for key, value in step.outputs.items()}
+            run = GraphRun(call, name, batch, inputs, dict(zip(output_names, values, strict=True)))
+            yield run
+            state |= {key.removeprefix(NEXT): value for key, value in run.outputs.items()}
