@@ -6,23 +6,19 @@ runtime only: neither torch nor transformers nor onnx.
 `calibrate` writes operating points into an engines folder, as `CalibrationOptions` ask for, and
 `write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
 
-The modules in the order of the steps: `goals` (what is asked), `checks` (what is refused), `trace`
-(run the rows), `scoring` (metrics), `costs` (measured times), `stopping_costs`
-(what stopping early costs and loses), `sweep` (all thresholds of a rule), `per_exit`
-(thresholds that are fitted), `families` (the settings that compete), `choose` (estimated goals),
-`risk` (guarantees), `points` (operating points, judged on other rows), `outcome`, `result`;
-`calibrate` runs them.
+The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows), `scoring`
+(metrics), `costs` (what stopping early saves and loses), `search` (the settings that compete),
+`choose` (goals on average), `guarantee` (promises with stated confidence), `result`, `report`,
+`cli`; `calibrate` runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal
 from .calibrate import calibrate
-from .goals import DEFAULT_GOALS, CalibrationOptions
-from .outcome import Outcome
+from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from .report import write_report
-from .result import Calibration, Point, RuleComparison
-from .risk import Bound, RiskOf
+from .result import Calibration, Outcome, Point, RuleComparison
 from .scoring import LabelledLogits
-from .sweep import threshold_for_depth
+from .search import threshold_for_depth
 
 __all__ = [
     "DEFAULT_GOALS",
@@ -33,7 +29,6 @@ __all__ = [
     "LabelledLogits",
     "Outcome",
     "Point",
-    "RiskOf",
     "RuleComparison",
     "calibrate",
     "threshold_for_depth",

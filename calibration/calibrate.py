@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..runtime.artifact.folder import read_manifest, write_manifest
+from ..runtime.artifact.manifest import Task
+from ..runtime.artifact.operating_point import Goal
+from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
+from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
-from ..runtime.rules.rules import ExitRule
-from .checks import check_request
-from .choose import Selector
-from .costs import measure_costs
-from .families import DEFAULT_MEASURES, PARTS
-from .goals import CalibrationOptions
-from .points import PointMaker
-from .result import TESTED, Calibration, with_points
-from .risk import RiskOf
-from .scoring import AGREEMENT, METRICS
-from .stopping_costs import StoppingCosts
-from .trace import data_sha256, trace_rows
+from ..runtime.rules.measures import Integers
+from ..runtime.rules.rules import Budget, ExitRule
+from .choose import Choice, Search
+from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
+from .goals import GUARANTEED_RULES, Bound, CalibrationOptions, bound_of, is_guaranteed
+from .guarantee import certify, decision_thresholds, needs_in_words
+from .result import Calibration, Outcome, Point, RuleComparison, outcome, with_points
+from .scoring import AGREEMENT, METRICS, ROW_MEANS, LabelledLogits, Scorer
+from .search import CASCADE, CONTENDERS, PARTS, PER_EXIT, exits_of, make_families
+from .trace import data_sha256, expected_labels, trace_rows
 
+logger = logging.getLogger(__name__)
+
+LEAST_ROWS = 50
+"""The least number of different texts that is accepted."""
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
+MOST_COMPARED = 6
+"""How many kinds of rules are compared."""
+_ALWAYS_COMPARED = ("fpabee", "pabee")
 
 
 def calibrate(
@@ -50,7 +62,8 @@ def calibrate(
         The points, and what they were chosen from.
 
     Raises:
-        InputError: the rows cannot be used, or a goal cannot be met; the manifest stays unchanged.
+        InputError: the rows cannot be used, or no setting is fast enough; the manifest stays
+            unchanged.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -74,32 +87,39 @@ def calibrate(
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
     rule = ExitRule.from_dict(read_manifest(path).default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
-        metric = _metric(engine, options)
-        warnings = check_request(engine, options, metric, rows, test or [])
-        place = path / "calibration"
-        seen = trace_rows(engine, rows, place, not options.unlabelled, progress)
-        held = None
-        if test is not None:
-            held = trace_rows(engine, test, place, not options.unlabelled, progress)
+        task = engine.manifest.task
+        metric = _metric(task, options)
+        warnings = _check(task, options, metric, rows, test or [])
+        thresholds = decision_thresholds(task, options.bound.thresholds if options.bound else {})
+        if options.bound:
+            for line in needs_in_words(options.bound, 0 in engine.manifest.exits, len(rows)):
+                logger.warning(line)
+
+        def traced(some: Sequence[Row]) -> LabelledLogits:
+            place, labels = path / "calibration", metric != AGREEMENT
+            found = trace_rows(engine, some, place, labels, progress)
+            return replace(found, decision_thresholds=thresholds)
+
+        seen = traced(rows)
+        held = None if test is None else traced(test)
         costs = []
         for batch in sorted({1, options.batch_size}):
             progress(f"time segments, batch {batch}", 0, 1)
             costs.append(measure_costs(engine, seen.lengths, batch))
         stopping_costs = StoppingCosts(seen, metric, costs[-1].row_costs(seen.lengths))
-        selector = Selector(stopping_costs, options.competing, DEFAULT_MEASURES)
-        chooser = PointMaker(engine, options, progress, selector, costs, held)
-        points = chooser.points([row.content for row in rows])
+        maker = _PointMaker(engine, options, progress, stopping_costs, costs, held)
+        points = maker.points(engine.encode([row.content for row in rows]))
         default = options.default if options.default in options.asked else points[0].name
         result = Calibration(
             folder=path,
             target=engine.target,
-            held_out=_held_out_name(options),
+            held_out=CROSS_VALIDATED if options.test is None else Path(options.test).name,
             rows=seen,
             test=held,
             points=points,
             default=default,
-            comparisons=chooser.comparisons(options.asked[default], points),
-            selector=selector,
+            comparisons=maker.comparisons(options.asked[default], points),
+            search=maker.wide,
             layers=engine.manifest.exit_layers,
             warnings=tuple(warnings),
         )
@@ -107,15 +127,182 @@ def calibrate(
     return result
 
 
-def _metric(engine: Engine, options: CalibrationOptions) -> str:
+def _metric(task: Task, options: CalibrationOptions) -> str:
     """The metric that settings are judged by."""
-    disagreement = options.bound is not None and options.bound.risk_of is RiskOf.DISAGREEMENT
-    if options.metric is None and (options.unlabelled or disagreement):
+    about_decisions = options.bound is not None and options.bound.drop is None
+    if options.metric is None and (options.unlabelled or about_decisions):
         return AGREEMENT
-    return options.metric or METRICS[engine.manifest.task.problem_type][0]
+    return options.metric or METRICS[task.problem_type][0]
 
 
-def _held_out_name(options: CalibrationOptions) -> str:
-    if options.test is not None:
-        return Path(options.test).name
-    return TESTED if options.bound else CROSS_VALIDATED
+def _check(
+    task: Task,
+    options: CalibrationOptions,
+    metric: str,
+    rows: Sequence[Row],
+    test: Sequence[Row],
+) -> list[str]:
+    """Refuse, before the model runs, what cannot be calibrated.
+
+    Returns:
+        Warnings about the rows.
+
+    Raises:
+        InputError: the options do not fit the model, or the rows cannot be used.
+    """
+    known = (AGREEMENT,) if options.unlabelled else METRICS[task.problem_type]
+    if metric not in known:
+        what = "rows without labels" if options.unlabelled else task.problem_type.value
+        raise InputError(
+            f"there is no metric {metric!r} for {what}", f"choose from {', '.join(known)}"
+        )
+    bound = options.bound
+    if bound is not None and bound.drop is not None and metric not in ROW_MEANS:
+        raise InputError(
+            f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
+            "use `metric` accuracy (exact_match for multi-label), or bound `flips`",
+        )
+    for label in bound.thresholds if bound else ():
+        if label not in task.labels:
+            raise InputError(
+                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
+            )
+    texts = {row.content for row in rows}
+    if len(texts) < LEAST_ROWS:
+        raise InputError(
+            f"{len(texts)} different texts are too few to choose on one part and judge on another",
+            f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
+        )
+    if metric != AGREEMENT:
+        expected_labels(test, task)
+    both = [row for row in test if row.content in texts]
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(test)} test texts are also among the rows that choose (the first is "
+        f"{both[0].where}), so their figures look better than those of new rows"
+    ]
+
+
+def compared_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:
+    """The kinds that are compared: F-PABEE, PABEE, the cascade, those of the points, and others."""
+    first = [*_ALWAYS_COMPARED, CASCADE, *(point.kind for point in points)]
+    others = sorted(kinds, key=lambda kind: kind.endswith(PER_EXIT))
+    found = [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds]
+    # The same exit for all rows comes last: unless it is asked for, it is only full depth.
+    return sorted(found, key=lambda kind: kind == "budget")[:MOST_COMPARED]
+
+
+@dataclass(eq=False)
+class _PointMaker:
+    """Chooses settings, and judges them on rows that did not choose them.
+
+    Attributes:
+        engine: the engine.
+        options: what is asked for.
+        progress: reports the current step.
+        stopping_costs: the rows that choose.
+        costs: measured times; the last ones count.
+        held: rows to judge on; None means cross-validation on the rows that choose.
+    """
+
+    engine: Engine
+    options: CalibrationOptions
+    progress: Progress
+    stopping_costs: StoppingCosts
+    costs: Sequence[CostModel]
+    held: LabelledLogits | None
+
+    @cached_property
+    def search(self) -> Search:
+        """The settings that compete."""
+        return Search(self.stopping_costs, partial(make_families, names=self.options.rules))
+
+    @cached_property
+    def wide(self) -> Search:
+        """The settings that are compared, among them all of F-PABEE and PABEE."""
+        names = self.options.rules or [rule.name for rule in CONTENDERS]
+        every = tuple(dict.fromkeys([*names, *_ALWAYS_COMPARED]))
+        return Search(self.stopping_costs, partial(make_families, names=every))
+
+    @property
+    def full_depth(self) -> ExitRule:
+        """Every row runs through all layers."""
+        return Budget(exit=self.stopping_costs.rows.exits[-1])
+
+    def points(self, encoded: Sequence[EncodedRow]) -> tuple[Point, ...]:
+        """An operating point for everything that is asked; rows are for measuring speed-ups."""
+        found = []
+        for number, (name, goal) in enumerate(self.options.asked.items()):
+            self.progress(f"choose {name}", number, len(self.options.asked))
+            found.append(self._point(name, goal, encoded))
+        return tuple(found)
+
+    def comparisons(
+        self, goal: Goal | Bound, points: Sequence[Point]
+    ) -> tuple[RuleComparison, ...]:
+        """The best setting of every kind of rule that matters, the fastest first."""
+        if not self.options.compare:
+            return ()
+        if isinstance(goal, Bound):
+            goal = goal.as_goal()
+        kinds, found = compared_kinds(self.wide.kinds, points), []
+        for number, kind in enumerate(kinds):
+            self.progress(f"compare {kind}", number, len(kinds))
+            choose = partial(Search.choose, goal=goal, kinds=[kind])
+            try:
+                rule = choose(self.wide) or self.full_depth
+            except InputError:  # no setting of this kind is fast enough
+                continue
+            chosen_on = self._judge(rule, self.stopping_costs.rows)
+            found.append(RuleComparison(kind, rule, chosen_on, self._held_out(rule, choose)))
+        return tuple(sorted(found, key=lambda comparison: -comparison.chosen_on.estimated))
+
+    def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
+        found = None
+        choose: Choice
+        if is_guaranteed(goal):
+            of = partial(
+                certify,
+                bound=bound_of(goal),
+                labels=self.engine.manifest.task.labels,
+                rule=(*self.options.rules, GUARANTEED_RULES[0])[0],
+            )
+            found, choose = of(self.stopping_costs), lambda search: of(search.stopping_costs).rule
+        else:
+            assert isinstance(goal, Goal)
+            choose = partial(Search.choose, goal=goal)
+        rule = (found.rule if found else choose(self.search)) or self.full_depth
+        certificate = found.certificate if found and rule != self.full_depth else None
+        measured = {
+            str(model.batch): measure_speedup(self.engine, encoded, rule, model.batch)
+            for model in self.costs
+        }
+        return Point(
+            name,
+            goal,
+            rule,
+            chosen_on=self._judge(rule, self.stopping_costs.rows),
+            held_out=self._held_out(rule, choose),
+            measured=measured,
+            certificate=certificate,
+            refusal=found.failed if found and certificate is None else "",
+        )
+
+    def _held_out(self, rule: ExitRule, choose: Choice) -> Outcome:
+        """How a choice does on rows that did not choose.
+
+        These are the test rows, on which the rule itself is judged. Without them, each part of the
+        rows is judged with the setting that the other parts choose.
+        """
+        if self.held is not None:
+            return self._judge(rule, self.held)
+        return self._outcome(self.stopping_costs.scorer, self.search.held_out(choose))
+
+    def _judge(self, rule: ExitRule, rows: LabelledLogits) -> Outcome:
+        """What a rule gives on some rows."""
+        return self._outcome(Scorer(rows, self.stopping_costs.scorer.metric), exits_of(rule, rows))
+
+    def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
+        costs = self.costs[-1].row_costs(scorer.rows.lengths)
+        return outcome(scorer, exits, costs, self.engine.manifest.exit_layers)

@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import rich_click as click
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.cells import set_cell_size
 
 from ..runtime.artifact.folder import check_outside
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
-from ..runtime.cli.console import echo, step_progress, table_console
+from ..runtime.cli.console import echo, step_progress
 from ..runtime.optional_packages import require
-from ..runtime.rules.rules import RULES, Budget
+from ..runtime.rules.rules import RULES
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
-from .descriptions import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
-from .families import DEFAULT_RULES
-from .goals import DEFAULT_GOALS, CalibrationOptions, is_name
+from .goals import DEFAULT_GOALS, Bound, CalibrationOptions, is_name
 from .report import write_report
+from .report.words import (
+    comparison_in_words,
+    exit_0_in_words,
+    goal_in_words,
+    promise_in_words,
+    rule_in_words,
+)
 from .result import Calibration, Point, RuleComparison, make_default
-from .risk import Bound, RiskOf
 from .scoring import METRICS
+from .search import CONTENDERS
+
+_PROMISES = ("drop", "flips", "missed", "false_alarms")
 
 
 @command(
     examples="""
 fpabee-calibrate engines/ --data dev.jsonl
 fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
-fpabee-calibrate engines/ --data dev.jsonl --risk 1 --confidence 95
+fpabee-calibrate engines/ --data dev.jsonl --risk 1
+fpabee-calibrate engines/ --data texts.jsonl --flips 1
+fpabee-calibrate engines/ --data texts.jsonl --missed 2 --threshold attack=0.7
 fpabee-calibrate engines/ --data dev.jsonl --all-targets
 fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
-        "With --risk": "--confidence --risk-of",
+        "Guarantees": "--risk --flips --missed --false-alarms --threshold --confidence",
         "Choice of the rule": "--rule --metric --unlabelled --batch-size",
         "Result": "--name --set-default --report",
         **READING,
@@ -52,7 +60,17 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.path("--test", "Other rows to evaluate the points on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
-@options.number("--risk", "Goal: a guarantee of at most this loss on new rows, in points.")
+@options.number("--risk drop", "At most this drop of the metric on new texts, in points.")
+@options.number("--flips", "At most X % of decisions differ from full depth. Needs no labels.")
+@options.number("--missed", "Of the texts that full depth flags, at most X % are not flagged.")
+@options.number("--false-alarms", "Of the texts that it does not flag, at most X % are flagged.")
+@options.option(
+    "--threshold thresholds",
+    "LABEL=P",
+    "A label is flagged above this probability. May be repeated.",
+    multiple=True,
+    callback=lambda _, __, values: dict(map(_threshold, values)),
+)
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
@@ -63,17 +81,11 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.as_json
 @options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
 @options.choice(
-    "--risk-of",
-    "LOSS",
-    "Loss to bound: drop of the metric, or disagreement with full depth. Default: drop.",
-    RiskOf,
-)
-@options.choice(
     "--rule rules",
     "RULE",
-    f"Exit rule that may be chosen. May be repeated. Default: {', '.join(DEFAULT_RULES)}; "
-    "for guaranteed points, entropy. Full depth competes as well, and the cascade if the model has "
-    "exit 0.",
+    "Exit rule that may be chosen. May be repeated. Default: "
+    f"{', '.join(rule.name for rule in CONTENDERS)}; for guaranteed points confidence, or entropy. "
+    "Full depth competes as well, and the cascade if the model has exit 0.",
     RULES,
     multiple=True,
 )
@@ -123,26 +135,34 @@ def main(
             result = calibrate(engines, data, replace(wanted, target=name), progress)
         results.append(result)
         if not as_json:
-            _print(result, table_console())
+            _print(result)
+            following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
+            echo(f"next: {shlex.join(following)}")
     # The report comes last, because an error in it should not lose the calibration.
     if as_json:
         found = [to_dict(result) for result in results]
         click.echo(json.dumps(found if all_targets else found[0]))
-    else:
-        echo(f"next: fpabee-run {engines} texts.txt")
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    """The label and the number of `LABEL=P`."""
+    label, _, number = text.rpartition("=")
+    try:
+        return label, float(number)
+    except ValueError:
+        raise click.UsageError(f"{text!r} is not LABEL=P, such as attack=0.7") from None
 
 
 def _options(
     name: str | None,
     max_drop: float | None,
     speedup: float | None,
-    risk: float | None,
     confidence: float | None,
-    risk_of: str | None,
     rules: tuple[str, ...],
+    thresholds: dict[str, float],
     **settings: Any,
 ) -> CalibrationOptions:
     """The options of the library.
@@ -150,24 +170,32 @@ def _options(
     Raises:
         click.UsageError: options that do not go together.
     """
-    given = {"drop": max_drop, "speedup": speedup, "risk": risk}
-    goals = [f"{goal}-{value:g}" for goal, value in given.items() if value is not None]
-    if len(goals) > 1:
+    given = {"drop": max_drop, "speedup": speedup}
+    names = [f"{kind}-{value:g}" for kind, value in given.items() if value is not None]
+    percent = {kind: settings.pop(kind) for kind in _PROMISES}
+    shares = {kind: value / 100 for kind, value in percent.items() if value is not None}
+    if shares:
+        each = [f"{'risk' if kind == 'drop' else kind}-{percent[kind]:g}" for kind in shares]
+        names.append("-".join(each).replace("_", "-"))
+    if len(names) > 1:
         raise click.UsageError(
-            "give one goal at a time: --max-drop, --speedup or --risk; each makes its own point"
+            "give one goal at a time: --max-drop, --speedup or a guarantee such as --risk; each "
+            "makes its own point"
         )
-    options.only_with("name", goals, "--max-drop, --speedup or --risk")
-    options.only_with("confidence risk_of", risk is not None, "--risk")
+    options.only_with("name", names, "--max-drop, --speedup or a guarantee")
+    options.only_with("confidence", shares, "--risk, --flips, --missed or --false-alarms")
+    options.only_with("missed false_alarms", thresholds, "--threshold")
+    options.only_with("thresholds", shares.keys() - {"drop"}, "--flips, --missed or --false-alarms")
     if name is not None and not is_name(name):
         raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
-    point = name or (goals[0] if goals else "balanced")
+    point = name or (names[0] if names else "balanced")
     bound = None
-    if risk is not None:
-        percent = 95.0 if confidence is None else confidence
-        bound = Bound(risk / 100, percent / 100, RiskOf(risk_of or RiskOf.DROP))
+    if shares:
+        sure = 0.95 if confidence is None else confidence / 100
+        bound = Bound(confidence=sure, thresholds=thresholds, **shares)
     goal = {point: Goal(max_drop=max_drop, speedup=speedup)}
     return CalibrationOptions(
-        goals=goal if goals and bound is None else DEFAULT_GOALS,
+        goals=goal if names and not shares else DEFAULT_GOALS,
         bound=bound,
         name=point,
         default=point,
@@ -211,49 +239,41 @@ def _judged(found: Point | RuleComparison) -> dict[str, Any]:
     }
 
 
-def _print(result: Calibration, console: Console) -> None:
-    first = result.points[0]
-    console.print(
-        f"{result.target}: {len(result.rows)} rows, "
+def _print(result: Calibration) -> None:
+    """The table, which fits 80 columns also in a file, and a sentence for each point."""
+    first, layers = result.points[0], result.layers[-1]
+    # If this is all that was asked for, it is what a reader has to know first.
+    if len(result.points) == 1 and first.refusal:
+        echo(promise_in_words(first, result))
+    echo(
+        f"{result.target}: {len(result.rows)} rows, {layers} layers, "
         f"{first.held_out.metric} {result.full_depth_score:.4f} at full depth"
     )
-    sizes = list(first.measured)
-    speeds = [f"time saved, batch {size}" for size in sizes]
-    depth = f"depth of {result.layers[-1]}"
-    points = Table("point", "rule", depth, *speeds, "promise", box=box.SIMPLE_HEAD, pad_edge=False)
+    echo("")
+    echo(_line("", "layers", "times faster", "", "", ""))
+    echo(_line("operating point", "per text", "single text", "file", "goal", "drop"))
     for point in result.points:
-        points.add_row(
-            point.name + " (default)" * (point.name == result.default),
-            rule_in_words(point.rule),
-            f"{point.chosen_on.mean_depth:.2f}",
-            *(f"{round(100 * (1 - 1 / point.measured[size]))} %" for size in sizes),
-            promise_in_words(point, result),
-        )
-    console.print(points)
+        single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
+        goal, drop = goal_in_words(point.goal), f"{point.held_out.drop:+.2f}"
+        echo(_line(point.name, f"{point.chosen_on.mean_depth:.2f}", single, file, goal, drop))
+    echo("")
+    for point in result.points:
+        if len(result.points) > 1 or not point.refusal:
+            default = " (default)" * (point.name == result.default)
+            words = rule_in_words(point.rule)
+            echo(f"{point.name}{default}: {words}; {promise_in_words(point, result)}")
     if result.rows.first_exit == 0:
-        default = next(point for point in result.points if point.name == result.default)
-        console.print(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
+        default_point = next(point for point in result.points if point.name == result.default)
+        echo(f"exit 0 answers at {default_point.name}: {exit_0_in_words(default_point)}")
     for warning in result.warnings:
-        console.print(f"warning: {warning}")
+        echo(f"warning: {warning}")
     if result.comparisons:
-        console.print(f"best setting of each kind of rule; goal: {result.comparisons_goal}")
-        console.print(_comparisons(result))
-
-
-def _comparisons(result: Calibration) -> Table:
-    where = "cross-validated" if result.test is None else "on the test rows"
-    columns = ["rule", f"points lost, {where} (95 %)", "mean depth", "estimated speed-up"]
-    has_exit_0 = result.rows.first_exit == 0
-    table = Table(*columns, *["exit 0 answers"] * has_exit_0, box=box.SIMPLE_HEAD, pad_edge=False)
+        echo(f"best setting of each kind of rule; goal: {result.comparisons_goal}")
     for comparison in result.comparisons:
-        runs = comparison.chosen_on
-        table.add_row(
-            f"{comparison.kind}: full depth"
-            if comparison.rule == Budget(exit=result.rows.exits[-1])
-            else rule_in_words(comparison.rule),
-            drop_in_words(comparison.held_out),
-            f"{runs.mean_depth:.2f}",
-            f"{runs.estimated:.2f}x",
-            *[exit_0_in_words(comparison)] * has_exit_0,
-        )
-    return table
+        echo(f"- {comparison_in_words(comparison, result)}")
+
+
+def _line(name: str, layers: str, single: str, file: str, goal: str, drop: str) -> str:
+    """A line of the table, of 80 columns; a longer name or goal loses its end."""
+    left, middle = (set_cell_size(text, size) for text, size in ((name, 19), (goal, 24)))
+    return f"{left} {layers:>8} {single:>12} {file:>6} {middle} {drop:>6}"

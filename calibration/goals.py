@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runtime.artifact.operating_point import Goal
+from ..runtime.artifact.operating_point import Certificate, Goal, Promise
 from ..runtime.errors import InputError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES
-from .families import DEFAULT_RULES
-from .risk import Bound
 
 DEFAULT_GOALS = {
     "safe": Goal(max_drop=0.5, guaranteed=True),
@@ -19,6 +18,90 @@ DEFAULT_GOALS = {
     "fast": Goal(max_drop=2.0),
 }
 """The operating points with no goal given; `balanced` becomes the default."""
+GUARANTEED_RULES = ("confidence", "entropy")
+"""The rules that have a fixed list of thresholds, which a guarantee needs; the first is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A guarantee on new texts from the same source: all that is promised holds together.
+
+    It is given by Learn then Test with fixed-sequence testing (arXiv 2110.01052).
+
+    Attributes:
+        confidence: probability, over the choice of calibration rows, that every promise holds.
+        drop: largest drop of the metric, as a share of texts (0.01 is one point); it needs labels.
+        flips: largest share of texts whose decision differs from that at full depth. The decision
+            is the answer; or with `thresholds`, in a model with one label for each text, which of
+            the named labels are flagged.
+        missed: of the texts for which full depth flags a label, the largest share for which it is
+            not flagged. Every label in `thresholds` has a promise of its own.
+        false_alarms: of the other texts, the largest share for which the label is flagged.
+        thresholds: the probability above which a label is flagged, by label.
+
+    Raises:
+        InputError: a number is out of its range, nothing is promised, or missed texts or false
+            alarms are bounded without a threshold.
+
+    Example:
+        >>> from fpabee.calibration import Bound
+        >>> print(Bound(flips=0.01))
+        at most 1 % flips, with 95 % confidence
+        >>> print(Bound(flips=0.01, missed=0.02, thresholds={"attack": 0.7}))
+        at most 1 % flips and at most 2 % missed of 'attack', with 95 % confidence
+    """
+
+    confidence: float = 0.95
+    drop: float | None = None
+    flips: float | None = None
+    missed: float | None = None
+    false_alarms: float | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # With less confidence, the bound would more probably be wrong than right.
+        limits = {"confidence": self.confidence, **self.shares}
+        for name, value in limits.items():
+            least = 0.5 if name == "confidence" else 0.0
+            if not least < value < 1:
+                raise InputError(
+                    f"{name} is {100 * value:g} %",
+                    f"give more than {100 * least:g} and less than 100 % (in Python, a share of 1)",
+                )
+        for label, threshold in self.thresholds.items():
+            if not 0 < threshold < 1:
+                raise InputError(
+                    f"the threshold of {label!r} is {threshold:g}", "give a number between 0 and 1"
+                )
+        if not self.shares:
+            raise InputError("nothing is promised", "give `drop`, `flips` or another bound")
+        if not self.thresholds and {"missed", "false_alarms"} & {*self.shares}:
+            raise InputError(
+                "missed texts and false alarms need to know what is flagged",
+                "give `thresholds`, such as 0.5 for one label",
+            )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What is bounded, as shares by name."""
+        every = {name: getattr(self, name) for name in ("drop", "flips", "missed", "false_alarms")}
+        return {name: value for name, value in every.items() if value is not None}
+
+    @property
+    def promises(self) -> list[Promise]:
+        """One promise for everything that is bounded, and for every label that it is about."""
+        return [
+            Promise(of=name, at_most=100 * share, label=label)
+            for name, share in self.shares.items()
+            for label in (self.thresholds if name in ("missed", "false_alarms") else (None,))
+        ]
+
+    def __str__(self) -> str:
+        return str(Certificate(confidence=100 * self.confidence, promises=tuple(self.promises)))
+
+    def as_goal(self) -> Goal:
+        """The tightest bound as a goal for the drop, without a guarantee."""
+        return Goal(max_drop=100 * min(self.shares.values()))
 
 
 @dataclass(frozen=True)
@@ -33,9 +116,9 @@ class CalibrationOptions:
         metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
             means the first of these, or agreement if labels are not used or if the bound is on
-            disagreement.
-        rules: names of the exit rules to choose from, of `runtime.RULES`; empty means
-            `DEFAULT_RULES`, or entropy for what is guaranteed.
+            decisions only.
+        rules: names of the exit rules to choose from, of `runtime.RULES`; empty means the
+            contenders, or confidence for what is guaranteed.
         target: a built target; None means the default of the manifest.
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
@@ -45,24 +128,24 @@ class CalibrationOptions:
         compare: also evaluate the best setting of up to six kinds of rules.
 
     Raises:
-        InputError: a goal sets neither or both of its fields, a rule does not exist, or a number
-            is out of its range.
+        InputError: a goal sets neither or both of its fields, a rule does not exist or cannot be
+            guaranteed, or a number is out of its range.
 
     Example:
         ```python
-        from fpabee.calibration import Bound, CalibrationOptions, RiskOf, Goal
+        from fpabee.calibration import Bound, CalibrationOptions, Goal
 
         goals = {"close": Goal(max_drop=0.5), "twice": Goal(speedup=2.0)}
         two_points = CalibrationOptions(goals=goals, default="close")
 
-        bound = Bound(risk=0.02, confidence=0.95, risk_of=RiskOf.DISAGREEMENT)
+        bound = Bound(flips=0.02, confidence=0.95)
         no_labels = CalibrationOptions(bound=bound, name="sure", unlabelled=True)
         ```
     """
 
     goals: dict[str, Goal] = field(default_factory=lambda: dict(DEFAULT_GOALS))
     bound: Bound | None = None
-    name: str = "risk"
+    name: str = "guaranteed"
     default: str = "balanced"
     metric: str | None = None
     rules: tuple[str, ...] = ()
@@ -90,18 +173,44 @@ class CalibrationOptions:
                 raise InputError(
                     f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
+        self._check_guarantees()
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")
 
-    @property
-    def competing(self) -> tuple[str, ...]:
-        """Names of the rules that compete."""
-        return self.rules or DEFAULT_RULES
+    def _check_guarantees(self) -> None:
+        """A guarantee tests a list of thresholds that is known before any row is seen."""
+        guaranteed = [name for name, goal in self.asked.items() if is_guaranteed(goal)]
+        if not guaranteed or not self.rules:
+            return
+        if len(self.rules) > 1 or self.rules[0] not in GUARANTEED_RULES:
+            raise InputError(
+                f"{guaranteed[0]!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}"
+                ": its thresholds must be known before any row is seen",
+                f"give one of {' and '.join(GUARANTEED_RULES)}, or a goal without a guarantee",
+            )
+        if self.bound is not None and self.bound.thresholds and self.rules != ("confidence",):
+            raise InputError(
+                f"{self.rules[0]} knows nothing of the thresholds of labels",
+                "leave out `rules`, or give confidence",
+            )
 
     @property
     def asked(self) -> dict[str, Goal | Bound]:
         """What each operating point is asked to meet, by its name."""
         return dict(self.goals) if self.bound is None else {self.name: self.bound}
+
+
+def is_guaranteed(goal: Goal | Bound) -> bool:
+    """Whether a goal has to be met with stated confidence, instead of on average."""
+    return isinstance(goal, Bound) or goal.guaranteed
+
+
+def bound_of(goal: Goal | Bound) -> Bound:
+    """What is guaranteed: a bound, or the drop of a goal with 95 % confidence; never 0 or 1."""
+    if isinstance(goal, Bound):
+        return goal
+    assert goal.max_drop is not None
+    return Bound(drop=min(max(goal.max_drop / 100, 1e-9), 1 - 1e-9))
 
 
 def is_name(name: str) -> bool:

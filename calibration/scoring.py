@@ -19,7 +19,7 @@ from ..runtime.files.labels import evaluate, f1, matthews
 from ..runtime.rules.measures import Array, Integers, Mask, Outputs
 
 AGREEMENT = "agreement"
-"""Share of rows with the same answer as at full depth; it needs no labels."""
+"""Share of rows with the same decision as the reference, usually full depth; it needs no labels."""
 
 ROW_MEANS = ("accuracy", "exact_match", AGREEMENT)
 """Metrics that are the mean over rows of 0 or 1."""
@@ -43,6 +43,10 @@ class LabelledLogits:
         problem_type: the type of the task.
         label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
         first_exit: 0 if the model has exit 0, else 1.
+        decision_thresholds: `[labels]` if what counts as a decision is which labels are above these
+            probabilities (1 for labels that decide nothing); empty: the answer is the decision.
+        reference: `[rows, labels]` float32 logits of a classifier that decisions are compared with;
+            None: the last exit.
     """
 
     logits: NDArray[np.float32]
@@ -51,6 +55,8 @@ class LabelledLogits:
     problem_type: ProblemType
     label_thresholds: tuple[float, ...] = ()
     first_exit: int = 1
+    decision_thresholds: tuple[float, ...] = ()
+    reference: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return int(self.logits.shape[1])
@@ -71,14 +77,31 @@ class LabelledLogits:
     def take(self, numbers: NDArray[np.intp]) -> LabelledLogits:
         """Some of the rows, by their numbers from 0."""
         expected = None if self.expected is None else self.expected[numbers]
+        reference = None if self.reference is None else self.reference[numbers]
         logits, lengths = self.logits[:, numbers], self.lengths[numbers]
-        return replace(self, logits=logits, lengths=lengths, expected=expected)
+        return replace(self, logits=logits, lengths=lengths, expected=expected, reference=reference)
 
     def answers(self) -> Integers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
-        return np.stack(
-            [Outputs(z, self.problem_type, self.label_thresholds).answers for z in self.logits]
-        )
+        return np.stack([self._outputs(logits).answers for logits in self.logits])
+
+    def decisions(self) -> tuple[Integers, Integers]:
+        """What is decided at every exit, and by the reference: without the first axis.
+
+        These are answers, see `answers`; or with decision thresholds which labels are above them,
+        `[exits, rows, labels]` of 0 and 1.
+        """
+        every = self.logits if self.reference is None else [*self.logits, self.reference]
+        outputs = map(self._outputs, every)
+        if self.decision_thresholds:
+            thresholds = self.decision_thresholds
+            found = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
+        else:
+            found = [each.answers for each in outputs]
+        return np.stack(found[: len(self.logits)]), found[-1]
+
+    def _outputs(self, logits: NDArray[np.float32]) -> Outputs:
+        return Outputs(logits, self.problem_type, self.label_thresholds)
 
 
 class Scorer:
@@ -92,7 +115,6 @@ class Scorer:
         rows: the rows.
         metric: its name.
         answers: the answers at every exit, see `LabelledLogits.answers`.
-        expected: the true answers; for agreement, those at full depth.
         sums: `[exits, rows, terms]` float64, what is summed over rows.
         full_depth: the metric at the last exit.
     """
@@ -101,12 +123,8 @@ class Scorer:
         self.rows = rows
         self.metric = metric
         self.answers = rows.answers()
-        self.expected = self.answers[-1]
-        if metric != AGREEMENT and rows.expected is not None:
-            self.expected = rows.expected
-        self._labels = rows.logits.shape[2]
         self.sums = self._sums()
-        self.full_depth = float(self.value(self.sums[-1].sum(axis=0), len(rows)))
+        self.full_depth = float(self.value(self.sums[-1].sum(axis=0)))
 
     @property
     def is_row_mean(self) -> bool:
@@ -114,23 +132,37 @@ class Scorer:
         return self.metric in ROW_MEANS
 
     @cached_property
+    def decisions(self) -> tuple[Integers, Integers]:
+        """The decisions at every exit, and those of the reference."""
+        return self.rows.decisions()
+
+    @cached_property
     def changed(self) -> Mask:
-        """Whether the answer differs from that of full depth: `[exits, rows]`."""
-        return ~same_answers(self.answers, self.answers[-1], self.rows.problem_type)
+        """Whether the decision differs from that of the reference: `[exits, rows]`."""
+        every, reference = self.decisions
+        different = every != reference
+        return np.asarray(different if different.ndim == 2 else different.any(axis=-1))
 
     def right(self) -> Mask:
         """Whether the answer is exactly the expected one: `[exits, rows]`."""
-        return same_answers(self.answers, self.expected, self.rows.problem_type)
+        if self.metric == AGREEMENT:
+            return ~self.changed
+        return same_answers(self.answers, self._expected, self.rows.problem_type)
 
-    def value(self, sums: Array, rows: float) -> Array:
-        """The metric `[...]` of sums `[..., terms]` over a number of rows."""
+    @property
+    def _expected(self) -> Integers:
+        assert self.rows.expected is not None
+        return self.rows.expected
+
+    def value(self, sums: Array) -> Array:
+        """The metric `[...]` of sums `[..., terms]` over as many rows as there are."""
         if self.is_row_mean:
-            return np.asarray(sums[..., 0] / rows)
+            return np.asarray(sums[..., 0] / len(self.rows))
         if self.metric == "micro_f1":
             return f1(sums[..., 0], sums[..., 1])
         hits, predicted, truth = np.split(sums, 3, axis=-1)
         if self.metric == "matthews":
-            return matthews(hits, predicted, truth, rows)
+            return matthews(hits, predicted, truth, len(self.rows))
         by_label = f1(hits, predicted + truth)
         if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return np.asarray(by_label.mean(axis=-1))
@@ -144,15 +176,17 @@ class Scorer:
 
     def score(self, exits: Integers) -> float:
         """The metric of rows that stop at given exits, computed as for any other run."""
-        predicted = self.answers[self.rows.at(exits)]
-        name = METRICS[self.rows.problem_type][0] if self.metric == AGREEMENT else self.metric
-        return evaluate(predicted, self.expected, self._labels)[name]
+        at = self.rows.at(exits)
+        if self.metric == AGREEMENT:
+            return 1 - float(self.changed[at].mean())
+        labels = self.rows.logits.shape[2]
+        return evaluate(self.answers[at], self._expected, labels)[self.metric]
 
     def _sums(self) -> Array:
         if self.is_row_mean:
             return self.right()[..., None].astype(np.float64)
         marks = self._marks(self.answers)
-        truth = np.broadcast_to(self._marks(self.expected), marks.shape)
+        truth = np.broadcast_to(self._marks(self._expected), marks.shape)
         hits = marks * truth
         if self.metric == "micro_f1":
             return np.stack([hits.sum(axis=-1), (marks + truth).sum(axis=-1)], axis=-1)
@@ -162,7 +196,7 @@ class Scorer:
         """`[..., labels]` of 0 and 1."""
         if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
-        return np.eye(self._labels)[answers]
+        return np.eye(self.rows.logits.shape[2])[answers]
 
 
 def same_answers(some: Integers, others: Integers, problem_type: ProblemType) -> Mask:

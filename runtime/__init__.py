@@ -36,7 +36,7 @@ from .artifact.manifest import (
     TensorSpec,
     TokenizerSpec,
 )
-from .artifact.operating_point import Certificate, Goal, OperatingPoint, RuleSettings
+from .artifact.operating_point import Certificate, Goal, OperatingPoint, Promise, RuleSettings
 from .backends.base import Bucket, Limits
 from .encoding import EncodedRow, Text
 from .engine import Engine
@@ -107,6 +107,7 @@ __all__ = [
     "Pcee",
     "Prediction",
     "ProblemType",
+    "Promise",
     "Range",
     "ReadOptions",
     "Requirements",

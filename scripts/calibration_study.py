@@ -1,33 +1,35 @@
 #!/usr/bin/env python
-"""Does calibration keep its promises? Simulations on populations whose true drop is known.
+"""Does calibration keep its promises? Simulations on populations whose truth is known.
 
     python scripts/calibration_study.py --work WORK [--population trec-minilm] [--rows 1000]
 
-A population is a large set of logits with labels: either synthetic, or from a real model on real
-data (`scripts/logits/`, dev and test rows together). A calibration sees rows that are drawn from
-it with replacement. What it chooses is then evaluated on the whole population, so its true drop is
-known. The cost of a row is its number of layers.
+A population is a large set of logits: either synthetic, or from a real model on real data
+(`scripts/logits/`, dev and test rows together). For a guarantee, a calibration sees rows that are
+drawn from it with replacement, and what it chooses is judged on the whole population. For goals on
+average it sees rows without replacement, at most half of them, and is judged on the others. The
+cost of a row is its number of layers.
 
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
 so the script can be stopped at any time. The tables of all of them are written to
-`scripts/results/calibration-study.md`; the first one is also in `docs/calibration-study.md`. The
-columns are
+`scripts/results/calibration-study.md`. The columns are
 
-- drop: the mean true drop over calibrations, in points, with its standard error,
-- broken: the share of calibrations whose true drop exceeds a guarantee, with its 95 % interval,
-- refused: the share of calibrations that choose full depth, since no faster setting is confirmed,
+- loss: the mean of what is promised, in points or percent; the largest of several promises, as a
+  share of its bound,
+- refused: calibrations that choose full depth, since no faster setting is confirmed,
+- broken: calibrations whose true loss exceeds a guarantee; p is the exact one-sided test of 5 %,
 - saving: the mean share of layers that is saved; a refusal saves nothing,
-- oracle: the saving as a share of the oracle's, which knows the population, and takes the setting
-  that saves most within the promise.
+- of best: the saving as a share of that of the best single threshold of confidence within the
+  promise, which only somebody who knows the population can choose.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,22 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.calibration import Bound, Goal, LabelledLogits, RiskOf
+from fpabee.calibration import Bound, Goal, LabelledLogits
 from fpabee.calibration.choose import Search
-from fpabee.calibration.families import DEFAULT_MEASURES, DEFAULT_RULES, make_families
-from fpabee.calibration.risk import control
+from fpabee.calibration.costs import StoppingCosts
+from fpabee.calibration.guarantee import certify, sequence
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
-from fpabee.calibration.stopping_costs import StoppingCosts
-from fpabee.calibration.sweep import StopScores
-from fpabee.runtime import ExitRule, InputError, ProblemType
+from fpabee.calibration.search import StopScores
+from fpabee.runtime import Budget, ExitRule, ProblemType
 from fpabee.runtime.cli.command import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
 OUTPUT = Path(__file__).parent / "results" / "calibration-study.md"
-SIZES = (200, 500, 1000, 3000)
-REPEATS = 500
-SUMMARY_ROWS = 1000
-"""The number of rows of the first table."""
+REPEATS = 100
+SIZES = (200, 600, 1000, 3000)
 _SYNTHETIC_ROWS = 20_000
 _SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+_LABELS = ("other", "attack")
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,34 @@ class Synthetic:
 
     The evidence at an exit is a Brownian motion with drift, sampled at the exit's information, so
     the last exit's logits are log-likelihoods: it is calibrated if `sharpness` is 1, over-confident
-    above 1, and under-confident below 1. Earlier exits have some noise of their own.
+    above 1, and under-confident below 1. Earlier exits have some noise of their own. With
+    `exit_0`, there is an exit 0 as good as that exit; 0 means that it knows nothing.
     """
 
     exits: int
     labels: int
     problem_type: ProblemType = _SINGLE
     sharpness: float = 1.0
+    flagged: float | None = None
+    exit_0: int | None = None
 
     def rows(self) -> LabelledLogits:
         """The population."""
         generator = np.random.default_rng(0)
-        shape = (_SYNTHETIC_ROWS, self.labels)
-        single = self.problem_type is _SINGLE
+        count = _SYNTHETIC_ROWS if self.flagged is None else 5 * _SYNTHETIC_ROWS
+        shape, single = (count, self.labels), self.problem_type is _SINGLE
         expected: NDArray[np.int64]
         towards: NDArray[np.floating[Any]]
+        prior = np.full(self.labels, 1 / self.labels)
+        if self.flagged is not None:
+            prior = np.array([1 - self.flagged, self.flagged])
         if single:
-            expected = generator.integers(0, self.labels, _SYNTHETIC_ROWS)
+            expected = generator.choice(self.labels, count, p=prior)
             towards = np.eye(self.labels)[expected]
         else:
             expected = (generator.random(shape) < 0.3).astype(np.int64)
             towards = 2.0 * expected - 1.0
-        strength = generator.gamma(2.0, 2.4 if single else 4.8, (_SYNTHETIC_ROWS, 1))
+        strength = generator.gamma(2.0, 2.4 if single else 4.8, (count, 1))
         steps = np.diff(np.linspace(0.4, 1.0, self.exits) ** 2, prepend=0.0)
         logits, evidence = [], np.zeros(shape)
         for number, step in enumerate(steps):
@@ -91,9 +97,12 @@ class Synthetic:
             evidence += np.sqrt(gained) * generator.normal(size=shape)
             own = 0.5 * (1 - number / (self.exits - 1)) * generator.normal(size=shape)
             logits.append(evidence + own if single else 2 * evidence + np.log(3 / 7) + own)
-        stacked = (self.sharpness * np.stack(logits)).astype(np.float32)
-        lengths = np.full(_SYNTHETIC_ROWS, 20, np.intp)
-        return LabelledLogits(stacked, lengths, expected, self.problem_type)
+        if self.exit_0 is not None:
+            logits.insert(0, logits[self.exit_0 - 1] if self.exit_0 else own)
+        total = np.stack(logits) + (np.log(prior) if single else 0.0)
+        lengths, first = np.full(count, 20, np.intp), 1 if self.exit_0 is None else 0
+        stacked = np.asarray(self.sharpness * total, np.float32)
+        return LabelledLogits(stacked, lengths, expected, self.problem_type, (), first)
 
 
 SYNTHETIC = {
@@ -105,43 +114,33 @@ SYNTHETIC = {
     "under-confident, 12 exits": Synthetic(12, 2, sharpness=0.4),
     "multi-label, 6 exits": Synthetic(6, 8, _MULTI),
     "multi-label, over-confident": Synthetic(6, 8, _MULTI, sharpness=2.5),
+    "useful exit 0": Synthetic(6, 4, exit_0=4),
+    "useless exit 0": Synthetic(6, 4, exit_0=0),
 }
+GUARDS = {
+    "guard, 50 % flagged": (Synthetic(6, 2, flagged=0.5), 800),
+    "guard, 10 % flagged": (Synthetic(6, 2, flagged=0.1), 4000),
+    "guard, 1 % flagged": (Synthetic(6, 2, flagged=0.01), 40_000),
+}
+"""Populations with one label to flag, and how many rows are drawn."""
 
-
-@dataclass(frozen=True)
-class Promise:
-    """What a calibration is asked for.
-
-    Attributes:
-        name: as the table shows it.
-        goal: what is asked for.
-        metric: the metric; None means the first one of the task.
-    """
-
-    name: str
-    goal: Goal | Bound
-    metric: str | None = None
-
-    @property
-    def allowed(self) -> float:
-        """The largest drop, in points."""
-        if isinstance(self.goal, Bound):
-            return 100 * self.goal.risk
-        assert self.goal.max_drop is not None
-        return self.goal.max_drop
-
-
-SAFE, BALANCED = Bound(0.005, 0.95), Goal(max_drop=0.5)
-PROMISES = (
-    Promise("balanced", BALANCED),
-    Promise("fast", Goal(max_drop=2.0)),
-    Promise("safe", SAFE),
-    Promise("safe, macro-F1", SAFE, "macro_f1"),
-    Promise("safe, agreement", SAFE, AGREEMENT),
-    Promise("risk 1", Bound(0.01, 0.95)),
-    Promise("risk 2", Bound(0.02, 0.95)),
-    Promise("risk 2, disagreement", Bound(0.02, 0.95, RiskOf.DISAGREEMENT), AGREEMENT),
-)
+GOALS: dict[str, Goal | Bound] = {
+    "balanced": Goal(max_drop=0.5),
+    "fast": Goal(max_drop=2.0),
+    "safe": Bound(drop=0.005),
+    "safe, macro-F1": Bound(drop=0.005),
+    "risk 1": Bound(drop=0.01),
+    "risk 2": Bound(drop=0.02),
+    "flips 1": Bound(flips=0.01),
+    "flips 2": Bound(flips=0.02),
+}
+_AT = {"attack": 0.7}
+PROMISES: dict[str, Goal | Bound] = {
+    "flips 1": Bound(flips=0.01, thresholds=_AT),
+    "missed 2": Bound(missed=0.02, thresholds=_AT),
+    "false alarms 0.5": Bound(false_alarms=0.005, thresholds=_AT),
+    "all three": Bound(flips=0.01, missed=0.02, false_alarms=0.005, thresholds=_AT),
+}
 
 
 def populations() -> dict[str, Callable[[], LabelledLogits]]:
@@ -149,91 +148,102 @@ def populations() -> dict[str, Callable[[], LabelledLogits]]:
     found: dict[str, Callable[[], LabelledLogits]] = {
         name: made.rows for name, made in SYNTHETIC.items()
     }
-    for path in sorted(LOGITS.glob("*.npz")):
-        found[path.stem] = partial(stored_logits, path)
-    return found
+    found |= {name: partial(_guard, made) for name, (made, _) in GUARDS.items()}
+    return found | {path.stem: partial(stored, path) for path in sorted(LOGITS.glob("*.npz"))}
 
 
-def stored_logits(path: Path) -> LabelledLogits:
+def _guard(made: Synthetic) -> LabelledLogits:
+    return replace(made.rows(), decision_thresholds=(1.0, 0.7))
+
+
+def stored(path: Path) -> LabelledLogits:
     """The rows of dev and test in a stored file, one after another."""
     parts = ("dev", "test")
     with np.load(path) as content:
         logits = np.concatenate([content[f"{part}_logits"] for part in parts], axis=1)
         expected = np.concatenate([content[f"{part}_labels"] for part in parts]).astype(np.int64)
-        problem_type = _SINGLE if expected.ndim == 1 else _MULTI
+    problem_type = _SINGLE if expected.ndim == 1 else _MULTI
     lengths = np.full(len(expected), 20, np.intp)
     return LabelledLogits(logits.astype(np.float32), lengths, expected, problem_type)
 
 
-class Population:
-    """A population, and the truth about rules on it."""
+def metric_of(name: str, goal: Goal | Bound, rows: LabelledLogits) -> str:
+    """The metric that a goal is about."""
+    if isinstance(goal, Bound) and goal.drop is None:
+        return AGREEMENT
+    return "macro_f1" if "macro-F1" in name else METRICS[rows.problem_type][0]
+
+
+def with_layers(rows: LabelledLogits, metric: str) -> StoppingCosts:
+    """Rows whose cost until an exit is its number of layers."""
+    costs = np.repeat(np.array(rows.exits, float)[:, None], len(rows), axis=1)
+    return StoppingCosts(rows, metric, costs)
+
+
+class Truth:
+    """What rules give on some rows."""
 
     def __init__(self, rows: LabelledLogits) -> None:
         self.rows = rows
-        self._scorers: dict[str, Scorer] = {}
         self._stop = StopScores(rows)
+        self._scorers: dict[str, Scorer] = {}
 
-    def drawn(self, count: int, seed: int) -> LabelledLogits:
-        """Rows that are drawn with replacement."""
-        # Another stream than those of the calibration.
-        generator = np.random.default_rng([seed, 1])
-        return self.rows.take(generator.integers(0, len(self.rows), count))
-
-    def scorer(self, metric: str | None) -> Scorer:
-        """A metric of the whole population."""
-        name = metric or METRICS[self.rows.problem_type][0]
-        if name not in self._scorers:
-            self._scorers[name] = Scorer(self.rows, name)
-        return self._scorers[name]
-
-    def truth(self, rule: ExitRule | None, metric: str | None) -> tuple[float, float]:
-        """The true drop in points, and the share of layers saved."""
-        if rule is None:
-            return 0.0, 0.0
-        exits = self._stop.exits(rule)
-        scorer = self.scorer(metric)
+    def of(self, rule: ExitRule, metric: str, goal: Goal | Bound) -> tuple[float, float, float]:
+        """The loss, the same as a share of what is allowed, and the share of layers saved."""
+        if metric not in self._scorers:
+            self._scorers[metric] = Scorer(self.rows, metric)
+        scorer, exits = self._scorers[metric], self._stop.exits(rule)
         drop = 100 * (scorer.full_depth - scorer.score(exits))
-        return drop, float(1 - exits.mean() / self.rows.exits[-1])
+        saving = float(1 - exits.mean() / self.rows.exits[-1])
+        if isinstance(goal, Goal):
+            assert goal.max_drop is not None
+            return drop, drop / goal.max_drop, saving
+        losses = []
+        for promise in goal.promises:
+            lost = drop
+            if promise.of in ("missed", "false_alarms"):
+                every, reference = scorer.decisions
+                about = reference[:, 1] == (promise.of == "missed")
+                lost = 100 * (every[self.rows.at(exits)][:, 1] != reference[:, 1])[about].mean()
+            losses.append((float(lost / promise.at_most), float(lost)))
+        share, lost = max(losses)
+        return lost, share, saving
 
-    def oracle(self, promise: Promise) -> float:
-        """The largest saving of a setting whose true drop is within the promise."""
-        metric = self.scorer(promise.metric).metric
-        costs = StoppingCosts(self.rows, metric, layer_costs(self.rows))
-        best = 0.0
-        for family in make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES):
-            savings = 1 - family.exits.mean(axis=1) / self.rows.exits[-1]
-            for number in np.flatnonzero(savings > best):
-                exits = family.exits[number].astype(np.int64)
-                drop = costs.scorer.full_depth - costs.scorer.score(exits)
-                if 100 * drop <= promise.allowed:
-                    best = max(best, float(savings[number]))
-        return best
-
-
-def layer_costs(rows: LabelledLogits) -> NDArray[np.float64]:
-    """Costs `[exits, rows]`: the number of the exit, which counts its layers."""
-    return np.repeat(np.array(rows.exits, float)[:, None], len(rows), axis=1)
+    def best(self, metric: str, goal: Goal | Bound) -> float:
+        """The largest saving of a threshold of confidence whose true loss is within the promise."""
+        rules = [
+            r
+            for at_0 in {self.rows.first_exit == 0, False}
+            for r in sequence(self.rows, "confidence", at_0)
+        ]
+        found = [self.of(rule, metric, goal) for rule in rules]
+        return max(saving for _, share, saving in found if share <= 1 + 1e-9)
 
 
 def calibrate(
-    population: Population, count: int, seed: int
-) -> Iterator[tuple[str, float, float, bool]]:
-    """One calibration for each promise: its name, true drop, saving, and whether it refused."""
-    rows = population.drawn(count, seed)
-    searches: dict[str, Search] = {}
-    for promise in PROMISES:
-        metric = population.scorer(promise.metric).metric
-        if metric not in searches:
-            costs = StoppingCosts(rows, metric, layer_costs(rows))
-            families = make_families(costs, DEFAULT_RULES, DEFAULT_MEASURES, seed)
-            searches[metric] = Search(costs, families, seed)
-        search, rule = searches[metric], None
-        if isinstance(promise.goal, Bound):
-            with suppress(InputError):  # The rows cannot confirm any rule.
-                rule, _ = control(search.stopping_costs, promise.goal, (), DEFAULT_MEASURES, seed)
+    truth: Truth, goals: dict[str, Goal | Bound], count: int, seed: int
+) -> Iterator[tuple[str, float, float, float, bool]]:
+    """One calibration for each goal: its name, the truth about it, and whether it refused."""
+    population = truth.rows
+    generator = np.random.default_rng([seed, 1])
+    order = generator.permutation(len(population))
+    half = min(count, len(population) // 2)
+    drawn = population.take(generator.integers(0, len(population), count))
+    full_depth = Budget(exit=population.exits[-1])
+    averages: tuple[Search, Truth] | None = None
+    for name, goal in goals.items():
+        metric, rule = metric_of(name, goal, population), None
+        judge = truth
+        if isinstance(goal, Bound):
+            rule = certify(with_layers(drawn, metric), goal, _LABELS).rule
         else:
-            rule = search.choose(promise.goal, search.kinds)
-        yield promise.name, *population.truth(rule, promise.metric), rule is None
+            if averages is None:
+                search = Search(with_layers(population.take(order[:half]), metric))
+                averages = search, Truth(population.take(order[half:]))
+            search, judge = averages
+            rule = search.choose(goal)
+        chosen = rule or full_depth
+        yield name, *judge.of(chosen, metric, goal), chosen == full_depth
 
 
 def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...]]]) -> None:
@@ -245,57 +255,65 @@ def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...
             file.flush()
 
 
-def tables(names: Sequence[str], work: Path) -> Iterator[str]:
+def binomial_tail(count: int, runs: int, share: float = 0.05) -> float:
+    """P(Binomial(runs, share) >= count), exactly."""
+    below = (comb(runs, k) * share**k * (1 - share) ** (runs - k) for k in range(count))
+    return max(0.0, 1.0 - sum(below))
+
+
+def tables(work: Path) -> Iterator[str]:
     """The lines of the tables, for what has been run."""
     yield "# Calibration study\n"
     yield "Made by `scripts/calibration_study.py`, which describes the columns.\n"
-    yield f"## `balanced` and `safe` with {SUMMARY_ROWS:,} rows\n"
-    yield "| population | balanced: drop | saving | oracle | safe: broken | saving | oracle |"
-    yield "|---|---|---|---|---|---|---|"
-    for name in names:
-        if (work / f"{name}-{SUMMARY_ROWS}.jsonl").is_file():
-            _, *balanced = _cells(name, SUMMARY_ROWS, PROMISES[0], work)
-            _, *safe = _cells(name, SUMMARY_ROWS, PROMISES[2], work)
-            cells = [name, balanced[0], *balanced[3:], safe[1], *safe[3:]]
-            yield f"| {' | '.join(cells)} |"
-    yield "\n## All promises\n"
-    yield "| population | rows | promise | runs | drop | broken | refused | saving | oracle |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for name in names:
+    cells = list(_cells(work))
+    pooled: dict[str, list[Any]] = defaultdict(list)
+    for cell in cells:
+        pooled[cell["goal"]].append(cell)
+    guaranteed = [cell for cell in cells if cell["guaranteed"]]
+    worst = min((cell["p"] for cell in guaranteed), default=1.0)
+    yield "## All populations and sizes pooled\n"
+    yield "| goal | cells | calibrations | refused | broken | p | saving | of best |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for goal, some in pooled.items():
+        runs, refused, broken = (sum(c[key] for c in some) for key in ("runs", "refused", "broken"))
+        p = f"{binomial_tail(broken, runs):.3f}" if some[0]["guaranteed"] else "-"
+        mean = [np.mean([c[key] for c in some]) for key in ("saving", "of best")]
+        broken = broken if some[0]["guaranteed"] else "-"
+        words = (goal, len(some), runs, refused, broken, p, f"{mean[0]:.3f}", f"{mean[1]:.2f}")
+        yield f"| {' | '.join(map(str, words))} |"
+    limit = 0.05 / max(1, len(guaranteed))
+    yield f"\nThe smallest p of {len(guaranteed)} cells with a guarantee is {worst:.4f}; a cell"
+    yield f"fails if its p is below 0.05 divided by their number, {limit:.5f}.\n"
+    yield "## Every cell\n"
+    columns = ["population", "rows", "goal", "runs", "loss", "refused", "broken", "p", "saving"]
+    yield f"| {' | '.join(columns)} | of best |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for c in cells:
+        broken, p = (c["broken"], f"{c['p']:.3f}") if c["guaranteed"] else ("-", "-")
+        line = [c["name"], c["rows"], c["goal"], c["runs"], f"{c['loss']:.2f}", c["refused"]]
+        line += [broken, p, f"{c['saving']:.3f}", f"{c['of best']:.2f}"]
+        yield f"| {' | '.join(map(str, line))} |"
+
+
+def _cells(work: Path) -> Iterator[dict[str, Any]]:
+    for name in populations():
         paths = work.glob(f"{name}-*[0-9].jsonl")
         for count in sorted(int(path.stem.rpartition("-")[2]) for path in paths):
-            for promise in PROMISES:
-                cells = [name, str(count), promise.name, *_cells(name, count, promise, work)]
-                yield f"| {' | '.join(cells)} |"
-
-
-def _cells(name: str, count: int, promise: Promise, work: Path) -> list[str]:
-    """Runs, drop, broken, refused, saving and oracle of a promise."""
-    runs = (work / f"{name}-{count}.jsonl").read_text().splitlines()
-    found = [json.loads(line)[promise.name] for line in runs]
-    drops, savings, refused = (np.array(column, float) for column in zip(*found, strict=True))
-    broken = int((drops > promise.allowed + 1e-9).sum())
-    error = drops.std() / np.sqrt(len(drops))
-    share = "-"
-    if isinstance(promise.goal, Bound):
-        low, high = binomial_interval(broken, len(drops))
-        share = f"{100 * broken / len(drops):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    best = json.loads((work / f"{name}-oracle.json").read_text())[promise.name]
-    return [
-        str(len(drops)),
-        f"{drops.mean():.2f} ± {error:.2f}",
-        share,
-        f"{100 * refused.mean():.0f} %",
-        f"{savings.mean():.3f}",
-        f"{savings.mean() / best:.2f}" if best else "-",
-    ]
-
-
-def binomial_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    middle = (count + z**2 / 2) / (total + z**2)
-    half = z * np.sqrt(count * (total - count) / total + z**2 / 4) / (total + z**2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+            lines = (work / f"{name}-{count}.jsonl").read_text().splitlines()
+            runs = [json.loads(line) for line in lines]
+            best = json.loads((work / f"{name}-best.json").read_text())
+            for goal, wanted in (PROMISES if name in GUARDS else GOALS).items():
+                found = np.array([run[goal] for run in runs], float)
+                loss, share, saving, refused = found.T
+                broken = int((share > 1 + 1e-9).sum())
+                yield {
+                    **{"name": name, "rows": count, "goal": goal, "runs": len(runs)},
+                    **{"loss": loss.mean(), "refused": int(refused.sum()), "broken": broken},
+                    "p": binomial_tail(broken, len(runs)),
+                    "saving": saving.mean(),
+                    "of best": saving.mean() / best[goal] if best[goal] else 0.0,
+                    "guaranteed": isinstance(wanted, Bound),
+                }
 
 
 @click.command(context_settings={"show_default": True})
@@ -312,15 +330,18 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     makers = populations()
     for name in names or makers:
-        population = Population(makers[name]())
-        oracle = work / f"{name}-oracle.json"
-        if not oracle.is_file():
-            oracle.write_text(json.dumps({p.name: population.oracle(p) for p in PROMISES}))
-        for count in sizes:
-            run = partial(calibrate, population, count)
-            study(work / f"{name}-{count}.jsonl", repeats, run)
+        goals, counts = (PROMISES, (GUARDS[name][1],)) if name in GUARDS else (GOALS, sizes)
+        truth, best = Truth(makers[name]()), work / f"{name}-best.json"
+        if not best.is_file():
+            every = {
+                goal: truth.best(metric_of(goal, wanted, truth.rows), wanted)
+                for goal, wanted in goals.items()
+            }
+            best.write_text(json.dumps(every))
+        for count in counts:
+            study(work / f"{name}-{count}.jsonl", repeats, partial(calibrate, truth, goals, count))
             click.echo(f"{name}, {count} rows: done", err=True)
-    output.write_text("\n".join(tables(list(makers), work)) + "\n", encoding="utf-8")
+    output.write_text("\n".join(tables(work)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from reproduce import EXIT_0, RUNS, engines_of, train_run
 from systems import ENVIRONMENTS, OTHERS, System, measure
 
 from fpabee.calibration import DEFAULT_GOALS, CalibrationOptions, Goal, calibrate
-from fpabee.calibration.families import CASCADE, DEFAULT_MEASURES, DEFAULT_RULES
+from fpabee.calibration.search import CASCADE
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.runtime import Budget, ExitRule, read_manifest
 from fpabee.runtime.cli.command import exits_with_one_line
@@ -83,7 +83,7 @@ def systems(
     yield System(PABEE, PABEE, settings=settings)
     yield from OTHERS
     rows, layers = reproduce.trace(engines, dev)
-    search = reproduce.search_by_layers(rows, layers, DEFAULT_RULES, DEFAULT_MEASURES)
+    search = reproduce.search_by_layers(rows, layers)
     cascade = reproduce.choose(search, BALANCED["balanced"], [CASCADE])
     limit = cascade.exit_0_threshold if cascade else None
     yield runs("one-graph", whole, None)

@@ -26,11 +26,10 @@ from typing import Any
 import click
 import numpy as np
 
-from fpabee.calibration.choose import Search
-from fpabee.calibration.families import make_families
-from fpabee.calibration.outcome import exits_of
+from fpabee.calibration.choose import Make, Search
+from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.stopping_costs import StoppingCosts
+from fpabee.calibration.search import Family, exits_of, families_of, make_families, settings_of
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions, train
@@ -41,7 +40,7 @@ from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.cli.console import step_progress
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
-from fpabee.runtime.rules.rules import RULES
+from fpabee.runtime.rules.rules import RULES, Entropy, FPabee
 
 RESULTS = Path(__file__).parent / "results"
 MINILM, MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
@@ -141,22 +140,24 @@ def trace(engines: Path, data: Path) -> tuple[LabelledLogits, list[int]]:
 
 
 def search_by_layers(
-    rows: LabelledLogits,
-    layers: Sequence[int],
-    rules: Sequence[str] = tuple(RULES),
-    measures: Sequence[Measure] = tuple(Measure),
+    rows: LabelledLogits, layers: Sequence[int], make: Make = make_families
 ) -> Search:
     """Settings of rules, to choose by the number of layers instead of measured times.
 
     Args:
         rows: the rows that choose.
         layers: the layer of each exit.
-        rules: names of the rules that compete.
-        measures: similarity measures that compete.
+        make: makes the settings that compete.
     """
     costs = np.repeat(np.array(layers, float)[:, None], len(rows), axis=1)
-    stopping = StoppingCosts(rows, METRICS[rows.problem_type][0], costs)
-    return Search(stopping, make_families(stopping, rules, measures))
+    return Search(StoppingCosts(rows, METRICS[rows.problem_type][0], costs), make)
+
+
+def every_setting(costs: StoppingCosts) -> list[Family]:
+    """All settings of all rules, with all measures of F-PABEE."""
+    exits, measures = costs.rows.exits, tuple(Measure)
+    rules = [rule for name in RULES for rule in settings_of(name, exits, measures)]
+    return families_of(costs, rules, (Entropy, FPabee))
 
 
 def choose(search: Search, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
@@ -169,7 +170,7 @@ def choose(search: Search, goal: Goal, kinds: Collection[str]) -> ExitRule | Non
 
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
-    search = search_by_layers(dev, layers)
+    search = search_by_layers(dev, layers, every_setting)
     scorer = Scorer(test, METRICS[dev.problem_type][0])
     found = []
     for kind in search.kinds:

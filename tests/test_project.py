@@ -51,7 +51,7 @@ def test_types_in_the_public_interface_are_public() -> None:
     }
 
     assert private == {
-        "Calibration: Selector",  # which only `write_report` reads
+        "Calibration: Search",  # which only `write_report` reads
         "Engine.chain: Chain",  # for `Scheduler`
         "Engine.runner: RuleRunner",
     }

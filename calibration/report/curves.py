@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..outcome import exits_of
-from ..points import compared_kinds
+from ..calibrate import compared_kinds
 from ..result import Calibration
 from ..scoring import Scorer
+from ..search import exits_of
 
 _SETTINGS = 16
 
@@ -20,16 +20,15 @@ def curves(result: Calibration) -> dict[str, list[tuple[float, float]]]:
     calibration or on its test rows. If a rule was fitted to rows, each row was judged by a rule
     that was fitted to other rows.
     """
-    costs, search = result.selector.stopping_costs, result.selector.search
+    search, costs = result.search, result.search.stopping_costs
     rows = result.rows if result.test is None else result.test
     scorer, layers = Scorer(rows, costs.scorer.metric), np.asarray(result.layers)
-    once = np.ones((len(result.rows), 1))
     found: dict[str, list[tuple[float, float]]] = {}
     for kind in compared_kinds(search.kinds, result.points):
         families = [family for family in search.families if family.kind == kind]
         rules = [rule for family in families for rule in family.rules]
         exits = np.concatenate([family.exits for family in families])
-        drops = np.concatenate([costs.drops(family.exits, once)[:, 0] for family in families])
+        drops = np.concatenate([costs.drops(family.exits) for family in families])
         depths = layers[result.rows.at(exits)[0]].mean(axis=1)
         found[kind] = []
         for limit in np.linspace(depths.max(), depths.min(), _SETTINGS) + 1e-9:

@@ -13,20 +13,49 @@ RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
 """An exit rule as `ExitRule.to_dict` writes it."""
 
 
-class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """A guarantee on new rows from the same source (Learn then Test, arXiv 2110.01052).
+class Promise(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guarantee bounds on new texts.
 
     Attributes:
-        risk_of: `disagreement` with full depth, or `drop` of the score.
-        risk: upper bound of the expected risk, in points.
-        confidence: probability over the calibration rows that the bound holds, in percent.
-        rows: rows that the bound was tested on; other rows fixed which settings were tested.
+        of: `drop` of the metric; `flips`: decisions that differ from those of the reference, which
+            is full depth unless the folder came from another classifier; `missed`: of the texts for
+            which the reference flags a label, those for which it is not flagged; or
+            `false_alarms`: of the other texts, those for which it is flagged.
+        at_most: the bound, in points or percent.
+        label: the label that is flagged; None for a drop and for flips.
+        rows: how many texts it was tested on.
     """
 
-    risk_of: str
-    risk: float
+    of: str
+    at_most: float
+    label: str | None = None
+    rows: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    def __str__(self) -> str:
+        if self.of == "drop":
+            return f"a drop of at most {self.at_most:g} points"
+        about = "" if self.label is None else f" of {self.label!r}"
+        return f"at most {self.at_most:g} % {self.of.replace('_', ' ')}{about}"
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """A guarantee on new texts from the same source (Learn then Test, arXiv 2110.01052).
+
+    Attributes:
+        confidence: probability over the calibration rows that all promises hold, in percent.
+        promises: what is bounded; they hold together.
+        thresholds: the probability above which a label is flagged, by label; the promises hold for
+            these thresholds only.
+    """
+
     confidence: float
-    rows: Count
+    promises: tuple[Promise, ...]
+    thresholds: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        *most, last = map(str, self.promises)
+        words = f"{', '.join(most)} and {last}" if most else last
+        return f"{words}, with {self.confidence:g} % confidence"
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,15 +86,14 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rule: name and settings, as `ExitRule.from_dict` reads them.
-        goal: the goal it was chosen for; None: it was chosen for the bound of its certificate.
+        goal: the goal it was chosen for; None: it was asked to have a certificate.
         metric: name of the score, which ranges from 0 to 1 (Matthews correlation from -1).
-        score: score with the rule, on rows that did not choose it.
+        score: score with the rule, on rows that neither chose nor certified it.
         full_depth_score: score of the last exit on the same rows.
         drop_interval: 95 % interval of the drop in points: a paired bootstrap, widened if very
-            few rows change. If the point is guaranteed, the upper end is the one-sided bound at
-            the confidence of the guarantee.
-        held_out: the rows of the scores: cross-validated parts, another file, or the rows that
-            tested a certificate.
+            few rows change.
+        held_out: the rows of the scores: cross-validated parts, each with the setting that the
+            other parts choose or certify, or another file.
         rows: number of these rows.
         data_sha256: SHA-256 of the rows that chose the rule: texts and labels.
         mean_depth: layers that ran for a row, on average; as all figures below, on all of the rows
@@ -74,7 +102,7 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         measured_speedup: run time at full depth over that with the rule, by batch size: 1 for rows
             one by one, a larger number for windows of 128 rows.
         versions: versions of the libraries that measured it.
-        certificate: a bound on the risk, if the point is guaranteed.
+        certificate: the guarantee; None if none was asked for, or if the rows confirm none.
     """
 
     rule: RuleSettings

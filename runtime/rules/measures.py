@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.manifest import ProblemType
+from ..errors import RuleError
 
 Floats = NDArray[np.floating[Any]]
 Array = NDArray[np.float64]
@@ -155,17 +156,54 @@ class Outputs:
         *labels, outcomes = self.distributions.shape[1:]
         return self.entropy() / (math.prod(labels) * math.log(max(2, outcomes)))
 
-    def uncertainty(self) -> Array:
+    def uncertainty(self, decision_thresholds: Sequence[float] = ()) -> Array:
         """1 - max p, `[rows]`; for multi-label tasks the largest of all labels.
 
         It is the sum of the other probabilities, which stays exact where max p rounds to 1.
+
+        Args:
+            decision_thresholds: if what has to be certain is which labels are above these
+                probabilities: 1 - max(q, 1 - q) with q = sigmoid(margin), see `margins`; the
+                largest of all labels.
         """
+        if decision_thresholds:
+            small = np.exp(-np.abs(self.margins(decision_thresholds)).min(axis=-1))
+            return np.asarray(small / (1 + small))
         others = _sum(np.sort(self.distributions, axis=-1)[..., :-1])
         return others if self._single else np.maximum.reduce(others, axis=-1)
 
     def confidence(self) -> Array:
         """The largest probability `[rows]`; for multi-label tasks the smallest of all labels."""
         return 1 - self.uncertainty()
+
+    def margins(self, thresholds: Sequence[float]) -> Array:
+        """How far labels are from thresholds, logit p - logit t: `[rows, labels]`, float64.
+
+        A label is flagged where this is above 0. Nothing cancels if p is close to 1.
+
+        Args:
+            thresholds: `[labels]` probabilities, 1 for labels that decide nothing, which get minus
+                infinity.
+
+        Raises:
+            RuleError: there is not one threshold for each label.
+        """
+        z = self.logits
+        if len(thresholds) != z.shape[-1]:
+            raise RuleError(
+                f"there are {len(thresholds)} decision thresholds, but {z.shape[-1]} labels",
+                "give one for each label, 1 for labels that decide nothing",
+            )
+        margins = np.full(z.shape, -np.inf)
+        for label, threshold in enumerate(thresholds):
+            if threshold < 1:
+                logit = z[:, label]
+                if self._single:
+                    others = np.delete(z, label, axis=-1)
+                    top = others.max(axis=-1)
+                    logit = logit - top - np.log(np.exp(others - top[:, None]).sum(axis=-1))
+                margins[:, label] = logit - math.log(threshold / (1 - threshold))
+        return margins
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""

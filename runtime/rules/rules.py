@@ -33,6 +33,10 @@ from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row, softmax
 _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 _Exit = Annotated[int, msgspec.Meta(ge=0, description="give a whole number from 0")]
 _Patience = Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
+_Decisions = Annotated[
+    tuple[Annotated[float, msgspec.Meta(gt=0, le=1)], ...],
+    msgspec.Meta(description="give a probability for each label, 1 for labels that decide nothing"),
+]
 _Measure = Annotated[
     Measure, msgspec.Meta(description=f"choose from {', '.join(each.value for each in Measure)}")
 ]
@@ -65,7 +69,10 @@ ScoresOf = Callable[["ExitRule"], Array]
 
 _fields = functools.cache(msgspec.structs.fields)
 # Settings of every rule that are not stored at their default.
-_LEFT_OUT: dict[str, Any] = {"min_exit": 0, "max_exit": None, "exit_0_threshold": None}
+_LEFT_OUT: dict[str, Any] = {
+    **{"min_exit": 0, "max_exit": None, "exit_0_threshold": None},
+    "decision_thresholds": (),
+}
 
 
 class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
@@ -154,7 +161,11 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
             return np.ones(len(now.logits), np.bool_)
         if self.exit_0_threshold is None:
             return None
-        return now.uncertainty() < 1 - self.exit_0_threshold
+        return self.uncertainty(now) < 1 - self.exit_0_threshold
+
+    def uncertainty(self, now: Outputs) -> Array:
+        """What is compared at exit 0, `[rows]`: 1 - confidence, given the outputs of exit 0."""
+        return now.uncertainty()
 
     def check_exits(self, exits: range) -> None:
         """Check that the rule fits a model.
@@ -409,8 +420,10 @@ class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
 class _Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
     """What `Confidence` compares: 1 - max p is below the threshold."""
 
+    decision_thresholds: _Decisions
+
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
-        return now.uncertainty()
+        return now.uncertainty(self.decision_thresholds)
 
 
 class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
@@ -421,15 +434,25 @@ class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
 
     Attributes:
         threshold: a probability; one for all exits, or one for each exit.
+        decision_thresholds: `[labels]` the probability above which a label is flagged, 1 for labels
+            that decide nothing. Then a row stops if it is certain which labels are flagged, also at
+            exit 0: with q = sigmoid(logit p - logit t), the least max(q, 1 - q) of a label stands
+            for max p. Empty: the answer is what has to be certain.
     """
+
+    decision_thresholds: _Decisions = ()
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The largest probability; for multi-label tasks the least max(p, 1 - p) of a label."""
-        return now.confidence()
+        return 1 - self.uncertainty(now)
+
+    def uncertainty(self, now: Outputs) -> Array:
+        """1 - max p, also at exit 0."""
+        return now.uncertainty(self.decision_thresholds)
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The answer looks settled where 1 - max p is strictly below 1 - threshold."""
-        uncertainty = now.uncertainty()
+        uncertainty = self.uncertainty(now)
         return Signal(1 - uncertainty, uncertainty < 1 - self.threshold_at(exit_number))
 
     @property
@@ -442,7 +465,7 @@ class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
         return msgspec.structs.replace(self, threshold=1 - np.asarray(threshold))
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
-        return scores_of(_Uncertainty(threshold=0.0))
+        return scores_of(_Uncertainty(threshold=0.0, decision_thresholds=self.decision_thresholds))
 
 
 class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):

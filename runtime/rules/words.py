@@ -35,6 +35,9 @@ def settings_in_words(settings: RuleSettings) -> str:
         words.append("threshold per exit")
     elif threshold is not None:
         words.append(_in_digits(threshold))
+    if decides := rest.pop("decision_thresholds", None):
+        assert isinstance(decides, tuple | list)
+        rest["decisions at"] = "/".join(sorted({_in_digits(each) for each in decides if each < 1}))
     others = [f"{key.replace('_', ' ')} {_in_digits(value)}" for key, value in rest.items()]
     others = [text for text in others if text != "patience 1"]
     return ", ".join([" ".join(filter(None, words)), *others])

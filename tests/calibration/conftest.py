@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.calibration import Calibration, CalibrationOptions, calibrate, points
-from fpabee.calibration.costs import CostModel
+from fpabee.calibration import Calibration, CalibrationOptions, calibrate
+from fpabee.calibration.costs import CostModel, StoppingCosts
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.calibration.stopping_costs import StoppingCosts
 from fpabee.runtime import Engine, ProblemType
 from fpabee.runtime.files import Row
 
@@ -90,8 +89,9 @@ def fix_times(patch: pytest.MonkeyPatch) -> None:
     def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
         return 1.25
 
-    patch.setattr(import_module("fpabee.calibration.calibrate"), "measure_costs", model)
-    patch.setattr(points, "measure_speedup", speedup)
+    module = import_module("fpabee.calibration.calibrate")
+    patch.setattr(module, "measure_costs", model)
+    patch.setattr(module, "measure_speedup", speedup)
 
 
 @pytest.fixture(scope="session")

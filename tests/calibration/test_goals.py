@@ -25,7 +25,13 @@ from fpabee.runtime import InputError
         ({"goals": {"x": Goal(speedup=math.inf)}}, "the goal 'x' is inf"),
         ({"goals": {"": Goal(max_drop=1.0)}}, "an operating point is named ''"),
         ({"goals": {"a\nb": Goal(max_drop=1.0)}}, r"an operating point is named 'a\nb'"),
-        ({"bound": Bound(0.01, 0.95), "name": ""}, "an operating point is named ''"),
+        ({"bound": Bound(drop=0.01), "name": ""}, "an operating point is named ''"),
+        ({"rules": ("fpabee",)}, "'safe' is guaranteed, so it cannot choose from fpabee"),
+        ({"rules": ("entropy", "confidence")}, "thresholds must be known before any row"),
+        (
+            {"bound": Bound(flips=0.1, thresholds={"a": 0.7}), "rules": ("entropy",)},
+            "entropy knows nothing of the thresholds",
+        ),
         ({"rules": ("fpabee", "fastbert")}, "exit rule 'fastbert' does not exist"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
@@ -38,4 +44,21 @@ def test_what_cannot_be_asked(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_bound_needs_no_goal() -> None:
-    assert CalibrationOptions(goals={}, bound=Bound(0.01, 0.95)).bound is not None
+    assert CalibrationOptions(goals={}, bound=Bound(drop=0.01)).bound is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"drop": 0.0}, "give more than 0 and less than 100"),
+        ({"flips": 1.0}, "give more than 0 and less than 100"),
+        ({"flips": 0.1, "confidence": 1.0}, "give more than 50 and less than 100"),
+        ({"flips": 0.1, "confidence": 0.5}, "give more than 50 and less than 100"),
+        ({}, "give `drop`, `flips`"),
+        ({"missed": 0.02}, "give `thresholds`"),
+        ({"missed": 0.02, "thresholds": {"a": 1.0}}, "between 0 and 1"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(settings: dict[str, Any], hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        Bound(**settings)

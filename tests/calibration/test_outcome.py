@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fpabee.calibration.outcome import drop_interval, exits_of, outcome
+from fpabee.calibration.result import drop_interval, outcome
 from fpabee.calibration.scoring import Scorer
+from fpabee.calibration.search import exits_of
 from fpabee.runtime import Entropy
 
 from .conftest import make_rows, two_exits, with_costs

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from fpabee.calibration import Bound, Calibration, write_report
-from fpabee.calibration.descriptions import promise_in_words
-from fpabee.calibration.outcome import exits_of
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves
+from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.scoring import Scorer
+from fpabee.calibration.search import exits_of
 
 Make = Callable[..., Calibration]
 VOID = {"meta", "img", "br"}
@@ -79,7 +79,7 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
     rows = result.test if result.test is not None else result.rows
     assert tested is (result.test is not None)
     found = curves(result)
-    assert {"fpabee", "pabee", "entropy"} <= {*found} <= {*result.selector.search.kinds}
+    assert {"fpabee", "pabee", "entropy"} <= {*found} <= {*result.search.kinds}
     assert {point.kind for point in result.points} <= {*found, "budget"}
     assert len(found) <= 6
     scorer = Scorer(rows, metric)
@@ -90,7 +90,7 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
             continue  # judged on rows that its thresholds were not fitted to
         rules = [
             rule
-            for family in result.selector.search.families
+            for family in result.search.families
             if family.kind == kind
             for rule in family.rules
         ]
@@ -132,12 +132,12 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     calibrated: Make, tmp_path: Path
 ) -> None:
     name = "$x_{<b>&天気<script>" + "y" * 60
-    result = calibrated(bound=Bound(0.3, 0.95), name=name, compare=True)
+    result = calibrated(bound=Bound(drop=0.3), name=name, compare=True)
     result = dataclasses.replace(result, warnings=("the rows are odd",))
     page = report(result, tmp_path)
     assert name in page.text
-    assert "drop at most 30 points with 95 % confidence" in page.text
-    assert "at most 30 points lost on new rows, with 95 % confidence, tested on 120" in page.text
+    assert "a drop of at most 30 points, with 95 % confidence" in page.text
+    assert "with 95 % confidence, tested on 150 texts; on rows" in page.text
     assert "Warning : the rows are odd." in page.text
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "a"})
     without_pictures = re.sub(r'src="data:[^"]*"', "", page.source)

@@ -19,7 +19,7 @@ def test_a_metric_of_sums_is_the_metric_of_rows(task: ProblemType, metric: str) 
     scorer = Scorer(rows, metric)
     for seed in range(5):
         exits = np.random.default_rng(seed).integers(1, rows.exits[-1] + 1, len(rows))
-        value = float(scorer.value(scorer.at(exits).sum(axis=0), len(rows)))
+        value = float(scorer.value(scorer.at(exits).sum(axis=0)))
         assert value == pytest.approx(scorer.score(exits), abs=1e-12)
     last = np.full(len(rows), rows.exits[-1])
     assert scorer.full_depth == pytest.approx(scorer.score(last))

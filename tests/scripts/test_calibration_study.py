@@ -14,22 +14,31 @@ def test_a_study_resumes_and_writes_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_study, "_SYNTHETIC_ROWS", 1500)
-    monkeypatch.setattr(calibration_study, "SUMMARY_ROWS", 200)
-    page, name = tmp_path / "page.md", "multi-label, 6 exits"
-    command = ["--work", tmp_path / "work", "--output", page, "--population", name, "--rows", 200]
+    page, names = tmp_path / "page.md", ("useful exit 0", "guard, 50 % flagged")
+    command = ["--work", tmp_path / "work", "--output", page, "--rows", 200]
+    for name in names:
+        command += ["--population", name]
     for repeats in (1, 2):
         words = [*map(str, command), "--repeats", str(repeats)]
         result = CliRunner().invoke(calibration_study.main, words)
         assert result.exit_code == 0, result.output
-        lines = [line for line in page.read_text().splitlines() if line.startswith(f"| {name} |")]
-        summary, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-        assert [row[2] for row in rows] == [each.name for each in calibration_study.PROMISES]
-        assert {row[3] for row in rows} == {str(repeats)}
-    by_name = {row[2]: row for row in rows}
-    assert by_name["safe"][6] == "100 %"  # 160 rows cannot show 0.5 points at 95 %
-    assert by_name["fast"][6] == "0 %"
-    balanced, safe = by_name["balanced"], by_name["safe"]
-    assert summary[1:] == [balanced[4], *balanced[7:], safe[5], *safe[7:]]
+        lines = [line.split("|")[1:-1] for line in page.read_text().splitlines()]
+        cells = [[cell.strip() for cell in line] for line in lines if len(line) == 10][2:]
+        expected = [(names[0], "200", goal) for goal in calibration_study.GOALS]
+        expected += [(names[1], "800", goal) for goal in calibration_study.PROMISES]
+        assert [tuple(cell[:3]) for cell in cells] == expected
+        assert {cell[3] for cell in cells} == {str(repeats)}
+    by_goal = {(cell[0], cell[2]): cell for cell in cells}
+    assert by_goal[names[0], "safe"][5] == "2"  # 200 rows cannot show 0.5 points at 95 %
+    assert by_goal[names[0], "fast"][5:7] == ["0", "-"]
+    assert by_goal[names[1], "flips 1"][6] == "0"
+
+
+def test_tails_of_broken_guarantees_are_exact() -> None:
+    tail = calibration_study.binomial_tail
+    assert tail(0, 20) == 1.0
+    assert tail(1, 20) == pytest.approx(1 - 0.95**20)
+    assert tail(20, 20) == pytest.approx(0.05**20, abs=1e-12)
 
 
 def test_the_last_exit_of_a_synthetic_population_is_calibrated() -> None:

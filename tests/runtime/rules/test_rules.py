@@ -301,6 +301,35 @@ def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
+@pytest.mark.parametrize("task", ProblemType)
+def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> None:
+    """Of three labels only the second one decides; its probabilities are from 1 % to 99 %."""
+    p = np.array([0.72, 0.2, 0.01, 0.99])
+    logits = np.zeros((2, 4, 3), np.float32)
+    logits[..., 1] = np.log(p / (1 - p)) + (np.log(2.0) if task is SINGLE else 0.0)
+    decides = (1.0, 0.7, 1.0)
+    q = 1 / (1 + np.exp(-(np.log(p / (1 - p)) - np.log(0.7 / 0.3))))
+    outputs = Outputs(logits[0], task)
+    margins = outputs.margins(decides)
+    np.testing.assert_allclose(1 / (1 + np.exp(-margins[:, 1])), q, rtol=1e-6)
+    assert (margins[:, [0, 2]] == -np.inf).all()
+    np.testing.assert_allclose(outputs.uncertainty(decides), np.minimum(q, 1 - q), rtol=1e-5)
+    for rule in (
+        Confidence(threshold=0.95, decision_thresholds=decides),
+        Confidence(threshold=2.0, exit_0_threshold=0.95, decision_thresholds=decides),
+    ):
+        first = 0 if rule.exit_0_threshold else 1
+        exits = simulate(logits, rule, task, first_exit=first).exits - first
+        assert exits.tolist() == [1, 1, 0, 0]
+        assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    plain = Confidence(threshold=0.5)
+    assert "decision_thresholds" not in plain.to_dict()
+    with pytest.raises(RuleError, match="2 decision thresholds, but 3 labels"):
+        simulate(logits, replace(rule, decision_thresholds=(0.5, 0.5)), task, first_exit=0)
+    with pytest.raises(RuleError, match="decision_thresholds"):
+        Confidence(threshold=0.9, decision_thresholds=(0.0, 0.5))
+
+
 def test_single_label_ties_take_the_lowest_index() -> None:
     logits = np.array([[[1.0, 3.0, 3.0]]], np.float32)
     assert simulate(logits, Budget(exit=1), SINGLE).predictions.tolist() == [1]

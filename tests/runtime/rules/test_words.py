@@ -17,6 +17,10 @@ from fpabee.runtime.rules.words import rounded, rule_in_words
         (Confidence(threshold=0.1 + 0.2), "confidence 0.3"),
         (Confidence(threshold=0.99998765432), "confidence 0.99998765"),
         (
+            Confidence(threshold=0.9, decision_thresholds=(1.0, 0.7, 0.7)),
+            "confidence 0.9, decisions at 0.7",
+        ),
+        (
             Entropy(threshold=0.5, exit_0_threshold=0.9999912344),
             "entropy 0.5, exit 0 threshold 0.999991234",
         ),

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.calibration.families import (
-    DEFAULT_MEASURES,
-    DEFAULT_RULES,
-    make_families,
-)
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.calibration.sweep import StopScores, exits_below
+from fpabee.calibration.search import StopScores, exits_below, make_families
 from fpabee.runtime import (
     RULES,
     Entropy,
@@ -87,7 +82,7 @@ def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
 ) -> None:
     rows = dataclasses.replace(make_rows(count=200, problem_type=task), first_exit=first_exit)
     metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
-    families = make_families(with_costs(rows, metric), list(RULES), DEFAULT_MEASURES)
+    families = make_families(with_costs(rows, metric), list(RULES))
     kinds = {family.kind for family in families}
     assert kinds - {"cascade"} == {*RULES, "entropy per exit", "fpabee per exit"}
     assert ("cascade" in kinds) is (first_exit == 0)
@@ -114,8 +109,8 @@ def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
 
 def test_few_settings_compete_with_exit_0_and_the_cascade_has_two_exits() -> None:
     rows = dataclasses.replace(make_rows(count=200), first_exit=0)
-    families = make_families(with_costs(rows), DEFAULT_RULES, DEFAULT_MEASURES)
-    assert sum(len(family.exits) for family in families) <= 2400
+    families = make_families(with_costs(rows))
+    assert sum(len(family.exits) for family in families) <= 800
     (cascade,) = [family for family in families if family.kind == "cascade"]
     assert set(np.unique(cascade.exits)) == {0, 5}
 
@@ -124,7 +119,7 @@ def test_a_threshold_per_exit_that_stops_no_row_at_exit_0_is_left_out() -> None:
     rows = make_rows(count=200)
     logits = np.stack([-0.2 * rows.logits[-1], *rows.logits])  # exit 0 is wrong, and never certain
     rows = dataclasses.replace(rows, logits=logits.astype(np.float32), first_exit=0)
-    families = make_families(with_costs(rows), ["entropy"], DEFAULT_MEASURES)
+    families = make_families(with_costs(rows), ["entropy"])
     first = next(family for family in families if family.kind == "entropy per exit")
     fitted = list(first.rules)
     for rule in fitted:
@@ -139,7 +134,7 @@ def test_thresholds_of_confidences_close_to_1_stay_distinct(first_exit: int) -> 
     logits = rows.logits * 0
     logits[..., 0] = np.random.default_rng(0).uniform(9, 18, logits.shape[:2])
     rows = dataclasses.replace(rows, logits=logits, first_exit=first_exit)
-    families = make_families(with_costs(rows), ["confidence"], DEFAULT_MEASURES)
+    families = make_families(with_costs(rows), ["confidence"])
     rules = [rule for rule in families[0].rules if isinstance(rule, ThresholdRule)]
     assert len({rule.threshold for rule in rules}) >= 62
     if first_exit == 0:

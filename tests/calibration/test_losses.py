@@ -1,19 +1,17 @@
-"""Expected losses, where labels count more, and drops in samples of the rows."""
+"""Expected losses, and where labels count more."""
 
 from __future__ import annotations
-
-from copy import copy
 
 import numpy as np
 import pytest
 
-from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.stopping_costs import (
+from fpabee.calibration.costs import (
     estimated,
     expected_losses,
     fit_temperature,
     observed_losses,
 )
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.runtime import ProblemType
 
 from .conftest import make_rows, with_costs
@@ -59,33 +57,25 @@ def test_the_same_answer_loses_nothing() -> None:
 
 def test_the_expected_loss_stands_unless_labels_differ_by_more_than_chance() -> None:
     # Of 1,000 rows, 10 were expected to be lost: 14 may be chance, 60 are not.
-    observed, expected, squares = np.array([14.0, 60.0]), np.full(2, 10.0), np.array([20.0, 66.0])
-    found = estimated(observed, expected, squares, 1000)
+    expected = np.where(np.arange(1000) < 20, 0.5, 0.0)
+    numbers = np.arange(1000) - 100
+    observed = np.stack([(numbers >= 0) & (numbers < n) for n in (14, 60)]).astype(float)
+    found = estimated(observed, np.stack([expected, expected]))
     assert found[0] == pytest.approx(0.010)
     assert found[1] == pytest.approx(0.060 - 0.0081, abs=5e-4), "less the standard error"
 
 
-@pytest.mark.parametrize("metric", METRICS[ProblemType.SINGLE_LABEL])
-def test_samples_weigh_rows(metric: str) -> None:
+@pytest.mark.parametrize("metric", ["agreement", "macro_f1", "matthews"])
+def test_drops_of_other_metrics_are_those_of_the_rows(metric: str) -> None:
     rows = make_rows(count=200)
-    generator = np.random.default_rng(0)
-    exits = generator.integers(1, 7, (3, 200)).astype(np.int16)
-    drawn = generator.integers(0, 200, 200)
-    weights = np.stack([np.ones(200), np.bincount(drawn, minlength=200)], axis=1)
+    exits = np.random.default_rng(0).integers(1, 7, (3, 200)).astype(np.int16)
     costs = with_costs(rows, metric)
-    # The rows of the sample themselves, with the losses that are expected of them.
-    sample = copy(costs.take(drawn))
-    sample.losses = costs.losses[:, drawn]
-    once = np.ones((200, 1))
-    for method in ("drops", "mean_costs"):
-        found = getattr(costs, method)(exits, weights)
-        expected = getattr(sample, method)(exits[:, drawn], once)
-        np.testing.assert_allclose(found[:, 1:], expected, atol=1e-12)
-    if not costs.scorer.is_row_mean or metric == "agreement":
-        scores = np.array([costs.scorer.score(row.astype(np.int64)) for row in exits])
-        np.testing.assert_allclose(
-            costs.drops(exits, once)[:, 0], costs.scorer.full_depth - scores, atol=1e-12
-        )
+    scores = np.array([costs.scorer.score(row.astype(np.int64)) for row in exits])
+    drops = costs.scorer.full_depth - scores
+    right = with_costs(rows).drops(exits)
+    expected = drops if metric == "agreement" else np.maximum(drops, right)
+    np.testing.assert_allclose(costs.drops(exits), expected, atol=1e-12)
+    np.testing.assert_allclose(costs.mean_costs(exits), exits.mean(axis=1))
 
 
 def test_what_exit_0_makes_of_both_answers_counts() -> None:

@@ -1,0 +1,431 @@
+"""The settings that calibration tries, and where each of them stops each row.
+
+A family is one rule with a list of settings, from cautious to bold. There are few settings on
+purpose. The best of many settings is the one that was lucky with the rows that chose it, and what
+guards against that luck costs more speed than a finer search gains.
+
+`simulate` applies a rule with one setting. Here every rule expresses everything but its threshold
+as one matrix, see `ExitRule.stop_scores`, and many thresholds are applied to it at once. `simulate`
+remains the reference: the tests compare the two row by row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.errors import RuleError
+from ..runtime.rules.measures import Array, Integers, Measure, Outputs
+from ..runtime.rules.rules import (
+    RULES,
+    Budget,
+    Confidence,
+    Entropy,
+    ExitRule,
+    FPabee,
+    Pabee,
+    ThresholdRule,
+)
+from ..runtime.rules.runner import simulate
+from ..runtime.rules.words import rounded
+from .costs import StoppingCosts
+from .scoring import LabelledLogits
+
+CONTENDERS = (Confidence(threshold=0.0), Entropy(threshold=0.0), FPabee(threshold=0.0))
+"""Rules that compete if none is named: in the study no other rule saves clearly more."""
+PER_EXIT = " per exit"
+"""The end of the kind of a rule that has one fitted threshold for each exit."""
+CASCADE = "cascade"
+"""The kind of a rule by which exit 0 answers, or else one exit for all rows, usually the last."""
+PARTS = 5
+"""How many parts rows are dealt into: each part is judged with what is fitted to the others."""
+NEVER = -1.0
+"""A limit of the stop scores of exit 0 that no row reaches, since they are not negative."""
+
+_MEASURES = (Measure.JSKD, Measure.REKD)
+_THRESHOLDS = 64
+# The largest patience that is tried. PABEE has no other setting, so all its patiences are tried.
+_MOST_PATIENCE = 3
+# With exit 0 a setting has two thresholds. If the later exits alone stop a share s of the rows
+# early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
+# settings from cautious to bold, and together they cover all combinations of both shares.
+_POWERS = (4.0, 2.0, 1.0, 0.5, 0.25)
+# Fewer than without exit 0, since each is tried with every power.
+_THRESHOLDS_WITH_EXIT_0 = 32
+_PRICES = 30
+_ROUNDS = 6
+# Shares that exit 0 answers, for rules without a threshold.
+_SHARES = (*(1 - np.geomspace(0.95, 0.01, 24)), 1.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of one kind of rule, from cautious to bold.
+
+    Attributes:
+        kind: see `kind_of`.
+        exits: `[settings, rows]` int16, the exit of each row. If a rule is fitted to rows, these
+            are the exits of a rule that was fitted to other rows.
+        rules: the settings.
+    """
+
+    kind: str
+    exits: NDArray[np.int16]
+    rules: Sequence[ExitRule]
+
+
+def kind_of(rule: ExitRule) -> str:
+    """The name of a rule, with `PER_EXIT` after it if it has a threshold for each exit.
+
+    A `Budget` with a threshold for exit 0 is a `CASCADE`.
+    """
+    if isinstance(rule, Budget) and rule.exit_0_threshold is not None:
+        return CASCADE
+    fitted = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)
+    return rule.name + PER_EXIT if fitted else rule.name
+
+
+def settings_of(name: str, exits: range, measures: Sequence[Measure] = _MEASURES) -> list[ExitRule]:
+    """Every combination of what a rule takes; any threshold stands for all, which are swept.
+
+    Args:
+        name: of the rule.
+        exits: the numbers of the exits.
+        measures: similarity measures to try.
+    """
+    kind = RULES[name]
+    patience = exits[-1] - 1 if kind is Pabee else min(_MOST_PATIENCE, exits[-1] - 1)
+    values: dict[str, Sequence[Any]] = {
+        "exit": exits,
+        "threshold": (0.0,),
+        "measure": measures,
+        "patience": range(1, patience + 1),
+    }
+    names = [name for name in kind.__struct_fields__ if name in values]
+    combinations = itertools.product(*(values[name] for name in names))
+    return [kind(**dict(zip(names, settings, strict=True))) for settings in combinations]
+
+
+def make_families(costs: StoppingCosts, names: Sequence[str] = ()) -> list[Family]:
+    """All settings of the named rules, or else of `CONTENDERS`; with exit 0, also the cascade.
+
+    Entropy also gets a threshold for each exit, and F-PABEE if it is named.
+    """
+    rows = costs.rows
+    named = [rule for name in names for rule in settings_of(name, rows.exits)]
+    return families_of(costs, named or CONTENDERS, (Entropy, FPabee) if named else (Entropy,))
+
+
+def families_of(
+    costs: StoppingCosts, rules: Sequence[ExitRule], per_exit: tuple[type[ExitRule], ...] = ()
+) -> list[Family]:
+    """The settings of some rules; if there is exit 0, also those of the cascade.
+
+    Args:
+        costs: the rows, and what they cost and lose.
+        rules: the rules; any threshold stands for all.
+        per_exit: rules that also get one threshold for each exit, unless they have patience.
+    """
+    rows, stop, found = costs.rows, StopScores(costs.rows), []
+    with_exit_0 = rows.first_exit == 0
+    for rule in (*rules, Budget(exit=rows.exits[-1])) if with_exit_0 else rules:
+        scores = stop.stop_scores(rule)
+        for settings in _settings(rule, scores, rows):
+            exits = np.stack([stop.exits(setting) for setting in settings])
+            found.append(Family(kind_of(settings[-1]), exits.astype(np.int16), settings))
+        if isinstance(rule, per_exit) and rule.signals_needed == 1:
+            found.append(_per_exit(rule, scores, costs))
+            if with_exit_0:  # also without exit 0
+                never = np.full((1, len(rows)), np.inf)
+                found.append(_per_exit(rule, np.concatenate([never, scores[1:]]), costs))
+    return found
+
+
+def _settings(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[list[ExitRule]]:
+    """Lists of settings of a rule, from cautious to bold, that differ only in their thresholds.
+
+    Args:
+        rule: the rule.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included.
+        rows: the rows.
+    """
+    later = scores[1 - rows.first_exit :]
+    settings = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, later)]
+    yield settings
+    if rows.first_exit == 1:
+        return
+    powers: Sequence[float] = (1.0,)
+    early = np.array(_SHARES)
+    if len(settings) > 1:
+        powers, thresholds = _POWERS, threshold_grid(rule, later, _THRESHOLDS_WITH_EXIT_0)
+        settings = [rule.with_stop_threshold(limit) for limit in thresholds]
+        early = (exits_below(later, thresholds) < rows.exits[-1]).mean(axis=1)
+    for power in powers:
+        limits = np.quantile(scores[0], early**power, method="higher")
+        limits = np.where(early > 0, limits, NEVER)
+        several = settings if len(settings) > 1 else settings * len(limits)
+        yield [with_exit_0(each, limit) for each, limit in zip(several, limits, strict=True)]
+
+
+def deal(rows: int) -> NDArray[np.intp]:
+    """The part of each row, `[rows]` from 0: `PARTS` parts of equal size, dealt at random."""
+    return np.random.default_rng(0).permutation(np.arange(rows) % PARTS)
+
+
+def _per_exit(rule: ExitRule, scores: Array, costs: StoppingCosts) -> Family:
+    """Settings with a threshold for each exit, one for each price of a lost row.
+
+    A single threshold treats a score at exit 2 like the same score at exit 9, although an early
+    exit is less reliable at the same score and saves more. What is varied here is the *price* of a
+    lost row, in seconds: every threshold lies where stopping pays at that price, given what becomes
+    of the row if it goes on. As many thresholds as exits still fit the rows that made them better
+    than other rows, so the exits in each part of the rows are those under the thresholds that the
+    same price gives on the other parts.
+
+    Args:
+        rule: the rule.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included; if exit 0 has infinite
+            ones only, it gets no threshold.
+        costs: the rows, and what they cost and lose.
+    """
+    first, parts = costs.rows.first_exit, deal(len(costs.rows))
+    exits = np.zeros((_PRICES, len(parts)), np.int16)
+    for part in range(PARTS):
+        others, here = parts != part, parts == part
+        limits = fit_thresholds(scores[:, others], costs.costs[:, others], costs.losses[:, others])
+        exits[:, here] = exits_below(scores[:, here], limits, first)
+    limits = fit_thresholds(scores, costs.costs, costs.losses)
+    rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in limits]
+    if first == 0:
+        # A threshold that stops none of these rows could stop others.
+        at_0 = np.where(limits[:, 0] > scores[0].min(), limits[:, 0], NEVER)
+        rules = [with_exit_0(rule, limit) for rule, limit in zip(rules, at_0, strict=True)]
+    return Family(rule.name + PER_EXIT, exits, rules)
+
+
+def fit_thresholds(scores: Array, costs: Array, losses: Array) -> Array:
+    """Thresholds `[prices, exits]`, from high prices to low ones.
+
+    With the thresholds of the later exits known, the best threshold of an exit is found on one
+    sorted list of its rows. Going from the last exit to the first, repeatedly until nothing
+    changes, is coordinate descent on time + price x expected losses. Expected losses instead of
+    observed ones keep it from fitting the luck of a few rows, see `StoppingCosts`.
+
+    Args:
+        scores: `[exits, rows]` stop scores, those of exit 0 included.
+        costs: `[exits, rows]` seconds of a row that stops at an exit.
+        losses: `[exits, rows]` its expected losses.
+    """
+    order = [
+        queue[np.isfinite(row[queue])]
+        for row, queue in zip(scores, np.argsort(scores, axis=1, kind="stable"), strict=True)
+    ]
+    prices = np.geomspace(300.0, 0.3, _PRICES) * costs[-1].mean()
+    return np.stack([_descend(scores, order, costs + price * losses) for price in prices])
+
+
+def _descend(scores: Array, order: Sequence[NDArray[np.intp]], totals: Array) -> Array:
+    """Thresholds `[exits]` that make the sum of `totals` at the exits small.
+
+    Args:
+        scores: `[exits, rows]` stop scores.
+        order: for each exit, the rows with a finite score in the order of their scores.
+        totals: `[exits, rows]` what a row that stops at an exit adds to the sum.
+    """
+    exits, rows = scores.shape
+    never = _below(scores)
+    thresholds = never.copy()
+    stops = np.zeros((exits, rows), np.bool_)
+    stops[-1] = True
+    for _ in range(_ROUNDS):
+        before = thresholds.copy()
+        ahead = totals[-1]  # what a row adds if it goes on
+        gone = np.logical_or.accumulate(stops, axis=0)
+        for number in range(exits - 2, -1, -1):
+            queue = order[number]
+            if number:
+                queue = queue[~gone[number - 1][queue]]
+            thresholds[number] = never[number]
+            if len(queue):
+                sums = np.cumsum((totals[number] - ahead)[queue])
+                best = int(sums.argmin())
+                if sums[best] < 0:
+                    thresholds[number] = _between(scores[number][queue], best)
+            stops[number] = scores[number] < thresholds[number]
+            ahead = np.where(stops[number], totals[number], ahead)
+        if np.array_equal(before, thresholds):
+            break
+    thresholds[-1] = thresholds[-2] if exits > 1 else 0.0
+    return thresholds
+
+
+def _below(scores: Array) -> Array:
+    """A threshold for each exit that stops no row: below its lowest finite score."""
+    lowest = np.where(np.isfinite(scores), scores, np.inf).min(axis=1)
+    return np.where(np.isfinite(lowest), np.minimum(lowest, 0.0) - 1e-3, 0.0)
+
+
+def _between(ascending: Array, last: int) -> float:
+    """A threshold between a score and the next one."""
+    here = float(ascending[last])
+    there = float(ascending[last + 1]) if last + 1 < len(ascending) else here + 1e-3
+    return (here + there) / 2
+
+
+def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:
+    """Thresholds of stop scores to try, ascending; the first stops no row early.
+
+    Args:
+        rule: the rule.
+        scores: `[exits, rows]` its stop scores from exit 1 on.
+        count: how many thresholds, at most.
+    """
+    finite = scores[:-1][np.isfinite(scores[:-1])]
+    if not isinstance(rule, ThresholdRule) or not finite.size:
+        return [0.5]
+    lowest, highest = finite.min(), finite.max()
+    margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
+    inner = map(rounded, np.quantile(finite, np.linspace(0, 1, count - 2)))
+    return sorted({float(lowest - margin), *inner, float(highest + margin)})
+
+
+def exits_below(
+    scores: Array, thresholds: Sequence[float] | Array, first_exit: int = 1
+) -> NDArray[np.int16]:
+    """Where rows stop: at the first exit with a stop score below the threshold.
+
+    Args:
+        scores: `[exits, rows]` stop scores.
+        thresholds: `[settings]`, or `[settings, exits]` with one threshold for each exit.
+        first_exit: the exit of the first scores.
+
+    Returns:
+        `[settings, rows]` the exit of each row.
+    """
+    limits = np.asarray(thresholds, np.float64)
+    limits = np.broadcast_to(limits.reshape(len(limits), -1), (len(limits), len(scores)))
+    last = len(scores) - 1
+    exits = np.full((len(limits), scores.shape[1]), first_exit + last, np.int16)
+    for place in range(last - 1, -1, -1):
+        stops = scores[place] < limits[:, place, None]
+        exits[stops] = first_exit + place
+    return exits
+
+
+class StopScores:
+    """Stop scores on some rows; scores that several rules share are computed once.
+
+    Args:
+        rows: the rows.
+    """
+
+    def __init__(self, rows: LabelledLogits) -> None:
+        self._rows = rows
+        self._known: dict[ExitRule, Array] = {}
+        self._exit_0 = Outputs(rows.logits[0], rows.problem_type, rows.label_thresholds)
+
+    def scores_of(self, rule: ExitRule) -> Array:
+        """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
+        if rule not in self._known:
+            rows = self._rows
+            thresholds, first = rows.label_thresholds, rows.first_exit
+            result = simulate(rows.logits, rule, rows.problem_type, thresholds, first)
+            self._known[rule] = result.scores
+        return self._known[rule]
+
+    def stop_scores(self, rule: ExitRule) -> Array:
+        """The stop scores `[exits, rows]` of a rule, those of exit 0 included."""
+        first = self._rows.first_exit
+        scores = rule.stop_scores(lambda other: self.scores_of(other)[1 - first :])
+        if first == 1:
+            return scores
+        exit_0 = np.where(rule.ends_at_exit_0, -np.inf, rule.uncertainty(self._exit_0))
+        return np.stack([np.where(rule.min_exit > 0, np.inf, exit_0), *scores])
+
+    def exits(self, rule: ExitRule) -> Integers:
+        """The exits `[rows]` of a rule; the same as those of `simulate`."""
+        scores, first = self.stop_scores(rule), self._rows.first_exit
+        limits = np.broadcast_to(rule.stop_thresholds, len(scores) - (1 - first))
+        if first == 0:
+            threshold = rule.exit_0_threshold
+            limits = np.array([NEVER if threshold is None else 1 - threshold, *limits])
+        return np.asarray(exits_below(scores, limits[None], first)[0], np.int64)
+
+
+def with_exit_0(rule: ExitRule, limit: float) -> ExitRule:
+    """A rule with a limit of the stop scores of exit 0, rounded; or without one: `NEVER`."""
+    return replace(rule, exit_0_threshold=None if limit < 0 else 1 - rounded(limit))
+
+
+def threshold_for_depth(
+    logits: NDArray[np.floating[Any]],
+    rule: ExitRule,
+    problem_type: ProblemType,
+    exit_layers: Sequence[int],
+    depth: float,
+    label_thresholds: Sequence[float] = (),
+    first_exit: int = 1,
+) -> ExitRule:
+    """The rule with the threshold whose mean depth is closest to a given depth.
+
+    About 200 thresholds are tried, at quantiles of the rule's scores.
+
+    Args:
+        logits: `[exits, rows, labels]` at full depth, of any floating-point type, such as
+            `Trace.logits`.
+        rule: the rule; its threshold is replaced by one for all exits.
+        problem_type: the type of the task.
+        exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
+        depth: the wanted mean depth in layers; every row counts the same, whatever its length.
+        label_thresholds: for multi-label tasks, see `Task.label_thresholds`; empty means 0.5.
+        first_exit: the exit of the first logits, see `Trace.first_exit`.
+
+    Raises:
+        RuleError: the rule has no threshold.
+
+    Example:
+        ```python
+        from fpabee.calibration import threshold_for_depth
+        from fpabee.runtime import Engine, FPabee
+
+        with Engine.load("engines/") as engine:
+            trace = engine.trace(["turn on the lights", "play jazz", "is it going to rain"])
+            task, layers = engine.manifest.task, engine.manifest.exit_layers
+            half = layers[-1] / 2
+            rule = FPabee(threshold=0.0)
+            rule = threshold_for_depth(
+                trace.logits, rule, task.problem_type, layers, half, first_exit=trace.first_exit
+            )
+            engine.predict(["play jazz"], rule=rule)
+        ```
+    """
+    if not isinstance(rule, ThresholdRule):
+        raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
+    lengths = np.ones(logits.shape[1], np.intp)
+    rows = LabelledLogits(
+        logits.astype(np.float32),
+        lengths,
+        None,
+        problem_type,
+        tuple(label_thresholds),
+        first_exit,
+    )
+    stop = StopScores(rows)
+    scores = stop.stop_scores(rule.with_stop_threshold(0.0))[1 - first_exit :]
+    rules = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, scores, count=200)]
+    layers = np.asarray(exit_layers, np.float64)
+    depths = [layers[rows.at(stop.exits(each))[0]].mean() for each in rules]
+    return rules[int(np.abs(np.array(depths) - depth).argmin())]
+
+
+def exits_of(rule: ExitRule, rows: LabelledLogits) -> Integers:
+    """The exits `[rows]` of a rule, the same as in a live run with these logits."""
+    thresholds, first = rows.label_thresholds, rows.first_exit
+    return simulate(rows.logits, rule, rows.problem_type, thresholds, first).exits

@@ -1,0 +1,285 @@
+"""Guarantees: tests that hold their level, in one fixed sequence, on rows in any order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fpabee.calibration import Bound, LabelledLogits, guarantee
+from fpabee.calibration.costs import observed_losses
+from fpabee.calibration.guarantee import (
+    Certified,
+    certify,
+    decision_thresholds,
+    p_value,
+    rows_needed,
+    sequence,
+    shuffled,
+)
+from fpabee.calibration.scoring import Scorer
+from fpabee.calibration.search import StopScores, exits_of
+from fpabee.runtime import Budget, Confidence, Entropy, ProblemType, simulate
+from fpabee.runtime.artifact.manifest import Task
+
+from .conftest import make_rows, two_exits, with_costs
+
+BOUND = Bound(drop=0.04)
+LABELS = ("a", "b", "c")
+
+
+def certified(rows: LabelledLogits, bound: Bound = BOUND, metric: str = "accuracy") -> Certified:
+    return certify(with_costs(rows, metric), bound, LABELS)
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("samples", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_guarantee_holds_in_95_percent_however_the_rows_are_sorted(
+    is_sorted: bool, samples: int
+) -> None:
+    """Rows of the first label win and others lose, so in a sorted file all losses come last.
+
+    Without shuffling, 38 of 40 guarantees would be broken.
+    """
+    everyone = make_rows(count=20_000, seed=9)
+    assert everyone.expected is not None
+    everyone.logits[..., 0] += np.linspace(2.0, -2.0, everyone.exits[-1])[:, None]
+    stop, each = StopScores(everyone), observed_losses(Scorer(everyone, "accuracy"))
+    generator = np.random.default_rng(0)
+    broken, faster = 0, 0
+    for _ in range(samples):
+        drawn = generator.integers(0, len(everyone), 800)
+        rows = everyone.take(drawn[np.argsort(everyone.expected[drawn])] if is_sorted else drawn)
+        rule = certified(rows).rule
+        if rule is None or rule == Budget(exit=6):
+            continue
+        faster += 1
+        broken += each[everyone.at(stop.exits(rule))].mean() > 0.04
+    assert faster > 0.8 * samples
+    assert broken <= 0.05 * samples + 2 * (0.05 * 0.95 * samples) ** 0.5
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.02, 0.0), (0.052, 0.002), (0.05, 0.03), (0.3, 0.28)])
+def test_a_setting_at_the_bound_passes_in_at_most_5_percent(lost: float, won: float) -> None:
+    """With 5.2 % lost and 0.2 % won, bets that knew their own row would pass in 12 %."""
+    draws = np.random.default_rng(2).random((2000, 800))
+    samples = (draws < lost).astype(float) - (draws > 1 - won)
+    passed = [p_value(sample, lost - won, 0.05) <= 0.05 for sample in samples]
+    assert np.mean(passed) <= 0.05
+
+
+@pytest.mark.parametrize("count", [0, 2, 40])
+def test_the_binomial_tail_is_exact(count: int) -> None:
+    sample = (np.arange(872) < count).astype(float)
+    terms = {
+        0: 0.99**872,
+        2: 0.99**872 + 872 * 0.01 * 0.99**871 + 872 * 871 / 2 * 0.0001 * 0.99**870,
+        40: 1.0,
+    }
+    assert p_value(sample, 0.01, 0.05) == pytest.approx(terms[count])
+
+
+@pytest.mark.parametrize("metric", ["agreement", "accuracy", "macro_f1", "matthews"])
+def test_rows_without_a_loss_pass_only_if_they_are_enough(metric: str) -> None:
+    """No event in n rows shows that there are at most 3.0/n, which is exact; not less."""
+    bound = Bound(flips=0.01) if metric == "agreement" else Bound(drop=0.01)
+    for count in (298, 299):
+        found = certified(two_exits(np.zeros(count, bool)), bound, metric)
+        assert (found.rule is not None) is (count == 299)
+        assert ("in 298 texts" in found.failed) is (count == 298)
+
+
+@pytest.mark.parametrize(
+    ("share", "level", "expected"),
+    # The table of the docs: without a loss, and for a chance of 80 % at half of the bound.
+    [
+        (0.01, 0.05, (299, 1960)),
+        (0.02, 0.05, (149, 980)),
+        (0.005, 0.05, (598, 3900)),
+        (0.005, 0.025, (736, 4960)),
+    ],
+)
+def test_the_rows_that_are_needed(share: float, level: float, expected: tuple[int, int]) -> None:
+    assert rows_needed(share, level) == expected
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "matthews"])
+def test_the_drop_of_an_f1_passes_two_tests(metric: str) -> None:
+    """Few right answers are lost, but those of a rare label are a large part of the metric."""
+    truth = (np.arange(3000) < 60).astype(np.int64)
+    rows = two_exits(np.arange(3000) < 20, truth)
+    early = {
+        name: certified(rows, Bound(drop=share), name).rule != Budget(exit=2)
+        for name, share in (("accuracy", 0.02), (metric, 0.02))
+    }
+    assert early == {"accuracy": True, metric: False}
+    assert certified(rows, Bound(drop=0.4), metric).rule != Budget(exit=2)
+
+
+def test_the_sequence_is_fixed_starts_at_full_depth_and_becomes_bolder() -> None:
+    rows = make_rows()
+    for rule in ("confidence", "entropy"):
+        settings = list(sequence(rows, rule, False))
+        assert settings == list(sequence(make_rows(seed=1), rule, False))
+        assert settings[0] == Budget(exit=6)
+        assert {each.name for each in settings[1:]} == {rule}
+        assert len(set(settings)) == (221 if rule == "confidence" else 161)
+        depths = [exits_of(each, rows).mean() for each in settings]
+        assert depths == sorted(depths, reverse=True)
+        assert (depths[1] > 5.7, depths[-1] < 1.1) == (True, True)
+    doubts = [each.stop_thresholds for each in sequence(rows, "confidence", False)][1:]
+    assert (doubts[0], doubts[60], doubts[-1]) == pytest.approx((1e-10, 1e-4, 0.95), rel=1e-5)
+
+
+def test_testing_ends_at_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, settings = make_rows(), list(sequence(make_rows(), "confidence", False))
+    for count in (0, 1, 100):
+        answers = iter([True] * count + [False, True])
+        monkeypatch.setattr(guarantee._Test, "passes", lambda *_, answers=answers: next(answers))
+        assert certified(rows).rule == (settings[count - 1] if count else None)
+        assert list(answers) == [True]
+
+
+def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
+    """Of 2,000 texts, 200 are flagged; the first exit misses some and flags some others."""
+    flagged = np.arange(2000) < 200
+    wrong = (np.arange(2000) % 200 == 0) | (np.arange(2000) % 400 == 201)
+    rows = two_exits(wrong, flagged.astype(np.int64))
+    thresholds = {"b": 0.5}
+    rows = replace(rows, decision_thresholds=(1.0, 0.5))
+
+    def early(**shares: float) -> tuple[bool, str]:
+        found = certify(with_costs(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
+        return found.rule not in (None, Budget(exit=2)), found.failed
+
+    assert early(flips=0.02) == early(missed=0.05) == early(false_alarms=0.02) == (True, "")
+    assert early(flips=0.02, missed=0.05, false_alarms=0.02) == (True, "")
+    assert early(missed=0.005) == (False, "full depth has 0 missed in 200 texts")
+    assert early(flips=0.005) == (False, "the next setting has 15 flips in 2000 texts")
+    assert early(flips=0.02, missed=0.015, false_alarms=0.02)[0] is False
+    found = certify(
+        with_costs(rows, "agreement"), Bound(missed=0.05, flips=0.02, thresholds=thresholds), "ab"
+    )
+    assert found.certificate is not None
+    assert [(each.of, each.label, each.rows) for each in found.certificate.promises] == [
+        ("flips", None, 2000),
+        ("missed", "b", 200),
+    ]
+    assert found.certificate.thresholds == thresholds
+
+
+def test_texts_near_a_threshold_are_not_certain() -> None:
+    """The answer is certain, but not whether 72 % are above 70 %: early exits flip every second."""
+    generator = np.random.default_rng(0)
+    logit = np.log(0.72 / 0.28) + generator.normal(scale=0.4, size=(3, 4000))
+    logit[:, ::2] = 9.0
+    logits = np.stack([np.zeros_like(logit), logit], axis=-1).astype(np.float32)
+    rows = LabelledLogits(logits, np.full(4000, 9, np.intp), None, ProblemType.SINGLE_LABEL)
+    rows = replace(rows, decision_thresholds=(1.0, 0.7))
+    found = certify(with_costs(rows, "agreement"), Bound(flips=0.02, thresholds={"b": 0.7}), "ab")
+    assert isinstance(found.rule, Confidence)
+    assert found.rule.decision_thresholds == (1.0, 0.7)
+    exits = exits_of(found.rule, rows)
+    assert (exits[::2] == 1).all()
+    assert (exits[1::2] == 3).mean() > 0.8
+    # Both ways to apply a rule agree.
+    np.testing.assert_array_equal(StopScores(rows).exits(found.rule), exits)
+    every, reference = rows.decisions()
+    assert (every[exits - 1, np.arange(4000)] != reference).any(axis=-1).mean() < 0.02
+
+
+def test_what_decides() -> None:
+    task: dict[str, Any] = {"labels": LABELS}
+    single = Task(problem_type=ProblemType.SINGLE_LABEL, **task)
+    assert decision_thresholds(single, {}) == ()
+    assert decision_thresholds(single, {"b": 0.7}) == (1.0, 0.7, 1.0)
+    multi = Task(problem_type=ProblemType.MULTI_LABEL, label_thresholds=(0.4, 0.5, 0.6), **task)
+    assert decision_thresholds(multi, {"b": 0.7}) == (0.4, 0.7, 0.6)
+    assert decision_thresholds(replaced(multi, ()), {}) == ()
+    rows = make_rows(problem_type=ProblemType.MULTI_LABEL)
+    answers = rows.answers()
+    for thresholds in ((), (0.5,) * 3):
+        every, reference = replace(rows, decision_thresholds=thresholds).decisions()
+        np.testing.assert_array_equal(every, answers)
+        np.testing.assert_array_equal(reference, answers[-1])
+
+
+def replaced(task: Task, thresholds: tuple[float, ...]) -> Task:
+    return Task(labels=task.labels, problem_type=task.problem_type, label_thresholds=thresholds)
+
+
+def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
+    """The target itself differs in 12 of 2,000 texts, which count although its exits agree."""
+    rows = two_exits(np.zeros(2000, bool))
+    reference = rows.logits[-1].copy()
+    reference[:12] = reference[:12, ::-1]
+    rows = replace(rows, reference=reference)
+    assert Scorer(rows, "agreement").full_depth == pytest.approx(1 - 12 / 2000)
+    assert certified(rows, Bound(flips=0.02), "agreement").rule not in (None, Budget(exit=2))
+    found = certified(rows, Bound(flips=0.005), "agreement")
+    assert (found.rule, found.certificate) == (None, None)
+    assert found.failed == "full depth has 12 flips in 2000 texts"
+    part = rows.take(np.arange(6))
+    assert part.reference is not None
+    assert certified(rows.take(np.arange(6, 2000)), Bound(flips=0.02), "agreement").rule
+
+
+def test_the_order_of_the_bets_depends_on_the_rows_only() -> None:
+    rows = make_rows(count=300)
+    order = np.random.default_rng(0).permutation(300)
+    first, again = rows.take(shuffled(rows)), rows.take(order).take(shuffled(rows.take(order)))
+    np.testing.assert_array_equal(first.logits, again.logits)
+    other = shuffled(rows.take(np.arange(1, 300)))
+    assert sorted(other) == list(range(299))
+    assert (np.diff(other) < 0).any()
+    assert ((other + 1)[:200] != shuffled(rows)[shuffled(rows) > 0][:200]).any()
+
+
+@pytest.mark.parametrize("useful", [False, True])
+def test_exit_0_is_a_second_sequence_at_half_of_the_level(
+    useful: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(count=3000)
+    exit_0 = rows.logits[5] if useful else np.random.default_rng(1).normal(size=(3000, 3))
+    logits = np.concatenate([exit_0[None], rows.logits]).astype(np.float32)
+    rows = replace(rows, logits=logits, first_exit=0)
+    levels, passes = set(), guarantee._Test.passes
+
+    def watched(self: Any, exits: Any, level: float) -> bool:
+        levels.add(round(level, 9))
+        return passes(self, exits, level)
+
+    monkeypatch.setattr(guarantee._Test, "passes", watched)
+    rule = certified(rows).rule
+    assert isinstance(rule, Confidence)
+    assert isinstance(rule.threshold, float)
+    assert levels == {0.025}
+    assert (rule.exit_0_threshold is not None) is useful
+    if rule.exit_0_threshold is not None:
+        quarter = (1 - rule.threshold) / 4
+        assert 1 - rule.exit_0_threshold == pytest.approx(quarter, rel=1e-3)
+        exits = simulate(rows.logits, rule, rows.problem_type, first_exit=0).exits
+        np.testing.assert_array_equal(StopScores(rows).exits(rule), exits)
+        assert (exits == 0).any()
+
+
+def test_entropy_has_a_list_of_its_own() -> None:
+    found = certify(with_costs(make_rows(count=2000)), BOUND, LABELS, "entropy")
+    assert isinstance(found.rule, Entropy)
+    assert found.certificate is not None
+    (promise,) = found.certificate.promises
+    assert (promise.of, promise.at_most, promise.rows) == ("drop", 4.0, 2000)
+    assert exits_of(found.rule, make_rows()).mean() < 5
+
+
+def test_a_setting_that_stops_no_row_is_tested_too() -> None:
+    """Bolder settings gain so much that few rows would confirm them, but the order is fixed."""
+    rows = make_rows(count=100, seed=3)
+    assert rows.expected is not None
+    rows.logits[-1] = -rows.logits[-1]
+    rows.logits[:-1] = np.eye(3)[rows.expected] * 9
+    gains = observed_losses(Scorer(rows, "accuracy"))[0]
+    assert p_value(gains, 0.01, 0.05) < 0.05
+    assert certified(rows, Bound(drop=0.01)).failed == "full depth has 0 drop in 100 texts"
