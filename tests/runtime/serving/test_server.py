@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,9 @@ class Server:
 def server(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Server]:
     with Engine.load(engines[request.param]) as engine:
         server = Server(engine)
+        validate(server.schema)
         yield server
         server.scheduler.close()
-
-
-def test_the_schema_is_valid(server: Server) -> None:
-    validate(server.schema)
 
 
 @pytest.mark.parametrize("sent", ["play music", ["rain"], ["rain", ["a text", "a pair"], ""], []])
@@ -101,6 +97,13 @@ def test_predict(server: Server, sent: Any, shape: int | None) -> None:
         assert {pair["label"] for pair in answer} == set(server.engine.labels)
         scores = [pair["score"] for pair in answer]
         assert scores == sorted(scores, reverse=True)
+    if sent == "rain":
+        (expected,) = server.engine.predict(["rain"])
+        raw = server.post("/predict", {"inputs": sent, "raw_scores": True})
+        logits = dict(zip(server.engine.labels, expected.logits, strict=True))
+        found = [(pair["label"], pair["score"]) for pair in server.check("/predict", raw)]
+        assert [name for name, _ in found] == [n for n, _ in expected.top(server.engine.labels)]
+        assert found == [(name, pytest.approx(logits[name], abs=1e-5)) for name, _ in found]
 
 
 def test_what_fpabee_adds(server: Server) -> None:
@@ -124,16 +127,6 @@ def test_tokenization_is_part_of_the_deadline(
     monkeypatch.setattr(server.engine, "encode", slowly)
     (late,) = server.post("/classify", {"input": "rain", "deadline_ms": 100}).json()["data"]
     assert (late["exit"], late["deadline_missed"]) == (1, True)
-
-
-def test_raw_scores(server: Server) -> None:
-    (expected,) = server.engine.predict(["rain"])
-    raw = server.check("/predict", server.post("/predict", {"inputs": "rain", "raw_scores": True}))
-    ranked = [name for name, _ in expected.top(server.engine.labels)]
-    assert [pair["label"] for pair in raw] == ranked
-    for pair in raw:
-        logit = expected.logits[server.engine.labels.index(pair["label"])]
-        assert pair["score"] == pytest.approx(logit, abs=1e-5)
 
 
 @pytest.mark.parametrize("path", ["/classify", "/predict"])
@@ -167,49 +160,23 @@ def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataO
         assert response.json()["error_type"] in ("InputError", "RuleError")
 
 
-@pytest.mark.parametrize("max_body", [5000, 2**25])
-def test_a_million_texts(engines: Mapping[str, Path], max_body: int) -> None:
-    limits = ServerLimits(max_body=max_body)
-    with Engine.load(engines["bert"]) as engine:
-        server = Server(engine, limits=limits)
-        body = b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'
-        response = server.post("/classify", body)
-        assert response.status_code == 413
-        says = "more than 5000 bytes" if max_body == 5000 else "1000000 texts, expected at most 256"
-        assert says in server.check("/classify", response)["error"]
-        assert server.post("/classify", {"input": "a"}).status_code == 200
-        server.scheduler.close()
-
-
 @pytest.mark.parametrize(
     ("status", "says", "content"),
     [
         (400, "truncated", b""),
-        (400, "truncated", b"{"),
         (400, "malformed", b"{input: 5}"),
         (400, "utf-8", b'{"input": "\xff"}'),
         (400, "", b'{"input": "\\ud800"}'),
-        (400, "malformed", b'{"input": "a", "deadline_ms": NaN}'),
-        (400, "", b'{"input": ' + b"[" * 4000),
         (400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
         (400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
-        (400, "`input`", {}),
-        (400, "$.input", {"input": 5}),
-        (400, "$.input", {"input": None}),
         (400, "$.input[0]", {"input": [None]}),
         (400, "length 2", {"input": [["a", "b", "c"]]}),
-        (400, "object", [1]),
-        (400, "deadline_ms", {"input": "a", "deadline_ms": "5"}),
-        (400, "max_exit", {"input": "a", "max_exit": 1.5}),
         (400, "exit", {"input": "a", "max_exit": 99}),
-        (400, "exit", {"input": "a", "max_exit": -1}),
         (400, "max_exit", {"input": "a", "max_exit": 10**30}),
-        (400, "max_exit", {"input": "a", "max_exit": True}),
         (400, "range", b'{"input": "a", "deadline_ms": 1e999}'),
-        (400, "malformed", b'\xef\xbb\xbf{"input": "a"}'),
         (400, "", '{"input": "a"}'.encode("utf-16")),
         (413, "5 texts, expected at most 4", {"input": ["a"] * 5}),
-        (413, "more than 5000 bytes", {"input": "a" * 6000}),
+        (413, "more than 5000 bytes", b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'),
     ],
 )
 def test_bad_requests(server: Server, status: int, says: str, content: Any) -> None:
@@ -334,9 +301,3 @@ def test_metrics_info_health_and_page(
         assert page.headers["Content-Type"].startswith("text/html")
         assert "<form" in page.text
         server.scheduler.close()
-
-
-def test_many_clients(server: Server) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda _: server.post("/classify", {"input": "rain"}), range(40))
-        assert [answer.status_code for answer in found] == [200] * 40

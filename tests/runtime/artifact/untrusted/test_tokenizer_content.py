@@ -195,7 +195,6 @@ REFUSED: dict[str, tuple[Part, str]] = {
         {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
         "pieces of no characters",
     ),
-    "prepended": ({"normalizer": {"type": "Prepend", "prepend": "a" * 199}}, "up to 200 bytes"),
     "by table": ({"normalizer": precompiled({b"a": b"a" * 199})}, "up to 199 bytes"),
     "under another name": (
         {"pre_tokenizer": {"normalizers": [], **sequence(*[BYTES] * 5, name="pretokenizers")}},
@@ -232,22 +231,18 @@ def test_a_tokenizer_that_grows_texts_or_is_damaged_is_refused(name: str, tmp_pa
 )
 def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -> None:
     """The library panics on many texts; with nothing in its place, nothing is inserted."""
-    for content in ("", "b"):
-        path = written(tmp_path, normalizer=replace(pattern, content, "Regex"))
-        if content:
-            with pytest.raises(ValueError, match="replaces the empty match of"):
-                check_tokenizer(path)
-            continue
-        check_tokenizer(path)
-        normalizer: Any = Tokenizer.from_file(str(path)).normalizer
-        normalizer.normalize_str("a b")
+    path = written(tmp_path, normalizer=replace(pattern, "", "Regex"))
+    check_tokenizer(path)
+    normalizer: Any = Tokenizer.from_file(str(path)).normalizer
+    normalizer.normalize_str("a b")
+    with pytest.raises(ValueError, match="replaces the empty match of"):
+        check_tokenizer(written(tmp_path, normalizer=replace(pattern, "b", "Regex")))
 
 
 @pytest.mark.parametrize("pattern", ["a+", " {2,}", r"\s+", "(?:ab)", r"(?<!\n)\n", "[a-z]b*"])
 def test_other_patterns_are_replaced(pattern: str, tmp_path: Path) -> None:
     for kind in ("Regex", "String"):
         check_tokenizer(written(tmp_path, normalizer=replace(f"{pattern}|b", "c", kind)))
-    check_tokenizer(written(tmp_path, normalizer=replace("|", "b")))
 
 
 def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
@@ -267,35 +262,30 @@ def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
 BPE = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "continuing_subword_prefix": "##"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, ""),
-        ({"merges": ["a ##b"]}, ""),
-        ({"continuing_subword_prefix": "a##"}, "lacks what 'a' and '##b' make"),
+def test_merges_of_which_the_library_panics_are_refused(tmp_path: Path) -> None:
+    good: list[Part] = [{}, {"merges": ["a ##b"]}]
+    bad: list[tuple[Part, str]] = [
         ({"continuing_subword_prefix": None}, "lacks what 'a' and '##b' make"),
         ({"merges": [["ab", "##b"]]}, "lacks what 'ab' and '##b' make"),
         ({"merges": ["a"]}, "unpack"),
-    ],
-)
-def test_merges_of_which_the_library_panics_are_refused(
-    changes: Part, message: str, tmp_path: Path
-) -> None:
-    path = written(tmp_path, model={"merges": [["a", "##b"]], **BPE, **changes})
-    if message:
+    ]
+
+    def model(changes: Part) -> Path:
+        return written(tmp_path, model={"merges": [["a", "##b"]], **BPE, **changes})
+
+    for changes in good:
+        check_tokenizer(model(changes))
+        Tokenizer.from_file(str(model(changes)))
+    for changes, message in bad:
         with pytest.raises(ValueError, match=message):
-            check_tokenizer(path)
-        return
-    check_tokenizer(path)
-    Tokenizer.from_file(str(path))
+            check_tokenizer(model(changes))
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     """The library ignores both types and guesses that it is a Replace."""
     path = written(tmp_path, normalizer=A_THOUSAND)
     text = path.read_text().replace('"type": "Replace"', '"type": "NFC", "type": "Replace"')
-    normalizer = Tokenizer.from_str(text).normalizer
-    assert normalizer is not None
+    normalizer: Any = Tokenizer.from_str(text).normalizer
     assert len(normalizer.normalize_str("a")) == 1000
     path.write_text(text)
     with pytest.raises(ValueError, match="the same name twice"):
