@@ -41,20 +41,6 @@ def test_options_in_commands_exist(page: Path) -> None:
             assert _options(words[1:]) <= known, command
 
 
-@pytest.mark.parametrize("page", ["gpus", "jetson"])
-def test_targets_of_gpus_are_calibrated_before_they_run(page: str) -> None:
-    """Operating points belong to a target, and the default rule saves little."""
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    calibrate, run = (
-        re.search(rf"^    fpabee-{name} .*--target (\S+)", text, re.MULTILINE)
-        for name in ("calibrate", "run")
-    )
-    assert calibrate
-    assert run
-    assert calibrate[1] == run[1]
-    assert calibrate.start() < run.start()
-
-
 def test_options_in_prose_exist() -> None:
     known = {o for name in COMMANDS for p in _command(name).params for o in p.opts}
     ours = known | {"--help", "--all", "--json", "--system-site-packages", "--strict", "--no-deps"}

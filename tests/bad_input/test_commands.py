@@ -146,6 +146,8 @@ PACKAGES = [
     Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
     Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
     Case("no accelerate", without("accelerate", training), "accelerate", "'fpabee[train]'"),
+    Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
+         "uvicorn", "'fpabee[serve]'"),
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),
          "matplotlib", "'fpabee[plot]'"),
     Case("no TensorRT", without("tensorrt", command("from", "--backend", "tensorrt")),

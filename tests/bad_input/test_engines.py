@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_a_tokenizer_on_which_the_library_panics(
     ]
     for number, change in enumerate(changes):
         path = Path(shutil.copytree(place.shared["bert"], place.root / str(number)))
-        corrected(TOKENIZER_NAME, lambda file, how=change: change_json(file, how))(path)
+        corrected(TOKENIZER_NAME, partial(change_json, change=change))(path)
         capfd.readouterr()
         with pytest.raises(ArtifactError, match=TOKENIZER_NAME):
             TextEncoder(path, read_manifest(path).tokenizer).encode(["rain"])

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import Engine
 from fpabee.runtime.backends import cuda
 from fpabee.runtime.machine import CudaDevice
 
 from ..doubles.device import GPU, Double, install, set_gpu
-from .cases import Arguments, Case, Make, Place, check, each, execute
+from .cases import Arguments, Case, Make, Place, check, each
 
 
 def on_gpu(
@@ -86,24 +85,3 @@ def test_what_does_not_fit_a_gpu(
     case: Case, place: Place, capfd: pytest.CaptureFixture[str]
 ) -> None:
     check(case, place, capfd)
-
-
-def test_more_texts_than_the_largest_shape_are_split(
-    place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    make = on_gpu(text="rain\n" * 19 + "rain", batch=(1, 2, 4), sequence=(1, 8, 16))
-    outcome = execute(make(place), place, capfd)
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.count("\n") == 20
-
-
-def test_plans_that_were_made_before_single_rows_had_profiles_run(place: Place) -> None:
-    """Such a target has one profile and no list of shapes to pad to."""
-    double = install(place.patch, place.engines())
-    target = Engine.load(double.folder).manifest.targets[double.target]
-    assert (len(target.profiles), target.batch_sizes) == (1, ())
-    with double.load() as engine, Engine.load(double.folder) as usual:
-        for texts in (["rain"], ["rain", "turn the lights on"]):
-            expected = [prediction.labels for prediction in usual.predict(texts)]
-            assert [prediction.labels for prediction in engine.predict(texts)] == expected
-    assert double.cuda.memory_of == {}

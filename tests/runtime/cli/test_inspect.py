@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime import Budget
-from fpabee.runtime.artifact.folder import damage, read_manifest, write_manifest
+from fpabee.runtime.artifact.folder import damage, read_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.cli.inspect import main
@@ -54,25 +54,6 @@ def test_a_folder_is_described(
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
     assert "exit layers: 0, 1, 2, 3" in shown
-
-
-NASTY = "\x1b]0;title\x07\x1b[2J\u202e[red]"
-
-
-def test_names_from_files_are_escaped(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, **{NASTY: Budget(exit=1)})
-    manifest = read_manifest(folder)
-    task = msgspec.structs.replace(manifest.task, labels=(NASTY, *manifest.task.labels[1:]))
-    changed = msgspec.structs.replace(manifest, task=task)
-    write_manifest(folder, changed)
-    shown = run(folder).stdout
-    assert "\\x1b]0;title\\x07\\x1b[2J\\u202e[red]" in shown
-    assert shown.replace("\n", "").isprintable()
-    content = json.loads(run(folder, "--json").stdout)
-    assert content["labels"][0] == NASTY
 
 
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:

@@ -66,26 +66,6 @@ def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path
     assert "calibrated" not in result.err
 
 
-def test_pairs_and_other_fields_pass_through(run: Run, bert: Path, tmp_path: Path) -> None:
-    source = write_lines(
-        tmp_path / "in.jsonl",
-        {"text": "the film", "text_pair": "a bad plot", "id": "ü7", "extra": {"a": [1, None]}},
-        {"text": "the film", "id": 10**30, "label": "music"},
-    )
-    plain, with_text = run(bert, source), run(bert, source, "--with-text")
-    with Engine.load(bert) as engine:
-        pair, single = engine.predict([("the film", "a bad plot"), "the film"])
-    first, second = plain.records
-    assert (first["id"], first["extra"], second["id"]) == ("ü7", {"a": [1, None]}, 10**30)
-    assert "ü7" in plain.out
-    assert first["score"] == pytest.approx(pair.scores[0], abs=1e-5)
-    assert second["score"] == pytest.approx(single.scores[0], abs=1e-5)
-    assert second["label"] == single.labels[0]
-    assert not {"text", "text_pair", "labels"} & (first.keys() | second.keys())
-    assert [r["text"] for r in with_text.records] == ["the film", "the film"]
-    assert [r.get("text_pair") for r in with_text.records] == ["a bad plot", None]
-
-
 def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     from_file = run(bert, source, "--quiet")
     as_text = run(bert, "-", "--quiet", stdin=source.read_bytes())

@@ -65,13 +65,6 @@ def test_labels(tmp_path: Path) -> None:
         assert [row.labels for row in rows] == expected
 
 
-def test_kinds_of_strings(tmp_path: Path) -> None:
-    texts = pyarrow.array(["a", "b"])
-    kinds = (texts.cast(kind) for kind in ("large_string", "string_view"))
-    for encoded in (*kinds, texts.dictionary_encode()):
-        assert [row.text for row in read(tmp_path / "in.parquet", {"text": encoded})] == ["a", "b"]
-
-
 def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
     day = datetime.date(2024, 2, 29)
     fields = {

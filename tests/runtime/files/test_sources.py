@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -158,19 +156,3 @@ def test_inputs_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert rows[2].where == f"{b}, line 1"
     with pytest.raises(InputError, match=r"empty\.txt has no rows.* 1 other"):
         list(Inputs([empty, header]))
-
-
-def test_all_inputs_are_looked_for_before_the_first_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(InputError, match=r"nowhere\.txt does not exist"):
-        Inputs([tmp_path / "a.txt", tmp_path / "nowhere.txt"])
-
-
-def test_a_pipe_is_read(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe.csv"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_text("text\none\n"))
-    inputs = Inputs([pipe])
-    writer.start()
-    assert texts(inputs) == ["one"]
-    writer.join()

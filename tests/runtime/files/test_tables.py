@@ -55,19 +55,6 @@ def test_columns_and_lines(tmp_path: Path) -> None:
     assert rows[1].where == f"{tmp_path / 'in.csv'}, line 5"
 
 
-def test_columns_by_name(tmp_path: Path) -> None:
-    options = ReadOptions(text_column="premise", text_pair_column="hypothesis", label_column="gold")
-    content = b"gold,premise,hypothesis,text,label\nno,a,b,c,d\n"
-    assert read(tmp_path / "in.csv", content, options) == [
-        Row("a", "b", ("no",), {"text": "c", "label": "d"})
-    ]
-    lines = b'{"gold": ["x", "y"], "premise": "a", "text": "c"}\n{"premise": "b", "gold": 3}\n'
-    assert read(tmp_path / "in.jsonl", lines, options) == [
-        Row("a", None, ("x", "y"), {"text": "c"}),
-        Row("b", None, ("3",), {}),
-    ]
-
-
 @pytest.mark.parametrize(
     ("options", "header", "cell", "expected"),
     [

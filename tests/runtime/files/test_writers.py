@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError, RowError
@@ -43,21 +39,15 @@ def converted(
 
 def test_records() -> None:
     answer = {"label": "yes", "score": 0.123457, "exit": 2, "layer": 4}
-    assert record(3, id="a") == {"index": 3, "id": "a", **answer}
+    kept = {"id": "a", "text": "kept", "labels": ["kept"]}
+    theirs = {"exit": 9, "truncated": True, "error": "x"}  # never replaces a result
+    assert record(3, **kept, **theirs) == {"index": 3, **kept, **answer}
     prediction = Prediction((), (), 1, 1, (0.25, 0.5), (-1.1, 0.0), True)
     assert MULTI.record(1, Row("x", "y"), prediction) == {
         **{"index": 1, "text": "x", "text_pair": "y", "labels": [], "scores": []},
         **{"exit": 1, "layer": 1, "truncated": True, "probabilities": {"a": 0.25, "b": 0.5}},
     }
     assert MULTI.error(2, RowError("bad", "mend it")) == {"index": 2, "error": "bad -> mend it"}
-
-
-def test_fields_of_the_input_never_replace_results() -> None:
-    theirs = {"exit": 9, "truncated": True, "error": "x", "text": "kept", "labels": ["kept"]}
-    found = record(0, **theirs)
-    assert found["exit"] == 2
-    assert not {"truncated", "error"} & found.keys()
-    assert (found["text"], found["labels"]) == ("kept", ["kept"])
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -129,18 +119,6 @@ def test_parquet_is_written_in_groups(tmp_path: Path, monkeypatch: pytest.Monkey
     with parquet.ParquetFile(path) as file:
         assert file.metadata.num_row_groups == 3
         assert file.read().column("index").to_pylist() == list(range(25))
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-
-
-@given(values=st.lists(st.tuples(texts, texts), min_size=1))
-def test_every_text_comes_back_from_a_table(values: list[tuple[str, str]]) -> None:
-    records = [record(number, one=one, two=two) for number, (one, two) in enumerate(values)]
-    with tempfile.TemporaryDirectory() as folder:
-        content = converted(Path(folder), "x.csv", records).read_bytes().decode()
-    rows = csv.DictReader(io.StringIO(content, newline=""))
-    assert [(row["one"], row["two"]) for row in rows] == values
 
 
 def test_formats(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +56,22 @@ def ask(port: int, path: str, content: Any = None) -> tuple[int, Any]:
     return response.status, found if path == "/metrics" else json.loads(found)
 
 
-def local(app: Starlette) -> TestClient:
-    return TestClient(app, "http://localhost")
+@pytest.fixture
+def asked(serve: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the command, and a function with a client of its server in place of serving."""
+
+    def run(ask: Callable[[TestClient], Any], folder: Path, *options: str) -> tuple[Any, str]:
+        found: list[Any] = []
+
+        def instead(app: Starlette, *_: object) -> None:
+            found.append(ask(TestClient(app, "http://localhost")))
+
+        monkeypatch.setattr("fpabee.runtime.serving.server.serve", instead)
+        done = serve(folder, "--port", "0", *options)
+        assert done.code == 0, done.err
+        return found[0] if found else None, done.err
+
+    return run
 
 
 @pytest.mark.slow
@@ -107,15 +121,18 @@ def test_a_port_in_use(bert: Path, serve: Run) -> None:
         check_refused(serve(bert, "--port", str(port)), str(port), "in use", "--port", "--host")
 
 
-def test_a_host_that_is_not_ours(bert: Path, serve: Run) -> None:
-    check_refused(serve(bert, "--host", "203.0.113.1", "--port", "0"), "203.0.113.1", "--host")
-
-
-def test_an_empty_host_does_not_mean_all_addresses(
-    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("option", "value", "facts"),
+    [
+        ("--host", "203.0.113.1", ("203.0.113.1",)),
+        ("--host", "", ("empty", "0.0.0.0")),
+        ("--allowed-host", "http://texts.example.com", ("'http://texts.example.com'",)),
+    ],
+)
+def test_hosts_that_are_refused(
+    option: str, value: str, facts: Sequence[str], bert: Path, serve: Run
 ) -> None:
-    monkeypatch.setattr("fpabee.runtime.serving.server.serve", lambda *_: None)
-    check_refused(serve(bert, "--host", "", "--port", "0"), "empty", "--host", "0.0.0.0")
+    check_refused(serve(bert, "--port", "0", option, value), option, *facts)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +156,11 @@ def test_requests_that_name_another_host_are_refused(
     accepted: list[str],
     refused: list[str],
     bert: Path,
-    serve: Run,
-    monkeypatch: pytest.MonkeyPatch,
+    asked: Callable[..., Any],
 ) -> None:
     """Otherwise a web page could reach the server under a name of its own (DNS rebinding)."""
 
-    def asks(app: Starlette, *_: object) -> None:
-        client = TestClient(app)
-
+    def asks(client: TestClient) -> None:
         def status(path: str, *hosts: str) -> int:
             return client.get(path, headers=[("Host", host) for host in hosts]).status_code
 
@@ -156,64 +170,36 @@ def test_requests_that_name_another_host_are_refused(
             assert status("/health", host) == 200
             assert status("/info", "localhost", host) == 421
 
-    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
-    done = serve(bert, "--port", "0", *options)
-    assert done.code == 0
-    assert done.err.count("warning: everybody who can reach") == ("0.0.0.0" in options)
+    _, err = asked(asks, bert, *options)
+    assert err.count("warning: everybody who can reach") == ("0.0.0.0" in options)
 
 
-def test_an_allowed_host_that_is_no_name(bert: Path, serve: Run) -> None:
-    refused = serve(bert, "--port", "0", "--allowed-host", "http://texts.example.com")
-    check_refused(refused, "'http://texts.example.com'", "--allowed-host")
-
-
-def test_a_signal_as_soon_as_the_server_listens(
-    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def waits(*_: object) -> None:
+def test_a_signal_as_soon_as_the_server_listens(bert: Path, asked: Callable[..., Any]) -> None:
+    def stops(_: TestClient) -> str:
         signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("the signal was lost")
+        return "the signal was lost"
 
-    monkeypatch.setattr("fpabee.runtime.serving.server.serve", waits)
-    assert serve(bert, "--port", "0").code == 0
+    assert asked(stops, bert)[0] is None
 
 
-def test_metrics_begin_at_zero(
-    without_special_tokens: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_begin_at_zero(without_special_tokens: Path, asked: Callable[..., Any]) -> None:
     """Warming up counts nothing, and needs no text that the tokenizer must take."""
-    found: list[str] = []
-
-    def asks(app: Starlette, *_: object) -> None:
-        found.extend(local(app).get("/metrics").text.splitlines())
-
-    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
-    assert serve(without_special_tokens, "--port", "0").code == 0
-    counts = [line for line in found if "_total" in line or "_count" in line]
+    text, _ = asked(lambda client: client.get("/metrics").text, without_special_tokens)
+    counts = [line for line in text.splitlines() if "_total" in line or "_count" in line]
     assert counts
     assert all(line.startswith("#") or line.endswith(" 0.0") for line in counts)
 
 
 @pytest.mark.usefixtures("short_target")
 def test_texts_longer_than_the_target_takes_are_truncated(
-    bert: Path, serve: Run, monkeypatch: pytest.MonkeyPatch
+    bert: Path, asked: Callable[..., Any]
 ) -> None:
-    found: list[Any] = []
+    def asks(client: TestClient) -> tuple[int, Any]:
+        answers = client.post("/classify", json={"input": ["rain " * 20, "sun"]}).json()["data"]
+        return client.get("/info").json()["max_input_length"], answers
 
-    def asks(app: Starlette, *_: object) -> None:
-        client = local(app)
-        found.append(client.get("/info").json()["max_input_length"])
-        asked = {"input": ["rain " * 20, "sun"]}
-        found.extend(client.post("/classify", json=asked).json()["data"])
-
-    monkeypatch.setattr("fpabee.runtime.serving.server.serve", asks)
-    assert serve(bert, "--port", "0").code == 0
-    longest, long, short = found
+    (longest, (long, short)), _ = asked(asks, bert)
     assert (longest, long["truncated"], short["truncated"]) == (16, True, False)
-
-
-def test_a_folder_that_does_not_load(tmp_path: Path, serve: Run) -> None:
-    check_refused(serve(tmp_path), "manifest.json")
 
 
 def test_a_damaged_segment_is_found_at_the_start(
@@ -223,17 +209,3 @@ def test_a_damaged_segment_is_found_at_the_start(
     damaged = sorted((folder / "onnx").rglob("*.onnx"))[-1]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     check_refused(serve(folder, "--port", "0"), damaged.name)
-
-
-def test_the_serving_packages_are_optional(bert: Path) -> None:
-    """`import fpabee.runtime` and the scheduler need none of them."""
-    code = (
-        "import sys\n"
-        "import fpabee.runtime, fpabee.runtime.serving\n"
-        "new = {'starlette', 'uvicorn', 'prometheus_client', 'anyio', 'asyncio'}\n"
-        "print(sorted(new & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in ("[]", "['asyncio']")
-    code = "import sys, fpabee.runtime; assert 'fpabee.runtime.serving' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -254,14 +254,6 @@ def test_a_client_that_leaves_and_a_model_that_is_unloaded(
 
 
 @pytest.mark.usefixtures("triton")
-def test_a_tokenizer_without_special_tokens(without_special_tokens: Path, tmp_path: Path) -> None:
-    """Warming up needs no text that the tokenizer must take."""
-    with loaded(write_repository(without_special_tokens, tmp_path, "m")) as model:
-        model.execute([request := double.Request({"TEXT": ["sun"]})])
-        assert request.result()["EXIT"].shape == (1, 1)
-
-
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("visible", "used"), [(None, "1"), ("5,7", "7")])
 def test_each_instance_sees_its_own_gpu(
     visible: str | None, used: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

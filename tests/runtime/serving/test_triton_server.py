@@ -245,30 +245,6 @@ def test_rows_are_answered_while_deeper_rows_run(server: Server) -> None:
     assert set(depths) == {3}
 
 
-def test_bad_requests(server: Server) -> None:
-    for inputs, options, says in (
-        ([tensor(["rain"])], {"max_exit": 9}, "max_exit is 9"),
-        ([tensor(["rain"])], {"max_exit": "1"}, "max_exit is '1'"),
-        ([tensor(["rain"])], {"deadline_ms": True}, "deadline_ms is True"),
-        ([tensor(["rain"], "TEXT_PAIR")], {}, "TEXT is missing"),
-        ([tensor([1], kind="INT32")], {}, "data-type is 'INT32'"),
-        ([tensor(["rain"] * 257)], {}, "must be <= 256"),
-        ([tensor(["rain", "sun"]), tensor(["sun"], "TEXT_PAIR")], {}, "batch size"),
-        ([], {}, "TEXT"),
-    ):
-        status, error = server.infer(inputs, **options)
-        assert (status, says in error) == (400, True), error
-    text = b"\x02\x00\x00\x00\xff\xfe"
-    head = {**tensor(["rain"]), "parameters": {"binary_data_size": len(text)}}
-    del head["data"]
-    body = json.dumps({"inputs": [head]}).encode()
-    length = {"Inference-Header-Content-Length": str(len(body))}
-    status, error = server.post("models/intents/infer", body + text, length)
-    assert (status, "not UTF-8" in error) == (400, True), error
-    both = [tensor(["rain"]), tensor(["sun"], "TEXT_PAIR")]
-    assert server.infer(both, deadline_ms=1e6, max_exit=2)[0] == 200
-
-
 def test_a_client_leaves_and_the_model_is_unloaded_and_loaded(
     server: Server, environment: Path
 ) -> None:
@@ -299,13 +275,3 @@ def test_a_client_leaves_and_the_model_is_unloaded_and_loaded(
     assert answered > 0
     assert others < 12 * 256 / 2  # those of the client that left, in the groups that ran
     server.post("repository/models/intents/load", {})
-
-
-def test_a_folder_that_does_not_load(environment: Path, bert: Path, tmp_path: Path) -> None:
-    folder = write_repository(bert, tmp_path / "repository", "intents")
-    next((folder / "1" / "engines" / "onnx").rglob("*.onnx")).write_bytes(b"")
-    with (
-        pytest.raises(AssertionError, match=r"segment_\d+.onnx"),
-        served(environment, tmp_path / "repository"),
-    ):
-        pass
