@@ -17,7 +17,7 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, step_progress
-from ..runtime.optional_packages import require
+from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.optional_packages import require
+from ..runtime.machine import require
 
 if TYPE_CHECKING:
     from .pipeline import ExportOptions, ExportResult, export

@@ -25,8 +25,7 @@ from ..runtime.errors import (
     VerificationError,
 )
 from ..runtime.files import Inputs, ReadOptions, read_rows
-from ..runtime.machine import multiplies_int8
-from ..runtime.optional_packages import require
+from ..runtime.machine import multiplies_int8, require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of, why_not
 from .targets.backends import (

@@ -1,4 +1,4 @@
-"""The CPU and the GPU of this machine, and versions, for bug reports and next to measurements."""
+"""The CPU, the GPU and the packages of this machine, also for bug reports and measurements."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 from .. import __version__
+from .errors import MissingExtraError
 
 _PACKAGES = (
     "numpy tokenizers msgspec onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-cu12 "
@@ -22,6 +23,17 @@ _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+# For each feature: the packages that it needs, and the extra of fpabee that installs them.
+_FEATURES = {
+    "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
+    "graphs": ("onnx onnxruntime", "export,cpu"),
+    "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
+    "train": ("torch transformers accelerate datasets safetensors huggingface_hub jinja2", "train"),
+    "parquet": ("pyarrow", "parquet"),
+    "ray": ("ray pyarrow", "ray"),
+    "serve": ("prometheus_client starlette uvicorn", "serve"),
+    "plot": ("matplotlib jinja2", "plot"),
+}
 
 
 @cache
@@ -143,3 +155,17 @@ def cpu_name() -> str:
     flags = info.get("flags", info.get("Features", "")).split()
     found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
     return f"{name} ({' '.join(found)})" if found else name
+
+
+def require(feature: str) -> None:
+    """Check that the packages of a feature are installed.
+
+    Raises:
+        MissingExtraError: names the missing packages and the command that installs them.
+    """
+    packages, extra = _FEATURES[feature]
+    missing = [name for name in packages.split() if util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"this needs {', '.join(missing)}, not installed here", f"pip install 'fpabee[{extra}]'"
+        )

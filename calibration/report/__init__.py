@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.errors import ArtifactError
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from ..result import Calibration
 from .words import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
 

@@ -20,7 +20,7 @@ from ...runtime.cli.console import step_progress, table_console
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from ...runtime.rules.rules import RULES, ExitRule, ThresholdRule
 from ...runtime.rules.words import rule_in_words
 from ..bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, WITH_RULE, BenchReport, run_bench

@@ -20,7 +20,7 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.errors import InputError, VerificationError
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
 from ..targets.backends import INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
 from ..targets.plans import PlanOptions

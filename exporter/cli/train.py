@@ -18,7 +18,7 @@ from ...runtime.cli import options
 from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from ..pooling import Pooling
 from ..training.options import TrainOptions
 from ..training.report import TrainReport

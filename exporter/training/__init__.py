@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from .options import TrainOptions
 from .report import TrainReport
 

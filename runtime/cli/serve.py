@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
-from ..optional_packages import require
+from ..machine import require
 from ..serving.triton import write_repository
 from . import options
 from .command import command

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import InputError
-from ..optional_packages import require
+from ..machine import require
 
 
 class TextFormat(str, Enum):

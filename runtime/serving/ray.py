@@ -10,7 +10,7 @@ from ..errors import InputError, RowError
 from ..files import ReadOptions, Row
 from ..files.parquet import row_at
 from ..files.records import RecordSchema, arrow_type
-from ..optional_packages import require
+from ..machine import require
 
 if TYPE_CHECKING:
     import pyarrow
