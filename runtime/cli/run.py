@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +133,19 @@ def main(
         job = Job(engine, None if full_depth else rule, schema, metrics)
         if chosen is TextFormat.CSV:
             schema.check_separator()
-        shared = asdict(reading) | written | loading
-        settings_of_run = partial(_settings_of_run, engines, job, inputs, shared, resume)
+        # All that a run and the run that resumes it must share, besides the inputs.
+        shared = {
+            "fpabee": __version__,
+            "target": engine.target,
+            "rule": "full depth" if full_depth else rule.to_dict(),
+            "engines": sha256_of(engines / MANIFEST_NAME),
+            "metrics": metrics,
+            **(asdict(reading) | written | loading),
+        }
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
-            open_output(output, chosen, resume, schema, settings_of_run) as (write, completed),
+            open_output(output, chosen, schema, inputs, shared, resume) as (write, completed),
             row_progress(job, not shows or unbuffered) as advance,
         ):
             job.run(inputs, write, completed, advance, unbuffered)
@@ -155,33 +161,6 @@ def main(
             f"none of {job.rows} rows could be used; the first: {job.first_error.message}",
             job.first_error.hint,
         )
-
-
-def _settings_of_run(
-    engines: Path, job: Job, inputs: Inputs, shared: dict[str, Any], resume: bool
-) -> dict[str, Any]:
-    """All settings that a run and the run that resumes it must share.
-
-    Raises:
-        InputError: the run is to be resumed, but an input can be read only once.
-    """
-    hashes = inputs.hashes()
-    pipes = [name for name, sha256 in hashes.items() if sha256 is None]
-    if resume and pipes:
-        raise InputError(
-            f"{pipes[0]} can be read only once, so a run on it cannot be resumed",
-            "save it to a file, and classify that file",
-        )
-    return {
-        "fpabee": __version__,
-        "target": job.engine.target,
-        "rule": "full depth" if job.rule is None else job.rule.to_dict(),
-        "inputs": list(hashes),
-        **{f"the SHA-256 of {name}": sha256 for name, sha256 in hashes.items()},
-        "engines": sha256_of(engines / MANIFEST_NAME),
-        **shared,
-        "metrics": job.metrics,
-    }
 
 
 def _print_summary(job: Job, operating_point: str | None) -> None:

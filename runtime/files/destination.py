@@ -23,7 +23,7 @@ from ..artifact.folder import BAD_JSON, check_outside
 from ..errors import FpabeeError, InputError
 from .formats import TextFormat, is_plain_file
 from .records import Record, RecordSchema, convert, records_of, to_json
-from .sources import STANDARD_INPUT
+from .sources import STANDARD_INPUT, Inputs
 
 try:
     import fcntl
@@ -56,9 +56,10 @@ def check_output(output: Path, sources: Sequence[str]) -> None:
 def open_output(
     output: Path | None,
     chosen: TextFormat,
-    resume: bool,
     schema: RecordSchema,
-    settings: Callable[[], dict[str, Any]],
+    inputs: Inputs,
+    settings: dict[str, Any],
+    resume: bool,
 ) -> Iterator[tuple[Callable[[Record], object], Iterator[Record]]]:
     """Open the output.
 
@@ -68,9 +69,10 @@ def open_output(
     Args:
         output: the file; None for standard output.
         chosen: its format; a pipe or a device takes JSON lines.
-        resume: whether to continue after the rows that an earlier run has done.
         schema: what the records contain.
-        settings: returns what is run on which inputs; called only if the output is a file.
+        inputs: what is read; hashed only if the output is a file.
+        settings: what is run on them.
+        resume: whether to continue after the rows that an earlier run has done.
 
     Yields:
         What takes the next record; and the records that an earlier run has written, once.
@@ -85,7 +87,8 @@ def open_output(
                 yield lambda record: stream.write(to_json(record) + "\n"), iter(())
             return
         # A link stays; the file that it leads to is replaced.
-        partial = Partial(Path(os.path.realpath(output)), settings(), resume)
+        settings = settings | inputs.identity(resume)
+        partial = Partial(Path(os.path.realpath(output)), settings, resume)
         with _kept(partial):
             yield partial.write, partial.records()
             partial.finish(chosen, schema)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from ..artifact.folder import sha256_of
 from ..errors import InputError, RowError
@@ -85,9 +85,24 @@ class Inputs:
                 f"{_name(self._sources[0])} has no rows{more}", "give a file with at least one row"
             )
 
-    def hashes(self) -> dict[str, str | None]:
-        """The SHA-256 of each input; None for a pipe, which can be read only once."""
-        return {source: _sha256(source) for source in self._sources}
+    def identity(self, resume: bool) -> dict[str, Any]:
+        """What the inputs are: their names and hashes; a pipe has no hash.
+
+        Args:
+            resume: whether an earlier run has read them, so that none may be a pipe.
+
+        Raises:
+            InputError: one of them can be read only once.
+        """
+        hashes = {source: _sha256(source) for source in self._sources}
+        for source, sha256 in hashes.items():
+            if resume and sha256 is None:
+                raise InputError(
+                    f"{source} can be read only once, so a run on it cannot be resumed",
+                    "save it to a file, and classify that file",
+                )
+        named = {f"the SHA-256 of {source}": sha256 for source, sha256 in hashes.items()}
+        return {"inputs": list(hashes), **named}
 
     def _rows(self, source: str, chosen: TextFormat | None) -> Iterator[Row | RowError]:
         if chosen is TextFormat.PARQUET:

@@ -27,7 +27,8 @@ from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
 from ..predictions import Prediction
-from .formats import (
+from .hosts import ANY_HOST, HEALTH, HostCheck, accepted_hosts
+from .messages import (
     ClassifyRequest,
     Failure,
     PredictRequest,
@@ -35,7 +36,6 @@ from .formats import (
     openapi,
     predict_response,
 )
-from .hosts import ANY_HOST, HEALTH, HostCheck, accepted_hosts
 from .metrics import Metrics
 from .scheduler import Scheduler
 
