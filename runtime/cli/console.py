@@ -28,6 +28,8 @@ _UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
 _DECIMAL = re.compile(r"\d+\.\d+")
 
+_Show = Callable[[str, float | None, bool], None]
+
 
 def echo(line: str, err: bool = False) -> None:
     """Print a line on standard output, or on standard error."""
@@ -52,7 +54,8 @@ def table_console() -> Console:
     return console if console.is_terminal else PlainConsole(width=_WIDE)
 
 
-class _Display:
+@contextmanager
+def _display(quiet: bool, text: str = "loading") -> Iterator[_Show]:
     """One line of text with a bar; without a terminal, the text is printed every half minute.
 
     A thread prints it, because a single step, such as a build, can take many minutes.
@@ -60,57 +63,48 @@ class _Display:
     Args:
         quiet: show nothing.
         text: what happens first.
+
+    Yields:
+        What changes the text and the bar: what happens now, how much of it is done from 0 to 1
+        (None: not known), and whether to print the text now, too, where there is no bar.
     """
+    console = PlainConsole(stderr=True, quiet=quiet)
+    is_bar = console.is_terminal and not quiet
+    bar = bars.Progress(
+        bars.SpinnerColumn(),
+        bars.BarColumn(bar_width=20),
+        bars.TextColumn("{task.description}", markup=False),
+        bars.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not is_bar,
+    )
+    task = bar.add_task(text, total=None)
+    started, ended = perf_counter(), Event()
 
-    def __init__(self, quiet: bool, text: str = "loading") -> None:
-        self._console = PlainConsole(stderr=True, quiet=quiet)
-        is_bar = self._console.is_terminal and not quiet
-        self._prints = not (is_bar or quiet)
-        self._bar = bars.Progress(
-            bars.SpinnerColumn(),
-            bars.BarColumn(bar_width=20),
-            bars.TextColumn("{task.description}", markup=False),
-            bars.TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            disable=not is_bar,
-        )
-        self._text = text
-        self._started = perf_counter()
-        self._ended = Event()
-        self._thread = Thread(target=self._repeat, daemon=True)
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        self._task = self._bar.add_task(self._text, total=None)
-        if self._prints:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-        self._ended.set()
-        if self._prints:
-            self._thread.join()
-
-    def show(self, text: str, share: float | None, at_once: bool = False) -> None:
-        """Change the text and the bar.
-
-        Args:
-            text: what happens now.
-            share: how much of it is done, from 0 to 1; None: not known.
-            at_once: where there is no bar, print the text now, too.
-        """
+    def show(new: str, share: float | None, at_once: bool) -> None:
+        nonlocal text
+        text = printable(new)
         total = None if share is None else 1.0
-        self._text = printable(text)
-        self._bar.update(self._task, description=self._text, completed=share or 0.0, total=total)
-        if at_once and self._prints:
-            self._console.print(self._text, soft_wrap=True)
+        bar.update(task, description=text, completed=share or 0.0, total=total)
+        if at_once and not is_bar:
+            console.print(text, soft_wrap=True)
 
-    def _repeat(self) -> None:
-        while not self._ended.wait(_LINE_SECONDS):
-            elapsed = timedelta(seconds=round(perf_counter() - self._started))
-            self._console.print(f"{self._text} ({elapsed})", soft_wrap=True)
+    def repeat() -> None:
+        while not ended.wait(_LINE_SECONDS):
+            elapsed = timedelta(seconds=round(perf_counter() - started))
+            console.print(f"{text} ({elapsed})", soft_wrap=True)
+
+    thread = Thread(target=repeat, daemon=True)
+    if not (is_bar or quiet):
+        thread.start()
+    try:
+        with bar:
+            yield show
+    finally:
+        ended.set()
+        if not (is_bar or quiet):
+            thread.join()
 
 
 @contextmanager
@@ -127,10 +121,10 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last
         step = _DECIMAL.sub("", what)
-        display.show(f"{what} {done}/{total}", done / total if total else None, step != last)
+        show(f"{what} {done}/{total}", done / total if total else None, step != last)
         last = step
 
-    with _Display(quiet) as display:
+    with _display(quiet) as show:
         yield progress
 
 
@@ -142,7 +136,7 @@ def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
         job: whose rows are shown whenever what this gives is called.
         quiet: show nothing.
     """
-    with _Display(quiet, "0 rows") as display:
+    with _display(quiet, "0 rows") as show:
         due = perf_counter() + _UPDATE_SECONDS
 
         def advance() -> None:
@@ -150,6 +144,6 @@ def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
             now = perf_counter()
             if now >= due:
                 due = now + _UPDATE_SECONDS
-                display.show(f"{job.rows} rows, {job.rows_per_second:.0f} rows/s", None)
+                show(f"{job.rows} rows, {job.rows_per_second:.0f} rows/s", None, False)
 
         yield advance
