@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""Draw the README's picture from the results of `peers.py`: score against time per text.
+"""Draw the README's picture from the results of `peers.py`: accuracy against time per text.
 
     python scripts/picture.py scripts/results/peers.json docs/assets
 
-There is one panel for each model. fpabee is a curve over its operating points, and every
-alternative is a point. The time is that of the whole file, divided by its texts: the time of the
+It shows one model. fpabee is a curve over its operating points, and every alternative is a point
+with its name beside it. The time is that of the whole file, divided by its texts: the time of the
 median text would hide the texts that use all layers. A light and a dark version are written.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,38 @@ import click
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from peers import CUTS, PABEE
-from systems import OTHERS
 
 from fpabee.runtime import InputError
 from fpabee.runtime.cli.command import exits_with_one_line
 
-OWN = "fpabee-"
-SHOWN = sorted([PABEE, *(other.name for other in OTHERS), *(f"first-{n}-layers" for n in CUTS)])
-BLUE = "#0072B2"
-# Colours and markers of the alternatives: together they tell more than a dozen apart.
-COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "sD^vPX*"
+MODEL = "mpnet-sst2-exit-0-42"
+OWN = {
+    "fpabee-fast": ("fpabee, fast", "right"),
+    "fpabee-balanced": ("fpabee, balanced", "below right"),
+    "fpabee-safe": ("fpabee, safe", "above"),
+    "fpabee-full-depth": ("fpabee, full depth", "below right"),
+}
+"""Names of the systems of fpabee in the picture, and where they are written."""
+OTHERS = {
+    "openvino-int8": ("OpenVINO int8", "above"),
+    "openvino": ("OpenVINO bf16", "above"),
+    "onnx-int8": ("ONNX Runtime int8", "above left"),
+}
+"""The alternatives, all of the whole model. OpenVINO computes fp32 models in bf16 where it can."""
+# Ink and grid of each version of the picture, and the colours of fpabee and of the alternatives.
+THEMES = {
+    "light": ("#1f2328", "#d8dee4", "#0072B2", "#BC4C00"),
+    "dark": ("#e6edf3", "#3d444d", "#58A6FF", "#F0883E"),
+}
+PLACES = {
+    "above": (0, 9, "center"),
+    "above left": (10, 9, "right"),
+    "right": (10, -4, "left"),
+    "below right": (2, -18, "left"),
+}
+"""How many points a name is away from its point, and how it is aligned."""
 
-Places = dict[str, tuple[float, float]]
-"""The milliseconds and the accuracy of each system."""
-Results = dict[str, Places]
-Styles = dict[str, tuple[str, str]]
-"""The colour and the marker of each alternative."""
-
-
-# Ink and grid of each version of the picture.
-THEMES = {"light": ("#1f2328", "#d8dee4"), "dark": ("#e6edf3", "#3d444d")}
+Place = tuple[float, float]
 
 
 def style(ink: str, grid: str) -> dict[Any, Any]:
@@ -50,60 +59,56 @@ def style(ink: str, grid: str) -> dict[Any, Any]:
         "axes.grid": True,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "font.size": 10,
+        "font.size": 11,
         "grid.color": grid,
         "grid.linewidth": 0.7,
-        "legend.fontsize": 8,
-        "legend.frameon": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "fpabee",
     }
 
 
-def read(path: Path) -> Results:
-    """What was measured, by model, except for systems that failed or that are not drawn.
+def read(path: Path) -> dict[str, Place]:
+    """The milliseconds for a text and the accuracy in percent of each system in the picture.
 
     Raises:
-        InputError: nothing was measured.
+        InputError: a system was not measured.
     """
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {
-        model: {
-            name: (1000 / row["rows_per_s"], 100 * row["score"])
-            for name, row in rows.items()
-            if "score" in row and (name in SHOWN or name.startswith(OWN))
-        }
-        for model, rows in stored.items()
+    rows = stored.get(MODEL, {})
+    missing = [name for name in OWN | OTHERS if "score" not in rows.get(name, {})]
+    if missing:
+        raise InputError(
+            f"{path} has no results of {', '.join(missing)}", "run scripts/peers.py first"
+        )
+    return {
+        name: (1000 / rows[name]["rows_per_s"], 100 * rows[name]["score"]) for name in OWN | OTHERS
     }
-    if not any(found.values()):
-        raise InputError(f"{path} has no results", "run scripts/peers.py first")
-    return {model: places for model, places in found.items() if places}
 
 
-def draw(axes: Axes, name: str, places: Places, styles: Styles) -> None:
-    """Draw the systems of a model."""
-    own = sorted(place for other, place in places.items() if other.startswith(OWN))
-    axes.plot(*zip(*own, strict=True), "o-", color=BLUE, zorder=3, label="fpabee")
-    for other, (color, marker) in styles.items():
-        if other in places:
-            axes.plot(*places[other], marker, color=color, zorder=4, label=other)
-    axes.set_xscale("log")
-    axes.set_title(name)
-    axes.set_xlabel("ms per text, over the test file")
+def draw(axes: Axes, places: dict[str, Place], own: str, other: str) -> None:
+    """Draw the systems in the colours of fpabee and of the alternatives."""
+    axes.plot(*zip(*(places[name] for name in OWN), strict=True), "o-", color=own, markersize=8)
+    axes.plot(*zip(*(places[name] for name in OTHERS), strict=True), "D", color=other, markersize=8)
+    for names, color in ((OWN, own), (OTHERS, other)):
+        for name, (label, side) in names.items():
+            right, up, align = PLACES[side]
+            away: dict[str, Any] = {
+                "xytext": (right, up),
+                "textcoords": "offset points",
+                "ha": align,
+            }
+            text = axes.annotate(label, places[name], color=color, **away)
+            text.set_in_layout(False)
+    axes.set_xlim(0, 1.15 * max(milliseconds for milliseconds, _ in places.values()))
+    axes.margins(y=0.15)
+    axes.set_xlabel("milliseconds per text, over the test file")
+    axes.set_ylabel("test accuracy in %")
 
 
-def picture(results: Results) -> Figure:
+def picture(places: dict[str, Place], own: str, other: str) -> Figure:
     """The picture, in the colours that matplotlib is set to."""
-    figure = Figure(figsize=(3.2 + 4 * len(results), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    styles = dict(zip(SHOWN, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
-    lines: dict[str, Any] = {}
-    for axes, (model, places) in zip(panels, results.items(), strict=True):
-        draw(axes, model.split("-")[1], places, styles)
-        drawn, labels = axes.get_legend_handles_labels()
-        lines |= zip(labels, drawn, strict=True)
-    panels[0].set_ylabel("test accuracy, %")
-    figure.legend(lines.values(), lines, loc="outside right upper")
+    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    draw(figure.subplots(), places, own, other)
     return figure
 
 
@@ -113,12 +118,12 @@ def picture(results: Results) -> Figure:
 @exits_with_one_line
 def main(results: Path, folder: Path) -> None:
     """Draw RESULTS as score-light.svg and score-dark.svg into FOLDER."""
-    content = read(results)
+    places = read(results)
     folder.mkdir(parents=True, exist_ok=True)
-    for theme, (ink, grid) in THEMES.items():
+    for theme, (ink, grid, own, other) in THEMES.items():
         with mpl.rc_context(style(ink, grid)):
             path = folder / f"score-{theme}.svg"
-            picture(content).savefig(path, transparent=True, metadata={"Date": None})
+            picture(places, own, other).savefig(path, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -61,8 +61,10 @@ def options() -> list[str]:
     return [max(p.opts, key=len) for p in parameters if isinstance(p, click.Option)]
 
 
-def _words(*paths: Path) -> int:
-    return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
+def words(path: Path) -> int:
+    """The words of a Markdown file, or of all of them in a folder."""
+    paths = path.rglob("*.md") if path.is_dir() else [path]
+    return sum(len(each.read_text(encoding="utf-8").split()) for each in paths)
 
 
 def print_sizes() -> None:
@@ -73,8 +75,8 @@ def print_sizes() -> None:
         print(f"  {folder:12} {code_lines(folder):7,}")
     print(f"  {'packages':12} {code_lines(*PACKAGES):7,}, at most {most_code_lines():,}")
     print("words")
-    print(f"  {'README.md':12} {_words(ROOT / 'README.md'):7,}")
-    print(f"  {'docs/':12} {_words(*(ROOT / 'docs').rglob('*.md')):7,}")
+    print(f"  {'README.md':12} {words(ROOT / 'README.md'):7,}")
+    print(f"  {'docs/':12} {words(ROOT / 'docs'):7,}")
     print("options of commands")
     print(f"  {'all':12} {len(found):7,}")
     print(f"  {'distinct':12} {len(set(found)):7,}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+import sizes
 
 from fpabee.runtime import RuleError
 
@@ -62,11 +63,25 @@ def test_named_files_exist(page: Path) -> None:
     assert [name for name in names if not (ROOT / name.rstrip(".")).exists()] == []
 
 
-def test_the_readme_is_short_and_has_no_relative_links() -> None:
-    """It is also the description on PyPI, where relative links lead nowhere."""
+def test_readme_and_documentation_are_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 100
+    assert 5_000 < sizes.words(ROOT / "docs") <= 13_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_links_lead_to_files(page: Path) -> None:
+    """The strict build checks those of the site, and their anchors."""
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    files = [file for pair in links for file in pair if file and "://" not in file]
+    assert [file for file in files if not (page.parent / file).is_file()] == []
+
+
+def test_the_readme_links_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
-    assert re.findall(r"\]\((?!https?://)[^)]*\)|^\[[^\]]+\]:(?! https?://).*", text, re.M) == []
+    pages = [_id(page) for page in (ROOT / "docs").glob("*.md")]
+    assert [page for page in pages if f"]({page})" not in text] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/embed.md"])
@@ -87,10 +102,14 @@ def test_python_examples_run(
     names["engine"].close()
 
 
-def test_citation_has_the_version_of_the_package() -> None:
+def test_citation_and_site_have_the_version_and_the_address_of_the_package() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (version,) = re.findall(r'^version = "(.*)"', project, re.M)
-    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (address,) = re.findall(r'^Repository = "(.*)"', project, re.M)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation
+    assert f"\nrepository-code: {address}\n" in citation
+    assert f"\nrepo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def _command(name: str) -> click.Command:

@@ -131,12 +131,6 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
 
     assert "| setfit | failed: no space left |" in table()
     assert tried == names
-    drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
-    assert drawn.exit_code == 0, drawn.output
-    light = (tmp_path / "assets" / "score-light.svg").read_text(encoding="utf-8")
-    assert "onnx-int8" in light
-    assert "setfit" not in light
-    assert "cascade" not in light
     command += ["--kind", "onnx-int8"]
     table()
     assert tried == names
@@ -145,7 +139,20 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
     assert tried == [*names, "setfit"]
 
 
+def test_the_picture_names_every_point(tmp_path: Path) -> None:
+    results = reproduce.RESULTS / "peers.json"
+    drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
+    assert drawn.exit_code == 0, drawn.output
+    names = {label for label, _ in (picture.OWN | picture.OTHERS).values()}
+    for theme in picture.THEMES:
+        text = (tmp_path / "assets" / f"score-{theme}.svg").read_text(encoding="utf-8")
+        assert {name for name in names if f">{name}</text>" in text} == names
+
+
 def test_a_picture_needs_results(tmp_path: Path) -> None:
-    nothing = CliRunner().invoke(picture.main, [str(tmp_path / "none"), str(tmp_path)])
+    stored = json.loads((reproduce.RESULTS / "peers.json").read_text(encoding="utf-8"))
+    stored[picture.MODEL]["openvino"] = {"error": "no space left"}
+    (tmp_path / "peers.json").write_text(json.dumps(stored))
+    nothing = CliRunner().invoke(picture.main, [str(tmp_path / "peers.json"), str(tmp_path)])
     assert nothing.exit_code == 1
-    assert "has no results -> run scripts/peers.py first" in nothing.stderr
+    assert "has no results of openvino -> run scripts/peers.py first" in nothing.stderr

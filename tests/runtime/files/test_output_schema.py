@@ -1,4 +1,4 @@
-"""What `fpabee-run` writes is what docs/output.schema.json and docs/output.md say."""
+"""What `fpabee-run` writes is what docs/output.schema.json and docs/run.md say."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def test_the_schema_is_strict() -> None:
 
 
 def test_the_page_names_the_same_fields() -> None:
-    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "output.md").read_text("utf-8"), re.M)
+    _, page = (DOCS / "run.md").read_text("utf-8").split("## Output schema")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.M)
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == FIELDS
 
 
