@@ -256,16 +256,16 @@ class Chain:
         if not np.logical_and.reduce(finite, axis=None):
             failed = np.flatnonzero(~finite.all(axis=1))
             logits = np.where(finite, logits, np.float32(0))
-        decision = Decision(group, group.exit, group.rows, logits, failed=failed)
-        stops, _ = group.runner.decide(group.exit, group.state, logits.astype(np.float64))
+        exit_number, rows = group.exit, group.rows
+        stops, _ = group.runner.decide(exit_number, group.state, logits)
         if stops is None and not len(failed):
-            return decision
-        going = np.ones(len(group), np.bool_) if stops is None else ~stops
+            return Decision(group, exit_number, rows, logits)
+        going = np.ones(len(rows), np.bool_) if stops is None else ~stops
         going[failed] = True
         stopped = np.flatnonzero(~going)
         going[failed] = False
         self.keep(group, going)
-        return decision._replace(stopped=stopped)
+        return Decision(group, exit_number, rows, logits, stopped, failed)
 
     def _gather(self, groups: Sequence[Group]) -> None:
         """Copy the rows of groups into new hidden states, which belong to the first one."""
