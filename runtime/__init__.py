@@ -53,7 +53,7 @@ from .errors import (
     VerificationError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
-from .predictions import Prediction, Tally, Trace, WindowResult
+from .predictions import Prediction, Tally, Trace
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,
@@ -130,7 +130,6 @@ __all__ = [
     "TokenizerSpec",
     "Trace",
     "VerificationError",
-    "WindowResult",
     "read_manifest",
     "read_rows",
     "simulate",

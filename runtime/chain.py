@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from .artifact.manifest import LOGITS
 from .backends.base import Backend, Bucket, Execution, Limits
 from .errors import BackendError
 from .exit_0 import ExitZero
-from .groups import Group, RowNumbers, Started, fits
+from .groups import Group, RowNumbers, Started, fits, split
 from .rules.measures import Mask
 
 _NONE: RowNumbers = np.zeros(0, np.intp)
@@ -87,11 +87,12 @@ class Chain:
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
-    def run(self, groups: Iterable[Group]) -> Iterator[Decision]:
-        """Run groups until all of their rows have stopped.
+    def run(self, window: Group) -> Iterator[Decision]:
+        """Run rows until all of them have stopped.
 
         Args:
-            groups: at least one; each takes a segment in turn.
+            window: any number of rows. They are split into groups of similar length, and each
+                group takes a segment in turn.
 
         Yields:
             The decision about each group at each exit.
@@ -100,7 +101,8 @@ class Chain:
             BackendError: the library or the device failed.
             ArtifactError: a segment is loaded now, and is missing or damaged.
         """
-        waiting = deque(groups)
+        yield from self.ask_exit_0(window)
+        waiting = deque([window.take(places) for places in split(window.lengths, self.limits)])
         while waiting or self.running:
             group = self._next(waiting)
             if group is not None:
@@ -163,7 +165,7 @@ class Chain:
 
     def ask_exit_0(self, group: Group) -> list[Decision]:
         """Apply the rule at exit 0 to new rows; no decision if the model has no exit 0."""
-        if self.exit_0 is None:
+        if self.exit_0 is None or not len(group):
             return []
         return [self._decide(group, self.exit_0(group.encoded.tolist()))]
 

@@ -22,8 +22,8 @@ from .chain import Chain, Decision, not_finite
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .exit_0 import ExitZero
-from .groups import Group, split
-from .predictions import Prediction, Tally, Trace, WindowResult, make_predictions, outputs_of
+from .groups import Group
+from .predictions import Prediction, Tally, Trace, make_predictions, outputs_of
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
@@ -196,7 +196,7 @@ class Engine:
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        windows = [(rows, self._run(rows, runner, deadline)) for rows in self._windows(texts)]
+        windows = [(rows, *self._run(rows, runner, deadline)) for rows in self._windows(texts)]
         missed = perf_counter() > deadline
         return [answer for window in windows for answer in self._answer(*window, missed)]
 
@@ -225,7 +225,7 @@ class Engine:
         """
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self._windows(texts):
-            yield from self._answer(rows, self._run(rows, runner), missed=False)
+            yield from self._answer(rows, *self._run(rows, runner), missed=False)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -241,20 +241,14 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        runner = self.runner(rule, full_depth=rule is None)
-        windows = list(self._windows(texts))
-        results = [self._run(rows, runner) for rows in windows]
-        if not results:
-            results = [WindowResult.empty(0, self._exits, len(self.labels))]
-        logits = np.concatenate([result.logits for result in results], axis=1)
-        exits = np.concatenate([result.exits for result in results])
+        rule = self.runner(rule, full_depth=rule is None).rule
+        parts = [self.run_encoded(rows, rule) for rows in self._windows(texts)]
+        parts = parts or [self.run_encoded([], rule)]
         return Trace(
-            logits=logits,
-            exits=exits,
-            predictions=np.concatenate(
-                [outputs_of(self.manifest, result.at_exit).answers for result in results]
-            ),
-            lengths=np.array([len(row) for rows in windows for row in rows], np.intp),
+            logits=np.concatenate([part.logits for part in parts], axis=1),
+            exits=np.concatenate([part.exits for part in parts]),
+            predictions=np.concatenate([part.predictions for part in parts]),
+            lengths=np.concatenate([part.lengths for part in parts]),
             first_exit=self._exits[0],
         )
 
@@ -360,12 +354,15 @@ class Engine:
         """
         return self._encoder.encode(texts)
 
-    def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> WindowResult:
+    def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
 
         Args:
-            rows: the result of `encode`; at least one row.
+            rows: the result of `encode`.
             rule: the rule.
+
+        Returns:
+            The trace, as `trace` gives it.
 
         Raises:
             RuleError: the rule does not fit the model.
@@ -373,7 +370,14 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        return self._run(rows, self.runner(rule))
+        shape, first = (len(self._exits), len(rows), len(self.labels)), self._exits[0]
+        logits, exits = np.full(shape, np.nan, np.float32), np.full(len(rows), first, np.int64)
+        for decision in self._decisions(rows, self.runner(rule)):
+            logits[decision.exit - first, decision.rows] = decision.logits
+            exits[decision.rows[decision.stopped]] = decision.exit
+        at_exit = logits[exits - first, np.arange(len(rows))]
+        lengths = np.array([len(row) for row in rows], np.intp)
+        return Trace(logits, exits, outputs_of(self.manifest, at_exit).answers, lengths, first)
 
     def answers(
         self,
@@ -489,35 +493,40 @@ class Engine:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
         return blocks(self._encoder.stream(texts), len, self.window_tokens)
 
-    def _run(
+    def _decisions(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
-    ) -> WindowResult:
+    ) -> Iterator[Decision]:
         """Run a window of rows until the rule or the deadline has stopped all of them."""
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
-        result = WindowResult.empty(len(rows), self._exits, len(self.labels))
         with self.chain() as chain:
-            for decision in chain.ask_exit_0(window):
-                self._record(decision, result)
-            groups = [window.take(places) for places in split(window.lengths, self.limits)]
-            for decision in chain.run(groups):
-                self._record(decision, result)
-        return result
+            for decision in chain.run(window):
+                if len(decision.failed):
+                    raise not_finite(self.target, decision.exit)
+                yield decision
 
-    def _record(self, decision: Decision, result: WindowResult) -> None:
-        if len(decision.failed):
-            raise not_finite(self.target, decision.exit)
-        result.logits[decision.exit - self._exits[0], decision.rows] = decision.logits
-        if len(decision.stopped):
-            stopped = decision.rows[decision.stopped]
-            result.exits[stopped], result.limited[stopped] = decision.exit, decision.limited
+    def _run(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> tuple[Integers, NDArray[np.float32], Mask]:
+        """For each row its exit, its logits there, and whether a deadline limited it."""
+        exits, limited = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
+        logits = np.zeros((len(rows), len(self.labels)), np.float32)
+        for decision in self._decisions(rows, runner, deadline):
+            if len(decision.stopped):
+                stopped = decision.rows[decision.stopped]
+                exits[stopped], limited[stopped] = decision.exit, decision.limited
+                logits[stopped] = decision.logits[decision.stopped]
+        return exits, logits, limited
 
     def _answer(
-        self, rows: list[EncodedRow], result: WindowResult, missed: bool
+        self,
+        rows: list[EncodedRow],
+        exits: Integers,
+        logits: NDArray[np.float32],
+        limited: Mask,
+        missed: bool,
     ) -> list[Prediction]:
         """Count a window of rows, and make their predictions."""
-        late = np.full(len(rows), missed)
-        found = result.exits, result.at_exit, result.limited
-        return self.answers(rows, *found, late)
+        return self.answers(rows, exits, logits, limited, np.full(len(rows), missed))
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

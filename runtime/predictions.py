@@ -52,34 +52,6 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class WindowResult:
-    """The exits and logits of a window of rows.
-
-    Attributes:
-        exits: `[rows]` int64, the exit of each row.
-        logits: `[exits, rows, labels]` float32, NaN at exits that a row did not reach.
-        first_exit: the exit of the first logits.
-        limited: `[rows]` whether the deadline stopped a row before its rule did.
-    """
-
-    exits: Integers
-    logits: NDArray[np.float32]
-    first_exit: int
-    limited: Mask
-
-    @classmethod
-    def empty(cls, rows: int, exits: range, labels: int) -> WindowResult:
-        """The result before any exit was read."""
-        logits = np.full((len(exits), rows, labels), np.nan, np.float32)
-        return cls(np.zeros(rows, np.int64), logits, exits[0], np.zeros(rows, np.bool_))
-
-    @property
-    def at_exit(self) -> NDArray[np.float32]:
-        """The logits of each row at its exit, `[rows, labels]`."""
-        return self.logits[self.exits - self.first_exit, np.arange(len(self.exits))]
-
-
-@dataclass(frozen=True)
 class Trace:
     """Logits of the exits for some rows.
 

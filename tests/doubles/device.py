@@ -193,4 +193,4 @@ def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:
     """Run texts to full depth as one group, on the execution of a chain."""
     rows, runner = engine.encode(texts), engine.runner(full_depth=True)
     group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.limits)
-    assert [decision.exit for decision in chain.run([group])] == list(engine.manifest.exits)
+    assert [decision.exit for decision in chain.run(group)] == list(engine.manifest.exits)
