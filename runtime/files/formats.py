@@ -25,20 +25,13 @@ class TextFormat(str, Enum):
     """A file, not a pipe; needs pyarrow."""
 
 
-_OUTPUT_SUFFIXES = {
-    "": TextFormat.JSON_LINES,
-    ".jsonl": TextFormat.JSON_LINES,
-    ".ndjson": TextFormat.JSON_LINES,
-    ".json": TextFormat.JSON_LINES,
-    ".csv": TextFormat.CSV,
-    ".parquet": TextFormat.PARQUET,
-    ".pq": TextFormat.PARQUET,
-}
-_INPUT_SUFFIXES = {
-    **_OUTPUT_SUFFIXES,
-    "": TextFormat.TEXT,
-    ".txt": TextFormat.TEXT,
-    ".tsv": TextFormat.TSV,
+_SUFFIXES = {f".{each.value}": each for each in TextFormat}
+_SUFFIXES |= {".ndjson": TextFormat.JSON_LINES, ".json": TextFormat.JSON_LINES}
+_SUFFIXES[".pq"] = TextFormat.PARQUET
+_INPUT_SUFFIXES = {"": TextFormat.TEXT, **_SUFFIXES}
+_WRITTEN = (TextFormat.JSON_LINES, TextFormat.CSV, TextFormat.PARQUET)
+_OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES} | {
+    suffix: each for suffix, each in _SUFFIXES.items() if each in _WRITTEN
 }
 
 

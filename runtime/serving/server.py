@@ -196,10 +196,10 @@ class _Server:
             ],
             middleware=[Middleware(HostCheck, self._hosts, refusal)],
             exception_handlers={
-                HTTPException: _refused,
+                HTTPException: self._failed,
                 FpabeeError: self._failed,
                 ClientDisconnect: _client_left,
-                Exception: _bug,
+                Exception: self._failed,
             },
         )
 
@@ -301,15 +301,22 @@ class _Server:
         return Response(self._metrics.text(), headers={"Content-Type": kind})
 
     async def _failed(self, _: Request, error: Exception) -> Response:
-        assert isinstance(error, FpabeeError)
+        """What a client gets instead of an answer; a traceback goes to the log of the server."""
+        if isinstance(error, HTTPException):
+            return _error(error.status_code, error.detail, "InvalidRequest", error.headers)
+        if not isinstance(error, FpabeeError):
+            return _error(500, STATUSES[500], FpabeeError.__name__)
+        headers = None
         if isinstance(error, OverloadedError):
-            return _failure(429, error, {"Retry-After": "1"})
-        if isinstance(error, (InputError, RuleError)):
-            return _failure(400, error)
-        if self._scheduler.is_closed:
-            return _failure(503, error)
-        logger.error("%s", error, exc_info=error)
-        return _failure(500, error)
+            status, headers = 429, {"Retry-After": "1"}
+        elif isinstance(error, (InputError, RuleError)):
+            status = 400
+        elif self._scheduler.is_closed:
+            status = 503
+        else:
+            status = 500
+            logger.error("%s", error, exc_info=error)
+        return _error(status, str(error), type(error).__name__, headers)
 
 
 def _stoppable(respond: _Respond) -> _Respond:
@@ -335,19 +342,5 @@ def _error(
     return Response(content, status, headers, media_type="application/json")
 
 
-def _failure(status: int, error: Exception, headers: dict[str, str] | None = None) -> Response:
-    return _error(status, str(error), type(error).__name__, headers)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail, "InvalidRequest", error.headers)
-
-
 async def _client_left(_: Request, __: Exception) -> Response:
     return Response(status_code=_CLIENT_LEFT)
-
-
-async def _bug(_: Request, error: Exception) -> Response:
-    """The traceback goes to the log of the server, not to the client."""
-    return _failure(500, FpabeeError(STATUSES[500]))
