@@ -7,14 +7,11 @@ import itertools
 import os
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
 from fpabee.runtime import agreement
 
-from .cases import Arguments, Case, Change, Make, Place, check, corrected, each, with_nan
+from .cases import Arguments, Case, Change, Make, Place, check, each, with_nan
 
 SECOND = "onnx/fp32/segment_02.onnx"
 TEXTS = "".join(f"{a} {b}\n" for a, b in itertools.permutations(("a", "is", "not", "good"), 2)) * 4
@@ -35,30 +32,11 @@ def texts(content: str) -> Make:
     return lambda p: shared("--int8", "--calibration-data", p.file("t.txt", content))(p)
 
 
-def scaled(factor: float) -> Change:
-    """A layer whose weights, and so its activations, are that much larger."""
-
-    def change(path: Path) -> None:
-        proto = onnx.load(path)
-        users = {name: node.name for node in proto.graph.node for name in node.input}
-        for tensor in proto.graph.initializer:
-            if "intermediate.dense" in users[tensor.name] and tensor.data_type == 1:
-                values = numpy_helper.to_array(tensor) * np.float32(factor)
-                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        onnx.save(proto, path)
-
-    return corrected(SECOND, change)
-
-
-def changed_answers(precision: str, make: Make) -> Make:
+def changed_answers(place: Place) -> Arguments:
     """As if answers changed, which those of a tiny model seldom do."""
-
-    def case(place: Place) -> Arguments:
-        required = dataclasses.replace(agreement.REQUIREMENTS[precision], labels=1.1)
-        place.patch.setitem(agreement.REQUIREMENTS, precision, required)
-        return make(place)
-
-    return case
+    required = dataclasses.replace(agreement.REQUIREMENTS["int8"], labels=1.1)
+    place.patch.setitem(agreement.REQUIREMENTS, "int8", required)
+    return texts(TEXTS)(place)
 
 
 def full_disk(place: Place) -> Arguments:
@@ -75,12 +53,8 @@ def full_disk(place: Place) -> Arguments:
 
 
 CASES = [
-    Case("activations beyond fp16", folder(scaled(1e5), "--fp16"), "fp16", "segment_02",
-         "fp32"),
-    Case("weights beyond fp16", folder(scaled(1e38), "--fp16"), "e+37", "fp16"),
     Case("heads of NaN", folder(with_nan, "--fp16"), "fp16", "2", "fp32"),
-    Case("answers that change in fp16", changed_answers("fp16", shared("--fp16")), "fp16"),
-    Case("answers that change in int8", changed_answers("int8", texts(TEXTS)), "int8"),
+    Case("answers that change in int8", changed_answers, "int8"),
     Case("int8 without texts", shared("--int8"), "int8", "--calibration-data"),
     Case("too few texts", texts("rain\n" * 31), "31", "32"),
     Case("no graph", folder(lambda f: (f / SECOND).unlink(), "--fp16"), SECOND),
@@ -89,20 +63,14 @@ CASES = [
     Case("a full disk", full_disk, "No space left"),
 ]  # fmt: skip
 
-RTX = ("--backend", "tensorrt-rtx")
-PLANS = [
-    Case("a file where plans are to be",
-         folder(lambda f: (f / "targets").write_text("mine"), *RTX, "--sm", "86"), "targets"),
-]  # fmt: skip
 
-
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @each(CASES)
 def test_a_bad_precision(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
 
 
-@each(PLANS)
-def test_plans_that_cannot_be(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_where_plans_are_to_be(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    check(case, place, capfd)
+    options = ("--backend", "tensorrt-rtx", "--sm", "86")
+    make = folder(lambda f: (f / "targets").write_text("mine"), *options)
+    check(Case("a file", make, "targets"), place, capfd)
