@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from ..runtime.artifact.folder import read_manifest, write_manifest
@@ -18,10 +18,10 @@ from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
-from .choose import Choice, Search
+from .choose import Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
-from .goals import GUARANTEED_RULES, Bound, CalibrationOptions, bound_of, is_guaranteed
-from .guarantee import certify, decision_thresholds, needs_in_words
+from .goals import GUARANTEED_RULES, Bound, CalibrationOptions, bound_of
+from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .result import Calibration, Outcome, Point, RuleComparison, outcome, with_points
 from .scoring import AGREEMENT, METRICS, ROW_MEANS, LabelledLogits, Scorer
 from .search import CASCADE, CONTENDERS, PARTS, PER_EXIT, exits_of, make_families
@@ -35,6 +35,7 @@ CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
 MOST_COMPARED = 6
 """How many kinds of rules are compared."""
+_Choice = Callable[[Search], Certified]
 _ALWAYS_COMPARED = ("fpabee", "pabee")
 
 
@@ -88,11 +89,13 @@ def calibrate(
     rule = ExitRule.from_dict(read_manifest(path).default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         task = engine.manifest.task
-        metric = _metric(task, options)
+        about_decisions = options.bound is not None and options.bound.drop is None
+        usual = METRICS[task.problem_type][0]
+        metric = options.metric or (AGREEMENT if options.unlabelled or about_decisions else usual)
         warnings = _check(task, options, metric, rows, test or [])
         thresholds = decision_thresholds(task, options.bound.thresholds if options.bound else {})
         if options.bound:
-            for line in needs_in_words(options.bound, 0 in engine.manifest.exits, len(rows)):
+            for line in needs_in_words(options.bound, 0 in engine.manifest.exits):
                 logger.warning(line)
 
         def traced(some: Sequence[Row]) -> LabelledLogits:
@@ -102,14 +105,17 @@ def calibrate(
 
         seen = traced(rows)
         held = None if test is None else traced(test)
-        costs = []
-        for batch in sorted({1, options.batch_size}):
-            progress(f"time segments, batch {batch}", 0, 1)
-            costs.append(measure_costs(engine, seen.lengths, batch))
-        stopping_costs = StoppingCosts(seen, metric, costs[-1].row_costs(seen.lengths))
-        maker = _PointMaker(engine, options, progress, stopping_costs, costs, held)
-        points = maker.points(engine.encode([row.content for row in rows]))
+        progress(f"time segments, batch {options.batch_size}", 0, 1)
+        costs = measure_costs(engine, seen.lengths, options.batch_size)
+        stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
+        search = Search(stopping_costs, partial(make_families, names=options.rules))
+        names = options.rules or [rule.name for rule in CONTENDERS]
+        every = tuple(dict.fromkeys([*names, *_ALWAYS_COMPARED]))
+        wide = Search(stopping_costs, partial(make_families, names=every))
+        maker = _PointMaker(engine, options, progress, search, wide, costs, held)
+        points = tuple(maker.points(engine.encode([row.content for row in rows])))
         default = options.default if options.default in options.asked else points[0].name
+        comparisons = maker.comparisons(options.asked[default], points)
         result = Calibration(
             folder=path,
             target=engine.target,
@@ -118,8 +124,8 @@ def calibrate(
             test=held,
             points=points,
             default=default,
-            comparisons=maker.comparisons(options.asked[default], points),
-            search=maker.wide,
+            comparisons=tuple(sorted(comparisons, key=lambda each: -each.chosen_on.estimated)),
+            search=wide,
             layers=engine.manifest.exit_layers,
             warnings=tuple(warnings),
         )
@@ -127,20 +133,8 @@ def calibrate(
     return result
 
 
-def _metric(task: Task, options: CalibrationOptions) -> str:
-    """The metric that settings are judged by."""
-    about_decisions = options.bound is not None and options.bound.drop is None
-    if options.metric is None and (options.unlabelled or about_decisions):
-        return AGREEMENT
-    return options.metric or METRICS[task.problem_type][0]
-
-
 def _check(
-    task: Task,
-    options: CalibrationOptions,
-    metric: str,
-    rows: Sequence[Row],
-    test: Sequence[Row],
+    task: Task, options: CalibrationOptions, metric: str, rows: Sequence[Row], test: Sequence[Row]
 ) -> list[str]:
     """Refuse, before the model runs, what cannot be calibrated.
 
@@ -201,95 +195,73 @@ class _PointMaker:
         engine: the engine.
         options: what is asked for.
         progress: reports the current step.
-        stopping_costs: the rows that choose.
-        costs: measured times; the last ones count.
+        search: the settings that compete.
+        wide: the settings that are compared.
+        costs: measured times.
         held: rows to judge on; None means cross-validation on the rows that choose.
     """
 
     engine: Engine
     options: CalibrationOptions
     progress: Progress
-    stopping_costs: StoppingCosts
-    costs: Sequence[CostModel]
+    search: Search
+    wide: Search
+    costs: CostModel
     held: LabelledLogits | None
-
-    @cached_property
-    def search(self) -> Search:
-        """The settings that compete."""
-        return Search(self.stopping_costs, partial(make_families, names=self.options.rules))
-
-    @cached_property
-    def wide(self) -> Search:
-        """The settings that are compared, among them all of F-PABEE and PABEE."""
-        names = self.options.rules or [rule.name for rule in CONTENDERS]
-        every = tuple(dict.fromkeys([*names, *_ALWAYS_COMPARED]))
-        return Search(self.stopping_costs, partial(make_families, names=every))
 
     @property
     def full_depth(self) -> ExitRule:
         """Every row runs through all layers."""
-        return Budget(exit=self.stopping_costs.rows.exits[-1])
+        return Budget(exit=self.search.stopping_costs.rows.exits[-1])
 
-    def points(self, encoded: Sequence[EncodedRow]) -> tuple[Point, ...]:
+    def points(self, encoded: Sequence[EncodedRow]) -> Iterator[Point]:
         """An operating point for everything that is asked; rows are for measuring speed-ups."""
-        found = []
         for number, (name, goal) in enumerate(self.options.asked.items()):
             self.progress(f"choose {name}", number, len(self.options.asked))
-            found.append(self._point(name, goal, encoded))
-        return tuple(found)
+            choose = self._choice(goal)
+            found = choose(self.search)
+            rule = found.rule or self.full_depth
+            yield Point(
+                rule=rule,
+                chosen_on=self._judge(rule, self.search.stopping_costs.rows),
+                held_out=self._held_out(rule, choose, self.search),
+                name=name,
+                goal=goal,
+                measured={
+                    str(batch): measure_speedup(self.engine, encoded, rule, batch)
+                    for batch in sorted({1, self.options.batch_size})
+                },
+                certificate=found.certificate,
+                refusal=found.failed,
+            )
 
-    def comparisons(
-        self, goal: Goal | Bound, points: Sequence[Point]
-    ) -> tuple[RuleComparison, ...]:
-        """The best setting of every kind of rule that matters, the fastest first."""
+    def comparisons(self, goal: Goal | Bound, points: Sequence[Point]) -> Iterator[RuleComparison]:
+        """The best setting of every kind of rule that matters."""
         if not self.options.compare:
-            return ()
+            return
         if isinstance(goal, Bound):
             goal = goal.as_goal()
-        kinds, found = compared_kinds(self.wide.kinds, points), []
+        kinds = compared_kinds(self.wide.kinds, points)
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))
-            choose = partial(Search.choose, goal=goal, kinds=[kind])
+            choose = self._choice(goal, [kind])
             try:
-                rule = choose(self.wide) or self.full_depth
+                rule = choose(self.wide).rule or self.full_depth
             except InputError:  # no setting of this kind is fast enough
                 continue
-            chosen_on = self._judge(rule, self.stopping_costs.rows)
-            found.append(RuleComparison(kind, rule, chosen_on, self._held_out(rule, choose)))
-        return tuple(sorted(found, key=lambda comparison: -comparison.chosen_on.estimated))
+            chosen_on = self._judge(rule, self.search.stopping_costs.rows)
+            held_out = self._held_out(rule, choose, self.wide)
+            yield RuleComparison(rule, chosen_on, held_out, kind)
 
-    def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
-        found = None
-        choose: Choice
-        if is_guaranteed(goal):
-            of = partial(
-                certify,
-                bound=bound_of(goal),
-                labels=self.engine.manifest.task.labels,
-                rule=(*self.options.rules, GUARANTEED_RULES[0])[0],
-            )
-            found, choose = of(self.stopping_costs), lambda search: of(search.stopping_costs).rule
-        else:
+    def _choice(self, goal: Goal | Bound, kinds: Sequence[str] = ()) -> _Choice:
+        bound, labels = bound_of(goal), self.engine.manifest.task.labels
+        if bound is None:
             assert isinstance(goal, Goal)
-            choose = partial(Search.choose, goal=goal)
-        rule = (found.rule if found else choose(self.search)) or self.full_depth
-        certificate = found.certificate if found and rule != self.full_depth else None
-        measured = {
-            str(model.batch): measure_speedup(self.engine, encoded, rule, model.batch)
-            for model in self.costs
-        }
-        return Point(
-            name,
-            goal,
-            rule,
-            chosen_on=self._judge(rule, self.stopping_costs.rows),
-            held_out=self._held_out(rule, choose),
-            measured=measured,
-            certificate=certificate,
-            refusal=found.failed if found and certificate is None else "",
-        )
+            return lambda search: Certified(search.choose(goal, kinds))
+        rule = (*self.options.rules, GUARANTEED_RULES[0])[0]
+        return lambda search: certify(search.stopping_costs, bound, labels, rule)
 
-    def _held_out(self, rule: ExitRule, choose: Choice) -> Outcome:
+    def _held_out(self, rule: ExitRule, choose: _Choice, search: Search) -> Outcome:
         """How a choice does on rows that did not choose.
 
         These are the test rows, on which the rule itself is judged. Without them, each part of the
@@ -297,12 +269,14 @@ class _PointMaker:
         """
         if self.held is not None:
             return self._judge(rule, self.held)
-        return self._outcome(self.stopping_costs.scorer, self.search.held_out(choose))
+        exits = search.held_out(lambda some: choose(some).rule)
+        return self._outcome(search.stopping_costs.scorer, exits)
 
     def _judge(self, rule: ExitRule, rows: LabelledLogits) -> Outcome:
         """What a rule gives on some rows."""
-        return self._outcome(Scorer(rows, self.stopping_costs.scorer.metric), exits_of(rule, rows))
+        metric = self.search.stopping_costs.scorer.metric
+        return self._outcome(Scorer(rows, metric), exits_of(rule, rows))
 
     def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
-        costs = self.costs[-1].row_costs(scorer.rows.lengths)
+        costs = self.costs.row_costs(scorer.rows.lengths)
         return outcome(scorer, exits, costs, self.engine.manifest.exit_layers)

@@ -11,7 +11,7 @@ import numpy as np
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
 from ..runtime.rules.measures import Array, Integers
-from ..runtime.rules.rules import ExitRule
+from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts
 from .search import PARTS, Family, deal, exits_of, make_families
 
@@ -23,9 +23,6 @@ _RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.75
 
 Make = Callable[[StoppingCosts], list[Family]]
 """Makes the settings that compete on some rows."""
-
-Choice = Callable[["Search"], ExitRule | None]
-"""Chooses a rule among the settings on some rows; None means full depth."""
 
 
 class Search:
@@ -52,17 +49,29 @@ class Search:
         return tuple(dict.fromkeys(family.kind for family in self.families))
 
     @cached_property
-    def _known(self) -> list[tuple[Array, Array]]:
-        """Estimated drops and mean costs `[settings]` of each family."""
-        costs = self.stopping_costs
-        return [(costs.drops(each.exits), costs.mean_costs(each.exits)) for each in self.families]
+    def _settings(self) -> tuple[list[ExitRule], list[str], Array, Array, Array]:
+        """Of full depth and of all settings: rules, kinds, mean costs, drops, and drops for goals.
+
+        An estimate that falls from a cautious setting to a bolder one of its family is taken for
+        luck: for goals, the larger one counts for both.
+        """
+        costs, families = self.stopping_costs, self.families
+        drops = [costs.drops(family.exits) for family in families]
+        means = [costs.mean_costs(family.exits) for family in families]
+        full_depth = Budget(exit=costs.rows.exits[-1])
+        return (
+            [full_depth, *(rule for family in families for rule in family.rules)],
+            ["budget", *(family.kind for family in families for _ in family.rules)],
+            np.concatenate([[self._full_cost], *means]),
+            np.concatenate([[0.0], *drops]),
+            np.concatenate([[0.0], *map(np.maximum.accumulate, drops)]),
+        )
 
     def choose(self, goal: Goal, kinds: Collection[str] = ()) -> ExitRule | None:
         """The best setting for a goal.
 
         For a drop, this is the fastest setting whose estimated drop is at most the goal, less a
-        reserve (`_RESERVE`). An estimate that falls from a cautious setting to a bolder one of its
-        family is taken for luck, so the larger one counts for both.
+        reserve (`_RESERVE`).
 
         Args:
             goal: what is asked for; whether it is guaranteed makes no difference here.
@@ -74,37 +83,28 @@ class Search:
         Raises:
             InputError: no setting is as fast as the goal demands.
         """
-        chosen = [n for n, family in enumerate(self.families) if not kinds or family.kind in kinds]
-        rules = [rule for number in chosen for rule in self.families[number].rules]
-        none = np.empty(0)
-        costs = np.concatenate([none, *(self._known[number][1] for number in chosen)])
-        drops = [self._known[number][0] for number in chosen]
-        if goal.speedup is not None:
-            place = self._as_fast_as(goal.speedup, np.concatenate([none, *drops]), costs)
-            return rules[place] if costs[place] < self._full_cost else None
-        assert goal.max_drop is not None
-        allowed = goal.max_drop / 100
-        reserve = _RESERVE / len(self.stopping_costs.rows) ** _RESERVE_POWER
-        allowed -= min(reserve, _MOST_RESERVE * allowed)
-        worst = np.concatenate([none, *map(np.maximum.accumulate, drops)])
-        within = np.where(worst <= allowed + 1e-12, costs, np.inf)
-        found = within.min(initial=np.inf) < self._full_cost
-        return rules[int(within.argmin())] if found else None
-
-    def _as_fast_as(self, speedup: float, drops: Array, costs: Array) -> int:
-        """The setting with the smallest drop among those that reach a speed-up."""
-        if not len(costs):
-            raise InputError("no setting stops a row early", "choose among other rules")
-        fast = np.flatnonzero(costs <= self._full_cost / speedup)
-        if not len(fast):
-            fastest = int(costs.argmin())
-            raise InputError(
-                f"no setting is {speedup:g} times as fast here: the fastest is "
-                f"{self._full_cost / costs[fastest]:.2f} times as fast, with an estimated drop of "
-                f"{100 * drops[fastest]:.1f} points",
-                "ask for a smaller speed-up, or train a model with an earlier exit",
-            )
-        return int(fast[np.lexsort((costs[fast], drops[fast]))[0]])
+        rules, names, costs, drops, worst = self._settings
+        if kinds:
+            costs = np.where(np.isin(names, list(kinds)), costs, np.inf)
+        if goal.speedup is None:
+            assert goal.max_drop is not None
+            allowed = goal.max_drop / 100
+            reserve = _RESERVE / len(self.stopping_costs.rows) ** _RESERVE_POWER
+            allowed -= min(reserve, _MOST_RESERVE * allowed)
+            costs = np.where(worst <= allowed + 1e-12, costs, np.inf)
+            place = int(costs.argmin())
+        else:
+            fast = np.flatnonzero(costs <= self._full_cost / goal.speedup)
+            if not len(fast):
+                fastest = int(costs.argmin())
+                raise InputError(
+                    f"no setting is {goal.speedup:g} times as fast here: the fastest is "
+                    f"{self._full_cost / costs[fastest]:.2f} times as fast, with an estimated drop "
+                    f"of {100 * drops[fastest]:.1f} points",
+                    "ask for a smaller speed-up, or train a model with an earlier exit",
+                )
+            place = int(fast[np.lexsort((costs[fast], drops[fast]))[0]])
+        return rules[place] if costs[place] < self._full_cost else None
 
     @cached_property
     def _folds(self) -> list[Search]:
@@ -114,7 +114,7 @@ class Search:
             Search(costs.take(np.flatnonzero(parts != part)), self._make) for part in range(PARTS)
         ]
 
-    def held_out(self, choose: Choice) -> Integers:
+    def held_out(self, choose: Callable[[Search], ExitRule | None]) -> Integers:
         """The exits `[rows]`: in each part by the setting that is chosen on the other parts.
 
         Args:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,12 @@ from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, step_progress
 from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
+from ..runtime.rules.words import rule_in_words
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
 from .goals import DEFAULT_GOALS, Bound, CalibrationOptions, is_name
 from .report import write_report
-from .report.words import (
-    comparison_in_words,
-    exit_0_in_words,
-    goal_in_words,
-    promise_in_words,
-    rule_in_words,
-)
+from .report.words import comparison_in_words, exit_0_in_words, goal_in_words, promise_in_words
 from .result import Calibration, Point, RuleComparison, make_default
 from .scoring import METRICS
 from .search import CONTENDERS
@@ -44,7 +38,6 @@ fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1
 fpabee-calibrate engines/ --data texts.jsonl --flips 1
 fpabee-calibrate engines/ --data texts.jsonl --missed 2 --threshold attack=0.7
-fpabee-calibrate engines/ --data dev.jsonl --all-targets
 fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
@@ -69,7 +62,6 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     "LABEL=P",
     "A label is flagged above this probability. May be repeated.",
     multiple=True,
-    callback=lambda _, __, values: dict(map(_threshold, values)),
 )
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
@@ -141,7 +133,7 @@ def main(
     # The report comes last, because an error in it should not lose the calibration.
     if as_json:
         found = [to_dict(result) for result in results]
-        click.echo(json.dumps(found if all_targets else found[0]))
+        click.echo(msgspec.json.encode(found if all_targets else found[0]).decode())
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)
@@ -162,7 +154,7 @@ def _options(
     speedup: float | None,
     confidence: float | None,
     rules: tuple[str, ...],
-    thresholds: dict[str, float],
+    thresholds: tuple[str, ...],
     **settings: Any,
 ) -> CalibrationOptions:
     """The options of the library.
@@ -192,7 +184,7 @@ def _options(
     bound = None
     if shares:
         sure = 0.95 if confidence is None else confidence / 100
-        bound = Bound(confidence=sure, thresholds=thresholds, **shares)
+        bound = Bound(confidence=sure, thresholds=dict(map(_threshold, thresholds)), **shares)
     goal = {point: Goal(max_drop=max_drop, speedup=speedup)}
     return CalibrationOptions(
         goals=goal if names and not shares else DEFAULT_GOALS,
@@ -207,36 +199,25 @@ def _options(
 
 def to_dict(result: Calibration) -> dict[str, Any]:
     """The result for JSON."""
+    points = [
+        {
+            **{"name": point.name, "goal": str(point.goal), **_judged(point)},
+            "measured_speedup": point.measured,
+            "certificate": point.certificate,
+            "promise": promise_in_words(point, result),
+        }
+        for point in result.points
+    ]
     return {
-        "target": result.target,
-        "rows": len(result.rows),
-        "held_out": result.held_out,
-        "default": result.default,
-        "points": [
-            {**_point(point), "promise": promise_in_words(point, result)} for point in result.points
-        ],
+        **{"target": result.target, "rows": len(result.rows), "held_out": result.held_out},
+        **{"default": result.default, "points": points, "warnings": result.warnings},
         "contenders": [_judged(comparison) for comparison in result.comparisons],
-        "warnings": result.warnings,
-    }
-
-
-def _point(point: Point) -> dict[str, Any]:
-    return {
-        "name": point.name,
-        "goal": str(point.goal),
-        **_judged(point),
-        "measured_speedup": point.measured,
-        "certificate": msgspec.to_builtins(point.certificate),
     }
 
 
 def _judged(found: Point | RuleComparison) -> dict[str, Any]:
-    return {
-        "kind": found.kind,
-        "rule": found.rule.to_dict(),
-        "chosen_on": asdict(found.chosen_on),
-        "held_out": asdict(found.held_out),
-    }
+    rule, runs = found.rule.to_dict(), {"chosen_on": found.chosen_on, "held_out": found.held_out}
+    return {"kind": found.kind, "rule": rule, **runs}
 
 
 def _print(result: Calibration) -> None:

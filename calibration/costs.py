@@ -27,11 +27,10 @@ from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
-# The rows that a speed-up is measured on, one by one or in windows, as far as the time allows.
-_SINGLE_ROWS = 48
-_WINDOW_ROWS = 128
-_WINDOWS = 2
-_WINDOW_REPEATS = 2
+# Speed-ups are measured on so many rows at a time, so many rows in all as far as the time allows,
+# and so often.
+_SINGLE = (1, 48, 5)
+_WINDOWS = (128, 256, 2)
 _MOST_SECONDS = 10.0
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
 _PRIOR_ROWS = 2.0
@@ -77,8 +76,7 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
         rows = min(batch, engine.limits.max_batch, max(1, engine.limits.group_tokens // tokens))
         runs = [engine.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
         columns.append(np.median(np.array(runs), axis=0) / rows)
-    seconds = np.stack(columns, axis=1)
-    return CostModel(batch, tuple(sizes), tuple(tuple(row) for row in seconds.tolist()))
+    return CostModel(batch, tuple(sizes), tuple(zip(*columns, strict=True)))
 
 
 def measure_speedup(
@@ -95,20 +93,16 @@ def measure_speedup(
     full_depth = Budget(exit=engine.manifest.exits[-1])
     if rule == full_depth:
         return 1.0
-    rules = full_depth, rule
-    size, most, repeats = 1, _SINGLE_ROWS, _REPEATS
-    if batch > 1:
-        size, most, repeats = _WINDOW_ROWS, _WINDOW_ROWS * _WINDOWS, _WINDOW_REPEATS
-    chosen = list(rows)
-    if most < len(rows):
-        chosen = [rows[number * len(rows) // most] for number in range(most)]
+    size, most, repeats = _SINGLE if batch == 1 else _WINDOWS
+    numbers = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
+    chosen = [rows[number] for number in numbers]
     totals = np.zeros(2)
     begun = time.perf_counter()
     for start in range(0, len(chosen), size):
         times: list[tuple[float, ...]] = []
         for _ in range(1 + repeats):
             window = chosen[start : start + size]
-            times.append(tuple(_seconds(engine, window, each) for each in rules))
+            times.append(tuple(_seconds(engine, window, each) for each in (full_depth, rule)))
         totals += np.median(times[1:], axis=0)  # the first run warms up
         if time.perf_counter() - begun > _MOST_SECONDS:
             break
@@ -158,7 +152,7 @@ class StoppingCosts:
         drops = estimated(self.observed[at], self.losses[at])
         if self.scorer.is_row_mean:
             return drops
-        scores = [self.scorer.value(self.scorer.at(each).sum(axis=0)) for each in exits]
+        scores = [self.scorer.score(each) for each in exits]
         return np.maximum(drops, self.scorer.full_depth - np.array(scores))
 
     def mean_costs(self, exits: NDArray[np.int16]) -> Array:

@@ -173,26 +173,21 @@ class CalibrationOptions:
                 raise InputError(
                     f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
-        self._check_guarantees()
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")
-
-    def _check_guarantees(self) -> None:
-        """A guarantee tests a list of thresholds that is known before any row is seen."""
-        guaranteed = [name for name, goal in self.asked.items() if is_guaranteed(goal)]
-        if not guaranteed or not self.rules:
-            return
-        if len(self.rules) > 1 or self.rules[0] not in GUARANTEED_RULES:
+        # A guarantee tests a list of thresholds that is known before any row is seen.
+        guaranteed = [name for name, goal in self.asked.items() if bound_of(goal)]
+        if guaranteed and self.rules and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
             raise InputError(
                 f"{guaranteed[0]!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}"
                 ": its thresholds must be known before any row is seen",
                 f"give one of {' and '.join(GUARANTEED_RULES)}, or a goal without a guarantee",
             )
-        if self.bound is not None and self.bound.thresholds and self.rules != ("confidence",):
+        if self.rules == ("entropy",) and self.bound is not None and self.bound.thresholds:
             raise InputError(
-                f"{self.rules[0]} knows nothing of the thresholds of labels",
+                "entropy knows nothing of the thresholds of labels",
                 "leave out `rules`, or give confidence",
             )
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")
 
     @property
     def asked(self) -> dict[str, Goal | Bound]:
@@ -200,16 +195,10 @@ class CalibrationOptions:
         return dict(self.goals) if self.bound is None else {self.name: self.bound}
 
 
-def is_guaranteed(goal: Goal | Bound) -> bool:
-    """Whether a goal has to be met with stated confidence, instead of on average."""
-    return isinstance(goal, Bound) or goal.guaranteed
-
-
-def bound_of(goal: Goal | Bound) -> Bound:
-    """What is guaranteed: a bound, or the drop of a goal with 95 % confidence; never 0 or 1."""
-    if isinstance(goal, Bound):
-        return goal
-    assert goal.max_drop is not None
+def bound_of(goal: Goal | Bound) -> Bound | None:
+    """What is guaranteed: a bound, or the drop of a goal with 95 % confidence, never 0 or 1."""
+    if isinstance(goal, Bound) or not goal.guaranteed or goal.max_drop is None:
+        return goal if isinstance(goal, Bound) else None
     return Bound(drop=min(max(goal.max_drop / 100, 1e-9), 1 - 1e-9))
 
 

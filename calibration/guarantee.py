@@ -23,8 +23,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType, Task
@@ -57,14 +57,14 @@ class Certified:
     Attributes:
         rule: the boldest setting that passed; `Budget` of the last exit is full depth. None if not
             even full depth passed.
-        certificate: the guarantee; None without a rule.
-        failed: the promise that ended the sequence, and what was counted, in words; empty if none
-            failed.
+        certificate: the guarantee; None if nothing is certified but that full depth is full depth.
+        failed: without a certificate, what was counted for the promise that ended the sequence,
+            and how many rows are needed.
     """
 
     rule: ExitRule | None
-    certificate: Certificate | None
-    failed: str
+    certificate: Certificate | None = None
+    failed: str = ""
 
 
 def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[float, ...]:
@@ -73,13 +73,11 @@ def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[fl
     In a model with one label for each text, only the named labels decide; in a multi-label model
     all labels do.
     """
-    if task.problem_type is ProblemType.MULTI_LABEL:
-        usual = task.label_thresholds or (0.5,) * len(task.labels)
-        if not thresholds and set(usual) == {0.5}:
-            return ()
-        each = zip(task.labels, usual, strict=True)
-        return tuple(thresholds.get(label, value) for label, value in each)
-    return tuple(thresholds.get(label, 1.0) for label in task.labels) if thresholds else ()
+    if not thresholds and not task.label_thresholds:
+        return ()
+    usual = 0.5 if task.problem_type is ProblemType.MULTI_LABEL else 1.0
+    values = task.label_thresholds or (usual,) * len(task.labels)
+    return tuple(map(thresholds.get, task.labels, values))
 
 
 def certify(
@@ -110,15 +108,15 @@ def certify(
                 passed, mean_cost = setting, float(costs.costs[costs.rows.at(exits)].mean())
         found.append((mean_cost, passed, failed))
     _, best, failed = min(found, key=lambda each: each[0])
-    if best is None:
-        return Certified(None, None, failed)
-    promises = tuple(
-        msgspec.structs.replace(test.promise, rows=len(test.numbers)) for test in tests
-    )
+    if best is None or (best == Budget(exit=costs.rows.exits[-1]) and costs.rows.reference is None):
+        needs = needs_in_words(bound, costs.rows.first_exit == 0)
+        return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
     certificate = Certificate(
-        confidence=100 * bound.confidence, promises=promises, thresholds=dict(bound.thresholds)
+        confidence=100 * bound.confidence,
+        promises=tuple(test.promise for test in tests),
+        thresholds=dict(bound.thresholds),
     )
-    return Certified(best, certificate, failed)
+    return Certified(best, certificate)
 
 
 def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> Iterator[ExitRule]:
@@ -130,19 +128,15 @@ def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> Iterator[ExitR
         at_exit_0: whether exit 0 may answer.
     """
     yield Budget(exit=rows.exits[-1])
-    thresholds, single = rows.decision_thresholds, rows.problem_type is ProblemType.SINGLE_LABEL
-    labels = rows.logits.shape[2]
-    doubts = np.geomspace(1e-4, 0.95 if single and not thresholds else 0.5, _STEPS)
-    largest = math.log(labels) if single else labels * math.log(2)
-    entropies = np.geomspace(1e-3, 0.95 * largest, _STEPS)
-    settings: list[ExitRule] = [Entropy(threshold=rounded(each)) for each in entropies]
-    if rule == "confidence":
-        doubts = np.concatenate([_CAUTIOUS, doubts])
-        settings = [
-            Confidence(threshold=1 - rounded(each), decision_thresholds=thresholds)
-            for each in doubts
-        ]
-    for doubt, setting in zip(doubts.tolist(), settings, strict=True):
+    single, labels = rows.problem_type is ProblemType.SINGLE_LABEL, rows.logits.shape[2]
+    boldest = 0.95 if single and not rows.decision_thresholds else 0.5
+    doubts = limits = np.concatenate([_CAUTIOUS, np.geomspace(1e-4, boldest, _STEPS)])
+    base: ExitRule = Confidence(threshold=0.0, decision_thresholds=rows.decision_thresholds)
+    if rule == "entropy":
+        largest = math.log(labels) if single else labels * math.log(2)
+        base, limits = Entropy(threshold=0.0), np.geomspace(1e-3, 0.95 * largest, len(doubts))
+    for doubt, limit in zip(doubts, limits, strict=True):
+        setting = base.with_stop_threshold(rounded(limit))
         yield with_exit_0(setting, _EXIT_0_SHARE * doubt) if at_exit_0 else setting
 
 
@@ -155,12 +149,11 @@ class _Test:
         labels: the labels of the model.
 
     Attributes:
-        promise: as given.
+        promise: as given, with the number of these rows.
         numbers: the numbers of the rows that the promise is about, in random order.
     """
 
     def __init__(self, scorer: Scorer, promise: Promise, labels: Sequence[str]) -> None:
-        self.promise = promise
         self._scorer = scorer
         self.numbers = shuffled(scorer.rows)
         if promise.of == "drop":
@@ -175,6 +168,7 @@ class _Test:
             self.numbers = self.numbers[about[self.numbers]]
             losses = (every[..., label] != reference[:, label]).astype(np.float64)
         self._losses = losses
+        self.promise = replace(promise, rows=len(self.numbers))
 
     def lost(self, exits: Integers) -> Array:
         """The losses of the rows that the promise is about."""
@@ -200,7 +194,7 @@ class _Test:
         """What these rows show, for a setting that does not pass."""
         lost, full_depth = self.lost(exits), (exits == self._scorer.rows.exits[-1]).all()
         setting = "full depth" if full_depth else "the next setting"
-        what = "drop" if self.promise.of == "drop" else self.promise.of.replace("_", " ")
+        what = "losses" if self.promise.of == "drop" else self.promise.of.replace("_", " ")
         return f"{setting} has {lost.sum():g} {what} in {len(lost)} texts"
 
 
@@ -275,24 +269,18 @@ def rows_needed(share: float, level: float) -> tuple[int, int]:
     return least, math.ceil(rows / 20) * 20
 
 
-def needs_in_words(bound: Bound, has_exit_0: bool, rows: int | None = None) -> list[str]:
+def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
     """How many texts each promise needs: `1 % flips: 1,960 rows for a good chance; ...`.
 
     Args:
         bound: what is asked for.
         has_exit_0: whether two sequences are tested, so that each gets half of the level.
-        rows: leave out promises about all texts for which so many are enough; None: none.
     """
-    level = (1 - bound.confidence) / (2 if has_exit_0 else 1)
-    what = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
     found = []
     for of, share in bound.shares.items():
-        least, good = rows_needed(share, level)
-        if of not in what and rows is not None and rows >= good:
-            continue
+        least, good = rows_needed(share, (1 - bound.confidence) / (1 + has_exit_0))
+        rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
-        found.append(
-            f"{100 * share:g} {name}: {good:,} {what.get(of, 'rows')} for a good chance; "
-            f"{least:,} at the least"
-        )
+        counts = f"{good:,} {rows.get(of, 'rows')} for a good chance; {least:,} at the least"
+        found.append(f"{100 * share:g} {name}: {counts}")
     return found

@@ -22,8 +22,6 @@ from .scoring import AGREEMENT, LabelledLogits, Scorer
 from .search import kind_of
 
 _RESAMPLES = 2000
-# Rows that are drawn at once, over all samples, to bound the memory.
-_BLOCK = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ class Outcome:
         exits: how many rows stopped at each exit, from the first exit on.
         estimated: speed-up over full depth in measured times of the segments.
         rows: how many rows there were.
-        exit_0_changed: how many rows stopped at exit 0 with another decision than full depth; None
-             if the model has no exit 0.
+        exit_0_changed: how many rows stopped at exit 0 with another decision than full depth.
     """
 
     metric: str
@@ -53,19 +50,42 @@ class Outcome:
     exits: tuple[int, ...]
     estimated: float
     rows: int
-    exit_0_changed: int | None = None
+    exit_0_changed: int = 0
 
 
 @dataclass(frozen=True)
-class Point:
+class _Chosen:
+    """A rule, and what it gives.
+
+    Attributes:
+        rule: the rule.
+        chosen_on: what it gives on the rows that chose it.
+        held_out: what it gives on rows that did not choose it.
+    """
+
+    rule: ExitRule
+    chosen_on: Outcome
+    held_out: Outcome
+
+
+@dataclass(frozen=True)
+class RuleComparison(_Chosen):
+    """The best setting of one kind of rule for the goal of the default point; or full depth.
+
+    Attributes:
+        kind: the kind of the rule, see `kind_of`.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Point(_Chosen):
     """One operating point.
 
     Attributes:
         name: its name.
         goal: what was asked for.
-        rule: the rule.
-        chosen_on: what it gives on the rows that chose it.
-        held_out: what it gives on other rows.
         measured: measured speed-up over full depth on the target, by batch size: 1 for rows one by
             one, a larger number for windows of 128 rows.
         certificate: the guarantee, if one was asked for and the rows allow it.
@@ -74,9 +94,6 @@ class Point:
 
     name: str
     goal: Goal | Bound
-    rule: ExitRule
-    chosen_on: Outcome
-    held_out: Outcome
     measured: dict[str, float]
     certificate: Certificate | None = None
     refusal: str = ""
@@ -85,23 +102,6 @@ class Point:
     def kind(self) -> str:
         """The kind of its rule, see `kind_of`."""
         return kind_of(self.rule)
-
-
-@dataclass(frozen=True)
-class RuleComparison:
-    """The best setting of one kind of rule, for the goal of the default point.
-
-    Attributes:
-        kind: the kind of the rule, see `kind_of`.
-        rule: the rule; full depth if no faster setting meets the goal.
-        chosen_on: what it gives on the rows that chose it.
-        held_out: what it gives on rows that did not choose it.
-    """
-
-    kind: str
-    rule: ExitRule
-    chosen_on: Outcome
-    held_out: Outcome
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,7 @@ def outcome(scorer: Scorer, exits: Integers, costs: Array, layers: Sequence[int]
         exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
         estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
-        exit_0_changed=(
-            int(np.count_nonzero(scorer.changed[0] & (exits == 0)))
-            if scorer.rows.first_exit == 0
-            else None
-        ),
+        exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (exits == 0))),
     )
 
 
@@ -203,15 +199,9 @@ def drop_interval(
         drops = drawn @ kinds / rows
     else:
         drops = np.zeros(resamples)
-        step = max(1, _BLOCK // rows)
-        for start in range(0, resamples, step):
-            part = drops[start : start + step]
-            drawn = (
-                generator.integers(0, rows, (len(part), rows))
-                + rows * np.arange(len(part))[:, None]
-            )
-            counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-            part[:] = scorer.value(counts @ full) - scorer.value(counts @ early)
+        for sample in range(resamples):
+            weights = np.bincount(generator.integers(0, rows, rows), minlength=rows)
+            drops[sample] = scorer.value(weights @ full) - scorer.value(weights @ early)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
     if (exits < scorer.rows.exits[-1]).any():
         drop = scorer.full_depth - scorer.score(exits)

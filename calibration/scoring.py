@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.files.labels import evaluate, f1, matthews
+from ..runtime.files.labels import f1, matthews
 from ..runtime.rules.measures import Array, Integers, Mask, Outputs
 
 AGREEMENT = "agreement"
@@ -175,12 +175,8 @@ class Scorer:
         return np.asarray(self.sums[self.rows.at(exits)])
 
     def score(self, exits: Integers) -> float:
-        """The metric of rows that stop at given exits, computed as for any other run."""
-        at = self.rows.at(exits)
-        if self.metric == AGREEMENT:
-            return 1 - float(self.changed[at].mean())
-        labels = self.rows.logits.shape[2]
-        return evaluate(self.answers[at], self._expected, labels)[self.metric]
+        """The metric of rows that stop at given exits."""
+        return float(self.value(self.at(exits).sum(axis=0)))
 
     def _sums(self) -> Array:
         if self.is_row_mean:

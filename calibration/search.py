@@ -30,7 +30,6 @@ from ..runtime.rules.rules import (
     Entropy,
     ExitRule,
     FPabee,
-    Pabee,
     ThresholdRule,
 )
 from ..runtime.rules.runner import simulate
@@ -47,7 +46,7 @@ CASCADE = "cascade"
 PARTS = 5
 """How many parts rows are dealt into: each part is judged with what is fitted to the others."""
 NEVER = -1.0
-"""A limit of the stop scores of exit 0 that no row reaches, since they are not negative."""
+"""A threshold of stop scores that no row reaches, since they are not negative."""
 
 _MEASURES = (Measure.JSKD, Measure.REKD)
 _THRESHOLDS = 64
@@ -57,8 +56,6 @@ _MOST_PATIENCE = 3
 # early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
 # settings from cautious to bold, and together they cover all combinations of both shares.
 _POWERS = (4.0, 2.0, 1.0, 0.5, 0.25)
-# Fewer than without exit 0, since each is tried with every power.
-_THRESHOLDS_WITH_EXIT_0 = 32
 _PRICES = 30
 _ROUNDS = 6
 # Shares that exit 0 answers, for rules without a threshold.
@@ -101,7 +98,7 @@ def settings_of(name: str, exits: range, measures: Sequence[Measure] = _MEASURES
         measures: similarity measures to try.
     """
     kind = RULES[name]
-    patience = exits[-1] - 1 if kind is Pabee else min(_MOST_PATIENCE, exits[-1] - 1)
+    patience = exits[-1] - 1 if name == "pabee" else min(_MOST_PATIENCE, exits[-1] - 1)
     values: dict[str, Sequence[Any]] = {
         "exit": exits,
         "threshold": (0.0,),
@@ -134,17 +131,13 @@ def families_of(
         per_exit: rules that also get one threshold for each exit, unless they have patience.
     """
     rows, stop, found = costs.rows, StopScores(costs.rows), []
-    with_exit_0 = rows.first_exit == 0
-    for rule in (*rules, Budget(exit=rows.exits[-1])) if with_exit_0 else rules:
+    for rule in (*rules, Budget(exit=rows.exits[-1])) if rows.first_exit == 0 else rules:
         scores = stop.stop_scores(rule)
         for settings in _settings(rule, scores, rows):
             exits = np.stack([stop.exits(setting) for setting in settings])
             found.append(Family(kind_of(settings[-1]), exits.astype(np.int16), settings))
         if isinstance(rule, per_exit) and rule.signals_needed == 1:
             found.append(_per_exit(rule, scores, costs))
-            if with_exit_0:  # also without exit 0
-                never = np.full((1, len(rows)), np.inf)
-                found.append(_per_exit(rule, np.concatenate([never, scores[1:]]), costs))
     return found
 
 
@@ -157,21 +150,20 @@ def _settings(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[l
         rows: the rows.
     """
     later = scores[1 - rows.first_exit :]
-    settings = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, later)]
+    thresholds = threshold_grid(rule, later)
+    settings = [rule.with_stop_threshold(limit) for limit in thresholds]
     yield settings
     if rows.first_exit == 1:
         return
-    powers: Sequence[float] = (1.0,)
-    early = np.array(_SHARES)
-    if len(settings) > 1:
-        powers, thresholds = _POWERS, threshold_grid(rule, later, _THRESHOLDS_WITH_EXIT_0)
-        settings = [rule.with_stop_threshold(limit) for limit in thresholds]
-        early = (exits_below(later, thresholds) < rows.exits[-1]).mean(axis=1)
-    for power in powers:
-        limits = np.quantile(scores[0], early**power, method="higher")
-        limits = np.where(early > 0, limits, NEVER)
-        several = settings if len(settings) > 1 else settings * len(limits)
-        yield [with_exit_0(each, limit) for each, limit in zip(several, limits, strict=True)]
+    shares = [np.array(_SHARES)]
+    if isinstance(rule, ThresholdRule):
+        settings = settings[::2]  # fewer, since each is tried with every power
+        early = (exits_below(later, thresholds[::2]) < rows.exits[-1]).mean(axis=1)
+        shares = [early**power for power in _POWERS]
+    for share in shares:
+        limits = np.quantile(scores[0], share, method="higher")
+        limits = np.where(share > 0, limits, NEVER)
+        yield [with_exit_0(*pair) for pair in zip(itertools.cycle(settings), limits, strict=False)]
 
 
 def deal(rows: int) -> NDArray[np.intp]:
@@ -191,8 +183,7 @@ def _per_exit(rule: ExitRule, scores: Array, costs: StoppingCosts) -> Family:
 
     Args:
         rule: the rule.
-        scores: `[exits, rows]` its stop scores, those of exit 0 included; if exit 0 has infinite
-            ones only, it gets no threshold.
+        scores: `[exits, rows]` its stop scores, those of exit 0 included.
         costs: the rows, and what they cost and lose.
     """
     first, parts = costs.rows.first_exit, deal(len(costs.rows))
@@ -204,9 +195,7 @@ def _per_exit(rule: ExitRule, scores: Array, costs: StoppingCosts) -> Family:
     limits = fit_thresholds(scores, costs.costs, costs.losses)
     rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in limits]
     if first == 0:
-        # A threshold that stops none of these rows could stop others.
-        at_0 = np.where(limits[:, 0] > scores[0].min(), limits[:, 0], NEVER)
-        rules = [with_exit_0(rule, limit) for rule, limit in zip(rules, at_0, strict=True)]
+        rules = [with_exit_0(rule, row[0]) for rule, row in zip(rules, limits, strict=True)]
     return Family(rule.name + PER_EXIT, exits, rules)
 
 
@@ -240,8 +229,7 @@ def _descend(scores: Array, order: Sequence[NDArray[np.intp]], totals: Array) ->
         totals: `[exits, rows]` what a row that stops at an exit adds to the sum.
     """
     exits, rows = scores.shape
-    never = _below(scores)
-    thresholds = never.copy()
+    thresholds = np.full(exits, NEVER)
     stops = np.zeros((exits, rows), np.bool_)
     stops[-1] = True
     for _ in range(_ROUNDS):
@@ -252,31 +240,18 @@ def _descend(scores: Array, order: Sequence[NDArray[np.intp]], totals: Array) ->
             queue = order[number]
             if number:
                 queue = queue[~gone[number - 1][queue]]
-            thresholds[number] = never[number]
-            if len(queue):
-                sums = np.cumsum((totals[number] - ahead)[queue])
-                best = int(sums.argmin())
-                if sums[best] < 0:
-                    thresholds[number] = _between(scores[number][queue], best)
+            thresholds[number] = NEVER
+            sums = np.cumsum((totals[number] - ahead)[queue])
+            if sums.min(initial=0.0) < 0:
+                best, there = int(sums.argmin()), scores[number][queue]
+                # Between a score and the next one.
+                thresholds[number] = np.append(there, there[-1] + 1e-3)[best : best + 2].mean()
             stops[number] = scores[number] < thresholds[number]
             ahead = np.where(stops[number], totals[number], ahead)
         if np.array_equal(before, thresholds):
             break
-    thresholds[-1] = thresholds[-2] if exits > 1 else 0.0
+    thresholds[-1] = thresholds[max(0, exits - 2)]
     return thresholds
-
-
-def _below(scores: Array) -> Array:
-    """A threshold for each exit that stops no row: below its lowest finite score."""
-    lowest = np.where(np.isfinite(scores), scores, np.inf).min(axis=1)
-    return np.where(np.isfinite(lowest), np.minimum(lowest, 0.0) - 1e-3, 0.0)
-
-
-def _between(ascending: Array, last: int) -> float:
-    """A threshold between a score and the next one."""
-    here = float(ascending[last])
-    there = float(ascending[last + 1]) if last + 1 < len(ascending) else here + 1e-3
-    return (here + there) / 2
 
 
 def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:
@@ -290,10 +265,8 @@ def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> l
     finite = scores[:-1][np.isfinite(scores[:-1])]
     if not isinstance(rule, ThresholdRule) or not finite.size:
         return [0.5]
-    lowest, highest = finite.min(), finite.max()
-    margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
     inner = map(rounded, np.quantile(finite, np.linspace(0, 1, count - 2)))
-    return sorted({float(lowest - margin), *inner, float(highest + margin)})
+    return sorted({NEVER, *inner, 1.001 * float(finite.max()) + 1e-3})
 
 
 def exits_below(
@@ -408,15 +381,9 @@ def threshold_for_depth(
     """
     if not isinstance(rule, ThresholdRule):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
-    lengths = np.ones(logits.shape[1], np.intp)
-    rows = LabelledLogits(
-        logits.astype(np.float32),
-        lengths,
-        None,
-        problem_type,
-        tuple(label_thresholds),
-        first_exit,
-    )
+    floats, lengths = logits.astype(np.float32), np.ones(logits.shape[1], np.intp)
+    thresholds = tuple(label_thresholds)
+    rows = LabelledLogits(floats, lengths, None, problem_type, thresholds, first_exit)
     stop = StopScores(rows)
     scores = stop.stop_scores(rule.with_stop_threshold(0.0))[1 - first_exit :]
     rules = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, scores, count=200)]

@@ -6,21 +6,21 @@ long as the texts and everything that determines the logits are the same, see `a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.folder import write_whole
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.engine import Engine
-from ..runtime.errors import ArtifactError, InputError
+from ..runtime.errors import InputError
 from ..runtime.files import Row
 from ..runtime.files.labels import Labels, encode_labels
 from ..runtime.progress import Progress, silent
@@ -28,6 +28,8 @@ from ..runtime.targets import rest_precision
 from .scoring import LabelledLogits
 
 _CHUNK = 256
+_Trace = tuple[NDArray[np.float32], NDArray[np.intp]]
+"""Logits `[exits, rows, labels]`, and the number of tokens of each row."""
 
 
 def data_sha256(rows: Sequence[Row], labels: bool = True) -> str:
@@ -50,9 +52,8 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
         [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
         sorted(chosen.versions.items()),
         rest_precision(chosen),
+        manifest.exit_0 and manifest.exit_0.sha256,
     ]
-    if manifest.exit_0 is not None:
-        content.append([manifest.exit_0.sha256])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -102,21 +103,8 @@ def trace_rows(
     if kept is None:
         kept = _run(engine, rows, progress)
         _write(path, artifact, texts, kept)
-    return LabelledLogits(
-        kept.logits,
-        kept.lengths,
-        expected,
-        task.problem_type,
-        task.label_thresholds,
-        manifest.exits[0],
-    )
-
-
-class _Trace(NamedTuple):
-    """Logits `[exits, rows, labels]`, and the number of tokens of each row."""
-
-    logits: NDArray[np.float32]
-    lengths: NDArray[np.intp]
+    thresholds, first = task.label_thresholds, manifest.exits[0]
+    return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
 
 
 def _run(engine: Engine, rows: Sequence[Row], progress: Progress) -> _Trace:
@@ -126,7 +114,7 @@ def _run(engine: Engine, rows: Sequence[Row], progress: Progress) -> _Trace:
         parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
     progress("trace", len(rows), len(rows))
     logits = np.concatenate([part.logits for part in parts], axis=1)
-    return _Trace(logits, np.concatenate([part.lengths for part in parts]))
+    return logits, np.concatenate([part.lengths for part in parts])
 
 
 def _read(
@@ -148,23 +136,10 @@ def _read(
         and lengths.min(initial=1) >= 1
         and lengths.max(initial=0) <= longest
     )
-    return _Trace(logits, lengths.astype(np.intp)) if fits else None
+    return (logits, lengths.astype(np.intp)) if fits else None
 
 
 def _write(path: Path, artifact: str, texts: str, trace: _Trace) -> None:
     file = io.BytesIO()
-    np.savez(file, logits=trace.logits, lengths=trace.lengths, texts=texts, artifact=artifact)
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A new file: if the path is a link, the file that it leads to is not ours.
-        partial.unlink(missing_ok=True)
-        partial.write_bytes(file.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"cannot write {path}: {error.strerror}",
-            "make the folder writable, or free some space",
-        ) from error
+    np.savez(file, logits=trace[0], lengths=trace[1], texts=texts, artifact=artifact)
+    write_whole(path, file.getvalue())

@@ -11,8 +11,9 @@ from pathlib import Path
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.errors import ArtifactError
 from ...runtime.machine import require
+from ...runtime.rules.words import rule_in_words
 from ..result import Calibration
-from .words import drop_in_words, exit_0_in_words, promise_in_words, rule_in_words
+from .words import drop_in_words, exit_0_in_words, promise_in_words
 
 
 def write_report(result: Calibration, path: str | Path) -> None:

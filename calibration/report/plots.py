@@ -53,17 +53,10 @@ def _svg(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(_WIDTH, height), layout="constrained")
-
-
-def _clipped(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-
-
 def _depth(result: Calibration) -> Figure:
     """Score against depth: the curves, and the operating points with their intervals."""
-    figure, metric = _figure(5.2), result.points[0].held_out.metric
+    figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
+    metric = result.points[0].held_out.metric
     axes, found = figure.subplots(), curves(result)
     for number, (kind, settings) in enumerate(found.items()):
         axes.plot(
@@ -90,13 +83,10 @@ def _depth(result: Calibration) -> Figure:
             capsize=6 - number % 4,
             linestyle="none",
             zorder=5,
-            label=f"{_clipped(point.name)}, with its interval",
+            label=f"{point.name[:_LONGEST_NAME]}, with its interval",
         )
     # The part of the plane where people choose.
     floor = max(_LEAST_FLOOR, *(1.3 * point.held_out.interval[1] for point in result.points))
-    near = [d for settings in found.values() for d, drop in settings if drop <= floor]
-    lowest = min([*near, *(point.chosen_on.mean_depth for point in result.points)])
-    axes.set_xlim(left=lowest - 0.05 * (result.layers[-1] - lowest + 0.1))
     axes.set_ylim(bottom=-floor)
     axes.set_xlabel(f"mean depth in layers, of {result.layers[-1]}")
     axes.set_ylabel(f"{metric} compared with full depth, points")
@@ -107,7 +97,7 @@ def _depth(result: Calibration) -> Figure:
 def _exits(result: Calibration) -> Figure:
     """Where each operating point stops rows."""
     points, layers = result.points, result.layers
-    figure = _figure(0.6 + 1.5 * len(points))
+    figure = Figure(figsize=(_WIDTH, 0.6 + 1.5 * len(points)), layout="constrained")
     panels = figure.subplots(len(points), 1, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, point in zip(panels, points, strict=True):
         runs = point.chosen_on
@@ -116,7 +106,7 @@ def _exits(result: Calibration) -> Figure:
         axes.bar_label(bars, [f"{100 * s:.0f} %" if s else "" for s in shares], fontsize=8)
         above = axes.get_xaxis_transform()
         axes.plot(runs.mean_depth, 1.0, "v", color=_COLOURS[1], transform=above, clip_on=False)
-        axes.set_title(f"{_clipped(point.name)}: mean depth {runs.mean_depth:.2f} (▼)")
+        axes.set_title(f"{point.name[:_LONGEST_NAME]}: mean depth {runs.mean_depth:.2f} (▼)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         axes.margins(y=0.18)
         axes.grid(axis="x", visible=False)

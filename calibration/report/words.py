@@ -6,9 +6,8 @@ import math
 
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.rules.rules import Budget
-from ...runtime.rules.words import rule_in_words as rule_in_words
+from ...runtime.rules.words import rule_in_words
 from ..goals import Bound, bound_of
-from ..guarantee import needs_in_words
 from ..result import Calibration, Outcome, Point, RuleComparison
 from ..scoring import AGREEMENT, ROW_MEANS
 
@@ -20,17 +19,12 @@ def drop_in_words(held: Outcome) -> str:
 
 def comparison_in_words(found: RuleComparison, result: Calibration) -> str:
     """The best setting of a kind of rule: what it saves, and what it loses on other rows."""
-    runs, full_depth = found.chosen_on, Budget(exit=result.rows.exits[-1])
-    rule = f"{found.kind}: full depth" if found.rule == full_depth else rule_in_words(found.rule)
-    words = (
-        f"{rule}: {runs.mean_depth:.2f} layers per text, {runs.estimated:.2f} times faster "
-        f"(estimated), drop {drop_in_words(found.held_out)}"
-    )
-    return (
-        f"{words}, exit 0 answers {exit_0_in_words(found)}"
-        if runs.exit_0_changed is not None
-        else words
-    )
+    runs, exit_0 = found.chosen_on, ""
+    if result.rows.first_exit == 0:
+        exit_0 = f", exit 0 answers {exit_0_in_words(found)}"
+    saved = f"{runs.mean_depth:.2f} layers per text, {runs.estimated:.2f} times faster (estimated)"
+    words = f"{found.kind}, {rule_in_words(found.rule)}: {saved}"
+    return f"{words}, drop {drop_in_words(found.held_out)}{exit_0}"
 
 
 def exit_0_in_words(found: Point | RuleComparison) -> str:
@@ -43,16 +37,17 @@ def exit_0_in_words(found: Point | RuleComparison) -> str:
     if not runs.exits[0]:
         return "no row"
     share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
-    if held.exit_0_changed is None or not held.exits[0]:
+    if not held.exits[0]:
         return share
     return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them unlike full depth"
 
 
 def goal_in_words(goal: Goal | Bound) -> str:
     """A goal as short as a table needs it: `drop <= 0.5, sure`."""
-    if isinstance(goal, Goal) and not goal.guaranteed:
-        return f"drop <= {goal.max_drop:g}" if goal.speedup is None else f"{goal.speedup:g}x faster"
     bound = bound_of(goal)
+    if bound is None:
+        assert isinstance(goal, Goal)
+        return f"drop <= {goal.max_drop:g}" if goal.speedup is None else f"{goal.speedup:g}x faster"
     shares = [f"{name} <= {100 * share:g}" for name, share in bound.shares.items()]
     return f"{', '.join(shares).replace('_', ' ')}, {100 * bound.confidence:g} %"
 
@@ -61,26 +56,23 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     """What a point promises, or why it promises nothing, and how it did on other rows."""
     held, goal = point.held_out, point.goal
     if point.refusal:
-        needs = "; ".join(needs_in_words(bound_of(goal), result.rows.first_exit == 0))
-        return f"No guarantee: every text runs through all layers, since {point.refusal}; {needs}"
+        return f"No guarantee: every text runs through all layers, since {point.refusal}"
     if point.rule == Budget(exit=result.rows.exits[-1]):
         return (
             "nothing is lost, but these rows confirm no faster setting: give more rows, or allow a "
             "larger drop"
         )
-    low, high = held.interval
     where = "rows that did not choose it" if result.test is None else result.held_out
     found = f"on {where}: {_found(held)}"
     if point.certificate is not None:
         rows = " and ".join(f"{each.rows:,} texts" for each in point.certificate.promises)
-        about = (
-            "" if held.metric in ROW_MEANS else " (about, since the metric is no mean over rows)"
-        )
+        about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`
         return f"on new texts {point.certificate}{about}, tested on {rows}; {found}"
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
         # As many as make half of the interval as wide as the goal.
+        low, high = held.interval
         times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
         return (
             f"{found}, more than the goal of {goal.max_drop:g}; about {times * held.rows} rows "

@@ -139,20 +139,31 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     _check_readable(folder, text, manifest)
+    write_whole(folder / MANIFEST_NAME, text)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all; a link is replaced, not followed.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
     partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".manifest-", delete=False) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.stem}-"
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=prefix, delete=False) as file:
             partial = Path(file.name)
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.chmod(0o644)
-        partial.replace(folder / MANIFEST_NAME)
+        partial.replace(path)
     except OSError as error:
         if partial is not None:
             partial.unlink(missing_ok=True)
         raise ArtifactError(
-            f"cannot write {folder / MANIFEST_NAME}: {error.strerror}",
+            f"cannot write {path}: {error.strerror}",
             "check the folder's permissions and free space",
         ) from error
 

@@ -70,15 +70,14 @@ def report(result: Calibration, folder: Path) -> Page:
     return Page(folder / "report.html")
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
-@pytest.mark.parametrize("tested", [False, True])
+@pytest.mark.parametrize(("tested", "metric"), [(False, "accuracy"), (True, "macro_f1")])
 def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
     calibrated: Make, test_file: Path, metric: str, tested: bool
 ) -> None:
     result = calibrated(count=80, metric=metric, test=test_file if tested else None)
     rows = result.test if result.test is not None else result.rows
     assert tested is (result.test is not None)
-    found = curves(result)
+    found, families = curves(result), result.search.families
     assert {"fpabee", "pabee", "entropy"} <= {*found} <= {*result.search.kinds}
     assert {point.kind for point in result.points} <= {*found, "budget"}
     assert len(found) <= 6
@@ -88,12 +87,7 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
         assert tested or depths == sorted(depths, reverse=True)
         if kind.endswith("per exit") and not tested:
             continue  # judged on rows that its thresholds were not fitted to
-        rules = [
-            rule
-            for family in result.search.families
-            if family.kind == kind
-            for rule in family.rules
-        ]
+        rules = [rule for family in families if family.kind == kind for rule in family.rules]
         every = [exits_of(rule, rows) for rule in rules]
         pairs = [(exits.mean(), 100 * (scorer.full_depth - scorer.score(exits))) for exits in every]
         for setting in settings:
