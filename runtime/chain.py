@@ -102,7 +102,8 @@ class Chain:
             ArtifactError: a segment is loaded now, and is missing or damaged.
         """
         yield from self.ask_exit_0(window)
-        waiting = deque([window.take(places) for places in split(window.lengths, self.limits)])
+        parts = split(window.lengths, self.limits)
+        waiting = deque([window] if len(parts) == 1 else map(window.take, parts))
         while waiting or self.running:
             group = self._next(waiting)
             if group is not None:
@@ -219,12 +220,15 @@ class Chain:
 
     def drop(self, group: Group) -> None:
         """Free a group, which has no rows afterwards; its segments that run are not finished."""
-        self.running = deque(other for other in self.running if other is not group)
-        for hidden in {started.hidden for started in group.started} | {group.hidden}:
-            if hidden is not None:
-                self.execution.release(hidden)
+        if group.started:
+            self.running = deque(other for other in self.running if other is not group)
+            for started in group.started:
+                if started.hidden is not group.hidden:
+                    self.execution.release(started.hidden)
+            group.started.clear()
+        if group.hidden is not None:
+            self.execution.release(group.hidden)
         group.rows, group.lengths, group.hidden = group.rows[:0], group.lengths[:0], None
-        group.started.clear()
 
     def enqueue(self, group: Group) -> None:
         """Start the next segment of a group, without the rows that have stopped."""

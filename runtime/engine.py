@@ -148,6 +148,7 @@ class Engine:
         # One attribute, so that a thread never sees the rule of one point with another's name. A
         # rule that does not fit the model is refused now, not at the first text.
         self._in_use = (operating_point, self._runner(rule))
+        self._full_depth = self._runner(Budget(exit=self._exits[-1]))
         spec = manifest.tokenizer
         if fit_target:
             most = min(spec.max_length, self.limits.max_sequence)
@@ -277,7 +278,7 @@ class Engine:
                 f"{self.target}",
                 "export the model again with shorter texts as `verify_data`",
             )
-        found = self.run_encoded([rows[n] for n in fits], Budget(exit=manifest.exits[-1])).logits
+        found = self.run_encoded([rows[n] for n in fits], self._full_depth.rule).logits
         agreement = compare(
             found, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
         )
@@ -426,8 +427,7 @@ class Engine:
         tokens = whole_number("tokens", tokens, InputError)
         ids, seconds = np.zeros(tokens, np.int64), []
         made_up = [EncodedRow(ids, ids, truncated=False)] * rows
-        runner = self.runner(Budget(exit=self._exits[-1]))
-        group = Group.of(np.arange(rows), made_up, runner, math.inf, self.limits)
+        group = Group.of(np.arange(rows), made_up, self._full_depth, math.inf, self.limits)
         with self.chain() as chain:
             for exit_number in self._exits:
                 started = perf_counter()
@@ -456,11 +456,9 @@ class Engine:
         Raises:
             RuleError: the rule or `max_exit` does not fit the model.
         """
-        runner = self._in_use[1]
+        runner = self._in_use[1] if rule is None else self._runner(rule)
         if full_depth:
-            rule = Budget(exit=self._exits[-1])
-        if rule is not None:
-            runner = self._runner(rule)
+            runner = self._full_depth
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
     def chain(self) -> Chain:
