@@ -391,13 +391,17 @@ class Scheduler:
         if not numbers:
             return
         now, rows = perf_counter(), decision.rows[numbers].tolist()
-        predictions = self._engine.answers(
-            [row.encoded for row in rows],
-            np.full(len(rows), decision.exit),
-            decision.logits[numbers],
-            np.full(len(rows), decision.limited),
-            np.array([now > row.deadline for row in rows]),
-        )
+        try:
+            predictions = self._engine.answers(
+                [row.encoded for row in rows],
+                np.full(len(rows), decision.exit),
+                decision.logits[numbers],
+                np.full(len(rows), decision.limited),
+                np.array([now > row.deadline for row in rows]),
+            )
+        except Exception as error:
+            self._fail(rows, error)  # they have left their group
+            raise
         if self._metrics is not None:
             seconds = [now - row.arrived for row in rows]
             self._metrics.answered(predictions, seconds)

@@ -574,6 +574,21 @@ def test_exit_0_that_fails(
         results([scheduler.submit("sun")])
 
 
+def test_rows_whose_answers_cannot_be_made_get_the_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("made up")
+
+    with Scheduler(engine) as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "answers", fails)
+            for future in scheduler.submit_all(["rain", "sun"], max_exit=1):
+                with pytest.raises(MemoryError, match="made up"):
+                    future.result(WAIT)
+        assert scheduler.submit("rain").result(WAIT).exit == 3
+
+
 def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
