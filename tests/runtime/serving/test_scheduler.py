@@ -559,7 +559,7 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
 def test_exit_0_that_fails(
     exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = ExitZero.__call__
+    folder, call = exit_0_engines["bert"], ExitZero.__call__
 
     def fails(exit_0: ExitZero, rows: Any) -> Any:
         if any(len(row) > 20 for row in rows):
@@ -567,7 +567,7 @@ def test_exit_0_that_fails(
         return call(exit_0, rows)
 
     monkeypatch.setattr(ExitZero, "__call__", fails)
-    with Engine.load(exit_0_engines["bert"]) as engine, Scheduler(engine) as scheduler:
+    with Engine.load(folder) as engine, Scheduler(engine) as scheduler:
         for future in scheduler.submit_all(["rain", "rain " * 30]):
             with pytest.raises(MemoryError):
                 future.result(WAIT)
