@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,7 @@ from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.machine import multiplies_int8, require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of, why_not
+from .targets import cpu
 from .targets.backends import (
     CPU_BACKENDS,
     FP16,
@@ -38,13 +40,6 @@ from .targets.backends import (
     unavailable_reason,
 )
 from .targets.check import Checked, check_target, with_old_points
-from .targets.cpu import (
-    OPENVINO_TARGETS,
-    add_cpu_int8,
-    add_openvino,
-    drop_unused_graphs,
-    with_fastest_default,
-)
 from .targets.plans import PlanOptions
 from .targets.tensorrt import build_target, target_name
 
@@ -203,8 +198,8 @@ class _Addition:
             self._add_int8_for_plans()
         for backend, precision in self._plans():
             self._add_plans(backend, precision)
-        if OPENVINO in self.backends and any(map(self._is_wanted, OPENVINO_TARGETS)):
-            self._write(*add_openvino(self.path, self.manifest, self.texts, self.progress))
+        if OPENVINO in self.backends and any(map(self._is_wanted, cpu.OPENVINO_TARGETS)):
+            self._write(*cpu.add_openvino(self.path, self.manifest, self.texts, self.progress))
         if self.for_cpus and self.int8_texts:
             self._add_int8_for_cpus()
         default = self._choose_default()
@@ -219,9 +214,9 @@ class _Addition:
         )
 
     def _write(self, manifest: Manifest, checked: Sequence[Checked] = ()) -> None:
+        write_manifest(self.path, manifest)
         self.manifest = manifest
         self.checked += checked
-        write_manifest(self.path, manifest)
 
     def _is_wanted(self, name: str) -> bool:
         """Whether to build a target; if only a default target is asked for, no other one."""
@@ -258,20 +253,39 @@ class _Addition:
 
     def _add_fp16(self) -> None:
         require("graphs")
-        from .targets.fp16 import add_fp16
+        from .onnx_file import load_graphs
 
-        manifest, found = add_fp16(self.path, self.manifest, self.texts, self.progress)
-        self.precisions[FP16] = found
+        protos = load_graphs(self.path, self.manifest.graphs)
+        manifest = self._lowered(FP16, protos, self.texts, "use the targets in fp32 of this model")
         # ONNX Runtime runs these graphs directly, on a CUDA device.
         target = Target(backend="onnxruntime", precision=FP16, device="cuda", tolerance=None)
-        self._write(with_target(_without_stale(manifest), "onnxruntime-fp16-cuda", target))
+        self._write(with_target(manifest, "onnxruntime-fp16-cuda", target))
 
     def _add_int8_for_plans(self) -> None:
-        from .targets.int8 import add_int8
+        from .targets.int8 import quantize, split_texts
 
-        manifest, found = add_int8(self.path, self.manifest, self.int8_texts, self.progress)
-        self.precisions[INT8] = found
-        self._write(_without_stale(manifest))
+        ranges, others = split_texts(self.int8_texts)
+        protos = quantize(self.path, self.manifest, ranges, "symmetric", self.progress)
+        hint = "give more texts as `calibration_data`, or stay with fp16"
+        self._write(self._lowered(INT8, protos, others, hint))
+
+    def _lowered(
+        self, precision: str, protos: dict[str, Any], texts: Sequence[Text], hint: str
+    ) -> Manifest:
+        """The manifest with graphs in fp16, without targets that were built from older ones."""
+        from .targets.fp16 import add_lowered
+
+        given = self.path, self.manifest, precision, protos, texts, hint, self.progress
+        manifest, self.precisions[precision] = add_lowered(*given)
+        hashes = {
+            graph.sha256
+            for graphs in (manifest.graphs, *manifest.precisions.values())
+            for graph in graphs.values()
+        }
+        return keep_targets(
+            manifest,
+            lambda _, target: hashes.issuperset(f.onnx_sha256 for f in target.files.values()),
+        )
 
     def _add_int8_for_cpus(self) -> None:
         # Older targets run the graphs that are replaced, so they are checked again, too.
@@ -281,10 +295,11 @@ class _Addition:
             if f"{name}-{INT8}" in self.manifest.targets
             or (name in self.backends and unavailable_reason(name) is None)
         ]
-        self._write(
-            *add_cpu_int8(self.path, self.manifest, backends, self.int8_texts, self.progress)
-        )
-        drop_unused_graphs(self.path, self.manifest)
+        given = self.path, self.manifest, backends, self.int8_texts, self.progress
+        try:
+            self._write(*cpu.add_int8(*given))
+        finally:
+            cpu.drop_unused_graphs(self.path, self.manifest)
 
     def _add_plans(self, backend: str, precision: str) -> None:
         """Build a target of plans, and verify it if it can run here.
@@ -324,7 +339,7 @@ class _Addition:
                 self.manifest, default_target=fixed, default_is_fixed=True
             )
         if name is not None or self.checked:
-            self.manifest, said = with_fastest_default(self.path, self.manifest, self.progress)
+            self.manifest, said = cpu.with_fastest_default(self.path, self.manifest, self.progress)
         self._write(self.manifest)
         return said
 
@@ -346,19 +361,6 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
 
 def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
     return [] if data is None else [row.content for row in read_rows(data, options.reading)]
-
-
-def _without_stale(manifest: Manifest) -> Manifest:
-    """The manifest without those targets whose graphs have changed since they were built."""
-    hashes = {
-        graph.sha256
-        for graphs in (manifest.graphs, *manifest.precisions.values())
-        for graph in graphs.values()
-    }
-    return keep_targets(
-        manifest,
-        lambda _, target: hashes.issuperset(file.onnx_sha256 for file in target.files.values()),
-    )
 
 
 def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:

@@ -11,10 +11,11 @@ import logging
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
-from .model import LastHead, MultiExitConfig, MultiExitModel, Pooling
+from .exits import MultiExitConfig
+from .model import MultiExitModel
 
 logger = logging.getLogger(__name__)
 
@@ -227,14 +229,9 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     config.label2id = {label: index for index, label in enumerate(exits.labels)}
     config.problem_type = exits.problem_type.value
     config.architectures = [f"{type(model.backbone).__name__}MultiExit"]
-    block: dict[str, Any] = {"exits": list(exits.exits), "pooling": exits.pooling.value}
-    if exits.hidden_layers:
-        block["hidden_layers"] = exits.hidden_layers
-    if exits.label_thresholds:
-        block["label_thresholds"] = list(exits.label_thresholds)
-    if exits.last_head is not None:
-        block["last_head"] = asdict(exits.last_head) | {"pooling": exits.last_head.pooling.value}
-    setattr(config, CONFIG_BLOCK, block)
+    others = ("labels", "problem_type")  # which the settings of Hugging Face hold
+    block = {name: value for name, value in msgspec.to_builtins(exits).items() if value}
+    setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -298,28 +295,31 @@ def _check_number(name: str, value: Any) -> None:
 def _exit_config(
     folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
 ) -> MultiExitConfig:
-    found = [re.fullmatch(r"classifiers\.(\d+)\.weight", name) for name in weights]
-    heads = sorted(int(match[1]) for match in found if match)
+    from transformers.activations import ACT2FN
+
+    names = [re.fullmatch(r"classifiers\.(\d+)\.weight", name) for name in weights]
+    heads = sorted(int(match[1]) for match in names if match)
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
             "if it is a classifier, add exits to it by training with `from_classifier`",
         )
-    layers = int(config.num_hidden_layers)
-    block = getattr(config, CONFIG_BLOCK, None) or {}
+    every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
     try:
-        exits = tuple(int(layer) for layer in block.get("exits", range(1, layers + 1)))
-        pooling = Pooling(block.get("pooling", Pooling.CLS.value))
-        hidden_layers = int(block.get("hidden_layers", 0))
-        last_head = _last_head(block.get("last_head"))
-        thresholds = tuple(float(value) for value in block.get("label_thresholds", ()))
         named = ProblemType(config.problem_type) if config.problem_type else None
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        block = getattr(config, CONFIG_BLOCK, None) or {}
+        found = msgspec.convert(every | block, MultiExitConfig)
+        if found.last_head is not None:
+            _check_number("norm_eps", found.last_head.norm_eps)
+            if found.last_head.activation not in ACT2FN:
+                raise ValueError(f"unknown activation {found.last_head.activation!r}")
+    except (ValueError, TypeError, msgspec.ValidationError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
             "give exits as a list of layers, hidden_layers as a number, pooling as cls or mean, "
             f"and problem_type as {' or '.join(kind.value for kind in ProblemType)}",
         ) from error
+    exits, thresholds = found.exits, found.label_thresholds
     if heads != list(range(len(exits))):
         missing = sorted(set(range(len(exits))) - set(heads))
         problem = f"head(s) {missing} are missing" if missing else f"there are {len(heads)} heads"
@@ -339,28 +339,11 @@ def _exit_config(
             f"{folder / 'config.json'} has the label_thresholds {list(thresholds)}",
             f"give {len(first)} probabilities, one for each label, or none",
         )
-    return MultiExitConfig(
-        exits=exits,
+    return replace(
+        found,
         labels=label_names(folder, config, len(first)),
         problem_type=agreed_problem_type(folder, named, problem_type),
-        pooling=pooling,
-        last_head=last_head,
-        hidden_layers=hidden_layers,
-        label_thresholds=thresholds,
     )
-
-
-def _last_head(block: Any) -> LastHead | None:
-    from transformers.activations import ACT2FN
-
-    if block is None:
-        return None
-    eps = None if block.get("norm_eps") is None else float(block["norm_eps"])
-    _check_number("norm_eps", eps)
-    head = LastHead(Pooling(block["pooling"]), block["activation"], eps)
-    if head.activation not in ACT2FN:
-        raise ValueError(f"unknown activation {head.activation!r}")
-    return head
 
 
 def agreed_problem_type(

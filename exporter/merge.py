@@ -121,16 +121,28 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
             return graphs
         protos = load_graphs(source, old)
         proto = merge_graphs([(name, protos[name]) for name in calls])
-        specs = {s.name: s for graph in old.values() for s in (*graph.inputs, *graph.outputs)}
-        inputs, outputs = (
-            [specs[value.name] for value in values]
-            for values in (proto.graph.input, proto.graph.output)
-        )
         file = f"{place}/segment_01.onnx"
-        return {"segment_01": write_graph(folder / file, file, proto, inputs, outputs)}
+        return {"segment_01": write_graph(folder / file, file, proto)}
 
+    int8 = next((target.files for target in manifest.targets.values() if is_cpu_int8(target)), {})
+    # Targets for CPUs in int8 run graphs of their own, which are merged like all others.
+    old = {
+        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
+        for name, file in int8.items()
+    }
     graphs = write(manifest.graphs, "onnx/fp32")
     precisions = {name: write(old, f"onnx/{name}") for name, old in manifest.precisions.items()}
+    files = {
+        name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
+        for name, graph in (write(old, INT8_FOLDER) if old else {}).items()
+    }
+    targets = {
+        name: msgspec.structs.replace(
+            with_operating_points(target, {}, ""), files=files if target.files else {}
+        )
+        for name, target in manifest.targets.items()
+        if not target.files or is_cpu_int8(target)
+    }
     segment = msgspec.structs.replace(
         last, exit=1, calls=tuple(calls if manifest.model.shared_layers else graphs)
     )
@@ -139,24 +151,6 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         copy(manifest.exit_0.file, manifest.exit_0.sha256)
     texts, logits = read_reference(source, manifest)
     write_reference(folder, texts, logits[[*range(manifest.exits.start, 1), -1]])
-    targets = {
-        name: with_operating_points(target, {}, "")
-        for name, target in manifest.targets.items()
-        if not target.files or is_cpu_int8(target)
-    }
-    # Targets for CPUs in int8 run the same graphs, which are merged like all others.
-    built = next((target.files for target in targets.values() if target.files), {})
-    old = {
-        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
-        for name, file in built.items()
-    }
-    files = {
-        name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
-        for name, graph in (write(old, INT8_FOLDER) if old else {}).items()
-    }
-    for name, target in targets.items():
-        if target.files:
-            targets[name] = msgspec.structs.replace(target, files=files)
     whole = msgspec.structs.replace(
         keep_targets(manifest, lambda name, _: name in targets),
         graphs=graphs,

@@ -10,7 +10,6 @@ last exit that was the head of a plain classifier.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,87 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..runtime.artifact.manifest import ATTENTION_BIAS, ProblemType
+from ..runtime.artifact.manifest import ATTENTION_BIAS
 from ..runtime.encoding import EncodedRow, padded_inputs
-from ..runtime.errors import ModelError
 from ..runtime.progress import Progress, silent
-from .backbones import Backbone, Block, Embeddings, attention_bias, family_of
-from .pooling import Pooling as Pooling
-
-
-@dataclass(frozen=True)
-class LastHead:
-    """The last exit's head, if it came from a plain classifier that became a multi-exit model.
-
-    Before the linear classifier it has pooling, a dense layer, an activation and perhaps a layer
-    norm.
-
-    Attributes:
-        pooling: what the dense layer sees.
-        activation: after the dense layer, by its name in `transformers`.
-        norm_eps: epsilon of the layer norm after the activation; None: no layer norm.
-    """
-
-    pooling: Pooling
-    activation: str
-    norm_eps: float | None = None
-
-
-@dataclass(frozen=True)
-class MultiExitConfig:
-    """What makes an encoder a multi-exit classifier.
-
-    Attributes:
-        exits: the layer of each exit, counted from 1, ascending.
-        labels: label names in the order of the logits.
-        problem_type: single-label or multi-label classification.
-        pooling: what the heads see.
-        last_head: the head of the last exit, if it differs from the others.
-        hidden_layers: how many exits, from the first on, have a hidden layer before their
-            classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
-        label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
-    """
-
-    exits: tuple[int, ...]
-    labels: tuple[str, ...]
-    problem_type: ProblemType = ProblemType.SINGLE_LABEL
-    pooling: Pooling = Pooling.CLS
-    last_head: LastHead | None = None
-    hidden_layers: int = 0
-    label_thresholds: tuple[float, ...] = ()
-
-    def with_hidden_layers(self) -> MultiExitConfig:
-        """The same for a new model, with hidden layers where they help.
-
-        They help the first two exits, which see few layers, to tell more than two classes apart.
-        With two classes they gained nothing, and for multi-label they have not been tried.
-        """
-        is_single = self.problem_type is ProblemType.SINGLE_LABEL
-        helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN
-        return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)
-
-    def validate(self, layers: int) -> None:
-        """Check the exits against the depth of an encoder.
-
-        Args:
-            layers: its number of layers.
-
-        Raises:
-            ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
-                have a hidden layer than there are.
-        """
-        hint = f"give `exits` as layers between 1 and {layers}"
-        if not self.exits or list(self.exits) != sorted(set(self.exits)):
-            raise ModelError(f"exits {list(self.exits)} are not an ascending list of layers", hint)
-        if self.exits[0] < 1 or self.exits[-1] > layers:
-            raise ModelError(
-                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", hint
-            )
-        if not 0 <= self.hidden_layers <= len(self.exits):
-            raise ModelError(
-                f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
-                "copy config.json again from where the model was trained",
-            )
+from .backbones import family_of
+from .backbones.base import Backbone, Block, Embeddings, attention_bias
+from .exits import MultiExitConfig, Pooling
 
 
 def token_weights(attention_bias: Tensor) -> Tensor:
@@ -212,11 +136,14 @@ class MultiExitModel(nn.Module):
             nn.Linear(hidden, len(config.labels)) for _ in config.exits
         )
         own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden, hidden)}) if own_pooler else None
+        self.pooler = Transform(nn.Linear(hidden, hidden)) if own_pooler else None
         self.hidden = nn.ModuleList(
             Transform(nn.Linear(hidden, hidden), "gelu") for _ in range(config.hidden_layers)
         )
-        self.last_head = self._last_head(hidden)
+        self.last_head: Transform | None = None
+        if (form := config.last_head) is not None:
+            norm = None if form.norm_eps is None else nn.LayerNorm(hidden, eps=form.norm_eps)
+            self.last_head = Transform(nn.Linear(hidden, hidden), form.activation, norm)
         # Their modules are registered above; tuples keep them out of the state dict.
         self.parts: tuple[Embeddings, tuple[Block, ...], tuple[Head, ...]] = (
             self.backbone.embeddings(),
@@ -224,31 +151,18 @@ class MultiExitModel(nn.Module):
             tuple(self._head(number) for number in range(len(config.exits))),
         )
 
-    def _last_head(self, hidden: int) -> nn.ModuleDict | None:
-        form = self.exit_config.last_head
-        if form is None:
-            return None
-        parts: dict[str, nn.Module] = {"dense": nn.Linear(hidden, hidden)}
-        if form.norm_eps is not None:
-            parts["norm"] = nn.LayerNorm(hidden, eps=form.norm_eps)
-        return nn.ModuleDict(parts)
-
     def _head(self, number: int) -> Head:
-        classifier = self.classifiers[number]
-        assert isinstance(classifier, nn.Linear)
-        norm, dropout = self.backbone.norm(), self.backbone.head_dropout()
-        pooling, pooler = self.exit_config.pooling, None
-        form = self.exit_config.last_head
-        if form is not None and self.last_head is not None and number + 1 == len(self.classifiers):
-            pooling = form.pooling
-            after = self.last_head["norm"] if form.norm_eps is not None else None
-            pooler = Transform(_linear(self.last_head["dense"]), form.activation, after)
+        config, pooling, pooler = self.exit_config, self.exit_config.pooling, None
+        if config.last_head is not None and number + 1 == len(self.classifiers):
+            pooling, pooler = config.last_head.pooling, self.last_head
         elif pooling is Pooling.CLS:
-            dense = self.pooler["dense"] if self.pooler else self.backbone.pooler()
-            pooler = Transform(_linear(dense))
+            dense = self.backbone.pooler()
+            pooler = self.pooler if dense is None else Transform(dense)
         elif number < len(self.hidden):
             pooler = cast(Transform, self.hidden[number])
-        return Head(classifier, pooling, pooler, norm, dropout)
+        classifier = cast(nn.Linear, self.classifiers[number])
+        backbone = self.backbone
+        return Head(classifier, pooling, pooler, backbone.norm(), backbone.head_dropout())
 
     def train(self, mode: bool = True) -> MultiExitModel:
         """Set the mode of the model and of the heads, which are not registered modules."""
@@ -290,11 +204,6 @@ class MultiExitModel(nn.Module):
             if layer in head_of:
                 logits.append(head_of[layer](hidden_states, weights).float())
         return torch.stack(logits)
-
-
-def _linear(module: nn.Module | None) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 def model_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> dict[str, Tensor]:

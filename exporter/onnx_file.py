@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..runtime.artifact.folder import sha256_of, verified_graph
-from ..runtime.artifact.manifest import Graph, TensorSpec
+from ..runtime.artifact.manifest import NEXT, Graph, Manifest, TensorSpec
+from ..runtime.encoding import Arrays
 from ..runtime.errors import ModelError
 
 
@@ -29,24 +31,40 @@ def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
     }
 
 
-def write_graph(
-    path: Path, file: str, proto: Any, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
-) -> Graph:
+def write_graph(path: Path, file: str, proto: Any) -> Graph:
     """Write a graph and give its record.
 
     Args:
         path: where to write it.
         file: its path in the engines folder, which may differ until a staging folder is published.
         proto: an `onnx.ModelProto`.
-        inputs: its inputs, in order.
-        outputs: its outputs, in order.
 
     Raises:
         ModelError: it is larger than protobuf allows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(serialized(proto, path.name))
-    return Graph(file=file, sha256=sha256_of(path), inputs=tuple(inputs), outputs=tuple(outputs))
+    graph = proto.graph
+    return Graph(
+        file=file,
+        sha256=sha256_of(path),
+        inputs=_specs(graph.input),
+        outputs=_specs(graph.output),
+    )
+
+
+def _specs(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
+    from onnx import TensorProto
+
+    names = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32"}
+    return tuple(
+        TensorSpec(
+            name=value.name,
+            dtype=names.get(value.type.tensor_type.elem_type, "float16"),
+            shape=tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
+        )
+        for value in values
+    )
 
 
 def strip(proto: Any) -> None:
@@ -90,3 +108,57 @@ def in_head(node: str) -> bool:
     `segments` names nodes by their modules, such as `head.classifier/linear_5`.
     """
     return node.split("/")[0].split(".")[0] == "head"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRun:
+    """One graph, run on one batch.
+
+    Attributes:
+        call: number of the call in the chain, from 0; a shared graph is called several times.
+        graph: name of the graph.
+        batch: number of the batch, from 0.
+        inputs: what the graph read, by input name.
+        outputs: what it gave, by output name. Later graphs read these values. A caller may
+            replace them before it asks for the next run.
+    """
+
+    call: int
+    graph: str
+    batch: int
+    inputs: Arrays
+    outputs: Arrays
+
+
+def graph_runs(
+    manifest: Manifest, batches: Iterable[Arrays], open_session: Callable[[str], Any]
+) -> Iterator[GraphRun]:
+    """Run the calls of the chain one after another, each on all batches, to see every tensor.
+
+    This serves checks and measurements of an export; the engine runs segments through `Execution`.
+    Only one graph is in memory at a time, together with the tensors of all batches.
+
+    Args:
+        manifest: says which segment calls which graphs.
+        batches: the model inputs of each batch, see `padded_batches`.
+        open_session: gives the session of a graph by the graph's name.
+
+    Yields:
+        One run for each call and batch, in this order.
+    """
+    states = [dict(batch) for batch in batches]
+    calls = [name for segment in manifest.segments for name in segment.calls]
+    session: Any = None
+    loaded = ""
+    for call, name in enumerate(calls):
+        if name != loaded:
+            session = None  # so that two graphs are never in memory together
+            session, loaded = open_session(name), name
+        input_names = [value.name for value in session.get_inputs()]
+        output_names = [value.name for value in session.get_outputs()]
+        for batch, state in enumerate(states):
+            inputs = {key: state[key] for key in input_names}
+            values = session.run(output_names, inputs)
+            run = GraphRun(call, name, batch, inputs, dict(zip(output_names, values, strict=True)))
+            yield run
+            state |= {key.removeprefix(NEXT): value for key, value in run.outputs.items()}

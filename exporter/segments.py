@@ -35,7 +35,7 @@ from ..runtime.artifact.manifest import (
     TensorSpec,
 )
 from ..runtime.backends.base import Bucket, shape_of
-from .backbones import Block, Embeddings
+from .backbones.base import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
 from .onnx_file import strip, write_graph
 
@@ -73,7 +73,6 @@ class GraphModule(nn.Module):
         self.head = head
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._reads_weights = head is not None and head.mean
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, see `TensorSpec` in the manifest."""
@@ -81,8 +80,7 @@ class GraphModule(nn.Module):
         bias, weights = values.pop(ATTENTION_BIAS, None), values.pop(TOKEN_WEIGHTS, None)
         if self.embeddings is not None:
             hidden_states, carried = self.embeddings(values[_TOKEN_IDS], values.get(_TOKEN_TYPES))
-            if self._reads_weights or NEXT + TOKEN_WEIGHTS in self.outputs:
-                weights = token_weights(inputs[ATTENTION_BIAS])
+            weights = None if bias is None else token_weights(bias)
         else:
             hidden_states, carried = values.pop(HIDDEN_STATES), values
         for block in self.blocks:
@@ -188,7 +186,7 @@ def _part(
 
 
 def _specs(model: MultiExitModel, names: Sequence[str]) -> list[TensorSpec]:
-    """Types and shapes of inputs or outputs."""
+    """Types and shapes of inputs."""
     hidden = int(model.backbone.config.hidden_size)
     shapes: dict[str, tuple[Size, ...]] = {
         _TOKEN_IDS: ("batch", "sequence"),
@@ -196,14 +194,13 @@ def _specs(model: MultiExitModel, names: Sequence[str]) -> list[TensorSpec]:
         ATTENTION_BIAS: ("batch", 1, 1, "sequence"),
         TOKEN_WEIGHTS: ("batch", 1, "sequence"),
         HIDDEN_STATES: ("batch", "sequence", hidden),
-        LOGITS: ("batch", len(model.exit_config.labels)),
         **model.backbone.carried,
     }
     return [
         TensorSpec(
             name=name,
             dtype="int64" if name in (_TOKEN_IDS, _TOKEN_TYPES) else "float32",
-            shape=shapes[name.removeprefix(NEXT)],
+            shape=shapes[name],
         )
         for name in names
     ]
@@ -224,7 +221,7 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     Raises:
         ModelError: it is larger than protobuf allows.
     """
-    inputs, outputs = _specs(model, module.inputs), _specs(model, module.outputs)
+    inputs = _specs(model, module.inputs)
     # torch.export assumes at least 2 of each; the resulting ONNX graph has no such limit.
     dims = {
         "batch": torch.export.Dim("batch", min=2),
@@ -234,10 +231,14 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
         spec.name: {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in inputs
     }
+    example = {
+        spec.name: torch.zeros(shape_of(spec, _EXAMPLE), dtype=getattr(torch, spec.dtype))
+        for spec in inputs
+    }
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            kwargs={"inputs": _example(inputs)},
+            kwargs={"inputs": example},
             dynamic_shapes={"inputs": shapes},
             input_names=module.inputs,
             output_names=module.outputs,
@@ -253,15 +254,7 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     # Without the nodes that computed the shapes.
     proto = onnx.utils.Extractor(proto).extract_model([*module.inputs], [*module.outputs])
     strip(proto)
-    return write_graph(path, file, proto, inputs, outputs)
-
-
-def _example(inputs: list[TensorSpec]) -> dict[str, Tensor]:
-    example = {}
-    for spec in inputs:
-        dtype = torch.int64 if spec.dtype == "int64" else torch.float32
-        example[spec.name] = torch.zeros(shape_of(spec, _EXAMPLE), dtype=dtype)
-    return example
+    return write_graph(path, file, proto)
 
 
 def _keep_shapes_constant(proto: Any) -> None:

@@ -38,9 +38,9 @@ from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import exact_batches
 from fpabee.exporter.merge import write_one_graph
+from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason
-from fpabee.exporter.targets.graph_runs import graph_runs
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest

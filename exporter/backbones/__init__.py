@@ -12,21 +12,11 @@ from typing import Any
 import torch
 
 from ...runtime.errors import ModelError
-from .base import Backbone, Block, ClassifierParts, Embeddings, attention_bias
+from .base import Backbone
 from .bert import Albert, Bert, DistilBert, Electra, Roberta
 from .deberta import DebertaV2
 from .modernbert import ModernBert
 from .mpnet import MPNet
-
-__all__ = [
-    "Backbone",
-    "Block",
-    "ClassifierParts",
-    "Embeddings",
-    "attention_bias",
-    "build_encoder",
-    "family_of",
-]
 
 _FAMILIES: dict[str, type[Backbone]] = {
     "albert": Albert,

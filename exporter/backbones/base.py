@@ -18,48 +18,28 @@ def attention_bias(attention_mask: Tensor) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """From token ids to the first hidden states, and to the tensors that all layers read.
+    """From token ids to the first hidden states, and perhaps a tensor that all layers read.
 
     Args:
         embeddings: the embeddings of the encoder.
         mapping: projects them to the hidden size, if they are narrower.
-    """
-
-    def __init__(self, embeddings: nn.Module, mapping: nn.Module | None = None) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-        self.mapping = nn.Identity() if mapping is None else mapping
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states `[rows, sequence, hidden]`, and the carried tensors by name."""
-        # By position: families without token types have another optional argument there.
-        return self.mapping(self.embeddings(input_ids, token_type_ids)), {}
-
-    def frozen(self, max_positions: int) -> Embeddings:
-        """The same module, with everything that does not depend on the text computed in advance."""
-        return self
-
-
-class CarryingEmbeddings(Embeddings):
-    """Embeddings of families without token types that also make a tensor which all layers read.
-
-    Args:
-        embeddings: from token ids to hidden states.
-        name: of the tensor.
-        carried: makes the tensor; it reads the shape of the hidden states only.
+        name: of the tensor that is carried from layer to layer.
+        carried: makes that tensor; it reads the shape of the hidden states only. None: there is no
+            such tensor.
         table: builds a module that does the same, from the tensor of the longest sequence.
     """
 
     def __init__(
         self,
         embeddings: nn.Module,
-        name: str,
-        carried: Callable[[Tensor], Tensor],
-        table: Callable[[Tensor], nn.Module],
+        mapping: nn.Module | None = None,
+        name: str = "",
+        carried: Callable[[Tensor], Tensor] | None = None,
+        table: Callable[[Tensor], nn.Module] = nn.Identity,
     ) -> None:
-        super().__init__(embeddings)
+        super().__init__()
+        self.embeddings = embeddings
+        self.mapping = nn.Identity() if mapping is None else mapping
         self.name = name
         self.carried = carried
         self.table = table
@@ -67,15 +47,18 @@ class CarryingEmbeddings(Embeddings):
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states `[rows, sequence, hidden]`, and the tensor by its name."""
-        hidden_states = self.embeddings(input_ids)
-        return hidden_states, {self.name: self.carried(hidden_states)}
+        """Hidden states `[rows, sequence, hidden]`, and the carried tensor by its name."""
+        # By position: families without token types have another optional argument there.
+        hidden_states = self.mapping(self.embeddings(input_ids, token_type_ids))
+        return hidden_states, {self.name: self.carried(hidden_states)} if self.carried else {}
 
     def frozen(self, max_positions: int) -> Embeddings:
-        """The same module, with the tensor from a table."""
+        """The same module, with everything that does not depend on the text computed in advance."""
+        if self.carried is None:
+            return self
         with torch.no_grad():
-            longest = self.carried(torch.zeros(1, max_positions, 1))
-        return CarryingEmbeddings(self.embeddings, self.name, self.table(longest), self.table)
+            table = self.table(self.carried(torch.zeros(1, max_positions, 1)))
+        return Embeddings(self.embeddings, self.mapping, self.name, table, self.table)
 
 
 class DistanceTable(nn.Module):

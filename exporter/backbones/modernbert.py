@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import MASK_FILL
 from ...runtime.errors import ModelError
-from .base import Backbone, Block, CarryingEmbeddings, ClassifierParts, Embeddings
+from .base import Backbone, Block, ClassifierParts, Embeddings
 
 ROTARY = "rotary"
 
@@ -89,7 +89,7 @@ class ModernBert(Backbone):
             parts = [rotate(hidden, positions, kind) for kind in self._kinds]
             return torch.cat([each for part in parts for each in part])
 
-        return CarryingEmbeddings(self.encoder.embeddings, ROTARY, rotary, _RotaryTable)
+        return Embeddings(self.encoder.embeddings, None, ROTARY, rotary, _RotaryTable)
 
     def layers(self) -> list[nn.Module]:
         """The layers of the model itself."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import CarryingEmbeddings, DistanceTable, Embeddings
+from .base import DistanceTable, Embeddings
 from .bert import Roberta
 
 _BIAS = "position_bias"
@@ -31,4 +31,4 @@ class MPNet(Roberta):
             found: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
             return found
 
-        return CarryingEmbeddings(self.encoder.embeddings, _BIAS, bias, DistanceTable)
+        return Embeddings(self.encoder.embeddings, None, _BIAS, bias, DistanceTable)

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import rich_click as click
 
-from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command, in_terms_of_options
@@ -144,19 +143,16 @@ def main(
             targets = replace(targets, backends=() if problem else (OPENVINO,))
             if problem and util.find_spec(OPENVINO):
                 say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
-    adds = targets.fp16 or targets.int8 or targets.backends or targets.default_target
-    added = None
-    if adds or source is not None:
-        with step_progress(quiet) as progress:
-            added = add_targets(folder, targets, progress)
-        content |= _show_added(added, say)
+    with step_progress(quiet) as progress:
+        added = add_targets(folder, targets, progress)
+    content |= _show_added(added, say)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
         asked = source is not None or settings["int8"] or bool(settings["backends"])
         for line in _next_steps(folder, added, asked):
             echo(f"next: {line}")
-    if added is not None and (settings["int8"] or settings["backends"]):
+    if settings["int8"] or settings["backends"]:
         _check_kept(added, settings["int8"])
 
 
@@ -238,7 +234,7 @@ def _check_kept(added: AddTargetsResult, int8: bool) -> None:
         raise VerificationError(f"{names} did not pass: {first.message}", first.hint)
 
 
-def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> list[str]:
+def _next_steps(folder: Path, added: AddTargetsResult, asked: bool) -> list[str]:
     """The commands that come next: calibrate what has no operating points yet, or else run.
 
     Args:
@@ -247,10 +243,8 @@ def _next_steps(folder: Path, added: AddTargetsResult | None, asked: bool) -> li
         asked: whether targets for CPUs were asked for, so that each of them is calibrated and not
             only the default target.
     """
-    manifest, new = read_manifest(folder), list[str]()
-    if added is not None:
-        new += added.built + tuple(added.lost_points)
-        new += (target.name for target in added.checked if asked)
+    manifest, new = added.manifest, [*added.built, *added.lost_points]
+    new += (target.name for target in added.checked if asked)
     names = dict.fromkeys(name for name in new if name in manifest.targets)
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = {name for name, target in manifest.targets.items() if not target.operating_points}

@@ -19,7 +19,7 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
 from ...runtime.machine import require
-from ..pooling import Pooling
+from ..exits import Pooling
 from ..training.options import TrainOptions
 from ..training.report import TrainReport
 

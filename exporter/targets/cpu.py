@@ -86,7 +86,7 @@ def add_openvino(
     return manifest, found
 
 
-def add_cpu_int8(
+def add_int8(
     folder: Path,
     manifest: Manifest,
     backends: Sequence[str],
@@ -95,7 +95,8 @@ def add_cpu_int8(
 ) -> tuple[Manifest, list[Checked]]:
     """Quantize the graphs to `targets/cpu-int8/`, and add the targets that run them.
 
-    Older graphs stay until `drop_unused_graphs`. If no target passes, older targets stay as well.
+    Older graphs stay until `drop_unused_graphs`, which must follow in any case. If no target
+    passes, older targets stay as well.
 
     Args:
         folder: the engines folder.
@@ -121,40 +122,35 @@ def add_cpu_int8(
     place, found, changed = folder / INT8_FOLDER, [], manifest
     place.mkdir(parents=True, exist_ok=True)
     files = {}
-    try:
-        with replacing(place) as temporary:
-            for name, proto in quantized.items():
-                content = serialized(proto, name)
-                sha256 = hashlib.sha256(content).hexdigest()
-                # Another name for other content: the manifest of an older target stays true.
-                file = f"{name}-{sha256[:8]}.onnx"
-                (temporary / file).write_bytes(content)
-                files[name] = BuiltFile(
-                    file=f"{INT8_FOLDER}/{file}",
-                    sha256=sha256,
-                    onnx_sha256=manifest.graphs[name].sha256,
-                )
-        for backend in backends:
-            name, runs = f"{backend}-{INT8}", unavailable_reason(backend) is None
-            old = manifest.targets.get(name)
-            if not runs and old is not None and old.files == files:
-                continue  # an older target with the same graphs stays valid on other machines
-            target = Target(
-                backend=backend,
-                precision=INT8,
-                graph_precision="fp32",
-                rest_precision=rest_precision() if backend == OPENVINO and runs else "",
-                versions={backend: version_of(backend)} if runs else {},
-                files=files,
-                tolerance=None,
+    with replacing(place) as temporary:
+        for name, proto in quantized.items():
+            content = serialized(proto, name)
+            sha256 = hashlib.sha256(content).hexdigest()
+            # Another name for other content: the manifest of an older target stays true.
+            file = f"{name}-{sha256[:8]}.onnx"
+            (temporary / file).write_bytes(content)
+            files[name] = BuiltFile(
+                file=f"{INT8_FOLDER}/{file}",
+                sha256=sha256,
+                onnx_sha256=manifest.graphs[name].sha256,
             )
-            changed, checked = check_target(folder, changed, name, target, progress, more)
-            found.append(checked)
-    finally:
-        passed = any(checked.agreement for checked in found)
-        if not passed:
-            drop_unused_graphs(folder, manifest)
-    return (changed if passed else manifest), found
+    for backend in backends:
+        name, runs = f"{backend}-{INT8}", unavailable_reason(backend) is None
+        old = manifest.targets.get(name)
+        if not runs and old is not None and old.files == files:
+            continue  # an older target with the same graphs stays valid on other machines
+        target = Target(
+            backend=backend,
+            precision=INT8,
+            graph_precision="fp32",
+            rest_precision=rest_precision() if backend == OPENVINO and runs else "",
+            versions={backend: version_of(backend)} if runs else {},
+            files=files,
+            tolerance=None,
+        )
+        changed, checked = check_target(folder, changed, name, target, progress, more)
+        found.append(checked)
+    return (changed if any(checked.agreement for checked in found) else manifest), found
 
 
 def drop_unused_graphs(folder: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Write an engines folder's graphs in fp16.
+"""Write an engines folder's graphs in fp16, to `onnx/fp16/` or, with Q/DQ nodes, `onnx/int8/`.
 
 Before, it is checked on real texts that the model still gives the same labels and exits. For this,
 the chain runs with every rounding in place, see `lowering.emulate`. This needs no GPU.
@@ -6,55 +6,29 @@ the chain runs with every rounding in place, see `lowering.emulate`. This needs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto
 
 from ...runtime.agreement import Agreement, Logits
-from ...runtime.artifact.manifest import LOGITS, Manifest, TensorSpec
+from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
 from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import VerificationError
 from ...runtime.exit_0 import ExitZero
-from ...runtime.progress import Progress, silent
+from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
-from ..onnx_file import load_graphs, write_graph
+from ..onnx_file import graph_runs, write_graph
 from ..staging import replacing
-from .backends import FP16
 from .check import exact_logits, judged
-from .graph_runs import graph_runs
 from .lowering import emulate, lower
 
 _BATCH = 16
-
-
-def add_fp16(
-    folder: Path, manifest: Manifest, texts: Sequence[Text] = (), progress: Progress = silent
-) -> tuple[Manifest, Agreement]:
-    """Check fp16 and write the graphs in it to `onnx/fp16/`.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest. The one with the new graphs is returned, not written.
-        texts: more texts to check with than those of `reference.npz`, of which 2,000 are used.
-        progress: called with (what, done, total).
-
-    Returns:
-        The manifest with the new graphs, and how closely they agree with the fp32 model.
-
-    Raises:
-        VerificationError: values overflow, or too many labels or exits change.
-        ModelError: a weight does not fit into fp16.
-    """
-    protos = load_graphs(folder, manifest.graphs)
-    hint = "use the targets in fp32 of this model"
-    return add_lowered(folder, manifest, FP16, protos, texts, hint, progress)
 
 
 def add_lowered(
@@ -72,10 +46,17 @@ def add_lowered(
         folder: the engines folder.
         manifest: its manifest. The one with the new graphs is returned, not written.
         precision: what the manifest calls them.
-        protos: the graphs by name, each an `onnx.ModelProto`.
-        texts: more texts to check with, of which 2,000 are used.
+        protos: the graphs by name, each an `onnx.ModelProto` in fp32 or with Q/DQ nodes.
+        texts: more texts to check with than those of `reference.npz`, of which 2,000 are used.
         hint: what to do if labels or exits change.
         progress: called with (what, done, total).
+
+    Returns:
+        The manifest with the new graphs, and how closely they agree with the fp32 model.
+
+    Raises:
+        VerificationError: values overflow, or too many labels or exits change.
+        ModelError: a weight does not fit into fp16.
     """
     known, expected = read_reference(folder, manifest)
     # The reference may hold the same texts already, from the export's own verification.
@@ -91,27 +72,12 @@ def add_lowered(
     rule = ExitRule.from_dict(manifest.default_rule)
     agreement = judged(np.stack(found), expected, manifest, rule, precision, hint)
     place = f"onnx/{precision}"
-
-    def typed(specs: Sequence[TensorSpec], values: Iterable[Any]) -> list[TensorSpec]:
-        return [
-            msgspec.structs.replace(spec, dtype="float16")
-            if value.type.tensor_type.elem_type == TensorProto.FLOAT16
-            else spec
-            for spec, value in zip(specs, values, strict=True)
-        ]
-
     graphs = {}
     with replacing(folder / place) as temporary:
         for number, (name, proto) in enumerate(protos.items()):
             progress(f"{precision} {name}", number, len(protos))
-            lowered, exact = lower(proto), manifest.graphs[name]
-            graphs[name] = write_graph(
-                temporary / f"{name}.onnx",
-                f"{place}/{name}.onnx",
-                lowered,
-                typed(exact.inputs, lowered.graph.input),
-                typed(exact.outputs, lowered.graph.output),
-            )
+            file = f"{name}.onnx"
+            graphs[name] = write_graph(temporary / file, f"{place}/{file}", lower(proto))
     precisions = {**manifest.precisions, precision: graphs}
     return msgspec.structs.replace(manifest, precisions=precisions), agreement
 

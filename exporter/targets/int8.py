@@ -23,7 +23,6 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import read_manifest, verified_graph
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.encoding import (
@@ -35,41 +34,12 @@ from ...runtime.encoding import (
     padding_values,
 )
 from ...runtime.errors import InputError, VerificationError
-from ...runtime.progress import Progress, silent
-from ..onnx_file import in_head, strip
-from .backends import INT8
-from .fp16 import add_lowered
-from .graph_runs import graph_runs
+from ...runtime.progress import Progress
+from ..onnx_file import graph_runs, in_head, strip
 from .worker import lacks_memory, run_worker
 
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
-
-
-def add_int8(
-    folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress = silent
-) -> tuple[Manifest, Agreement]:
-    """Quantize the graphs to `onnx/int8/`, if enough labels and exits stay the same.
-
-    Args:
-        folder: the engines folder.
-        manifest: its manifest. The one with the new graphs is returned, not written.
-        texts: at least 32 texts like those that will be classified, of which the first 512 are
-            used. Every other text gives the ranges. The agreement is measured on the rest, and on
-            the texts of `reference.npz`.
-        progress: called with (what, done, total).
-
-    Returns:
-        The manifest with the new graphs, and how closely they agree with the fp32 model.
-
-    Raises:
-        InputError: too few texts.
-        VerificationError: too many labels or exits change.
-    """
-    ranges, others = split_texts(texts)
-    quantized = quantize(folder, manifest, ranges, "symmetric", progress)
-    hint = "give more texts as `calibration_data`, or stay with fp16"
-    return add_lowered(folder, manifest, INT8, quantized, others, hint, progress)
 
 
 def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:

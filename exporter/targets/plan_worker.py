@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from ..staging import replacing
 from .plans import PlanOptions
 
 
@@ -44,27 +45,27 @@ def build_plan(request: PlanRequest) -> None:
     Raises:
         PolygraphyException: it could not be built; Polygraphy has printed why.
     """
-    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath
 
     network = NetworkFromOnnxPath(request.onnx, strongly_typed=True)
-    if request.options.compute_capabilities:
-        plan = EngineBytesFromNetwork(network, rtx_config(request))()
-        replace_file(Path(request.plan), plan)
-        return
-    cache = Path(request.timing_cache)
-    # Polygraphy follows links, and writes the file in place.
-    with tempfile.TemporaryFile() as timings:
-        if cache.is_file():
-            timings.write(cache.read_bytes())
+    plan, cache = Path(request.plan), Path(request.timing_cache)
+    # Files are replaced, completely or not at all. Polygraphy follows links, and writes in place.
+    with replacing(plan.parent) as new, tempfile.TemporaryFile() as timings:
+        if request.options.compute_capabilities:
+            content = EngineBytesFromNetwork(network, rtx_config(request))()
+        else:
+            if cache.is_file():
+                timings.write(cache.read_bytes())
+                timings.seek(0)
+            # With Polygraphy, TF32 is off.
+            config = CreateConfig(load_timing_cache=timings, **_settings(request))
+            content = EngineBytesFromNetwork(network, config, save_timing_cache=timings)()
+            # Timings of another version or GPU are refused, and nothing is written: the next build
+            # starts without any.
+            size = timings.tell()
             timings.seek(0)
-        config = tensorrt_config(request, timings)
-        plan = EngineBytesFromNetwork(network, config, save_timing_cache=timings)()
-        # Timings of another version or GPU are refused, and nothing is written: the next build
-        # starts without any.
-        size = timings.tell()
-        timings.seek(0)
-        replace_file(cache, timings.read(size))
-    replace_file(Path(request.plan), plan)
+            (new / cache.name).write_bytes(timings.read(size))
+        (new / plan.name).write_bytes(content)
 
 
 def rtx_config(request: PlanRequest) -> Any:
@@ -86,13 +87,6 @@ def rtx_config(request: PlanRequest) -> Any:
     return PostprocessConfig(config, change)
 
 
-def tensorrt_config(request: PlanRequest, timings: Any) -> Any:
-    """The configuration for TensorRT, as Polygraphy takes it; it turns off TF32 itself."""
-    from polygraphy.backend.trt import CreateConfig
-
-    return CreateConfig(load_timing_cache=timings, **_settings(request))
-
-
 def _settings(request: PlanRequest) -> dict[str, Any]:
     """What both configurations share."""
     from polygraphy.backend.trt import Profile, lazy_import_trt
@@ -108,17 +102,6 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "profiling_verbosity": lazy_import_trt().ProfilingVerbosity.NONE,
         "max_aux_streams": 0,  # a chain has nothing to run at the same time
     }
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file anew, completely or not at all, even if the process is killed.
-
-    If it is a link, the file behind it must not be overwritten.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ PORTABLE = ("8.6", "8.9", "12.0")
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
-_BATCH_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MOST_ONE_ROW_LENGTHS = 4
-_LENGTH_STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class PlanOptions:
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The batch sizes to pad to."""
-        return _steps(_BATCH_STEPS, self.batch)
+        return _sizes(_BATCH_SIZES, self.batch)
 
     @property
     def sequence_lengths(self) -> tuple[int, ...]:
         """The lengths to pad to."""
-        return _steps(_LENGTH_STEPS, self.sequence)
+        return _sizes(_LENGTHS, self.sequence)
 
 
 def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
@@ -115,7 +115,7 @@ def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
     return [shape_of(spec, Bucket(*sizes)) for sizes in zip(*ends, strict=True)]
 
 
-def _steps(steps: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:
+def _sizes(common: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:
     """A few sizes within the limits, so that prepared CUDA graphs are used again."""
-    inside = {step for step in steps if limits[0] < step < limits[2]}
+    inside = {size for size in common if limits[0] < size < limits[2]}
     return tuple(sorted(inside | set(limits)))

@@ -20,8 +20,8 @@ from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
-from ..model import LastHead, MultiExitConfig, MultiExitModel, predict
-from ..pooling import Pooling
+from ..exits import LastHead, MultiExitConfig, Pooling
+from ..model import MultiExitModel, predict
 from .trainer import probabilities
 
 _TOLERANCE = 1e-4
@@ -93,10 +93,10 @@ class Classifier:
             )
         model = MultiExitModel(encoder, exit_config.with_hidden_layers())
         assert model.last_head is not None
-        _copy(self.model.get_submodule(parts.dense), model.last_head["dense"])
+        _copy(self.model.get_submodule(parts.dense), model.last_head.dense)
         _copy(self.model.get_submodule(parts.classifier), model.classifiers[-1])
         if norm is not None:
-            _copy(norm, model.last_head["norm"])
+            _copy(norm, model.last_head.norm)
         self._check_head(model)
         for part in (model.last_head, model.classifiers[-1]):
             part.requires_grad_(False)

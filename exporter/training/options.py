@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions
-from ..pooling import Pooling
+from ..exits import Pooling
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}

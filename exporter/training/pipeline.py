@@ -25,14 +25,15 @@ from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
 from ..checkpoint import TRAIN, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
-from ..model import MultiExitConfig, MultiExitModel, by_row, predict
+from ..exits import MultiExitConfig
+from ..model import MultiExitModel, by_row, predict
 from ..tokenizer import load_tokenizer, pad_id
 from .exit_0 import train_exit_0
 from .from_classifier import Classifier
 from .options import TrainOptions
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
 from .rows import Examples, encoded_rows, label_names, load_rows
-from .trainer import MultiExitTrainer, exit_scores, is_head
+from .trainer import exit_scores, is_head, train_exits
 
 _PACKAGES = ("fpabee", "torch", "transformers")
 _ROWS = 1024  # whose n-grams are in memory at once
@@ -113,7 +114,7 @@ def train(
     if not options.exit_0_only:
         options = replace(options, epochs=options.epochs_for(len(rows["train"])))
         output.mkdir(parents=True, exist_ok=True)
-        MultiExitTrainer(model, options, output, *parts, padding, progress).train()
+        train_exits(model, *parts, padding, options, progress)
     exit_0 = None
     if options.exit_0:
         # The last exit of a frozen classifier gives what the other exits are trained on.

@@ -1,20 +1,19 @@
-"""The training loop: the loss over all exits, in the trainer of `transformers`."""
+"""The training loop, the loss over all exits, and the scores of each exit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.encoding import EncodedRow
 from ...runtime.files.labels import evaluate
 from ...runtime.progress import Progress
 from ..model import MultiExitModel, by_row, model_inputs, predict
@@ -22,124 +21,88 @@ from .options import TrainOptions
 from .rows import Examples
 
 _WEIGHT_DECAY = 0.01
+_LARGEST_GRADIENT = 1.0
 # Shares of all steps: the length of the warm-up, and the distance between means of the loss.
 _WARMUP = 0.06
 _REPORTS = 0.02
 
 
-class MultiExitTrainer(Trainer):
-    """Trains all exits together; the exits have a learning rate of their own.
+def train_exits(
+    model: MultiExitModel,
+    train: Examples,
+    dev: Examples,
+    padding: Mapping[str, float],
+    options: TrainOptions,
+    progress: Progress,
+) -> None:
+    """Train all exits together, where the weights of the model are not frozen.
 
     Args:
-        model: the model to train.
-        options: of the training, with the number of `epochs`.
-        folder: the output folder, in which the trainer writes nothing.
+        model: the model to train, on its device.
         train: the rows to train on.
         dev: the rows that are scored after every epoch.
         padding: see `model_inputs`.
+        options: of the training, with the number of `epochs`.
         progress: called with (loss and scores, steps done, steps in total).
     """
-
-    def __init__(
-        self,
-        model: MultiExitModel,
-        options: TrainOptions,
-        folder: Path,
-        train: Examples,
-        dev: Examples,
-        padding: Mapping[str, float],
-        progress: Progress,
-    ) -> None:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=cast(float, options.epochs),
-            per_device_train_batch_size=options.batch_size,
-            warmup_steps=_WARMUP,
-            lr_scheduler_type="linear",
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_steps=_REPORTS,
-            report_to="none",
-            disable_tqdm=True,
-            seed=options.seed,
-            bf16=options.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-        )
-        super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=cast(Any, list(zip(train.rows, train.targets, strict=True))),
-            eval_dataset=cast(Any, dev.rows),  # see `evaluate`
-            data_collator=cast(Any, self._batch),
-        )
-        self.remove_callback(PrinterCallback)
-        self.options = options
-        self.problem_type = model.exit_config.problem_type
-        self.dev, self.padding = dev, padding
-        self.progress = progress
-        self.loss = self.dev_scores = ""
-
-    def _batch(self, chosen: Sequence[tuple[EncodedRow, Any]]) -> dict[str, Tensor]:
-        """The padded inputs and the targets of some rows."""
-        rows, targets = zip(*chosen, strict=True)
-        labels = torch.from_numpy(np.stack(targets))
-        return model_inputs(rows, self.padding) | {"labels": labels}
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The loss over all exits."""
-        labels = inputs.pop("labels")
-        self._report()
-        return exit_loss(model(**inputs), labels, self.problem_type, self.options.distill)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, with a learning rate of their own for the weights of exits, see `is_head`."""
-        trained = cast(torch.nn.Module, self.model)
-        decayed = set(self.get_decay_parameter_names(trained))
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in trained.named_parameters():
-            groups.setdefault((is_head(name), name in decayed), []).append(parameter)
-        settings = [
-            {
-                "params": parameters,
-                "lr": self.options.exit_lr if in_head else self.options.lr,
-                "weight_decay": _WEIGHT_DECAY if decays else 0.0,
-            }
-            for (in_head, decays), parameters in groups.items()
-        ]
-        # The fused version passes over the weights once per step. Most of them are embeddings,
-        # of which a batch uses few.
-        self.optimizer = torch.optim.AdamW(settings, fused=True)
-        return self.optimizer
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report the mean loss since the last mean, and the scores of the last epoch."""
-        super().log(logs, start_time)
-        if "loss" in logs:
-            self.loss = f", loss {logs['loss']:.3f}"
-            self._report()
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Report the main metric of every exit on dev; the trainer calls this after every epoch."""
-        logits = predict(cast(Any, self.model), self.dev.rows, self.padding, by_row)
-        scores = exit_scores(logits, self.dev.targets, self.problem_type)
+    assert options.epochs is not None
+    device, problem_type = next(model.parameters()).device, model.exit_config.problem_type
+    starts = range(0, len(train.rows), options.batch_size)
+    steps = math.ceil(len(starts) * options.epochs)
+    warmup = math.ceil(_WARMUP * steps)
+    optimizer = make_optimizer(model, options)
+    schedule = LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
+    )
+    losses: list[float] = []
+    done, loss_text, dev_text = 0, "", ""
+    progress("train", done, steps)
+    while done < steps:
+        model.train()
+        order = torch.randperm(len(train.rows)).numpy()
+        for start in starts[: steps - done]:
+            numbers = order[start : start + options.batch_size]
+            inputs = model_inputs([train.rows[number] for number in numbers], padding)
+            targets = torch.from_numpy(train.targets[numbers]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+                logits = model(**{name: value.to(device) for name, value in inputs.items()})
+                loss = exit_loss(logits, targets, problem_type, options.distill)
+            torch.autograd.backward(loss)
+            clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            done += 1
+            if len(losses) >= _REPORTS * steps:
+                loss_text = f", loss {np.mean(losses):.3f}"
+                losses.clear()
+            progress(f"train{loss_text}{dev_text}", done, steps)
+        scores = exit_scores(predict(model, dev.rows, padding, by_row), dev.targets, problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
-        self.loss, self.dev_scores = "", f", dev {metric} by exit: {values}"
-        self._report()
-        self.control.should_evaluate = False
-        return {}
+        loss_text, dev_text = "", f", dev {metric} by exit: {values}"
+        progress(f"train{dev_text}", done, steps)
 
-    def _report(self) -> None:
-        state = self.state
-        self.progress(f"train{self.loss}{self.dev_scores}", state.global_step, state.max_steps)
+
+def make_optimizer(model: MultiExitModel, options: TrainOptions) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of their own for the weights of exits, see `is_head`."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        # Biases and norms, which have one dimension, do not decay.
+        groups.setdefault((is_head(name), parameter.ndim > 1), []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "lr": options.exit_lr if in_head else options.lr,
+            "weight_decay": _WEIGHT_DECAY if decays else 0.0,
+        }
+        for (in_head, decays), parameters in groups.items()
+    ]
+    # The fused version passes over the weights once per step. Most of them are embeddings, of
+    # which a batch uses few.
+    return torch.optim.AdamW(settings, fused=True)
 
 
 def is_head(name: str) -> bool:

@@ -145,7 +145,7 @@ PACKAGES = [
     Case("no pyarrow", without("pyarrow", out("x.parquet")), "pip install 'fpabee[parquet]'"),
     Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
     Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
-    Case("no accelerate", without("accelerate", training), "accelerate", "'fpabee[train]'"),
+    Case("no datasets", without("datasets", training), "datasets", "'fpabee[train]'"),
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
          "uvicorn", "'fpabee[serve]'"),
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),

@@ -23,9 +23,11 @@ from transformers import (
 )
 
 from fpabee.exporter import segments
-from fpabee.exporter.backbones import attention_bias, build_encoder, family_of
+from fpabee.exporter.backbones import build_encoder, family_of
+from fpabee.exporter.backbones.base import attention_bias
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.model import MultiExitConfig, MultiExitModel
+from fpabee.exporter.exits import MultiExitConfig
+from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime import Engine, Entropy, simulate
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError

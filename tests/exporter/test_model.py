@@ -14,7 +14,8 @@ from transformers import AlbertConfig
 
 from fpabee.exporter.backbones import _FAMILIES, build_encoder, family_of
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.model import MultiExitConfig, MultiExitModel, Pooling
+from fpabee.exporter.exits import MultiExitConfig, Pooling
+from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 

@@ -15,7 +15,8 @@ from transformers import AlbertConfig
 from fpabee.exporter import segments
 from fpabee.exporter.backbones import build_encoder
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.model import MultiExitConfig, MultiExitModel
+from fpabee.exporter.exits import MultiExitConfig
+from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest, TensorSpec
 

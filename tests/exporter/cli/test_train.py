@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee.exporter.cli.train import main
-from fpabee.exporter.model import Pooling
+from fpabee.exporter.exits import Pooling
 from fpabee.exporter.training import TrainOptions, pipeline
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType

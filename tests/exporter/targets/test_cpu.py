@@ -237,7 +237,7 @@ def test_with_a_default_target_alone_no_other_one_is_built(
         return manifest, []
 
     monkeypatch.setattr(additions._Addition, "_add_plans", plans)
-    monkeypatch.setattr(additions, "add_openvino", openvino)
+    monkeypatch.setattr(cpu, "add_openvino", openvino)
     found = export("--from", engine_copy(), "--target", name)
     assert built == expected
     assert found.exit_code == bool(expected), "what is only noted cannot be the default"
@@ -316,7 +316,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(additions, "add_openvino", lambda *_: 1 / 0)
+    monkeypatch.setattr(cpu, "add_openvino", lambda *_: 1 / 0)
     with pytest.raises(ArtifactError, match=f"cannot write {folder}: Read-only file system"):
         add(folder)
 

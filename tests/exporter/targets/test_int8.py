@@ -14,9 +14,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.targets.check import exact_logits
-from fpabee.exporter.targets.int8 import add_int8, graph_inputs
+from fpabee.exporter.targets.int8 import graph_inputs
 from fpabee.runtime import Engine, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
@@ -49,12 +50,13 @@ def test_products_with_weights_are_quantized_symmetrically(
         return exact_logits(*given)
 
     monkeypatch.setattr("fpabee.exporter.targets.fp16.exact_logits", noted)
-    texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
-    manifest, agreement = add_int8(folder, read_manifest(folder), texts)
-    assert agreement.rows == 12 + 1
+    texts = folder.parent / "texts.txt"
+    texts.write_text("\n".join(text for pair in TEXTS[::2] for text in (pair, WORDS[0])))
+    added = add_targets(folder, AddTargetsOptions(int8=True, calibration_data=texts, backends=()))
+    assert added.precisions["int8"].rows == 12 + 1
     assert set(judged) == {WORDS[0]}, "texts that gave ranges are not judged"
     quantized = 0
-    for graph in manifest.graphs_in("int8").values():
+    for graph in added.manifest.graphs_in("int8").values():
         assert graph.file.startswith("onnx/int8/")
         check_graph(folder / graph.file)
         proto = onnx.load(folder / graph.file)

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import helper
 
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.targets import backends, tensorrt
 from fpabee.exporter.targets.backends import RTX, TENSORRT, unavailable_reason
-from fpabee.exporter.targets.fp16 import add_fp16
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
 from fpabee.exporter.targets.tensorrt import build_target
@@ -70,9 +70,8 @@ def test_every_graph_becomes_one_rtx_plan(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = engine_copy(family)
-    manifest = read_manifest(folder)
-    if precision == "fp16":
-        manifest, _ = add_fp16(folder, manifest)
+    added = add_targets(folder, AddTargetsOptions(fp16=precision == "fp16", backends=()))
+    manifest = added.manifest
     seen: list[tuple[int, int]] = []
     options = dataclasses.replace(SMALL, compute_capabilities=capabilities)
     target = build_target(

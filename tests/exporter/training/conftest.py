@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,11 +87,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Lets exits stay untrained, and notes what their training is called with."""
     noted: list[Call] = []
 
-    def note(_: Any, options: TrainOptions, __: Path, train: Any, dev: Any, *___: Any) -> Mock:
+    def note(
+        _: Any, train: Examples, dev: Examples, __: Any, options: TrainOptions, ___: Any
+    ) -> None:
         noted.append(Call(options, train, dev))
-        return Mock()
 
-    monkeypatch.setattr(pipeline, "MultiExitTrainer", note)
+    monkeypatch.setattr(pipeline, "train_exits", note)
     return noted
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
-from fpabee.exporter.model import MultiExitConfig
+from fpabee.exporter.exits import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, train
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.from_classifier import Classifier

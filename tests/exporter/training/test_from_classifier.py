@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
-from fpabee.exporter.model import MultiExitModel, Pooling
+from fpabee.exporter.exits import Pooling
+from fpabee.exporter.model import MultiExitModel
 from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.exporter.training.rows import encoded_rows
 from fpabee.runtime import Engine

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE
-from fpabee.exporter.model import MultiExitConfig, Pooling
+from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.exporter.training.pipeline import has_fast_bf16

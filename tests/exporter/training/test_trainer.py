@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,8 @@ import torch
 
 from fpabee.exporter.training import TrainOptions
 from fpabee.exporter.training.pipeline import build_model
-from fpabee.exporter.training.rows import Examples
-from fpabee.exporter.training.trainer import MultiExitTrainer, exit_loss, exit_scores
+from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.progress import silent
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 HARD = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
@@ -57,12 +54,11 @@ def test_exits_learn_from_the_targets_and_the_last_exit(
 
 
 def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
-    options: Callable[..., TrainOptions], tmp_path: Path
+    options: Callable[..., TrainOptions],
 ) -> None:
-    settings, data = options(lr=0.25, head_lr=0.5), Examples([], np.zeros(0))
+    settings = options(lr=0.25, head_lr=0.5)
     model, _ = build_model(settings, ("a", "b", "c"))
-    trainer = MultiExitTrainer(model, settings, tmp_path, data, data, {}, silent)
-    groups = trainer.create_optimizer().param_groups
+    groups = make_optimizer(model, settings).param_groups
     group_of = {id(value): group for group in groups for value in group["params"]}
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
     exits = {name for name in by_name if re.search("pooler|classifiers|hidden", name)}

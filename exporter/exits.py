@@ -1,0 +1,93 @@
+"""What makes an encoder a multi-exit classifier. Needs no torch: the commands start fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.errors import ModelError
+
+
+class Pooling(str, Enum):
+    """How the hidden states of a row become one vector for an exit's classifier."""
+
+    CLS = "cls"
+    """The first token, through a dense layer with tanh that all exits share (PABEE)."""
+    MEAN = "mean"
+    """The mean over real tokens: early exits learn far more with it, and cost far less."""
+
+
+@dataclass(frozen=True)
+class LastHead:
+    """The last exit's head, if it came from a plain classifier that became a multi-exit model.
+
+    Before the linear classifier it has pooling, a dense layer, an activation and perhaps a layer
+    norm.
+
+    Attributes:
+        pooling: what the dense layer sees.
+        activation: after the dense layer, by its name in `transformers`.
+        norm_eps: epsilon of the layer norm after the activation; None: no layer norm.
+    """
+
+    pooling: Pooling
+    activation: str
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class MultiExitConfig:
+    """What makes an encoder a multi-exit classifier.
+
+    Attributes:
+        exits: the layer of each exit, counted from 1, ascending.
+        labels: label names in the order of the logits.
+        problem_type: single-label or multi-label classification.
+        pooling: what the heads see.
+        last_head: the head of the last exit, if it differs from the others.
+        hidden_layers: how many exits, from the first on, have a hidden layer before their
+            classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
+        label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
+    """
+
+    exits: tuple[int, ...]
+    labels: tuple[str, ...]
+    problem_type: ProblemType = ProblemType.SINGLE_LABEL
+    pooling: Pooling = Pooling.CLS
+    last_head: LastHead | None = None
+    hidden_layers: int = 0
+    label_thresholds: tuple[float, ...] = ()
+
+    def with_hidden_layers(self) -> MultiExitConfig:
+        """The same for a new model, with hidden layers where they help.
+
+        They help the first two exits, which see few layers, to tell more than two classes apart.
+        With two classes they gained nothing, and for multi-label they have not been tried.
+        """
+        is_single = self.problem_type is ProblemType.SINGLE_LABEL
+        helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN
+        return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)
+
+    def validate(self, layers: int) -> None:
+        """Check the exits against the depth of an encoder.
+
+        Args:
+            layers: its number of layers.
+
+        Raises:
+            ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
+                have a hidden layer than there are.
+        """
+        hint = f"give `exits` as layers between 1 and {layers}"
+        if not self.exits or list(self.exits) != sorted(set(self.exits)):
+            raise ModelError(f"exits {list(self.exits)} are not an ascending list of layers", hint)
+        if self.exits[0] < 1 or self.exits[-1] > layers:
+            raise ModelError(
+                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", hint
+            )
+        if not 0 <= self.hidden_layers <= len(self.exits):
+            raise ModelError(
+                f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
+                "copy config.json again from where the model was trained",
+            )
