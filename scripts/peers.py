@@ -33,7 +33,7 @@ from systems import ENVIRONMENTS, OTHERS, System, measure
 from fpabee.calibration import DEFAULT_GOALS, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.runtime import Budget, ExitRule, read_manifest
+from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
 from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
@@ -116,6 +116,20 @@ def rules_of(
     return {point.name: point.rule for point in calibrate(engines, dev, options).points}
 
 
+def check_target(stored: dict[str, dict[str, Any]], target: str, results: Path) -> None:
+    """Refuse to mix measurements of fpabee in different targets.
+
+    Raises:
+        InputError: a system was measured in another target.
+    """
+    for name, row in stored.items():
+        if row.get("target", target) != target:
+            raise InputError(
+                f"{results} has {name} in {row['target']}, but this run measures {target}",
+                "give the same `target`, or another file as `results`",
+            )
+
+
 def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of a model as Markdown, the fastest first."""
     yield f"## {name}\n"
@@ -134,7 +148,8 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"| {row['memory_mib']:.0f} | {row['start_up_s']:.1f} |"
         )
     where = {f"{row['hardware']}; {row['rows']} texts" for row in results.values() if "rows" in row}
-    yield from ["", *sorted(where), ""]
+    targets = {f"fpabee in {row['target']}" for row in results.values() if "target" in row}
+    yield from ["", *sorted(where), *targets, ""]
 
 
 @click.command(context_settings={"show_default": True})
@@ -186,6 +201,9 @@ def main(
             if is_done or (kinds and system.name not in kinds):
                 continue
             head = {"packages": ENVIRONMENTS.get(system.environment), "hardware": hardware}
+            if chosen := system.settings.get("target"):
+                head["target"] = chosen
+                check_target(mine, chosen, results)
             try:
                 found = measure(system, given, work)
             except RuntimeError as error:

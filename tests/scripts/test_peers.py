@@ -118,7 +118,9 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
         return {**MEASURED, "median_ms": 1.0 + len(tried)}
 
     monkeypatch.setattr(peers, "train_run", lambda *arguments: arguments[-1])
-    monkeypatch.setattr(peers, "systems", lambda *_: [System(name, "torch") for name in names])
+    target = {"target": "fast"}
+    systems = [System(name, "torch", settings=target) for name in names]
+    monkeypatch.setattr(peers, "systems", lambda *_: systems)
     monkeypatch.setattr(peers, "measure", measure)
     results = tmp_path / "peers.json"
     command = ["--data", str(tmp_path), "--work", str(tmp_path), "--only", "mini-trec-exit-0"]
@@ -137,6 +139,14 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
     del command[-2:]
     assert "failed" not in table()
     assert tried == [*names, "setfit"]
+    assert "fpabee in fast" in table()
+    target["target"] = "other"
+    systems.append(System("new", "torch", settings=target))
+    mixed = CliRunner().invoke(peers.main, command)
+    assert mixed.exit_code == 1
+    assert "fpabee-full-depth in fast, but this run measures other -> give the same --target" in (
+        mixed.stderr
+    )
 
 
 def test_the_picture_names_every_point(tmp_path: Path) -> None:
