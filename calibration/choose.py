@@ -18,7 +18,7 @@ from .search import PARTS, Family, deal, exits_of, make_families
 # The estimated drop must stay below the goal by `_RESERVE / rows ** _RESERVE_POWER`, which is 0.085
 # points at 1,000 rows, but by at most the share `_MOST_RESERVE` of it: the fastest of many settings
 # was lucky with the rows that chose it, the more so the fewer they are.
-_RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.75
+_RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.9
 
 
 Make = Callable[[StoppingCosts], list[Family]]

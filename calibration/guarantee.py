@@ -97,15 +97,15 @@ def certify(
     level = (1 - bound.confidence) / len(with_exit_0)
     stop, found = StopScores(costs.rows), []
     for at_exit_0 in with_exit_0:
-        passed, failed, mean_cost = None, "", math.inf
+        passed, failed, mean_cost, exits = None, "", math.inf, np.zeros_like(costs.rows.lengths)
         for setting in sequence(costs.rows, rule, at_exit_0):
-            exits = stop.exits(setting)
+            before, exits = exits, stop.exits(setting)
+            if np.array_equal(before, exits):
+                continue
             failed = next((t.in_words(exits) for t in tests if not t.passes(exits, level)), "")
             if failed:
                 break
-            # A setting that stops none of these rows is no better than full depth.
-            if passed is None or (exits != costs.rows.exits[-1]).any():
-                passed, mean_cost = setting, float(costs.costs[costs.rows.at(exits)].mean())
+            passed, mean_cost = setting, float(costs.costs[costs.rows.at(exits)].mean())
         found.append((mean_cost, passed, failed))
     _, best, failed = min(found, key=lambda each: each[0])
     if best is None or (best == Budget(exit=costs.rows.exits[-1]) and costs.rows.reference is None):

@@ -128,7 +128,6 @@ GOALS: dict[str, Goal | Bound] = {
     "balanced": Goal(max_drop=0.5),
     "fast": Goal(max_drop=2.0),
     "safe": Bound(drop=0.005),
-    "safe, macro-F1": Bound(drop=0.005),
     "risk 1": Bound(drop=0.01),
     "risk 2": Bound(drop=0.02),
     "flips 1": Bound(flips=0.01),
@@ -167,11 +166,11 @@ def stored(path: Path) -> LabelledLogits:
     return LabelledLogits(logits.astype(np.float32), lengths, expected, problem_type)
 
 
-def metric_of(name: str, goal: Goal | Bound, rows: LabelledLogits) -> str:
+def metric_of(goal: Goal | Bound, rows: LabelledLogits) -> str:
     """The metric that a goal is about."""
     if isinstance(goal, Bound) and goal.drop is None:
         return AGREEMENT
-    return "macro_f1" if "macro-F1" in name else METRICS[rows.problem_type][0]
+    return METRICS[rows.problem_type][0]
 
 
 def with_layers(rows: LabelledLogits, metric: str) -> StoppingCosts:
@@ -232,7 +231,7 @@ def calibrate(
     full_depth = Budget(exit=population.exits[-1])
     averages: tuple[Search, Truth] | None = None
     for name, goal in goals.items():
-        metric, rule = metric_of(name, goal, population), None
+        metric, rule = metric_of(goal, population), None
         judge = truth
         if isinstance(goal, Bound):
             rule = certify(with_layers(drawn, metric), goal, _LABELS).rule
@@ -334,7 +333,7 @@ def main(
         truth, best = Truth(makers[name]()), work / f"{name}-best.json"
         if not best.is_file():
             every = {
-                goal: truth.best(metric_of(goal, wanted, truth.rows), wanted)
+                goal: truth.best(metric_of(wanted, truth.rows), wanted)
                 for goal, wanted in goals.items()
             }
             best.write_text(json.dumps(every))

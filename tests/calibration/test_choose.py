@@ -67,12 +67,8 @@ def test_a_speedup_is_reached_with_the_least_drop() -> None:
     # A part of the rows without a setting that is fast enough counts at full depth.
     almost = Goal(speedup=5.99)
     assert (search.held_out(lambda some: some.choose(almost)) == 1).mean() > 0.9
-
-    def fails(some: Search) -> ExitRule | None:
-        return search.choose(almost) if len(some.stopping_costs.rows) > 900 else some.choose(twenty)
-
-    twenty = Goal(speedup=20.0)
-    assert (search.held_out(fails) == rows.exits[-1]).all()
+    found = search.held_out(lambda some: some.choose(Goal(speedup=20.0)))
+    assert (found == rows.exits[-1]).all()
 
 
 def test_only_full_depth_is_left_where_nothing_competes() -> None:
@@ -142,22 +138,6 @@ def test_a_goal_is_kept_although_many_settings_compete(samples: int) -> None:
         drops.append(drop_on(population, Search(with_costs(rows)).choose(Goal(max_drop=2.0))))
     error = np.std(drops) / samples**0.5
     assert 0.3 < np.mean(drops) < 2.0 + 2 * error
-
-
-def test_a_last_exit_that_is_too_timid_does_not_hide_a_drop() -> None:
-    """Where exits disagree, the last one is right far more often than its probabilities say."""
-    rows = make_rows(count=4000)
-    answers = rows.answers()
-    contested = (answers[1] != answers[-1])[None, :, None]
-    logits = np.where(contested & (np.arange(6) == 5)[:, None, None], 0.05, 1.0) * rows.logits
-    rows = LabelledLogits(logits.astype(np.float32), rows.lengths, rows.expected, rows.problem_type)
-    costs, early = with_costs(rows), exits_of(Entropy(threshold=0.7), rows)
-    observed = costs.observed[early - 1, np.arange(len(rows))]
-    error = observed.std() / len(rows) ** 0.5
-    expected = costs.losses[early - 1, np.arange(len(rows))].mean()
-    assert abs(expected - observed.mean()) < 2 * error
-    found = costs.drops(early[None].astype(np.int16)).item()
-    assert found > observed.mean() - 2 * error
 
 
 @pytest.mark.parametrize("useful", [False, True])

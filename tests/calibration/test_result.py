@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpabee.calibration.result import drop_interval, outcome
-from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
+from fpabee.calibration.scoring import METRICS, Scorer
 from fpabee.calibration.search import exits_of
 from fpabee.runtime import Entropy, ProblemType
 from fpabee.runtime.files.labels import evaluate
@@ -31,12 +31,6 @@ def test_a_metric_of_sums_is_the_metric_of_rows(task: ProblemType, metric: str) 
         assert scorer.score(exits) == pytest.approx(expected, abs=1e-12)
     last = np.full(len(rows), rows.exits[-1])
     assert scorer.full_depth == pytest.approx(scorer.score(last))
-
-
-def test_agreement_needs_no_labels() -> None:
-    rows = make_rows()
-    bare = LabelledLogits(rows.logits, rows.lengths, None, rows.problem_type)
-    assert Scorer(bare, "agreement").full_depth == 1.0
 
 
 @pytest.mark.parametrize(("metric", "samples"), [("accuracy", 100), ("macro_f1", 25)])

@@ -47,7 +47,6 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "nine labels": changed(logits=lambda logits: logits[..., [0, 1, 2, 3, 3, 2, 1, 0, 0]]),
     "lengths of 0": changed(lengths=lambda lengths: 0 * lengths),
     "lengths that no row can have": changed(lengths=lambda lengths: lengths + 1_000_000),
-    "fewer rows": changed(logits=lambda logits: logits[:, :2]),
     "NaN": changed(logits=lambda logits: logits * np.float32("nan")),
     "words": changed(logits=lambda logits: logits.astype(str)),
     "a pickle": changed(lengths=lambda lengths: lengths.astype(object)),
