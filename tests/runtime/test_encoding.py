@@ -90,6 +90,10 @@ def test_batches_are_padded_to_their_longest_row(
 def test_only_texts_and_pairs_are_accepted(bert: TextEncoder, text: Any) -> None:
     with pytest.raises(InputError, match=f"text 2 is a {type(text).__name__}.*give a string"):
         bert.encode(["good", text])
+    if text is None:  # texts are numbered over all parts in which they are tokenized
+        many: list[Any] = [*["good"] * 800, text]
+        with pytest.raises(InputError, match="text 801 is a NoneType"):
+            bert.encode(many)
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", ("a", "\udfff")])
