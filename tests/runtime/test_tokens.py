@@ -100,10 +100,10 @@ def some_text(rng: random.Random) -> str:
 
 def test_texts_and_pairs_are_truncated_as_the_library_does(make: Make) -> None:
     rng = random.Random(0)
-    for limit in (5, 6, 12, 13, 64):
-        texts: list[Text] = [(some_text(rng), some_text(rng)) for _ in range(200)]
-        texts += [(text, text) for text in (some_text(rng) for _ in range(40))]
-        texts += [some_text(rng) for _ in range(40)]
+    for limit in (5, 12, 13):
+        texts: list[Text] = [(some_text(rng), some_text(rng)) for _ in range(80)]
+        texts += [(text, text) for text in (some_text(rng) for _ in range(20))]
+        texts += [some_text(rng) for _ in range(20)]
         rows = RowTokenizer(make(), limit, uses_types=True).rows(texts)
         whole = stock(make, limit, texts)
         for text, row, encoding in zip(texts, rows, whole, strict=True):
@@ -125,7 +125,7 @@ def test_long_texts_have_the_tokens_of_the_whole_text(make: Make) -> None:
     rng = random.Random(1)
     for limit in (8, 100):
         tokenizer = RowTokenizer(make(), limit, uses_types=True)
-        for _ in range(25):
+        for _ in range(12):
             text = "".join(rng.choice(STRETCHES)(rng) for _ in range(rng.randint(2, 12)))
             (row,), (encoding,) = tokenizer.rows([text]), stock(make, limit, [text])
             assert content(row) == expected(text, encoding)
