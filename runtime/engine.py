@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import read_manifest
@@ -23,8 +22,8 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .exit_0 import ExitZero
 from .groups import Group
-from .predictions import Prediction, Tally, Trace, make_predictions, outputs_of
-from .rules.measures import Integers, Mask
+from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
+from .rules.measures import Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_here, target_of
@@ -197,9 +196,10 @@ class Engine:
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        windows = [(rows, *self._run(rows, runner, deadline)) for rows in self._windows(texts)]
+        windows = [self._run(rows, runner, deadline) for rows in self._windows(texts)]
         missed = perf_counter() > deadline
-        return [answer for window in windows for answer in self._answer(*window, missed)]
+        answers = [self.answers(each, np.full(len(each.rows), missed)) for each in windows]
+        return [answer for part in answers for answer in part]
 
     def stream(
         self,
@@ -226,7 +226,7 @@ class Engine:
         """
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self._windows(texts):
-            yield from self._answer(rows, *self._run(rows, runner), missed=False)
+            yield from self.answers(self._run(rows, runner), np.zeros(len(rows), np.bool_))
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -380,33 +380,23 @@ class Engine:
         lengths = np.array([len(row) for row in rows], np.intp)
         return Trace(logits, exits, outputs_of(self.manifest, at_exit).answers, lengths, first)
 
-    def answers(
-        self,
-        rows: Sequence[EncodedRow],
-        exits: Integers,
-        logits: NDArray[np.float32],
-        limited: Mask,
-        missed: Mask,
-    ) -> list[Prediction]:
+    def answers(self, stopped: Stopped, missed: Mask) -> list[Prediction]:
         """Count rows in the tally, and make their predictions.
 
         Args:
-            rows: the rows.
-            exits: `[rows]` int64, the exit of each row.
-            logits: `[rows, labels]` float32 at that exit.
-            limited: `[rows]` whether the deadline stopped a row before its rule did.
+            stopped: the rows.
             missed: `[rows]` whether the deadline was missed.
         """
-        first = self._exits[0]
+        numbers = stopped.exits - self._exits[0]
         counts = Tally(
-            exits=tuple(np.bincount(exits - first, minlength=len(self._exits)).tolist()),
-            truncated=sum(row.truncated for row in rows),
-            deadline_limited=int(np.count_nonzero(limited)),
+            exits=tuple(np.bincount(numbers, minlength=len(self._exits)).tolist()),
+            truncated=sum(row.truncated for row in stopped.rows),
+            deadline_limited=int(np.count_nonzero(stopped.limited)),
             deadline_missed=int(np.count_nonzero(missed)),
         )
         with self._tally_lock:
             self._tally += counts
-        return make_predictions(self.manifest, rows, exits, logits, limited, missed)
+        return make_predictions(self.manifest, stopped, missed)
 
     def time_exits(self, rows: int, tokens: int) -> list[float]:
         """Time the way from each exit to the next once, on a group of made-up rows.
@@ -504,8 +494,8 @@ class Engine:
 
     def _run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
-    ) -> tuple[Integers, NDArray[np.float32], Mask]:
-        """For each row its exit, its logits there, and whether a deadline limited it."""
+    ) -> Stopped:
+        """Run a window of rows, and keep the logits of their exits only."""
         exits, limited = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
         logits = np.zeros((len(rows), len(self.labels)), np.float32)
         for decision in self._decisions(rows, runner, deadline):
@@ -513,18 +503,7 @@ class Engine:
                 stopped = decision.rows[decision.stopped]
                 exits[stopped], limited[stopped] = decision.exit, decision.limited
                 logits[stopped] = decision.logits[decision.stopped]
-        return exits, logits, limited
-
-    def _answer(
-        self,
-        rows: list[EncodedRow],
-        exits: Integers,
-        logits: NDArray[np.float32],
-        limited: Mask,
-        missed: bool,
-    ) -> list[Prediction]:
-        """Count a window of rows, and make their predictions."""
-        return self.answers(rows, exits, logits, limited, np.full(len(rows), missed))
+        return Stopped(rows, exits, logits, limited)
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,37 +138,43 @@ def outputs_of(manifest: Manifest, logits: NDArray[np.float32]) -> Outputs:
     return Outputs(logits, manifest.task.problem_type, manifest.task.label_thresholds)
 
 
-def make_predictions(
-    manifest: Manifest,
-    rows: Sequence[EncodedRow],
-    exits: Integers,
-    logits: NDArray[np.float32],
-    limited: Mask,
-    missed: Mask,
-) -> list[Prediction]:
-    """The predictions of some rows.
+class Stopped(NamedTuple):
+    """Rows that have stopped.
 
-    Args:
-        manifest: that of the model.
+    Attributes:
         rows: the rows.
         exits: `[rows]` int64, the exit of each row.
         logits: `[rows, labels]` float32 at that exit.
-        limited: `[rows]` whether the deadline stopped a row.
+        limited: `[rows]` whether the deadline stopped a row before its rule did.
+    """
+
+    rows: Sequence[EncodedRow]
+    exits: Integers
+    logits: NDArray[np.float32]
+    limited: Mask
+
+
+def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list[Prediction]:
+    """The predictions of rows that have stopped.
+
+    Args:
+        manifest: that of the model.
+        stopped: the rows.
         missed: `[rows]` whether the deadline was missed.
     """
-    outputs, labels = outputs_of(manifest, logits), manifest.task.labels
+    outputs, labels = outputs_of(manifest, stopped.logits), manifest.task.labels
     chosen = outputs.answers.tolist()
     if manifest.task.problem_type is ProblemType.MULTI_LABEL:
         chosen = [[n for n, given in enumerate(row) if given] for row in chosen]
     else:
         chosen = [[number] for number in chosen]
     columns = zip(
-        rows,
+        stopped.rows,
         chosen,
         outputs.probabilities.tolist(),
-        logits.tolist(),
-        exits.tolist(),
-        limited.tolist(),
+        stopped.logits.tolist(),
+        stopped.exits.tolist(),
+        stopped.limited.tolist(),
         missed.tolist(),
         strict=True,
     )

@@ -54,6 +54,7 @@ def test_types_in_the_public_interface_are_public() -> None:
         "Calibration: Search",  # which only `write_report` reads
         "Engine.chain: Chain",  # for `Scheduler`
         "Engine.runner: RuleRunner",
+        "Engine.answers: Stopped",
     }
 
 

@@ -21,7 +21,7 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..groups import Group, RowNumbers, fits
-from ..predictions import Prediction
+from ..predictions import Prediction, Stopped
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -392,13 +392,14 @@ class Scheduler:
             return
         now, rows = perf_counter(), decision.rows[numbers].tolist()
         try:
-            predictions = self._engine.answers(
-                [row.encoded for row in rows],
-                np.full(len(rows), decision.exit),
-                decision.logits[numbers],
-                np.full(len(rows), decision.limited),
-                np.array([now > row.deadline for row in rows]),
+            stopped = Stopped(
+                rows=[row.encoded for row in rows],
+                exits=np.full(len(rows), decision.exit),
+                logits=decision.logits[numbers],
+                limited=np.full(len(rows), decision.limited),
             )
+            missed = np.array([now > row.deadline for row in rows])
+            predictions = self._engine.answers(stopped, missed)
         except Exception as error:
             self._fail(rows, error)  # they have left their group
             raise
