@@ -23,8 +23,8 @@ def comparison_in_words(found: RuleComparison, result: Calibration) -> str:
     if result.rows.first_exit == 0:
         exit_0 = f", exit 0 answers {exit_0_in_words(found)}"
     saved = f"{runs.mean_depth:.2f} layers per text, {runs.estimated:.2f} times faster (estimated)"
-    words = f"{found.kind}, {rule_in_words(found.rule)}: {saved}"
-    return f"{words}, drop {drop_in_words(found.held_out)}{exit_0}"
+    rule = rule_in_words(found.rule) if any(runs.exits[:-1]) else f"{found.kind}, full depth"
+    return f"{rule}: {saved}, drop {drop_in_words(found.held_out)}{exit_0}"
 
 
 def exit_0_in_words(found: Point | RuleComparison) -> str:

@@ -59,9 +59,8 @@ def test_a_speedup_is_reached_with_the_least_drop() -> None:
     drops = costs.drops(exits)
     fast = costs.mean_costs(exits) <= rows.exits[-1] / 2
     assert chosen is not None
-    assert chosen in [
-        rules[number] for number in np.flatnonzero(fast & (drops == drops[fast].min()))
-    ]
+    best = np.flatnonzero(fast & (drops == drops[fast].min()))
+    assert chosen in [rules[number] for number in best]
     with pytest.raises(InputError, match=r"20 times as fast.* 6\.00 times.*drop of"):
         search.choose(Goal(speedup=20.0))
     # A part of the rows without a setting that is fast enough counts at full depth.
