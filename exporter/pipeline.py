@@ -15,6 +15,7 @@ from .. import __version__
 from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
+    CLASSIFIER_NAME,
     REFERENCE_NAME,
     SCHEMA_VERSION,
     VERIFICATION_NAME,
@@ -39,7 +40,7 @@ from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import WEIGHTS, load_checkpoint, resolve_model_dir
-from .exit_0 import EXIT_0_FILE, export_exit_0, load_exit_0
+from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
 from .targets.check import FP32_TARGET
@@ -238,9 +239,30 @@ def _write(
         agreement = check_chain(engine, texts, logits)
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
-    files = {**manifest.files, VERIFICATION_NAME: sha256_of(record)}
+    _write_config(folder / CLASSIFIER_NAME, source, model)
+    files = {
+        **manifest.files,
+        **{name: sha256_of(folder / name) for name in (VERIFICATION_NAME, CLASSIFIER_NAME)},
+    }
     tolerance = max(_LEAST_TOLERANCE, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
     manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
     write_manifest(folder, manifest)
     return manifest, agreement
+
+
+def _write_config(path: Path, source: Path, model: MultiExitModel) -> None:
+    """Write the configuration of a classifier without exits, which `pack` hands on."""
+    from transformers.models.auto import modeling_auto
+
+    content = json.loads((source / "config.json").read_bytes())
+    content.pop(CONFIG_BLOCK, None)
+    names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    labels = model.exit_config.labels
+    content |= {
+        "architectures": [names[model.backbone.model_type]],
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "problem_type": model.exit_config.problem_type.value,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -33,9 +33,9 @@ ARRAYS = ("table", "weights", "bias")
 """The arrays of the file, see `ExitZero`."""
 
 # Added to the token ids of a second text; more than any vocabulary has.
-_SECOND = 1 << 23
+SECOND = 1 << 23
 # Stands for the token after the last one.
-_END = (1 << 24) - 1
+END = (1 << 24) - 1
 
 Counts = NDArray[np.intp]
 Tokens = NDArray[np.int64]
@@ -65,11 +65,11 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     ]
     if second:
         at = np.concatenate(second)
-        found[at, 0] = unigrams + bucket_of(tokens[at] + _SECOND, tokens[at], buckets)
-        tokens[at] += _SECOND
+        found[at, 0] = unigrams + bucket_of(tokens[at] + SECOND, tokens[at], buckets)
+        tokens[at] += SECOND
     following = np.empty_like(tokens)
     following[:-1] = tokens[1:]
-    following[ends - 1] = _END
+    following[ends - 1] = END
     found[:, 1] = unigrams + bucket_of(tokens, following, buckets)
     return found.reshape(-1), 2 * lengths
 

@@ -297,8 +297,8 @@ def engine_copy(engines: Mapping[str, Path], tmp_path: Path) -> Callable[..., Pa
     return copy
 
 
-def _point(rule: ExitRule) -> OperatingPoint:
-    """An operating point with made-up figures."""
+def _point(rule: ExitRule, exits: int) -> OperatingPoint:
+    """An operating point with made-up figures, for a model with this number of exits."""
     return OperatingPoint(
         rule=rule.to_dict(),
         goal=Goal(max_drop=0.5),
@@ -310,7 +310,7 @@ def _point(rule: ExitRule) -> OperatingPoint:
         rows=100,
         data_sha256="0" * 64,
         mean_depth=1.0,
-        exits=(100, 0, 0),
+        exits=(100, *[0] * (exits - 1)),
     )
 
 
@@ -324,7 +324,7 @@ def set_points() -> Callable[..., None]:
     def write(folder: Path, target: str = "", default: str = "", **rules: ExitRule) -> None:
         manifest = read_manifest(folder)
         name = target or manifest.default_target
-        points = {point: _point(rule) for point, rule in rules.items()}
+        points = {point: _point(rule, len(manifest.exits)) for point, rule in rules.items()}
         built = manifest.targets.get(name, manifest.targets[manifest.default_target])
         changed = with_operating_points(built, points, default)
         write_manifest(folder, with_target(manifest, name, changed))

@@ -7,6 +7,7 @@
     exit_0.npz               classifier before layer 1, if the model has one
     reference.npz            texts and fp32 logits of the PyTorch model
     verification.json        agreement of the export with the PyTorch model
+    classifier.json          configuration of the plain classifier, for other libraries
 
 Nothing in the folder is ever unpickled. The module `folder` reads and writes the manifest.
 """
@@ -27,6 +28,7 @@ MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
 VERIFICATION_NAME = "verification.json"
+CLASSIFIER_NAME = "classifier.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 
 # A graph output with this prefix replaces the carried tensor with the rest of its name.

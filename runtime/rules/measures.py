@@ -28,7 +28,8 @@ TINY = 1e-12
 
 def _sum(values: Array) -> Array:
     # The ufunc itself: `values.sum` calls it through two Python functions.
-    return np.asarray(np.add.reduce(values, axis=-1))
+    sums: Array = np.add.reduce(values, axis=-1)
+    return sums
 
 
 def _log(values: Array) -> Array:
@@ -207,8 +208,8 @@ class Outputs:
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
-        same = self.answers == earlier.answers
-        return np.asarray(same if self._single else np.logical_and.reduce(same, axis=-1))
+        same: Mask = self.answers == earlier.answers
+        return same if self._single else np.logical_and.reduce(same, axis=-1)
 
 
 def softmax(z: Array) -> Array:

@@ -17,6 +17,7 @@ _COMMANDS = {
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
     "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
     "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),
+    "pack": ("fpabee.exporter.cli.pack", "Write one ONNX file with the exits and the rule inside."),
     "bench": ("fpabee.exporter.cli.bench", "Measure the speed-up on this machine."),
     "inspect": (
         "fpabee.runtime.cli.inspect",

@@ -37,6 +37,7 @@ def command(name: str, *options: object) -> Make:
     def make(place: Place) -> Arguments:
         folder = place.shared["bert"]
         arguments = {
+            "pack": ["pack", folder, "-o", place.root / "packed"],
             "bench": ["bench", folder, "--input", place.file("in.txt", "rain\n")],
             "calibrate": ["calibrate", folder, "--data", "none.jsonl"],
             "export": place.export(place.models["bert"]),
@@ -106,6 +107,7 @@ def into(holder: str, name: str, *options: object, link: bool = False) -> Make:
             "run": place.run(rows, "--output", target),
             "export": ["export", place.models["bert"], "--quiet", "--output", target],
             "train": ["train", "--train", rows, "--dev", rows, "--backbone", "x", "-o", target],
+            "pack": ["pack", place.shared["bert"], "--quiet", "--output", target],
         }
         calibrating = ["calibrate", place.shared["bert"], "--data", rows, *QUIET]
         return command.get(str(options[0])) or [*calibrating, *options, target]
@@ -123,6 +125,7 @@ MODELS = [
     Case("export into a model", into("model", "engines", "export"), "model,"),
     Case("train into engines", into("engines", "", "train"), "engines,"),
     Case("train into a model", into("model", "more", "train"), "model,"),
+    Case("a packed folder into engines", into("engines", "onnx/more", "pack"), "engines,"),
     Case("a report into engines", into("engines", "report.html", "--report"), "engines,"),
 ]  # fmt: skip
 
@@ -145,6 +148,7 @@ PACKAGES = [
     Case("no pyarrow", without("pyarrow", out("x.parquet")), "pip install 'fpabee[parquet]'"),
     Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
     Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
+    Case("nothing that packs", without("onnx", command("pack")), "onnx", "'fpabee[export,cpu]'"),
     Case("no datasets", without("datasets", training), "datasets", "'fpabee[train]'"),
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
          "uvicorn", "'fpabee[serve]'"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "fpabee.exporter.cli.train",
     "export": "fpabee.exporter.cli.export",
     "bench": "fpabee.exporter.cli.bench",
+    "pack": "fpabee.exporter.cli.pack",
     "calibrate": "fpabee.calibration.cli",
     "run": "fpabee.runtime.cli.run",
     "serve": "fpabee.runtime.cli.serve",

@@ -1,0 +1,81 @@
+"""`fpabee-pack`: write one ONNX file with the exits and the rule inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import rich_click as click
+
+from ...runtime.cli import options
+from ...runtime.cli.command import command
+from ...runtime.cli.console import echo, step_progress
+from ...runtime.files import ReadOptions, read_rows
+from ...runtime.optional_packages import require
+from ...runtime.rules.words import rule_in_words
+
+
+@command(
+    examples="""
+fpabee-pack engines/ -o classifier/
+fpabee-pack engines/ -o web/ --layout transformers.js
+""",
+    panels={},
+)
+@options.engines
+@options.path("-o --output", "Folder to write, which must not exist yet.", "DIR", required=True)
+@options.option(
+    "--operating-point", "NAME", "Operating point to pack. Default: that of the target."
+)
+@options.target
+@options.choice(
+    "--layout",
+    "LAYOUT",
+    "Where the file lies: model.onnx, or where transformers.js looks for it.",
+    ["huggingface", "transformers.js"],
+    default="huggingface",
+)
+@options.path("--verify-data", "More texts to verify with, in any format of fpabee-run.")
+@options.quiet
+@options.as_json
+def main(
+    engines: Path,
+    output: Path,
+    operating_point: str | None,
+    target: str | None,
+    layout: str,
+    verify_data: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write the model of ENGINES as one ONNX file with the exits and the rule inside.
+
+    Any runtime for ONNX runs it, in any language. It is best at one or few texts at a time.
+    """
+    require("graphs")
+    from ..single_file import Layout, pack
+
+    texts = []
+    if verify_data is not None:
+        texts = [row.content for row in read_rows(verify_data, ReadOptions())]
+    with step_progress(quiet) as progress:
+        packed = pack(engines, output, target, operating_point, Layout(layout), texts, progress)
+    if as_json:
+        content = dataclasses.asdict(packed) | {
+            "file": str(packed.file),
+            "rule": packed.rule.to_dict(),
+            "exits": list(packed.exits),
+        }
+        click.echo(json.dumps(content))
+        return
+    verified = packed.verified
+    echo(f"{packed.file}: {packed.file.stat().st_size / 2**20:.1f} MiB of {packed.target}")
+    echo(f"rule inside: {rule_in_words(packed.rule)}")
+    if packed.no_exit_0:
+        echo(f"without exit 0: {packed.no_exit_0}")
+    echo(
+        f"verified on {verified.rows} texts: logits differ by at most "
+        f"{verified.max_logit_difference:.1e}, exits are equal; near ties in {verified.near_ties} "
+        "texts are not compared"
+    )

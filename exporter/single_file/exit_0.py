@@ -1,0 +1,113 @@
+"""Exit 0 as nodes of a graph, see `runtime.exit_0`. Every number in its hash is below 2^24."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ...runtime.exit_0 import END, SECOND, ExitZero, bucket_of
+from .nodes import Value, where
+
+
+@dataclass(frozen=True)
+class PairMarks:
+    """What the second text of a pair is recognised by.
+
+    Attributes:
+        token_type: the type of its tokens; None: types do not tell.
+        separators: the special tokens before it.
+        after: how many special tokens follow it. A second text without tokens does not count.
+    """
+
+    token_type: int | None
+    separators: tuple[int, ...]
+    after: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, uses_types: bool) -> PairMarks | None:
+        """The marks in the pairs of a tokenizer; None if there are none.
+
+        Args:
+            tokenizer: with its post-processor.
+            uses_types: whether the model reads token types.
+        """
+        pair = tokenizer.encode("a", "a")
+        places: Any = pair.sequence_ids
+        start, end = places.index(1), len(places) - places[::-1].index(1)
+        first_end = start - places[:start][::-1].index(0)
+        types = pair.type_ids
+        if uses_types and types[start] not in types[:start]:
+            return cls(types[start], (), types[end:].count(types[start]))
+        separators = tuple(pair.ids[first_end:start])
+        return cls(None, separators, len(places) - end) if separators else None
+
+    def second(self, ids: Value, mask: Value, types: Value | None) -> Any:
+        """Which tokens belong to the second text: `[batch, sequence]` bool.
+
+        Args:
+            ids: `[batch, sequence]` int64, the tokens.
+            mask: bool, which of them are not padding.
+            types: int64, their types; None if the model has none.
+        """
+        if self.token_type is not None and types is not None:
+            begins: Any = types == self.token_type
+        else:
+            count = len(self.separators)
+            matches = [
+                _moved(ids, count - place, -1) == token
+                for place, token in enumerate(self.separators)
+            ]
+            begins = matches[0]
+            for match in matches[1:]:
+                begins = begins & match
+        axis = ids.scope.constant(1, np.int64)
+        second: Any = (begins.astype(np.int64).then("CumSum", axis) > 0) & mask
+        count = second.astype(np.int64).reduce("ReduceSum", 1, keepdims=True)
+        return second & (count > self.after)
+
+
+def exit_0_logits(
+    exit_0: ExitZero, marks: PairMarks, ids: Value, mask: Value, types: Value | None
+) -> Any:
+    """The logits of exit 0: `[batch, labels]` float32. A row without tokens has those of the bias.
+
+    Args:
+        exit_0: its arrays become initializers.
+        marks: how second texts are recognised.
+        ids: as the other arguments, see `PairMarks.second`.
+        mask: see there.
+        types: see there.
+    """
+    scope = ids.scope
+    second = marks.second(ids, mask, types)
+    unigrams, buckets, moved = exit_0.unigrams, exit_0.buckets, ids + SECOND
+    # The runtime's own function, which adds nodes if it is given tensors of a graph.
+    bucket: Any = bucket_of
+    own = where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)
+    tokens: Any = where(second, moved, ids)
+    is_followed: Any = _moved(mask.astype(np.int64), -1, 0) > 0
+    following = where(is_followed, _moved(tokens, -1, END), scope.constant(END, np.int64))
+    bigrams = bucket(tokens, following, buckets) + unigrams
+    table = scope.constant(exit_0.table, np.float16)
+    vectors: Any = table.take(own, 0).astype(np.float32) + table.take(bigrams, 0).astype(np.float32)
+    weights: Any = mask.astype(np.float32).add_axis(-1)
+    sums = (vectors * weights).reduce("ReduceSum", 1)
+    means: Any = sums / np.maximum(weights.reduce("ReduceSum", 1) * 2, 1)
+    labels = scope.constant(exit_0.weights, np.float32)
+    shape = (ids.shape[0], labels.shape[1])
+    return means.then("MatMul", labels, shape=shape) + scope.constant(exit_0.bias, np.float32)
+
+
+def _moved(values: Value, by: int, fill: int) -> Any:
+    """`[batch, sequence]` int64, each row moved by some places to the right; below 0 to the left.
+
+    The places that become free hold `fill`.
+    """
+    constant = values.scope.constant
+    pads = [0, max(by, 0), 0, max(-by, 0)]
+    padded = values.then("Pad", constant(pads, np.int64), constant(fill, np.int64))
+    start, end = (max(-by, 0), np.iinfo(np.int64).max) if by < 0 else (0, -by)
+    return padded.then("Slice", *(constant([each], np.int64) for each in (start, end, 1)))

@@ -1,0 +1,142 @@
+"""Does a graph with the rule inside give the logits and exits of the segments?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ...runtime.agreement import EXPORT_REQUIREMENTS, REQUIREMENTS, Logits, exits_near_ties
+from ...runtime.artifact.manifest import (
+    ATTENTION_BIAS,
+    LOGITS,
+    Manifest,
+    TokenizerSpec,
+    with_target,
+)
+from ...runtime.backends.onnxruntime import session_options
+from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
+from ...runtime.errors import VerificationError
+from ...runtime.rules.measures import Integers
+from ...runtime.rules.rules import ExitRule, ThresholdRule
+from ...runtime.rules.runner import simulate
+from ...runtime.rules.words import rule_in_words
+from ..targets.backends import INT8, ONNXRUNTIME
+from ..targets.check import engine_of
+from .graph import EXIT, MASK
+from .rules import settings_of
+
+_BATCH = 16
+# Most of the texts, as a share, whose exit rounding may decide.
+_MOST_TIES = 0.02
+# Thresholds that are tried besides those of the rule: quantiles of its scores on the texts.
+_QUANTILES = (0.3, 0.7)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How closely a graph agrees with the segments.
+
+    Attributes:
+        rows: how many texts were compared, for the rule itself and for other thresholds.
+        near_ties: the most texts of one threshold whose exits were not compared, because a score
+            is so close to the threshold that rounding decides.
+        max_logit_difference: the largest difference of a logit.
+    """
+
+    rows: int
+    near_ties: int
+    max_logit_difference: float
+
+
+def verify(
+    source: Path,
+    manifest: Manifest,
+    target: str,
+    rule: ExitRule,
+    proto: Any,
+    file: Path,
+    texts: Sequence[Text],
+) -> Verified:
+    """Run the graph with the rule and with two other thresholds, and write it with the rule.
+
+    Args:
+        source: the engines folder.
+        manifest: its manifest, without exit 0 if the graph has none.
+        target: the target whose graphs it was made from.
+        rule: the rule.
+        proto: the graph, an `onnx.ModelProto`; its weights may lie beside `file`.
+        file: where to write it.
+        texts: what to run.
+
+    Raises:
+        VerificationError: logits or exits differ, or too many exits cannot be compared.
+    """
+    built = manifest.targets[target]
+    # Those of OpenVINO, too, run in ONNX Runtime here.
+    here = with_target(manifest, target, msgspec.structs.replace(built, backend=ONNXRUNTIME))
+    with engine_of(source, here, target) as engine:
+        rows, trace = engine.encode(texts), engine.trace(texts)
+    required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_REQUIREMENTS.logits
+    first, task = trace.first_exit, manifest.task
+    setting = task.problem_type, task.label_thresholds, first
+    rules = [rule]
+    if isinstance(rule, ThresholdRule):
+        scores = simulate(trace.logits, rule, *setting).scores
+        others = np.quantile(scores[np.isfinite(scores)], _QUANTILES)
+        rules = [
+            *(msgspec.structs.replace(rule, threshold=float(q)) for q in others),
+            rule,  # the last, so that the file keeps it
+        ]
+    difference, ties = 0.0, 0
+    for each in rules:
+        _change_settings(proto, settings_of(each, task, manifest.exits))
+        file.write_bytes(proto.SerializeToString(deterministic=True))
+        logits, exits = _run(file, rows, manifest.tokenizer)
+        expected = simulate(trace.logits, each, *setting).exits
+        same = trace.logits[exits - first, np.arange(len(rows))]
+        difference = max(difference, float(np.abs(logits - same).max()))
+        close = exits_near_ties(trace.logits, each, task, difference, first)
+        ties = max(ties, int(close.sum()))
+        wrong = int(((exits != expected) & ~close).sum())
+        if wrong or not difference <= required or ties > max(1, _MOST_TIES * len(rows)):
+            raise VerificationError(
+                f"the graph does not agree with the segments of {target}, with "
+                f"{rule_in_words(each)}, on {len(rows)} texts: logits differ by {difference:.1e} "
+                f"(at most {required:.0e} allowed), {wrong} exits differ, and {ties} are too close "
+                f"to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
+                "pack another target; if it is the exits that are too close, give more texts as "
+                "`verify_data`",
+            )
+    return Verified(len(rows), ties, difference)
+
+
+def _change_settings(proto: Any, settings: Mapping[str, NDArray[Any]]) -> None:
+    for tensor in proto.graph.initializer:
+        if tensor.name in settings:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(settings[tensor.name], tensor.name))
+
+
+def _run(
+    file: Path, rows: Sequence[EncodedRow], tokenizer: TokenizerSpec
+) -> tuple[Logits, Integers]:
+    """The logits `[rows, labels]` and exits `[rows]` of a graph, in batches of unequal rows."""
+    import onnxruntime
+
+    # With all optimizations, as others will run it.
+    session = onnxruntime.InferenceSession(
+        file, session_options(), providers=["CPUExecutionProvider"]
+    )
+    names = [each.name for each in session.get_inputs()]
+    found = []
+    for arrays in padded_batches(rows, padding_values(tokenizer), _BATCH):
+        arrays[MASK] = (arrays[ATTENTION_BIAS][:, 0, 0] == 0).astype(np.int64)
+        found.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))
+    logits, exits = (np.concatenate(each) for each in zip(*found, strict=True))
+    return logits, exits

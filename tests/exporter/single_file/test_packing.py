@@ -1,0 +1,342 @@
+"""A packed folder, used as any other program would, gives the answers of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from transformers import AutoConfig
+
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.cli.pack import main
+from fpabee.exporter.single_file import Layout, Packed, graph, pack, packing
+from fpabee.exporter.targets.graph_runs import graph_runs
+from fpabee.runtime import (
+    ArtifactError,
+    BackendError,
+    Budget,
+    Confidence,
+    Engine,
+    Entropy,
+    ExitRule,
+    FPabee,
+    InputError,
+    Pabee,
+    Pcee,
+    RuleError,
+    VerificationError,
+    read_manifest,
+)
+from fpabee.runtime.agreement import REQUIREMENTS, exits_near_ties
+from fpabee.runtime.artifact.folder import sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL, with_target
+from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.encoding import Text
+
+from ...conftest import WORDS
+from .consumer import Answers, Consumer, in_batches
+
+FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
+RULES: dict[str, ExitRule] = {
+    "bert": Confidence(threshold=(0.7, 0.6, 0.5), exit_0_threshold=0.9),
+    "albert": FPabee(threshold=0.9, exit_0_threshold=0.9),
+    "mpnet": Pabee(patience=1, exit_0_threshold=0.8),
+}
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in _FAMILIES if each not in RULES]
+
+
+def texts(count: int, pairs: bool) -> list[Text]:
+    """Texts of no words up to more than any model takes, or pairs of them."""
+    words = random.Random(3)
+    found = [" ".join(words.choices(WORDS, k=n % 23)) for n in range(count)]
+    found[5] = "rain " * 100
+    if not pairs:
+        return [*found]
+    return [("", "the sun"), ("the sun", ""), ("", ""), *zip(found[3:], found[:2:-1], strict=True)]
+
+
+SINGLE, PAIRS = texts(300, pairs=False), texts(200, pairs=True)
+
+
+@pytest.fixture
+def packed(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
+) -> Callable[..., tuple[Path, Packed]]:
+    """Packs a copy of the engines folder of a family, which it gives too."""
+
+    def make(family: str, rule: ExitRule | None = None, **options: Any) -> tuple[Path, Packed]:
+        folder, target = tmp_path / "engines", options.pop("target", FP32)
+        shutil.copytree(exit_0_engines[family], folder, dirs_exist_ok=True)
+        set_points(folder, target, fast=rule or RULES[family])
+        return folder, pack(folder, tmp_path / "packed", target, "fast", **options)
+
+    return make
+
+
+def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: float) -> None:
+    """The logits and exits are those of the engine, but for scores next to a threshold."""
+    trace, task = engine.trace(given), engine.manifest.task
+    expected = np.array([answer.exit for answer in engine.predict(given)])
+    logits, exits = found
+    same = trace.logits[exits - trace.first_exit, np.arange(len(given))]
+    np.testing.assert_allclose(logits, same, atol=tolerance)
+    ties = exits_near_ties(trace.logits, engine.rule, task, tolerance, trace.first_exit)
+    assert ties.mean() <= 0.02
+    np.testing.assert_array_equal(exits[~ties], expected[~ties])
+    assert len(set(exits)) > 1
+
+
+@pytest.mark.parametrize("family", [*RULES, *SLOW])
+@pytest.mark.parametrize("given", [SINGLE, PAIRS], ids=["texts", "pairs"])
+def test_answers_are_those_of_the_engine(
+    family: str, given: list[Text], packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    folder, _ = packed(family, RULES.get(family, RULES["bert"]))
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, FP32, "fast") as engine:
+        for size in (1, 64):
+            assert_equal(engine, given, in_batches(consumer.onnxruntime, given, size), 1e-5)
+        pytest.importorskip("openvino")
+        for size, part in ((1, given[:60]), (16, given)):
+            assert_equal(engine, part, in_batches(consumer.openvino(), part, size), 1e-4)
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_openvino_finds_the_buckets_of_exit_0(
+    family: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    """Its int64 is not exact: labels may hide a wrong bucket, logits of exit 0 do not."""
+    pytest.importorskip("openvino")
+    folder, _ = packed(family, Budget(exit=0))
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, FP32, "fast") as engine:
+        for given in (SINGLE, PAIRS):
+            expected = engine.trace(given).logits[0]
+            for run in (consumer.onnxruntime, consumer.openvino()):
+                logits, exits = in_batches(run, given, 8)
+                np.testing.assert_allclose(logits, expected, atol=1e-5)
+                assert not exits.any()
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_rows_without_tokens_are_answered_as_by_the_segments(
+    family: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    folder, _ = packed(family, Budget(exit=3))
+    session = Consumer(tmp_path / "packed").session
+    manifest = read_manifest(folder)
+
+    def open_session(name: str) -> Any:
+        return cpu_session(folder / manifest.graphs[name].file)
+
+    for rows, tokens in ((1, 1), (3, 5), (64, manifest.tokenizer.max_length)):
+        names = [each.name for each in session.get_inputs()]
+        inputs = {name: np.zeros((rows, tokens), np.int64) for name in names}
+        inputs["attention_mask"][1::2, : tokens // 2] = 1
+        logits, exits = session.run(["logits", "exit"], inputs)
+        bias = np.where(inputs["attention_mask"] == 1, 0, np.float32(MASK_FILL))
+        batch = inputs | {ATTENTION_BIAS: bias[:, None, None].astype(np.float32)}
+        *_, last = graph_runs(manifest, [batch], open_session)
+        np.testing.assert_allclose(logits, last.outputs["logits"], atol=1e-5)
+        assert (exits == 3).all()
+
+
+def test_the_folder_is_that_of_a_plain_classifier(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    folder, made = packed("bert")
+    config = AutoConfig.from_pretrained(tmp_path / "packed")
+    assert config.architectures == ["BertForSequenceClassification"]
+    assert [*config.id2label.values()] == [*read_manifest(folder).task.labels]
+    assert not hasattr(config, "fpabee")
+    settings = json.loads((tmp_path / "packed" / "fpabee.json").read_text())
+    assert ExitRule.from_dict(settings["rule"]) == RULES["bert"]
+    assert settings["layers"] == {"0": 0, "1": 1, "2": 2, "3": 3}
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "Layers per text: 1.00 of 3" in card
+    model = onnx.load(made.file)
+    assert (model.ir_version, [each.version for each in model.opset_import]) == (10, [20])
+    assert [each.name for each in model.graph.output] == ["logits", "exit"]
+    assert {each.name for each in model.graph.initializer if each.name.startswith("fpabee.")} == {
+        *("fpabee.thresholds", "fpabee.exit_0_threshold", "fpabee.min_exit", "fpabee.max_exit")
+    }
+    inner = [each for node in model.graph.node for part in node.attribute for each in part.g.node]
+    assert inner
+    assert not any(each.op_type == "If" for each in inner), "the chain is flat"
+
+
+def test_a_shared_block_is_stored_once(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    folder, made = packed("albert")
+    graphs = read_manifest(folder).graphs
+    sizes = {name: (folder / each.file).stat().st_size for name, each in graphs.items()}
+    exit_0 = (folder / "exit_0.npz").stat().st_size
+    # Stored in each branch, it would be there twice more.
+    most = sum(sizes.values()) + exit_0 + sizes["block_01"]
+    assert made.file.stat().st_size < most + 60_000, "the nodes have less"
+
+
+def test_weights_that_do_not_fit_lie_beside_the_graph(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_MOST_BYTES", 1)
+    folder, made = packed("bert", layout=Layout.TRANSFORMERS_JS)
+    files = sorted((tmp_path / "packed" / "onnx").iterdir())
+    assert [path.name for path in files] == ["model.onnx", "model.onnx_data"]
+    assert made.file == files[0]
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, FP32, "fast") as engine:
+        assert_equal(engine, SINGLE[:40], in_batches(consumer.onnxruntime, SINGLE[:40], 8), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
+def test_int8_graphs_are_packed(
+    family: str,
+    exit_0_engines: Mapping[str, Path],
+    packed: Callable[..., tuple[Path, Packed]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("nncf")
+    # A tiny random model has no robust answers.
+    required = dataclasses.replace(REQUIREMENTS["int8"], labels=0.0)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+    folder = tmp_path / "engines"
+    shutil.copytree(exit_0_engines[family], folder)
+    data = tmp_path / "texts.txt"
+    data.write_text("\n".join(str(text) for text in SINGLE[7:107]))
+    options = AddTargetsOptions(int8=True, calibration_data=data, backends=("onnxruntime",))
+    assert not [each.refused for each in add_targets(folder, options).checked if each.refused]
+    shutil.rmtree(folder / "onnx")  # of which none is read
+    _, made = packed(family, target=INT8, layout=Layout.TRANSFORMERS_JS)
+    assert made.file == tmp_path / "packed" / "onnx" / "model_quantized.onnx"
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, INT8, "fast") as engine:
+        for size in (1, 8):
+            assert_equal(engine, SINGLE, in_batches(consumer.onnxruntime, SINGLE, size), 1e-3)
+
+
+def test_what_cannot_be_packed_is_refused(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(exit_0_engines["bert"], folder)
+    set_points(folder, FP32, fast=RULES["bert"])
+    manifest = read_manifest(folder)
+    bf16 = msgspec.structs.replace(manifest.targets[FP32], precision="bf16", graph_precision="fp32")
+    write_manifest(folder, with_target(manifest, "openvino-bf16", bf16))
+    with pytest.raises(
+        BackendError, match=r"openvino-bf16 .* choose a `target` from onnxruntime-f"
+    ):
+        pack(folder, tmp_path / "packed", "openvino-bf16")
+    with pytest.raises(RuleError, match="no operating point 'none'; it has: fast"):
+        pack(folder, tmp_path / "packed", FP32, "none")
+    with pytest.raises(BackendError, match="has no target 'none'; it has onnxruntime-fp32"):
+        pack(folder, tmp_path / "packed", "none")
+    with pytest.raises(InputError, match="must not change"):
+        pack(folder, folder / "onnx" / "packed")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match="full exists already -> give another folder"):
+        pack(folder, tmp_path / "full")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        pack(tmp_path / "none", tmp_path / "packed")
+    manifest = read_manifest(folder)
+    files = {name: value for name, value in manifest.files.items() if name != "classifier.json"}
+    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    with pytest.raises(ArtifactError, match=r"no classifier\.json.* -> export the model again"):
+        pack(folder, tmp_path / "packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "full"]
+
+
+def test_a_graph_that_differs_is_not_written(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = graph.single_graph
+
+    def changed(name: str, change: float) -> None:
+        def wrong(*arguments: Any) -> Any:
+            proto = right(*arguments)
+            tensors = [
+                *proto.graph.initializer,
+                *(
+                    tensor
+                    for node in proto.graph.node
+                    for attribute in node.attribute
+                    for tensor in attribute.g.initializer
+                ),
+            ]
+            (tensor,) = (each for each in tensors if each.name.endswith(name))
+            values = onnx.numpy_helper.to_array(tensor) + np.float32(change)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), tensor.name))
+            return proto
+
+        monkeypatch.setattr(packing, "single_graph", wrong)
+
+    changed("exit_02/0/head.classifier.bias", 0.01)
+    with pytest.raises(VerificationError, match=r"logits differ by 1\.0e-02"):
+        packed("bert", Budget(exit=2))
+    other = Pcee(threshold=0.5)  # whose entropy is normalised
+    monkeypatch.setattr(packing, "single_graph", lambda p, m, _, zero: right(p, m, other, zero))
+    with pytest.raises(VerificationError, match=r"[1-9]\d* exits differ"):
+        packed("bert", Entropy(threshold=0.5))
+    assert not (tmp_path / "packed").exists()
+
+
+def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
+    packed: Callable[..., tuple[Path, Packed]],
+    exit_0_engines: Mapping[str, Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(exit_0_engines["mpnet"], folder)
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for piece in [each for each in content["post_processor"]["pair"] if "SpecialToken" in each][1:]:
+        content["post_processor"]["pair"].remove(piece)
+    path.write_text(json.dumps(content))
+    manifest = read_manifest(folder)
+    spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
+    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    result = CliRunner().invoke(main, [str(folder), "-o", str(tmp_path / "packed"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert "without exit 0: no token types or separators say where" in result.stdout
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "Exit 0 of the model was left out" in card
+    _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
+    assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
+
+
+def test_the_command_says_what_it_packed(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    folder, made = packed("bert")
+    more = tmp_path / "more.txt"
+    more.write_text("rain\n" * 20)
+    output = tmp_path / "again"
+    arguments = [folder, "-o", output, "--operating-point", "fast", "--target", FP32]
+    arguments += ["--layout", "transformers.js", "--verify-data", more]
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["file"] == str(output / "onnx" / "model.onnx")
+    assert content["verified"]["rows"] == made.verified.rows + 20
+    assert Path(content["file"]).read_bytes() == made.file.read_bytes(), "always the same bytes"
+    result = CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {output} exists already -> give another folder as --output\n"
