@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from ...runtime.cli import options
 from ...runtime.cli.command import command
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.files import ReadOptions, read_rows
-from ...runtime.optional_packages import require
+from ...runtime.machine import require
 from ...runtime.rules.words import rule_in_words
+
+_TRANSFORMERS_JS = "transformers.js"
 
 
 @command(
@@ -33,7 +34,7 @@ fpabee-pack engines/ -o web/ --layout transformers.js
     "--layout",
     "LAYOUT",
     "Where the file lies: model.onnx, or where transformers.js looks for it.",
-    ["huggingface", "transformers.js"],
+    ["huggingface", _TRANSFORMERS_JS],
     default="huggingface",
 )
 @options.path("--verify-data", "More texts to verify with, in any format of fpabee-run.")
@@ -54,28 +55,24 @@ def main(
     Any runtime for ONNX runs it, in any language. It is best at one or few texts at a time.
     """
     require("graphs")
-    from ..single_file import Layout, pack
+    from ..single_file import pack
 
     texts = []
     if verify_data is not None:
         texts = [row.content for row in read_rows(verify_data, ReadOptions())]
     with step_progress(quiet) as progress:
-        packed = pack(engines, output, target, operating_point, Layout(layout), texts, progress)
+        for_js = layout == _TRANSFORMERS_JS
+        packed = pack(engines, output, target, operating_point, for_js, texts, progress)
     if as_json:
-        content = dataclasses.asdict(packed) | {
-            "file": str(packed.file),
-            "rule": packed.rule.to_dict(),
-            "exits": list(packed.exits),
-        }
+        content = packed.to_dict() | {"file": str(packed.file)}
         click.echo(json.dumps(content))
         return
-    verified = packed.verified
     echo(f"{packed.file}: {packed.file.stat().st_size / 2**20:.1f} MiB of {packed.target}")
     echo(f"rule inside: {rule_in_words(packed.rule)}")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")
     echo(
-        f"verified on {verified.rows} texts: logits differ by at most "
-        f"{verified.max_logit_difference:.1e}, exits are equal; near ties in {verified.near_ties} "
+        f"verified on {packed.rows} texts: logits differ by at most "
+        f"{packed.max_logit_difference:.1e}, exits are equal; near ties in {packed.near_ties} "
         "texts are not compared"
     )

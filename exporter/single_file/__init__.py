@@ -4,7 +4,6 @@ Nothing in it needs torch or transformers.
 """
 
 from .hub_files import Packed
-from .packing import Layout, pack
-from .verify import Verified
+from .packing import pack
 
-__all__ = ["Layout", "Packed", "Verified", "pack"]
+__all__ = ["Packed", "pack"]

@@ -22,13 +22,10 @@ from tokenizers import Tokenizer
 from ... import __version__
 from ...runtime.artifact.folder import verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
-from ...runtime.artifact.operating_point import OperatingPoint
-from ...runtime.errors import EXPORT_AGAIN, ArtifactError, printable
+from ...runtime.errors import printable
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
-from .verify import Verified
-
-SETTINGS_NAME = "fpabee.json"
+from ..targets.backends import INT8
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,10 @@ class Packed:
         rule: the rule inside.
         exits: the numbers of its exits.
         no_exit_0: why exit 0 of the model was left out; empty: it was not.
-        verified: how closely the graph agrees with the segments.
+        rows: how many texts verified it, with the rule and with other thresholds.
+        near_ties: the most texts of one threshold whose exits were not compared, because a score
+            is so close to the threshold that rounding decides.
+        max_logit_difference: from the segments, on these texts.
     """
 
     file: Path
@@ -51,127 +51,92 @@ class Packed:
     rule: ExitRule
     exits: range
     no_exit_0: str
-    verified: Verified
+    rows: int
+    near_ties: int
+    max_logit_difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields in types that JSON has."""
+        content = vars(self) | {"file": self.file.name, "rule": self.rule.to_dict()}
+        return content | {"exits": list(self.exits)}
 
 
-def write_config(
-    source: Path, folder: Path, manifest: Manifest, dtype: str, has_external_data: bool
+def write_files(
+    source: Path,
+    folder: Path,
+    manifest: Manifest,
+    packed: Packed,
+    inputs: Sequence[str],
+    has_external_data: bool,
 ) -> None:
-    """Write the configuration, with what transformers.js needs to find the graph.
-
-    Args:
-        source: the engines folder.
-        folder: where to write it.
-        manifest: of the engines folder.
-        dtype: what transformers.js calls the precision.
-        has_external_data: whether the weights lie beside the graph.
-
-    Raises:
-        ArtifactError: the engines folder has none.
-    """
-    if CLASSIFIER_NAME not in manifest.files:
-        raise ArtifactError(f"{source} has no {CLASSIFIER_NAME}, the configuration", EXPORT_AGAIN)
-    path = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
-    content = json.loads(path.read_bytes())
-    content["transformers.js_config"] = {
-        "dtype": dtype,
-        "use_external_data_format": has_external_data,
-    }
-    _write_json(folder / "config.json", content)
-
-
-def write_tokenizer(source: Path, folder: Path, manifest: Manifest, inputs: Sequence[str]) -> None:
-    """Write the tokenizer and its configuration.
+    """Write the files.
 
     Args:
         source: the engines folder.
         folder: where to write them.
-        manifest: of the engines folder.
+        manifest: of the engines folder, without exit 0 if it was left out.
+        packed: what was packed.
         inputs: the names of the inputs of the graph.
+        has_external_data: whether the weights lie beside the graph.
     """
-    spec = manifest.tokenizer
-    path = verified(source, spec.file, spec.sha256)
-    shutil.copyfile(path, folder / "tokenizer.json")
-    content = {
-        # The class that takes tokenizer.json as it is.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": spec.max_length,
-        "model_input_names": list(inputs),
-        "pad_token": Tokenizer.from_file(str(path)).id_to_token(spec.pad_id),
-        "padding_side": "right",
-        "truncation_side": "right",
-        "clean_up_tokenization_spaces": False,
+    spec, target = manifest.tokenizer, manifest.targets[packed.target]
+    tokenizer = verified(source, spec.file, spec.sha256)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    contents = {
+        # transformers.js looks for the graph of this precision.
+        "config.json": json.loads(classifier.read_bytes())
+        | {
+            "transformers.js_config": {
+                "dtype": "q8" if target.precision == INT8 else "fp32",
+                "use_external_data_format": has_external_data,
+            }
+        },
+        "tokenizer_config.json": {
+            # The class that takes tokenizer.json as it is.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": spec.max_length,
+            "model_input_names": list(inputs),
+            "pad_token": Tokenizer.from_file(str(tokenizer)).id_to_token(spec.pad_id),
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+        },
+        "fpabee.json": packed.to_dict()
+        | {
+            "fpabee_version": __version__,
+            "layers": manifest.exit_layers,
+            "measured": target.operating_points.get(packed.operating_point or ""),
+        },
     }
-    _write_json(folder / "tokenizer_config.json", content)
+    for name, content in contents.items():
+        text = msgspec.json.format(msgspec.json.encode(content), indent=2)
+        (folder / name).write_bytes(text + b"\n")
+    (folder / "README.md").write_text(_card(manifest, packed), encoding="utf-8")
 
 
-def write_settings(folder: Path, manifest: Manifest, packed: Packed) -> None:
-    """Write `fpabee.json` and the model card."""
-    measured = manifest.targets[packed.target].operating_points.get(packed.operating_point or "")
-    content = {
-        "fpabee_version": __version__,
-        "target": packed.target,
-        "operating_point": packed.operating_point,
-        "rule": packed.rule.to_dict(),
-        "layers": dict(zip(packed.exits, manifest.exit_layers, strict=True)),
-        "no_exit_0": packed.no_exit_0,
-        "verified": packed.verified,
-        "measured": measured,
-    }
-    _write_json(folder / SETTINGS_NAME, msgspec.to_builtins(content, str_keys=True))
-    card = "\n".join(_card(manifest, packed, measured))
-    (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
+def _card(manifest: Manifest, packed: Packed) -> str:
+    target = manifest.targets[packed.target]
+    point = target.operating_points.get(packed.operating_point or "")
+    layers = zip(packed.exits, manifest.exit_layers, strict=True)
+    card = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = card.format(
+        manifest=manifest,
+        packed=packed,
+        target=target,
+        labels=printable(", ".join(manifest.task.labels)),
+        exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
+        rule=rule_in_words(packed.rule),
+        exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
+    )
+    if point is None:
+        return f"{text}The rule was not calibrated, so nothing is promised.\n"
+    low, high = point.drop_interval
+    return f"""{text}Operating point {packed.operating_point} of {packed.target}:
 
-
-def _card(manifest: Manifest, packed: Packed, measured: OperatingPoint | None) -> list[str]:
-    name, task = packed.file.name, manifest.task
-    lines = [
-        "---",
-        "library_name: onnx",
-        "pipeline_tag: text-classification",
-        "tags: [early-exit, onnx]",
-        "---",
-        "",
-        f"# {manifest.model.model_type} classifier with {len(packed.exits)} exits in one file",
-        "",
-        f"`{name}` stops each text at the first exit that is sure of it. It has the inputs of a "
-        "usual export, and beside `logits` an output `exit`: the number of the exit that answered.",
-        "",
-        f"- Labels: {printable(', '.join(task.labels))} ({task.problem_type.value}).",
-        f"- Exits: {packed.exits[0]} to {packed.exits[-1]}, after the layers "
-        f"{', '.join(map(str, manifest.exit_layers))}.",
-        f"- Rule: {rule_in_words(packed.rule)}; its settings are initializers whose names begin "
-        "with `fpabee.`.",
-        f"- Precision: {manifest.targets[packed.target].precision}. Texts of up to "
-        f"{manifest.tokenizer.max_length} tokens, padded on the right.",
-        f"- Verified on {packed.verified.rows} texts against the segments that it was made from: "
-        f"logits differ by at most {packed.verified.max_logit_difference:.1e}, and all exits that "
-        f"were compared are equal ({packed.verified.near_ties} are too close to a threshold).",
-    ]
-    if packed.no_exit_0:
-        lines.append(f"- Exit 0 of the model was left out: {packed.no_exit_0}.")
-    if measured is None:
-        lines += ["", "The rule was not calibrated, so nothing is promised."]
-        return lines
-    low, high = measured.drop_interval
-    lines += [
-        "",
-        "## Promised and measured",
-        "",
-        f"Operating point {packed.operating_point} of {packed.target}, on {measured.rows} texts "
-        f"({measured.held_out}):",
-        "",
-        f"- Guarantee: {measured.certificate or 'none'}.",
-        f"- Goal: {measured.goal or 'none'}.",
-        f"- Score ({measured.metric}): {measured.score:.4f}, at full depth "
-        f"{measured.full_depth_score:.4f}; the drop is between {low:.2f} and {high:.2f} points "
-        "(95 % interval).",
-        f"- Layers per text: {measured.mean_depth:.2f} of {manifest.model.layers}.",
-    ]
-    if packed.no_exit_0:
-        lines += ["", "All of this was measured with exit 0, which is not in this file."]
-    return lines
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+- Guarantee: {point.certificate or "none"}.
+- Goal: {point.goal or "none"}.
+- {point.metric}, on {point.rows} texts ({point.held_out}): {point.score:.4f}
+- {point.metric} at full depth: {point.full_depth_score:.4f}
+- Drop: between {low:.2f} and {high:.2f} points (95 % interval).
+- Layers per text: {point.mean_depth:.2f} of {manifest.model.layers}.
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from onnx import checker, external_data_helper
 from tokenizers import Tokenizer
 
 from ...runtime.artifact.folder import check_outside, read_manifest, verified
-from ...runtime.artifact.manifest import Graph, Manifest
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Graph, Manifest
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
@@ -21,23 +20,14 @@ from ...runtime.progress import Progress, silent
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import load_graphs
 from ..staging import resolved, staging
-from ..targets.backends import CPU_BACKENDS, INT8
+from ..targets.backends import INT8
 from .exit_0 import PairMarks
 from .graph import TYPES, single_graph
-from .hub_files import Packed, write_config, write_settings, write_tokenizer
+from .hub_files import Packed, write_files
 from .verify import verify
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
-
-
-class Layout(str, Enum):
-    """Where the graph lies in the folder."""
-
-    HUGGING_FACE = "huggingface"
-    """`model.onnx`."""
-    TRANSFORMERS_JS = "transformers.js"
-    """`onnx/model.onnx`, or in int8 `onnx/model_quantized.onnx`."""
 
 
 def pack(
@@ -45,7 +35,7 @@ def pack(
     output: str | Path,
     target: str | None = None,
     operating_point: str | None = None,
-    layout: Layout = Layout.HUGGING_FACE,
+    for_transformers_js: bool = False,
     texts: Sequence[Text] = (),
     progress: Progress = silent,
 ) -> Packed:
@@ -61,7 +51,8 @@ def pack(
             target.
         operating_point: one of the target's; default: its default point, or if it has none the
             default rule of the folder.
-        layout: where the graph lies in the folder.
+        for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
+            `onnx/model_quantized.onnx`, instead of `model.onnx`.
         texts: more texts to verify with.
         progress: called with (what, done, total).
 
@@ -79,7 +70,7 @@ def pack(
         from fpabee.exporter.single_file import pack
 
         packed = pack("engines/", "classifier/", target="onnxruntime-fp32")
-        print(packed.file, packed.rule, packed.verified.max_logit_difference)
+        print(packed.file, packed.rule, packed.max_logit_difference)
         ```
     """
     source, place = Path(engines), resolved(output)
@@ -89,6 +80,8 @@ def pack(
     manifest = read_manifest(source)
     name = target_of(source, manifest, target or manifest.default_target)
     graphs = _graphs(manifest, name)
+    if CLASSIFIER_NAME not in manifest.files:
+        raise ArtifactError(f"{source} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     point, rule = rule_of(source, manifest, name, operating_point)
     reference, _ = read_reference(source, manifest)
     exit_0, no_exit_0 = _exit_0(source, manifest)
@@ -98,23 +91,22 @@ def pack(
     progress("pack", 0, 2)
     proto = single_graph(load_graphs(source, graphs), manifest, rule, exit_0)
     is_large = sum((source / graph.file).stat().st_size for graph in graphs.values()) > _MOST_BYTES
-    is_int8 = manifest.targets[name].precision == INT8
     with staging(place) as folder:
         file = Path("model.onnx")
-        if layout is Layout.TRANSFORMERS_JS:
-            file = Path("onnx", "model_quantized.onnx" if is_int8 else "model.onnx")
+        if for_transformers_js:
+            is_int8 = manifest.targets[name].precision == INT8
+            file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
         (folder / file).parent.mkdir(exist_ok=True)
-        write_config(source, folder, manifest, "q8" if is_int8 else "fp32", is_large)
-        inputs = [each.name for each in proto.graph.input]
-        write_tokenizer(source, folder, manifest, inputs)
         if is_large:
             _move_weights(proto, folder / file)
         progress("verify", 1, 2)
         rows = [*reference, *texts]
         found = verify(source, manifest, name, rule, proto, folder / file, rows)
         checker.check_model(folder / file)
-        packed = Packed(place / file, name, point, rule, manifest.exits, no_exit_0, found)
-        write_settings(folder, manifest, packed)
+        exits = manifest.exits
+        packed = Packed(place / file, name, point, rule, exits, no_exit_0, len(rows), *found)
+        inputs = [each.name for each in proto.graph.input]
+        write_files(source, folder, manifest, packed, inputs, is_large)
     return packed
 
 
@@ -123,21 +115,16 @@ def _graphs(manifest: Manifest, name: str) -> dict[str, Graph]:
     fit = [
         each
         for each, target in manifest.targets.items()
-        if target.backend in CPU_BACKENDS
-        and not target.device
-        and target.precision in ("fp32", INT8)
+        if target.precision in ("fp32", INT8) and not target.on_gpu
     ]
     if name not in fit:
         raise BackendError(
             f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
             f"choose a `target` from {', '.join(fit)}" if fit else EXPORT_AGAIN,
         )
-    files = manifest.targets[name].files
-    return {
-        each: msgspec.structs.replace(graph, file=files[each].file, sha256=files[each].sha256)
-        if files
-        else graph
-        for each, graph in manifest.graphs.items()
+    return manifest.graphs | {
+        each: msgspec.structs.replace(manifest.graphs[each], file=file.file, sha256=file.sha256)
+        for each, file in manifest.targets[name].files.items()
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,6 @@ _MOST_TIES = 0.02
 _QUANTILES = (0.3, 0.7)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """How closely a graph agrees with the segments.
-
-    Attributes:
-        rows: how many texts were compared, for the rule itself and for other thresholds.
-        near_ties: the most texts of one threshold whose exits were not compared, because a score
-            is so close to the threshold that rounding decides.
-        max_logit_difference: the largest difference of a logit.
-    """
-
-    rows: int
-    near_ties: int
-    max_logit_difference: float
-
-
 def verify(
     source: Path,
     manifest: Manifest,
@@ -63,7 +46,7 @@ def verify(
     proto: Any,
     file: Path,
     texts: Sequence[Text],
-) -> Verified:
+) -> tuple[int, float]:
     """Run the graph with the rule and with two other thresholds, and write it with the rule.
 
     Args:
@@ -74,6 +57,10 @@ def verify(
         proto: the graph, an `onnx.ModelProto`; its weights may lie beside `file`.
         file: where to write it.
         texts: what to run.
+
+    Returns:
+        For how many texts of one threshold, at most, a score is so close to it that rounding
+        decides; their exits are not compared. And the largest difference of a logit.
 
     Raises:
         VerificationError: logits or exits differ, or too many exits cannot be compared.
@@ -86,14 +73,12 @@ def verify(
     required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_REQUIREMENTS.logits
     first, task = trace.first_exit, manifest.task
     setting = task.problem_type, task.label_thresholds, first
-    rules = [rule]
-    if isinstance(rule, ThresholdRule):
-        scores = simulate(trace.logits, rule, *setting).scores
-        others = np.quantile(scores[np.isfinite(scores)], _QUANTILES)
-        rules = [
-            *(msgspec.structs.replace(rule, threshold=float(q)) for q in others),
-            rule,  # the last, so that the file keeps it
-        ]
+    rules = [rule]  # the last, so that the file keeps it
+    scores = simulate(trace.logits, rule, *setting).scores
+    scores = scores[np.isfinite(scores)]
+    if isinstance(rule, ThresholdRule) and len(scores):
+        others = np.quantile(scores, _QUANTILES).tolist()
+        rules = [*(msgspec.structs.replace(rule, threshold=other) for other in others), rule]
     difference, ties = 0.0, 0
     for each in rules:
         _change_settings(proto, settings_of(each, task, manifest.exits))
@@ -114,7 +99,7 @@ def verify(
                 "pack another target; if it is the exits that are too close, give more texts as "
                 "`verify_data`",
             )
-    return Verified(len(rows), ties, difference)
+    return ties, difference
 
 
 def _change_settings(proto: Any, settings: Mapping[str, NDArray[Any]]) -> None:

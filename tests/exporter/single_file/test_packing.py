@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,8 @@ from transformers import AutoConfig
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.pack import main
-from fpabee.exporter.single_file import Layout, Packed, graph, pack, packing
-from fpabee.exporter.targets.graph_runs import graph_runs
+from fpabee.exporter.onnx_file import graph_runs
+from fpabee.exporter.single_file import Packed, graph, pack, packing
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -162,7 +165,7 @@ def test_the_folder_is_that_of_a_plain_classifier(
     assert not hasattr(config, "fpabee")
     settings = json.loads((tmp_path / "packed" / "fpabee.json").read_text())
     assert ExitRule.from_dict(settings["rule"]) == RULES["bert"]
-    assert settings["layers"] == {"0": 0, "1": 1, "2": 2, "3": 3}
+    assert settings["layers"] == settings["exits"] == [0, 1, 2, 3]
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Layers per text: 1.00 of 3" in card
     model = onnx.load(made.file)
@@ -192,7 +195,7 @@ def test_weights_that_do_not_fit_lie_beside_the_graph(
     packed: Callable[..., tuple[Path, Packed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_MOST_BYTES", 1)
-    folder, made = packed("bert", layout=Layout.TRANSFORMERS_JS)
+    folder, made = packed("bert", for_transformers_js=True)
     files = sorted((tmp_path / "packed" / "onnx").iterdir())
     assert [path.name for path in files] == ["model.onnx", "model.onnx_data"]
     assert made.file == files[0]
@@ -223,7 +226,7 @@ def test_int8_graphs_are_packed(
     options = AddTargetsOptions(int8=True, calibration_data=data, backends=("onnxruntime",))
     assert not [each.refused for each in add_targets(folder, options).checked if each.refused]
     shutil.rmtree(folder / "onnx")  # of which none is read
-    _, made = packed(family, target=INT8, layout=Layout.TRANSFORMERS_JS)
+    _, made = packed(family, target=INT8, for_transformers_js=True)
     assert made.file == tmp_path / "packed" / "onnx" / "model_quantized.onnx"
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, INT8, "fast") as engine:
@@ -317,7 +320,7 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     assert result.exit_code == 0, result.output
     assert "without exit 0: no token types or separators say where" in result.stdout
     card = (tmp_path / "packed" / "README.md").read_text()
-    assert "Exit 0 of the model was left out" in card
+    assert "Exit 0: no token types" in card
     _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
 
@@ -335,8 +338,26 @@ def test_the_command_says_what_it_packed(
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert content["file"] == str(output / "onnx" / "model.onnx")
-    assert content["verified"]["rows"] == made.verified.rows + 20
+    assert content["rows"] == made.rows + 20
     assert Path(content["file"]).read_bytes() == made.file.read_bytes(), "always the same bytes"
     result = CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
     assert result.exit_code == 1
     assert result.stderr == f"error: {output} exists already -> give another folder as --output\n"
+
+
+def test_the_examples_of_the_page_run(
+    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+) -> None:
+    """In a process of their own, since they know nothing of fpabee."""
+    packed("bert")
+    (tmp_path / "classifier").symlink_to(tmp_path / "packed")
+    page = Path(__file__).parents[3] / "docs" / "embed-without-python.md"
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        assert "fpabee.thresholds" in code or re.match(r"\d from exit \d$", result.stdout)
+    model = onnx.load(tmp_path / "packed" / "model.onnx")
+    (changed,) = (each for each in model.graph.initializer if each.name == "fpabee.thresholds")
+    expected = 1 - np.array([0.7, 0.6, 0.5])
+    np.testing.assert_allclose(onnx.numpy_helper.to_array(changed), 0.9 * expected)
