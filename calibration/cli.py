@@ -43,7 +43,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
         "Guarantees": "--risk --flips --missed --false-alarms --threshold --confidence",
-        "Choice of the rule": "--rule --metric --unlabelled --batch-size",
+        "Choice of the rule": "--rule --metric --unlabelled",
         "Result": "--name --set-default --report",
         **READING,
     },
@@ -67,7 +67,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
 @options.option("--set-default", "NAME", "Only make this operating point the default.")
-@options.path("--report", "HTML page about the result to write.")
+@options.path("-o --report", "HTML page about the result to write.")
 @options.threads
 @options.quiet
 @options.as_json
@@ -88,7 +88,6 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
 @options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
-@options.count("--batch-size", "Batch size at which the segments are timed.", 32)
 @options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
 @options.labelled_texts
 def main(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import rich_click as click
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ...calibration import threshold_for_depth
 from ...runtime.cli import options
-from ...runtime.cli.command import RULE, command
+from ...runtime.cli.command import READING, RULE, command
 from ...runtime.cli.console import step_progress, table_console
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
@@ -33,10 +33,7 @@ _MOST_TEXTS = 2000
 fpabee-bench engines/ --input texts.txt
 fpabee-bench engines/ --input texts.txt --depth 0.5
 """,
-    panels={
-        **RULE,
-        "Reading files": "--input-format --text-column --text-pair-column --no-quotes",
-    },
+    panels={**RULE, **READING},
 )
 @options.engines
 @options.option("--input source", "FILE", "Texts, in any format of fpabee-run.", required=True)
@@ -52,7 +49,7 @@ fpabee-bench engines/ --input texts.txt --depth 0.5
 @options.quiet
 @options.as_json
 @options.rule
-@options.texts
+@options.columns
 def main(
     engines: Path,
     source: str,
@@ -105,7 +102,7 @@ def print_report(report: BenchReport) -> None:
     heads = ("workload", FULL_GRAPH, FULL_DEPTH, "chain + rule", "speed-up", "theory", "share")
     table = Table(*heads, box=box.MARKDOWN)
     for workload in report.workloads:
-        times = {name: f"{1e3 * median(each):.1f}" for name, each in workload.seconds.items()}
+        times = {name: f"{1e3 * fmean(each):.1f}" for name, each in workload.seconds.items()}
         speedup, theory, share = workload.speedup(WITH_RULE), "no layers", ""
         if workload.mean_depth:  # otherwise layers have no ratio
             theory, share = f"{workload.theoretical:.2f}x", f"{speedup / workload.theoretical:.3f}"
@@ -121,13 +118,19 @@ def print_report(report: BenchReport) -> None:
     console = table_console()
     console.print(table)
     whole = report.workloads[-1]
-    console.print("Median milliseconds per unit (a batch, a text, or 256 texts).")
+    console.print(
+        "Milliseconds per unit (a batch, a text, or 256 texts): the mean of all units, each the "
+        f"median of its repeats. Speed-up: {FULL_GRAPH} divided by chain + rule; in parentheses: "
+        f"{FULL_DEPTH} divided by {FULL_GRAPH}; theory: from layers and tokens; share: speed-up "
+        "divided by theory."
+    )
     console.print(
         f"Rule: {rule_in_words(ExitRule.from_dict(report.rule))}; mean depth "
         f"{whole.mean_depth:.2f} of {report.layers} layers on the file."
     )
     console.print(
         "The full graph over padded batches of 32 in file order takes "
+        f"{1e3 * fmean(whole.seconds[PADDED_32]):.1f} ms per 256 texts, "
         f"{whole.speedup(WITH_RULE, PADDED_32):.1f}x as long as the chain with the rule."
     )
     if report.target != report.full_target:

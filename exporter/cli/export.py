@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import rich_click as click
 
-from ...runtime.artifact.manifest import ProblemType
+from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
@@ -94,7 +94,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
     "--verify-data",
     "More texts to verify with.",
 )
-@options.texts
+@options.columns
 @options.option(
     "--sm compute_capabilities",
     "SM,SM,...",
@@ -135,6 +135,12 @@ def main(
     content: Content = {}
     targets = _target_options(settings)
     if model_dir is not None:
+        if Path(model_dir, MANIFEST_NAME).is_file():
+            raise InputError(
+                f"{model_dir} is an engines folder, not a model_dir",
+                f"to add targets: fpabee-export --from {shlex.quote(model_dir)}; to use it: "
+                f"fpabee-run {shlex.quote(model_dir)} texts.txt",
+            )
         check_options(targets)
         content = _export(model_dir, folder, settings, quiet, say)
         if not (targets.fp16 or targets.int8 or targets.backends):
@@ -164,7 +170,7 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     """
     data = settings["calibration_data"]
     only_with(
-        "input_format text_column text_pair_column literal_quotes",
+        "text_column text_pair_column",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )
@@ -208,11 +214,7 @@ def _export(
         result = export(model_dir, output, wanted, progress)
     manifest, agreement = result.manifest, result.agreement
     say(f"{result.folder}: {len(manifest.segments)} segments, {result.size / 2**20:.0f} MiB")
-    say(
-        f"added {manifest.default_target}: verified on {agreement.rows} texts: "
-        f"logits within {agreement.max_logit_difference:.1e}, "
-        f"labels agree {agreement.label_agreement:.2%}, exits agree {agreement.exit_agreement:.2%}"
-    )
+    say(f"added {manifest.default_target}: verified on {agreement.rows} texts")
     return {
         "segments": len(manifest.segments),
         "targets": list(manifest.targets),
@@ -256,7 +258,7 @@ def _next_steps(folder: Path, added: AddTargetsResult, asked: bool) -> list[str]
 
 def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content:
     for precision, agreement in result.precisions.items():
-        say(f"{precision}: emulated on {agreement.rows} texts, {agreement}")
+        say(f"{precision}: verified by emulation on {agreement.rows} texts")
     for name in result.built:
         target = result.manifest.targets[name]
         where = ", ".join(target.compute_capabilities)
@@ -269,7 +271,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
         if checked.refused:
             say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
         else:
-            say(f"added {checked.name}: {checked.agreement}")
+            say(f"added {checked.name}: verified")
     if result.default:
         say(result.default)
     for name, error in result.not_built.items():

@@ -19,7 +19,6 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
 from ...runtime.machine import require
-from ..exits import Pooling
 from ..training.options import TrainOptions
 from ..training.report import TrainReport
 
@@ -32,9 +31,8 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
         "Exit 0": "--no-exit-0 --exit-0-only",
-        "Exits": "--exits --pooling --distill",
-        "Optimisation": "--epochs --lr --head-lr --batch-size --max-length --freeze-encoder --seed "
-        "--bf16",
+        "Exits": "--exits --distill",
+        "Optimisation": "--epochs --lr --batch-size --max-length --freeze-encoder --seed --bf16",
         **READING,
     },
 )
@@ -63,13 +61,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 @options.quiet
 @options.as_json
 @options.numbers("--exits", "N,N,...", "Layers with an exit. Default: every layer.")
-@options.choice(
-    "--pooling",
-    "POOLING",
-    "Input of the exits. mean: the mean over all tokens; cls: the first token, as in PABEE.",
-    Pooling,
-    default=TrainOptions.pooling.value,
-)
 @options.number(
     "--distill",
     "How much early exits are trained on the output of the last exit instead of the labels, from "
@@ -82,9 +73,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     "up to 20.",
 )
 @options.number("--lr", "Learning rate of the encoder.", TrainOptions.lr)
-@options.number(
-    "--head-lr", "Learning rate of the exits. Default: 5e-3, or 1e-3 with --pooling cls."
-)
 @options.count("--batch-size", "Rows per step.", TrainOptions.batch_size)
 @options.count(
     "--max-length", "Number of tokens to which longer texts are truncated.", TrainOptions.max_length

@@ -18,10 +18,8 @@ from ...help_pages import LOOK, Command
 from ..errors import FpabeeError
 from .console import echo
 
-READING = {
-    "Reading files": "--input-format --text-column --text-pair-column --label-column --no-quotes"
-}
-RULE = {"Exit rule": "--rule --threshold --patience --exit --max-exit --exit-0-threshold"}
+READING = {"Reading files": "--text-column --text-pair-column --label-column --no-quotes"}
+RULE = {"Exit rule": "--rule --threshold --patience --exit --exit-0-threshold"}
 
 _INTERRUPTED = 130  # as in a shell
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

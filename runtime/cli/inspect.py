@@ -130,11 +130,9 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
     del shown["operating_points"]
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
-    table = Table(
-        *("target", "MiB", "error of logits", "speed"),
-        *("operating points", "on this machine"),
-        box=box.SIMPLE_HEAD,
-    )
+    table = Table("target", "MiB", "error of logits", "speed", "runs here", box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"  # --target needs the whole name
+    below = []
     for state in states:
         name = state["name"]
         target = manifest.targets[name]
@@ -147,10 +145,15 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
             f"{state['size'] / 2**20:.1f}",
             "not measured" if target.tolerance is None else f"{target.tolerance:.1e}",
             "" if target.relative_speed is None else f"{target.relative_speed:.2f}x",
-            ", ".join(points),
-            state["unavailable_reason"] or "runs",
+            "no" if state["unavailable_reason"] else "yes",
         )
+        if points:
+            below.append(f"operating points of {name}: {', '.join(points)}")
+        if state["unavailable_reason"]:
+            below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)
+    for line in below:
+        echo(line)
     runs = [state["name"] for state in states if not state["unavailable_reason"]]
     if runs and default not in runs:
         instead = target_of(folder, manifest, None)

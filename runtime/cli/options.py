@@ -13,14 +13,14 @@ import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
 
-from ..files import ReadOptions, TextFormat
+from ..files import ReadOptions
 from ..rules.rules import RULES, ExitRule
 from .command import option_of
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = "rule threshold patience exit max_exit exit_0_threshold"
+RULE_OPTIONS = "rule threshold patience exit exit_0_threshold"
 PATH = click.Path(path_type=Path)
 
 
@@ -169,7 +169,6 @@ rule = together(
     ),
     count("--patience", "How many times in a row the condition of the rule must hold."),
     count("--exit", "Exit at which every row stops, only with --rule budget.", min=0),
-    count("--max-exit", "Exit at which every row stops at the latest.", min=0),
     number(
         "--exit-0-threshold",
         "Confidence above which a row stops at exit 0; 2 means never. Default: that of the "
@@ -178,27 +177,26 @@ rule = together(
 )
 """Options that describe an exit rule; `chosen_rule` reads them."""
 
-texts = together(
-    choice("--input-format", "FORMAT", "Format of the input. Default: by file name.", TextFormat),
+columns = together(
     option("--text-column", "NAME", "Column or field of the text.", default="text"),
     option(
         "--text-pair-column",
         "NAME",
         "Column or field of the second text. Default: text_pair, if there is one.",
     ),
-    flag("--no-quotes literal_quotes", 'Treat " as an ordinary character in .csv and .tsv files.'),
 )
-"""Options that say how texts are read: `read_options`."""
+"""Options that say where the texts are: `read_options`."""
 
 labelled_texts = together(
-    texts,
+    columns,
     option(
         "--label-column",
         "NAME",
         "Column or field of the true labels. Default: labels or label, if there is one.",
     ),
+    flag("--no-quotes literal_quotes", 'Treat " as an ordinary character in .csv and .tsv files.'),
 )
-"""Those of `texts`, and options that say how labels are read."""
+"""Those of `columns`, and options that say how labels are read."""
 
 
 def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:

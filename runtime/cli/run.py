@@ -38,7 +38,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 """,
     panels={
         **RULE,
-        **READING,
+        "Reading files": f"{READING['Reading files']} --input-format --on-error",
         "Writing results": "--with-text --scores --resume --unbuffered",
     },
 )
@@ -52,7 +52,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 )
 @click.option("--input", "more", multiple=True, metavar="FILE", help="Another file to classify.")
 @options.path(
-    "--output",
+    "-o --output",
     "File to write: .jsonl, .csv or .parquet. Default: JSON lines on standard output.",
 )
 @options.option(
@@ -76,6 +76,9 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
 @options.labelled_texts
+@options.choice(
+    "--input-format", "FORMAT", "Format of the input. Default: by file name.", TextFormat
+)
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.flag("--scores probabilities", "Write the probabilities of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")

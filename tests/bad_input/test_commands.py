@@ -166,7 +166,7 @@ SETTINGS = [
     Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
     Case("a setting of another rule", run("--rule", "pabee", "--patience", 1, "--threshold", 1),
          "pabee", "threshold"),
-    Case("a last exit before the first", run("--max-exit", 9), "9"),
+    Case("an exit that does not exist", run("--rule", "budget", "--exit", 9), "9"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
     Case("a depth without threshold",
          command("bench", "--depth", 0.5, "--rule", "pabee", "--patience", 1), "pabee"),

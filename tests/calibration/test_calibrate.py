@@ -246,7 +246,7 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     )
     changed = msgspec.structs.replace(before.targets[TARGET], default_operating_point="fast")
     assert read_manifest(folder).targets[TARGET] == changed
-    assert run(folder, "--set-default", "safe", "--batch-size", 3).exit_code == 2
+    assert run(folder, "--set-default", "safe", "--metric", "macro_f1").exit_code == 2
 
 
 @pytest.mark.usefixtures("measured")
@@ -283,9 +283,9 @@ def test_unlabelled_rows_are_compared_with_full_depth(folder: Path, tmp_path: Pa
 def test_only_the_rules_that_are_named_are_chosen(folder: Path, tmp_path: Path) -> None:
     """The texts and labels are in columns with other names."""
     lines = [f"{(row.labels or '-')[0]},{row.text},other" for row in label_rows(folder)]
-    table = tmp_path / "dev.txt"
+    table = tmp_path / "dev.csv"
     table.write_text("\n".join(["gold,sentence,text", *lines]) + "\n")
-    columns = ("--text-column", "sentence", "--label-column", "gold", "--input-format", "csv")
+    columns = ("--text-column", "sentence", "--label-column", "gold")
     given = (*columns, "--rule", "energy", "--rule", "pcee", "--compare", "--json")
     content = json.loads(said(folder, "--data", table, *given, "--max-drop", 5))
     assert {point["rule"]["name"] for point in content["points"]} <= {"energy", "pcee", "budget"}

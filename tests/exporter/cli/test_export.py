@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     # With OpenVINO, lines about its targets come between, see tests/exporter/targets/test_cpu.py.
     made, verified, *_, after = result.stdout.splitlines()
     assert made.startswith(f"{folder}: 3 segments, ")
-    assert verified.endswith("labels agree 100.00%, exits agree 100.00%")
+    assert re.fullmatch(r"added onnxruntime-fp32: verified on \d+ texts", verified)
     assert after == f"next: fpabee-calibrate {folder} --data DATA"
     assert "verify" in result.stderr, "progress goes to stderr"
 
@@ -64,11 +65,11 @@ def test_json_is_one_object_and_quiet_is_quiet(
 def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
     change_config(copy, problem_type=None)
-    texts = tmp_path / "rows"
+    texts = tmp_path / "rows.csv"
     texts.write_text("body\none\ntwo\n")
     result = run(
         copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
-        texts, "--input-format", "csv", "--text-column", "body",
+        texts, "--text-column", "body",
         "--problem-type", "multi_label_classification", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -86,7 +87,7 @@ def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     data = ("--verify-data", texts, "--text-column", "body")
     result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32", *data)
     assert result.exit_code == 0, result.output
-    assert "fp16: emulated on 14 texts" in result.stdout
+    assert "fp16: verified by emulation on 14 texts" in result.stdout
     assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here);" in result.stdout
     assert "not built: tensorrt-fp16: tensorrt is not installed" in result.stdout
     manifest = read_manifest(folder)
@@ -133,6 +134,13 @@ def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
     assert after == f"next: fpabee-calibrate {folder} --data DATA --target {FP32}"
+
+
+def test_an_engines_folder_is_no_model(engines: Mapping[str, Path]) -> None:
+    result = run(engines["bert"])
+    assert result.exit_code == 1
+    adding = f"to add targets: fpabee-export --from {engines['bert']};"
+    assert f"engines folder, not a model_dir -> {adding}" in result.stderr
 
 
 def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:

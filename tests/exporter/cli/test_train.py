@@ -10,11 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee.exporter.cli.train import main
-from fpabee.exporter.exits import Pooling
 from fpabee.exporter.training import TrainOptions, pipeline
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
-from fpabee.runtime.files import ReadOptions, TextFormat
+from fpabee.runtime.files import ReadOptions
 from fpabee.runtime.progress import Progress
 
 FILES = ["--train", "train.jsonl", "--dev", "dev.jsonl", "--output", "model dir"]
@@ -44,10 +43,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
 def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOptions]]) -> None:
     result = run(
         *["--backbone", "encoder", "--test", "test.csv", "--freeze-encoder"],
-        *["--problem-type", "multi_label_classification", "--exits", "2,4", "--pooling", "cls"],
+        *["--problem-type", "multi_label_classification", "--exits", "2,4"],
         *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
-        *["--head-lr", "2e-3", "--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
-        *["--force", "--input-format", "csv", "--text-column", "body"],
+        *["--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
+        *["--force", "--text-column", "body"],
         *["--text-pair-column", "other", "--label-column", "kind", "--no-quotes"],
         *["--no-exit-0"],
     )
@@ -60,17 +59,15 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         freeze_encoder=True,
         problem_type=ProblemType.MULTI_LABEL,
         exits=(2, 4),
-        pooling=Pooling.CLS,
         distill=0.0,
         epochs=0.5,
         lr=1e-4,
-        head_lr=2e-3,
         batch_size=4,
         max_length=64,
         seed=7,
         bf16=True,
         exit_0=False,
-        reading=ReadOptions(TextFormat.CSV, "body", "other", "kind", True),
+        reading=ReadOptions(None, "body", "other", "kind", True),
         force=True,
     )
     assert trained == [(Path("model dir"), expected)]

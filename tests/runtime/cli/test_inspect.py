@@ -41,8 +41,8 @@ def test_a_folder_is_described(
         "mpnet, 3 layers of 32",
         "exit layers: 1, 2, 3",
         "onnxruntime-fp32 (default)",
-        " fast, safe (default) ",
-        " runs",
+        "\noperating points of onnxruntime-fp32: fast, safe (default)\n",
+        " yes",
         "rule without an operating point: fpabee jskd 0.1\n",
     ):
         assert part in result.stdout

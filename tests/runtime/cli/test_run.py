@@ -84,10 +84,7 @@ def test_standard_input(run: Run, bert: Path, source: Path) -> None:
         ([], None),
         (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
         (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
-        (
-            ["--rule", "entropy", "--threshold", "1.1", "--max-exit", "2"],
-            Entropy(threshold=1.1, max_exit=2),
-        ),
+        (["--rule", "entropy", "--threshold", "1.1"], Entropy(threshold=1.1)),
         (["--rule", "entropy", "--threshold", "0,9,9"], Entropy(threshold=(0.0, 9.0, 9.0))),
         (
             ["--rule", "pcee", "--threshold", "0.9", "--patience", "2"],
@@ -119,7 +116,7 @@ def test_operating_point(
     result = run(folder, source)
     assert {record["exit"] for record in result.records} == {3}
     assert "operating point safe" in result.err
-    result = run(folder, source, "--max-exit", 2, "--rule", "budget", "--exit", 1)
+    result = run(folder, source, "--rule", "budget", "--exit", 1)
     assert "operating points of onnxruntime-fp32: fast, safe" in result.err
     refused = run(folder, source, "--operating-point", "slow")
     check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
