@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,8 @@ with sync_playwright() as playwright:
         rows = table.get_by_role("row").all() if table.is_visible() else []
         shown.append({
             "answer": page.get_by_role("status").inner_text() if rows else "",
+            "name": page.get_by_role("heading").inner_text(),
+            "stopped": page.locator("#ladder .answered").all_inner_texts(),
             "error": page.get_by_role("alert").inner_text(),
             "rows": [row.get_by_role("cell").all_inner_texts() for row in rows],
             "bold": [r.get_by_role("cell").first.inner_text() for r in rows
@@ -149,6 +152,9 @@ def test_a_person_sees_the_answer_and_its_depth(
         depth = f"answered at exit {answer.exit}, after {answer.layer} of 3 layers."
         names = ", ".join(answer.labels) or "no label"
         assert shown["answer"].startswith(f"{names}: {depth}")
+        assert re.search(r"It took \d+\.\d ms\.", shown["answer"])
+        assert shown["name"] == engines[family].name
+        assert shown["stopped"] == [f"exit {answer.exit}, layer {answer.layer}"]
         assert ("too long" in shown["answer"]) == answer.truncated
         assert [row[0] for row in shown["rows"]] == [name for name, _ in answer.top(labels)]
         scores = [float(row[-1]) for row in shown["rows"]]
