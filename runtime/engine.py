@@ -80,9 +80,8 @@ class Engine:
             operating_point: the name of a calibrated rule of the target. The default is the
                 target's default point, or the cautious rule of a folder that is not calibrated.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
-                All engines of a process share one pool, whose size the first engine sets.
             rule: a rule of your own instead of an operating point.
-            preload: load all segments now, instead of when each is first needed.
+            preload: load all segments now, instead of when they are first needed.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model takes.
             fit_target: truncate texts to what the target takes, too, if that is less. Otherwise

@@ -9,19 +9,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.folder import verified_graph
 from ..artifact.manifest import (
     ATTENTION_BIAS,
     MASK_FILL,
     NEXT,
-    BuiltFile,
-    Graph,
     Target,
     TensorSpec,
 )
@@ -126,8 +122,8 @@ class HostBackend(Backend[HostBuffers]):
         """Prepare to run a graph over buffers."""
 
     @abstractmethod
-    def read(self, file: BuiltFile | Graph) -> Any:
-        """Load a graph as the library represents it, after `verified` if its file is read."""
+    def read(self, name: str) -> Any:
+        """Load a graph as the library represents it, after its hash and content were checked."""
 
     @staticmethod
     @abstractmethod
@@ -152,17 +148,12 @@ class HostBackend(Backend[HostBuffers]):
         """A new execution."""
         return HostExecution(self)
 
-    def verified(self, file: BuiltFile | Graph) -> Path:
-        """The path of a graph, after checking its hash and its content."""
-        return verified_graph(self._folder, file.file, file.sha256)
-
     def _load(self, name: str) -> Any:
-        file = self._file(name)
         try:
-            return self.read(file)
+            return self.read(name)
         except self.failures() as error:
             raise ArtifactError(
-                f"{self.library} cannot load {self._folder / file.file}: {first_line(error)}",
+                f"{self.library} cannot load {self.name} of {self._folder}: {first_line(error)}",
                 "close other programs: there is not enough free memory"
                 if is_out_of_memory(error)
                 else f"update {self.library}: {self.update}; or export the model again",

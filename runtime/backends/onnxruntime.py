@@ -1,42 +1,43 @@
 """ONNX Runtime on the CPU.
 
-Three things make a chain of sessions as fast as one graph:
+Three things make the chain as fast as one graph of the whole model:
 
-- one process-wide thread pool, because the idle threads of several pools spin against each other
-  (measured: up to 18 times slower)
-- one shared arena, so that segments reuse the same warm memory (1.2 times)
+- one pool of threads for all segments, because the idle threads of several pools spin against each
+  other (measured: up to 18 times slower)
+- one arena, so that segments use the same warm memory again (1.2 times)
 - prepared IO bindings over pooled buffers
+
+So one session holds all segments. The pool and the arena are its own, and nothing of the process
+changes.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import BuiltFile, Graph, Target, TensorSpec
+from ..artifact.folder import verified_graph
+from ..artifact.manifest import Target, TensorSpec
 from ..errors import MissingExtraError, first_line
 from ..machine import usable_cores
-from .base import GraphCall
+from .base import Bucket, GraphCall, dtype_of, shape_of
 from .host import HostBackend, HostBuffers, Run
+from .one_graph import one_graph
 
 logger = logging.getLogger(__name__)
 
 # The fused kernel takes twice the time of its parts (measured).
 _DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
-
+# How long idle threads keep a core busy: until the next segment, but hardly after the last one.
+# Releases before 1.26 may not know the setting; theirs do so for about 30 milliseconds.
+_SPIN_MICROSECONDS = 200
 _REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'"
-
-_lock = threading.Lock()
-_threads: int | None = None  # of the process-wide pool; None before the first session
-_shared = True  # whether sessions use that pool
-_refused: set[int] = set()
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
@@ -49,7 +50,7 @@ def ort_errors() -> tuple[type[Exception], ...]:
 
 
 class OnnxRuntimeBackend(HostBackend):
-    """Graphs as ONNX Runtime sessions; see `Backend`."""
+    """One session of ONNX Runtime that holds all graphs; see `Backend`."""
 
     library = "ONNX Runtime"
     update = "pip install -U 'fpabee[cpu]'"
@@ -63,88 +64,49 @@ class OnnxRuntimeBackend(HostBackend):
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
         """An `OrtValue` over an array's memory."""
-        import onnxruntime as ort
-
-        return ort.OrtValue.ortvalue_from_numpy(array)
+        return _value(array)
 
     def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
-        """Bind a session to buffers."""
+        """Bind the session to buffers, and to the choice of a graph."""
         session = self.graph(call.graph)
         binding = session.io_binding()
-        for name, buffer in call.inputs:
-            binding.bind_ortvalue_input(name, buffers.buffer(buffer)[1])
+        inputs = {name: buffers.buffer(buffer)[1] for name, buffer in call.inputs}
+        for name, value in (self._unread | self._choices[call.graph] | inputs).items():
+            binding.bind_ortvalue_input(name, value)
         for name, buffer in call.outputs:
-            binding.bind_ortvalue_output(name, buffers.buffer(buffer)[1])
+            binding.bind_ortvalue_output(self._outputs[name], buffers.buffer(buffer)[1])
         return partial(session.run_with_iobinding, binding)
 
-    def read(self, file: BuiltFile | Graph) -> Any:
-        """A session."""
-        return cpu_session(self.verified(file), session_options(self._threads))
-
-
-def _uses_shared_pool(threads: int | None) -> bool:
-    """Whether sessions use the process-wide pool and arena, which the first call sets up."""
-    global _threads, _shared
-    import onnxruntime as ort
-
-    with _lock:
-        if _threads is None:
-            _threads = threads or usable_cores()
-            _shared = _set_up_pool(_threads)
-            info = ort.OrtMemoryInfo(
-                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-            )
-            try:
-                ort.create_and_register_allocator(info, None)
-            except ort_errors() as error:
-                logger.warning("sessions do not share an arena: %s", first_line(error))
-        elif _shared and threads is not None and threads not in {_threads, *_refused}:
-            _refused.add(threads)
-            logger.warning(
-                "threads=%s has no effect: this process already runs ONNX Runtime with threads=%s",
-                threads,
-                _threads,
-            )
-        return _shared
-
-
-def _set_up_pool(threads: int) -> bool:
-    """Set up the process-wide pool, and return whether sessions can use it."""
-    import onnxruntime as ort
-
-    # Once a process-wide pool exists, ONNX Runtime refuses sessions with their own pool. An
-    # application that has made sessions may make more of them, so then no pool is set up.
-    reason = "the application made ONNX Runtime sessions"
-    if not _sessions_alive(ort.InferenceSession):
-        try:
-            ort.set_global_thread_pool_sizes(threads, 1)
-            return True
-        except ort_errors() as error:
-            if "already been created" in str(error):
-                logger.warning(
-                    "the application set up ONNX Runtime's process-wide thread pool before "
-                    "fpabee, so it is used, and threads=%s has no effect",
-                    threads,
-                )
-                return True
-            reason = f"ONNX Runtime refuses a process-wide pool ({first_line(error)})"
-    logger.warning(
-        "%s before fpabee, so every segment gets its own thread pool, without spinning", reason
-    )
-    return False
-
-
-def _sessions_alive(kind: type) -> bool:
-    """Whether this process holds sessions; ONNX Runtime itself has no function for this."""
-    return any(issubclass(type(item), kind) for item in gc.get_objects())
+    def read(self, name: str) -> Any:
+        """The session, which also serves all other graphs."""
+        files = {graph: self._file(graph) for graph in self.graphs}
+        joined = one_graph(
+            {graph: verified_graph(self._folder, f.file, f.sha256) for graph, f in files.items()}
+        )
+        options = session_options(self._threads)
+        where = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(where, str(joined.folder))
+        session = cpu_session(joined.model, options)
+        self._outputs = joined.outputs
+        self._choices = {
+            graph: {name: _value(np.array(value)) for name, value in choice.items()}
+            for graph, choice in joined.choices.items()
+        }
+        # A run needs all inputs, also those that the chosen graph does not read.
+        self._unread = {
+            spec.name: _value(np.zeros(shape_of(spec, Bucket(1, 1)), dtype_of(spec)))
+            for graph in self.graphs.values()
+            for spec in graph.inputs
+        }
+        self._loaded = dict.fromkeys(self.graphs, session)
+        return session
 
 
 def session_options(threads: int | None = None) -> Any:
-    """Session options for the process-wide pool and arena, which the first call sets up.
+    """Options of a session with a pool of its own.
 
     Args:
-        threads: CPU threads; default: the usable cores. Only the first call sets the size of the
-            process-wide pool.
+        threads: CPU threads; default: the usable cores.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed, or installed twice.
@@ -152,18 +114,15 @@ def session_options(threads: int | None = None) -> Any:
     check_installed()
     import onnxruntime as ort
 
-    shared = _uses_shared_pool(threads)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # its errors also arrive as exceptions
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Shapes vary from group to group, so memory patterns of earlier shapes are of no use.
     options.enable_mem_pattern = False
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    if shared:
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads or usable_cores()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    spin = "session.intra_op.spin_duration_us"
+    options.add_session_config_entry(spin, str(_SPIN_MICROSECONDS))
     return options
 
 
@@ -174,14 +133,35 @@ def cpu_session(model: Path | bytes, options: Any = None) -> Any:
         model: an ONNX file, or its content.
         options: the session's options; default: `session_options()`.
     """
-    import onnxruntime as ort
-
-    return ort.InferenceSession(
-        model if isinstance(model, bytes) else str(model),
+    return new_session(
+        model,
         options or session_options(),
         providers=["CPUExecutionProvider"],
         disabled_optimizers=_DISABLED_OPTIMIZERS,
     )
+
+
+def new_session(model: Path | bytes, options: Any, **settings: Any) -> Any:
+    """A session, which uses the pool of the process if the application has set up one.
+
+    Args:
+        model: an ONNX file, or its content.
+        options: the session's options.
+        settings: other arguments of `InferenceSession`.
+    """
+    import onnxruntime as ort
+
+    content = model if isinstance(model, bytes) else str(model)
+    # Otherwise, ONNX Runtime prints that it moves the session to the CPU, and does so.
+    make = partial(ort.InferenceSession, content, options, enable_fallback=0, **settings)
+    try:
+        return make()
+    except ort_errors() as error:
+        if "use_per_session_threads" not in str(error):
+            raise
+    logger.warning("the application has set up a pool for ONNX Runtime, so `threads` has no effect")
+    options.use_per_session_threads = False
+    return make()
 
 
 def check_installed() -> None:
@@ -215,3 +195,9 @@ def check_installed() -> None:
             "packages is removed",
             f"reinstall it: {_REINSTALL}",
         )
+
+
+def _value(array: NDArray[Any]) -> Any:
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -22,7 +22,7 @@ from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits, is_out_of_memory, shape_of
 from .cuda import check_cuda, extra, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner
-from .onnxruntime import check_installed, ort_errors, session_options
+from .onnxruntime import check_installed, new_session, ort_errors, session_options
 
 logger = logging.getLogger(__name__)
 
@@ -156,18 +156,11 @@ def create_session(path: Path, stream: int) -> Any:
         path: the ONNX file.
         stream: the CUDA stream that it runs in.
     """
-    import onnxruntime as ort
-
-    # Once a CPU target has set up the shared thread pool, a session with its own is refused.
-    options = session_options()
+    options = session_options(threads=1)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # As in plans, heads in fp32 are not rounded to TF32.
     settings = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
-    # Without enable_fallback=0, ONNX Runtime would move the whole session to the CPU and only
-    # print a note.
-    return ort.InferenceSession(
-        str(path), options, providers=[(PROVIDER, settings)], enable_fallback=0
-    )
+    return new_session(path, options, providers=[(PROVIDER, settings)])
 
 
 def nodes_on_cpu(session: Any) -> list[str]:

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifact.folder import verified_graph
 from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..errors import BackendError, MissingExtraError, first_line
 from ..machine import cpu_info, usable_cores
@@ -157,8 +158,9 @@ class OpenVinoBackend(HostBackend):
             request.set_tensor(name, buffers.buffer(buffer)[1])
         return partial(compiled.run, request)
 
-    def read(self, file: BuiltFile | Graph) -> Compiled:
+    def read(self, name: str) -> Compiled:
         """A compiled model, from the cache if possible."""
+        file = self._file(name)
         key = self._key(file.sha256)
         found = self._imported(key)
         if found is None:
@@ -172,7 +174,7 @@ class OpenVinoBackend(HostBackend):
     def _compile(self, file: BuiltFile | Graph) -> Any:
         import openvino as ov
 
-        model = _core().read_model(str(self.verified(file)))
+        model = _core().read_model(str(verified_graph(self._folder, file.file, file.sha256)))
         prepared = ov.preprocess.PrePostProcessor(model)
         names = {port.any_name for port in (*model.inputs, *model.outputs)}
         if self._is_bf16 and HIDDEN_STATES in names:

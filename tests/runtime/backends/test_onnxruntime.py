@@ -1,4 +1,4 @@
-"""ONNX Runtime is set up once in each process, and must be installed exactly once."""
+"""ONNX Runtime: one session holds all segments, and other sessions of the process are as before."""
 
 from __future__ import annotations
 
@@ -10,61 +10,106 @@ from pathlib import Path
 import numpy as np
 import onnx.parser
 import pytest
+from onnx import numpy_helper
 
+from fpabee.runtime import Engine
+from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.backends.base import is_out_of_memory
+from fpabee.runtime.backends.one_graph import one_graph
 
-LOAD = """
-import logging, sys
-from fpabee.runtime import Engine
-logging.basicConfig(level=logging.WARNING, format="%(message)s")
-with Engine.load(sys.argv[1]) as engine:
-    print(engine.predict(["turn on the light"])[0].labels)
-with Engine.load(sys.argv[1]) as engine:
-    engine.predict(["turn on the light"])
+OURS = """
+for threads in (1, 2):
+    with Engine.load(sys.argv[1], threads=threads) as engine:
+        print(engine.predict(["turn on the light"])[0].labels)
 """
+THEIRS = """
+session = ort.InferenceSession(path)
+kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+feed = {}
+for each in session.get_inputs():
+    shape = [1 if isinstance(size, str) else size for size in each.shape]
+    feed[each.name] = np.ones(shape, kinds[each.type])
+print(session.run(["logits"], feed))
+"""
+THEIR_POOL = "ort.set_global_thread_pool_sizes(1, 1)\n"
 
 
-def _run(code: str, folder: Path) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
+def answers(code: str, folder: Path) -> tuple[list[str], str]:
+    """The lines that code prints in a process of its own, and what it logs."""
+    imports = "import glob, logging, sys, numpy as np, onnxruntime as ort\n"
+    imports += "from fpabee.runtime import Engine\n"
+    imports += "logging.basicConfig(level=logging.WARNING, format='%(message)s')\n"
+    imports += "path = glob.glob(sys.argv[1] + '/onnx/fp32/*_01.onnx')[0]\n"
+    command = [sys.executable, "-c", imports + code, str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_other_sessions_of_the_process_run_as_without_fpabee(engines: Mapping[str, Path]) -> None:
+    """Before and after engines, and between them."""
+    theirs, log = answers(THEIRS, engines["bert"])
+    found, log_of_both = answers(OURS + THEIRS + OURS + THEIRS, engines["bert"])
+    assert log == log_of_both == ""
+    ours = found[:2]
+    assert found == [*ours, *theirs, *ours, *theirs]
+    assert answers(THEIRS + OURS + THEIRS, engines["bert"]) == ([*theirs, *ours, *theirs], "")
+    found, log = answers(THEIR_POOL + OURS, engines["bert"])
+    assert found == ours
+    assert log.count("so `threads` has no effect") == 2, "one session for each engine"
+
+
+def test_each_engine_has_its_own_number_of_threads(engines: Mapping[str, Path]) -> None:
+    for threads in (1, 3):
+        with Engine.load(engines["bert"], threads=threads) as engine:
+            sessions = {id(engine._backend.graph(name)) for name in engine._backend.graphs}
+            assert len(sessions) == 1, "one pool and one arena"
+            options = engine._backend.graph("segment_01").get_session_options()
+            assert options.intra_op_num_threads == threads
+
+
+def write_graph(path: Path, number: int) -> None:
+    """A graph that adds weights to `x`; every third one has another input and another output."""
+    more, of = (", float[n] z", ", float[n] w") if number % 3 == 2 else ("", "")
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]>
+        graph (float[n] x{more}) => (float[n] y{of})
+        {{ y = Add(x, weights) {"w = Sub(z, one)" if more else ""} }}"""
     )
-    return done.stdout, done.stderr
+    weights = np.full(300, number, np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "one"))
+    proto.doc_string = "." * number  # weights begin at any byte
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(proto.SerializeToString())
+    check_graph(path)
 
 
-THEIR_POOL = """
-import onnxruntime as ort
-ort.set_global_thread_pool_sizes(1, 1)
-"""
-THEIR_SESSION = """
-import onnxruntime as ort, sys, glob
-path = glob.glob(sys.argv[1] + '/onnx/fp32/*.onnx')[0]
-theirs = ort.InferenceSession(path)
-"""
-AND_LATER = """
-another = ort.InferenceSession(path)
-"""
-# As an older ONNX Runtime does where there is a session already.
-REFUSES = """
-import onnxruntime as ort
-def refuse(*sizes): raise RuntimeError('environment exists')
-ort.set_global_thread_pool_sizes = refuse
-"""
-
-
-def test_an_application_that_came_first_is_respected_and_told_once(
-    engines: Mapping[str, Path],
-) -> None:
-    alone, log = _run(LOAD, engines["bert"])
-    assert log == "", "the first engine sets up silently"
-    for code, said in (
-        (THEIR_POOL + LOAD, "it is used"),
-        (THEIR_SESSION + LOAD + AND_LATER, "its own thread pool, without spinning"),
-        (REFUSES + LOAD, "its own thread pool, without spinning"),
-    ):
-        answer, log = _run(code, engines["bert"])
-        assert answer == alone
-        assert log.count(said) == 1
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9])
+def test_a_run_chooses_one_of_several_graphs(count: int, tmp_path: Path) -> None:
+    files = {f"graph {number}": tmp_path / f"{number % 2}/{number}.onnx" for number in range(count)}
+    for number, path in enumerate(files.values()):
+        write_graph(path, number)
+    elsewhere = tmp_path / "blobs" / "0"  # as in the cache of Hugging Face's hub
+    elsewhere.parent.mkdir()
+    files["graph 0"].rename(elsewhere)
+    files["graph 0"].symlink_to(elsewhere)
+    joined = one_graph(files)
+    assert len(joined.model) < 700 * count, "the weights stay in their files"
+    options = onnxruntime.session_options(1)
+    where = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(where, str(joined.folder))
+    session = onnxruntime.cpu_session(joined.model, options)
+    feed = {name: np.arange(300, dtype=np.float32) for name in "xz"}
+    inputs = {each.name for each in session.get_inputs()}
+    for number, graph in enumerate(files):
+        choice = {name: np.array(value) for name, value in joined.choices[graph].items()}
+        given = {**feed, **choice}
+        outputs = {"y": feed["x"] + number} | ({"w": feed["z"] - 1} if number % 3 == 2 else {})
+        names = [joined.outputs[name] for name in outputs]
+        found = session.run(names, {name: given[name] for name in inputs})
+        for value, expected in zip(found, outputs.values(), strict=True):
+            np.testing.assert_array_equal(value, expected)
 
 
 def run_of_shape(shape: Sequence[int], indices: int) -> Exception:
