@@ -119,10 +119,8 @@ def print_report(report: BenchReport) -> None:
     console.print(table)
     whole = report.workloads[-1]
     console.print(
-        "Milliseconds per unit (a batch, a text, or 256 texts): the mean of all units, each the "
-        f"median of its repeats. Speed-up: {FULL_GRAPH} divided by chain + rule; in parentheses: "
-        f"{FULL_DEPTH} divided by {FULL_GRAPH}; theory: from layers and tokens; share: speed-up "
-        "divided by theory."
+        "Mean milliseconds per unit (a batch, a text, or 256 texts). Speed-up: full graph divided "
+        "by chain + rule; theory: from layers alone; share: speed-up divided by theory."
     )
     console.print(
         f"Rule: {rule_in_words(ExitRule.from_dict(report.rule))}; mean depth "

@@ -138,8 +138,7 @@ def main(
         if Path(model_dir, MANIFEST_NAME).is_file():
             raise InputError(
                 f"{model_dir} is an engines folder, not a model_dir",
-                f"to add targets: fpabee-export --from {shlex.quote(model_dir)}; to use it: "
-                f"fpabee-run {shlex.quote(model_dir)} texts.txt",
+                f"to add targets: fpabee-export --from {model_dir}; to run: fpabee-run {model_dir}",
             )
         check_options(targets)
         content = _export(model_dir, folder, settings, quiet, say)

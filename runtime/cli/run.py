@@ -76,9 +76,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
 @options.labelled_texts
-@options.choice(
-    "--input-format", "FORMAT", "Format of the input. Default: by file name.", TextFormat
-)
+@options.choice("--input-format", "FORMAT", "Input format. Default: by file name.", TextFormat)
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.flag("--scores probabilities", "Write the probabilities of all labels.")
 @options.flag("--resume", "Continue an interrupted run from OUTPUT.partial.")
