@@ -112,7 +112,7 @@ class _Graph:
     def _run(self, rows: Sequence[EncodedRow]) -> None:
         bucket = self._limits.bucket(len(rows), max(map(len, rows)), alone=len(rows) == 1)
         hidden = self._execution.begin(rows, bucket)
-        self._execution.enqueue(0, hidden).result()
+        self._execution.enqueue(hidden)()
         self._execution.release(hidden)
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import LOGITS
 from .backends.base import Backend, Bucket, Execution, Limits
 from .errors import BackendError
 from .exit_0 import ExitZero
@@ -63,17 +62,17 @@ class Chain:
         current: the group that an error of a step belongs to.
     """
 
-    backend: Backend[Any]
+    backend: Backend
     limits: Limits
     exit_0: ExitZero | None = None
     running: deque[Group] = field(default_factory=deque, init=False)
     seconds: float = field(default=0.0, init=False)
     current: Group | None = field(default=None, init=False)
     _finished: float = field(default=0.0, init=False)
-    _lent: Execution[Any] | None = field(default=None, init=False)
+    _lent: Execution | None = field(default=None, init=False)
 
     @property  # up to Python 3.11, one lock of a cached_property would make all chains wait
-    def execution(self) -> Execution[Any]:
+    def execution(self) -> Execution:
         """What runs segments."""
         if self._lent is None:
             self._lent = self.backend.check_out()
@@ -240,7 +239,7 @@ class Chain:
         elif len(group) < group.hidden.rows and (not group.started or self._is_half(group)):
             self._gather([group])
         started = perf_counter()
-        outputs = self.execution.enqueue(group.segment, group.hidden)
+        outputs = self.execution.enqueue(group.hidden)
         group.started.append(Started(outputs, group.hidden, group.places, started))
         self.running.append(group)
 
@@ -248,7 +247,7 @@ class Chain:
         """Wait for the segment that was started first, and apply the rule to its exit."""
         group = self.current = self.running.popleft()
         started = group.started.popleft()
-        logits = started.outputs.result()[LOGITS][started.places]
+        logits = started.outputs()[started.places]
         now = perf_counter()
         # A device runs one segment after another.
         self.seconds = now - max(started.at, self._finished)

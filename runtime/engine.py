@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -128,7 +127,7 @@ class Engine:
         self,
         folder: Path,
         manifest: Manifest,
-        backend: Backend[Any],
+        backend: Backend,
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,

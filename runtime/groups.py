@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Hidden, Limits, Pending
+from .backends.base import Hidden, Limits, Outputs
 from .encoding import EncodedRow
 from .errors import BackendError
 from .rules.runner import PatienceState, RuleRunner
@@ -29,8 +29,8 @@ class Started:
         at: when it was started, in seconds of `perf_counter`.
     """
 
-    outputs: Pending
-    hidden: Hidden[Any]
+    outputs: Outputs
+    hidden: Hidden
     places: RowNumbers
     at: float
 
@@ -59,7 +59,7 @@ class Group:
     deadlines: NDArray[np.float64]
     earliest: float
     state: PatienceState
-    hidden: Hidden[Any] | None = None
+    hidden: Hidden | None = None
     places: RowNumbers = field(default_factory=lambda: np.zeros(0, np.intp))
     started: deque[Started] = field(default_factory=deque)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
 from .artifact.folder import read_manifest
@@ -179,7 +178,7 @@ def rule_of(
     )
 
 
-def backend_class(target: Target) -> type[Backend[Any]]:
+def backend_class(target: Target) -> type[Backend]:
     """The class of a target's backend; its inference library is not imported yet.
 
     Raises:
@@ -207,7 +206,7 @@ def backend_class(target: Target) -> type[Backend[Any]]:
     )
 
 
-def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend[Any]:
+def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend:
     """The backend of a target.
 
     Args:

@@ -8,24 +8,23 @@ to the engine: only the outputs of exit heads reach it.
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact.folder import resolve
-from ..artifact.manifest import NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
-from ..encoding import Arrays, EncodedRow, padding_values
+from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
+from ..encoding import EncodedRow, padding_values
 from ..errors import BackendError
 
 Rows = NDArray[np.intp]
@@ -90,8 +89,7 @@ def _at_least(value: int, steps: tuple[int, ...]) -> int:
     return steps[position] if position < len(steps) else value
 
 
-@dataclass(frozen=True, slots=True)
-class GraphCall:
+class GraphCall(NamedTuple):
     """A graph's run within a segment, and the buffer of each input and output.
 
     A tensor that several segments write (`next_X` replaces `X`) alternates between two buffers,
@@ -99,21 +97,21 @@ class GraphCall:
     """
 
     graph: str
-    inputs: tuple[tuple[str, BufferName], ...]
-    outputs: tuple[tuple[str, BufferName], ...]
+    buffers: dict[str, BufferName]
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A segment's calls.
+class Stage(NamedTuple):
+    """A segment.
 
     Attributes:
         live: the buffers of all tensors that it or a later segment reads, by tensor.
-        calls: in order.
+        calls: its graphs, in order.
+        logits: the buffer of the logits at the exit at its end.
     """
 
-    live: Mapping[str, BufferName]
-    calls: tuple[GraphCall, ...]
+    live: dict[str, BufferName]
+    calls: list[GraphCall]
+    logits: BufferName
 
 
 def plan_buffers(manifest: Manifest) -> list[Stage]:
@@ -125,14 +123,13 @@ def plan_buffers(manifest: Manifest) -> list[Stage]:
         calls = []
         for name in segment.calls:
             graph = manifest.graphs[name]
-            inputs = tuple((spec.name, (spec.name, turn[spec.name])) for spec in graph.inputs)
-            outputs = []
+            buffers = {spec.name: (spec.name, turn[spec.name]) for spec in graph.inputs}
             for spec in graph.outputs:
                 tensor = spec.name.removeprefix(NEXT)
                 turn[tensor] = 1 - turn.get(tensor, 1)
-                outputs.append((spec.name, (tensor, turn[tensor])))
-            calls.append(GraphCall(name, inputs, tuple(outputs)))
-        planned.append(Stage(before, tuple(calls)))
+                buffers[spec.name] = tensor, turn[tensor]
+            calls.append(GraphCall(name, buffers))
+        planned.append(Stage(before, calls, (LOGITS, turn[LOGITS])))
     return planned
 
 
@@ -190,89 +187,36 @@ def window_tokens(manifest: Manifest, limits: Limits) -> int:
     return max(limits.group_tokens, _WINDOW_BYTES // per_token)
 
 
-V = TypeVar("V")
-S = TypeVar("S")
-
-
-class Buffers(ABC, Generic[V, S]):
-    """The memory of one group at one padded shape, and prepared runs of segments over it.
-
-    `V` is how a backend holds one buffer, and `S` is what it prepares to run a segment.
-
-    Attributes:
-        bucket: the padded shape.
-        nbytes: memory that is held so far, in bytes.
-    """
-
-    def __init__(self, bucket: Bucket) -> None:
-        self.bucket = bucket
-        self.nbytes = 0
-        self._values: dict[BufferName, V] = {}
-        self._steps: dict[int, S] = {}
-
-    def buffer(self, name: BufferName) -> V:
-        """A buffer, allocated on first use."""
-        value = self._values.get(name)
-        if value is None:
-            value = self._values[name] = self._allocate(name)
-        return value
-
-    def step(self, segment: int) -> S:
-        """What runs a segment, counted from 0, prepared on first use."""
-        step = self._steps.get(segment)
-        if step is None:
-            step = self._steps[segment] = self._prepare(segment)
-        return step
-
-    @abstractmethod
-    def _allocate(self, name: BufferName) -> V:
-        """Allocate a buffer, and add its size to `nbytes`."""
-
-    @abstractmethod
-    def _prepare(self, segment: int) -> S:
-        """Prepare to run a segment."""
-
-    def free(self) -> None:
-        """Free the memory, unless it is freed together with this object."""
-
-
-B = TypeVar("B", bound=Buffers[Any, Any])
-
-
 @dataclass(slots=True, eq=False)
-class Hidden(Generic[B]):
-    """The hidden states of a group between two segments, and what travels with its rows.
+class Hidden:
+    """The hidden states of a group between two segments, and what runs segments on them.
 
     Attributes:
+        bucket: padded shape.
         rows: real rows; the rest of the bucket is padding.
-        buffers: the memory.
         segment: the segment that runs next, from 0.
+        nbytes: memory that is held so far, in bytes.
+        buffers: the tensors that exist so far, as the backend holds them.
+        steps: what runs each segment, as far as it is prepared, by segment.
     """
 
-    rows: int
-    buffers: B
+    bucket: Bucket
+    rows: int = 0
     segment: int = 0
-
-    @property
-    def bucket(self) -> Bucket:
-        """Padded shape."""
-        return self.buffers.bucket
+    nbytes: int = 0
+    buffers: dict[BufferName, Any] = field(default_factory=dict)
+    steps: dict[int, Any] = field(default_factory=dict)
 
 
-class Pending(Protocol):
-    """Outputs of an exit head, which may not have been computed yet."""
+Outputs = Callable[[], NDArray[np.float32]]
+"""Waits for the logits of an exit, `[rows, labels]`, and returns them.
 
-    def result(self) -> Arrays:
-        """Wait for the outputs.
-
-        Returns:
-            Arrays by name: `logits` is `[rows, labels]` float32. They may be views of memory that
-            is overwritten when the second segment after this one is enqueued, or after the group
-            is released.
-        """
+They may be a view of memory that is overwritten when the second segment after this one is started,
+or after the group is released.
+"""
 
 
-class Execution(ABC, Generic[B]):
+class Execution(ABC):
     """Runs segments over pooled buffers, for one call at a time.
 
     Args:
@@ -286,16 +230,14 @@ class Execution(ABC, Generic[B]):
 
     lookahead: ClassVar[bool]
 
-    def __init__(self, backend: Backend[B], most_bytes: int) -> None:
-        self._stages = backend.stages
-        self._specs = backend.specs
-        self._padding = backend.padding
+    def __init__(self, backend: Backend, most_bytes: int) -> None:
+        self._stages, self._specs, self._padding = backend.stages, backend.specs, backend.padding
         self._most_bytes = most_bytes
-        self._unused: OrderedDict[Bucket, list[B]] = OrderedDict()  # last used last
+        self._unused: OrderedDict[Bucket, list[Hidden]] = OrderedDict()  # last used last
         self._unused_bytes = 0
-        self._taken: set[B] = set()
+        self._taken: set[Hidden] = set()
 
-    def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden[B]:
+    def begin(self, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden:
         """Put the tokens of a group where segment 1 reads them.
 
         Args:
@@ -305,61 +247,56 @@ class Execution(ABC, Generic[B]):
         Raises:
             BackendError: memory is lacking, or the target does not run the shape.
         """
-        buffers = self._take(bucket)
-        self._write(buffers, encoded)
-        return Hidden(len(encoded), buffers)
+        hidden = self._take(bucket, len(encoded), 0)
+        self._write(hidden, encoded)
+        return hidden
 
     @abstractmethod
-    def enqueue(self, segment: int, hidden: Hidden[B]) -> Pending:
-        """Start a segment on a group, whose hidden states it replaces.
+    def enqueue(self, hidden: Hidden) -> Outputs:
+        """Start the next segment on a group, whose hidden states it replaces.
 
         Args:
-            segment: the segment, from 0.
             hidden: the group.
 
         Returns:
-            The outputs of the exit at the end of the segment.
+            The logits of the exit at the end of the segment.
 
         Raises:
             BackendError: the library or the device failed, for example for lack of memory.
             ArtifactError: the segment is loaded now, and is missing or damaged.
         """
 
-    def regroup(
-        self, hiddens: Sequence[Hidden[B]], rows: Sequence[Rows], bucket: Bucket
-    ) -> Hidden[B]:
+    def regroup(self, hiddens: Sequence[Hidden], rows: Sequence[Rows], bucket: Bucket) -> Hidden:
         """Gather, join and pad rows in one step.
 
         The old groups stay as they are until they are released, so that outputs of a segment that
         was enqueued for them can still be read.
 
         Args:
-            hiddens: the groups to take rows from.
+            hiddens: the groups to take rows from, which are before the same segment.
             rows: for each group the rows to keep, in their new order.
             bucket: padded shape of the new group, no longer than the longest group.
         """
-        segment = hiddens[0].segment
-        buffers = self._take(bucket)
-        sources = [(hidden.buffers, part) for hidden, part in zip(hiddens, rows, strict=True)]
-        for name, buffer in self._stages[segment].live.items():
+        new = self._take(bucket, sum(map(len, rows)), hiddens[0].segment)
+        sources = list(zip(hiddens, rows, strict=True))
+        for name, buffer in self._stages[new.segment].live.items():
             spec = self._specs[name]
             if "batch" in spec.shape:
-                self._gather(spec, buffer, sources, buffers)
+                self._gather(spec, buffer, sources, new)
             else:
-                longest, _ = max(sources, key=lambda source: source[0].bucket.sequence)
-                self._crop(spec, buffer, longest, buffers)
-        return Hidden(sum(map(len, rows)), buffers, segment)
+                longest = max(hiddens, key=lambda hidden: hidden.bucket.sequence)
+                self._crop(spec, buffer, longest, new)
+        return new
 
-    def release(self, hidden: Hidden[B]) -> None:
+    def release(self, hidden: Hidden) -> None:
         """Keep the buffers of a group for the next group of its shape."""
-        buffers = hidden.buffers
-        self._taken.remove(buffers)
-        self._unused.setdefault(buffers.bucket, []).append(buffers)
-        self._unused.move_to_end(buffers.bucket)
-        self._unused_bytes += buffers.nbytes
+        self._taken.remove(hidden)
+        self._unused.setdefault(hidden.bucket, []).append(hidden)
+        self._unused.move_to_end(hidden.bucket)
+        self._unused_bytes += hidden.nbytes
         self._shrink(self._most_bytes)
 
-    def recover(self, others: Sequence[Hidden[B]] = ()) -> None:
+    def recover(self, others: Collection[Hidden] = ()) -> None:
         """Free the buffers of groups that an error interrupted.
 
         Args:
@@ -368,26 +305,27 @@ class Execution(ABC, Generic[B]):
         Raises:
             BackendError: the device has failed, so the execution cannot be used again.
         """
-        lost = self._taken.difference(hidden.buffers for hidden in others)
+        lost = self._taken.difference(others)
         self._taken -= lost
-        for buffers in lost:
-            buffers.free()
+        for hidden in lost:
+            self._free(hidden)
 
     def close(self) -> None:
         """Free everything."""
         self.recover()
         self._shrink(0)
 
-    def _take(self, bucket: Bucket) -> B:
-        """Buffers of a shape: unused ones if possible, otherwise new ones."""
+    def _take(self, bucket: Bucket, rows: int, segment: int) -> Hidden:
+        """Hidden states of a shape: unused ones if possible, otherwise new ones."""
         unused = self._unused.get(bucket)
         if unused:
-            buffers = unused.pop()
-            self._unused_bytes -= buffers.nbytes
+            hidden = unused.pop()
+            self._unused_bytes -= hidden.nbytes
         else:
-            buffers = self._make(bucket)
-        self._taken.add(buffers)
-        return buffers
+            hidden = Hidden(bucket)
+        self._taken.add(hidden)
+        hidden.rows, hidden.segment = rows, segment
+        return hidden
 
     def _shrink(self, most_bytes: int) -> None:
         """Free the least recently used of the unused buffers, until at most so many bytes are."""
@@ -396,26 +334,50 @@ class Execution(ABC, Generic[B]):
             if unused:
                 dropped = unused.pop(0)
                 self._unused_bytes -= dropped.nbytes
-                dropped.free()
+                self._free(dropped)
             else:
                 del self._unused[oldest]
 
-    @abstractmethod
-    def _make(self, bucket: Bucket) -> B:
-        """Make the buffers of a shape."""
+    def _buffer(self, hidden: Hidden, name: BufferName) -> Any:
+        """A tensor, allocated on first use."""
+        if name not in hidden.buffers:
+            spec = self._specs[name[0]]
+            hidden.buffers[name] = self._allocate(spec, hidden.bucket)
+            hidden.nbytes += nbytes_of(spec, hidden.bucket)
+        return hidden.buffers[name]
+
+    def _step(self, hidden: Hidden) -> Any:
+        """What runs the next segment, prepared on first use."""
+        if hidden.segment not in hidden.steps:
+            hidden.steps[hidden.segment] = self._prepare(hidden)
+        return hidden.steps[hidden.segment]
+
+    def _free(self, hidden: Hidden) -> None:
+        """Free the memory, and what runs on it."""
+        hidden.buffers.clear()
+        hidden.steps.clear()
 
     @abstractmethod
-    def _write(self, buffers: B, encoded: Sequence[EncodedRow]) -> None:
-        """Write the inputs of segment 1 into buffers, padding included."""
+    def _allocate(self, spec: TensorSpec, bucket: Bucket) -> Any:
+        """Allocate a tensor."""
+
+    @abstractmethod
+    def _prepare(self, hidden: Hidden) -> Any:
+        """Prepare to run the next segment."""
+
+    @abstractmethod
+    def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
+        """Write the inputs of segment 1, padding included."""
 
     @abstractmethod
     def _gather(
-        self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[B, Rows]], target: B
-    ) -> None:
+        self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
+        target: Hidden,
+    ) -> None:  # fmt: skip
         """Copy rows of a tensor from the buffers of several groups into those of one."""
 
     @abstractmethod
-    def _crop(self, spec: TensorSpec, buffer: BufferName, source: B, target: B) -> None:
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
         """Of a tensor that has no batch axis, copy the part that a shorter sequence needs."""
 
 
@@ -423,7 +385,7 @@ def _closed() -> BackendError:
     return BackendError("this engine is closed", "load it again with Engine.load")
 
 
-class Backend(ABC, Generic[B]):
+class Backend(ABC):
     """The graphs of one target, each loaded when first needed. Threads may share it.
 
     Args:
@@ -442,7 +404,6 @@ class Backend(ABC, Generic[B]):
         graphs: the ONNX graphs behind the target, by name.
         stages: for each segment, which buffers its graphs read and write.
         segments: number of segments.
-        labels: number of labels.
         specs: every tensor between and around graphs, by name.
         padding: what each input of segment 1 holds on padding, by name.
 
@@ -452,7 +413,7 @@ class Backend(ABC, Generic[B]):
         ArtifactError: a file of the target is missing.
     """
 
-    most_executions: ClassVar[float] = math.inf
+    most_executions: ClassVar[int]
     joins: ClassVar[bool] = False
 
     def __init__(
@@ -463,7 +424,7 @@ class Backend(ABC, Generic[B]):
         self.check(self.target, name)
         self.graphs = manifest.graphs_of(self.target)
         self.stages = plan_buffers(manifest)
-        self.segments, self.labels = len(self.stages), len(manifest.task.labels)
+        self.segments = len(self.stages)
         self.specs = carried_specs(self.graphs)
         self.padding = padding_values(manifest.tokenizer)
         # Segments are loaded when needed, and until then the process may change its directory.
@@ -475,7 +436,7 @@ class Backend(ABC, Generic[B]):
         self._freed = False
         self._pool_lock = threading.Lock()  # nothing else is locked while it is held
         self._given_back = threading.Condition(self._pool_lock)
-        self._idle: list[Execution[B]] = []
+        self._idle: list[Execution] = []
         self._lent = self._waiting = 0
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
@@ -505,7 +466,7 @@ class Backend(ABC, Generic[B]):
         if self._closed:
             raise _closed()
 
-    def check_out(self) -> Execution[B]:
+    def check_out(self) -> Execution:
         """An execution for one call, which must be given back.
 
         Waits for one if as many as possible are lent. A call that is waiting when the backend is
@@ -531,7 +492,7 @@ class Backend(ABC, Generic[B]):
             self._end_call(None)
             raise
 
-    def give_back(self, execution: Execution[B], failed: bool = False) -> None:
+    def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Return an execution to the pool.
 
         Args:
@@ -555,7 +516,7 @@ class Backend(ABC, Generic[B]):
                 execution.close()
 
     @abstractmethod
-    def open(self) -> Execution[B]:
+    def open(self) -> Execution:
         """A new execution; `check_out` lends those that exist."""
 
     @abstractmethod
@@ -589,7 +550,7 @@ class Backend(ABC, Generic[B]):
             self._closed = True
         self._free_if_done()
 
-    def _end_call(self, execution: Execution[B] | None) -> None:
+    def _end_call(self, execution: Execution | None) -> None:
         with self._pool_lock:
             self._lent -= 1
             if execution is not None:
@@ -606,10 +567,10 @@ class Backend(ABC, Generic[B]):
         self.drop_idle()
         with self._lock:
             self._free()
-            self._loaded.clear()
 
     def _free(self) -> None:
-        """Free what a backend holds besides its graphs; called once."""
+        """Free the graphs, and what else a backend holds; called once."""
+        self._loaded.clear()
 
     def _file(self, graph: str) -> BuiltFile | Graph:
         """The file that this target runs for a graph."""

@@ -15,32 +15,32 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, NEXT, Manifest, TensorSpec
-from ..encoding import Arrays, EncodedRow, write_rows
+from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, Manifest, TensorSpec
+from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
 from .base import (
     Backend,
     Bucket,
     BufferName,
-    Buffers,
     Execution,
     Hidden,
+    Outputs,
     Rows,
     dtype_of,
     nbytes_of,
     shape_of,
 )
-from .cuda import GATHER, Cuda, PinnedArray, check_not_forked, cuda
+from .cuda import GATHER, PinnedArray, check_not_forked, cuda
 
 logger = logging.getLogger(__name__)
 
@@ -63,113 +63,33 @@ class Runner(ABC):
         return False
 
 
+class _Memory(NamedTuple):
+    """A buffer on the device, and on the host if it is copied from or to there."""
+
+    address: int
+    pinned: PinnedArray | None
+
+
 @dataclass(slots=True, eq=False)
-class Step:
-    """A segment over one group's buffers.
+class _Step:
+    """A prepared segment.
 
     Attributes:
         event: marks the end of its last run.
         runners: its graphs, in order.
-        copies: pinned memory, device address and bytes of each output of the head.
-        arrays: the pinned memory by the name of the output.
+        logits: where they are on the device.
+        pinned: where they are copied to on the host.
         executable: its captured CUDA graph; None before it is captured.
-        is_small: whether its group is small enough to be captured.
     """
 
     event: int
-    is_small: bool
-    runners: list[Runner] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    arrays: Arrays = field(default_factory=dict)
+    runners: list[Runner]
+    logits: int
+    pinned: PinnedArray
     executable: int | None = None
 
-    def run(self) -> None:
-        """Enqueue its graphs."""
-        for runner in self.runners:
-            runner.run()
 
-    def can_be_captured(self) -> bool:
-        """Whether its next run can be captured."""
-        return self.is_small and all(runner.can_capture() for runner in self.runners)
-
-
-class DeviceBuffers(Buffers[int, Step]):
-    """Device memory, each buffer as its address."""
-
-    def __init__(self, execution: DeviceExecution, bucket: Bucket) -> None:
-        super().__init__(bucket)
-        execution.backend.check_bucket(bucket)
-        self._execution = execution
-        self._cuda = execution.backend.cuda
-        self._pinned: dict[BufferName, PinnedArray] = {}
-        self._events: list[int] = []
-        self._uploaded = self._event()
-
-    def upload(self, write: Callable[[str, NDArray[Any]], None]) -> None:
-        """Fill the inputs of segment 1, in the stream's order.
-
-        Args:
-            write: writes an input, given by its name, into pinned memory.
-        """
-        self._cuda.wait(self._uploaded)  # until then, the pinned memory may still be read
-        stream = self._execution.stream
-        for name, buffer in self._execution.backend.stages[0].live.items():
-            pinned = self._staging(buffer)
-            write(name, pinned.array)
-            self._cuda.copy(self.buffer(buffer), pinned.pointer, pinned.array.nbytes, stream)
-        self._cuda.record(self._uploaded, stream)
-
-    def free(self) -> None:
-        """Free everything, once the device no longer uses it."""
-        self._cuda.synchronize(self._execution.stream)
-        for step in self._steps.values():
-            if step.executable is not None:
-                self._cuda.destroy_graph(step.executable)
-            step.runners.clear()
-        for pointer in self._values.values():
-            self._cuda.free(pointer)
-        for event in self._events:
-            self._cuda.destroy_event(event)
-        for kept in (self._steps, self._values, self._pinned, self._events):
-            kept.clear()
-        self._execution.forget(self.bucket)
-
-    def _allocate(self, name: BufferName) -> int:
-        size = nbytes_of(self._execution.backend.specs[name[0]], self.bucket)
-        pointer = self._execution.malloc(size)
-        self.nbytes += size
-        return pointer
-
-    def _staging(self, buffer: BufferName) -> PinnedArray:
-        pinned = self._pinned.get(buffer)
-        if pinned is None:
-            spec = self._execution.backend.specs[buffer[0]]
-            shape = shape_of(spec, self.bucket)
-            pinned = self._pinned[buffer] = self._cuda.pinned(shape, dtype_of(spec))
-        return pinned
-
-    def _event(self) -> int:
-        self._events.append(self._cuda.event())
-        return self._events[-1]
-
-    def _prepare(self, segment: int) -> Step:
-        backend = self._execution.backend
-        is_small = self.bucket.batch * self.bucket.sequence <= _CAPTURE_TOKENS
-        step = Step(self._event(), is_small)
-        for call in backend.stages[segment].calls:
-            buffers = (*call.inputs, *call.outputs)
-            addresses = {name: self.buffer(buffer) for name, buffer in buffers}
-            runner = backend.runner(call.graph, self.bucket, addresses, self._execution)
-            step.runners.append(runner)
-            for name, buffer in call.outputs:
-                if not name.startswith(NEXT):
-                    host = self._staging(buffer)
-                    step.copies.append((host.pointer, self.buffer(buffer), host.array.nbytes))
-                    step.arrays[name] = host.array
-        return step
-
-
-class DeviceBackend(Backend[DeviceBuffers]):
+class DeviceBackend(Backend):
     """A backend on the first CUDA device; see `Backend`.
 
     Attributes:
@@ -191,7 +111,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         self.cuda = cuda()
         self.captures = True
 
-    def check_out(self) -> Execution[DeviceBuffers]:
+    def check_out(self) -> Execution:
         """An execution for one call, see `Backend`; refused in a forked process."""
         check_not_forked(self.name)
         return super().check_out()
@@ -199,10 +119,6 @@ class DeviceBackend(Backend[DeviceBuffers]):
     def open(self) -> DeviceExecution:
         """A new execution."""
         return DeviceExecution(self)
-
-    @abstractmethod
-    def check_bucket(self, bucket: Bucket) -> None:
-        """Raise `BackendError` for a shape that the target does not run."""
 
     @abstractmethod
     def runner(
@@ -218,20 +134,7 @@ class DeviceBackend(Backend[DeviceBuffers]):
         """
 
 
-class _Pending(NamedTuple):
-    """Head outputs on their way into pinned memory."""
-
-    cuda: Cuda
-    step: Step
-    rows: int
-
-    def result(self) -> Arrays:
-        """Wait for the outputs."""
-        self.cuda.wait(self.step.event)
-        return {name: array[: self.rows] for name, array in self.step.arrays.items()}
-
-
-class DeviceExecution(Execution[DeviceBuffers]):
+class DeviceExecution(Execution):
     """Runs segments in a stream; see `Execution`.
 
     Args:
@@ -239,7 +142,7 @@ class DeviceExecution(Execution[DeviceBuffers]):
 
     Attributes:
         stream: the stream.
-        shared: what runners of the same shape share, by shape and graph.
+        shared: what runners of the same shape and graph share.
     """
 
     lookahead = True
@@ -250,21 +153,29 @@ class DeviceExecution(Execution[DeviceBuffers]):
         self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
         self._cuda = backend.cuda
         self._scratch = [(0, 0)]  # sizes and addresses
-        self._groups: Counter[Bucket] = Counter()
-        self.shared: dict[Bucket, dict[str, Any]] = {}
+        # Tensors by name: the inputs of segment 1, and logits.
+        self._on_host = {*self._stages[0].live, LOGITS}
+        self.shared = WeakValueDictionary[tuple[Bucket, str], Any]()
 
-    def enqueue(self, segment: int, hidden: Hidden[DeviceBuffers]) -> _Pending:
+    def enqueue(self, hidden: Hidden) -> Outputs:
         """Enqueue a segment without waiting for it."""
-        step = hidden.buffers.step(segment)
-        if step.executable is None and self.backend.captures and step.can_be_captured():
+        step: _Step = self._step(hidden)
+        is_small = hidden.bucket.batch * hidden.bucket.sequence <= _CAPTURE_TOKENS
+        if step.executable is None and self.backend.captures and is_small:
             self._capture(step)
         if step.executable is None:
             self._run(step)
         else:
             self._cuda.launch(step.executable, self.stream)
         self._cuda.record(step.event, self.stream)
-        hidden.segment = segment + 1
-        return _Pending(self._cuda, step, hidden.rows)
+        hidden.segment += 1
+        event, logits = step.event, step.pinned.array[: hidden.rows]
+
+        def outputs() -> NDArray[np.float32]:
+            self._cuda.wait(event)
+            return logits
+
+        return outputs
 
     def scratch(self, size: int) -> int:
         """The address of memory for intermediate results, which all graphs share in turn.
@@ -297,27 +208,43 @@ class DeviceExecution(Execution[DeviceBuffers]):
         if self.backend.stream is None:
             self._cuda.destroy_stream(self.stream)
 
-    def forget(self, bucket: Bucket) -> None:
-        """Called when buffers are freed; the last ones of a shape free what runners share."""
-        self._groups[bucket] -= 1
-        if not self._groups[bucket]:
-            self.shared.pop(bucket, None)
+    def _free(self, hidden: Hidden) -> None:
+        self._cuda.synchronize(self.stream)
+        for step in hidden.steps.values():
+            if step.executable is not None:
+                self._cuda.destroy_graph(step.executable)
+            self._cuda.destroy_event(step.event)
+        for memory in hidden.buffers.values():
+            self._cuda.free(memory.address)
+        super()._free(hidden)
 
-    def _make(self, bucket: Bucket) -> DeviceBuffers:
-        buffers = DeviceBuffers(self, bucket)
-        self._groups[bucket] += 1
-        return buffers
+    def _allocate(self, spec: TensorSpec, bucket: Bucket) -> _Memory:
+        pinned = None
+        if spec.name in self._on_host:
+            pinned = self._cuda.pinned(shape_of(spec, bucket), dtype_of(spec))
+        return _Memory(self.malloc(nbytes_of(spec, bucket)), pinned)
 
-    def _write(self, buffers: DeviceBuffers, encoded: Sequence[EncodedRow]) -> None:
-        buffers.upload(lambda name, array: write_rows(array, name, encoded, self._padding[name]))
+    def _prepare(self, hidden: Hidden) -> _Step:
+        stage, runners = self._stages[hidden.segment], []
+        for graph, buffers in stage.calls:
+            addresses = {
+                name: self._buffer(hidden, buffer).address for name, buffer in buffers.items()
+            }
+            runners.append(self.backend.runner(graph, hidden.bucket, addresses, self))
+        return _Step(self._cuda.event(), runners, *self._buffer(hidden, stage.logits))
+
+    def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
+        if 0 in hidden.steps:  # until it has run, the pinned memory may still be read
+            self._cuda.wait(hidden.steps[0].event)
+        for name, buffer in self._stages[0].live.items():
+            address, pinned = self._buffer(hidden, buffer)
+            write_rows(pinned.array, name, encoded, self._padding[name])
+            self._cuda.copy(address, pinned.pointer, pinned.array.nbytes, self.stream)
 
     def _gather(
-        self,
-        spec: TensorSpec,
-        buffer: BufferName,
-        sources: Sequence[tuple[DeviceBuffers, Rows]],
-        target: DeviceBuffers,
-    ) -> None:
+        self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
+        target: Hidden,
+    ) -> None:  # fmt: skip
         pitch = nbytes_of(spec, Bucket(1, target.bucket.sequence))
         addresses = np.zeros(target.bucket.batch, np.uint64)
         widths = np.zeros(target.bucket.batch, np.uint32)
@@ -325,14 +252,12 @@ class DeviceExecution(Execution[DeviceBuffers]):
         for source, rows in sources:
             source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
             places = slice(row, row := row + len(rows))
-            addresses[places] = source.buffer(buffer) + rows * source_pitch
+            addresses[places] = self._buffer(source, buffer).address + rows * source_pitch
             widths[places] = min(pitch, source_pitch)
         fill = np.full(8, MASK_FILL if spec.name == ATTENTION_BIAS else 0, dtype_of(spec))
-        self._copy_rows(target.buffer(buffer), pitch, addresses, widths, fill)
+        self._copy_rows(self._buffer(target, buffer).address, pitch, addresses, widths, fill)
 
-    def _crop(
-        self, spec: TensorSpec, buffer: BufferName, source: DeviceBuffers, target: DeviceBuffers
-    ) -> None:
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
         wide, narrow = shape_of(spec, source.bucket), shape_of(spec, target.bucket)
         # The last two axes are a matrix, of which the first rows and columns are copied.
         matrices, rows = np.ogrid[: np.prod(narrow[:-2]), : narrow[-2]]
@@ -340,8 +265,9 @@ class DeviceExecution(Execution[DeviceBuffers]):
         places = (matrices * wide[-2] + rows).ravel() * (wide[-1] * itemsize)
         pitch = narrow[-1] * itemsize
         widths = np.full(len(places), pitch, np.uint32)
-        addresses = (source.buffer(buffer) + places).astype(np.uint64)
-        self._copy_rows(target.buffer(buffer), pitch, addresses, widths, np.zeros(8, np.uint8))
+        addresses = (self._buffer(source, buffer).address + places).astype(np.uint64)
+        to = self._buffer(target, buffer).address
+        self._copy_rows(to, pitch, addresses, widths, np.zeros(8, np.uint8))
 
     def _copy_rows(
         self,
@@ -370,12 +296,16 @@ class DeviceExecution(Execution[DeviceBuffers]):
             plan["widths"][0, :count] = widths[first : first + count]
             self._cuda.gather(plan, count, self.stream)
 
-    def _run(self, step: Step) -> None:
-        step.run()
-        for host, pointer, size in step.copies:
-            self._cuda.copy(host, pointer, size, self.stream)
+    def _run(self, step: _Step) -> None:
+        for runner in step.runners:
+            runner.run()
+        host = step.pinned
+        self._cuda.copy(host.pointer, step.logits, host.array.nbytes, self.stream)
 
-    def _capture(self, step: Step) -> None:
+    def _capture(self, step: _Step) -> None:
+        """Capture a segment as a CUDA graph, if all of its graphs can be captured."""
+        if not all(runner.can_capture() for runner in step.runners):
+            return
         try:
             step.executable = self._cuda.capture(self.stream, partial(self._run, step))
         except BackendError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,22 +17,20 @@ from numpy.typing import NDArray
 from ..artifact.manifest import (
     ATTENTION_BIAS,
     MASK_FILL,
-    NEXT,
     Target,
     TensorSpec,
 )
-from ..encoding import Arrays, EncodedRow, write_rows
+from ..encoding import EncodedRow, write_rows
 from ..errors import ArtifactError, BackendError, first_line
-from ..machine import multiplies_int8
+from ..machine import multiplies_int8, usable_cores
 from .base import (
     Backend,
     Bucket,
     BufferName,
-    Buffers,
     Execution,
-    GraphCall,
     Hidden,
     Limits,
+    Outputs,
     Rows,
     dtype_of,
     is_out_of_memory,
@@ -50,55 +48,17 @@ _MAX_BATCH = 256
 _CACHE_LINE = 64
 _LESS_MEMORY = "use shorter or fewer texts at a time: there is not enough free memory"
 
-Value = tuple[NDArray[Any], Any]
-"""An array, and the tensor of the inference library over its memory."""
 Run = Callable[[], object]
 
 
-class Ready(NamedTuple):
-    """Outputs that are ready, because `enqueue` returns when the segment has run."""
+class _Step(NamedTuple):
+    """The prepared runs of a segment's graphs, by name, and the logits that they give."""
 
-    outputs: Arrays
-
-    def result(self) -> Arrays:
-        """The outputs by name."""
-        return self.outputs
-
-    def first(self, rows: int) -> Ready:
-        """The outputs without the padding rows."""
-        return Ready({name: array[:rows] for name, array in self.outputs.items()})
+    runs: list[tuple[str, Run]]
+    logits: NDArray[np.float32]
 
 
-class HostBuffers(Buffers[Value, tuple[list[tuple[str, Run]], Ready]]):
-    """NumPy arrays with prepared runs over them."""
-
-    def __init__(self, backend: HostBackend, bucket: Bucket) -> None:
-        super().__init__(bucket)
-        self._backend = backend
-
-    def _allocate(self, name: BufferName) -> Value:
-        spec = self._backend.specs[name[0]]
-        # NumPy has no bfloat16, so its bits are integers: they are only copied, and zero is zero.
-        shape = shape_of(spec, self.bucket)
-        try:
-            array = _aligned(shape, dtype_of(spec))
-        except MemoryError as error:
-            raise BackendError(f"no room for {name[0]} of shape {shape}", _LESS_MEMORY) from error
-        self.nbytes += array.nbytes
-        return array, self._backend.tensor(array, spec)
-
-    def _prepare(self, segment: int) -> tuple[list[tuple[str, Run]], Ready]:
-        runs, outputs = [], {}
-        for call in self._backend.stages[segment].calls:
-            runs.append((call.graph, self._backend.bind(call, self)))
-            self.nbytes += _BINDING_BYTES
-            for name, buffer in call.outputs:
-                if not name.startswith(NEXT):
-                    outputs[name] = self.buffer(buffer)[0]
-        return runs, Ready(outputs)
-
-
-class HostBackend(Backend[HostBuffers]):
+class HostBackend(Backend):
     """A library that runs graphs over NumPy arrays; see `Backend`.
 
     Attributes:
@@ -109,6 +69,9 @@ class HostBackend(Backend[HostBuffers]):
             longer be in the cache, while memory from the allocator often is.
     """
 
+    # More calls at a time would take longer, and each has buffers of its own.
+    most_executions = max(4, usable_cores())
+
     library: ClassVar[str]
     update: ClassVar[str]
     free_bytes: ClassVar[int] = 32 * 2**20
@@ -118,8 +81,14 @@ class HostBackend(Backend[HostBuffers]):
         """A tensor of the library over an array's memory."""
 
     @abstractmethod
-    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
-        """Prepare to run a graph over buffers."""
+    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
+        """Prepare to run a graph.
+
+        Args:
+            graph: its name.
+            bucket: the padded shape.
+            tensors: what it reads and writes, by the names of its inputs and outputs.
+        """
 
     @abstractmethod
     def read(self, name: str) -> Any:
@@ -160,8 +129,11 @@ class HostBackend(Backend[HostBuffers]):
             ) from error
 
 
-class HostExecution(Execution[HostBuffers]):
-    """Runs segments that are prepared over arrays; see `Execution`."""
+class HostExecution(Execution):
+    """Runs segments that are prepared over arrays; see `Execution`.
+
+    A buffer is an array, and the tensor of the library over its memory.
+    """
 
     lookahead = False
 
@@ -169,12 +141,12 @@ class HostExecution(Execution[HostBuffers]):
         super().__init__(backend, backend.free_bytes)
         self._backend = backend
 
-    def enqueue(self, segment: int, hidden: Hidden[HostBuffers]) -> Ready:
+    def enqueue(self, hidden: Hidden) -> Outputs:
         """Run a segment; its outputs are ready when this returns."""
-        graph = f"segment {segment + 1}"
+        graph = f"segment {hidden.segment + 1}"
         try:
-            runs, ready = hidden.buffers.step(segment)
-            for graph, run in runs:  # noqa: B007 (errors name the graph)
+            step: _Step = self._step(hidden)
+            for graph, run in step.runs:  # noqa: B007 (errors name the graph)
                 run()
         except self._backend.failures() as error:
             raise BackendError(
@@ -187,30 +159,41 @@ class HostExecution(Execution[HostBuffers]):
                     "long texts fail, give a smaller `max_length`"
                 ),
             ) from error
-        hidden.segment = segment + 1
-        return ready if hidden.rows == hidden.bucket.batch else ready.first(hidden.rows)
+        hidden.segment += 1
+        logits = step.logits[: hidden.rows]
+        return lambda: logits
 
-    def _make(self, bucket: Bucket) -> HostBuffers:
-        return HostBuffers(self._backend, bucket)
+    def _allocate(self, spec: TensorSpec, bucket: Bucket) -> tuple[NDArray[Any], Any]:
+        shape = shape_of(spec, bucket)
+        try:
+            array = _aligned(shape, dtype_of(spec))
+        except MemoryError as error:
+            raise BackendError(f"no room for {spec.name} of shape {shape}", _LESS_MEMORY) from error
+        return array, self._backend.tensor(array, spec)
 
-    def _write(self, buffers: HostBuffers, encoded: Sequence[EncodedRow]) -> None:
+    def _prepare(self, hidden: Hidden) -> _Step:
+        stage, runs = self._stages[hidden.segment], []
+        for graph, buffers in stage.calls:
+            tensors = {name: self._buffer(hidden, place)[1] for name, place in buffers.items()}
+            runs.append((graph, self._backend.bind(graph, hidden.bucket, tensors)))
+            hidden.nbytes += _BINDING_BYTES
+        return _Step(runs, self._buffer(hidden, stage.logits)[0])
+
+    def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
         for name, buffer in self._stages[0].live.items():
-            write_rows(buffers.buffer(buffer)[0], name, encoded, self._padding[name])
+            write_rows(self._buffer(hidden, buffer)[0], name, encoded, self._padding[name])
 
     def _gather(
-        self,
-        spec: TensorSpec,
-        buffer: BufferName,
-        sources: Sequence[tuple[HostBuffers, Rows]],
-        target: HostBuffers,
-    ) -> None:
-        out = target.buffer(buffer)[0]
+        self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
+        target: Hidden,
+    ) -> None:  # fmt: skip
+        out = self._buffer(target, buffer)[0]
         axis = spec.shape.index("sequence") if "sequence" in spec.shape else None
         # Attention never reads the hidden states of padding, so they only have to be finite.
         fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
         position = 0
-        for buffers, numbers in sources:
-            source = buffers.buffer(buffer)[0]
+        for hidden, numbers in sources:
+            source = self._buffer(hidden, buffer)[0]
             part = out[position : position + len(numbers)]
             position += len(numbers)
             if axis is None or source.shape[axis] == out.shape[axis]:
@@ -223,11 +206,10 @@ class HostExecution(Execution[HostBuffers]):
             part[(slice(None), *inside[:-1], slice(width, None))] = fill
         out[position:] = fill
 
-    def _crop(
-        self, spec: TensorSpec, buffer: BufferName, source: HostBuffers, target: HostBuffers
-    ) -> None:
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
         ends = [target.bucket.sequence if size == "sequence" else None for size in spec.shape]
-        target.buffer(buffer)[0][...] = source.buffer(buffer)[0][tuple(map(slice, ends))]
+        wide = self._buffer(source, buffer)[0]
+        self._buffer(target, buffer)[0][...] = wide[tuple(map(slice, ends))]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ changes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from ..artifact.folder import verified_graph
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import MissingExtraError, first_line
 from ..machine import usable_cores
-from .base import Bucket, GraphCall, dtype_of, shape_of
-from .host import HostBackend, HostBuffers, Run
+from .base import Bucket, dtype_of, shape_of
+from .host import HostBackend, Run
 from .one_graph import one_graph
 
 logger = logging.getLogger(__name__)
@@ -66,15 +67,16 @@ class OnnxRuntimeBackend(HostBackend):
         """An `OrtValue` over an array's memory."""
         return _value(array)
 
-    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
-        """Bind the session to buffers, and to the choice of a graph."""
-        session = self.graph(call.graph)
+    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
+        """Bind the session to tensors, and to the choice of a graph."""
+        session = self.graph(graph)
         binding = session.io_binding()
-        inputs = {name: buffers.buffer(buffer)[1] for name, buffer in call.inputs}
-        for name, value in (self._unread | self._choices[call.graph] | inputs).items():
+        outputs = tensors.keys() & self._outputs.keys()
+        for name in outputs:
+            binding.bind_ortvalue_output(self._outputs[name], tensors[name])
+        inputs = {name: tensors[name] for name in tensors.keys() - outputs}
+        for name, value in (self._unread | self._choices[graph] | inputs).items():
             binding.bind_ortvalue_input(name, value)
-        for name, buffer in call.outputs:
-            binding.bind_ortvalue_output(self._outputs[name], buffers.buffer(buffer)[1])
         return partial(session.run_with_iobinding, binding)
 
     def read(self, name: str) -> Any:

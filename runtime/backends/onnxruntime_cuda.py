@@ -94,9 +94,6 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         sizes = tuple(2**power for power in range(rows.bit_length()) if 2**power < rows)
         return Limits(rows, longest, _GROUP_TOKENS, (*sizes, rows), (*steps, longest))
 
-    def check_bucket(self, bucket: Bucket) -> None:
-        """Accept every shape."""
-
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
     ) -> SessionRunner:
@@ -145,7 +142,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         return session
 
     def _free(self) -> None:
-        self._loaded.clear()  # sessions must be freed before the stream that they use
+        super()._free()  # sessions must be freed before the stream that they use
         self.cuda.destroy_stream(self.stream)
 
 

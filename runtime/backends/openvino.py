@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -29,8 +30,8 @@ from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest,
 from ..errors import BackendError, MissingExtraError, first_line
 from ..machine import cpu_info, usable_cores
 from . import compiled_cache
-from .base import GraphCall, Limits
-from .host import HostBackend, HostBuffers, Run
+from .base import Bucket, Limits
+from .host import HostBackend, Run
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _MOST_FREED = 2**28
 
 
+_may_keep_memory = False
+
+
 @dataclass(eq=False)
 class Compiled:
     """A compiled graph.
@@ -61,7 +65,7 @@ class Compiled:
     Attributes:
         model: the compiled model.
         memory: its constants, if they are in a mapped file, which must stay open with the model.
-        shares_memory: whether it frees its working memory after each run.
+        shares_memory: whether it may free its working memory after a run.
         has_run: whether it has run, so that its weights are packed and the constants are not read
             again.
     """
@@ -71,10 +75,15 @@ class Compiled:
     shares_memory: bool
     has_run: bool = False
 
-    def run(self, request: Any) -> None:
-        """Run an infer request of this graph."""
+    def run(self, request: Any, is_alone: bool) -> None:
+        """Run an infer request of this graph.
+
+        Args:
+            request: the request.
+            is_alone: whether it is for a single row, whose working memory is small.
+        """
         request.infer(share_outputs=True)
-        if self.shares_memory:
+        if self.shares_memory and not is_alone:
             with suppress(RuntimeError):  # another thread runs it, and will free it afterwards
                 self.model.release_memory()
         if not self.has_run:
@@ -150,13 +159,13 @@ class OpenVinoBackend(HostBackend):
             return ov.Tensor(array, array.shape, ov.Type.bf16)
         return ov.Tensor(array, shared_memory=True)
 
-    def bind(self, call: GraphCall, buffers: HostBuffers) -> Run:
+    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
         """An infer request with its tensors set."""
-        compiled: Compiled = self.graph(call.graph)
+        compiled: Compiled = self.graph(graph)
         request = compiled.model.create_infer_request()
-        for name, buffer in (*call.inputs, *call.outputs):
-            request.set_tensor(name, buffers.buffer(buffer)[1])
-        return partial(compiled.run, request)
+        for name, tensor in tensors.items():
+            request.set_tensor(name, tensor)
+        return partial(compiled.run, request, bucket.batch == 1)
 
     def read(self, name: str) -> Compiled:
         """A compiled model, from the cache if possible."""
@@ -218,21 +227,32 @@ def can_share_memory(model: Any) -> bool:
 
     OpenVINO 2026.4 does not allocate the memory of RoPE nodes again, so their next run fails.
     """
-    if not keeps_freed_memory():
+    if not _may_keep_memory or not keeps_freed_memory():
         return False
     nodes = model.get_runtime_model().get_ops()
     return all(node.get_rt_info()["layerType"].astype(str) != "RoPE" for node in nodes)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MiB of freed memory, as soon as a graph is loaded.
+
+    This is for the whole process, so only commands do it, and applications that want it. All
+    segments then share their working memory: each one frees it after it has run a group of rows,
+    and the next one gets it while it is still in the CPU's caches. On a CPU with AVX-512, MiniLM
+    took 1 to 3 % less time for a file, and all segments together 10 % less memory.
+    """
+    global _may_keep_memory
+    _may_keep_memory = True
 
 
 @lru_cache(1)
 def keeps_freed_memory() -> bool:
     """Whether freed memory stays with the process; glibc is told so when this is first asked.
 
-    Then all segments share their working memory: each one frees it after its run, and the next one
-    gets it while it is still in the CPU's caches. Other C libraries return large blocks to the
-    system, and fetch them again page by page, which takes longer than it saves.
+    Other C libraries return large blocks to the system, and fetch them again page by page, which
+    takes longer than it saves. glibc itself does so too, unless it is told.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False  # the user has decided otherwise
     try:
         mallopt = ctypes.CDLL(None).mallopt

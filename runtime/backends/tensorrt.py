@@ -25,7 +25,7 @@ from ..machine import cuda_device
 from . import compiled_cache
 from .base import Bucket, Execution, Limits, shape_of
 from .cuda import check_cuda, extra, required_gpu
-from .device import DeviceBackend, DeviceBuffers, DeviceExecution, Runner
+from .device import DeviceBackend, DeviceExecution, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -188,25 +188,21 @@ class TensorRtBackend(DeviceBackend):
             sequence_lengths=self.target.sequence_lengths,
         )
 
-    def give_back(self, execution: Execution[DeviceBuffers], failed: bool = False) -> None:
+    def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Also keep what the device compiled, because many processes end without closing."""
         if self._compiled is not None and not failed:
             with self._lock:
                 self._compiled.save()
         super().give_back(execution, failed)
 
-    def check_bucket(self, bucket: Bucket) -> None:
-        """Refuse a shape that no profile takes."""
-        self._profile(bucket)
-
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
     ) -> PlanRunner:
         """A runner on the execution's context of a graph and shape."""
-        contexts = execution.shared.setdefault(bucket, {})
-        if graph not in contexts:
-            contexts[graph] = self._context(graph, bucket, execution)
-        return PlanRunner(contexts[graph], list(addresses.items()))
+        context = execution.shared.get((bucket, graph))
+        if context is None:
+            context = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
+        return PlanRunner(context, list(addresses.items()))
 
     def _profile(self, bucket: Bucket) -> int:
         """The narrowest optimization profile for a shape.
@@ -290,6 +286,7 @@ class TensorRtBackend(DeviceBackend):
     def _free(self) -> None:
         if self._compiled is not None:
             self._compiled.save()
+        super()._free()
 
 
 def _cache_key(target: Target, version: str) -> str:

@@ -46,9 +46,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(module, "perf_counter", clock)
     enqueue = HostExecution.enqueue
 
-    def slow(execution: Any, segment: int, hidden: Any) -> Any:
+    def slow(execution: Any, hidden: Any) -> Any:
         clock.now += 0.01
-        return enqueue(execution, segment, hidden)
+        return enqueue(execution, hidden)
 
     monkeypatch.setattr(HostExecution, "enqueue", slow)
     return clock

@@ -66,10 +66,10 @@ class Chain:
         """For each segment, its logits and copies of the tensors after it."""
         hidden = self.execution.begin([row], Bucket(1, len(row)))
         steps = []
-        for segment in range(self.segments):
-            pending = self.execution.enqueue(segment, hidden)
+        for _ in range(self.segments):
+            outputs = self.execution.enqueue(hidden)
             tensors = {name: array.copy() for name, array in self.tensors(hidden).items()}
-            steps.append((pending.result()["logits"].copy(), tensors))
+            steps.append((outputs().copy(), tensors))
         self.execution.release(hidden)
         return steps
 
@@ -79,7 +79,9 @@ class Chain:
             return {}
         live = self.backend.stages[hidden.segment].live
         if self.double is None:
-            found = {name: hidden.buffers.buffer(buffer)[0] for name, buffer in live.items()}
+            found = {
+                name: self.execution._buffer(hidden, buffer)[0] for name, buffer in live.items()
+            }
             return {name: _widened(array) for name, array in found.items()}
         self.double.cuda.synchronize(self.execution.stream)
         tensors = {}
@@ -87,7 +89,7 @@ class Chain:
             spec = self.backend.specs[name]
             shape = shape_of(spec, hidden.bucket)
             size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
-            memory = self.double.cuda.view(hidden.buffers.buffer(buffer), size)
+            memory = self.double.cuda.view(self.execution._buffer(hidden, buffer)[0], size)
             tensors[name] = memory.view(spec.dtype).reshape(shape)
         return tensors
 
@@ -166,8 +168,8 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
     hiddens = []
     for group in groups:
         hidden = chain.begin(group)
-        for segment in range(rest):
-            chain.execution.enqueue(segment, hidden)
+        for _ in range(rest):
+            chain.execution.enqueue(hidden)
         hiddens.append(hidden)
     keeps = [
         data.draw(st.permutations(range(len(group))))[: data.draw(st.integers(0, 5))]
@@ -186,8 +188,8 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
     assert joined.bucket == bucket
     chain.check_tensors(joined, numbers, after=rest - 1)
     for segment in range(rest, chain.segments):
-        pending = chain.execution.enqueue(segment, joined)
-        logits = pending.result()["logits"]
+        outputs = chain.execution.enqueue(joined)
+        logits = outputs()
         assert logits.shape[0] == len(numbers)
         alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
         np.testing.assert_allclose(logits, alone, atol=chain.tolerance)
@@ -200,8 +202,8 @@ def test_padding_changes_nothing(chain: Chain, group: list[int], rows: int, toke
     longest = max(len(chain.rows[number]) for number in group)
     hidden = chain.begin(group, Bucket(len(group) + rows, min(longest + tokens, 64)))
     for segment in range(chain.segments):
-        pending = chain.execution.enqueue(segment, hidden)
-        logits = pending.result()["logits"]
+        outputs = chain.execution.enqueue(hidden)
+        logits = outputs()
         assert logits.dtype == np.float32
         alone = np.concatenate([chain.alone[number][segment][0] for number in group])
         np.testing.assert_allclose(logits, alone, atol=chain.tolerance)
@@ -217,12 +219,12 @@ def test_rows_differ_enough_to_notice_a_mix_up(chain: Chain) -> None:
 
 def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
     hidden = chain.begin([3, 4])
-    pending = chain.execution.enqueue(0, hidden)
-    kept = pending.result()["logits"]
+    outputs = chain.execution.enqueue(hidden)
+    kept = outputs()
     before = kept.copy()
     assert "hidden_states" in chain.tensors(hidden)
     assert "input_ids" not in chain.tensors(hidden), "no later segment reads them"
-    chain.execution.enqueue(1, hidden)
+    chain.execution.enqueue(hidden)
     np.testing.assert_array_equal(kept, before)
     chain.execution.release(hidden)
 
@@ -234,9 +236,9 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)
             for segment in range(chain.segments):
-                pending = execution.enqueue(segment, hidden)
+                outputs = execution.enqueue(hidden)
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
-                np.testing.assert_allclose(pending.result()["logits"], alone, atol=chain.tolerance)
+                np.testing.assert_allclose(outputs(), alone, atol=chain.tolerance)
             execution.release(hidden)
     chain.backend.give_back(fresh)
 
@@ -246,7 +248,7 @@ def test_buffers_in_host_memory_start_at_a_cache_line(chain: Chain) -> None:
         pytest.skip("buffers are on the device")
     hidden = chain.begin([0, 1])
     for name, buffer in chain.backend.stages[0].live.items():
-        assert hidden.buffers.buffer(buffer)[0].ctypes.data % 64 == 0, name
+        assert chain.execution._buffer(hidden, buffer)[0].ctypes.data % 64 == 0, name
     chain.execution.release(hidden)
 
 

@@ -271,7 +271,7 @@ class Calls(RuleBasedStateMachine):
         segment = group.hidden.segment
         if segment < self.segments and len(group.unread) < 2:
             with self.may_fail(group.execution):
-                pending = group.execution.enqueue(segment, group.hidden)
+                pending = group.execution.enqueue(group.hidden)
                 group.unread.append((segment, pending))
 
     @precondition(lambda self: self.lent)
@@ -282,7 +282,7 @@ class Calls(RuleBasedStateMachine):
         with self.may_fail(execution):
             hidden = execution.begin(self.rows[1:3], Bucket(4, 16))
             for segment in range(self.segments):
-                logits = execution.enqueue(segment, hidden).result()["logits"]
+                logits = execution.enqueue(hidden)()
                 np.testing.assert_allclose(logits, self.expected[segment][1:3], atol=1e-5)
             execution.release(hidden)
 
@@ -292,7 +292,7 @@ class Calls(RuleBasedStateMachine):
         group = data.draw(st.sampled_from([group for group in self.groups if group.unread]))
         segment, pending = group.unread.pop(0)
         expected = self.expected[segment][group.numbers]
-        np.testing.assert_allclose(pending.result()["logits"], expected, atol=1e-5)
+        np.testing.assert_allclose(pending(), expected, atol=1e-5)
 
     @precondition(lambda self: self.groups)
     @rule(data=st.data(), length=st.sampled_from([16, 24]))

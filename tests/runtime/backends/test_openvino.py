@@ -24,12 +24,14 @@ from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.cli.run import main as run
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, MissingExtraError, first_line
 from fpabee.runtime.groups import Group
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.openvino import add_openvino
+from ..running import execute
 
 pytest.importorskip("openvino")
 
@@ -408,14 +410,31 @@ class FakeModel:
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
-def test_a_segment_frees_its_memory_after_each_run(is_busy: bool) -> None:
+def test_a_segment_frees_its_memory_after_each_group(is_busy: bool) -> None:
     model = FakeModel(is_busy)
-    compiled = openvino.Compiled(model, None, shares_memory=True)
-    for _ in range(2):
-        compiled.run(model)
-    assert model.done == ["run", "free"] * 2
-    openvino.Compiled(model, None, shares_memory=False).run(model)
-    assert model.done[4:] == ["run"]
+    for shares_memory, is_alone, done in (
+        (True, False, ["run", "free"]),
+        (True, True, ["run"]),
+        (False, False, ["run"]),
+    ):
+        model.done.clear()
+        compiled = openvino.Compiled(model, None, shares_memory)
+        for _ in range(2):
+            compiled.run(model, is_alone)
+        assert model.done == done * 2
+
+
+def test_only_commands_change_how_the_process_frees_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(openvino, "_may_keep_memory", False)
+    monkeypatch.setattr(openvino, "keeps_freed_memory", lambda: asked.append(True))
+    check(folder)
+    assert not asked
+    (folder.parent / "texts.txt").write_text("rain")
+    execute(run, capfd, [folder, folder.parent / "texts.txt", "--target", TARGET, "--quiet"])
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -99,13 +99,13 @@ def test_calls_of_the_driver_to_regroup(
         bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
         for _ in range(2):  # buffers are made first
             hidden = chain.execution.begin(encoded, bucket)
-            chain.execution.enqueue(0, hidden)
+            chain.execution.enqueue(hidden)
             made.cuda.calls.clear()
             kept = chain.execution.regroup([hidden], [keep], bucket)
             calls = made.cuda.calls.copy()
             del calls["put"]  # is not a call of the driver
-            found = chain.execution.enqueue(1, kept).result()["logits"].copy()
-            every = chain.execution.enqueue(1, hidden).result()["logits"]
+            found = chain.execution.enqueue(kept)().copy()
+            every = chain.execution.enqueue(hidden)()
             np.testing.assert_allclose(found, every[keep], atol=1e-5)
             for group in (hidden, kept):
                 chain.execution.release(group)

