@@ -20,11 +20,13 @@ class PairMarks:
         token_type: the type of its tokens; None: types do not tell.
         separators: the special tokens before it.
         after: how many special tokens follow it. A second text without tokens does not count.
+        texts: the separators as texts: where a text contains one, it looks like a pair.
     """
 
     token_type: int | None
     separators: tuple[int, ...]
     after: int
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, uses_types: bool) -> PairMarks | None:
@@ -42,7 +44,8 @@ class PairMarks:
         if uses_types and types[start] not in types[:start]:
             return cls(types[start], (), types[end:].count(types[start]))
         separators = tuple(pair.ids[first_end:start])
-        return cls(None, separators, len(places) - end) if separators else None
+        texts = tuple(pair.tokens[first_end:start])
+        return cls(None, separators, len(places) - end, texts) if separators else None
 
     def second(self, ids: Value, mask: Value, types: Value | None) -> Any:
         """Which tokens belong to the second text: `[batch, sequence]` bool.

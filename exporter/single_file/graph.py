@@ -20,7 +20,6 @@ from ...runtime.artifact.manifest import (
     MASK_FILL,
     NEXT,
     Manifest,
-    TensorSpec,
 )
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
@@ -59,8 +58,8 @@ def single_graph(
         RuleError: the rule has no form as a graph, or does not fit the exits.
     """
     top = Scope("")
-    calls = [manifest.graphs[name] for segment in manifest.segments for name in segment.calls]
-    read = {spec.name for graph in calls for spec in graph.inputs}
+    calls = [name for segment in manifest.segments for name in segment.calls]
+    read = {spec.name for graph in manifest.graphs.values() for spec in graph.inputs}
     inputs = [name for name in (_IDS, MASK, TYPES) if name in {*read, MASK}]
     given = {name: Value(top, name, np.dtype(np.int64), ("batch", "sequence")) for name in inputs}
     padding: Any = given[MASK].astype(np.float32)
@@ -72,15 +71,16 @@ def single_graph(
         is_token = given[MASK].astype(np.bool_)
         logits = exit_0_logits(*exit_0, given[_IDS], is_token, given.get(TYPES))
         state = nodes.step(top, 0, logits, None)
-    weights = _Weights(protos, [name for segment in manifest.segments for name in segment.calls])
-    top.initializers += weights.shared
     for number, segment in enumerate(manifest.segments, start=1):
         scope = top if state is None else Scope(f"exit_{number:02d}/")
         new: State = {}
         for place, name in enumerate(segment.calls):
-            outputs = weights.call(scope, name, f"exit_{number:02d}/{place}/", {**carried, **new})
+            prefix, inside = f"exit_{number:02d}/{place}/", carried | new
+            # A block that is called several times lies outside of the branches.
+            weights = (top, f"{name}/") if calls.count(name) > 1 else (scope, prefix)
+            names = _copy(protos[name], scope, prefix, inside, *weights)
             for spec in manifest.graphs[name].outputs:
-                tensor = Value(scope, outputs[spec.name], _dtype(spec), spec.shape)
+                tensor = Value(scope, names[spec.name], np.dtype(spec.dtype), spec.shape)
                 new[spec.name.removeprefix(NEXT)] = tensor
         after = nodes.step(scope, number, new.pop(LOGITS), state)
         needed = {
@@ -145,66 +145,39 @@ def _branch(scope: Scope, results: Mapping[str, tuple[str, Value]]) -> Any:
     return onnx.helper.make_graph(scope.nodes, scope.prefix[:-1], [], outputs, scope.initializers)
 
 
-class _Weights:
-    """Copies graphs into scopes. What a graph holds is stored once, however often it is called.
+def _copy(
+    proto: Any, scope: Scope, prefix: str, given: State, weights: Scope, of_weights: str
+) -> dict[str, str]:
+    """Add the nodes of a graph to a scope, and its weights unless they are there.
 
     Args:
-        protos: the graphs by name.
-        calls: their names in the order in which they are called.
+        proto: the graph.
+        scope: where its nodes are added.
+        prefix: what their names and those of tensors begin with.
+        given: its inputs, and perhaps other tensors.
+        weights: where its weights are added.
+        of_weights: what the names of the weights begin with.
 
-    Attributes:
-        shared: the initializers of graphs that are called several times, for the top scope.
+    Returns:
+        The new names of its tensors.
     """
-
-    def __init__(self, protos: Mapping[str, Any], calls: list[str]) -> None:
-        self._protos = protos
-        self._shared = {name for name in calls if calls.count(name) > 1}
-        self.shared = [
-            _renamed(tensor, f"{name}/{tensor.name}")
-            for name in sorted(self._shared)
-            for tensor in protos[name].graph.initializer
-        ]
-
-    def call(self, scope: Scope, name: str, prefix: str, given: State) -> dict[str, str]:
-        """Add the nodes of a graph to a scope.
-
-        Args:
-            scope: the scope.
-            name: the graph.
-            prefix: what the new names begin with.
-            given: its inputs, and perhaps other tensors.
-
-        Returns:
-            The new names of its tensors.
-        """
-        graph = self._protos[name].graph
-        names = {value.name: given[value.name].name for value in graph.input}
-        for tensor in graph.initializer:
-            if name in self._shared:
-                names[tensor.name] = f"{name}/{tensor.name}"
-            else:
-                names[tensor.name] = prefix + tensor.name
-                scope.initializers.append(_renamed(tensor, names[tensor.name]))
-        for node in graph.node:
-            names |= {output: prefix + output for output in node.output if output}
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = prefix + node.name
-            copy.input[:] = [names.get(each, "") for each in node.input]
-            copy.output[:] = [names.get(each, "") for each in node.output]
-            scope.nodes.append(copy)
-        return names
-
-
-def _renamed(tensor: Any, name: str) -> Any:
-    copy = onnx.TensorProto()
-    copy.CopyFrom(tensor)
-    copy.name = name
-    return copy
-
-
-def _dtype(spec: TensorSpec) -> np.dtype[Any]:
-    return np.dtype(spec.dtype)
+    names = {value.name: given[value.name].name for value in proto.graph.input}
+    stored = {tensor.name for tensor in weights.initializers}
+    for tensor in proto.graph.initializer:
+        names[tensor.name] = of_weights + tensor.name
+        if names[tensor.name] not in stored:
+            copied = onnx.TensorProto()
+            copied.CopyFrom(tensor)
+            copied.name = names[tensor.name]
+            weights.initializers.append(copied)
+    for node in proto.graph.node:
+        names |= {output: prefix + output for output in node.output if output}
+        inputs, outputs = ([names.get(x, "") for x in each] for each in (node.input, node.output))
+        scope.nodes.append(onnx.NodeProto())
+        scope.nodes[-1].CopyFrom(node)
+        scope.nodes[-1].name = prefix + node.name
+        scope.nodes[-1].input[:], scope.nodes[-1].output[:] = inputs, outputs
+    return names
 
 
 def _info(name: str, value: Value) -> Any:

@@ -85,6 +85,7 @@ def pack(
     point, rule = rule_of(source, manifest, name, operating_point)
     reference, _ = read_reference(source, manifest)
     exit_0, no_exit_0 = _exit_0(source, manifest)
+    separators = exit_0[1].texts if exit_0 else ()
     if no_exit_0:
         manifest = msgspec.structs.replace(manifest, exit_0=None)
         rule = msgspec.structs.replace(rule, exit_0_threshold=None)
@@ -100,7 +101,7 @@ def pack(
         if is_large:
             _move_weights(proto, folder / file)
         progress("verify", 1, 2)
-        rows = [*reference, *texts]
+        rows = [text for text in (*reference, *texts) if not _looks_like_a_pair(text, separators)]
         found = verify(source, manifest, name, rule, proto, folder / file, rows)
         checker.check_model(folder / file)
         exits = manifest.exits
@@ -140,6 +141,15 @@ def _exit_0(source: Path, manifest: Manifest) -> tuple[tuple[ExitZero, PairMarks
     if marks is None:
         return None, "no token types or separators say where the second text of a pair begins"
     return (exit_0, marks), ""
+
+
+def _looks_like_a_pair(text: Text, separators: Sequence[str]) -> bool:
+    """Whether exit 0 of the graph finds a second text that begins in the midst of a text."""
+    return any(
+        token in part
+        for token in separators
+        for part in (text if isinstance(text, tuple) else (text,))
+    )
 
 
 def _move_weights(proto: Any, file: Path) -> None:

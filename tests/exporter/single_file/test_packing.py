@@ -80,7 +80,8 @@ def packed(
 
     def make(family: str, rule: ExitRule | None = None, **options: Any) -> tuple[Path, Packed]:
         folder, target = tmp_path / "engines", options.pop("target", FP32)
-        shutil.copytree(exit_0_engines[family], folder, dirs_exist_ok=True)
+        if not folder.exists():
+            shutil.copytree(exit_0_engines[family], folder)
         set_points(folder, target, fast=rule or RULES[family])
         return folder, pack(folder, tmp_path / "packed", target, "fast", **options)
 
@@ -105,14 +106,14 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: f
 def test_answers_are_those_of_the_engine(
     family: str, given: list[Text], packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
-    folder, _ = packed(family, RULES.get(family, RULES["bert"]))
+    folder, _ = packed(family, RULES.get(family, RULES["mpnet"]))
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
         for size in (1, 64):
             assert_equal(engine, given, in_batches(consumer.onnxruntime, given, size), 1e-5)
         pytest.importorskip("openvino")
         for size, part in ((1, given[:60]), (16, given)):
-            assert_equal(engine, part, in_batches(consumer.openvino(), part, size), 1e-4)
+            assert_equal(engine, part, in_batches(consumer.openvino(), part, size), 2e-5)
 
 
 @pytest.mark.parametrize("family", RULES)
