@@ -232,7 +232,7 @@ def test_int8_graphs_are_packed(
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, INT8, "fast") as engine:
         for size in (1, 8):
-            assert_equal(engine, SINGLE, in_batches(consumer.onnxruntime, SINGLE, size), 1e-3)
+            assert_equal(engine, SINGLE, in_batches(consumer.onnxruntime, SINGLE, size), 2e-5)
 
 
 def test_what_cannot_be_packed_is_refused(
