@@ -47,7 +47,7 @@ def test_node_gives_the_answers_of_the_engine(
     folder = Path(shutil.copytree(exit_0_engines[family], tmp_path / "engines"))
     set_points(folder, FP32, fast=Confidence(threshold=0.6, exit_0_threshold=0.9))
     pack(folder, tmp_path / "packed", FP32, "fast", for_transformers_js=True)
-    # transformers.js cuts off the last special token of long texts, and takes "" for no second text.
+    # transformers.js cuts off the last special token of long texts, and takes "" for no text.
     singles = [text for text in SINGLE[:100] if "rain rain rain" not in text]
     texts = [*singles, *(pair for pair in PAIRS[8:14] if all(pair))]
     (tmp_path / "texts.json").write_text(json.dumps(texts))
