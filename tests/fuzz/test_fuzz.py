@@ -90,9 +90,12 @@ def never_ends(report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "failure"), [(aborts, "exit code -6: .*Aborted"), (never_ends, "within 2 s")]
+    ("function", "seconds", "failure"),
+    [(aborts, 60, "exit code -6: .*Aborted"), (never_ends, 5, "within 5 s")],
 )
-def test_how_a_process_ends(function: Callable[[Report], None], failure: str) -> None:
-    ended = Child(function).wait(2)
+def test_how_a_process_ends(
+    function: Callable[[Report], None], seconds: float, failure: str
+) -> None:
+    ended = Child(function).wait(seconds)
     assert ended.reports == ["before"]
     assert re.search(failure, ended.failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,5 +40,5 @@ def test_it_gives_what_a_plain_folder_gives(snapshot: Path, engines: Mapping[str
     ):
         assert held.predict(TEXTS) == plain.predict(TEXTS)
     shown = CliRunner().invoke(inspect, [str(snapshot), "--check"]).stdout
-    assert "hashes: 6 of 6 files are intact" in shown
+    assert re.search(r"hashes: (\d+) of \1 files are intact", shown)
     assert "reproduces the exported model" in shown
