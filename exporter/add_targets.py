@@ -368,7 +368,5 @@ def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]
     lost = {}
     for name, target in before.targets.items():
         now = after.targets[name].operating_points if name in after.targets else {}
-        gone = tuple(point for point in target.operating_points if point not in now)
-        if gone:
-            lost[name] = gone
-    return lost
+        lost[name] = tuple(point for point in target.operating_points if point not in now)
+    return {name: points for name, points in lost.items() if points}

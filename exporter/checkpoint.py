@@ -306,7 +306,7 @@ def _exit_config(
         )
     every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
     try:
-        named = ProblemType(config.problem_type) if config.problem_type else None
+        task = agreed_problem_type(folder, config, problem_type)
         block = getattr(config, CONFIG_BLOCK, None) or {}
         found = msgspec.convert(every | block, MultiExitConfig)
         if found.last_head is not None:
@@ -342,23 +342,23 @@ def _exit_config(
     return replace(
         found,
         labels=label_names(folder, config, len(first)),
-        problem_type=agreed_problem_type(folder, named, problem_type),
+        problem_type=task,
     )
 
 
-def agreed_problem_type(
-    folder: Path, named: ProblemType | None, asked: ProblemType | None
-) -> ProblemType:
+def agreed_problem_type(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:
     """The task that the checkpoint names or the caller asks for; default: single-label.
 
     Args:
         folder: the model_dir, for the message.
-        named: the task that its configuration names.
+        config: its configuration.
         asked: the task that the caller asks for.
 
     Raises:
         ModelError: they contradict each other.
+        ValueError: the configuration names a task that does not exist.
     """
+    named = ProblemType(config.problem_type) if config.problem_type else None
     if named and asked and named is not asked:
         raise ModelError(
             f"{folder} was trained for {named.value}, not for {asked.value}",

@@ -32,7 +32,9 @@ def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
 
 
 def write_graph(path: Path, file: str, proto: Any) -> Graph:
-    """Write a graph and give its record.
+    """Write a checked graph and give its record; the same graph always gives the same bytes.
+
+    Weights are never kept in other files, because the runtime refuses such graphs.
 
     Args:
         path: where to write it.
@@ -42,8 +44,19 @@ def write_graph(path: Path, file: str, proto: Any) -> Graph:
     Raises:
         ModelError: it is larger than protobuf allows.
     """
+    import onnx
+    from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+
+    try:
+        content = proto.SerializeToString(deterministic=True)
+    except EncodeError as error:
+        raise ModelError(
+            f"{path.name} does not fit into one ONNX file, which holds at most 2 GiB: {error}",
+            "keep more `exits`, so that fewer layers lie between two of them",
+        ) from error
+    onnx.checker.check_model(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(serialized(proto, path.name))
+    path.write_bytes(content)
     graph = proto.graph
     return Graph(
         file=file,
@@ -74,32 +87,6 @@ def strip(proto: Any) -> None:
     for item in [proto, proto.graph, *nodes, *values, *proto.graph.initializer]:
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
-
-
-def serialized(proto: Any, what: str) -> bytes:
-    """The checked content of an ONNX file; the same graph always gives the same bytes.
-
-    Weights are never kept in other files, because the runtime refuses such graphs.
-
-    Args:
-        proto: an `onnx.ModelProto`.
-        what: what the message calls it.
-
-    Raises:
-        ModelError: it is larger than protobuf allows.
-    """
-    import onnx
-    from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
-
-    try:
-        content = bytes(proto.SerializeToString(deterministic=True))
-    except EncodeError as error:
-        raise ModelError(
-            f"{what} does not fit into one ONNX file, which holds at most 2 GiB: {error}",
-            "keep more `exits`, so that fewer layers lie between two of them",
-        ) from error
-    onnx.checker.check_model(content)
-    return content
 
 
 def in_head(node: str) -> bool:

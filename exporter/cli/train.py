@@ -20,7 +20,6 @@ from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
 from ...runtime.machine import require
 from ..training.options import TrainOptions
-from ..training.report import TrainReport
 
 
 @command(
@@ -122,14 +121,10 @@ def main(
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return
-    _print(report)
-    echo(f"{output}: trained in {report.train_seconds:.0f} s")
-    echo(f"next: fpabee-export {shlex.quote(str(output))}")
-
-
-def _print(report: TrainReport) -> None:
     for name, scores in report.scores.items():
         table = Table("exit", "layer", *scores[0], title=f"{name}: scores of every exit")
         for number, layer, row in zip(report.numbers, report.exits, scores, strict=True):
             table.add_row(str(number), str(layer), *(f"{value:.4f}" for value in row.values()))
         table_console().print(table)
+    echo(f"{output}: trained in {report.train_seconds:.0f} s")
+    echo(f"next: fpabee-export {shlex.quote(str(output))}")

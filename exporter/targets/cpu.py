@@ -8,7 +8,6 @@ bf16 if the CPU has it. The default target is the fastest target, as measured on
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from ...runtime.backends.openvino import has_bf16, rest_precision
 from ...runtime.encoding import Text
 from ...runtime.progress import Progress
 from ...runtime.targets import why_not
-from ..onnx_file import serialized
+from ..onnx_file import write_graph
 from ..staging import replacing
 from .backends import CPU_BACKENDS, INT8, OPENVINO, unavailable_reason, version_of
 from .check import Checked, check_target, engine_of, exact_logits
@@ -124,11 +123,10 @@ def add_int8(
     files = {}
     with replacing(place) as temporary:
         for name, proto in quantized.items():
-            content = serialized(proto, name)
-            sha256 = hashlib.sha256(content).hexdigest()
+            sha256 = write_graph(temporary / name, "", proto).sha256
             # Another name for other content: the manifest of an older target stays true.
             file = f"{name}-{sha256[:8]}.onnx"
-            (temporary / file).write_bytes(content)
+            (temporary / name).rename(temporary / file)
             files[name] = BuiltFile(
                 file=f"{INT8_FOLDER}/{file}",
                 sha256=sha256,
@@ -186,7 +184,11 @@ def with_fastest_default(
         The manifest with the measured speeds and the default target, and one line which says what
         the default target is and why; empty if there is only one target for CPUs.
     """
-    names = [name for name in manifest.targets if _runs_on_cpu(manifest, name)]
+    names = [
+        name
+        for name, target in manifest.targets.items()
+        if target.backend in CPU_BACKENDS and not target.device and not why_not(manifest, name)
+    ]
     if len(names) < 2:
         return manifest, ""
     progress("measure the targets", 0, 1)
@@ -219,12 +221,6 @@ def with_fastest_default(
         chosen = fastest
     changed = msgspec.structs.replace(manifest, targets=targets, default_target=chosen)
     return changed, f"default target: {chosen}, {why}"
-
-
-def _runs_on_cpu(manifest: Manifest, name: str) -> bool:
-    target = manifest.targets[name]
-    is_for_cpus = target.backend in CPU_BACKENDS and not target.device
-    return is_for_cpus and why_not(manifest, name) is None
 
 
 def _seconds(folder: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, list[float]]:

@@ -40,20 +40,16 @@ def lowered_nodes(proto: Any) -> frozenset[str]:
     )
 
 
-def lowered_tensors(proto: Any) -> frozenset[str]:
-    """The names of the inputs and outputs of an fp32 graph that are fp16 in the lowered graph."""
-    ends = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    return frozenset(ends & _float_values(proto) - {*_FP32_TENSORS})
-
-
 def lower(proto: Any) -> Any:
     """A copy of an fp32 graph, an `onnx.ModelProto`, that computes in fp16.
 
     Raises:
         ModelError: a weight does not fit into fp16.
     """
-    nodes, tensors = lowered_nodes(proto), lowered_tensors(proto)
-    floats = _float_values(proto)
+    nodes, floats = lowered_nodes(proto), _float_values(proto)
+    # The inputs and outputs that become fp16.
+    tensors = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    tensors = (tensors & floats) - {*_FP32_TENSORS}
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     result = onnx.ModelProto()
     result.CopyFrom(proto)

@@ -83,7 +83,10 @@ def build_target(
         is_rtx = str(int(backend == RTX))
         error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
         if error:
-            raise BackendError(f"{name}: {graph_name}: {error}", _hint(error))
+            hint = "run the graphs without plans, on onnxruntime-fp32, and please report this"
+            if lacks_memory(error):
+                hint = "free some memory, or build for smaller shapes"
+            raise BackendError(f"{name}: {graph_name}: {error}", hint)
         files[graph_name] = BuiltFile(
             file=plan.relative_to(folder).as_posix(),
             sha256=sha256_of(plan),
@@ -103,9 +106,3 @@ def build_target(
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,
     )
-
-
-def _hint(error: str) -> str:
-    if lacks_memory(error):
-        return "free some memory, or build for smaller shapes"
-    return "run the graphs without plans, on onnxruntime-fp32, and please report this"

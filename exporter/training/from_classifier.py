@@ -53,8 +53,7 @@ class Classifier:
                 f"{self.folder} is a regression model, which has no classes",
                 "give a classifier with at least two labels",
             )
-        named = ProblemType(config.problem_type) if config.problem_type else None
-        self.problem_type = agreed_problem_type(self.folder, named, problem_type)
+        self.problem_type = agreed_problem_type(self.folder, config, problem_type)
         self.model = _load(self.folder)
         parts = family_of(config.model_type)(self.model.base_model).classifier_parts()
         outputs = self.model.get_submodule(parts.classifier).out_features
@@ -84,7 +83,6 @@ class Classifier:
         layers = len(backbone.layers())
         exits = exits or tuple(range(1, layers + 1))
         exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
-        exit_config.validate(layers)
         if exits[-1] != layers:
             raise ModelError(
                 f"the classifier has its head after layer {layers}, but the last of the exits "

@@ -93,11 +93,7 @@ def train(
         for name, source in sources.items()
         if source
     }
-    if options.in_place:
-        model, tokenizer = load_model(output, options.problem_type)
-    else:
-        labels = teacher.labels if teacher else label_names(rows["train"], options.train)
-        model, tokenizer = build_model(options, labels, teacher)
+    model, tokenizer = build_model(output, options, teacher, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
     padding = {"input_ids": pad_id(tokenizer, model)}
@@ -174,27 +170,26 @@ def has_fast_bf16() -> bool:
     return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in slow
 
 
-def load_model(folder: Path, problem_type: ProblemType | None) -> tuple[MultiExitModel, Any]:
-    """The model in a folder, and its tokenizer.
-
-    Raises:
-        ModelError: the folder does not hold a multi-exit model.
-    """
-    if not folder.is_dir():  # the hub has no place for what is added
-        raise ModelError(f"model_dir {folder} does not exist", TRAIN)
-    model = load_checkpoint(folder, problem_type, attention=None)
-    return model, load_tokenizer(folder, model)
-
-
 def build_model(
-    options: TrainOptions, labels: tuple[str, ...], teacher: Classifier | None = None
+    output: Path, options: TrainOptions, teacher: Classifier | None, rows: Sequence[Row]
 ) -> tuple[MultiExitModel, Any]:
-    """The model to train, from an encoder or a classifier, and its tokenizer.
+    """The model to train, from an encoder or a classifier or in the output folder; its tokenizer.
+
+    Args:
+        output: the output folder.
+        options: the settings.
+        teacher: the classifier that gets exits, if there is one.
+        rows: the training rows, which name the labels of a new model.
 
     Raises:
-        ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
+        ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it; or
+            there is no model to add exit 0 to.
     """
-    if teacher:
+    if options.in_place:
+        if not output.is_dir():  # the hub has no place for what is added
+            raise ModelError(f"model_dir {output} does not exist", TRAIN)
+        folder, model = output, load_checkpoint(output, options.problem_type, attention=None)
+    elif teacher:
         folder, exits = teacher.folder, options.exits
         if options.exit_0_only:
             exits = (int(teacher.model.config.num_hidden_layers),)
@@ -205,6 +200,7 @@ def build_model(
         encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
         exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
         problem_type = options.problem_type or ProblemType.SINGLE_LABEL
+        labels = label_names(rows, options.train)
         exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
         model = MultiExitModel(encoder, exit_config.with_hidden_layers())
     if options.freeze_encoder:

@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
-import onnx
 import pytest
 
 from fpabee.exporter import ExportOptions, export, segments
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Graph
 
 from ..conftest import MadeOnce
@@ -44,29 +41,6 @@ def ready_graphs(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -
         return graphs[path.stem]
 
     monkeypatch.setattr(segments, "export_graph", copy)
-
-
-@pytest.fixture
-def spoil_segment_2(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets exports write a bias into segment 2 that is too large by an amount."""
-
-    def spoil(amount: float) -> None:
-        right = segments.export_graph
-
-        def wrong(model: Any, module: Any, path: Path, file: str) -> Graph:
-            graph = right(model, module, path, file)
-            if path.name != "segment_02.onnx":
-                return graph
-            proto = onnx.load(path)
-            weight = next(w for w in proto.graph.initializer if w.name == "head.classifier.bias")
-            values = onnx.numpy_helper.to_array(weight) + np.float32(amount)
-            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-            onnx.save(proto, path)
-            return msgspec.structs.replace(graph, sha256=sha256_of(path))
-
-        monkeypatch.setattr(segments, "export_graph", wrong)
-
-    return spoil
 
 
 @pytest.fixture

@@ -85,19 +85,23 @@ def test_the_full_graph_runs_in_the_target_of_the_chain(
     assert PADDED_32 in report.workloads[-1].seconds
 
 
-def test_report_and_progress(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_and_progress(
+    exit_0_engines: Mapping[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a rule by which no layer runs, so that layers have no ratio."""
     told: list[tuple[str, int, int]] = []
     few(monkeypatch, (1, 8), repeats=2)
-    folder = engines["bert"]
+    folder, rule = exit_0_engines["bert"], Entropy(threshold=0.0, exit_0_threshold=0.0)
     with Engine.load(folder) as engine:
-        rule = Budget(exit=1)
         report = run_bench(folder, engine, rule, TEXTS, progress=lambda *state: told.append(state))
     names = [workload.name for workload in report.workloads]
     assert names == ["1 x 8 tokens", "file, batch 1 (4 texts)", "file, all 4 texts"]
     assert set(report.workloads[0].seconds) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE}
     assert PADDED_32 in report.workloads[-1].seconds
     for workload in report.workloads:
-        assert (workload.theoretical, workload.mean_depth) == (3.0, 1.0)
+        assert workload.mean_depth == 0
         assert all(min(seconds) > 0 for seconds in workload.seconds.values())
     assert told[0] == ("load", 0, 1)
     assert told[1:] == [
@@ -105,33 +109,19 @@ def test_report_and_progress(engines: Mapping[str, Path], monkeypatch: pytest.Mo
         for name, units in zip(names, (16, 4, 1), strict=True)
         for done in range(units + 1)
     ]
-
-
-def test_a_rule_by_which_no_layer_runs(
-    exit_0_engines: Mapping[str, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    few(monkeypatch, repeats=1)
-    with Engine.load(exit_0_engines["bert"]) as engine:
-        rule = Entropy(threshold=0.0, exit_0_threshold=0.0)
-        report = run_bench(exit_0_engines["bert"], engine, rule, TEXTS)
-    assert {workload.mean_depth for workload in report.workloads} == {0.0}
     print_report(report)
-    assert capsys.readouterr().out.count("no layers") == 2
+    assert capsys.readouterr().out.count("no layers") == 3
 
 
-def test_command_prints_json(
+def test_the_command_prints_json_or_a_table_that_is_not_cut(
     engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few(monkeypatch, repeats=1)
+    few(monkeypatch, (1, 8), (2, 8), repeats=1)
     texts = tmp_path / "rows.jsonl"
     texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     command = [str(engines["bert"]), "--input", str(texts), "--depth", "0.8"]
-    columns = ["--text-column", "body"]
-
-    result = CliRunner().invoke(main, [*command, *columns, "--json"])
-
+    command += ["--text-column", "body"]
+    result = CliRunner().invoke(main, [*command, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["rule"]["name"] == "fpabee"
@@ -141,6 +131,15 @@ def test_command_prints_json(
         trace = engine.trace(TEXTS, rule=ExitRule.from_dict(report["rule"]))
     layers = (trace.exits * trace.lengths).sum()
     assert whole["theoretical"] == pytest.approx(3 * trace.lengths.sum() / layers)
+
+    result = CliRunner().invoke(main, command)
+    lines = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in lines[0][1:3]] == ["workload", FULL_GRAPH]
+    assert len(lines) == 2 + 4
+    assert {len(line) for line in lines} == {7 + 2}
+    assert f"file, all {len(TEXTS)} texts" in lines[-1][1]
+    assert "Rule: fpabee jskd" in result.stdout
+    assert "full graph over padded batches of 32 in file order takes" in result.stdout
 
 
 def test_the_speed_up_is_that_of_the_times_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,24 +152,6 @@ def test_the_speed_up_is_that_of_the_times_beside_it(capsys: pytest.CaptureFixtu
     (row,) = (line.split("|")[1:-1] for line in shown.splitlines() if "| file" in line)
     assert [cell.strip() for cell in row[1:5]] == ["90.0", "90.0 (1.00x)", "63.3", "1.42x"]
     assert "takes 180.0 ms per 256 texts, 2.8x as long" in shown
-
-
-def test_the_table_is_markdown_and_not_cut_in_a_file(
-    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few(monkeypatch, (1, 8), (2, 8), repeats=1)
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(TEXTS))
-    command = [str(engines["bert"]), "--input", str(texts)]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
-    lines = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in lines[0][1:3]] == ["workload", FULL_GRAPH]
-    assert len(lines) == 2 + 4
-    assert {len(line) for line in lines} == {7 + 2}
-    assert f"file, all {len(TEXTS)} texts" in lines[-1][1]
-    assert "Rule: fpabee jskd 0.1; mean depth" in result.stdout
-    assert "full graph over padded batches of 32 in file order takes" in result.stdout
 
 
 def test_the_time_of_a_unit_is_the_median_of_its_repeats(

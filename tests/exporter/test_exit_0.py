@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,16 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
 
 
 def test_a_model_dir_may_be_a_disk_of_its_own(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = Path.replace
+    """New files are made in it, because they could not be moved from another disk."""
+    places, make = list[Path](), tempfile.TemporaryDirectory
 
-    def from_the_same_disk(file: Path, target: Path) -> Path:
-        assert file.is_relative_to(bert), "a file cannot be moved from another disk"
-        return replace(file, target)
+    def noted(**given: Any) -> Any:
+        places.append(given["dir"])
+        return make(**given)
 
-    monkeypatch.setattr(Path, "replace", from_the_same_disk)
-    names = {path.name for path in bert.iterdir()}
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", noted)
     save_exit_0(bert, random_exit_0(200, 3), SINGLE)
-    assert {path.name for path in bert.iterdir()} == names
+    assert places == [bert]
 
 
 def test_vocabularies_of_more_than_65536_tokens_share_unigrams() -> None:
@@ -135,16 +136,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (lambda folder: (folder / EXIT_0_FILE).unlink(), "is missing, but config.json"),
     "a folder": (into_folder, "is missing, but config.json"),
     "cut": (cut, "is not an exit 0: "),
-    "no safetensors": (lambda f: (f / EXIT_0_FILE).write_bytes(b"x" * 99), "is not an exit 0: "),
     "an array is missing": (change(bias=None), "it lacks the arrays bias"),
     "NaN": (change(table=NAN), "it holds numbers that are not finite"),
-    "buckets": (change(table=NAN[:260]), "60 buckets, which is not a power of two"),
     "other buckets": (
         change(table=(NAN[:232] == 0).astype(np.float16)),
         "it has 32 buckets, expected 64",
     ),
     "float32": (change(table=NAN.astype(np.float32)), "its table, weights and bias are"),
-    "shapes": (change(bias=np.ones(4, np.float32)), "its table, weights and bias are"),
     "vocabulary": (
         lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
         "another vocabulary: it has 1000 unigrams, expected 200",
@@ -193,11 +191,3 @@ def test_an_export_has_exit_0_and_keeps_it_in_one_graph(
         expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
         np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
         assert len(logits) == len(manifest.exit_layers)
-
-
-def test_an_export_refuses_a_wrong_exit_0(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
-    source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
-    save_exit_0(source, random_exit_0(load_config(source).vocab_size, 5), SINGLE)
-    with pytest.raises(ModelError, match="gives 5 logits for 4 labels"):
-        export(source, tmp_path / "engines")
-    assert not (tmp_path / "engines").exists()

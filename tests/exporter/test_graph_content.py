@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.merge import write_one_graph
-from fpabee.exporter.onnx_file import serialized
+from fpabee.exporter.onnx_file import write_graph
 from fpabee.exporter.targets.lowering import lower
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.untrusted import graph_content
@@ -235,9 +235,11 @@ def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
     assert not any(a.HasField("g") or a.graphs for node in nodes for a in node.attribute)
 
 
-def test_a_graph_that_is_too_large_for_a_file_is_refused() -> None:
+def test_a_graph_that_is_too_large_for_a_file_is_refused(tmp_path: Path) -> None:
     beyond = Mock(side_effect=EncodeError("Failed to serialize proto"))
+    proto, path = SimpleNamespace(SerializeToString=beyond), tmp_path / "segment_01.onnx"
     with pytest.raises(
         ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more `exits`"
     ):
-        serialized(SimpleNamespace(SerializeToString=beyond), "segment_01.onnx")
+        write_graph(path, "", proto)
+    assert not path.exists()

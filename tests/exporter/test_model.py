@@ -1,4 +1,4 @@
-"""The multi-exit model gives the logits of a plain Hugging Face forward pass."""
+"""Every family gives the logits of a plain Hugging Face forward pass: whole, cut, and exported."""
 
 from __future__ import annotations
 
@@ -6,20 +6,87 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AlbertConfig
+from transformers import (
+    AlbertConfig,
+    AutoTokenizer,
+    DebertaV2Config,
+    ElectraConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
 
+from fpabee.exporter import segments
 from fpabee.exporter.backbones import _FAMILIES, build_encoder, family_of
+from fpabee.exporter.backbones.base import attention_bias
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.model import MultiExitModel
+from fpabee.runtime import Engine, Entropy, simulate
 from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
-LENGTHS = (9, 4, 1, 7)
+LENGTHS = (33, 40, 1, 12)
+SMALL: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+DEBERTA = SMALL | {"relative_attention": True, "pos_att_type": "p2c|c2p", "type_vocab_size": 2}
+MODERN = SMALL | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 6}
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
+GROUPS = SMALL | {"num_hidden_layers": 4, "embedding_size": 8}
+DEBERTA_CONFIG: Any = DebertaV2Config  # whose settings are not all declared
+# Settings that published models of a family differ in.
+VARIANTS: dict[str, PreTrainedConfig] = {
+    "albert with two groups": AlbertConfig(**GROUPS, num_hidden_groups=2),
+    "albert with two layers in a group": AlbertConfig(**GROUPS, inner_group_num=2),
+    "albert without shared layers": AlbertConfig(**GROUPS, num_hidden_groups=4),
+    "deberta-v2 with projections of its own": DEBERTA_CONFIG(**DEBERTA, share_att_key=False),
+    "deberta-v2 with buckets": DEBERTA_CONFIG(**DEBERTA, position_buckets=6, share_att_key=True),
+    "deberta-v2 with a convolution": DEBERTA_CONFIG(**DEBERTA, conv_kernel_size=5, conv_act="gelu"),
+    "deberta-v2 with normed positions": DEBERTA_CONFIG(**DEBERTA, norm_rel_ebd="layer_norm"),
+    "deberta-v2 with a shorter reach": DEBERTA_CONFIG(**DEBERTA, max_relative_positions=4),
+    "deberta-v2 with narrow embeddings": DEBERTA_CONFIG(**DEBERTA, embedding_size=8),
+    "deberta-v2 with one term": DEBERTA_CONFIG(**DEBERTA | {"pos_att_type": "c2p"}),
+    "deberta-v2 without relative attention": DEBERTA_CONFIG(**SMALL),
+    "electra with wide embeddings": ElectraConfig(**SMALL, embedding_size=16),
+    "electra with narrow embeddings": ElectraConfig(**SMALL, embedding_size=8),
+    "modernbert with local layers alone": ModernBertConfig(
+        **MODERN, layer_types=["sliding_attention"] * 3
+    ),
+    "modernbert with one global layer": ModernBertConfig(
+        **MODERN,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 7.0}},
+    ),
+    "modernbert with biases": ModernBertConfig(**MODERN, norm_bias=True, attention_bias=True),
+    "roberta that pads with 0": RobertaConfig(
+        **SMALL | {"max_position_embeddings": 41}, type_vocab_size=1
+    ),
+}
+
+
+def small_model(config: PreTrainedConfig, exits: tuple[int, ...]) -> MultiExitModel:
+    torch.manual_seed(7)
+    encoder = build_encoder(config)
+    for parameter in encoder.parameters():
+        if parameter.ndim == 1:  # otherwise they are all 0, or all 1
+            torch.nn.init.normal_(parameter, std=0.3)
+    return MultiExitModel(encoder, MultiExitConfig(exits, ("a", "b"))).eval()
 
 
 def with_config(model: MultiExitModel, **changes: Any) -> MultiExitModel:
@@ -37,13 +104,12 @@ def with_config(model: MultiExitModel, **changes: Any) -> MultiExitModel:
 def batch(model: MultiExitModel) -> dict[str, Tensor]:
     """Rows of several lengths with two sentence types, padded."""
     torch.manual_seed(1)
-    shape = (len(LENGTHS), max(LENGTHS))
-    mask = (torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
-    ids = torch.randint(5, 60, shape)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(5, 60, mask.shape)
     inputs = {"input_ids": torch.where(mask == 1, ids, model.backbone.config.pad_token_id)}
     inputs["attention_mask"] = mask
     if model.backbone.token_types:
-        inputs["token_type_ids"] = torch.randint(0, 2, shape) * mask
+        inputs["token_type_ids"] = torch.randint(0, 2, mask.shape) * mask
     return inputs
 
 
@@ -82,8 +148,11 @@ def test_logits_are_those_of_a_plain_forward_pass(
     family: str, pooling: Pooling, hidden_layers: int, tiny_models: Mapping[str, Path]
 ) -> None:
     model = load_checkpoint(tiny_models[family])
-    model = with_config(model, pooling=pooling, hidden_layers=hidden_layers)
     inputs = batch(model)
+    if pooling is model.exit_config.pooling:
+        fast = load_checkpoint(tiny_models[family], attention=None)
+        torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=0, atol=1e-5)
+    model = with_config(model, pooling=pooling, hidden_layers=hidden_layers)
     logits = model(**inputs)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, by_hand(model, inputs), rtol=0, atol=1e-5)
@@ -93,62 +162,110 @@ def test_logits_are_those_of_a_plain_forward_pass(
     assert torch.equal(fewer(**inputs), logits[first:])
 
 
-@pytest.mark.parametrize(("groups", "inner"), [(2, 1), (1, 2), (4, 1)])
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_albert_layers_are_called_in_the_order_of_their_groups(groups: int, inner: int) -> None:
-    torch.manual_seed(0)
-    config = AlbertConfig(
-        vocab_size=64,
-        embedding_size=8,
-        hidden_size=16,
-        num_hidden_layers=4,
-        intermediate_size=24,
-        num_attention_heads=2,
-        num_hidden_groups=groups,
-        inner_group_num=inner,
-        initializer_range=0.5,
-    )
-    model = MultiExitModel(build_encoder(config), MultiExitConfig((1, 2, 3, 4), ("a", "b"))).eval()
+def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str) -> None:
+    config = VARIANTS[variant]
+    exits = tuple(range(1, config.num_hidden_layers + 1))
+    model = small_model(config, exits)
     inputs = batch(model)
-    torch.testing.assert_close(model(**inputs), by_hand(model, inputs), rtol=0, atol=1e-5)
-    assert model.backbone.shared_layers is (groups < 4)
+    expected, mask = model(**inputs), inputs["attention_mask"]
+    torch.testing.assert_close(expected, by_hand(model, inputs), rtol=0, atol=1e-5)
+    assert expected.std(dim=(1, 2)).min() > 1e-2
+    cut = segments.cut(model, exits)
+    for length in (40, 17):
+        state = {name: inputs[name][:, :length] for name in inputs if name != "attention_mask"}
+        state["attention_bias"] = attention_bias(mask[:, :length])
+        logits = []
+        for name in (call for segment in cut.segments for call in segment.calls):
+            outputs = cut.modules[name](state)
+            logits += [outputs["logits"]] if "logits" in outputs else []
+            state |= {key.removeprefix("next_"): value for key, value in outputs.items()}
+        rows = mask.sum(dim=1) <= length
+        assert (torch.stack(logits) - expected)[:, rows].abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("exits", "message"),
-    [
+TEXTS: tuple[Text, ...] = (
+    "good film",
+    "",
+    "the plot is bad but the music is good and the film is not",
+    ("turn on the lights", "turn off the lights in the morning and in the evening"),
+    ("", "rain"),
+    "the book on the table " * 5,
+    "a",
+    ("call mum " * 3, "play the music and set the alarm " * 12),
+    ("set the alarm to the morning " * 12, "stop"),
+    "the weather is bad " * 40,
+)
+LONGEST = 64
+
+
+# XLM-RoBERTa and CamemBERT are RoBERTa with other tokenizers: see test_tokenizer.py.
+@pytest.mark.parametrize("family", sorted(_FAMILIES.keys() - {"xlm-roberta", "camembert"}))
+def test_the_engine_gives_the_models_logits(
+    family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
+) -> None:
+    model = load_checkpoint(tiny_models[family])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models[family])
+    expected, lengths = [], []
+    for text in TEXTS:
+        pair = (text, None) if isinstance(text, str) else text
+        row = tokenizer(*pair, truncation=True, return_tensors="pt")
+        lengths.append(row["input_ids"].shape[1])
+        with torch.no_grad():
+            expected.append(model(**row)[:, 0].numpy())
+    assert lengths.count(LONGEST) == 3, "two pairs and a text are too long"
+    with Engine.load(engines[family]) as engine:
+        together = engine.trace(TEXTS)
+        alone = np.concatenate([engine.trace([text]).logits for text in TEXTS], axis=1)
+        problem_type = engine.manifest.task.problem_type
+        scores = simulate(together.logits, Entropy(threshold=1), problem_type).scores
+        rule = Entropy(threshold=float(np.median(scores[0])))
+        live = engine.trace(TEXTS * 3, rule=rule)
+        whole = engine.trace(TEXTS * 3)
+    assert together.lengths.tolist() == lengths
+    np.testing.assert_allclose(together.logits, np.stack(expected, axis=1), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(together.logits, alone, rtol=0, atol=1e-5)
+    # The carried tensors of rows that stop must leave with them, and those of others must stay.
+    simulated = simulate(whole.logits, rule, problem_type)
+    assert live.exits.tolist() == simulated.exits.tolist()
+    assert len(set(live.exits.tolist())) > 1
+    ran = ~np.isnan(live.logits)
+    np.testing.assert_allclose(live.logits[ran], whole.logits[ran], rtol=0, atol=1e-5)
+
+
+def test_exits_that_do_not_fit_are_refused() -> None:
+    for exits, message in (
         ((), "not an ascending list"),
         ((2, 1), "not an ascending list"),
         ((0, 1), "do not fit an encoder of 3 layers"),
         ((1, 4), "do not fit an encoder of 3 layers"),
-    ],
-)
-def test_exits_that_do_not_fit_are_refused(exits: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        MultiExitConfig(exits, ("a", "b")).validate(3)
-    assert "between 1 and 3" in caught.value.hint
+    ):
+        with pytest.raises(ModelError, match=f"{message}.*between 1 and 3"):
+            MultiExitConfig(exits, ("a", "b")).validate(3)
     MultiExitConfig((1, 3), ("a",)).validate(3)
 
 
-@pytest.mark.parametrize(
-    ("exits", "labels", "changes", "expected"),
-    [
+def test_the_first_two_exits_of_new_models_have_a_hidden_layer() -> None:
+    for exits, labels, changes, expected in (
         ((1, 2, 3), "abc", {}, 2),
         ((6, 12), "abc", {}, 1),
         ((12,), "abc", {}, 0),
         ((1, 2, 3), "ab", {}, 0),
         ((1, 2, 3), "abc", {"pooling": Pooling.CLS}, 0),
         ((1, 2, 3), "abc", {"problem_type": ProblemType.MULTI_LABEL}, 0),
-    ],
-)
-def test_the_first_two_exits_of_new_models_have_a_hidden_layer(
-    exits: tuple[int, ...], labels: str, changes: dict[str, Any], expected: int
-) -> None:
-    settings: dict[str, Any] = {"pooling": Pooling.MEAN} | changes
-    config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers()
-    assert config.hidden_layers == expected
+    ):
+        settings: dict[str, Any] = {"pooling": Pooling.MEAN} | changes
+        config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers()
+        assert config.hidden_layers == expected
 
 
-def test_unknown_family_is_refused_with_those_that_are_known() -> None:
+def test_families_that_are_not_supported_are_refused() -> None:
     with pytest.raises(ModelError, match="'gpt2' is not supported; supported: albert, bert, cam"):
         family_of("gpt2")
+    scaled = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    config = ModernBertConfig(
+        **MODERN, rope_parameters={"full_attention": scaled, "sliding_attention": ROPE}
+    )
+    with pytest.raises(ModelError, match="of type 'dynamic'"):
+        family_of("modernbert")(build_encoder(config))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer
 from fpabee.exporter import ExportOptions, export, pipeline
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
-from fpabee.runtime import Engine, FpabeeError, Trace
+from fpabee.runtime import Engine, Trace
 from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
@@ -117,32 +116,6 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert [path.name for path in folder.parent.iterdir()] == ["engines"]
 
 
-def test_verify_data_is_verified_too(bert: Path, tmp_path: Path) -> None:
-    data = tmp_path / "more.csv"
-    data.write_text("text_pair,text\n,good film\nsun,rain\n")
-    result = export(bert, tmp_path / "engines", ExportOptions(verify_data=data))
-    assert result.agreement.rows == len(BUILT_IN_TEXTS) + 2
-    texts, _ = read_reference(result.folder, result.manifest)
-    assert texts[-2:] == ["good film", ("rain", "sun")]
-
-
-def test_label_thresholds_of_the_configuration_are_in_the_manifest(
-    tiny_models: Mapping[str, Path], tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(tiny_models["mpnet"], tmp_path / "model"))
-    thresholds = (0.1, 0.5, 0.5, 0.9, 1.0)
-    change_json(
-        source / "config.json",
-        lambda config: config["fpabee"].update(label_thresholds=list(thresholds)),
-    )
-    result = export(source, tmp_path / "engines")
-    assert result.manifest.task.label_thresholds == thresholds
-    with Engine.load(result.folder, threads=1) as engine:
-        (prediction,) = engine.predict(["the film"], full_depth=True)
-        above = np.array(prediction.probabilities) > thresholds
-        assert prediction.labels == tuple(np.array(engine.labels)[above].tolist())
-
-
 @pytest.fixture
 def usual_umask() -> Iterator[None]:
     old = os.umask(0o022)
@@ -175,24 +148,15 @@ def test_an_engines_folder_is_replaced_by_force_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"manifest.json": '{"name": "a web application", "icons": []}', "app.js": "code"},
-        {"manifest.json": "not even JSON"},
-    ],
-)
-def test_a_folder_of_someone_else_is_never_replaced(
-    files: dict[str, str], bert: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_text(content)
-    for force in (False, True):
-        with pytest.raises(ArtifactError, match="mine"):
-            export(bert, folder, ExportOptions(force=force))
-    assert {path.name: path.read_text() for path in folder.iterdir()} == files
+def test_a_folder_of_someone_else_is_never_replaced(bert: Path, tmp_path: Path) -> None:
+    for content in ('{"name": "a web application", "icons": []}', "not even JSON"):
+        folder = tmp_path / "mine"
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(content)
+        for force in (False, True):
+            with pytest.raises(ArtifactError, match="mine"):
+                export(bert, folder, ExportOptions(force=force))
+        assert contents(folder) == {"manifest.json": content.encode()}
 
 
 def test_a_file_is_never_replaced(
@@ -214,29 +178,14 @@ def test_a_file_is_never_replaced(
     assert late.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("amount", "message"), [(0.01, "from exit 2 on"), (np.nan, "not finite numbers at exit 2")]
-)
-def test_failed_verification_names_the_exit_and_keeps_the_old_folder(
+@pytest.mark.parametrize(("amount", "is_alone"), [(0.001, False), (0.001, True), (np.nan, False)])
+def test_a_chain_that_differs_is_named_and_the_old_folder_stays(
     amount: float,
-    message: str,
+    is_alone: bool,
     bert: Path,
     engine_copy: Callable[..., Path],
-    spoil_segment_2: Callable[[float], None],
     tmp_path: Path,
-) -> None:
-    spoil_segment_2(amount)
-    old = engine_copy("albert")
-    before = contents(old)
-    with pytest.raises(FpabeeError, match=message):
-        export(bert, old, ExportOptions(force=True))
-    assert contents(old) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
-
-
-@pytest.mark.parametrize("is_alone", [False, True])
-def test_a_chain_that_differs_leaves_nothing(
-    is_alone: bool, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For all texts together, or for each text alone."""
     trace = Engine.trace
@@ -244,13 +193,16 @@ def test_a_chain_that_differs_leaves_nothing(
     def wrong(engine: Engine, texts: Any, **options: Any) -> Trace:
         found = trace(engine, texts, **options)
         if (len(texts) == 1) is is_alone:
-            found.logits[1:] += 0.001
+            found.logits[1:] += amount
         return found
 
+    old = engine_copy("albert")
+    before = contents(old)
     monkeypatch.setattr(Engine, "trace", wrong)
     with pytest.raises(VerificationError, match="from exit 2 on"):
-        export(bert, tmp_path / "engines")
-    assert list(tmp_path.iterdir()) == []
+        export(bert, old, ExportOptions(force=True))
+    assert contents(old) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
 @pytest.mark.parametrize(
@@ -296,21 +248,15 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
-def test_a_link_keeps_its_place(
-    bert: Path, engine_copy: Callable[..., Path], tmp_path: Path
+def test_a_link_and_the_current_folder_keep_their_place(
+    bert: Path, engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine_copy("albert", "real")
+    real = engine_copy("albert", "real")
     (tmp_path / "link").symlink_to("real")
     export(bert, tmp_path / "link", ExportOptions(force=True))
     assert (tmp_path / "link").is_symlink()
-    assert read_manifest(tmp_path / "real").model.model_type == "bert"
+    assert read_manifest(real).model.model_type == "bert"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
-
-
-def test_the_current_folder_is_written(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    export(bert, ".")
-    assert read_manifest(tmp_path).model.model_type == "bert"
-    assert not list(tmp_path.glob(".*"))
+    monkeypatch.chdir(real)
+    export(bert, ".", ExportOptions(force=True))
+    assert not list(real.glob(".*"))

@@ -53,19 +53,6 @@ def load(folder: Path) -> Exported:
     return Exported(manifest, files, {name: onnx.load(path) for name, path in files.items()})
 
 
-def specs(values: Any) -> list[TensorSpec]:
-    """Inputs or outputs of a graph as the manifest describes them."""
-    names = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
-    return [
-        TensorSpec(
-            name=value.name,
-            dtype=names[value.type.tensor_type.elem_type],
-            shape=tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
-        )
-        for value in values
-    ]
-
-
 def messages(message: Any) -> Iterator[Any]:
     """A protobuf message and all messages inside it."""
     yield message
@@ -86,8 +73,6 @@ def test_graphs_are_valid_and_as_the_manifest_says(exported: Exported) -> None:
         onnx.checker.check_model(proto, full_check=True)
         assert [(opset.domain, opset.version) for opset in proto.opset_import] == [("", 20)]
         graph = exported.manifest.graphs[name]
-        assert specs(proto.graph.input) == list(graph.inputs)
-        assert specs(proto.graph.output) == list(graph.outputs)
         shapes = [size for spec in (*graph.inputs, *graph.outputs) for size in spec.shape]
         assert {size for size in shapes if isinstance(size, str)} <= {"batch", "sequence"}
         for tensor in proto.graph.initializer:
@@ -169,15 +154,8 @@ def test_carried_tensors_are_computed_once(
         assert not {"Cos", "Sin"} & {node.op_type for node in proto.graph.node}
 
 
-def test_a_shared_block_is_stored_once_and_called_for_each_layer(
-    engines: Mapping[str, Path],
-) -> None:
+def test_a_shared_block_is_stored_once(engines: Mapping[str, Path]) -> None:
     exported = load(engines["albert"])
-    assert [segment.calls for segment in exported.manifest.segments] == [
-        ("embeddings", "block_01", "head_01"),
-        ("block_01", "head_02"),
-        ("block_01", "head_03"),
-    ]
     holds = {name: wide_weights(proto) for name, proto in exported.graphs.items()}
     heads = {"head_01": 0, "head_02": 0, "head_03": 0}
     assert holds == {"embeddings": 0, "block_01": 2, **heads}
@@ -203,13 +181,20 @@ def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
     assert [spec.name for spec in first.inputs] == FIRST_INPUTS[name]
 
 
-def test_shared_layers_are_called_once_for_each_layer() -> None:
+@pytest.mark.parametrize(
+    ("groups", "calls"),
+    [
+        (1, [("embeddings", *["block_01"] * 3, "head_01"), ("block_01", "head_02")]),
+        (2, [("embeddings", *["block_01"] * 2, "block_02", "head_01"), ("block_02", "head_02")]),
+    ],
+)
+def test_shared_layers_are_called_once_for_each_layer(
+    groups: int, calls: list[tuple[str, ...]]
+) -> None:
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 24}
-    counts: dict[str, Any] = {"num_hidden_layers": 4, "num_hidden_groups": 2}
+    counts: dict[str, Any] = {"num_hidden_layers": 4, "num_hidden_groups": groups}
     config = AlbertConfig(vocab_size=64, num_attention_heads=2, **sizes, **counts)
     model = MultiExitModel(build_encoder(config), MultiExitConfig((3, 4), ("a", "b"))).eval()
     cut = segments.cut(model, (1, 2))
-    calls = [segment.calls for segment in cut.segments]
-    first = ("embeddings", "block_01", "block_01", "block_02", "head_01")
-    assert calls == [first, ("block_02", "head_02")]
+    assert [segment.calls for segment in cut.segments] == calls
     assert set(cut.modules) == {name for part in calls for name in part}

@@ -16,7 +16,6 @@ from transformers import (
     BertTokenizer,
     CamembertTokenizer,
     DebertaV2Tokenizer,
-    DistilBertTokenizer,
     RobertaTokenizer,
     XLMRobertaTokenizer,
 )
@@ -104,7 +103,6 @@ OF_FAMILIES: dict[str, Callable[[], Any]] = {
         vocab=unigrams(*SPECIALS), additional_special_tokens=[]
     ),
     "electra": lambda: BertTokenizer(vocab=WORD_PIECES),
-    "distilbert": lambda: DistilBertTokenizer(vocab=WORD_PIECES),
     "deberta-v2": lambda: DebertaV2Tokenizer(vocab=unigrams("[PAD]", "[CLS]", "[SEP]", "[UNK]")),
 }
 

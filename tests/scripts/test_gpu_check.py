@@ -110,13 +110,6 @@ def test_the_whole_has_a_limit(
     assert "no time was left" in (tmp_path / "gpu_check.md").read_text("utf-8")
 
 
-def test_the_small_model_is_compared_first_and_in_time(script: ModuleType) -> None:
-    first = list(script.PARTS)[:4]
-    assert {name.split()[0] for name in first} == {"model", "plans", "tests", "onnxruntime"}
-    assert not any("base" in name for name in first)
-    assert sum(script.PARTS[name] for name in first) <= script.SECONDS
-
-
 def test_exit_codes(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: str, parts: tuple[str, ...] = ("works", "skips")) -> Any:
         monkeypatch.setattr(fake, "PARTS", dict.fromkeys(parts, 500.0))
@@ -188,10 +181,6 @@ def measured(script: ModuleType, models: Path, target: str) -> list[tuple[str, .
     return times
 
 
-def test_plans_are_measured(script: ModuleType, models: Path, plans: str) -> None:
-    measured(script, models, plans)
-
-
 def test_onnxruntime_is_measured(
     script: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +194,8 @@ def test_onnxruntime_is_measured(
 def test_plans_are_compared_with_the_runner_of_polygraphy(
     difference: float, script: ModuleType, models: Path, plans: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And they are measured."""
+    measured(script, models, plans)
     find = [plans_of(models / name) for name in ("chain", "one")]
     serve_polygraphy(monkeypatch, lambda plan: find[0](plan) or find[1](plan), difference)
     rows: list[tuple[str, ...]] = []

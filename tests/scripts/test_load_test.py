@@ -20,7 +20,7 @@ def texts(tmp_path: Path) -> str:
 
 
 def _rows(server: str, texts: str, *options: str) -> list[list[str]]:
-    command = [server, "--input", texts, "--rate", "30", "--seconds", "1", *options]
+    command = [server, "--input", texts, "--rate", "30", "--seconds", "0.4", *options]
     result = CliRunner().invoke(load_test.main, command)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()[2:]

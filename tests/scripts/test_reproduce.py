@@ -45,12 +45,12 @@ def test_settings_save_enough_on_dev_and_are_evaluated_on_test(first_exit: int) 
     kinds = {setting["kind"] for setting in content["settings"]}
     assert kinds >= {"fpabee", "pabee", "entropy"}
     assert ("cascade" in kinds) == (first_exit == 0)
-    on_dev = reproduce.compare(dev, dev, layers)["settings"]
-    assert len(on_dev) == len(content["settings"])
-    for setting in on_dev:
-        assert setting["saving"] >= setting["wished"] - 1e-9
     for setting in content["settings"]:
         assert right.min() <= setting["score"] <= 1
+    if first_exit:  # one is enough, because this takes seconds
+        on_dev = reproduce.compare(dev, dev, layers)["settings"]
+        assert len(on_dev) == len(content["settings"])
+        assert all(setting["saving"] >= setting["wished"] - 1e-9 for setting in on_dev)
 
 
 def test_a_table_has_means_over_seeds(tmp_path: Path) -> None:

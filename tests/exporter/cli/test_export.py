@@ -16,8 +16,9 @@ from fpabee.exporter.cli.export import main
 from fpabee.exporter.targets.check import Checked
 from fpabee.runtime import FPabee
 from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.reference import read_reference
 
-from ...bad_input.cases import change_config
+from ...bad_input.cases import change_config, change_json
 from ...doubles.device import Double
 
 FP32 = "onnxruntime-fp32"
@@ -64,9 +65,10 @@ def test_json_is_one_object_and_quiet_is_quiet(
 
 def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
+    change_json(copy / "config.json", lambda c: c["fpabee"].update(label_thresholds=[0, 0.5, 1, 1]))
     change_config(copy, problem_type=None)
     texts = tmp_path / "rows.csv"
-    texts.write_text("body\none\ntwo\n")
+    texts.write_text("text_pair,body\n,good film\nsun,rain\n")
     result = run(
         copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
         texts, "--text-column", "body",
@@ -77,6 +79,9 @@ def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "out")
     assert manifest.tokenizer.max_length == 12
     assert manifest.task.problem_type.value == "multi_label_classification"
+    assert manifest.task.label_thresholds == (0, 0.5, 1, 1)
+    known, _ = read_reference(tmp_path / "out", manifest)
+    assert known[-2:] == ["good film", ("rain", "sun")]
 
 
 def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
@@ -111,29 +116,23 @@ def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
     assert after == f"next: fpabee-run {folder} texts.txt"
 
 
-@pytest.mark.parametrize(("name", "option"), [(FP32, f" --target {FP32}"), ("gone", "")])
-def test_points_that_are_lost_are_calibrated_next(
-    name: str, option: str, engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless their target is lost, too."""
-    folder = engines["bert"]
-    lost = AddTargetsResult(read_manifest(folder), {}, (), (), "", {}, {name: ("fast",)})
-    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: lost)
-    assert run("--from", folder).stdout.splitlines() == [
-        f"no longer valid: fast of {name}, whose graphs or plans have changed",
-        f"next: fpabee-calibrate {folder} --data DATA{option}",
-    ]
-
-
-def test_a_target_for_cpus_that_was_asked_for_is_calibrated_next(
+def test_what_was_lost_or_asked_for_is_calibrated_next(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engines["bert"]
-    kept = Checked(FP32)
-    added = AddTargetsResult(read_manifest(folder), {}, (), (kept,), "", {}, {})
-    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added)
+    calibrate = f"next: fpabee-calibrate {folder} --data DATA"
+    added: list[AddTargetsResult] = []
+    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added[-1])
+    for name, option in ((FP32, f" --target {FP32}"), ("gone", "")):
+        lost = AddTargetsResult(read_manifest(folder), {}, (), (), "", {}, {name: ("fast",)})
+        added.append(lost)
+        assert run("--from", folder).stdout.splitlines() == [
+            f"no longer valid: fast of {name}, whose graphs or plans have changed",
+            calibrate + option,
+        ]
+    added.append(AddTargetsResult(read_manifest(folder), {}, (), (Checked(FP32),), "", {}, {}))
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
-    assert after == f"next: fpabee-calibrate {folder} --data DATA --target {FP32}"
+    assert after == f"{calibrate} --target {FP32}"
 
 
 def test_an_engines_folder_is_no_model(engines: Mapping[str, Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import logging
 import shutil
 import sys
@@ -34,7 +33,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.manifest import keep_targets, with_target
+from fpabee.runtime.artifact.manifest import keep_targets, with_operating_points, with_target
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.progress import silent
@@ -92,26 +91,22 @@ def folder(added: Path, seconds: dict[str, float], tmp_path: Path) -> Path:
     return Path(shutil.copytree(added, tmp_path / "engines"))
 
 
-def test_targets_are_verified_and_measured(engine_copy: Callable[..., Path]) -> None:
+def test_targets_are_verified_and_the_fastest_is_the_default(
+    engine_copy: Callable[..., Path], seconds: dict[str, float]
+) -> None:
     folder = engine_copy()
-    result = add(folder)
+    result = export("--from", folder, "--backend", "openvino")
+    assert result.exit_code == 0, result.output
+    assert "added openvino-fp32: verified\n" in result.stdout
+    assert f"default target: {FP32}, 2.00 times as fast as {ONNX} here" in result.stdout
     manifest = read_manifest(folder)
-    assert [checked.name for checked in result.checked] == ADDED
-    assert set(manifest.targets) == {ONNX, *ADDED}
-    for name in ADDED:
-        target = manifest.targets[name]
+    assert list(manifest.targets) == [ONNX, *ADDED]
+    assert manifest.default_target == FP32
+    for name, target in manifest.targets.items():
         assert target.tolerance is not None
         assert target.tolerance < REQUIREMENTS[target.precision].tie
-        assert target.relative_speed is not None
-    assert manifest.targets[ONNX].relative_speed == 1.0
-    assert result.default.startswith(f"default target: {manifest.default_target}, ")
+        assert target.relative_speed == pytest.approx(2 / SECONDS[name], abs=1e-3)
     assert add(folder).checked == (), "they are not checked again"
-
-
-def test_the_fastest_becomes_the_default(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    assert manifest.default_target == FP32
-    assert manifest.targets[FP32].relative_speed == 2.0
     shown = CliRunner().invoke(inspect, [str(folder)])
     assert "openvino-fp32 (default)" in shown.stdout
     assert "2.00x" in shown.stdout
@@ -192,20 +187,11 @@ def test_a_default_that_is_not_kept_is_chosen_again(
     assert not read_manifest(folder).default_is_fixed
 
 
-@needs_bf16
-def test_a_default_that_cannot_run_here_stays(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    default = read_manifest(folder).default_target
-    monkeypatch.setattr(
-        cpu, "why_not", lambda _, name: BackendError("no") if name == default else None
-    )
-    _, line = cpu.with_fastest_default(folder, read_manifest(folder), silent)
-    assert line == f"default target: {default}, which does not run on this CPU"
-
-
-def test_a_default_with_operating_points_stays(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], seconds: dict[str, float]
+def test_a_default_with_operating_points_stays_also_where_it_cannot_run(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    seconds: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = engine_copy()
     set_points(folder, fast=Budget(exit=1))
@@ -214,6 +200,13 @@ def test_a_default_with_operating_points_stays(
     set_points(folder, FP32, fast=Budget(exit=1))
     changed, _ = cpu.with_fastest_default(folder, read_manifest(folder), silent)
     assert changed.default_target == FP32
+    no = {FP32: BackendError("no")}
+    monkeypatch.setattr(cpu, "why_not", lambda _, name: no.get(name))
+    seconds["other"] = 0.5
+    without = with_operating_points(changed.targets[FP32], {}, "")
+    manifest = with_target(changed, "other", changed.targets[ONNX])
+    _, line = cpu.with_fastest_default(folder, with_target(manifest, FP32, without), silent)
+    assert line == f"default target: {FP32}, which does not run on this CPU"
 
 
 @pytest.mark.parametrize(
@@ -243,14 +236,6 @@ def test_with_a_default_target_alone_no_other_one_is_built(
     assert found.exit_code == bool(expected), "what is only noted cannot be the default"
 
 
-def test_texts_are_judged_only_with_the_target_in_fp32(folder: Path, tmp_path: Path) -> None:
-    write_manifest(folder, keep_targets(read_manifest(folder), lambda name, _: name != ONNX))
-    (tmp_path / "texts.txt").write_text("the film is good")
-    options = AddTargetsOptions(backends=(OPENVINO,), verify_data=tmp_path / "texts.txt")
-    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
-        add_targets(folder, options)
-
-
 def test_given_texts_are_checked_and_within_the_tolerance(folder: Path) -> None:
     manifest = read_manifest(folder)
     target = manifest.targets[FP32]
@@ -263,6 +248,9 @@ def test_given_texts_are_checked_and_within_the_tolerance(folder: Path) -> None:
     assert FP32 not in found.targets
     assert "fp32 changes answers from exit 1 on (2 texts)" in str(checked.refused)
     assert "use another target" in str(checked.refused)
+    write_manifest(folder, keep_targets(manifest, lambda name, _: name != ONNX))
+    with pytest.raises(BackendError, match=f"no target '{ONNX}'"):
+        exact_logits(folder, manifest, texts)
 
 
 def test_another_target_runs_where_the_default_cannot(
@@ -354,15 +342,3 @@ def test_an_openvino_that_cannot_be_used_is_reported_and_the_rest_is_kept(
         assert result.exit_code == 0, result.output
         assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
         assert list(read_manifest(folder).targets) == [ONNX]
-
-
-def test_the_command_says_what_was_added_and_which_is_the_default(
-    engine_copy: Callable[..., Path],
-) -> None:
-    folder = engine_copy()
-    result = export("--from", folder, "--backend", "openvino", "--target", FP32)
-    assert result.exit_code == 0, result.output
-    assert "added openvino-fp32: verified\n" in result.stdout
-    assert f"default target: {FP32}, as chosen by hand" in result.stdout
-    content = json.loads(export("--from", folder, "--backend", "openvino", "--json").stdout)
-    assert content["default_target"] == FP32

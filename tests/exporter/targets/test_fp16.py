@@ -1,22 +1,26 @@
-"""16-bit formats are checked before they are written: what overflows, where, and what to do."""
+"""Graphs in fp16: what is lowered, how it is emulated, and what is refused before it is written."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.onnx_file import load_graphs
 from fpabee.exporter.targets.fp16 import add_lowered
-from fpabee.runtime import Engine, Manifest, VerificationError, read_manifest
+from fpabee.exporter.targets.lowering import emulate, lower
+from fpabee.runtime import Engine, Manifest, ModelError, VerificationError, read_manifest
 from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
 
@@ -108,3 +112,103 @@ def test_answers_that_change_are_refused(
     message = r"changes answers from exit 1 on.*at least 99\.9% required"
     with pytest.raises(VerificationError, match=message):
         add_fp16(folder)
+
+
+FAMILIES = ("bert", "albert", "mpnet")
+
+
+def graphs_of(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    return {name: onnx.load(folder / graph.file) for name, graph in manifest.graphs.items()}
+
+
+def types_of(proto: Any) -> dict[str, int]:
+    """The element type of every value, inferred again."""
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
+    values = (*inferred.input, *inferred.output, *inferred.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+
+
+def small(op: str, factor: float, name: str = "body/op", again: float | None = None) -> Any:
+    """`y = op(x, factor)` of one float; with `again`, `y = op(op(x, factor), again)`."""
+    weights = {"w": factor} if again is None else {"w": factor, "v": again}
+    tensors = [numpy_helper.from_array(np.array([w], np.float32), n) for n, w in weights.items()]
+    nodes = [helper.make_node(op, ["x", "w"], ["y"], name=name)]
+    if again is not None:
+        nodes[0].output[0] = "z"
+        nodes.append(helper.make_node(op, ["z", "v"], ["y"], name="body/again"))
+    x, y, z = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch"]) for n in "xyz")
+    inner = [] if again is None else [z]
+    graph = helper.make_graph(nodes, "small", [x], [y], tensors, value_info=inner)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def run(proto: Any, x: float) -> float:
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return float(session.run(["y"], {"x": np.array([x], np.float32)})[0][0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_are_lowered_and_fragile_nodes_are_not(
+    family: str, engines: Mapping[str, Path]
+) -> None:
+    products = 0
+    for proto in graphs_of(engines[family]).values():
+        lowered, again = (lower(proto) for _ in range(2))
+        contents = {graph.SerializeToString(deterministic=True) for graph in (lowered, again)}
+        assert len(contents) == 1
+        types = types_of(lowered)
+        ends = {value.name: types[value.name] for value in lowered.graph.output}
+        assert ends.get("logits", TensorProto.FLOAT) == TensorProto.FLOAT
+        assert ends.get("next_hidden_states", TensorProto.FLOAT16) == TensorProto.FLOAT16
+        for node in lowered.graph.node:
+            found = {types[name] for name in (*node.input, *node.output)} & {1, 10}
+            if node.op_type in ("LayerNormalization", "Softmax") or node.name.startswith("head"):
+                assert found == {TensorProto.FLOAT}, node.name
+            elif node.op_type == "MatMul":
+                assert found == {TensorProto.FLOAT16}, node.name
+                products += 1
+    assert products >= 6
+
+
+def test_weights_of_fp32_nodes_are_not_rounded(engines: Mapping[str, Path]) -> None:
+    proto = graphs_of(engines["bert"])["segment_02"]
+    lowered = lower(proto)
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    after = {tensor.name: numpy_helper.to_array(tensor) for tensor in lowered.graph.initializer}
+    kept = [name for name in after if "LayerNorm" in name or "classifier" in name]
+    assert len(kept) >= 5  # the exporter stores equal weights once
+    for name in kept:
+        np.testing.assert_array_equal(after[name], before[name])
+    assert after["blocks.0.layer.output.dense.bias/fp16"].dtype == np.float16
+
+
+def test_emulation_rounds_and_overflows_like_the_format() -> None:
+    assert run(emulate(small("Add", 2**-12)), 1.0) == 1.0
+    assert run(emulate(small("Add", 2**-10)), 1.0) == 1.0 + 2**-10
+    assert run(emulate(small("Mul", 1000.0)), 70.0) == np.inf
+    # `lower` casts where lowered nodes read, and the output of an fp32 node may overflow there.
+    assert run(emulate(small("Mul", 1000.0, name="head/op", again=1e-3)), 70.0) == np.inf
+
+
+def test_a_weight_of_nodes_in_both_precisions_is_rounded_for_one_only() -> None:
+    """Rounding must depend on the node that reads a weight, in the graph as in its emulation."""
+    proto = small("Mul", 1 / 3, again=1.0)
+    proto.graph.node[1].input[1] = "w"
+    proto.graph.node[1].name = "head/again"
+    del proto.graph.initializer[1]
+    weights = {tensor.data_type for tensor in lower(proto).graph.initializer}
+    assert weights == {TensorProto.FLOAT, TensorProto.FLOAT16}
+    found = run(emulate(proto), 1.0)
+    rounded = np.float16(1 / 3).astype(np.float32)
+    assert found == float(rounded * np.float32(1 / 3)) != float(rounded * rounded)
+
+
+def test_a_weight_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ModelError, match=r"weight w holds 1e\+05.*fp16.* in fp32"):
+        lower(small("Mul", 1e5))

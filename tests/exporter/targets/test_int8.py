@@ -1,31 +1,377 @@
-"""int8 for TensorRT: symmetric Q/DQ, judged on texts that gave no ranges, and really built."""
+"""int8: one set of graphs for CPUs, quantized with NNCF, and another one for TensorRT."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 import itertools
+import platform
+import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 
+from fpabee.calibration import CalibrationOptions, calibrate
+from fpabee.exporter import add_targets as additions
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.cli.export import main
+from fpabee.exporter.merge import write_one_graph
+from fpabee.exporter.onnx_file import in_head
+from fpabee.exporter.targets import cpu, int8
+from fpabee.exporter.targets.backends import unavailable_reason
 from fpabee.exporter.targets.check import exact_logits
 from fpabee.exporter.targets.int8 import graph_inputs
-from fpabee.runtime import Engine, read_manifest
+from fpabee.runtime import (
+    BackendError,
+    Budget,
+    Engine,
+    Goal,
+    InputError,
+    Manifest,
+    MissingExtraError,
+    Row,
+    VerificationError,
+    machine,
+    read_manifest,
+)
 from fpabee.runtime.agreement import REQUIREMENTS
+from fpabee.runtime.artifact.folder import damage, sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import Target, with_target
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
+from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.encoding import Text
 
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
 WORDS = ("the", "film", "is", "not", "good", "rain", "lights", "play", "music", "table")
 TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
+NAMES = ("onnxruntime-int8", "openvino-int8")
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
+
+Options = Callable[..., AddTargetsOptions]
+
+
+def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    required = dataclasses.replace(REQUIREMENTS["int8"], labels=share, exits=share)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient_and_fast() -> Any:
+    """A tiny random model has no robust answers, and what is quantized takes long, so only once."""
+    quantized: dict[object, dict[str, Any]] = {}
+    quantize = int8.quantize
+
+    def remember(folder: Path, manifest: Manifest, texts: Any, *others: Any) -> dict[str, Any]:
+        graphs = tuple(graph.sha256 for graph in manifest.graphs.values())
+        key = graphs, tuple(texts), others[0]
+        if key not in quantized:
+            quantized[key] = quantize(folder, manifest, texts, *others)
+        return quantized[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "quantize", remember)
+        require(patch, 0.0)
+        yield
+
+
+def int8_options(place: Path, texts: list[str] = TEXTS, **changes: Any) -> AddTargetsOptions:
+    """Options for int8 with both libraries, from texts in some order."""
+    (place / "texts.txt").write_text("\n".join(texts))
+    both = AddTargetsOptions(
+        int8=True, calibration_data=place / "texts.txt", backends=("openvino", "onnxruntime")
+    )
+    return dataclasses.replace(both, **changes)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return functools.partial(int8_options, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def template(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with int8, whose default target is that of OpenVINO. Read-only."""
+    place = tmp_path_factory.mktemp("int8")
+    folder = Path(shutil.copytree(engines["bert"], place / "engines"))
+    add_targets(folder, int8_options(place, default_target=NAMES[1]))
+    return folder
+
+
+@pytest.fixture
+def added(template: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(template, tmp_path / "engines"))
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Let a package be missing."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == package else find(n))
+    monkeypatch.setitem(sys.modules, package, None)
+    openvino._core.cache_clear()
+
+
+def check_content(proto: Any) -> int:
+    """Heads are in fp32, and the rest is quantized; returns how many products are within attention.
+
+    Weights and what they are multiplied with are quantized, and products within attention are not.
+    """
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    made_by = {output: node.op_type for node in proto.graph.node for output in node.output}
+    products = 0
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert types[node.input[2]] == onnx.TensorProto.UINT8
+        if in_head(node.name) and node.op_type == "Gemm":
+            assert types[node.input[1]] == onnx.TensorProto.FLOAT
+        if node.op_type == "MatMul" and not in_head(node.name):
+            kinds = [made_by.get(name) == "DequantizeLinear" for name in node.input]
+            assert kinds[0] == kinds[1], node.name
+            products += not any(kinds)
+    return products
+
+
+@pytest.mark.parametrize("family", ["albert", *SLOW])
+def test_both_libraries_run_the_same_graphs(
+    family: str, engine_copy: Callable[..., Path], options: Options, tmp_path: Path
+) -> None:
+    """And one graph of the whole model gives the same."""
+    folder, one = engine_copy(family), tmp_path / "one"
+    assert not [
+        checked.refused for checked in add_targets(folder, options()).checked if checked.refused
+    ]
+    manifest = read_manifest(folder)
+    first, second = (manifest.targets[name] for name in NAMES)
+    assert first.files == second.files
+    assert (first.rest_precision, second.rest_precision) == ("", openvino.rest_precision())
+    protos = [onnx.load(folder / file.file) for file in first.files.values()]
+    assert any(node.op_type == "QuantizeLinear" for p in protos for node in p.graph.node)
+    assert sum(map(check_content, protos)) >= 2
+    for file in first.files.values():
+        check_graph(folder / file.file)
+    assert not any(damage(folder, manifest))
+    one.mkdir()
+    write_one_graph(folder, one)
+    logits = []
+    for name in NAMES:
+        with Engine.load(folder, name) as engine, Engine.load(one, name) as whole:
+            logits.append(engine.trace(TEXTS[:8]).logits)
+            found = whole.trace(TEXTS[:8]).logits
+            assert np.abs(found - logits[-1][-1:]).mean() < 0.05
+    # The libraries round halves differently.
+    assert np.abs(logits[0] - logits[1]).mean() < 0.05
+
+
+def test_int8_that_changes_answers_is_not_kept(
+    engine_copy: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(monkeypatch, 1.1)
+    folder = engine_copy()
+    texts = ("--calibration-data", str(options().calibration_data))
+    backends = ("--backend", "openvino", "--backend", "onnxruntime")
+    result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
+    assert result.exit_code == 1
+    for name in NAMES:
+        assert re.search(f"{name} is not kept: .*from exit", result.stdout)
+    assert "added openvino-fp32" in result.stdout
+    assert f"{' and '.join(NAMES)} did not pass: " in result.stderr
+    assert not set(NAMES) & read_manifest(folder).targets.keys()
+    assert not (folder / "targets" / "cpu-int8").exists()
+
+
+@pytest.mark.parametrize("interrupted", ["", "at the check", "before the manifest"])
+def test_earlier_int8_stays_until_the_new_one_has_passed(
+    interrupted: str, added: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, again = read_manifest(added), options(TEXTS[::-1])  # other ranges
+
+    def interrupt(path: Path, manifest: Manifest) -> None:
+        if manifest.targets[NAMES[0]].files != before.targets[NAMES[0]].files:
+            raise ZeroDivisionError
+        write_manifest(path, manifest)
+
+    if interrupted:
+        if interrupted == "at the check":
+            monkeypatch.setattr(cpu, "check_target", lambda *_: 1 / 0)
+        monkeypatch.setattr(additions, "write_manifest", interrupt)
+        with pytest.raises(ZeroDivisionError):
+            add_targets(added, again)
+    else:
+        require(monkeypatch, 1.1)
+        assert all(checked.refused for checked in add_targets(added, again).checked)
+    manifest = read_manifest(added)
+    for name in NAMES:
+        assert manifest.targets[name].files == before.targets[name].files
+        for file in manifest.targets[name].files.values():
+            assert sha256_of(added / file.file) == file.sha256
+    assert (manifest.default_target, manifest.default_is_fixed) == (NAMES[1], True)
+    files = manifest.targets[NAMES[0]].files.values()
+    assert set((added / "targets/cpu-int8").iterdir()) == {added / file.file for file in files}
+
+
+def test_int8_made_again_keeps_what_runs_its_graphs(
+    added: Path,
+    options: Options,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_points(added, NAMES[1], fast=Budget(exit=1))
+    before = read_manifest(added).targets[NAMES[1]]
+    with monkeypatch.context() as patch:
+        without(patch, "openvino")
+        result = add_targets(added, options(backends=("onnxruntime",)))
+    openvino._core.cache_clear()
+    assert result.manifest.targets[NAMES[1]] == before, "the graphs are the same"
+    result = add_targets(added, options(TEXTS[::-1], backends=("openvino",)))
+    assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
+    assert result.lost_points == {NAMES[1]: ("fast",)}
+    files = result.manifest.targets[NAMES[0]].files
+    assert files == result.manifest.targets[NAMES[1]].files
+    left = set((added / "targets" / "cpu-int8").iterdir())
+    assert left == {added / file.file for file in files.values()}, "older graphs are deleted"
+    for name in NAMES:
+        with Engine.load(added, name) as engine:
+            engine.check()
+    without(monkeypatch, "openvino")
+    result = add_targets(added, options(backends=("onnxruntime",)))
+    assert "OpenVINO is not installed" in str(result.checked[-1].refused)
+    assert NAMES[1] not in result.manifest.targets
+
+
+def test_points_do_not_apply_where_the_rest_runs_in_another_precision(
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, name, here = engine_copy(), NAMES[1], openvino.rest_precision()
+    other = {"fp32": "bf16", "bf16": "fp32"}[here]
+    measured = unmeasured("openvino", rest_precision=other)
+    write_manifest(folder, with_target(read_manifest(folder), name, measured))
+    set_points(folder, name, fast=Budget(exit=1), default="fast")
+    for point in (None, "fast"):
+        with Engine.load(folder, name, point, threads=1) as engine:
+            assert (engine.operating_point, engine.rule) == (None, Budget(exit=3))
+    assert len(caplog.messages) == 1
+    assert f"runs in {other}, but this CPU runs it in {here}" in caplog.text
+    rows = [Row(text, None, ("music",)) for text in TEXTS]
+    calibrate(folder, rows, CalibrationOptions(goals={"new": Goal(max_drop=1.0)}, target=name))
+    found = read_manifest(folder).targets[name]
+    assert (found.rest_precision, list(found.operating_points)) == (here, ["new"])
+    with Engine.load(folder, name, threads=1) as engine:
+        assert engine.operating_point == "new"
+
+
+def unmeasured(backend: str, **changes: Any) -> Target:
+    """A record of a target in int8 that runs the graphs in fp32."""
+    return Target(
+        backend=backend, precision="int8", graph_precision="fp32", tolerance=None, **changes
+    )
+
+
+def test_int8_needs_a_cpu_with_vnni(
+    engine_copy: Callable[..., Path],
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Other x86 CPUs cut off large sums, so a verified target would give other answers there."""
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    for name in NAMES:
+        manifest = with_target(manifest, name, unmeasured(name.removesuffix("-int8")))
+    write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
+    monkeypatch.setattr(machine, "cpu_info", lambda: {"flags": "avx2 avx512f"})
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in NAMES:
+        with pytest.raises(BackendError, match=f"{name} needs a CPU with VNNI instructions"):
+            Engine.load(folder, name)
+    with Engine.load(folder) as engine:
+        assert engine.target == "onnxruntime-fp32"
+    assert "needs a CPU with VNNI instructions" in caplog.text
+    with pytest.raises(BackendError, match="int8 for CPUs needs VNNI instructions"):
+        add_targets(folder, options())
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with Engine.load(folder, NAMES[1]) as engine:
+        engine.predict(TEXTS[:1])
+
+
+def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
+    engine_copy: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = MissingExtraError("it is not installed")
+    monkeypatch.setattr(
+        additions,
+        "unavailable_reason",
+        lambda name: missing if name.startswith("tensorrt") else unavailable_reason(name),
+    )
+    folder = engine_copy()
+    result = add_targets(folder, options(backends=None))
+    assert set(NAMES) < result.manifest.targets.keys()
+    assert not result.not_built, "nobody asked for plans in fp32"
+    assert "int8" not in result.manifest.precisions
+    without(monkeypatch, "nncf")
+    with pytest.raises(MissingExtraError, match=r"nncf.*quantize"):
+        add_targets(folder, options(backends=None))
+    result = add_targets(folder, options(backends=None, fp16=True))
+    assert {"fp16", "int8"} == result.manifest.precisions.keys()
+    assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
+
+
+def test_texts_are_needed_unless_every_target_is_there(
+    engine_copy: Callable[..., Path], options: Options
+) -> None:
+    folder = engine_copy()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"no texts are given .*`calibration_data`"):
+            add_targets(folder, options(calibration_data=None))
+        only_openvino = with_target(read_manifest(folder), NAMES[1], unmeasured("openvino"))
+        write_manifest(folder, only_openvino)
+    few = options(TEXTS[:10])
+    with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
+        add_targets(folder, few)
+    command = ["model_dir", "--int8", "--calibration-data", str(few.calibration_data)]
+    result = CliRunner().invoke(main, command)
+    assert "there are 10" in result.stderr, "before the export begins"
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        ("MemoryError: Unable to allocate 9 GiB", "shorter texts"),
+        ("OSError: [Errno 28] No space left on device", "shorter texts"),
+        ("KeyError: 'x'", "report this"),
+    ],
+)
+def test_a_quantizer_that_fails_is_explained_and_loses_nothing(
+    error: str,
+    hint: str,
+    engine_copy: Callable[..., Path],
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "run_worker", lambda *_: error)
+    folder = engine_copy()
+    with pytest.raises(VerificationError, match="segment_01 could not be quantized: ") as found:
+        add_targets(folder, options([*TEXTS, hint]))
+    assert error in found.value.message
+    assert hint in found.value.hint
+    assert "openvino-fp32" in read_manifest(folder).targets
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.training import TrainOptions, pipeline
+from fpabee.exporter.training import TrainOptions, exit_0, pipeline
 from fpabee.exporter.training.rows import Examples
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
@@ -71,6 +71,12 @@ def options(backbone: Path, write_rows: WriteRows) -> Options:
         "max_length": 16,
     }
     return lambda **changes: TrainOptions(**(settings | changes))
+
+
+@pytest.fixture(autouse=True)
+def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few passes for exit 0, whose table is large."""
+    monkeypatch.setattr(exit_0, "_MOST_EPOCHS", 4)
 
 
 @dataclass

@@ -37,13 +37,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.where(mask == 1, torch.randint(5, 60, mask.shape), 1), mask
 
 
-@pytest.mark.parametrize("pooling", list(Pooling))
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_last_exit_gives_the_logits_of_the_classifier(
-    kind: str, pooling: Pooling, make: Make, tmp_path: Path
+    kind: str, make: Make, tmp_path: Path
 ) -> None:
-    classifier = Classifier(make(kind))
+    classifier, pooling = Classifier(make(kind)), list(Pooling)[len(kind) % 2]
     model = classifier.multi_exit(None, pooling)
     save_checkpoint(model, tmp_path / "model")
     again = load_checkpoint(tmp_path / "model")
@@ -62,9 +61,7 @@ def test_the_last_exit_gives_the_logits_of_the_classifier(
     [
         ("roberta", Pooling.CLS),
         pytest.param("bert", Pooling.MEAN, marks=pytest.mark.slow),
-        pytest.param("distilbert", Pooling.MEAN, marks=pytest.mark.slow),
         pytest.param("modernbert with means", Pooling.CLS, marks=pytest.mark.slow),
-        pytest.param("albert", Pooling.MEAN, marks=pytest.mark.slow),
     ],
 )
 def test_the_engine_gives_the_logits_of_the_classifier(

@@ -106,21 +106,17 @@ def test_a_row_of_unknown_class_has_no_label(store: Store) -> None:
         load_rows(name, reading=ReadOptions(input_format=TextFormat.CSV))
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_a_missing_column_is_named(store: Store) -> None:
+    name = store({"sentence": ["a", "b"]})
+    assert seen(load_rows(name, labelled=False)) == [("a", None), ("b", None)]
+    for options, expected in (
         (ReadOptions(text_column="body"), "expected body, and labels or label"),
         (ReadOptions(text_pair_column="other"), "or premise, and other, and labels or label"),
         (ReadOptions(label_column="kind"), "or premise, and kind"),
-    ],
-)
-def test_a_missing_column_is_named(store: Store, options: ReadOptions, expected: str) -> None:
-    name = store({"sentence": ["a", "b"]})
-    assert seen(load_rows(name, labelled=False)) == [("a", None), ("b", None)]
-    with pytest.raises(InputError, match=expected) as caught:
-        load_rows(name, reading=options)
-    assert "has the columns sentence" in caught.value.message
-    assert "label_column" in caught.value.hint
+    ):
+        with pytest.raises(InputError, match=f"has the columns sentence; .*{expected}") as caught:
+            load_rows(name, reading=options)
+        assert "label_column" in caught.value.hint
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
@@ -138,16 +134,7 @@ def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
         assert "OWNER/NAME[/CONFIG]:SPLIT" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        ({"text": ["a", None]}, 'row 2 has no string field "text"'),
-        ({"text": ["a", "b"], "text_pair": [1, 2]}, 'row 1: "text_pair" is a int'),
-        ({"text": ["a", "b"], "label": [{"x": 1}, {"x": 2}]}, 'row 1: "label" is neither a name'),
-    ],
-)
-def test_a_bad_row_of_a_dataset_is_named(
-    store: Store, columns: dict[str, list[Any]], expected: str
-) -> None:
-    with pytest.raises(InputError, match=f"owner/name:train, {expected}"):
-        load_rows(store({"label": ["x", "y"]} | columns))
+def test_a_bad_row_of_a_dataset_is_named(store: Store) -> None:
+    name = store({"label": ["x", "y"], "text": ["a", None]})
+    with pytest.raises(InputError, match='owner/name:train, row 2 has no string field "text"'):
+        load_rows(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fpabee.exporter.training import TrainOptions
 from fpabee.exporter.training.pipeline import build_model
 from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer
 from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.files import Row
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 HARD = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
@@ -57,7 +59,8 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     options: Callable[..., TrainOptions],
 ) -> None:
     settings = options(lr=0.25, head_lr=0.5)
-    model, _ = build_model(settings, ("a", "b", "c"))
+    rows = [Row("x", labels=(label,)) for label in "abc"]
+    model, _ = build_model(Path("not used"), settings, None, rows)
     groups = make_optimizer(model, settings).param_groups
     group_of = {id(value): group for group in groups for value in group["params"]}
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
