@@ -3,9 +3,8 @@
     python -m fpabee.exporter.targets.int8 < request.json
 
 For TensorRT, they are symmetric, and what is not quantized is in fp16. For CPUs, activations are
-unsigned, see `exporter.targets.cpu`. Graphs are quantized in a process of its own: ONNX Runtime's
-quantizer creates sessions with their own thread pools, which ONNX Runtime refuses in a process with
-the shared pool of our runtime.
+unsigned, see `exporter.targets.cpu`. Graphs are quantized in a process of its own: the quantizers
+load PyTorch, print and log, and may need more memory than there is.
 """
 
 from __future__ import annotations

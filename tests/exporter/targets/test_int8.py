@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -423,11 +422,8 @@ FOUR = ["rain", "the film is not good", "", "play music"]
 
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
 def test_the_last_graph_on_its_inputs_gives_the_last_exit(
-    family: str, engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    family: str, engines: Mapping[str, Path]
 ) -> None:
-    # One that shares the pool of this process.
-    sessions = SimpleNamespace(InferenceSession=lambda path, **_: cpu_session(path))
-    monkeypatch.setattr("fpabee.exporter.targets.int8.ort", sessions)
     manifest = read_manifest(engines[family])
     with Engine.load(engines[family]) as engine:
         expected = engine.trace(FOUR).logits[-1]
