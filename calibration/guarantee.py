@@ -93,10 +93,10 @@ def certify(
         rule: `confidence` or `entropy`.
     """
     tests = [_Test(costs.scorer, promise, labels) for promise in bound.promises]
-    with_exit_0 = [False, True] if costs.rows.first_exit == 0 else [False]
-    level = (1 - bound.confidence) / len(with_exit_0)
+    starts = [False, True] if costs.rows.first_exit == 0 else [False]
+    level = (1 - bound.confidence) / len(starts)
     stop, found = StopScores(costs.rows), []
-    for at_exit_0 in with_exit_0:
+    for at_exit_0 in starts:
         passed, failed, mean_cost, exits = None, "", math.inf, np.zeros_like(costs.rows.lengths)
         for setting in sequence(costs.rows, rule, at_exit_0):
             before, exits = exits, stop.exits(setting)

@@ -328,7 +328,7 @@ class Execution(ABC):
         return hidden
 
     def _shrink(self, most_bytes: int) -> None:
-        """Free the least recently used of the unused buffers, until at most so many bytes are."""
+        """Free unused buffers, the least recently used first, until at most this size is left."""
         while self._unused_bytes > most_bytes:
             oldest, unused = next(iter(self._unused.items()))
             if unused:

@@ -68,7 +68,7 @@ ScoresOf = Callable[["ExitRule"], Array]
 """Gives the scores `[exits, rows]` of a rule on a trace, with NaN where the rule has none."""
 
 _fields = functools.cache(msgspec.structs.fields)
-# Settings of every rule that are not stored at their default.
+# Settings that are not stored at their default.
 _LEFT_OUT: dict[str, Any] = {
     **{"min_exit": 0, "max_exit": None, "exit_0_threshold": None},
     "decision_thresholds": (),

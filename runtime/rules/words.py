@@ -7,10 +7,10 @@ from .rules import ExitRule
 
 
 def rounded(threshold: float) -> float:
-    """A threshold with four significant digits, as people can read it.
+    """A threshold with four significant digits, as people can read it and manifests store it.
 
-    Below 1, these are digits of the distance to it: most confidences are so close to 1 that four
-    digits of their own would make them equal.
+    From 0.9 to 1, these are digits of the distance to 1: many confidences are so close to 1 that
+    four digits of their own would make them equal.
     """
     distance = 1 - threshold
     if 0 < distance < 0.1:
