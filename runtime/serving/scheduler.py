@@ -30,8 +30,8 @@ _MOST_ROWS = 1000
 # Longer texts of a request are tokenized in another thread than that of the event loop. It is one
 # thread for all requests, so that the memory which this takes does not grow with their number.
 _SHORT_CHARACTERS = 20_000
-# Rows with at most this many tokens may share a group, whatever their lengths: a segment takes about
-# as long for shorter rows.
+# Rows with at most this many tokens may share a group, whatever their lengths: a segment takes
+# about as long for shorter rows.
 _SHORT_TOKENS = 16
 
 
