@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table
 
 from ...calibration import threshold_for_depth
-from ...runtime.backends.openvino import keep_freed_memory
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, RULE, command
 from ...runtime.cli.console import step_progress, table_console
@@ -68,7 +67,6 @@ def main(
     """
     options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
     require("graphs")
-    keep_freed_memory()
     texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
     with (
         step_progress(quiet) as progress,

@@ -14,8 +14,8 @@ of the segments, so buffers can be used again without waiting.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,16 +51,16 @@ _FREE_BYTES = 256 * 2**20
 _CAPTURE_TOKENS = 1024
 
 
-class Runner(ABC):
-    """One graph at one shape, with fixed addresses."""
+class Runner(NamedTuple):
+    """One graph at one shape, with fixed addresses.
 
-    @abstractmethod
-    def run(self) -> None:
-        """Enqueue the graph in its stream."""
+    Attributes:
+        run: enqueues the graph in its stream.
+        can_capture: whether the next run can be part of a CUDA graph.
+    """
 
-    def can_capture(self) -> bool:
-        """Whether its next run can be part of a CUDA graph."""
-        return False
+    run: Callable[[], object]
+    can_capture: Callable[[], bool] = lambda: False
 
 
 class _Memory(NamedTuple):

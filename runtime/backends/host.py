@@ -81,12 +81,11 @@ class HostBackend(Backend):
         """A tensor of the library over an array's memory."""
 
     @abstractmethod
-    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Any]) -> Run:
         """Prepare to run a graph.
 
         Args:
             graph: its name.
-            bucket: the padded shape.
             tensors: what it reads and writes, by the names of its inputs and outputs.
         """
 
@@ -175,7 +174,7 @@ class HostExecution(Execution):
         stage, runs = self._stages[hidden.segment], []
         for graph, buffers in stage.calls:
             tensors = {name: self._buffer(hidden, place)[1] for name, place in buffers.items()}
-            runs.append((graph, self._backend.bind(graph, hidden.bucket, tensors)))
+            runs.append((graph, self._backend.bind(graph, tensors)))
             hidden.nbytes += _BINDING_BYTES
         return _Step(runs, self._buffer(hidden, stage.logits)[0])
 

@@ -67,7 +67,7 @@ class OnnxRuntimeBackend(HostBackend):
         """An `OrtValue` over an array's memory."""
         return _value(array)
 
-    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Any]) -> Run:
         """Bind the session to tensors, and to the choice of a graph."""
         session = self.graph(graph)
         binding = session.io_binding()

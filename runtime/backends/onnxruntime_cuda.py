@@ -35,31 +35,6 @@ _LENGTH_STEP = 16
 _SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 
 
-class SessionRunner(Runner):
-    """A session with all inputs and outputs bound to addresses on the device.
-
-    It allocates scratch memory and synchronises during a run, so it cannot be captured.
-    """
-
-    def __init__(self, session: Any, binding: Any, options: Any, graph: str) -> None:
-        self._session = session
-        self._binding = binding
-        self._options = options
-        self._graph = graph
-
-    def run(self) -> None:
-        """Enqueue the graph in the stream of its session."""
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except ort_errors() as error:
-            raise BackendError(
-                f"ONNX Runtime failed in {self._graph} on the GPU: {first_line(error)}",
-                "check the free device memory with nvidia-smi"
-                if is_out_of_memory(error)
-                else "export the model again, or choose another `target`",
-            ) from error
-
-
 class OnnxRuntimeCudaBackend(DeviceBackend):
     """Graphs as sessions of the CUDA provider; see `Backend`."""
 
@@ -96,7 +71,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
 
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> SessionRunner:
+    ) -> Runner:
         """A session of a graph, bound to addresses on the device."""
         session = self.graph(graph)
         binding = session.io_binding()
@@ -108,7 +83,21 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
             for spec in specs:
                 shape = list(shape_of(spec, bucket))
                 bind(spec.name, "cuda", 0, np.dtype(spec.dtype), shape, addresses[spec.name])
-        return SessionRunner(session, binding, run_options(), graph)
+        options = run_options()
+
+        # It allocates scratch memory and synchronises, so it cannot be captured.
+        def run() -> None:
+            try:
+                session.run_with_iobinding(binding, options)
+            except ort_errors() as error:
+                raise BackendError(
+                    f"ONNX Runtime failed in {graph} on the GPU: {first_line(error)}",
+                    "check the free device memory with nvidia-smi"
+                    if is_out_of_memory(error)
+                    else "export the model again, or choose another `target`",
+                ) from error
+
+        return Runner(run)
 
     def _load(self, name: str) -> Any:
         import onnxruntime as ort

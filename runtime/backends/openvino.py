@@ -7,11 +7,9 @@ Each graph has one infer request per group of buffers, whose tensors are set onl
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,7 +28,7 @@ from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest,
 from ..errors import BackendError, MissingExtraError, first_line
 from ..machine import cpu_info, usable_cores
 from . import compiled_cache
-from .base import Bucket, Limits
+from .base import Limits
 from .host import HostBackend, Run
 
 logger = logging.getLogger(__name__)
@@ -49,13 +47,6 @@ _ROW_STEP, _FINE_ROWS = 1, 16
 # segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
 # time (MPNet) and 9 % (MiniLM).
 _AMX_STEP = 16
-# Parameters of `mallopt` in glibc: blocks from this size on are returned to the system as soon as
-# they are freed, and other freed memory as soon as there is more than this, in bytes.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-_MOST_FREED = 2**28
-
-
-_may_keep_memory = False
 
 
 @dataclass(eq=False)
@@ -65,27 +56,17 @@ class Compiled:
     Attributes:
         model: the compiled model.
         memory: its constants, if they are in a mapped file, which must stay open with the model.
-        shares_memory: whether it may free its working memory after a run.
         has_run: whether it has run, so that its weights are packed and the constants are not read
             again.
     """
 
     model: Any
-    memory: memoryview | None
-    shares_memory: bool
+    memory: memoryview | None = None
     has_run: bool = False
 
-    def run(self, request: Any, is_alone: bool) -> None:
-        """Run an infer request of this graph.
-
-        Args:
-            request: the request.
-            is_alone: whether it is for a single row, whose working memory is small.
-        """
+    def run(self, request: Any) -> None:
+        """Run an infer request of this graph."""
         request.infer(share_outputs=True)
-        if self.shares_memory and not is_alone:
-            with suppress(RuntimeError):  # another thread runs it, and will free it afterwards
-                self.model.release_memory()
         if not self.has_run:
             self.has_run = True
             if self.memory is not None:
@@ -159,13 +140,13 @@ class OpenVinoBackend(HostBackend):
             return ov.Tensor(array, array.shape, ov.Type.bf16)
         return ov.Tensor(array, shared_memory=True)
 
-    def bind(self, graph: str, bucket: Bucket, tensors: Mapping[str, Any]) -> Run:
+    def bind(self, graph: str, tensors: Mapping[str, Any]) -> Run:
         """An infer request with its tensors set."""
         compiled: Compiled = self.graph(graph)
         request = compiled.model.create_infer_request()
         for name, tensor in tensors.items():
             request.set_tensor(name, tensor)
-        return partial(compiled.run, request, bucket.batch == 1)
+        return partial(compiled.run, request)
 
     def read(self, name: str) -> Compiled:
         """A compiled model, from the cache if possible."""
@@ -177,7 +158,7 @@ class OpenVinoBackend(HostBackend):
             with suppress(RuntimeError):  # then nothing is kept
                 compiled_cache.write(key, _exported(model))
             # What is read from the cache takes less memory than what was compiled.
-            found = self._imported(key) or Compiled(model, None, can_share_memory(model))
+            found = self._imported(key) or Compiled(model)
         return found
 
     def _compile(self, file: BuiltFile | Graph) -> Any:
@@ -205,7 +186,7 @@ class OpenVinoBackend(HostBackend):
             logger.info("a compiled graph in the cache is not used: %s", first_line(error))
             return None
         compiled_cache.drop_pages(memory)  # the checksum has read them
-        return Compiled(model, memory, can_share_memory(model))
+        return Compiled(model, memory)
 
     def _key(self, sha256: str) -> str:
         """The name of a graph in the cache: a hash of everything that affects the compilation."""
@@ -220,47 +201,6 @@ class OpenVinoBackend(HostBackend):
         types = sorted((name, spec.dtype) for name, spec in self.specs.items())
         parts = [sha256, ov.__version__, cpu, self._settings, types]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def can_share_memory(model: Any) -> bool:
-    """Whether a compiled model may free its working memory after each run.
-
-    OpenVINO 2026.4 does not allocate the memory of RoPE nodes again, so their next run fails.
-    """
-    if not _may_keep_memory or not keeps_freed_memory():
-        return False
-    nodes = model.get_runtime_model().get_ops()
-    return all(node.get_rt_info()["layerType"].astype(str) != "RoPE" for node in nodes)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of freed memory, as soon as a graph is loaded.
-
-    This is for the whole process, so only commands do it, and applications that want it. All
-    segments then share their working memory: each one frees it after it has run a group of rows,
-    and the next one gets it while it is still in the CPU's caches. On a CPU with AVX-512, MiniLM
-    took 1 to 3 % less time for a file, and all segments together 10 % less memory.
-    """
-    global _may_keep_memory
-    _may_keep_memory = True
-
-
-@lru_cache(1)
-def keeps_freed_memory() -> bool:
-    """Whether freed memory stays with the process; glibc is told so when this is first asked.
-
-    Other C libraries return large blocks to the system, and fetch them again page by page, which
-    takes longer than it saves. glibc itself does so too, unless it is told.
-    """
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        return False  # the user has decided otherwise
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # there is none on macOS and Windows
-        return False
-    # Older versions of glibc refuse more than 32 MiB.
-    is_set = any(mallopt(_MMAP_THRESHOLD, most) for most in (2**30, 2**25))
-    return is_set and bool(mallopt(_TRIM_THRESHOLD, _MOST_FREED))
 
 
 def has_bf16() -> bool:

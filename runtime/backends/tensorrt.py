@@ -11,8 +11,9 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -41,46 +42,30 @@ class PlanContext:
     Attributes:
         context: the object of the library.
         stream: the stream that it runs in.
-        addresses: the addresses that are set. A reference to their runner would be a cycle, and
-            the context would keep its memory until the garbage collector runs.
+        addresses: the addresses that are set, by the name of the input or output.
         is_warm: whether it has run. A first run may allocate memory, which cannot be captured.
     """
 
     context: Any
     stream: int
-    addresses: Sequence[tuple[str, int]] = ()
+    addresses: Mapping[str, int] = field(default_factory=dict)
     is_warm: bool = False
 
-
-class PlanRunner(Runner):
-    """Runs a context at fixed addresses; see `Runner`.
-
-    Args:
-        shared: the context.
-        addresses: the name and address of each input and output.
-    """
-
-    def __init__(self, shared: PlanContext, addresses: Sequence[tuple[str, int]]) -> None:
-        self._shared = shared
-        self._addresses = addresses
-
-    def run(self) -> None:
-        """Enqueue the plan in the stream."""
-        shared = self._shared
-        context = shared.context
-        if shared.addresses != self._addresses:
-            for name, address in self._addresses:
-                done = context.set_tensor_address(name, address)
+    def run(self, addresses: Mapping[str, int]) -> None:
+        """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
+        if self.addresses != addresses:
+            for name, address in addresses.items():
+                done = self.context.set_tensor_address(name, address)
                 _must(done, f"TensorRT does not accept the address of {name}")
-            shared.addresses = self._addresses
-        done = context.execute_async_v3(shared.stream)
+            self.addresses = addresses
+        done = self.context.execute_async_v3(self.stream)
         _must(done, "TensorRT could not start a segment")
-        shared.is_warm = True
+        self.is_warm = True
 
     def can_capture(self) -> bool:
         """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
-        ask = getattr(self._shared.context, "is_stream_capturable", None)
-        return self._shared.is_warm and (ask is None or bool(ask(self._shared.stream)))
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return self.is_warm and (ask is None or bool(ask(self.stream)))
 
 
 class RuntimeCache:
@@ -197,12 +182,12 @@ class TensorRtBackend(DeviceBackend):
 
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> PlanRunner:
+    ) -> Runner:
         """A runner on the execution's context of a graph and shape."""
-        context = execution.shared.get((bucket, graph))
-        if context is None:
-            context = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
-        return PlanRunner(context, list(addresses.items()))
+        shared = execution.shared.get((bucket, graph))
+        if shared is None:
+            shared = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
+        return Runner(partial(shared.run, addresses), shared.can_capture)
 
     def _profile(self, bucket: Bucket) -> int:
         """The narrowest optimization profile for a shape.
@@ -256,10 +241,8 @@ class TensorRtBackend(DeviceBackend):
         missing = context.infer_shapes()
         _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
         # Enough for every shape, so that the memory rarely has to grow.
-        most = int(engine.device_memory_size_v2)
         need = int(context.update_device_memory_size_for_shapes())
-        _must(need > 0 or most == 0, f"{graph} does not tell how much scratch memory it needs")
-        size = max(need, most)
+        size = max(need, int(engine.device_memory_size_v2))
         if size:
             context.set_device_memory(execution.scratch(size), size)
         return PlanContext(context, execution.stream)

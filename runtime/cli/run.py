@@ -14,7 +14,6 @@ from rich.table import Table
 from ... import __version__
 from ..artifact.folder import sha256_of
 from ..artifact.manifest import MANIFEST_NAME
-from ..backends.openvino import keep_freed_memory
 from ..engine import Engine
 from ..errors import InputError
 from ..files import STANDARD_INPUT, Inputs, TextFormat
@@ -127,7 +126,6 @@ def main(
     if output is not None:
         check_output(output, files)
     shows = not (quiet or as_json)
-    keep_freed_memory()
     with Engine.load(engines, target, operating_point, **loading) as engine:
         rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
         schema = RecordSchema(

@@ -8,7 +8,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ..backends.openvino import keep_freed_memory
 from ..engine import Engine
 from ..machine import require
 from ..serving.triton import write_repository
@@ -86,7 +85,6 @@ def main(
     from ..serving.scheduler import Scheduler
     from ..serving.server import ServerLimits, listen, make_app, serve
 
-    keep_freed_memory()
     limits = ServerLimits(max_body, min(max_texts, max_rows))
     with (
         Engine.load(engines, check=check, fit_target=True, **loading) as engine,

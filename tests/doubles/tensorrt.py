@@ -96,8 +96,6 @@ class FakeContext:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        if self.trt.loses_scratch_size:
-            return 0
         return SCRATCH * max(shape[0] for shape in self.shapes.values())
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -192,7 +190,6 @@ class FakeTensorRt(types.ModuleType):
         self.contexts: list[FakeContext] = []
         self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
-        self.loses_scratch_size = False
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         """A runtime that reports to a logger."""

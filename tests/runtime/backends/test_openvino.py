@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import math
 import os
@@ -24,14 +23,12 @@ from fpabee.runtime import Budget, read_manifest
 from fpabee.runtime.backends import compiled_cache, openvino
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.cli.run import main as run
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, MissingExtraError, first_line
 from fpabee.runtime.groups import Group
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.openvino import add_openvino
-from ..running import execute
 
 pytest.importorskip("openvino")
 
@@ -391,80 +388,3 @@ def test_with_amx_a_row_alone_is_padded_to_multiples_of_16(
         alone = [engine.predict([text], full_depth=True)[0].logits for text in texts]
         together = engine.predict(texts, full_depth=True)
     assert [one.logits for one in together] == [pytest.approx(one, abs=1e-5) for one in alone]
-
-
-class FakeModel:
-    """A compiled model that counts, and is busy if another thread runs it."""
-
-    def __init__(self, is_busy: bool) -> None:
-        self.is_busy = is_busy
-        self.done: list[str] = []
-
-    def infer(self, share_outputs: bool) -> None:
-        self.done.append("run")
-
-    def release_memory(self) -> None:
-        self.done.append("free")
-        if self.is_busy:
-            raise RuntimeError("Attempt to call release_memory() on a model in a busy state")
-
-
-@pytest.mark.parametrize("is_busy", [False, True])
-def test_a_segment_frees_its_memory_after_each_group(is_busy: bool) -> None:
-    model = FakeModel(is_busy)
-    for shares_memory, is_alone, done in (
-        (True, False, ["run", "free"]),
-        (True, True, ["run"]),
-        (False, False, ["run"]),
-    ):
-        model.done.clear()
-        compiled = openvino.Compiled(model, None, shares_memory)
-        for _ in range(2):
-            compiled.run(model, is_alone)
-        assert model.done == done * 2
-
-
-def test_only_commands_change_how_the_process_frees_memory(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(openvino, "_may_keep_memory", False)
-    monkeypatch.setattr(openvino, "keeps_freed_memory", lambda: asked.append(True))
-    check(folder)
-    assert not asked
-    (folder.parent / "texts.txt").write_text("rain")
-    execute(run, capfd, [folder, folder.parent / "texts.txt", "--target", TARGET, "--quiet"])
-    assert asked
-
-
-@pytest.mark.parametrize(
-    ("refused", "variables", "expected", "calls"),
-    [
-        ((), (), True, [(-3, 2**30), (-1, 2**28)]),
-        ((2**30,), (), True, [(-3, 2**30), (-3, 2**25), (-1, 2**28)]),  # an older glibc
-        ((2**30, 2**25), (), False, [(-3, 2**30), (-3, 2**25)]),
-        ((), ("MALLOC_TRIM_THRESHOLD_",), False, []),
-        (None, (), False, []),  # not glibc
-    ],
-)
-def test_freed_memory_is_kept_where_the_c_library_can(
-    refused: tuple[int, ...] | None,
-    variables: tuple[str, ...],
-    expected: bool,
-    calls: list[tuple[int, int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[tuple[int, int]] = []
-
-    def mallopt(parameter: int, value: int) -> int:
-        made.append((parameter, value))
-        return int(value not in (refused or ()))
-
-    library = SimpleNamespace() if refused is None else SimpleNamespace(mallopt=mallopt)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
-    for name in variables:
-        monkeypatch.setenv(name, "1")
-    assert openvino.keeps_freed_memory.__wrapped__() is expected
-    assert made == calls

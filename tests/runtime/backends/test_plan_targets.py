@@ -149,14 +149,6 @@ def test_one_context_serves_all_groups_of_a_shape(
     assert made.cuda.captures == 3 * 5
 
 
-def test_an_unknown_size_of_scratch_memory_is_an_error(double: Callable[..., Double]) -> None:
-    made = double()
-    made.trt.loses_scratch_size = True
-    with made.load() as engine, pytest.raises(BackendError, match="how much scratch memory"):
-        engine.predict(["rain"])
-    assert made.cuda.memory_of == {}
-
-
 def test_the_host_work_of_one_text(double: Callable[..., Double]) -> None:
     """Driver calls of a request whose segments are captured, at full depth."""
     made = double()
