@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from fpabee.calibration import calibrate
-from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
+from fpabee.calibration import CalibrationOptions, calibrate
+from fpabee.runtime import BackendError, Budget, Engine, FPabee, Goal, read_manifest
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.artifact.manifest import with_target
+from fpabee.runtime.backends import openvino
 from fpabee.runtime.machine import CudaDevice
 
 from ..calibration.conftest import label_rows
 from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
+from ..doubles.openvino import add_openvino
 
 FP32 = "onnxruntime-fp32"
 PLAN = "tensorrt-fp32-sm86"
@@ -113,3 +116,53 @@ def test_a_folder_that_this_machine_cannot_run_gives_the_error_of_its_default_ta
     set_gpu(monkeypatch, CudaDevice(error="there is no GPU in this test"))
     with pytest.raises(BackendError, match="there is no GPU in this test"):
         Engine.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "capabilities", "measured", "here"),
+    [
+        ("avx2 avx_vnni", [], "bf16", "fp32"),
+        ("avx512_vnni", ["BF16"], "bf16", "fp32"),  # it would be emulated
+        ("avx512_vnni avx512_bf16", ["BF16"], "fp32", "bf16"),
+        ("avx512_vnni amx_bf16", ["BF16"], "bf16", "bf16"),
+        ("avx2 avx_vnni", [], "fp32", "fp32"),
+    ],
+)
+def test_points_apply_on_cpus_that_compute_as_the_one_that_calibrated(
+    flags: str,
+    capabilities: list[str],
+    measured: str,
+    here: str,
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = engine_copy()
+    add_openvino(folder, "int8", rest_precision=measured)
+    set_points(folder, "openvino-int8", fast=FPabee(threshold=0.3), default="fast")
+    core = SimpleNamespace(get_property=lambda device, name: capabilities)
+    monkeypatch.setattr(openvino, "_core", lambda: core)
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
+    expected = ("fast", FPabee(threshold=0.3)) if here == measured else (None, Budget(exit=3))
+    for point in (None, "fast"):
+        with Engine.load(folder, "openvino-int8", point) as engine:
+            assert (engine.operating_point, engine.rule) == expected
+    said = (
+        f"runs in {measured}, but this CPU runs it in {here}: until the target is calibrated here"
+    )
+    assert [said in line for line in told(caplog)] == [True] * (here != measured)
+
+
+def test_a_calibration_makes_points_apply_here(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder, name, here = engine_copy(), "openvino-int8", openvino.rest_precision()
+    add_openvino(folder, "int8", rest_precision={"fp32": "bf16", "bf16": "fp32"}[here])
+    set_points(folder, name, fast=FPabee(threshold=0.3), default="fast")
+    options = CalibrationOptions(goals={"new": Goal(max_drop=1.0)}, target=name)
+    calibrate(folder, label_rows(folder, count=60), options)
+    found = read_manifest(folder).targets[name]
+    assert (found.rest_precision, list(found.operating_points)) == (here, ["new"])
+    with Engine.load(folder, name) as engine:
+        assert engine.operating_point == "new"

@@ -22,7 +22,6 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from fpabee.calibration import CalibrationOptions, calibrate
 from fpabee.exporter import add_targets as additions
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
@@ -37,11 +36,9 @@ from fpabee.runtime import (
     BackendError,
     Budget,
     Engine,
-    Goal,
     InputError,
     Manifest,
     MissingExtraError,
-    Row,
     VerificationError,
     machine,
     read_manifest,
@@ -251,29 +248,6 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     result = add_targets(added, options(backends=("onnxruntime",)))
     assert "OpenVINO is not installed" in str(result.checked[-1].refused)
     assert NAMES[1] not in result.manifest.targets
-
-
-def test_points_do_not_apply_where_the_rest_runs_in_another_precision(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder, name, here = engine_copy(), NAMES[1], openvino.rest_precision()
-    other = {"fp32": "bf16", "bf16": "fp32"}[here]
-    measured = unmeasured("openvino", rest_precision=other)
-    write_manifest(folder, with_target(read_manifest(folder), name, measured))
-    set_points(folder, name, fast=Budget(exit=1), default="fast")
-    for point in (None, "fast"):
-        with Engine.load(folder, name, point, threads=1) as engine:
-            assert (engine.operating_point, engine.rule) == (None, Budget(exit=3))
-    assert len(caplog.messages) == 1
-    assert f"runs in {other}, but this CPU runs it in {here}" in caplog.text
-    rows = [Row(text, None, ("music",)) for text in TEXTS]
-    calibrate(folder, rows, CalibrationOptions(goals={"new": Goal(max_drop=1.0)}, target=name))
-    found = read_manifest(folder).targets[name]
-    assert (found.rest_precision, list(found.operating_points)) == (here, ["new"])
-    with Engine.load(folder, name, threads=1) as engine:
-        assert engine.operating_point == "new"
 
 
 def unmeasured(backend: str, **changes: Any) -> Target:
