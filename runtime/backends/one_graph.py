@@ -27,7 +27,7 @@ _IR_VERSION, _GRAPH, _OPSET_IMPORT = 1, 7, 8
 _NODES, _GRAPH_NAME, _INITIALIZERS, _INPUTS, _OUTPUTS = 1, 2, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _OPERATOR, _ATTRIBUTES = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _TENSOR_VALUE, _GRAPH_VALUE, _KIND = 1, 5, 6, 20
-_DIMS, _DATA_TYPE, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = 1, 2, 9, 13, 14
+_DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = 1, 2, 8, 9, 13, 14
 _VALUE_NAME, _VALUE_TYPE, _TENSOR_TYPE, _ELEMENT, _SHAPE = 1, 2, 1, 1, 2
 # Values of such fields.
 _TENSOR_KIND, _GRAPH_KIND, _EXTERNAL, _BOOL = 4, 5, 1, 9
@@ -83,7 +83,7 @@ def one_graph(files: Mapping[str, Path]) -> OneGraph:
     paths = {name: path.resolve() for name, path in files.items()}  # no link may leave the folder
     folder = Path(os.path.commonpath([path.parent for path in paths.values()]))
     # The last graphs are deepest in the tree, because they run least often.
-    graphs = [_read(path, folder) for path in reversed(paths.values())]
+    graphs = [_read(path, folder, n) for n, path in enumerate(reversed(paths.values()))]
     inputs = {name: value for graph in graphs for name, value in graph.inputs.items()}
     outputs = {name: value for graph in graphs for name, value in graph.outputs.items()}
     levels = (len(graphs) - 1).bit_length()
@@ -103,26 +103,40 @@ def one_graph(files: Mapping[str, Path]) -> OneGraph:
     return OneGraph(b"".join(head) + _field(_GRAPH, tree), folder, choices, names)
 
 
-def _read(path: Path, folder: Path) -> _Graph:
+def _read(path: Path, folder: Path, number: int) -> _Graph:
+    """Read the graph with a number, to which large weights get names of their own.
+
+    ONNX Runtime up to 1.28 frees weights that it has packed, if no other graph has the same names.
+    """
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     (graph,) = values_at(content, (_GRAPH,))
-    body = [_field(_NODES, node) for node in values_at(graph, (_NODES,))]
+    body, names = [], dict[bytes, bytes]()
     for tensor in values_at(graph, (_INITIALIZERS,)):
         raw = next(values_at(tensor, (_RAW_DATA,)), None)
         if raw is None or len(raw) < _LEAST_BYTES:
             body.append(_field(_INITIALIZERS, tensor))
             continue
+        name = bytes(next(values_at(tensor, (_TENSOR_NAME,))))
+        names[name] = b"%d/%s" % (number, name)
         where = {
             "location": path.relative_to(folder).as_posix(),
             "offset": str(_address(raw) - _address(content)),
             "length": str(len(raw)),
         }
-        rest = [_field(number, value) for number, value in fields(tensor) if number != _RAW_DATA]
+        new = _field(_TENSOR_NAME, names[name]) + _field(_LOCATION, _EXTERNAL)
         for key, text in where.items():
-            entry = _field(1, key.encode()) + _field(2, text.encode())
-            rest.append(_field(_EXTERNAL_DATA, entry))
-        body.append(_field(_INITIALIZERS, b"".join(rest) + _field(_LOCATION, _EXTERNAL)))
+            new += _field(_EXTERNAL_DATA, _field(1, key.encode()) + _field(2, text.encode()))
+        for field, value in fields(tensor):
+            if field in (_DIMS, _DATA_TYPE):
+                new += _field(field, value)
+        body.append(_field(_INITIALIZERS, new))
+    for node in values_at(graph, (_NODES,)):
+        new = b""
+        for field, value in fields(node):
+            is_input = field == _NODE_INPUT and isinstance(value, memoryview)
+            new += _field(field, names.get(bytes(value), value) if is_input else value)
+        body.append(_field(_NODES, new))
     head = [_field(n, value) for n, value in fields(content) if n in (_IR_VERSION, _OPSET_IMPORT)]
     return _Graph(head, _by_name(graph, _INPUTS), _by_name(graph, _OUTPUTS), b"".join(body))
 
