@@ -111,7 +111,8 @@ def test_soft_labels_are_the_predictions_for_each_row(
     texts = ["good film", "a", "", *("the music is good " * n for n in range(70))]
     rows = encoded_rows([Row(text) for text in texts], tokenizer, 64)
     soft = classifier.soft_labels(rows, {"input_ids": 0, "token_type_ids": 0})
-    for text, found in zip(texts, soft, strict=True):
+    assert len(soft) == len(texts)
+    for text, found in [*zip(texts, soft, strict=True)][::9]:
         with torch.no_grad():
             row = tokenizer(text, truncation=True, return_tensors="pt")
             logits = classifier.model(**row).logits[0]
