@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fpabee.exporter.training import TrainOptions
+from fpabee.exporter.training import TrainOptions, trainer
 from fpabee.exporter.training.pipeline import build_model
-from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer
+from fpabee.exporter.training.rows import Examples, encoded_rows
+from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer, train_exits
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.files import Row
+from fpabee.runtime.progress import silent
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 HARD = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
@@ -72,6 +74,31 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     assert by_name["classifiers.0.weight"]["weight_decay"] > 0
     undecayed = {name for name, group in by_name.items() if group["weight_decay"] == 0}
     assert undecayed == {name for name in by_name if name.endswith("bias") or "LayerNorm" in name}
+
+
+def test_the_loop_warms_up_decays_clips_and_takes_fractions_of_epochs(
+    options: Callable[..., TrainOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = options(epochs=1.5, batch_size=2, lr=1.0, head_lr=1.0)
+    named = [Row("x", labels=(label,)) for label in "ab"]
+    model, tokenizer = build_model(Path("not used"), settings, None, named)
+    rows = encoded_rows([Row(f"film {n}") for n in range(40)], tokenizer, 8)
+    data = Examples(rows, np.arange(40) % 2)
+    rates, norms = [], []
+
+    def step(optimizer: torch.optim.AdamW, *_: object) -> None:
+        assert model.training
+        rates.append(optimizer.param_groups[0]["lr"])
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(trainer, "_LARGEST_GRADIENT", 1e-3)
+    train_exits(model, data, data, {"input_ids": 0}, settings, silent)
+    assert rates == pytest.approx([1 / 2, 1, *(left / 28 for left in range(28, 0, -1))])
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters()), "they do not add up"
+    assert not model.training, "dev is scored without dropout"
 
 
 def test_every_exit_has_its_own_scores() -> None:
