@@ -34,8 +34,8 @@ from fpabee.calibration.search import Family, exits_of, families_of, make_famili
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.pipeline import has_fast_bf16
 from fpabee.exporter.training.report import REPORT_NAME
+from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
 from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.cli.console import step_progress

@@ -109,7 +109,7 @@ def main(
     require("train")
     from transformers.utils import logging as transformers_logging
 
-    from ..training.pipeline import train
+    from ..training.workflow import train
 
     # Its bars and warnings are about weights that a multi-exit model does not use.
     logging: Any = transformers_logging

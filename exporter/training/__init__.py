@@ -12,7 +12,7 @@ from .options import TrainOptions
 from .report import TrainReport
 
 if TYPE_CHECKING:
-    from .pipeline import train
+    from .workflow import train
 
 __all__ = ["TrainOptions", "TrainReport", "train"]
 
@@ -21,6 +21,6 @@ def __getattr__(name: str) -> Any:
     if name != "train":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("train")
-    from .pipeline import train
+    from .workflow import train
 
     return train

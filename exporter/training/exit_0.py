@@ -20,7 +20,7 @@ from ...runtime.exit_0 import ExitZero, ngrams
 from ...runtime.progress import Progress
 from ..exit_0 import unigrams_of
 from ..model import MultiExitModel, predict
-from .rows import Examples
+from .examples import Examples
 from .trainer import as_probabilities, label_loss, probabilities
 
 _WIDTH = 64

@@ -10,8 +10,8 @@ import msgspec
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import printable
+from .examples import dataset_name
 from .options import TrainOptions
-from .rows import dataset_name
 
 REPORT_NAME = "training.json"
 

@@ -17,8 +17,8 @@ from ...runtime.artifact.manifest import ProblemType
 from ...runtime.files.labels import evaluate
 from ...runtime.progress import Progress
 from ..model import MultiExitModel, by_row, model_inputs, predict
+from .examples import Examples
 from .options import TrainOptions
-from .rows import Examples
 
 _WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0

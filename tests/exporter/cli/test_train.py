@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee.exporter.cli.train import main
-from fpabee.exporter.training import TrainOptions, pipeline
+from fpabee.exporter.training import TrainOptions, workflow
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
 from fpabee.runtime.files import ReadOptions
@@ -36,7 +36,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
         task, labels, exits = ProblemType.SINGLE_LABEL, ("a", "b"), (2, 4)
         return TrainReport(options, task, "bert", data, labels, exits, 0, scores, 1.5, command, {})
 
-    monkeypatch.setattr(pipeline, "train", train)
+    monkeypatch.setattr(workflow, "train", train)
     return calls
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.training import TrainOptions, exit_0, pipeline
-from fpabee.exporter.training.rows import Examples
+from fpabee.exporter.training import TrainOptions, exit_0, workflow
+from fpabee.exporter.training.examples import Examples
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
 
@@ -98,7 +98,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     ) -> None:
         noted.append(Call(options, train, dev))
 
-    monkeypatch.setattr(pipeline, "train_exits", note)
+    monkeypatch.setattr(workflow, "train_exits", note)
     return noted
 
 

@@ -20,9 +20,9 @@ from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
 from fpabee.exporter.exits import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, train
+from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.from_classifier import Classifier
-from fpabee.exporter.training.rows import Examples, encoded_rows
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError

@@ -17,8 +17,8 @@ from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
 from fpabee.exporter.exits import Pooling
 from fpabee.exporter.model import MultiExitModel
+from fpabee.exporter.training.examples import encoded_rows
 from fpabee.exporter.training.from_classifier import Classifier
-from fpabee.exporter.training.rows import encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text

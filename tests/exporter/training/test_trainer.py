@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fpabee.exporter.training import TrainOptions, trainer
-from fpabee.exporter.training.pipeline import build_model
-from fpabee.exporter.training.rows import Examples, encoded_rows
+from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer, train_exits
+from fpabee.exporter.training.workflow import build_model
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.files import Row
 from fpabee.runtime.progress import silent

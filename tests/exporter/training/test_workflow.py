@@ -21,7 +21,7 @@ from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.from_classifier import Classifier
-from fpabee.exporter.training.pipeline import has_fast_bf16
+from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError

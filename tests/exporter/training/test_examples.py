@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from fpabee.exporter.training.rows import label_names, load_rows
+from fpabee.exporter.training.examples import label_names, load_rows
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import ReadOptions, Row, TextFormat
 

@@ -28,11 +28,11 @@ from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
 from ..tokenizer import load_tokenizer, pad_id
+from .examples import Examples, encoded_rows, label_names, load_rows
 from .exit_0 import train_exit_0
 from .from_classifier import Classifier
 from .options import TrainOptions
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
-from .rows import Examples, encoded_rows, label_names, load_rows
 from .trainer import exit_scores, is_head, train_exits
 
 _PACKAGES = ("fpabee", "torch", "transformers")
