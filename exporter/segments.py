@@ -32,9 +32,7 @@ from ..runtime.artifact.manifest import (
     Graph,
     Segment,
     Size,
-    TensorSpec,
 )
-from ..runtime.backends.base import Bucket, shape_of
 from .backbones.base import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
 from .onnx_file import strip, write_graph
@@ -43,7 +41,7 @@ OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
 
 _TOKEN_IDS, _TOKEN_TYPES = "input_ids", "token_type_ids"
-_EXAMPLE = Bucket(3, 7)
+_EXAMPLE = {"batch": 3, "sequence": 7}
 # Where torch's exporter notes the modules that a node comes from, outermost first.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -52,27 +50,57 @@ class GraphModule(nn.Module):
     """A part of the model: optionally the embeddings, some blocks, optionally a head.
 
     Args:
+        model: the whole model.
+        mean: whether any head of the cut takes the mean over tokens.
+        token_types: whether the tokenizer gives token types.
         embeddings: for the first part.
         blocks: the layers to run.
         head: the exit at its end.
+        is_last: whether no other part reads its hidden states.
+
+    Attributes:
         inputs: names of its inputs, in order.
         outputs: names of its outputs, in order.
     """
 
     def __init__(
         self,
+        model: MultiExitModel,
+        mean: bool,
+        token_types: bool,
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
         head: Head | None,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
+        is_last: bool = False,
     ) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.blocks = nn.ModuleList(blocks)
         self.head = head
-        self.inputs = tuple(inputs)
-        self.outputs = tuple(outputs)
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        if embeddings is not None:
+            self.inputs.append(_TOKEN_IDS)
+            if token_types and model.backbone.token_types:
+                self.inputs.append(_TOKEN_TYPES)
+            if blocks or mean:
+                self.inputs.append(ATTENTION_BIAS)
+            self.outputs += [NEXT + name for name in model.backbone.carried]
+            # The first part makes the token weights for the heads of all parts.
+            if mean and not is_last:
+                self.outputs.append(NEXT + TOKEN_WEIGHTS)
+        else:
+            self.inputs.append(HIDDEN_STATES)
+            if blocks:
+                self.inputs.append(ATTENTION_BIAS)
+            if head is not None and head.mean:
+                self.inputs.append(TOKEN_WEIGHTS)
+            if blocks:
+                self.inputs += model.backbone.carried
+        if not is_last:
+            self.outputs.append(NEXT + HIDDEN_STATES)
+        if head is not None:
+            self.outputs.append(LOGITS)
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, see `TensorSpec` in the manifest."""
@@ -112,14 +140,14 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
     embeddings, blocks = model.parts[0].frozen(positions), model.parts[1]
-    part = functools.partial(_part, model, any(head.mean for head in heads), token_types)
+    part = functools.partial(GraphModule, model, any(head.mean for head in heads), token_types)
     modules: dict[str, GraphModule] = {}
     names: dict[int, str] = {}
     segments, start = [], 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
         first = embeddings if number == 1 else None
         own, start = blocks[start:layer], layer
-        # Names of graphs, and the arguments of `_part` for each.
+        # Names of graphs, and for each the arguments of `GraphModule` that differ.
         calls: list[tuple[str, tuple[Any, ...]]] = []
         if model.backbone.shared_layers:
             if first is not None:
@@ -134,76 +162,9 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
             calls.append((f"segment_{number:02d}", (first, frozen, head, is_last)))
         for name, content in calls:
             if name not in modules:
-                modules[name] = part(*content)
+                modules[name] = part(*content).eval()
         segments.append(Segment(exit=number, layer=layer, calls=tuple(name for name, _ in calls)))
     return Cut(modules, tuple(segments))
-
-
-def _part(
-    model: MultiExitModel,
-    mean: bool,
-    token_types: bool,
-    embeddings: Embeddings | None,
-    blocks: Sequence[Block],
-    head: Head | None,
-    is_last: bool = False,
-) -> GraphModule:
-    """A part of a cut with its inputs and outputs.
-
-    Args:
-        model: the whole model.
-        mean: whether any head of the cut takes the mean over tokens.
-        token_types: whether the tokenizer gives token types.
-        embeddings: for the first part.
-        blocks: the layers to run.
-        head: the exit at its end.
-        is_last: whether no other part reads its hidden states.
-    """
-    outputs = []
-    if embeddings is not None:
-        inputs = [_TOKEN_IDS]
-        if token_types and model.backbone.token_types:
-            inputs.append(_TOKEN_TYPES)
-        if blocks or mean:
-            inputs.append(ATTENTION_BIAS)
-        outputs += [NEXT + name for name in model.backbone.carried]
-        # The first part makes the token weights for the heads of all parts.
-        if mean and not is_last:
-            outputs.append(NEXT + TOKEN_WEIGHTS)
-    else:
-        inputs = [HIDDEN_STATES]
-        if blocks:
-            inputs.append(ATTENTION_BIAS)
-        if head is not None and head.mean:
-            inputs.append(TOKEN_WEIGHTS)
-        if blocks:
-            inputs += model.backbone.carried
-    if not is_last:
-        outputs.append(NEXT + HIDDEN_STATES)
-    if head is not None:
-        outputs.append(LOGITS)
-    return GraphModule(embeddings, blocks, head, inputs, outputs).eval()
-
-
-def _specs(model: MultiExitModel, names: Sequence[str]) -> list[TensorSpec]:
-    """Types and shapes of inputs."""
-    hidden = int(model.backbone.config.hidden_size)
-    shapes: dict[str, tuple[Size, ...]] = {
-        _TOKEN_IDS: ("batch", "sequence"),
-        _TOKEN_TYPES: ("batch", "sequence"),
-        ATTENTION_BIAS: ("batch", 1, 1, "sequence"),
-        TOKEN_WEIGHTS: ("batch", 1, "sequence"),
-        HIDDEN_STATES: ("batch", "sequence", hidden),
-        **model.backbone.carried,
-    }
-    return [
-        TensorSpec(
-            name=name,
-            dtype="int64" if name in (_TOKEN_IDS, _TOKEN_TYPES) else "float32",
-            shape=shapes[name],
-        )
-        for name in names
-    ]
 
 
 def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: str) -> Graph:
@@ -221,25 +182,33 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     Raises:
         ModelError: it is larger than protobuf allows.
     """
-    inputs = _specs(model, module.inputs)
+    hidden = int(model.backbone.config.hidden_size)
+    shapes: dict[str, tuple[Size, ...]] = {
+        _TOKEN_IDS: ("batch", "sequence"),
+        _TOKEN_TYPES: ("batch", "sequence"),
+        ATTENTION_BIAS: ("batch", 1, 1, "sequence"),
+        TOKEN_WEIGHTS: ("batch", 1, "sequence"),
+        HIDDEN_STATES: ("batch", "sequence", hidden),
+        **model.backbone.carried,
+    }
     # torch.export assumes at least 2 of each; the resulting ONNX graph has no such limit.
+    longest = model.backbone.max_positions()
     dims = {
         "batch": torch.export.Dim("batch", min=2),
-        "sequence": torch.export.Dim("sequence", min=2, max=model.backbone.max_positions()),
+        "sequence": torch.export.Dim("sequence", min=2, max=longest),
     }
-    shapes = {
-        spec.name: {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
-        for spec in inputs
-    }
-    example = {
-        spec.name: torch.zeros(shape_of(spec, _EXAMPLE), dtype=getattr(torch, spec.dtype))
-        for spec in inputs
-    }
+    dynamic, example = {}, {}
+    for name in module.inputs:
+        axes = dict(enumerate(shapes[name]))
+        dynamic[name] = {axis: dims[d] for axis, d in axes.items() if isinstance(d, str)}
+        dtype = torch.int64 if name in (_TOKEN_IDS, _TOKEN_TYPES) else torch.float32
+        sizes = [_EXAMPLE[d] if isinstance(d, str) else d for d in axes.values()]
+        example[name] = torch.zeros(sizes, dtype=dtype)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             kwargs={"inputs": example},
-            dynamic_shapes={"inputs": shapes},
+            dynamic_shapes={"inputs": dynamic},
             input_names=module.inputs,
             output_names=module.outputs,
             opset_version=OPSET,
