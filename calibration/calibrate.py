@@ -239,8 +239,9 @@ class _PointMaker:
         """The best setting of every kind of rule that matters."""
         if not self.options.compare:
             return
-        if isinstance(goal, Bound):
-            goal = goal.as_goal()
+        bound = bound_of(goal)
+        if bound is not None:
+            goal = bound.as_goal()
         kinds = compared_kinds(self.wide.kinds, points)
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))

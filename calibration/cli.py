@@ -234,7 +234,8 @@ def _print(result: Calibration) -> None:
     echo(_line("operating point", "per text", "single text", "file", "goal", "drop"))
     for point in result.points:
         single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
-        goal, drop = goal_in_words(point.goal), f"{point.held_out.drop:+.2f}"
+        goal = goal_in_words(point.goal)
+        drop = f"{point.held_out.drop:+.2f}" if point.is_judged else "unknown"
         echo(_line(point.name, f"{point.chosen_on.mean_depth:.2f}", single, file, goal, drop))
     echo("")
     for point in result.points:

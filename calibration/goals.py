@@ -178,8 +178,9 @@ class CalibrationOptions:
         if guaranteed and self.rules and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
             raise InputError(
                 f"{guaranteed[0]!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}"
-                ": its thresholds must be known before any row is seen",
-                f"give one of {' and '.join(GUARANTEED_RULES)}, or a goal without a guarantee",
+                ": its rule and its list of thresholds must be known before any row is seen",
+                f"give one of {' and '.join(GUARANTEED_RULES)}, or `max_drop` or `speedup`, which "
+                "guarantee nothing",
             )
         if self.rules == ("entropy",) and self.bound is not None and self.bound.thresholds:
             raise InputError(

@@ -17,7 +17,7 @@ from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import ExitRule
 from ..runtime.targets import rest_precision, rule_of, target_of
 from .choose import Search
-from .goals import Bound
+from .goals import Bound, bound_of
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 from .search import kind_of
 
@@ -99,6 +99,14 @@ class Point(_Chosen):
     refusal: str = ""
 
     @property
+    def is_judged(self) -> bool:
+        """Whether the rows of `held_out` were judged with a setting that stops rows.
+
+        They are not if the parts of the rows confirm no faster setting, although all rows do.
+        """
+        return any(self.held_out.exits[:-1]) or not any(self.chosen_on.exits[:-1])
+
+    @property
     def kind(self) -> str:
         """The kind of its rule, see `kind_of`."""
         return kind_of(self.rule)
@@ -139,7 +147,8 @@ class Calibration:
     def comparisons_goal(self) -> str:
         """The goal of the comparisons: that of the default point, never more than an estimate."""
         goal = next(point.goal for point in self.points if point.name == self.default)
-        return str(goal.as_goal() if isinstance(goal, Bound) else goal)
+        bound = bound_of(goal)
+        return str(goal if bound is None else bound.as_goal())
 
     @property
     def full_depth_score(self) -> float:

@@ -198,8 +198,10 @@ class _Addition:
             self._add_int8_for_plans()
         for backend, precision in self._plans():
             self._add_plans(backend, precision)
-        if OPENVINO in self.backends and any(map(self._is_wanted, cpu.OPENVINO_TARGETS)):
-            self._write(*cpu.add_openvino(self.path, self.manifest, self.texts, self.progress))
+        wanted = [name for name in cpu.OPENVINO_TARGETS if self._is_wanted(name)]
+        if OPENVINO in self.backends and wanted:
+            where = self.path, self.manifest
+            self._write(*cpu.add_openvino(*where, self.texts, self.progress, wanted))
         if self.for_cpus and self.int8_texts:
             self._add_int8_for_cpus()
         default = self._choose_default()

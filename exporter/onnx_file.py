@@ -52,7 +52,7 @@ def write_graph(path: Path, file: str, proto: Any) -> Graph:
     except EncodeError as error:
         raise ModelError(
             f"{path.name} does not fit into one ONNX file, which holds at most 2 GiB: {error}",
-            "keep more `exits`, so that fewer layers lie between two of them",
+            "export again with more `exits`, so that fewer layers lie between two of them",
         ) from error
     onnx.checker.check_model(content)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -175,6 +175,7 @@ class Chain:
         They are answered at the last exit that they have reached. Rows that have not reached an
         exit go on.
         """
+        self.current = group
         earlier = group.state.earlier
         if earlier is None or group.earliest >= (soon := self.soon()):
             return []
@@ -196,6 +197,7 @@ class Chain:
             others: groups with the same rule before the same segment, none of which runs. Those
                 whose rows are taken have none afterwards.
         """
+        self.current = group
         if not self.backend.joins:
             return
         taken, rows, longest = [], len(group), int(group.lengths.max())
@@ -228,6 +230,7 @@ class Chain:
         if group.hidden is not None:
             self.execution.release(group.hidden)
         group.rows, group.lengths, group.hidden = group.rows[:0], group.lengths[:0], None
+        group.deadlines = group.deadlines[:0]
 
     def enqueue(self, group: Group) -> None:
         """Start the next segment of a group, without the rows that have stopped."""

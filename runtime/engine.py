@@ -461,7 +461,8 @@ class Engine:
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.
 
-        Calls of other threads that have begun are answered; the last of them frees the segments.
+        Segments that other threads run are finished, and the last of these threads frees them. A
+        call that needs another window of rows afterwards gets a `BackendError`.
         """
         self._backend.close()
 

@@ -45,7 +45,6 @@ class Group:
         encoded: `[rows]` their tokens, until segment 1 has been started.
         lengths: `[rows]` how many tokens they have.
         deadlines: `[rows]` when their answers should be there, in seconds of `perf_counter`.
-        earliest: no deadline is before it, in the same seconds.
         state: what the rule remembers of them.
         hidden: their hidden states; None before segment 1.
         places: `[rows]` where they are in the hidden states.
@@ -57,7 +56,6 @@ class Group:
     encoded: NDArray[np.object_]
     lengths: NDArray[np.intp]
     deadlines: NDArray[np.float64]
-    earliest: float
     state: PatienceState
     hidden: Hidden | None = None
     places: RowNumbers = field(default_factory=lambda: np.zeros(0, np.intp))
@@ -97,12 +95,16 @@ class Group:
             encoded=np.fromiter(encoded, np.object_, count),
             lengths=lengths,
             deadlines=np.full(count, deadline),
-            earliest=deadline,
             state=runner.start(count),
         )
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def earliest(self) -> float:
+        """The earliest of the deadlines; infinity without rows."""
+        return float(np.minimum.reduce(self.deadlines, initial=np.inf))
 
     @property
     def segment(self) -> int:
@@ -122,7 +124,6 @@ class Group:
             encoded=self.encoded[rows],
             lengths=self.lengths[rows],
             deadlines=self.deadlines[rows],
-            earliest=self.earliest,
             state=self.state.take(rows),
         )
 
@@ -144,7 +145,6 @@ class Group:
         self.encoded = np.concatenate([group.encoded for group in groups])
         self.lengths = np.concatenate([group.lengths for group in groups])
         self.deadlines = np.concatenate([group.deadlines for group in groups])
-        self.earliest = min(group.earliest for group in groups)
         self.state = PatienceState.join([group.state for group in groups])
 
 

@@ -64,6 +64,11 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
     found = f"on {where}: {_found(held)}"
+    if not point.is_judged:
+        found = (
+            "its drop on other rows is not known, because four fifths of these rows confirm no "
+            "faster setting: give separate rows as `test`"
+        )
     if point.certificate is not None:
         rows = " and ".join(f"{each.rows:,} texts" for each in point.certificate.promises)
         about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`

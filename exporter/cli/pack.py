@@ -67,7 +67,8 @@ def main(
         content = packed.to_dict() | {"file": str(packed.file)}
         click.echo(json.dumps(content))
         return
-    echo(f"{packed.file}: {packed.file.stat().st_size / 2**20:.1f} MiB of {packed.target}")
+    size = sum(file.stat().st_size for file in packed.file.parent.glob(f"{packed.file.name}*"))
+    echo(f"{packed.file}: {size / 2**20:.1f} MiB of {packed.target}")
     echo(f"rule inside: {rule_in_words(packed.rule)}")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")

@@ -129,7 +129,7 @@ def _card(manifest: Manifest, packed: Packed) -> str:
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
     if point is None:
-        return f"{text}The rule was not calibrated, so nothing is promised.\n"
+        return f"{text}Nothing is promised: the rule was not calibrated for this file.\n"
     low, high = point.drop_interval
     return f"""{text}Operating point {packed.operating_point} of {packed.target}:
 

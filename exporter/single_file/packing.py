@@ -36,7 +36,7 @@ def pack(
     target: str | None = None,
     operating_point: str | None = None,
     for_transformers_js: bool = False,
-    texts: Sequence[Text] = (),
+    verify_data: Sequence[Text] = (),
     progress: Progress = silent,
 ) -> Packed:
     """Write a model with its exits and a rule as one ONNX graph, in a folder of its own.
@@ -53,7 +53,7 @@ def pack(
             default rule of the folder.
         for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
             `onnx/model_quantized.onnx`, instead of `model.onnx`.
-        texts: more texts to verify with.
+        verify_data: more texts to verify with.
         progress: called with (what, done, total).
 
     Returns:
@@ -86,8 +86,10 @@ def pack(
     reference, _ = read_reference(source, manifest)
     exit_0, no_exit_0 = _exit_0(source, manifest)
     separators = exit_0[1].texts if exit_0 else ()
+    if manifest.targets[name].rest_precision not in ("", "fp32"):
+        point = None  # what was measured holds for other logits than those of the file
     if no_exit_0:
-        manifest = msgspec.structs.replace(manifest, exit_0=None)
+        manifest, point = msgspec.structs.replace(manifest, exit_0=None), None
         rule = msgspec.structs.replace(rule, exit_0_threshold=None)
     progress("pack", 0, 2)
     proto = single_graph(load_graphs(source, graphs), manifest, rule, exit_0)
@@ -101,7 +103,8 @@ def pack(
         if is_large:
             _move_weights(proto, folder / file)
         progress("verify", 1, 2)
-        rows = [text for text in (*reference, *texts) if not _looks_like_a_pair(text, separators)]
+        every = (*reference, *verify_data)
+        rows = [text for text in every if not _looks_like_a_pair(text, separators)]
         found = verify(source, manifest, name, rule, proto, folder / file, rows)
         checker.check_model(folder / file)
         exits = manifest.exits

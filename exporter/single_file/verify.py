@@ -68,7 +68,7 @@ def verify(
     built = manifest.targets[target]
     # Those of OpenVINO, too, run in ONNX Runtime here.
     here = with_target(manifest, target, msgspec.structs.replace(built, backend=ONNXRUNTIME))
-    with engine_of(source, here, target) as engine:
+    with engine_of(source, here, target, rule) as engine:
         rows, trace = engine.encode(texts), engine.trace(texts)
     required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_REQUIREMENTS.logits
     first, task = trace.first_exit, manifest.task
@@ -86,7 +86,7 @@ def verify(
         logits, exits = _run(file, rows, manifest.tokenizer)
         expected = simulate(trace.logits, each, *setting).exits
         same = trace.logits[exits - first, np.arange(len(rows))]
-        difference = max(difference, float(np.abs(logits - same).max()))
+        difference = float(np.maximum(difference, np.abs(logits - same).max()))  # NaN stays NaN
         close = exits_near_ties(trace.logits, each, task, difference, first)
         ties = max(ties, int(close.sum()))
         wrong = int(((exits != expected) & ~close).sum())

@@ -133,9 +133,10 @@ def _origin(target: Target) -> tuple[object, ...]:
     return target.versions, files, target.rest_precision
 
 
-def engine_of(folder: Path, manifest: Manifest, name: str) -> Engine:
+def engine_of(folder: Path, manifest: Manifest, name: str, rule: ExitRule | None = None) -> Engine:
     """An engine of a manifest that may not be written yet, without any warning."""
-    _, rule = rule_of(folder, manifest, name, None)
+    if rule is None:
+        _, rule = rule_of(folder, manifest, name, None)
     backend = open_backend(folder, manifest, name, None)
     try:
         return Engine(folder, manifest, backend, rule)

@@ -44,7 +44,11 @@ _SPIN_SECONDS = 0.01
 
 
 def add_openvino(
-    folder: Path, manifest: Manifest, texts: Sequence[Text], progress: Progress
+    folder: Path,
+    manifest: Manifest,
+    texts: Sequence[Text],
+    progress: Progress,
+    wanted: Sequence[str] = OPENVINO_TARGETS,
 ) -> tuple[Manifest, list[Checked]]:
     """Add the targets of OpenVINO that suit this machine, and verify each.
 
@@ -56,6 +60,7 @@ def add_openvino(
         manifest: its manifest. The one with the targets is returned, not written.
         texts: what the targets are compared on, besides the reference texts; may be empty.
         progress: called with (what, done, total).
+        wanted: the names of the targets to add.
 
     Returns:
         The manifest with the targets that passed, and what was found of each new one.
@@ -71,7 +76,8 @@ def add_openvino(
     for precision in ("fp32", *["bf16"] * has_bf16()):
         name = f"{OPENVINO}-{precision}"
         old = manifest.targets.get(name)
-        if old is not None and old.versions == versions and more is None:
+        is_there = old is not None and old.versions == versions and more is None
+        if is_there or name not in wanted:
             continue
         target = Target(
             backend=OPENVINO,

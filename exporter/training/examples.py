@@ -65,7 +65,9 @@ def load_rows(
     elif reading.input_format is not None or reading.literal_quotes:
         raise InputError(
             f"{source} is a dataset, to which file formats and quotes do not apply",
-            "leave out `input_format` and `literal_quotes`",
+            "leave out `input_format`"
+            if reading.input_format is not None
+            else "leave out `literal_quotes`",
         )
     else:
         rows = list(_dataset_rows(source, labelled, reading))

@@ -386,7 +386,7 @@ def _closed() -> BackendError:
 
 
 class Backend(ABC):
-    """The graphs of one target, each loaded when first needed. Threads may share it.
+    """The graphs of one target, loaded when first needed. Threads may share it.
 
     Args:
         folder: the engines folder.
@@ -521,7 +521,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _load(self, name: str) -> Any:
-        """Load a graph by name; called once for each graph."""
+        """Load a graph by name; a backend may load all of them at once."""
 
     def graph(self, name: str) -> Any:
         """The loaded graph, as the inference library represents it.

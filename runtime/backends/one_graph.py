@@ -78,12 +78,15 @@ def one_graph(files: Mapping[str, Path]) -> OneGraph:
         files: the ONNX file of each graph by its name. They must stay as long as the session.
 
     Raises:
-        ValueError: a file is not an ONNX graph.
+        ValueError: a file is not an ONNX graph, or they have different versions.
     """
     paths = {name: path.resolve() for name, path in files.items()}  # no link may leave the folder
     folder = Path(os.path.commonpath([path.parent for path in paths.values()]))
     # The last graphs are deepest in the tree, because they run least often.
     graphs = [_read(path, folder, n) for n, path in enumerate(reversed(paths.values()))]
+    head = graphs[0].head
+    if any(graph.head != head for graph in graphs):
+        raise ValueError("they have different versions or operator sets")
     inputs = {name: value for graph in graphs for name, value in graph.inputs.items()}
     outputs = {name: value for graph in graphs for name, value in graph.outputs.items()}
     levels = (len(graphs) - 1).bit_length()
@@ -94,7 +97,6 @@ def one_graph(files: Mapping[str, Path]) -> OneGraph:
     for name in conditions:
         value = _field(_VALUE_NAME, name.encode()) + _field(_VALUE_TYPE, scalar)
         tree += _field(_INPUTS, value)
-    head = dict.fromkeys(part for graph in graphs for part in graph.head)
     choices = {
         name: {condition: bool(number >> level & 1) for level, condition in enumerate(conditions)}
         for number, name in enumerate(reversed(paths))
@@ -110,14 +112,14 @@ def _read(path: Path, folder: Path, number: int) -> _Graph:
     """
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    (graph,) = values_at(content, (_GRAPH,))
+    (graph,) = values_at(content, (_GRAPH,))  # more or none: ValueError
     body, names = [], dict[bytes, bytes]()
     for tensor in values_at(graph, (_INITIALIZERS,)):
         raw = next(values_at(tensor, (_RAW_DATA,)), None)
         if raw is None or len(raw) < _LEAST_BYTES:
             body.append(_field(_INITIALIZERS, tensor))
             continue
-        name = bytes(next(values_at(tensor, (_TENSOR_NAME,))))
+        (name,) = map(bytes, values_at(tensor, (_TENSOR_NAME,)))
         names[name] = b"%d/%s" % (number, name)
         where = {
             "location": path.relative_to(folder).as_posix(),
@@ -142,8 +144,11 @@ def _read(path: Path, folder: Path, number: int) -> _Graph:
 
 
 def _by_name(graph: memoryview, number: int) -> _Values:
-    values = values_at(graph, (number,))
-    return {bytes(next(values_at(value, (_VALUE_NAME,)))): value for value in values}
+    found = {}
+    for value in values_at(graph, (number,)):
+        (name,) = map(bytes, values_at(value, (_VALUE_NAME,)))
+        found[name] = value
+    return found
 
 
 def _tree(graphs: Sequence[_Graph], outputs: _Values, level: int) -> bytes:

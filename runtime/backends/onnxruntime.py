@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..artifact.folder import verified_graph
 from ..artifact.manifest import Target, TensorSpec
-from ..errors import MissingExtraError, first_line
+from ..errors import EXPORT_AGAIN, ArtifactError, MissingExtraError, first_line
 from ..machine import usable_cores
 from .base import Bucket, dtype_of, shape_of
 from .host import HostBackend, Run
@@ -82,9 +82,15 @@ class OnnxRuntimeBackend(HostBackend):
     def read(self, name: str) -> Any:
         """The session, which also serves all other graphs."""
         files = {graph: self._file(graph) for graph in self.graphs}
-        joined = one_graph(
-            {graph: verified_graph(self._folder, f.file, f.sha256) for graph, f in files.items()}
-        )
+        paths = {
+            graph: verified_graph(self._folder, f.file, f.sha256) for graph, f in files.items()
+        }
+        try:
+            joined = one_graph(paths)
+        except ValueError as error:
+            raise ArtifactError(
+                f"the ONNX graphs in {self._folder} cannot run together: {error}", EXPORT_AGAIN
+            ) from error
         options = session_options(self._threads)
         where = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(where, str(joined.folder))

@@ -127,7 +127,7 @@ class Inputs:
         if self._options != ReadOptions():
             raise InputError(
                 f"{lines.name} looks like plain text, which has no columns",
-                "set `input_format`, such as csv",
+                "save it under a name that ends in .csv, .tsv or .jsonl, or set `input_format`",
             )
         return TextFormat.TEXT
 

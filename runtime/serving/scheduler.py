@@ -253,9 +253,9 @@ class Scheduler:
 
     def _forget(self, future: Future[Prediction]) -> None:
         if future.cancelled():
-            self._some_cancelled = True
             future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for this
         with self._changed:
+            self._some_cancelled |= future.cancelled()
             self._unanswered -= 1
 
     def _work(self) -> None:
@@ -315,12 +315,14 @@ class Scheduler:
             chain.current = group
             for decision in chain.ask_exit_0(group):
                 self._answer(decision)
+        chain.current = None
         if arrived:
             self._waiting = _one_for_each_rule(self._waiting)
 
     def _clear(self, chain: Chain) -> None:
         """Drop the rows that are cancelled, and answer those that would miss their deadline."""
-        some_cancelled, self._some_cancelled = self._some_cancelled or self._cancels, False
+        with self._changed:
+            some_cancelled, self._some_cancelled = self._some_cancelled or self._cancels, False
         for group in (*self._waiting, *self._groups):
             if self._cancels:
                 for row in group.rows:
@@ -440,7 +442,9 @@ def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
     rest = [group for group in groups if len(group)]
     while rest:
         first, rule = rest[0], rest[0].runner.rule
-        first.add([group for group in rest[1:] if group.runner.rule == rule])
+        same = [group for group in rest[1:] if group.runner.rule == rule]
+        if same:
+            first.add(same)
         joined.append(first)
         rest = [group for group in rest if group.runner.rule != rule]
     return joined

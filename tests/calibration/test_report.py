@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, Calibration, write_report
+from fpabee.calibration import Bound, Calibration, Goal, write_report
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves
 from fpabee.calibration.report.words import promise_in_words
@@ -120,6 +120,27 @@ def test_the_page_says_what_the_calibration_says(
     for one in result.comparisons:
         assert f"{one.held_out.score:.4f}" in page.text
     assert len(page.pictures) == 2
+
+
+def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> None:
+    """The parts of the rows may confirm nothing where all of them confirm a setting."""
+    result = calibrated(bound=Bound(drop=0.3), compare=True)
+    (point,) = result.points
+    rows = sum(point.held_out.exits)
+    nowhere = (*(0 for _ in point.held_out.exits[1:]), rows)
+    held_out = dataclasses.replace(point.held_out, exits=nowhere)
+    assert "its drop on other rows is not known" not in promise_in_words(point, result)
+    point = dataclasses.replace(point, held_out=held_out)
+    assert "its drop on other rows is not known" in promise_in_words(point, result)
+
+
+def test_settings_are_compared_by_an_estimate_where_the_default_is_guaranteed(
+    calibrated: Make,
+) -> None:
+    goals = {"safe": Goal(max_drop=30, guaranteed=True)}
+    result = calibrated(goals=goals, default="safe", compare=True)
+    assert result.comparisons
+    assert result.comparisons_goal == "drop at most 30 points"
 
 
 def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ from fpabee.runtime import (
 )
 from fpabee.runtime import chain as chain_module
 from fpabee.runtime import engine as engine_module
-from fpabee.runtime.backends.host import HostExecution
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
+from fpabee.runtime.rules.measures import Outputs
+from fpabee.runtime.rules.runner import RuleRunner
 
 TEXTS: list[Text] = ["the film is not bad", "rain", ("turn the lights", "off"), "", "play music"]
 NEVER = FPabee(threshold=-1.0)
@@ -91,6 +95,24 @@ def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) ->
             assert [a.exit for a in answers] == [min(o.exit, last) for o in own]
             assert [a.deadline_limited for a in answers] == [o.exit > last for o in own]
     assert len({o.exit for o in engine.predict(TEXTS, rule=FPabee(threshold=0.3))}) > 1
+
+
+def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups whose rows another one has taken are not asked again."""
+    stops = np.array([True, False])
+
+    def decide(runner: Any, exit_number: int, state: Any, logits: Any) -> Any:
+        state.earlier = Outputs(logits, ProblemType.SINGLE_LABEL)
+        return (np.resize(stops, len(logits)) if exit_number == 1 else None), None
+
+    monkeypatch.setattr(HostBackend, "joins", True)
+    monkeypatch.setattr(RuleRunner, "decide", decide)
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, max_batch=2))
+    # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs
+    # segment 2 until 40 ms, and then nothing else would be in time.
+    answers = engine.predict(["rain"] * 6, deadline_ms=45)
+    assert sorted(answer.exit for answer in answers) == [1, 1, 1, 1, 2, 2]
+    assert [answer.deadline_limited for answer in answers].count(True) == 3
 
 
 def test_the_deadline_is_for_the_whole_call(

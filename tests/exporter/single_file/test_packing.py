@@ -295,6 +295,9 @@ def test_a_graph_that_differs_is_not_written(
     changed("exit_02/0/head.classifier.bias", 0.01)
     with pytest.raises(VerificationError, match=r"logits differ by 1\.0e-02"):
         packed("bert", Budget(exit=2))
+    changed("exit_02/0/head.classifier.bias", np.nan)
+    with pytest.raises(VerificationError, match="logits differ by nan"):
+        packed("bert", Budget(exit=2))
     other = Pcee(threshold=0.5)  # whose entropy is normalised
     monkeypatch.setattr(packing, "single_graph", lambda p, m, _, zero: right(p, m, other, zero))
     with pytest.raises(VerificationError, match=r"[1-9]\d* exits differ"):
@@ -306,9 +309,11 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     packed: Callable[..., tuple[Path, Packed]],
     exit_0_engines: Mapping[str, Path],
     tmp_path: Path,
+    set_points: Callable[..., None],
 ) -> None:
     folder = tmp_path / "engines"
     shutil.copytree(exit_0_engines["mpnet"], folder)
+    set_points(folder, FP32, "fast", fast=FPabee(threshold=0.9, exit_0_threshold=0.9))
     path = folder / "tokenizer" / "tokenizer.json"
     content = json.loads(path.read_text())
     for piece in [each for each in content["post_processor"]["pair"] if "SpecialToken" in each][1:]:
@@ -322,6 +327,7 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     assert "without exit 0: no token types or separators say where" in result.stdout
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Exit 0: no token types" in card
+    assert "Nothing is promised" in card, "the point was measured with exit 0"
     _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
 

@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from fpabee.runtime import Engine
+from fpabee.runtime import ArtifactError, Engine
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import onnxruntime
 from fpabee.runtime.backends.base import is_out_of_memory
@@ -110,6 +110,28 @@ def test_a_run_chooses_one_of_several_graphs(count: int, tmp_path: Path) -> None
         found = session.run(names, {name: given[name] for name in inputs})
         for value, expected in zip(found, outputs.values(), strict=True):
             np.testing.assert_array_equal(value, expected)
+
+
+def test_graphs_that_cannot_run_together_are_refused(
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tmp_path / "0" / f"{name}.onnx" for name in "ab"}
+    for path in files.values():
+        write_graph(path, 0)
+    proto = onnx.load(files["b"])
+    proto.ir_version += 1
+    onnx.save(proto, files["b"])
+    with pytest.raises(ValueError, match="different versions"):
+        one_graph(files)
+    files["b"].write_bytes(2 * files["a"].read_bytes())
+    with pytest.raises(ValueError, match="too many values"):
+        one_graph(files)
+    monkeypatch.setattr(onnxruntime, "one_graph", lambda _: one_graph(files))
+    with (
+        pytest.raises(ArtifactError, match=r"cannot run together.*export the model again"),
+        Engine.load(engines["bert"]) as engine,
+    ):
+        engine.warm_up()
 
 
 def run_of_shape(shape: Sequence[int], indices: int) -> Exception:
