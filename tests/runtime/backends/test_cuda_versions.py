@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 
 from fpabee.runtime import BackendError, machine
 from fpabee.runtime.backends import cuda, onnxruntime_cuda, tensorrt
-from fpabee.runtime.backends.cuda import Cuda, check_cuda, extra
+from fpabee.runtime.backends.cuda import check_cuda
 from fpabee.runtime.machine import CudaDevice
 
-from ...doubles.device import Double, set_gpu
+from ...doubles.device import set_gpu
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
 ROOT = Path(__file__).parents[3]
@@ -117,29 +117,6 @@ def test_a_driver_must_be_for_cuda_12_4(
     says = r"needs an NVIDIA GPU, but its driver is for CUDA 1.\..; .*NVIDIA driver 550, JetPack"
     with pytest.raises(BackendError, match=says):
         cuda.required_gpu("tensorrt-fp16-sm86")
-
-
-def test_an_old_driver_is_named_before_anything_is_loaded(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double()
-    monkeypatch.setattr(made.trt, "Runtime", None)
-    monkeypatch.setattr(cuda, "bindings_cuda", lambda: 13)
-    set_gpu(monkeypatch, CudaDevice("Orin", "8.6", (12, 6)))
-    assert extra("tensorrt") == "tensorrt-cu12"
-    with pytest.raises(BackendError, match=r"driver \(580 or later.*fpabee\[tensorrt-cu12\]"):
-        made.load()
-
-
-@pytest.mark.parametrize(
-    ("status", "hint"),
-    [(35, "newer NVIDIA driver, or cuda-bindings for the CUDA version"), (2, "close other")],
-)
-def test_the_error_of_an_old_driver_says_what_to_install(status: int, hint: str) -> None:
-    cuda = Cuda.__new__(Cuda)
-    cuda._runtime = SimpleNamespace(cudaGetErrorString=lambda status: (0, b"it failed"))
-    with pytest.raises(BackendError, match=rf"it failed \(error {status}\) -> .*{hint}"):
-        cuda._check((status,))
 
 
 def test_what_installed_libraries_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

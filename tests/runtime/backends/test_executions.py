@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,12 +36,6 @@ BACKENDS = ["tensorrt", "onnxruntime"]
 FAILURES = ["malloc", "pinned", "event", "stream", "capture", "run in a capture"]
 
 
-def in_thread(call: Callable[[], Any]) -> Any:
-    """The result of a call in a thread of its own, which has then ended."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
 def until(happens: Callable[[], bool]) -> bool:
     """Wait until something happens, which is soon unless the test fails."""
     ends = time.monotonic() + 30
@@ -52,21 +47,6 @@ def until(happens: Callable[[], bool]) -> bool:
 def nothing_is_left(double: Double) -> bool:
     cuda = double.cuda
     return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.graphs))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_that_end_leave_nothing_behind(backend: str, double: Callable[..., Double]) -> None:
-    made = double(backend=backend)
-    with made.load() as engine:
-        found = [in_thread(lambda: engine.trace(TEXTS).logits) for _ in range(2)]
-        before = made.used(), len(made.cuda.streams), len(made.trt.contexts), made.cuda.frees
-        found += [in_thread(lambda: engine.trace(TEXTS).logits) for _ in range(3)]
-        after = made.used(), len(made.cuda.streams), len(made.trt.contexts), made.cuda.frees
-        assert after == before
-        assert before[1] == 1
-        for logits in found[1:]:
-            np.testing.assert_allclose(logits, found[0], atol=1e-5)
-    assert nothing_is_left(made)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,49 +116,30 @@ def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -
 
 
 @pytest.mark.parametrize("death", [SystemExit, MemoryError, BackendError])
-def test_a_thread_that_dies_during_a_call(
+def test_a_call_that_dies(
     death: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its buffers are freed at once, and its execution serves the next call."""
     made = double()
-    run = FakeContext.execute_async_v3
-
-    def dies(context: FakeContext, stream: int) -> bool:
-        raise death("dead", "")
-
     with made.load() as engine:
         engine.trace(TEXTS)
-        used, streams = made.used(), len(made.cuda.streams)
-        monkeypatch.setattr(FakeContext, "execute_async_v3", dies)
-        for _ in range(3):
-            with pytest.raises(death):
-                in_thread(lambda: engine.trace(TEXTS))
-            assert made.used() < used
-        monkeypatch.setattr(FakeContext, "execute_async_v3", run)
-        assert len(in_thread(lambda: engine.predict(TEXTS))) == len(TEXTS)
-        assert len(made.cuda.streams) == streams
-    assert nothing_is_left(made)
-
-
-def test_idle_executions_make_room(double: Callable[..., Double]) -> None:
-    """A burst of threads leaves executions behind; a call that lacks memory closes them."""
-    made = double()
-    with made.load() as engine:
-        lent = [engine.chain() for _ in range(2)]
-        for chain in lent:
-            run_through(engine, chain, ["rain " * 10] * 5)
-        for chain in lent:
-            chain.__exit__(None)
-        assert len(made.cuda.streams) == 2
-        made.cuda.room = made.used()
-        assert len(engine.predict(["rain " * 40] * 2)) == 2
+        used = made.used()
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeContext, "execute_async_v3", Mock(side_effect=death("dead", "")))
+            for _ in range(3):
+                with pytest.raises(death):
+                    engine.trace(TEXTS)
+                assert made.used() < used
+        assert len(engine.predict(TEXTS)) == len(TEXTS)
         assert len(made.cuda.streams) == 1
     assert nothing_is_left(made)
 
 
-def test_idle_executions_make_room_for_a_context(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lacking", ["memory", "contexts"])
+def test_idle_executions_make_room(
+    lacking: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Calls at the same time leave executions behind; a call that lacks memory closes them."""
     made = double()
     create = FakeEngine.create_execution_context
 
@@ -187,10 +148,15 @@ def test_idle_executions_make_room_for_a_context(
 
     with made.load() as engine:
         with engine.chain() as chain, engine.chain() as other:
-            run_through(engine, chain, ["rain"])
-            assert other.execution is not chain.execution
-        monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
-        assert len(engine.predict(["turn the lights on"])) == 1
+            for each in (chain, other):
+                run_through(engine, each, TEXTS)
+        assert len(made.cuda.streams) == 2
+        if lacking == "memory":
+            made.cuda.room = made.used()
+        else:
+            monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
+        assert len(engine.predict(["rain " * 40] * 2)) == 2
+        assert len(made.cuda.streams) == 1
     assert nothing_is_left(made)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import onnx
 import onnxruntime as ort
@@ -133,10 +134,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = double(backend="onnxruntime")
-
-    def fails(path: Path, stream: int) -> Any:
-        raise RuntimeError("CUDA failure 100\nat line 7")
-
+    fails = Mock(side_effect=RuntimeError("CUDA failure 100\nat line 7"))
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
     message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
@@ -148,15 +146,12 @@ def test_a_run_that_fails_names_its_graph(
     error: type[Exception], double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = double(backend="onnxruntime")
-    run = FakeCudaSession.run_with_iobinding
-
-    def fails(session: Any, binding: Any, options: Any) -> None:
-        raise error("out of memory")
-
+    message = r"segment_01 on the GPU: out of memory.*nvidia-smi"
     with made.load() as engine:
-        monkeypatch.setattr(FakeCudaSession, "run_with_iobinding", fails)
-        with pytest.raises(BackendError, match=r"segment_01 on the GPU: out of memory.*nvidia-smi"):
-            engine.predict(["rain"])
-        monkeypatch.setattr(FakeCudaSession, "run_with_iobinding", run)
+        with monkeypatch.context() as patch:
+            fails = Mock(side_effect=error("out of memory"))
+            patch.setattr(FakeCudaSession, "run_with_iobinding", fails)
+            with pytest.raises(BackendError, match=message):
+                engine.predict(["rain"])
         assert len(engine.predict(["rain"])) == 1, "it can be tried again"
     assert made.cuda.memory_of == {}

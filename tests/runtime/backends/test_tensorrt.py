@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +19,7 @@ from fpabee.runtime import (
     Budget,
     Engine,
     Entropy,
-    ExitRule,
     FPabee,
-    MissingExtraError,
 )
 from fpabee.runtime.backends import compiled_cache
 from fpabee.runtime.backends import cuda as cuda_module
@@ -37,55 +34,6 @@ TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music"
 RULE = FPabee(threshold=0.45)
 SOME_STOP_FIRST = Entropy(threshold=0.3)
 """Some of the texts, but not all, stop at exit 1 of BERT."""
-
-
-@pytest.mark.parametrize(
-    "rule", [FPabee(threshold=0.6, patience=2), Budget(exit=2), SOME_STOP_FIRST]
-)
-@pytest.mark.parametrize(
-    ("family", "backend"),
-    [("bert", "tensorrt"), ("albert", "tensorrt"), ("mpnet", "tensorrt"), ("bert", "onnxruntime")],
-)
-def test_answers_are_those_of_the_cpu(
-    family: str, backend: str, rule: ExitRule, double: Callable[..., Double]
-) -> None:
-    shapes = {"batch_sizes": (1, 2, 4, 64), "sequence_lengths": (1, 8, 16, 64)}
-    made = double(family, backend=backend, **shapes)
-    with made.load() as engine, Engine.load(made.folder) as usual:
-        assert engine.target == made.target
-        for _ in range(3):  # warm-up, capture, replay
-            # The first is captured before others need more scratch memory.
-            for texts in (TEXTS[:1], TEXTS[:1], TEXTS, TEXTS * 5):
-                found, expected = (each.trace(texts, rule=rule) for each in (engine, usual))
-                np.testing.assert_array_equal(found.exits, expected.exits)
-                np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        # Sessions of ONNX Runtime allocate during a run, so they are not captured.
-        assert (made.cuda.launches > 0) == (backend == "tensorrt")
-    assert made.cuda.memory_of == {}
-    assert made.cuda.streams == {}
-
-
-@pytest.mark.parametrize("rule", [RULE, SOME_STOP_FIRST, Budget(exit=1), Budget(exit=3)])
-def test_windows_leave_no_device_memory_behind(
-    rule: ExitRule, double: Callable[..., Double]
-) -> None:
-    """One text, one group that looks ahead, and several groups of at most 4 rows."""
-    made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
-    with made.load() as engine:
-        exits = engine.trace(TEXTS, rule=SOME_STOP_FIRST).exits
-        assert {1} < set(exits.tolist())
-        for texts in (TEXTS[:1], TEXTS[:4], TEXTS * 3):
-            for _ in range(3):  # memory is taken when a group first needs it
-                engine.predict(texts, rule=rule)
-                engine.time_exits(2, 8)
-            used, contexts = made.used(), len(made.trt.contexts)
-            for _ in range(3):
-                engine.predict(texts, rule=rule)
-                engine.time_exits(2, 8)
-                assert made.used() == used > 0
-                assert len(made.trt.contexts) == contexts, "made once for a shape"
-        rows = {context.shapes["attention_bias"][0] for context in made.trt.contexts}
-        assert rows <= {1, 2, 4}
 
 
 @pytest.mark.parametrize(("stay", "regroups"), [(4, 0), (3, 0), (2, 1)])
@@ -130,32 +78,12 @@ def test_logits_that_are_not_finite_are_refused(
     assert made.cuda.memory_of == {}, "an engine that fails its check is closed"
 
 
-def test_segments_without_scratch_memory_are_captured_once(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tests.doubles.tensorrt.SCRATCH", 0)
-    made = double()
-    with made.load() as engine:
-        for _ in range(4):
-            engine.trace(TEXTS)
-    assert made.cuda.captures == 3
-
-
 def test_hidden_states_stay_on_the_device(double: Callable[..., Double]) -> None:
     made = double()
     with made.load() as engine:
-        engine.trace(TEXTS)
+        longest = int(engine.trace(TEXTS).lengths.max())
         sizes = {memory.nbytes for memory in made.cuda.pinned_of.values()}
-        hidden = len(TEXTS) * 12 * 32 * 4
-        assert max(sizes) < hidden
-
-
-def test_a_longer_row_than_the_profile_is_refused(double: Callable[..., Double]) -> None:
-    with (
-        double(sequence=(1, 8, 16)).load() as engine,
-        pytest.raises(BackendError, match=r"a row has 42 tokens; this target takes 16"),
-    ):
-        engine.predict(["rain " * 40])
+        assert max(sizes) < len(TEXTS) * longest * 32 * 4, "hidden states of 32 floats for a token"
 
 
 def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Double]) -> None:
@@ -224,19 +152,6 @@ def test_warming_up_captures_what_it_is_asked_for(
             assert after == (*before[:2], before[2] + 3)
 
 
-def test_a_target_is_checked_before_a_plan_is_loaded(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double()
-    monkeypatch.setattr(made.trt, "Runtime", None)
-    set_gpu(monkeypatch, CudaDevice(error="no NVIDIA driver is installed"))
-    with pytest.raises(BackendError, match=r"NVIDIA GPU.*no NVIDIA driver.*another `target`"):
-        made.load()
-    monkeypatch.delitem(sys.modules, "tensorrt")
-    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[tensorrt-cu13\]'"):
-        made.load()
-
-
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
@@ -248,11 +163,12 @@ def test_a_plan_that_does_not_load_says_why(
     backend: str, message: str, double: Callable[..., Double]
 ) -> None:
     made = double(backend=backend)
-    with made.load() as engine:
-        assert len(engine.predict(["rain"])) == 1
     made.trt.plans = lambda content: None
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
+    made.change_plan("segment_02", onnx_sha256="0" * 64)
+    with pytest.raises(ArtifactError, match=r"segment_02\.plan was built from another graph"):
+        made.load()
 
 
 def test_rtx_keeps_what_the_device_compiled(
@@ -267,8 +183,9 @@ def test_rtx_keeps_what_the_device_compiled(
     def kept(made: Double) -> list[bytes]:
         with made.load() as engine:
             engine.trace(["rain"])
-        names = (path.name for path in sorted((tmp_path / "cache/fpabee/compiled").iterdir()))
-        return [bytes(compiled_cache.read(name) or b"") for name in names]
+            # Many processes end without closing an engine.
+            names = (path.name for path in sorted((tmp_path / "cache/fpabee/compiled").iterdir()))
+            return [bytes(compiled_cache.read(name) or b"") for name in names]
 
     made = double(backend="tensorrt-rtx")
     before = sorted(made.folder.rglob("*"))
@@ -283,26 +200,6 @@ def test_rtx_keeps_what_the_device_compiled(
     assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
 
 
-def test_rtx_keeps_it_before_the_engine_is_closed(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    written: list[bytes] = []
-    monkeypatch.setattr(compiled_cache, "write", lambda key, content: written.append(content))
-    with double(backend="tensorrt-rtx").load() as engine:
-        for texts in (["rain"], ["rain"], TEXTS):
-            engine.trace(texts)
-        assert written == [b"compiled 3", b"compiled 6"], "once for each new shape"
-    assert len(written) == 2
-
-
-def test_a_plan_of_another_graph_is_refused(double: Callable[..., Double]) -> None:
-    made = double()
-    made.change_plan("segment_02", onnx_sha256="0" * 64)
-    with pytest.raises(ArtifactError, match=r"segment_02\.plan was built from another graph"):
-        made.load()
-
-
 def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
@@ -313,28 +210,20 @@ def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"no room for 64\.0 MiB: 3 of 8192 MiB are free"):
         driver.malloc(64 << 20)
     monkeypatch.setattr(runtime, "cudaGetErrorString", lambda status: (good, b"launch failed"))
-    broken = runtime.cudaError_t.cudaErrorLaunchFailure
-    monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream: (broken,))
-    with pytest.raises(BackendError, match=r"CUDA: launch failed \(error 719\).*nvidia-smi"):
-        driver.synchronize(1)
+    for name, says in (
+        ("cudaErrorLaunchFailure", r"CUDA: launch failed \(error 719\).*nvidia-smi"),
+        ("cudaErrorInsufficientDriver", r"\(error 35\) -> .*newer NVIDIA driver, or cuda-bindings"),
+    ):
+        error = getattr(runtime.cudaError_t, name)
+        monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream, error=error: (error,))
+        with pytest.raises(BackendError, match=says):
+            driver.synchronize(1)
 
 
 @pytest.mark.parametrize("fails", ["work", "cudaStreamEndCapture", "cudaGraphInstantiate", ""])
 def test_a_capture_always_ends(fails: str) -> None:
-    """With the calls of the real bindings: the stream leaves the capture, and no graph is left."""
+    """The stream leaves the capture, and no graph is left."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    calls: list[str] = []
-    relaxed = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-
-    def answer(name: str, *value: Any) -> Callable[..., tuple[Any, ...]]:
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            calls.append(name)
-            assert name != "cudaStreamBeginCapture" or arguments == (3, relaxed)
-            failed = name == fails
-            status = runtime.cudaError_t(901 if failed else 0)
-            return (status, *([None] * len(value) if failed else value))
-
-        return call
 
     def work() -> None:
         assert not gc.isenabled(), "it may free device memory during the capture"
@@ -342,27 +231,21 @@ def test_a_capture_always_ends(fails: str) -> None:
             raise BackendError("a segment failed", "")
 
     driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
-    values = {"cudaStreamEndCapture": (7,), "cudaGraphInstantiate": (8,)}
-    names = ["BeginCapture", "EndCapture"]
-    driver._runtime = SimpleNamespace(
-        cudaStreamCaptureMode=runtime.cudaStreamCaptureMode,
-        cudaGetErrorString=lambda status: (0, b"capture invalidated"),
-        **{
-            name: answer(name, *values.get(name, ()))
-            for name in [
-                *(f"cudaStream{name}" for name in names),
-                "cudaGraphInstantiate",
-                "cudaGraphDestroy",
-                "cudaGetLastError",
-            ]
-        },
-    )
+    driver._runtime = called = Mock(cudaStreamCaptureMode=runtime.cudaStreamCaptureMode)
+    called.cudaGetErrorString.return_value = 0, b"capture invalidated"
+    called.cudaStreamBeginCapture.return_value = (0,)
+    called.cudaStreamEndCapture.return_value = 0, 7
+    called.cudaGraphInstantiate.return_value = 0, 8
+    if fails.startswith("cuda"):
+        getattr(called, fails).return_value = 901, None
     if not fails:
         assert driver.capture(3, work) == 8
     else:
         with pytest.raises(BackendError, match=r"segment failed|invalidated"):
             driver.capture(3, work)
     assert gc.isenabled()
-    assert calls[:2] == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
-    assert ("cudaGraphDestroy" in calls) == (fails != "cudaStreamEndCapture")
-    assert ("cudaGetLastError" in calls) == bool(fails)
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+    called.cudaStreamBeginCapture.assert_called_once_with(3, mode)
+    called.cudaStreamEndCapture.assert_called_once_with(3)
+    assert called.cudaGraphDestroy.called == (fails != "cudaStreamEndCapture")
+    assert called.cudaGetLastError.called == bool(fails)
