@@ -70,7 +70,7 @@ def load_rows(
             else "leave out `literal_quotes`",
         )
     else:
-        rows = list(_dataset_rows(source, labelled, reading))
+        rows = list(_dataset_rows(source, reading))
     for number, row in enumerate(rows, start=1):
         if labelled and row.labels is None:
             raise InputError(
@@ -132,33 +132,27 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
     return found
 
 
-def _dataset_rows(source: str, labelled: bool, reading: ReadOptions) -> Iterator[Row]:
+def _dataset_rows(source: str, reading: ReadOptions) -> Iterator[Row]:
     data = _load(source)
-    is_named = reading.text_column != ReadOptions.text_column
-    texts = (reading.text_column,) if is_named else _TEXT_COLUMNS
-    pairs = _PAIR_COLUMNS if reading.text_pair_column is None else (reading.text_pair_column,)
-    # The candidates for each column, and whether one of them must exist.
-    wanted = [
-        (texts, True),
-        (pairs, reading.text_pair_column is not None),
-        (reading.label_columns, labelled or reading.label_column is not None),
-    ]
-    found = [next((name for name in names if name in data.features), None) for names, _ in wanted]
-    required = [names for names, is_required in wanted if is_required]
-    if any(data.features.keys().isdisjoint(names) for names in required):
-        raise InputError(
-            f"{source} has the columns {', '.join(data.features)}; expected "
-            f"{', and '.join(' or '.join(names) for names in required)}",
-            "name the columns with `text_column`, `text_pair_column` and `label_column`",
-        )
-    text, pair, label = found
+
+    def column(given: str | None, usual: Sequence[str]) -> str | None:
+        return given or next((name for name in usual if name in data.features), None)
+
+    text = None if reading.text_column == ReadOptions.text_column else reading.text_column
+    named = replace(
+        reading,
+        text_column=column(text, _TEXT_COLUMNS) or reading.text_column,
+        text_pair_column=column(reading.text_pair_column, _PAIR_COLUMNS),
+        label_column=column(None, reading.label_columns) or reading.label_column,
+    )
+    named.check([*data.features], source)
+    label = named.label_column
     feature = data.features.get(label)
     classes = getattr(getattr(feature, "feature", feature), "names", None)
-    named = replace(reading, text_column=text or "", text_pair_column=pair, label_column=label)
     for number, item in enumerate(data, start=1):
-        content = {name: item[name] for name in found if name is not None}
-        if label is not None and classes:
-            content[label] = _class_name(content[label], classes)
+        content = {name: item[name] for name in (named.text_column, named.text_pair_column) if name}
+        if label is not None:
+            content[label] = _class_name(item[label], classes) if classes else item[label]
         yield named.row(content, f"{source}, row {number}")
 
 

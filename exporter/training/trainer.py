@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,9 +23,8 @@ from .options import TrainOptions
 
 _WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0
-# Shares of all steps: the length of the warm-up, and the distance between means of the loss.
-_WARMUP = 0.06
-_REPORTS = 0.02
+_WARMUP = 0.06  # the share of all steps that it takes
+_SHOWN_LOSSES = 50  # steps of which the mean loss is shown
 
 
 def train_exits(
@@ -55,8 +55,8 @@ def train_exits(
         optimizer,
         lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
     )
-    losses: list[float] = []
-    done, loss_text, dev_text = 0, "", ""
+    losses = deque[float](maxlen=_SHOWN_LOSSES)
+    done, dev_text = 0, ""
     progress("train", done, steps)
     while done < steps:
         model.train()
@@ -75,14 +75,11 @@ def train_exits(
             optimizer.zero_grad()
             losses.append(loss.item())
             done += 1
-            if len(losses) >= _REPORTS * steps:
-                loss_text = f", loss {np.mean(losses):.3f}"
-                losses.clear()
-            progress(f"train{loss_text}{dev_text}", done, steps)
+            progress(f"train, loss {np.mean(losses):.3f}{dev_text}", done, steps)
         scores = exit_scores(predict(model, dev.rows, padding, by_row), dev.targets, problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
-        loss_text, dev_text = "", f", dev {metric} by exit: {values}"
+        dev_text = f", dev {metric} by exit: {values}"
         progress(f"train{dev_text}", done, steps)
 
 
