@@ -6,7 +6,6 @@ Checkpoints of PABEE, F-PABEE, PCEE-BERT and EPEE training code load unchanged. 
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -46,6 +45,7 @@ _LARGEST = {
     "num_labels": 2**20,
     "max_position_embeddings": 2**20,
 }
+_MOST = 1e38  # of all other settings
 _COPY_CONFIG = "copy config.json again from where the model was trained"
 # Which error a wrong configuration raises depends on the setting.
 _CONFIG_ERRORS = (
@@ -248,48 +248,30 @@ def load_config(folder: Path) -> Any:
         ModelError: it is missing or damaged, or names a family that is not supported.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json", TRAIN)
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_refuse, object_hook=_tagged_float
-        )
-        model_type = content["model_type"]
+        # Before it becomes a configuration, for which one of the numbers may ask for memory.
+        content, _ = PreTrainedConfig.get_config_dict(folder)
         for name, value in content.items():
             _check_number(name, value)
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"{path} is not the configuration of a model: {type(error).__name__}: {error}",
-            _COPY_CONFIG,
-        ) from error
-    family_of(str(model_type))
-    try:
+        family_of(str(content["model_type"]))
         return AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, *_CONFIG_ERRORS) as error:
         raise ModelError(
-            f"{path} is not a valid configuration: {' '.join(str(error).split())}", _COPY_CONFIG
+            f"{path} is not a valid configuration: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}",
+            _COPY_CONFIG,
         ) from error
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
-
-
-def _tagged_float(record: dict[str, Any]) -> Any:
-    """The number that transformers writes as {"__float__": "NaN"}; else the record itself."""
-    return float(record["__float__"]) if record.keys() == {"__float__"} else record
-
-
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
-        return
-    if value > _LARGEST.get(name, value):
-        raise ValueError(f"{name} is {value}, expected at most {_LARGEST[name]}")
-    if name.endswith("_eps") and not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}, expected a small number that is not negative")
+    most = 1.0 if name.endswith("_eps") else _LARGEST.get(name, _MOST)
+    if isinstance(value, (int, float)) and not abs(value) <= most:  # as NaN is not, either
+        raise ValueError(f"{name} is {value}, expected at most {most}")
 
 
 def _exit_config(
@@ -297,8 +279,7 @@ def _exit_config(
 ) -> MultiExitConfig:
     from transformers.activations import ACT2FN
 
-    names = [re.fullmatch(r"classifiers\.(\d+)\.weight", name) for name in weights]
-    heads = sorted(int(match[1]) for match in names if match)
+    heads = [name for name in weights if re.fullmatch(r"classifiers\.\d+\.weight", name)]
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
@@ -320,30 +301,20 @@ def _exit_config(
             f"and problem_type as {' or '.join(kind.value for kind in ProblemType)}",
         ) from error
     exits, thresholds = found.exits, found.label_thresholds
-    if heads != list(range(len(exits))):
-        missing = sorted(set(range(len(exits))) - set(heads))
-        problem = f"head(s) {missing} are missing" if missing else f"there are {len(heads)} heads"
+    if len(heads) != len(exits):  # one with another number is missed later
         raise ModelError(
-            f"{folder}: {problem}; expected one classifier for each of the {len(exits)} exits",
+            f"{folder}: there are {len(heads)} heads; expected one classifier for each of the "
+            f"{len(exits)} exits",
             COPY_WEIGHTS,
         )
-    first = weights["classifiers.0.weight"]
-    if first.ndim != 2:
-        raise ModelError(
-            f"{folder}: weight classifiers.0.weight has shape {tuple(first.shape)}; "
-            "expected (labels, hidden size)",
-            COPY_WEIGHTS,
-        )
-    if len(thresholds) not in (0, len(first)) or not all(0 <= value <= 1 for value in thresholds):
+    first = weights[heads[0]]
+    outputs = len(first) if first.ndim else 0
+    if len(thresholds) not in (0, outputs) or not all(0 <= value <= 1 for value in thresholds):
         raise ModelError(
             f"{folder / 'config.json'} has the label_thresholds {list(thresholds)}",
-            f"give {len(first)} probabilities, one for each label, or none",
+            f"give {outputs} probabilities, one for each label, or none",
         )
-    return replace(
-        found,
-        labels=label_names(folder, config, len(first)),
-        problem_type=task,
-    )
+    return replace(found, labels=label_names(folder, config, outputs), problem_type=task)
 
 
 def agreed_problem_type(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:

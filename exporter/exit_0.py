@@ -75,20 +75,14 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:
         raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)
     try:
         arrays = load_file(path)
-        if missing := [name for name in ARRAYS if name not in arrays]:
-            raise ValueError(f"it lacks the arrays {', '.join(missing)}")
         found = ExitZero(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
         found.check_sizes(block["buckets"], labels)
+        expected = unigrams_of(int(config.vocab_size))
+        if found.unigrams != expected:
+            raise ValueError(f"it has {found.unigrams} unigrams, but the vocabulary {expected}")
     # The file is damaged, a setting is missing, or the arrays do not fit together.
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
-    expected = unigrams_of(int(config.vocab_size))
-    if found.unigrams != expected:
-        raise ModelError(
-            f"{path} belongs to another vocabulary: it has {found.unigrams} unigrams, expected "
-            f"{expected}",
-            _TRAIN_AGAIN,
-        )
     return found
 
 

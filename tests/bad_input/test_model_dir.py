@@ -147,7 +147,7 @@ CONFIGS = [
     Case("no layers", config(num_hidden_layers=0), "[1, 2, 3]", "0"),
     Case("10^9 layers", config(num_hidden_layers=10**9), "num_hidden_layers", "1000000000"),
     Case("100 layers", config(num_hidden_layers=100), "1552", "bert.encoder.layer."),
-    Case("a norm of NaN", config(layer_norm_eps=math.nan), CONFIG, "NaN"),
+    Case("a norm of NaN", config(layer_norm_eps=math.nan), CONFIG, "nan"),
     Case("a last head of NaN", config(fpabee={"exits": [1, 2, 3], "pooling": "mean", "last_head": {
          "pooling": "mean", "activation": "tanh", "norm_eps": {"__float__": "NaN"}}}), "norm_eps"),
     Case("no family", file(CONFIG, "{}"), CONFIG),
@@ -175,7 +175,7 @@ PARTS = [
     Case("a head too many",
          weights(lambda w: w.update({"classifiers.3.weight": torch.ones(4, 32)})), "4 heads"),
     Case("a scalar head", weights(lambda w: w.update({"classifiers.0.weight": torch.ones(())})),
-         "classifiers.0.weight"),
+         CONFIG, "4", "0"),
     Case("a layer missing", weights(lambda w: w.pop(LAYER)), "1", LAYER),
     Case("a head of another shape",
          weights(lambda w: w.update({"classifiers.1.weight": torch.ones(5, 32)})), "(5, 32)"),

@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (lambda folder: (folder / EXIT_0_FILE).unlink(), "is missing, but config.json"),
     "a folder": (into_folder, "is missing, but config.json"),
     "cut": (cut, "is not an exit 0: "),
-    "an array is missing": (change(bias=None), "it lacks the arrays bias"),
+    "an array is missing": (change(bias=None), "is not an exit 0: 'bias'"),
     "NaN": (change(table=NAN), "it holds numbers that are not finite"),
     "other buckets": (
         change(table=(NAN[:232] == 0).astype(np.float16)),
@@ -145,7 +145,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "float32": (change(table=NAN.astype(np.float32)), "its table, weights and bias are"),
     "vocabulary": (
         lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
-        "another vocabulary: it has 1000 unigrams, expected 200",
+        "it has 1000 unigrams, but the vocabulary 200",
     ),
     "labels": (
         lambda folder: save_exit_0(folder, random_exit_0(200, 2), SINGLE),
