@@ -91,7 +91,7 @@ def calibrate(
         task = engine.manifest.task
         about_decisions = options.bound is not None and options.bound.drop is None
         usual = METRICS[task.problem_type][0]
-        metric = options.metric or (AGREEMENT if options.unlabelled or about_decisions else usual)
+        metric = options.metric or (AGREEMENT if about_decisions else usual)
         warnings = _check(task, options, metric, rows, test or [])
         thresholds = decision_thresholds(task, options.bound.thresholds if options.bound else {})
         if options.bound:
@@ -144,11 +144,11 @@ def _check(
     Raises:
         InputError: the options do not fit the model, or the rows cannot be used.
     """
-    known = (AGREEMENT,) if options.unlabelled else METRICS[task.problem_type]
+    known = METRICS[task.problem_type]
     if metric not in known:
-        what = "rows without labels" if options.unlabelled else task.problem_type.value
         raise InputError(
-            f"there is no metric {metric!r} for {what}", f"choose from {', '.join(known)}"
+            f"there is no metric {metric!r} for {task.problem_type.value}",
+            f"choose from {', '.join(known)}",
         )
     bound = options.bound
     if bound is not None and bound.drop is not None and metric not in ROW_MEANS:

@@ -21,7 +21,7 @@ from ..runtime.rules.rules import RULES
 from ..runtime.rules.words import rule_in_words
 from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
-from .goals import DEFAULT_GOALS, Bound, CalibrationOptions, is_name
+from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from .report import write_report
 from .report.words import comparison_in_words, exit_0_in_words, goal_in_words, promise_in_words
 from .result import Calibration, Point, RuleComparison, make_default
@@ -43,8 +43,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
         "Guarantees": "--risk --flips --missed --false-alarms --threshold --confidence",
-        "Choice of the rule": "--rule --metric --unlabelled",
-        "Result": "--name --set-default --report",
+        "Choice of the rule": "--rule --metric",
+        "Result": "--set-default --report",
         **READING,
     },
 )
@@ -84,11 +84,10 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.choice(
     "--metric",
     "METRIC",
-    "Metric that may drop. Default: accuracy, or exact_match if multi-label.",
+    "Metric that may drop. Default: accuracy, or exact_match if multi-label; agreement with full "
+    "depth needs no labels.",
     sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
-@options.flag("--unlabelled", "Compare with the answers at full depth. Needs no labels.")
-@options.option("--name", "NAME", "Name of the point. Default: from its goal, such as drop-0.5.")
 @options.labelled_texts
 def main(
     engines: Path,
@@ -148,7 +147,6 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def _options(
-    name: str | None,
     max_drop: float | None,
     speedup: float | None,
     confidence: float | None,
@@ -173,13 +171,10 @@ def _options(
             "give one goal at a time: --max-drop, --speedup or a guarantee such as --risk; each "
             "makes its own point"
         )
-    options.only_with("name", names, "--max-drop, --speedup or a guarantee")
     options.only_with("confidence", shares, "--risk, --flips, --missed or --false-alarms")
     options.only_with("missed false_alarms", thresholds, "--threshold")
     options.only_with("thresholds", shares.keys() - {"drop"}, "--flips, --missed or --false-alarms")
-    if name is not None and not is_name(name):
-        raise click.UsageError(f"--name {name!a} cannot be read and typed: give another name")
-    point = name or (names[0] if names else "balanced")
+    point = names[0] if names else "balanced"
     bound = None
     if shares:
         sure = 0.95 if confidence is None else confidence / 100

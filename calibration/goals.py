@@ -114,15 +114,14 @@ class CalibrationOptions:
         name: the name of that point.
         default: the point that runs if none is named; the first one if there is no such point.
         metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
-            `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth. None
-            means the first of these, or agreement if labels are not used or if the bound is on
+            `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth, which
+            needs no labels. None means the first of these, or agreement if the bound is on
             decisions only.
         rules: names of the exit rules to choose from, of `runtime.RULES`; empty means the
             contenders, or confidence for what is guaranteed.
         target: a built target; None means the default of the manifest.
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
-        unlabelled: ignore labels, and compare answers with those at full depth.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
         compare: also evaluate the best setting of up to six kinds of rules.
@@ -139,7 +138,7 @@ class CalibrationOptions:
         two_points = CalibrationOptions(goals=goals, default="close")
 
         bound = Bound(flips=0.02, confidence=0.95)
-        no_labels = CalibrationOptions(bound=bound, name="sure", unlabelled=True)
+        no_labels = CalibrationOptions(bound=bound, name="sure")
         ```
     """
 
@@ -152,7 +151,6 @@ class CalibrationOptions:
     target: str | None = None
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
-    unlabelled: bool = False
     batch_size: int = 32
     threads: int | None = None
     compare: bool = False

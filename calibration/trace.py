@@ -67,7 +67,8 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
         if row.labels is None:
             raise InputError(
                 f"{row.where} has no label, and calibration needs labels",
-                "label every row, name their column in `label_column`, or set `unlabelled`",
+                "label every row, name their column in `label_column`, or set `metric` to "
+                "agreement",
             )
     given = [row.labels or () for row in rows]
     return encode_labels(given, task.labels, task.problem_type, [row.where for row in rows])

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from ...calibration import threshold_for_depth
 from ...runtime.cli import options
-from ...runtime.cli.command import READING, RULE, command
+from ...runtime.cli.command import command
 from ...runtime.cli.console import step_progress, table_console
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.machine import require
-from ...runtime.rules.rules import RULES, ExitRule, ThresholdRule
+from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ..bench import FULL_DEPTH, FULL_GRAPH, PADDED_32, WITH_RULE, BenchReport, run_bench
 
@@ -33,7 +33,7 @@ _MOST_TEXTS = 2000
 fpabee-bench engines/ --input texts.txt
 fpabee-bench engines/ --input texts.txt --depth 0.5
 """,
-    panels={**RULE, **READING},
+    panels={},
 )
 @options.engines
 @options.option("--input source", "FILE", "Texts, in any format of fpabee-run.", required=True)
@@ -58,6 +58,7 @@ def main(
     threads: int | None,
     quiet: bool,
     as_json: bool,
+    rule_text: str | None,
     **settings: Any,
 ) -> None:
     """Measure how fast ENGINES is with its exits, compared with one full graph.
@@ -65,17 +66,17 @@ def main(
     Both run alternately on the same texts, so that changes in the speed of the machine affect
     both.
     """
-    options.not_with("threshold", depth is not None, "--depth, which chooses the threshold")
+    if depth is not None and "threshold=" in (rule_text or "").replace("exit_0_threshold=", ""):
+        raise click.UsageError("--depth chooses the threshold, so --rule must leave it out")
     require("graphs")
     texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
     with (
         step_progress(quiet) as progress,
         Engine.load(engines, target, threads=threads, preload=True) as engine,
     ):
-        kind = RULES[settings["rule"] or engine.rule.name]
-        if depth is not None and issubclass(kind, ThresholdRule):
-            settings["threshold"] = 0.0  # replaced below
-        rule = options.chosen_rule(engine.rule, settings)
+        if depth is not None:
+            rule_text = f"{rule_text or engine.rule.name} threshold=0"  # replaced below
+        rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
         if depth is not None:
             progress("choose the threshold", 0, 1)
             rule = _of_depth(engine, rule, texts, depth)

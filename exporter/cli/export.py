@@ -169,7 +169,7 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     """
     data = settings["calibration_data"]
     only_with(
-        "text_column text_pair_column",
+        "columns",
         data or settings["verify_data"],
         "--verify-data or --calibration-data",
     )

@@ -18,8 +18,7 @@ from ...help_pages import LOOK, Command
 from ..errors import FpabeeError
 from .console import echo
 
-READING = {"Reading files": "--text-column --text-pair-column --label-column --no-quotes"}
-RULE = {"Exit rule": "--rule --threshold --patience --exit --exit-0-threshold"}
+READING = {"Reading files": "--column --no-quotes"}
 
 _INTERRUPTED = 130  # as in a shell
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -88,7 +87,10 @@ def option_of(parameter: str) -> str:
     """The option of the running command that sets a parameter; else the parameter's name."""
     context = click.get_current_context(silent=True)
     spelled = f"--{parameter.replace('_', '-')}"
+    field = parameter.removesuffix("_column")
     for option in context.command.params if context else ():
+        if option.name == "columns" and field != parameter:
+            return f"--column {field}=NAME"
         if option.name == parameter or spelled in option.opts:
             is_option = isinstance(option, click.Option)
             return max(option.opts, key=len) if is_option else parameter.upper()

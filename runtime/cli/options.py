@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -20,7 +21,7 @@ from .command import option_of
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
-RULE_OPTIONS = "rule threshold patience exit exit_0_threshold"
+_FIELDS = ("text", "text_pair", "label")
 PATH = click.Path(path_type=Path)
 
 
@@ -153,78 +154,80 @@ threads = count("--threads", "Number of CPU threads. Default: all cores.")
 quiet = flag("--quiet", "Show no progress.")
 as_json = flag("--json as_json", "Print the result as one JSON object.")
 
-rule = together(
-    choice(
-        "--rule",
-        "RULE",
-        "Exit rule. If it is that of the operating point, settings that are not given stay.",
-        RULES,
-    ),
-    option(
-        "--threshold",
-        "X[,X,...]",
-        "Threshold of the rule: one number, or one for each exit.",
-        type=Numbers(float, "0.1,0.2"),
-        callback=lambda _, __, value: value[0] if value and len(value) == 1 else value,
-    ),
-    count("--patience", "How many times in a row the condition of the rule must hold."),
-    count("--exit", "Exit at which every row stops, only with --rule budget.", min=0),
-    number(
-        "--exit-0-threshold",
-        "Confidence above which a row stops at exit 0; 2 means never. Default: that of the "
-        "operating point, or never with another rule.",
-    ),
+rule = option(
+    "--rule rule_text",
+    "RULE",
+    'Exit rule with settings, such as "fpabee threshold=0.2 patience=2"; all others are left as '
+    f"they are in the operating point if it has this rule, or if none is named. One of "
+    f"{', '.join(RULES)}.",
 )
-"""Options that describe an exit rule; `chosen_rule` reads them."""
+"""An exit rule; `chosen_rule` reads it."""
 
-columns = together(
-    option("--text-column", "NAME", "Column or field of the text.", default="text"),
-    option(
-        "--text-pair-column",
-        "NAME",
-        "Column or field of the second text. Default: text_pair, if there is one.",
-    ),
+columns = option(
+    "--column columns",
+    "FIELD=NAME",
+    "Where a field is if not under its own name, such as text=sentence. Fields: text, text_pair "
+    "and label. May be repeated.",
+    multiple=True,
 )
-"""Options that say where the texts are: `read_options`."""
+"""Where texts and labels are; `read_options` reads it."""
 
 labelled_texts = together(
     columns,
-    option(
-        "--label-column",
-        "NAME",
-        "Column or field of the true labels. Default: labels or label, if there is one.",
-    ),
     flag("--no-quotes literal_quotes", 'Treat " as an ordinary character in .csv and .tsv files.'),
 )
-"""Those of `columns`, and options that say how labels are read."""
+"""How rows with labels are read."""
 
 
-def chosen_rule(default: ExitRule, settings: dict[str, Any]) -> ExitRule:
-    """The rule that the options describe; takes them out of the settings.
+def chosen_rule(default: ExitRule, text: str) -> ExitRule:
+    """The rule that the value of `--rule` describes.
 
-    Without `--rule`, or with the name of the default rule, it is the default rule with the settings
-    that are given.
+    Without a name, or with that of the default rule, it is the default rule with the settings that
+    are given.
 
     Raises:
-        RuleError: the rule does not take a setting, or lacks one that it needs.
+        RuleError: there is no such rule, it does not take a setting, or it lacks one that it needs.
     """
-    values = {name: settings.pop(name) for name in RULE_OPTIONS.split()}
-    name = values.pop("rule")
-    changes = {key: value for key, value in values.items() if value is not None}
-    base = default.to_dict() if name in (None, default.name) else {"name": name}
+    name, *settings = text.split() if "=" not in text.split(" ")[0] else ("", *text.split())
+    changes = dict(map(_setting, settings))
+    base = default.to_dict() if name in ("", default.name) else {"name": name}
     return ExitRule.from_dict(base | changes)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """The two parts of `NAME=VALUE`; a value is a word, a number, or a list of them."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise click.UsageError(f"{text!r} is not a setting of a rule, such as threshold=0.2")
+    values = [_word_or_number(each) for each in value.split(",")]
+    return name, values if len(values) > 1 else values[0]
+
+
+def _word_or_number(text: str) -> str | float:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def read_options(settings: dict[str, Any]) -> ReadOptions:
     """The options that say how inputs are read; takes them out of the settings.
 
     Raises:
-        click.UsageError: two options name the same column.
+        click.UsageError: a field does not exist, or two fields have the same column.
     """
     names = [field.name for field in fields(ReadOptions)]
-    reading = ReadOptions(**{name: settings.pop(name) for name in names if name in settings})
-    columns = [reading.text_column, reading.text_pair_column, reading.label_column]
-    named = [name for name in columns if name is not None]
+    given = {name: settings.pop(name) for name in names if name in settings}
+    columns = dict(
+        each.split("=", 1) if "=" in each else (each, "") for each in settings.pop("columns")
+    )
+    if wrong := [field for field, name in columns.items() if field not in _FIELDS or not name]:
+        raise click.UsageError(
+            f"--column {wrong[0]!r}: expected FIELD=NAME with a field of {', '.join(_FIELDS)}"
+        )
+    reading = ReadOptions(**given, **{f"{field}_column": name for field, name in columns.items()})
+    all_columns = [reading.text_column, reading.text_pair_column, reading.label_column]
+    named = [name for name in all_columns if name is not None]
     if len(set(named)) < len(named):
         raise click.UsageError("text, text pair and label need different columns")
     return reading

@@ -23,7 +23,7 @@ from ..files.job import Job
 from ..files.records import RecordSchema
 from ..rules.words import rule_in_words
 from . import options
-from .command import READING, RULE, command
+from .command import READING, command
 from .console import PlainConsole, echo, row_progress
 
 _BAR_WIDTH = 30
@@ -32,12 +32,11 @@ _BAR_WIDTH = 30
 @command(
     examples="""
 fpabee-run engines/ texts.txt
-fpabee-run engines/ a.csv b.parquet --text-column body --output out.parquet
-fpabee-run engines/ dev.jsonl --metrics --rule fpabee --threshold 0.2
+fpabee-run engines/ a.csv b.parquet --column text=body --output out.parquet
+fpabee-run engines/ dev.jsonl --metrics --rule "fpabee threshold=0.2"
 cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 """,
     panels={
-        **RULE,
         "Reading files": f"{READING['Reading files']} --input-format --on-error",
         "Writing results": "--with-text --scores --resume --unbuffered",
     },
@@ -99,6 +98,7 @@ def main(
     unbuffered: bool,
     quiet: bool,
     as_json: bool,
+    rule_text: str | None,
     **settings: Any,
 ) -> None:
     """Classify texts. Results go to standard output or --output, all else to standard error."""
@@ -108,9 +108,8 @@ def main(
     reading = options.read_options(settings)
     loading = {name: settings.pop(name) for name in ("max_length", "threads")}
     written = {name: settings.pop(name) for name in ("with_text", "probabilities")}
-    overrides = bool(options.given(options.RULE_OPTIONS))
-    options.not_with("operating_point", overrides, "options of an exit rule: it is a complete rule")
-    options.not_with("full_depth", operating_point or overrides, "an exit rule")
+    options.not_with("operating_point", rule_text, "--rule: it is a complete rule")
+    options.not_with("full_depth", operating_point or rule_text, "an exit rule")
     is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
     output = None if output == Path("-") else output
     is_file = is_plain_file(output)
@@ -127,7 +126,7 @@ def main(
         check_output(output, files)
     shows = not (quiet or as_json)
     with Engine.load(engines, target, operating_point, **loading) as engine:
-        rule = options.chosen_rule(engine.rule, settings) if overrides else engine.rule
+        rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
         schema = RecordSchema(
             engine.labels, engine.multi_label, errors=on_error == "skip", **written
         )
@@ -150,7 +149,7 @@ def main(
             row_progress(job, not shows or unbuffered) as advance,
         ):
             job.run(inputs, write, completed, advance, unbuffered)
-        point = None if overrides or full_depth else engine.operating_point
+        point = None if rule_text or full_depth else engine.operating_point
         if as_json:
             click.echo(json.dumps(job.to_dict(point)), err=True)
         elif not quiet:

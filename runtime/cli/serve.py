@@ -23,7 +23,9 @@ fpabee-serve engines/ --port 8080 --operating-point fast
 fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 fpabee-serve engines/ --triton repository/ --name intents
 """,
-    panels={"Triton": "--triton --name", "Limits": "--max-rows --max-texts --max-body"},
+    panels={
+        "Triton": "--triton --name",
+    },
 )
 @options.engines
 @options.count("--port", "Port to listen on.", 8000, min=0, max=65535)
@@ -50,8 +52,6 @@ fpabee-serve engines/ --triton repository/ --name intents
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
-@options.count("--max-texts", "Most texts in a request.", 256)
-@options.count("--max-body", "Most bytes in the body of a request.", 2**20)
 @options.path(
     "--triton", "Write a model into this model repository of Triton, and serve nothing.", "REPO"
 )
@@ -63,8 +63,6 @@ def main(
     allowed_hosts: tuple[str, ...],
     check: bool,
     max_rows: int,
-    max_texts: int,
-    max_body: int,
     triton: Path | None,
     name: str | None,
     **loading: Any,
@@ -73,11 +71,9 @@ def main(
     name = name or engines.resolve().name
     if triton is not None:
         options.not_with(
-            "host port allowed_hosts check max_body", triton, "--triton, which starts no server"
+            "host port allowed_hosts check", triton, "--triton, which starts no server"
         )
-        folder = write_repository(
-            engines, triton, name, max_rows=max_rows, max_texts=max_texts, **loading
-        )
+        folder = write_repository(engines, triton, name, max_rows=max_rows, **loading)
         echo(f"wrote {folder}", err=True)
         return
     require("serve")
@@ -85,7 +81,7 @@ def main(
     from ..serving.scheduler import Scheduler
     from ..serving.server import ServerLimits, listen, make_app, serve
 
-    limits = ServerLimits(max_body, min(max_texts, max_rows))
+    limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (
         Engine.load(engines, check=check, fit_target=True, **loading) as engine,
         listen(host, port) as listener,

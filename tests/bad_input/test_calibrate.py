@@ -112,13 +112,13 @@ def full_disk(what: str, make: Make) -> Make:
 
 UNLABELLED = [{"text": row["text"]} for row in rows()]
 CASES = [
-    Case("no label", given([*rows(), {"text": "rain"}]), "dev.jsonl", "81", "--unlabelled"),
+    Case("no label", given([*rows(), {"text": "rain"}]), "dev.jsonl", "81", "--metric"),
     Case("identical rows", given([same_text(row) for row in rows()])),
     Case("an unknown label", given([*rows(), {"text": "a", "label": "food"}]), "81", "food"),
     Case("an unknown point", set_default("slow"), "'slow'", "onnxruntime-fp32"),
     Case("a point of an unknown target", set_default("fast", "--target", "tpu"), "'tpu'",
          "onnxruntime-fp32", "--target"),
-    Case("too few rows", given(UNLABELLED[:49], "--unlabelled"), "48", "50"),
+    Case("too few rows", given(UNLABELLED[:49], "--metric", "agreement"), "48", "50"),
     Case("test rows without labels", held_out(UNLABELLED), "test.jsonl", "1"),
     Case("a model that gives NaN", goal(change=with_nan), "exit 2"),
     Case("20 times as fast", traced("--speedup", 20), "20"),
@@ -129,8 +129,6 @@ CASES = [
     Case("a threshold of 70 %", goal("--missed", 5, "--threshold", "music=70"), "70", "0 and 1"),
     Case("a risk of F1", goal("--risk", 5, "--metric", "macro_f1"), "macro_f1", "accuracy"),
     Case("a metric of another task", goal("--metric", "exact_match"), "exact_match", "macro_f1"),
-    Case("a metric of labels without labels", goal("--metric", "accuracy", "--unlabelled"),
-         "accuracy", "agreement"),
     Case("calibration/ is a file", in_the_way("calibration"), "engines/calibration/trace"),
     Case("no space for the trace",
          full_disk("fpabee.runtime.artifact.folder.os.fsync",
@@ -149,8 +147,6 @@ USAGE = [
     (("--risk", 2, "--threshold", "music=0.7"), "--flips"),
     (("--flips", 2, "--threshold", "music"), "LABEL=P"),
     (("--flips", 2, "--max-drop", 1), "one goal at a time"),
-    (("--name", "x"), "--name"),
-    (("--max-drop", 1, "--name", "a\nb"), r"'a\nb'"),
     (("--rule", "fastbert"), "fastbert"),
     (("--set-default", "fast"), "--set-default"),
 ]

@@ -144,7 +144,7 @@ FILES = [
     Case("a segment of another model", served(other_weights),
          "onnxruntime-fp32"),
     Case("a segment of NaN where no row stops",
-         folder(with_nan, "--rule", "budget", "--exit", 3), "exit 2"),
+         folder(with_nan, "--rule", "budget exit=3"), "exit 2"),
 ]  # fmt: skip
 
 

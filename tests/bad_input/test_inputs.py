@@ -62,20 +62,20 @@ JSON = [
     Case("NaN", line('{"text": "a", "x": NaN}'), "line 2"),
     Case("deep JSON that is closed", line('{"text": "a", "x": ' + "[" * 900 + "]" * 900 + "}"),
          "line 2", "100"),
-    Case("no text", line('{"body": "a"}'), "line 2", '"text"', "--text-column"),
+    Case("no text", line('{"body": "a"}'), "line 2", '"text"', "--column text=NAME"),
     Case("a text that is a number", line('{"text": 5}'), "line 2", '"text"'),
 ]  # fmt: skip
 
 TABLES = [
     Case("no text column", given("in.csv", "sentence,label\na,b\n"),
-         "in.csv, line 1", '"text"', "sentence, label", "--text-column"),
+         "in.csv, line 1", '"text"', "sentence, label", "--column text=NAME"),
     Case("20,000 columns", given("in.csv", ",".join(map(str, range(20_000))) + "\na\n"), "19999"),
     Case("escape codes in a column name", given("in.csv", "te\x1b[31mxt\na\n"), r"te\x1b[31mxt"),
     Case("semicolons", given("in.csv", "text;label\na;b\n"), "text;label"),
     Case("an open quote", given("in.csv", 'text,id\n"a,1\nb\n'), "line 2", "line 3", "--no-quotes"),
     Case("a quote in a quoted cell", given("in.csv", 'text\n"a "b" c"\n'), "line 2", '""'),
     Case("lines of an old Mac", given("in.csv", "text,id\ra,1\rb,2\r"), r"tr '\r' '\n'"),
-    Case("no label column", given("in.csv", "text\na\n", "--label-column", "gold"), '"gold"'),
+    Case("no label column", given("in.csv", "text\na\n", "--column", "label=gold"), '"gold"'),
 ]  # fmt: skip
 
 LABELLED = [
@@ -87,7 +87,7 @@ LABELLED = [
 EMPTY = [
     Case("an empty file", given("in.txt", b"\xef\xbb\xbf"), "in.txt"),
     Case("an empty pipe", piped(b""), "standard input"),
-    Case("columns of a piped text", piped(b"a\n", "--text-column", "body"), "--input-format"),
+    Case("columns of a piped text", piped(b"a\n", "--column", "text=body"), "--input-format"),
 ]  # fmt: skip
 
 ONE = pyarrow.array(["rain"])
@@ -119,7 +119,7 @@ FILES = [
 USAGE = [
     Case("an unknown format", given("in.txt", "", "--input-format", "xml"), "'xml'", code=2),
     Case("no input", lambda p: ["run", p.shared["bert"]], "standard input", code=2),
-    Case("a column twice", given("in.csv", "", "--label-column", "text"), "text", code=2),
+    Case("a column twice", given("in.csv", "", "--column", "label=text"), "text", code=2),
 ]
 
 

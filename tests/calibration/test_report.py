@@ -101,7 +101,7 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
         ({}, ["4, one for each text", "150 labelled rows"]),
         ({"with_test": True}, ["judged by: test.jsonl", "on test.jsonl: "]),
         ({"family": "mpnet"}, ["5, any number for each text"]),
-        ({"unlabelled": True}, ["150 unlabelled rows", "by definition"]),
+        ({"metric": "agreement"}, ["150 unlabelled rows", "by definition"]),
     ],
     ids=str,
 )
@@ -163,7 +163,7 @@ def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
     calibrated: Make, tmp_path: Path
 ) -> None:
     before, backend = dict(mpl.rcParams), mpl.get_backend()
-    result = calibrated("mpnet", unlabelled=True)
+    result = calibrated("mpnet", metric="agreement")
     first, again = report(result, tmp_path).pictures, report(result, tmp_path).pictures
     assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
     assert first == again

@@ -120,7 +120,7 @@ def test_the_command_prints_json_or_a_table_that_is_not_cut(
     texts = tmp_path / "rows.jsonl"
     texts.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     command = [str(engines["bert"]), "--input", str(texts), "--depth", "0.8"]
-    command += ["--text-column", "body"]
+    command += ["--column", "text=body"]
     result = CliRunner().invoke(main, [*command, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

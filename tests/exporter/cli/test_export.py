@@ -71,7 +71,7 @@ def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     texts.write_text("text_pair,body\n,good film\nsun,rain\n")
     result = run(
         copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
-        texts, "--text-column", "body",
+        texts, "--column", "text=body",
         "--problem-type", "multi_label_classification", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -89,7 +89,7 @@ def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
     folder = tmp_path / "engines"
     texts = tmp_path / "texts.csv"
     texts.write_text("body\none\ntwo\n")
-    data = ("--verify-data", texts, "--text-column", "body")
+    data = ("--verify-data", texts, "--column", "text=body")
     result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32", *data)
     assert result.exit_code == 0, result.output
     assert "fp16: verified by emulation on 14 texts" in result.stdout

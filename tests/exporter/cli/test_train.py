@@ -46,8 +46,8 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         *["--problem-type", "multi_label_classification", "--exits", "2,4"],
         *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
         *["--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
-        *["--force", "--text-column", "body"],
-        *["--text-pair-column", "other", "--label-column", "kind", "--no-quotes"],
+        *["--force", "--column", "text=body"],
+        *["--column", "text_pair=other", "--column", "label=kind", "--no-quotes"],
         *["--no-exit-0"],
     )
     assert result.exit_code == 0, result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,6 +16,8 @@ from click.testing import CliRunner
 from fpabee.runtime import errors
 from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.errors import FpabeeError, InputError
+from fpabee.runtime.files import ReadOptions
+from fpabee.runtime.rules.rules import RULES
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = {
@@ -38,16 +41,21 @@ def group() -> None:
 @click.argument("model_dir")
 @click.option("-o", "--output")
 @click.option("--from", "source")
+@click.option("--column", "columns")
 @exits_with_one_line
 def fails(**_: Any) -> None:
     """Fail with a hint that names parameters of every kind."""
-    raise InputError("no `room`", "set `output`, `source`, `model_dir` or `cache` to 5")
+    raise InputError(
+        "no `room`", "set `output`, `source`, `model_dir` or `cache` to `text_pair_column`"
+    )
 
 
 def test_a_hint_names_the_options_of_the_running_command() -> None:
     result = CliRunner().invoke(group, ["fails", "DIR"])
     assert result.exit_code == 1
-    expected = "error: no `room` -> set --output, --from, MODEL_DIR or cache to 5\n"
+    expected = (
+        "error: no `room` -> set --output, --from, MODEL_DIR or cache to --column text_pair=NAME\n"
+    )
     assert result.stderr == expected
     assert result.stdout == ""
 
@@ -83,7 +91,9 @@ def _options(module: str) -> set[str]:
 
 
 def test_every_parameter_in_a_hint_is_an_option_of_some_command() -> None:
-    known = OTHERS.union(*map(_options, COMMANDS.values()))
+    settings = {name for rule in RULES.values() for name in rule.__struct_fields__}
+    columns = {field.name for field in dataclasses.fields(ReadOptions)}
+    known = OTHERS.union(settings, columns, *map(_options, COMMANDS.values()))
     named = {(path, name) for path, text in _hints() for name in re.findall(r"`(\w+)`", text)}
     assert len(named) > 50
     assert {f"{path}: {name}" for path, name in named if name not in known} == set()

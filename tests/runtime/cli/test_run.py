@@ -18,6 +18,7 @@ from fpabee.runtime import (
     Engine,
     Entropy,
     FPabee,
+    Measure,
     Pabee,
     Pcee,
 )
@@ -82,16 +83,14 @@ def test_standard_input(run: Run, bert: Path, source: Path) -> None:
     ("options", "rule"),
     [
         ([], None),
-        (["--rule", "pabee", "--patience", "1"], Pabee(patience=1)),
-        (["--rule", "budget", "--exit", "2"], Budget(exit=2)),
-        (["--rule", "entropy", "--threshold", "1.1"], Entropy(threshold=1.1)),
-        (["--rule", "entropy", "--threshold", "0,9,9"], Entropy(threshold=(0.0, 9.0, 9.0))),
-        (
-            ["--rule", "pcee", "--threshold", "0.9", "--patience", "2"],
-            Pcee(threshold=0.9, patience=2),
-        ),
-        # Without --rule, the folder's rule with what is given changed.
-        (["--threshold", "1.2"], FPabee(threshold=1.2)),
+        (["--rule", "pabee patience=1"], Pabee(patience=1)),
+        (["--rule", "budget exit=2"], Budget(exit=2)),
+        (["--rule", "entropy  threshold=1.1 "], Entropy(threshold=1.1)),
+        (["--rule", "entropy threshold=0,9,9"], Entropy(threshold=(0.0, 9.0, 9.0))),
+        (["--rule", "pcee threshold=0.9 patience=2"], Pcee(threshold=0.9, patience=2)),
+        # Without a name, the folder's rule with what is given changed.
+        (["--rule", "threshold=1.2"], FPabee(threshold=1.2)),
+        (["--rule", "threshold=0.1 measure=kl"], FPabee(threshold=0.1, measure=Measure.KL)),
     ],
     ids=str,
 )
@@ -116,14 +115,14 @@ def test_operating_point(
     result = run(folder, source)
     assert {record["exit"] for record in result.records} == {3}
     assert "operating point safe" in result.err
-    result = run(folder, source, "--rule", "budget", "--exit", 1)
+    result = run(folder, source, "--rule", "budget exit=1")
     assert "operating points of onnxruntime-fp32: fast, safe" in result.err
     refused = run(folder, source, "--operating-point", "slow")
     check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
 
 
 def test_summary(run: Run, bert: Path, source: Path) -> None:
-    result = run(bert, source, "--rule", "budget", "--exit", "2", "--threads", "1")
+    result = run(bert, source, "--rule", "budget exit=2", "--threads", "1")
     assert "5 rows in" in result.err
     assert "onnxruntime-fp32, rule budget, exit 2" in result.err
     assert "mean depth 2.00 of 3 layers, saving 33.3%" in result.err
@@ -135,7 +134,7 @@ def test_summary(run: Run, bert: Path, source: Path) -> None:
 
 
 def test_summary_in_json(run: Run, bert: Path, source: Path) -> None:
-    options = ("--rule", "budget", "--exit", "2", "--json")
+    options = ("--rule", "budget exit=2", "--json")
     result = run(bert, source, *options)
     assert result.code == 0
     assert result.out == run(bert, source, *options, "--quiet").out

@@ -30,8 +30,8 @@ def test_columns_by_name_of_several_files(run: Run, bert: Path, tmp_path: Path) 
     source, last = tmp_path / "in.tsv", tmp_path / "last.csv"
     source.write_text('q1\tq2\tgold\nthe film\t"bad\talarm\n', encoding="utf-8")
     last.write_text("gold,q1,q2\nalarm,rain,sun\n")
-    options = ["--text-column", "q1", "--text-pair-column", "q2", "--no-quotes", "--with-text"]
-    result = run(bert, source, last, *options, "--label-column", "gold", "--metrics")
+    options = ["--column", "text=q1", "--column", "text_pair=q2", "--no-quotes", "--with-text"]
+    result = run(bert, source, last, *options, "--column", "label=gold", "--metrics")
     found = [(record["text"], record["text_pair"]) for record in result.records]
     assert found == [("the film", '"bad'), ("rain", "sun")]
     assert "accuracy" in result.err
@@ -95,6 +95,6 @@ def test_skipping_every_row_is_an_error(run: Run, bert: Path, tmp_path: Path) ->
     assert (summary["mean_depth"], summary["saving"]) == (None, None)
     assert "mean depth" not in run(bert, *options).err
     result = run(bert, *options, "--output", output, "--quiet")
-    check_refused(result, "none of 2 rows could be used; the first:", "--text-column")
+    check_refused(result, "none of 2 rows could be used; the first:", "--column text=NAME")
     assert len(output.read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -24,7 +24,7 @@ from fpabee.runtime.files.destination import Partial
 from ..running import Result, Run, check_refused, write_lines
 
 ROWS = 400
-RULE = ("--rule", "entropy", "--threshold", "0.9", "--scores", "--quiet")
+RULE = ("--rule", "entropy threshold=0.9", "--scores", "--quiet")
 WORDS = ["the", "a", "film", "rain", "sun", "lights", "alarm", "off", "good", "bad", "not", "it"]
 
 # Small blocks of several windows each, so that a run stops within a block and a window.
@@ -164,7 +164,7 @@ def test_a_table_is_resumed_with_rows_that_stopped_at_exit_0(
 ) -> None:
     classify.output = classify.output.with_name("out.parquet")
     classify.engines = exit_0_engines["bert"]
-    classify.rule = (*RULE, "--exit-0-threshold", "0.6")
+    classify.rule = ("--rule", "entropy threshold=0.9 exit_0_threshold=0.6", *RULE[2:])
     expected = classify.unbroken()
     classify.interrupt(150)
     assert whole_lines(classify.partial) == 150
@@ -214,8 +214,8 @@ def test_the_summary_is_that_of_all_rows(
     ]
     lines[7] = lines[50] = "{"
     classify.source.write_text("\n".join(lines) + "\n")
-    classify.rule = ("--metrics", "--on-error", "skip", "--rule", "pabee", "--patience", "1")
-    classify.rule += ("--exit-0-threshold", "0.6")
+    classify.rule = ("--metrics", "--on-error", "skip")
+    classify.rule += ("--rule", "pabee patience=1 exit_0_threshold=0.6")
 
     def told(err: str) -> list[str]:
         """Everything but times and the rows of the earlier run."""
@@ -242,11 +242,11 @@ def test_a_resume_with_other_settings_is_refused(
     classify.interrupt()
     before = classify.partial.read_bytes()
     for options, says in (
-        (["--threshold", "0.8"], "threshold"),
+        (["--rule", "entropy threshold=0.8"], "threshold"),
         (["--with-text"], "with_text was false and is true"),
         (["--max-length", "9"], "max_length was null and is 9"),
         (["--threads", "1"], "threads was null and is 1"),
-        (["--text-column", "id"], "text_column was"),
+        (["--column", "text=id"], "text_column was"),
         (["--input-format", "txt"], "input_format was"),
         (["--metrics"], "metrics was"),
     ):

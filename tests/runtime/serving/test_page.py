@@ -166,9 +166,11 @@ def test_a_person_sees_the_answer_and_its_depth(
 
 
 def test_an_error_is_a_sentence_and_goes_away(engines: Mapping[str, Path], browse: Browse) -> None:
-    with served(engines["bert"], "--max-body", "500") as (_, port):
-        (bad, good) = browse(port, "rain " * 200, "rain")["shown"]
-        assert bad["error"] == ("The text was not classified: the body has more than 500 bytes.")
+    with served(engines["bert"]) as (_, port):
+        (bad, good) = browse(port, "rain " * 220_000, "rain")["shown"]
+        assert bad["error"] == (
+            "The text was not classified: the body has more than 1048576 bytes."
+        )
         assert (bad["answer"], bad["rows"]) == ("", [])
         assert good["error"] == ""
         assert "answered at exit" in good["answer"]

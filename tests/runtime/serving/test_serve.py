@@ -77,7 +77,7 @@ def asked(serve: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.slow
 def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
     """Requests that have begun are answered, and clients that left disturb nobody."""
-    with served(bert, "--max-texts", "300") as (process, port):
+    with served(bert) as (process, port):
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", port)) as left:
                 body = json.dumps({"input": ["rain " * 40] * 20}).encode()

@@ -74,7 +74,7 @@ def test_the_command_writes_a_repository(
     engines, repository = engine_copy(), tmp_path / "repository"
     set_points(engines, fast=FPabee(threshold=3.0))
     (engines / "calibration").mkdir()
-    options = ["--operating-point", "fast", "--threads", "2", "--max-texts", "8", "--max-rows", "9"]
+    options = ["--operating-point", "fast", "--threads", "2", "--max-rows", "9"]
 
     done = serve(engines, "--triton", repository, "--name", "intents", *options)
 
@@ -88,7 +88,7 @@ def test_the_command_writes_a_repository(
         "threads": "2",
         "max_rows": "9",
     }
-    assert "max_batch_size: 8\n" in config_of(folder)
+    assert "max_batch_size: 9\n" in config_of(folder)
     assert 'output { name: "SCORE" data_type: TYPE_FP32 dims: 1 }' in config_of(folder)
     assert "kind: KIND_CPU" in config_of(folder)
     check_refused(
