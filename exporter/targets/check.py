@@ -69,7 +69,7 @@ def judged(
     Raises:
         VerificationError: too many labels or exits differ.
     """
-    required, first = REQUIREMENTS[precision], manifest.exits.start
+    required, first = REQUIREMENTS[precision], manifest.exits.stop - len(found)
     agreement = compare(found, expected, rule, manifest.task, required, first)
     must_pass(agreement, f"{precision} changes answers", hint)
     return agreement

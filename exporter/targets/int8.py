@@ -13,7 +13,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -140,26 +142,15 @@ def graph_inputs(
 
 def symmetric(source: Path, batches: list[Arrays]) -> Any:
     """A graph with symmetric Q/DQ around every product with a weight, except in heads."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = iter(batches)
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self._batches, None)
-
+    reader = SimpleNamespace(get_next=partial(next, iter(batches), None))
     with tempfile.TemporaryDirectory() as temporary:
         quantized = Path(temporary) / "quantized.onnx"
         quantize_static(
             source,
             quantized,
-            Reader(),
+            reader,
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
